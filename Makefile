@@ -1,0 +1,50 @@
+# Every target works as the first command on a fresh machine with Python 3.11+.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.midway-installed
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test test-slow check format bench clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Midway needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=python3.12, say.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing torch, torchvision and the rest into $(VENV) (several GB the first time)."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	mkdir -p .imports/midway
+	ln -sfn ../../gen .imports/midway/gen
+	ln -sfn ../../samplers .imports/midway/samplers
+	ln -sfn ../../tokenizers .imports/midway/tokenizers
+	touch $(STAMP)
+
+dev: $(STAMP) ## create the virtual environment and install Midway into it
+
+demo: $(STAMP) ## train, sample and measure on real digits; ends with a table and runs/demo/report.html
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+test: $(STAMP) ## the default test suite (no GPU, no network)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP) ## the default suite and the slow tests
+	$(BIN)/python -m pytest -m '' $(ARGS)
+
+check: $(STAMP) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP) ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*.json
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean: ## remove the virtual environment and caches, keep runs/
+	rm -rf $(VENV) .imports midway.egg-info build .pytest_cache .ruff_cache

@@ -1,0 +1,79 @@
+"""Counter-based random numbers: every draw is a function of named integers, never of a stream's position.
+
+A training step asks for `normal(seed, "noise", step, sample_ids, shape)` and gets, for each sample, values that depend on
+(seed, purpose, step, that sample's id) alone: not on the batch it came in, the number of processes, accumulation or a restart.
+
+Construction: SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"): the words of one
+sample are `mix(key + (j + 1) * golden)`, its `key` the mixed hash of the integers above. Integer arithmetic is exact on
+every device. Normals are Box-Muller in float64, rounded to float32.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's own is arithmetic)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser, a bijection of 64-bit words."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _purpose_key(purpose: str) -> int:
+    return int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little", signed=True)
+
+
+def words(seed: int, purpose: str, step: int, sample_ids: Tensor, count: int) -> Tensor:
+    """int64 (B, count) of uniform 64-bit words for int64 `sample_ids` (B,)."""
+    key = torch.zeros_like(sample_ids)
+    for part in (seed, _purpose_key(purpose), step):
+        key = _mix(key + _signed(part * _GOLDEN + _GOLDEN))
+    key = _mix(key + sample_ids * _GOLDEN)
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=sample_ids.device) * _GOLDEN
+    return _mix(key[:, None] + counter[None, :])
+
+
+def _unit(bits: Tensor) -> Tensor:
+    """float64 in the open interval (0, 1): the upper 53 bits, centred in their cell."""
+    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+
+
+def uniform(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """float64 (B, *shape), uniform on (0, 1)."""
+    count = math.prod(shape)
+    return _unit(words(seed, purpose, step, sample_ids, count)).view(len(sample_ids), *shape)
+
+
+def normal(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """float32 (B, *shape), standard normal (Box-Muller on pairs of words)."""
+    count = math.prod(shape)
+    half = (count + 1) // 2
+    u = _unit(words(seed, purpose, step, sample_ids, 2 * half))
+    radius = (-2.0 * u[:, :half].log()).sqrt()
+    angle = 2.0 * math.pi * u[:, half:]
+    pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pair[:, :count].float().view(len(sample_ids), *shape)
+
+
+def permutation(seed: int, purpose: str, epoch: int, size: int) -> Tensor:
+    """int64 (size,): the order of epoch `epoch`, by sorting one random word per item (ties are broken by index)."""
+    keys = words(seed, purpose, epoch, torch.arange(size), 1)[:, 0]
+    return torch.argsort(keys, stable=True)
