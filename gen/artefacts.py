@@ -1,0 +1,114 @@
+"""What runs leave for other commands: tokenizers, latent models (with their tokenizer inside) and learned solvers.
+
+tokenizer run      checkpoints/step-N/tokenizer/           (save_pretrained: config.json and safetensors)
+latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safetensors, tokenizer/
+                   solvers/<name>-<grid>-nfe<k>/           runs of kind `solver` that belong to this model
+features run       checkpoints/step-N/features.safetensors
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from midway.gen.config import from_dict, to_dict
+from midway.gen.errors import DataError
+from midway.gen.files import state_hash
+from midway.gen.latent_model import LatentModel, LatentModelConfig
+from midway.gen.runs import Run
+from midway.gen.splits import DataConfig
+from midway.samplers.learned_solver import LearnedSolver
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A latent model with averaged weights, its tokenizer, and the data it was trained on; in eval mode, frozen."""
+
+    model: LatentModel
+    tokenizer: ImageTokenizer
+    data: DataConfig
+    hash: str
+    run: Run
+
+
+def load_tokenizer(path: Path) -> tuple[ImageTokenizer, DataConfig]:
+    """The tokenizer of a run, and the data it was trained on."""
+    run = Run.open(path, "tokenizer")
+    return read_tokenizer(run.checkpoint / "tokenizer"), from_dict(DataConfig, run.config["data"], "config.data")
+
+
+def read_tokenizer(folder: Path) -> ImageTokenizer:
+    """`from_pretrained`, frozen, with an error that says what to do."""
+    try:
+        tokenizer = ImageTokenizer.from_pretrained(folder)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be read", str(error).splitlines()[0], "train the tokenizer again") from error
+    return tokenizer.eval().requires_grad_(False)
+
+
+def write_model(folder: Path, model: LatentModel, ema: dict[str, Tensor] | None, tokenizer: ImageTokenizer) -> None:
+    """Fill a checkpoint directory; without an average the newest weights stand for it."""
+    own = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    averaged = own if ema is None else {name: value.cpu().contiguous() for name, value in ema.items()}
+    description = {"config": to_dict(model.config), "latent_shape": list(model.latent_shape), "classes": model.classes}
+    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    save_file(own, folder / "model.safetensors")
+    save_file(averaged, folder / "ema.safetensors")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(path: Path, device: torch.device) -> TrainedModel:
+    """The averaged model of a latent-model run, with its tokenizer, on `device`."""
+    run = Run.open(path, "latent_model")
+    folder = run.checkpoint
+    try:
+        text = (folder / "model.json").read_text()
+        state = load_file(folder / "ema.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{folder} cannot be read", str(error), "train the model again with --overwrite") from error
+    description = json.loads(text)
+    config = from_dict(LatentModelConfig, description["config"], "model.json")
+    model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
+    model.load_state_dict(state)
+    return TrainedModel(
+        model=model.to(device).eval().requires_grad_(False),
+        tokenizer=read_tokenizer(folder / "tokenizer").to(device=device),
+        data=from_dict(DataConfig, run.config["data"], "config.data"),
+        hash=state_hash(text, state),
+        run=run,
+    )
+
+
+def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
+    """The run directory of a learned solver of this model."""
+    return model_run / "solvers" / f"{name}-{grid}-nfe{nfe}"
+
+
+def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> LearnedSolver | None:
+    """The learned solver of this model, None when it was not trained; DataError when it belongs to other weights."""
+    path = solver_path(trained.run.path, name, grid, nfe)
+    if not (path / "config.yaml").exists():
+        return None
+    file = Run.open(path, "solver").checkpoint / "solver.safetensors"
+    retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
+    try:
+        solver = LearnedSolver.load(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DataError(f"{file} cannot be read", str(error), retrain) from error
+    if solver.card.model_hash != trained.hash:
+        raise DataError(
+            f"{path} was learned for other weights",
+            f"model {solver.card.model_hash}, this model is {trained.hash}",
+            retrain,
+        )
+    return solver

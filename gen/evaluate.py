@@ -1,0 +1,239 @@
+"""The step-budget sweep: every solver on every grid at every budget, on the same seeds, against the same references.
+
+Each cell samples `blocks` disjoint blocks of n seeds, n being the number of held-out images unless told otherwise, so that
+every distance is measured at the same image count as the floor: distance(train images, held-out images). A cell reports the
+mean over blocks and their standard deviation. Beside it stands the root-mean-square distance of the standardised latents to
+a fine solution from the same noise, which sees the solver's error alone.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from midway.gen.artefacts import TrainedModel, load_solver
+from midway.gen.data import ImageData
+from midway.gen.distances import frechet_distance
+from midway.gen.errors import UsageError, nearest
+from midway.gen.features import FeatureNetwork
+from midway.gen.pictures import grid_png
+from midway.gen.report_cells import FLOOR, Cell
+from midway.gen.sampling import Plan, Samples, decode, sample_latents
+from midway.gen.splits import Splits
+from midway.gen.statistics import FeatureStatistics
+from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN
+from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.schedule import Schedule
+from midway.samplers.solvers import SOLVERS, ddim, steps_for
+
+LEARNED = ("amed", "amed-constants")
+SHOWN = 8  # seeds shown in the sample grids
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What to measure."""
+
+    solvers: tuple[str, ...] = ("euler", "ddim", "heun", "dpm2", "dpmpp2m")
+    nfe: tuple[int, ...] = (4, 6, 8, 10, 20)
+    grids: tuple[str, ...] = ("uniform", "logsnr", "karras")
+    n: int | None = None
+    blocks: int = 2
+    first_seed: int = 0
+    guidance: float = 1.0
+    analytic_first: bool = False
+    eta: float = 0.0
+    reference_nfe: int = 128
+    rho_max: float = RHO_MAX
+    rho_min: float = RHO_MIN
+    batch_size: int = 256
+
+
+def make_table(solver: str, grid: str, nfe: int, schedule: Schedule, config: SweepConfig) -> Plan:
+    """The table of a named solver at exactly `nfe` evaluations; UsageError for a name or a budget that does not exist."""
+    if solver not in SOLVERS:
+        raise UsageError(
+            f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, *LEARNED])
+        )
+    if grid not in GRIDS:
+        raise UsageError(f"unknown grid '{grid}'", "it is not in the registry", nearest(grid, GRIDS))
+    if config.eta and solver != "ddim":
+        raise UsageError(
+            f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta, or use ddim alone"
+        )
+    entry = SOLVERS[solver]
+    try:
+        steps = steps_for(entry.evaluations, nfe, config.analytic_first)
+        times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
+        if config.eta:
+            return ddim(schedule, times, config.analytic_first, config.eta)
+        return entry.build(schedule, times, config.analytic_first)
+    except ValueError as error:
+        raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None
+
+
+def make_plans(trained: TrainedModel, solver: str, nfe: int, config: SweepConfig) -> dict[str, Plan]:
+    """One plan per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
+    for grid in config.grids:
+        if grid not in GRIDS:
+            raise UsageError(f"unknown grid '{grid}'", "it is not in the registry", nearest(grid, GRIDS))
+    if solver not in LEARNED:
+        return {grid: make_table(solver, grid, nfe, trained.model.schedule, config) for grid in config.grids}
+    found = {grid: load_solver(trained, solver, grid, nfe) for grid in GRIDS}
+    plans = {grid: cast(Plan, plan) for grid, plan in found.items() if plan is not None}
+    if not plans:
+        raise UsageError(
+            f"{solver} at NFE {nfe} has not been learned for {trained.run.path}",
+            "a learned solver belongs to one model, grid and budget",
+            f"python scripts/train_solver.py {solver} --model {trained.run.path} --nfe {nfe}",
+        )
+    for grid, plan in plans.items():
+        _check_card(cast(LearnedSolver, plan), solver, grid, config)
+    return plans
+
+
+def _check_card(plan: LearnedSolver, solver: str, grid: str, config: SweepConfig) -> None:
+    if plan.card.guidance != config.guidance:
+        raise UsageError(
+            f"{solver} on grid {grid} was learned at guidance {plan.card.guidance}",
+            f"this run samples at guidance {config.guidance}",
+            f"pass --guidance {plan.card.guidance}, or learn it again",
+        )
+
+
+def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
+    """The fine solution that RMSE is measured against: Heun's method at equal steps of logSNR."""
+    times = GRIDS["logsnr"](schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
+    return SOLVERS["heun"].build(schedule, times)
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Turns images into a distance to the training images."""
+
+    network: FeatureNetwork
+    features: str
+    reference: FeatureStatistics
+    reference_name: str
+
+    def distance(self, images: Tensor) -> float:
+        """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
+        return frechet_distance(FeatureStatistics.of(self.network.features(images)), self.reference)
+
+
+def make_measurer(network: FeatureNetwork, features: str, train: ImageData) -> Measurer:
+    """Statistics of all training images under this feature network."""
+    statistics = FeatureStatistics.of(network.features(train.images))
+    return Measurer(network, features, statistics, f"{train.name}@{train.fingerprint[:12]}")
+
+
+def floor_cell(measurer: Measurer, held_out: ImageData) -> Cell:
+    """What real images score: the distance of the held-out images to the training images."""
+    return Cell(
+        solver=FLOOR,
+        grid="",
+        nfe=0,
+        distance=measurer.distance(held_out.images),
+        distance_std=None,
+        rmse=None,
+        n=len(held_out.images),
+        blocks=1,
+        seconds=0.0,
+        features=measurer.features,
+        reference=measurer.reference_name,
+        seeds="",
+    )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells, the floor first, and a PNG of the same seeds for each best cell."""
+
+    cells: list[Cell]
+    grids: dict[tuple[str, int], bytes]
+
+
+def run_sweep(
+    trained: TrainedModel,
+    measurer: Measurer,
+    splits: Splits,
+    config: SweepConfig,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Sweep:
+    """Measure every cell. Names, budgets and learned solvers are checked before the first sample is drawn."""
+    n = config.n or len(splits.held_out.images)
+    if n < 2 or config.blocks < 1:
+        raise UsageError(
+            f"n {n} and blocks {config.blocks}", "a distance needs 2 images in 1 block", "raise --n or --blocks"
+        )
+    plans = {(s, k): make_plans(trained, s, k, config) for s in config.solvers for k in config.nfe}
+    seeds = torch.arange(config.first_seed, config.first_seed + n * config.blocks)
+    progress("reference")
+    exact = _sample(trained, reference_plan(trained.model.schedule, config), seeds, config).latents
+    cells, grids = [floor_cell(measurer, splits.held_out)], {}
+    for (solver, nfe), by_grid in plans.items():
+        measured = []
+        for grid, plan in by_grid.items():
+            progress(f"{solver} {grid} {nfe}")
+            samples = _sample(trained, plan, seeds, config)
+            images = decode(trained, samples.latents.nan_to_num().clamp(-100, 100))
+            cell = _cell(solver, grid, plan, samples, exact, images, measurer, config, seeds)
+            measured.append((cell, images[:SHOWN]))
+        best = min(range(len(measured)), key=lambda i: measured[i][0].distance)
+        cells += [replace(cell, best=i == best) for i, (cell, _) in enumerate(measured)]
+        grids[solver, nfe] = grid_png(measured[best][1], columns=SHOWN // 2)
+    return Sweep(cells, grids)
+
+
+def _sample(trained: TrainedModel, plan: Plan, seeds: Tensor, config: SweepConfig) -> Samples:
+    return sample_latents(trained, plan, seeds, config.guidance, config.batch_size)
+
+
+def _cell(
+    solver: str,
+    grid: str,
+    plan: Plan,
+    samples: Samples,
+    exact: Tensor,
+    images: Tensor,
+    measurer: Measurer,
+    config: SweepConfig,
+    seeds: Tensor,
+) -> Cell:
+    finite = bool(torch.isfinite(samples.latents).all())
+    distances = torch.tensor([measurer.distance(block) for block in images.chunk(config.blocks)], dtype=torch.float64)
+    spread = distances.std().item() if config.blocks > 1 else None
+    return Cell(
+        solver=solver,
+        grid=grid,
+        nfe=_whole(samples.nfe, config.guidance),
+        distance=distances.mean().item() if finite else math.inf,
+        distance_std=spread,
+        rmse=(samples.latents - exact).square().mean().sqrt().item(),
+        n=len(seeds) // config.blocks,
+        blocks=config.blocks,
+        seconds=round(samples.seconds, 3),
+        features=measurer.features,
+        reference=measurer.reference_name,
+        seeds=f"{seeds[0].item()}-{seeds[-1].item()}",
+        training_nfe=plan.card.training_nfe if isinstance(plan, LearnedSolver) else 0,
+    )
+
+
+def _whole(nfe: float, guidance: float) -> int:
+    """Evaluations per sample of the field as a whole number; guided evaluations run the network twice."""
+    if nfe != int(nfe):
+        raise RuntimeError(f"{nfe} evaluations per sample were counted; a fixed-step solver must make a whole number")
+    return int(nfe)
+
+
+def planned_cells(config: SweepConfig) -> Iterator[str]:
+    """Names of the cells in order, for a progress bar; a learned solver counts once, whatever its grids."""
+    yield "reference"
+    for solver in config.solvers:
+        for nfe in config.nfe:
+            for grid in config.grids if solver not in LEARNED else ("learned",):
+                yield f"{solver} {grid} {nfe}"

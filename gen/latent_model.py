@@ -1,0 +1,129 @@
+"""A diffusion or flow model on standardised latents, for every schedule and every target.
+
+With s = sqrt(alpha^2 + sigma^2) and a target `a x0 + b eps` (prediction.py) the network F sees and says unit-variance numbers:
+
+    F(x_t / s, clock, label)  ~  (a x0 + b eps) / sqrt(a^2 + b^2),      clock = 2/pi atan2(sigma, alpha) in [0, 1]
+    loss = mean square of the difference
+
+On `EDM` with target `v` this is EDM's preconditioning and loss weight for unit-variance data (Karras et al. 2022, arXiv
+2206.00364, Table 1); on `Linear` with `velocity` it is half the rectified-flow loss; on `Cosine` with `v` or `eps` the usual
+ones. The clock is the angle of the noise level, the same on all schedules.
+
+Time is drawn so that log rho = log(sigma / alpha) is normal (`logit_normal`: on `Linear` exactly SD3's t = sigmoid(N(m, s^2)),
+arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uniform on the sampling range.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from midway.gen.backbone import DiT, DiTConfig
+from midway.gen.training import Context, LatentBatch
+from midway.samplers.grids import RHO_MAX, RHO_MIN
+from midway.samplers.guidance import ConditionalField, classifier_free
+from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients, target_value
+from midway.samplers.schedule import SCHEDULES, Schedule
+
+TIME_BUCKETS = 8
+
+
+@dataclass(frozen=True)
+class LatentModelConfig:
+    """Process, target and network of a latent model."""
+
+    schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    target: Target = "velocity"
+    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_mean: float = 0.0
+    """Mean of log rho for logit_normal."""
+    time_std: float = 1.0
+    """Standard deviation of log rho for logit_normal."""
+    label_dropout: float = 0.1
+    """Share of samples trained without their class, for classifier-free guidance."""
+    dit: DiTConfig = field(default_factory=DiTConfig)
+
+    def make_schedule(self) -> Schedule:
+        """The schedule this names."""
+        return SCHEDULES[self.schedule]()
+
+
+class LatentModel(nn.Module):
+    """Denoiser of standardised latents (B, C, H, W); `loss` trains it, `field` is what solvers see."""
+
+    def __init__(self, config: LatentModelConfig, latent_shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.config, self.latent_shape, self.classes = config, latent_shape, classes
+        self.schedule = config.make_schedule()
+        self.network = DiT(config.dit, *latent_shape, classes)
+
+    def draw_time(self, context: Context) -> Tensor:
+        """float32 (B,): one time per sample, within the range that grids sample."""
+        u = context.uniform("time")
+        if self.config.time == "uniform":
+            ends = self.schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64, device=u.device))
+            return (ends[0] + (ends[1] - ends[0]) * u).float()
+        log_rho = self.config.time_mean + self.config.time_std * torch.special.ndtri(u)
+        return self.schedule.time_of_rho(log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX)).exp()).float()
+
+    def forward_network(self, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W), for x_t (B, C, H, W), t (B,), labels (B,)."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        scale = (alpha.square() + sigma.square()).sqrt()
+        return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels)
+
+    def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_rho_0` .. `loss_rho_7`)."""
+        x0, t = batch.latents, self.draw_time(context)
+        eps = context.normal("noise", x0.shape[1:])
+        dropped = context.uniform("label") < self.config.label_dropout
+        labels = torch.where(dropped, self.classes, batch.labels)
+        x_t = expand(self.schedule.alpha(t), x0) * x0 + expand(self.schedule.sigma(t), x0) * eps
+        target = target_value(self.config.target, x0, eps, t, self.schedule) / expand(self._output_scale(t), x0)
+        output, _ = self.forward_network(x_t, t, labels)
+        error = (output.float() - target).square().flatten(1).mean(1)
+        return error.mean(), self._loss_by_time(error.detach(), t)
+
+    def after_step(self) -> None:
+        """Nothing to do between optimizer steps."""
+
+    def _output_scale(self, t: Tensor) -> Tensor:
+        a, b = target_coefficients(self.config.target, t, self.schedule)
+        return (a.square() + b.square()).sqrt()
+
+    def _loss_by_time(self, error: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Mean error in 8 equal buckets of the clock, as (sum, count) pairs so that intervals and processes add up."""
+        clock = 2 / math.pi * torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
+        bucket = (clock * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1)
+        hit = F.one_hot(bucket, TIME_BUCKETS).to(error)
+        sums, counts = error @ hit, hit.sum(0)
+        return {f"loss_time_{i}": torch.stack([sums[i], counts[i]]) for i in range(TIME_BUCKETS)}
+
+    def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
+        """One forward pass: what the network says about x_t (B, C, H, W) at t (B,) for labels (B,)."""
+        output, hidden = self.forward_network(x, t, labels)
+        value = output.to(x.dtype) * expand(self._output_scale(t), x)
+        prediction = solve(value, self.config.target, x, t, self.schedule)
+        return Prediction(prediction.x0, prediction.eps, pool(hidden))
+
+    def null_labels(self, labels: Tensor) -> Tensor:
+        """The "no class" label for every sample."""
+        return torch.full_like(labels, self.classes)
+
+    def field(self, labels: Tensor, guidance: float = 1.0, network: ConditionalField | None = None) -> Field:
+        """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there."""
+        return classifier_free(network or self.conditional_field, labels, self.null_labels(labels), guidance)
+
+
+def pool(hidden: Tensor) -> Tensor:
+    """Tokens (B, N, W) -> features (B, W): the mean token, normalised to zero mean and unit variance."""
+    return F.layer_norm(hidden.float().mean(1), hidden.shape[-1:])
+
+
+def start_state(schedule: Schedule, t: float, noise: Tensor) -> Tensor:
+    """Standard normal noise -> the state at time `t`, with the standard deviation that unit-variance data has there."""
+    time = torch.tensor(t, dtype=torch.float64)
+    return noise * torch.hypot(schedule.alpha(time), schedule.sigma(time)).item()

@@ -1,0 +1,93 @@
+"""Encode a data set once: raw latents, labels and per-channel statistics, in one file that knows what it was made from.
+
+    mean_d, std_d over all items and positions of channel d, in float64;      model sees (latent - mean) / std
+
+A cache is keyed by the fingerprint of the images and the hash of the tokenizer's weights; any other pair refuses it.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from midway.gen.data import ImageData, to_float
+from midway.gen.errors import DataError
+from midway.gen.files import state_hash, write_atomically
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+FORMAT = "midway-latents-1"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """raw float32 (N, D, h, w) before standardisation, labels int64 (N,), mean and std float32 (D,)."""
+
+    raw: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+    data_fingerprint: str
+    tokenizer_hash: str
+
+    @property
+    def standardised(self) -> Tensor:
+        """float32 (N, D, h, w) with zero mean and unit variance per channel."""
+        return (self.raw - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+
+
+def tokenizer_hash(tokenizer: ImageTokenizer) -> str:
+    """Hash of the weights and configuration, without the latent statistics, which are measured afterwards."""
+    state = {name: value for name, value in tokenizer.state_dict().items() if not name.startswith("latent")}
+    config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
+    return state_hash(json.dumps(config, sort_keys=True), state)
+
+
+@torch.no_grad()
+def encode(tokenizer: ImageTokenizer, data: ImageData, batch_size: int = 512) -> Latents:
+    """Encode every image once, in order."""
+    tokenizer.eval()
+    parts = [tokenizer.raw_latents(to_float(p.to(tokenizer.device))).cpu() for p in data.images.split(batch_size)]
+    raw = torch.cat(parts)
+    channels = raw.double().transpose(0, 1).flatten(1)
+    return Latents(
+        raw=raw,
+        labels=data.labels,
+        mean=channels.mean(1).float(),
+        std=channels.std(1).float(),
+        data_fingerprint=data.fingerprint,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+    )
+
+
+def save_latents(latents: Latents, path: Path) -> None:
+    """One safetensors file, completely or not at all."""
+    tensors = {"raw": latents.raw, "labels": latents.labels, "mean": latents.mean, "std": latents.std}
+    header = {"format": FORMAT, "data": latents.data_fingerprint, "tokenizer": latents.tokenizer_hash}
+    write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}, header))
+
+
+def load_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer) -> Latents:
+    """The cache at `path`; DataError when it is missing, no cache, or made from other images or another tokenizer."""
+    remake = "make it again with scripts/encode.py --overwrite"
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open has no iter)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"no latents at {path}", str(error), "make them with scripts/encode.py") from None
+    if header.get("format") != FORMAT:
+        raise DataError(f"{path} is not a latent cache", f"its format is {header.get('format')!r}", remake)
+    wanted = {"data": data.fingerprint, "tokenizer": tokenizer_hash(tokenizer)}
+    for key, value in wanted.items():
+        if header[key] != value:
+            raise DataError(f"{path} is stale", f"its {key} is {header[key][:12]}, this run's is {value[:12]}", remake)
+    return Latents(**tensors, data_fingerprint=header["data"], tokenizer_hash=header["tokenizer"])
+
+
+def cache_path(folder: Path, data: ImageData, tokenizer: ImageTokenizer) -> Path:
+    """Where the latents of these images under this tokenizer belong."""
+    return folder / f"latents-{data.fingerprint[:8]}-{tokenizer_hash(tokenizer)[:8]}.safetensors"

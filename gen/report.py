@@ -1,0 +1,146 @@
+"""From cells to files: results.csv, results.jsonl, report.md, two plots and one self-contained report.html.
+
+This module writes text tables and Markdown, and gathers the whole directory; the cells are in `report_cells`, the plots
+in `plots`, the page in `report_html`. All files are written completely or not at all.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from midway.gen.files import write_atomically
+from midway.gen.plots import distance_png, plot_distance
+from midway.gen.report_cells import (
+    Cell,
+    Entry,
+    Measure,
+    Pivot,
+    ReportContext,
+    feature_names,
+    floor_of,
+    number,
+    pivot,
+    training_costs,
+    write_csv,
+    write_jsonl,
+)
+from midway.gen.report_html import provenance, write_html
+
+__all__ = [
+    "Cell",
+    "ReportContext",
+    "distance_png",
+    "markdown_table",
+    "plot_distance",
+    "text_table",
+    "write_csv",
+    "write_html",
+    "write_jsonl",
+    "write_markdown",
+    "write_report",
+]
+
+_ABSENT = "–"
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is, also inside a table."""
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in " ".join(text.split()))
+
+
+def _markdown_entry(entry: Entry | None) -> str:
+    if entry is None:
+        return _ABSENT
+    value = f"**{entry.value}**" if entry.best else entry.value
+    return f"{value} ({_escape(entry.grid)})" if entry.grid else value
+
+
+def _markdown_lines(table: Pivot, floor: str | None) -> list[str]:
+    header = ["solver", *(f"NFE {nfe}" for nfe in table.nfes)]
+    rows = [[_escape(solver), *map(_markdown_entry, entries)] for solver, entries in table.rows]
+    if floor is not None:
+        rows.append(["*floor*", *(f"*{floor}*" for _ in table.nfes)])
+    rule = ["---", *("---:" for _ in table.nfes)]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
+
+
+def _floor_text(cells: Sequence[Cell]) -> str | None:
+    floor = floor_of(cells)
+    return None if floor is None else number(floor.distance, floor.distance_std)
+
+
+def _caption(cells: Sequence[Cell], measure: Measure) -> str:
+    if measure == "rmse":
+        return "RMSE to the same seeds' reference solution (lower is better)"
+    return f"Fréchet distance ({feature_names(cells)}), lower is better; best grid of each solver and NFE"
+
+
+def markdown_table(cells: Sequence[Cell]) -> str:
+    """Two tables, solver x NFE: distance ± std with the floor, and RMSE where measured; each column's best is bold."""
+    parts = [f"{_escape(_caption(cells, 'distance'))}\n"]
+    parts += _markdown_lines(pivot(cells, "distance"), _floor_text(cells))
+    rmse = pivot(cells, "rmse")
+    if rmse.rows:
+        parts += [f"\n{_escape(_caption(cells, 'rmse'))}\n", *_markdown_lines(rmse, None)]
+    return "\n".join(parts) + "\n"
+
+
+def _text_entry(entry: Entry | None) -> str:
+    if entry is None:
+        return _ABSENT
+    return f"{entry.grid} {entry.value}{'*' if entry.best else ' '}".lstrip()
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equal length as lines; the first column flush left, the others flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+
+
+def text_table(cells: Sequence[Cell]) -> str:
+    """The distance table for a terminal: aligned, `*` at each column's best, the floor last."""
+    table = pivot(cells, "distance")
+    rows = [["solver", *(f"NFE {nfe} " for nfe in table.nfes)]]
+    rows += [[solver, *map(_text_entry, entries)] for solver, entries in table.rows]
+    floor = _floor_text(cells)
+    if floor is not None:
+        rows.append(["floor", *(f"{floor} " for _ in table.nfes)])
+    header, *body = _aligned(rows)
+    return (
+        "\n".join([_caption(cells, "distance"), "", header, "-" * max(map(len, [header, *body])), *body, "* best"])
+        + "\n"
+    )
+
+
+def _markdown_list(items: Sequence[str]) -> list[str]:
+    return [f"- {_escape(item)}" for item in items]
+
+
+def write_markdown(path: Path, cells: Sequence[Cell], context: ReportContext) -> None:
+    """report.md: the tables, both plots (by relative name), notes and provenance. DiskError."""
+    costs = [f"{solver}: {cost:,} evaluations of training" for solver, cost in training_costs(cells).items()]
+    facts = [f"- **{name}**: {_escape(value)}" for name, value in provenance(cells, context)]
+    lines = [f"# {_escape(context.title)}", "", markdown_table(cells)]
+    lines += [
+        "![distance against NFE](distance_vs_nfe.png)",
+        "",
+        "![distance against time](distance_vs_seconds.png)",
+        "",
+    ]
+    if context.notes or costs:
+        lines += ["## Notes", "", *_markdown_list([*context.notes, *costs]), ""]
+    write_atomically(path, ("\n".join([*lines, "## Provenance", "", *facts]) + "\n").encode())
+
+
+def write_report(
+    directory: Path, cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]
+) -> None:
+    """Write all six files into `directory` (made if missing); `grids` maps (solver, nfe) to a sample PNG. DiskError."""
+    write_csv(directory / "results.csv", cells)
+    write_jsonl(directory / "results.jsonl", cells)
+    plot_distance(directory / "distance_vs_nfe.png", cells, "nfe")
+    plot_distance(directory / "distance_vs_seconds.png", cells, "seconds")
+    write_markdown(directory / "report.md", cells, context)
+    write_html(directory / "report.html", cells, context, grids)

@@ -1,0 +1,191 @@
+"""The result of a step-budget sweep: one `Cell` per (solver, grid, budget), its files and its tables.
+
+A table shows, for each solver (row) and number of network evaluations NFE (column), the cell whose grid did best:
+value ± standard deviation over seed blocks, and that grid's name. The floor row is the same distance between two sets
+of real images, so a perfect sampler ends near it. csv and jsonl hold every cell.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from midway.gen.files import write_atomically
+
+FLOOR = "floor"
+Measure = Literal["distance", "rmse"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: `n` images by `solver` on `grid` with `nfe` evaluations each; lower is better.
+
+    `distance_std` over `blocks` blocks of seeds; `rmse` to the same seeds' reference solution; `seconds` of sampling
+    for all n images; `training_nfe` evaluations spent to train the solver; `best` marks the best grid of (solver, nfe).
+    The floor is a cell with solver "floor", grid "" and nfe 0.
+    """
+
+    solver: str
+    grid: str
+    nfe: int
+    distance: float
+    distance_std: float | None
+    rmse: float | None
+    n: int
+    blocks: int
+    seconds: float
+    features: str
+    reference: str
+    seeds: str
+    training_nfe: int = 0
+    best: bool = True
+
+
+@dataclass(frozen=True)
+class ReportContext:
+    """What a reader needs to trust and repeat the sweep; all text is shown as given."""
+
+    title: str
+    model: str
+    data: str
+    command: str
+    hardware: str
+    versions: dict[str, str]
+    seeds: str
+    notes: tuple[str, ...] = ()
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place of a table: "3.21 ± 0.12", the grid's name, and whether it is the lowest of its column."""
+
+    value: str
+    grid: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """Columns `nfes`, and per solver (in order of first appearance) one entry, or None, for each of them."""
+
+    nfes: tuple[int, ...]
+    rows: tuple[tuple[str, tuple[Entry | None, ...]], ...]
+
+
+def floor_of(cells: Sequence[Cell]) -> Cell | None:
+    """The floor's cell, if it was measured."""
+    return next((cell for cell in cells if cell.solver == FLOOR), None)
+
+
+def shown(cells: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
+    """The best cell of each (solver, nfe) without the floor; of several so marked, the one of least distance."""
+    chosen: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        key = (cell.solver, cell.nfe)
+        if cell.solver != FLOOR and cell.best and (key not in chosen or _rank(cell) < _rank(chosen[key])):
+            chosen[key] = cell
+    return chosen
+
+
+def _rank(cell: Cell) -> float:
+    """The distance, infinite where it is not a number."""
+    return cell.distance if math.isfinite(cell.distance) else math.inf
+
+
+def solvers_of(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Names in order of first appearance, without the floor."""
+    return tuple(dict.fromkeys(cell.solver for cell in cells if cell.solver != FLOOR))
+
+
+def feature_names(cells: Sequence[Cell]) -> str:
+    """The feature networks that measured the cells; normally one."""
+    return ", ".join(dict.fromkeys(cell.features for cell in cells))
+
+
+def number(value: float, std: float | None = None) -> str:
+    """Three significant digits without an exponent, `± std` to the same decimals (more if std would read 0)."""
+    if not math.isfinite(value):
+        return "diverged"
+    decimals = _decimals(value, 3)
+    if std is None or not math.isfinite(std):
+        return f"{value:.{decimals}f}"
+    decimals = max(decimals, _decimals(std, 1)) if std > 0 else decimals
+    return f"{value:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def _decimals(value: float, digits: int) -> int:
+    """Decimals that show `digits` significant digits of `value`; at most 6, so that 1e-12 reads as 0."""
+    if value == 0:
+        return digits - 1
+    return min(max(digits - 1 - math.floor(math.log10(abs(value))), 0), 6)
+
+
+def measured(cell: Cell, measure: Measure) -> float | None:
+    """The cell's distance or rmse."""
+    return cell.distance if measure == "distance" else cell.rmse
+
+
+def _lowest(column: Sequence[Cell], measure: Measure) -> float:
+    values = [value for cell in column if (value := measured(cell, measure)) is not None and math.isfinite(value)]
+    return min(values, default=math.nan)
+
+
+def _entry(cell: Cell | None, measure: Measure, lowest: float) -> Entry | None:
+    value = None if cell is None else measured(cell, measure)
+    if cell is None or value is None:
+        return None
+    std = cell.distance_std if measure == "distance" else None
+    return Entry(number(value, std), cell.grid, value == lowest)
+
+
+def pivot(cells: Sequence[Cell], measure: Measure) -> Pivot:
+    """The table of one measure; solvers without any value are left out."""
+    chosen = {key: cell for key, cell in shown(cells).items() if measured(cell, measure) is not None}
+    nfes = tuple(sorted({nfe for _, nfe in chosen}))
+    lowest = {nfe: _lowest([cell for (_, n), cell in chosen.items() if n == nfe], measure) for nfe in nfes}
+    rows = (
+        (solver, tuple(_entry(chosen.get((solver, nfe)), measure, lowest[nfe]) for nfe in nfes))
+        for solver in solvers_of(list(chosen.values()))
+    )
+    return Pivot(nfes, tuple(rows))
+
+
+def training_costs(cells: Sequence[Cell]) -> dict[str, int]:
+    """Network evaluations spent to train each learned solver: the largest over its shown cells."""
+    costs: dict[str, int] = {}
+    for (solver, _), cell in shown(cells).items():
+        if cell.training_nfe:
+            costs[solver] = max(costs.get(solver, 0), cell.training_nfe)
+    return costs
+
+
+def _csv_value(value: str | float | bool | None) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
+
+
+def write_csv(path: Path, cells: Sequence[Cell]) -> None:
+    """Every cell, one row each, floats in full precision; None is empty, `best` is true or false. DiskError."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(Cell)])
+    writer.writerows([_csv_value(value) for value in dataclasses.astuple(cell)] for cell in cells)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def _json_value(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_jsonl(path: Path, cells: Sequence[Cell]) -> None:
+    """Every cell, one JSON object a line; a number that is not finite becomes null, which JSON requires. DiskError."""
+    records = ({key: _json_value(value) for key, value in dataclasses.asdict(cell).items()} for cell in cells)
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    write_atomically(path, "".join(lines).encode())

@@ -1,0 +1,258 @@
+"""One HTML file that holds a whole report: tables, plots and same-seed samples, no script, no link to anywhere.
+
+Images are base64 PNG, the style is inline, light or dark by the reader's preference (plots stay on white), and the page
+works at the width of a phone and in print. Every text from outside goes through `html.escape`.
+"""
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from midway.gen.files import write_atomically
+from midway.gen.plots import distance_png
+from midway.gen.report_cells import (
+    Cell,
+    Entry,
+    Measure,
+    ReportContext,
+    feature_names,
+    floor_of,
+    number,
+    pivot,
+    shown,
+    solvers_of,
+    training_costs,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1f2430; --quiet: #5b6270; --paper: #fafaf8; --card: #fff; --hair: #e3e5e8;
+  --accent: #005a94; --wash: #eef5fa; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaee; --quiet: #a2a9b6; --paper: #14171c; --card: #1b1f26;
+  --hair: #303640; --accent: #7cc4f2; --wash: #1d2c38; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; -webkit-text-size-adjust: 100%; }
+main { max-width: 1080px; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
+header { margin-bottom: 2.5rem; }
+h1 { font-size: clamp(1.6rem, 4vw, 2.2rem); line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .5rem; }
+h2 { font-size: 1.2rem; letter-spacing: -.005em; margin: 3rem 0 .35rem; }
+p { margin: .35rem 0 1rem; max-width: 46rem; }
+.quiet, figcaption, td small, th small { color: var(--quiet); }
+.lead { font-size: 1.1rem; }
+.lead b { color: var(--accent); }
+.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--hair); border-radius: 10px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .55rem .9rem; text-align: right; white-space: nowrap; vertical-align: top; }
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); white-space: normal;
+  min-width: 6.5rem; }
+thead th { font-size: .85rem; font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--hair); }
+tbody th { font-weight: 600; }
+tbody tr + tr > * { border-top: 1px solid var(--hair); }
+td small, th small { display: block; font-size: .76rem; font-weight: 400; line-height: 1.3; }
+td.best { background: var(--wash); }
+td.best b { color: var(--accent); }
+.std { color: var(--quiet); font-size: .86em; }
+tr.floor > * { border-top: 2px solid var(--hair); font-style: italic; color: var(--quiet); font-weight: 400; }
+figure { margin: 0; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1.25rem;
+  margin-top: 1.25rem; }
+.plot { background: #fff; border: 1px solid var(--hair); border-radius: 10px; padding: .9rem; }
+.plot img { display: block; width: 100%; height: auto; }
+figcaption { font-size: .88rem; margin-top: .5rem; max-width: 46rem; }
+.samples td, .samples th { text-align: left; padding: .6rem .45rem; }
+.samples th:first-child { padding-left: .9rem; vertical-align: middle; }
+.samples td:last-child { padding-right: .9rem; }
+.samples img { display: block; width: 100%; min-width: 132px; max-width: 260px; height: auto; border-radius: 6px;
+  background: #fff; image-rendering: pixelated; }
+.samples small { margin-top: .3rem; }
+ul { padding-left: 1.2rem; max-width: 46rem; }
+details { margin-top: 3rem; border-top: 1px solid var(--hair); padding-top: 1rem; }
+summary { cursor: pointer; font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 1rem 0 0; font-size: .92rem; }
+dt { color: var(--quiet); }
+dd { margin: 0; overflow-wrap: anywhere; }
+code { font: .92em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+@media (max-width: 600px) { main { padding: 1.75rem 1rem 3rem; } th, td { padding: .5rem .65rem; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; } .plot { padding: .4rem; }
+  th:first-child { min-width: 6.6rem; max-width: 8rem; overflow-wrap: break-word; }
+  .samples img { min-width: 118px; } }
+@media print { :root { color-scheme: light; --ink: #000; --quiet: #444; --paper: #fff; --card: #fff; --hair: #ccc;
+  --accent: #003f6b; --wash: #eef3f7; } body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
+  .scroll { overflow: visible; } th:first-child { position: static; } th, td { padding: .3rem .4rem; }
+  .plots { grid-template-columns: 1fr 1fr; } tr, figure { break-inside: avoid; }
+  h2 { break-after: avoid; } .samples img { min-width: 0; }
+  details::details-content { display: block; content-visibility: visible; block-size: auto; } }
+"""
+
+
+def _image(png: bytes, alt: str) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
+
+
+def _value(value: str) -> str:
+    """`3.21 ± 0.12` with the deviation set back."""
+    mean, sign, std = value.partition(" ± ")
+    return f'{mean}<span class="std"> ± {std}</span>' if sign else mean
+
+
+def _entry(entry: Entry | None) -> str:
+    if entry is None:
+        return '<td class="quiet">–</td>'
+    grid = f"<small>{escape(entry.grid)}</small>" if entry.grid else ""
+    mean, sign, std = _value(entry.value).partition("<span")
+    return (
+        f'<td class="best"><b>{mean}</b>{sign}{std}{grid}</td>' if entry.best else f"<td>{mean}{sign}{std}{grid}</td>"
+    )
+
+
+def _head(nfes: Sequence[int]) -> str:
+    columns = "".join(f'<th scope="col">{nfe} NFE</th>' for nfe in nfes)
+    return f'<thead><tr><th scope="col">solver</th>{columns}</tr></thead>'
+
+
+def _solver(solver: str, costs: Mapping[str, int]) -> str:
+    cost = f"<small>trained, {costs[solver]:,} evaluations</small>" if solver in costs else ""
+    return f'<th scope="row">{escape(solver)}{cost}</th>'
+
+
+def _floor_row(cells: Sequence[Cell], columns: int) -> str:
+    floor = floor_of(cells)
+    if floor is None:
+        return ""
+    value = _value(number(floor.distance, floor.distance_std))
+    return f'<tr class="floor"><th scope="row">floor</th>{f"<td>{value}</td>" * columns}</tr>'
+
+
+def _table(cells: Sequence[Cell], measure: Measure) -> str:
+    """Solver x NFE, or nothing if no cell has the measure."""
+    table = pivot(cells, measure)
+    costs = training_costs(cells)
+    rows = [f"<tr>{_solver(solver, costs)}{''.join(map(_entry, row))}</tr>" for solver, row in table.rows]
+    if measure == "distance":
+        rows.append(_floor_row(cells, len(table.nfes)))
+    return f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _lead(cells: Sequence[Cell]) -> str:
+    """The result in a sentence: who is best at the smallest and at the largest budget."""
+    table = pivot(cells, "distance")
+    winners = [
+        f"<b>{escape(solver)}</b> at {nfe} evaluations ({entry.value})"
+        for column, nfe in enumerate(table.nfes)
+        for solver, row in table.rows
+        if (entry := row[column]) is not None and entry.best and nfe in (table.nfes[0], table.nfes[-1])
+    ]
+    floor = floor_of(cells)
+    ground = "" if floor is None else f" Real images against real images: {number(floor.distance, floor.distance_std)}."
+    return f'<p class="lead">Lowest distance: {", ".join(winners)}.{ground}</p>' if winners else ""
+
+
+def _plot(cells: Sequence[Cell], kind: str) -> str:
+    by_time = kind == "seconds"
+    caption = (
+        "The same measurements against sampling time on the machine named below; it includes all that NFE leaves out."
+        if by_time
+        else "Both axes are logarithmic. Bars: standard deviation over seed blocks. Hollow markers: trained solvers."
+    )
+    png = distance_png(cells, "seconds" if by_time else "nfe")
+    image = _image(png, f"Fréchet distance against {'seconds' if by_time else 'NFE'}, one line per solver")
+    return f'<figure><div class="plot">{image}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _sample(solver: str, nfe: int, cell: Cell | None, png: bytes | None) -> str:
+    if png is None:
+        return "<td></td>"
+    distance = "" if cell is None else f"<small>{number(cell.distance)} · {escape(cell.grid)}</small>"
+    return f"<td>{_image(png, f'samples of {solver} with {nfe} evaluations')}{distance}</td>"
+
+
+def _samples(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) -> str:
+    """Sample images, a row per solver and a column per NFE; nothing without images."""
+    if not grids:
+        return ""
+    nfes = sorted({nfe for _, nfe in grids})
+    chosen = shown(cells)
+    rows = (
+        f'<tr><th scope="row">{escape(solver)}</th>'
+        + "".join(_sample(solver, nfe, chosen.get((solver, nfe)), grids.get((solver, nfe))) for nfe in nfes)
+        + "</tr>"
+        for solver in dict.fromkeys([*solvers_of(cells), *(solver for solver, _ in grids)])
+        if any((solver, nfe) in grids for nfe in nfes)
+    )
+    return (
+        "<h2>Samples from the same seeds</h2><p>Every panel starts from the same noise, so a difference between panels "
+        "is the solver's doing. Below each: Fréchet distance and grid.</p>"
+        f'<div class="scroll"><table class="samples">{_head(nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _joined(values: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(str(value) for value in values if value != ""))
+
+
+def provenance(cells: Sequence[Cell], context: ReportContext) -> list[tuple[str, str]]:
+    """(name, value) of all that is needed to repeat the sweep."""
+    floor = floor_of(cells)
+    sampled = [cell for cell in cells if cell is not floor]
+    facts = [
+        ("model", context.model),
+        ("data", context.data),
+        ("features", feature_names(cells)),
+        ("reference", _joined(cell.reference for cell in cells)),
+        ("images per cell", _joined(cell.n for cell in sampled)),
+        ("images for the floor", "" if floor is None else str(floor.n)),
+        ("seed blocks", _joined(cell.blocks for cell in sampled)),
+        ("seeds", context.seeds),
+        ("guidance", f"{context.guidance:g}"),
+        ("hardware", context.hardware),
+        ("versions", ", ".join(f"{name} {version}" for name, version in context.versions.items())),
+        ("command", context.command),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _details(cells: Sequence[Cell], context: ReportContext) -> str:
+    items = "".join(
+        f"<dt>{name}</dt><dd>{f'<code>{escape(value)}</code>' if name == 'command' else escape(value)}</dd>"
+        for name, value in provenance(cells, context)
+    )
+    return f"<details><summary>How these numbers were made</summary><dl>{items}</dl></details>"
+
+
+def _notes(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
+
+
+def _page(cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]) -> str:
+    title = escape(context.title)
+    rmse = (
+        "<h2>Error of the solver itself</h2><p>Root-mean-square difference from the same seeds' reference solution: it "
+        "measures the solver alone, whatever the model.</p>" + _table(cells, "rmse")
+        if pivot(cells, "rmse").rows
+        else ""
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}</style></head><body><main>
+<header><h1>{title}</h1><p class="quiet">{escape(context.model)} · {escape(context.data)}</p>{_lead(cells)}</header>
+<h2>Fréchet distance by step budget</h2>
+<p>Lower is better; the best of each column is bold. NFE counts network evaluations per image. Small print: the time
+grid that did best. Comparable only with numbers of the same feature name,
+<code>{escape(feature_names(cells))}</code>.</p>
+{_table(cells, "distance")}
+<div class="plots">{_plot(cells, "nfe")}{_plot(cells, "seconds")}</div>
+{rmse}
+{_samples(cells, grids)}
+{_notes(context.notes)}
+{_details(cells, context)}
+</main></body></html>
+"""
+
+
+def write_html(
+    path: Path, cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]
+) -> None:
+    """One self-contained page; `grids` maps (solver, nfe) to a PNG of samples and may be empty. DiskError."""
+    write_atomically(path, _page(cells, context, grids).encode())

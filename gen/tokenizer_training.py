@@ -1,0 +1,60 @@
+"""What trains a tokenizer: mean squared reconstruction error plus the quantizer's own weighted losses."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from midway.gen.data import to_float, to_uint8
+from midway.gen.training import Context, ImageBatch
+from midway.tokenizers.base import bits_per_image, perplexity, usage
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+
+class TokenizerObjective(nn.Module):
+    """`loss` for fit() around an ImageTokenizer."""
+
+    def __init__(self, tokenizer: ImageTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction MSE in [-1, 1] units plus the quantizer's loss; logs the parts."""
+        images = to_float(batch.images)
+        out = self.tokenizer(images, context.normal("posterior", self.tokenizer.latent_shape))
+        mse = (out.reconstruction - images).square().mean()
+        return mse + out.quantized.loss, {"mse": mse, **out.quantized.losses}
+
+    def after_step(self) -> None:
+        """Codebook statistics are applied once per optimizer step."""
+        self.tokenizer.update()
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of an MSE in [-1, 1] units (peak to peak 2)."""
+    return math.inf if mse == 0 else 10 * math.log10(4 / mse)
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> Tensor:
+    """uint8 (N, C, H, W) -> what the tokenizer makes of them, uint8 on the CPU."""
+    device = tokenizer.device
+    parts = [tokenizer(to_float(part.to(device))).reconstruction for part in images.split(batch_size)]
+    return torch.cat([to_uint8(part).cpu() for part in parts])
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> dict[str, float]:
+    """mse and psnr of the 8-bit reconstruction of uint8 images; usage, perplexity and bits_per_image if there are codes."""
+    error = (to_float(reconstruct(tokenizer, images, batch_size)) - to_float(images)).double().square().mean().item()
+    report = {"mse": error, "psnr": psnr(error)}
+    size = tokenizer.quantizer.codebook_size
+    if size is None:
+        return report
+    counts = None
+    for part in images.split(batch_size):
+        found = tokenizer(to_float(part.to(tokenizer.device))).quantized.counts
+        counts = found if counts is None or found is None else counts + found
+    if counts is not None:
+        report |= {"usage": usage(counts), "perplexity": perplexity(counts)}
+    return report | {"bits_per_image": bits_per_image(tokenizer.tokens, size)}

@@ -1,0 +1,79 @@
+"""Time grids: (schedule, steps) -> `steps + 1` falling times, from noise to data.
+
+All grids run between two noise-to-signal ratios, 80 and 0.002 unless told otherwise (EDM's range, arXiv 2206.00364, Table 1),
+so that every schedule and every spacing starts and ends at the same noise level. The end is not 0: a geometric inner node
+would collapse there, and 0.002 is half of one grey level of 8-bit images.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from midway.samplers.schedule import Schedule, Shifted
+
+Grid = tuple[float, ...]
+RHO_MAX = 80.0
+RHO_MIN = 0.002
+
+
+def _fractions(steps: int) -> Tensor:
+    if steps < 1:
+        raise ValueError(f"a grid needs at least 1 step, got {steps}: ask for more network evaluations")
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+
+def _ends(schedule: Schedule, rho_max: float, rho_min: float) -> Tensor:
+    """float64 (2,): the times of rho_max and rho_min."""
+    if not 0 < rho_min < rho_max:
+        raise ValueError(f"a grid needs 0 < rho_min < rho_max, got rho_min={rho_min}, rho_max={rho_max}")
+    return schedule.time_of_rho(torch.tensor([rho_max, rho_min], dtype=torch.float64))
+
+
+def _as_grid(times: Tensor) -> Grid:
+    return tuple(times.tolist())
+
+
+def uniform(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN) -> Grid:
+    """Equal steps of t."""
+    start, end = _ends(schedule, rho_max, rho_min)
+    return _as_grid(start + (end - start) * _fractions(steps))
+
+
+def logsnr(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN) -> Grid:
+    """Equal steps of logSNR (DPM-Solver, Lu et al. 2022, arXiv 2206.00927)."""
+    _ends(schedule, rho_max, rho_min)
+    log_rho = math.log(rho_max) + (math.log(rho_min) - math.log(rho_max)) * _fractions(steps)
+    return _as_grid(schedule.time_of_rho(log_rho.exp()))
+
+
+def karras(
+    schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN, power: float = 7.0
+) -> Grid:
+    """Equal steps of rho^(1/7) (EDM, arXiv 2206.00364, eq. 5)."""
+    _ends(schedule, rho_max, rho_min)
+    root = rho_max ** (1 / power) + (rho_min ** (1 / power) - rho_max ** (1 / power)) * _fractions(steps)
+    return _as_grid(schedule.time_of_rho(root**power))
+
+
+def shift(
+    schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN, factor: float = 3.0
+) -> Grid:
+    """Equal steps of t on the schedule shifted by `factor` (SD3, arXiv 2403.03206, eq. 23): more steps at high noise."""
+    shifted = Shifted(schedule, factor)
+    start, end = _ends(shifted, rho_max, rho_min)
+    return _as_grid(shifted.warp(start + (end - start) * _fractions(steps)))
+
+
+def explicit(times: Sequence[float]) -> Grid:
+    """A grid given as numbers: at least two, falling, within [0, 1]."""
+    grid = tuple(float(t) for t in times)
+    falling = all(a > b for a, b in pairwise(grid))
+    if len(grid) < 2 or not falling or not (grid[-1] >= 0 and grid[0] <= 1):
+        raise ValueError(f"a grid is at least two falling times within [0, 1], got {grid}")
+    return grid
+
+
+GRIDS: dict[str, Callable[..., Grid]] = {"uniform": uniform, "logsnr": logsnr, "karras": karras, "shift": shift}

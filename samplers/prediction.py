@@ -1,0 +1,84 @@
+"""What a network said, whatever it was trained to say.
+
+A network's target is a known combination of clean data and noise, and so is its input:
+
+    value = a x0 + b eps
+    x_t   = alpha x0 + sigma eps
+
+    target     a                  b
+    x0         1                  0
+    eps        0                  1
+    velocity   d alpha/dt         d sigma/dt
+    v          -sigma / s         alpha / s          s = sqrt(alpha^2 + sigma^2)
+    score      0                  -1 / sigma
+
+`v` is the v-prediction of Salimans & Ho 2022 (arXiv 2202.00512) wherever s = 1 (variance preserving); on `EDM` it is minus
+the preconditioned output F of Karras et al. 2022 (arXiv 2206.00364, eq. 7) for unit-variance data.
+One 2x2 solve serves every pair of target and schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from midway.samplers.schedule import Schedule
+
+Target = Literal["x0", "eps", "velocity", "v", "score"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Clean estimate x0 (B, *), noise estimate eps (B, *), and the network's hidden features (B, F) if it gave any."""
+
+    x0: Tensor
+    eps: Tensor
+    features: Tensor | None = None
+
+
+Field = Callable[[Tensor, Tensor], Prediction]
+"""All that a solver sees of a model: (x_t (B, *), t (B,)) -> Prediction."""
+
+
+def expand(t: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`."""
+    return t.view(-1, *[1] * (like.dim() - 1))
+
+
+def target_coefficients(target: Target, t: Tensor, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """(a, b) of `value = a x0 + b eps`, shaped like `t`."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+    if target == "x0":
+        return one, zero
+    if target == "eps":
+        return zero, one
+    if target == "velocity":
+        return schedule.rates(t)
+    if target == "v":
+        scale = (alpha.square() + sigma.square()).sqrt()
+        return -sigma / scale, alpha / scale
+    if target == "score":
+        return zero, -1 / sigma
+    raise ValueError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}")
+
+
+def target_value(target: Target, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """What a network with this target should say about (x0, eps) (B, *) at t (B,)."""
+    a, b = target_coefficients(target, t, schedule)
+    return expand(a, x0) * x0 + expand(b, x0) * eps
+
+
+def solve(value: Tensor, target: Target, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
+    """Invert `value = a x0 + b eps, x_t = alpha x0 + sigma eps` for (B, *) tensors by Cramer's rule.
+
+    Singular where the target says nothing new: `x0` at sigma = 0, `eps` and `score` at alpha = 0.
+    """
+    a, b = target_coefficients(target, t, schedule)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    determinant = a * sigma - b * alpha
+    a, b, alpha, sigma = (expand(c / determinant, x_t) for c in (a, b, alpha, sigma))
+    return Prediction(x0=sigma * value - b * x_t, eps=a * x_t - alpha * value)

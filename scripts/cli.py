@@ -1,0 +1,80 @@
+"""What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
+
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from midway.gen.config import from_dict, read_yaml
+from midway.gen.errors import MidwayError, UsageError, nearest
+
+Task = TypeVar("Task")
+
+
+def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
+    """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
+    default, rest = _starting_point(task, recipes, arguments)
+    description = (task.__doc__ or "") + _recipe_help(recipes)
+    if default is None:
+        return tyro.cli(task, args=rest, description=description)
+    return tyro.cli(task, args=rest, default=default, description=description)
+
+
+def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:
+    lines = [f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in recipes.items()]
+    return "\n\nRecipes (first argument):\n\n" + "\n\n".join(lines) if lines else ""
+
+
+def _starting_point(
+    task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]
+) -> tuple[Task | None, list[str]]:
+    if arguments[:1] == ["--config"]:
+        if len(arguments) < 2:
+            raise UsageError("--config needs a file", "none was given", "pass the config.yaml of a run")
+        values = read_yaml(Path(arguments[1]))
+        if isinstance(values, dict):
+            values.pop("kind", None)
+        return from_dict(task, values, arguments[1]), arguments[2:]
+    if arguments and not arguments[0].startswith("-") and recipes:
+        name = arguments[0]
+        if name not in recipes:
+            raise UsageError(f"unknown recipe '{name}'", "it is not in scripts/recipes.py", nearest(name, recipes))
+        return recipes[name](), arguments[1:]
+    return None, arguments
+
+
+def main(command: Callable[[list[str]], None]) -> NoReturn:
+    """Run a script: MidwayError -> three lines and its exit code, Ctrl-C -> 130, `--debug` -> the traceback as well."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        command(arguments)
+    except MidwayError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b,c` as a tuple, without empty parts."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """`4,6,8` as integers; UsageError naming the flag otherwise."""
+    try:
+        found = tuple(int(part) for part in names(text))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(f"{flag} cannot be '{text}'", "it is a list of positive whole numbers", f"write {flag} 4,6,8")
+    return found

@@ -1,0 +1,46 @@
+"""Encode a tokenizer's data set once: python scripts/encode.py --tokenizer runs/digits-fsq"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cli import main, resolve
+from midway.gen.artefacts import best_device, load_tokenizer
+from midway.gen.data import describe
+from midway.gen.errors import UsageError
+from midway.gen.latents import cache_path, encode, save_latents
+from midway.gen.splits import load_splits
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Encode the training images of a tokenizer's data set, with per-channel mean and std."""
+
+    tokenizer: Path
+    """Run directory of the tokenizer."""
+    out: Path | None = None
+    """The file to write (default: beside the tokenizer, named by data and weights)."""
+    batch_size: int = 512
+    overwrite: bool = False
+    """Replace an existing file."""
+
+
+def run(task: EncodeTask) -> Path:
+    """Write the cache; its path."""
+    tokenizer, data = load_tokenizer(task.tokenizer)
+    train = load_splits(data).train
+    path = task.out or cache_path(task.tokenizer, train, tokenizer)
+    if path.exists() and not task.overwrite:
+        raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
+    print(describe(train))
+    tokenizer.to(device=best_device())
+    latents = encode(tokenizer, train, task.batch_size)
+    save_latents(latents, path)
+    print(f"latents {tuple(latents.raw.shape)}")
+    print("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
+    print("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
+    print(f"saved {path}")
+    return path
+
+
+if __name__ == "__main__":
+    main(lambda arguments: run(resolve(EncodeTask, {}, arguments)) and None)

@@ -1,0 +1,211 @@
+"""Recipes: plain functions that return a configuration. Each says its command, its run time and what to expect.
+
+Times are for 2 CPU cores unless a GPU is named.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from midway.gen.backbone import DiTConfig
+from midway.gen.latent_model import LatentModelConfig
+from midway.gen.splits import DataConfig
+from midway.gen.training import TrainConfig
+
+Flat = tyro.conf.arg(name="")  # flags without a prefix
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Size and quantizer of an image tokenizer."""
+
+    quantizer: Literal["fsq", "vq", "kl", "identity"] = "fsq"
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """fsq: levels per channel; their product is the codebook size."""
+    form: Literal["tanh", "sigmoid"] = "tanh"
+    """fsq: the bounding function."""
+    codebook_size: int = 512
+    """vq: number of codes."""
+    dim: int = 8
+    """vq, kl: channels of a code."""
+    kl_weight: float = 1e-4
+    """kl: weight of the KL term."""
+    width: int = 48
+    downsample: int = 2
+    """Pixels of the image per latent pixel, a power of two."""
+    blocks: int = 2
+    upsample: Literal["pixel_shuffle", "nearest", "bilinear"] = "pixel_shuffle"
+    latent_space: Literal["pre", "post"] = "pre"
+    """What a latent model learns: values before snapping to codes, or the codes."""
+    snap_on_decode: bool = True
+    """Snap a latent model's samples to the nearest code before decoding."""
+
+    def quantizer_config(self, channels: int) -> dict[str, object]:
+        """The quantizer's own configuration."""
+        return {
+            "fsq": {"type": "fsq", "levels": list(self.levels), "form": self.form},
+            "vq": {"type": "vq", "codebook_size": self.codebook_size, "dim": self.dim},
+            "kl": {"type": "kl", "dim": self.dim, "weight": self.kl_weight},
+            "identity": {"type": "identity", "dim": channels if self.downsample == 1 else self.dim},
+        }[self.quantizer]
+
+
+@dataclass(frozen=True)
+class TokenizerTask:
+    """Train an image tokenizer."""
+
+    out: Path
+    """Run directory to create."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+
+
+@dataclass(frozen=True)
+class LatentTask:
+    """Train a latent model on a tokenizer's latents."""
+
+    out: Path
+    """Run directory to create."""
+    tokenizer: Path
+    """Run directory of the tokenizer; its data set is used."""
+    latents: Path | None = None
+    """Latent cache (default: beside the tokenizer; made if missing)."""
+    model: LatentModelConfig = field(default_factory=LatentModelConfig)
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+
+
+def digits_fsq() -> TokenizerTask:
+    """8x8 digits to 4x4 FSQ codes of 1000 values. About 1 min; PSNR about 27 dB on held-out digits.
+
+    python scripts/train_tokenizer.py digits-fsq
+    """
+    return TokenizerTask(
+        out=Path("runs/digits-fsq"),
+        train=TrainConfig(steps=600, batch_size=128, lr=3e-3, decay="cosine", ema=0.99, log_every=50),
+    )
+
+
+def digits_vq() -> TokenizerTask:
+    """8x8 digits to 4x4 codes of a learned 512-entry codebook. About 1 min.
+
+    python scripts/train_tokenizer.py digits-vq
+    """
+    return TokenizerTask(
+        out=Path("runs/digits-vq"),
+        model=TokenizerConfig(quantizer="vq"),
+        train=TrainConfig(steps=600, batch_size=128, lr=3e-3, decay="cosine", ema=0.99, log_every=50),
+    )
+
+
+def digits_kl() -> TokenizerTask:
+    """8x8 digits to 4x4 continuous latents of 4 channels with a small KL term. About 1 min.
+
+    python scripts/train_tokenizer.py digits-kl
+    """
+    return TokenizerTask(
+        out=Path("runs/digits-kl"),
+        model=TokenizerConfig(quantizer="kl", dim=4),
+        train=TrainConfig(steps=600, batch_size=128, lr=3e-3, decay="cosine", ema=0.99, log_every=50),
+    )
+
+
+def digits_pixels() -> TokenizerTask:
+    """No tokenizer: the latents are the pixels, so that a latent model becomes a pixel model. Seconds.
+
+    python scripts/train_tokenizer.py digits-pixels
+    """
+    return TokenizerTask(
+        out=Path("runs/digits-pixels"), model=TokenizerConfig(quantizer="identity", downsample=1), train=TrainConfig()
+    )
+
+
+def cifar10_fsq() -> TokenizerTask:
+    """CIFAR-10 to 8x8 FSQ codes of 64000 values (6 channels).
+
+    python scripts/train_tokenizer.py cifar10-fsq --data cifar10-train.zip --max-seconds 1200
+    """
+    return TokenizerTask(
+        out=Path("runs/cifar10-fsq"),
+        data=DataConfig(data="cifar10", held_out=0.1),
+        model=TokenizerConfig(levels=(8, 8, 8, 5, 5, 5), width=96, downsample=4, blocks=3),
+        train=TrainConfig(steps=20000, batch_size=128, lr=1e-3, ema=0.999, log_every=50),
+    )
+
+
+TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerTask]] = {
+    "digits-fsq": digits_fsq,
+    "digits-vq": digits_vq,
+    "digits-kl": digits_kl,
+    "digits-pixels": digits_pixels,
+    "cifar10-fsq": cifar10_fsq,
+}
+
+
+def digits_dit() -> LatentTask:
+    """A 0.7M-parameter DiT on a variance-preserving cosine schedule. About 3 min.
+
+    python scripts/train_latent.py digits-dit --tokenizer runs/digits-fsq
+    """
+    return LatentTask(
+        out=Path("runs/digits-dit"),
+        tokenizer=Path("runs/digits-fsq"),
+        model=LatentModelConfig(schedule="cosine", target="velocity"),
+        train=TrainConfig(steps=2500, batch_size=128, lr=3e-3, log_every=100),
+    )
+
+
+def digits_flow() -> LatentTask:
+    """The same DiT as a rectified flow. About 3 min.
+
+    python scripts/train_latent.py digits-flow --tokenizer runs/digits-fsq
+    """
+    return LatentTask(
+        out=Path("runs/digits-flow"),
+        tokenizer=Path("runs/digits-fsq"),
+        model=LatentModelConfig(schedule="linear", target="velocity"),
+        train=TrainConfig(steps=2500, batch_size=128, lr=3e-3, log_every=100),
+    )
+
+
+def digits_edm() -> LatentTask:
+    """The same DiT with EDM's preconditioning and noise distribution. About 3 min.
+
+    python scripts/train_latent.py digits-edm --tokenizer runs/digits-fsq
+    """
+    return LatentTask(
+        out=Path("runs/digits-edm"),
+        tokenizer=Path("runs/digits-fsq"),
+        model=LatentModelConfig(schedule="edm", target="v", time_mean=-1.2, time_std=1.2),
+        train=TrainConfig(steps=2500, batch_size=128, lr=3e-3, log_every=100),
+    )
+
+
+def cifar10_dit() -> LatentTask:
+    """A DiT of width 256 and depth 8 on 8x8 latents of CIFAR-10.
+
+    python scripts/train_latent.py cifar10-dit --tokenizer runs/cifar10-fsq --max-seconds 1800
+    """
+    return LatentTask(
+        out=Path("runs/cifar10-dit"),
+        tokenizer=Path("runs/cifar10-fsq"),
+        model=LatentModelConfig(
+            schedule="cosine", target="velocity", dit=DiTConfig(width=256, depth=8, heads=8, patch=1)
+        ),
+        train=TrainConfig(steps=100000, batch_size=128, lr=5e-4, ema=0.999, log_every=50),
+    )
+
+
+LATENT_RECIPES: dict[str, Callable[[], LatentTask]] = {
+    "digits-dit": digits_dit,
+    "digits-flow": digits_flow,
+    "digits-edm": digits_edm,
+    "cifar10-dit": cifar10_dit,
+}

@@ -1,0 +1,83 @@
+"""Train the offline feature network of a data set: python scripts/train_features.py --data digits --out runs/digits-features"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from cli import main, resolve
+from midway.gen.config import to_dict
+from midway.gen.data import describe
+from midway.gen.errors import UsageError
+from midway.gen.features import FeatureConfig, FeatureNetwork, protocol_name, save_features
+from midway.gen.runs import Run
+from midway.gen.splits import DataConfig, load_splits
+from midway.gen.training import ImageBatch, TrainConfig, fit, make_accelerator
+from recipes import Flat
+
+
+@dataclass(frozen=True)
+class FeaturesTask:
+    """Train a small classifier whose penultimate layer measures images of this data set."""
+
+    out: Path = Path("runs/digits-features")
+    """Run directory to create."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    width: int = 32
+    """Channels of the first stage."""
+    dim: int = 32
+    """Features per image."""
+    train: Annotated[TrainConfig, Flat] = field(
+        default_factory=lambda: TrainConfig(steps=400, lr=2e-3, decay="cosine", weight_decay=0.05, ema=0.99)
+    )
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+
+
+def train(task: FeaturesTask) -> Run | None:
+    """Train on the training images, report the held-out accuracy, save. The run on the main process."""
+    splits = load_splits(task.data)
+    accelerator = make_accelerator(task.train)
+    run = Run(task.out, "features")
+    if accelerator.is_main_process:
+        run = Run.create(task.out, "features", to_dict(task), task.overwrite)
+        run.say(describe(splits.train))
+    accelerator.wait_for_everyone()
+    data = splits.train
+    torch.manual_seed(task.train.seed)
+    network = make_network(task, data.images.shape[1], data.images.shape[2], len(data.classes))
+    result = fit(
+        network,
+        lambda items: ImageBatch(data.images[items].to(accelerator.device), data.labels[items].to(accelerator.device)),
+        len(data.images),
+        task.train,
+        run,
+        accelerator,
+    )
+    if not accelerator.is_main_process:
+        return None
+    if result.ema is not None:
+        network.load_state_dict(result.ema.shadow)
+    network.eval()
+    with torch.no_grad():
+        logits = network.classify(network.features(splits.held_out.images))
+    accuracy = (logits.argmax(1).cpu() == splits.held_out.labels).float().mean().item()
+    source = task.data.data if "/" not in task.data.data else Path(task.data.data).stem
+    run.save_checkpoint(result.steps, lambda folder: save_features(network, folder / "features.safetensors", source))
+    run.log({"step": result.steps, "held_out_accuracy": accuracy})
+    run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")
+    run.say(f"saved {run.checkpoint}")
+    return run
+
+
+def make_network(task: FeaturesTask, channels: int, side: int, classes: int) -> FeatureNetwork:
+    """The network for these images; UsageError for sizes that do not fit."""
+    try:
+        return FeatureNetwork(FeatureConfig(channels, side, classes, task.width, task.dim))
+    except ValueError as error:
+        raise UsageError("this feature network cannot be built", str(error), "change the flags or --data") from None
+
+
+if __name__ == "__main__":
+    main(lambda arguments: train(resolve(FeaturesTask, {}, arguments)) and None)

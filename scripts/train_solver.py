@@ -1,0 +1,121 @@
+"""Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from cli import main, numbers, resolve
+from midway.gen.artefacts import TrainedModel, load_model, solver_path
+from midway.gen.config import to_dict
+from midway.gen.errors import UsageError, nearest
+from midway.gen.evaluate import LEARNED
+from midway.gen.runs import Run
+from midway.gen.sampling import labels_of
+from midway.gen.solver_training import DistillConfig, NoiseBatch, SolverObjective
+from midway.gen.training import TrainConfig, fit, make_accelerator
+from midway.samplers.grids import GRIDS
+from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.solvers import SOLVERS
+from recipes import Flat
+
+
+@dataclass(frozen=True)
+class SolverTask:
+    """Distil AMED for one model: one learned solver per budget, stored with the model."""
+
+    model: Path
+    """Run directory of the latent model."""
+    solver: str = "amed"
+    """amed (per-sample predictor) or amed-constants (constants per step); also the first argument."""
+    nfe: str = "6"
+    """Budgets, comma-separated; even without and odd with --distill.analytic-first."""
+    grid: str = "karras"
+    """Grid of the learned solver."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale that the solver is learned for."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: Annotated[TrainConfig, Flat] = field(
+        default_factory=lambda: TrainConfig(
+            steps=100, lr=2e-2, warmup=0, decay="cosine", ema=0, clip=10.0, log_every=20
+        )
+    )
+    overwrite: bool = False
+    """Replace solvers that were already learned."""
+
+
+def recipes() -> dict[str, object]:
+    """The solver's name is the first argument."""
+    return {name: (lambda name=name: SolverTask(model=Path(), solver=name)) for name in LEARNED}
+
+
+def train(task: SolverTask) -> list[Run]:
+    """One run per budget, on the main process."""
+    check(task)
+    accelerator = make_accelerator(task.train)
+    trained = load_model(task.model, accelerator.device)
+    return [
+        run for nfe in numbers(task.nfe, "--nfe") if (run := train_one(task, nfe, trained, accelerator)) is not None
+    ]
+
+
+def check(task: SolverTask) -> None:
+    """Refuse names that do not exist before anything is loaded."""
+    for what, name, known in (
+        ("solver", task.solver, LEARNED),
+        ("grid", task.grid, GRIDS),
+        ("teacher", task.distill.teacher, SOLVERS),
+    ):
+        if name not in known:
+            raise UsageError(f"unknown {what} '{name}'", "it is not in the registry", nearest(name, known))
+
+
+def train_one(task: SolverTask, nfe: int, trained: TrainedModel, accelerator) -> Run | None:
+    """Distil at one budget and save."""
+    config = replace(task.distill, nfe=nfe, grid=task.grid, guidance=task.guidance)
+    try:
+        objective = SolverObjective(trained.model, config, constants=task.solver == "amed-constants")
+    except ValueError as error:
+        raise UsageError(
+            f"{task.solver} at NFE {nfe} is not possible", str(error), "change --nfe or --distill.analytic-first"
+        ) from None
+    torch.manual_seed(task.train.seed)
+    path = solver_path(task.model, task.solver, task.grid, nfe)
+    run = Run(path, "solver")
+    if accelerator.is_main_process:
+        run = Run.create(path, "solver", to_dict(replace(task, nfe=str(nfe))), task.overwrite)
+    accelerator.wait_for_everyone()
+    device = accelerator.device
+    result = fit(
+        objective,
+        lambda items: NoiseBatch(labels_of(items, trained.model.classes).to(device)),
+        trained.model.classes * 1000,
+        task.train,
+        run,
+        accelerator,
+    )
+    if not accelerator.is_main_process:
+        return None
+    training_nfe = objective.counter.evaluations * accelerator.num_processes
+    card = SolverCard(
+        name=task.solver,
+        grid_name=task.grid,
+        schedule=trained.model.config.schedule,
+        model_hash=trained.hash,
+        nfe=nfe,
+        analytic_first=config.analytic_first,
+        guidance=config.guidance,
+        training_nfe=training_nfe,
+        teacher=f"{config.teacher}+{config.extra}",
+    )
+    solver = LearnedSolver(card, objective.grid, objective.rule.cpu().eval())
+    run.save_checkpoint(result.steps, lambda folder: solver.save(folder / "solver.safetensors"))
+    run.say(
+        f"{task.solver} at NFE {nfe}: {training_nfe:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
+    )
+    return run
+
+
+if __name__ == "__main__":
+    main(lambda arguments: train(resolve(SolverTask, recipes(), arguments)) and None)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,100 @@
+"""Train an image tokenizer: python scripts/train_tokenizer.py digits-fsq --model.levels 8 5 5 5"""
+
+import torch
+
+from cli import main, resolve
+from midway.gen.config import to_dict
+from midway.gen.data import ImageData, describe
+from midway.gen.errors import UsageError
+from midway.gen.pictures import save_grid
+from midway.gen.runs import Run
+from midway.gen.splits import Splits, load_splits
+from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, reconstruct
+from midway.gen.training import ImageBatch, fit, make_accelerator
+from midway.tokenizers.tokenizer import ImageTokenizer
+from recipes import TOKENIZER_RECIPES, TokenizerTask
+
+SHOWN = 32
+
+
+def train(task: TokenizerTask) -> Run | None:
+    """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
+    splits = load_splits(task.data)
+    accelerator = make_accelerator(task.train)
+    run = open_run(task, accelerator.is_main_process, splits)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(task.train.seed)
+    tokenizer = make_tokenizer(task, splits.train)
+    objective = TokenizerObjective(tokenizer).to(accelerator.device)
+    images, labels = splits.train.images, splits.train.labels
+    steps = 0
+    ema = None
+    if any(p.requires_grad for p in tokenizer.parameters()):
+        result = fit(
+            objective,
+            lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
+            len(images),
+            task.train,
+            run,
+            accelerator,
+            preview=lambda step: write_reconstructions(run, tokenizer, splits, step),
+        )
+        steps, ema = result.steps, result.ema
+    if not accelerator.is_main_process:
+        return None
+    if ema is not None:
+        objective.load_state_dict(ema.shadow)
+    objective.eval()
+    quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
+    run.log({"step": steps, **{f"held_out_{name}": value for name, value in quality.items()}})
+    run.save_checkpoint(steps, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
+    run.say("held-out images: " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))
+    run.say(f"saved {run.checkpoint}")
+    return run
+
+
+def open_run(task: TokenizerTask, is_main: bool, splits: Splits) -> Run:
+    """Only the main process creates the directory and reports the data."""
+    if not is_main:
+        return Run(task.out, "tokenizer")
+    run = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
+    run.say(describe(splits.train))
+    run.say(describe(splits.held_out))
+    return run
+
+
+def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
+    """The tokenizer for these images; UsageError for sizes that do not fit."""
+    channels, height, width = data.images.shape[1:]
+    if height != width:
+        raise UsageError(
+            f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
+        )
+    config = task.model
+    try:
+        return ImageTokenizer(
+            in_channels=channels,
+            image_size=height,
+            width=config.width,
+            downsample=config.downsample,
+            blocks=config.blocks,
+            quantizer=config.quantizer_config(channels),
+            upsample=config.upsample,
+            latent_space=config.latent_space,
+            snap_on_decode=config.snap_on_decode,
+        )
+    except ValueError as error:
+        raise UsageError("this tokenizer cannot be built", str(error), "change the --model flags") from None
+
+
+def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int) -> None:
+    """Held-out images over their reconstructions."""
+    images = splits.held_out.images[:SHOWN]
+    pairs = torch.stack([images, reconstruct(tokenizer, images)], dim=1)  # (N, 2, C, H, W)
+    rows = pairs.unflatten(0, (-1, 8)) if len(images) % 8 == 0 else pairs[None]
+    ordered = rows.transpose(1, 2).flatten(0, 2)  # eight originals, then their eight reconstructions
+    save_grid(run.path / "samples" / f"reconstructions-{step:06d}.png", ordered, columns=rows.shape[1])
+
+
+if __name__ == "__main__":
+    main(lambda arguments: train(resolve(TokenizerTask, TOKENIZER_RECIPES, arguments)) and None)

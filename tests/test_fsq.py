@@ -1,0 +1,188 @@
+"""FSQ: the bijection, integer exactness, the bounded map and its gradient, and independence of the caller's dtype."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from midway.tokenizers.base import bits_per_image, perplexity, straight_through, usage
+from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, Form
+
+FORMS: tuple[Form, ...] = ("tanh", "sigmoid")
+LEVEL_SETS = [*FSQ_LEVELS.values(), (27, 27), (3, 4, 5)]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("levels", LEVEL_SETS)
+def test_indices_and_codes_are_a_bijection_over_the_whole_codebook(levels: tuple[int, ...], form: Form) -> None:
+    quantizer = FSQ(levels, form)
+    indices = torch.arange(math.prod(levels)).view(1, -1)
+    codes = quantizer.indices_to_codes(indices)
+    assert torch.equal(quantizer.codes_to_indices(codes), indices)
+    assert len(codes[0].T.unique(dim=0)) == quantizer.codebook_size
+    assert torch.equal(quantizer.snap(codes), codes)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("levels", LEVEL_SETS)
+def test_every_code_is_reached_from_the_real_line(levels: tuple[int, ...], form: Form) -> None:
+    quantizer = FSQ(levels, form)
+    line = torch.linspace(-12, 12, 4001)
+    digits = quantizer.latents_to_digits(quantizer.latents(line.repeat(len(levels), 1)[None]))[0]
+    for channel, level in zip(digits, levels, strict=True):
+        assert channel.unique().tolist() == list(range(level))
+        assert bool((channel.diff() >= 0).all())
+
+
+def test_first_channel_is_the_least_significant_digit() -> None:
+    quantizer = FSQ([3, 4, 5], "sigmoid")
+    digits = torch.tensor(list(itertools.product(range(3), range(4), range(5)))).T[None]
+    expected = digits[0, 0] + 3 * digits[0, 1] + 12 * digits[0, 2]
+    assert torch.equal(quantizer.digits_to_indices(digits)[0], expected)
+
+
+@pytest.mark.parametrize("levels", [[2] * 27, [16] * 10, [8] * 20 + [7], [1021, 1031, 1033, 1049]])
+def test_huge_codebooks_are_exact_integers(levels: list[int]) -> None:
+    """A float32 sum is wrong beyond 2**24 codes."""
+    quantizer = FSQ(levels, "sigmoid")
+    source = random.Random(0)
+    tokens = [[source.randrange(level) for level in levels] for _ in range(2000)]
+    tokens += [[0] * len(levels), [level - 1 for level in levels]]
+    expected = [sum(d * math.prod(levels[:i]) for i, d in enumerate(token)) for token in tokens]
+    codes = quantizer.digits_to_codes(torch.tensor(tokens).T[None])
+    indices = quantizer.codes_to_indices(codes)
+    assert indices[0].tolist() == expected
+    assert torch.equal(quantizer.indices_to_codes(indices), codes)
+    assert quantizer(codes).counts is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_value_is_bit_equal_to_the_decoded_indices(form: Form, autocast: bool) -> None:
+    quantizer = FSQ([8, 8, 8, 5, 5, 5], form)
+    z = (2 * normal(4, 6, 16, 16)).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = quantizer(z)
+    assert torch.equal(out.codes, quantizer.indices_to_codes(out.indices))
+    assert torch.equal(out.codes, quantizer.snap(quantizer.latents(z)))
+    assert out.codes.dtype == torch.float32
+    assert out.loss.item() == 0
+    assert out.losses == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_indices_depend_on_the_value_only_not_on_dtype_or_autocast(dtype: torch.dtype, autocast: bool) -> None:
+    quantizer = FSQ([8, 8, 8, 6, 5]).to(dtype)
+    z = normal(2, 5, 32, 32).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        indices = quantizer(z).indices
+    assert torch.equal(indices, FSQ([8, 8, 8, 6, 5])(z.float()).indices)
+
+
+def test_tanh_form_matches_the_formula_in_float64() -> None:
+    """arXiv 2309.15505, app. A.1, with atanh and 1 + 1e-3."""
+    levels = [8, 5, 6, 7]
+    z = 1.5 * normal(1, 4, 500).double()
+    for channel, level in enumerate(levels):
+        half, offset = (level - 1) * 1.001 / 2, 0.5 * (level % 2 == 0)
+        bounded = torch.tanh(z[0, channel] + math.atanh(offset / half)) * half - offset
+        latents = FSQ(levels).latents(z)[0, channel]
+        torch.testing.assert_close(latents.double() * (level // 2), bounded, atol=2e-6, rtol=0)
+        digits = FSQ(levels).latents_to_digits(latents.expand(1, 4, -1))[0, channel]
+        assert torch.equal(digits, (bounded.round() + level // 2).long())
+
+
+def test_zero_is_the_middle_code_of_the_tanh_form() -> None:
+    assert FSQ([8, 5, 6, 7])(torch.zeros(1, 4, 1)).codes.abs().max() == 0
+    assert FSQ([8, 5, 6, 7]).latents(torch.zeros(1, 4, 1)).abs().max() < 1e-7
+
+
+def test_sigmoid_form_matches_the_formula() -> None:
+    levels = [2, 5, 8, 17]
+    z = 2 * normal(1, 4, 500)
+    quantizer = FSQ(levels, "sigmoid")
+    tops = torch.tensor(levels).view(1, 4, 1) - 1
+    expected = torch.round(tops * torch.sigmoid(z))
+    torch.testing.assert_close(quantizer(z).codes, 2 * expected / tops - 1, atol=1e-6, rtol=0)
+    assert quantizer.indices_to_digits(quantizer(z).indices).amax((0, 2)).tolist() == [1, 4, 7, 16]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_is_that_of_the_bounded_map(form: Form) -> None:
+    levels = torch.tensor([8.0, 5.0, 6.0]).view(1, 3, 1)
+    z = normal(2, 3, 50).requires_grad_()
+    weight = normal(2, 3, 50, seed=1)
+    (FSQ([8, 5, 6], form)(z).codes * weight).sum().backward()
+    half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) / 2
+    tanh = torch.tanh(z.detach() + torch.atanh(offset / half))
+    sigmoid = torch.sigmoid(z.detach())
+    slope = (1 - tanh**2) * half / (levels // 2) if form == "tanh" else 2 * sigmoid * (1 - sigmoid)
+    torch.testing.assert_close(z.grad, weight * slope, atol=1e-6, rtol=1e-5)
+
+
+def test_straight_through_is_exact_forward_and_identity_backward() -> None:
+    carrier = (1e4 * normal(1000)).requires_grad_()
+    value, weight = normal(1000, seed=1), normal(1000, seed=2)
+    out = straight_through(value, carrier)
+    (out * weight).sum().backward()
+    assert torch.equal(out, value)
+    assert carrier.grad is not None
+    assert torch.equal(carrier.grad, weight)
+
+
+def test_counts_usage_and_perplexity() -> None:
+    quantizer = FSQ([8, 5, 5, 5])
+    counts = quantizer(normal(8, 4, 16, 16)).counts
+    assert counts.sum() == 8 * 256
+    assert counts.shape == (1000,)
+    assert usage(torch.tensor([1, 0, 3, 0])) == 0.5
+    assert perplexity(torch.tensor([3, 0, 3, 0])) == pytest.approx(2)
+    assert perplexity(torch.ones(64, dtype=torch.int64)) == pytest.approx(64)
+    assert quantizer.bits_per_token == math.log2(1000)
+    assert bits_per_image(64, 1024) == 640
+    with pytest.raises(ValueError, match="at least one batch"):
+        perplexity(torch.zeros(3))
+
+
+def test_recommended_levels_are_those_of_the_paper() -> None:
+    assert {bits: math.prod(levels) for bits, levels in FSQ_LEVELS.items()} == {
+        8: 240, 10: 1000, 12: 4375, 14: 15360, 16: 64000,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3), (2, 3, 5), (2, 3, 1, 2, 3)])
+def test_any_number_of_spatial_axes(shape: tuple[int, ...]) -> None:
+    out = FSQ([3, 4, 5])(normal(*shape))
+    assert out.codes.shape == shape
+    assert out.indices.shape == shape[:1] + shape[2:]
+
+
+@pytest.mark.parametrize(
+    ("levels", "form", "message"),
+    [
+        ([], "tanh", "at least one"),
+        ([8, 1], "tanh", "from 2"),
+        ([2, 8], "tanh", "sigmoid"),
+        ([65536] * 4, "tanh", r"2\*\*63"),
+        ([8], "clamp", "choose"),
+    ],
+)
+def test_unusable_settings_are_refused(levels: list[int], form: Form, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FSQ(levels, form)
+
+
+def test_foreign_indices_and_shapes_are_refused() -> None:
+    quantizer = FSQ([3, 4, 5])
+    for indices in (torch.tensor([[60]]), torch.tensor([[-1]]), torch.tensor([[0.0]])):
+        with pytest.raises(ValueError, match="indices"):
+            quantizer.indices_to_codes(indices)
+    with pytest.raises(ValueError, match=r"\(B, 3, \*S\)"):
+        quantizer(torch.zeros(1, 4, 2))

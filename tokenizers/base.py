@@ -1,0 +1,152 @@
+"""What every quantizer is: a map from encoder output z to codes, with an exact inverse from indices.
+
+    codes = snap(latents(z))          indices in {0, ..., K - 1}          codes == indices_to_codes(indices), bit for bit
+    d codes / d z = d latents / d z   the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432)
+
+Shapes: z (B, in_dim, *S), codes and latents (B, dim, *S), indices (B, *S); channels come first, always.
+
+Statistics of one batch of indices, p_k = count_k / sum of counts:
+
+    usage = share of codes with count_k > 0      perplexity = exp(-sum_k p_k ln p_k)      bits per image = length log2 K
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+MAX_COUNTED = 2**20  # beyond this many codes a histogram per batch would cost more than the quantizer
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a quantizer made of one batch.
+
+    codes: (B, D, *S) float32, straight-through. indices: (B, *S) int64; (B, 0) if the quantizer is continuous.
+    losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none.
+    counts: (K,) int64 histogram of `indices`, or None for continuous quantizers and K > 2**20.
+    """
+
+    codes: Tensor
+    indices: Tensor
+    losses: dict[str, Tensor]
+    loss: Tensor
+    counts: Tensor | None
+
+
+class Quantizer(nn.Module, ABC):
+    """Base of all quantizers. `dim` is the number of channels of a code; `codebook_size` is None if it is continuous."""
+
+    dim: int
+    codebook_size: int | None
+
+    @property
+    def in_dim(self) -> int:
+        """Channels that the encoder must give."""
+        return self.dim
+
+    @property
+    def bits_per_token(self) -> float | None:
+        """log2 K, or None if continuous."""
+        return None if self.codebook_size is None else math.log2(self.codebook_size)
+
+    @abstractmethod
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
+        """Quantize z (B, in_dim, *S).
+
+        `noise` (B, D, *S), standard normal, makes a stochastic quantizer's draw a function of the caller's seeds;
+        discrete quantizers ignore it.
+        """
+
+    @abstractmethod
+    def latents(self, z: Tensor) -> Tensor:
+        """The continuous value before snapping: z (B, in_dim, *S) -> (B, D, *S) float32."""
+
+    @abstractmethod
+    def snap(self, latents: Tensor) -> Tensor:
+        """The nearest code to each point of latent space: (B, D, *S) -> (B, D, *S); no gradient if discrete."""
+
+    @abstractmethod
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """(B, *S) int64 -> (B, D, *S) float32. ValueError if an index is outside {0, ..., K - 1}."""
+
+    @abstractmethod
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """(B, D, *S) -> (B, *S) int64, the exact inverse of `indices_to_codes`."""
+
+    def update(self) -> None:
+        """Apply running statistics: call once per optimizer step, on every process."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: `value`, bit for bit. Backward: the identity to `carrier`. (`carrier + (value - carrier)` rounds.)"""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[None, Tensor]:
+        return None, gradients[0]
+
+
+def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
+    """`value` exactly, with the gradient of `carrier` (same shape)."""
+    return _StraightThrough.apply(value.detach(), carrier)  # type: ignore[no-any-return]
+
+
+def float32_island(z: Tensor) -> torch.autocast:
+    """Context without autocast on z's device: in bfloat16 neighbouring codes collide."""
+    return torch.autocast(device_type=z.device.type, enabled=False)
+
+
+def discrete(codes: Tensor, indices: Tensor, losses: dict[str, Tensor], loss: Tensor, size: int) -> Quantized:
+    """A `Quantized` with the histogram of its indices."""
+    counts = histogram(indices, size) if size <= MAX_COUNTED else None
+    return Quantized(codes=codes, indices=indices, losses=losses, loss=loss, counts=counts)
+
+
+def histogram(indices: Tensor, size: int) -> Tensor:
+    """How often each of `size` indices occurs: (size,) int64. (bincount would synchronise a GPU.)"""
+    flat = indices.reshape(-1)
+    return torch.zeros(size, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def check_channels(z: Tensor, channels: int, name: str = "z") -> None:
+    """ValueError unless z is (B, channels, *S)."""
+    if z.ndim < 2 or z.shape[1] != channels:
+        raise ValueError(f"{name} has shape {tuple(z.shape)}; this quantizer takes (B, {channels}, *S)")
+
+
+def check_indices(indices: Tensor, size: int) -> None:
+    """ValueError unless indices are integers in {0, ..., size - 1}; reads the data, so a GPU synchronises."""
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise ValueError(f"indices are {indices.dtype}; give int64 (a float cannot count beyond 2**24)")
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
+        raise ValueError(
+            f"indices span {int(indices.min())}..{int(indices.max())}; this codebook has 0..{size - 1}: "
+            "remove mask or class tokens before decoding"
+        )
+
+
+def usage(counts: Tensor) -> float:
+    """Share of codes hit at least once, in [0, 1]; counts (K,)."""
+    return (counts > 0).double().mean().item()
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of the counts (K,), in [1, K]: the number of equally used codes that would say as much."""
+    total = counts.sum().item()
+    if total <= 0:
+        raise ValueError(f"counts sum to {total}; count at least one batch before asking for perplexity")
+    p = counts.double() / total
+    return torch.special.entr(p).sum().exp().item()
+
+
+def bits_per_image(length: int, codebook_size: int) -> float:
+    """length log2 K: what `length` tokens can say, in bits."""
+    if length < 1 or codebook_size < 1:
+        raise ValueError(f"length {length}, codebook size {codebook_size}: both must be at least 1")
+    return length * math.log2(codebook_size)

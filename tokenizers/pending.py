@@ -1,0 +1,70 @@
+"""Codebook statistics between two optimizer steps: sums per code, and a uniform sample of the vectors seen.
+
+The sample is a reservoir: each vector draws a priority from U(0, 1) and the largest priorities stay, so that merging
+micro-batches or processes is again "keep the largest".
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from midway.tokenizers.clustering import sums_by_code
+
+_MAX_CANDIDATES = 512  # encoder vectors kept for restarts, hence restarts per step
+
+
+class Pending:
+    """Statistics since the last update. Not buffers: DistributedDataParallel would overwrite them with rank 0's."""
+
+    def __init__(self, size: int, dim: int, device: torch.device) -> None:
+        self.sums = torch.zeros(size, dim + 1, device=device)  # s_k, n_k
+        self.candidates = torch.full((min(size, _MAX_CANDIDATES), dim + 1), -1.0, device=device)  # x, priority
+        self.fingerprints: list[Tensor] = []
+
+    def add(self, rows: Tensor, indices: Tensor, generator: torch.Generator) -> None:
+        """rows (N, D) with codes `indices` (N,): adds their sums, and keeps a uniform sample of all rows so far."""
+        self.sums += sums_by_code(rows, indices, len(self.sums))
+        priorities = torch.rand(len(rows), 1, generator=generator).to(rows.device)
+        self.candidates = highest_priority(
+            torch.cat([self.candidates, torch.cat([rows, priorities], 1)]), len(self.candidates)
+        )
+        self.fingerprints.append(fingerprint(indices))
+
+    def has_seen(self, indices: Tensor) -> bool:
+        """Whether a batch with exactly these indices was added."""
+        return any(torch.equal(fingerprint(indices), old) for old in self.fingerprints)
+
+
+def highest_priority(candidates: Tensor, size: int) -> Tensor:
+    """The `size` rows of (R, D + 1) with the largest last column, in falling order."""
+    return candidates[candidates[:, -1].topk(size).indices]
+
+
+def fingerprint(indices: Tensor) -> Tensor:
+    """A 64-bit hash of the sequence of indices (N,), as a tensor."""
+    position = torch.arange(1, len(indices) + 1, device=indices.device)
+    return ((indices + 1) * position * 0x9E3779B97F4A7C1 ^ position).sum()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running now: a forward in there is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def distributed() -> bool:
+    # Asked each time: the process group may be made after the quantizer.
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if distributed() else 0
+
+
+def over_ranks(pending: Pending) -> tuple[Tensor, Tensor]:
+    """(sums, candidates) over all processes, the same on each."""
+    if not distributed():
+        return pending.sums, pending.candidates
+    dist.all_reduce(pending.sums)
+    shares = [torch.empty_like(pending.candidates) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, pending.candidates)
+    return pending.sums, highest_priority(torch.cat(shares), len(pending.candidates))

@@ -1,0 +1,206 @@
+"""Images to tokens or latents, and back: encoder, quantizer, decoder in one `save_pretrained` artefact.
+
+    z = encode(x)          codes, indices = quantize(z)          x' = decode(codes)
+
+A latent model sees y = (raw - mean) / std per channel, where raw is, by `latent_space`,
+
+    "pre"    quantizer.latents(z): continuous, before snapping (as in latent diffusion, arXiv 2112.10752)
+    "post"   the codes themselves
+
+and its samples return through decode_latents: y std + mean, snapped to the nearest code if `snap_on_decode`, decoded.
+Mean and std are measured once on training images and travel with the weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from midway.tokenizers.base import Quantized, Quantizer
+from midway.tokenizers.kl import Identity
+from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
+from midway.tokenizers.quantizers import make_quantizer
+
+LatentSpace = Literal["pre", "post"]
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """reconstruction: (B, C, H, W) float32, meant for [-1, 1] but unbounded. quantized: codes, indices, losses."""
+
+    reconstruction: Tensor
+    quantized: Quantized
+
+
+class ImageTokenizer(ModelMixin, ConfigMixin):
+    """Square images (B, in_channels, image_size, image_size) in [-1, 1] <-> a grid of codes.
+
+    `quantizer` is a config for `make_quantizer`, FSQ [8, 5, 5, 5] by default. {"type": "identity", "dim": in_channels}
+    with downsample 1 is the pixel model: latents are pixels, and there are no networks. Saved and loaded bit for bit by
+    save_pretrained and from_pretrained (safetensors).
+    """
+
+    _keep_in_fp32_modules = ["bottleneck", "latent_mean", "latent_std"]  # noqa: RUF012  (the name and the type are diffusers')
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    latents_measured: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        image_size: int = 8,
+        width: int = 64,
+        downsample: int = 2,
+        blocks: int = 2,
+        quantizer: dict[str, Any] | None = None,
+        upsample: str = "pixel_shuffle",
+        latent_space: str = "pre",
+        snap_on_decode: bool = True,
+    ) -> None:
+        super().__init__()
+        _check(image_size, downsample, latent_space)
+        description = _plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
+        self.register_to_config(quantizer=description)  # the default is written out, so that it may change later
+        self.image_shape = (in_channels, image_size, image_size)
+        self.downsample = downsample
+        self.latent_space: LatentSpace = cast(LatentSpace, latent_space)
+        self.snap_on_decode = snap_on_decode
+        self.bottleneck = make_quantizer(
+            description
+        )  # diffusers finds config["quantizer"] before a module of that name
+        self.passes_through = isinstance(self.quantizer, Identity) and downsample == 1
+        dim, in_dim = self.quantizer.dim, self.quantizer.in_dim
+        if self.passes_through:
+            _check_pixels(dim, in_channels)
+            self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        else:
+            self.encoder = Encoder(in_channels, width, downsample, blocks, in_dim)
+            self.decoder = Decoder(dim, width, downsample, blocks, in_channels, cast(Upsample, upsample))
+        self.register_buffer("latent_mean", torch.zeros(dim))
+        self.register_buffer("latent_std", torch.ones(dim))
+        self.register_buffer("latents_measured", torch.tensor(False))
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer itself; `config["quantizer"]` is its description."""
+        return self.bottleneck
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(D, h, w) of codes and latents."""
+        side = self.image_shape[1] // self.downsample
+        return self.quantizer.dim, side, side
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per image, h w."""
+        _, height, width = self.latent_shape
+        return height * width
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
+        """Images -> reconstruction and what was quantized; `noise` (B, D, h, w) is for KL, see `Quantizer.forward`."""
+        quantized = self.quantizer(self.encode(images), noise)
+        return TokenizerOutput(self.decode(quantized.codes), quantized)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> the encoder's output z (B, in_dim, h, w), before the quantizer."""
+        _check_shape(images, self.image_shape, "images")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; convert bytes to floats in [-1, 1] first")
+        return self.encoder(self._cast(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, D, h, w) -> images (B, C, H, W) float32, meant for [-1, 1] but unbounded."""
+        _check_shape(codes, self.latent_shape, "codes")
+        return self.decoder(self._cast(codes)).float()
+
+    def encode_indices(self, images: Tensor) -> Tensor:
+        """Images -> tokens (B, h, w) int64. ValueError if the quantizer is continuous."""
+        return self.quantizer.codes_to_indices(self._codes(images))
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Tokens (B, h, w) int64 -> images. ValueError if one is outside the codebook."""
+        return self.decode(self.quantizer.indices_to_codes(indices))
+
+    def raw_latents(self, images: Tensor) -> Tensor:
+        """Images -> latents (B, D, h, w) float32 before standardisation: what `set_latent_statistics` is measured on."""
+        return self._codes(images) if self.latent_space == "post" else self.quantizer.latents(self.encode(images))
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images."""
+        for name, value in (("mean", mean), ("std", std)):
+            if value.shape != self.latent_mean.shape or not bool(torch.isfinite(value).all()):
+                shape = tuple(self.latent_mean.shape)
+                raise ValueError(f"{name} is {value.tolist()}; give finite numbers of shape {shape}, one a channel")
+        if not bool((std > 0).all()):
+            raise ValueError(
+                f"std is {std.tolist()}; a channel that never varies carries nothing: drop it, or train on"
+            )
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+        self.latents_measured.fill_(True)
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Images -> standardised latents (B, D, h, w). ValueError until statistics have been given."""
+        self._check_measured()
+        return (self.raw_latents(images) - _channelwise(self.latent_mean)) / _channelwise(self.latent_std)
+
+    def decode_latents(self, latents: Tensor, snap: bool | None = None) -> Tensor:
+        """Standardised latents (B, D, h, w) -> images; `snap` overrides `snap_on_decode`."""
+        self._check_measured()
+        _check_shape(latents, self.latent_shape, "latents")
+        raw = latents.float() * _channelwise(self.latent_std) + _channelwise(self.latent_mean)
+        return self.decode(self.quantizer.snap(raw) if (self.snap_on_decode if snap is None else snap) else raw)
+
+    def update(self) -> None:
+        """The quantizer's `update`: once per optimizer step, on every process."""
+        self.quantizer.update()
+
+    def _codes(self, images: Tensor) -> Tensor:
+        # Not quantizer.forward: reading codes in training mode must not count as training.
+        return self.quantizer.snap(self.quantizer.latents(self.encode(images)))
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """To the networks' dtype, for those loaded in bfloat16."""
+        return x if self.passes_through else x.to(next(self.encoder.parameters()).dtype)
+
+    def _check_measured(self) -> None:
+        if not bool(self.latents_measured):
+            raise ValueError(
+                "this tokenizer's latent mean and std have not been measured, and latents of unknown scale shift the "
+                "noise schedule: collect raw_latents over training images and call set_latent_statistics(mean, std)"
+            )
+
+
+def _channelwise(vector: Tensor) -> Tensor:
+    """(D,) -> (D, 1, 1) float32."""
+    return vector.float().view(-1, 1, 1)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` as JSON gives it back: lists, no tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def _check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
+    if x.ndim != 4 or tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} have shape {tuple(x.shape)}; this tokenizer takes (B, {', '.join(map(str, shape))})")
+
+
+def _check_pixels(dim: int, in_channels: int) -> None:
+    if dim != in_channels:
+        raise ValueError(f"identity of dim {dim} on {in_channels} channels: with downsample 1 pixels are the latents")
+
+
+def _check(image_size: int, downsample: int, latent_space: str) -> None:
+    check_downsample(downsample)
+    if image_size < 1 or image_size % downsample:
+        raise ValueError(f"image_size {image_size} is not a multiple of downsample {downsample}: change one of them")
+    if latent_space not in get_args(LatentSpace):
+        raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
