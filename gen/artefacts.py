@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from midway.gen.config import from_dict, to_dict
 from midway.gen.errors import DataError
@@ -23,6 +23,8 @@ from midway.gen.runs import Run
 from midway.gen.splits import DataConfig
 from midway.samplers.learned_solver import LearnedSolver
 from midway.tokenizers.tokenizer import ImageTokenizer
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,21 @@ class TrainedModel:
     run: Run
 
 
-def load_tokenizer(path: Path) -> tuple[ImageTokenizer, DataConfig]:
+def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:
     """The tokenizer of a run, and the data it was trained on."""
     run = Run.open(path, "tokenizer")
-    return read_tokenizer(run.checkpoint / "tokenizer"), from_dict(DataConfig, run.config["data"], "config.data")
+    return read_tokenizer(run.checkpoint / "tokenizer", device), from_dict(
+        DataConfig, run.config["data"], "config.data"
+    )
 
 
-def read_tokenizer(folder: Path) -> ImageTokenizer:
+def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
     """`from_pretrained`, frozen, with an error that says what to do."""
     try:
         tokenizer = ImageTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder} cannot be read", str(error).splitlines()[0], "train the tokenizer again") from error
+    nn.Module.to(tokenizer, device)  # diffusers' own `to` hides the signature
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -74,15 +79,15 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     try:
         text = (folder / "model.json").read_text()
         state = load_file(folder / "ema.safetensors")
-    except (OSError, SafetensorError) as error:
+        description = json.loads(text)
+        config = from_dict(LatentModelConfig, description["config"], "model.json")
+        model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{folder} cannot be read", str(error), "train the model again with --overwrite") from error
-    description = json.loads(text)
-    config = from_dict(LatentModelConfig, description["config"], "model.json")
-    model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
-    model.load_state_dict(state)
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
-        tokenizer=read_tokenizer(folder / "tokenizer").to(device=device),
+        tokenizer=read_tokenizer(folder / "tokenizer", device),
         data=from_dict(DataConfig, run.config["data"], "config.data"),
         hash=state_hash(text, state),
         run=run,

@@ -37,7 +37,11 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
             raise UsageError(
                 f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), names)
             )
-    return cls(**{key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**typed)
+    except ValueError as error:
+        raise UsageError(f"{where} cannot be used", str(error), "correct the value") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -80,6 +80,8 @@ def make_plans(trained: TrainedModel, solver: str, nfe: int, config: SweepConfig
     for grid in config.grids:
         if grid not in GRIDS:
             raise UsageError(f"unknown grid '{grid}'", "it is not in the registry", nearest(grid, GRIDS))
+    if config.guidance != 1 and not trained.model.classes:
+        raise UsageError(f"--guidance {config.guidance}", "this model was trained without classes", "drop --guidance")
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained.model.schedule, config) for grid in config.grids}
     found = {grid: load_solver(trained, solver, grid, nfe) for grid in GRIDS}
@@ -96,6 +98,16 @@ def make_plans(trained: TrainedModel, solver: str, nfe: int, config: SweepConfig
 
 
 def _check_card(plan: LearnedSolver, solver: str, grid: str, config: SweepConfig) -> None:
+    if config.eta:
+        raise UsageError(
+            f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta, or use ddim alone"
+        )
+    if config.analytic_first and not plan.card.analytic_first:
+        raise UsageError(
+            f"{solver} on grid {grid} was learned without the analytic first step",
+            "a learned solver cannot change it",
+            "drop --analytic-first, or learn it again with --distill.analytic-first",
+        )
     if plan.card.guidance != config.guidance:
         raise UsageError(
             f"{solver} on grid {grid} was learned at guidance {plan.card.guidance}",
@@ -164,10 +176,16 @@ def run_sweep(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Sweep:
     """Measure every cell. Names, budgets and learned solvers are checked before the first sample is drawn."""
-    n = config.n or len(splits.held_out.images)
-    if n < 2 or config.blocks < 1:
+    n = len(splits.held_out.images) if config.n is None else config.n
+    if n < 2 or config.blocks < 1 or config.batch_size < 1:
         raise UsageError(
-            f"n {n} and blocks {config.blocks}", "a distance needs 2 images in 1 block", "raise --n or --blocks"
+            f"n {n}, blocks {config.blocks}, batch size {config.batch_size}",
+            "a distance needs 2 images in 1 block",
+            "raise --n, --blocks or --batch-size",
+        )
+    if config.reference_nfe < 2 or config.reference_nfe % 2:
+        raise UsageError(
+            f"--reference-nfe {config.reference_nfe}", "Heun's method costs 2 evaluations a step", "use an even number"
         )
     plans = {(s, k): make_plans(trained, s, k, config) for s in config.solvers for k in config.nfe}
     seeds = torch.arange(config.first_seed, config.first_seed + n * config.blocks)
@@ -184,7 +202,7 @@ def run_sweep(
             measured.append((cell, images[:SHOWN]))
         best = min(range(len(measured)), key=lambda i: measured[i][0].distance)
         cells += [replace(cell, best=i == best) for i, (cell, _) in enumerate(measured)]
-        grids[solver, nfe] = grid_png(measured[best][1], columns=SHOWN // 2)
+        grids[solver, measured[best][0].nfe] = grid_png(measured[best][1], columns=SHOWN // 2)
     return Sweep(cells, grids)
 
 

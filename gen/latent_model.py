@@ -42,6 +42,8 @@ class LatentModelConfig:
     """Mean of log rho for logit_normal."""
     time_std: float = 1.0
     """Standard deviation of log rho for logit_normal."""
+    conditional: bool = True
+    """Whether the model is told the class; an unconditional model has to find the modes by itself."""
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -56,9 +58,10 @@ class LatentModel(nn.Module):
 
     def __init__(self, config: LatentModelConfig, latent_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
-        self.config, self.latent_shape, self.classes = config, latent_shape, classes
+        self.config, self.latent_shape = config, latent_shape
+        self.classes = classes if config.conditional else 0  # label `classes` says "no class"
         self.schedule = config.make_schedule()
-        self.network = DiT(config.dit, *latent_shape, classes)
+        self.network = DiT(config.dit, *latent_shape, self.classes)
 
     def draw_time(self, context: Context) -> Tensor:
         """float32 (B,): one time per sample, within the range that grids sample."""
@@ -79,8 +82,8 @@ class LatentModel(nn.Module):
         """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_rho_0` .. `loss_rho_7`)."""
         x0, t = batch.latents, self.draw_time(context)
         eps = context.normal("noise", x0.shape[1:])
-        dropped = context.uniform("label") < self.config.label_dropout
-        labels = torch.where(dropped, self.classes, batch.labels)
+        kept = context.uniform("label") >= self.config.label_dropout
+        labels = torch.where(kept & (batch.labels < self.classes), batch.labels, self.classes)
         x_t = expand(self.schedule.alpha(t), x0) * x0 + expand(self.schedule.sigma(t), x0) * eps
         target = target_value(self.config.target, x0, eps, t, self.schedule) / expand(self._output_scale(t), x0)
         output, _ = self.forward_network(x_t, t, labels)
@@ -114,7 +117,12 @@ class LatentModel(nn.Module):
         return torch.full_like(labels, self.classes)
 
     def field(self, labels: Tensor, guidance: float = 1.0, network: ConditionalField | None = None) -> Field:
-        """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there."""
+        """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there.
+
+        ValueError for guidance of an unconditional model.
+        """
+        if guidance != 1 and not self.classes:
+            raise ValueError(f"guidance {guidance} needs classes, and this model was trained without: use guidance 1")
         return classifier_free(network or self.conditional_field, labels, self.null_labels(labels), guidance)
 
 

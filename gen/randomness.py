@@ -53,7 +53,7 @@ def words(seed: int, purpose: str, step: int, sample_ids: Tensor, count: int) ->
 
 def _unit(bits: Tensor) -> Tensor:
     """float64 in the open interval (0, 1): the upper 53 bits, centred in their cell."""
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-53)  # 2^53 - 1/2 rounds up
 
 
 def uniform(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:

@@ -64,7 +64,8 @@ class Run:
             raise DataError(
                 f"{path} is not a run directory", "it has no config.yaml", f"give the --out of a {kind} run"
             )
-        found = read_yaml(path / "config.yaml").get("kind")
+        values = read_yaml(path / "config.yaml")
+        found = values.get("kind") if isinstance(values, dict) else None
         if found != kind:
             raise DataError(
                 f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"

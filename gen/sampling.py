@@ -26,8 +26,11 @@ def noise_of(seeds: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
 
 
 def labels_of(seeds: Tensor, classes: int) -> Tensor:
-    """The class of each seed, int64 (B,): seed modulo classes, so that every consecutive run of seeds is balanced."""
-    return seeds.cpu() % classes
+    """The class of each seed, int64 (B,): seed modulo classes, so that every consecutive run of seeds is balanced.
+
+    An unconditional model has 0 classes, and its label is 0.
+    """
+    return seeds.cpu() % max(classes, 1)
 
 
 class SeededNoise:

@@ -1,13 +1,19 @@
 """The objective that distils a solver for a trained model; fit() runs it like any other model.
 
-loss = sum over steps of log(error of the step): every step's relative improvement counts the same, although the errors of
-early and late steps differ by orders of magnitude.
+The teacher's trajectories are computed once, `trajectories` of them, and every step draws a batch of them.
+
+    loss = sum over steps of log(error of the step)
+
+so that every step's relative improvement counts the same, although errors of early and late steps differ by orders of
+magnitude.
 """
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
+from midway.gen import randomness
 from midway.gen.latent_model import LatentModel, start_state
 from midway.gen.training import Context
 from midway.samplers.amed import AMEDConfig, Constants, Predictor
@@ -27,6 +33,10 @@ class DistillConfig:
     teacher: str = "heun"
     extra: int = 3
     """Teacher nodes between each pair of the student's."""
+    trajectories: int = 512
+    """Teacher trajectories, computed once; training draws batches of them."""
+    seed: int = 1 << 20
+    """First trajectory's noise seed, away from the seeds that are evaluated."""
     analytic_first: bool = False
     guidance: float = 1.0
     rho_max: float = RHO_MAX
@@ -35,9 +45,10 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class NoiseBatch:
-    """Labels (B,) of trajectories to start; the noise comes from the context."""
+class TrajectoryBatch:
+    """Teacher nodes of B trajectories and their labels (B,)."""
 
+    nodes: TeacherNodes
     labels: Tensor
 
 
@@ -58,21 +69,28 @@ class SolverObjective(nn.Module):
         self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
         self.counter = EvaluationCounter(model.conditional_field)
 
-    def teacher_states(self, labels: Tensor, context: Context) -> TeacherNodes:
-        """The teacher's nodes for the noise of this step."""
-        model = self._model[0]
-        x = start_state(model.schedule, self.grid[0], context.normal("trajectory", model.latent_shape))
-        field = model.field(labels, self.config.guidance, self.counter)
-        return teacher_nodes(
-            field, model.schedule, self.teacher, self.config.extra + 1, x, self.config.analytic_first, self.feature_dim
-        )
+    def run_teacher(self, labels: Tensor, batch_size: int = 256) -> TeacherNodes:
+        """All trajectories: labels (M,) -> nodes stacked along the batch, on the labels' device."""
+        model, config = self._model[0], self.config
+        seeds = torch.arange(config.seed, config.seed + len(labels))
+        noise = randomness.normal(0, "sample", 0, seeds, model.latent_shape).to(labels.device)
+        parts = []
+        for some, x in zip(labels.split(batch_size), noise.split(batch_size), strict=True):
+            start = start_state(model.schedule, self.grid[0], x)
+            guided = model.field(some, config.guidance, self.counter)
+            stride = config.extra + 1
+            parts.append(
+                teacher_nodes(
+                    guided, model.schedule, self.teacher, stride, start, config.analytic_first, self.feature_dim
+                )
+            )
+        return TeacherNodes(*(torch.cat(p, dim=1) for p in zip(*((t.states, t.eps, t.features) for t in parts))))
 
-    def loss(self, batch: NoiseBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of log errors; logs the geometric mean error and, per step, the root of the error."""
+    def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of log errors; logs the root of each step's error, in units of the state's standard deviation."""
         model = self._model[0]
-        teacher = self.teacher_states(batch.labels, context)
-        field = model.field(batch.labels.repeat(len(self.grid) - 1), self.config.guidance, self.counter)
-        errors = step_errors(field, model.schedule, self.grid, self.rule, teacher)
+        guided = model.field(batch.labels.repeat(len(self.grid) - 1), self.config.guidance, self.counter)
+        errors = step_errors(guided, model.schedule, self.grid, self.rule, batch.nodes)
         logs = {f"rmse_step_{i}": e.detach().sqrt() for i, e in enumerate(errors)}
         return errors.clamp(min=1e-20).log().sum(), logs
 

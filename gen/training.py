@@ -96,6 +96,18 @@ class TrainConfig:
     """Optimizer steps between preview grids (0: only at the end)."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("steps", "warmup", "lr", "weight_decay", "preview_every", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}; 0 keeps the newest weights")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+
 
 def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of optimizer step `step` (from 0), in closed form."""
@@ -108,10 +120,15 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves."""
-    return Accelerator(
+    """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves.
+
+    UsageError when the global batch cannot be shared equally.
+    """
+    accelerator = Accelerator(
         mixed_precision=config.precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
+    _share(config, accelerator)
+    return accelerator
 
 
 class _Loss(nn.Module):

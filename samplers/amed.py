@@ -172,5 +172,5 @@ def nodes(
 def features_of(prediction: Prediction, feature_dim: int) -> Tensor:
     """The network's features, or zeros for a network that has none (enough for constants)."""
     if prediction.features is not None:
-        return prediction.features
-    return prediction.x0.new_zeros(prediction.x0.shape[0], feature_dim)
+        return prediction.features.float()
+    return prediction.x0.new_zeros(prediction.x0.shape[0], feature_dim).float()

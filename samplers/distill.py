@@ -27,6 +27,10 @@ class TeacherNodes:
     eps: Tensor
     features: Tensor
 
+    def take(self, items: Tensor) -> "TeacherNodes":
+        """The trajectories `items` int64 (b,)."""
+        return TeacherNodes(self.states[:, items], self.eps[:, items], self.features[:, items])
+
 
 def _evaluations_at_nodes(table: Table) -> list[int]:
     """For every node but the last, the number of the evaluation made at that state."""

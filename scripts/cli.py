@@ -1,5 +1,6 @@
 """What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
 
+import dataclasses
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from midway.gen.config import from_dict, read_yaml
 from midway.gen.errors import MidwayError, UsageError, nearest
 
 Task = TypeVar("Task")
+RECORDED = ("kind", "data")
 
 
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
@@ -24,7 +26,7 @@ def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], argumen
 
 
 def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:
-    lines = [f"  {name}: {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in recipes.items()]
+    lines = [f"  {name}: {(make.__doc__ or name).strip().splitlines()[0]}" for name, make in recipes.items()]
     return "\n\nRecipes (first argument):\n\n" + "\n\n".join(lines) if lines else ""
 
 
@@ -35,8 +37,9 @@ def _starting_point(
         if len(arguments) < 2:
             raise UsageError("--config needs a file", "none was given", "pass the config.yaml of a run")
         values = read_yaml(Path(arguments[1]))
-        if isinstance(values, dict):
-            values.pop("kind", None)
+        if isinstance(values, dict):  # a run records its kind too, and a latent model the data of its tokenizer
+            fields = {field.name for field in dataclasses.fields(task)}  # pyright: ignore[reportArgumentType]
+            values = {key: value for key, value in values.items() if key in fields or key not in RECORDED}
         return from_dict(task, values, arguments[1]), arguments[2:]
     if arguments and not arguments[0].startswith("-") and recipes:
         name = arguments[0]

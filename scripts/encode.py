@@ -26,13 +26,14 @@ class EncodeTask:
 
 def run(task: EncodeTask) -> Path:
     """Write the cache; its path."""
-    tokenizer, data = load_tokenizer(task.tokenizer)
+    if task.batch_size < 1:
+        raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
+    tokenizer, data = load_tokenizer(task.tokenizer, best_device())
     train = load_splits(data).train
     path = task.out or cache_path(task.tokenizer, train, tokenizer)
     if path.exists() and not task.overwrite:
         raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
     print(describe(train))
-    tokenizer.to(device=best_device())
     latents = encode(tokenizer, train, task.batch_size)
     save_latents(latents, path)
     print(f"latents {tuple(latents.raw.shape)}")

@@ -8,7 +8,7 @@ import torch
 
 from cli import main, resolve
 from midway.gen.artefacts import best_device, load_model
-from midway.gen.errors import UsageError
+from midway.gen.errors import DivergedError, UsageError
 from midway.gen.evaluate import SweepConfig, make_plans
 from midway.gen.pictures import save_grid
 from midway.gen.sampling import decode, sample_latents
@@ -45,14 +45,18 @@ class SampleTask:
 
 def run(task: SampleTask) -> None:
     """Sample, decode, write."""
-    if task.n < 1 or task.seed < 0:
+    if task.n < 1 or task.seed < 0 or task.batch_size < 1:
         raise UsageError(
-            f"--n {task.n} --seed {task.seed}", "there is nothing to draw", "use --n 1 or more and --seed 0 or more"
+            f"--n {task.n} --seed {task.seed} --batch-size {task.batch_size}",
+            "there is nothing to draw",
+            "use --n and --batch-size 1 or more, and --seed 0 or more",
         )
     if task.out.suffix.lower() != ".png":
         raise UsageError(f"--out {task.out}", "the grid is a PNG", "give a name that ends in .png")
     trained = load_model(task.model, best_device())
     classes = trained.model.classes
+    if task.label is not None and not classes:
+        raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")
     if task.label is not None and not 0 <= task.label < classes:
         raise UsageError(f"--label {task.label}", f"the model knows classes 0 to {classes - 1}", "choose one of them")
     config = SweepConfig(grids=(task.grid,), guidance=task.guidance, analytic_first=task.analytic_first, eta=task.eta)
@@ -61,6 +65,10 @@ def run(task: SampleTask) -> None:
     seeds = torch.arange(task.seed, task.seed + task.n)
     labels = None if task.label is None else torch.full((task.n,), task.label)
     samples = sample_latents(trained, plan, seeds, task.guidance, task.batch_size, labels)
+    if not samples.latents.isfinite().all():
+        raise DivergedError(
+            "sampling diverged", "the latents stopped being finite", "use more --nfe or less --guidance"
+        )
     save_grid(task.out, decode(trained, samples.latents), columns=math.ceil(math.sqrt(task.n)))
     print(f"{task.n} images, {samples.nfe:g} evaluations each, {samples.seconds:.2f} s; saved {task.out}")
 

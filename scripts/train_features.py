@@ -39,14 +39,14 @@ def train(task: FeaturesTask) -> Run | None:
     """Train on the training images, report the held-out accuracy, save. The run on the main process."""
     splits = load_splits(task.data)
     accelerator = make_accelerator(task.train)
+    data = splits.train
+    torch.manual_seed(task.train.seed)
+    network = make_network(task, data.images.shape[1], data.images.shape[2], len(data.classes))
     run = Run(task.out, "features")
     if accelerator.is_main_process:
         run = Run.create(task.out, "features", to_dict(task), task.overwrite)
         run.say(describe(splits.train))
     accelerator.wait_for_everyone()
-    data = splits.train
-    torch.manual_seed(task.train.seed)
-    network = make_network(task, data.images.shape[1], data.images.shape[2], len(data.classes))
     result = fit(
         network,
         lambda items: ImageBatch(data.images[items].to(accelerator.device), data.labels[items].to(accelerator.device)),

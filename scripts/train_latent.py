@@ -6,7 +6,7 @@ from cli import main, resolve
 from midway.gen.artefacts import TrainedModel, load_tokenizer, write_model
 from midway.gen.config import to_dict
 from midway.gen.data import ImageData
-from midway.gen.errors import UsageError
+from midway.gen.errors import DataError, UsageError
 from midway.gen.latent_model import LatentModel
 from midway.gen.latents import Latents, cache_path, encode, load_latents, save_latents
 from midway.gen.pictures import save_grid
@@ -25,20 +25,19 @@ PREVIEW_STEPS = 10
 
 def train(task: LatentTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
-    tokenizer, data = load_tokenizer(task.tokenizer)
-    images = load_splits(data).train
     accelerator = make_accelerator(task.train)
-    tokenizer.to(accelerator.device)
-    run = Run(task.out, "latent_model")
+    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    images = load_splits(data).train
+    torch.manual_seed(task.train.seed)
+    model = make_model(task, tokenizer, images)  # before the run: what cannot be built leaves no directory
     if accelerator.is_main_process:
-        run = Run.create(task.out, "latent_model", {**to_dict(task), "data": to_dict(data)}, task.overwrite)
         make_cache(task, images, tokenizer)
     accelerator.wait_for_everyone()
     latents = load_latents(task.latents or cache_path(task.tokenizer, images, tokenizer), images, tokenizer)
-    tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
-    torch.manual_seed(task.train.seed)
-    model = make_model(task, tokenizer, images)
+    set_statistics(tokenizer, latents)
+    run = Run(task.out, "latent_model")
     if accelerator.is_main_process:
+        run = Run.create(task.out, "latent_model", {**to_dict(task), "data": to_dict(data)}, task.overwrite)
         parameters = sum(p.numel() for p in model.parameters())
         run.say(f"{parameters:,} parameters, latents {tuple(latents.raw.shape)}, schedule {task.model.schedule}")
     x0, labels = latents.standardised.to(accelerator.device), latents.labels.to(accelerator.device)
@@ -67,6 +66,14 @@ def make_cache(task: LatentTask, images: ImageData, tokenizer: ImageTokenizer) -
     latents = encode(tokenizer, images)
     save_latents(latents, path)
     return latents
+
+
+def set_statistics(tokenizer: ImageTokenizer, latents: Latents) -> None:
+    """Give the tokenizer its latents' mean and std; DataError for a channel that does not vary."""
+    try:
+        tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
+    except ValueError as error:
+        raise DataError("these latents cannot be standardised", str(error), "train the tokenizer longer") from None
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -> LatentModel:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import tyro
 
 from cli import main, numbers, resolve
 from midway.gen.artefacts import TrainedModel, load_model, solver_path
@@ -13,7 +14,7 @@ from midway.gen.errors import UsageError, nearest
 from midway.gen.evaluate import LEARNED
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
-from midway.gen.solver_training import DistillConfig, NoiseBatch, SolverObjective
+from midway.gen.solver_training import DistillConfig, SolverObjective, TrajectoryBatch
 from midway.gen.training import TrainConfig, fit, make_accelerator
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LearnedSolver, SolverCard
@@ -47,7 +48,7 @@ class SolverTask:
 
 def recipes() -> dict[str, object]:
     """The solver's name is the first argument."""
-    return {name: (lambda name=name: SolverTask(model=Path(), solver=name)) for name in LEARNED}
+    return {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in LEARNED}
 
 
 def train(task: SolverTask) -> list[Run]:
@@ -55,9 +56,11 @@ def train(task: SolverTask) -> list[Run]:
     check(task)
     accelerator = make_accelerator(task.train)
     trained = load_model(task.model, accelerator.device)
-    return [
-        run for nfe in numbers(task.nfe, "--nfe") if (run := train_one(task, nfe, trained, accelerator)) is not None
-    ]
+    if task.guidance != 1 and not trained.model.classes:
+        raise UsageError(f"--guidance {task.guidance}", "this model was trained without classes", "drop --guidance")
+    objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
+    runs = [train_one(task, nfe, objective, trained, accelerator) for nfe, objective in objectives.items()]
+    return [run for run in runs if run is not None]
 
 
 def check(task: SolverTask) -> None:
@@ -71,26 +74,34 @@ def check(task: SolverTask) -> None:
             raise UsageError(f"unknown {what} '{name}'", "it is not in the registry", nearest(name, known))
 
 
-def train_one(task: SolverTask, nfe: int, trained: TrainedModel, accelerator) -> Run | None:
-    """Distil at one budget and save."""
+def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> SolverObjective:
+    """What is learned at one budget; UsageError for a budget that does not exist."""
     config = replace(task.distill, nfe=nfe, grid=task.grid, guidance=task.guidance)
+    torch.manual_seed(task.train.seed)
     try:
-        objective = SolverObjective(trained.model, config, constants=task.solver == "amed-constants")
+        return SolverObjective(trained.model, config, constants=task.solver == "amed-constants")
     except ValueError as error:
         raise UsageError(
             f"{task.solver} at NFE {nfe} is not possible", str(error), "change --nfe or --distill.analytic-first"
         ) from None
-    torch.manual_seed(task.train.seed)
+
+
+def train_one(task: SolverTask, nfe: int, objective: SolverObjective, trained: TrainedModel, accelerator) -> Run | None:
+    """Distil at one budget and save."""
+    config = objective.config
     path = solver_path(task.model, task.solver, task.grid, nfe)
     run = Run(path, "solver")
     if accelerator.is_main_process:
         run = Run.create(path, "solver", to_dict(replace(task, nfe=str(nfe))), task.overwrite)
     accelerator.wait_for_everyone()
     device = accelerator.device
+    numbers_of = torch.arange(config.seed, config.seed + config.trajectories)
+    labels = labels_of(numbers_of, trained.model.classes).to(device)
+    teacher = objective.run_teacher(labels)
     result = fit(
         objective,
-        lambda items: NoiseBatch(labels_of(items, trained.model.classes).to(device)),
-        trained.model.classes * 1000,
+        lambda items: TrajectoryBatch(teacher.take(items.to(device)), labels[items.to(device)]),
+        config.trajectories,
         task.train,
         run,
         accelerator,

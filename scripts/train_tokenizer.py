@@ -21,10 +21,10 @@ def train(task: TokenizerTask) -> Run | None:
     """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
     splits = load_splits(task.data)
     accelerator = make_accelerator(task.train)
+    torch.manual_seed(task.train.seed)
+    tokenizer = make_tokenizer(task, splits.train)  # before the run: what cannot be built leaves no directory
     run = open_run(task, accelerator.is_main_process, splits)
     accelerator.wait_for_everyone()
-    torch.manual_seed(task.train.seed)
-    tokenizer = make_tokenizer(task, splits.train)
     objective = TokenizerObjective(tokenizer).to(accelerator.device)
     images, labels = splits.train.images, splits.train.labels
     steps = 0

@@ -3,6 +3,11 @@
     encoder: space to depth by f, 3x3 convolution, residual blocks, norm, SiLU, 3x3 convolution
     decoder: 3x3 convolution, residual blocks, log2 f doublings with half the width each, norm, SiLU, 3x3 convolution
     residual block: x + conv(silu(norm(conv(silu(norm(x))))))
+    both: plus a linear map from space to depth (or back) around everything
+
+The linear shortcut (after DC-AE, Chen et al. 2024, arXiv 2410.10733, section 3.1) is all there is at initialisation, since the
+last convolutions start at zero: latents begin as local linear functions of the pixels and keep their smooth geometry, which a
+latent model needs more than the decoder does.
 
 A block costs f^2 times less there than at full resolution; the wide doublings of the decoder end light, never below
 8 channels. "pixel_shuffle" learns its up-sampling (Shi et al. 2016, arXiv 1609.05158); "nearest" and "bilinear" resize
@@ -40,16 +45,18 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, width: int, downsample: int, blocks: int, out_channels: int) -> None:
         super().__init__()
         check_downsample(downsample)
+        depth = in_channels * downsample**2
+        last = conv(width, out_channels)
+        nn.init.zeros_(last.weight)
+        self.unshuffle = nn.PixelUnshuffle(downsample)
+        self.shortcut = linear(depth, out_channels)
         self.layers = nn.Sequential(
-            nn.PixelUnshuffle(downsample),
-            conv(in_channels * downsample**2, width),
-            *(ResidualBlock(width) for _ in range(blocks)),
-            *activation(width),
-            conv(width, out_channels),
+            conv(depth, width), *(ResidualBlock(width) for _ in range(blocks)), *activation(width), last
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        pixels = self.unshuffle(images)
+        return self.shortcut(pixels) + self.layers(pixels)
 
 
 class Decoder(nn.Module):
@@ -63,21 +70,33 @@ class Decoder(nn.Module):
         if upsample not in get_args(Upsample):
             raise ValueError(f"upsample is {upsample!r}; choose one of: {', '.join(get_args(Upsample))}")
         widths = [width, *(max(width >> i, _LIGHTEST) for i in range(1, upscale.bit_length()))]
+        last = conv(widths[-1], out_channels)
+        nn.init.zeros_(last.weight)
+        self.shortcut = nn.Sequential(linear(in_channels, out_channels * upscale**2), nn.PixelShuffle(upscale))
         self.layers = nn.Sequential(
             conv(in_channels, width),
             *(ResidualBlock(width) for _ in range(blocks)),
             *(doubling(wide, narrow, upsample) for wide, narrow in pairwise(widths)),
             *activation(widths[-1]),
-            conv(widths[-1], out_channels),
+            last,
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.layers(codes)
+        return self.shortcut(codes) + self.layers(codes)
 
 
 def conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the resolution; its bias starts at zero."""
     layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def linear(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 1x1 convolution that starts orthogonal, with zero bias."""
+    layer = nn.Conv2d(in_channels, out_channels, 1)
+    nn.init.orthogonal_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

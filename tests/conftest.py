@@ -1,0 +1,108 @@
+"""One tiny run of the whole path, shared by all tests, and scripts called as a user calls them."""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_features
+import train_latent
+import train_solver
+import train_tokenizer
+from midway.gen.artefacts import TrainedModel, load_model
+from midway.gen.backbone import DiTConfig
+from midway.gen.latent_model import LatentModelConfig
+from midway.gen.solver_training import DistillConfig
+from midway.gen.training import TrainConfig
+from recipes import LatentTask, TokenizerConfig, TokenizerTask
+
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+TINY = TrainConfig(steps=25, batch_size=64, lr=1e-2, warmup=2, ema=0.9, log_every=10)
+TINY_DIT = DiTConfig(width=32, depth=2, heads=2)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The run directories of one tiny path: tokenizer -> features, latent model -> learned solvers."""
+
+    root: Path
+    tokenizer: Path
+    features: Path
+    model: Path
+
+    def load(self) -> TrainedModel:
+        """The latent model on the CPU."""
+        return load_model(self.model, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a script left on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+Script = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """Digits, 2x2 FSQ latents, a conditional DiT on the cosine schedule, amed and amed-constants at NFE 4, uniform grid."""
+    root = tmp_path_factory.mktemp("pipeline")
+    paths = Pipeline(root, root / "tokenizer", root / "features", root / "model")
+    train_tokenizer.train(TokenizerTask(paths.tokenizer, model=TokenizerConfig(width=16, downsample=4), train=TINY))
+    train_features.train(train_features.FeaturesTask(paths.features, width=8, dim=8, train=TINY))
+    config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
+    train_latent.train(LatentTask(paths.model, paths.tokenizer, model=config, train=TINY))
+    solver = train_solver.SolverTask(
+        paths.model,
+        nfe="4",
+        grid="uniform",
+        distill=DistillConfig(trajectories=32, extra=1),
+        train=TrainConfig(steps=5, batch_size=16, lr=5e-2, warmup=0, ema=0, log_every=5),
+    )
+    for name in ("amed", "amed-constants"):
+        train_solver.train(replace(solver, solver=name))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def unconditional(pipeline: Pipeline) -> Path:
+    """A latent model that was trained without classes, on the pipeline's tokenizer."""
+    path = pipeline.root / "unconditional"
+    config = LatentModelConfig(schedule="cosine", conditional=False, dit=TINY_DIT)
+    train_latent.train(LatentTask(path, pipeline.tokenizer, model=config, train=replace(TINY, steps=2)))
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """`script("sample", "--nfe", 4)` runs scripts/sample.py as `__main__` in this process."""
+
+    def call(name: str, *arguments: object) -> Outcome:
+        file = str(SCRIPTS / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [file, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(file, run_name="__main__")
+        told = capsys.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int), f"{name} ended with {code!r}"
+        return Outcome(code, told.out, told.err)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages in boxes are not wrapped, whatever terminal runs the tests."""
+    monkeypatch.setenv("COLUMNS", "200")

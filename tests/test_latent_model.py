@@ -1,0 +1,203 @@
+"""The latent model: targets, conditioning, start, time distributions, and learning on data with a known answer."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from midway.gen.backbone import DiT, DiTConfig, positions_2d
+from midway.gen.latent_model import LatentModel, LatentModelConfig, pool, start_state
+from midway.gen.training import Context, LatentBatch
+from midway.samplers.grids import uniform
+from midway.samplers.prediction import TARGETS, expand
+from midway.samplers.sample import EvaluationCounter, sample
+from midway.samplers.schedule import SCHEDULES
+from midway.samplers.solvers import heun
+
+TINY = DiTConfig(width=16, depth=2, heads=2, patch=1)
+
+
+def _model(schedule: str = "linear", target: str = "velocity", **options: object) -> LatentModel:
+    torch.manual_seed(0)
+    config = LatentModelConfig(schedule=schedule, target=target, dit=TINY, **options)  # pyright: ignore
+    return LatentModel(config, (3, 4, 4), 10)
+
+
+def _perturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+
+
+def _context(count: int, step: int = 0) -> Context:
+    return Context(seed=0, step=step, sample_ids=torch.arange(count))
+
+
+def _batch(count: int) -> LatentBatch:
+    latents = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return LatentBatch(latents, torch.arange(count) % 10)
+
+
+def test_the_first_output_is_zero() -> None:
+    """adaLN-zero and a zero head: a new network says 0, whatever it sees."""
+    model = _model()
+    out, _ = model.forward_network(torch.randn(5, 3, 4, 4), torch.rand(5), torch.arange(5))
+    assert not out.any()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_the_first_loss_is_the_targets_variance(schedule: str, target: str) -> None:
+    """The target is scaled to unit variance for independent unit-variance data, and the network starts at 0."""
+    model = _model(schedule, target)
+    loss, _ = model.loss(_batch(512), _context(512))
+    assert loss.item() == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
+def test_a_network_that_says_its_target_recovers_the_data(schedule: str, target: str, monkeypatch) -> None:
+    model = _model(schedule, target)
+    x0, eps = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = model.schedule.time_of_rho(torch.logspace(-1, 1, 6, dtype=torch.float64))
+    x = expand(model.schedule.alpha(t), x0) * x0 + expand(model.schedule.sigma(t), x0) * eps
+    from midway.samplers.prediction import target_value
+
+    said = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model._output_scale(t), x0)
+    hidden = torch.zeros(6, 16, 16)
+    monkeypatch.setattr(model, "forward_network", lambda *_: (said, hidden))
+    got = model.conditional_field(x, t, torch.zeros(6, dtype=torch.int64))
+    torch.testing.assert_close(got.x0, x0, rtol=0, atol=1e-8)
+    torch.testing.assert_close(got.eps, eps, rtol=0, atol=1e-8)
+
+
+def test_edm_with_v_is_edms_preconditioning() -> None:
+    """x0 = c_skip x + c_out F(c_in x), Karras et al. 2022, equation 7, with data std 1."""
+    model = _model("edm", "v")
+    _perturb(model)
+    x, t = 5 * torch.randn(4, 3, 4, 4), torch.tensor([0.001, 0.01, 0.1, 0.5])
+    labels = torch.arange(4)
+    s = expand(80 * t, x)
+    with torch.no_grad():
+        network, _ = model.forward_network(x, t, labels)
+        got = model.conditional_field(x, t, labels).x0
+    torch.testing.assert_close(got, x / (s**2 + 1) - s / (s**2 + 1).sqrt() * network, rtol=1e-4, atol=1e-4)
+
+
+def test_logit_normal_is_sd3s_on_the_linear_schedule() -> None:
+    model = _model(time_mean=0.5, time_std=0.8)
+    t = model.draw_time(_context(20000)).double()
+    assert stats.kstest(torch.logit(t).numpy(), "norm", args=(0.5, 0.8)).pvalue > 0.01
+
+
+def test_logit_normal_is_edms_on_the_edm_schedule() -> None:
+    model = _model("edm", "v", time_mean=-1.2, time_std=1.2)
+    sigma = model.schedule.sigma(model.draw_time(_context(20000)).double())
+    assert stats.kstest(sigma.log().numpy(), "norm", args=(-1.2, 1.2)).pvalue > 0.01
+
+
+def test_uniform_time_covers_the_sampled_range() -> None:
+    model = _model("cosine", time="uniform")
+    t = model.draw_time(_context(20000)).double()
+    ends = uniform(model.schedule, 1)
+    assert stats.kstest(t.numpy(), "uniform", args=(ends[1], ends[0] - ends[1])).pvalue > 0.01
+
+
+def test_every_label_is_dropped_at_its_rate_and_only_then() -> None:
+    model = _model(label_dropout=0.3)
+    _perturb(model)
+    seen: list[Tensor] = []
+    network = model.network.forward
+    model.network.forward = lambda x, clock, labels: (seen.append(labels), network(x, clock, labels))[1]
+    batch = _batch(2000)
+    model.loss(batch, _context(2000))
+    dropped = seen[0] == 10
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert torch.equal(seen[0][~dropped], batch.labels[~dropped])
+
+
+def test_labels_change_the_output_and_an_unconditional_model_has_none() -> None:
+    model = _model()
+    _perturb(model)
+    x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 0.5)
+    a, b = (model.conditional_field(x, t, torch.full((2,), label)).x0 for label in (1, 2))
+    assert (a - b).abs().max() > 1e-3
+    free = _model(conditional=False)
+    assert free.network.label.num_embeddings == 1
+    assert free.loss(_batch(8), _context(8))[0].isfinite()
+    with pytest.raises(ValueError, match="needs classes"):
+        free.field(torch.zeros(2, dtype=torch.int64), guidance=2.0)
+
+
+def test_loss_by_time_adds_up_to_the_loss() -> None:
+    model = _model()
+    _perturb(model)
+    loss, logs = model.loss(_batch(256), _context(256))
+    sums = torch.stack([pair for name, pair in logs.items() if name.startswith("loss_time")]).sum(0)
+    assert sums[1].item() == 256
+    assert sums[0].item() / 256 == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
+    model = _model()
+    _perturb(model)
+    batch = _batch(12)
+    whole, _ = model.loss(batch, _context(12))
+    halves = [
+        model.loss(LatentBatch(batch.latents[i], batch.labels[i]), Context(0, 0, torch.arange(12)[i]))[0]
+        for i in (slice(0, 5), slice(5, 12))
+    ]
+    assert (5 * halves[0] + 7 * halves[1]).item() / 12 == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_positions_and_patches() -> None:
+    positions = positions_2d(3, 5, 32)
+    assert positions.shape == (15, 32)
+    assert len(torch.unique(positions, dim=0)) == 15
+    dit = DiT(DiTConfig(width=16, depth=1, heads=2, patch=2), 3, 4, 6, 10)
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(dit._image(dit._patches(x)), x)
+    with pytest.raises(ValueError, match="patches of 3"):
+        DiT(DiTConfig(width=16, depth=1, heads=2, patch=3), 3, 4, 4, 10)
+    with pytest.raises(ValueError, match="divisible by heads"):
+        DiTConfig(width=18, heads=4)
+
+
+def test_features_are_normalised_and_guidance_counts_at_the_network() -> None:
+    model = _model()
+    _perturb(model)
+    counter = EvaluationCounter(model.conditional_field)
+    labels = torch.arange(4)
+    with torch.no_grad():
+        features = model.field(labels, 3.0, counter)(torch.randn(4, 3, 4, 4), torch.full((4,), 0.5)).features
+    assert counter.evaluations == 8
+    assert features is not None
+    torch.testing.assert_close(features.var(1, unbiased=False), torch.ones(4), rtol=1e-2, atol=1e-2)
+    assert pool(torch.randn(2, 5, 16)).shape == (2, 16)
+
+
+def test_a_model_trained_on_one_gaussian_samples_it() -> None:
+    """Correlated Gaussian latents: the trained model's samples have the data's covariance, within a loose tolerance."""
+    torch.manual_seed(0)
+    root = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
+    data = (torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) @ root.T).view(-1, 2, 1, 1)
+    model = LatentModel(LatentModelConfig(dit=TINY, conditional=False), (2, 1, 1), 1)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99))
+    for step in range(300):
+        items = torch.randint(0, len(data), (256,), generator=torch.Generator().manual_seed(step))
+        loss, _ = model.loss(LatentBatch(data[items], torch.zeros(256, dtype=torch.int64)), _context(256, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    table = heun(model.schedule, uniform(model.schedule, 10))
+    noise = torch.randn(4000, 2, 1, 1, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        x = sample(
+            model.field(torch.zeros(4000, dtype=torch.int64)), table, start_state(model.schedule, table.grid[0], noise)
+        )
+    covariance = torch.cov(x.flatten(1).T)
+    torch.testing.assert_close(covariance, root @ root.T, rtol=0, atol=0.15)
+    assert math.isfinite(loss.item())

@@ -1,0 +1,172 @@
+"""What the folders promise: the mapping, no regular package called `tokenizers`, the direction of imports, no pickle."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("gen", "samplers", "tokenizers")
+SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+OPTIONAL = {"transformers", "torchmetrics", "torch_fidelity", "lpips", "peft", "matplotlib", "sklearn", "torchvision"}
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of every import inside `tree`, `from a import b` as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that they say which package they cross"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _on_import(body: list[ast.stmt]) -> Iterator[str]:
+    """Imports that run when the module is imported: not in functions, not under TYPE_CHECKING."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If):
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                yield from _on_import(node.body)
+            yield from _on_import(node.orelse)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from _imports(node)
+        else:
+            for field in ("body", "orelse", "finalbody"):
+                yield from _on_import(getattr(node, field, []))
+            for handler in getattr(node, "handlers", []):
+                yield from _on_import(handler.body)
+
+
+def _pickles(tree: ast.AST) -> set[str]:
+    """Everything in `tree` that would read or write a pickle."""
+    found = {name for name in _imports(tree) if name.split(".")[0] in PICKLES}
+    found |= {name for name in _imports(tree) if name in ("torch.load", "torch.save")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+            found.add(ast.unparse(node))
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
+            found.add("allow_pickle")
+    return found
+
+
+def _python(code: str) -> str:
+    """What `python -c code` prints at the repository root, where '' is on sys.path."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+
+# ---- folders ----
+
+
+def test_the_mapping_lists_every_folder_that_holds_modules() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert table["package-dir"] == {f"midway.{name}": name for name in PACKAGES}
+    assert sorted(table["packages"]) == sorted(f"midway.{name}" for name in PACKAGES)
+    outside = {"scripts", "tests", "benchmarks", "docs", "build", "runs"}
+    folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
+    assert folders - outside == set(PACKAGES)
+
+
+def test_the_folders_are_flat_and_hold_no_init() -> None:
+    assert MODULES
+    for path in MODULES:
+        assert path.name != "__init__.py", f"{path} would hide an installed package of the same name"
+        assert path.parent.parent == ROOT, f"{path} is nested: a wheel would leave it out"
+
+
+def test_every_module_is_imported_from_its_folder() -> None:
+    names = [f"midway.{path.parent.name}.{path.stem}" for path in MODULES]
+    code = f"import importlib.util as u; [print(u.find_spec(name).origin) for name in {names!r}]"
+    assert [Path(line).resolve() for line in _python(code).splitlines()] == [p.resolve() for p in MODULES]
+
+
+def test_no_module_has_the_name_of_a_script() -> None:
+    """Scripts are imported by bare name: a script called as a standard or third-party module would hide it."""
+    assert not SCRIPTS & set(sys.stdlib_module_names)
+    assert not SCRIPTS & {"midway", "torch", "numpy", "diffusers", "accelerate", "yaml", "tyro", *PACKAGES}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_our_folder_is_never_the_regular_package_of_its_name(name: str) -> None:
+    """With '' on sys.path `import tokenizers` must still find Hugging Face's, or at worst a namespace without code."""
+    code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s.origin if s and s.origin else '')"
+    origin = _python(code)
+    assert not origin or (ROOT / name) not in Path(origin).parents
+
+
+def test_an_installed_package_wins_over_our_folder(tmp_path: Path) -> None:
+    (tmp_path / "tokenizers").mkdir()
+    (tmp_path / "tokenizers" / "__init__.py").write_text("Tokenizer = 'theirs'\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import tokenizers; print(tokenizers.Tokenizer)"
+    assert _python(code) == "theirs"
+
+
+# ---- imports ----
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_downwards(package: str) -> None:
+    """scripts -> gen -> {samplers, tokenizers} -> torch."""
+    allowed = {"gen": set(PACKAGES), "samplers": {"samplers"}, "tokenizers": {"tokenizers"}}[package]
+    for path in sorted((ROOT / package).glob("*.py")):
+        for name in _imports(_tree(path)):
+            first, *rest = name.split(".")
+            assert first not in SCRIPTS | set(PACKAGES) | {"scripts", "tests"}, f"{path}: {name}"
+            assert first != "midway" or rest[0] in allowed, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_optional_and_heavy_imports_stay_inside_functions(package: str) -> None:
+    for path in sorted((ROOT / package).glob("*.py")):
+        heavy = OPTIONAL & {name.split(".")[0] for name in _on_import(_tree(path).body)}
+        assert not heavy, f"{path} imports {heavy} when it is imported"
+
+
+def test_nothing_reads_or_writes_pickles() -> None:
+    for path in [*MODULES, *sorted((ROOT / "scripts").glob("*.py"))]:
+        assert not _pickles(_tree(path)), f"{path}: {_pickles(_tree(path))}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import pickle", "from pickle import loads", "import torch\ntorch.load('x')", "np.load('x', allow_pickle=True)"],
+)
+def test_the_pickle_test_sees_a_pickle(code: str) -> None:
+    assert _pickles(ast.parse(code))
+
+
+def test_the_import_test_sees_what_runs_and_only_that() -> None:
+    code = """
+try:
+    import lpips
+except ImportError:
+    import peft
+if TYPE_CHECKING:
+    import matplotlib
+class A:
+    import sklearn
+def f():
+    import transformers
+"""
+    assert set(_on_import(ast.parse(code).body)) == {"lpips", "peft", "sklearn"}
+
+
+def test_solvers_import_torch_and_no_framework() -> None:
+    """The samplers can be used alone, and start in the time that torch takes."""
+    heavy = ["diffusers", "torchvision", "accelerate", "transformers", "sklearn", "matplotlib", "scipy", "PIL"]
+    code = f"import sys, midway.samplers.solvers; print([name for name in {heavy!r} if name in sys.modules])"
+    assert _python(code) == "[]"
