@@ -51,9 +51,14 @@ def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
     try:
         tokenizer = ImageTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", str(error).splitlines()[0], "train the tokenizer again") from error
+        raise DataError(f"{folder} cannot be read", _reason(error), "train the tokenizer again") from error
     nn.Module.to(tokenizer, device)  # diffusers' own `to` hides the signature
     return tokenizer.eval().requires_grad_(False)
+
+
+def _reason(error: Exception) -> str:
+    """The error as one line of at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def write_model(folder: Path, model: LatentModel, ema: dict[str, Tensor] | None, tokenizer: ImageTokenizer) -> None:
@@ -84,7 +89,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
         model.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", str(error), "train the model again with --overwrite") from error
+        raise DataError(f"{folder} cannot be read", _reason(error), "train the model again with --overwrite") from error
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=read_tokenizer(folder / "tokenizer", device),
@@ -108,8 +113,8 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Learne
     retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
     try:
         solver = LearnedSolver.load(file)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise DataError(f"{file} cannot be read", str(error), retrain) from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{file} cannot be read", _reason(error), retrain) from error
     if solver.card.model_hash != trained.hash:
         raise DataError(
             f"{path} was learned for other weights",

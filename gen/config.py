@@ -1,6 +1,7 @@
 """Frozen dataclasses <-> plain dictionaries <-> YAML, strictly: an unknown key is an error that names the nearest known one."""
 
 import dataclasses
+import re
 import types
 import typing
 from pathlib import Path
@@ -11,6 +12,15 @@ import yaml
 from midway.gen.errors import UsageError, nearest
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are also written 1e-3; PyYAML by itself reads that as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
+)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -42,6 +52,10 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
         return cls(**typed)
     except ValueError as error:
         raise UsageError(f"{where} cannot be used", str(error), "correct the value") from None
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
@@ -82,7 +96,7 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 def read_yaml(path: Path) -> Any:
     """What a YAML file says; UsageError when it is missing or is not YAML."""
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"no file {path}", "it was given as a configuration", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

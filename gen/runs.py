@@ -8,6 +8,7 @@ samples/*.png
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.errors import DataError, DiskError, UsageError
@@ -86,9 +88,10 @@ class Run:
             file.write(line + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl; a value that is not finite becomes null, as JSON requires."""
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(strict, allow_nan=False) + "\n")
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a temporary directory, then rename it to checkpoints/step-N. Older checkpoints go afterwards."""
@@ -103,7 +106,7 @@ class Run:
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise DiskError(f"checkpoint {final} was not written", str(error), "free space and run again") from error
         for old in self._checkpoints():

@@ -2,12 +2,13 @@
 
 The teacher's trajectories are computed once, `trajectories` of them, and every step draws a batch of them.
 
-    loss = sum over steps of log(error of the step)
+    loss = sum over steps of log(error of the step + 1e-6)
 
 so that every step's relative improvement counts the same, although errors of early and late steps differ by orders of
 magnitude.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,7 @@ from midway.gen import randomness
 from midway.gen.latent_model import LatentModel, start_state
 from midway.gen.training import Context
 from midway.samplers.amed import AMEDConfig, Constants, Predictor
-from midway.samplers.distill import TeacherNodes, step_errors, teacher_nodes
+from midway.samplers.distill import NEGLIGIBLE, TeacherNodes, step_errors, teacher_nodes
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid
 from midway.samplers.sample import EvaluationCounter
 from midway.samplers.solvers import SOLVERS, steps_for
@@ -30,9 +31,10 @@ class DistillConfig:
 
     nfe: int = 6
     grid: str = "karras"
-    teacher: str = "heun"
-    extra: int = 3
-    """Teacher nodes between each pair of the student's."""
+    teacher: str = "dpmpp2m"
+    """Any table solver; it gets its own evaluations, which are counted as training."""
+    teacher_steps: int = 32
+    """Least number of teacher steps; every step of the student holds the same whole number of them."""
     trajectories: int = 512
     """Teacher trajectories, computed once; training draws batches of them."""
     seed: int = 1 << 20
@@ -62,10 +64,11 @@ class SolverObjective(nn.Module):
         make = GRIDS[config.grid]
         schedule = model.schedule
         self.grid: Grid = make(schedule, steps, config.rho_max, config.rho_min)
-        fine = make(schedule, steps * (config.extra + 1), config.rho_max, config.rho_min)
+        self.stride = math.ceil(config.teacher_steps / steps)
+        fine = make(schedule, steps * self.stride, config.rho_max, config.rho_min)
         self.teacher: Table = SOLVERS[config.teacher].build(schedule, fine)
         self.feature_dim = model.config.dit.width
-        self.rule = Constants(steps, config.amed) if constants else Predictor(self.feature_dim, config.amed)
+        self.rule = Constants(steps, config.amed) if constants else Predictor(self.feature_dim, steps, config.amed)
         self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
         self.counter = EvaluationCounter(model.conditional_field)
 
@@ -78,12 +81,8 @@ class SolverObjective(nn.Module):
         for some, x in zip(labels.split(batch_size), noise.split(batch_size), strict=True):
             start = start_state(model.schedule, self.grid[0], x)
             guided = model.field(some, config.guidance, self.counter)
-            stride = config.extra + 1
-            parts.append(
-                teacher_nodes(
-                    guided, model.schedule, self.teacher, stride, start, config.analytic_first, self.feature_dim
-                )
-            )
+            schedule, analytic = model.schedule, config.analytic_first
+            parts.append(teacher_nodes(guided, schedule, self.teacher, self.stride, start, analytic, self.feature_dim))
         return TeacherNodes(*(torch.cat(p, dim=1) for p in zip(*((t.states, t.eps, t.features) for t in parts))))
 
     def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,7 +91,7 @@ class SolverObjective(nn.Module):
         guided = model.field(batch.labels.repeat(len(self.grid) - 1), self.config.guidance, self.counter)
         errors = step_errors(guided, model.schedule, self.grid, self.rule, batch.nodes)
         logs = {f"rmse_step_{i}": e.detach().sqrt() for i, e in enumerate(errors)}
-        return errors.clamp(min=1e-20).log().sum(), logs
+        return (errors + NEGLIGIBLE).log().sum(), logs
 
     def after_step(self) -> None:
         """Nothing to do between optimizer steps."""

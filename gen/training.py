@@ -266,7 +266,11 @@ def _due(every: int, step: int) -> bool:
 
 
 def _share(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Samples of one micro-batch of one process."""
+    """Samples of one micro-batch of one process; UsageError for a configuration that cannot run."""
+    for name in ("steps", "batch_size", "accumulation", "log_every"):
+        if getattr(config, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(config, name)}", "it counts something", f"pass {flag} 1 or more")
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:
         raise UsageError(

@@ -26,6 +26,10 @@ from midway.samplers.prediction import Field, Prediction, expand
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import MeanDirection
 
+GAIN = 10.0
+"""Constants are stored divided by this: Adam moves every parameter by about the learning rate, and they have further to go
+than the predictor's weights."""
+
 
 @dataclass(frozen=True)
 class AMEDConfig:
@@ -73,31 +77,37 @@ class Constants(nn.Module):
 
     def forward(self, features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
         """features (B, F), unused; step int64 (B,), log_rho (B, 2), unused."""
-        return squash(self.raw[step], self.config)
+        return squash(GAIN * self.raw[step], self.config)
 
     def values(self) -> tuple[MeanDirection, ...]:
         """One `MeanDirection` per step."""
-        d = squash(self.raw.detach().double(), self.config)
+        d = squash(GAIN * self.raw.detach().double(), self.config)
         return tuple(MeanDirection(*v) for v in zip(d.r.tolist(), d.c.tolist(), d.a.tolist(), strict=True))
 
 
 class Predictor(nn.Module):
-    """(r, c, a) per sample from pooled features (B, F) and the step's two noise levels (paper, section 3.3)."""
+    """(r, c, a) per sample from pooled features (B, F) and the step's two noise levels (paper, section 3.3).
 
-    def __init__(self, feature_dim: int, config: AMEDConfig) -> None:
+    The output layer starts at zero beside the constants of each step, so learning starts at DPM-Solver-2 and finds the
+    constants first.
+    """
+
+    def __init__(self, feature_dim: int, steps: int, config: AMEDConfig) -> None:
         super().__init__()
         self.config, self.feature_dim = config, feature_dim
         self.encode = nn.Sequential(nn.Linear(feature_dim, config.hidden), nn.SiLU(), nn.Linear(config.hidden, 4))
         self.times = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
-        self.heads = nn.Linear(20, 3)
-        nn.init.zeros_(self.heads.bias)
+        self.heads = nn.Linear(20, 3, bias=False)
+        self.raw = nn.Parameter(torch.zeros(steps, 3))
+        nn.init.zeros_(self.heads.weight)
 
     def forward(self, features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
-        """features (B, F); step int64 (B,), unused; log_rho (B, 2) at t and s."""
+        """features (B, F); step int64 (B,); log_rho (B, 2) at t and s."""
         frequencies = 2.0 ** torch.arange(-2, 2, device=log_rho.device)
         angles = log_rho[:, :, None] * frequencies  # (B, 2, 4)
         times = self.times(torch.cat([angles.cos(), angles.sin()], dim=-1)).flatten(1)
-        return squash(self.heads(torch.cat([self.encode(features), times], dim=1)), self.config)
+        sample = self.heads(torch.cat([self.encode(features), times], dim=1))
+        return squash(GAIN * self.raw[step] + sample, self.config)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
 
+NEGLIGIBLE = 1e-6
+"""A mean squared error below this (0.001 of the state's standard deviation) is not worth improving; added to every step's
+error where its logarithm is the loss."""
+
+
 @dataclass(frozen=True)
 class TeacherNodes:
     """What the teacher left at the student's nodes, stacked: states (N + 1, B, *), and at the first N of them the slope eps

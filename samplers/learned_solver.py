@@ -88,6 +88,6 @@ class LearnedSolver:
         grid = tuple(tensors.pop("grid").tolist())
         config = AMEDConfig(**json.loads(header["config"]))
         dim = int(header["feature_dim"])
-        rule = Predictor(dim, config) if dim else Constants(len(grid) - 1, config)
+        rule = Predictor(dim, len(grid) - 1, config) if dim else Constants(len(grid) - 1, config)
         rule.load_state_dict(tensors)
         return LearnedSolver(SolverCard(**json.loads(header["card"])), grid, rule.eval())

@@ -20,9 +20,12 @@ def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], argumen
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
     default, rest = _starting_point(task, recipes, arguments)
     description = (task.__doc__ or "") + _recipe_help(recipes)
-    if default is None:
-        return tyro.cli(task, args=rest, description=description)
-    return tyro.cli(task, args=rest, default=default, description=description)
+    try:
+        if default is None:
+            return tyro.cli(task, args=rest, description=description)
+        return tyro.cli(task, args=rest, default=default, description=description)
+    except ValueError as error:  # raised by a configuration's own checks
+        raise UsageError("these flags cannot be used", str(error), "correct the value") from None
 
 
 def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:

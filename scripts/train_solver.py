@@ -118,7 +118,7 @@ def train_one(task: SolverTask, nfe: int, objective: SolverObjective, trained: T
         analytic_first=config.analytic_first,
         guidance=config.guidance,
         training_nfe=training_nfe,
-        teacher=f"{config.teacher}+{config.extra}",
+        teacher=f"{config.teacher}, {len(objective.teacher.grid) - 1} steps",
     )
     solver = LearnedSolver(card, objective.grid, objective.rule.cpu().eval())
     run.save_checkpoint(result.steps, lambda folder: solver.save(folder / "solver.safetensors"))

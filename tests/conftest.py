@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import train_features
 import train_latent
 import train_solver
 import train_tokenizer
+
 from midway.gen.artefacts import TrainedModel, load_model
 from midway.gen.backbone import DiTConfig
 from midway.gen.latent_model import LatentModelConfig
@@ -67,7 +67,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
         paths.model,
         nfe="4",
         grid="uniform",
-        distill=DistillConfig(trajectories=32, extra=1),
+        distill=DistillConfig(trajectories=32, teacher_steps=4),
         train=TrainConfig(steps=5, batch_size=16, lr=5e-2, warmup=0, ema=0, log_every=5),
     )
     for name in ("amed", "amed-constants"):

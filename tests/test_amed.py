@@ -10,7 +10,7 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.amed import AMEDConfig, Constants, Directions, Predictor, nodes
-from midway.samplers.distill import step_errors, teacher_nodes
+from midway.samplers.distill import NEGLIGIBLE, step_errors, teacher_nodes
 from midway.samplers.learned_solver import LearnedSolver, SolverCard
 from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
@@ -30,7 +30,7 @@ def _noise(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tenso
 def _constants(steps: int, config: AMEDConfig) -> Constants:
     rule = Constants(steps, config)
     with torch.no_grad():
-        rule.raw.copy_(torch.randn(steps, 3, generator=torch.Generator().manual_seed(1)))
+        rule.raw.copy_(0.1 * torch.randn(steps, 3, generator=torch.Generator().manual_seed(1)))
     return rule
 
 
@@ -71,7 +71,7 @@ def test_ranges_are_what_the_config_says() -> None:
 
 
 def test_the_predictor_has_about_nine_thousand_parameters() -> None:
-    assert 8000 < sum(p.numel() for p in Predictor(64, AMEDConfig()).parameters()) < 10000
+    assert 8000 < sum(p.numel() for p in Predictor(64, 3, AMEDConfig()).parameters()) < 10000
 
 
 def _distil(rule: Constants | Predictor, schedule: Schedule, grid: grids.Grid, steps: int, lr: float) -> Tensor:
@@ -82,10 +82,12 @@ def _distil(rule: Constants | Predictor, schedule: Schedule, grid: grids.Grid, s
     teacher = teacher_nodes(field, schedule, teacher_table, extra + 1, noise, False, 2)
     optimizer = torch.optim.Adam(rule.parameters(), lr)
     first = step_errors(field, schedule, grid, rule, teacher).detach()
-    for _ in range(steps):
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         errors = step_errors(field, schedule, grid, rule, teacher)
         optimizer.zero_grad()
-        errors.log().sum().backward()
+        (errors + NEGLIGIBLE).log().sum().backward()
         optimizer.step()
     return step_errors(field, schedule, grid, rule, teacher).detach() / first
 
@@ -96,9 +98,9 @@ def test_distillation_halves_the_endpoint_error_on_unseen_noise(kind: str, sched
     """Learned on 256 trajectories, tested on others, against DPM-Solver-2 on the same grid."""
     torch.manual_seed(0)
     grid = grids.karras(schedule, 3, rho_max=20.0)
-    rule = Constants(3, AMEDConfig()) if kind == "constants" else Predictor(2, AMEDConfig())
-    ratios = _distil(rule, schedule, grid, 150, 0.05 if kind == "constants" else 0.01)
-    assert (ratios < 0.5).all()
+    rule = Constants(3, AMEDConfig()) if kind == "constants" else Predictor(2, 3, AMEDConfig())
+    ratios = _distil(rule, schedule, grid, 150, 0.01)
+    assert (ratios[1:] < 0.1).all()  # the first step, at high noise, is nearly exact from the start
     x, field = _noise(schedule, grid[0], 512, seed=3).float(), mixture().field(schedule)
     fine = sample(field, heun(schedule, grids.karras(schedule, 100, rho_max=20.0)), x)
     with torch.no_grad():
@@ -115,7 +117,7 @@ def test_the_gradient_of_the_distillation_loss_is_right() -> None:
     field = mixture().field(schedule)
     teacher_table = heun(schedule, grids.karras(schedule, 4, rho_max=5.0))
     teacher = teacher_nodes(field, schedule, teacher_table, 2, _noise(schedule, grid[0]), False, 2)
-    raw = torch.tensor([[0.3, -0.2, 0.1], [-0.4, 0.5, 0.2]], dtype=torch.float64, requires_grad=True)
+    raw = torch.tensor([[0.03, -0.02, 0.01], [-0.04, 0.05, 0.02]], dtype=torch.float64, requires_grad=True)
 
     def loss(values: Tensor) -> Tensor:
         rule = Constants(2, AMEDConfig(0.2, 0.2)).double()
@@ -155,7 +157,7 @@ def test_learned_solvers_survive_the_disk(kind: str, tmp_path) -> None:
     schedule = Cosine()
     grid = grids.karras(schedule, 3)
     config = AMEDConfig(0.2, 0.05)
-    rule = _constants(3, config) if kind == "constants" else Predictor(2, config)
+    rule = _constants(3, config) if kind == "constants" else Predictor(2, 3, config)
     solver = LearnedSolver(replace(CARD, name="amed-constants" if kind == "constants" else "amed"), grid, rule)
     path = tmp_path / "solver.safetensors"
     solver.save(path)

@@ -1,7 +1,5 @@
 """The latent model: targets, conditioning, start, time distributions, and learning on data with a known answer."""
 
-import math
-
 import pytest
 import torch
 from scipy import stats
@@ -200,4 +198,3 @@ def test_a_model_trained_on_one_gaussian_samples_it() -> None:
         )
     covariance = torch.cov(x.flatten(1).T)
     torch.testing.assert_close(covariance, root @ root.T, rtol=0, atol=0.15)
-    assert math.isfinite(loss.item())

