@@ -20,6 +20,7 @@ from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError, nearest
 from midway.gen.features import FeatureNetwork
 from midway.gen.pictures import grid_png
+from midway.gen.randomness import permutation
 from midway.gen.report_cells import FLOOR, Cell
 from midway.gen.sampling import Plan, Samples, decode, sample_latents
 from midway.gen.splits import Splits
@@ -142,16 +143,17 @@ def make_measurer(network: FeatureNetwork, features: str, train: ImageData) -> M
     return Measurer(network, features, statistics, f"{train.name}@{train.fingerprint[:12]}")
 
 
-def floor_cell(measurer: Measurer, held_out: ImageData) -> Cell:
-    """What real images score: the distance of the held-out images to the training images."""
+def floor_cell(measurer: Measurer, held_out: ImageData, n: int) -> Cell:
+    """What real images score: the distance of n held-out images, or all if there are fewer, to the training images."""
+    chosen = permutation(0, "floor", 0, len(held_out.images))[:n]
     return Cell(
         solver=FLOOR,
         grid="",
         nfe=0,
-        distance=measurer.distance(held_out.images),
+        distance=measurer.distance(held_out.images[chosen]),
         distance_std=None,
         rmse=None,
-        n=len(held_out.images),
+        n=len(chosen),
         blocks=1,
         seconds=0.0,
         features=measurer.features,
@@ -191,7 +193,7 @@ def run_sweep(
     seeds = torch.arange(config.first_seed, config.first_seed + n * config.blocks)
     progress("reference")
     exact = _sample(trained, reference_plan(trained.model.schedule, config), seeds, config).latents
-    cells, grids = [floor_cell(measurer, splits.held_out)], {}
+    cells, grids = [floor_cell(measurer, splits.held_out, n)], {}
     for (solver, nfe), by_grid in plans.items():
         measured = []
         for grid, plan in by_grid.items():

@@ -9,6 +9,7 @@ the interval, or a pair (sum, count), added up over interval and processes befor
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -122,10 +123,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves.
 
+    Without a GPU several processes find each other only when told to use the CPU; else each would train alone.
     UsageError when the global batch cannot be shared equally.
     """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     accelerator = Accelerator(
-        mixed_precision=config.precision, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
+        mixed_precision=config.precision,
+        cpu=several and not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     _share(config, accelerator)
     return accelerator

@@ -114,11 +114,11 @@ def context(task: EvaluateTask, trained: TrainedModel, splits: Splits, config: S
 
 def notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
     """How to read the numbers."""
-    held_out = len(splits.held_out.images)
+    held_out = min(n, len(splits.held_out.images))
     return (
         f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
         f"mean and standard deviation over {config.blocks} disjoint blocks of seeds. The same seeds serve every cell.",
-        f"The floor is the distance of {held_out} held-out real images to the training images."
+        f"The floor is the distance of {held_out} held-out real images to all training images."
         + (
             ""
             if held_out == n

@@ -39,7 +39,7 @@ class SolverTask:
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: Annotated[TrainConfig, Flat] = field(
         default_factory=lambda: TrainConfig(
-            steps=100, lr=2e-2, warmup=0, decay="cosine", ema=0, clip=10.0, log_every=20
+            steps=80, batch_size=64, lr=1e-2, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
         )
     )
     overwrite: bool = False

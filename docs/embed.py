@@ -1,0 +1,69 @@
+"""Put a report's own table and picture into a page: no figure in README or docs is typed by hand.
+
+    python docs/embed.py README.md demo runs/demo
+
+replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
+and copies distance_vs_nfe.png to docs/images/demo.png.
+"""
+
+import csv
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from midway.gen.report import markdown_table
+from midway.gen.report_cells import Cell
+
+
+def read_cells(path: Path) -> list[Cell]:
+    """The cells of a results.csv."""
+    with path.open() as file:
+        return [_cell(row) for row in csv.DictReader(file)]
+
+
+def _cell(row: dict[str, str]) -> Cell:
+    optional = {name: float(row[name]) if row[name] else None for name in ("distance_std", "rmse")}
+    return Cell(
+        solver=row["solver"],
+        grid=row["grid"],
+        nfe=int(row["nfe"]),
+        distance=float(row["distance"]),
+        distance_std=optional["distance_std"],
+        rmse=optional["rmse"],
+        n=int(row["n"]),
+        blocks=int(row["blocks"]),
+        seconds=float(row["seconds"]),
+        features=row["features"],
+        reference=row["reference"],
+        seeds=row["seeds"],
+        training_nfe=int(row["training_nfe"]),
+        best=row["best"] == "true",
+    )
+
+
+def embed(page: Path, name: str, report: Path) -> None:
+    """Rewrite the block `name` of `page` from the report directory."""
+    picture = Path(__file__).parent / "images" / f"{name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    shutil.copyfile(report / "distance_vs_nfe.png", picture)
+    cells = read_cells(report / "results.csv")
+    sampled = next(cell for cell in cells if cell.nfe)
+    facts = (
+        f"n = {sampled.n} images per block, {sampled.blocks} block(s), seeds {sampled.seeds}; "
+        f"features `{sampled.features}`, reference `{sampled.reference}`."
+    )
+    link = os.path.relpath(picture, page.parent)
+    block = f"{markdown_table(cells)}\n{facts}\n\n![Fréchet distance against NFE]({link})\n"
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    text = page.read_text()
+    if begin not in text or end not in text:
+        sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
+    before, rest = text.split(begin, 1)
+    page.write_text(f"{before}{begin}\n{block}{end}{rest.split(end, 1)[1]}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    embed(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
