@@ -44,6 +44,10 @@ def _cell(row: dict[str, str]) -> Cell:
 
 def embed(page: Path, name: str, report: Path) -> None:
     """Rewrite the block `name` of `page` from the report directory."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    text = page.read_text()
+    if begin not in text or end not in text:
+        sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     shutil.copyfile(report / "distance_vs_nfe.png", picture)
@@ -55,10 +59,6 @@ def embed(page: Path, name: str, report: Path) -> None:
     )
     link = os.path.relpath(picture, page.parent)
     block = f"{markdown_table(cells)}\n{facts}\n\n![Fréchet distance against NFE]({link})\n"
-    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    text = page.read_text()
-    if begin not in text or end not in text:
-        sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     before, rest = text.split(begin, 1)
     page.write_text(f"{before}{begin}\n{block}{end}{rest.split(end, 1)[1]}")
 

@@ -271,11 +271,7 @@ def _due(every: int, step: int) -> bool:
 
 
 def _share(config: TrainConfig, accelerator: Accelerator) -> int:
-    """Samples of one micro-batch of one process; UsageError for a configuration that cannot run."""
-    for name in ("steps", "batch_size", "accumulation", "log_every"):
-        if getattr(config, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(config, name)}", "it counts something", f"pass {flag} 1 or more")
+    """Samples of one micro-batch of one process; UsageError when the batch cannot be shared equally."""
     parts = accelerator.num_processes * config.accumulation
     if config.batch_size % parts:
         raise UsageError(

@@ -17,7 +17,6 @@ from midway.samplers.sample import trajectory
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
-
 NEGLIGIBLE = 1e-6
 """A mean squared error below this (0.001 of the state's standard deviation) is not worth improving; added to every step's
 error where its logarithm is the loss."""
