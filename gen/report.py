@@ -70,7 +70,7 @@ def _floor_text(cells: Sequence[Cell]) -> str | None:
 
 def _caption(cells: Sequence[Cell], measure: Measure) -> str:
     if measure == "rmse":
-        return "RMSE to the same seeds' reference solution (lower is better)"
+        return "RMSE to the same seeds' reference solution, lower is better; best grid of each solver and NFE"
     return f"Fréchet distance ({feature_names(cells)}), lower is better; best grid of each solver and NFE"
 
 

@@ -1,7 +1,7 @@
 """The result of a step-budget sweep: one `Cell` per (solver, grid, budget), its files and its tables.
 
-A table shows, for each solver (row) and number of network evaluations NFE (column), the cell whose grid did best:
-value ± standard deviation over seed blocks, and that grid's name. The floor row is the same distance between two sets
+A table shows, for each solver (row) and number of network evaluations NFE (column), the cell whose grid did best in that
+measure: value ± standard deviation over seed blocks, and that grid's name. The floor row is the same distance between two sets
 of real images, so a perfect sampler ends near it. csv and jsonl hold every cell.
 """
 
@@ -93,6 +93,18 @@ def shown(cells: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
     return chosen
 
 
+def _least_rmse(cells: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
+    """The cell of least RMSE of each (solver, nfe): the solver's error has its own best grid."""
+    chosen: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        key = (cell.solver, cell.nfe)
+        if cell.solver != FLOOR and cell.rmse is not None:
+            rival = chosen.get(key)
+            if rival is None or rival.rmse is None or cell.rmse < rival.rmse or not math.isfinite(rival.rmse):
+                chosen[key] = cell
+    return chosen
+
+
 def _rank(cell: Cell) -> float:
     """The distance, infinite where it is not a number."""
     return cell.distance if math.isfinite(cell.distance) else math.inf
@@ -146,7 +158,7 @@ def _entry(cell: Cell | None, measure: Measure, lowest: float) -> Entry | None:
 
 def pivot(cells: Sequence[Cell], measure: Measure) -> Pivot:
     """The table of one measure; solvers without any value are left out."""
-    chosen = {key: cell for key, cell in shown(cells).items() if measured(cell, measure) is not None}
+    chosen = shown(cells) if measure == "distance" else _least_rmse(cells)
     nfes = tuple(sorted({nfe for _, nfe in chosen}))
     lowest = {nfe: _lowest([cell for (_, n), cell in chosen.items() if n == nfe], measure) for nfe in nfes}
     rows = (

@@ -34,7 +34,7 @@ class FeaturesTask:
     dim: int = 64
     """Features per image."""
     train: Annotated[TrainConfig, Flat] = field(
-        default_factory=lambda: TrainConfig(steps=60, lr=2e-3, warmup=0, decay="cosine", ema=0, log_every=20)
+        default_factory=lambda: TrainConfig(steps=60, lr=2e-3, warmup=50, decay="cosine", ema=0, log_every=20)
     )
     """Stops early on purpose: see the module's docstring."""
     overwrite: bool = False
