@@ -72,7 +72,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype), v)
+        mixed = F.scaled_dot_product_attention(
+            self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype), v
+        )
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 

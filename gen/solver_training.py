@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from midway.gen import randomness
 from midway.gen.latent_model import LatentModel, start_state
 from midway.gen.training import Context
-from midway.samplers.amed import AMEDConfig, Constants, Predictor
+from midway.samplers.amed import GAIN, AMEDConfig, Constants, DirectionRule, Directions, Predictor
 from midway.samplers.distill import NEGLIGIBLE, TeacherNodes, step_errors, teacher_nodes
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid
 from midway.samplers.sample import EvaluationCounter
@@ -85,13 +85,39 @@ class SolverObjective(nn.Module):
             parts.append(teacher_nodes(guided, schedule, self.teacher, self.stride, start, analytic, self.feature_dim))
         return TeacherNodes(*(torch.cat(p, dim=1) for p in zip(*((t.states, t.eps, t.features) for t in parts))))
 
-    def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of log errors; logs the root of each step's error, in units of the state's standard deviation."""
+    @torch.no_grad()
+    def warm_start(self, nodes: TeacherNodes, labels: Tensor) -> None:
+        """Set every step's r to the best of a few, with c = a = 1.
+
+        The error as a function of r has several basins on long steps, and from r = 1/2 the gradient may lead into a poor one.
+        """
+        batch = TrajectoryBatch(nodes.take(torch.arange(min(len(labels), 128), device=labels.device)), labels[:128])
+        candidates = torch.linspace(0.05, 0.7, 14, device=labels.device)
+        errors = torch.stack([self._errors(batch, _fixed(r)) for r in candidates])  # (14, N)
+        best = candidates[errors.argmin(0)]
+        self.rule.raw[:, 0] = torch.logit(best) / GAIN
+
+    def _errors(self, batch: TrajectoryBatch, rule: DirectionRule) -> Tensor:
+        """(N,): error of every step of the batch under `rule`."""
         model = self._model[0]
         guided = model.field(batch.labels.repeat(len(self.grid) - 1), self.config.guidance, self.counter)
-        errors = step_errors(guided, model.schedule, self.grid, self.rule, batch.nodes)
+        return step_errors(guided, model.schedule, self.grid, rule, batch.nodes)
+
+    def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum of log errors; logs the root of each step's error, in units of the state's standard deviation."""
+        errors = self._errors(batch, self.rule)
         logs = {f"rmse_step_{i}": e.detach().sqrt() for i, e in enumerate(errors)}
         return (errors + NEGLIGIBLE).log().sum(), logs
 
     def after_step(self) -> None:
         """Nothing to do between optimizer steps."""
+
+
+def _fixed(r: Tensor) -> DirectionRule:
+    """The rule that always says r, c = 1, a = 1."""
+
+    def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
+        ones = torch.ones_like(log_rho[:, 0])
+        return Directions(r * ones, ones, ones)
+
+    return rule

@@ -39,7 +39,7 @@ class SolverTask:
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: Annotated[TrainConfig, Flat] = field(
         default_factory=lambda: TrainConfig(
-            steps=80, batch_size=64, lr=1e-2, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
+            steps=80, batch_size=64, lr=3e-3, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
         )
     )
     overwrite: bool = False
@@ -98,6 +98,7 @@ def train_one(task: SolverTask, nfe: int, objective: SolverObjective, trained: T
     numbers_of = torch.arange(config.seed, config.seed + config.trajectories)
     labels = labels_of(numbers_of, trained.model.classes).to(device)
     teacher = objective.run_teacher(labels)
+    objective.warm_start(teacher, labels)
     result = fit(
         objective,
         lambda items: TrajectoryBatch(teacher.take(items.to(device)), labels[items.to(device)]),

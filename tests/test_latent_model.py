@@ -198,3 +198,32 @@ def test_a_model_trained_on_one_gaussian_samples_it() -> None:
         )
     covariance = torch.cov(x.flatten(1).T)
     torch.testing.assert_close(covariance, root @ root.T, rtol=0, atol=0.15)
+
+
+def test_bf16_autocast_keeps_parameters_and_noise_in_float32(tmp_path) -> None:
+    from accelerate.state import AcceleratorState
+
+    from midway.gen.runs import Run
+    from midway.gen.training import TrainConfig, fit, make_accelerator
+
+    AcceleratorState._reset_state(True)  # another test's precision would otherwise stay in force
+    model, batch = _model(), _batch(64)
+    seen: list[torch.dtype] = []
+    embed = model.network.embed
+    embed.register_forward_hook(lambda _module, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    config = TrainConfig(steps=3, batch_size=16, precision="bf16", log_every=1)
+    try:
+        result = fit(
+            model,
+            lambda items: LatentBatch(batch.latents[items], batch.labels[items]),
+            64,
+            config,
+            Run.create(tmp_path / "run", "latent_model", {}),
+            make_accelerator(config),
+        )
+    finally:
+        AcceleratorState._reset_state(True)
+    assert set(seen) == {torch.float32, torch.bfloat16}
+    assert seen[:2] == [torch.float32, torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert result.steps == 3
