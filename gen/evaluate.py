@@ -107,7 +107,7 @@ def _check_card(plan: LearnedSolver, solver: str, grid: str, config: SweepConfig
         raise UsageError(
             f"{solver} on grid {grid} was learned without the analytic first step",
             "a learned solver cannot change it",
-            "drop --analytic-first, or learn it again with --distill.analytic-first",
+            "drop --analytic-first, or learn it again with --distill.analytic-first True",
         )
     if plan.card.guidance != config.guidance:
         raise UsageError(
@@ -118,8 +118,8 @@ def _check_card(plan: LearnedSolver, solver: str, grid: str, config: SweepConfig
 
 
 def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
-    """The fine solution that RMSE is measured against: Heun's method at equal steps of logSNR."""
-    times = GRIDS["logsnr"](schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
+    """The fine solution that RMSE is measured against: Heun's method on EDM's grid."""
+    times = GRIDS["karras"](schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
     return SOLVERS["heun"].build(schedule, times)
 
 

@@ -39,7 +39,8 @@ class DistillConfig:
     """Teacher trajectories, computed once; training draws batches of them."""
     seed: int = 1 << 20
     """First trajectory's noise seed, away from the seeds that are evaluated."""
-    analytic_first: bool = False
+    analytic_first: bool | None = None
+    """Whether the first slope is the analytic direction; by default only for odd budgets, which need it."""
     guidance: float = 1.0
     rho_max: float = RHO_MAX
     rho_min: float = RHO_MIN
@@ -60,7 +61,9 @@ class SolverObjective(nn.Module):
     def __init__(self, model: LatentModel, config: DistillConfig, constants: bool) -> None:
         super().__init__()
         self.config = config
-        steps = steps_for(2, config.nfe, config.analytic_first)
+        odd = config.nfe % 2 == 1
+        self.analytic_first = odd if config.analytic_first is None else config.analytic_first
+        steps = steps_for(2, config.nfe, self.analytic_first)
         make = GRIDS[config.grid]
         schedule = model.schedule
         self.grid: Grid = make(schedule, steps, config.rho_max, config.rho_min)
@@ -81,7 +84,7 @@ class SolverObjective(nn.Module):
         for some, x in zip(labels.split(batch_size), noise.split(batch_size), strict=True):
             start = start_state(model.schedule, self.grid[0], x)
             guided = model.field(some, config.guidance, self.counter)
-            schedule, analytic = model.schedule, config.analytic_first
+            schedule, analytic = model.schedule, self.analytic_first
             parts.append(teacher_nodes(guided, schedule, self.teacher, self.stride, start, analytic, self.feature_dim))
         return TeacherNodes(*(torch.cat(p, dim=1) for p in zip(*((t.states, t.eps, t.features) for t in parts))))
 

@@ -69,7 +69,7 @@ def train(task: FeaturesTask) -> Run | None:
     with torch.no_grad():
         logits = network.classify(network.features(splits.held_out.images))
     accuracy = (logits.argmax(1).cpu() == splits.held_out.labels).float().mean().item()
-    source = task.data.data if "/" not in task.data.data else Path(task.data.data).stem
+    source = Path(task.data.data).stem
     run.save_checkpoint(result.steps, lambda folder: save_features(network, folder / "features.safetensors", source))
     run.log({"step": result.steps, "held_out_accuracy": accuracy})
     run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")

@@ -19,7 +19,7 @@ from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import LATENT_RECIPES, LatentTask
 
-PREVIEW = 64
+PREVIEW = 60
 PREVIEW_STEPS = 10
 
 

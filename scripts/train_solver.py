@@ -31,7 +31,7 @@ class SolverTask:
     solver: str = "amed"
     """amed (per-sample predictor) or amed-constants (constants per step); also the first argument."""
     nfe: str = "6"
-    """Budgets, comma-separated; even without and odd with --distill.analytic-first."""
+    """Budgets, comma-separated; odd ones take the first slope analytically."""
     grid: str = "karras"
     """Grid of the learned solver."""
     guidance: float = 1.0
@@ -116,7 +116,7 @@ def train_one(task: SolverTask, nfe: int, objective: SolverObjective, trained: T
         schedule=trained.model.config.schedule,
         model_hash=trained.hash,
         nfe=nfe,
-        analytic_first=config.analytic_first,
+        analytic_first=objective.analytic_first,
         guidance=config.guidance,
         training_nfe=training_nfe,
         teacher=f"{config.teacher}, {len(objective.teacher.grid) - 1} steps",

@@ -7,6 +7,7 @@ from midway.gen.config import to_dict
 from midway.gen.data import ImageData, describe
 from midway.gen.errors import UsageError
 from midway.gen.pictures import save_grid
+from midway.gen.randomness import permutation
 from midway.gen.runs import Run
 from midway.gen.splits import Splits, load_splits
 from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, reconstruct
@@ -89,7 +90,8 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
 
 def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int) -> None:
     """Held-out images over their reconstructions."""
-    images = splits.held_out.images[:SHOWN]
+    held_out = splits.held_out.images
+    images = held_out[permutation(0, "shown", 0, len(held_out))[:SHOWN]]  # the files' order goes by class
     pairs = torch.stack([images, reconstruct(tokenizer, images)], dim=1)  # (N, 2, C, H, W)
     rows = pairs.unflatten(0, (-1, 8)) if len(images) % 8 == 0 else pairs[None]
     ordered = rows.transpose(1, 2).flatten(0, 2)  # eight originals, then their eight reconstructions

@@ -183,7 +183,18 @@ def test_an_unreachable_budget_names_its_neighbours(
 def test_train_solver_refuses_an_unreachable_budget_before_it_learns_another(
     refuse: Refuse, pipeline: Pipeline
 ) -> None:
-    refuse(USAGE, ("NFE 7", "use 6 or 8"), "train_solver", "amed", "--model", pipeline.model, "--nfe", "2,7")
+    refuse(
+        USAGE,
+        ("NFE 7", "use 6 or 8"),
+        "train_solver",
+        "amed",
+        "--model",
+        pipeline.model,
+        "--nfe",
+        "2,7",
+        "--distill.analytic-first",
+        "False",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "4,x", "0", "4,-2", "4.5"])

@@ -82,7 +82,7 @@ TOKENIZER_FILE = "tokenizer/diffusion_pytorch_model.safetensors"
 
 def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
     model = ("--model", pipeline.model)
-    distill = ("--distill.analytic-first", "--distill.trajectories", 16, "--distill.teacher-steps", 4)
+    distill = ("--distill.analytic-first", "True", "--distill.trajectories", 16, "--distill.teacher-steps", 4)
     sweep = ("--solvers", "euler,heun", "--nfe", "4", "--n", 16, "--reference-nfe", 8)
     return {
         "train_tokenizer": ("digits-fsq", *TINY_FLAGS, "--model.levels", "5", "5", "--model.width", 16, "--out", out),
