@@ -93,28 +93,32 @@ def make_plans(trained: TrainedModel, solver: str, nfe: int, config: SweepConfig
             "a learned solver belongs to one model, grid and budget",
             f"python scripts/train_solver.py {solver} --model {trained.run.path} --nfe {nfe}",
         )
-    for grid, plan in plans.items():
-        _check_card(cast(LearnedSolver, plan), solver, grid, config)
-    return plans
+    refusals = {grid: _refusal(cast(LearnedSolver, plan), solver, grid, config) for grid, plan in plans.items()}
+    fitting = {grid: plan for grid, plan in plans.items() if refusals[grid] is None}
+    if not fitting:
+        raise next(refusal for refusal in refusals.values() if refusal is not None)
+    return fitting
 
 
-def _check_card(plan: LearnedSolver, solver: str, grid: str, config: SweepConfig) -> None:
+def _refusal(plan: LearnedSolver, solver: str, grid: str, config: SweepConfig) -> UsageError | None:
+    """Why this learned solver cannot serve this sweep, None if it can."""
     if config.eta:
-        raise UsageError(
+        return UsageError(
             f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta, or use ddim alone"
         )
     if config.analytic_first and not plan.card.analytic_first:
-        raise UsageError(
+        return UsageError(
             f"{solver} on grid {grid} was learned without the analytic first step",
             "a learned solver cannot change it",
             "drop --analytic-first, or learn it again with --distill.analytic-first True",
         )
     if plan.card.guidance != config.guidance:
-        raise UsageError(
+        return UsageError(
             f"{solver} on grid {grid} was learned at guidance {plan.card.guidance}",
             f"this run samples at guidance {config.guidance}",
             f"pass --guidance {plan.card.guidance}, or learn it again",
         )
+    return None
 
 
 def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
@@ -229,13 +233,13 @@ def _cell(
     return Cell(
         solver=solver,
         grid=grid,
-        nfe=_whole(samples.nfe, config.guidance),
+        nfe=_whole(samples.nfe),
         distance=distances.mean().item() if finite else math.inf,
         distance_std=spread,
         rmse=(samples.latents - exact).square().mean().sqrt().item(),
         n=len(seeds) // config.blocks,
         blocks=config.blocks,
-        seconds=round(samples.seconds, 3),
+        seconds=round(samples.seconds / config.blocks, 3),
         features=measurer.features,
         reference=measurer.reference_name,
         seeds=f"{seeds[0].item()}-{seeds[-1].item()}",
@@ -243,7 +247,7 @@ def _cell(
     )
 
 
-def _whole(nfe: float, guidance: float) -> int:
+def _whole(nfe: float) -> int:
     """Evaluations per sample of the field as a whole number; guided evaluations run the network twice."""
     if nfe != int(nfe):
         raise RuntimeError(f"{nfe} evaluations per sample were counted; a fixed-step solver must make a whole number")

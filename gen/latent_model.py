@@ -79,7 +79,7 @@ class LatentModel(nn.Module):
         return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels)
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_rho_0` .. `loss_rho_7`)."""
+        """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_time_0` .. `loss_time_7`)."""
         x0, t = batch.latents, self.draw_time(context)
         eps = context.normal("noise", x0.shape[1:])
         kept = context.uniform("label") >= self.config.label_dropout
@@ -102,7 +102,7 @@ class LatentModel(nn.Module):
         clock = 2 / math.pi * torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
         bucket = (clock * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1)
         hit = F.one_hot(bucket, TIME_BUCKETS).to(error)
-        sums, counts = error @ hit, hit.sum(0)
+        sums, counts = (error[:, None] * hit).sum(0), hit.sum(0)  # not a matrix product, which autocast would round
         return {f"loss_time_{i}": torch.stack([sums[i], counts[i]]) for i in range(TIME_BUCKETS)}
 
     def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:

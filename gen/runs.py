@@ -38,7 +38,10 @@ class Run:
 
     @staticmethod
     def create(path: Path, kind: str, config: dict[str, Any], overwrite: bool = False) -> "Run":
-        """Make the directory; UsageError when it already holds a run, unless `overwrite` removes that run."""
+        """Make the directory; UsageError when it already holds a run, unless `overwrite` removes that run.
+
+        Only a run of the same kind is ever removed, and never a directory that holds the current one.
+        """
         if (path / "config.yaml").exists():
             if not overwrite:
                 raise UsageError(
@@ -46,6 +49,9 @@ class Run:
                     "a second run would mix with its metrics and checkpoints",
                     "choose another --out, or pass --overwrite to delete it",
                 )
+            Run.open(path, kind)
+            if Path.cwd().resolve().is_relative_to(path.resolve()):
+                raise UsageError(f"{path} holds the current directory", "it would be deleted", "choose another --out")
             shutil.rmtree(path)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UsageError(

@@ -19,7 +19,7 @@ from midway.gen.latent_model import LatentModel, start_state
 from midway.gen.training import Context
 from midway.samplers.amed import GAIN, AMEDConfig, Constants, DirectionRule, Directions, Predictor
 from midway.samplers.distill import NEGLIGIBLE, TeacherNodes, step_errors, teacher_nodes
-from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid
+from midway.samplers.grids import GRIDS, Grid
 from midway.samplers.sample import EvaluationCounter
 from midway.samplers.solvers import SOLVERS, steps_for
 from midway.samplers.table import Table
@@ -29,22 +29,34 @@ from midway.samplers.table import Table
 class DistillConfig:
     """How a solver is distilled."""
 
-    nfe: int = 6
-    grid: str = "karras"
     teacher: str = "dpmpp2m"
     """Any table solver; it gets its own evaluations, which are counted as training."""
     teacher_steps: int = 32
     """Least number of teacher steps; every step of the student holds the same whole number of them."""
     trajectories: int = 512
     """Teacher trajectories, computed once; training draws batches of them."""
-    seed: int = 1 << 20
-    """First trajectory's noise seed, away from the seeds that are evaluated."""
+    seed: int = 0
+    """First trajectory's number; its noise is drawn for this purpose alone, never that of an evaluated seed."""
     analytic_first: bool | None = None
     """Whether the first slope is the analytic direction; by default only for odd budgets, which need it."""
-    guidance: float = 1.0
-    rho_max: float = RHO_MAX
-    rho_min: float = RHO_MIN
     amed: AMEDConfig = field(default_factory=AMEDConfig)
+
+    def __post_init__(self) -> None:
+        if self.trajectories < 1 or self.teacher_steps < 1:
+            raise ValueError(
+                f"trajectories {self.trajectories} and teacher_steps {self.teacher_steps} must be 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class SolverTarget:
+    """What is learned: a solver of `nfe` evaluations on a named grid, for a model guided at this scale."""
+
+    nfe: int
+    grid: str
+    guidance: float
+    constants: bool
+    """Constants per step, or a predictor per sample."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +70,22 @@ class TrajectoryBatch:
 class SolverObjective(nn.Module):
     """Trains `rule` (constants or a predictor); the model stays frozen and is kept out of the parameters."""
 
-    def __init__(self, model: LatentModel, config: DistillConfig, constants: bool) -> None:
+    def __init__(self, model: LatentModel, target: SolverTarget, config: DistillConfig) -> None:
         super().__init__()
-        self.config = config
-        odd = config.nfe % 2 == 1
+        self.target, self.config = target, config
+        odd = target.nfe % 2 == 1
         self.analytic_first = odd if config.analytic_first is None else config.analytic_first
-        steps = steps_for(2, config.nfe, self.analytic_first)
-        make = GRIDS[config.grid]
+        steps = steps_for(2, target.nfe, self.analytic_first)
+        make = GRIDS[target.grid]
         schedule = model.schedule
-        self.grid: Grid = make(schedule, steps, config.rho_max, config.rho_min)
+        self.grid: Grid = make(schedule, steps)
         self.stride = math.ceil(config.teacher_steps / steps)
-        fine = make(schedule, steps * self.stride, config.rho_max, config.rho_min)
+        fine = make(schedule, steps * self.stride)
         self.teacher: Table = SOLVERS[config.teacher].build(schedule, fine)
         self.feature_dim = model.config.dit.width
-        self.rule = Constants(steps, config.amed) if constants else Predictor(self.feature_dim, steps, config.amed)
+        self.rule = (
+            Constants(steps, config.amed) if target.constants else Predictor(self.feature_dim, steps, config.amed)
+        )
         self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
         self.counter = EvaluationCounter(model.conditional_field)
 
@@ -79,11 +93,11 @@ class SolverObjective(nn.Module):
         """All trajectories: labels (M,) -> nodes stacked along the batch, on the labels' device."""
         model, config = self._model[0], self.config
         seeds = torch.arange(config.seed, config.seed + len(labels))
-        noise = randomness.normal(0, "sample", 0, seeds, model.latent_shape).to(labels.device)
+        noise = randomness.normal(0, "distill", 0, seeds, model.latent_shape).to(labels.device)
         parts = []
         for some, x in zip(labels.split(batch_size), noise.split(batch_size), strict=True):
             start = start_state(model.schedule, self.grid[0], x)
-            guided = model.field(some, config.guidance, self.counter)
+            guided = model.field(some, self.target.guidance, self.counter)
             schedule, analytic = model.schedule, self.analytic_first
             parts.append(teacher_nodes(guided, schedule, self.teacher, self.stride, start, analytic, self.feature_dim))
         return TeacherNodes(*(torch.cat(p, dim=1) for p in zip(*((t.states, t.eps, t.features) for t in parts))))
@@ -103,7 +117,7 @@ class SolverObjective(nn.Module):
     def _errors(self, batch: TrajectoryBatch, rule: DirectionRule) -> Tensor:
         """(N,): error of every step of the batch under `rule`."""
         model = self._model[0]
-        guided = model.field(batch.labels.repeat(len(self.grid) - 1), self.config.guidance, self.counter)
+        guided = model.field(batch.labels.repeat(len(self.grid) - 1), self.target.guidance, self.counter)
         return step_errors(guided, model.schedule, self.grid, rule, batch.nodes)
 
     def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:

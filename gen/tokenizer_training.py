@@ -23,11 +23,19 @@ class TokenizerObjective(nn.Module):
         images = to_float(batch.images)
         out = self.tokenizer(images, context.normal("posterior", self.tokenizer.latent_shape))
         mse = (out.reconstruction - images).square().mean()
-        return mse + out.quantized.loss, {"mse": mse, **out.quantized.losses}
+        return mse + out.quantized.loss, {"mse": mse, **out.quantized.losses, **batch_codes(out.quantized.counts)}
 
     def after_step(self) -> None:
         """Codebook statistics are applied once per optimizer step."""
         self.tokenizer.update()
+
+
+def batch_codes(counts: Tensor | None) -> dict[str, Tensor]:
+    """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens."""
+    if counts is None:
+        return {}
+    p = counts.float() / counts.sum()
+    return {"batch_codes": (counts > 0).float().sum(), "batch_perplexity": torch.special.entr(p).sum().exp()}
 
 
 def psnr(mse: float) -> float:

@@ -320,6 +320,9 @@ class _Reporter:
         self.config, self.run, self.main = config, run, accelerator.is_main_process
         self.bar = tqdm(total=config.steps, desc=run.kind, disable=None if self.main else True, leave=False)
         self.last_line = time.monotonic()
+        if self.main:
+            parts = f"{accelerator.num_processes} processes, {config.accumulation} micro-batches"
+            self.run.say(f"training on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
 
     def tick(self) -> None:
         self.bar.update()

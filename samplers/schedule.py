@@ -153,11 +153,16 @@ class Shifted(Schedule):
     """`base` with its logSNR lowered by 2 log(factor) at every t.
 
     On `Linear` this is SD3's t' = s t / (1 + (s - 1) t) (Esser et al. 2024, arXiv 2403.03206, eq. 23) and, for any
-    base, simple diffusion's resolution shift (Hoogeboom et al. 2023, arXiv 2301.11093, eq. 4).
+    base whose alpha falls to 0, simple diffusion's resolution shift (Hoogeboom et al. 2023, arXiv 2301.11093, eq. 4). On `EDM`,
+    which ends at a finite sigma, times beyond 1 / factor would need a larger one: enlarge sigma_max instead.
     """
 
     base: Schedule
     factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor > 0:
+            raise ValueError(f"a shift factor must be positive, got {self.factor}")
 
     def warp(self, t: Tensor) -> Tensor:
         """The base's time that has the shifted logSNR of `t`."""

@@ -59,7 +59,11 @@ def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: floa
 
 
 def heun(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
-    """Heun's method on dx/dt = v (EDM, Karras et al. 2022, arXiv 2206.00364, algorithm 1). Order 2."""
+    """Heun's method on dx/dt = v (Karras et al. 2022, arXiv 2206.00364, section 3). Order 2.
+
+    EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
+    others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
+    """
     record = Recorder("heun", schedule, grid)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)

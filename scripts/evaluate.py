@@ -1,18 +1,19 @@
 """Measure the step budget: python scripts/evaluate.py --model runs/digits-dit --features runs/digits-features"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import TrainedModel, best_device, load_model
+from midway.gen.config import from_dict
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
 from midway.gen.features import load_features
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import Run, command_line, environment, hardware
-from midway.gen.splits import Splits, load_splits
+from midway.gen.splits import DataConfig, Splits, load_splits
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def run(task: EvaluateTask) -> Sweep:
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
     device = best_device()
-    network, name = load_features(Run.open(task.features, "features").checkpoint / "features.safetensors")
+    features_run = Run.open(task.features, "features")
+    network, name = load_features(features_run.checkpoint / "features.safetensors")
     trained = load_model(task.model, device)
     splits = load_splits(trained.data)
     shape = (network.config.in_channels, network.config.image_size, network.config.image_size)
@@ -80,6 +82,7 @@ def run(task: EvaluateTask) -> Sweep:
             f"the model makes {tuple(splits.train.images.shape[1:])}",
             "train features on the model's data with scripts/train_features.py",
         )
+    check_split(features_run, trained)
     measurer = make_measurer(network.to(device), name, splits.train)
     with tqdm(list(planned_cells(config)), desc="sweep", disable=None, leave=False) as bar:
 
@@ -93,6 +96,17 @@ def run(task: EvaluateTask) -> Sweep:
     print(text_table(sweep.cells))
     print(f"report: {out / 'report.html'}")
     return sweep
+
+
+def check_split(features_run: Run, trained: TrainedModel) -> None:
+    """Features must have been trained on the model's own training images, or the held-out floor is none."""
+    theirs = from_dict(DataConfig, features_run.config["data"], "config.data")
+    if replace(theirs, download=trained.data.download, on_bad_image=trained.data.on_bad_image) != trained.data:
+        raise DataError(
+            f"{features_run.path} was trained on other images than the model",
+            f"its data are {theirs}, the model's are {trained.data}",
+            "train features with the model's --data, --held-out and --split-seed",
+        )
 
 
 def context(task: EvaluateTask, trained: TrainedModel, splits: Splits, config: SweepConfig) -> ReportContext:

@@ -14,7 +14,7 @@ from midway.gen.errors import UsageError, nearest
 from midway.gen.evaluate import LEARNED
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
-from midway.gen.solver_training import DistillConfig, SolverObjective, TrajectoryBatch
+from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
 from midway.gen.training import TrainConfig, fit, make_accelerator
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LearnedSolver, SolverCard
@@ -76,10 +76,10 @@ def check(task: SolverTask) -> None:
 
 def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> SolverObjective:
     """What is learned at one budget; UsageError for a budget that does not exist."""
-    config = replace(task.distill, nfe=nfe, grid=task.grid, guidance=task.guidance)
+    target = SolverTarget(nfe, task.grid, task.guidance, constants=task.solver == "amed-constants")
     torch.manual_seed(task.train.seed)
     try:
-        return SolverObjective(trained.model, config, constants=task.solver == "amed-constants")
+        return SolverObjective(trained.model, target, task.distill)
     except ValueError as error:
         raise UsageError(
             f"{task.solver} at NFE {nfe} is not possible", str(error), "change --nfe or --distill.analytic-first"
@@ -117,7 +117,7 @@ def train_one(task: SolverTask, nfe: int, objective: SolverObjective, trained: T
         model_hash=trained.hash,
         nfe=nfe,
         analytic_first=objective.analytic_first,
-        guidance=config.guidance,
+        guidance=task.guidance,
         training_nfe=training_nfe,
         teacher=f"{config.teacher}, {len(objective.teacher.grid) - 1} steps",
     )
