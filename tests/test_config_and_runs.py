@@ -171,9 +171,20 @@ def test_an_existing_run_is_kept_unless_it_may_be_overwritten(tmp_path: Path) ->
         Run.create(run.path, "solver", {"a": 2})
     assert _files(run.path) == before
     assert run.config == {"a": 1}
-    again = Run.create(run.path, "latent_model", {"a": 2}, overwrite=True)
+    with pytest.raises(DataError, match="is a run of kind 'solver'"):
+        Run.create(run.path, "latent_model", {"a": 2}, overwrite=True)
+    assert _files(run.path) == before
+    again = Run.create(run.path, "solver", {"a": 2}, overwrite=True)
     assert _files(run.path) == {"config.yaml", "env.json"}
     assert again.config == {"a": 2}
+
+
+def test_the_current_directory_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    monkeypatch.chdir(run.path / "samples")
+    with pytest.raises(UsageError, match="holds the current directory"):
+        Run.create(run.path, "solver", {}, overwrite=True)
+    assert (run.path / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
