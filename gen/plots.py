@@ -75,6 +75,8 @@ def _floor(axes: "Axes", distance: float) -> None:
         textcoords="offset points",
         color=QUIET,
         fontsize=10.5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},  # readable across curves
+        zorder=5,
     )
 
 
