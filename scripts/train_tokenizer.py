@@ -50,7 +50,9 @@ def train(task: TokenizerTask) -> Run | None:
     run.log({"step": steps, **{f"held_out_{name}": value for name, value in quality.items()}})
     run.save_checkpoint(steps, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
     tokens = len(splits.held_out.images) * tokenizer.tokens
-    run.say(f"held-out images ({tokens} tokens): " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items()))
+    run.say(
+        f"held-out images ({tokens} tokens): " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    )
     run.say(f"saved {run.checkpoint}")
     return run
 
