@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import TrainedModel, best_device, load_model
-from midway.gen.config import from_dict
+from midway.gen.config import from_dict, read_yaml
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
 from midway.gen.features import load_features
@@ -25,8 +25,8 @@ class EvaluateTask:
 
     model: Path
     """Run directory of the latent model."""
-    features: Path
-    """Run directory of the feature network."""
+    features: Path | None = None
+    """Run directory of the feature network (default: the one beside the model that was trained on its images)."""
     out: Path | None = None
     """Directory to write (default: report/ in the model's run)."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
@@ -71,14 +71,14 @@ def run(task: EvaluateTask) -> Sweep:
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
     device = best_device()
-    features_run = Run.open(task.features, "features")
-    network, name = load_features(features_run.checkpoint / "features.safetensors")
     trained = load_model(task.model, device)
+    features_run = Run.open(task.features or find_features(trained), "features")
+    network, name = load_features(features_run.checkpoint / "features.safetensors")
     splits = load_splits(trained.data)
     shape = (network.config.in_channels, network.config.image_size, network.config.image_size)
     if tuple(splits.train.images.shape[1:]) != shape:
         raise DataError(
-            f"{task.features} measures {shape} images",
+            f"{features_run.path} measures {shape} images",
             f"the model makes {tuple(splits.train.images.shape[1:])}",
             "train features on the model's data with scripts/train_features.py",
         )
@@ -98,13 +98,35 @@ def run(task: EvaluateTask) -> Sweep:
     return sweep
 
 
+def same_images(features_run: Run, trained: TrainedModel) -> bool:
+    """Whether the features were trained on the model's own training images."""
+    theirs = from_dict(DataConfig, features_run.config["data"], "config.data")
+    return replace(theirs, download=trained.data.download, on_bad_image=trained.data.on_bad_image) == trained.data
+
+
+def find_features(trained: TrainedModel) -> Path:
+    """The only feature run beside the model that was trained on its images; UsageError when there is none or several."""
+    beside = sorted(p.parent for p in trained.run.path.resolve().parent.glob("*/config.yaml"))
+    runs = [
+        Run(path, "features") for path in beside if (read_yaml(path / "config.yaml") or {}).get("kind") == "features"
+    ]
+    found = [run.path for run in runs if same_images(run, trained)]
+    if len(found) != 1:
+        names_found = ", ".join(path.name for path in found) or "none"
+        raise UsageError(
+            "--features is not given",
+            f"beside the model one feature run of its images is needed, found: {names_found}",
+            "pass --features RUN, or train features with scripts/train_features.py",
+        )
+    return found[0]
+
+
 def check_split(features_run: Run, trained: TrainedModel) -> None:
     """Features must have been trained on the model's own training images, or the held-out floor is none."""
-    theirs = from_dict(DataConfig, features_run.config["data"], "config.data")
-    if replace(theirs, download=trained.data.download, on_bad_image=trained.data.on_bad_image) != trained.data:
+    if not same_images(features_run, trained):
         raise DataError(
             f"{features_run.path} was trained on other images than the model",
-            f"its data are {theirs}, the model's are {trained.data}",
+            f"its data are {features_run.config['data']}, the model's are {trained.data}",
             "train features with the model's --data, --held-out and --split-seed",
         )
 

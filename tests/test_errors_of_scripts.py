@@ -144,7 +144,7 @@ def test_an_unknown_flag_ends_with_2_and_names_the_near_one(
     ("name", "arguments", "words"),
     [
         ("sample", (), ("--model",)),
-        ("evaluate", (), ("--model", "--features")),
+        ("evaluate", (), ("--model",)),
         ("encode", (), ("--tokenizer",)),
         ("train_solver", ("amed",), ("--model",)),
         ("sample", ("--model", "m", "--nfe", "few"), ("--nfe", "few")),
