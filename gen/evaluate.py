@@ -147,9 +147,20 @@ def make_measurer(network: FeatureNetwork, features: str, train: ImageData) -> M
     return Measurer(network, features, statistics, f"{train.name}@{train.fingerprint[:12]}")
 
 
+def balanced(labels: Tensor) -> Tensor:
+    """int64 (N,): items in an order in which every class comes in turn, so that the first n are as balanced as the seeds' classes.
+
+    A plain random subset has too many of some classes, which alone would raise the floor.
+    """
+    order = permutation(0, "floor", 0, len(labels))
+    mine = labels[order]
+    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
+    return order[torch.argsort(turn, stable=True)]
+
+
 def floor_cell(measurer: Measurer, held_out: ImageData, n: int) -> Cell:
     """What real images score: the distance of n held-out images, or all if there are fewer, to the training images."""
-    chosen = permutation(0, "floor", 0, len(held_out.images))[:n]
+    chosen = balanced(held_out.labels)[:n]
     return Cell(
         solver=FLOOR,
         grid="",
