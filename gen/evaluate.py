@@ -148,7 +148,7 @@ def make_measurer(network: FeatureNetwork, features: str, train: ImageData) -> M
 
 
 def balanced(labels: Tensor) -> Tensor:
-    """int64 (N,): items in an order in which every class comes in turn, so that the first n are as balanced as the seeds' classes.
+    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
 
     A plain random subset has too many of some classes, which alone would raise the floor.
     """
