@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.backbone import DiT, DiTConfig
-from midway.gen.training import Context, LatentBatch
+from midway.gen.context import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, classifier_free
 from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients, target_value

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen import randomness
+from midway.gen.context import Context
 from midway.gen.latent_model import LatentModel, start_state
-from midway.gen.training import Context
 from midway.samplers.amed import GAIN, AMEDConfig, Constants, DirectionRule, Directions, Predictor
 from midway.samplers.distill import NEGLIGIBLE, TeacherNodes, step_errors, teacher_nodes
 from midway.samplers.grids import GRIDS, Grid

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from midway.gen.context import Context, ImageBatch
 from midway.gen.data import to_float, to_uint8
-from midway.gen.training import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -11,7 +11,7 @@ the interval, or a pair (sum, count), added up over interval and processes befor
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -23,42 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from midway.gen import randomness
+from midway.gen.context import Context
 from midway.gen.ema import EMA
 from midway.gen.errors import DivergedError, UsageError
 from midway.gen.runs import Run
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """images uint8 (B, C, H, W), labels int64 (B,)."""
-
-    images: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class LatentBatch:
-    """Standardised latents float32 (B, C, H, W), labels int64 (B,)."""
-
-    latents: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Context:
-    """Where randomness of a step comes from: (seed, step, global position of each sample)."""
-
-    seed: int
-    step: int
-    sample_ids: Tensor
-
-    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
-        """float64 (B, *shape) on (0, 1), one independent set per purpose."""
-        return randomness.uniform(self.seed, purpose, self.step, self.sample_ids, shape)
-
-    def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
-        """float32 (B, *shape), standard normal."""
-        return randomness.normal(self.seed, purpose, self.step, self.sample_ids, shape)
 
 
 class Trainable(Protocol):

@@ -13,12 +13,13 @@ import torch
 
 from cli import main, resolve
 from midway.gen.config import to_dict
+from midway.gen.context import ImageBatch
 from midway.gen.data import describe
 from midway.gen.errors import UsageError
 from midway.gen.features import FeatureConfig, FeatureNetwork, protocol_name, save_features
 from midway.gen.runs import Run
 from midway.gen.splits import DataConfig, load_splits
-from midway.gen.training import ImageBatch, TrainConfig, fit, make_accelerator
+from midway.gen.training import TrainConfig, fit, make_accelerator
 from recipes import Flat
 
 

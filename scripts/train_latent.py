@@ -5,6 +5,7 @@ import torch
 from cli import main, resolve
 from midway.gen.artefacts import TrainedModel, load_tokenizer, write_model
 from midway.gen.config import to_dict
+from midway.gen.context import LatentBatch
 from midway.gen.data import ImageData
 from midway.gen.errors import DataError, UsageError
 from midway.gen.latent_model import LatentModel
@@ -13,7 +14,7 @@ from midway.gen.pictures import save_grid
 from midway.gen.runs import Run
 from midway.gen.sampling import decode, sample_latents
 from midway.gen.splits import DataConfig, load_splits
-from midway.gen.training import LatentBatch, fit, make_accelerator
+from midway.gen.training import fit, make_accelerator
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer

@@ -4,6 +4,7 @@ import torch
 
 from cli import main, resolve
 from midway.gen.config import to_dict
+from midway.gen.context import ImageBatch
 from midway.gen.data import ImageData, describe
 from midway.gen.errors import UsageError
 from midway.gen.pictures import save_grid
@@ -11,7 +12,7 @@ from midway.gen.randomness import permutation
 from midway.gen.runs import Run
 from midway.gen.splits import Splits, load_splits
 from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, reconstruct
-from midway.gen.training import ImageBatch, fit, make_accelerator
+from midway.gen.training import fit, make_accelerator
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES, TokenizerTask
 

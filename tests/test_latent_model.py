@@ -6,8 +6,8 @@ from scipy import stats
 from torch import Tensor
 
 from midway.gen.backbone import DiT, DiTConfig, positions_2d
+from midway.gen.context import Context, LatentBatch
 from midway.gen.latent_model import LatentModel, LatentModelConfig, pool, start_state
-from midway.gen.training import Context, LatentBatch
 from midway.samplers.grids import uniform
 from midway.samplers.prediction import TARGETS, expand
 from midway.samplers.sample import EvaluationCounter, sample

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from midway.gen.context import Context, ImageBatch
 from midway.gen.data import ImageData, load_images, split, to_float, to_uint8
 from midway.gen.errors import DataError
 from midway.gen.latents import cache_path, encode, load_latents, save_latents, tokenizer_hash
 from midway.gen.pictures import grid_png, save_grid
 from midway.gen.splits import DataConfig, load_splits
 from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, psnr, reconstruct
-from midway.gen.training import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from midway.gen import randomness
+from midway.gen.context import Context
 from midway.gen.ema import EMA, decay_at
 from midway.gen.errors import DivergedError, UsageError
 from midway.gen.runs import Run
-from midway.gen.training import Context, FitResult, TrainConfig, fit, learning_rate, make_accelerator
+from midway.gen.training import FitResult, TrainConfig, fit, learning_rate, make_accelerator
 
 SIZE = 10
 CONFIG = TrainConfig(steps=5, batch_size=8, lr=0.05, warmup=2, decay="cosine", weight_decay=0.1, clip=0.5, ema=0.5)

@@ -1,0 +1,45 @@
+"""What a training step sees: its batch, and the source of its randomness.
+
+Every draw of step s is a function of (seed, s, global position of the sample), so that neither the number of processes nor
+accumulation nor a restart changes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from midway.gen import randomness
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """images uint8 (B, C, H, W), labels int64 (B,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Standardised latents float32 (B, C, H, W), labels int64 (B,)."""
+
+    latents: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where randomness of a step comes from: (seed, step, global position of each sample)."""
+
+    seed: int
+    step: int
+    sample_ids: Tensor
+
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """float64 (B, *shape) on (0, 1), one independent set per purpose."""
+        return randomness.uniform(self.seed, purpose, self.step, self.sample_ids, shape)
+
+    def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
+        """float32 (B, *shape), standard normal."""
+        return randomness.normal(self.seed, purpose, self.step, self.sample_ids, shape)
