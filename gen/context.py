@@ -7,6 +7,7 @@ accumulation nor a restart changes it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from midway.gen import randomness
@@ -22,10 +23,11 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Standardised latents float32 (B, C, H, W), labels int64 (B,)."""
+    """Standardised latents float32 (B, C, H, W), labels int64 (B,); `mirrored` are the latents of the mirrored images."""
 
     latents: Tensor
     labels: Tensor
+    mirrored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,8 @@ class Context:
     def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """float32 (B, *shape), standard normal."""
         return randomness.normal(self.seed, purpose, self.step, self.sample_ids, shape)
+
+    def either(self, a: Tensor, b: Tensor, purpose: str) -> Tensor:
+        """For each sample of (B, *) the one of `a` or, with probability 1/2, that of `b`."""
+        other = self.uniform(purpose) < 0.5
+        return torch.where(other.view(-1, *[1] * (a.dim() - 1)), b, a)
