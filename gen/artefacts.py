@@ -1,7 +1,7 @@
 """What runs leave for other commands: tokenizers, latent models (with their tokenizer inside) and learned solvers.
 
 tokenizer run      checkpoints/step-N/tokenizer/           (save_pretrained: config.json and safetensors)
-latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safetensors, tokenizer/
+latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safetensors (if averaged), tokenizer/
                    solvers/<name>-<grid>-nfe<k>/           runs of kind `solver` that belong to this model
 features run       checkpoints/step-N/features.safetensors
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from midway.gen.config import from_dict, to_dict
 from midway.gen.errors import DataError
@@ -61,14 +61,10 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def write_model(folder: Path, model: LatentModel, ema: dict[str, Tensor] | None, tokenizer: ImageTokenizer) -> None:
-    """Fill a checkpoint directory; without an average the newest weights stand for it."""
-    own = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    averaged = own if ema is None else {name: value.cpu().contiguous() for name, value in ema.items()}
+def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> None:
+    """Add to a checkpoint directory what tells how to read its weights, and the tokenizer."""
     description = {"config": to_dict(model.config), "latent_shape": list(model.latent_shape), "classes": model.classes}
     (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-    save_file(own, folder / "model.safetensors")
-    save_file(averaged, folder / "ema.safetensors")
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
@@ -83,7 +79,8 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     folder = run.checkpoint
     try:
         text = (folder / "model.json").read_text()
-        state = load_file(folder / "ema.safetensors")
+        averaged = folder / "ema.safetensors"  # absent if the run kept no average
+        state = load_file(averaged if averaged.exists() else folder / "model.safetensors")
         description = json.loads(text)
         config = from_dict(LatentModelConfig, description["config"], "model.json")
         model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])

@@ -46,6 +46,10 @@ class Context:
         """float32 (B, *shape), standard normal."""
         return randomness.normal(self.seed, purpose, self.step, self.sample_ids, shape)
 
+    def keep(self, purpose: str, shape: Sequence[int], probability: float) -> Tensor:
+        """bool (B, *shape), each True with `probability` in (0, 1]."""
+        return randomness.keep(self.seed, purpose, self.step, self.sample_ids, shape, probability)
+
     def either(self, a: Tensor, b: Tensor, purpose: str) -> Tensor:
         """For each sample of (B, *) the one of `a` or, with probability 1/2, that of `b`."""
         other = self.uniform(purpose) < 0.5

@@ -5,7 +5,7 @@
 The warm-up is what makes an average useful in short runs (a decay of 0.9999 alone shows noise for 10,000 steps).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,19 +26,27 @@ class EMA:
         self.decay = decay
         self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
+    def decay_after(self, step: int) -> float:
+        """The decay used after optimizer step `step` (counted from 0)."""
+        return decay_at(step, self.decay)
+
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards `model` after optimizer step `step`."""
-        weight = 1 - decay_at(step, self.decay)
-        averaged = [(s, v) for s, v in self._pairs(model) if s.is_floating_point()]
-        torch._foreach_lerp_([s for s, _ in averaged], [v for _, v in averaged], weight)
-        for shadow, value in self._pairs(model):
-            if not shadow.is_floating_point():
-                shadow.copy_(value)
+        values = model.state_dict()
+        averaged = [name for name, shadow in self.shadow.items() if shadow.is_floating_point()]
+        weight = 1 - self.decay_after(step)
+        torch._foreach_lerp_([self.shadow[n] for n in averaged], [values[n] for n in averaged], weight)
+        for name in self.shadow.keys() - set(averaged):
+            self.shadow[name].copy_(values[name])
 
-    def _pairs(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for name, value in model.state_dict().items():
-            yield self.shadow[name], value.detach()
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over an average of the same model; KeyError when names differ."""
+        if state.keys() != self.shadow.keys():
+            raise KeyError(f"an average of other tensors: {sorted(state.keys() ^ self.shadow.keys())[:5]}")
+        for name, shadow in self.shadow.items():
+            shadow.copy_(state[name])
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -120,7 +120,7 @@ class FeatureNetwork(nn.Module):
         accuracy = (logits.argmax(dim=1) == batch.labels).float().mean()
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
-    def after_step(self) -> None:
+    def after_step(self, kept: Tensor) -> None:
         """Nothing to update between steps."""
 
 

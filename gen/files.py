@@ -29,6 +29,15 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Have the operating system put a file or directory on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def state_hash(description: str, state: Mapping[str, Tensor]) -> str:
     """12 hexadecimal digits: sha256 of a description and of every tensor's name, dtype, shape and bytes."""
     digest = hashlib.sha256(description.encode())

@@ -72,25 +72,34 @@ class LatentModel(nn.Module):
         log_rho = self.config.time_mean + self.config.time_std * torch.special.ndtri(u)
         return self.schedule.time_of_rho(log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX)).exp()).float()
 
-    def forward_network(self, x: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W), for x_t (B, C, H, W), t (B,), labels (B,)."""
+    def forward_network(
+        self, x: Tensor, t: Tensor, labels: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W), for x_t (B, C, H, W), t (B,), labels (B,).
+
+        With a context, under the network's dropout.
+        """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
-        return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels)
+        return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels, context)
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_time_0` .. `loss_time_7`)."""
-        x0, t = batch.latents, self.draw_time(context)
+        """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_time_0` .. `loss_time_7`).
+
+        Where the batch has mirrored latents, each sample is one or the other, at random.
+        """
+        x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
+        t = self.draw_time(context)
         eps = context.normal("noise", x0.shape[1:])
         kept = context.uniform("label") >= self.config.label_dropout
         labels = torch.where(kept & (batch.labels < self.classes), batch.labels, self.classes)
         x_t = expand(self.schedule.alpha(t), x0) * x0 + expand(self.schedule.sigma(t), x0) * eps
         target = target_value(self.config.target, x0, eps, t, self.schedule) / expand(self._output_scale(t), x0)
-        output, _ = self.forward_network(x_t, t, labels)
+        output, _ = self.forward_network(x_t, t, labels, context)
         error = (output.float() - target).square().flatten(1).mean(1)
         return error.mean(), self._loss_by_time(error.detach(), t)
 
-    def after_step(self) -> None:
+    def after_step(self, kept: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 
     def _output_scale(self, t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ A training step asks for `normal(seed, "noise", step, sample_ids, shape)` and ge
 
 Construction: SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"): the words of one
 sample are `mix(key + (j + 1) * golden)`, its `key` the mixed hash of the integers above. Integer arithmetic is exact on
-every device. Normals are Box-Muller in float64, rounded to float32.
+every device. Normals are Box-Muller in float64, rounded to float32; masks compare the words as integers.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ def _purpose_key(purpose: str) -> int:
 
 def words(seed: int, purpose: str, step: int, sample_ids: Tensor, count: int) -> Tensor:
     """int64 (B, count) of uniform 64-bit words for int64 `sample_ids` (B,)."""
-    key = torch.zeros_like(sample_ids)
+    key = torch.zeros((), dtype=torch.int64)  # the same for all samples, so it is computed on the host
     for part in (seed, _purpose_key(purpose), step):
         key = _mix(key + _signed(part * _GOLDEN + _GOLDEN))
     key = _mix(key + sample_ids * _GOLDEN)
@@ -71,6 +71,27 @@ def normal(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequen
     angle = 2.0 * math.pi * u[:, half:]
     pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return pair[:, :count].float().view(len(sample_ids), *shape)
+
+
+def keep(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int], probability: float) -> Tensor:
+    """bool (B, *shape), each True with `probability` in (0, 1], exact to 2^-64. ValueError for another probability."""
+    if not 0 < probability <= 1:
+        raise ValueError(f"probability is {probability}; give a number in (0, 1]")
+    return _mask(seed, purpose, step, sample_ids, list(shape), probability)
+
+
+# An operator of its own, since networks draw masks: torch.compile cannot trace the 64-bit keys, and would for every step.
+@torch.library.custom_op("midway::mask", mutates_args=())
+def _mask(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int], probability: float) -> Tensor:
+    largest = math.ceil(probability * 2**64) - 1 - 2**63  # of the signed words that are kept
+    return (words(seed, purpose, step, sample_ids, math.prod(shape)) <= largest).view(len(sample_ids), *shape)
+
+
+@_mask.register_fake
+def _mask_like(
+    seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int], probability: float
+) -> Tensor:
+    return sample_ids.new_empty((len(sample_ids), *shape), dtype=torch.bool)
 
 
 def permutation(seed: int, purpose: str, epoch: int, size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Run directories: what a command leaves behind, and how another command finds it again.
 
 config.yaml     the resolved configuration, with `kind` (tokenizer, latent_model, features, solver)
-env.json        versions, hardware, git commit, command
+env.json        versions, hardware, git commit, command; effective batch and data fingerprint once training has started
 metrics.jsonl   one line per log interval        log.txt   what was printed
 checkpoints/step-N/    a directory that exists only when it is complete
 samples/*.png
@@ -14,56 +14,64 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
+from midway.gen import checkpoint
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.errors import DataError, DiskError, UsageError
+from midway.gen.files import write_atomically
 
-PACKAGES = ("midway", "torch", "torchvision", "accelerate", "diffusers", "numpy", "safetensors")
+CONFIG_TMP = ".config.yaml.tmp"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory that exists."""
+    """A run directory and the resolved configuration in it (without `kind`); `quiet` keeps what it says in log.txt."""
 
     path: Path
     kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    quiet: bool = False
 
     @staticmethod
-    def create(path: Path, kind: str, config: dict[str, Any], overwrite: bool = False) -> "Run":
-        """Make the directory; UsageError when it already holds a run, unless `overwrite` removes that run.
+    def create(path: Path, kind: str, config: dict[str, Any], overwrite: bool = False, resume: bool = False) -> "Run":
+        """Make the directory; UsageError when it already holds a run, unless `overwrite` removes or `resume` keeps it.
 
-        Only a run of the same kind is ever removed, and never a directory that holds the current one.
+        Only a run of the same kind is ever removed or resumed, and never a directory removed that holds the current one.
         """
+        run = Run(path, kind, config)
         if (path / "config.yaml").exists():
-            if not overwrite:
+            if not (overwrite or resume):
                 raise UsageError(
                     f"{path} already holds a run",
                     "a second run would mix with its metrics and checkpoints",
-                    "choose another --out, or pass --overwrite to delete it",
+                    "go on with it by --resume auto, choose another --out, or pass --overwrite to delete it",
                 )
             Run.open(path, kind)
+            if resume:
+                (path / "samples").mkdir(exist_ok=True)
+                return run
             if Path.cwd().resolve().is_relative_to(path.resolve()):
                 raise UsageError(f"{path} holds the current directory", "it would be deleted", "choose another --out")
-            shutil.rmtree(path)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            _remove(path)
+        elif path.exists() and (not path.is_dir() or any(p.name != CONFIG_TMP for p in path.iterdir())):
             raise UsageError(
                 f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
             )
         try:
-            (path / "samples").mkdir(parents=True)
-            write_yaml(path / "config.yaml", {"kind": kind, **config})
+            path.mkdir(parents=True, exist_ok=True)
+            run.write_config()  # first, so that a run killed right now can be resumed
+            (path / "samples").mkdir()
             (path / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
         except OSError as error:
             raise DiskError(f"{path} cannot be written", str(error), "choose another --out, or free space") from None
-        return Run(path, kind)
+        return run
 
     @staticmethod
     def open(path: Path, kind: str) -> "Run":
@@ -73,83 +81,105 @@ class Run:
                 f"{path} is not a run directory", "it has no config.yaml", f"give the --out of a {kind} run"
             )
         values = read_yaml(path / "config.yaml")
-        found = values.get("kind") if isinstance(values, dict) else None
+        found = values.pop("kind", None) if isinstance(values, dict) else None
         if found != kind:
             raise DataError(
                 f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"
             )
-        return Run(path, kind)
+        return Run(path, kind, values)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration without `kind`."""
-        values = read_yaml(self.path / "config.yaml")
-        del values["kind"]
-        return values
+    def write_config(self) -> None:
+        """Write config.yaml, by which a directory is known as a run."""
+        temporary = self.path / CONFIG_TMP
+        try:
+            write_yaml(temporary, {"kind": self.kind, **self.config})
+            temporary.replace(self.path / "config.yaml")
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be written", str(error), "free space") from None
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Add to env.json the facts of one start of its training, with today's environment."""
+        path = self.path / "env.json"
+        known = json.loads(path.read_text()) if path.exists() else environment()
+        starts = [*known.get("starts", []), facts if not known.get("starts") else {**environment(), **facts}]
+        write_atomically(path, (json.dumps({**known, "starts": starts}, indent=2) + "\n").encode())
 
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
-        print(line, flush=True)
-        with (self.path / "log.txt").open("a") as file:
-            file.write(line + "\n")
+        if not self.quiet:
+            print(line, flush=True)
+        _append(self.path / "log.txt", line)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; a value that is not finite becomes null, as JSON requires."""
         strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(strict, allow_nan=False) + "\n")
+        _append(self.path / "metrics.jsonl", json.dumps(strict, allow_nan=False))
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a temporary directory, then rename it to checkpoints/step-N. Older checkpoints go afterwards."""
-        final = self.path / "checkpoints" / f"step-{step}"
-        temporary = final.with_name(f".tmp-step-{step}-{os.getpid()}")
-        try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise DiskError(f"checkpoint {final} was not written", str(error), "free space and run again") from error
-        for old in self._checkpoints():
-            if old != final:
-                shutil.rmtree(old)
-        return final
+    def forget_after(self, step: int) -> None:
+        """Drop from metrics.jsonl what a resumed run will say again: later steps, unfinished intervals, final results."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if _stays(line, step)]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
-    def _checkpoints(self) -> list[Path]:
-        found = [p for p in (self.path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-        return sorted(found, key=lambda p: int(p.name[5:]))
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
 
     @property
     def checkpoint(self) -> Path:
-        """The newest checkpoint; DataError when there is none."""
-        found = self._checkpoints()
+        """The newest checkpoint, verified; DataError when there is none or it is damaged."""
+        found = checkpoint.directories(self.checkpoints)
         if not found:
             raise DataError(
                 f"{self.path} has no checkpoint",
                 "its training did not reach the end",
-                "train it again with --overwrite",
+                "go on with it by --resume auto, or train it again with --overwrite",
             )
-        return found[-1]
+        return checkpoint.verify(found[0]).path
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Within the block no other process may train this run; UsageError if one does. A killed process holds nothing."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        import fcntl
+    except ImportError:  # not on this operating system
+        yield
+        return
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"{path} is being trained by another process", "two would mix", "wait for it, or end it first"
+            ) from None
+        yield
 
 
-def _version(package: str) -> str:
+def _append(path: Path, line: str) -> None:
     try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written", str(error), "free space, then go on with --resume auto") from None
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be removed", str(error), "remove it by hand, or choose another --out") from None
+
+
+def _stays(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return record["step"] <= step and not record.get("partial") and not record.get("final")
+    except (ValueError, KeyError, TypeError):  # half a line, of a killed process
+        return False
 
 
 def _git_commit() -> str:
@@ -186,5 +216,5 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "hardware": hardware(),
         "git": _git_commit(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": checkpoint.versions(),
     }

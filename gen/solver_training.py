@@ -5,7 +5,8 @@ The teacher's trajectories are computed once, `trajectories` of them, and every 
     loss = sum over steps of log(error of the step + 1e-6)
 
 so that every step's relative improvement counts the same, although errors of early and late steps differ by orders of
-magnitude.
+magnitude. The network evaluations spent on all this are part of the state, so that a resumed run reports what an
+uninterrupted one does.
 """
 
 import math
@@ -68,7 +69,12 @@ class TrajectoryBatch:
 
 
 class SolverObjective(nn.Module):
-    """Trains `rule` (constants or a predictor); the model stays frozen and is kept out of the parameters."""
+    """Trains `rule` (constants or a predictor); the model stays frozen and is kept out of the parameters.
+
+    `counter` counts the network evaluations; the buffer `evaluations` int64 () holds its count after the newest step.
+    """
+
+    evaluations: Tensor
 
     def __init__(self, model: LatentModel, target: SolverTarget, config: DistillConfig) -> None:
         super().__init__()
@@ -88,6 +94,8 @@ class SolverObjective(nn.Module):
         )
         self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
         self.counter = EvaluationCounter(model.conditional_field)
+        self.register_buffer("evaluations", torch.tensor(0))
+        self.register_load_state_dict_post_hook(_restore_count)
 
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> TeacherNodes:
         """All trajectories: labels (M,) -> nodes stacked along the batch, on the labels' device."""
@@ -126,8 +134,14 @@ class SolverObjective(nn.Module):
         logs = {f"rmse_step_{i}": e.detach().sqrt() for i, e in enumerate(errors)}
         return (errors + NEGLIGIBLE).log().sum(), logs
 
-    def after_step(self) -> None:
-        """Nothing to do between optimizer steps."""
+    def after_step(self, kept: Tensor) -> None:
+        """Note the evaluations: those of a skipped step were made as well."""
+        self.evaluations.fill_(self.counter.evaluations)
+
+
+def _restore_count(module: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(module, SolverObjective)
+    module.counter.evaluations = int(module.evaluations.item())
 
 
 def _fixed(r: Tensor) -> DirectionRule:

@@ -12,22 +12,32 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 
 
 class TokenizerObjective(nn.Module):
-    """`loss` for fit() around an ImageTokenizer."""
+    """`loss` for fit() around an ImageTokenizer; with `flip` each image is mirrored left-right with probability 1/2."""
 
-    def __init__(self, tokenizer: ImageTokenizer) -> None:
+    def __init__(self, tokenizer: ImageTokenizer, flip: bool = False) -> None:
         super().__init__()
         self.tokenizer = tokenizer
+        self.flip = flip
+
+    def start(self, batch: ImageBatch, context: Context) -> None:
+        """A codebook begins at the encoder's vectors of the first images, which are the same on every process."""
+        self.tokenizer.start(self._images(batch, context))
 
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction MSE in [-1, 1] units plus the quantizer's loss; logs the parts."""
-        images = to_float(batch.images)
+        images = self._images(batch, context)
         out = self.tokenizer(images, context.normal("posterior", self.tokenizer.latent_shape))
         mse = (out.reconstruction - images).square().mean()
         return mse + out.quantized.loss, {"mse": mse, **out.quantized.losses, **batch_codes(out.quantized.counts)}
 
-    def after_step(self) -> None:
-        """Codebook statistics are applied once per optimizer step."""
-        self.tokenizer.update()
+    def after_step(self, kept: Tensor) -> None:
+        """Codebook statistics are applied once per optimizer step; those of a skipped one (`kept` False) never."""
+        self.tokenizer.update(kept)
+
+    def _images(self, batch: ImageBatch, context: Context) -> Tensor:
+        """float32 (B, C, H, W) in [-1, 1], mirrored where the sample's own draw says so."""
+        images = batch.images
+        return to_float(context.either(images, images.flip(-1), "flip") if self.flip else images)
 
 
 def batch_codes(counts: Tensor | None) -> dict[str, Tensor]:

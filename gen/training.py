@@ -1,107 +1,141 @@
 """fit(): the one training loop, under Accelerate, for everything that learns.
 
 Step s sees the samples at global positions s B .. (s + 1) B - 1 of an endless stream: the permutations of epochs 0, 1, 2, ...
-laid end to end. Its noise, times and label drops are functions of (seed, s, global position). Hence the same run on any
-number of processes, or with any accumulation, sees the same samples with the same noise.
+laid end to end. Its noise, times, flips and dropped labels are functions of (seed, s, global position). Hence the same run on
+any number of processes, or with any accumulation, sees the same samples with the same noise, and a run that goes on from a
+checkpoint is the run that was never stopped, bit for bit.
 
-A model that can be trained has `loss(batch, context) -> (scalar, logs)` and `after_step()`. A log is a scalar, averaged over
-the interval, or a pair (sum, count), added up over interval and processes before dividing.
+A step whose loss or gradient is not finite changes nothing. After `patience` of them in a row the run goes back to its last
+checkpoint, once; if that does not help it ends. Every collective is reached by every process in every step.
 """
 
-import math
 import os
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.distributed.tensor import DTensor
 
-from midway.gen import randomness
+from midway.gen import checkpoint, randomness
+from midway.gen.checkpoint import Checkpoint
 from midway.gen.context import Context
 from midway.gen.ema import EMA
-from midway.gen.errors import DivergedError, UsageError
-from midway.gen.runs import Run
+from midway.gen.errors import DiskError, DivergedError, UsageError
+from midway.gen.guard import Guard, Wishes
+from midway.gen.interrupts import Interrupted, Interrupts
+from midway.gen.optim import checkpoint_activations, compile_networks, make_optimizers, set_rate, step_if
+from midway.gen.posthoc import PowerAverage, save_snapshot
+from midway.gen.progress import Averages, Clock, Reporter, words_of
+from midway.gen.runs import Run, lock
+from midway.gen.train_config import TrainConfig, flat, learning_rate, refuse_changes
+from midway.gen.training_state import TrainingState, config_hash, not_finite, size_of, write_files
+
+START_SAMPLES = 1024
 
 
 class Trainable(Protocol):
     """What fit() asks of a model (an nn.Module)."""
 
-    def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, a mean over the batch, and logs (see progress.Averages) of the same names every time."""
+        ...
 
-    def after_step(self) -> None: ...
+    def after_step(self, kept: Tensor) -> None:
+        """Between optimizer steps. When the 0-dim bool `kept` is false the step did not count and nothing may be learned."""
+        ...
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """A model that initialises something from data."""
+
+    def start(self, batch: Any, context: Context) -> None:
+        """Called once, before the first step, with the first (at most 1024) samples of step 0, the same on all processes."""
+        ...
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """How to train. `batch_size` is the global batch of one optimizer step, whatever the processes and accumulation."""
+class Items:
+    """A data set: `fetch` maps item indices int64 (b,) to a batch on the accelerator's device; `fingerprint` names its images."""
 
-    steps: int = 1000
-    batch_size: int = 128
-    lr: float = 1e-3
-    warmup: int = 50
-    """Optimizer steps of linear warm-up."""
-    decay: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or cosine to 0 at `steps`."""
-    weight_decay: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.99)
-    clip: float = 1.0
-    """Largest gradient norm."""
-    ema: float = 0.999
-    """Decay of the weight average; 0 keeps the newest weights only."""
-    accumulation: int = 1
-    """Micro-batches of one optimizer step."""
-    precision: Literal["no", "bf16"] = "no"
-    """bf16 runs the networks under autocast; parameters, noise and x_t stay float32."""
-    max_seconds: float | None = None
-    """Stop after this much training time, save, and exit normally."""
-    log_every: int = 50
-    preview_every: int = 0
-    """Optimizer steps between preview grids (0: only at the end)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("steps", "warmup", "lr", "weight_decay", "preview_every", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {self.ema}; 0 keeps the newest weights")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+    fetch: Callable[[Tensor], Any]
+    size: int
+    fingerprint: str = ""
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of optimizer step `step` (from 0), in closed form."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    if config.decay == "constant":
-        return config.lr
-    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+@dataclass(frozen=True)
+class Hooks:
+    """What a script adds, on the main process: `preview(step)`, called with the averaged weights in the model, and
+    `export(folder, averaged)`, which puts files for other commands into every checkpoint."""
+
+    preview: Callable[[int], None] | None = None
+    export: Callable[[Path, dict[str, Tensor]], None] | None = None
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves.
+@dataclass(frozen=True)
+class FitResult:
+    """Optimizer steps done, seconds of training, the average (None when `ema` is 0), the last interval's means, and whether
+    all of `steps` are done."""
+
+    steps: int
+    seconds: float
+    ema: EMA | None
+    last: dict[str, float]
+    finished: bool
+
+
+def make_accelerator(config: TrainConfig, out: Path | None = None) -> Accelerator:
+    """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves. Trackers write below `out`.
 
     Without a GPU several processes find each other only when told to use the CPU; else each would train alone.
-    UsageError when the global batch cannot be shared equally.
+    UsageError when the global batch cannot be shared equally, or a tracker is not installed.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    accelerator = Accelerator(
-        mixed_precision=config.precision,
-        cpu=several and not torch.cuda.is_available(),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=several and not torch.cuda.is_available(),
+            log_with=list(config.log_with) or None,
+            project_dir=out,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError("the accelerator cannot be set up", str(error), "change --log-with or --precision") from None
+    missing = set(config.log_with) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise UsageError(f"--log-with {names}", "it is not installed", f"pip install {names}, or drop the flag")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError(
+            "FSDP 1 is not supported", "its flattened parameters have no names", "set fsdp_version: 2 in its config"
+        )
     _share(config, accelerator)
     return accelerator
+
+
+def fit(
+    model: nn.Module,
+    items: Items,
+    config: TrainConfig,
+    run: Run,
+    accelerator: Accelerator,
+    hooks: Hooks | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Train `model` in place, from the newest valid checkpoint of `run` if `resume` and there is one.
+
+    Raises DivergedError when loss and gradients stop being finite, DiskError when a checkpoint cannot be written, UsageError
+    when a resumed run was started with another configuration, Interrupted after SIGTERM or SIGINT.
+    """
+    training = _Training(model, items, config, run, accelerator, hooks or Hooks())
+    with lock(run.path) if accelerator.is_main_process else nullcontext(), Interrupts() as interrupts:
+        return training.run_from(training.resume() if resume else 0, interrupts)
 
 
 class _Loss(nn.Module):
@@ -115,12 +149,13 @@ class _Loss(nn.Module):
         return cast(Trainable, self.model).loss(batch, context)
 
 
+@dataclass
 class _Order:
     """Item indices of stream positions; keeps the permutations of the epochs in use."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.epochs: dict[int, Tensor] = {}
+    size: int
+    seed: int
+    epochs: dict[int, Tensor] = field(default_factory=dict)
 
     def __call__(self, start: int, count: int) -> Tensor:
         """int64 (count,): the items at positions start .. start + count - 1."""
@@ -134,108 +169,288 @@ class _Order:
         return randomness.permutation(self.seed, "order", epoch, self.size)
 
 
-class _Averages:
-    """Sums of logged values on the device; read, reduced over processes, once per interval."""
+class _Training:
+    """One call of fit()."""
 
-    def __init__(self) -> None:
-        self.pairs: dict[str, Tensor] = {}
+    def __init__(
+        self, model: nn.Module, items: Items, config: TrainConfig, run: Run, accelerator: Accelerator, hooks: Hooks
+    ) -> None:
+        self.model, self.items, self.config, self.run = model, items, config, run
+        self.accelerator, self.hooks = accelerator, hooks
+        self.share, self.order = _share(config, accelerator), _Order(items.size, config.seed)
+        model.to(accelerator.device).train()
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        if config.compile:
+            compile_networks(model)
+        optimizers = make_optimizers(model, config, accelerator.device)
+        self.wrapped, *self.optimizers = accelerator.prepare(_Loss(model), *optimizers)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        self.ema = EMA(model, config.ema) if config.ema else None
+        self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
+        self.averages, self.guard, self.clock = Averages(), Guard(accelerator), Clock()
+        inner = [getattr(o, "optimizer", o) for o in self.optimizers]
+        self.state = TrainingState(model, inner, self.ema, self.posthoc, self.averages, self.guard, accelerator)
+        self.identity = {**flat(run.config), "data fingerprint": items.fingerprint}
+        self.rolled_back, self.saved_at, self.saved_seconds = False, -1, 0.0
+        self.last: dict[str, float] = {}
 
-    def add(self, logs: dict[str, Tensor]) -> None:
-        for name, value in logs.items():
-            pair = (
-                value.detach().float()
-                if value.dim()
-                else torch.stack([value.detach().float(), torch.ones_like(value).float()])
+    # ---- the loop ----
+
+    def run_from(self, step: int, interrupts: Interrupts) -> FitResult:
+        """Train from optimizer step `step`."""
+        config, first = self.config, step
+        self._announce(step)
+        if step == 0:
+            self._start()
+        report = Reporter(config, self.run, self.accelerator, step)
+        while step < config.steps:
+            self._step(step, self._wishes(interrupts))
+            step += 1
+            verdict = self.guard.read()
+            if verdict.streak >= config.patience:
+                step = self._go_back(step, report)
+                continue
+            stop = verdict.wishes.stop or verdict.wishes.late or step - first == config.max_steps
+            done = step == config.steps
+            self._say(step, report, stop)
+            if done or stop or verdict.wishes.save or _due(config.save_every, step):
+                self._save(step)
+            report.tick(step)
+            if verdict.wishes.stop:
+                report.close()
+                raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
+            if stop:
+                break
+        report.close()
+        return self._result(step)
+
+    def _step(self, step: int, wishes: Wishes) -> None:
+        """One optimizer step, and whatever follows each of them."""
+        set_rate(self.state.optimizers, learning_rate(self.config, step))
+        losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
+        kept = self.guard.judge(step, torch.stack(losses).mean(), norm, wishes)
+        step_if(kept, self.optimizers)
+        cast(Trainable, self.model).after_step(kept)
+        self.averages.add([{**log, "gradient_norm": norm} for log in logs], kept)
+        for average in (self.ema, *self.posthoc):
+            if average is not None:
+                average.update(self.model, step)
+
+    def _micro(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of one micro-batch of this process; its loss and logs."""
+        accelerator, config = self.accelerator, self.config
+        start = step * config.batch_size + (micro * accelerator.num_processes + accelerator.process_index) * self.share
+        _seed_global(config.seed, start)
+        context = Context(config.seed, step, torch.arange(start, start + self.share, device=accelerator.device))
+        is_last = micro == config.accumulation - 1
+        with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+            loss, logs = self.wrapped(self.items.fetch(self.order(start, self.share)), context)
+            accelerator.backward(loss / config.accumulation)
+        return loss.detach(), {"loss": loss.detach(), **logs}
+
+    def _start(self) -> None:
+        """Let the model initialise from data, the same on all processes."""
+        if isinstance(self.model, Startable):
+            count = min(self.config.batch_size, START_SAMPLES)
+            ids = torch.arange(count, device=self.accelerator.device)
+            with torch.no_grad():
+                self.model.start(self.items.fetch(self.order(0, count)), Context(self.config.seed, 0, ids))
+
+    def _wishes(self, interrupts: Interrupts) -> Wishes:
+        limit, every = self.config.max_seconds, self.config.save_seconds
+        return Wishes(
+            stop=bool(interrupts.number),
+            late=limit is not None and self.clock.here >= limit,
+            save=0 < every <= self.clock.here - self.saved_seconds,
+        )
+
+    def _say(self, step: int, report: Reporter, stop: bool) -> None:
+        """Log an interval that is over or broken off; previews and snapshots that are due."""
+        config, done = self.config, step == self.config.steps
+        full = step % config.log_every == 0 or done
+        if full or stop:
+            self.last = self.averages.read(self.accelerator)
+            report.interval(step, self.clock.total, self.last, int(self.guard.skipped), partial=not full)
+        if full:
+            self.averages.clear()
+        if (_due(config.preview_every, step) or done or stop) and self.hooks.preview is not None:
+            self._preview(step)
+        if self.posthoc and (_due(config.posthoc_every, step) or done):
+            self._snapshot(step)
+
+    def _preview(self, step: int) -> None:
+        """Call the preview on the main process with the averaged weights in the model (not if the model is sharded)."""
+        preview = self.hooks.preview
+        if preview is not None and not self.sharded:
+            self.model.eval()
+            with self.averaged_weights(), torch.no_grad():
+                if self.accelerator.is_main_process:
+                    preview(step)
+            self.model.train()
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within the block the model holds its averaged weights, if there are any."""
+        with self.ema.applied(self.model) if self.ema is not None else nullcontext():
+            yield
+
+    def _snapshot(self, step: int) -> None:
+        files = self.state.capture()  # a collective when the model is sharded
+        if self.accelerator.is_main_process:
+            for average in self.posthoc:
+                shadow = files[f"posthoc-{average.std:.3f}.safetensors"]
+                save_snapshot(self.run.path / "posthoc", step, average.std, shadow)
+
+    def _result(self, step: int) -> FitResult:
+        finished = step == self.config.steps
+        skipped = int(self.guard.skipped)
+        if skipped and self.accelerator.is_main_process:
+            self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
+        if not finished and self.accelerator.is_main_process:
+            self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto goes on")
+        return FitResult(step, self.clock.total, self.ema, self.last, finished)
+
+    # ---- going on, going back ----
+
+    def resume(self) -> int:
+        """Take over the newest valid checkpoint and tidy up after the process that wrote it; its step, or 0."""
+        run, main = self.run, self.accelerator.is_main_process
+        found = self._newest()
+        rounding = [] if found is None else self._check(found)
+        step = 0 if found is None else found.step
+        if main:
+            checkpoint.clear_leftovers(run.checkpoints)
+            checkpoint.set_aside(run.checkpoints, -1 if found is None else step)
+            run.forget_after(step)
+            run.write_config()
+            if rounding:
+                run.say(f"note: {', '.join(rounding)} changed, so that last digits may differ from an unbroken run")
+        self.accelerator.wait_for_everyone()
+        if found is not None:
+            self._restore(found)
+        return step
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest valid checkpoint, as the main process sees it."""
+        say = self.run.say
+        found = checkpoint.newest_valid(self.run.checkpoints, say) if self.accelerator.is_main_process else None
+        mine = torch.tensor(0 if found is None else found.step + 1, device=self.accelerator.device)
+        step = int(cast(Tensor, self.accelerator.reduce(mine, "sum"))) - 1
+        return None if step < 0 else Checkpoint(self.run.checkpoints / f"step-{step}", step)
+
+    def _check(self, found: Checkpoint) -> list[str]:
+        """What differs by rounding alone; UsageError for what makes it another run."""
+        before = found.json("state.json")
+        rounding = refuse_changes(before["config"], self.identity, self.config)
+        return rounding + (["processes"] if before["processes"] != self.accelerator.num_processes else [])
+
+    def _restore(self, found: Checkpoint) -> None:
+        state = found.json("state.json")
+        self.state.restore(found)
+        self.clock.before, self.rolled_back = state["seconds"], state["rolled_back"]
+        self.saved_at = found.step
+
+    def _go_back(self, step: int, report: Reporter) -> int:
+        """After too many bad steps: the step of the last checkpoint, taken over; DivergedError the second time."""
+        losses = words_of(self.guard.losses(step))
+        found = None if self.rolled_back else self._newest()
+        if found is None:
+            report.close()
+            why = "it had gone back once already" if self.rolled_back else "there is no checkpoint to go back to"
+            raise DivergedError(
+                f"training diverged by step {step}",
+                f"loss or gradient was not finite in {self.config.patience} steps in a row, and {why}; "
+                f"the last losses were {losses}",
+                "lower --lr, raise --warmup, or train with --precision no",
             )
-            self.pairs[name] = self.pairs[name] + pair if name in self.pairs else pair
+        report.say(f"step {step}: {self.config.patience} bad steps in a row ({losses}); back to step {found.step}")
+        seconds = self.clock.total
+        self._restore(found)
+        self.clock.before, self.rolled_back = seconds - self.clock.here, True
+        if self.accelerator.is_main_process:
+            self.run.forget_after(found.step)
+        report.back_to(found.step)
+        return found.step
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means of everything added since the last read; a bucket that nothing fell into is left out."""
-        stacked = cast(Tensor, accelerator.reduce(torch.stack(list(self.pairs.values())), "sum")).tolist()
-        means = {name: total / count for name, (total, count) in zip(self.pairs, stacked, strict=True) if count}
-        self.pairs = {}
-        return means
+    # ---- saving ----
 
+    def _save(self, step: int) -> None:
+        """Write a checkpoint, unless this step has one. Every process takes part, and all of them fail if the main one does."""
+        if step == self.saved_at:
+            return
+        files = self.state.capture()
+        bad = ["every loss so far"] if int(self.guard.skipped) == step else not_finite(files)
+        if bad:
+            why = f"not finite: {', '.join(bad[:5])}"
+            raise DivergedError(f"step {step} cannot be saved", why, "lower --lr, raise --warmup, or check the data")
+        failure: DiskError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                self._write(step, files)
+            except DiskError as error:
+                failure = error
+        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
+        if cast(Tensor, self.accelerator.reduce(failed, "sum")).item():
+            raise failure or DiskError(f"checkpoint step-{step} was not written", "see the main process", "free space")
+        self.saved_at, self.saved_seconds = step, self.clock.here
 
-@dataclass(frozen=True)
-class FitResult:
-    """Optimizer steps done, seconds of training, the average (None when `ema` is 0), and the last interval's means."""
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]]) -> None:
+        state = {
+            "step": step,
+            "steps": self.config.steps,
+            "seconds": round(self.clock.total, 3),
+            "rolled_back": self.rolled_back,
+            "processes": self.accelerator.num_processes,
+            "config": self.identity,
+        }
+        averaged = files.get("ema.safetensors", files["model.safetensors"])
 
-    steps: int
-    seconds: float
-    ema: EMA | None
-    last: dict[str, float]
+        def write(folder: Path) -> None:
+            write_files(folder, files, state)
+            if self.hooks.export is not None:
+                self.hooks.export(folder, averaged)
 
+        header = {"config_hash": config_hash(self.identity)}
+        checkpoint.save(self.run.checkpoints, step, write, self.config.keep, int(1.2 * size_of(files)), header)
 
-def fit(
-    model: nn.Module,
-    fetch: Callable[[Tensor], Any],
-    size: int,
-    config: TrainConfig,
-    run: Run,
-    accelerator: Accelerator,
-    preview: Callable[[int], None] | None = None,
-) -> FitResult:
-    """Train `model` in place.
-
-    fetch: item indices int64 (b,) -> batch on the accelerator's device. size: items in the data set. preview(step) is called
-    on the main process with the averaged weights in `model`. Raises DivergedError when the loss stops being finite.
-    """
-    share = _share(config, accelerator)
-    model.to(accelerator.device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        weight_decay=config.weight_decay,
-        fused=accelerator.device.type == "cuda",
-    )
-    wrapped, optimizer = accelerator.prepare(_Loss(model), optimizer)
-    ema = EMA(model, config.ema) if config.ema else None
-    order, averages, last = _Order(size, config.seed), _Averages(), {}
-    clock = _Clock(config, accelerator)
-    report = _Reporter(config, run, accelerator)
-    done = 0
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        for micro in range(config.accumulation):
-            start = step * config.batch_size + (micro * accelerator.num_processes + accelerator.process_index) * share
-            context = Context(config.seed, step, torch.arange(start, start + share, device=accelerator.device))
-            is_last = micro == config.accumulation - 1
-            with nullcontext() if is_last else accelerator.no_sync(wrapped):
-                loss, logs = wrapped(fetch(order(start, share)), context)
-                accelerator.backward(loss / config.accumulation)
-            averages.add({"loss": loss, **logs})
-        averages.add({"gradient_norm": accelerator.clip_grad_norm_(parameters, config.clip)})  # pyright: ignore[reportArgumentType]
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        cast(Trainable, model).after_step()
-        if ema is not None:
-            ema.update(model, step)
-        done = step + 1
-        stop = clock.is_over(done)
-        if done % config.log_every == 0 or done == config.steps or stop:
-            last = averages.read(accelerator)
-            _refuse_non_finite(last, done)
-            report.interval(done, clock.seconds, last)
-        if preview is not None and (_due(config.preview_every, done) or done == config.steps or stop):
-            model.eval()
-            with ema.applied(model) if ema is not None else nullcontext(), torch.no_grad():
-                if accelerator.is_main_process:
-                    preview(done)
-            model.train()
-            accelerator.wait_for_everyone()
-        report.tick()
-        if stop:
-            break
-    report.close()
-    return FitResult(done, clock.seconds, ema, last)
+    def _announce(self, step: int) -> None:
+        """The first line of a training, and what env.json says of it."""
+        config, accelerator = self.config, self.accelerator
+        if not accelerator.is_main_process:
+            return
+        facts = {
+            "step": step,
+            "effective_batch": config.batch_size,
+            "per_process_micro_batch": self.share,
+            "accumulation": config.accumulation,
+            "processes": accelerator.num_processes,
+            "device": accelerator.device.type,
+            "precision": config.precision,
+            "data_fingerprint": self.items.fingerprint,
+            "items": self.items.size,
+            "parameters": sum(p.numel() for p in self.parameters),
+        }
+        self.run.note(facts)
+        begin = f"going on from step {step}" if step else "training"
+        parts = f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.share}"
+        self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
 
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _seed_global(seed: int, start: int) -> None:
+    """Fix torch's own generators, for modules that draw from them; ours never do."""
+    word = int(randomness.words(seed, "global", 0, torch.tensor([start]), 1))
+    torch.default_generator.manual_seed(word & (2**63 - 1))
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(word & (2**63 - 1))
 
 
 def _share(config: TrainConfig, accelerator: Accelerator) -> int:
@@ -248,66 +463,3 @@ def _share(config: TrainConfig, accelerator: Accelerator) -> int:
             f"use a multiple of {parts}",
         )
     return config.batch_size // parts
-
-
-def _refuse_non_finite(means: dict[str, float], step: int) -> None:
-    bad = [name for name, value in means.items() if not math.isfinite(value)]
-    if bad:
-        raise DivergedError(
-            f"training diverged by step {step}",
-            f"{', '.join(bad)} stopped being finite",
-            "lower --lr, raise --warmup, or train with --precision no",
-        )
-
-
-class _Clock:
-    """Training seconds; all processes agree on when the time is over."""
-
-    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.limit, self.accelerator, self.start = config.max_seconds, accelerator, time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.start
-
-    def is_over(self, step: int) -> bool:
-        if self.limit is None:
-            return False
-        if self.accelerator.num_processes == 1:
-            return self.seconds >= self.limit
-        if step % 10:  # asking every process costs a collective
-            return False
-        late = torch.tensor(float(self.seconds >= self.limit), device=self.accelerator.device)
-        return cast(Tensor, self.accelerator.reduce(late, "sum")).item() > 0
-
-
-class _Reporter:
-    """A progress bar on a terminal, else one plain line every 30 s; metrics.jsonl always. Only the main process speaks."""
-
-    def __init__(self, config: TrainConfig, run: Run, accelerator: Accelerator) -> None:
-        self.config, self.run, self.main = config, run, accelerator.is_main_process
-        self.bar = tqdm(total=config.steps, desc=run.kind, disable=None if self.main else True, leave=False)
-        self.last_line = time.monotonic()
-        if self.main:
-            parts = f"{accelerator.num_processes} processes, {config.accumulation} micro-batches"
-            self.run.say(f"training on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
-
-    def tick(self) -> None:
-        self.bar.update()
-
-    def interval(self, step: int, seconds: float, means: dict[str, float]) -> None:
-        if not self.main:
-            return
-        rate = step * self.config.batch_size / seconds
-        record = {"step": step, "seconds": round(seconds, 3), "images_per_second": round(rate, 1)}
-        self.run.log({**record, "lr": learning_rate(self.config, step - 1), **means})
-        shown = {k: f"{v:.4g}" for k, v in means.items() if not k.startswith("loss_time")}
-        self.bar.set_postfix(shown)
-        if self.bar.disable and (time.monotonic() - self.last_line >= 30 or step == self.config.steps):
-            self.last_line = time.monotonic()
-            eta = seconds / step * (self.config.steps - step)
-            words = " ".join(f"{k} {v}" for k, v in shown.items())
-            self.run.say(f"{self.run.kind} step {step}/{self.config.steps} {words} {rate:.0f} images/s eta {eta:.0f} s")
-
-    def close(self) -> None:
-        self.bar.close()

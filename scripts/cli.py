@@ -9,11 +9,13 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from midway.gen.checkpoint import DISK_ERRORS
 from midway.gen.config import from_dict, read_yaml
-from midway.gen.errors import MidwayError, UsageError, nearest
+from midway.gen.errors import DiskError, MidwayError, UsageError, nearest
+from midway.gen.train_config import TrainConfig
 
 Task = TypeVar("Task")
-RECORDED = ("kind", "data")
+RECORDED = ("kind", "data", "posthoc")
 
 
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
@@ -40,10 +42,7 @@ def _starting_point(
         if len(arguments) < 2:
             raise UsageError("--config needs a file", "none was given", "pass the config.yaml of a run")
         values = read_yaml(Path(arguments[1]))
-        if isinstance(values, dict):  # a run records its kind too, and a latent model the data of its tokenizer
-            fields = {field.name for field in dataclasses.fields(task)}  # pyright: ignore[reportArgumentType]
-            values = {key: value for key, value in values.items() if key in fields or key not in RECORDED}
-        return from_dict(task, values, arguments[1]), arguments[2:]
+        return from_dict(task, own_fields(task, values), arguments[1]), arguments[2:]
     if arguments and not arguments[0].startswith("-") and recipes:
         name = arguments[0]
         if name not in recipes:
@@ -52,13 +51,21 @@ def _starting_point(
     return None, arguments
 
 
+def own_fields(task: type, values: Any) -> Any:
+    """A run's config.yaml without what it records besides: its kind, the data of a latent model's tokenizer."""
+    if not isinstance(values, dict):
+        return values
+    fields = {field.name for field in dataclasses.fields(task)}
+    return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
+
+
 def main(command: Callable[[list[str]], None]) -> NoReturn:
     """Run a script: MidwayError -> three lines and its exit code, Ctrl-C -> 130, `--debug` -> the traceback as well."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
     try:
-        command(arguments)
+        _run(command, arguments)
     except MidwayError as error:
         if debug:
             traceback.print_exc()
@@ -68,6 +75,21 @@ def main(command: Callable[[list[str]], None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """Run it; a full or failing disk is a DiskError wherever it shows."""
+    try:
+        command(arguments)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DiskError("a file could not be written", str(error), "free space and run again") from error
+
+
+def weights_name(train: TrainConfig) -> str:
+    """What a picture or a figure says about the weights it was made with."""
+    return "averaged" if train.ema else "newest"
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import train_tokenizer
 from cli import main, resolve
 from midway.gen.backbone import DiTConfig
 from midway.gen.solver_training import DistillConfig
-from midway.gen.training import TrainConfig
+from midway.gen.train_config import TrainConfig
 from recipes import LatentTask, TokenizerTask, digits_dit, digits_fsq
 
 

@@ -20,6 +20,8 @@ class EncodeTask:
     out: Path | None = None
     """The file to write (default: beside the tokenizer, named by data and weights)."""
     batch_size: int = 512
+    flip: bool = False
+    """Encode the left-right mirrored images too, for training with mirror augmentation."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -30,13 +32,13 @@ def run(task: EncodeTask) -> Path:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     tokenizer, data = load_tokenizer(task.tokenizer, best_device())
     train = load_splits(data).train
-    path = task.out or cache_path(task.tokenizer, train, tokenizer)
+    path = task.out or cache_path(task.tokenizer, train, tokenizer, task.flip)
     if path.exists() and not task.overwrite:
         raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
     print(describe(train))
-    latents = encode(tokenizer, train, task.batch_size)
+    latents = encode(tokenizer, train, task.batch_size, task.flip)
     save_latents(latents, path)
-    print(f"latents {tuple(latents.raw.shape)}")
+    print(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")
     print("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
     print("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
     print(f"saved {path}")

@@ -13,9 +13,10 @@ import tyro
 from midway.gen.backbone import DiTConfig
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.splits import DataConfig
-from midway.gen.training import TrainConfig
+from midway.gen.train_config import TrainConfig
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix
+Resume = Literal["no", "auto"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,13 @@ class TokenizerTask:
     """Run directory to create."""
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     overwrite: bool = False
     """Delete a run that is already at --out."""
+    resume: Resume = "no"
+    """auto: go on from the newest checkpoint at --out, or start if there is none."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,13 @@ class LatentTask:
     latents: Path | None = None
     """Latent cache (default: beside the tokenizer; made if missing)."""
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     overwrite: bool = False
     """Delete a run that is already at --out."""
+    resume: Resume = "no"
+    """auto: go on from the newest checkpoint at --out, or start if there is none."""
 
 
 DIGITS_TOKENIZER_TRAIN = TrainConfig(steps=600, batch_size=128, lr=2e-3, decay="cosine", ema=0.99, log_every=50)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from cli import main, resolve
 from midway.gen.config import to_dict
@@ -18,9 +20,10 @@ from midway.gen.data import describe
 from midway.gen.errors import UsageError
 from midway.gen.features import FeatureConfig, FeatureNetwork, protocol_name, save_features
 from midway.gen.runs import Run
-from midway.gen.splits import DataConfig, load_splits
-from midway.gen.training import TrainConfig, fit, make_accelerator
-from recipes import Flat
+from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.gen.train_config import TrainConfig
+from midway.gen.training import Hooks, Items, fit, make_accelerator
+from recipes import Flat, Resume
 
 
 @dataclass(frozen=True)
@@ -40,42 +43,67 @@ class FeaturesTask:
     """Stops early on purpose: see the module's docstring."""
     overwrite: bool = False
     """Delete a run that is already at --out."""
+    resume: Resume = "no"
+    """auto: go on from the newest checkpoint at --out, or start if there is none."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what."""
+
+    model: FeatureNetwork
+    items: Items
+    splits: Splits
+
+
+def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts:
+    """The network and its images; nothing is written."""
+    splits = load_splits(task.data)
+    images, labels, classes = splits.train.images, splits.train.labels, splits.train.classes
+    torch.manual_seed(task.train.seed)
+    return Parts(
+        make_network(task, images.shape[1], images.shape[2], len(classes)),
+        Items(
+            lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
+            len(images),
+            splits.train.fingerprint,
+        ),
+        splits,
+    )
 
 
 def train(task: FeaturesTask) -> Run | None:
     """Train on the training images, report the held-out accuracy, save. The run on the main process."""
-    splits = load_splits(task.data)
-    accelerator = make_accelerator(task.train)
-    data = splits.train
-    torch.manual_seed(task.train.seed)
-    network = make_network(task, data.images.shape[1], data.images.shape[2], len(data.classes))
-    run = Run(task.out, "features")
+    accelerator = make_accelerator(task.train, task.out)
+    parts = make_parts(task, accelerator)
+    network, held_out = parts.model, parts.splits.held_out
+    run = Run(task.out, "features", to_dict(task))
     if accelerator.is_main_process:
-        run = Run.create(task.out, "features", to_dict(task), task.overwrite)
-        run.say(describe(splits.train))
+        run = Run.create(task.out, "features", to_dict(task), task.overwrite, task.resume == "auto")
+        run.say(describe(parts.splits.train))
     accelerator.wait_for_everyone()
-    result = fit(
-        network,
-        lambda items: ImageBatch(data.images[items].to(accelerator.device), data.labels[items].to(accelerator.device)),
-        len(data.images),
-        task.train,
-        run,
-        accelerator,
-    )
+    source = Path(task.data.data).stem
+    hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
+    result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:
         return None
     if result.ema is not None:
         network.load_state_dict(result.ema.shadow)
     network.eval()
     with torch.no_grad():
-        logits = network.classify(network.features(splits.held_out.images))
-    accuracy = (logits.argmax(1).cpu() == splits.held_out.labels).float().mean().item()
-    source = Path(task.data.data).stem
-    run.save_checkpoint(result.steps, lambda folder: save_features(network, folder / "features.safetensors", source))
-    run.log({"step": result.steps, "held_out_accuracy": accuracy})
+        logits = network.classify(network.features(held_out.images))
+    accuracy = (logits.argmax(1).cpu() == held_out.labels).float().mean().item()
+    run.log({"step": result.steps, "final": True, "held_out_accuracy": accuracy})
     run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")
     run.say(f"saved {run.checkpoint}")
     return run
+
+
+def export(folder: Path, network: FeatureNetwork, averaged: dict[str, Tensor], source: str) -> None:
+    """The network with averaged weights, as evaluate.py reads it."""
+    copy = FeatureNetwork(network.config)
+    copy.load_state_dict(averaged)
+    save_features(copy, folder / "features.safetensors", source)
 
 
 def make_network(task: FeaturesTask, channels: int, side: int, classes: int) -> FeatureNetwork:

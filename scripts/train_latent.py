@@ -1,8 +1,13 @@
 """Train a latent model: python scripts/train_latent.py digits-dit --tokenizer runs/digits-fsq"""
 
-import torch
+from dataclasses import dataclass
+from pathlib import Path
 
-from cli import main, resolve
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cli import main, resolve, weights_name
 from midway.gen.artefacts import TrainedModel, load_tokenizer, write_model
 from midway.gen.config import to_dict
 from midway.gen.context import LatentBatch
@@ -14,7 +19,7 @@ from midway.gen.pictures import save_grid
 from midway.gen.runs import Run
 from midway.gen.sampling import decode, sample_latents
 from midway.gen.splits import DataConfig, load_splits
-from midway.gen.training import fit, make_accelerator
+from midway.gen.training import Hooks, Items, fit, make_accelerator
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -24,47 +29,75 @@ PREVIEW = 60
 PREVIEW_STEPS = 10
 
 
-def train(task: LatentTask) -> Run | None:
-    """Train and save. The run on the main process, None on the others."""
-    accelerator = make_accelerator(task.train)
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what."""
+
+    model: LatentModel
+    items: Items
+    tokenizer: ImageTokenizer
+    data: DataConfig
+
+
+def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
+    """The model and its latents, which are encoded if they are not there."""
     tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
     images = load_splits(data).train
     torch.manual_seed(task.train.seed)
-    model = make_model(task, tokenizer, images)  # before the run: what cannot be built leaves no directory
+    model = make_model(task, tokenizer, images)
     if accelerator.is_main_process:
         make_cache(task, images, tokenizer)
     accelerator.wait_for_everyone()
-    latents = load_latents(task.latents or cache_path(task.tokenizer, images, tokenizer), images, tokenizer)
+    path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
+    latents = load_latents(path, images, tokenizer, task.flip)
     set_statistics(tokenizer, latents)
-    run = Run(task.out, "latent_model")
+    fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
+    return Parts(model, Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint), tokenizer, data)
+
+
+def fetcher(latents: Latents, device: torch.device):
+    """Item indices -> LatentBatch; everything is kept on the device."""
+    x0, labels = latents.standardised.to(device), latents.labels.to(device)
+    mirrored = latents.standardised_mirrored
+    other = None if mirrored is None else mirrored.to(device)
+
+    def fetch(items: Tensor) -> LatentBatch:
+        items = items.to(device)
+        return LatentBatch(x0[items], labels[items], None if other is None else other[items])
+
+    return fetch
+
+
+def train(task: LatentTask) -> Run | None:
+    """Train and save. The run on the main process, None on the others."""
+    accelerator = make_accelerator(task.train, task.out)
+    parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
+    model, tokenizer = parts.model, parts.tokenizer
+    config = {**to_dict(task), "data": to_dict(parts.data)}
+    run = Run(task.out, "latent_model", config)
     if accelerator.is_main_process:
-        run = Run.create(task.out, "latent_model", {**to_dict(task), "data": to_dict(data)}, task.overwrite)
+        run = Run.create(task.out, "latent_model", config, task.overwrite, task.resume == "auto")
         parameters = sum(p.numel() for p in model.parameters())
-        run.say(f"{parameters:,} parameters, latents {tuple(latents.raw.shape)}, schedule {task.model.schedule}")
-    x0, labels = latents.standardised.to(accelerator.device), latents.labels.to(accelerator.device)
-    result = fit(
-        model,
-        lambda items: LatentBatch(x0[items.to(accelerator.device)], labels[items.to(accelerator.device)]),
-        len(x0),
-        task.train,
-        run,
-        accelerator,
-        preview=lambda step: write_preview(run, model, tokenizer, data, step),
+        shape = (parts.items.size, *model.latent_shape)
+        run.say(f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}")
+    accelerator.wait_for_everyone()
+    hooks = Hooks(
+        preview=lambda step: write_preview(run, parts, step, weights_name(task.train)),
+        export=lambda folder, _: write_model(folder, model, tokenizer),
     )
+    result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:
         return None
-    shadow = None if result.ema is None else result.ema.shadow
-    run.save_checkpoint(result.steps, lambda folder: write_model(folder, model, shadow, tokenizer))
     run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
     return run
 
 
 def make_cache(task: LatentTask, images: ImageData, tokenizer: ImageTokenizer) -> Latents | None:
     """Encode the images unless a cache is there or was named."""
-    path = cache_path(task.tokenizer, images, tokenizer)
+    path = cache_path(task.tokenizer, images, tokenizer, task.flip)
     if task.latents is not None or path.exists():
         return None
-    latents = encode(tokenizer, images)
+    latents = encode(tokenizer, images, flip=task.flip)
     save_latents(latents, path)
     return latents
 
@@ -85,12 +118,12 @@ def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -
         raise UsageError("this model cannot be built", str(error), "change the --model flags") from None
 
 
-def write_preview(run: Run, model: LatentModel, tokenizer: ImageTokenizer, data: DataConfig, step: int) -> None:
-    """Averaged weights, fixed seeds, Heun's method at 20 evaluations."""
-    trained = TrainedModel(model, tokenizer, data, "", run)
-    table = heun(model.schedule, karras(model.schedule, PREVIEW_STEPS))
+def write_preview(run: Run, parts: Parts, step: int, weights: str) -> None:
+    """Fixed seeds, Heun's method at 20 evaluations; the file's name says which weights."""
+    trained = TrainedModel(parts.model, parts.tokenizer, parts.data, "", run)
+    table = heun(parts.model.schedule, karras(parts.model.schedule, PREVIEW_STEPS))
     images = decode(trained, sample_latents(trained, table, torch.arange(PREVIEW)).latents)
-    save_grid(run.path / "samples" / f"ema-{step:06d}-nfe20.png", images, columns=10)
+    save_grid(Path(run.path) / "samples" / f"{weights}-{step:06d}-nfe20.png", images, columns=10)
 
 
 if __name__ == "__main__":

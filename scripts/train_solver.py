@@ -1,11 +1,14 @@
 """Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8"""
 
+import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
+from accelerate import Accelerator
+from torch import Tensor
 
 from cli import main, numbers, resolve
 from midway.gen.artefacts import TrainedModel, load_model, solver_path
@@ -15,11 +18,12 @@ from midway.gen.evaluate import LEARNED
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.training import TrainConfig, fit, make_accelerator
+from midway.gen.train_config import TrainConfig
+from midway.gen.training import Hooks, Items, fit, make_accelerator
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LearnedSolver, SolverCard
 from midway.samplers.solvers import SOLVERS
-from recipes import Flat
+from recipes import Flat, Resume
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class SolverTask:
     )
     overwrite: bool = False
     """Replace solvers that were already learned."""
+    resume: Resume = "no"
+    """auto: go on with solvers that were begun, from their newest checkpoints."""
 
 
 def recipes() -> dict[str, object]:
@@ -51,16 +57,53 @@ def recipes() -> dict[str, object]:
     return {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in LEARNED}
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what."""
+
+    model: SolverObjective
+    items: Items
+
+
 def train(task: SolverTask) -> list[Run]:
     """One run per budget, on the main process."""
     check(task)
-    accelerator = make_accelerator(task.train)
-    trained = load_model(task.model, accelerator.device)
-    if task.guidance != 1 and not trained.model.classes:
-        raise UsageError(f"--guidance {task.guidance}", "this model was trained without classes", "drop --guidance")
+    accelerator = make_accelerator(task.train, task.model)
+    trained = load(task, accelerator)
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
     runs = [train_one(task, nfe, objective, trained, accelerator) for nfe, objective in objectives.items()]
     return [run for run in runs if run is not None]
+
+
+def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel:
+    """The model; UsageError for guidance that it cannot have."""
+    trained = load_model(task.model, accelerator.device)
+    if task.guidance != 1 and not trained.model.classes:
+        raise UsageError(f"--guidance {task.guidance}", "this model was trained without classes", "drop --guidance")
+    return trained
+
+
+def make_parts(task: SolverTask, accelerator: Accelerator) -> Parts:
+    """The objective at the one budget of `task`, warm-started, and its teacher's trajectories."""
+    trained = load(task, accelerator)
+    (nfe,) = numbers(task.nfe, "--nfe")
+    objective = make_objective(task, nfe, trained)
+    return Parts(objective, run_teacher(objective, trained, accelerator.device))
+
+
+def run_teacher(objective: SolverObjective, trained: TrainedModel, device: torch.device) -> Items:
+    """Compute the teacher's trajectories and start the rule from the best of a few."""
+    config = objective.config
+    objective.to(device)
+    order = torch.arange(config.seed, config.seed + config.trajectories)
+    labels = labels_of(order, trained.model.classes).to(device)
+    teacher = objective.run_teacher(labels)
+    objective.warm_start(teacher, labels)
+    return Items(
+        lambda items: TrajectoryBatch(teacher.take(items.to(device)), labels[items.to(device)]),
+        config.trajectories,
+        f"teacher of {trained.hash}",
+    )
 
 
 def check(task: SolverTask) -> None:
@@ -86,47 +129,52 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> SolverO
         ) from None
 
 
-def train_one(task: SolverTask, nfe: int, objective: SolverObjective, trained: TrainedModel, accelerator) -> Run | None:
+def train_one(
+    task: SolverTask, nfe: int, objective: SolverObjective, trained: TrainedModel, accelerator: Accelerator
+) -> Run | None:
     """Distil at one budget and save."""
-    config = objective.config
     path = solver_path(task.model, task.solver, task.grid, nfe)
-    run = Run(path, "solver")
+    config = to_dict(replace(task, nfe=str(nfe)))
+    run = Run(path, "solver", config)
     if accelerator.is_main_process:
-        run = Run.create(path, "solver", to_dict(replace(task, nfe=str(nfe))), task.overwrite)
+        run = Run.create(path, "solver", config, task.overwrite, task.resume == "auto")
     accelerator.wait_for_everyone()
-    device = accelerator.device
-    numbers_of = torch.arange(config.seed, config.seed + config.trajectories)
-    labels = labels_of(numbers_of, trained.model.classes).to(device)
-    teacher = objective.run_teacher(labels)
-    objective.warm_start(teacher, labels)
-    result = fit(
-        objective,
-        lambda items: TrajectoryBatch(teacher.take(items.to(device)), labels[items.to(device)]),
-        config.trajectories,
-        task.train,
-        run,
-        accelerator,
-    )
+    items = run_teacher(objective, trained, accelerator.device)
+    processes = accelerator.num_processes
+    hooks = Hooks(export=lambda folder, averaged: export(folder, task, objective, trained, averaged, processes))
+    result = fit(objective, items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:
         return None
-    training_nfe = objective.counter.evaluations * accelerator.num_processes
+    cost = objective.counter.evaluations * processes
+    run.say(
+        f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
+    )
+    return run
+
+
+def export(
+    folder: Path,
+    task: SolverTask,
+    objective: SolverObjective,
+    trained: TrainedModel,
+    averaged: dict[str, Tensor],
+    processes: int,
+) -> None:
+    """The learned solver as evaluate.py reads it."""
     card = SolverCard(
         name=task.solver,
         grid_name=task.grid,
         schedule=trained.model.config.schedule,
         model_hash=trained.hash,
-        nfe=nfe,
+        nfe=objective.target.nfe,
         analytic_first=objective.analytic_first,
         guidance=task.guidance,
-        training_nfe=training_nfe,
-        teacher=f"{config.teacher}, {len(objective.teacher.grid) - 1} steps",
+        training_nfe=objective.counter.evaluations * processes,
+        teacher=f"{objective.config.teacher}, {len(objective.teacher.grid) - 1} steps",
     )
-    solver = LearnedSolver(card, objective.grid, objective.rule.cpu().eval())
-    run.save_checkpoint(result.steps, lambda folder: solver.save(folder / "solver.safetensors"))
-    run.say(
-        f"{task.solver} at NFE {nfe}: {training_nfe:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
-    )
-    return run
+    rule = copy.deepcopy(objective.rule).cpu().eval()
+    rule.load_state_dict({k.removeprefix("rule."): v for k, v in averaged.items() if k.startswith("rule.")})
+    LearnedSolver(card, objective.grid, rule).save(folder / "solver.safetensors")
 
 
 if __name__ == "__main__":

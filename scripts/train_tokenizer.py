@@ -1,8 +1,15 @@
 """Train an image tokenizer: python scripts/train_tokenizer.py digits-fsq --model.levels 8 5 5 5"""
 
-import torch
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
-from cli import main, resolve
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cli import main, resolve, weights_name
+from midway.gen import checkpoint
 from midway.gen.config import to_dict
 from midway.gen.context import ImageBatch
 from midway.gen.data import ImageData, describe
@@ -12,48 +19,67 @@ from midway.gen.randomness import permutation
 from midway.gen.runs import Run
 from midway.gen.splits import Splits, load_splits
 from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, reconstruct
-from midway.gen.training import fit, make_accelerator
+from midway.gen.training import Hooks, Items, fit, make_accelerator
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES, TokenizerTask
 
 SHOWN = 32
 
 
-def train(task: TokenizerTask) -> Run | None:
-    """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what."""
+
+    model: TokenizerObjective
+    items: Items
+    splits: Splits
+
+
+def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts:
+    """The objective and its data; nothing is written."""
     splits = load_splits(task.data)
-    accelerator = make_accelerator(task.train)
     torch.manual_seed(task.train.seed)
-    tokenizer = make_tokenizer(task, splits.train)  # before the run: what cannot be built leaves no directory
-    run = open_run(task, accelerator.is_main_process, splits)
-    accelerator.wait_for_everyone()
-    objective = TokenizerObjective(tokenizer).to(accelerator.device)
+    tokenizer = make_tokenizer(task, splits.train)
     images, labels = splits.train.images, splits.train.labels
-    steps = 0
-    ema = None
-    if any(p.requires_grad for p in tokenizer.parameters()):
-        result = fit(
-            objective,
+    return Parts(
+        TokenizerObjective(tokenizer, task.flip).to(accelerator.device),
+        Items(
             lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
             len(images),
-            task.train,
-            run,
-            accelerator,
-            preview=lambda step: write_reconstructions(run, tokenizer, splits, step),
+            splits.train.fingerprint,
+        ),
+        splits,
+    )
+
+
+def train(task: TokenizerTask) -> Run | None:
+    """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
+    accelerator = make_accelerator(task.train, task.out)
+    parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
+    tokenizer, splits = parts.model.tokenizer, parts.splits
+    run = open_run(task, accelerator.is_main_process, splits)
+    accelerator.wait_for_everyone()
+    steps = 0
+    if any(p.requires_grad for p in tokenizer.parameters()):
+        hooks = Hooks(
+            preview=lambda step: write_reconstructions(run, tokenizer, splits, step, weights_name(task.train)),
+            export=lambda folder, averaged: export(folder, tokenizer, averaged),
         )
-        steps, ema = result.steps, result.ema
+        result = fit(parts.model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        steps = result.steps
+        if result.ema is not None:
+            parts.model.load_state_dict(result.ema.shadow)
+    elif accelerator.is_main_process:
+        state = parts.model.state_dict()
+        checkpoint.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
     if not accelerator.is_main_process:
         return None
-    if ema is not None:
-        objective.load_state_dict(ema.shadow)
-    objective.eval()
+    parts.model.eval()
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
-    run.log({"step": steps, **{f"held_out_{name}": value for name, value in quality.items()}})
-    run.save_checkpoint(steps, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
+    run.log({"step": steps, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
     tokens = len(splits.held_out.images) * tokenizer.tokens
-    run.say(
-        f"held-out images ({tokens} tokens): " + ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    )
+    words = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    run.say(f"held-out images ({tokens} tokens, {weights_name(task.train)} weights): {words}")
     run.say(f"saved {run.checkpoint}")
     return run
 
@@ -61,11 +87,19 @@ def train(task: TokenizerTask) -> Run | None:
 def open_run(task: TokenizerTask, is_main: bool, splits: Splits) -> Run:
     """Only the main process creates the directory and reports the data."""
     if not is_main:
-        return Run(task.out, "tokenizer")
-    run = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
+        return Run(task.out, "tokenizer", to_dict(task))
+    run = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite, task.resume == "auto")
     run.say(describe(splits.train))
     run.say(describe(splits.held_out))
     return run
+
+
+def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor]) -> None:
+    """The tokenizer with averaged weights, as `from_pretrained` reads it."""
+    copy = cast(ImageTokenizer, ImageTokenizer.from_config(tokenizer.config))
+    prefix = "tokenizer."
+    copy.load_state_dict({k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)})
+    copy.save_pretrained(folder / "tokenizer")
 
 
 def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
@@ -92,14 +126,15 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
         raise UsageError("this tokenizer cannot be built", str(error), "change the --model flags") from None
 
 
-def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int) -> None:
+def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:
     """Held-out images over their reconstructions."""
     held_out = splits.held_out.images
     images = held_out[permutation(0, "shown", 0, len(held_out))[:SHOWN]]  # the files' order goes by class
     pairs = torch.stack([images, reconstruct(tokenizer, images)], dim=1)  # (N, 2, C, H, W)
     rows = pairs.unflatten(0, (-1, 8)) if len(images) % 8 == 0 else pairs[None]
     ordered = rows.transpose(1, 2).flatten(0, 2)  # eight originals, then their eight reconstructions
-    save_grid(run.path / "samples" / f"reconstructions-{step:06d}.png", ordered, columns=rows.shape[1])
+    name = f"reconstructions-{weights}-{step:06d}.png"
+    save_grid(run.path / "samples" / name, ordered, columns=rows.shape[1])
 
 
 if __name__ == "__main__":

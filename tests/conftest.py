@@ -18,7 +18,7 @@ from midway.gen.artefacts import TrainedModel, load_model
 from midway.gen.backbone import DiTConfig
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.solver_training import DistillConfig
-from midway.gen.training import TrainConfig
+from midway.gen.train_config import TrainConfig
 from recipes import LatentTask, TokenizerConfig, TokenizerTask
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared

@@ -1,4 +1,4 @@
-"""AMED: the dynamic solver against its table, distillation on an exact problem, artefacts."""
+"""AMED: the dynamic solver against its table, distillation on an exact problem, its cost, artefacts."""
 
 import math
 from dataclasses import replace
@@ -8,6 +8,10 @@ import torch
 from oracles import mixture
 from torch import Tensor
 
+from midway.gen.backbone import DiTConfig
+from midway.gen.context import Context
+from midway.gen.latent_model import LatentModel, LatentModelConfig
+from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
 from midway.samplers import grids
 from midway.samplers.amed import AMEDConfig, Constants, Directions, Predictor, nodes
 from midway.samplers.distill import NEGLIGIBLE, step_errors, teacher_nodes
@@ -149,6 +153,54 @@ def test_an_analytic_first_step_gives_the_predictor_no_features() -> None:
     assert not kept.features[0].any()
     assert kept.features[1].any()
     torch.testing.assert_close(kept.eps[0], x)  # variance preserving: x / sqrt(alpha^2 + sigma^2) = x
+
+
+def _objective(guidance: float, constants: bool) -> tuple[SolverObjective, TrajectoryBatch]:
+    """An objective after its teacher run and warm start, as scripts/train_solver.py prepares it, and all trajectories."""
+    torch.manual_seed(0)
+    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
+    target = SolverTarget(4, "uniform", guidance, constants)
+    objective = SolverObjective(
+        model.eval().requires_grad_(False), target, DistillConfig(teacher_steps=4, trajectories=6)
+    )
+    labels = torch.arange(6) % 4
+    teacher = objective.run_teacher(labels)
+    objective.warm_start(teacher, labels)
+    return objective, TrajectoryBatch(teacher, labels)
+
+
+def _steps(objective: SolverObjective, all_of_it: TrajectoryBatch, first: int, last: int) -> None:
+    """Steps first .. last - 1 of training, of which number 1 is skipped as fit() would skip it."""
+    optimizer = torch.optim.Adam(objective.parameters(), 1e-2)
+    for step in range(first, last):
+        items = torch.arange(step, step + 3) % 6
+        batch = TrajectoryBatch(all_of_it.nodes.take(items), all_of_it.labels[items])
+        loss, _ = objective.loss(batch, Context(0, step, items))
+        optimizer.zero_grad()
+        loss.backward()
+        if step != 1:
+            optimizer.step()
+        objective.after_step(torch.tensor(step != 1, device="meta"))  # a value that cannot be waited for
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("constants", [True, False], ids=["constants", "predictor"])
+def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(constants: bool, guidance: float) -> None:
+    """Teacher run and warm start, done again by the resumed process, are not counted twice; a skipped step is counted."""
+    whole, data = _objective(guidance, constants)
+    prepared = whole.counter.evaluations
+    _steps(whole, data, 0, 5)
+    a_step = 3 * 2 * (2 if guidance != 1 else 1)  # three trajectories, two steps of the student, guidance
+    assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * a_step
+    broken, _ = _objective(guidance, constants)
+    _steps(broken, data, 0, 2)
+    resumed, data = _objective(guidance, constants)
+    resumed.load_state_dict(broken.state_dict())
+    assert resumed.counter.evaluations == prepared + 2 * a_step
+    _steps(resumed, data, 2, 5)
+    assert resumed.counter.evaluations == whole.counter.evaluations
+    assert resumed.evaluations.dtype == torch.int64
+    assert not [name for name in whole.rule.state_dict() if "evaluations" in name], "no part of the artefact"
 
 
 @pytest.mark.parametrize("kind", ["constants", "predictor"])

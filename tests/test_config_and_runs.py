@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from midway.gen import checkpoint
 from midway.gen.config import from_dict, read_yaml, to_dict, write_yaml
 from midway.gen.errors import DataError, DiskError, UsageError, nearest
 from midway.gen.files import state_hash, write_atomically
@@ -151,8 +153,23 @@ def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def _write(content: str) -> Any:
-    return lambda folder: (folder / "model.txt").write_text(content)
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting between the attempts at a save."""
+    monkeypatch.setattr(checkpoint, "BACKOFF", (0.0,))
+
+
+def _save(run: Run, step: int, content: str) -> Path:
+    return checkpoint.save(run.checkpoints, step, lambda folder: _write(folder, content)).path
+
+
+def _write(folder: Path, content: str) -> None:
+    (folder / "model.txt").write_text(content)
+
+
+def _steps(run: Run) -> list[str]:
+    """What is in the folder of the checkpoints, but the pointer to the newest."""
+    return sorted(set(os.listdir(run.checkpoints)) - {"latest"})
 
 
 def test_a_run_is_found_again_with_its_configuration(tmp_path: Path) -> None:
@@ -165,7 +182,7 @@ def test_a_run_is_found_again_with_its_configuration(tmp_path: Path) -> None:
 
 def test_an_existing_run_is_kept_unless_it_may_be_overwritten(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r", "solver", {"a": 1})
-    run.save_checkpoint(3, _write("old"))
+    _save(run, 3, "old")
     before = _files(run.path)
     with pytest.raises(UsageError, match="already holds a run"):
         Run.create(run.path, "solver", {"a": 2})
@@ -240,24 +257,26 @@ def test_the_newest_checkpoint_replaces_the_older_ones(tmp_path: Path) -> None:
     """By number, not by name: step 10 is newer than step 9."""
     run = Run.create(tmp_path / "r", "solver", {})
     for step in (9, 10):
-        assert run.save_checkpoint(step, _write(f"step {step}")) == run.checkpoint
-        assert os.listdir(run.path / "checkpoints") == [f"step-{step}"]
+        assert _save(run, step, f"step {step}") == run.checkpoint
+        assert _steps(run) == [f"step-{step}"]
     assert (run.checkpoint / "model.txt").read_text() == "step 10"
-    run.save_checkpoint(10, _write("again"))
+    _save(run, 10, "again")
     assert (run.checkpoint / "model.txt").read_text() == "again"
 
 
 def test_numbers_order_checkpoints(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r", "solver", {})
-    for name in ("step-9", "step-10", "step-x", ".tmp-step-99-1"):
-        (run.path / "checkpoints" / name).mkdir(parents=True)
+    for step in (9, 10):
+        checkpoint.save(run.checkpoints, step, lambda folder: None, keep=2)
+    for name in ("step-x", ".tmp-step-99-1"):
+        (run.checkpoints / name).mkdir()
     assert run.checkpoint.name == "step-10"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("short write")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("short write")])
 def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one_alone(tmp_path: Path, error: Exception) -> None:
     run = Run.create(tmp_path / "r", "solver", {})
-    run.save_checkpoint(1, _write("good"))
+    _save(run, 1, "good")
 
     def write(folder: Path) -> None:
         (folder / "model.txt").write_text("ha")
@@ -265,16 +284,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one_alone(tmp_path
 
     for step in (1, 2):
         with pytest.raises(DiskError, match=str(error.args[-1])) as caught:
-            run.save_checkpoint(step, write)
+            checkpoint.save(run.checkpoints, step, write)
         assert caught.value.exit_code == 5
-        assert os.listdir(run.path / "checkpoints") == ["step-1"]
+        assert _steps(run) == ["step-1"]
         assert (run.checkpoint / "model.txt").read_text() == "good"
 
 
 def test_a_bug_in_the_writer_is_not_called_a_full_disk(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r", "solver", {})
     with pytest.raises(TypeError):
-        run.save_checkpoint(1, lambda _: len(3))  # pyright: ignore[reportArgumentType]
+        checkpoint.save(run.checkpoints, 1, lambda _: len(3))  # pyright: ignore[reportArgumentType]
     with pytest.raises(DataError, match="no checkpoint"):
         _ = run.checkpoint
 
@@ -282,19 +301,21 @@ def test_a_bug_in_the_writer_is_not_called_a_full_disk(tmp_path: Path) -> None:
 def test_a_file_that_safetensors_cannot_write_is_a_disk_error(tmp_path: Path) -> None:
     """A missing folder stands for the full disk: safetensors raises its own error for both."""
     run = Run.create(tmp_path / "r", "solver", {})
-    run.save_checkpoint(1, _write("good"))
+    _save(run, 1, "good")
     with pytest.raises(DiskError):
-        run.save_checkpoint(2, lambda folder: save_file({"a": torch.zeros(1)}, folder / "absent" / "a.safetensors"))
-    assert os.listdir(run.path / "checkpoints") == ["step-1"]
+        checkpoint.save(
+            run.checkpoints, 2, lambda folder: save_file({"a": torch.zeros(1)}, folder / "no" / "a.safetensors")
+        )
+    assert _steps(run) == ["step-1"]
 
 
 def test_a_killed_process_leaves_no_checkpoint(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r", "solver", {})
-    run.save_checkpoint(1, _write("good"))
+    _save(run, 1, "good")
     code = (
-        "import os, sys; from pathlib import Path; from midway.gen.runs import Run\n"
+        "import os, sys; from pathlib import Path; from midway.gen import checkpoint\n"
         "write = lambda f: ((f / 'model.txt').write_text('half'), os._exit(9))\n"
-        "Run(Path(sys.argv[1]), 'solver').save_checkpoint(2, write)"
+        "checkpoint.save(Path(sys.argv[1]) / 'checkpoints', 2, write)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False, timeout=60).returncode == 9
     assert run.checkpoint.name == "step-1"

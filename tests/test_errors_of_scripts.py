@@ -14,6 +14,7 @@ import train_latent
 from conftest import TINY, TINY_DIT, Outcome, Pipeline, Script
 from PIL import Image
 
+from midway.gen import checkpoint
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.latent_model import LatentModelConfig
 from recipes import LatentTask
@@ -258,7 +259,7 @@ def test_samples_that_are_not_finite_are_a_divergence(refuse: Refuse, pipeline: 
 def test_training_that_diverges_ends_with_4(script: Script, pipeline: Pipeline, tmp_path: Path) -> None:
     told = script(
         *("train_latent", "--config", pipeline.model / "config.yaml", "--out", tmp_path / "m"),
-        *("--lr", 1e30, "--warmup", 0, "--log-every", 1),
+        *("--lr", 1e30, "--warmup", 0, "--patience", 3),
     )
     _assert_teaches(told, DIVERGED, "diverged by step", "lower --lr")
     assert not (tmp_path / "m/checkpoints").exists()
@@ -310,7 +311,7 @@ def copies(pipeline: Pipeline, tmp_path: Path) -> Pipeline:
 
 
 def test_a_run_without_a_checkpoint_is_unfinished(refuse: Refuse, copies: Pipeline, tmp_path: Path) -> None:
-    words = ("has no checkpoint", "did not reach the end", "--overwrite")
+    words = ("has no checkpoint", "did not reach the end", "--resume auto", "--overwrite")
     for run in (copies.model, copies.features, copies.tokenizer, copies.model / "solvers/amed-uniform-nfe4"):
         shutil.move(run / "checkpoints", run / "elsewhere")
     refuse(DATA, words, "encode", "--tokenizer", copies.tokenizer)
@@ -320,16 +321,34 @@ def test_a_run_without_a_checkpoint_is_unfinished(refuse: Refuse, copies: Pipeli
     refuse(DATA, words, *_sample(copies, tmp_path, "--solver", "amed"))
 
 
-def _truncate(run: Path, pattern: str) -> None:
+def _truncate(run: Path, pattern: str, seal: bool = False) -> None:
+    """Cut a file of the checkpoint in half; `seal` writes a manifest that agrees, as if it had been saved so."""
     (file,) = (run / "checkpoints").glob(f"step-*/{pattern}")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if seal:
+        _seal(run)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["ema.safetensors", "model.json", "tokenizer/*.safetensors", "tokenizer/config.json"]
-)
+def _seal(run: Path) -> None:
+    (folder,) = (run / "checkpoints").glob("step-*")
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint._write_manifest(folder, int(folder.name[5:]), {})
+
+
+MODEL_FILES = ["ema.safetensors", "model.json", "tokenizer/*.safetensors", "tokenizer/config.json"]
+
+
+@pytest.mark.parametrize("pattern", [*MODEL_FILES, "optimizer.safetensors"])
 def test_a_damaged_model_is_refused(pattern: str, refuse: Refuse, copies: Pipeline, tmp_path: Path) -> None:
     _truncate(copies.model, pattern)
+    refuse(DATA, ("is damaged", pattern.split("*")[0], "--resume auto"), *_sample(copies, tmp_path))
+
+
+@pytest.mark.parametrize("pattern", MODEL_FILES)
+def test_a_model_that_was_never_whole_is_refused(
+    pattern: str, refuse: Refuse, copies: Pipeline, tmp_path: Path
+) -> None:
+    _truncate(copies.model, pattern, seal=True)
     refuse(DATA, ("cannot be read", "again"), *_sample(copies, tmp_path))
 
 
@@ -338,22 +357,30 @@ def test_weights_that_do_not_fit_the_model_are_refused(refuse: Refuse, copies: P
     description = json.loads(file.read_text())
     description["config"]["dit"]["width"] = 64
     file.write_text(json.dumps(description))
+    _seal(copies.model)
     refuse(DATA, ("cannot be read", "again"), *_sample(copies, tmp_path))
 
 
 @pytest.mark.parametrize("pattern", ["tokenizer/*.safetensors", "tokenizer/config.json"])
 def test_a_damaged_tokenizer_is_refused(pattern: str, refuse: Refuse, copies: Pipeline) -> None:
     _truncate(copies.tokenizer, pattern)
+    refuse(DATA, ("is damaged", "tokenizer/"), "encode", "--tokenizer", copies.tokenizer)
+    _seal(copies.tokenizer)
     refuse(DATA, ("cannot be read", "train the tokenizer again"), "encode", "--tokenizer", copies.tokenizer)
 
 
 def test_a_damaged_feature_network_is_refused(refuse: Refuse, copies: Pipeline, tmp_path: Path) -> None:
     _truncate(copies.features, "features.safetensors")
+    refuse(DATA, ("is damaged", "features.safetensors"), *_evaluate(copies, tmp_path))
+    _seal(copies.features)
     refuse(DATA, ("features.safetensors", "cannot be read", "train_features"), *_evaluate(copies, tmp_path))
 
 
 def test_a_damaged_learned_solver_is_refused(refuse: Refuse, copies: Pipeline, tmp_path: Path) -> None:
-    _truncate(copies.model / "solvers/amed-uniform-nfe4", "solver.safetensors")
+    run = copies.model / "solvers/amed-uniform-nfe4"
+    _truncate(run, "solver.safetensors")
+    refuse(DATA, ("is damaged", "solver.safetensors"), *_sample(copies, tmp_path, "--solver", "amed"))
+    _seal(run)
     words = ("solver.safetensors cannot be read", "train_solver.py amed", "--nfe 4", "--overwrite")
     refuse(DATA, words, *_sample(copies, tmp_path, "--solver", "amed"))
 

@@ -1,11 +1,15 @@
-"""The latent model: targets, conditioning, start, time distributions, and learning on data with a known answer."""
+"""The latent model: targets, conditioning, start, time distributions, dropout, and learning on data with a known answer."""
+
+import math
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
-from midway.gen.backbone import DiT, DiTConfig, positions_2d
+from midway.gen.backbone import Block, DiT, DiTConfig, drop, positions_2d
 from midway.gen.context import Context, LatentBatch
 from midway.gen.latent_model import LatentModel, LatentModelConfig, pool, start_state
 from midway.samplers.grids import uniform
@@ -17,9 +21,10 @@ from midway.samplers.solvers import heun
 TINY = DiTConfig(width=16, depth=2, heads=2, patch=1)
 
 
-def _model(schedule: str = "linear", target: str = "velocity", **options: object) -> LatentModel:
+def _model(schedule: str = "linear", target: str = "velocity", dropout: float = 0.0, **options: object) -> LatentModel:
     torch.manual_seed(0)
-    config = LatentModelConfig(schedule=schedule, target=target, dit=TINY, **options)  # pyright: ignore
+    dit = replace(TINY, dropout=dropout)
+    config = LatentModelConfig(schedule=schedule, target=target, dit=dit, **options)  # pyright: ignore
     return LatentModel(config, (3, 4, 4), 10)
 
 
@@ -109,7 +114,7 @@ def test_every_label_is_dropped_at_its_rate_and_only_then() -> None:
     _perturb(model)
     seen: list[Tensor] = []
     network = model.network.forward
-    model.network.forward = lambda x, clock, labels: (seen.append(labels), network(x, clock, labels))[1]
+    model.network.forward = lambda x, clock, labels, context=None: (seen.append(labels), network(x, clock, labels))[1]
     batch = _batch(2000)
     model.loss(batch, _context(2000))
     dropped = seen[0] == 10
@@ -139,8 +144,9 @@ def test_loss_by_time_adds_up_to_the_loss() -> None:
     assert sums[0].item() / 256 == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
-    model = _model()
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_loss_of_a_sample_does_not_depend_on_its_batch(dropout: float) -> None:
+    model = _model(dropout=dropout)
     _perturb(model)
     batch = _batch(12)
     whole, _ = model.loss(batch, _context(12))
@@ -149,6 +155,141 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:
         for i in (slice(0, 5), slice(5, 12))
     ]
     assert (5 * halves[0] + 7 * halves[1]).item() / 12 == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_each_sample_is_its_latents_or_those_of_its_mirror_image() -> None:
+    model = _model()
+    _perturb(model)
+    batch, context = _batch(64), _context(64, step=3)
+    mirrored = batch.latents.flip(-1) + 1
+    other = context.uniform("flip") < 0.5
+    assert 16 < other.sum() < 48
+    mixed = torch.where(other[:, None, None, None], mirrored, batch.latents)
+    got, _ = model.loss(LatentBatch(batch.latents, batch.labels, mirrored), context)
+    assert torch.equal(got, model.loss(LatentBatch(mixed, batch.labels), context)[0])
+    assert not torch.equal(got, model.loss(batch, context)[0])
+
+
+def test_after_a_step_nothing_waits_for_the_device() -> None:
+    """A value on `meta` cannot be read."""
+    _model().after_step(torch.tensor(False, device="meta"))
+
+
+# ---- dropout ----
+
+
+def test_dropout_keeps_the_mean_and_the_scale() -> None:
+    x = torch.full((500, 20, 10), 3.0)
+    got = drop(x, 0.2, _context(500), "here")
+    assert set(got.unique().tolist()) == {0.0, 3.75}
+    assert got.mean().item() == pytest.approx(3, abs=4 * 3.75 * math.sqrt(0.2 * 0.8 / x.numel()))
+
+
+@pytest.mark.parametrize("branch", [0, 1], ids=["attention", "mlp"])
+def test_the_expectation_of_a_blocks_output_is_that_without_dropout(branch: int) -> None:
+    """One sample under 4000 masks; the other branch's gate is closed, so that the output is linear in the mask."""
+    torch.manual_seed(0)
+    block = Block(DiTConfig(width=16, heads=2, dropout=0.4), layer=0).requires_grad_(False)
+    gate = torch.zeros(6, 16)
+    gate[3 * branch + 2] = 1
+    block.modulation.weight.zero_()
+    block.modulation.bias.copy_(gate.flatten())
+    x, condition = torch.randn(1, 5, 16).expand(4000, -1, -1), torch.zeros(4000, 16)
+    got, plain = block(x, condition, _context(4000)), block(x, condition)[0]
+    error = got.std(0) / math.sqrt(4000)
+    assert error.min() > 0, "every number is dropped for some samples"
+    assert ((got.mean(0) - plain).abs() < 5 * error).all()
+
+
+def test_every_layer_and_step_has_masks_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs of masks agree as often as independent ones do: p^2 + (1 - p)^2."""
+    masks: list[Tensor] = []
+    keep = Context.keep
+    monkeypatch.setattr(Context, "keep", lambda *a: masks.append(keep(*a)) or masks[-1])
+    model = _model(dropout=0.3)
+    for step in (0, 1):
+        model.loss(_batch(40), _context(40, step))
+    assert [mask.shape for mask in masks] == [(40, 16, 16)] * 8, "two blocks, two branches, two steps"
+    for a, b in combinations(masks, 2):
+        assert (a == b).double().mean().item() == pytest.approx(0.58, abs=0.02)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    """In the field that solvers see there is none, in whatever mode the model is."""
+    plain, model = _model(), _model(dropout=0.5)
+    _perturb(plain)
+    _perturb(model)
+    x, t, labels = torch.randn(6, 3, 4, 4), torch.full((6,), 0.5), torch.arange(6)
+    for mode in (True, False):
+        model.train(mode)
+        got, expected = model.conditional_field(x, t, labels), plain.conditional_field(x, t, labels)
+        assert torch.equal(got.x0, expected.x0)
+        assert torch.equal(got.features, expected.features)  # pyright: ignore[reportArgumentType]
+    batch, context = _batch(6), _context(6)
+    assert not torch.equal(model.loss(batch, context)[0], plain.loss(batch, context)[0])
+
+
+def test_without_dropout_no_mask_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Context, "keep")
+    model = _model()
+    model.loss(_batch(6), _context(6))
+    x = torch.randn(2, 3)
+    assert drop(x, 0.0, _context(2), "here") is x
+    assert drop(x, 0.5, None, "here") is x
+
+
+def test_a_compiled_network_draws_the_same_masks_and_is_not_compiled_for_every_step() -> None:
+    model, compiled, graphs = _model(dropout=0.3), _model(dropout=0.3), []
+    _perturb(model)
+    _perturb(compiled)
+    compiled.network.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    for step in range(4):
+        context = _context(6, step)
+        assert torch.equal(compiled.loss(_batch(6), context)[0], model.loss(_batch(6), context)[0])
+    assert len(graphs) == 2, "one for the first step, one for all others"
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
+def test_a_dropout_that_cannot_be_is_refused(dropout: float) -> None:
+    with pytest.raises(ValueError, match=f"dropout is {dropout}; give a number in"):
+        DiTConfig(dropout=dropout)
+
+
+# ---- activation checkpointing ----
+
+
+def _loss_and_gradients(model: LatentModel, autocast: bool) -> list[Tensor]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, _ = model.loss(_batch(12), _context(12))
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_changes_no_bit(
+    dropout: float, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And computes every block once more, in the backward pass; without gradients it does nothing."""
+    model = _model(dropout=dropout)
+    _perturb(model)
+    calls: list[int] = []
+    for block in model.network.blocks:
+        block.attention.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
+    plain = _loss_and_gradients(model, autocast)
+    assert len(plain) == 1 + len(list(model.parameters()))
+    assert len(calls) == 2
+    model.network.gradient_checkpointing = True
+    torch.manual_seed(1)  # the masks are no function of torch's generators
+    again = _loss_and_gradients(model, autocast)
+    assert len(calls) == 2 + 4
+    for a, b in zip(again, plain, strict=True):
+        assert torch.equal(a, b)
+    monkeypatch.delattr("midway.gen.backbone.checkpoint")
+    with torch.no_grad():
+        model.loss(_batch(12), _context(12))
+    assert len(calls) == 2 + 4 + 2
 
 
 def test_positions_and_patches() -> None:
@@ -204,7 +345,8 @@ def test_bf16_autocast_keeps_parameters_and_noise_in_float32(tmp_path) -> None:
     from accelerate.state import AcceleratorState
 
     from midway.gen.runs import Run
-    from midway.gen.training import TrainConfig, fit, make_accelerator
+    from midway.gen.train_config import TrainConfig
+    from midway.gen.training import Items, fit, make_accelerator
 
     AcceleratorState._reset_state(True)  # another test's precision would otherwise stay in force
     model, batch = _model(), _batch(64)
@@ -215,8 +357,7 @@ def test_bf16_autocast_keeps_parameters_and_noise_in_float32(tmp_path) -> None:
     try:
         result = fit(
             model,
-            lambda items: LatentBatch(batch.latents[items], batch.labels[items]),
-            64,
+            Items(lambda items: LatentBatch(batch.latents[items], batch.labels[items]), 64),
             config,
             Run.create(tmp_path / "run", "latent_model", {}),
             make_accelerator(config),

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import encode as encode_script
 import numpy as np
 import pytest
 import torch
@@ -87,6 +88,68 @@ def test_statistics_in_the_tokenizer_give_the_standardised_latents_and_lead_back
     torch.testing.assert_close(back, direct, rtol=0, atol=1e-4)
 
 
+# ---- mirrored ----
+
+
+def test_mirrored_latents_are_those_of_the_mirrored_images() -> None:
+    """Not mirrored latents, which a convolution does not give."""
+    images = data()
+    for model in (pixels(), tokenizer()):
+        latents = encode(model, images, batch_size=7, flip=True)
+        other = encode(model, replace(images, images=images.images.flip(-1)), batch_size=7)
+        assert latents.mirrored is not None
+        assert torch.equal(latents.mirrored, other.raw)
+        assert torch.equal(latents.raw, encode(model, images, batch_size=7).raw)
+    assert not torch.equal(latents.mirrored, latents.raw.flip(-1))
+    assert encode(model, images).standardised_mirrored is None
+
+
+def test_with_mirrored_latents_both_together_have_zero_mean_and_unit_deviation() -> None:
+    latents = encode(tokenizer(), data(), flip=True)
+    assert latents.standardised_mirrored is not None
+    y = torch.cat([latents.standardised, latents.standardised_mirrored]).double()
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y.std((0, 2, 3)), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert latents.standardised.mean((0, 2, 3)).abs().max() > 1e-3, "alone they do not, or the test would see nothing"
+
+
+def test_a_cache_with_mirrored_latents_gives_them_back_to_those_who_ask(tmp_path: Path) -> None:
+    model, images = tokenizer(), data()
+    latents, path = encode(model, images, flip=True), cache_path(tmp_path, images, model, flip=True)
+    save_latents(latents, path)
+    asked, plain = load_latents(path, images, model, flip=True), load_latents(path, images, model)
+    assert plain.mirrored is None
+    for name in ("raw", "labels", "mean", "std", "standardised"):
+        assert torch.equal(getattr(asked, name), getattr(latents, name))
+        assert torch.equal(getattr(plain, name), getattr(latents, name))
+    for name in ("mirrored", "standardised_mirrored"):
+        assert torch.equal(getattr(asked, name), getattr(latents, name))
+
+
+def test_a_cache_without_mirrored_latents_is_refused_to_those_who_ask(tmp_path: Path) -> None:
+    model, images, path = tokenizer(), data(), tmp_path / "cache"
+    save_latents(encode(model, images), path)
+    with pytest.raises(
+        DataError, match=r"no latents of mirrored images\n.*made without --flip\n.*encode.py --flip --over"
+    ):
+        load_latents(path, images, model, flip=True)
+    with pytest.raises(DataError, match=r"make them with scripts/encode\.py --flip"):
+        load_latents(tmp_path / "absent", images, model, flip=True)
+
+
+def test_the_script_encodes_mirrored_images_into_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = tokenizer(), DataConfig(held_out=0.9)
+    monkeypatch.setattr(encode_script, "load_tokenizer", lambda *_: (model, config))
+    train = load_splits(config).train
+    paths = [encode_script.run(encode_script.EncodeTask(tmp_path, flip=flip)) for flip in (False, True)]
+    assert paths == [cache_path(tmp_path, train, model, flip) for flip in (False, True)]
+    assert load_latents(paths[1], train, model, flip=True).mirrored is not None
+    with pytest.raises(DataError, match="no latents of mirrored"):
+        load_latents(paths[0], train, model, flip=True)
+
+
 # ---- the cache ----
 
 
@@ -143,9 +206,10 @@ def test_the_hash_is_of_weights_and_configuration_and_not_of_latent_statistics(t
     assert len({before, *map(tokenizer_hash, others)}) == 4
 
 
-def test_places_differ_by_data_and_by_tokenizer(tmp_path: Path) -> None:
+def test_places_differ_by_data_by_tokenizer_and_by_mirroring(tmp_path: Path) -> None:
     pairs = [(d, t) for d in (data(), data(start=40)) for t in (tokenizer(), tokenizer(seed=1))]
-    assert len({cache_path(tmp_path, d, t) for d, t in pairs}) == 4
+    assert len({cache_path(tmp_path, d, t, flip) for d, t in pairs for flip in (False, True)}) == 8
+    assert {cache_path(tmp_path, d, t, flip=True).stem[-5:] for d, t in pairs} == {"-flip"}
 
 
 # ---- splits ----

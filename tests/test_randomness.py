@@ -10,7 +10,8 @@ from scipy import stats
 from torch import Tensor
 
 from midway.gen import randomness
-from midway.gen.randomness import normal, permutation, uniform, words
+from midway.gen.context import Context
+from midway.gen.randomness import keep, normal, permutation, uniform, words
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -112,6 +113,42 @@ def test_the_extreme_words_give_numbers_inside_the_open_interval() -> None:
     """ln u and logit u are finite for every word, though 2^53 - 1/2 rounds to 2^53."""
     unit = randomness._unit(torch.tensor([0, -1, 2**63 - 1, -(2**63)]))
     assert bool(((unit > 0) & (unit < 1)).all())
+
+
+# ---- masks ----
+
+
+@pytest.mark.parametrize("probability", [2.0**-64, 0.1, 0.5, 0.9, 1 - 2.0**-53, 1.0])
+def test_a_mask_keeps_the_lowest_words_and_as_many_as_its_probability_says(probability: float) -> None:
+    """As a threshold on signed words in plain integers: a share of exactly `probability` of all 2^64."""
+    share = int(probability * 2**64)
+    expected = [[w + 2**63 < share for w in _reference(5, "drop", 2, i, 60)] for i in range(40)]
+    got = keep(5, "drop", 2, _ids(40), (3, 4, 5), probability)
+    assert got.dtype == torch.bool
+    assert got.tolist() == torch.tensor(expected).view(40, 3, 4, 5).tolist()
+    assert torch.equal(Context(5, 2, _ids(40)).keep("drop", (3, 4, 5), probability), got)
+
+
+@pytest.mark.parametrize("probability", [0.01, 0.3, 0.5, 0.9])
+def test_the_share_kept_is_within_statistics_over_all_and_in_every_place(probability: float) -> None:
+    kept = keep(1, "drop", 5, _ids(4000), (10, 10), probability).double()
+    deviation = math.sqrt(probability * (1 - probability))
+    assert abs(kept.mean().item() - probability) < 4 * deviation / math.sqrt(kept.numel())
+    assert (kept.mean(0) - probability).abs().max() < 5 * deviation / math.sqrt(len(kept))
+
+
+def test_the_mask_of_a_sample_is_the_same_in_any_batch_and_in_any_order() -> None:
+    whole = keep(7, "drop", 3, _ids(131), (4, 5), 0.7)
+    order = torch.randperm(131, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(keep(7, "drop", 3, order, (4, 5), 0.7), whole[order])
+    for size in (1, 7, 64):
+        assert torch.equal(torch.cat([keep(7, "drop", 3, part, (4, 5), 0.7) for part in _ids(131).split(size)]), whole)
+
+
+@pytest.mark.parametrize("probability", [0.0, -0.1, 1.5, math.nan])
+def test_a_mask_that_cannot_be_is_refused(probability: float) -> None:
+    with pytest.raises(ValueError, match=f"probability is {probability}; give a number in"):
+        keep(0, "drop", 0, _ids(2), (3,), probability)
 
 
 # ---- independence ----

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from midway.gen.context import Context, ImageBatch
+from midway.gen.data import to_float
+from midway.gen.tokenizer_training import TokenizerObjective
+from midway.tokenizers import networks
 from midway.tokenizers.kl import KL, Identity, gaussian_kl
-from midway.tokenizers.networks import Decoder, Encoder
+from midway.tokenizers.networks import Decoder, Encoder, ResidualBlock
 from midway.tokenizers.quantizers import QUANTIZERS, make_quantizer
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -324,3 +328,133 @@ def test_noise_makes_the_reconstruction_a_function_of_its_arguments() -> None:
     noise = torch.randn(6, *model.latent_shape)
     assert torch.equal(model(images(), noise).reconstruction, model(images(), noise).reconstruction)
     assert not torch.equal(model(images()).reconstruction, model(images()).reconstruction)
+
+
+# Under the training loop ----------------------------------------------------------------------------------------------
+
+
+def batch_of(count: int = 12, seed: int = 0, step: int = 0) -> tuple[ImageBatch, Context]:
+    """Random bytes, and a context whose sample ids are 0 .. count - 1."""
+    pixels = torch.randint(0, 256, (count, 1, 8, 8), generator=torch.Generator().manual_seed(seed + step))
+    labels = torch.zeros(count, dtype=torch.int64)
+    return ImageBatch(pixels.to(torch.uint8), labels), Context(seed, step, torch.arange(count))
+
+
+def objective(name: str, flip: bool = False, upsample: str = "pixel_shuffle") -> TokenizerObjective:
+    """Untrained, in training mode, always with the same weights."""
+    torch.manual_seed(1)
+    model = ImageTokenizer(width=16, blocks=2, quantizer=CONFIGS[name], upsample=upsample)
+    return TokenizerObjective(model, flip).train()
+
+
+def count_calls(modules: list[nn.Module]) -> list[nn.Module]:
+    """A list that grows each time one of the modules starts its forward (a recomputation may not end it)."""
+    calls: list[nn.Module] = []
+    for module in modules:
+        module.register_forward_pre_hook(lambda called, _: calls.append(called))
+    return calls
+
+
+def trained(name: str, checkpointing: bool) -> tuple[dict[str, Tensor], list[Tensor], int]:
+    """State after four steps, loss and gradients of each, and how often the residual branches ran."""
+    model = objective(name)
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    for block in blocks:
+        block.gradient_checkpointing = checkpointing
+    calls = count_calls([block.branch for block in blocks])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model.start(*batch_of())
+    record = []
+    calls.clear()
+    for step in range(4):
+        optimizer.zero_grad()
+        loss, _ = model.loss(*batch_of(step=step))
+        loss.backward()
+        record += [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+        model.after_step(torch.tensor(True))
+    return model.state_dict(), record, len(calls) // len(blocks)
+
+
+@pytest.mark.parametrize("name", ["fsq", "vq"])
+def test_gradient_checkpointing_computes_again_and_changes_no_bit(name: str) -> None:
+    plain, checkpointed = trained(name, False), trained(name, True)
+    assert (plain[2], checkpointed[2]) == (4, 8)
+    for key, value in plain[0].items():
+        assert torch.equal(checkpointed[0][key], value), key
+    assert len(plain[1]) == 4 * (1 + len(list(objective(name).parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], checkpointed[1], strict=True))
+
+
+def test_without_gradients_there_is_nothing_to_compute_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = ResidualBlock(8)
+    block.gradient_checkpointing = True
+    monkeypatch.setattr(networks, "checkpoint", None)  # calling it would raise
+    with torch.no_grad():
+        assert torch.equal(block(torch.ones(1, 8, 2, 2)), torch.ones(1, 8, 2, 2))
+
+
+def test_the_switch_of_diffusers_reaches_every_block() -> None:
+    model = ImageTokenizer(width=8)
+    model.enable_gradient_checkpointing()
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    assert [block.gradient_checkpointing for block in blocks] == [True] * 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("flip", [False, True])
+def test_start_sets_a_codebook_from_these_images_and_nothing_else(name: str, flip: bool) -> None:
+    model, expected = objective(name, flip), objective(name)
+    batch, context = batch_of(40)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = context.either(batch.images, batch.images.flip(-1), "flip") if flip else batch.images
+    if name == "vq":
+        expected.tokenizer.quantizer.start(expected.tokenizer.encode(to_float(images)))
+        assert not torch.equal(
+            expected.state_dict()["tokenizer.bottleneck.codebook"], before["tokenizer.bottleneck.codebook"]
+        )
+    for seed in (0, 7):  # the second time nothing happens
+        model.start(batch_of(40, seed)[0], context)
+        assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+    model.loss(*batch_of(step=3))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_skipped_step_does_not_reach_the_codebook() -> None:
+    model = objective("vq")
+    model.start(*batch_of())
+    before = model.state_dict()["tokenizer.bottleneck.codebook"].clone()
+    for kept in (False, True):
+        model.loss(*batch_of(step=1))
+        model.after_step(torch.tensor(kept))
+        assert torch.equal(model.state_dict()["tokenizer.bottleneck.codebook"], before) != kept
+
+
+def mirrored(batch: ImageBatch, context: Context, flip: bool = True) -> Tensor:
+    """Which samples of a batch the encoder sees mirrored, bool (B,)."""
+    model, seen = objective("fsq", flip), []
+    model.tokenizer.encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model.loss(batch, context)
+    images = to_float(batch.images)
+    plain, turned = ((seen[0] == each).flatten(1).all(1) for each in (images, images.flip(-1)))
+    assert (plain ^ turned).all()
+    return turned
+
+
+def test_half_of_the_images_are_mirrored_by_seed_step_and_sample() -> None:
+    batch, context = batch_of(400)
+    turned = mirrored(batch, context)
+    assert abs(int(turned.sum()) - 200) < 50  # five standard deviations
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0))[:100]
+    others = ImageBatch(batch.images.flip(0)[:100], batch.labels[:100])
+    assert torch.equal(mirrored(others, Context(0, 0, order)), turned[order])
+    for context in (Context(1, 0, torch.arange(400)), Context(0, 1, torch.arange(400))):
+        assert 100 < int((mirrored(batch, context) ^ turned).sum()) < 300
+    assert not mirrored(batch, context, flip=False).any()
+
+
+def test_a_mirrored_image_is_also_what_is_to_be_reconstructed() -> None:
+    batch, context = batch_of()
+    images = context.either(batch.images, batch.images.flip(-1), "flip")
+    expected, _ = objective("vq").loss(ImageBatch(images, batch.labels), context)
+    assert torch.equal(objective("vq", flip=True).loss(batch, context)[0], expected)

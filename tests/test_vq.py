@@ -1,19 +1,23 @@
 """VQ: nearest codes, the running-mean codebook in closed form, and its independence of how a batch is cut up."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from midway.tokenizers import clustering
 from midway.tokenizers.base import usage
 from midway.tokenizers.clustering import kmeans, nearest_code, squared_distance
+from midway.tokenizers.pending import highest_priority
 from midway.tokenizers.vq import VQ, laplace
 
 
@@ -348,6 +352,136 @@ def test_unusable_settings_are_refused() -> None:
             VQ(**{"codebook_size": 8, "dim": 2, **arguments})
     with pytest.raises(ValueError, match=r"0\.\.7"):
         VQ(8, 2).indices_to_codes(torch.tensor([8]))
+
+
+# Skipped and broken steps ---------------------------------------------------------------------------------------------
+
+LEARNED = ("codebook", "count", "total")
+
+
+def step_of(quantizer: VQ, step: int, kept: bool = True, spoil: float | None = None) -> None:
+    """One step on 64 vectors with its own noise; one coordinate of one vector becomes `spoil`."""
+    z = normal(16, 4, 4, seed=step)
+    if spoil is not None:
+        z[3, 1, 2] = spoil
+    quantizer(z, normal(16, 4, 4, seed=100 + step))
+    quantizer.update(torch.tensor(kept))
+
+
+def learned(quantizer: VQ) -> list[Tensor]:
+    return [quantizer.state_dict()[name].clone() for name in LEARNED]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("kept", "spoil"), [(False, None), (True, math.nan), (True, -math.inf), (False, math.nan)])
+def test_a_step_that_is_skipped_or_broken_might_never_have_been(kept: bool, spoil: float | None) -> None:
+    with_it, without_it = (fixed(32, restart_threshold=1.0, decay=0.5) for _ in range(2))
+    for quantizer in (with_it, without_it):
+        step_of(quantizer, 0)
+    before = learned(with_it)
+    step_of(with_it, 1, kept, spoil)
+    assert equal(learned(with_it), before)
+    for quantizer in (with_it, without_it):
+        step_of(quantizer, 2)
+    assert equal(learned(with_it), learned(without_it))
+    assert not equal(learned(with_it), before)
+    assert (with_it.count == 0.5).any()  # limit = 64 / (4 * 32): the last step did restart codes
+
+
+def test_a_step_whose_sum_overflows_is_forgotten() -> None:
+    quantizer = fixed()
+    before = learned(quantizer)
+    quantizer(torch.full((4, 4), 2e38))
+    quantizer.update()
+    assert equal(learned(quantizer), before)
+
+
+def test_a_step_without_vectors_changes_nothing() -> None:
+    quantizer = fixed(restart_threshold=1.0)
+    before = learned(quantizer)
+    quantizer(torch.zeros(0, 4, 3), torch.zeros(0, 4, 3))
+    quantizer.update()
+    assert equal(learned(quantizer), before)
+
+
+def test_forward_and_update_never_wait_for_the_device() -> None:
+    """A fake tensor has no values: whatever asks for one raises."""
+    with FakeTensorMode():
+        quantizer = fixed(restart_threshold=1.0)
+        quantizer._host_step = 0
+        for _ in range(2):
+            quantizer(torch.zeros(8, 4, 3), torch.zeros(8, 4, 3))
+            quantizer.update(torch.ones((), dtype=torch.bool))
+        with pytest.raises(RuntimeError, match="_local_scalar_dense"):
+            quantizer.count[0].item()
+
+
+@pytest.mark.parametrize("init", ["kmeans", "batch"])
+@pytest.mark.parametrize("spoil", [math.nan, math.inf])
+def test_initialisation_uses_finite_vectors_only(init: Literal["kmeans", "batch"], spoil: float) -> None:
+    rows = blobs(8, 4, 50)
+    spoilt = rows.repeat_interleave(2, 0)
+    spoilt[::2, 1] = spoil
+    quantizer, expected = VQ(8, 4, init=init), VQ(8, 4, init=init)
+    quantizer(spoilt)
+    expected(rows)
+    assert equal(learned(quantizer), learned(expected))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_finite_vectors_the_codebook_stays_as_it_was_drawn(value: float) -> None:
+    quantizer = VQ(8, 4)
+    before = learned(quantizer)
+    quantizer.start(torch.full((20, 4), value))
+    assert quantizer.initialised
+    assert equal(learned(quantizer), before)
+
+
+def test_vectors_whose_sum_overflows_leave_a_finite_codebook() -> None:
+    quantizer = VQ(8, 4)
+    quantizer.start(torch.full((20, 4), 2e38))
+    assert all(value.isfinite().all() for value in learned(quantizer))
+
+
+def test_start_initialises_once_and_forward_does_not_again() -> None:
+    quantizer, expected = VQ(8, 4), VQ(8, 4)
+    z = blobs(8, 4, 50).view(25, 16, 4).movedim(-1, 1)
+    quantizer.start(z)
+    expected.initialise(z.movedim(1, -1).reshape(-1, 4))
+    assert quantizer.step == 0
+    assert equal(learned(quantizer), learned(expected))
+    quantizer.start(-z)
+    quantizer(z + 50)
+    assert equal(learned(quantizer), learned(expected))
+
+
+# Which vectors codes restart from -------------------------------------------------------------------------------------
+
+
+def test_codes_restart_from_the_vectors_of_largest_noise() -> None:
+    quantizer = fixed(32, restart_threshold=1.0)
+    quantizer.count[24:] = 1e-3
+    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
+    quantizer.codebook[24:] += 100
+    z, noise = normal(10, 4, 3, 2), normal(10, 4, 3, 2, seed=1)
+    quantizer(z, noise)
+    quantizer.update()
+    rows = z.movedim(1, -1).reshape(-1, 4)[noise[:, 0].flatten().argsort(descending=True)]
+    torch.testing.assert_close(quantizer.total[24:], rows[:8] * quantizer.count[24:, None])
+    with pytest.raises(ValueError, match="noise"):
+        quantizer(z, noise[:1])
+
+
+def test_equal_priorities_are_ordered_by_the_vectors_not_by_their_places() -> None:
+    candidates = torch.cat([normal(40, 3), torch.tensor([0.25, 0.75, 1.0, -1.0]).repeat_interleave(10)[:, None]], 1)
+    best = highest_priority(candidates, 35)
+    for seed in range(5):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(highest_priority(candidates[order], 35)[:30], best[:30])
+    assert best[:, -1].tolist() == [1.0] * 10 + [0.75] * 10 + [0.25] * 10 + [-1.0] * 5
 
 
 # Several processes ----------------------------------------------------------------------------------------------------

@@ -56,8 +56,8 @@ class Quantizer(nn.Module, ABC):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """Quantize z (B, in_dim, *S).
 
-        `noise` (B, D, *S), standard normal, makes a stochastic quantizer's draw a function of the caller's seeds;
-        discrete quantizers ignore it.
+        `noise` (B, D, *S), standard normal, makes all that a quantizer draws per sample a function of the caller's
+        seeds: KL's posterior, and which vectors VQ restarts from. FSQ and identity draw nothing and ignore it.
         """
 
     @abstractmethod
@@ -76,8 +76,15 @@ class Quantizer(nn.Module, ABC):
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """(B, D, *S) -> (B, *S) int64, the exact inverse of `indices_to_codes`."""
 
-    def update(self) -> None:
-        """Apply running statistics: call once per optimizer step, on every process."""
+    def start(self, z: Tensor) -> None:
+        """Set what is learned by statistics from z (B, in_dim, *S), once, before the first step, on every process."""
+
+    def update(self, kept: Tensor | None = None) -> None:
+        """Apply running statistics: call once per optimizer step, on every process.
+
+        `kept`, a bool () on this module's device and equal on every process, is False if the step was skipped: then
+        nothing gathered since the last update may be learned. It is never read on the host, which would wait.
+        """
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -118,6 +125,12 @@ def check_channels(z: Tensor, channels: int, name: str = "z") -> None:
     """ValueError unless z is (B, channels, *S)."""
     if z.ndim < 2 or z.shape[1] != channels:
         raise ValueError(f"{name} has shape {tuple(z.shape)}; this quantizer takes (B, {channels}, *S)")
+
+
+def check_noise(noise: Tensor, latents: Tensor) -> None:
+    """ValueError unless noise has the shape of the latents (B, D, *S)."""
+    if noise.shape != latents.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; the latents have {tuple(latents.shape)}")
 
 
 def check_indices(indices: Tensor, size: int) -> None:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import Quantized, Quantizer, check_channels, float32_island
+from midway.tokenizers.base import Quantized, Quantizer, check_channels, check_noise, float32_island
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -109,6 +109,5 @@ def _continuous(codes: Tensor, losses: dict[str, Tensor], loss: Tensor) -> Quant
 
 
 def _checked(noise: Tensor, mean: Tensor) -> Tensor:
-    if noise.shape != mean.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; the posterior has {tuple(mean.shape)}")
+    check_noise(noise, mean)
     return noise.to(mean)

@@ -16,10 +16,11 @@ before the convolution, without the checkerboard (Odena et al. 2016).
 
 import math
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Upsample = Literal["pixel_shuffle", "nearest", "bilinear"]
 
@@ -27,7 +28,12 @@ _LIGHTEST = 8
 
 
 class ResidualBlock(nn.Module):
-    """(B, width, h, w) -> the same; the identity at initialisation."""
+    """(B, width, h, w) -> the same; the identity at initialisation.
+
+    With `gradient_checkpointing` the backward pass computes the branch again instead of keeping its activations.
+    """
+
+    gradient_checkpointing: bool = False
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -36,6 +42,10 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Nothing in the branch draws random numbers, so no generator has to be put back.
+            again = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False)
+            return x + cast(Tensor, again)
         return x + self.branch(x)
 
 

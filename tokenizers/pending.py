@@ -1,7 +1,8 @@
 """Codebook statistics between two optimizer steps: sums per code, and a uniform sample of the vectors seen.
 
-The sample is a reservoir: each vector draws a priority from U(0, 1) and the largest priorities stay, so that merging
-micro-batches or processes is again "keep the largest".
+The sample is a reservoir: each vector has a priority from U(0, 1) and the largest priorities stay, so that merging
+micro-batches or processes is again "keep the largest". If the priority of a vector does not depend on the batch it came
+in, neither does the sample.
 """
 
 import torch
@@ -21,13 +22,14 @@ class Pending:
         self.candidates = torch.full((min(size, _MAX_CANDIDATES), dim + 1), -1.0, device=device)  # x, priority
         self.fingerprints: list[Tensor] = []
 
-    def add(self, rows: Tensor, indices: Tensor, generator: torch.Generator) -> None:
-        """rows (N, D) with codes `indices` (N,): adds their sums, and keeps a uniform sample of all rows so far."""
+    def add(self, rows: Tensor, indices: Tensor, priorities: Tensor) -> None:
+        """rows (N, D) with codes `indices` (N,): adds their sums, and keeps a uniform sample of all rows so far.
+
+        priorities: (N,) float32, uniform in [0, 1].
+        """
         self.sums += sums_by_code(rows, indices, len(self.sums))
-        priorities = torch.rand(len(rows), 1, generator=generator).to(rows.device)
-        self.candidates = highest_priority(
-            torch.cat([self.candidates, torch.cat([rows, priorities], 1)]), len(self.candidates)
-        )
+        new = torch.cat([rows, priorities.unsqueeze(1)], 1)
+        self.candidates = highest_priority(torch.cat([self.candidates, new]), len(self.candidates))
         self.fingerprints.append(fingerprint(indices))
 
     def has_seen(self, indices: Tensor) -> bool:
@@ -36,8 +38,13 @@ class Pending:
 
 
 def highest_priority(candidates: Tensor, size: int) -> Tensor:
-    """The `size` rows of (R, D + 1) with the largest last column, in falling order."""
-    return candidates[candidates[:, -1].topk(size).indices]
+    """The `size` rows of float32 (R, D + 1) with the largest last column, falling; ties go by the first column.
+
+    float32 priorities do collide, and what topk makes of a tie depends on where the rows stand. The bits of floats that
+    are not negative are ordered as the floats are, so both columns fit into one integer.
+    """
+    priority, first = (column.view(torch.int32).long() for column in (candidates[:, -1], candidates[:, 0]))
+    return candidates[((priority << 32) + first).topk(size).indices]
 
 
 def fingerprint(indices: Tensor) -> Tensor:

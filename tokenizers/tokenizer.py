@@ -44,6 +44,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     save_pretrained and from_pretrained (safetensors).
     """
 
+    _supports_gradient_checkpointing = True
     _keep_in_fp32_modules = ["bottleneck", "latent_mean", "latent_std"]  # noqa: RUF012  (the name and the type are diffusers')
 
     latent_mean: Tensor
@@ -104,7 +105,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return height * width
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
-        """Images -> reconstruction and what was quantized; `noise` (B, D, h, w) is for KL, see `Quantizer.forward`."""
+        """Images -> reconstruction and what was quantized; `noise` (B, D, h, w): see `Quantizer.forward`."""
         quantized = self.quantizer(self.encode(images), noise)
         return TokenizerOutput(self.decode(quantized.codes), quantized)
 
@@ -158,9 +159,14 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         raw = latents.float() * _channelwise(self.latent_std) + _channelwise(self.latent_mean)
         return self.decode(self.quantizer.snap(raw) if (self.snap_on_decode if snap is None else snap) else raw)
 
-    def update(self) -> None:
-        """The quantizer's `update`: once per optimizer step, on every process."""
-        self.quantizer.update()
+    @torch.no_grad()
+    def start(self, images: Tensor) -> None:
+        """The quantizer's `start` from the first images (B, C, H, W): once, before the first step, on every process."""
+        self.quantizer.start(self.encode(images))
+
+    def update(self, kept: Tensor | None = None) -> None:
+        """The quantizer's `update`: once per optimizer step, on every process; `kept` is False if it was skipped."""
+        self.quantizer.update(kept)
 
     def _codes(self, images: Tensor) -> Tensor:
         # Not quantizer.forward: reading codes in training mode must not count as training.

@@ -14,8 +14,12 @@ Restart: a code with N_k < limit moves to a recent encoder vector x, with N_k = 
 limit = min(restart_threshold, n / (4 K)) and n is the number of vectors of the step: nothing may be asked to be hit more
 often than a quarter of a perfectly even share, or small batches would restart the whole codebook for ever.
 
+The vectors are drawn by priority, the largest first: ndtr(noise[:, 0]), uniform in (0, 1), where ndtr is the standard
+normal distribution function and `noise` belongs to the sample.
+
 `forward` only gathers statistics; `update` applies them. So gradient accumulation, activation checkpointing (which runs
-forward twice) and several processes give the codebook of one large batch.
+forward twice) and several processes give the codebook of one large batch. A step that was skipped, or whose sums are
+not finite, is forgotten.
 """
 
 import random
@@ -31,6 +35,7 @@ from midway.tokenizers.base import (
     Quantizer,
     check_channels,
     check_indices,
+    check_noise,
     discrete,
     float32_island,
     straight_through,
@@ -44,10 +49,11 @@ Init = Literal["kmeans", "batch"]
 class VQ(Quantizer):
     """`codebook_size` codes of `dim` channels, moved by `update`, never by the gradient.
 
-    The codebook is initialised in the first *training* forward, from that batch of rank 0 (other ranks receive it), so
-    under torch.distributed every rank has to run its first training forward before its first update. The state is
-    float32 buffers and travels in the checkpoint: `codebook` (K, D), `count` (K,), `total` (K, D), `step`
-    (-1 before initialisation).
+    `start` initialises the codebook. Without it the first *training* forward does, from that batch of rank 0 (other
+    ranks receive it): then the codebook depends on how the batch is divided, and under torch.distributed every rank has
+    to run its first training forward before its first update. The state is float32 buffers and travels in the
+    checkpoint: `codebook` (K, D), `count` (K,), `total` (K, D), `step`, which counts updates, forgotten ones too (-1
+    before initialisation).
     """
 
     codebook: Tensor
@@ -91,15 +97,18 @@ class VQ(Quantizer):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> codes; loss "commitment". Gradient to z: straight-through, and that of the commitment.
 
-        A NaN in z makes the commitment loss NaN: check the loss before `update`.
+        `noise` (B, D, *S) decides which vectors codes restart from; without it a generator of each rank does. A NaN in
+        z makes the commitment loss NaN, and `update` learns nothing from that step.
         """
         latents = self.latents(z)
-        rows = latents.detach().movedim(1, -1).reshape(-1, self.dim)
+        if noise is not None:
+            check_noise(noise, latents)
+        rows = self._rows(latents)
         with float32_island(z):
             if self.training and not self.initialised:
                 self.initialise(rows)
             flat = nearest_code(rows, self.codebook.float())
-            self._gather(rows, flat)
+            self._gather(rows, flat, noise)
             indices = flat.view(z.shape[:1] + z.shape[2:])
             codes = self._lookup(indices)
             commitment = F.mse_loss(latents, codes)
@@ -121,16 +130,25 @@ class VQ(Quantizer):
         """The nearest code's index. Of equal codes the lowest."""
         check_channels(codes, self.dim, "codes")
         with float32_island(codes):
-            rows = codes.detach().float().movedim(1, -1).reshape(-1, self.dim)
-            return nearest_code(rows, self.codebook.float()).view(codes.shape[:1] + codes.shape[2:])
+            return nearest_code(self._rows(codes.float()), self.codebook.float()).view(
+                codes.shape[:1] + codes.shape[2:]
+            )
+
+    def start(self, z: Tensor) -> None:
+        """Initialise the codebook from z (B, D, *S), unless it is; give the same z on every rank."""
+        if not self.initialised:
+            with float32_island(z):
+                self.initialise(self._rows(self.latents(z)))
 
     @torch.no_grad()
     def initialise(self, rows: Tensor) -> None:
-        """Set the codebook from rank 0's encoder vectors `rows` (N, D). Every rank must call it together."""
+        """Set the codebook from rank 0's encoder vectors `rows` (N, D). Every rank must call it together.
+
+        Vectors that are not finite are left out. If none is finite, the codebook stays as it was drawn and counts as
+        initialised: restarts will bring it to the data. ValueError if there are no vectors at all.
+        """
         if rank() == 0:
-            generator = self._generator(0)
-            centres = kmeans(rows, self._size, 10 if self.init == "kmeans" else 0, generator)
-            self.codebook.copy_(centres)
+            self.codebook.copy_(self._centres(rows))
         if distributed():
             dist.broadcast(self.codebook, src=0)
         self.total.copy_(self.codebook)
@@ -138,10 +156,12 @@ class VQ(Quantizer):
         self._set_step(0)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, kept: Tensor | None = None) -> None:
         """EMA and restarts from all that forward has gathered; without anything gathered, nothing changes.
 
-        Under torch.distributed every rank must call it, as often as the others.
+        Where `kept` () is False, or the gathered sums are not finite on any rank, all of it is forgotten: codebook,
+        count and total keep their bits. That is decided on the device, and every rank exchanges its statistics either
+        way. Under torch.distributed every rank must call it, as often as the others.
         """
         if not self.initialised or (self._pending is None and not distributed()):
             return
@@ -149,12 +169,12 @@ class VQ(Quantizer):
         self._pending = None
         sums, candidates = over_ranks(pending)
         vectors = sums[:, -1].sum()
-        decay = torch.where(vectors > 0, self.decay, 1.0)
-        self.count.lerp_(sums[:, -1], 1 - decay)
-        self.total.lerp_(sums[:, :-1], 1 - decay)
+        learned = sums.isfinite().all() & (vectors > 0)
+        count = self.count.lerp(sums[:, -1], 1 - self.decay)
+        total = self.total.lerp(sums[:, :-1], 1 - self.decay)
         limit = (vectors / (4 * self._size)).clamp(max=self.restart_threshold)
-        self._restart(candidates, limit)
-        self.codebook.copy_(self.total / laplace(self.count, self.eps).unsqueeze(1))
+        _restart(count, total, candidates, limit)
+        self._replace(count, total, learned if kept is None else learned & kept)
         self._set_step(self._step() + 1)
 
     def extra_repr(self) -> str:
@@ -163,7 +183,19 @@ class VQ(Quantizer):
     def _lookup(self, indices: Tensor) -> Tensor:
         return F.embedding(indices, self.codebook.float()).movedim(-1, 1)
 
-    def _gather(self, rows: Tensor, indices: Tensor) -> None:
+    def _rows(self, latents: Tensor) -> Tensor:
+        """(B, D, *S) -> (B * S, D), without gradient."""
+        return latents.detach().movedim(1, -1).reshape(-1, self.dim)
+
+    def _centres(self, rows: Tensor) -> Tensor:
+        """The first codebook (K, D), from those of `rows` (N, D) that are finite; the present one if none is."""
+        finite = rows[rows.isfinite().all(1)]
+        if len(rows) and not len(finite):
+            return self.codebook
+        centres = kmeans(finite, self._size, 10 if self.init == "kmeans" else 0, self._generator(0))
+        return torch.where(centres.isfinite().all(1, keepdim=True), centres, self.codebook)  # their sum may overflow
+
+    def _gather(self, rows: Tensor, indices: Tensor, noise: Tensor | None) -> None:
         """Add one training batch to the pending statistics, once, even if checkpointing runs forward again."""
         if not (self.training and torch.is_grad_enabled()):
             return
@@ -171,14 +203,18 @@ class VQ(Quantizer):
             self._pending = Pending(self._size, self.dim, rows.device)
         if in_backward() and self._pending.has_seen(indices):
             return
-        self._pending.add(rows, indices, self._generator(1 + len(self._pending.fingerprints)))
+        if noise is None:
+            generator = self._generator(1 + len(self._pending.fingerprints))
+            priorities = torch.rand(len(rows), generator=generator).to(rows.device)
+        else:
+            priorities = torch.special.ndtr(noise[:, 0].to(rows)).flatten()
+        self._pending.add(rows, indices, priorities)
 
-    def _restart(self, candidates: Tensor, limit: Tensor) -> None:
-        """Move the least used codes, where they are below `limit`, to candidates (R, D + 1), best priority first."""
-        least = self.count.argsort(stable=True)[: len(candidates)]
-        dead = (self.count[least] < limit) & (candidates[:, -1] >= 0)
-        self.count[least] = torch.where(dead, limit, self.count[least])
-        self.total[least] = torch.where(dead.unsqueeze(1), limit * candidates[:, :-1], self.total[least])
+    def _replace(self, count: Tensor, total: Tensor, learned: Tensor) -> None:
+        """Take over count (K,), total (K, D) and the codebook they make where `learned` () is True."""
+        codebook = total / laplace(count, self.eps).unsqueeze(1)
+        for buffer, value in ((self.count, count), (self.total, total), (self.codebook, codebook)):
+            buffer.copy_(torch.where(learned, value, buffer))
 
     def _generator(self, purpose: int) -> torch.Generator:
         """A CPU generator that is a function of seed, rank, step and purpose, so that a resumed run draws the same."""
@@ -193,6 +229,14 @@ class VQ(Quantizer):
     def _set_step(self, step: int) -> None:
         self.step.fill_(step)
         self._host_step = step
+
+
+def _restart(count: Tensor, total: Tensor, candidates: Tensor, limit: Tensor) -> None:
+    """In place: move the least used codes, where they are below `limit`, to candidates (R, D + 1), best first."""
+    least = count.argsort(stable=True)[: len(candidates)]
+    dead = (count[least] < limit) & (candidates[:, -1] >= 0)
+    count[least] = torch.where(dead, limit, count[least])
+    total[least] = torch.where(dead.unsqueeze(1), limit * candidates[:, :-1], total[least])
 
 
 def laplace(count: Tensor, eps: float) -> Tensor:

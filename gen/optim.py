@@ -1,0 +1,87 @@
+"""Optimizers, and how a model is made smaller or faster before it is trained.
+
+AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where torch can. Muon (Jordan et al. 2024) orthogonalises the momentum
+of a matrix; only hidden matrices get it, with updates scaled to AdamW's root mean square ("match_rms_adamw": Liu et al. 2025,
+arXiv 2502.16982), so that one learning rate serves both.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from midway.gen.backbone import DiT
+from midway.gen.errors import UsageError
+from midway.gen.features import FeatureNetwork
+from midway.gen.train_config import TrainConfig
+from midway.tokenizers.networks import Decoder, Encoder
+
+FUSED = ("cpu", "cuda", "xpu", "mps")
+COMPILED = (DiT, Encoder, Decoder, FeatureNetwork)
+"""Networks that are functions of tensors alone, which is what torch.compile wants."""
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[Optimizer]:
+    """One or two optimizers in which every trainable parameter is exactly once. UsageError if muon has nothing to do."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [name for name in named if is_hidden_matrix(name, named[name])] if config.optimizer == "muon" else []
+    if config.optimizer == "muon" and not hidden:
+        raise UsageError(
+            "--optimizer muon has nothing to do", "this model has no hidden matrices", "use --optimizer adamw"
+        )
+    rest = [p for name, p in named.items() if name not in hidden]
+    adamw = torch.optim.AdamW(
+        rest,
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+        fused=device.type in FUSED,
+    )
+    if not hidden:
+        return [adamw]
+    matrices = [named[name] for name in hidden]
+    muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may have it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
+    return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
+
+
+def set_rate(optimizers: list[Optimizer], rate: float) -> None:
+    """Give every parameter the learning rate of this step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def step_if(kept: Tensor, optimizers: list[Optimizer]) -> None:
+    """Step every optimizer if the 0-dim bool `kept` is true; a fused one decides on the device, without waiting for it."""
+    for optimizer in optimizers:
+        inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+        if inner.defaults.get("fused"):
+            inner.found_inf = (~kept).float()  # the switch that gradient scalers use  # pyright: ignore
+            optimizer.step()
+        elif kept.item():
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have every network that can recompute its activations do so; UsageError when there is none."""
+    able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not able:
+        raise UsageError(
+            "--gradient-checkpointing has nothing to do", "this model has no blocks to compute again", "drop the flag"
+        )
+    for module in able:
+        module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+
+
+def compile_networks(model: nn.Module) -> None:
+    """torch.compile every network of `model` in place (names and state stay); UsageError when there is none."""
+    networks = [module for module in model.modules() if isinstance(module, COMPILED)]
+    if not networks:
+        raise UsageError("--compile has nothing to do", "this model has no network of its own", "drop the flag")
+    for network in networks:
+        network.compile()

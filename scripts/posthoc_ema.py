@@ -1,0 +1,70 @@
+"""Another width of the weight average, after training: python scripts/posthoc_ema.py runs/a --std 0.10 --out runs/b
+
+The run must have tracked power-function averages (--posthoc 0.05 0.10). What comes out is a run directory like the first,
+whose averaged weights have the width asked for, so that sample.py, train_solver.py and evaluate.py take it with --model.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from safetensors.torch import save_file
+
+from cli import main, resolve
+from midway.gen import checkpoint
+from midway.gen.errors import DataError, UsageError
+from midway.gen.posthoc import find_snapshots, reconstruct
+from midway.gen.runs import Run
+
+
+@dataclass(frozen=True)
+class PosthocTask:
+    """Make a latent model with an average of another width from the snapshots of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory of a latent model trained with --posthoc."""
+    std: float
+    """Relative width of the average, as a share of the training so far; 0.05 to 0.15 is usual."""
+    out: Path
+    """Run directory to create."""
+    step: int | None = None
+    """Average up to this optimizer step (default: the last snapshot)."""
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+
+
+def make(task: PosthocTask) -> Run:
+    """Reconstruct and save; the new run."""
+    source = Run.open(task.run, "latent_model")
+    newest = source.checkpoint
+    snapshots = find_snapshots(source.path / "posthoc")
+    if not snapshots:
+        raise DataError(
+            f"{source.path} has no snapshots of averages",
+            "it was trained without --posthoc",
+            "train with --posthoc 0.05 0.10",
+        )
+    step = snapshots[-1].step if task.step is None else task.step
+    try:
+        averaged = reconstruct(snapshots, step, task.std)
+    except ValueError as error:
+        raise UsageError(
+            f"no average of width {task.std} at step {step}", str(error), "change --std or --step"
+        ) from None
+    config = {**source.config, "posthoc": {"source": str(task.run), "std": task.std, "step": step}}
+    run = Run.create(task.out, "latent_model", config, task.overwrite)
+
+    def write(folder: Path) -> None:
+        save_file(averaged, folder / "ema.safetensors")
+        shutil.copy(newest / "model.json", folder)
+        shutil.copytree(newest / "tokenizer", folder / "tokenizer")
+
+    checkpoint.save(run.checkpoints, step, write)
+    run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
+    return run
+
+
+if __name__ == "__main__":
+    main(lambda arguments: make(resolve(PosthocTask, {}, arguments)) and None)

@@ -1,0 +1,208 @@
+"""Check on your own run that going on from a checkpoint is exact: python scripts/verify_resume.py runs/digits-dit
+
+Steps are replayed from a checkpoint of the run, once in one go and once stopped halfway and resumed by new objects; every
+tensor of the two ends must be equal bit for bit: weights, averages, optimizer, codebooks, the sums of the open log interval.
+Losses that the run logged on the way must be equal too, and so must its next checkpoint, if it keeps one at most --steps
+further on. The run itself is not touched.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import train_features
+import train_latent
+import train_solver
+import train_tokenizer
+import tyro
+from accelerate import Accelerator
+
+from cli import main, own_fields, resolve
+from midway.gen import checkpoint
+from midway.gen.checkpoint import Checkpoint
+from midway.gen.config import from_dict, read_yaml
+from midway.gen.errors import DataError, MidwayError
+from midway.gen.runs import Run
+from midway.gen.train_config import TrainConfig
+from midway.gen.training import fit, make_accelerator
+from recipes import LatentTask, TokenizerTask
+
+FILES = ("model", "ema", "optimizer", "progress")
+TIMES = ("seconds", "images_per_second")
+
+
+@dataclass(frozen=True)
+class VerifyTask:
+    """Replay steps from a checkpoint of a run, with and without a stop, and compare."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory of a tokenizer, latent model, feature network or learned solver."""
+    steps: int = 20
+    """Optimizer steps to replay."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a kind of run is rebuilt."""
+
+    task: type
+    make_parts: Callable[[Any, Accelerator], Any]
+
+
+KINDS = {
+    "tokenizer": Kind(TokenizerTask, train_tokenizer.make_parts),
+    "latent_model": Kind(LatentTask, train_latent.make_parts),
+    "features": Kind(train_features.FeaturesTask, train_features.make_parts),
+    "solver": Kind(train_solver.SolverTask, train_solver.make_parts),
+}
+
+
+class NotExact(MidwayError):
+    """The replay ended elsewhere."""
+
+
+def verify(task: VerifyTask) -> list[str]:
+    """Lines that say what was found equal; NotExact if something was not."""
+    run, job = open_any(task.run)
+    start, goal = choose(run, task.steps)
+    count = goal.step - start.step if goal is not None else task.steps
+    scratch = run.path / ".verify"
+    accelerator = make_accelerator(job.train)
+    try:
+        ends = [
+            replay(run, job, start, stops, scratch / name, accelerator)
+            for name, stops in (("straight", [count]), ("stopped", [count // 2, count - count // 2]))
+        ]
+        if not accelerator.is_main_process:
+            return []
+        found = [
+            f"{run.path} ({run.kind}): {count} steps from step {start.step}, {accelerator.num_processes} process(es)"
+        ]
+        found += [compare("straight and stopped-and-resumed", *ends)]
+        found += [compare(f"straight and the run's own step-{goal.step}", ends[0], goal)] if goal is not None else []
+        found += compare_losses(run.path, scratch / "straight", start.step, start.step + count)
+    finally:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return [*found, "resume is exact"]
+
+
+def open_any(path: Path) -> tuple[Run, Any]:
+    """A run of any kind and the task it was started with."""
+    values = read_yaml(path / "config.yaml") if (path / "config.yaml").exists() else {}
+    kind = values.get("kind") if isinstance(values, dict) else None
+    if kind not in KINDS:
+        raise DataError(f"{path} is not a run that was trained", f"its kind is {kind}", "give the --out of a training")
+    run = Run.open(path, kind)
+    return run, from_dict(KINDS[kind].task, own_fields(KINDS[kind].task, run.config), "config.yaml")
+
+
+def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
+    """The newest checkpoint with another at most `steps` after it, and that one; else the newest and None."""
+    valid = []
+    for path in checkpoint.directories(run.checkpoints):
+        try:
+            valid.append(checkpoint.verify(path))
+        except DataError as error:
+            print(f"skipped {path.name}: {error.why}")
+    if not valid:
+        raise DataError(f"{run.path} has no valid checkpoint", "there is nothing to go on from", "train it first")
+    for later, earlier in pairwise(valid):
+        if later.step - earlier.step <= steps:
+            return earlier, later
+    return valid[0], None
+
+
+def replay(
+    run: Run, job: Any, start: Checkpoint, stops: list[int], folder: Path, accelerator: Accelerator
+) -> Checkpoint:
+    """Train sum(stops) steps from `start` in a directory of its own, stopping and resuming with new objects in between."""
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(start.path, folder / "checkpoints" / start.path.name)
+    accelerator.wait_for_everyone()
+    copy = Run(folder, run.kind, run.config, quiet=True)
+    step = start.step
+    for count in stops:
+        parts = KINDS[run.kind].make_parts(job, accelerator)
+        torch.manual_seed(0)  # whatever was drawn before must not matter
+        step = fit(
+            parts.model, parts.items, replay_config(job.train, start, sum(stops), count), copy, accelerator, resume=True
+        ).steps
+    return checkpoint.verify(folder / "checkpoints" / f"step-{step}")
+
+
+def replay_config(train: TrainConfig, start: Checkpoint, total: int, count: int) -> TrainConfig:
+    """`count` steps as the run would do them; past its end at the constant rate, since a cosine is 0 there."""
+    over = start.step + total > train.steps
+    return replace(
+        train,
+        steps=start.step + total if over else train.steps,
+        decay="constant" if over else train.decay,
+        max_steps=count,
+        max_seconds=None,
+        save_every=0,
+        save_seconds=0,
+        log_with=(),
+    )
+
+
+def compare(what: str, a: Checkpoint, b: Checkpoint) -> str:
+    """A line that says how much was equal; NotExact naming the first tensors that are not."""
+    names = [name for name in FILES if (a.path / f"{name}.safetensors").exists()]
+    names += sorted(path.stem for path in a.path.glob("posthoc-*.safetensors"))
+    count = 0
+    for name in names:
+        mine, theirs = a.tensors(f"{name}.safetensors"), b.tensors(f"{name}.safetensors")
+        other = [
+            k for k in mine.keys() | theirs.keys() if k not in mine or k not in theirs or not _equal(mine[k], theirs[k])
+        ]
+        if other:
+            raise NotExact(
+                f"{what} differ in {len(other)} tensors of {name}",
+                f"for example {', '.join(sorted(other)[:3])}",
+                "look for randomness that is not a function of (seed, step, sample), or kernels that are not deterministic",
+            )
+        count += len(mine)
+    return f"  equal, {what}: {count} tensors of {', '.join(names)}"
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, so that NaN equals NaN."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def compare_losses(run: Path, replayed: Path, first: int, last: int) -> list[str]:
+    """Logged means of the whole intervals between two steps; a list of one line, or of none if the run logged nothing there."""
+    mine, theirs = (
+        {r["step"]: _means(r) for r in _records(path) if first < r["step"] <= last} for path in (replayed, run)
+    )
+    shared = [step for step in mine if step in theirs]
+    for step in shared:
+        if mine[step] != theirs[step]:
+            raise NotExact(
+                f"the losses logged at step {step} differ",
+                f"the run has {theirs[step].get('loss')}, the replay {mine[step].get('loss')}",
+                "compare the versions and hardware in env.json with this machine's",
+            )
+    return [f"  equal, logged means of {len(shared)} interval(s)"] if shared else []
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [r for r in map(json.loads, lines) if not r.get("partial") and not r.get("final")]
+
+
+def _means(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in TIMES}
+
+
+if __name__ == "__main__":
+    main(lambda arguments: print("\n".join(verify(resolve(VerifyTask, {}, arguments)))))
