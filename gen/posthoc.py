@@ -8,10 +8,12 @@ and follows from shadow <- beta shadow + (1 - beta) value with beta = (1 - 1/t)^
 with exactly the integral of p over [k - 1, k], the initial ones not at all. Its width grows with the run, so one sigma_rel
 suits every length. Stored averages p_i of any times t_i and exponents g_i approximate an average p by least squares,
 
-    A x = b,   A_ij = <p_i, p_j>,   b_i = <p_i, p>,
+    A x + lambda = b,   sum x = 1,   A_ij = <p_i, p_j>,   b_i = <p_i, p>,
     <p_1, p_2> = (g_1 + 1)(g_2 + 1) / ((g_1 + g_2 + 1) t_2) (t_1 / t_2)^g_2    for t_1 <= t_2,
 
-where g_2 is the exponent of the later one. Source: Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
+where g_2 is the exponent of the later one. The source has no sum: its networks do not depend on the size of their weights.
+Here a combination with the sum 0.98 would shrink the whole network by 2%; with the sum 1, weights at rest are met exactly.
+Source: Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 """
 
 from collections.abc import Mapping, Sequence
@@ -81,13 +83,17 @@ class Snapshot:
         gamma_of(self.std)
 
 
+def width_name(std: float) -> str:
+    """A width in a file's name: three decimals if they say it exactly, else all of them."""
+    return f"{std:.3f}" if float(f"{std:.3f}") == std else str(std)
+
+
 def save_snapshot(folder: Path, step: int, std: float, shadow: Mapping[str, Tensor]) -> Path:
     """Store an average of width `std` after `step` optimizer steps (counted from 1) in a file of its own; its path.
 
     The file appears whole or not at all and replaces one of the same step and width. DiskError if it cannot be written.
     """
-    name = f"{std:.3f}" if float(f"{std:.3f}") == std else str(std)
-    snapshot = Snapshot(folder / f"step-{step}-std-{name}.safetensors", step, std)
+    snapshot = Snapshot(folder / f"step-{step}-std-{width_name(std)}.safetensors", step, std)
     header = {"format": FORMAT, "step": str(step), "std": str(std)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in shadow.items()}
     write_atomically(snapshot.path, save(tensors, header))
@@ -144,9 +150,8 @@ def inner_products(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor
 def weights_of(snapshots: Sequence[tuple[int, float]], step: int, std: float) -> Tensor:
     """The combination of stored averages nearest to the average of width `std` after `step` steps, float64 (n,).
 
-    snapshots: (steps done, std) of each. Least squares over the profiles; equal snapshots share their weight. The sum is 1
-    only as nearly as the profile is met. ValueError without snapshots, below step 1, and for a width out of range.
-    Source: Karras et al. 2024, appendix C.
+    snapshots: (steps done, std) of each. Least squares over the profiles among weights of sum 1; equal snapshots share their
+    weight. ValueError without snapshots, below step 1, and for a width out of range. Source: Karras et al. 2024, appendix C.
     """
     if not snapshots or min(step, *(t for t, _ in snapshots)) < 1:
         raise ValueError(f"cannot combine {len(snapshots)} averages for step {step}: give one or more, of steps >= 1")
@@ -156,8 +161,12 @@ def weights_of(snapshots: Sequence[tuple[int, float]], step: int, std: float) ->
     gram = inner_products(ends, gammas, ends, gammas)
     norms = gram.diagonal().sqrt()  # profiles of norm 1 make the system better conditioned
     target = inner_products(ends, gammas, end, gamma) / norms[:, None]
-    solution = torch.linalg.lstsq(gram / torch.outer(norms, norms), target, driver="gelsd").solution
-    return solution[:, 0] / norms
+    ones = norms.min() / norms  # the condition sum x = 1 in the scaled unknowns
+    system = torch.zeros(len(ends) + 1, len(ends) + 1, dtype=torch.float64)
+    system[:-1, :-1] = gram / torch.outer(norms, norms)
+    system[-1, :-1] = system[:-1, -1] = ones
+    right = torch.cat([target, norms.min().reshape(1, 1)])
+    return torch.linalg.lstsq(system, right, driver="gelsd").solution[:-1, 0] / norms
 
 
 def reconstruct(snapshots: Sequence[Snapshot], step: int, std: float) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from midway.gen.posthoc import PowerAverage, save_snapshot
 from midway.gen.progress import Averages, Clock, Reporter, words_of
 from midway.gen.runs import Run, lock
 from midway.gen.train_config import TrainConfig, flat, learning_rate, refuse_changes
-from midway.gen.training_state import TrainingState, config_hash, not_finite, size_of, write_files
+from midway.gen.training_state import TrainingState, config_hash, not_finite, posthoc_file, size_of, write_files
 
 START_SAMPLES = 1024
 
@@ -303,7 +303,7 @@ class _Training:
         files = self.state.capture()  # a collective when the model is sharded
         if self.accelerator.is_main_process:
             for average in self.posthoc:
-                shadow = files[f"posthoc-{average.std:.3f}.safetensors"]
+                shadow = files[posthoc_file(average)]
                 save_snapshot(self.run.path / "posthoc", step, average.std, shadow)
 
     def _result(self, step: int) -> FitResult:

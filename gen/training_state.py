@@ -28,7 +28,7 @@ from midway.gen.checkpoint import Checkpoint
 from midway.gen.ema import EMA
 from midway.gen.errors import DataError
 from midway.gen.guard import Guard
-from midway.gen.posthoc import PowerAverage
+from midway.gen.posthoc import PowerAverage, width_name
 from midway.gen.progress import Averages
 
 Files = dict[str, dict[str, Tensor]]
@@ -114,7 +114,7 @@ class TrainingState:
 
 def posthoc_file(average: PowerAverage) -> str:
     """The file of one power-function average."""
-    return f"posthoc-{average.std:.3f}.safetensors"
+    return f"posthoc-{width_name(average.std)}.safetensors"
 
 
 def write_files(folder: Path, files: Files, state: dict[str, Any]) -> None:

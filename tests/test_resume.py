@@ -140,7 +140,7 @@ def test_the_vq_runs_restart_codes_throughout(tmp_path: Path, monkeypatch: pytes
     run = train(tokenizer_task(tmp_path / "run"))
     assert len(restarted) == TRAIN.steps
     assert all(sum(part) > 0 for part in (restarted[:3], restarted[3:7], restarted[7:])), restarted
-    assert load_file(newest(run) / "model.safetensors")["tokenizer.quantizer.step"].item() == TRAIN.steps
+    assert load_file(newest(run) / "model.safetensors")["tokenizer.bottleneck.step"].item() == TRAIN.steps
 
 
 def test_steps_that_were_skipped_stay_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,14 +273,24 @@ def test_two_processes_go_on_bit_for_bit_and_one_up_to_rounding(kind: str, pipel
 
     train(replace(task, out=alone))
     assert note in (alone / "log.txt").read_text()
+    idle = without_gradient(whole)
     for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
         tensors, expected = load_file(newest(alone) / file), load_file(newest(whole) / file)
         assert tensors.keys() == expected.keys()
-        for name in expected:
+        for name in expected.keys() - idle:
             torch.testing.assert_close(tensors[name], expected[name], rtol=1e-4, atol=1e-4, msg=f"{file} {name}")
     losses, expected = ({r["step"]: r["loss"] for r in records(run) if "loss" in r} for run in (alone, whole))
     assert losses.keys() == expected.keys() == {4, 8, 9}
     assert [losses[s] for s in (4, 9)] == pytest.approx([expected[s] for s in (4, 9)], rel=1e-4)
+
+
+def without_gradient(run: Path) -> set[str]:
+    """Parameters that act on nothing, such as a bias before a normalisation: AdamW moves them by rounding alone."""
+    state = load_file(newest(run) / "optimizer.safetensors")
+    seconds = {name.rpartition("/")[0]: value for name, value in state.items() if name.endswith("/exp_avg_sq")}
+    idle = {name for name, value in seconds.items() if value.max() < 1e-15}
+    assert len(idle) < len(seconds) / 2
+    return idle
 
 
 # ---- damaged checkpoints ----
