@@ -7,6 +7,7 @@ The warm-up is what makes an average useful in short runs (a decay of 0.9999 alo
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ class EMA:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}; 0 means the newest weights")
         self.decay = decay
         self.shadow = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._bind(model)
+
+    def _bind(self, model: nn.Module) -> None:
+        places = _places(model)
+        self._model = model
+        self._averaged = [(s, *places[name]) for name, s in self.shadow.items() if s.is_floating_point()]
+        self._copied = [(s, *places[name]) for name, s in self.shadow.items() if not s.is_floating_point()]
 
     def decay_after(self, step: int) -> float:
         """The decay used after optimizer step `step` (counted from 0)."""
@@ -33,12 +41,12 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards `model` after optimizer step `step`."""
-        values = model.state_dict()
-        averaged = [name for name, shadow in self.shadow.items() if shadow.is_floating_point()]
-        weight = 1 - self.decay_after(step)
-        torch._foreach_lerp_([self.shadow[n] for n in averaged], [values[n] for n in averaged], weight)
-        for name in self.shadow.keys() - set(averaged):
-            self.shadow[name].copy_(values[name])
+        if model is not self._model:
+            self._bind(model)
+        values = [holder[key].detach() for _, holder, key in self._averaged]
+        torch._foreach_lerp_([shadow for shadow, *_ in self._averaged], values, 1 - self.decay_after(step))
+        for shadow, holder, key in self._copied:
+            shadow.copy_(holder[key])
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -57,3 +65,14 @@ class EMA:
             yield
         finally:
             model.load_state_dict(own)
+
+
+def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where a model keeps each tensor of its state, so that reading them all need not build a state_dict every step."""
+    places = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for holder in (module._parameters, module._buffers):
+            for key, value in holder.items():
+                if value is not None and key not in module._non_persistent_buffers_set:
+                    places[f"{prefix}.{key}" if prefix else key] = (holder, key)
+    return places

@@ -98,8 +98,8 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert newest(run).name == newest(expected).name
     for file in sorted(p.name for p in newest(expected).glob("*.safetensors")):
         assert_same_tensors(load_file(newest(run) / file), load_file(newest(expected) / file), file)
-    assert contents(newest(run)) == contents(newest(expected))
-    assert contents(run / "posthoc") == contents(expected / "posthoc")
+    assert_same_files(newest(run), newest(expected))
+    assert_same_files(run / "posthoc", expected / "posthoc")
     assert records(run) == records(expected)
 
 
@@ -107,6 +107,12 @@ def assert_same_tensors(tensors: dict[str, Tensor], expected: dict[str, Tensor],
     assert tensors.keys() == expected.keys(), where
     differ = [name for name in expected if not torch.equal(tensors[name].nan_to_num(), expected[name].nan_to_num())]
     assert not differ, f"{where}: {differ}"
+
+
+def assert_same_files(folder: Path, expected: Path) -> None:
+    """The names of those that differ are the message."""
+    mine, theirs = contents(folder), contents(expected)
+    assert [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)] == []
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:

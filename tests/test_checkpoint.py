@@ -148,9 +148,8 @@ def test_a_failing_save_leaves_older_checkpoints_and_nothing_else(
 def test_a_failing_pointer_leaves_a_whole_checkpoint_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`latest` is only for people: the new checkpoint counts, and no older one is gone."""
     save(tmp_path, 1, write)
-    with monkeypatch.context() as patched:
-        with pytest.raises(DiskError):
-            save(tmp_path, 2, fail_in("write_atomically")(patched))
+    with monkeypatch.context() as patched, pytest.raises(DiskError):
+        save(tmp_path, 2, fail_in("write_atomically")(patched))
     assert [verify(path).step for path in directories(tmp_path)] == [2, 1]
     assert not list(tmp_path.glob(".tmp-*"))
     assert (tmp_path / "latest").read_text() == "step-1\n"
@@ -427,7 +426,9 @@ def fit_learner(folder: Path, config: TrainConfig, resume: bool = False) -> Fitt
     folder.mkdir(exist_ok=True)
     model = Learner()
     numbers = torch.linspace(-1, 2, 18, dtype=torch.float64).view(6, 3)
-    result = fit(model, Items(numbers.__getitem__, 6), config, Run(folder, "test"), make_accelerator(config), None, resume)
+    result = fit(
+        model, Items(numbers.__getitem__, 6), config, Run(folder, "test"), make_accelerator(config), None, resume
+    )
     return Fitted(model, result, load_file(folder / "checkpoints" / f"step-{result.steps}" / "ema.safetensors"))
 
 

@@ -147,7 +147,9 @@ def saved(folder: Path, step: int | None = None) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, the newest by default, as file/name."""
     steps = [int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")]
     path = folder / "checkpoints" / f"step-{max(steps) if step is None else step}"
-    return {f"{file.stem}/{name}": value for file in path.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        f"{file.stem}/{name}": value for file in path.glob("*.safetensors") for name, value in load_file(file).items()
+    }
 
 
 def assert_all_finite(folder: Path) -> None:

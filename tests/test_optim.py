@@ -151,7 +151,9 @@ def test_a_warm_up_longer_than_the_plateau_comes_first() -> None:
     assert learning_rate(config, 200) == pytest.approx(1.0)
 
 
-def record_rates(folder: Path, model: nn.Module, fetch: Callable[[Tensor], Any], config: TrainConfig) -> list[set[float]]:
+def record_rates(
+    folder: Path, model: nn.Module, fetch: Callable[[Tensor], Any], config: TrainConfig
+) -> list[set[float]]:
     """The rates in all parameter groups, per call of any optimizer's step."""
     rates: list[set[float]] = []
 
@@ -232,7 +234,9 @@ def test_every_parameter_is_in_exactly_one_optimizer() -> None:
     assert Counter(itertools.chain(*owned)) == Counter(n for p, n in names.items() if p.requires_grad)
     inner = ("attention.qkv", "attention.out", "mlp.0", "mlp.2")
     assert set(owned[1]) == {f"network.blocks.0.{name}.weight" for name in inner}
-    left = {f"network.{name}.weight" for name in ("embed", "time.0", "label", "modulation", "blocks.0.modulation", "head")}
+    left = {
+        f"network.{name}.weight" for name in ("embed", "time.0", "label", "modulation", "blocks.0.modulation", "head")
+    }
     assert left <= set(owned[0])
     assert isinstance(adamw, torch.optim.AdamW)
     assert isinstance(muon, torch.optim.Muon)
@@ -365,7 +369,9 @@ def test_a_compiled_network_trains_the_same_model_under_the_same_names(tmp_path:
     train(tmp_path / "compiled", *make(), replace(config, compile=True))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
-    assert graphs == (1 if name == "latent" else 2)
+    assert graphs in ((1,) if name == "latent" else (2, 3)), (
+        "one per network, and one to start from data; none per step"
+    )
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
     for file in ("model", "ema", "optimizer"):
         eager, compiled = saved(tmp_path / "eager", file), saved(tmp_path / "compiled", file)
