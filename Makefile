@@ -44,7 +44,9 @@ format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*.json
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/training.py $(ARGS)
 
 clean: ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .imports midway.egg-info build .pytest_cache .ruff_cache

@@ -36,6 +36,8 @@ class TrainedModel:
     data: DataConfig
     hash: str
     run: Run
+    weights: str = ""
+    """Which weights these are, for reports: the average and its width, or the newest, and the optimizer step."""
 
 
 def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:
@@ -77,9 +79,9 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The averaged model of a latent-model run, with its tokenizer, on `device`."""
     run = Run.open(path, "latent_model")
     folder = run.checkpoint
+    averaged = folder / "ema.safetensors"  # absent if the run kept no average
     try:
         text = (folder / "model.json").read_text()
-        averaged = folder / "ema.safetensors"  # absent if the run kept no average
         state = load_file(averaged if averaged.exists() else folder / "model.safetensors")
         description = json.loads(text)
         config = from_dict(LatentModelConfig, description["config"], "model.json")
@@ -93,7 +95,15 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         data=from_dict(DataConfig, run.config["data"], "config.data"),
         hash=state_hash(text, state),
         run=run,
+        weights=f"{_which(run, averaged.exists())}, step {folder.name.removeprefix('step-')}",
     )
+
+
+def _which(run: Run, averaged: bool) -> str:
+    """`averaged` by what, or `newest`."""
+    if "posthoc" in run.config:
+        return f"averaged post hoc, width {run.config['posthoc']['std']}"
+    return f"averaged, EMA {run.config['train']['ema']}" if averaged else "newest"
 
 
 def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:

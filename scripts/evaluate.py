@@ -137,7 +137,8 @@ def context(task: EvaluateTask, trained: TrainedModel, splits: Splits, config: S
     model = trained.model.config
     return ReportContext(
         title=task.title,
-        model=f"{trained.hash}: DiT {model.dit.depth}x{model.dit.width}, schedule {model.schedule}, target {model.target}",
+        model=f"{trained.hash}: DiT {model.dit.depth}x{model.dit.width}, schedule {model.schedule}, target {model.target}; "
+        f"weights {trained.weights}",
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         command=command_line(),
         hardware=hardware(),

@@ -70,7 +70,10 @@ def run(task: SampleTask) -> None:
             "sampling diverged", "the latents stopped being finite", "use more --nfe or less --guidance"
         )
     save_grid(task.out, decode(trained, samples.latents), columns=math.ceil(math.sqrt(task.n)))
-    print(f"{task.n} images, {samples.nfe:g} evaluations each, {samples.seconds:.2f} s; saved {task.out}")
+    print(
+        f"{task.n} images, {samples.nfe:g} evaluations each, {samples.seconds:.2f} s; "
+        f"weights {trained.weights}; saved {task.out}"
+    )
 
 
 if __name__ == "__main__":

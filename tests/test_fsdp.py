@@ -24,11 +24,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from midway.gen.backbone import DiTConfig
-from midway.gen.context import Context, LatentBatch
+from midway.gen.context import Context, ImageBatch, LatentBatch
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.runs import Run
+from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
 from midway.gen.training import Hooks, Items, fit, make_accelerator
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 SIZE = 20
 CONFIG = TrainConfig(steps=6, batch_size=8, lr=1e-2, warmup=2, clip=0.3, ema=0.8, posthoc=(0.1,), posthoc_every=3)
@@ -45,7 +47,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Watched(LatentModel):
-    """A small latent model that notes its kinds of parameters; one sample of the steps `bad` has no finite loss."""
+    """A small latent model that notes the kinds of its parameters, and how large a share of them this process holds after
+    each step; one sample of the steps `bad` has no finite loss."""
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         torch.manual_seed(0)
@@ -53,17 +56,17 @@ class Watched(LatentModel):
         super().__init__(LatentModelConfig(schedule="cosine", dit=dit), (3, 4, 4), 4)
         self.bad = torch.tensor([(step + 1) * CONFIG.batch_size - 1 for step in bad])
         self.kinds: set[str] = set()
-        self.largest_share = 0.0
+        self.share = 0.0
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        self.kinds |= {"sharded" if isinstance(p, DTensor) else "whole" for p in self.network.head.parameters()}
         loss, logs = super().loss(batch, context)
         return torch.where(torch.isin(context.sample_ids, self.bad).any(), torch.nan, loss), logs
 
     def after_step(self, kept: Tensor) -> None:
-        local = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self.parameters()]
-        self.kinds |= {f"after {'sharded' if isinstance(p, DTensor) else 'whole'}" for p in self.parameters()}
-        self.largest_share = sum(p.numel() for p in local) / sum(p.numel() for p in self.parameters())
+        parameters = list(self.parameters())
+        self.kinds |= {"sharded" if isinstance(p, DTensor) else "whole" for p in parameters}
+        local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+        self.share = local / sum(p.numel() for p in parameters)
 
 
 def latents(wanted: Tensor) -> LatentBatch:
@@ -120,7 +123,7 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     result = fit(model, items, case.config, run, accelerator, Hooks(previews.append), bool(case.resume))
     return {
         "kinds": sorted(model.kinds),
-        "share": model.largest_share,
+        "share": model.share,
         "previews": previews,
         "steps": result.steps,
         "loss": result.last["loss"],
@@ -138,6 +141,28 @@ def one_of_two(folder: Path) -> None:
             torch.distributed.barrier()
         seen = train(folder / name, case)
         (folder / f"{name}-{rank}.json").write_text(json.dumps(seen))
+    (folder / f"tokenizer-{rank}.json").write_text(json.dumps(tokenize(folder / "tokenizer")))
+
+
+def images(wanted: Tensor) -> ImageBatch:
+    pixels = torch.randint(0, 256, (SIZE, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return ImageBatch(pixels[wanted], wanted % 4)
+
+
+def tokenize(folder: Path, policy: str = "root") -> dict[str, Any]:
+    """Train a VQ tokenizer in this process; its loss, or why there is none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.manual_seed(0)
+    model = ImageTokenizer(width=8, blocks=1, quantizer={"type": "vq", "codebook_size": 8, "dim": 4, "decay": 0.5})
+    accelerator = make_accelerator(CONFIG)
+    if policy:
+        shard(accelerator, policy)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        result = fit(TokenizerObjective(model), Items(images, SIZE), CONFIG, Run(folder, "test"), accelerator)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"loss": result.last["loss"]}
 
 
 @dataclass(frozen=True)
@@ -209,10 +234,9 @@ One = Callable[[tuple[int, ...]], Path]
 @pytest.mark.parametrize("policy", ["block", "size", "root"])
 def test_each_process_holds_its_half_of_every_parameter(policy: str, two: Sharded) -> None:
     for seen in two.seen(policy):
-        assert "after sharded" in seen["kinds"]
-        assert "after whole" not in seen["kinds"]
+        assert seen["kinds"] == ["sharded"]
         assert seen["share"] == pytest.approx(0.5, abs=0.05)
-    assert two.seen("plain")[0]["kinds"] == ["after whole", "whole"]
+    assert two.seen("plain")[0]["kinds"] == ["whole"]
 
 
 @pytest.mark.parametrize("name", ["block", "size", "root", "accumulation", "plain"])
@@ -270,6 +294,15 @@ def test_a_sharded_model_is_not_previewed(two: Sharded, one: One) -> None:
     """Only the main process would call the preview, and sharded layers need all."""
     assert [seen["previews"] for seen in two.seen("block")] == [[], []]
     assert [seen["previews"] for seen in two.seen("plain")] == [[6], []]
+
+
+@pytest.mark.xfail(strict=True, reason="`start` runs the encoder outside of the forward that gathers its shards")
+def test_a_tokenizer_can_be_sharded_too(tmp_path: Path, two: Sharded) -> None:
+    """It starts from data, before the first step, and its codebook is a buffer, the same on every process."""
+    expected = tokenize(tmp_path, policy="")
+    for seen in two.seen("tokenizer"):
+        assert seen["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert_close(two.saved("tokenizer"), tensors(tmp_path))
 
 
 if __name__ == "__main__":

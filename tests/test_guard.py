@@ -191,9 +191,8 @@ def loop_without(skipped: set[int], config: TrainConfig = CONFIG) -> tuple[dict[
             intervals.append(means | ({"half": half / count} if count else {}))
             sums = []
     state = {f"model/{name}": value.detach() for name, value in model.state_dict().items()}
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, moments in optimizer.state.items():
-        state |= {f"optimizer/{names[parameter]}/{key}": value for key, value in moments.items()}
+    for name, parameter in model.named_parameters():
+        state |= {f"optimizer/{name}/{key}": value for key, value in optimizer.state[parameter].items()}
     return state | {f"ema/{name}": value for name, value in average.shadow.items()}, intervals
 
 
@@ -211,7 +210,7 @@ def test_a_bad_step_is_as_if_it_had_not_been(
         torch.testing.assert_close(found[name].double(), value.double(), rtol=0, atol=1e-11)
     assert_all_finite(tmp_path)
     for record, means in zip(trained.records, intervals, strict=True):
-        names = {"loss", "largest", "half", "gradient_norm"} if accumulation == 1 else {"loss", "half", "gradient_norm"}
+        names = {"loss", "half", "gradient_norm"} | ({"largest"} if accumulation == 1 else set())
         assert means.keys() & names == record.keys() & names
         for name in means.keys() & names:
             assert record[name] == pytest.approx(means[name], rel=1e-5)
@@ -385,6 +384,23 @@ def test_a_run_of_bad_steps_alone_is_diverged_even_if_it_is_short(tmp_path: Path
         train(tmp_path, Tiny(from_step(0)), replace(CONFIG, steps=2))
     assert caught.value.exit_code == 4
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.xfail(strict=True, reason="a save that is due while every step so far was skipped ends the run")
+@pytest.mark.parametrize("config", [replace(CONFIG, save_every=1), replace(CONFIG, save_seconds=1e-9)])
+def test_a_bad_first_step_does_not_end_a_run_that_saves_often(tmp_path: Path, config: TrainConfig) -> None:
+    """There is nothing to save yet; whether to go on is for `patience` to say."""
+    assert train(tmp_path, Tiny(in_steps(0)), config).result.finished
+
+
+@pytest.mark.xfail(strict=True, reason="checkpoints are written between bad steps, and the run goes back to those")
+def test_going_back_is_to_before_the_bad_steps(tmp_path: Path) -> None:
+    """However often the run saves: what the last good step left is never replaced by copies of itself."""
+    model = Tiny(Once(5, 6, 7))
+    recovered = train(tmp_path / "fault", model, replace(CONFIG, save_every=1))
+    assert model.seen == [*range(8), *range(5, 10)]
+    assert recovered.records == train(tmp_path / "good", Tiny(), replace(CONFIG, save_every=1)).records
+    assert "skipped" not in recovered.records[-1]
 
 
 class Spoiled(Tiny):
