@@ -25,6 +25,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, w
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY = TrainConfig(steps=25, batch_size=64, lr=1e-2, warmup=2, ema=0.9, log_every=10)
+TINY_LATENT = replace(TINY, posthoc=(0.05, 0.1), posthoc_every=5)
 TINY_DIT = DiTConfig(width=32, depth=2, heads=2)
 
 
@@ -62,7 +63,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     train_tokenizer.train(TokenizerTask(paths.tokenizer, model=TokenizerConfig(width=16, downsample=4), train=TINY))
     train_features.train(train_features.FeaturesTask(paths.features, width=8, dim=8, train=TINY))
     config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
-    train_latent.train(LatentTask(paths.model, paths.tokenizer, model=config, train=TINY))
+    train_latent.train(LatentTask(paths.model, paths.tokenizer, model=config, train=TINY_LATENT))
     solver = train_solver.SolverTask(
         paths.model,
         nfe="4",

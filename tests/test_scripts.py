@@ -19,7 +19,7 @@ import torch
 import train_latent
 import train_solver
 import train_tokenizer
-from conftest import SCRIPTS, TINY, TINY_DIT, Outcome, Pipeline, Script
+from conftest import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -92,6 +92,8 @@ def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
         "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
         "sample": (*model, "--solver", "ddim", "--nfe", 3, "--n", 4, "--seed", 0, "--out", out / "grid.png"),
         "evaluate": (*model, "--features", pipeline.features, *sweep, "--out", out),
+        "posthoc_ema": (pipeline.model, "--std", 0.08, "--out", out),
+        "verify_resume": (pipeline.model, "--steps", 4),
     }
 
 
@@ -113,6 +115,8 @@ def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_pat
         "train_solver": [pipeline.model / "solvers/amed-shift-nfe5/checkpoints/step-2/solver.safetensors"],
         "sample": [out / "grid.png"],
         "evaluate": [out / file for file in REPORT],
+        "posthoc_ema": [out / "checkpoints/step-25/ema.safetensors"],
+        "verify_resume": [],
     }[name]
     assert all(file.stat().st_size > 0 for file in expected)
 
@@ -551,7 +555,7 @@ def test_the_config_of_a_learned_solver_repeats_it(
 def test_flags_override_a_config_file(pipeline: Pipeline) -> None:
     file = str(pipeline.model / "config.yaml")
     task = resolve(LatentTask, LATENT_RECIPES, ["--config", file, "--lr", "0.5", "--out", "elsewhere"])
-    assert task.train == replace(TINY, lr=0.5)
+    assert task.train == replace(TINY_LATENT, lr=0.5)
     assert (task.out, task.tokenizer) == (Path("elsewhere"), pipeline.tokenizer)
 
 
