@@ -38,61 +38,66 @@ class Guard:
     """Judges every step once, with one small collective if there are several processes."""
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, device = accelerator, accelerator.device
-        self.streak = torch.zeros((), dtype=torch.int64, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.recent = torch.full((RECENT,), math.nan, dtype=torch.float64, device=device)
-        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
-        self._lag = 1 if device.type == "cuda" else 0
+        self.accelerator = accelerator
+        self._counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # bad steps in a row, bad steps
+        self._all_but_streak = torch.tensor([0, 1], device=accelerator.device)
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, Wishes]] = deque()
+        self._lag = 1 if accelerator.device.type == "cuda" else 0
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor, wishes: Wishes) -> Tensor:
-        """0-dim bool on the device: whether step `step` counts. loss: 0-dim mean of this process; norm: of all gradients."""
-        flags = torch.tensor([wishes.stop, wishes.late, wishes.save], dtype=torch.float64, device=loss.device)
-        packet = torch.cat([loss.detach().double().view(1), flags])
-        if self.accelerator.num_processes > 1:
-            packet = cast(Tensor, self.accelerator.reduce(packet, "sum"))
-        loss_everywhere = packet[0] / self.accelerator.num_processes
-        kept = torch.isfinite(loss_everywhere) & torch.isfinite(norm)
-        self.recent[step % RECENT] = torch.where(torch.isfinite(norm), loss_everywhere, norm.double())
-        self.streak = torch.where(kept, 0, self.streak + 1)
-        self.skipped = self.skipped + ~kept
-        packet[0] = self.streak
-        self._post(packet)
+    def judge(self, loss: Tensor, norm: Tensor, wishes: Wishes) -> Tensor:
+        """0-dim bool on the device: whether this step counts. loss: 0-dim mean of this process; norm: of all gradients."""
+        several = self.accelerator.num_processes > 1
+        packet = self._agree(loss, wishes) if several else loss
+        mean = packet[0] / self.accelerator.num_processes if several else loss
+        kept = torch.isfinite(mean + norm)
+        self._counts = torch.where(kept, self._counts * self._all_but_streak, self._counts + 1)
+        self._recent.append((mean, norm))
+        self._post(torch.cat([self._counts[:1].double(), packet[1:]]) if several else self._counts, wishes)
         return kept
 
-    def _post(self, packet: Tensor) -> None:
+    def _agree(self, loss: Tensor, wishes: Wishes) -> Tensor:
+        """float64 (4,): the sums over all processes of the loss and of the wishes."""
+        flags = torch.tensor([wishes.stop, wishes.late, wishes.save], dtype=torch.float64, device=loss.device)
+        return cast(Tensor, self.accelerator.reduce(torch.cat([loss.double().view(1), flags]), "sum"))
+
+    def _post(self, packet: Tensor, wishes: Wishes) -> None:
         if not self._lag:
-            self._waiting.append((packet, None))
+            self._waiting.append((packet, None, wishes))
             return
         host = torch.empty(packet.shape, dtype=packet.dtype, pin_memory=True)
         host.copy_(packet, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._waiting.append((host, event))
+        self._waiting.append((host, event, wishes))
 
     def read(self) -> Verdict:
         """What was decided about the newest step whose decision has had the time to arrive."""
         if len(self._waiting) <= self._lag:
             return Verdict(0, Wishes())
-        packet, event = self._waiting.popleft()
+        packet, event, wishes = self._waiting.popleft()
         if event is not None:
             event.synchronize()
         streak, *flags = packet.tolist()
-        return Verdict(int(streak), Wishes(*(flag > 0 for flag in flags)))
+        several = self.accelerator.num_processes > 1
+        return Verdict(int(streak), Wishes(*(flag > 0 for flag in flags)) if several else wishes)
 
-    def losses(self, step: int) -> list[float]:
-        """The last losses before `step`, oldest first; the gradient norm where that is what was not finite."""
-        count = min(step, RECENT)
-        recent = self.recent.tolist()
-        return [recent[i % RECENT] for i in range(step - count, step)]
+    @property
+    def skipped(self) -> int:
+        """Steps that did not count so far; waits for the device."""
+        return int(self._counts[1])
+
+    def losses(self) -> list[float]:
+        """The last losses, at most 20, oldest first; the gradient norm where that is what was not finite."""
+        pairs = [(float(loss), float(norm)) for loss, norm in self._recent]
+        return [loss if math.isfinite(norm) else norm for loss, norm in pairs]
 
     def state(self) -> dict[str, Tensor]:
         """The counters that a resumed run goes on with."""
-        return {"streak": self.streak, "skipped": self.skipped, "recent": self.recent}
+        return {"counts": self._counts}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from `state`; what was waiting to be read is forgotten."""
-        device = self.accelerator.device
-        self.streak, self.skipped = state["streak"].to(device), state["skipped"].to(device)
-        self.recent = state["recent"].to(device).clone()
+        self._counts = state["counts"].to(self.accelerator.device)
+        self._recent.clear()
         self._waiting.clear()

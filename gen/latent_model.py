@@ -84,7 +84,7 @@ class LatentModel(nn.Module):
         return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels, context)
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the unit-variance target, and the mean per time bucket (`loss_time_0` .. `loss_time_7`).
+        """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
 
         Where the batch has mirrored latents, each sample is one or the other, at random.
         """
@@ -97,7 +97,7 @@ class LatentModel(nn.Module):
         target = target_value(self.config.target, x0, eps, t, self.schedule) / expand(self._output_scale(t), x0)
         output, _ = self.forward_network(x_t, t, labels, context)
         error = (output.float() - target).square().flatten(1).mean(1)
-        return error.mean(), self._loss_by_time(error.detach(), t)
+        return error.mean(), {"loss_time": self._loss_by_time(error.detach(), t)}
 
     def after_step(self, kept: Tensor) -> None:
         """Nothing to do between optimizer steps."""
@@ -106,13 +106,12 @@ class LatentModel(nn.Module):
         a, b = target_coefficients(self.config.target, t, self.schedule)
         return (a.square() + b.square()).sqrt()
 
-    def _loss_by_time(self, error: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """Mean error in 8 equal buckets of the clock, as (sum, count) pairs so that intervals and processes add up."""
+    def _loss_by_time(self, error: Tensor, t: Tensor) -> Tensor:
+        """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the clock, so that intervals and processes add up."""
         clock = 2 / math.pi * torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
         bucket = (clock * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1)
-        hit = F.one_hot(bucket, TIME_BUCKETS).to(error)
-        sums, counts = (error[:, None] * hit).sum(0), hit.sum(0)  # not a matrix product, which autocast would round
-        return {f"loss_time_{i}": torch.stack([sums[i], counts[i]]) for i in range(TIME_BUCKETS)}
+        hit = (bucket[:, None] == torch.arange(TIME_BUCKETS, device=t.device)).to(error)
+        return torch.stack([error[:, None] * hit, hit], dim=2).sum(0)  # no matrix product: autocast would round it
 
     def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
         """One forward pass: what the network says about x_t (B, C, H, W) at t (B,) for labels (B,)."""

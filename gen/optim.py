@@ -64,7 +64,6 @@ def step_if(kept: Tensor, optimizers: list[Optimizer]) -> None:
             optimizer.step()
         elif kept.item():
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def checkpoint_activations(model: nn.Module) -> None:

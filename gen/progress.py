@@ -18,25 +18,22 @@ LINE_SECONDS = 30.0
 class Averages:
     """Sums of logged values on the device; read, reduced over processes, once per interval.
 
-    A log is a scalar, averaged over the interval, or a pair (sum, count), added up over interval and processes before dividing.
+    A log is a scalar, averaged over the interval, or a pair (sum, count), added up over interval and processes before dividing,
+    or several pairs (n, 2), which are named with their numbers: loss_time_0, loss_time_1, ...
     """
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (n, 2) of sum and count
 
     def add(self, logs: list[dict[str, Tensor]], kept: Tensor) -> None:
-        """The logs of a step's micro-batches, which have the same names; nothing when the 0-dim bool `kept` is false."""
+        """The logs of a step's micro-batches; nothing when the 0-dim bool `kept` is false."""
         for log in logs:
-            single = {name: value for name, value in log.items() if not value.dim()}
-            pairs = {name: value for name, value in log.items() if value.dim()}
-            rows = []
-            if single:
-                values = torch.stack([v.detach().float() for v in single.values()])
-                rows.append(torch.stack([values, torch.ones_like(values)], dim=1))
-            if pairs:
-                rows.append(torch.stack([v.detach().float() for v in pairs.values()]))
-            table = torch.where(kept, torch.cat(rows), 0)
-            names = (*single, *pairs)
+            single = {name: value.detach() for name, value in log.items() if not value.dim()}
+            pairs = {name: value.detach().view(-1, 2) for name, value in log.items() if value.dim()}
+            values = torch.stack([value.float() for value in single.values()]) if single else torch.zeros(0)
+            rows = [torch.stack([values, torch.ones_like(values)], dim=1)] if single else []
+            table = torch.where(kept, torch.cat([*rows, *(pair.float() for pair in pairs.values())]), 0)
+            names = (*single, *(name for key, pair in pairs.items() for name in _numbered(key, log[key], len(pair))))
             self.sums[names] = self.sums[names] + table if names in self.sums else table
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
@@ -69,6 +66,10 @@ class Averages:
             alone = shares.sum(0) if mine == 0 else torch.zeros_like(shares[0])
             table = shares[mine] if len(shares) == several else alone
             self.sums[tuple(names.split(" "))] = table.to(accelerator.device)
+
+
+def _numbered(name: str, value: Tensor, count: int) -> list[str]:
+    return [name] if value.dim() == 1 else [f"{name}_{i}" for i in range(count)]
 
 
 class Clock:

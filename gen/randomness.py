@@ -20,6 +20,7 @@ from torch import Tensor
 
 _WORD = (1 << 64) - 1
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_BELOW_1 = 1 - 2.0**-53  # 2^53 - 1/2 rounds up
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
@@ -78,9 +79,14 @@ def integer(seed: int, purpose: str, step: int) -> int:
 def words(seed: int, purpose: str, step: int, sample_ids: Tensor, count: int) -> Tensor:
     """int64 (B, count) of uniform 64-bit words for int64 `sample_ids` (B,)."""
     key = _key(seed, purpose, step)
-    if type(sample_ids) is Tensor and sample_ids.device.type == "cpu":
+    if _is_plain(sample_ids):
         return torch.from_numpy(_words_array(key, sample_ids, count).view(np.int64))
     return _words_tensor(key, sample_ids, count)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether numpy can read it."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
 def _words_array(key: int, sample_ids: Tensor, count: int) -> NDArray[np.uint64]:
@@ -97,22 +103,37 @@ def _words_tensor(key: int, sample_ids: Tensor, count: int) -> Tensor:
     return _mix(own[:, None] + counter[None, :])
 
 
-def _unit(bits: Tensor) -> Tensor:
+def _unit_array(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
     """float64 in the open interval (0, 1): the upper 53 bits, centred in their cell."""
-    return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp(max=1 - 2.0**-53)  # 2^53 - 1/2 rounds up
+    values = (bits >> np.uint64(11)).astype(np.float64)
+    values += 0.5
+    values *= 2.0**-53
+    return np.minimum(values, _BELOW_1, out=values)
+
+
+def _unit_tensor(bits: Tensor) -> Tensor:
+    """The same of signed words."""
+    return ((_shift_right(bits, 11).double() + 0.5) * 2.0**-53).clamp(max=_BELOW_1)
+
+
+def _unit(seed: int, purpose: str, step: int, sample_ids: Tensor, count: int) -> Tensor:
+    """float64 (B, count) in the open interval (0, 1)."""
+    key = _key(seed, purpose, step)
+    if _is_plain(sample_ids):
+        return torch.from_numpy(_unit_array(_words_array(key, sample_ids, count)))
+    return _unit_tensor(_words_tensor(key, sample_ids, count))
 
 
 def uniform(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """float64 (B, *shape), uniform on (0, 1)."""
-    count = math.prod(shape)
-    return _unit(words(seed, purpose, step, sample_ids, count)).view(len(sample_ids), *shape)
+    return _unit(seed, purpose, step, sample_ids, math.prod(shape)).view(len(sample_ids), *shape)
 
 
 def normal(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """float32 (B, *shape), standard normal (Box-Muller on pairs of words)."""
     count = math.prod(shape)
     half = (count + 1) // 2
-    u = _unit(words(seed, purpose, step, sample_ids, 2 * half))
+    u = _unit(seed, purpose, step, sample_ids, 2 * half)
     radius = (-2.0 * u[:, :half].log()).sqrt()
     angle = 2.0 * math.pi * u[:, half:]
     pair = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)

@@ -159,11 +159,11 @@ class _Order:
 
     def __call__(self, start: int, count: int) -> Tensor:
         """int64 (count,): the items at positions start .. start + count - 1."""
-        positions = torch.arange(start, start + count)
         epochs = range(start // self.size, (start + count - 1) // self.size + 1)
         self.epochs = {e: self.epochs[e] if e in self.epochs else self._permutation(e) for e in epochs}
-        table = torch.cat([self.epochs[e] for e in epochs])
-        return table[positions - epochs[0] * self.size]
+        first = start - epochs[0] * self.size
+        table = self.epochs[epochs[0]] if len(epochs) == 1 else torch.cat([self.epochs[e] for e in epochs])
+        return table[first : first + count]
 
     def _permutation(self, epoch: int) -> Tensor:
         return randomness.permutation(self.seed, "order", epoch, self.size)
@@ -230,21 +230,29 @@ class _Training:
         """One optimizer step, and whatever follows each of them."""
         set_rate(self.state.optimizers, learning_rate(self.config, step))
         losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
-        kept = self.guard.judge(step, torch.stack(losses).mean(), norm, wishes)
+        norm = self._clip()
+        kept = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, wishes)
         step_if(kept, self.optimizers)
+        for parameter in self.parameters:
+            parameter.grad = None
         cast(Trainable, self.model).after_step(kept)
         self.averages.add([{**log, "gradient_norm": norm} for log in logs], kept)
         for average in (self.ema, *self.posthoc):
             if average is not None:
                 average.update(self.model, step)
 
+    def _clip(self) -> Tensor:
+        """Limit the norm of all gradients; the norm before."""
+        if not self.sharded:
+            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
+        return norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
+
     def _micro(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of one micro-batch of this process; its loss and logs."""
         accelerator, config = self.accelerator, self.config
         start = step * config.batch_size + (micro * accelerator.num_processes + accelerator.process_index) * self.share
-        _seed_global(config.seed, start)
+        _seed_global(config.seed, start, accelerator.device)
         context = Context(config.seed, step, torch.arange(start, start + self.share, device=accelerator.device))
         is_last = micro == config.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
@@ -274,7 +282,7 @@ class _Training:
         full = step % config.log_every == 0 or done
         if full or stop:
             self.last = self.averages.read(self.accelerator)
-            report.interval(step, self.clock.total, self.last, int(self.guard.skipped), partial=not full)
+            report.interval(step, self.clock.total, self.last, self.guard.skipped, partial=not full)
         if full:
             self.averages.clear()
         if (_due(config.preview_every, step) or done or stop) and self.hooks.preview is not None:
@@ -308,7 +316,7 @@ class _Training:
 
     def _result(self, step: int) -> FitResult:
         finished = step == self.config.steps
-        skipped = int(self.guard.skipped)
+        skipped = self.guard.skipped
         if skipped and self.accelerator.is_main_process:
             self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
         if not finished and self.accelerator.is_main_process:
@@ -357,7 +365,7 @@ class _Training:
 
     def _go_back(self, step: int, report: Reporter) -> int:
         """After too many bad steps: the step of the last checkpoint, taken over; DivergedError the second time."""
-        losses = words_of(self.guard.losses(step))
+        losses = words_of(self.guard.losses())
         found = None if self.rolled_back else self._newest()
         if found is None:
             report.close()
@@ -384,7 +392,7 @@ class _Training:
         if step == self.saved_at:
             return
         files = self.state.capture()
-        bad = ["every loss so far"] if int(self.guard.skipped) == step else not_finite(files)
+        bad = ["every loss so far"] if self.guard.skipped == step else not_finite(files)
         if bad:
             why = f"not finite: {', '.join(bad[:5])}"
             raise DivergedError(f"step {step} cannot be saved", why, "lower --lr, raise --warmup, or check the data")
@@ -445,11 +453,11 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _seed_global(seed: int, start: int) -> None:
+def _seed_global(seed: int, start: int, device: torch.device) -> None:
     """Fix torch's own generators, for modules that draw from them; ours never do."""
     word = randomness.integer(seed, "global", start)
     torch.default_generator.manual_seed(word)  # torch.manual_seed asks every kind of device, which takes 0.2 ms
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         torch.cuda.manual_seed(word)
 
 

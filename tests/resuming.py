@@ -175,6 +175,7 @@ def start(task: TokenizerTask, conditions: Conditions | None = None) -> Child:
     """Train as the command does, in a process forked from one that has imported everything; returns when it begins."""
     told, begun = task.out.with_name(f"{task.out.name}.terminal"), task.out.with_name(f"{task.out.name}.begun")
     begun.unlink(missing_ok=True)
+    told.touch()
     arguments = (task, conditions or Conditions(), str(told), str(begun))
     process = multiprocessing.get_context("forkserver").Process(target=_command, args=arguments, daemon=True)
     process.start()

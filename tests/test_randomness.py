@@ -48,6 +48,15 @@ def test_the_finaliser_is_that_of_splitmix64() -> None:
     assert [value & MASK for value in randomness._mix(state).tolist()] == published
 
 
+@pytest.mark.parametrize("seed", [0, 1, -7, 2**40 + 3])
+def test_the_ways_of_the_cpu_and_of_other_devices_agree_bit_for_bit(seed: int) -> None:
+    ids = torch.tensor([0, 1, 63, 2**40, 2**62, -1])
+    key = randomness._key(seed, "noise", 12345678901)
+    array, tensor = randomness._words_array(key, ids, 7), randomness._words_tensor(key, ids, 7)
+    assert torch.equal(torch.from_numpy(array.view(np.int64)), tensor)
+    assert np.array_equal(randomness._unit_array(array), randomness._unit_tensor(tensor).numpy())
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -1])
 @pytest.mark.parametrize("step", [0, 1, 10**6])
 def test_words_are_those_of_plain_integers(seed: int, step: int) -> None:
@@ -111,7 +120,9 @@ def test_normal_moments_and_kolmogorov_smirnov(shape: tuple[int, ...]) -> None:
 
 def test_the_extreme_words_give_numbers_inside_the_open_interval() -> None:
     """ln u and logit u are finite for every word, though 2^53 - 1/2 rounds to 2^53."""
-    unit = randomness._unit(torch.tensor([0, -1, 2**63 - 1, -(2**63)]))
+    bits = torch.tensor([0, -1, 2**63 - 1, -(2**63)])
+    unit = randomness._unit_tensor(bits)
+    assert np.array_equal(randomness._unit_array(bits.numpy().view(np.uint64)), unit.numpy())
     assert bool(((unit > 0) & (unit < 1)).all())
 
 
