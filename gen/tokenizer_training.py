@@ -26,7 +26,8 @@ class TokenizerObjective(nn.Module):
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction MSE in [-1, 1] units plus the quantizer's loss; logs the parts."""
         images = self._images(batch, context)
-        out = self.tokenizer(images, context.normal("posterior", self.tokenizer.latent_shape))
+        shape = self.tokenizer.noise_shape
+        out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
         mse = (out.reconstruction - images).square().mean()
         return mse + out.quantized.loss, {"mse": mse, **out.quantized.losses, **batch_codes(out.quantized.counts)}
 

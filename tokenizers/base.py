@@ -41,6 +41,8 @@ class Quantizer(nn.Module, ABC):
 
     dim: int
     codebook_size: int | None
+    noise_channels: int = 0
+    """Channels of the noise that `forward` draws by."""
 
     @property
     def in_dim(self) -> int:
@@ -56,7 +58,7 @@ class Quantizer(nn.Module, ABC):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """Quantize z (B, in_dim, *S).
 
-        `noise` (B, D, *S), standard normal, makes all that a quantizer draws per sample a function of the caller's
+        `noise` (B, noise_channels, *S), standard normal, makes all that a quantizer draws per sample a function of the caller's
         seeds: KL's posterior, and which vectors VQ restarts from. FSQ and identity draw nothing and ignore it.
         """
 

@@ -51,6 +51,7 @@ class KL(Continuous):
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"weight is {weight}; give a finite number >= 0 (1e-6 for latents, 1 for a VAE bound)")
         self.weight = weight
+        self.noise_channels = dim
 
     @property
     def in_dim(self) -> int:

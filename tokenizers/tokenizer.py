@@ -99,13 +99,18 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return self.quantizer.dim, side, side
 
     @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the noise that `forward` draws by; C is 0 if it draws nothing."""
+        return self.quantizer.noise_channels, *self.latent_shape[1:]
+
+    @property
     def tokens(self) -> int:
         """Tokens per image, h w."""
         _, height, width = self.latent_shape
         return height * width
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
-        """Images -> reconstruction and what was quantized; `noise` (B, D, h, w): see `Quantizer.forward`."""
+        """Images -> reconstruction and what was quantized; `noise` (B, *noise_shape): see `Quantizer.forward`."""
         quantized = self.quantizer(self.encode(images), noise)
         return TokenizerOutput(self.decode(quantized.codes), quantized)
 

@@ -75,6 +75,7 @@ class VQ(Quantizer):
         super().__init__()
         _check(codebook_size, dim, commitment, decay, eps, init, restart_threshold)
         self.codebook_size = self._size = codebook_size
+        self.noise_channels = 1
         self.dim = dim
         self.commitment, self.decay, self.eps = commitment, decay, eps
         self.init: Init = init
@@ -97,12 +98,12 @@ class VQ(Quantizer):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> codes; loss "commitment". Gradient to z: straight-through, and that of the commitment.
 
-        `noise` (B, D, *S) decides which vectors codes restart from; without it a generator of each rank does. A NaN in
-        z makes the commitment loss NaN, and `update` learns nothing from that step.
+        `noise` (B, 1 or more, *S) decides, by its first channel, which vectors codes restart from; without it a generator
+        of each rank does. A NaN in z makes the commitment loss NaN, and `update` learns nothing from that step.
         """
         latents = self.latents(z)
         if noise is not None:
-            check_noise(noise, latents)
+            check_noise(noise[:, :1], latents[:, :1])
         rows = self._rows(latents)
         with float32_island(z):
             if self.training and not self.initialised:
