@@ -46,6 +46,8 @@ class Run:
         Only a run of the same kind is ever removed or resumed, and never a directory removed that holds the current one.
         """
         run = Run(path, kind, config)
+        if overwrite and resume:
+            raise UsageError("--overwrite and --resume auto contradict", "one deletes what the other needs", "drop one")
         if (path / "config.yaml").exists():
             if not (overwrite or resume):
                 raise UsageError(

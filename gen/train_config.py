@@ -42,6 +42,8 @@ class TrainConfig:
     """Compute the blocks of the network again in the backward pass instead of keeping their activations."""
     compile: bool = False
     """torch.compile the networks (needs a C++ compiler; the first step takes long)."""
+    deterministic: bool = False
+    """On a GPU, only kernels whose sums have a fixed order: exact resume needs it there. CPUs are so by themselves."""
     patience: int = 10
     """Steps in a row without a finite loss and gradient before the run goes back to its last checkpoint, once."""
     max_seconds: float | None = None
@@ -96,7 +98,7 @@ PATHS = ("out", "tokenizer", "latents", "model", "data.data", "data.download", "
 """Where things are. What is in them is compared by fingerprint."""
 BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience")
 REPORTS = ("log_every", "preview_every", "log_with")
-ROUNDING = ("accumulation", "gradient_checkpointing", "compile")
+ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
 """The same numbers up to the order of floating-point sums."""
 
 

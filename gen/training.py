@@ -96,6 +96,10 @@ def make_accelerator(config: TrainConfig, out: Path | None = None) -> Accelerato
     Without a GPU several processes find each other only when told to use the CPU; else each would train alone.
     UsageError when the global batch cannot be shared equally, or a tracker is not installed.
     """
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS
+        torch.backends.cudnn.benchmark = False
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         accelerator = Accelerator(

@@ -211,12 +211,21 @@ def _slow_down(seconds: float) -> None:
     TokenizerObjective.after_step = slower
 
 
-def train_together(task: Task, processes: int = 2) -> None:
+def train_together(task: Task, processes: int = 2, timeout: float = 120.0) -> None:
     """Train in several gloo processes, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, (task, processes, port), nprocs=processes, start_method="forkserver")
+    arguments = (task, processes, port)
+    group = mp.start_processes(_rank, arguments, nprocs=processes, join=False, start_method="forkserver")
+    assert group is not None
+    end = time.monotonic() + timeout
+    try:
+        while not group.join(timeout=1):
+            assert time.monotonic() < end, f"still running after {timeout} s: one waits for the other"
+    finally:
+        for process in group.processes:
+            process.kill()
 
 
 def _rank(rank: int, task: Task, processes: int, port: int) -> None:

@@ -121,6 +121,40 @@ def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_pat
     assert all(file.stat().st_size > 0 for file in expected)
 
 
+EVERY_TRAINING_FLAG = (
+    *("--steps", 6, "--batch-size", 16, "--optimizer", "muon", "--lr", 1e-3, "--warmup", 1),
+    *("--decay", "inverse_sqrt", "--plateau", 3, "--weight-decay", 0.01, "--betas", 0.9, 0.95, "--clip", 0.5),
+    *("--ema", 0.9, "--posthoc", 0.05, 0.1, "--posthoc-every", 2, "--accumulation", 2, "--precision", "bf16"),
+    *("--gradient-checkpointing", "--deterministic", "--patience", 3, "--max-seconds", 100, "--save-every", 2),
+    *("--save-seconds", 50, "--keep", 1, "--log-every", 2, "--preview-every", 3, "--log-with", "tensorboard"),
+    *("--seed", 3, "--flip", "--model.dit.dropout", 0.1, "--model.dit.depth", 2),
+)
+
+
+def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> None:
+    """A run with all of them stops where it is told, goes on, and leaves everything it was asked for."""
+    pytest.importorskip("tensorboard", reason="a tracker to log with")
+    out = tmp_path / "out"
+    command = ("scripts/train_latent.py", "digits-flow", "--tokenizer", pipeline.tokenizer, "--out", out)
+    first = _shell(*command, *EVERY_TRAINING_FLAG, "--max-steps", 3, "--resume", "auto")
+    assert first.code == 0, first.err
+    assert "stopped at step 3 of 6" in first.out
+    second = _shell(*command, *EVERY_TRAINING_FLAG, "--resume", "auto")
+    assert second.code == 0, second.err
+    assert "going on from step 3" in second.out
+    assert "16 samples a step, 1 process(es) x 2 micro-batch(es) of 8" in second.out
+    assert [r["step"] for r in _metrics(out)] == [2, 4, 6]
+    assert [r["lr"] for r in _metrics(out)] == pytest.approx([1e-3, 1e-3, 1e-3 * math.sqrt(3 / 5)])
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-6"]
+    assert len(list((out / "posthoc").iterdir())) == 6
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [
+        "averaged-000003-nfe20.png",
+        "averaged-000006-nfe20.png",
+    ]
+    assert list(out.rglob("events.out.tfevents*"))
+    assert len(json.loads((out / "env.json").read_text())["starts"]) == 2
+
+
 @pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_help_ends_with_0_and_names_the_flags(name: str, script: Script) -> None:
     told = script(name, "--help")

@@ -370,36 +370,49 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from safetensors.torch import save_file
-from test_training import CONFIG, train
+from test_training import SHARED, train
 torch.set_num_threads(1)
 folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
 for accumulation in (1, 2):
-    trained = train(folder / str(accumulation), replace(CONFIG, accumulation=accumulation))
+    trained = train(folder / str(accumulation), replace(SHARED, accumulation=accumulation))
     state = {**trained.model.state_dict(), "items": torch.cat(trained.items), "noise": torch.cat(trained.model.noise)}
     last = {name: torch.tensor(value) for name, value in trained.result.last.items()}
     save_file({**state, **last}, folder / f"{accumulation}-{rank}.safetensors")
 """
 
 
-def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
-    """The same global batch, noise and means, shared by two gloo processes, with and without accumulation."""
-    (tmp_path / "two.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path)]
+SHARED = replace(CONFIG, batch_size=12)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_train_the_same_model_as_one(processes: int, tmp_path: Path) -> None:
+    """The same global batch, noise and means, shared by gloo processes, with and without accumulation; the averages and the
+    optimizer's means of gradients in the checkpoint too."""
+    (tmp_path / "worker.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launch, str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # `accelerate launch --cpu` would start one process only
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for accumulation in (1, 2):
-        one = train(tmp_path / "one", replace(CONFIG, accumulation=accumulation))
-        ranks = [load_file(tmp_path / f"{accumulation}-{rank}.safetensors") for rank in (0, 1)]
+        one = train(tmp_path / f"one-{accumulation}", replace(SHARED, accumulation=accumulation))
+        ranks = [load_file(tmp_path / f"{accumulation}-{rank}.safetensors") for rank in range(processes)]
         # (step and micro-batch, rank, share) in the order of the global stream
         for name, whole in (("items", torch.cat(one.items)), ("noise", torch.cat(one.model.noise))):
-            shares = torch.stack([r[name].unflatten(0, (CONFIG.steps * accumulation, -1)) for r in ranks], 1)
+            shares = torch.stack([r[name].unflatten(0, (SHARED.steps * accumulation, -1)) for r in ranks], 1)
             assert torch.equal(shares.flatten(0, 2), whole)
         for name, value in one.model.state_dict().items():
-            assert torch.equal(ranks[0][name], ranks[1][name])
+            assert all(torch.equal(ranks[0][name], other[name]) for other in ranks)
             torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=1e-10)
         for name in ("loss", "early", "gradient_norm"):
             assert ranks[0][name].item() == pytest.approx(one.result.last[name], rel=1e-5)
+        for file in ("model", "ema", "optimizer"):
+            alone, shared = (
+                load_file(folder / f"checkpoints/step-5/{file}.safetensors")
+                for folder in (one.run.path, tmp_path / str(accumulation))
+            )
+            assert alone.keys() == shared.keys()
+            for name, value in alone.items():
+                torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-10)
     lines = (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [5], "only the main process writes"
