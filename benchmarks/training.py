@@ -38,7 +38,8 @@ from midway.gen.latent_model import LatentModel
 from midway.gen.runs import Run, environment
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig, learning_rate
-from midway.gen.training import Items, fit
+from midway.gen.trainable import Items
+from midway.gen.training import fit
 from midway.samplers.prediction import expand, target_value
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -46,7 +46,7 @@ class Checkpoint:
         """The tensors of a safetensors file, on the CPU; DataError for anything else. Pickles are never loaded."""
         file = self.path / name
         try:
-            return load_file(file)
+            return {key: value.clone() for key, value in load_file(file).items()}  # else the file stays mapped
         except (OSError, SafetensorError) as error:
             why = f"it is no safetensors file ({_line(error)})"
             raise DataError(f"{file} cannot be read", why, "pickles are not loaded; restore the file") from None
@@ -112,12 +112,12 @@ def _save_once(root: Path, step: int, write: Callable[[Path], object], needed: i
         temporary.mkdir(parents=True)
         _check_space(root, needed)
         write(temporary)
-        _write_manifest(temporary, step, header)
+        write_manifest(temporary, step, header)
         if final.exists():  # damaged, or saved by an earlier attempt at this step
             final.rename(replaced)
         temporary.rename(final)
         sync(root)
-        write_atomically(root / "latest", f"{final.name}\n".encode())
+        point_to(root, step)
     except (OSError, SafetensorError, DiskError) as error:
         raise _disk_error(final, error) from error
     finally:
@@ -140,17 +140,26 @@ def _check_space(root: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB are needed and {free / 2**20:.0f} MiB are free")
 
 
-def _write_manifest(folder: Path, step: int, header: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, step: int, header: Mapping[str, Any]) -> None:
+    readable = folder.stat().st_mode & 0o666
     files = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        file.chmod(readable)  # safetensors lets only the owner read
         sync(file)
         files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_hash(file)}
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync(inner)
     manifest = {"format": FORMAT, "step": step, **header, "versions": versions(), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    text = json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=2)
+    (folder / MANIFEST).write_text(text + "\n")
     sync(folder / MANIFEST)
     sync(folder)
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 of what a manifest says, its own hash aside."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _prune(root: Path, keep: int, newest: Path) -> None:
@@ -161,9 +170,14 @@ def _prune(root: Path, keep: int, newest: Path) -> None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what killed processes left half-written."""
+    """Remove half-written checkpoints that killed processes left."""
     for path in root.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def point_to(root: Path, step: int) -> None:
+    """Have `latest` name the checkpoint of this step."""
+    write_atomically(root / "latest", f"step-{step}\n".encode())
 
 
 # ---- reading ----
@@ -179,14 +193,15 @@ def verify(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file has the size and sha256 of its manifest; DataError naming what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        step, files = int(manifest["step"]), dict(manifest["files"])
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']!r}")
+        if manifest["sha256"] != _own_hash(manifest):
+            raise ValueError("it is not what was written")
+        if manifest["format"] != FORMAT or f"step-{manifest['step']}" != path.name:
+            raise ValueError(f"format {manifest['format']!r}, step {manifest['step']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its manifest cannot be read ({_line(error)})") from None
-    for name, expected in files.items():
+        raise _damaged(path, f"its manifest cannot be used ({_line(error)})") from None
+    for name, expected in manifest["files"].items():
         _verify_file(path, name, expected)
-    return Checkpoint(path, step)
+    return Checkpoint(path, manifest["step"])
 
 
 def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:

@@ -29,6 +29,12 @@ def write_atomically(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def clear_temporaries(folder: Path) -> None:
+    """Remove what `write_atomically` was writing in `folder` when its process was killed."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Have the operating system put a file or directory on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)

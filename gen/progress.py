@@ -25,13 +25,17 @@ class Averages:
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (n, 2) of sum and count
 
-    def add(self, logs: list[dict[str, Tensor]], kept: Tensor) -> None:
-        """The logs of a step's micro-batches; nothing when the 0-dim bool `kept` is false."""
+    def add(self, logs: list[dict[str, Tensor]], kept: Tensor, processes: int = 1) -> None:
+        """The logs of a step's micro-batches; nothing when the 0-dim bool `kept` is false.
+
+        A scalar weighs as its share of the step, so that all steps weigh the same however they are divided.
+        """
+        weight = 1 / (len(logs) * processes)
         for log in logs:
             single = {name: value.detach() for name, value in log.items() if not value.dim()}
             pairs = {name: value.detach().view(-1, 2) for name, value in log.items() if value.dim()}
             values = torch.stack([value.float() for value in single.values()]) if single else torch.zeros(0)
-            rows = [torch.stack([values, torch.ones_like(values)], dim=1)] if single else []
+            rows = [torch.stack([weight * values, torch.full_like(values, weight)], dim=1)] if single else []
             table = torch.where(kept, torch.cat([*rows, *(pair.float() for pair in pairs.values())]), 0)
             names = (*single, *(name for key, pair in pairs.items() for name in _numbered(key, log[key], len(pair))))
             self.sums[names] = self.sums[names] + table if names in self.sums else table

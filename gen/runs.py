@@ -25,7 +25,7 @@ import torch
 from midway.gen import checkpoint
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.errors import DataError, DiskError, UsageError
-from midway.gen.files import write_atomically
+from midway.gen.files import clear_temporaries, write_atomically
 
 CONFIG_TMP = ".config.yaml.tmp"
 
@@ -61,7 +61,8 @@ class Run:
                 return run
             if Path.cwd().resolve().is_relative_to(path.resolve()):
                 raise UsageError(f"{path} holds the current directory", "it would be deleted", "choose another --out")
-            _remove(path)
+            with lock(path):
+                _remove(path)
         elif path.exists() and (not path.is_dir() or any(p.name != CONFIG_TMP for p in path.iterdir())):
             raise UsageError(
                 f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
@@ -70,7 +71,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             run.write_config()  # first, so that a run killed right now can be resumed
             (path / "samples").mkdir()
-            (path / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
         except OSError as error:
             raise DiskError(f"{path} cannot be written", str(error), "choose another --out, or free space") from None
         return run
@@ -102,9 +103,22 @@ class Run:
     def note(self, facts: dict[str, Any]) -> None:
         """Add to env.json the facts of one start of its training, with today's environment."""
         path = self.path / "env.json"
-        known = json.loads(path.read_text()) if path.exists() else environment()
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):  # of a run that was killed as it began
+            known = environment()
         starts = [*known.get("starts", []), facts if not known.get("starts") else {**environment(), **facts}]
         write_atomically(path, (json.dumps({**known, "starts": starts}, indent=2) + "\n").encode())
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been said yet."""
+        return not (self.path / "log.txt").exists()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-written, checkpoints aside."""
+        for folder in (self.path, self.checkpoints, self.path / "posthoc"):
+            clear_temporaries(folder)
 
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt."""

@@ -19,10 +19,12 @@ from midway.gen.context import ImageBatch
 from midway.gen.data import describe
 from midway.gen.errors import UsageError
 from midway.gen.features import FeatureConfig, FeatureNetwork, protocol_name, save_features
+from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.train_config import TrainConfig
-from midway.gen.training import Hooks, Items, fit, make_accelerator
+from midway.gen.trainable import Hooks, Items
+from midway.gen.training import fit
 from recipes import Flat, Resume
 
 
@@ -80,7 +82,8 @@ def train(task: FeaturesTask) -> Run | None:
     run = Run(task.out, "features", to_dict(task))
     if accelerator.is_main_process:
         run = Run.create(task.out, "features", to_dict(task), task.overwrite, task.resume == "auto")
-        run.say(describe(parts.splits.train))
+        if run.is_new:
+            run.say(describe(parts.splits.train))
     accelerator.wait_for_everyone()
     source = Path(task.data.data).stem
     hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))

@@ -15,11 +15,13 @@ from midway.gen.data import ImageData
 from midway.gen.errors import DataError, UsageError
 from midway.gen.latent_model import LatentModel
 from midway.gen.latents import Latents, cache_path, encode, load_latents, save_latents
+from midway.gen.launch import make_accelerator
 from midway.gen.pictures import save_grid
 from midway.gen.runs import Run
 from midway.gen.sampling import decode, sample_latents
 from midway.gen.splits import DataConfig, load_splits
-from midway.gen.training import Hooks, Items, fit, make_accelerator
+from midway.gen.trainable import Hooks, Items
+from midway.gen.training import fit
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -77,9 +79,10 @@ def train(task: LatentTask) -> Run | None:
     run = Run(task.out, "latent_model", config)
     if accelerator.is_main_process:
         run = Run.create(task.out, "latent_model", config, task.overwrite, task.resume == "auto")
-        parameters = sum(p.numel() for p in model.parameters())
-        shape = (parts.items.size, *model.latent_shape)
-        run.say(f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}")
+        if run.is_new:
+            parameters = sum(p.numel() for p in model.parameters())
+            shape = (parts.items.size, *model.latent_shape)
+            run.say(f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}")
     accelerator.wait_for_everyone()
     hooks = Hooks(
         preview=lambda step: write_preview(run, parts, step, weights_name(task.train)),

@@ -15,11 +15,13 @@ from midway.gen.artefacts import TrainedModel, load_model, solver_path
 from midway.gen.config import to_dict
 from midway.gen.errors import UsageError, nearest
 from midway.gen.evaluate import LEARNED
+from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
 from midway.gen.train_config import TrainConfig
-from midway.gen.training import Hooks, Items, fit, make_accelerator
+from midway.gen.trainable import Hooks, Items
+from midway.gen.training import fit
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LearnedSolver, SolverCard
 from midway.samplers.solvers import SOLVERS

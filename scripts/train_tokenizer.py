@@ -14,12 +14,14 @@ from midway.gen.config import to_dict
 from midway.gen.context import ImageBatch
 from midway.gen.data import ImageData, describe
 from midway.gen.errors import UsageError
+from midway.gen.launch import make_accelerator
 from midway.gen.pictures import save_grid
 from midway.gen.randomness import permutation
 from midway.gen.runs import Run
 from midway.gen.splits import Splits, load_splits
 from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, reconstruct
-from midway.gen.training import Hooks, Items, fit, make_accelerator
+from midway.gen.trainable import Hooks, Items
+from midway.gen.training import fit
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES, TokenizerTask
 
@@ -89,8 +91,9 @@ def open_run(task: TokenizerTask, is_main: bool, splits: Splits) -> Run:
     if not is_main:
         return Run(task.out, "tokenizer", to_dict(task))
     run = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite, task.resume == "auto")
-    run.say(describe(splits.train))
-    run.say(describe(splits.held_out))
+    if run.is_new:
+        run.say(describe(splits.train))
+        run.say(describe(splits.held_out))
     return run
 
 

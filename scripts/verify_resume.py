@@ -27,9 +27,10 @@ from midway.gen import checkpoint
 from midway.gen.checkpoint import Checkpoint
 from midway.gen.config import from_dict, read_yaml
 from midway.gen.errors import DataError, MidwayError
+from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig
-from midway.gen.training import fit, make_accelerator
+from midway.gen.training import fit
 from recipes import LatentTask, TokenizerTask
 
 FILES = ("model", "ema", "optimizer", "progress")

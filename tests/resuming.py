@@ -224,7 +224,7 @@ def train_together(task: Task, processes: int = 2, timeout: float = 120.0) -> No
         while not group.join(timeout=1):
             assert time.monotonic() < end, f"still running after {timeout} s: one waits for the other"
     finally:
-        for process in group.processes:
+        for process in filter(None, group.processes):
             process.kill()
 
 

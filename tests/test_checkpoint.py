@@ -23,9 +23,11 @@ from midway.gen import checkpoint
 from midway.gen.checkpoint import Checkpoint, clear_leftovers, directories, newest_valid, save, set_aside, verify
 from midway.gen.context import Context
 from midway.gen.errors import DataError, DiskError
+from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig
-from midway.gen.training import FitResult, Items, fit, make_accelerator
+from midway.gen.trainable import FitResult, Items
+from midway.gen.training import fit
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
@@ -128,7 +130,7 @@ def fail_in(name: str) -> Callable[[pytest.MonkeyPatch], Callable[[Path], None]]
     return patch
 
 
-@pytest.mark.parametrize("point", ["the writer", "file_hash", "sync", "_write_manifest", "the rename"])
+@pytest.mark.parametrize("point", ["the writer", "file_hash", "sync", "write_manifest", "the rename"])
 def test_a_failing_save_leaves_older_checkpoints_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:

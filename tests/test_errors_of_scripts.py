@@ -332,7 +332,7 @@ def _truncate(run: Path, pattern: str, seal: bool = False) -> None:
 def _seal(run: Path) -> None:
     (folder,) = (run / "checkpoints").glob("step-*")
     (folder / checkpoint.MANIFEST).unlink()
-    checkpoint._write_manifest(folder, int(folder.name[5:]), {})
+    checkpoint.write_manifest(folder, int(folder.name[5:]), {})
 
 
 MODEL_FILES = ["ema.safetensors", "model.json", "tokenizer/*.safetensors", "tokenizer/config.json"]

@@ -26,10 +26,12 @@ from torch.distributed.tensor import DTensor
 from midway.gen.backbone import DiTConfig
 from midway.gen.context import Context, ImageBatch, LatentBatch
 from midway.gen.latent_model import LatentModel, LatentModelConfig
+from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
-from midway.gen.training import Hooks, Items, fit, make_accelerator
+from midway.gen.trainable import Hooks, Items
+from midway.gen.training import fit
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 SIZE = 20

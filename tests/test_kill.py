@@ -193,7 +193,8 @@ def test_a_launcher_of_two_processes_that_is_told_to_end_leaves_a_checkpoint(tmp
 def test_a_full_disk_costs_the_new_checkpoint_only(whole: Path, tmp_path: Path) -> None:
     """Files may not grow beyond 20 kB: exit code 5, the older checkpoint untouched, and the run goes on when they may."""
     run = tmp_path / "run"
-    assert start(task(run, replace(LONG, max_steps=5))).finish() == 0
+    assert start(task(run, replace(SAVING, max_steps=5))).finish() == 0
+    assert steps_of(run) == [5, 4]
     with_checkpoints = everything(run / "checkpoints")
     assert max(len(content or b"") for content in with_checkpoints.values()) > 20_000
     child = start(task(run, SAVING), Conditions(file_limit=20_000))

@@ -345,9 +345,11 @@ def test_a_model_trained_on_one_gaussian_samples_it() -> None:
 def test_bf16_autocast_keeps_parameters_and_noise_in_float32(tmp_path) -> None:
     from accelerate.state import AcceleratorState
 
+    from midway.gen.launch import make_accelerator
     from midway.gen.runs import Run
     from midway.gen.train_config import TrainConfig
-    from midway.gen.training import Items, fit, make_accelerator
+    from midway.gen.trainable import Items
+    from midway.gen.training import fit
 
     AcceleratorState._reset_state(True)  # another test's precision would otherwise stay in force
     model, batch = _model(), _batch(64)

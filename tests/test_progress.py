@@ -23,10 +23,12 @@ from midway.gen import progress
 from midway.gen.config import to_dict
 from midway.gen.context import Context
 from midway.gen.errors import UsageError
+from midway.gen.launch import make_accelerator
 from midway.gen.progress import Averages
 from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig, learning_rate
-from midway.gen.training import FitResult, Items, fit, make_accelerator
+from midway.gen.trainable import FitResult, Items
+from midway.gen.training import fit
 
 SIZE = 8
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=0.05, warmup=2, ema=0.5, log_every=2)
@@ -132,6 +134,13 @@ def test_means_are_over_all_processes() -> None:
     averages.add([tensors(a=1.0, hit=(1.0, 1.0))], YES)
     there = torch.tensor([[3.0, 1.0], [9.0, 3.0]])
     assert averages.read(share(0, 2, (there,))) == {"a": 2.0, "hit": 2.5}
+
+
+def test_a_table_of_pairs_is_named_by_its_rows() -> None:
+    """(n, 2): one name with a number for each; the rows add up as single pairs do."""
+    averages, table = Averages(), torch.tensor([[1.0, 1.0], [0.0, 0.0], [6.0, 2.0]])
+    averages.add([{"time": table, "a": torch.tensor(1.0)}, {"time": 2 * table, "a": torch.tensor(2.0)}], YES)
+    assert averages.read(share()) == {"a": 1.5, "time_0": 1.0, "time_2": 3.0}
 
 
 def test_names_that_come_later_are_averaged_over_what_they_came_with() -> None:
@@ -281,7 +290,7 @@ def test_without_a_terminal_there_is_no_bar(
 
 def test_every_interval_is_a_line_of_metrics(tmp_path: Path) -> None:
     """The last one may be short; a run that stops within one says so, and takes it back when it goes on."""
-    config = replace(CONFIG, steps=5)
+    config = replace(CONFIG, steps=5, decay="cosine")
     stopped = train(tmp_path, replace(config, max_steps=3))
     assert [(record["step"], record.get("partial")) for record in stopped.records] == [(2, None), (3, True)]
     records = train(tmp_path, config, resume=True).records
@@ -290,6 +299,14 @@ def test_every_interval_is_a_line_of_metrics(tmp_path: Path) -> None:
     seconds = [record["seconds"] for record in records]
     assert seconds == sorted(seconds)
     assert all(record["images_per_second"] > 0 for record in records)
+
+
+def test_an_interval_is_of_its_own_steps_alone(tmp_path: Path) -> None:
+    single = train(tmp_path / "1", replace(CONFIG, log_every=1)).records
+    double = train(tmp_path / "2").records
+    for record, one, other in zip(double, single[::2], single[1::2], strict=True):
+        for name in ("loss", "largest", "gradient_norm", "loss_time_0"):
+            assert record[name] == pytest.approx((one[name] + other[name]) / 2, rel=1e-6)
 
 
 # ---- trackers ----

@@ -226,7 +226,6 @@ def test_half_a_checkpoint_of_a_killed_process_is_removed(stopped: Path, whole: 
     assert_same_run(stopped, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="clear_leftovers removes .tmp-* of checkpoints/ alone")
 def test_half_files_of_a_killed_process_are_removed(stopped: Path) -> None:
     """What files.write_atomically was writing."""
     for name in ("checkpoints/.latest.12345.tmp", ".metrics.jsonl.12345.tmp", ".env.json.12345.tmp", CONFIG_TMP):
@@ -235,8 +234,7 @@ def test_half_files_of_a_killed_process_are_removed(stopped: Path) -> None:
     assert [p.name for p in stopped.rglob(".*")] == [".lock"]
 
 
-HALF = pytest.mark.xfail(strict=True, reason="Run.create writes env.json in place, and Run.note cannot read half of it")
-LEFT = ["nothing", "half a configuration", "a configuration", pytest.param("half of env.json", marks=HALF)]
+LEFT = ["nothing", "half a configuration", "a configuration", "half of env.json"]
 
 
 @pytest.mark.parametrize("left", LEFT)
@@ -361,10 +359,10 @@ DAMAGES = {
     "average emptied": Damage("ema.safetensors", empty, "ema.safetensors has 0 bytes"),
     "progress missing": Damage("progress.safetensors", Path.unlink, "progress.safetensors"),
     "state emptied": Damage("state.json", empty, "state.json has 0 bytes"),
-    "manifest missing": Damage("manifest.json", Path.unlink, "its manifest cannot be read"),
-    "manifest cut": Damage("manifest.json", cut, "its manifest cannot be read"),
-    "manifest emptied": Damage("manifest.json", empty, "its manifest cannot be read"),
-    "everything missing": Damage("", clear, "its manifest cannot be read"),
+    "manifest missing": Damage("manifest.json", Path.unlink, "its manifest cannot be used"),
+    "manifest cut": Damage("manifest.json", cut, "its manifest cannot be used"),
+    "manifest emptied": Damage("manifest.json", empty, "its manifest cannot be used"),
+    "everything missing": Damage("", clear, "its manifest cannot be used"),
 }
 
 
@@ -401,7 +399,6 @@ def test_two_damaged_checkpoints_are_skipped_and_a_run_without_a_valid_one_start
     assert_same_run(worse, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="KeyError of an entry's own keys; the manifest's step is not the directory's")
 def test_no_flipped_bit_of_a_manifest_leads_astray(tmp_path: Path) -> None:
     """One bit of each byte in turn: the checkpoint is refused, or is still the one that it is (a version may differ)."""
     saved = checkpoint.save(tmp_path, 12, write_text)
@@ -429,10 +426,8 @@ def test_the_same_names_with_other_shapes_are_refused_in_three_lines(stopped: Pa
 
 def rewrite_manifest(folder: Path) -> None:
     """As if its files had been written like this."""
-    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    for name, facts in manifest["files"].items():
-        facts |= {"size": (folder / name).stat().st_size, "sha256": checkpoint.file_hash(folder / name)}
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (folder / checkpoint.MANIFEST).unlink()
+    checkpoint.write_manifest(folder, int(folder.name.removeprefix("step-")), {})
     checkpoint.verify(folder)
 
 
@@ -596,12 +591,12 @@ def test_more_accumulation_goes_on_with_a_note(tmp_path: Path) -> None:
         assert record == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="a step of two micro-batches (or processes) weighs twice one of one")
 def test_steps_of_an_interval_weigh_the_same_if_accumulation_changes_within(tmp_path: Path) -> None:
     whole = train(tokenizer_task(tmp_path / "whole", TRAIN, SMOOTH))
     run = train(tokenizer_task(tmp_path / "run", replace(TRAIN, max_steps=5), SMOOTH))
     train(tokenizer_task(tmp_path / "run", replace(TRAIN, accumulation=2), SMOOTH))
-    assert [r.get("loss") for r in records(run)] == pytest.approx([r.get("loss") for r in records(whole)], rel=1e-3)
+    losses = [[r["loss"] for r in records(path) if "loss" in r] for path in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # ---- other data ----
@@ -656,7 +651,6 @@ def test_a_run_that_is_being_trained_is_refused(whole: Path, stopped: Path) -> N
     assert_same_run(stopped, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="--overwrite does not ask for the lock")
 def test_a_run_that_is_being_trained_is_not_overwritten(stopped: Path) -> None:
     with lock(stopped), unchanged(stopped), pytest.raises(MidwayError, match="being trained by another process"):
         train(replace(tokenizer_task(stopped), resume="no", overwrite=True))

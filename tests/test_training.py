@@ -21,9 +21,11 @@ from midway.gen.config import to_dict
 from midway.gen.context import Context
 from midway.gen.ema import EMA, decay_at
 from midway.gen.errors import DivergedError, UsageError
+from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig, learning_rate
-from midway.gen.training import FitResult, Hooks, Items, fit, make_accelerator
+from midway.gen.trainable import FitResult, Hooks, Items
+from midway.gen.training import fit
 
 SIZE = 10
 CONFIG = TrainConfig(steps=5, batch_size=8, lr=0.05, warmup=2, decay="cosine", weight_decay=0.1, clip=0.5, ema=0.5)
