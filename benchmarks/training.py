@@ -51,7 +51,7 @@ Steps = Callable[[int], float]
 TOKENIZERS = ("digits-fsq", "digits-vq", "cifar10-fsq")
 LATENT_MODELS = ("digits-dit", "cifar10-dit")
 BARE_TARGET, PEER_TARGET = 0.97, 1.0
-TURN_SECONDS = 4.0
+TURN_SECONDS = 2.5
 
 
 @dataclass(frozen=True)
