@@ -115,7 +115,7 @@ def _save_once(root: Path, step: int, write: Callable[[Path], object], needed: i
         write_manifest(temporary, step, header)
         if final.exists():  # damaged, or saved by an earlier attempt at this step
             final.rename(replaced)
-        temporary.rename(final)
+        _rename(temporary, final, replaced)
         sync(root)
         point_to(root, step)
     except (OSError, SafetensorError, DiskError) as error:
@@ -124,6 +124,16 @@ def _save_once(root: Path, step: int, write: Callable[[Path], object], needed: i
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     return final
+
+
+def _rename(temporary: Path, final: Path, replaced: Path) -> None:
+    """Put the new directory in its place; if that fails, the old one back."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
 
 
 def _disk_error(path: Path, error: Exception) -> DiskError:

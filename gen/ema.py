@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -31,7 +32,9 @@ class EMA:
     def _bind(self, model: nn.Module) -> None:
         places = _places(model)
         self._model = model
-        self._averaged = [(s, *places[name]) for name, s in self.shadow.items() if s.is_floating_point()]
+        averaged = [(s, *places[name]) for name, s in self.shadow.items() if s.is_floating_point()]
+        kinds = {isinstance(shadow, DTensor) for shadow, *_ in averaged}  # one operation takes sharded tensors or others
+        self._averaged = [[place for place in averaged if isinstance(place[0], DTensor) == kind] for kind in kinds]
         self._copied = [(s, *places[name]) for name, s in self.shadow.items() if not s.is_floating_point()]
 
     def decay_after(self, step: int) -> float:
@@ -43,8 +46,10 @@ class EMA:
         """Move the average towards `model` after optimizer step `step`."""
         if model is not self._model:
             self._bind(model)
-        values = [holder[key].detach() for _, holder, key in self._averaged]
-        torch._foreach_lerp_([shadow for shadow, *_ in self._averaged], values, 1 - self.decay_after(step))
+        weight = 1 - self.decay_after(step)
+        for group in self._averaged:
+            values = [holder[key].detach() for _, holder, key in group]
+            torch._foreach_lerp_([shadow for shadow, *_ in group], values, weight)
         for shadow, holder, key in self._copied:
             shadow.copy_(holder[key])
 

@@ -132,7 +132,8 @@ class Keeper:
         if step == self._saved_at:
             return
         files = self.state.capture()
-        bad = ["every loss so far"] if 0 < step == self.state.guard.skipped else not_finite(files)
+        learned = step < self.config.steps or step == 0 or self.state.guard.skipped < step
+        bad = not_finite(files) if learned else ["every loss so far"]
         if bad:
             why = f"not finite: {', '.join(bad[:5])}"
             raise DivergedError(f"step {step} cannot be saved", why, "lower --lr, raise --warmup, or check the data")

@@ -56,13 +56,16 @@ def fit(
 
 
 class _Loss(nn.Module):
-    """Routes `loss` through forward, where DDP and autocast act."""
+    """Routes `loss` and `start` through forward, where DDP, FSDP and autocast act."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Any, context: Context, start: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        if start:
+            cast(Startable, self.model).start(batch, context)
+            return torch.zeros(()), {}
         return cast(Trainable, self.model).loss(batch, context)
 
 
@@ -132,7 +135,8 @@ class _Training:
             stop = verdict.wishes.stop or verdict.wishes.late or step - first == config.max_steps
             done = step == config.steps
             self._say(step, report, stop)
-            if done or stop or verdict.wishes.save or _due(config.save_every, step):
+            due = verdict.wishes.save or _due(config.save_every, step)
+            if done or stop or (due and not verdict.streak):  # never between bad steps: one goes back to before them
                 self.keeper.save(step)
             report.tick(step)
             if verdict.wishes.stop:
@@ -185,7 +189,7 @@ class _Training:
             count = min(self.config.batch_size, START_SAMPLES)
             ids = torch.arange(count, device=self.accelerator.device)
             with torch.no_grad():
-                self.model.start(self.items.fetch(self.order(0, count)), Context(self.config.seed, 0, ids))
+                self.wrapped(self.items.fetch(self.order(0, count)), Context(self.config.seed, 0, ids), start=True)
 
     def _wishes(self, interrupts: Interrupts) -> Wishes:
         limit = self.config.max_seconds

@@ -388,14 +388,12 @@ def test_a_run_of_bad_steps_alone_is_diverged_even_if_it_is_short(tmp_path: Path
     assert not list(tmp_path.glob("checkpoints/*"))
 
 
-@pytest.mark.xfail(strict=True, reason="a save that is due while every step so far was skipped ends the run")
 @pytest.mark.parametrize("config", [replace(CONFIG, save_every=1), replace(CONFIG, save_seconds=1e-9)])
 def test_a_bad_first_step_does_not_end_a_run_that_saves_often(tmp_path: Path, config: TrainConfig) -> None:
     """There is nothing to save yet; whether to go on is for `patience` to say."""
     assert train(tmp_path, Tiny(in_steps(0)), config).result.finished
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoints are written between bad steps, and the run goes back to those")
 def test_going_back_is_to_before_the_bad_steps(tmp_path: Path) -> None:
     """However often the run saves: what the last good step left is never replaced by copies of itself."""
     model = Tiny(Once(5, 6, 7))
