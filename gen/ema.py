@@ -33,7 +33,9 @@ class EMA:
         places = _places(model)
         self._model = model
         averaged = [(s, *places[name]) for name, s in self.shadow.items() if s.is_floating_point()]
-        kinds = {isinstance(shadow, DTensor) for shadow, *_ in averaged}  # one operation takes sharded tensors or others
+        kinds = {
+            isinstance(shadow, DTensor) for shadow, *_ in averaged
+        }  # one operation takes sharded tensors or others
         self._averaged = [[place for place in averaged if isinstance(place[0], DTensor) == kind] for kind in kinds]
         self._copied = [(s, *places[name]) for name, s in self.shadow.items() if not s.is_floating_point()]
 
