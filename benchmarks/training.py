@@ -35,6 +35,7 @@ from midway.gen.config import to_dict
 from midway.gen.context import Context, ImageBatch, LatentBatch
 from midway.gen.data import load_images, to_float
 from midway.gen.latent_model import LatentModel
+from midway.gen.optim import compile_networks
 from midway.gen.runs import Run, environment
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig, learning_rate
@@ -114,6 +115,8 @@ def bare_steps(
 
     def run(count: int) -> float:
         net = copy.deepcopy(model).to(device).train()
+        if config.compile:
+            compile_networks(net)
         parameters = list(net.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         averaged = [p.detach().clone() for p in parameters]
@@ -228,11 +231,6 @@ def make_row(
     device: torch.device,
 ) -> Row:
     """fit() beside the bare loop, both compiled if the configuration says so."""
-    from midway.gen.optim import compile_networks
-
-    theirs = copy.deepcopy(model)
-    if config.compile:
-        compile_networks(theirs)
     suffix = "".join(
         f" {word}" for word in (config.precision, "compiled") if word == "bf16" or (config.compile and word != "no")
     )
@@ -240,7 +238,7 @@ def make_row(
         f"{recipe}{suffix}",
         "bare loop",
         fit_steps(model, items, config, device),
-        bare_steps(theirs, loss_of, items.size, config, device),
+        bare_steps(model, loss_of, items.size, config, device),
         config.batch_size,
         BARE_TARGET,
     )

@@ -134,14 +134,16 @@ class _Training:
                 continue
             stop = verdict.wishes.stop or verdict.wishes.late or step - first == config.max_steps
             done = step == config.steps
-            self._say(step, report, stop)
+            self._log(step, report, stop)
             due = verdict.wishes.save or _due(config.save_every, step)
             if done or stop or (due and not verdict.streak):  # never between bad steps: one goes back to before them
                 self.keeper.save(step)
             report.tick(step)
-            if verdict.wishes.stop:
+            if verdict.wishes.stop:  # who sent the signal may not wait for more
                 report.close()
                 raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
+            if _due(config.preview_every, step) or done or stop:
+                self._preview(step)
             if stop:
                 break
         if step == config.steps:  # also a run of no steps
@@ -196,8 +198,8 @@ class _Training:
         late = limit is not None and self.keeper.clock.here >= limit
         return Wishes(stop=bool(interrupts.number), late=late, save=self.keeper.is_due)
 
-    def _say(self, step: int, report: Reporter, stop: bool) -> None:
-        """Log an interval that is over or broken off; previews and snapshots that are due."""
+    def _log(self, step: int, report: Reporter, stop: bool) -> None:
+        """What a checkpoint of this step takes for granted: its interval logged if over, its snapshots stored if due."""
         config, done = self.config, step == self.config.steps
         full = step % config.log_every == 0 or done
         if full or stop:
@@ -205,15 +207,15 @@ class _Training:
             report.interval(step, self.keeper.clock.total, self.last, self.guard.skipped, partial=not full)
         if full:
             self.averages.clear()
-        if (_due(config.preview_every, step) or done or stop) and self.hooks.preview is not None:
-            self._preview(step)
         if self.posthoc and (_due(config.posthoc_every, step) or done):
             self._snapshot(step)
 
     def _preview(self, step: int) -> None:
         """Call the preview on the main process with the averaged weights in the model (not if the model is sharded)."""
         preview = self.hooks.preview
-        if preview is not None and not self.sharded:
+        if preview is None:
+            return
+        if not self.sharded:
             self.model.eval()
             with self.ema.applied(self.model) if self.ema is not None else nullcontext(), torch.no_grad():
                 if self.accelerator.is_main_process:

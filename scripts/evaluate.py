@@ -108,7 +108,9 @@ def find_features(trained: TrainedModel) -> Path:
     """The only feature run beside the model that was trained on its images; UsageError when there is none or several."""
     beside = sorted(p.parent for p in trained.run.path.resolve().parent.glob("*/config.yaml"))
     runs = [
-        Run(path, "features") for path in beside if (read_yaml(path / "config.yaml") or {}).get("kind") == "features"
+        Run.open(path, "features")
+        for path in beside
+        if (read_yaml(path / "config.yaml") or {}).get("kind") == "features"
     ]
     found = [run.path for run in runs if same_images(run, trained)]
     if len(found) != 1:

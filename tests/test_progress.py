@@ -129,6 +129,17 @@ def test_pairs_are_added_before_dividing() -> None:
     assert averages.read(share()) == {"hit": 2.0}
 
 
+def test_all_steps_weigh_the_same_however_they_are_divided() -> None:
+    """As in an interval that was begun with other micro-batches, or by another number of processes."""
+    averages = Averages()
+    averages.add([tensors(a=1.0)], YES)
+    averages.add([tensors(a=2.0), tensors(a=4.0)], YES)
+    assert averages.read(share()) == {"a": 2.0}
+    averages.add([tensors(a=4.0)], YES, 2)
+    there = torch.tensor([[0.5 * 8.0, 0.5]])  # what a second process has of the third step
+    assert averages.read(share(0, 2, (there,))) == {"a": (1 + 3 + 6) / 3}
+
+
 def test_means_are_over_all_processes() -> None:
     averages = Averages()
     averages.add([tensors(a=1.0, hit=(1.0, 1.0))], YES)
