@@ -179,6 +179,14 @@ def _prune(root: Path, keep: int, newest: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def put_back(root: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for path in root.glob(".tmp-replaced-*"):
+        final = root / f"step-{path.name.split('-')[2]}"
+        if not final.exists():
+            path.rename(final)
+
+
 def clear_leftovers(root: Path) -> None:
     """Remove half-written checkpoints that killed processes left."""
     for path in root.glob(".tmp-*"):

@@ -83,6 +83,11 @@ class Guard:
         return Verdict(int(streak), Wishes(*(flag > 0 for flag in flags)) if several else wishes)
 
     @property
+    def streak(self) -> int:
+        """Bad steps in a row until now; waits for the device."""
+        return int(self._counts[0])
+
+    @property
     def skipped(self) -> int:
         """Steps that did not count so far; waits for the device."""
         return int(self._counts[1])

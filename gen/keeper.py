@@ -72,6 +72,8 @@ class Keeper:
     def _newest(self) -> Checkpoint | None:
         """The newest valid checkpoint, as the main process sees it."""
         main = self.accelerator.is_main_process
+        if main:
+            checkpoint.put_back(self.run.checkpoints)
         found = checkpoint.newest_valid(self.run.checkpoints, self.run.say) if main else None
         mine = torch.tensor(0 if found is None else found.step + 1, device=self.accelerator.device)
         step = int(cast(Tensor, self.accelerator.reduce(mine, "sum"))) - 1
@@ -143,7 +145,8 @@ class Keeper:
             raise failure or DiskError(f"checkpoint step-{step} was not written", "see the main process", "free space")
         self._saved_at, self._saved_seconds = step, self.clock.here
 
-    def _try_to_write(self, step: int, files: Files) -> DiskError | None:
+    def _try_to_write(self, step: int, files: Files) -> Exception | None:
+        """Write on the main process; what went wrong, so that the others hear of it before it is raised."""
         state = {
             "step": step,
             "steps": self.config.steps,
@@ -161,6 +164,6 @@ class Keeper:
         header = {"config_hash": config_hash(self.identity)}
         try:
             checkpoint.save(self.run.checkpoints, step, write, self.config.keep, int(1.2 * size_of(files)), header)
-        except DiskError as error:
+        except Exception as error:
             return error
         return None

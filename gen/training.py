@@ -136,7 +136,7 @@ class _Training:
             done = step == config.steps
             self._log(step, report, stop)
             due = verdict.wishes.save or _due(config.save_every, step)
-            if done or stop or (due and not verdict.streak):  # never between bad steps: one goes back to before them
+            if done or stop or (due and not self.guard.streak):  # never between bad steps: one goes back to before them
                 self.keeper.save(step)
             report.tick(step)
             if verdict.wishes.stop:  # who sent the signal may not wait for more

@@ -245,6 +245,17 @@ def test_a_failing_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch
     assert tree(tmp_path) == before
 
 
+def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
+    kept = save(tmp_path, 4, write).path
+    before = tree(tmp_path)
+    kept.rename(tmp_path / ".tmp-replaced-4-12345")
+    checkpoint.put_back(tmp_path)
+    assert tree(tmp_path) == before
+    (tmp_path / ".tmp-replaced-4-12345").mkdir()
+    checkpoint.put_back(tmp_path)
+    assert checkpoint.verify(kept).step == 4, "a whole one is never replaced by what it replaced"
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_few_are_kept(tmp_path: Path, keep: int) -> None:
     """By number, not by name: 100 is newer than 9."""

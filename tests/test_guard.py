@@ -403,6 +403,15 @@ def test_going_back_is_to_before_the_bad_steps(tmp_path: Path) -> None:
     assert "skipped" not in recovered.records[-1]
 
 
+def test_a_run_that_is_stopped_after_bad_steps_alone_goes_on_later(tmp_path: Path) -> None:
+    """Whoever stops it wants it saved; that nothing was learned is for the end to say."""
+    assert train(tmp_path, Tiny(in_steps(0)), replace(CONFIG, max_steps=1)).result.steps == 1
+    resumed = train(tmp_path, Tiny(in_steps(0)), resume=True)
+    whole = train(tmp_path / "whole", Tiny(in_steps(0)))
+    assert resumed.records == whole.records
+    assert all(torch.equal(value, whole.model.state_dict()[k]) for k, value in resumed.model.state_dict().items())
+
+
 class Spoiled(Tiny):
     """Finite loss and gradient, but a buffer becomes infinite."""
 
