@@ -1,8 +1,9 @@
 """Images per second of fit() beside a bare PyTorch loop and beside diffusers' unconditional-training recipe.
 
-Both sides of a row train the same network on the same data at the same batch and precision, in turns, in one process; a turn is
-some seconds long, and the ratio is the median over the rounds. fit() is timed between optimizer steps, so with everything it does
-there (data order, noise by sample, finite check, average, logging), but without its checkpoint at the end.
+Both sides of a row train the same network on the same data at the same batch and precision, in turns, in one process. The time
+per step of a turn is the lower quartile of its steps, and that of a side the lower quartile of its turns, since whatever else
+the machine does only ever adds; the ratio is that of the two. fit() is timed between optimizer steps, so with everything it
+does for each of them (data order, noise by sample, finite check, average, sums for the log).
 
 bare loop    the fewest lines that train the same thing: torch.randn, torch.randperm, fused AdamW, gradient clipping, a weight
              average by torch._foreach_lerp_, the loss read every 50 steps
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,12 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 
-Steps = Callable[[int], float]
-"""Train so many steps; seconds they took."""
+Steps = Callable[[int], list[float]]
+"""Train so many steps; when each of them ended."""
 TOKENIZERS = ("digits-fsq", "digits-vq", "cifar10-fsq")
 LATENT_MODELS = ("digits-dit", "cifar10-dit")
 BARE_TARGET, PEER_TARGET = 0.97, 1.0
-TURN_SECONDS = 2.5
+TURN_SECONDS = 1.3
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,14 @@ class Timed(nn.Module):
 def fit_steps(model: nn.Module, items: Items, config: TrainConfig, device: torch.device) -> Steps:
     """fit() on a copy of `model`; the first two steps of a call are not timed."""
 
-    def run(count: int) -> float:
+    def run(count: int) -> list[float]:
         timed = Timed(copy.deepcopy(model))
         now = replace(config, steps=count + 2, save_seconds=0)
         with tempfile.TemporaryDirectory() as folder:
             AcceleratorState._reset_state(True)
             accelerator = Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
             fit(timed, items, now, Run(Path(folder), "benchmark", {"train": to_dict(now)}, quiet=True), accelerator)
-        return timed.times[-1] - timed.times[1]
+        return timed.times[1:]
 
     return run
 
@@ -113,7 +115,7 @@ def bare_steps(
 ) -> Steps:
     """The loop one writes by hand; `loss_of(model, item indices)` is the loss of a batch."""
 
-    def run(count: int) -> float:
+    def run(count: int) -> list[float]:
         net = copy.deepcopy(model).to(device).train()
         if config.compile:
             compile_networks(net)
@@ -121,11 +123,8 @@ def bare_steps(
         optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         averaged = [p.detach().clone() for p in parameters]
         batches = shuffled(size, config.batch_size)
-        start = 0.0
+        times = []
         for step in range(count + 2):
-            if step == 2:
-                synchronise(device)
-                start = time.perf_counter()
             optimizer.param_groups[0]["lr"] = learning_rate(config, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 loss = loss_of(net, next(batches))
@@ -138,8 +137,8 @@ def bare_steps(
             )
             if step % 50 == 49:
                 loss.item()
-        synchronise(device)
-        return time.perf_counter() - start
+            times.append(time.perf_counter())
+        return times[1:]
 
     return run
 
@@ -152,12 +151,6 @@ def shuffled(size: int, batch: int) -> Iterator[Tensor]:
             rest = torch.cat([rest, torch.randperm(size)])
         yield rest[:batch]
         rest = rest[batch:]
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 # ---- what is trained ----
@@ -307,7 +300,7 @@ def diffusers_steps(unet: nn.Module, images: Tensor, config: TrainConfig, device
 
     floats = to_float(images).cpu()
 
-    def run(count: int) -> float:
+    def run(count: int) -> list[float]:
         AcceleratorState._reset_state(True)
         accelerator = Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
         net = copy.deepcopy(unet)
@@ -319,11 +312,8 @@ def diffusers_steps(unet: nn.Module, images: Tensor, config: TrainConfig, device
         net, optimizer, loader, scheduler = accelerator.prepare(net, optimizer, loader, scheduler)
         ema.to(accelerator.device)
         net.train()
-        start, batches = 0.0, iter(loader)
+        times, batches = [], iter(loader)
         for step in range(count + 2):
-            if step == 2:
-                synchronise(device)
-                start = time.perf_counter()
             clean = next(batches, None)
             if clean is None:
                 batches = iter(loader)
@@ -343,8 +333,8 @@ def diffusers_steps(unet: nn.Module, images: Tensor, config: TrainConfig, device
                 ema.step(net.parameters())
             said = {"loss": loss.detach().item(), "lr": scheduler.get_last_lr()[0], "step": step}
             assert said  # the example gives it to its progress bar
-        synchronise(device)
-        return time.perf_counter() - start
+            times.append(time.perf_counter())
+        return times[1:]
 
     return run
 
@@ -363,25 +353,29 @@ def rows_for(device: torch.device) -> list[Callable[[], Row]]:
     return makers
 
 
-def measure(row: Row, rounds: int, seconds: float) -> dict[str, Any]:
-    """Both sides in turns; images per second as medians, and the median of the rounds' ratios."""
-    per_step = row.theirs(3) / 3
-    count = max(4, int(seconds / per_step))
+def seconds_per_step(times: list[float], device: torch.device) -> float:
+    """The lower quartile; on a GPU, where the host runs ahead and single steps mean nothing, the mean."""
+    steps = [later - earlier for earlier, later in pairwise(times)]
+    return statistics.mean(steps) if device.type == "cuda" else statistics.quantiles(steps, n=4)[0]
+
+
+def measure(row: Row, rounds: int, seconds: float, device: torch.device) -> dict[str, Any]:
+    """Both sides in turns; images per second of each, and the ratio of their times per step."""
+    count = max(8, int(seconds / seconds_per_step(row.theirs(4), device)))
     pairs = []
     for i in range(rounds):  # who goes first alternates
         sides = [row.ours, row.theirs] if i % 2 == 0 else [row.theirs, row.ours]
-        times = [side(count) for side in sides]
-        pairs.append(tuple(times if i % 2 == 0 else reversed(times)))
-    speeds = [[count * row.batch / side for side in pair] for pair in pairs]
-    ratios = [mine / other for mine, other in speeds]
-    ratio = statistics.median(ratios)
+        found = [seconds_per_step(side(count), device) for side in sides]
+        pairs.append(tuple(found if i % 2 == 0 else reversed(found)))
+    ours, theirs = (statistics.quantiles(side, n=4)[0] for side in zip(*pairs))
+    ratio = theirs / ours
     return {
         "name": row.name,
         "peer": row.peer,
-        "ours_images_per_second": round(statistics.median(mine for mine, _ in speeds), 1),
-        "peer_images_per_second": round(statistics.median(other for _, other in speeds), 1),
+        "ours_images_per_second": round(row.batch / ours, 1),
+        "peer_images_per_second": round(row.batch / theirs, 1),
         "ratio": round(ratio, 4),
-        "ratios": [round(r, 4) for r in ratios],
+        "ratios_of_rounds": [round(their / own, 4) for own, their in pairs],
         "steps_per_turn": count,
         "batch": row.batch,
         "target": row.target,
@@ -406,7 +400,7 @@ def main() -> int:
         row = make()
         if arguments.only not in row.name:
             continue
-        result = measure(row, arguments.rounds, arguments.seconds)
+        result = measure(row, arguments.rounds, arguments.seconds, device)
         results.append(result)
         print(
             f"{row.name:28s} {result['ours_images_per_second']:10.1f} {result['peer_images_per_second']:10.1f} "

@@ -29,7 +29,11 @@ class TokenizerObjective(nn.Module):
         shape = self.tokenizer.noise_shape
         out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
         mse = (out.reconstruction - images).square().mean()
-        return mse + out.quantized.loss, {"mse": mse, **out.quantized.losses, **batch_codes(out.quantized.counts)}
+        return mse + out.quantized.loss, {
+            "mse": mse,
+            **out.quantized.losses,
+            **batch_codes(out.quantized.indices, out.quantized.counts),
+        }
 
     def after_step(self, kept: Tensor) -> None:
         """Codebook statistics are applied once per optimizer step; those of a skipped one (`kept` False) never."""
@@ -41,12 +45,15 @@ class TokenizerObjective(nn.Module):
         return to_float(context.either(images, images.flip(-1), "flip") if self.flip else images)
 
 
-def batch_codes(counts: Tensor | None) -> dict[str, Tensor]:
-    """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens."""
-    if counts is None:
+def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
+    """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens.
+
+    Summed over tokens, of which there are fewer than codes in a large codebook.
+    """
+    if indices is None or counts is None:
         return {}
-    p = counts.float() / counts.sum()
-    return {"batch_codes": (counts > 0).float().sum(), "batch_perplexity": torch.special.entr(p).sum().exp()}
+    shared = counts[indices.flatten()].float()  # by how many tokens the code of each token is used
+    return {"batch_codes": (1 / shared).sum(), "batch_perplexity": (shared / len(shared)).log().mean().neg().exp()}
 
 
 def psnr(mse: float) -> float:
