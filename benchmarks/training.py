@@ -1,9 +1,9 @@
 """Images per second of fit() beside a bare PyTorch loop and beside diffusers' unconditional-training recipe.
 
-Both sides of a row train the same network on the same data at the same batch and precision, in turns, in one process. The time
-per step of a turn is the lower quartile of its steps, and that of a side the lower quartile of its turns, since whatever else
-the machine does only ever adds; the ratio is that of the two. fit() is timed between optimizer steps, so with everything it
-does for each of them (data order, noise by sample, finite check, average, sums for the log).
+Both sides of a row train the same network on the same data at the same batch and precision in one process, taking turns after
+every optimizer step (on a GPU, after 50, and the device is waited for), so that whatever else the machine does touches both.
+The ratio is the median over the pairs of neighbouring turns; its error is the standard error of that median (by resampling the
+pairs). fit() is timed with everything it does for a step: data order, noise by sample, finite check, average, sums for the log.
 
 bare loop    the fewest lines that train the same thing: torch.randn, torch.randperm, fused AdamW, gradient clipping, a weight
              average by torch._foreach_lerp_, the loss read every 50 steps
@@ -15,6 +15,7 @@ diffusers    the objects of its training example, as the example uses them: DDPM
 
 import argparse
 import copy
+import itertools
 import json
 import statistics
 import sys
@@ -23,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,98 +49,103 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 
-Steps = Callable[[int], list[float]]
-"""Train so many steps; when each of them ended."""
+Peer = Callable[[], Iterator[None]]
+"""A fresh training that has done one more optimizer step after each next()."""
 TOKENIZERS = ("digits-fsq", "digits-vq", "cifar10-fsq")
 LATENT_MODELS = ("digits-dit", "cifar10-dit")
 BARE_TARGET, PEER_TARGET = 0.97, 1.0
-TURN_SECONDS = 1.3
+UNTIMED_TURNS = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """A comparison: both sides, images of a step, and the least ratio of our speed to the peer's."""
+    """A comparison: what fit() trains, the peer, and the least ratio of our speed to the peer's."""
 
     name: str
-    peer: str
-    ours: Steps
-    theirs: Steps
-    batch: int
+    peer_name: str
+    model: nn.Module
+    items: Items
+    config: TrainConfig
+    peer: Peer
     target: float
 
 
-# ---- our side ----
+# ---- taking turns ----
 
 
-class Timed(nn.Module):
-    """A model that notes the time after every optimizer step."""
+class TakingTurns(nn.Module):
+    """A model whose training, after every `turn` optimizer steps, has the peer do as many, and notes how long both took."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, peer: Iterator[None], turn: int, device: torch.device) -> None:
         super().__init__()
-        self.inner = model
-        self.times: list[float] = []
+        self.inner, self.peer, self.turn, self.device = model, peer, turn, device
+        self.steps, self.since = 0, 0.0
+        self.pairs: list[tuple[float, float]] = []  # seconds per step of fit() and of the peer
 
     def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.loss(batch, context)  # pyright: ignore[reportCallIssue]
 
     def after_step(self, kept: Tensor) -> None:
         self.inner.after_step(kept)  # pyright: ignore[reportCallIssue]
-        self.times.append(time.perf_counter())
+        self.steps += 1
+        if self.steps % self.turn:
+            return
+        ours = self._now() - self.since
+        begun = self._now()
+        for _ in range(self.turn):
+            next(self.peer)
+        self.since = self._now()
+        self.pairs.append((ours / self.turn, (self.since - begun) / self.turn))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
-def fit_steps(model: nn.Module, items: Items, config: TrainConfig, device: torch.device) -> Steps:
-    """fit() on a copy of `model`; the first two steps of a call are not timed."""
-
-    def run(count: int) -> list[float]:
-        timed = Timed(copy.deepcopy(model))
-        now = replace(config, steps=count + 2, save_seconds=0)
-        with tempfile.TemporaryDirectory() as folder:
-            AcceleratorState._reset_state(True)
-            accelerator = Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
-            fit(timed, items, now, Run(Path(folder), "benchmark", {"train": to_dict(now)}, quiet=True), accelerator)
-        return timed.times[1:]
-
-    return run
+def take_turns(row: Row, turns: int, device: torch.device) -> list[tuple[float, float]]:
+    """Seconds per step of fit() and of the peer, for each of `turns` turns; the first few are not counted."""
+    turn = 50 if device.type == "cuda" else 1
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(mixed_precision=row.config.precision, cpu=device.type == "cpu")
+    model = TakingTurns(copy.deepcopy(row.model), row.peer(), turn, device)
+    config = replace(row.config, steps=(turns + UNTIMED_TURNS) * turn, save_seconds=0)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), "benchmark", {"train": to_dict(config)}, quiet=True)
+        fit(model, row.items, config, run, accelerator)
+    return model.pairs[UNTIMED_TURNS:]
 
 
 # ---- the bare loop ----
 
 
-def bare_steps(
+def bare_loop(
     model: nn.Module,
     loss_of: Callable[[nn.Module, Tensor], Tensor],
     size: int,
     config: TrainConfig,
     device: torch.device,
-) -> Steps:
+) -> Iterator[None]:
     """The loop one writes by hand; `loss_of(model, item indices)` is the loss of a batch."""
-
-    def run(count: int) -> list[float]:
-        net = copy.deepcopy(model).to(device).train()
-        if config.compile:
-            compile_networks(net)
-        parameters = list(net.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-        averaged = [p.detach().clone() for p in parameters]
-        batches = shuffled(size, config.batch_size)
-        times = []
-        for step in range(count + 2):
-            optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                loss = loss_of(net, next(batches))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            torch._foreach_lerp_(
-                averaged, [p.detach() for p in parameters], 1 - min(config.ema, (1 + step) / (10 + step))
-            )
-            if step % 50 == 49:
-                loss.item()
-            times.append(time.perf_counter())
-        return times[1:]
-
-    return run
+    net = copy.deepcopy(model).to(device).train()
+    if config.compile:
+        compile_networks(net)
+    parameters = list(net.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    averaged = [p.detach().clone() for p in parameters]
+    batches = shuffled(size, config.batch_size)
+    for step in itertools.count():
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss = loss_of(net, next(batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - min(config.ema, (1 + step) / (10 + step)))
+        if step % 50 == 49:
+            loss.item()
+        yield
 
 
 def shuffled(size: int, batch: int) -> Iterator[Tensor]:
@@ -227,14 +232,8 @@ def make_row(
     suffix = "".join(
         f" {word}" for word in (config.precision, "compiled") if word == "bf16" or (config.compile and word != "no")
     )
-    return Row(
-        f"{recipe}{suffix}",
-        "bare loop",
-        fit_steps(model, items, config, device),
-        bare_steps(model, loss_of, items.size, config, device),
-        config.batch_size,
-        BARE_TARGET,
-    )
+    peer = partial(bare_loop, model, loss_of, items.size, config, device)
+    return Row(f"{recipe}{suffix}", "bare loop", model, items, config, peer, BARE_TARGET)
 
 
 # ---- diffusers ----
@@ -282,61 +281,50 @@ def diffusers_row(device: torch.device, precision: str) -> Row:
     fetch = Items(lambda items: ImageBatch(images[items.to(device)], labels[items.to(device)]), len(images))
     config = replace(UNET_CONFIG, precision=precision)
     model = Denoiser(unet, DDPMScheduler().alphas_cumprod)
-    return Row(
-        f"UNet2DModel{'' if precision == 'no' else ' bf16'}",
-        "diffusers recipe",
-        fit_steps(model, fetch, config, device),
-        diffusers_steps(unet, images, config, device),
-        config.batch_size,
-        PEER_TARGET,
-    )
+    name = f"UNet2DModel{'' if precision == 'no' else ' bf16'}"
+    peer = partial(diffusers_recipe, unet, images, config, device)
+    return Row(name, "diffusers recipe", model, fetch, config, peer, PEER_TARGET)
 
 
-def diffusers_steps(unet: nn.Module, images: Tensor, config: TrainConfig, device: torch.device) -> Steps:
+def diffusers_recipe(unet: nn.Module, images: Tensor, config: TrainConfig, device: torch.device) -> Iterator[None]:
     """The training example's loop on its own objects; the images are in memory as floats, which is in its favour."""
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
 
     floats = to_float(images).cpu()
-
-    def run(count: int) -> list[float]:
-        AcceleratorState._reset_state(True)
-        accelerator = Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
-        net = copy.deepcopy(unet)
-        ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-        noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        loader: Any = torch.utils.data.DataLoader(list(floats), batch_size=config.batch_size, shuffle=True)  # pyright: ignore
-        scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10000)
-        net, optimizer, loader, scheduler = accelerator.prepare(net, optimizer, loader, scheduler)
-        ema.to(accelerator.device)
-        net.train()
-        times, batches = [], iter(loader)
-        for step in range(count + 2):
-            clean = next(batches, None)
-            if clean is None:
-                batches = iter(loader)
-                clean = next(batches)
-            noise = torch.randn(clean.shape, device=clean.device)
-            timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device).long()
-            noisy = noise_scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
-            with accelerator.accumulate(net):
-                loss = F.mse_loss(net(noisy, timesteps).sample.float(), noise.float())
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(net.parameters(), 1.0)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=device.type == "cpu")
+    net = copy.deepcopy(unet)
+    ema = EMAModel(net.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    noise_scheduler = DDPMScheduler(num_train_timesteps=1000)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    loader: Any = torch.utils.data.DataLoader(list(floats), batch_size=config.batch_size, shuffle=True)  # pyright: ignore
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10000)
+    net, optimizer, loader, scheduler = accelerator.prepare(net, optimizer, loader, scheduler)
+    ema.to(accelerator.device)
+    net.train()
+    batches = iter(loader)
+    for step in itertools.count():
+        clean = next(batches, None)
+        if clean is None:
+            batches = iter(loader)
+            clean = next(batches)
+        noise = torch.randn(clean.shape, device=clean.device)
+        timesteps = torch.randint(0, 1000, (len(clean),), device=clean.device).long()
+        noisy = noise_scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
+        with accelerator.accumulate(net):
+            loss = F.mse_loss(net(noisy, timesteps).sample.float(), noise.float())
+            accelerator.backward(loss)
             if accelerator.sync_gradients:
-                ema.step(net.parameters())
-            said = {"loss": loss.detach().item(), "lr": scheduler.get_last_lr()[0], "step": step}
-            assert said  # the example gives it to its progress bar
-            times.append(time.perf_counter())
-        return times[1:]
-
-    return run
+                accelerator.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            ema.step(net.parameters())
+        said = {"loss": loss.detach().item(), "lr": scheduler.get_last_lr()[0], "step": step}
+        assert said  # the example gives it to its progress bar
+        yield
 
 
 # ---- measuring ----
@@ -353,33 +341,25 @@ def rows_for(device: torch.device) -> list[Callable[[], Row]]:
     return makers
 
 
-def seconds_per_step(times: list[float], device: torch.device) -> float:
-    """The lower quartile; on a GPU, where the host runs ahead and single steps mean nothing, the mean."""
-    steps = [later - earlier for earlier, later in pairwise(times)]
-    return statistics.mean(steps) if device.type == "cuda" else statistics.quantiles(steps, n=4)[0]
-
-
-def measure(row: Row, rounds: int, seconds: float, device: torch.device) -> dict[str, Any]:
-    """Both sides in turns; images per second of each, and the ratio of their times per step."""
-    count = max(8, int(seconds / seconds_per_step(row.theirs(4), device)))
-    pairs = []
-    for i in range(rounds):  # who goes first alternates
-        sides = [row.ours, row.theirs] if i % 2 == 0 else [row.theirs, row.ours]
-        found = [seconds_per_step(side(count), device) for side in sides]
-        pairs.append(tuple(found if i % 2 == 0 else reversed(found)))
-    ours, theirs = (statistics.quantiles(side, n=4)[0] for side in zip(*pairs))
-    ratio = theirs / ours
+def measure(row: Row, seconds: float, device: torch.device) -> dict[str, Any]:
+    """Images per second of both sides, and the ratio of their times per step with its standard error."""
+    pair_seconds = sum(statistics.median(side) for side in zip(*take_turns(row, 4, device)))
+    turn = 50 if device.type == "cuda" else 1
+    ratios_of = take_turns(row, max(20, int(seconds / pair_seconds / turn)), device)
+    ours, theirs = (statistics.median(side) for side in zip(*ratios_of))
+    ratios = torch.tensor([their / own for own, their in ratios_of])
+    resampled = ratios[torch.randint(len(ratios), (200, len(ratios)))].median(dim=1).values
     return {
         "name": row.name,
-        "peer": row.peer,
-        "ours_images_per_second": round(row.batch / ours, 1),
-        "peer_images_per_second": round(row.batch / theirs, 1),
-        "ratio": round(ratio, 4),
-        "ratios_of_rounds": [round(their / own, 4) for own, their in pairs],
-        "steps_per_turn": count,
-        "batch": row.batch,
+        "peer": row.peer_name,
+        "ours_images_per_second": round(row.config.batch_size / ours, 1),
+        "peer_images_per_second": round(row.config.batch_size / theirs, 1),
+        "ratio": round(ratios.median().item(), 4),
+        "error": round(resampled.std().item(), 4),
+        "turns": len(ratios),
+        "batch": row.config.batch_size,
         "target": row.target,
-        "held": ratio >= row.target,
+        "held": ratios.median().item() >= row.target,
     }
 
 
@@ -387,28 +367,27 @@ def main() -> int:
     """Print the table, write the JSON; 1 when a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each side")
-    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="about how long a turn is")
+    parser.add_argument("--seconds", type=float, default=45.0, help="about how long a row takes")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     results = []
-    print(f"{'name':28s} {'ours':>10s} {'peer':>10s} {'ratio':>7s} {'target':>7s}  held   (images/s)")
+    print(f"{'name':28s} {'ours':>10s} {'peer':>10s} {'ratio':>7s} {'error':>7s} {'target':>7s}  held   (images/s)")
     for make in rows_for(device):
         row = make()
         if arguments.only not in row.name:
             continue
-        result = measure(row, arguments.rounds, arguments.seconds, device)
+        result = measure(row, arguments.seconds, device)
         results.append(result)
         print(
             f"{row.name:28s} {result['ours_images_per_second']:10.1f} {result['peer_images_per_second']:10.1f} "
-            f"{result['ratio']:7.3f} {row.target:7.2f}  {'yes' if result['held'] else 'NO':5s}  beside the {row.peer}",
+            f"{result['ratio']:7.3f} {result['error']:7.3f} {row.target:7.2f}  {'yes' if result['held'] else 'NO':5s}  beside the {row.peer_name}",
             flush=True,
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"device": device.type, "rounds": arguments.rounds, "environment": environment(), "rows": results}
+    report = {"device": device.type, "environment": environment(), "rows": results}
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"wrote {arguments.out}")
     return 0 if all(result["held"] for result in results) else 1

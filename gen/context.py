@@ -42,6 +42,10 @@ class Context:
         """float64 (B, *shape) on (0, 1), one independent set per purpose."""
         return randomness.uniform(self.seed, purpose, self.step, self.sample_ids, shape)
 
+    def uniforms(self, *purposes: str) -> list[Tensor]:
+        """`uniform` of each purpose, float64 (B,)."""
+        return randomness.uniforms(self.seed, purposes, self.step, self.sample_ids)
+
     def normal(self, purpose: str, shape: Sequence[int] = ()) -> Tensor:
         """float32 (B, *shape), standard normal."""
         return randomness.normal(self.seed, purpose, self.step, self.sample_ids, shape)

@@ -36,7 +36,8 @@ class EMA:
         kinds = {
             isinstance(shadow, DTensor) for shadow, *_ in averaged
         }  # one operation takes sharded tensors or others
-        self._averaged = [[place for place in averaged if isinstance(place[0], DTensor) == kind] for kind in kinds]
+        groups = [[place for place in averaged if isinstance(place[0], DTensor) == kind] for kind in kinds]
+        self._averaged = [([s for s, *_ in group], [place for _, *place in group]) for group in groups]
         self._copied = [(s, *places[name]) for name, s in self.shadow.items() if not s.is_floating_point()]
 
     def decay_after(self, step: int) -> float:
@@ -49,9 +50,8 @@ class EMA:
         if model is not self._model:
             self._bind(model)
         weight = 1 - self.decay_after(step)
-        for group in self._averaged:
-            values = [holder[key].detach() for _, holder, key in group]
-            torch._foreach_lerp_([shadow for shadow, *_ in group], values, weight)
+        for shadows, places in self._averaged:
+            torch._foreach_lerp_(shadows, [holder[key] for holder, key in places], weight)
         for shadow, holder, key in self._copied:
             shadow.copy_(holder[key])
 

@@ -50,7 +50,7 @@ class Guard:
         several = self.accelerator.num_processes > 1
         packet = self._agree(loss, wishes) if several else loss
         mean = packet[0] / self.accelerator.num_processes if several else loss
-        kept = torch.isfinite(mean + norm)
+        kept = (mean + norm).abs() < math.inf  # false for NaN
         self._counts = torch.where(kept, self._counts * self._all_but_streak, self._counts + 1)
         self._recent.append((mean, norm))
         self._post(torch.cat([self._counts[:1].double(), packet[1:]]) if several else self._counts, wishes)

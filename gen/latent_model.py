@@ -25,7 +25,7 @@ from midway.gen.backbone import DiT, DiTConfig
 from midway.gen.context import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, classifier_free
-from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients, target_value
+from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients
 from midway.samplers.schedule import SCHEDULES, Schedule
 
 TIME_BUCKETS = 8
@@ -63,14 +63,13 @@ class LatentModel(nn.Module):
         self.schedule = config.make_schedule()
         self.network = DiT(config.dit, *latent_shape, self.classes)
 
-    def draw_time(self, context: Context) -> Tensor:
-        """float32 (B,): one time per sample, within the range that grids sample."""
-        u = context.uniform("time")
+    def time_of(self, u: Tensor) -> Tensor:
+        """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
         if self.config.time == "uniform":
             ends = self.schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64, device=u.device))
             return (ends[0] + (ends[1] - ends[0]) * u).float()
         log_rho = self.config.time_mean + self.config.time_std * torch.special.ndtri(u)
-        return self.schedule.time_of_rho(log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX)).exp()).float()
+        return self.schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX))).float()
 
     def forward_network(
         self, x: Tensor, t: Tensor, labels: Tensor, context: Context | None = None
@@ -89,15 +88,18 @@ class LatentModel(nn.Module):
         Where the batch has mirrored latents, each sample is one or the other, at random.
         """
         x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
-        t = self.draw_time(context)
-        eps = context.normal("noise", x0.shape[1:])
-        kept = context.uniform("label") >= self.config.label_dropout
+        u, label = context.uniforms("time", "label")
+        t, eps = self.time_of(u), context.normal("noise", x0.shape[1:])
+        kept = label >= self.config.label_dropout
         labels = torch.where(kept & (batch.labels < self.classes), batch.labels, self.classes)
-        x_t = expand(self.schedule.alpha(t), x0) * x0 + expand(self.schedule.sigma(t), x0) * eps
-        target = target_value(self.config.target, x0, eps, t, self.schedule) / expand(self._output_scale(t), x0)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        a, b = target_coefficients(self.config.target, t, self.schedule)
+        unit = (a.square() + b.square()).sqrt()
+        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+        target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
         output, _ = self.forward_network(x_t, t, labels, context)
         error = (output.float() - target).square().flatten(1).mean(1)
-        return error.mean(), {"loss_time": self._loss_by_time(error.detach(), t)}
+        return error.mean(), {"loss_time": _loss_by_time(error.detach(), 2 / math.pi * torch.atan2(sigma, alpha))}
 
     def after_step(self, kept: Tensor) -> None:
         """Nothing to do between optimizer steps."""
@@ -105,13 +107,6 @@ class LatentModel(nn.Module):
     def _output_scale(self, t: Tensor) -> Tensor:
         a, b = target_coefficients(self.config.target, t, self.schedule)
         return (a.square() + b.square()).sqrt()
-
-    def _loss_by_time(self, error: Tensor, t: Tensor) -> Tensor:
-        """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the clock, so that intervals and processes add up."""
-        clock = 2 / math.pi * torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
-        bucket = (clock * TIME_BUCKETS).long().clamp(0, TIME_BUCKETS - 1)
-        hit = (bucket[:, None] == torch.arange(TIME_BUCKETS, device=t.device)).to(error)
-        return torch.stack([error[:, None] * hit, hit], dim=2).sum(0)  # no matrix product: autocast would round it
 
     def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
         """One forward pass: what the network says about x_t (B, C, H, W) at t (B,) for labels (B,)."""
@@ -132,6 +127,13 @@ class LatentModel(nn.Module):
         if guidance != 1 and not self.classes:
             raise ValueError(f"guidance {guidance} needs classes, and this model was trained without: use guidance 1")
         return classifier_free(network or self.conditional_field, labels, self.null_labels(labels), guidance)
+
+
+def _loss_by_time(error: Tensor, clock: Tensor) -> Tensor:
+    """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the clock (B,), so that intervals and processes add up."""
+    bucket = (clock * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
+    pairs = torch.stack([error, torch.ones_like(error)], dim=1)
+    return pairs.new_zeros(TIME_BUCKETS, 2).index_put_((bucket,), pairs, accumulate=True)
 
 
 def pool(hidden: Tensor) -> Tensor:

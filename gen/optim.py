@@ -56,14 +56,18 @@ def set_rate(optimizers: list[Optimizer], rate: float) -> None:
 
 
 def step_if(kept: Tensor, optimizers: list[Optimizer]) -> None:
-    """Step every optimizer if the 0-dim bool `kept` is true; a fused one decides on the device, without waiting for it."""
+    """Step every optimizer if the 0-dim bool `kept` is true; off the CPU a fused one decides, so that nobody waits for it."""
     for optimizer in optimizers:
-        inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
-        if inner.defaults.get("fused"):
-            inner.found_inf = (~kept).float()  # the switch that gradient scalers use  # pyright: ignore
-            optimizer.step()
+        if optimizer.defaults.get("fused") and not kept.is_cpu:
+            step_where(kept, optimizer)
         elif kept.item():
             optimizer.step()
+
+
+def step_where(kept: Tensor, optimizer: Optimizer) -> None:
+    """Step a fused optimizer if `kept` is true, without reading it on the host."""
+    optimizer.found_inf = (~kept).float()  # the switch that gradient scalers use  # pyright: ignore
+    optimizer.step()
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,39 +14,51 @@ from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig, flat, learning_rate
 
 LINE_SECONDS = 30.0
+WAITING_LOGS = 64
 
 
 class Averages:
-    """Sums of logged values on the device; read, reduced over processes, once per interval.
+    """Logged values on the device; read, averaged and reduced over processes, once per interval.
 
     A log is a scalar, averaged over the interval, or a pair (sum, count), added up over interval and processes before dividing,
     or several pairs (n, 2), which are named with their numbers: loss_time_0, loss_time_1, ...
+
+    Values are kept as they are and put into tables many steps at a time: a step pays for no arithmetic on small tensors.
     """
 
     def __init__(self) -> None:
-        self.sums: dict[tuple[str, ...], Tensor] = {}  # names -> (n, 2) of sum and count
+        self.tables: dict[tuple[str, ...], Tensor] = {}  # names -> (logs, n, 2) of sum and count
+        self._waiting: list[tuple[dict[str, Tensor], float, Tensor]] = []  # log, its weight, whether its step counts
 
     def add(self, logs: list[dict[str, Tensor]], kept: Tensor, processes: int = 1) -> None:
-        """The logs of a step's micro-batches; nothing when the 0-dim bool `kept` is false.
+        """The logs of a step's micro-batches, which must not change later; nothing when the 0-dim bool `kept` is false.
 
         A scalar weighs as its share of the step, so that all steps weigh the same however they are divided.
         """
         weight = 1 / (len(logs) * processes)
-        for log in logs:
-            single = {name: value.detach() for name, value in log.items() if not value.dim()}
-            pairs = {name: value.detach().view(-1, 2) for name, value in log.items() if value.dim()}
-            values = torch.stack([value.float() for value in single.values()]) if single else torch.zeros(0)
-            rows = [torch.stack([weight * values, torch.full_like(values, weight)], dim=1)] if single else []
-            table = torch.where(kept, torch.cat([*rows, *(pair.float() for pair in pairs.values())]), 0)
-            names = (*single, *(name for key, pair in pairs.items() for name in _numbered(key, log[key], len(pair))))
-            self.sums[names] = self.sums[names] + table if names in self.sums else table
+        self._waiting += [({name: value.detach() for name, value in log.items()}, weight, kept) for log in logs]
+        if len(self._waiting) >= WAITING_LOGS:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Put what waits into the tables; those do not depend on when this is done."""
+        groups: dict[tuple[str, ...], list[tuple[dict[str, Tensor], float, Tensor]]] = {}
+        for entry in self._waiting:
+            groups.setdefault(_names(entry[0]), []).append(entry)
+        self._waiting = []
+        for names, entries in groups.items():
+            logs, weights, kept = zip(*entries)
+            table = torch.where(torch.stack(kept)[:, None, None], _table(logs, weights), 0)
+            self.tables[names] = torch.cat([self.tables[names], table]) if names in self.tables else table
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """Means of everything added since the last `clear`; a bucket that nothing fell into is left out."""
-        if not self.sums:
+        self._fill()
+        if not self.tables:
             return {}
-        total = cast(Tensor, accelerator.reduce(torch.cat(list(self.sums.values())), "sum")).tolist()
-        names = [name for group in self.sums for name in group]
+        sums = [table.sum(0) for table in self.tables.values()]
+        total = cast(Tensor, accelerator.reduce(torch.cat(sums), "sum")).tolist()
+        names = [name for group in self.tables for name in group]
         both: dict[str, tuple[float, float]] = {}
         for name, (value, count) in zip(names, total, strict=True):
             so_far = both.get(name, (0.0, 0.0))
@@ -54,26 +67,45 @@ class Averages:
 
     def clear(self) -> None:
         """Begin a new interval."""
-        self.sums = {}
+        self.tables, self._waiting = {}, []
 
     def state(self, accelerator: Accelerator) -> dict[str, Tensor]:
-        """The open interval: per group of names, joined by spaces, (processes, n, 2)."""
+        """The open interval: per group of names, joined by spaces, (processes, logs, n, 2)."""
+        self._fill()
         return {
-            " ".join(names): cast(Tensor, accelerator.gather(table[None])).cpu() for names, table in self.sums.items()
+            " ".join(names): cast(Tensor, accelerator.gather(table[None])).cpu() for names, table in self.tables.items()
         }
 
     def load(self, state: dict[str, Tensor], accelerator: Accelerator) -> None:
-        """Go on with an open interval; with another number of processes the first one takes all sums."""
+        """Go on with an open interval; with another number of processes the first one takes everything."""
         mine, several = accelerator.process_index, accelerator.num_processes
-        self.sums = {}
+        self.clear()
         for names, shares in state.items():
-            alone = shares.sum(0) if mine == 0 else torch.zeros_like(shares[0])
-            table = shares[mine] if len(shares) == several else alone
-            self.sums[tuple(names.split(" "))] = table.to(accelerator.device)
+            together = shares.flatten(0, 1) if mine == 0 else torch.zeros_like(shares.flatten(0, 1))
+            table = shares[mine] if len(shares) == several else together
+            self.tables[tuple(names.split(" "))] = table.to(accelerator.device)
 
 
-def _numbered(name: str, value: Tensor, count: int) -> list[str]:
-    return [name] if value.dim() == 1 else [f"{name}_{i}" for i in range(count)]
+def _names(log: dict[str, Tensor]) -> tuple[str, ...]:
+    """One name for each row of a log's table: the scalars, then the pairs."""
+    pairs = [name for key, value in log.items() if value.dim() for name in _numbered(key, value)]
+    return (*(key for key, value in log.items() if not value.dim()), *pairs)
+
+
+def _table(logs: Sequence[dict[str, Tensor]], weights: Sequence[float]) -> Tensor:
+    """float32 (logs, n, 2) of logs with the same names."""
+    single = [[value.float() for value in log.values() if not value.dim()] for log in logs]
+    pairs = [[value.float().view(-1, 2) for value in log.values() if value.dim()] for log in logs]
+    parts = [torch.stack([torch.cat(values) for values in pairs])] if pairs[0] else []
+    if single[0]:
+        values = torch.stack([value for log in single for value in log]).view(len(logs), -1)
+        weight = torch.tensor(weights, dtype=values.dtype, device=values.device)[:, None]
+        parts.insert(0, torch.stack([weight * values, weight.expand_as(values)], dim=2))
+    return torch.cat(parts, dim=1)
+
+
+def _numbered(name: str, value: Tensor) -> list[str]:
+    return [name] if value.dim() == 1 else [f"{name}_{i}" for i in range(len(value))]
 
 
 class Clock:

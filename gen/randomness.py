@@ -89,11 +89,11 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu"
 
 
-def _words_array(key: int, sample_ids: Tensor, count: int) -> NDArray[np.uint64]:
-    """On the CPU: small arrays cost numpy a fraction of what they cost torch."""
+def _words_array(key: int | list[list[int]], sample_ids: Tensor, count: int) -> NDArray[np.uint64]:
+    """On the CPU: small arrays cost numpy a fraction of what they cost torch. Several keys (P, 1) give (P, B, count)."""
     golden = np.uint64(_GOLDEN & _WORD)
-    own = _mix_array(sample_ids.numpy().view(np.uint64) * golden + np.uint64(key))
-    return _mix_array(own[:, None] + np.arange(1, count + 1, dtype=np.uint64) * golden)
+    own = _mix_array(sample_ids.numpy().view(np.uint64) * golden + np.asarray(key, np.uint64))
+    return _mix_array(own[..., None] + np.arange(1, count + 1, dtype=np.uint64) * golden)
 
 
 def _words_tensor(key: int, sample_ids: Tensor, count: int) -> Tensor:
@@ -127,6 +127,14 @@ def _unit(seed: int, purpose: str, step: int, sample_ids: Tensor, count: int) ->
 def uniform(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """float64 (B, *shape), uniform on (0, 1)."""
     return _unit(seed, purpose, step, sample_ids, math.prod(shape)).view(len(sample_ids), *shape)
+
+
+def uniforms(seed: int, purposes: Sequence[str], step: int, sample_ids: Tensor) -> list[Tensor]:
+    """What `uniform` gives for each purpose, float64 (B,); on a CPU for little more than the price of one."""
+    if not _is_plain(sample_ids):
+        return [uniform(seed, purpose, step, sample_ids) for purpose in purposes]
+    keys = [[_key(seed, purpose, step)] for purpose in purposes]
+    return list(torch.from_numpy(_unit_array(_words_array(keys, sample_ids, 1)[..., 0])))
 
 
 def normal(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Sequence[int] = ()) -> Tensor:

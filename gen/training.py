@@ -104,14 +104,18 @@ class _Training:
         if config.compile:
             compile_networks(model)
         optimizers = make_optimizers(model, config, accelerator.device)
-        self.wrapped, *self.optimizers = accelerator.prepare(_Loss(model), *optimizers)
+        self.wrapped, *prepared = accelerator.prepare(_Loss(model), *optimizers)
+        self.optimizers = [
+            getattr(o, "optimizer", o) for o in prepared
+        ]  # the wrapper looks for a package at every step
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
         self.ema = EMA(model, config.ema) if config.ema else None
         self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
         self.averages, self.guard = Averages(), Guard(accelerator)
-        inner = [getattr(o, "optimizer", o) for o in self.optimizers]
-        self.state = TrainingState(model, inner, self.ema, self.posthoc, self.averages, self.guard, accelerator)
+        self.state = TrainingState(
+            model, self.optimizers, self.ema, self.posthoc, self.averages, self.guard, accelerator
+        )
         self.keeper = Keeper(run, config, self.state, items.fingerprint, hooks.export)
         self.last: dict[str, float] = {}
 
@@ -153,7 +157,7 @@ class _Training:
 
     def _step(self, step: int, wishes: Wishes) -> None:
         """One optimizer step, and whatever follows each of them."""
-        set_rate(self.state.optimizers, learning_rate(self.config, step))
+        set_rate(self.optimizers, learning_rate(self.config, step))
         losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
         norm = self._clip()
         kept = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, wishes)
@@ -169,7 +173,11 @@ class _Training:
     def _clip(self) -> Tensor:
         """Limit the norm of all gradients; the norm before."""
         if not self.sharded:
-            return torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not norm.is_cpu or norm.item() > 0.999 * self.config.clip:  # a CPU need not multiply everything by 1
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+            return norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
         return norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
 
@@ -182,7 +190,7 @@ class _Training:
         is_last = micro == config.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
             loss, logs = self.wrapped(self.items.fetch(self.order(start, self.share)), context)
-            accelerator.backward(loss / config.accumulation)
+            (loss / config.accumulation).backward()
         return loss.detach(), {"loss": loss.detach(), **logs}
 
     def _start(self) -> None:

@@ -82,3 +82,19 @@ def solve(value: Tensor, target: Target, x_t: Tensor, t: Tensor, schedule: Sched
     determinant = a * sigma - b * alpha
     a, b, alpha, sigma = (expand(c / determinant, x_t) for c in (a, b, alpha, sigma))
     return Prediction(x0=sigma * value - b * x_t, eps=a * x_t - alpha * value)
+
+
+@dataclass(frozen=True)
+class NetworkField:
+    """The field of a network whose output is one target: (x_t (B, *), t (B,)) -> value (B, *).
+
+    A solver may use it as any field. A sampler that knows the times of all evaluations in advance reads the parts instead, and
+    so converts with numbers it has computed once.
+    """
+
+    network: Callable[[Tensor, Tensor], Tensor]
+    target: Target
+    schedule: Schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        return solve(self.network(x, t), self.target, x, t, self.schedule)

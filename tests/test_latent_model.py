@@ -92,19 +92,19 @@ def test_edm_with_v_is_edms_preconditioning() -> None:
 
 def test_logit_normal_is_sd3s_on_the_linear_schedule() -> None:
     model = _model(time_mean=0.5, time_std=0.8)
-    t = model.draw_time(_context(20000)).double()
+    t = model.time_of(_context(20000).uniform("time")).double()
     assert stats.kstest(torch.logit(t).numpy(), "norm", args=(0.5, 0.8)).pvalue > 0.01
 
 
 def test_logit_normal_is_edms_on_the_edm_schedule() -> None:
     model = _model("edm", "v", time_mean=-1.2, time_std=1.2)
-    sigma = model.schedule.sigma(model.draw_time(_context(20000)).double())
+    sigma = model.schedule.sigma(model.time_of(_context(20000).uniform("time")).double())
     assert stats.kstest(sigma.log().numpy(), "norm", args=(-1.2, 1.2)).pvalue > 0.01
 
 
 def test_uniform_time_covers_the_sampled_range() -> None:
     model = _model("cosine", time="uniform")
-    t = model.draw_time(_context(20000)).double()
+    t = model.time_of(_context(20000).uniform("time")).double()
     ends = uniform(model.schedule, 1)
     assert stats.kstest(t.numpy(), "uniform", args=(ends[1], ends[0] - ends[1])).pvalue > 0.01
 

@@ -31,7 +31,7 @@ from midway.gen.errors import UsageError
 from midway.gen.features import FeatureConfig, FeatureNetwork
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.launch import make_accelerator
-from midway.gen.optim import make_optimizers, step_if
+from midway.gen.optim import make_optimizers, step_if, step_where
 from midway.gen.runs import Run
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget
 from midway.gen.tokenizer_training import TokenizerObjective
@@ -319,38 +319,49 @@ def everything(model: nn.Module, optimizers: list[Optimizer]) -> list[Tensor]:
     return [value.detach().clone() for value in (*model.parameters(), *moments)]
 
 
+def where_fused(kept: Tensor, optimizers: list[Optimizer]) -> None:
+    """As off the CPU, where a fused optimizer decides by itself."""
+    for optimizer in optimizers:
+        step_where(kept, optimizer) if optimizer.defaults.get("fused") else step_if(kept, [optimizer])
+
+
+WAYS = pytest.mark.parametrize("step", [step_if, where_fused])
+
+
+@WAYS
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, 0.0])
-def test_a_step_that_is_not_kept_changes_no_bit(spoil: float) -> None:
+def test_a_step_that_is_not_kept_changes_no_bit(spoil: float, step: Callable[..., None]) -> None:
     """Neither AdamW's nor Muon's, whatever the gradient was; the next step is that of a model that never had it."""
     config = replace(CONFIG, optimizer="muon", weight_decay=0.1)
     models = [latent_model(), latent_model()]
     both = [make_optimizers(model, config, CPU) for model in models]
     for model, optimizers in zip(models, both, strict=True):
         gradients(model, 1)
-        step_if(torch.tensor(True), optimizers)
+        step(torch.tensor(True), optimizers)
     before = everything(models[0], both[0])
     gradients(models[0], 2, spoil)
-    step_if(torch.tensor(False), both[0])
+    step(torch.tensor(False), both[0])
     assert all(map(torch.equal, before, everything(models[0], both[0])))
     for model, optimizers in zip(models, both, strict=True):
         gradients(model, 3)
-        step_if(torch.tensor(True), optimizers)
+        step(torch.tensor(True), optimizers)
     now, expected = (everything(model, optimizers) for model, optimizers in zip(models, both, strict=True))
     assert len(now) == len(expected) > 3 * len(list(models[0].parameters())) - 20
     assert all(map(torch.equal, now, expected))
     assert not any(map(torch.equal, before[:5], now[:5]))
 
 
-def test_a_first_step_that_is_not_kept_leaves_the_second_to_be_the_first() -> None:
+@WAYS
+def test_a_first_step_that_is_not_kept_leaves_the_second_to_be_the_first(step: Callable[..., None]) -> None:
     """The bias correction of AdamW counts kept steps only."""
     config = replace(CONFIG, optimizer="muon")
     skipping, plain = latent_model(), latent_model()
     late, early = make_optimizers(skipping, config, CPU), make_optimizers(plain, config, CPU)
     gradients(skipping, 1, math.nan)
-    step_if(torch.tensor(False), late)
+    step(torch.tensor(False), late)
     for model, optimizers in ((skipping, late), (plain, early)):
         gradients(model, 2)
-        step_if(torch.tensor(True), optimizers)
+        step(torch.tensor(True), optimizers)
     assert all(map(torch.equal, everything(skipping, late), everything(plain, early)))
 
 

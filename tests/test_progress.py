@@ -185,7 +185,7 @@ def open_interval() -> dict[str, Tensor]:
     """Saved by two processes, which logged a = 1 and a = 5, and hits (1, 1) and (9, 3)."""
     averages = Averages()
     averages.add([tensors(a=1.0, hit=(1.0, 1.0))], YES)
-    return averages.state(share(0, 2, (torch.tensor([[5.0, 1.0], [9.0, 3.0]]),)))
+    return averages.state(share(0, 2, (torch.tensor([[[5.0, 1.0], [9.0, 3.0]]]),)))
 
 
 def loaded(index: int, processes: int) -> Averages:
@@ -197,7 +197,7 @@ def loaded(index: int, processes: int) -> Averages:
 
 def test_an_open_interval_goes_on_with_each_processs_own_share() -> None:
     """So that the sums are added up in the same order, and stay equal to the last bit."""
-    assert open_interval()["a hit"].shape == (2, 2, 2)
+    assert open_interval()["a hit"].shape == (2, 1, 2, 2)
     assert loaded(0, 2).read(share()) == {"a": 1.0, "hit": 1.0}
     assert loaded(1, 2).read(share()) == {"a": 5.0, "hit": 3.0}
 
@@ -210,6 +210,27 @@ def test_an_open_interval_goes_on_with_another_number_of_processes(processes: in
     assert all(other.read(share()) == {} for other in others)
     first.add([tensors(a=6.0, hit=(0.0, 6.0))], YES)
     assert first.read(share()) == {"a": 4.0, "hit": 1.0}
+
+
+@pytest.mark.parametrize("waiting", [1, 2, 3, 100])
+def test_when_logs_are_put_into_tables_changes_no_bit(monkeypatch: pytest.MonkeyPatch, waiting: int) -> None:
+    """A checkpoint does it at any step."""
+
+    def fill(size: int) -> Averages:
+        monkeypatch.setattr(progress, "WAITING_LOGS", size)
+        averages, values = Averages(), torch.randn(41, 3, generator=torch.Generator().manual_seed(0))
+        for i, (a, x, y) in enumerate(values):
+            log = {"hit": torch.stack([x, y.abs()]), "a": a} | ({"late": x} if i > 20 else {})
+            averages.add([log, {name: 2 * value for name, value in log.items()}], NO if i % 5 == 3 else YES)
+            if i == 7 and size < 3:
+                averages.state(share())
+        return averages
+
+    one, other = fill(waiting), fill(1000)
+    assert one.read(share()) == other.read(share())
+    mine, theirs = one.state(share()), other.state(share())
+    assert mine.keys() == theirs.keys() == {"a hit", "a late hit"}
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 @pytest.mark.parametrize("stop", [3, 4])

@@ -57,6 +57,18 @@ def test_the_ways_of_the_cpu_and_of_other_devices_agree_bit_for_bit(seed: int) -
     assert np.array_equal(randomness._unit_array(array), randomness._unit_tensor(tensor).numpy())
 
 
+@pytest.mark.parametrize("plain", [True, False])
+def test_several_purposes_at_once_are_each_of_them_alone(monkeypatch: pytest.MonkeyPatch, plain: bool) -> None:
+    """On the CPU and elsewhere."""
+    ids = torch.tensor([0, 5, 2**40, -1])
+    alone = [uniform(3, purpose, 7, ids) for purpose in ("time", "label", "flip")]
+    if not plain:
+        monkeypatch.setattr(randomness, "_is_plain", lambda _: False)
+    found = Context(3, 7, ids).uniforms("time", "label", "flip")
+    assert len(found) == 3
+    assert all(map(torch.equal, found, alone))
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1, -1])
 @pytest.mark.parametrize("step", [0, 1, 10**6])
 def test_words_are_those_of_plain_integers(seed: int, step: int) -> None:
