@@ -381,11 +381,10 @@ def main() -> int:
             continue
         result = measure(row, arguments.seconds, device)
         results.append(result)
-        print(
-            f"{row.name:28s} {result['ours_images_per_second']:10.1f} {result['peer_images_per_second']:10.1f} "
-            f"{result['ratio']:7.3f} {result['error']:7.3f} {row.target:7.2f}  {'yes' if result['held'] else 'NO':5s}  beside the {row.peer_name}",
-            flush=True,
-        )
+        speeds = f"{result['ours_images_per_second']:10.1f} {result['peer_images_per_second']:10.1f}"
+        ratio = f"{result['ratio']:7.3f} {result['error']:7.3f} {row.target:7.2f}"
+        held = "yes" if result["held"] else "NO"
+        print(f"{row.name:28s} {speeds} {ratio}  {held:5s}  beside the {row.peer_name}", flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"device": device.type, "environment": environment(), "rows": results}
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
