@@ -55,10 +55,15 @@ def set_rate(optimizers: list[Optimizer], rate: float) -> None:
             group["lr"] = rate
 
 
+def free_to_read(tensor: Tensor) -> bool:
+    """Whether the host need not wait for a device to read this."""
+    return tensor.is_cpu
+
+
 def step_if(kept: Tensor, optimizers: list[Optimizer]) -> None:
     """Step every optimizer if the 0-dim bool `kept` is true; off the CPU a fused one decides, so that nobody waits for it."""
     for optimizer in optimizers:
-        if optimizer.defaults.get("fused") and not kept.is_cpu:
+        if optimizer.defaults.get("fused") and not free_to_read(kept):
             step_where(kept, optimizer)
         elif kept.item():
             optimizer.step()

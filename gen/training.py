@@ -25,7 +25,7 @@ from midway.gen.guard import Guard, Wishes
 from midway.gen.interrupts import Interrupted, Interrupts
 from midway.gen.keeper import Keeper
 from midway.gen.launch import share_of
-from midway.gen.optim import checkpoint_activations, compile_networks, make_optimizers, set_rate, step_if
+from midway.gen.optim import checkpoint_activations, compile_networks, free_to_read, make_optimizers, set_rate, step_if
 from midway.gen.posthoc import PowerAverage, save_snapshot
 from midway.gen.progress import Averages, Reporter
 from midway.gen.runs import Run, lock
@@ -175,7 +175,9 @@ class _Training:
         if not self.sharded:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
-            if not norm.is_cpu or norm.item() > 0.999 * self.config.clip:  # a CPU need not multiply everything by 1
+            if (
+                not free_to_read(norm) or norm.item() > 0.999 * self.config.clip
+            ):  # a CPU need not multiply everything by 1
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
             return norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
