@@ -214,7 +214,7 @@ def latent_row(recipe: str, device: torch.device, precision: str, compiled: bool
         t = schedule.time_of_rho((mean + std * torch.randn(len(x0), device=device)).exp().clamp(0.002, 80))
         label = torch.where(torch.rand(len(x0), device=device) < dropped, 10, labels[items])
         x_t = expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
-        target = target_value(net.config.target, x0, eps, t, schedule) / expand(net._output_scale(t), x0)
+        target = target_value(net.config.target, x0, eps, t, schedule) / expand(net.output_scale(t), x0)
         return F.mse_loss(net.forward_network(x_t, t, label)[0].float(), target)
 
     return make_row(recipe, model, fetch, loss_of, config, device)

@@ -21,10 +21,16 @@ from midway.gen.files import state_hash
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.runs import Run
 from midway.gen.splits import DataConfig
-from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.learned_solver import LEARNED as AMED
+from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.table import Table
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 CPU = torch.device("cpu")
+TABLE = "table"
+"""The learned solver that is a table: DPM-Solver++(3M) with learned corrections, times and evaluation times."""
+LEARNED = (TABLE, *AMED)
+"""Names of all solvers that can be learned."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
     return model_run / "solvers" / f"{name}-{grid}-nfe{nfe}"
 
 
-def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> LearnedSolver | None:
+def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> LearnedSolver | Table | None:
     """The learned solver of this model, None when it was not trained; DataError when it belongs to other weights."""
     path = solver_path(trained.run.path, name, grid, nfe)
     if not (path / "config.yaml").exists():
@@ -119,13 +125,21 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Learne
     file = Run.open(path, "solver").checkpoint / "solver.safetensors"
     retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
     try:
-        solver = LearnedSolver.load(file)
+        solver = Table.load(file) if name == TABLE else LearnedSolver.load(file)
+        card = card_of(solver)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{file} cannot be read", _reason(error), retrain) from error
-    if solver.card.model_hash != trained.hash:
+    if card is None or card.model_hash != trained.hash:
         raise DataError(
             f"{path} was learned for other weights",
-            f"model {solver.card.model_hash}, this model is {trained.hash}",
+            f"model {card.model_hash if card else 'not named'}, this model is {trained.hash}",
             retrain,
         )
     return solver
+
+
+def card_of(solver: LearnedSolver | Table) -> SolverCard | None:
+    """What a learned solver belongs to and what it cost; None for a table that was not learned."""
+    if isinstance(solver, LearnedSolver):
+        return solver.card
+    return SolverCard(**json.loads(solver.metadata["card"])) if "card" in solver.metadata else None

@@ -168,9 +168,22 @@ class DiT(nn.Module):
         again = checkpoint(block, h, condition, context, use_reentrant=False, preserve_rng_state=False)
         return cast(Tensor, again)
 
-    def forward(self, x: Tensor, clock: Tensor, labels: Tensor, context: Context | None = None) -> DiTOutput:
-        """With a context, as in training, dropout acts; without, nothing is random."""
-        condition = F.silu(self.time(sinusoid(1000 * clock, 256)) + self.label(labels))
+    def conditions(self, clock: Tensor, labels: Tensor) -> Tensor:
+        """(E, B, W): what time and class say to the layers, for every clock (E,) and every label (B,)."""
+        return F.silu(self.time(sinusoid(1000 * clock, 256))[:, None] + self.label(labels))
+
+    def forward(
+        self,
+        x: Tensor,
+        clock: Tensor | None = None,
+        labels: Tensor | None = None,
+        context: Context | None = None,
+        condition: Tensor | None = None,
+    ) -> DiTOutput:
+        """For clock and labels, or for the condition (B, W) made of them. With a context, as in training, dropout acts."""
+        if condition is None:
+            assert clock is not None and labels is not None
+            condition = F.silu(self.time(sinusoid(1000 * clock, 256)) + self.label(labels))
         h = self.embed(self._patches(x)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):

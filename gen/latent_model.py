@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from midway.gen.backbone import DiT, DiTConfig
 from midway.gen.context import Context, LatentBatch
+from midway.gen.latent_field import Guidance, LatentField
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, classifier_free
 from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients
@@ -104,14 +105,15 @@ class LatentModel(nn.Module):
     def after_step(self, kept: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 
-    def _output_scale(self, t: Tensor) -> Tensor:
+    def output_scale(self, t: Tensor) -> Tensor:
+        """What the network's output of unit variance is multiplied by to give the target, shaped like t."""
         a, b = target_coefficients(self.config.target, t, self.schedule)
         return (a.square() + b.square()).sqrt()
 
     def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
         """One forward pass: what the network says about x_t (B, C, H, W) at t (B,) for labels (B,)."""
         output, hidden = self.forward_network(x, t, labels)
-        value = output.to(x.dtype) * expand(self._output_scale(t), x)
+        value = output.to(x.dtype) * expand(self.output_scale(t), x)
         prediction = solve(value, self.config.target, x, t, self.schedule)
         return Prediction(prediction.x0, prediction.eps, pool(hidden))
 
@@ -119,14 +121,35 @@ class LatentModel(nn.Module):
         """The "no class" label for every sample."""
         return torch.full_like(labels, self.classes)
 
-    def field(self, labels: Tensor, guidance: float = 1.0, network: ConditionalField | None = None) -> Field:
+    def field(
+        self, labels: Tensor, guidance: "float | Guidance" = 1.0, network: ConditionalField | None = None
+    ) -> Field:
         """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there.
 
-        ValueError for guidance of an unconditional model.
+        ValueError for guidance of an unconditional model, and for a weak model of another process or shape.
         """
-        if guidance != 1 and not self.classes:
-            raise ValueError(f"guidance {guidance} needs classes, and this model was trained without: use guidance 1")
-        return classifier_free(network or self.conditional_field, labels, self.null_labels(labels), guidance)
+        chosen = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        self.check_guidance(chosen)
+        if network is not None:
+            return classifier_free(network, labels, self.null_labels(labels), chosen.scale)
+        return LatentField(self, labels, chosen)  # pyright: ignore[reportArgumentType] (sees this module twice)
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """ValueError for guidance that this model cannot have."""
+        weak = guidance.weak
+        if guidance.scale != 1 and weak is None and not self.classes:
+            raise ValueError(
+                f"guidance {guidance.scale} needs classes, and this model was trained without: use guidance 1"
+            )
+        if weak is not None and (weak.config.target, weak.schedule, weak.latent_shape) != (
+            self.config.target,
+            self.schedule,
+            self.latent_shape,
+        ):
+            raise ValueError(
+                f"the guiding model has target {weak.config.target}, {weak.schedule}, latents {weak.latent_shape}; this one "
+                f"has {self.config.target}, {self.schedule}, {self.latent_shape}: guide with one trained alike"
+            )
 
 
 def _loss_by_time(error: Tensor, clock: Tensor) -> Tensor:

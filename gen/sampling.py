@@ -2,7 +2,9 @@
 count nor device. Noise is drawn on the CPU."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,10 +12,12 @@ from torch import Tensor
 from midway.gen import randomness
 from midway.gen.artefacts import TrainedModel
 from midway.gen.data import to_uint8
-from midway.gen.latent_model import start_state
+from midway.gen.latent_field import Guidance
+from midway.gen.latent_model import LatentModel, start_state
+from midway.samplers.graph import Graphs
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.prediction import Field
-from midway.samplers.sample import EvaluationCounter, sample
+from midway.samplers.sample import ForwardCounter, sample
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
@@ -60,27 +64,68 @@ class Samples:
     seconds: float
 
 
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How samples are drawn; none of it changes what is drawn beyond rounding, guidance aside."""
+
+    guidance: Guidance = field(default_factory=Guidance)
+    batch_size: int = 256
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: the network runs under autocast; the solver's state stays float32."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """Whether a trajectory runs as one CUDA graph; auto: where a batch comes often enough to pay for capturing it."""
+
+
+GRAPH_PAYS = 8
+"""Batches of one size from which on `graph="auto"` captures: capturing costs about three."""
+
+
 @torch.no_grad()
 def sample_latents(
     trained: TrainedModel,
     plan: Plan,
     seeds: Tensor,
-    guidance: float = 1.0,
-    batch_size: int = 256,
+    config: SamplingConfig | None = None,
     labels: Tensor | None = None,
+    graphs: Graphs | None = None,
 ) -> Samples:
-    """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes."""
-    model = trained.model
+    """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes. `graphs` keeps captured trajectories."""
+    config, model = config or SamplingConfig(), trained.model
+    if isinstance(plan, LearnedSolver):
+        plan = plan.table(model.schedule) or plan
     device = next(model.parameters()).device
     labels = labels_of(seeds, model.classes) if labels is None else labels
-    counter = EvaluationCounter(model.conditional_field)
+    graphs = graphs or Graphs()
+    captured = _captured(plan, len(seeds), config)
     start = time.perf_counter()
     parts = []
-    for some, their_labels in zip(seeds.split(batch_size), labels.split(batch_size), strict=True):
-        x = start_state(model.schedule, plan.grid[0], noise_of(some, model.latent_shape).to(device))
-        field = model.field(their_labels.to(device), guidance, counter)
-        parts.append(solve(plan, field, model.schedule, x, some).cpu())
+    weak = config.guidance.weak
+    networks = [model.network, *([weak.network] if weak is not None else [])]
+    with ForwardCounter(*networks) as counter, _autocast(device, config.precision):
+        for some, their_labels in zip(seeds.split(config.batch_size), labels.split(config.batch_size), strict=True):
+            x = start_state(model.schedule, plan.grid[0], noise_of(some, model.latent_shape).to(device))
+            classes = their_labels.to(device)
+            make_field = partial(_field, model, config.guidance)
+            if captured and isinstance(plan, Table) and len(some) == config.batch_size:
+                key = (id(model), config.guidance, config.precision)
+                parts.append(graphs.sample(make_field, plan, x, (classes,), key, counter).cpu())
+            else:
+                parts.append(solve(plan, make_field(classes), model.schedule, x, some).cpu())
     return Samples(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - start)
+
+
+def _field(model: LatentModel, guidance: Guidance, labels: Tensor) -> Field:
+    return model.field(labels, guidance)
+
+
+def _captured(plan: Plan, count: int, config: SamplingConfig) -> bool:
+    """Whether full batches go through a graph."""
+    able = isinstance(plan, Table) and not plan.stochastic
+    return able and (config.graph == "on" or (config.graph == "auto" and count // config.batch_size >= GRAPH_PAYS))
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.no_grad()

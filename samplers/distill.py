@@ -1,20 +1,39 @@
 """Distilling AMED against a finer teacher (Zhou et al. 2024, arXiv 2312.00094, section 3.4 and algorithm 1).
 
-The squared distance to the teacher at each node of the student's grid, every step restarted from the teacher's node. The steps
-are then independent, so all of them train in one batch, with one evaluation that carries a gradient; nothing is
-back-propagated along the trajectory. The slopes and features at the nodes are the teacher's own evaluations there.
+Every form of it measures, at the nodes of the student's grid, the mean squared distance to the teacher's state there, in units
+of alpha^2 + sigma^2:
+
+    restarted     every step starts from the teacher's node, with the teacher's slope and features (one-step bases, as in the
+                  authors' code). The steps are independent, so all of them train in one batch with one evaluation each.
+    detached      every step starts from the student's own state and history, cut from the graph (multistep bases).
+    end to end    the gradient runs through the whole trajectory (ours); `checkpointed` keeps one evaluation in memory at a time.
+
+In the first two a step's error has a gradient in that step's numbers alone, through one evaluation.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field as initial
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from midway.samplers.amed import DirectionRule, analytic_prediction, features_of, levels, mean_direction_step
-from midway.samplers.grids import Grid
+from midway.samplers.amed import (
+    AMEDSolver,
+    Levels,
+    Memory,
+    choose,
+    features_of,
+    levels,
+    observe,
+    take_step,
+)
+from midway.samplers.directions import DirectionRule, Directions
+from midway.samplers.guidance import at_time
 from midway.samplers.prediction import Field, Prediction
 from midway.samplers.sample import trajectory
-from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
 NEGLIGIBLE = 1e-6
@@ -25,7 +44,7 @@ error where its logarithm is the loss."""
 @dataclass(frozen=True)
 class TeacherNodes:
     """What the teacher left at the student's nodes, stacked: states (N + 1, B, *), and at the first N of them the slope eps
-    (N, B, *) and the features (N, B, F)."""
+    (N, B, *) and the features (N, B, F); no eps and features, (0, B, ...), where no step restarts from the teacher."""
 
     states: Tensor
     eps: Tensor
@@ -36,51 +55,146 @@ class TeacherNodes:
         return TeacherNodes(self.states[:, items], self.eps[:, items], self.features[:, items])
 
 
-def _evaluations_at_nodes(table: Table) -> list[int]:
-    """For every node but the last, the number of the evaluation made at that state."""
+def check_teacher(solver: AMEDSolver, table: Table, stride: int) -> None:
+    """ValueError unless every `stride`-th node of the teacher's grid is a node of the student, and the teacher draws no noise."""
+    if table.stochastic:
+        raise ValueError(
+            f"teacher '{table.solver}' draws noise: a solver can only be distilled from a deterministic one"
+        )
+    shared = table.grid[::stride]
+    if len(shared) != len(solver.grid) or max(abs(a - b) for a, b in zip(shared, solver.grid, strict=True)) > 1e-9:
+        raise ValueError(
+            f"every {stride}-th time of the teacher's grid must be one of the student's: build both with the same grid rule, "
+            f"{len(solver.grid) - 1} and {stride * (len(solver.grid) - 1)} steps"
+        )
+
+
+@dataclass
+class _Listener:
+    """A field that keeps what some of its evaluations said."""
+
+    listened: Field
+    wanted: frozenset[int]
+    heard: dict[int, Prediction] = initial(default_factory=dict)
+    calls: int = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        return self._listen(self.listened, x, t)
+
+    def at(self, time: float) -> Field:
+        return partial(self._listen, at_time(self.listened, time))
+
+    def _listen(self, field: Field, x: Tensor, t: Tensor) -> Prediction:
+        prediction = field(x, t)
+        if self.calls in self.wanted:
+            self.heard[self.calls] = prediction
+        self.calls += 1
+        return prediction
+
+
+def _evaluations_at(table: Table, stride: int) -> list[int | None]:
+    """For the student's nodes but the last, the number of the teacher's evaluation of that state at that time, if it made one."""
     evaluated = [i for i, row in enumerate(table.rows) if row.time is not None]
-    return [evaluated.index(node) for node in table.nodes[:-1]]
+    wanted = zip(table.nodes[:-1:stride], table.grid[:-1:stride], strict=True)
+    return [evaluated.index(n) if table.rows[n].time == t else None for n, t in wanted]
 
 
 @torch.no_grad()
 def teacher_nodes(
-    field: Field, schedule: Schedule, table: Table, stride: int, x: Tensor, analytic_first: bool, feature_dim: int
+    field: Field, solver: AMEDSolver, table: Table, stride: int, x: Tensor, slopes: bool = True
 ) -> TeacherNodes:
     """Run the teacher's table from x (B, *); every `stride`-th node of its grid is a node of the student.
 
-    analytic_first: the student takes its first slope analytically, so the teacher's is replaced there.
+    slopes: keep its predictions at the nodes, from which steps restart. A node that the teacher itself did not evaluate (a
+    corrected state) costs one evaluation more; with `analytic_first` the first prediction is the analytic one.
     """
-    predictions: list[Prediction] = []
-
-    def remember(state: Tensor, t: Tensor) -> Prediction:
-        predictions.append(field(state, t))
-        return predictions[-1]
-
-    states = trajectory(remember, table, x)
-    kept = [predictions[e] for e in _evaluations_at_nodes(table)[::stride]]
-    if analytic_first:
-        at = levels(schedule, table.grid, x.device)
-        kept[0] = analytic_prediction(x, at.alpha[0], at.rho[0], feature_dim)
+    check_teacher(solver, table, stride)
+    numbers = _evaluations_at(table, stride) if slopes else []
+    listener = _Listener(field, frozenset(n for n in numbers if n is not None))
+    states = trajectory(listener, table, x)[::stride]
+    at = levels(solver, x.device)
+    kept = [
+        observe(solver, field, at, i, states[i])
+        if n is None or (i == 0 and solver.analytic_first)
+        else listener.heard[n]
+        for i, n in enumerate(numbers)
+    ]
     return TeacherNodes(
-        states=torch.stack(states[::stride]),
-        eps=torch.stack([p.eps for p in kept]),
-        features=torch.stack([features_of(p, feature_dim) for p in kept]),
+        states=torch.stack(states),
+        eps=torch.stack([p.eps for p in kept]) if slopes else x.new_zeros(0, *x.shape),
+        features=torch.stack([features_of(p, solver.feature_dim) for p in kept])
+        if slopes
+        else x.new_zeros(0, len(x), 0),
     )
 
 
-def step_errors(
-    field: Field, schedule: Schedule, grid: Grid, directions: DirectionRule, teacher: TeacherNodes
-) -> Tensor:
-    """(N,): each step's mean squared distance to the teacher's next node, in units of alpha^2 + sigma^2 there.
+def step_errors(field: Field, solver: AMEDSolver, rule: DirectionRule, teacher: TeacherNodes) -> Tensor:
+    """(N,): each step's error when it restarts from the teacher's node.
 
-    `field` must accept the samples of all N steps at once, step by step: (N B, *).
+    `field` must accept the samples of all N steps at once, step by step: (N B, *). ValueError for a multistep base.
     """
-    steps, batch = teacher.eps.shape[:2]
-    at = levels(schedule, grid, teacher.states.device)
-    step = torch.arange(steps, device=teacher.states.device).repeat_interleave(batch)
-    log_rho = torch.stack([at.rho[step].log(), at.rho[step + 1].log()], dim=1)
-    chosen = directions(teacher.features.flatten(0, 1), step, log_rho)
-    x, eps = teacher.states[:-1].flatten(0, 1), teacher.eps.flatten(0, 1)
-    reached = mean_direction_step(field, schedule, at, step, x, eps, chosen)
-    distance = (reached - teacher.states[1:].flatten(0, 1)).unflatten(0, (steps, batch)).square()
-    return distance.flatten(1).mean(1) / (at.alpha[1:].square() * (1 + at.rho[1:].square()))
+    if solver.plugin.multistep:
+        raise ValueError(f"steps of base '{solver.base}' weigh earlier predictions and cannot restart: use node_errors")
+    step = torch.arange(solver.steps, device=teacher.states.device).repeat_interleave(teacher.states.shape[1])
+    at = levels(solver, teacher.states.device)
+    start, end = at.take(step), at.take(step + 1)
+    directions = choose(solver, rule, start, end, step, teacher.features.flatten(0, 1))
+    x, now = teacher.states[:-1].flatten(0, 1), _slope(teacher.eps.flatten(0, 1))
+    reached, _ = take_step(solver, field, (1, 1), start, end, x, now, Memory(), directions)
+    return _errors(reached.unflatten(0, teacher.eps.shape[:2]), teacher.states[1:], at)
+
+
+def _slope(eps: Tensor) -> Prediction:
+    """A prediction of which only eps will be read: that of the bases which can restart."""
+    return Prediction(eps, eps)
+
+
+def _errors(reached: Tensor, wanted: Tensor, at: Levels) -> Tensor:
+    """(N, B, *) at the nodes after the first, twice -> (N,)."""
+    distance = (reached - wanted).square().flatten(1).mean(1)
+    return distance / (at.alpha[1:].square() * (1 + at.rho[1:].square())).to(distance.dtype)
+
+
+def node_errors(states: Sequence[Tensor], solver: AMEDSolver, teacher: TeacherNodes) -> Tensor:
+    """(N,): the error of the student's states (N + 1 of (B, *), from `nodes`) at every node but the first."""
+    return _errors(torch.stack(list(states[1:])), teacher.states[1:], levels(solver, teacher.states.device))
+
+
+def checkpointed(field: Field) -> Field:
+    """The same field, whose inner results are computed again for the gradient instead of being kept.
+
+    An evaluation that carries a gradient so runs the network twice, and is counted twice.
+    """
+
+    def evaluate(x: Tensor, t: Tensor) -> Prediction:
+        if not (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
+            return field(x, t)
+        return checkpoint(field, x, t, use_reentrant=False)
+
+    return evaluate
+
+
+@torch.no_grad()
+def best_positions(
+    field: Field, solver: AMEDSolver, teacher: TeacherNodes, candidates: Tensor, restarted: bool
+) -> Tensor:
+    """(N,): for every step the r of `candidates` (K,) with the least error at the step's end, with c = a = 1.
+
+    The error as a function of r has several basins on long steps, and from r = 1/2 the gradient may lead into a poor one.
+    restarted: steps start from the teacher's nodes, else from the state that the best r of the step before reached.
+    """
+    at, x, memory, best = levels(solver, teacher.states.device), teacher.states[0], Memory(), []
+    for i in range(solver.steps):
+        step = torch.full((x.shape[0],), i, device=x.device)
+        now = _slope(teacher.eps[i]) if restarted else observe(solver, field, at, i, x)
+        orders, start, end = solver.plugin.orders(i, solver.steps), at.take(step), at.take(step + 1)
+        trials = [
+            take_step(solver, field, orders, start, end, x, now, memory, Directions(r * one, one, one))
+            for one in [torch.ones_like(start.rho)]
+            for r in candidates
+        ]
+        errors = torch.stack([(reached - teacher.states[i + 1]).square().mean() for reached, _ in trials])
+        chosen = int(errors.nan_to_num(torch.inf).argmin())
+        best.append(candidates[chosen])
+        x, memory = (teacher.states[i + 1], Memory()) if restarted else trials[chosen]
+    return torch.stack(best)

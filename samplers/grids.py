@@ -67,6 +67,17 @@ def shift(
     return _as_grid(shifted.warp(start + (end - start) * _fractions(steps)))
 
 
+def quadratic(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN) -> Grid:
+    """Equal steps of sqrt(t): DDIM's quadratic times (Song et al. 2021, arXiv 2010.02502, appendix D.2)."""
+    start, end = _ends(schedule, rho_max, rho_min).sqrt()
+    return _as_grid((start + (end - start) * _fractions(steps)).square())
+
+
+def reversed_grid(grid: Grid) -> Grid:
+    """The same times from data to noise: a deterministic solver built on them encodes instead of sampling."""
+    return grid[::-1]
+
+
 def explicit(times: Sequence[float]) -> Grid:
     """A grid given as numbers: at least two, falling, within [0, 1]."""
     grid = tuple(float(t) for t in times)
@@ -76,4 +87,10 @@ def explicit(times: Sequence[float]) -> Grid:
     return grid
 
 
-GRIDS: dict[str, Callable[..., Grid]] = {"uniform": uniform, "logsnr": logsnr, "karras": karras, "shift": shift}
+GRIDS: dict[str, Callable[..., Grid]] = {
+    "uniform": uniform,
+    "logsnr": logsnr,
+    "karras": karras,
+    "shift": shift,
+    "quadratic": quadratic,
+}

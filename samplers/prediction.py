@@ -17,7 +17,10 @@ the preconditioned output F of Karras et al. 2022 (arXiv 2206.00364, eq. 7) for 
 One 2x2 solve serves every pair of target and schedule.
 """
 
-from collections.abc import Callable
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -84,13 +87,59 @@ def solve(value: Tensor, target: Target, x_t: Tensor, t: Tensor, schedule: Sched
     return Prediction(x0=sigma * value - b * x_t, eps=a * x_t - alpha * value)
 
 
-@dataclass(frozen=True)
-class NetworkField:
-    """The field of a network whose output is one target: (x_t (B, *), t (B,)) -> value (B, *).
+@functools.lru_cache(maxsize=256)
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, sent there once: a transfer would make the host wait, and cannot be part of a CUDA graph."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype).to(device)
 
-    A solver may use it as any field. A sampler that knows the times of all evaluations in advance reads the parts instead, and
-    so converts with numbers it has computed once.
+
+def times_of(times: Sequence[float], x: Tensor) -> Sequence[Tensor]:
+    """Each time as a tensor (B,) beside x (B, *)."""
+    return on_device(tuple(times), x.dtype, x.device)[:, None].expand(-1, x.shape[0]).unbind(0)
+
+
+@functools.lru_cache
+def x0_coefficients(target: Target, schedule: Schedule, times: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+    """(p, q) of `x0 = p x_t + q value` at each time. ValueError where the target does not tell x0."""
+    t = torch.tensor(times, dtype=torch.float64)
+    ones, zeros = torch.ones_like(t), torch.zeros_like(t)
+    p, q = solve(zeros, target, ones, t, schedule).x0, solve(ones, target, zeros, t, schedule).x0
+    pairs = tuple(zip(p.tolist(), q.tolist(), strict=True))
+    if not all(math.isfinite(number) for pair in pairs for number in pair):
+        raise ValueError(
+            f"target '{target}' does not tell x0 at one of the times {times}: start the grid where alpha > 0 and end it where "
+            "sigma > 0"
+        )
+    return pairs
+
+
+class TargetField(ABC):
+    """A field whose network says one target, told in advance when it will be asked.
+
+    A solver may use it as any field. The sampler, which knows the times of all evaluations, has it prepared for them, and
+    converts what the network then says with numbers that are computed once.
     """
+
+    target: Target
+    schedule: Schedule
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+        """x_t (B, *), t (B,) -> Prediction."""
+
+    @abstractmethod
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """x_t (B, *) -> value, one function for each time; x shows the shape, dtype and device."""
+
+    def coefficients(self, times: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+        """(p, q) of `x0 = p x_t + q value` at each time, for the value that `prepare`'s functions give."""
+        return x0_coefficients(self.target, self.schedule, times)
+
+
+@dataclass(frozen=True)
+class NetworkField(TargetField):
+    """The field of a plain network: (x_t (B, *), t (B,)) -> value (B, *)."""
 
     network: Callable[[Tensor, Tensor], Tensor]
     target: Target
@@ -98,3 +147,10 @@ class NetworkField:
 
     def __call__(self, x: Tensor, t: Tensor) -> Prediction:
         return solve(self.network(x, t), self.target, x, t, self.schedule)
+
+    def prepare(self, times: Sequence[float], x: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        return [_fixed(self.network, t) for t in times_of(times, x)]
+
+
+def _fixed(network: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: network(x, t)

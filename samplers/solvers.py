@@ -1,41 +1,43 @@
-"""Solvers as builders `(schedule, grid) -> Table`.
+"""Solvers as builders `(schedule, grid, analytic_first=False, <own options>) -> Table`, and their registry.
 
-One step goes from t to s < t. With rho = sigma / alpha, y = x / alpha and lambda = -log rho:
+One step goes from t to s < t; on the reversed grid (data to noise) every deterministic builder inverts. With
+rho = sigma / alpha, y = x / alpha and lambda = -log rho:
 
     euler    x_s = x + (s - t) v(x, t)
     ddim     x_s = alpha_s x0 + sqrt(sigma_s^2 - c^2) eps + c z          (eta = 0: Euler of dy / d rho = eps)
     heun     x_s = x + (s - t) (v(x, t) + v(x + (s - t) v(x, t), s)) / 2
-    dpm2     y_s = y + (rho_s - rho_t) eps(y_m, rho_m),  rho_m = sqrt(rho_t rho_s),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
-    dpmpp2m  x_s = sigma_s / sigma_t x - alpha_s (e^-h - 1) D,  D = (1 + 1/2q) x0_t - 1/2q x0_before,  q = h_before / h
+    amed     y_s = y + c (rho_s - rho_t) eps(y_m, a rho_m),  rho_m = rho_s^r rho_t^(1-r),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
+    dpm2     amed at r = 1/2, c = a = 1
 
-`SOLVERS` holds them by name, with the number of evaluations of a step; `plan` turns a budget into steps.
+`multistep.py` has DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth, iPNDM and DEIS, `runge_kutta.py` every explicit
+tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by name, with what they cost and how fast they
+converge; `steps_for` turns a budget into steps.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from typing import Literal
 
+from midway.samplers.adams import adams_bashforth, deis, ipndm, ipndm_v
+from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end
 from midway.samplers.grids import Grid
+from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
+from midway.samplers.runge_kutta import TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import FRESH_NOISE, Combination, Recorder, Symbols, Table
+from midway.samplers.stochastic import ancestral_step, begin_falling, ddpm, dpmpp2m_sde
+from midway.samplers.table import Table
+from midway.samplers.unipc import unipc
 
 
 def euler(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     """Euler's method on dx/dt = v. Order 1."""
-    record = Recorder("euler", schedule, grid)
+    record = begin("euler", schedule, grid)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
         record.advance(now.x + (s - t) * now.velocity, s)
     return record.table()
-
-
-def exponential_step(record: Recorder, now: Symbols, t: float, s: float) -> Combination:
-    """The step that is exact if x0 does not change: alpha_s x0 + sigma_s eps, written without division by alpha."""
-    ratio = record.sigma(s) / record.sigma(t)
-    if not now.x0.predictions:  # an analytic direction holds eps, not x0
-        return record.alpha(s) * now.x0 + record.sigma(s) * now.eps
-    return ratio * now.x + (record.alpha(s) - ratio * record.alpha(t)) * now.x0
 
 
 def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: float = 0.0) -> Table:
@@ -45,16 +47,13 @@ def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: floa
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}: 0 is deterministic DDIM, 1 is ancestral sampling")
-    record = Recorder("ddim", schedule, grid)
+    record = (begin_falling if eta else begin)("ddim", schedule, grid)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
-        if eta == 0:
+        if eta:
+            record.advance(ancestral_step(record, now.x0, now.eps, t, s, eta), s)
+        else:
             record.advance(exponential_step(record, now, t, s), s)
-            continue
-        sigma_s = record.sigma(s)
-        c = eta * sigma_s * math.sqrt(1 - (record.rho(s) / record.rho(t)) ** 2)
-        kept = math.sqrt(sigma_s**2 - c**2)
-        record.advance(record.alpha(s) * now.x0 + kept * now.eps + c * FRESH_NOISE, s)
     return record.table(eta=repr(eta))
 
 
@@ -64,7 +63,8 @@ def heun(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
     others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
     """
-    record = Recorder("heun", schedule, grid)
+    record = begin("heun", schedule, grid)
+    need_noise_at_the_end(record)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
         record.advance(now.x + (s - t) * now.velocity, s, node=False)
@@ -95,11 +95,8 @@ def amed(
     Order 2 at r = 1/2, c = a = 1 (that is DPM-Solver-2), order 1 at any other fixed r, no convergence at fixed c != 1:
     learned constants belong to their grid.
     """
-    record = Recorder(name, schedule, grid)
-    if record.alpha(grid[0]) <= 0:
-        raise ValueError(
-            "this solver works with rho = sigma / alpha, which is infinite at the grid's start: start at rho = 80"
-        )
+    record = begin_in_rho(name, schedule, grid)
+    need_noise_at_the_end(record)
     for (t, s), step in zip(pairwise(grid), constants, strict=True):
         now = record.first(t, analytic_first)
         rho_m = record.rho(s) ** step.r * record.rho(t) ** (1 - step.r)
@@ -116,41 +113,60 @@ def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     return amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1), analytic_first, name="dpm2")
 
 
-def dpmpp2m(schedule: Schedule, grid: Grid, analytic_first: bool = False, lower_order_final: bool = True) -> Table:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2). Order 2; the first step, and the last by default,
-    are of order 1, which keeps few-step runs stable and the global order."""
-    record = Recorder("dpmpp2m", schedule, grid)
-    before: tuple[Symbols, float] | None = None
-    for i, (t, s) in enumerate(pairwise(grid)):
-        now = record.first(t, analytic_first)
-        last = i == len(grid) - 2
-        if before is None or (last and lower_order_final):
-            record.advance(exponential_step(record, now, t, s), s)
-        else:
-            h = math.log(record.rho(t) / record.rho(s))
-            q = math.log(record.rho(before[1]) / record.rho(t)) / h
-            estimate = (1 + 1 / (2 * q)) * now.x0 - (1 / (2 * q)) * before[0].x0
-            ratio = record.sigma(s) / record.sigma(t)
-            record.advance(ratio * now.x - record.alpha(s) * math.expm1(-h) * estimate, s)
-        before = (now, t)
-    return record.table()
-
-
 @dataclass(frozen=True)
 class Solver:
-    """A builder and what it costs: `evaluations` per step, convergence `order`."""
+    """A builder, what it costs and how fast it converges.
+
+    `order` is that of the table as built, low-order first and last steps included; of a stochastic solver, the weak order.
+    """
 
     build: Callable[..., Table]
     evaluations: int
+    """Network evaluations per step."""
     order: int
+    history_order: int | None = None
+    """Of a multistep solver: the order from exact earlier values, with no step of lower order."""
+    coordinate: Literal["t", "rho"] = "rho"
+    """What the builder solves in: "t", exact where x is straight in t; "rho", exact where x0 does not change."""
+    pure_noise: bool = True
+    """Whether grids may start where alpha = 0 (t = 1 of `Linear`)."""
+    stochastic: bool = False
+
+
+def _runge_kutta(name: str) -> Solver:
+    tableau = TABLEAUS[name]
+    build = partial(runge_kutta, tableau=tableau)
+    return Solver(build, evaluations=len(tableau.b), order=tableau.order, coordinate="t")
 
 
 SOLVERS: dict[str, Solver] = {
-    "euler": Solver(euler, evaluations=1, order=1),
+    "euler": Solver(euler, evaluations=1, order=1, coordinate="t"),
     "ddim": Solver(ddim, evaluations=1, order=1),
-    "heun": Solver(heun, evaluations=2, order=2),
-    "dpm2": Solver(dpm2, evaluations=2, order=2),
-    "dpmpp2m": Solver(dpmpp2m, evaluations=1, order=2),
+    "heun": Solver(heun, evaluations=2, order=2, coordinate="t"),
+    "dpm2": Solver(dpm2, evaluations=2, order=2, pure_noise=False),
+    "dpmpp2m": Solver(dpmpp2m, evaluations=1, order=2, history_order=2),
+    "dpmpp1m": Solver(partial(dpmpp, order=1), evaluations=1, order=1),
+    "dpmpp3m": Solver(partial(dpmpp, order=3), evaluations=1, order=2, history_order=2),
+    "dpmpp2s": Solver(dpmpp2s, evaluations=2, order=2, pure_noise=False),
+    "unipc2": Solver(partial(unipc, order=2), evaluations=1, order=2, history_order=3),
+    "unipc3": Solver(partial(unipc, order=3), evaluations=1, order=2, history_order=4),
+    "ab1": Solver(partial(adams_bashforth, order=1), evaluations=1, order=1, coordinate="t"),
+    "ab2": Solver(partial(adams_bashforth, order=2), evaluations=1, order=2, history_order=2, coordinate="t"),
+    "ab3": Solver(partial(adams_bashforth, order=3), evaluations=1, order=2, history_order=3, coordinate="t"),
+    "ab4": Solver(partial(adams_bashforth, order=4), evaluations=1, order=2, history_order=4, coordinate="t"),
+    "ipndm1": Solver(partial(ipndm, order=1), evaluations=1, order=1),
+    "ipndm2": Solver(partial(ipndm, order=2), evaluations=1, order=1, history_order=1),
+    "ipndm3": Solver(partial(ipndm, order=3), evaluations=1, order=1, history_order=1),
+    "ipndm4": Solver(partial(ipndm, order=4), evaluations=1, order=1, history_order=1),
+    "ipndm_v2": Solver(partial(ipndm_v, order=2), evaluations=1, order=2, history_order=2),
+    "ipndm_v3": Solver(partial(ipndm_v, order=3), evaluations=1, order=2, history_order=3),
+    "ipndm_v4": Solver(partial(ipndm_v, order=4), evaluations=1, order=2, history_order=4),
+    "deis1": Solver(partial(deis, order=1), evaluations=1, order=1),
+    "deis2": Solver(partial(deis, order=2), evaluations=1, order=2, history_order=2),
+    "deis3": Solver(partial(deis, order=3), evaluations=1, order=2, history_order=3),
+    **{name: _runge_kutta(name) for name in ("midpoint", "ralston", "kutta3", "rk4", "rk38")},
+    "ddpm": Solver(ddpm, evaluations=1, order=1, stochastic=True),
+    "dpmpp2m_sde": Solver(dpmpp2m_sde, evaluations=1, order=2, history_order=2, stochastic=True),
 }
 
 

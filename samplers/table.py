@@ -11,12 +11,16 @@ x0 is the estimate kept because only division by sigma > 0 is then ever needed, 
 `Recorder` lets a solver be written with the symbols of its paper; it records the resulting weights in float64.
 """
 
+import functools
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -51,6 +55,8 @@ class Table:
     nodes: tuple[int, ...]
     rows: tuple[Row, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    schedule: str = ""
+    """`fingerprint` of the schedule it was made for; empty if it does not say."""
 
     def __post_init__(self) -> None:
         evaluations = 0
@@ -69,12 +75,22 @@ class Table:
         if len(self.nodes) != len(self.grid) or self.nodes[0] != 0 or self.nodes[-1] != len(self.rows):
             raise ValueError(f"table '{self.solver}' must have one node per grid time, from state 0 to the last state")
 
+    @functools.cached_property
+    def times(self) -> tuple[float, ...]:
+        """When the evaluations are made."""
+        return tuple(row.time for row in self.rows if row.time is not None)
+
+    @functools.cached_property
+    def plans(self) -> dict[Any, Any]:
+        """What samplers have made of this table, so that they do it once."""
+        return {}
+
     @property
     def nfe(self) -> int:
         """Evaluations of the field per sample (the counter at the network is the authority; a test compares them)."""
         return sum(row.time is not None for row in self.rows)
 
-    @property
+    @functools.cached_property
     def stochastic(self) -> bool:
         """Whether any row draws noise."""
         return any(row.noise != 0 for row in self.rows)
@@ -93,7 +109,8 @@ class Table:
             "grid": torch.tensor(self.grid, dtype=torch.float64),
             "nodes": torch.tensor(self.nodes, dtype=torch.int64),
         }
-        header = {"format": FORMAT, "solver": self.solver, "metadata": json.dumps(dict(self.metadata))}
+        header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
+        header["metadata"] = json.dumps(dict(self.metadata))
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         save_file(arrays, temporary, metadata=header)
         os.replace(temporary, path)
@@ -124,6 +141,7 @@ class Table:
             nodes=tuple(arrays["nodes"]),
             rows=tuple(rows),
             metadata=json.loads(header["metadata"]),
+            schedule=header.get("schedule", ""),
         )
 
 
@@ -181,6 +199,11 @@ class Recorder:
     """
 
     def __init__(self, solver: str, schedule: Schedule, grid: tuple[float, ...]) -> None:
+        if len(grid) < 2 or not (_falls(grid) or _falls(grid[::-1])) or min(grid) < 0 or max(grid) > 1:
+            raise ValueError(
+                f"'{solver}' needs a grid of at least two times within [0, 1] that falls all the way (or rises, for inversion), "
+                f"got {grid}"
+            )
         self.solver, self.schedule, self.grid = solver, schedule, grid
         self.rows: list[Row] = []
         self.nodes = [0]
@@ -245,7 +268,19 @@ class Recorder:
 
     def table(self, **metadata: str) -> Table:
         """The finished table."""
-        return Table(self.solver, self.grid, tuple(self.nodes), tuple(self.rows), metadata)
+        made_for = fingerprint(self.schedule)
+        return Table(self.solver, self.grid, tuple(self.nodes), tuple(self.rows), metadata, made_for)
+
+
+@functools.lru_cache
+def fingerprint(schedule: Schedule) -> str:
+    """A short text that tells schedules apart: what the schedule prints, hashed if that is long."""
+    text = repr(schedule)
+    return text if len(text) <= 100 else f"{type(schedule).__name__}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _falls(grid: tuple[float, ...]) -> bool:
+    return all(a > b for a, b in pairwise(grid))
 
 
 def _scalar(value: float) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -11,6 +12,7 @@ from midway.gen.config import from_dict, read_yaml
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
 from midway.gen.features import load_features
+from midway.gen.latent_field import EVERYWHERE
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import Run, command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
@@ -30,11 +32,13 @@ class EvaluateTask:
     out: Path | None = None
     """Directory to write (default: report/ in the model's run)."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
-    """Comma-separated; learned solvers amed and amed-constants must have been trained for every budget."""
+    """Comma-separated; learned ones (table, amed, amed-constants, amed-plugin-...) must have been trained for every budget."""
     nfe: str = "4,6,8,10,20"
     """Comma-separated budgets of network evaluations."""
     grids: str = "uniform,logsnr,karras"
-    """Comma-separated; every solver is measured on each, and shown on its best."""
+    """Comma-separated; every solver is measured on each, and shown on its best. gits is fitted to the model."""
+    skip_unreachable: bool = False
+    """Leave out budgets that a solver cannot reach (heun at 5), instead of refusing them."""
     n: int | None = None
     """Images per block (default: as many as are held out, so that the floor is measured at the same count)."""
     blocks: int = 2
@@ -43,6 +47,10 @@ class EvaluateTask:
     """First seed."""
     guidance: float = 1.0
     """Classifier-free guidance scale."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only noise levels sigma / alpha above the first and up to the second number."""
+    guide: Path | None = None
+    """Autoguidance: run directory of a smaller or less trained model of the same kind, in place of the missing class."""
     analytic_first: bool = False
     """Replace every solver's first evaluation by the analytic direction."""
     eta: float = 0.0
@@ -50,11 +58,16 @@ class EvaluateTask:
     reference_nfe: int = 128
     """Evaluations of the fine solution behind RMSE."""
     batch_size: int = 256
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: the network runs under autocast; the solver's state stays float32."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, whether a trajectory runs as one CUDA graph; auto: from 8 full batches on."""
     title: str = "Fréchet distance per step budget"
 
 
 def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report."""
+    device = best_device()
     config = SweepConfig(
         solvers=names(task.solvers),
         nfe=numbers(task.nfe, "--nfe"),
@@ -67,10 +80,14 @@ def run(task: EvaluateTask) -> Sweep:
         eta=task.eta,
         reference_nfe=task.reference_nfe,
         batch_size=task.batch_size,
+        interval=task.guidance_interval or EVERYWHERE,
+        weak=load_model(task.guide, device).model if task.guide else None,
+        skip=task.skip_unreachable,
+        precision=task.precision,
+        graph=task.graph,
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
-    device = best_device()
     trained = load_model(task.model, device)
     features_run = Run.open(task.features or find_features(trained), "features")
     network, name = load_features(features_run.checkpoint / "features.safetensors")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -10,6 +11,7 @@ from cli import main, resolve
 from midway.gen.artefacts import best_device, load_model
 from midway.gen.errors import DivergedError, UsageError
 from midway.gen.evaluate import SweepConfig, make_plans
+from midway.gen.latent_field import EVERYWHERE
 from midway.gen.pictures import save_grid
 from midway.gen.sampling import decode, sample_latents
 
@@ -23,11 +25,11 @@ class SampleTask:
     out: Path = Path("grid.png")
     """PNG to write."""
     solver: str = "dpmpp2m"
-    """euler, ddim, heun, dpm2, dpmpp2m, or a learned solver: amed, amed-constants."""
+    """A solver of samplers/solvers.py, or one learned for this model: table, amed, amed-constants, amed-plugin-..."""
     nfe: int = 10
     """Network evaluations per image (guidance doubles what the network runs)."""
     grid: str = "karras"
-    """Spacing of the steps: uniform, logsnr, karras, shift. A learned solver brings its own."""
+    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, gits (fitted). A learned solver brings its own."""
     n: int = 64
     """Number of images."""
     seed: int = 0
@@ -36,11 +38,19 @@ class SampleTask:
     """One class for all images; otherwise the classes in turn."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only noise levels sigma / alpha above the first and up to the second number."""
+    guide: Path | None = None
+    """Autoguidance: run directory of a smaller or less trained model of the same kind, in place of the missing class."""
     analytic_first: bool = False
     """Replace the first evaluation by the analytic direction (odd budgets for two-stage solvers)."""
     eta: float = 0.0
     """ddim only: 0 is deterministic, 1 ancestral."""
     batch_size: int = 256
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: the network runs under autocast; the solver's state stays float32."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """On a GPU, whether a trajectory runs as one CUDA graph; auto: from 8 full batches on."""
 
 
 def run(task: SampleTask) -> None:
@@ -53,18 +63,29 @@ def run(task: SampleTask) -> None:
         )
     if task.out.suffix.lower() != ".png":
         raise UsageError(f"--out {task.out}", "the grid is a PNG", "give a name that ends in .png")
-    trained = load_model(task.model, best_device())
+    device = best_device()
+    trained = load_model(task.model, device)
     classes = trained.model.classes
     if task.label is not None and not classes:
         raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")
     if task.label is not None and not 0 <= task.label < classes:
         raise UsageError(f"--label {task.label}", f"the model knows classes 0 to {classes - 1}", "choose one of them")
-    config = SweepConfig(grids=(task.grid,), guidance=task.guidance, analytic_first=task.analytic_first, eta=task.eta)
+    config = SweepConfig(
+        grids=(task.grid,),
+        guidance=task.guidance,
+        analytic_first=task.analytic_first,
+        eta=task.eta,
+        batch_size=task.batch_size,
+        interval=task.guidance_interval or EVERYWHERE,
+        weak=load_model(task.guide, device).model if task.guide else None,
+        precision=task.precision,
+        graph=task.graph,
+    )
     plans = make_plans(trained, task.solver, task.nfe, config)
     plan = plans.get(task.grid) or next(iter(plans.values()))
     seeds = torch.arange(task.seed, task.seed + task.n)
     labels = None if task.label is None else torch.full((task.n,), task.label)
-    samples = sample_latents(trained, plan, seeds, task.guidance, task.batch_size, labels)
+    samples = sample_latents(trained, plan, seeds, config.sampling(), labels)
     if not samples.latents.isfinite().all():
         raise DivergedError(
             "sampling diverged", "the latents stopped being finite", "use more --nfe or less --guidance"

@@ -1,4 +1,7 @@
-"""Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8"""
+"""Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8
+
+`amed` is AMED-Solver, `amed-plugin-<base>` AMED inside another solver; with `-constants` all samples share its numbers.
+"""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -14,7 +17,6 @@ from cli import main, numbers, resolve
 from midway.gen.artefacts import TrainedModel, load_model, solver_path
 from midway.gen.config import to_dict
 from midway.gen.errors import UsageError, nearest
-from midway.gen.evaluate import LEARNED
 from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
@@ -23,7 +25,7 @@ from midway.gen.train_config import TrainConfig
 from midway.gen.trainable import Hooks, Items
 from midway.gen.training import fit
 from midway.samplers.grids import GRIDS
-from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.learned_solver import LEARNED, LearnedSolver, SolverCard
 from midway.samplers.solvers import SOLVERS
 from recipes import Flat, Resume
 
@@ -35,7 +37,8 @@ class SolverTask:
     model: Path
     """Run directory of the latent model."""
     solver: str = "amed"
-    """amed (per-sample predictor) or amed-constants (constants per step); also the first argument."""
+    """amed (per-sample predictor), amed-constants (constants per step), or AMED inside another solver, amed-plugin-<base> and
+    amed-plugin-<base>-constants with base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m; also the first argument."""
     nfe: str = "6"
     """Budgets, comma-separated; odd ones take the first slope analytically."""
     grid: str = "karras"
@@ -121,13 +124,16 @@ def check(task: SolverTask) -> None:
 
 def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> SolverObjective:
     """What is learned at one budget; UsageError for a budget that does not exist."""
-    target = SolverTarget(nfe, task.grid, task.guidance, constants=task.solver == "amed-constants")
+    learned = LEARNED[task.solver]
+    target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
     torch.manual_seed(task.train.seed)
     try:
         return SolverObjective(trained.model, target, task.distill)
     except ValueError as error:
         raise UsageError(
-            f"{task.solver} at NFE {nfe} is not possible", str(error), "change --nfe or --distill.analytic-first"
+            f"{task.solver} at NFE {nfe} is not possible",
+            str(error),
+            "change --nfe, --distill.analytic-first or --distill.teacher",
         ) from None
 
 
@@ -169,10 +175,12 @@ def export(
         schedule=trained.model.config.schedule,
         model_hash=trained.hash,
         nfe=objective.target.nfe,
-        analytic_first=objective.analytic_first,
+        analytic_first=objective.solver.analytic_first,
         guidance=task.guidance,
         training_nfe=objective.counter.evaluations * processes,
         teacher=f"{objective.config.teacher}, {len(objective.teacher.grid) - 1} steps",
+        base=objective.target.base,
+        mode=objective.config.mode,
     )
     rule = copy.deepcopy(objective.rule).cpu().eval()
     rule.load_state_dict({k.removeprefix("rule."): v for k, v in averaged.items() if k.startswith("rule.")})

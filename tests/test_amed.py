@@ -1,28 +1,35 @@
-"""AMED: the dynamic solver against its table, distillation on an exact problem, its cost, artefacts."""
+"""AMED: ranges and start of what is learned, the artefact, the objective's books (test_amed_distillation.py has the learning)."""
 
-import math
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from oracles import mixture
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from midway.gen.backbone import DiTConfig
 from midway.gen.context import Context
+from midway.gen.errors import DivergedError
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
 from midway.samplers import grids
-from midway.samplers.amed import AMEDConfig, Constants, Directions, Predictor, nodes
-from midway.samplers.distill import NEGLIGIBLE, step_errors, teacher_nodes
-from midway.samplers.learned_solver import LearnedSolver, SolverCard
-from midway.samplers.sample import EvaluationCounter, sample, trajectory
-from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
-from midway.samplers.solvers import SOLVERS, MeanDirection, amed, dpm2, heun
+from midway.samplers.amed import AMEDSolver, nodes
+from midway.samplers.directions import MARGIN, AMEDConfig, Constants, Predictor
+from midway.samplers.learned_solver import LEARNED, LearnedSolver, SolverCard
+from midway.samplers.prediction import Prediction
+from midway.samplers.sample import sample
+from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule, Shifted
+from midway.samplers.solvers import MeanDirection, dpm2
+from midway.samplers.table import fingerprint
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
 names = [type(s).__name__ for s in SCHEDULES]
-CARD = SolverCard("amed", "karras", "Cosine", "0123456789ab", 6, False, 1.0, 100, "heun+3")
+CARD = SolverCard("amed", "karras", "cosine", "0123456789ab", 6, False, 1.0, 100, "heun, 24 steps")
 
 
 def _noise(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tensor:
@@ -31,34 +38,15 @@ def _noise(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tenso
     return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def _constants(steps: int, config: AMEDConfig) -> Constants:
-    rule = Constants(steps, config)
-    with torch.no_grad():
-        rule.raw.copy_(0.1 * torch.randn(steps, 3, generator=torch.Generator().manual_seed(1)))
-    return rule
-
-
-@pytest.mark.parametrize("analytic_first", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
-def test_constants_and_their_table_are_the_same_solver(schedule: Schedule, analytic_first: bool) -> None:
-    grid = grids.karras(schedule, 4, rho_max=20.0)
-    rule = _constants(4, AMEDConfig(scale_dir=0.2, scale_time=0.1))
-    table = amed(schedule, grid, rule.values(), analytic_first)
-    x, field = _noise(schedule, grid[0]), mixture().field(schedule)
-    dynamic = EvaluationCounter(field)
-    states = nodes(dynamic, schedule, grid, rule, x, analytic_first)
-    assert dynamic.evaluations == len(x) * table.nfe == len(x) * (8 - analytic_first)
-    for got, want in zip(states, trajectory(field, table, x), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_unlearned_rules_start_at_dpm_solver_2(schedule: Schedule) -> None:
     grid = grids.karras(schedule, 3, rho_max=20.0)
     assert Constants(3, AMEDConfig()).values() == (MeanDirection(0.5, 1.0, 1.0),) * 3
     x, field = _noise(schedule, grid[0]), mixture().field(schedule)
-    got = nodes(field, schedule, grid, Constants(3, AMEDConfig()), x)[-1]
-    torch.testing.assert_close(got, sample(field, dpm2(schedule, grid), x), rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    for rule, dim in ((Constants(3, AMEDConfig()), 0), (Predictor(2, 3, AMEDConfig()), 2)):
+        got = nodes(AMEDSolver(schedule, grid, feature_dim=dim), field, rule, x)[-1]
+        torch.testing.assert_close(got, sample(field, dpm2(schedule, grid), x), rtol=1e-10, atol=1e-10)
 
 
 def test_ranges_are_what_the_config_says() -> None:
@@ -67,92 +55,25 @@ def test_ranges_are_what_the_config_says() -> None:
     with torch.no_grad():
         rule.raw.copy_(torch.tensor([[50.0, 50.0, 50.0], [-50.0, -50.0, -50.0]]))
     high, low = rule.values()
-    assert (high.r, low.r) == pytest.approx((1, 0), abs=1e-6)
+    assert (high.r, low.r) == pytest.approx((1 - MARGIN, MARGIN))
     assert (high.c, low.c) == pytest.approx((1.3, 0.7))
     assert (high.a, low.a) == (1, 1)
     with pytest.raises(ValueError, match="scale_dir must be in"):
         AMEDConfig(scale_dir=1.5)
 
 
+def test_each_number_is_learned_on_its_own() -> None:
+    rule = Constants(3, AMEDConfig(scale_dir=0.3, scale_time=0.2))
+    with torch.no_grad():
+        rule.raw.copy_(50 * torch.eye(3))
+    only_r, only_c, only_a = rule.values()
+    assert (only_r.r, only_r.c, only_r.a) == pytest.approx((1 - MARGIN, 1, 1))
+    assert (only_c.r, only_c.c, only_c.a) == pytest.approx((0.5, 1.3, 1))
+    assert (only_a.r, only_a.c, only_a.a) == pytest.approx((0.5, 1, 1.2))
+
+
 def test_the_predictor_has_about_nine_thousand_parameters() -> None:
     assert 8000 < sum(p.numel() for p in Predictor(64, 3, AMEDConfig()).parameters()) < 10000
-
-
-def _distil(rule: Constants | Predictor, schedule: Schedule, grid: grids.Grid, steps: int, lr: float) -> Tensor:
-    field = mixture().field(schedule)
-    extra = 3
-    teacher_table = heun(schedule, grids.karras(schedule, (len(grid) - 1) * (extra + 1), rho_max=20.0))
-    noise = _noise(schedule, grid[0], 256, seed=2).float()
-    teacher = teacher_nodes(field, schedule, teacher_table, extra + 1, noise, False, 2)
-    optimizer = torch.optim.Adam(rule.parameters(), lr)
-    first = step_errors(field, schedule, grid, rule, teacher).detach()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        errors = step_errors(field, schedule, grid, rule, teacher)
-        optimizer.zero_grad()
-        (errors + NEGLIGIBLE).log().sum().backward()
-        optimizer.step()
-    return step_errors(field, schedule, grid, rule, teacher).detach() / first
-
-
-@pytest.mark.parametrize("schedule", [Cosine(), EDM()], ids=["Cosine", "EDM"])
-@pytest.mark.parametrize("kind", ["constants", "predictor"])
-def test_distillation_halves_the_endpoint_error_on_unseen_noise(kind: str, schedule: Schedule) -> None:
-    """Learned on 256 trajectories, tested on others, against DPM-Solver-2 on the same grid."""
-    torch.manual_seed(0)
-    grid = grids.karras(schedule, 3, rho_max=20.0)
-    rule = Constants(3, AMEDConfig()) if kind == "constants" else Predictor(2, 3, AMEDConfig())
-    ratios = _distil(rule, schedule, grid, 150, 0.01)
-    assert (ratios[1:] < 0.1).all()  # the first step, at high noise, is nearly exact from the start
-    x, field = _noise(schedule, grid[0], 512, seed=3).float(), mixture().field(schedule)
-    fine = sample(field, heun(schedule, grids.karras(schedule, 100, rho_max=20.0)), x)
-    with torch.no_grad():
-        learned = nodes(field, schedule, grid, rule, x, feature_dim=2)[-1]
-    plain = sample(field, dpm2(schedule, grid), x)
-    error, base = ((s - fine).square().mean().sqrt() for s in (learned, plain))
-    assert error < 0.5 * base
-
-
-def test_the_gradient_of_the_distillation_loss_is_right() -> None:
-    """Against central differences in r, c and a of every step."""
-    schedule = Cosine()
-    grid = grids.karras(schedule, 2, rho_max=5.0)
-    field = mixture().field(schedule)
-    teacher_table = heun(schedule, grids.karras(schedule, 4, rho_max=5.0))
-    teacher = teacher_nodes(field, schedule, teacher_table, 2, _noise(schedule, grid[0]), False, 2)
-    raw = torch.tensor([[0.03, -0.02, 0.01], [-0.04, 0.05, 0.02]], dtype=torch.float64, requires_grad=True)
-
-    def loss(values: Tensor) -> Tensor:
-        rule = Constants(2, AMEDConfig(0.2, 0.2)).double()
-        return step_errors(
-            field, schedule, grid, lambda f, s, t: torch.func.functional_call(rule, {"raw": values}, (f, s, t)), teacher
-        ).sum()
-
-    assert torch.autograd.gradcheck(loss, (raw,), eps=1e-4, atol=1e-3, rtol=1e-2)
-
-
-@pytest.mark.parametrize("teacher", list(SOLVERS))
-def test_teacher_nodes_are_the_teachers_trajectory(teacher: str) -> None:
-    schedule = Cosine()
-    fine = grids.uniform(schedule, 6)
-    table = SOLVERS[teacher].build(schedule, fine)
-    x, field = _noise(schedule, fine[0]), mixture().field(schedule)
-    kept = teacher_nodes(field, schedule, table, 3, x, False, 2)
-    states = trajectory(field, table, x)
-    assert torch.equal(kept.states, torch.stack([states[0], states[3], states[6]]))
-    slope = field(states[3], torch.full((len(x),), fine[3], dtype=torch.float64)).eps
-    torch.testing.assert_close(kept.eps[1], slope, rtol=0, atol=1e-9)
-
-
-def test_an_analytic_first_step_gives_the_predictor_no_features() -> None:
-    schedule = Cosine()
-    fine = grids.uniform(schedule, 4)
-    x = _noise(schedule, fine[0])
-    kept = teacher_nodes(mixture().field(schedule), schedule, heun(schedule, fine), 2, x, True, 2)
-    assert not kept.features[0].any()
-    assert kept.features[1].any()
-    torch.testing.assert_close(kept.eps[0], x)  # variance preserving: x / sqrt(alpha^2 + sigma^2) = x
 
 
 def _objective(guidance: float, constants: bool) -> tuple[SolverObjective, TrajectoryBatch]:
@@ -203,41 +124,131 @@ def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(constant
     assert not [name for name in whole.rule.state_dict() if "evaluations" in name], "no part of the artefact"
 
 
-@pytest.mark.parametrize("kind", ["constants", "predictor"])
-def test_learned_solvers_survive_the_disk(kind: str, tmp_path) -> None:
+def _learned(name: str, steps: int = 3) -> LearnedSolver:
+    """An artefact on the cosine schedule with numbers unlike those that it starts from."""
     torch.manual_seed(0)
-    schedule = Cosine()
-    grid = grids.karras(schedule, 3)
-    config = AMEDConfig(0.2, 0.05)
-    rule = _constants(3, config) if kind == "constants" else Predictor(2, 3, config)
-    solver = LearnedSolver(replace(CARD, name="amed-constants" if kind == "constants" else "amed"), grid, rule)
+    grid, config, kind = grids.karras(Cosine(), steps), AMEDConfig(0.2, 0.05), LEARNED[name]
+    rule = Constants(steps, config) if kind.constants else Predictor(2, steps, config)
+    with torch.no_grad():
+        for values in rule.parameters():
+            values.add_(0.05 * torch.randn(values.shape))
+    return LearnedSolver(replace(CARD, name=name, base=kind.base), grid, rule)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_solvers_survive_the_disk(name: str, tmp_path: Path) -> None:
+    schedule, solver = Cosine(), _learned(name)
     path = tmp_path / "solver.safetensors"
     solver.save(path)
     loaded = LearnedSolver.load(path)
-    x, field = _noise(schedule, grid[0]).float(), mixture().field(schedule)
-    assert loaded.card == solver.card
-    assert loaded.grid == grid
+    x, field = _noise(schedule, solver.grid[0]).float(), mixture().field(schedule)
+    assert (loaded.card, loaded.grid) == (solver.card, solver.grid)
     assert torch.equal(loaded.sample(field, schedule, x), solver.sample(field, schedule, x))
     assert [p.name for p in tmp_path.iterdir()] == ["solver.safetensors"]
-    dpm2(schedule, grid).save(tmp_path / "table.safetensors")
+
+
+def test_every_learned_solver_is_a_solver_of_its_own() -> None:
+    """The base and the form in the name are those that sample."""
+    schedule, ends = Cosine(), []
+    for name in LEARNED:
+        solver = _learned(name)
+        x = _noise(schedule, solver.grid[0])
+        ends.append(solver.sample(mixture().field(schedule), schedule, x))
+        table = solver.table(schedule)
+        assert (table is not None) == name.endswith("-constants")
+        if table is not None:
+            assert (table.solver, table.nfe) == (name, 6)
+            assert torch.equal(ends[-1], sample(mixture().field(schedule), table, x))
+    for i, one in enumerate(ends):
+        assert all((one - other).abs().max() > 1e-4 for other in ends[:i])
+
+
+def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> None:
+    path, solver = tmp_path / "solver.safetensors", _learned("amed-constants")
+    solver.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    card = {k: v for k, v in json.loads(header["card"]).items() if k not in ("base", "mode")}
+    save_file(load_file(path), path, metadata={**header, "card": json.dumps(card)})
+    assert LearnedSolver.load(path).card == replace(solver.card, base="none", mode="per_step")
+
+
+# ---- what is refused ----
+
+
+def test_a_solver_for_another_schedule_is_refused() -> None:
+    for name in ("amed", "amed-plugin-ipndm4-constants"):
+        solver = _learned(name)
+        for other in (Linear(), VP(), Shifted(Cosine(), 2.0)):
+            x = _noise(other, solver.grid[0])
+            with pytest.raises(ValueError, match=r"was learned on schedule cosine, this one is"):
+                solver.sample(mixture().field(other), other, x)
+    odd = LearnedSolver(replace(CARD, schedule="vp"), (0.9, 0.1), Constants(1, AMEDConfig()))
+    with pytest.raises(ValueError, match=r"learned on schedule vp, this one is VP\(beta_min=0.1, beta_max=19.0\)"):
+        odd.table(VP(beta_max=19.0))
+    shifted = Shifted(Linear(), 3.0)
+    assert replace(odd, card=replace(CARD, schedule=fingerprint(shifted))).table(shifted) is not None
+
+
+def test_a_predictor_of_another_model_is_refused() -> None:
+    schedule, solver = Cosine(), _learned("amed")
+    x, field = _noise(schedule, solver.grid[0]), mixture().field(schedule)
+
+    def other(state: Tensor, t: Tensor) -> Prediction:
+        return replace(field(state, t), features=torch.zeros(len(state), 5))
+
+    with pytest.raises(ValueError, match="gives 5 features, and the predictor was learned for 2"):
+        solver.sample(other, schedule, x)
+    with pytest.raises(ValueError, match="this field gives none: learn constants"):
+        solver.sample(lambda state, t: replace(field(state, t), features=None), schedule, x)
+
+
+def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_are_refused() -> None:
+    solver = _learned("amed-constants")
+    with pytest.raises(ValueError, match="numbers for 3 steps, the grid has 2"):
+        replace(solver, grid=solver.grid[:-1])
+    with torch.no_grad():
+        solver.rule.raw[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        replace(solver)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    dpm2(Cosine(), grids.karras(Cosine(), 3)).save(tmp_path / "table.safetensors")
     with pytest.raises(ValueError, match="not a learned solver"):
         LearnedSolver.load(tmp_path / "table.safetensors")
 
 
-def test_directions_may_differ_between_samples() -> None:
-    """A batch with per-sample numbers equals its samples run alone."""
-    schedule = Cosine()
-    grid = grids.karras(schedule, 2, rho_max=5.0)
-    x, field = _noise(schedule, grid[0], 4), mixture().field(schedule)
-    r = torch.tensor([0.2, 0.4, 0.6, 0.8])
+def _objective_of(**changes: Any) -> SolverObjective:
+    """The objective at NFE 4 of a tiny model, with these fields of target or configuration changed."""
+    torch.manual_seed(0)
+    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
+    target, config = SolverTarget(4, "uniform", 1.0, True), DistillConfig(teacher_steps=4, trajectories=6)
+    mine = {k: v for k, v in changes.items() if hasattr(target, k)}
+    rest = {k: v for k, v in changes.items() if k not in mine}
+    return SolverObjective(model.eval().requires_grad_(False), replace(target, **mine), replace(config, **rest))
 
-    def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
-        own = r if len(step) == 4 else r[int(features[0, 0])][None]
-        return Directions(own, 1 + 0.1 * own, 1 - 0.1 * own)
 
-    together = nodes(field, schedule, grid, rule, x)[-1]
-    for i in range(4):
-        one = (MeanDirection(r[i].item(), 1 + 0.1 * r[i].item(), 1 - 0.1 * r[i].item()),) * 2
-        alone = sample(field, amed(schedule, grid, one), x[i : i + 1])
-        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
-    assert math.isfinite(together.sum().item())
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nfe": 5, "analytic_first": False}, "5 network evaluations cannot be reached at 2 a step"),
+        ({"nfe": 4, "analytic_first": True}, "4 network evaluations cannot be reached"),
+        ({"base": "heun"}, "unknown base 'heun'"),
+        ({"teacher": "ddpm"}, "draws noise"),
+        ({"all_nodes": True}, "all_nodes belongs to mode end_to_end"),
+        ({"teacher_steps": 0}, "must be 1 or more"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        _objective_of(**changes)
+
+
+def test_a_teacher_that_diverges_is_refused() -> None:
+    objective = _objective_of()
+    model = objective._model[0]
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(DivergedError, match=r"dpmpp2m, 4 steps.* are not finite"):
+        objective.run_teacher(torch.arange(3))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -463,6 +464,16 @@ def test_a_solver_learned_at_another_guidance_is_refused(refuse: Refuse, pipelin
     words = ("learned at guidance 1.0", "samples at guidance 2.0", "--guidance 1.0")
     refuse(USAGE, words, *_sample(pipeline, tmp_path, "--solver", "amed", "--guidance", 2))
     refuse(USAGE, words, *_evaluate(pipeline, tmp_path, "--solvers", "amed", "--guidance", 2))
+
+
+@pytest.mark.parametrize("command", [_sample, _evaluate])
+def test_guidance_that_cannot_act_is_refused(
+    command: Callable[..., Any], refuse: Refuse, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    refuse(USAGE, ("nothing is guided",), *command(pipeline, tmp_path, "--guidance-interval", 0.1, 5))
+    refuse(USAGE, ("nothing is guided",), *command(pipeline, tmp_path, "--guide", pipeline.model))
+    backwards = ("--guidance", 2, "--guidance-interval", 5, 0.1)
+    refuse(USAGE, ("low < high",), *command(pipeline, tmp_path, *backwards))
 
 
 def test_an_unconditional_model_has_neither_guidance_nor_labels(

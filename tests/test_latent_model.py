@@ -69,7 +69,7 @@ def test_a_network_that_says_its_target_recovers_the_data(schedule: str, target:
     x = expand(model.schedule.alpha(t), x0) * x0 + expand(model.schedule.sigma(t), x0) * eps
     from midway.samplers.prediction import target_value
 
-    said = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model._output_scale(t), x0)
+    said = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model.output_scale(t), x0)
     hidden = torch.zeros(6, 16, 16)
     monkeypatch.setattr(model, "forward_network", lambda *_: (said, hidden))
     got = model.conditional_field(x, t, torch.zeros(6, dtype=torch.int64))

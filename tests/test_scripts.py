@@ -28,10 +28,12 @@ from cli import resolve
 from midway.gen import sampling
 from midway.gen.artefacts import TrainedModel, load_model, load_tokenizer
 from midway.gen.config import from_dict, read_yaml, to_dict
-from midway.gen.evaluate import LEARNED, Sweep, SweepConfig, make_plans
+from midway.gen.errors import UsageError
+from midway.gen.evaluate import Sweep, SweepConfig, make_plans
+from midway.gen.latent_field import Guidance
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.report_cells import FLOOR, Cell
-from midway.gen.sampling import Samples, decode, sample_latents
+from midway.gen.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.splits import load_splits
 from midway.gen.tokenizer_training import evaluate_tokenizer
 from midway.gen.train_config import TrainConfig
@@ -169,6 +171,9 @@ def test_help_lists_every_recipe(name: str, script: Script) -> None:
     assert all(recipe in told for recipe in recipes)
 
 
+LEARNED = ("amed", "amed-constants")
+"""What the pipeline learns, at 4 evaluations."""
+
 # ---- an image depends on its seed alone ----
 
 WAYS = {
@@ -182,7 +187,7 @@ WAYS = {
 
 def _draw(trained: TrainedModel, solver: str, nfe: int, seeds: Tensor, config: SweepConfig, batch_size: int) -> Samples:
     (plan,) = make_plans(trained, solver, nfe, config).values()
-    return sample_latents(trained, plan, seeds, config.guidance, batch_size)
+    return sample_latents(trained, plan, seeds, replace(config.sampling(), batch_size=batch_size))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -226,9 +231,10 @@ def test_the_network_is_evaluated_as_often_as_asked(solver: str, guidance: float
     trained = pipeline.load()
     calls: list[int] = []
     trained.model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    (plan,) = make_plans(trained, solver, 4, SweepConfig(grids=("uniform",))).values()
-    counted = sample_latents(trained, plan, torch.arange(3), guidance).nfe
-    assert counted == 4 * guidance, "guidance 2 runs the network twice, which here is also the factor"
+    nfe = 4 if solver in LEARNED else 12  # which every solver of 1, 2, 3 or 4 evaluations a step can spend
+    (plan,) = make_plans(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
+    counted = sample_latents(trained, plan, torch.arange(3), SamplingConfig(Guidance(guidance))).nfe
+    assert counted == nfe * guidance, "guidance 2 runs the network twice, which here is also the factor"
     assert sum(calls) == 3 * counted
 
 
@@ -236,10 +242,10 @@ def test_the_network_is_evaluated_as_often_as_asked(solver: str, guidance: float
 def test_the_analytic_first_step_saves_one_evaluation(solver: str, pipeline: Pipeline) -> None:
     trained, seeds = pipeline.load(), torch.arange(3)
     plain, analytic = SweepConfig(grids=("uniform",)), SweepConfig(grids=("uniform",), analytic_first=True)
-    with_it = _draw(trained, solver, 5, seeds, analytic, 3)
-    assert with_it.nfe == 5
+    with_it = _draw(trained, solver, 11, seeds, analytic, 3)
+    assert with_it.nfe == 11
     assert with_it.latents.isfinite().all()
-    without = _draw(trained, solver, 6, seeds, plain, 3)  # as many steps
+    without = _draw(trained, solver, 12, seeds, plain, 3)  # as many steps
     assert not torch.equal(with_it.latents, without.latents)
 
 
@@ -253,7 +259,8 @@ def grid_of(script: Script, pipeline: Pipeline, tmp_path: Path) -> Callable[...,
     def draw(**flags: object) -> np.ndarray:
         base: dict[str, object] = {"solver": "ddim", "nfe": 4, "grid": "uniform", "n": 4, "seed": 3}
         asked = {**base, **flags}
-        arguments = [a for k, v in asked.items() for a in ([f"--{k}", v] if v is not True else [f"--{k}"])]
+        values = {k: v if isinstance(v, tuple) else () if v is True else (v,) for k, v in asked.items()}
+        arguments = [argument for k, v in values.items() for argument in (f"--{k}", *v)]
         told = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", *arguments)
         assert told.code == 0, told.err
         assert f"{asked['n']} images" in told.out
@@ -270,9 +277,14 @@ CHANGES: list[dict[str, object]] = [
     {"grid": "logsnr"},
     {"grid": "karras"},
     {"grid": "shift"},
+    {"grid": "quadratic"},
+    {"grid": "gits"},
+    {"solver": "unipc2"},
+    {"solver": "dpmpp2m_sde"},
     {"seed": 4},
     {"label": 5},
     {"guidance": 8.0},
+    {"guidance": 8.0, "guidance-interval": (0.1, 5.0)},
     {"analytic-first": True},
     {"eta": 1.0},
 ]
@@ -283,6 +295,42 @@ def test_a_flag_of_sample_changes_the_images(change: dict[str, object], grid_of:
     before, after = grid_of(), grid_of(**change)
     assert before.shape == after.shape
     assert not np.array_equal(before, after)
+
+
+def test_guidance_in_an_interval_is_not_guidance_everywhere(grid_of: Callable[..., np.ndarray]) -> None:
+    everywhere = grid_of(guidance=8.0)
+    assert not np.array_equal(everywhere, grid_of(guidance=8.0, **{"guidance-interval": (0.1, 5.0)}))
+    assert np.array_equal(everywhere, grid_of(guidance=8.0, **{"guidance-interval": (0.0, 1e9)}))
+
+
+def test_a_model_that_guides_itself_changes_nothing(grid_of: Callable[..., np.ndarray], pipeline: Pipeline) -> None:
+    assert np.array_equal(grid_of(), grid_of(guidance=8.0, guide=pipeline.model))
+
+
+def test_bf16_reaches_the_network_and_nothing_else(
+    grid_of: Callable[..., np.ndarray], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states stay float32: only a little changes, too little for the pixels of these codes."""
+    trained, config = pipeline.load(), SweepConfig(grids=("uniform",))
+    whole, half = (
+        _draw(trained, "ddim", 4, torch.arange(4), replace(config, precision=precision), 4).latents
+        for precision in ("no", "bf16")
+    )
+    assert half.dtype == torch.float32
+    assert 1e-5 < (whole - half).abs().max() < 0.1
+    told: list[str] = []
+    real = sampling._autocast
+    monkeypatch.setattr(
+        sampling, "_autocast", lambda device, precision: told.append(precision) or real(device, precision)
+    )
+    grid_of(precision="bf16")
+    assert told == ["bf16"]
+
+
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_a_graph_changes_no_image(graph: str, grid_of: Callable[..., np.ndarray]) -> None:
+    """On a CPU there is none, and asking for it is no error."""
+    assert np.array_equal(grid_of(), grid_of(graph=graph))
 
 
 def test_sample_draws_the_seeds_that_follow_its_seed(grid_of: Callable[..., np.ndarray]) -> None:
@@ -420,6 +468,9 @@ EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Cell, Cell], bool]]] = {
     "blocks": ({"blocks": 1}, lambda a, b: b.blocks == 1 and b.distance_std is None and a.distance_std is not None),
     "seed": ({"seed": 100}, lambda a, b: b.seeds == "100-147" and a.rmse != b.rmse),
     "guidance": ({"guidance": 4.0}, lambda a, b: b.nfe == 2 * a.nfe and a.rmse != b.rmse),
+    "guidance_interval": ({"guidance": 4.0, "guidance_interval": (0.1, 5.0)}, lambda a, b: a.nfe < b.nfe < 2 * a.nfe),
+    "precision": ({"precision": "bf16"}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
+    "graph": ({"graph": "on"}, lambda a, b: a.nfe == b.nfe and a.rmse == b.rmse),
     "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
     "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
     "reference_nfe": ({"reference_nfe": 4}, lambda a, b: a.rmse != b.rmse and a.distance == b.distance),
@@ -435,6 +486,27 @@ def test_a_flag_of_evaluate_changes_what_is_measured(
     assert len(sweep.cells) == 2
     assert differs(base_cell, sweep.cells[1])
     assert set(sweep.grids) == {(sweep.cells[1].solver, sweep.cells[1].nfe)}, "the report finds the cell's pictures"
+
+
+def test_a_model_that_guides_itself_is_measured_unguided(base_cell: Cell, pipeline: Pipeline, tmp_path: Path) -> None:
+    """At twice the evaluations: both networks are counted."""
+    sweep = evaluate.run(_task(pipeline, tmp_path, guidance=4.0, guide=pipeline.model))
+    assert sweep.cells[1].nfe == 2 * base_cell.nfe
+    assert sweep.cells[1].rmse == pytest.approx(base_cell.rmse, rel=1e-3)
+
+
+def test_budgets_out_of_reach_are_left_out_if_asked(pipeline: Pipeline, tmp_path: Path) -> None:
+    sweep = evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4", skip_unreachable=True, blocks=1))
+    assert [(cell.solver, cell.nfe) for cell in sweep.cells[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
+    with pytest.raises(UsageError, match="3 network evaluations cannot be reached"):
+        evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4"))
+
+
+def test_a_grid_fitted_to_the_model_says_what_that_cost(pipeline: Pipeline, tmp_path: Path) -> None:
+    sweep = evaluate.run(_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
+    fitted, uniform = sweep.cells[1:]
+    assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
+    assert fitted.rmse != uniform.rmse and fitted.nfe == uniform.nfe == 5
 
 
 def test_batch_size_title_and_out_of_evaluate(
@@ -627,7 +699,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Scrip
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
         plans = make_plans(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
-        assert sample_latents(trained, plans["karras"], torch.arange(2), 2.0).nfe == 2 * nfe
+        assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
 
 
 # ---- two processes ----

@@ -1,0 +1,414 @@
+"""What a solver adds to the network: host time and full-tensor operations of a step, beside diffusers and torchdiffeq.
+
+Both sides get a network that costs nothing and walk 20 steps from a state of four numbers, in turns, in one process on one
+thread; a step's time is the process time of a whole trajectory over its steps, median over the turns. `set_timesteps` of a
+scheduler is not timed, nor is building a table. Operations are those whose result is as large as the state, views aside.
+
+Parallel sampling: waves until the end state is within 1e-4 (relative) of the sequential one, on a Gaussian mixture.
+
+With a GPU also, for a DiT-S on 16x16 latents: what a trajectory takes beyond its forward passes, with CUDA graph and without;
+the latency of one image beside the loop of a diffusers pipeline; and parallel sampling's wall-clock beside the graphed
+sequential loop.
+
+    python benchmarks/samplers.py --out benchmarks/results/samplers.json
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from midway.gen.backbone import DiTConfig
+from midway.gen.latent_model import LatentModel, LatentModelConfig
+from midway.gen.runs import environment, hardware
+from midway.samplers.graph import Graphs
+from midway.samplers.grids import karras, logsnr, uniform
+from midway.samplers.parallel import ParallelConfig, sample_parallel
+from midway.samplers.prediction import NetworkField
+from midway.samplers.sample import sample
+from midway.samplers.schedule import EDM, VP, Linear
+from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from oracles import mixture
+
+STEPS = 20
+Trajectory = Callable[[], Tensor]
+"""A whole trajectory from the same start; returns its end."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table: `ours` and `peer` in `unit`, lower being better; `held` when ours is within what the target asks."""
+
+    name: str
+    unit: str
+    ours: float
+    peer_name: str
+    peer: float | None
+    ratio: float | None
+    """peer / ours."""
+    target: str
+    held: bool | None
+    """None where there is no target."""
+    operations: float | None = None
+    """Full-tensor operations of a step, ours."""
+    peer_operations: float | None = None
+
+
+# ---- host cost ----
+
+PAIRS = {  # solver: (scheduler, its options, least ratio, most microseconds of ours)
+    "euler": ("EulerDiscreteScheduler", {}, 1.0, 5.0),
+    "ddim": ("DDIMScheduler", {}, 1.0, 5.0),
+    "heun": ("HeunDiscreteScheduler", {}, 1.0, None),
+    "dpmpp2m": ("DPMSolverMultistepScheduler", {"solver_order": 2}, 10.0, None),
+    "dpmpp3m": ("DPMSolverMultistepScheduler", {"solver_order": 3}, 10.0, None),
+    "unipc2": ("UniPCMultistepScheduler", {"solver_order": 2}, 30.0, None),
+    "unipc3": ("UniPCMultistepScheduler", {"solver_order": 3}, 30.0, None),
+    "deis3": ("DEISMultistepScheduler", {"solver_order": 3}, 10.0, None),
+    "ipndm4": ("IPNDMScheduler", {}, 1.0, None),
+}
+FIXED_GRID = {
+    "euler": "euler",
+    "midpoint": "midpoint",
+    "heun": "heun2",
+    "rk38": "rk4",
+}  # torchdiffeq's rk4 is the 3/8 rule
+
+
+def free_network(x: Tensor, t: Tensor) -> Tensor:
+    """It costs nothing."""
+    return x
+
+
+def our_trajectory(name: str, schedule: Any = None, target: Any = "eps") -> Trajectory:
+    """A solver's table from a state of four numbers."""
+    schedule = schedule or VP()
+    table = SOLVERS[name].build(schedule, karras(schedule, STEPS))
+    field, x = NetworkField(free_network, target, schedule), torch.ones(1, 4)
+    return lambda: sample(field, table, x)
+
+
+def scheduler_trajectory(name: str, options: dict[str, Any]) -> tuple[Callable[[], None], Trajectory]:
+    """How a diffusers scheduler is made ready, and the loop that its documentation shows."""
+    import diffusers
+
+    scheduler, x = getattr(diffusers, name)(**options), torch.ones(1, 4)
+
+    def loop() -> Tensor:
+        state = x
+        for t in scheduler.timesteps:
+            state = scheduler.step(scheduler.scale_model_input(state, t), t, state).prev_sample
+        return state
+
+    return lambda: scheduler.set_timesteps(STEPS), loop
+
+
+def flow_trajectory() -> tuple[Callable[[], None], Trajectory]:
+    """FlowMatchEulerDiscreteScheduler, which scales nothing."""
+    import diffusers
+
+    scheduler, x = diffusers.FlowMatchEulerDiscreteScheduler(), torch.ones(1, 4)
+
+    def loop() -> Tensor:
+        state = x
+        for t in scheduler.timesteps:  # pyright: ignore[reportOptionalIterable]
+            state = scheduler.step(state, t, state).prev_sample  # pyright: ignore
+        return state
+
+    return lambda: scheduler.set_timesteps(STEPS), loop
+
+
+def torchdiffeq_trajectory(method: str) -> Trajectory:
+    """A fixed-grid method of torchdiffeq on the same grid."""
+    import torchdiffeq
+
+    times, x = torch.tensor(karras(VP(), STEPS)), torch.ones(1, 4)
+    return lambda: torchdiffeq.odeint(lambda t, y: y, x, times, method=method)[-1]  # pyright: ignore
+
+
+def process_seconds(trajectory: Trajectory) -> float:
+    """Of this process, all threads."""
+    start = time.process_time()
+    trajectory()
+    return time.process_time() - start
+
+
+class FullTensorOperations(TorchDispatchMode):
+    """Counts operations whose result is as large as the state and not a view."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.count += isinstance(out, Tensor) and out.numel() == self.size and not func.is_view
+        return out
+
+
+def operations(trajectory: Trajectory) -> float:
+    """Full-tensor operations of a step, of a state of four numbers."""
+    with FullTensorOperations(4) as mode:
+        trajectory()
+    return round(mode.count / STEPS, 2)
+
+
+def host_cost(
+    name: str,
+    ours: Trajectory,
+    peer_name: str,
+    peer: Trajectory,
+    ready: Callable[[], None],
+    ratio: float,
+    most: float | None,
+    turns: int,
+) -> Result:
+    """Both in turns."""
+    pairs = []
+    for _ in range(turns + 3):
+        ready()
+        pairs.append((process_seconds(ours), process_seconds(peer)))
+    mine, theirs = (statistics.median(side) / STEPS * 1e6 for side in zip(*pairs[3:], strict=True))
+    own_operations = operations(ours)
+    ready()
+    wanted = f"peer / ours >= {ratio:g}" + (f", ours <= {most:g} us" if most else "")
+    return Result(
+        name,
+        "us/step",
+        round(mine, 2),
+        peer_name,
+        round(theirs, 2),
+        round(theirs / mine, 2),
+        wanted,
+        theirs / mine >= ratio and (most is None or mine <= most),
+        own_operations,
+        operations(peer),
+    )
+
+
+def host_rows(turns: int) -> list[Result]:
+    """Every pair."""
+    rows = []
+    for name, (scheduler, options, ratio, most) in PAIRS.items():
+        ready, peer = scheduler_trajectory(scheduler, options)
+        rows.append(host_cost(name, our_trajectory(name), scheduler, peer, ready, ratio, most, turns))
+    ready, peer = flow_trajectory()
+    flow = our_trajectory("euler", Linear(), "velocity")
+    rows.append(host_cost("euler (flow)", flow, "FlowMatchEuler", peer, ready, 1.0, 5.0, turns))
+    for name, method in FIXED_GRID.items():
+        peer = torchdiffeq_trajectory(method)
+        rows.append(
+            host_cost(name, our_trajectory(name), f"torchdiffeq {method}", peer, lambda: None, 1.0, None, turns)
+        )
+    return rows
+
+
+# ---- parallel in time ----
+
+
+def wave_rows() -> list[Result]:
+    """Waves of the quasi-Newton iteration and of Picard's, beside the steps of the sequential loop."""
+    rows = []
+    for steps in (20, 50, 100):
+        schedule = EDM()  # where the velocity is the noise, as in Picard's published form
+        table = SOLVERS["ddim"].build(schedule, logsnr(schedule, steps))
+        x = torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 80
+        field = mixture().field(schedule)
+        exact = sample(field, table, x)
+        waves = {method: _waves(field, table, schedule, x, exact, method) for method in ("gaussian", "picard")}
+        ours, peer = waves["gaussian"], waves["picard"]
+        most = steps / 5
+        held = ours <= most if steps == 50 else None
+        target = f"ours <= {most:g} waves" if steps == 50 else ""
+        rows.append(Result(f"waves, N = {steps}", "waves", ours, "Picard", peer, round(peer / ours, 2), target, held))
+    return rows
+
+
+def _waves(field: Any, table: Table, schedule: Any, x: Tensor, exact: Tensor, method: Any) -> int:
+    """The fewest waves, over tolerances, that bring the end to 1e-4 of the sequential one."""
+    best = table.nfe
+    for tolerance in (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5):
+        config = ParallelConfig(method=method, tolerance=tolerance)
+        found = sample_parallel(lambda copies: field, table, schedule, x, config)
+        error = ((found.x - exact).square().mean().sqrt() / exact.square().mean().sqrt()).item()
+        best = min(best, found.waves) if error <= 1e-4 else best
+    return best
+
+
+# ---- on a GPU ----
+
+
+@dataclass(frozen=True)
+class Network:
+    """The DiT of the GPU rows."""
+
+    width: int = 384
+    depth: int = 12
+    heads: int = 6
+    size: int = 16
+
+
+def make_model(network: Network, device: torch.device) -> LatentModel:
+    """Random weights: speed does not depend on them."""
+    torch.manual_seed(0)
+    dit = DiTConfig(width=network.width, depth=network.depth, heads=network.heads)
+    model = LatentModel(LatentModelConfig(schedule="vp", target="eps", dit=dit), (4, network.size, network.size), 1000)
+    return model.to(device).eval()
+
+
+def elapsed(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median wall-clock seconds, the device waited for."""
+    found = []
+    for _ in range(repeats + 2):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found[2:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_rows(device: torch.device, network: Network, batches: tuple[int, ...], repeats: int) -> list[Result]:
+    """Overhead over the forward passes, latency beside a diffusers loop, parallel sampling beside the graph."""
+    model, rows = make_model(network, device), []
+    table = SOLVERS["dpmpp2m"].build(model.schedule, karras(model.schedule, 10))
+    for batch in batches:
+        rows += overhead_rows(model, table, batch, device, repeats)
+    rows.append(latency_row(model, device, repeats))
+    rows += [parallel_row(model, steps, device, repeats) for steps in (20, 50, 100)]
+    return rows
+
+
+def overhead_rows(model: LatentModel, table: Table, batch: int, device: torch.device, repeats: int) -> list[Result]:
+    """(T - NFE T_forward) / T, with T_forward that of a graphed forward for the graph, of an eager one for eager."""
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    x = torch.randn(batch, *model.latent_shape, device=device)
+    times = table.times[:1]
+    forward = Table("forward", (table.grid[0], table.grid[1]), (0, 1), table.rows[:1], schedule=table.schedule)
+    captured = Graphs()
+    evaluate = model.field(labels).prepare(times, x)[0]  # pyright: ignore[reportFunctionMemberAccess]
+    ways = {
+        "graph": lambda which: captured.sample(model.field, which, x, (labels,)),
+        "eager": lambda which: evaluate(x) if which is forward else sample(model.field(labels), which, x),
+    }
+    rows = []
+    for how, run in ways.items():
+        one = elapsed(partial(run, forward), device, repeats)
+        whole = elapsed(partial(run, table), device, repeats)
+        share = (whole - table.nfe * one) / whole
+        target, held = ("<= 0.02", share <= 0.02) if how == "graph" and batch == 1 else ("", None)
+        rows.append(Result(f"overhead, {how}, B = {batch}", "share", round(share, 4), "", None, None, target, held))
+    return rows
+
+
+def latency_row(model: LatentModel, device: torch.device, repeats: int) -> Result:
+    """One image in 5 evaluations: our graph beside the eager loop of a diffusers pipeline over the same network."""
+    from diffusers import DDIMScheduler
+
+    table = SOLVERS["ddim"].build(model.schedule, uniform(model.schedule, 5))
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    x, graphs, scheduler = torch.randn(1, *model.latent_shape, device=device), Graphs(), DDIMScheduler()
+
+    def loop() -> Tensor:
+        scheduler.set_timesteps(5, device=device)
+        state = x
+        for t in scheduler.timesteps:
+            clock = (t / 1000).expand(1)
+            said = model.network(state, clock, labels).value
+            state = scheduler.step(said, t, state).prev_sample  # pyright: ignore
+        return state
+
+    with torch.no_grad():
+        theirs = elapsed(loop, device, repeats)
+        ours = elapsed(lambda: graphs.sample(model.field, table, x, (labels,)), device, repeats)
+    ratio = theirs / ours
+    target, held = ("peer / ours >= 3", ratio >= 3) if device.type == "cuda" else ("", None)
+    return Result(
+        "latency, 5 NFE, B = 1",
+        "ms",
+        round(ours * 1e3, 3),
+        "diffusers loop",
+        round(theirs * 1e3, 3),
+        round(ratio, 2),
+        target,
+        held,
+    )
+
+
+def parallel_row(model: LatentModel, steps: int, device: torch.device, repeats: int) -> Result:
+    """Parallel in time beside the sequential loop in one graph; reported, not judged."""
+    table = SOLVERS["ddim"].build(model.schedule, logsnr(model.schedule, steps))
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    x, graphs = torch.randn(1, *model.latent_shape, device=device), Graphs()
+
+    def parallel() -> Tensor:
+        return sample_parallel(lambda n: model.field(labels.repeat(n)), table, model.schedule, x).x
+
+    with torch.no_grad():
+        ours = elapsed(parallel, device, repeats)
+        theirs = elapsed(lambda: graphs.sample(model.field, table, x, (labels,)), device, repeats)
+    name = f"parallel in time, N = {steps}, B = 1"
+    return Result(
+        name, "ms", round(ours * 1e3, 2), "sequential", round(theirs * 1e3, 2), round(theirs / ours, 2), "", None
+    )
+
+
+# ---- the table ----
+
+
+def line(row: Result) -> str:
+    """One line of the printed table."""
+    peer = "" if row.peer is None else f"{row.peer:10.2f}"
+    ratio = "" if row.ratio is None else f"{row.ratio:7.2f}"
+    counts = "" if row.operations is None else f"{row.operations:g} / {row.peer_operations:g}"
+    held = {True: "yes", False: "NO", None: "-"}[row.held]
+    named = f"{row.name} beside {row.peer_name}" if row.peer_name else row.name
+    return f"{named:48s} {row.ours:10.4g} {peer:>10s} {ratio:>7s} {row.unit:8s} {held:4s} {row.target:36s} {counts}"
+
+
+def main() -> int:
+    """Print the table, write the JSON; 1 when a target was missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "samplers.json")
+    parser.add_argument("--turns", type=int, default=200, help="trajectories of each side")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.set_num_threads(1)
+    rows = []
+    print(f"{'name':48s} {'ours':>10s} {'peer':>10s} {'ratio':>7s} {'unit':8s} held target{'':31s} operations a step")
+    with torch.no_grad():
+        makers = [lambda: host_rows(arguments.turns), wave_rows]
+        if device.type == "cuda":
+            makers.append(lambda: device_rows(device, Network(), (1, 16, 256), 20))
+        for make in makers:
+            for row in make():
+                rows.append(row)
+                print(line(row), flush=True)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"device": device.type, "hardware": hardware(), "environment": environment()}
+    arguments.out.write_text(json.dumps({**report, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    print(f"wrote {arguments.out}")
+    return 1 if any(row.held is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""Our tables as a diffusers scheduler: `pipe.scheduler = MidwayScheduler.from_config(pipe.scheduler.config, solver="dpmpp2m")`.
+
+A pipeline calls the network at every entry of `timesteps` and hands what it says to `step`, which runs that row of the table
+and any rows without an evaluation that follow: the same steps, in the same arithmetic, as `sample` on `field_from_diffusers`.
+Which row is next is a count of calls, so nothing waits for the device. The state has the scaling of the model's own schedule,
+x_t = alpha x0 + sigma eps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midway.samplers.denoisers import without_variance
+from midway.samplers.grids import GRIDS, explicit
+from midway.samplers.interop import convention_of, is_flow, read_table, table_from_numbers, trained_range
+from midway.samplers.prediction import expand
+from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table, fingerprint
+from midway.samplers.table_walk import TableWalk
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin, SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError("MidwayScheduler needs diffusers: pip install 'diffusers>=0.35'") from error
+
+
+class MidwayScheduler(SchedulerMixin, ConfigMixin):
+    """A solver of the registry, or a learned table, for any pipeline that calls `set_timesteps` and `step`.
+
+    The first six arguments say how the model was trained and have diffusers' names and defaults (interop.py).
+
+    prediction_type: epsilon, sample, v_prediction or flow_prediction. solver, solver_options: a name of `SOLVERS` and further
+    arguments of its builder. grid, grid_options: a name of `GRIDS` and further arguments, or falling times in [0, 1] that fix the
+    number of steps. analytic_first: no evaluation in the first step. table: in place of all these, the path of a learned
+    table, or its numbers, which then are part of the config.
+    """
+
+    _compatibles = [*(e.name for e in KarrasDiffusionSchedulers), "FlowMatchEulerDiscreteScheduler"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        solver: str = "dpmpp2m",
+        solver_options: Mapping[str, Any] | None = None,
+        grid: str | Sequence[float] = "uniform",
+        grid_options: Mapping[str, Any] | None = None,
+        analytic_first: bool = False,
+        table: str | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.convention = convention_of(self.config)
+        self._learned: Table | None = None
+        if table is not None:
+            read = isinstance(table, str)
+            self._keep(read_table(Path(table), self.convention.schedule) if read else table_from_numbers(table))
+        elif solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or give a table")
+        elif isinstance(grid, str) and grid not in GRIDS:
+            raise ValueError(
+                f"unknown grid {grid!r}: choose one of {', '.join(GRIDS)}, or give falling times in [0, 1]"
+            )
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0)
+        self.table: Table | None = None
+        self._tables: dict[int, Table] = {}
+        self._walk: TableWalk | None = None
+        self._scaled: Tensor | None = None
+
+    def _keep(self, table: Table) -> None:
+        """The numbers of a learned table go into the config, so that saving and copying it need no second file."""
+        own = fingerprint(self.convention.schedule)
+        if table.schedule not in ("", own):
+            raise ValueError(
+                f"table '{table.solver}' was made for {table.schedule}, the config says {own}: take the config of the scheduler "
+                "that the model was trained with"
+            )
+        self._learned = table
+        self.register_to_config(table=asdict(table), solver=table.solver, grid=list(table.grid))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler for the model that a scheduler with this config drives; further arguments of `MidwayScheduler` by name."""
+        if isinstance(config, dict):
+            # the other class may have other defaults than ours, so what it took by default counts as given
+            config = {name: value for name, value in config.items() if name != "_use_default_values"}
+            if is_flow(config):
+                kwargs.setdefault("prediction_type", "flow_prediction")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    # ---- what a pipeline calls ----
+
+    @property
+    def order(self) -> int:
+        """Evaluations per step, as pipelines use the word."""
+        if self._learned is not None:
+            return math.ceil(self._learned.nfe / (len(self._learned.grid) - 1))
+        return SOLVERS[self.config["solver"]].evaluations
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the initial state of unit-variance data: 1 for all but flow-matching models."""
+        t = torch.tensor(self.table.grid[0] if self.table else 1.0, dtype=torch.float64)
+        return torch.hypot(self.convention.schedule.alpha(t), self.convention.schedule.sigma(t)).item()
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Build the table of this many steps and begin anew. `timesteps` (one per evaluation, float32) is on `device`."""
+        self.table = self._build(num_inference_steps)
+        self._begin(self.table)
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = self.convention.timestep(torch.tensor(self.table.times)).to(device)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at this entry of `timesteps` (image to image): the solver starts anew on the rest of the grid."""
+        if self.table is None:
+            raise ValueError("set_begin_index needs a table: call set_timesteps(n) before it")
+        if begin_index == 0:
+            return self._begin(self.table)
+        evaluated = [i for i, row in enumerate(self.table.rows) if row.time is not None]
+        if self._learned is not None or evaluated[begin_index] not in self.table.nodes:
+            raise ValueError(
+                f"cannot begin at evaluation {begin_index}: a learned table, or one inside a step, has no other start than "
+                "its first; begin at a multiple of `order` with a solver of the registry"
+            )
+        node = self.table.nodes.index(evaluated[begin_index])
+        return self._begin(self._solve_on(self.table.grid[node:], analytic_first=False))
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """The state as the network sees it (B, *): itself, unless the table begins with an analytic step, which only scales."""
+        walk = self._walk_now()
+        if not walk.begins or len(walk.leading) == 1:
+            return sample
+        self._scaled = sample * walk.leading[-1]
+        return self._scaled
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take the model's output (B, C or 2 C, *) at `sample` (B, C, *) and give the next input of the model, in its dtype.
+
+        timestep is not read: the count of calls since `set_timesteps` says which evaluation this is.
+        """
+        walk = self._walk_now()
+        x = self._state(walk, sample)
+        value = without_variance(model_output, sample.shape[1]).to(x.dtype)
+        following = walk.take(x, value, lambda: randn_tensor(x.shape, generator, x.device, x.dtype)).to(sample.dtype)
+        return SchedulerOutput(following) if return_dict else (following,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x0 + sigma eps, (B, *), at float timesteps (B,) or (1,)."""
+        t = self.convention.time(timesteps.to(original_samples.device, torch.float32))
+        alpha, sigma = self.convention.schedule.alpha(t), self.convention.schedule.sigma(t)
+        x_t = expand(alpha, original_samples) * original_samples + expand(sigma, noise) * noise
+        return x_t.to(original_samples.dtype)
+
+    # ---- the run ----
+
+    def _build(self, steps: int) -> Table:
+        if self._learned is not None:
+            if steps != len(self._learned.grid) - 1:
+                raise ValueError(
+                    f"the learned table '{self._learned.solver}' has {len(self._learned.grid) - 1} steps, not {steps}: "
+                    "a learned table belongs to its number of steps"
+                )
+            return self._learned
+        if steps not in self._tables:
+            self._tables[steps] = self._solve_on(self._grid(steps), self.config["analytic_first"])
+        return self._tables[steps]
+
+    def _grid(self, steps: int) -> tuple[float, ...]:
+        name, options = self.config["grid"], dict(self.config["grid_options"] or {})
+        if isinstance(name, str):
+            rho_max, rho_min = trained_range(self.convention.schedule)
+            return GRIDS[name](self.convention.schedule, steps, **{"rho_max": rho_max, "rho_min": rho_min, **options})
+        grid = explicit(name)
+        if steps != len(grid) - 1:
+            raise ValueError(f"the grid has {len(grid) - 1} steps, not {steps}: ask for as many, or name a grid")
+        return grid
+
+    def _solve_on(self, grid: tuple[float, ...], analytic_first: bool) -> Table:
+        options = dict(self.config["solver_options"] or {})
+        if analytic_first:
+            options["analytic_first"] = True
+        return SOLVERS[self.config["solver"]].build(self.convention.schedule, grid, **options)
+
+    def _begin(self, table: Table) -> None:
+        self._walk, self._scaled = TableWalk(table, self.convention), None
+
+    def _walk_now(self) -> TableWalk:
+        if self._walk is None or self._walk.finished:
+            raise ValueError("no evaluation is left in this run: call set_timesteps(n) before every run")
+        return self._walk
+
+    def _state(self, walk: TableWalk, sample: Tensor) -> Tensor:
+        """The state that the network has just seen, in float32 or wider."""
+        x = sample if sample.dtype == torch.float64 else sample.float()
+        if not walk.begins or len(walk.leading) == 1:
+            return x
+        if self._scaled is None:
+            raise ValueError(
+                "this pipeline does not call scale_model_input, so the network saw the state before the analytic first step: "
+                "set analytic_first=False"
+            )
+        return walk.start(x / walk.leading[-1] if sample is self._scaled else x)

@@ -1,0 +1,103 @@
+"""What the config of a diffusers scheduler says of a model: its forward process, its target and how it is told the time.
+
+A model of discrete timesteps k = 0 .. N - 1 lives on `Discrete` (discrete.py) with t = (k + 1) / N.
+The network is asked at the float timestep k = N t - 1.
+Flow-matching models live on `Linear` and are told N t. Their `shift` is a matter of the grid (`grids.shift`).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from midway.samplers.discrete import Discrete, betas_of, without_terminal_signal
+from midway.samplers.grids import RHO_MAX, RHO_MIN
+from midway.samplers.learned_solver import FORMAT as LEARNED
+from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.prediction import Target
+from midway.samplers.schedule import Linear, Schedule
+from midway.samplers.table import Row, Table
+
+TARGET_OF: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+"""diffusers' prediction types in the words of `prediction.py`."""
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A model's forward process, its target, and the factor from t to the time it is told (flow matching only)."""
+
+    schedule: Schedule
+    target: Target
+    timestep_scale: float = 1.0
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is told at t, elementwise."""
+        return self.schedule.timestep(t) if isinstance(self.schedule, Discrete) else self.timestep_scale * t
+
+    def time(self, timestep: Tensor) -> Tensor:
+        """The inverse of `timestep`, elementwise."""
+        return self.schedule.time(timestep) if isinstance(self.schedule, Discrete) else timestep / self.timestep_scale
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config belongs to a flow-matching model; one that was never saved does not name its class."""
+    told = config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    named = str(config.get("_class_name", "")).startswith("FlowMatch")
+    return told or named or ("shift" in config and "beta_start" not in config)
+
+
+def convention_of(config: Mapping[str, Any]) -> Convention:
+    """Read a scheduler's config; keys that it lacks have diffusers' defaults (1000 timesteps, linear betas, epsilon).
+
+    ValueError for schedulers of other processes (EDM, VE) and for unknown beta schedules and prediction types.
+    """
+    if is_flow(config):
+        return Convention(Linear(), "velocity", float(config.get("num_train_timesteps", 1000)))
+    owner, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
+    if owner.startswith(("EDM", "ScoreSde", "KarrasVe")) or ("sigma_max" in config and "beta_start" not in config):
+        raise ValueError(
+            f"a config with sigma_max and no betas ({owner or 'no class named'}) is of another process: "
+            "use field_from_edm with a network D(x; sigma)"
+        )
+    if kind not in TARGET_OF:
+        raise ValueError(f"unknown prediction_type {kind!r}: choose one of {', '.join(TARGET_OF)}")
+    log_alpha_bar = torch.log1p(-betas_of(config)).cumsum(0)
+    if config.get("rescale_betas_zero_snr", False):
+        log_alpha_bar = without_terminal_signal(log_alpha_bar)
+    return Convention(Discrete.from_log_alpha_bar(log_alpha_bar), TARGET_OF[kind])
+
+
+def trained_range(schedule: Schedule) -> tuple[float, float]:
+    """(rho_max, rho_min) for a grid: the usual 80 and 0.002, or what a discrete schedule was trained on where that is less."""
+    if not isinstance(schedule, Discrete):
+        return RHO_MAX, RHO_MIN
+    return min(RHO_MAX, math.exp(schedule.log_rho[-1])), max(RHO_MIN, math.exp(schedule.log_rho[0]))
+
+
+def table_from_numbers(numbers: Mapping[str, Any]) -> Table:
+    """The table whose `dataclasses.asdict` these numbers are, also after a journey through JSON."""
+    rows = (
+        Row(r["time"], r["arrival"], tuple(r["states"]), tuple(r["predictions"]), r["noise"]) for r in numbers["rows"]
+    )
+    grid, nodes = tuple(numbers["grid"]), tuple(numbers["nodes"])
+    return Table(numbers["solver"], grid, nodes, tuple(rows), dict(numbers["metadata"]), numbers["schedule"])
+
+
+def read_table(path: Path, schedule: Schedule) -> Table:
+    """The table in a file of `Table.save` or of a learned solver with constants; ValueError for any other."""
+    with safe_open(path, framework="pt") as file:
+        kind = (file.metadata() or {}).get("format")
+    if kind != LEARNED:
+        return Table.load(path)
+    table = LearnedSolver.load(path).table(schedule)
+    if table is None:
+        raise ValueError(
+            f"{path} predicts its numbers from the network's features, which a pipeline does not hand over: "
+            "distil amed-constants instead"
+        )
+    return table

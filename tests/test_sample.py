@@ -1,0 +1,243 @@
+"""The sampling loop: folded coefficients, prepared fields, memory, graphs' host side, the weighted sum."""
+
+import os
+import subprocess
+import sys
+import weakref
+from typing import get_args
+
+import pytest
+import torch
+from oracles import Mixture, mixture
+from torch import Tensor
+
+from midway.samplers import fused, grids
+from midway.samplers.fused import chain, combine
+from midway.samplers.graph import Graphs
+from midway.samplers.prediction import Field, NetworkField, Prediction, Target, expand, target_value
+from midway.samplers.sample import ForwardCounter, plan, sample, trajectory, walk
+from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
+from midway.samplers.solvers import SOLVERS, ddim
+from midway.samplers.table import Recorder, Row, Table, fingerprint
+
+SCHEDULES = [Linear(), Cosine(), VP(), EDM(sigma_max=80.0)]
+names = [type(s).__name__ for s in SCHEDULES]
+
+
+def _network(data: Mixture, schedule: Schedule, target: Target) -> NetworkField:
+    """The exact denoiser, saying `target`."""
+
+    def say(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
+        x0 = data.x0(x, alpha, sigma)
+        return target_value(target, x0, (x - alpha * x0) / sigma, t, schedule)
+
+    return NetworkField(say, target, schedule)
+
+
+def _plain(field: NetworkField) -> Field:
+    """The same field, of which the sampler knows nothing."""
+    return lambda x, t: field(x, t)
+
+
+def _start(schedule: Schedule, t: float, count: int = 6) -> Tensor:
+    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return noise * torch.hypot(*(f(torch.tensor(t, dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma)))
+
+
+# ---- folding ----
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
+@pytest.mark.parametrize("target", get_args(Target))
+@pytest.mark.parametrize("solver", ["euler", "ddim", "heun", "dpm2", "dpmpp2m"])
+def test_a_networks_own_output_gives_what_its_estimates_give(solver: str, target: Target, schedule: Schedule) -> None:
+    """Every state of the trajectory, whatever the network was trained to say."""
+    field = _network(mixture(), schedule, target)
+    table = SOLVERS[solver].build(schedule, grids.karras(schedule, 5, rho_max=20.0, rho_min=0.05))
+    x = _start(schedule, table.grid[0])
+    for mine, theirs in zip(walk(field, table, x), walk(_plain(field), table, x), strict=True):
+        assert mine[0] == theirs[0]
+        torch.testing.assert_close(mine[1], theirs[1], rtol=1e-10, atol=1e-10)
+
+
+def test_one_step_solvers_form_no_estimate_and_multistep_solvers_each_once() -> None:
+    schedule = VP()
+    for solver, formed in (("euler", 0), ("ddim", 0), ("dpmpp2m", 4)):
+        table = SOLVERS[solver].build(schedule, grids.karras(schedule, 6))
+        coefficients = NetworkField(lambda x, t: x, "eps", schedule).coefficients(table.times)
+        steps = plan(table, coefficients)
+        assert sum(step.estimate is not None for step in steps) == formed, solver
+        if not formed:
+            assert all(len(step.weights) == 2 for step in steps)
+
+
+def test_a_weight_of_one_comes_first() -> None:
+    """Adding to a state is one operation less than scaling it."""
+    table = SOLVERS["euler"].build(Linear(), grids.uniform(Linear(), 7))
+    steps = plan(table, NetworkField(lambda x, t: x, "velocity", Linear()).coefficients(table.times))
+    assert all(step.weights[0] == 1 for step in steps)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_places_are_emptied_after_their_last_use(plain: bool) -> None:
+    """Of a long first-order trajectory no more than two of the network's outputs are alive at once."""
+    schedule, alive, most = Cosine(), weakref.WeakSet(), 0
+    table = ddim(schedule, grids.uniform(schedule, 12))
+
+    def say(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal most
+        out = torch.zeros_like(x)
+        alive.add(out)
+        most = max(most, len(alive))
+        return out
+
+    network = NetworkField(say, "x0", schedule)
+    sample((lambda x, t: Prediction(say(x, t), x)) if plain else network, table, torch.ones(2, 2))
+    assert most == 2
+
+
+def test_a_row_without_weights_gives_zeros() -> None:
+    table = Table("nothing", (0.5, 0.1), (0, 1), (Row(0.5, 0.1, (0.0,), (0.0,)),))
+    assert sample(lambda x, t: Prediction(x, x), table, torch.ones(2, 2)).eq(0).all()
+
+
+# ---- refusals ----
+
+
+def test_a_table_of_another_schedule_is_refused() -> None:
+    table = ddim(VP(), grids.karras(VP(), 3))
+    with pytest.raises(ValueError, match=r"made for VP.*field is of Cosine"):
+        sample(NetworkField(lambda x, t: x, "eps", Cosine()), table, torch.ones(2, 2))
+    with pytest.raises(ValueError, match="beta_max=10"):
+        sample(NetworkField(lambda x, t: x, "eps", VP(beta_max=10.0)), table, torch.ones(2, 2))
+    assert fingerprint(VP()) != fingerprint(VP(beta_max=10.0))
+
+
+@pytest.mark.parametrize("grid", [(0.9,), (0.9, 0.9), (0.9, 0.5, 0.7), (1.1, 0.5), (0.5, -0.1)])
+def test_a_grid_that_does_not_fall_is_refused(grid: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="falls all the way"):
+        Recorder("probe", VP(), grid)
+
+
+def test_a_target_that_does_not_tell_x0_is_refused() -> None:
+    table = ddim(Linear(), (1.0, 0.5))
+    with pytest.raises(ValueError, match="does not tell x0"):
+        sample(NetworkField(lambda x, t: x, "eps", Linear()), table, torch.ones(2, 2))
+    sample(NetworkField(lambda x, t: x, "velocity", Linear()), table, torch.ones(2, 2))
+
+
+# ---- dtype, counting, graphs ----
+
+
+def test_the_state_keeps_its_dtype_when_the_network_says_less() -> None:
+    """As under autocast."""
+    for solver in ("ddim", "dpmpp2m"):
+        table = SOLVERS[solver].build(Cosine(), grids.uniform(Cosine(), 4))
+        field = NetworkField(lambda x, t: x.bfloat16(), "v", Cosine())
+        states = trajectory(field, table, torch.ones(3, 2))
+        assert all(state.dtype == torch.float32 for state in states)
+
+
+def test_the_forward_counter_counts_samples_and_lets_go() -> None:
+    module = torch.nn.Linear(2, 2)
+    with ForwardCounter(module) as counter:
+        module(torch.ones(3, 2))
+        module(torch.ones(4, 2))
+    module(torch.ones(5, 2))
+    assert counter.evaluations == 7
+
+
+def test_a_graph_on_a_cpu_is_the_same_call() -> None:
+    table = ddim(Cosine(), grids.uniform(Cosine(), 4))
+
+    def make_field(shift: Tensor) -> Field:
+        return NetworkField(lambda x, t: 0.1 * x + shift, "v", Cosine())
+
+    x, shift = torch.randn(3, 2), torch.ones(3, 2)
+    got = Graphs().sample(make_field, table, x, (shift,))
+    assert torch.equal(got, sample(make_field(shift), table, x))
+    with pytest.raises(ValueError, match="draws noise"):
+        Graphs().sample(make_field, ddim(Cosine(), (0.9, 0.5), eta=0.5), x, (shift,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "heun"])
+def test_a_graph_replays_what_eager_gives_without_a_synchronisation(solver: str) -> None:
+    table = SOLVERS[solver].build(Cosine(), grids.uniform(Cosine(), 4))
+    net = torch.nn.Linear(8, 8).cuda()
+
+    def make_field(shift: Tensor) -> Field:
+        return NetworkField(lambda x, t: net(x) + shift, "v", Cosine())
+
+    graphs = Graphs()
+    with torch.no_grad(), ForwardCounter(net) as counter:
+        for seed in range(3):
+            x, shift = torch.randn(5, 8).cuda() + seed, torch.ones(5, 8).cuda() * seed
+            sample(make_field(shift), table, x)  # everything that is made once is made
+            before = counter.evaluations
+            got = graphs.sample(make_field, table, x, (shift,), counter=counter)
+            assert counter.evaluations - before == 5 * table.nfe
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                expected = sample(make_field(shift), table, x)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert torch.equal(got, expected)
+
+
+# ---- the weighted sum ----
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17])
+def test_the_weighted_sum_is_one(count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(3, 5, dtype=torch.float64, generator=generator) for _ in range(count)]
+    weights = torch.randn(count, dtype=torch.float64, generator=generator).tolist()
+    expected = sum(w * x for w, x in zip(weights, tensors, strict=True))
+    before = [x.clone() for x in tensors]
+    torch.testing.assert_close(combine(weights, tensors), expected, rtol=1e-12, atol=1e-12)
+    weights[0] = 1.0
+    expected = sum(w * x for w, x in zip(weights, tensors, strict=True))
+    torch.testing.assert_close(chain(weights, tensors), expected, rtol=1e-12, atol=1e-12)
+    assert all(map(torch.equal, tensors, before)), "the terms stay as they were"
+
+
+def test_the_weighted_sum_can_be_differentiated() -> None:
+    tensors = [torch.randn(3, requires_grad=True) for _ in range(3)]
+    for weights in ((2.0, 3.0, -1.0), (1.0, 3.0, -1.0)):
+        found = torch.autograd.grad(combine(weights, tensors).sum(), tensors)
+        assert [g[0].item() for g in found] == list(weights)
+
+
+def test_the_kernel_gives_what_torch_gives() -> None:
+    """By Triton's interpreter, in a process of its own, since it decides once where it runs."""
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from midway.samplers.fused import fused, chain\n"
+        "torch.manual_seed(0)\n"
+        "for n in (2, 3, 17):\n"
+        "    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.3)):\n"
+        "        xs = [torch.randn(3, 701).to(dtype) for _ in range(n)]; ws = torch.randn(n).tolist()\n"
+        "        got = fused(ws, xs); assert got.dtype == dtype and got.shape == (3, 701)\n"
+        "        assert torch.allclose(got.float(), chain(ws, [x.float() for x in xs]), atol=tolerance), n\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_kernel_that_disagrees_or_fails_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    works = fused._kernel_works.__wrapped__
+    monkeypatch.setattr(fused, "fused", chain)
+    assert works(device)
+    monkeypatch.setattr(fused, "fused", lambda weights, tensors: chain(weights[:-1], tensors[:-1]))
+    assert not works(device)
+
+    def fails(weights: list[float], tensors: list[Tensor]) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(fused, "fused", fails)
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert not works(device)
