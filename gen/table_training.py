@@ -203,25 +203,13 @@ class TableObjective(nn.Module):
         """Note the evaluations: those of a skipped step were made as well."""
         self.evaluations.fill_(self.counter.evaluations)
 
-    def export(self, averaged: Mapping[str, Tensor], model_hash: str, processes: int = 1) -> Table:
-        """The table of `averaged` (named as this module's state), with what it belongs to and what it cost."""
+    def export(self, averaged: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Table:
+        """The table of `averaged` (named as this module's state), with `metadata`."""
         learned = copy.deepcopy(self.learned).cpu()
         learned.load_state_dict(
             {k.removeprefix("learned."): v for k, v in averaged.items() if k.startswith("learned.")}
         )
-        config = self.config
-        return learned.table(
-            {
-                "schedule": self._model[0].config.schedule,
-                "model_hash": model_hash,
-                "nfe": str(self.target.nfe),
-                "analytic_first": str(self.analytic_first),
-                "start": f"DPM++({config.order}M) on {self.grid_name}",
-                "guidance": repr(self.target.guidance),
-                "training_nfe": str(self.counter.evaluations * processes),
-                "teacher": f"{config.teacher} on {config.teacher_grid}, {config.teacher_steps} steps",
-            }
-        )
+        return learned.table(metadata)
 
 
 def _restore_count(module: nn.Module, incompatible_keys: object) -> None:

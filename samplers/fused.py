@@ -27,15 +27,20 @@ def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 def chain(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """The sum by torch, one operation a term."""
-    if len(weights) == 1:
-        return tensors[0] * weights[0]
-    if weights[0] == 1:
-        total, rest = torch.add(tensors[0], tensors[1], alpha=weights[1]), 2
+    if weights[0] != 1 or len(weights) == 1:
+        total, rest = torch.mul(tensors[0], scalar(weights[0])), 1
     else:
-        total, rest = tensors[0] * weights[0], 1
-    for weight, tensor in zip(weights[rest:], tensors[rest:], strict=True):
-        total.add_(tensor, alpha=weight)
+        total, rest = torch.add(tensors[0], tensors[1], alpha=weights[1]), 2
+    for j in range(rest, len(weights)):
+        total.add_(tensors[j], alpha=weights[j])
     return total
+
+
+@functools.lru_cache(maxsize=4096)
+def scalar(weight: float) -> Tensor:
+    """A number () that torch multiplies by in half the time that a Python number takes it; it stays on the host."""
+    with torch.inference_mode(False):
+        return torch.tensor(weight, dtype=torch.float64)
 
 
 def fused(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

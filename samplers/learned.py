@@ -32,7 +32,7 @@ from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp_weights
 from midway.samplers.prediction import Field, Prediction
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Row, Table
+from midway.samplers.table import Row, Table, fingerprint
 
 REACH = 4.0
 """A learned gap or noise level is at most e^4 times what it started from: the grid keeps falling whatever is learned."""
@@ -132,7 +132,8 @@ class LearnedTable(nn.Module):
             )
             for n in range(len(times) - 1)
         )
-        return Table("table", tuple(times), tuple(range(len(times))), rows, dict(metadata or {}))
+        nodes, made_for = tuple(range(len(times))), fingerprint(self.schedule)
+        return Table("table", tuple(times), nodes, rows, dict(metadata or {}), made_for)
 
 
 def rollout(field: Field, learned: LearnedTable, x: Tensor) -> Tensor:

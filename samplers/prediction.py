@@ -94,9 +94,15 @@ def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
         return torch.tensor(values, dtype=dtype).to(device)
 
 
-def times_of(times: Sequence[float], x: Tensor) -> Sequence[Tensor]:
+def times_of(times: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
     """Each time as a tensor (B,) beside x (B, *)."""
-    return on_device(tuple(times), x.dtype, x.device)[:, None].expand(-1, x.shape[0]).unbind(0)
+    return _times_of(tuple(times), x.shape[0], x.dtype, x.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _times_of(times: tuple[float, ...], batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):
+        return on_device(times, dtype, device)[:, None].expand(-1, batch).unbind(0)
 
 
 @functools.lru_cache

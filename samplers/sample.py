@@ -2,11 +2,11 @@
 
 The state stays in the dtype of `x` (float32); coefficients are Python floats, so nothing in the loop waits for the device. All
 times are known before the loop: a field that can do work for all of them at once does it there (`TargetField.prepare`), and one
-that differs between times says which it is (`at`). Where the network's output is one target, a row weighs that output itself:
+that differs between times says what it is at each (`at`). Where the network's output is one target, rows weigh that itself:
 
     D_j = p x_j + q value_j,   so   w D_j = w p x_j + w q value_j
 
-and D_j is formed only if later rows need it. States and estimates are dropped after the last row that weighs them.
+so a row is one weighted sum of states and outputs. Both are dropped after the last row that weighs them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from midway.samplers.fused import combine
+from midway.samplers.fused import combine, scalar
 from midway.samplers.guidance import at_time
 from midway.samplers.prediction import Field, Prediction, TargetField, times_of
 from midway.samplers.table import Row, Table, fingerprint
@@ -25,69 +26,80 @@ NoiseSource = Callable[[Tensor], Tensor]
 """`source(x)` gives standard normal noise shaped like x, one independent stream per sample, fresh at every call."""
 
 
+Places = list[Any]
+"""The states x_0 .. x_N, then what the network said at each evaluation; None before and after their time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A row, ready to run on a list of tensors: the states, then the estimates D_j, then the network's newest output.
+    """A row, ready to run: the next state is the sum of weights[k] places[sources[k]], which `form` gives, and noise.
 
-    weights, sources: what makes the next state. estimate: (p, q) if D_j is to be formed from the output, else the output is D_j.
-    done: places that no later row reads.
+    done: the places that no later row reads.
     """
 
     evaluation: int | None
-    estimate: tuple[float, float] | None
     weights: tuple[float, ...]
     sources: tuple[int, ...]
     noise: float
     done: tuple[int, ...]
+    form: Callable[[Places], Tensor]
 
 
 def plan(table: Table, coefficients: Sequence[tuple[float, float]] | None) -> tuple[Step, ...]:
     """The rows as steps. coefficients: (p, q) of every evaluation, None for a field that gives D itself."""
-    rows, first = table.rows, len(table.rows) + 1  # the place of D_0
-    owner = [i for i, row in enumerate(rows) if row.time is not None]  # the state of each evaluation
-    use = {first + j: i for j, i in enumerate(owner)}  # the last row that reads a place
-    use |= {first + j: i for i, row in enumerate(rows) for j, w in enumerate(row.predictions) if w != 0}
-    folded = {j for j, i in enumerate(owner) if coefficients is not None and use[first + j] == i}
-    terms = [_terms(row, i, first, folded, coefficients) for i, row in enumerate(rows)]
-    use |= {i: i for i in range(len(rows))}
-    use |= {place: i for i, row in enumerate(terms) for _, place in row}
+    rows, owner = table.rows, [i for i, row in enumerate(table.rows) if row.time is not None]
+    terms = [
+        _terms(row, i, len(rows) + 1, owner, coefficients or [(0.0, 1.0)] * len(owner)) for i, row in enumerate(rows)
+    ]
+    last_use = {i: i for i in range(len(rows))} | {len(rows) + 1 + j: i for j, i in enumerate(owner)}
+    last_use |= {place: i for i, row in enumerate(terms) for place in row}
     steps = []
     for i, row in enumerate(rows):
-        j = len(row.predictions) - 1 if row.time is not None else None
-        own = coefficients[j] if j is not None and coefficients is not None and j not in folded else None
+        weights, sources = tuple(terms[i].values()), tuple(terms[i])
         steps.append(
             Step(
-                evaluation=j,
-                estimate=own,
-                weights=tuple(weight for weight, _ in terms[i]),
-                sources=tuple(place for _, place in terms[i]),
+                evaluation=len(row.predictions) - 1 if row.time is not None else None,
+                weights=weights,
+                sources=sources,
                 noise=row.noise,
-                done=tuple(place for place, last in use.items() if last == i and place < first + len(owner)),
+                done=tuple(place for place, last in last_use.items() if last == i),
+                form=_sum(weights, sources),
             )
         )
     return tuple(steps)
 
 
 def _terms(
-    row: Row, i: int, first: int, folded: set[int], coefficients: Sequence[tuple[float, float]] | None
-) -> list[tuple[float, int]]:
-    """(weight, place) of a row's next state, a weight of 1 first if there is one: adding to it is one operation less."""
-    states = dict(enumerate(row.states))
-    terms = []
+    row: Row, i: int, first: int, owner: Sequence[int], coefficients: Sequence[tuple[float, float]]
+) -> dict[int, float]:
+    """place -> weight of a row's next state, a weight of 1 first if there is one: adding to it is one operation less."""
+    states, outputs = list(row.states), {}
     for j, weight in enumerate(row.predictions):
-        if j in folded and weight != 0 and coefficients is not None:
-            p, q = coefficients[j]
-            states[i] += weight * p
-            terms.append((weight * q, -1))
-        elif weight != 0:
-            terms.append((weight, first + j))
-    own = [(_round(w), j) for j, w in states.items() if w != 0]
-    return sorted([*own, *terms], key=lambda term: term[0] != 1) or [(0.0, i)]
+        p, q = coefficients[j]
+        states[owner[j]] += weight * p
+        outputs[first + j] = weight * q
+    terms = {place: weight for place, weight in {**dict(enumerate(states)), **outputs}.items() if weight != 0}
+    ones = {place: 1.0 for place, weight in terms.items() if abs(weight - 1) < 1e-15}  # 1 but for rounding
+    return {**ones, **{place: weight for place, weight in terms.items() if place not in ones}} or {i: 0.0}
 
 
-def _round(weight: float) -> float:
-    """1 where only rounding separates a weight from it."""
-    return 1.0 if abs(weight - 1) < 1e-15 else weight
+def _sum(weights: tuple[float, ...], sources: tuple[int, ...]) -> Callable[[Places], Tensor]:
+    """The weighted sum, with as little as possible between it and torch: on small states that is what a step costs."""
+    first, lead, rest = sources[0], scalar(weights[0]), tuple(zip(sources[1:], weights[1:], strict=True))
+    if len(rest) == 1 and weights[0] == 1:
+        ((other, weight),) = rest
+        return lambda places: torch.add(places[first], places[other], alpha=weight)
+
+    def form(places: Places) -> Tensor:
+        x = places[first]
+        if x.is_cuda:
+            return combine(weights, [places[j] for j in sources])
+        total = torch.mul(x, lead)
+        for j, weight in rest:
+            total.add_(places[j], alpha=weight)
+        return total
+
+    return form
 
 
 def walk(field: Field, table: Table, x: Tensor, noise: NoiseSource | None = None) -> Iterator[tuple[int, Tensor]]:
@@ -98,23 +110,19 @@ def walk(field: Field, table: Table, x: Tensor, noise: NoiseSource | None = None
     if table.stochastic and noise is None:
         raise ValueError(f"table '{table.solver}' draws noise: pass a noise source, or build it with eta=0")
     evaluate, steps = _prepared(field, table, x)
-    first = len(steps) + 1
-    places: list[Any] = [None] * (first + len(evaluate) + 1)
+    first, dtype = len(steps) + 1, x.dtype
+    places: Places = [None] * (first + len(evaluate))
     places[0] = x
     yield 0, x
     for i, step in enumerate(steps):
         if step.evaluation is not None:
             value = evaluate[step.evaluation](places[i])
-            if value.dtype != x.dtype:
-                value = value.to(x.dtype)
-            places[-1] = value
-            formed = value if step.estimate is None else combine(step.estimate, (places[i], value))
-            places[first + step.evaluation] = formed
-        used = [places[j] for j in step.sources]
+            places[first + step.evaluation] = value if value.dtype == dtype else value.to(dtype)
         if step.noise != 0 and noise is not None:
-            state = combine((*step.weights, step.noise), (*used, noise(x)))
+            used = [places[j] for j in step.sources]
+            state = combine((*step.weights, step.noise), [*used, noise(x)])
         else:
-            state = combine(step.weights, used)
+            state = step.form(places)
         places[i + 1] = state
         yield i + 1, state
         for j in step.done:

@@ -1,14 +1,13 @@
 """A table walked from outside: somebody else calls the network, one evaluation at a time."""
 
 from collections.abc import Callable
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from midway.samplers.fused import combine
 from midway.samplers.interop import Convention
 from midway.samplers.prediction import x0_coefficients
-from midway.samplers.sample import Step, plan
+from midway.samplers.sample import Places, Step, plan
 from midway.samplers.table import Table
 
 
@@ -37,7 +36,7 @@ class TableWalk:
         self.leading = leading_factors(table)
         self.row = len(self.leading) - 1
         self._first = len(table.rows) + 1
-        self._places: list[Any] = [None] * (self._first + table.nfe + 1)
+        self._places: Places = [None] * (self._first + table.nfe)
 
     @property
     def begins(self) -> bool:
@@ -57,9 +56,8 @@ class TableWalk:
     def take(self, x: Tensor, value: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         """x (B, *): the state that was evaluated; value (B, *): what the network said; draw: fresh noise (B, *)."""
         step = self.steps[self.row]
-        self._places[self.row], self._places[-1] = x, value
-        if step.evaluation is not None and step.estimate is not None:
-            self._places[self._first + step.evaluation] = combine(step.estimate, (x, value))
+        assert step.evaluation is not None
+        self._places[self.row], self._places[self._first + step.evaluation] = x, value
         self._advance(draw)
         while not self.finished and self.steps[self.row].evaluation is None:
             self._advance(draw)
@@ -67,10 +65,10 @@ class TableWalk:
 
     def _advance(self, draw: Callable[[], Tensor]) -> None:
         step = self.steps[self.row]
-        weights, used = step.weights, [self._places[j] for j in step.sources]
+        state = step.form(self._places)
         if step.noise != 0:
-            weights, used = (*weights, step.noise), [*used, draw()]
+            state = torch.add(state, draw(), alpha=step.noise)
         self.row += 1
-        self._places[self.row] = combine(weights, used)
+        self._places[self.row] = state
         for j in step.done:
             self._places[j] = None

@@ -1,10 +1,12 @@
 """Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8
 
-`amed` is AMED-Solver, `amed-plugin-<base>` AMED inside another solver; with `-constants` all samples share its numbers.
+`table` learns every number of a multistep solver and its grid, end to end. `amed` is AMED-Solver, `amed-plugin-<base>` AMED
+inside another solver; with `-constants` all samples share its numbers.
 """
 
 import copy
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,38 +16,44 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, numbers, resolve
-from midway.gen.artefacts import TrainedModel, load_model, solver_path
+from midway.gen.artefacts import LEARNED, TABLE, TrainedModel, load_model, solver_path
 from midway.gen.config import to_dict
 from midway.gen.errors import UsageError, nearest
 from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.table_training import BEST, TableConfig, TableObjective, TableTarget
 from midway.gen.train_config import TrainConfig
 from midway.gen.trainable import Hooks, Items
 from midway.gen.training import fit
 from midway.samplers.grids import GRIDS
-from midway.samplers.learned_solver import LEARNED, LearnedSolver, SolverCard
+from midway.samplers.learned_solver import LEARNED as AMED
+from midway.samplers.learned_solver import LearnedSolver, SolverCard
 from midway.samplers.solvers import SOLVERS
 from recipes import Flat, Resume
 
 
 @dataclass(frozen=True)
 class SolverTask:
-    """Distil AMED for one model: one learned solver per budget, stored with the model."""
+    """Learn a solver for one model: one per budget, stored with the model."""
 
     model: Path
     """Run directory of the latent model."""
     solver: str = "amed"
-    """amed (per-sample predictor), amed-constants (constants per step), or AMED inside another solver, amed-plugin-<base> and
-    amed-plugin-<base>-constants with base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m; also the first argument."""
+    """table (all numbers of a multistep solver), amed (per-sample predictor), amed-constants (constants per step), or AMED inside
+    another solver, amed-plugin-<base> and amed-plugin-<base>-constants with base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m;
+    also the first argument."""
     nfe: str = "6"
-    """Budgets, comma-separated; odd ones take the first slope analytically."""
+    """Budgets, comma-separated; at odd ones AMED takes the first slope analytically."""
     grid: str = "karras"
-    """Grid of the learned solver."""
+    """Grid of the learned solver; a table begins there, or on the best of all (best) and learns its own."""
     guidance: float = 1.0
     """Classifier-free guidance scale that the solver is learned for."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    """How AMED is distilled."""
+    table: TableConfig = field(default_factory=TableConfig)
+    """How a table is learned."""
     train: Annotated[TrainConfig, Flat] = field(
         default_factory=lambda: TrainConfig(
             steps=80, batch_size=64, lr=3e-3, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
@@ -57,16 +65,23 @@ class SolverTask:
     """auto: go on with solvers that were begun, from their newest checkpoints."""
 
 
+TABLE_TRAIN = TrainConfig(steps=600, batch_size=16, lr=0.03, warmup=0, decay="cosine", ema=0, clip=1.0, log_every=50)
+
+
 def recipes() -> dict[str, object]:
     """The solver's name is the first argument."""
-    return {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in LEARNED}
+    amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in AMED}
+    return {TABLE: lambda: SolverTask(model=tyro.MISSING, solver=TABLE, grid=BEST, train=TABLE_TRAIN), **amed}
+
+
+Objective = SolverObjective | TableObjective
 
 
 @dataclass(frozen=True)
 class Parts:
     """What is trained, on what."""
 
-    model: SolverObjective
+    model: Objective
     items: Items
 
 
@@ -96,17 +111,21 @@ def make_parts(task: SolverTask, accelerator: Accelerator) -> Parts:
     return Parts(objective, run_teacher(objective, trained, accelerator.device))
 
 
-def run_teacher(objective: SolverObjective, trained: TrainedModel, device: torch.device) -> Items:
-    """Compute the teacher's trajectories and start the rule from the best of a few."""
+def run_teacher(objective: Objective, trained: TrainedModel, device: torch.device) -> Items:
+    """Compute what the teacher shows, and start from the best of a few."""
     config = objective.config
     objective.to(device)
-    order = torch.arange(config.seed, config.seed + config.trajectories)
-    labels = labels_of(order, trained.model.classes).to(device)
+    count = config.pairs if isinstance(config, TableConfig) else config.trajectories
+    labels = labels_of(torch.arange(config.seed, config.seed + count), trained.model.classes).to(device)
+    if isinstance(objective, TableObjective):
+        pairs = objective.run_teacher(labels)
+        objective.warm_start(pairs)
+        return Items(lambda items: pairs.take(items.to(device)), count, f"teacher of {trained.hash}")
     teacher = objective.run_teacher(labels)
     objective.warm_start(teacher, labels)
     return Items(
         lambda items: TrajectoryBatch(teacher.take(items.to(device)), labels[items.to(device)]),
-        config.trajectories,
+        count,
         f"teacher of {trained.hash}",
     )
 
@@ -115,19 +134,21 @@ def check(task: SolverTask) -> None:
     """Refuse names that do not exist before anything is loaded."""
     for what, name, known in (
         ("solver", task.solver, LEARNED),
-        ("grid", task.grid, GRIDS),
+        ("grid", task.grid, (*GRIDS, BEST) if task.solver == TABLE else GRIDS),
         ("teacher", task.distill.teacher, SOLVERS),
     ):
         if name not in known:
             raise UsageError(f"unknown {what} '{name}'", "it is not in the registry", nearest(name, known))
 
 
-def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> SolverObjective:
+def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Objective:
     """What is learned at one budget; UsageError for a budget that does not exist."""
-    learned = LEARNED[task.solver]
-    target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
     torch.manual_seed(task.train.seed)
     try:
+        if task.solver == TABLE:
+            return TableObjective(trained.model, TableTarget(nfe, task.grid, task.guidance), task.table)
+        learned = AMED[task.solver]
+        target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
         return SolverObjective(trained.model, target, task.distill)
     except ValueError as error:
         raise UsageError(
@@ -138,7 +159,7 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> SolverO
 
 
 def train_one(
-    task: SolverTask, nfe: int, objective: SolverObjective, trained: TrainedModel, accelerator: Accelerator
+    task: SolverTask, nfe: int, objective: Objective, trained: TrainedModel, accelerator: Accelerator
 ) -> Run | None:
     """Distil at one budget and save."""
     path = solver_path(task.model, task.solver, task.grid, nfe)
@@ -163,28 +184,39 @@ def train_one(
 def export(
     folder: Path,
     task: SolverTask,
-    objective: SolverObjective,
+    objective: Objective,
     trained: TrainedModel,
     averaged: dict[str, Tensor],
     processes: int,
 ) -> None:
     """The learned solver as evaluate.py reads it."""
-    card = SolverCard(
+    card = card_for(task, objective, trained, processes)
+    file = folder / "solver.safetensors"
+    if isinstance(objective, TableObjective):
+        objective.export(averaged, {"card": json.dumps(asdict(card))}).save(file)
+        return
+    rule = copy.deepcopy(objective.rule).cpu().eval()
+    rule.load_state_dict({k.removeprefix("rule."): v for k, v in averaged.items() if k.startswith("rule.")})
+    LearnedSolver(card, objective.grid, rule).save(file)
+
+
+def card_for(task: SolverTask, objective: Objective, trained: TrainedModel, processes: int) -> SolverCard:
+    """What the learned solver belongs to and what it cost."""
+    is_table = isinstance(objective, TableObjective)
+    teacher = f"{objective.config.teacher}, {len(objective.teacher.grid) - 1} steps"
+    return SolverCard(
         name=task.solver,
         grid_name=task.grid,
         schedule=trained.model.config.schedule,
         model_hash=trained.hash,
         nfe=objective.target.nfe,
-        analytic_first=objective.solver.analytic_first,
+        analytic_first=objective.analytic_first if is_table else objective.solver.analytic_first,
         guidance=task.guidance,
         training_nfe=objective.counter.evaluations * processes,
-        teacher=f"{objective.config.teacher}, {len(objective.teacher.grid) - 1} steps",
-        base=objective.target.base,
-        mode=objective.config.mode,
+        teacher=f"{teacher} on {objective.config.teacher_grid}" if is_table else teacher,
+        base=f"dpmpp{objective.config.order}m on {objective.grid_name}" if is_table else objective.target.base,
+        mode="end_to_end" if is_table else objective.config.mode,
     )
-    rule = copy.deepcopy(objective.rule).cpu().eval()
-    rule.load_state_dict({k.removeprefix("rule."): v for k, v in averaged.items() if k.startswith("rule.")})
-    LearnedSolver(card, objective.grid, rule).save(folder / "solver.safetensors")
 
 
 if __name__ == "__main__":

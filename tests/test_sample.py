@@ -61,15 +61,13 @@ def test_a_networks_own_output_gives_what_its_estimates_give(solver: str, target
         torch.testing.assert_close(mine[1], theirs[1], rtol=1e-10, atol=1e-10)
 
 
-def test_one_step_solvers_form_no_estimate_and_multistep_solvers_each_once() -> None:
+def test_a_row_is_one_sum_of_states_and_outputs() -> None:
+    """Two terms for a first-order solver; two more for every earlier output that a multistep solver weighs."""
     schedule = VP()
-    for solver, formed in (("euler", 0), ("ddim", 0), ("dpmpp2m", 4)):
-        table = SOLVERS[solver].build(schedule, grids.karras(schedule, 6))
-        coefficients = NetworkField(lambda x, t: x, "eps", schedule).coefficients(table.times)
-        steps = plan(table, coefficients)
-        assert sum(step.estimate is not None for step in steps) == formed, solver
-        if not formed:
-            assert all(len(step.weights) == 2 for step in steps)
+    for solver, most in (("euler", 2), ("ddim", 2), ("dpmpp2m", 4), ("dpmpp3m", 6), ("unipc2", 6), ("ipndm4", 8)):
+        table = SOLVERS[solver].build(schedule, grids.karras(schedule, 8))
+        steps = plan(table, NetworkField(lambda x, t: x, "eps", schedule).coefficients(table.times))
+        assert max(len(step.weights) for step in steps) == most, solver
 
 
 def test_a_weight_of_one_comes_first() -> None:
