@@ -7,15 +7,16 @@ from typing import Literal
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.artefacts import TrainedModel, best_device, load_model
+from midway.gen.artefacts import LEARNED, TrainedModel, best_device, load_model, solver_path
 from midway.gen.config import from_dict, read_yaml
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
+from midway.gen.evaluate import LEARNED_ON, Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
 from midway.gen.features import load_features
 from midway.gen.latent_field import EVERYWHERE
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import Run, command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.samplers.solvers import SOLVERS
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class EvaluateTask:
     out: Path | None = None
     """Directory to write (default: report/ in the model's run)."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
-    """Comma-separated; learned ones (table, amed, amed-constants, amed-plugin-...) must have been trained for every budget."""
+    """Comma-separated; learned ones (table, amed, amed-constants, amed-plugin-...) must have been trained for every budget.
+    all: every solver there is, and what was learned for every budget."""
     nfe: str = "4,6,8,10,20"
     """Comma-separated budgets of network evaluations."""
     grids: str = "uniform,logsnr,karras"
@@ -68,8 +70,9 @@ class EvaluateTask:
 def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report."""
     device = best_device()
+    trained = load_model(task.model, device)
     config = SweepConfig(
-        solvers=names(task.solvers),
+        solvers=solver_names(task.solvers, trained, numbers(task.nfe, "--nfe")),
         nfe=numbers(task.nfe, "--nfe"),
         grids=names(task.grids),
         n=task.n,
@@ -88,7 +91,6 @@ def run(task: EvaluateTask) -> Sweep:
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
-    trained = load_model(task.model, device)
     features_run = Run.open(task.features or find_features(trained), "features")
     network, name = load_features(features_run.checkpoint / "features.safetensors")
     splits = load_splits(trained.data)
@@ -113,6 +115,18 @@ def run(task: EvaluateTask) -> Sweep:
     print(text_table(sweep.cells))
     print(f"report: {out / 'report.html'}")
     return sweep
+
+
+def solver_names(words: str, trained: TrainedModel, budgets: tuple[int, ...]) -> tuple[str, ...]:
+    """The solvers that --solvers names."""
+    if words != "all":
+        return names(words)
+    learned = [name for name in LEARNED if all(_is_learned(name, trained, nfe) for nfe in budgets)]
+    return (*SOLVERS, *learned)
+
+
+def _is_learned(name: str, trained: TrainedModel, nfe: int) -> bool:
+    return any((solver_path(trained.run.path, name, grid, nfe) / "config.yaml").exists() for grid in LEARNED_ON)
 
 
 def same_images(features_run: Run, trained: TrainedModel) -> bool:

@@ -41,6 +41,7 @@ from midway.gen.latent_model import LatentModelConfig
 from midway.gen.runs import CONFIG_TMP, lock
 from midway.gen.solver_training import DistillConfig
 from midway.gen.splits import DataConfig
+from midway.gen.table_training import TableConfig
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
 from midway.tokenizers import vq
@@ -78,6 +79,18 @@ def solver_task(out: Path, pipeline: Pipeline) -> SolverTask:
     return SolverTask(out, nfe="4", grid="uniform", distill=distill, train=SOLVER, resume="auto")
 
 
+def table_task(out: Path, pipeline: Pipeline) -> SolverTask:
+    """A learned table that first chooses where it begins."""
+    task = solver_task(out, pipeline)
+    return replace(task, solver="table", grid="best", table=TableConfig(pairs=30, teacher_steps=4))
+
+
+def plugin_task(out: Path, pipeline: Pipeline) -> SolverTask:
+    """AMED inside another solver, learned end to end."""
+    task = solver_task(out, pipeline)
+    return replace(task, solver="amed-plugin-dpmpp2m", distill=replace(task.distill, mode="end_to_end"))
+
+
 Make = Callable[[Path, Pipeline], Task]
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -92,6 +105,8 @@ KINDS: dict[str, Make] = {
     ),
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
     "solver": solver_task,
+    "table": table_task,
+    "plugin": plugin_task,
 }
 
 

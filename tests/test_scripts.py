@@ -26,9 +26,9 @@ from torch import Tensor
 
 from cli import resolve
 from midway.gen import sampling
-from midway.gen.artefacts import TrainedModel, load_model, load_tokenizer
+from midway.gen.artefacts import TrainedModel, card_of, load_model, load_tokenizer
 from midway.gen.config import from_dict, read_yaml, to_dict
-from midway.gen.errors import UsageError
+from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep, SweepConfig, make_plans
 from midway.gen.latent_field import Guidance
 from midway.gen.latent_model import LatentModel, LatentModelConfig
@@ -41,6 +41,7 @@ from midway.samplers.grids import GRIDS
 from midway.samplers.prediction import TARGETS
 from midway.samplers.schedule import SCHEDULES
 from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from recipes import LATENT_RECIPES, TOKENIZER_RECIPES, LatentTask, TokenizerConfig, TokenizerTask
 
@@ -700,6 +701,82 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Scrip
     for nfe in (2, 6):
         plans = make_plans(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
         assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
+
+
+@pytest.fixture(scope="module")
+def with_a_table(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model with a learned table at 3 evaluations, and an AMED plugin learned end to end at 4."""
+    model = tmp_path_factory.mktemp("learned") / "model"
+    shutil.copytree(pipeline.model, model)
+    common = ("--model", model, *TINY_FLAGS)
+    for words in (
+        (
+            *(
+                "train_solver",
+                "table",
+                *common,
+                "--nfe",
+                3,
+                "--lr",
+                0.03,
+                "--table.pairs",
+                16,
+                "--table.teacher-steps",
+                6,
+            ),
+        ),
+        (
+            *("train_solver", "amed-plugin-dpmpp2m-constants", *common, "--nfe", 4, "--grid", "uniform"),
+            *("--distill.mode", "end_to_end", "--distill.trajectories", 16, "--distill.teacher-steps", 4),
+        ),
+    ):
+        told = _shell(SCRIPTS / f"{words[0]}.py", *words[1:])
+        assert told.code == 0, told.err
+    return model
+
+
+def test_a_learned_table_is_sampled_and_measured_by_name(
+    with_a_table: Path, pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    (plan,) = make_plans(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
+    assert isinstance(plan, Table) and plan.nfe == 3
+    card = card_of(plan)
+    assert card is not None and card.mode == "end_to_end" and card.base.startswith("dpmpp3m on ")
+    out = tmp_path / "grid.png"
+    told = script("sample", "--model", with_a_table, "--solver", "table", "--nfe", 3, "--n", 4, "--out", out)
+    assert told.code == 0, told.err
+    assert "3 evaluations each" in told.out
+    solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
+    task = replace(_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)
+    cells = evaluate.run(replace(task, solvers="ddim,table")).cells[1:]
+    assert [(cell.solver, cell.nfe, cell.training_nfe > 0) for cell in cells] == [
+        ("ddim", 3, False),
+        ("table", 3, True),
+    ]
+    assert cells[1].rmse != cells[0].rmse
+    with pytest.raises(UsageError, match="table at NFE 4 has not been learned"):
+        evaluate.run(replace(task, solvers=solvers, nfe="4"))
+    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).cells[1:]
+    assert [(cell.nfe, cell.training_nfe > 0) for cell in cells] == [(4, True)]
+
+
+def test_all_names_every_solver_and_what_was_learned_for_every_budget(with_a_table: Path) -> None:
+    trained = load_model(with_a_table, torch.device("cpu"))
+    assert evaluate.solver_names("ddim,heun", trained, (4,)) == ("ddim", "heun")
+    everything = evaluate.solver_names("all", trained, (4,))
+    assert set(everything) == {*SOLVERS, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
+    assert set(evaluate.solver_names("all", trained, (3,))) == {*SOLVERS, "table"}
+    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*SOLVERS}
+
+
+def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
+    with_a_table: Path, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    trained = load_model(with_a_table, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"learned at guidance 1\.0"):
+        make_plans(trained, "table", 3, SweepConfig(guidance=2.0))
+    with pytest.raises(DataError, match="learned for other weights"):
+        make_plans(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
 
 
 # ---- two processes ----
