@@ -2,8 +2,8 @@
 
 Both sides get a network that costs nothing and walk 20 steps from a state of four numbers, in turns, in one process on one
 thread; a step's time is the process time of a whole trajectory over its steps, lower decile of the turns (what else the
-machine does only adds). `set_timesteps` of a
-scheduler is not timed, nor is building a table. Operations are those whose result is as large as the state, views aside.
+machine does only adds). `set_timesteps` of a scheduler is not timed, nor is building a table. Operations are those whose result
+is as large as the state, views aside.
 
 Parallel sampling: waves until the end state is within 1e-4 (relative) of the sequential one, on a Gaussian mixture.
 
@@ -200,9 +200,23 @@ def host_cost(
     )
 
 
+def one_operation(turns: int) -> Result:
+    """What a single addition of the same size costs on this machine: every figure below is a multiple of it."""
+    x = torch.ones(1, 4)
+
+    def twenty() -> Tensor:
+        y = x
+        for _ in range(STEPS):
+            y = torch.add(y, x, alpha=0.5)
+        return y
+
+    seconds = statistics.quantiles([process_seconds(twenty) for _ in range(turns)], n=10)[0]
+    return Result("torch.add alone", "us", round(seconds / STEPS * 1e6, 2), "", None, None, "", None)
+
+
 def host_rows(turns: int) -> list[Result]:
     """Every pair."""
-    rows = []
+    rows = [one_operation(turns)]
     for name, (scheduler, options, ratio, most) in PAIRS.items():
         ready, peer = scheduler_trajectory(scheduler, options)
         rows.append(host_cost(name, our_trajectory(name), scheduler, peer, ready, ratio, most, turns))

@@ -16,6 +16,7 @@ from midway.gen.latent_field import Guidance
 from midway.gen.latent_model import LatentModel, start_state
 from midway.samplers.graph import Graphs
 from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.parallel import ParallelConfig, sample_parallel
 from midway.samplers.prediction import Field
 from midway.samplers.sample import ForwardCounter, sample
 from midway.samplers.schedule import Schedule
@@ -57,11 +58,13 @@ def solve(plan: Plan, field: Field, schedule: Schedule, x: Tensor, seeds: Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """Standardised latents float32 (N, C, h, w) on the CPU, evaluations per sample counted at the network, seconds."""
+    """Standardised latents float32 (N, C, h, w) on the CPU, evaluations per sample counted at the network, seconds, and the most
+    waves of a batch if evaluated in parallel."""
 
     latents: Tensor
     nfe: float
     seconds: float
+    waves: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ class SamplingConfig:
     """bf16: the network runs under autocast; the solver's state stays float32."""
     graph: Literal["auto", "on", "off"] = "auto"
     """Whether a trajectory runs as one CUDA graph; auto: where a batch comes often enough to pay for capturing it."""
+    parallel: ParallelConfig | None = None
+    """Evaluate many times at once, in waves, until nothing changes; None: one after the other."""
 
 
 GRAPH_PAYS = 8
@@ -98,7 +103,7 @@ def sample_latents(
     graphs = graphs or Graphs()
     captured = _captured(plan, len(seeds), config)
     start = time.perf_counter()
-    parts = []
+    parts, waves = [], 0
     weak = config.guidance.weak
     networks = [model.network, *([weak.network] if weak is not None else [])]
     with ForwardCounter(*networks) as counter, _autocast(device, config.precision):
@@ -106,12 +111,23 @@ def sample_latents(
             x = start_state(model.schedule, plan.grid[0], noise_of(some, model.latent_shape).to(device))
             classes = their_labels.to(device)
             make_field = partial(_field, model, config.guidance)
-            if captured and isinstance(plan, Table) and len(some) == config.batch_size:
+            if config.parallel is not None and isinstance(plan, Table):
+                found = sample_parallel(
+                    lambda copies, c=classes, make=make_field: make(c.repeat(copies)),
+                    plan,
+                    model.schedule,
+                    x,
+                    config.parallel,
+                    SeededNoise(some) if plan.stochastic else None,
+                )
+                waves = max(waves, found.waves)
+                parts.append(found.x.cpu())
+            elif captured and isinstance(plan, Table) and len(some) == config.batch_size:
                 key = (id(model), config.guidance, config.precision)
                 parts.append(graphs.sample(make_field, plan, x, (classes,), key, counter).cpu())
             else:
                 parts.append(solve(plan, make_field(classes), model.schedule, x, some).cpu())
-    return Samples(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - start)
+    return Samples(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - start, waves)
 
 
 def _field(model: LatentModel, guidance: Guidance, labels: Tensor) -> Field:

@@ -1,7 +1,7 @@
 """Draw samples: python scripts/sample.py --model runs/digits-dit --solver ddim --nfe 10 --n 64 --seed 0 --out grid.png"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,10 @@ from midway.gen.errors import DivergedError, UsageError
 from midway.gen.evaluate import SweepConfig, make_plans
 from midway.gen.latent_field import EVERYWHERE
 from midway.gen.pictures import save_grid
-from midway.gen.sampling import decode, sample_latents
+from midway.gen.sampling import Plan, decode, sample_latents
+from midway.samplers.directions import Predictor
+from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class SampleTask:
     """Replace the first evaluation by the analytic direction (odd budgets for two-stage solvers)."""
     eta: float = 0.0
     """ddim only: 0 is deterministic, 1 ancestral."""
+    parallel: Literal["no", "gaussian", "picard"] = "no"
+    """Evaluate many times at once, in waves, until nothing changes (samplers/parallel.py); costs evaluations, saves waiting."""
+    tolerance: float = 1e-3
+    """With --parallel: a state has settled when it changes by less, in standard deviations."""
+    window: int | None = None
+    """With --parallel: evaluations of a wave, per image; the whole trajectory unless told."""
     batch_size: int = 256
     precision: Literal["no", "bf16"] = "no"
     """bf16: the network runs under autocast; the solver's state stays float32."""
@@ -85,16 +94,32 @@ def run(task: SampleTask) -> None:
     plan = plans.get(task.grid) or next(iter(plans.values()))
     seeds = torch.arange(task.seed, task.seed + task.n)
     labels = None if task.label is None else torch.full((task.n,), task.label)
-    samples = sample_latents(trained, plan, seeds, config.sampling(), labels)
+    sampling = replace(config.sampling(), parallel=parallel_config(task, plan))
+    samples = sample_latents(trained, plan, seeds, sampling, labels)
     if not samples.latents.isfinite().all():
         raise DivergedError(
             "sampling diverged", "the latents stopped being finite", "use more --nfe or less --guidance"
         )
     save_grid(task.out, decode(trained, samples.latents), columns=math.ceil(math.sqrt(task.n)))
+    waves = f" in {samples.waves} waves" if samples.waves else ""
     print(
-        f"{task.n} images, {samples.nfe:g} evaluations each, {samples.seconds:.2f} s; "
+        f"{task.n} images, {samples.nfe:g} evaluations each{waves}, {samples.seconds:.2f} s; "
         f"weights {trained.weights}; saved {task.out}"
     )
+
+
+def parallel_config(task: SampleTask, plan: Plan) -> ParallelConfig | None:
+    """How to sample in parallel; UsageError for a solver that cannot."""
+    if task.parallel == "no":
+        return None
+    if isinstance(plan, LearnedSolver) and isinstance(plan.rule, Predictor):
+        raise UsageError(
+            f"--parallel with {task.solver}", "its steps follow from the network's features", "use its -constants form"
+        )
+    try:
+        return ParallelConfig(task.parallel, task.tolerance, task.window)
+    except ValueError as error:
+        raise UsageError("--tolerance or --window", str(error), "change it") from None
 
 
 if __name__ == "__main__":

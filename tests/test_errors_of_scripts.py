@@ -476,6 +476,17 @@ def test_guidance_that_cannot_act_is_refused(
     refuse(USAGE, ("low < high",), *command(pipeline, tmp_path, *backwards))
 
 
+def test_sampling_in_parallel_that_cannot_be_is_refused(refuse: Refuse, pipeline: Pipeline, tmp_path: Path) -> None:
+    amed = ("--solver", "amed", "--nfe", 4, "--parallel", "gaussian")
+    refuse(USAGE, ("network's features", "-constants"), *_sample(pipeline, tmp_path, *amed))
+    refuse(
+        USAGE,
+        ("tolerance must be at least 0",),
+        *_sample(pipeline, tmp_path, "--parallel", "picard", "--tolerance", -1),
+    )
+    refuse(USAGE, ("window",), *_sample(pipeline, tmp_path, "--parallel", "picard", "--window", 0))
+
+
 def test_an_unconditional_model_has_neither_guidance_nor_labels(
     refuse: Refuse, pipeline: Pipeline, unconditional: Path, tmp_path: Path
 ) -> None:

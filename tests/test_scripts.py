@@ -328,6 +328,20 @@ def test_bf16_reaches_the_network_and_nothing_else(
     assert told == ["bf16"]
 
 
+@pytest.mark.parametrize("method", ["gaussian", "picard"])
+def test_sampling_in_parallel_gives_the_same_images_in_fewer_waves(
+    method: str, grid_of: Callable[..., np.ndarray], script: Script, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    flags = {"solver": "ddim", "nfe": 20, "grid": "logsnr"}
+    assert np.array_equal(grid_of(**flags), grid_of(**flags, parallel=method, tolerance=1e-4, window=15))
+    told = script(
+        *("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--solver", "ddim", "--nfe", 20),
+        *("--n", 4, "--parallel", method),
+    )
+    waves = int(told.out.split(" waves")[0].split()[-1])
+    assert 1 < waves < 20
+
+
 @pytest.mark.parametrize("graph", ["on", "off"])
 def test_a_graph_changes_no_image(graph: str, grid_of: Callable[..., np.ndarray]) -> None:
     """On a CPU there is none, and asking for it is no error."""
