@@ -3,17 +3,34 @@
     python docs/embed.py README.md demo runs/demo
 
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
-and copies distance_vs_nfe.png to docs/images/demo.png.
+and copies distance_vs_nfe.png to docs/images/demo.png. Of more than 12 solvers the picture shows those with the least RMSE.
 """
 
 import csv
+import math
 import os
 import shutil
 import sys
 from pathlib import Path
 
+from midway.gen.plots import distance_png
 from midway.gen.report import markdown_table
 from midway.gen.report_cells import Cell
+
+READABLE = 12
+"""More lines than this cannot be told apart."""
+
+
+def leaders(cells: list[Cell]) -> list[Cell]:
+    """The cells of those solvers that are among the two with the least RMSE at some budget; the floor."""
+    named: set[str] = set()
+    for nfe in {cell.nfe for cell in cells if cell.nfe}:
+        least: dict[str, float] = {}
+        for cell in cells:
+            if cell.nfe == nfe and cell.rmse is not None:
+                least[cell.solver] = min(cell.rmse, least.get(cell.solver, math.inf))
+        named |= set(sorted(least, key=lambda solver: least[solver])[:2])
+    return [cell for cell in cells if not cell.nfe or cell.solver in named]
 
 
 def read_cells(path: Path) -> list[Cell]:
@@ -50,8 +67,11 @@ def embed(page: Path, name: str, report: Path) -> None:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
-    shutil.copyfile(report / "distance_vs_nfe.png", picture)
     cells = read_cells(report / "results.csv")
+    if len({cell.solver for cell in cells}) > READABLE:
+        picture.write_bytes(distance_png(leaders(cells)))
+    else:
+        shutil.copyfile(report / "distance_vs_nfe.png", picture)
     sampled = next(cell for cell in cells if cell.nfe)
     facts = (
         f"n = {sampled.n} images per block, {sampled.blocks} block(s), seeds {sampled.seeds}; "

@@ -1,19 +1,32 @@
-"""The pages' tables come from reports: the embedding tool, and that every block it fills is there."""
+"""The pages: their tables come from reports and from the registry, their code runs, their links lead somewhere."""
 
 import importlib.util
+import re
+import textwrap
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import mutate_tables
 import pytest
+import torch
 
+from midway.gen.artefacts import LEARNED
+from midway.gen.fitted_grid import GITS
 from midway.gen.report import write_csv
 from midway.gen.report_cells import Cell
+from midway.samplers.grids import GRIDS, logsnr
+from midway.samplers.plugin import BASES
+from midway.samplers.runge_kutta import HEUN, runge_kutta
+from midway.samplers.schedule import VP, Linear
+from midway.samplers.solvers import SOLVERS, Solver
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _embed() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("embed", ROOT / "docs" / "embed.py")
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -28,7 +41,7 @@ def _cells() -> list[Cell]:
 
 
 def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
-    module = _embed()
+    module = _tool("embed")
     module.__file__ = str(tmp_path / "docs" / "embed.py")
     (tmp_path / "docs").mkdir()
     report = tmp_path / "report"
@@ -50,7 +63,7 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
 
 
 def test_a_page_without_the_block_is_left_alone(tmp_path: Path) -> None:
-    module = _embed()
+    module = _tool("embed")
     module.__file__ = str(tmp_path / "docs" / "embed.py")
     write_csv(tmp_path / "results.csv", _cells())
     (tmp_path / "distance_vs_nfe.png").write_bytes(b"png")
@@ -70,8 +83,94 @@ def test_the_pages_hold_measured_tables(page: str, name: str) -> None:
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:
-    import re
-
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# ---- the page of solvers ----
+
+SOLVERS_PAGE = ROOT / "docs" / "solvers.md"
+
+
+def _code(page: Path) -> list[str]:
+    found = re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for block in found]
+
+
+def test_the_page_of_solvers_holds_the_registry() -> None:
+    text = SOLVERS_PAGE.read_text()
+    assert _tool("solver_names").filled(text) == text, "run python docs/solver_names.py"
+
+
+def test_the_table_of_names_says_what_the_registry_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _tool("solver_names")
+    plain = Solver(SOLVERS["rk4"].build, evaluations=4, order=3, coordinate="t", pure_noise=False)
+    noisy = Solver(SOLVERS["ddpm"].build, evaluations=1, order=2, history_order=5, stochastic=True)
+    several = Solver(SOLVERS["ab4"].build, evaluations=1, order=2, history_order=4)
+    monkeypatch.setattr(module, "SOLVERS", {"a": plain, "b": noisy, "c": several})
+    page = "before\n<!-- begin names -->\nold\n<!-- end names -->\nafter\n"
+    before, head, rule, *rows, after = module.filled(page).replace("<!--", "").strip().splitlines()[1:-1]
+    assert (before, after) == (" begin names -->", " end names -->")
+    assert [len(line.split("|")) for line in (head, rule, *rows)] == [9] * 5
+    assert rows == [
+        "| `a` | 3 |  | 4 | t | no |  |",
+        "| `b` | 2 (weak) |  | 1 | rho | yes | yes |",
+        "| `c` | 2 | 4 | 1 | rho | yes |  |",
+    ]
+    with pytest.raises(SystemExit, match="needs one block"):
+        module.filled("no block")
+
+
+def test_the_page_of_solvers_names_every_solver_base_and_grid() -> None:
+    before, _, rest = SOLVERS_PAGE.read_text().partition("<!-- begin names -->")
+    prose = before + rest.partition("<!-- end names -->")[2]
+    plain = [name for name in SOLVERS if not re.match(r"(ab|ipndm|ipndm_v|deis)\d$", name)]
+    learned = [name for name in LEARNED if not name.startswith("amed-plugin-")]
+    for name in [*plain, *GRIDS, GITS, *learned, *(base for base in BASES if base != "none")]:
+        assert f"`{name}`" in prose, name
+    for family in ("ab", "ipndm", "ipndm_v", "deis"):
+        members = [name for name in SOLVERS if re.fullmatch(rf"{family}\d", name)]
+        assert f"`{members[0]}`-`{members[-1]}`" in prose
+
+
+def test_the_code_of_the_page_of_solvers_runs_as_printed() -> None:
+    """All blocks in order; what they assert themselves, and what the prose says of their results."""
+    told: dict[str, Any] = {}
+    for block in _code(SOLVERS_PAGE):
+        exec(block, told)
+    errors = told["errors"]
+    assert set(errors) == {name for name, solver in SOLVERS.items() if not solver.stochastic}
+    assert max(errors.values()) < 0.1
+    assert errors["dpmpp3m"] < errors["dpmpp2m"] < errors["dpmpp1m"]
+    assert "ipndm4" in sorted(errors, key=errors.__getitem__)[:3]
+    assert len(told["fitted"]) == 7
+    assert all(end.isfinite().all() for end in (*told["ends"], told["x"]))
+    guided, limited, _ = told["ends"]
+    assert not torch.equal(guided, limited)
+    same = SOLVERS["dpm2"].build(told["schedule"], told["solver"].grid)
+    for ours, row in zip(told["unlearned"].rows, same.rows, strict=True):
+        assert (*ours.states, *ours.predictions) == pytest.approx((*row.states, *row.predictions), rel=1e-9)
+    assert told["amed_errors"][1] < told["amed_errors"][0] / 3
+    assert told["learned"].nfe == 5
+    assert told["after"] < told["before"] / 4
+
+
+def test_the_solver_of_the_contributing_page_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what the page says: Heun's method in rho, which keeps every property that a table must have."""
+    told: dict[str, Any] = {}
+    exec(_code(ROOT / "CONTRIBUTING.md")[0], told)
+    entry = Solver(told["heun_in_rho"], evaluations=2, order=2, pure_noise=False)
+    line = '"heun_in_rho": Solver(heun_in_rho, evaluations=2, order=2, pure_noise=False)'
+    assert line in (ROOT / "CONTRIBUTING.md").read_text()
+    monkeypatch.setitem(mutate_tables.SOLVERS, "heun_in_rho", entry)
+    for schedule in (Linear(), VP()):
+        count, escaped = mutate_tables.check("heun_in_rho", schedule)
+        assert count > 15
+        assert not escaped
+        grid = logsnr(schedule, 5)
+        ours, same = entry.build(schedule, grid), runge_kutta(schedule, grid, tableau=HEUN, variable="rho")
+        for a, b in zip(ours.rows, same.rows, strict=True):
+            assert a.time == b.time
+            assert (*a.states, *a.predictions) == pytest.approx((*b.states, *b.predictions), rel=1e-9, abs=1e-12)
+        assert all(s < t for t, s in pairwise(ours.grid))

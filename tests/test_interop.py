@@ -13,8 +13,8 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.denoisers import conditional_from_diffusers, field_from_diffusers, field_from_edm
-from midway.samplers.guidance import classifier_free
 from midway.samplers.discrete import Discrete
+from midway.samplers.guidance import classifier_free
 from midway.samplers.interop import Convention, convention_of, trained_range
 from midway.samplers.prediction import expand
 from midway.samplers.sample import EvaluationCounter, sample

@@ -1,6 +1,7 @@
 """The scripts as a user calls them: every flag does something, images depend on their seeds alone, budgets are kept."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -568,10 +569,11 @@ def test_every_schedule_and_target_trains_and_samples(
     assert [m["step"] for m in _metrics(run.path)] == [1, 2]
     assert all(math.isfinite(v) for m in _metrics(run.path) for v in m.values())
     trained = load_model(run.path, torch.device("cpu"))
-    for solver in SOLVERS:
-        for plan in make_plans(trained, solver, 4, SweepConfig(grids=tuple(GRIDS))).values():
-            latents = sample_latents(trained, plan, torch.arange(4)).latents
-            assert latents.isfinite().all() and latents.std() > 1e-3
+    pairs = [*zip(SOLVERS, itertools.cycle(GRIDS)), *(("ddim", grid) for grid in GRIDS)]
+    for solver, grid in pairs:  # every solver, every grid
+        (plan,) = make_plans(trained, solver, 12, SweepConfig(grids=(grid,))).values()
+        latents = sample_latents(trained, plan, torch.arange(4)).latents
+        assert latents.isfinite().all() and latents.std() > 1e-3
 
 
 TOKENIZERS = {
