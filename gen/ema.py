@@ -37,7 +37,7 @@ class EMA:
             isinstance(shadow, DTensor) for shadow, *_ in averaged
         }  # one operation takes sharded tensors or others
         groups = [[place for place in averaged if isinstance(place[0], DTensor) == kind] for kind in kinds]
-        self._averaged = [([s for s, *_ in group], [place for _, *place in group]) for group in groups]
+        self._averaged = [([s for s, _, _ in group], [(holder, key) for _, holder, key in group]) for group in groups]
         self._copied = [(s, *places[name]) for name, s in self.shadow.items() if not s.is_floating_point()]
 
     def decay_after(self, step: int) -> float:
