@@ -10,7 +10,6 @@ from midway.gen.latent_model import start_state
 from midway.samplers.gits import FINE_STEPS, cheapest_path, jump_costs
 from midway.samplers.grids import Grid, karras
 
-GITS = "gits"
 WARM_UP = 64
 """Trajectories that the grid is fitted to."""
 _costs: dict[object, tuple[Grid, Tensor]] = {}

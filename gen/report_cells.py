@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from midway.gen.files import write_atomically
+from midway.samplers.gits import GITS
 
 FLOOR = "floor"
 Measure = Literal["distance", "rmse"]
@@ -172,7 +173,7 @@ def training_costs(cells: Sequence[Cell]) -> dict[str, int]:
     """Network evaluations spent to train each learned solver: the largest over its shown cells."""
     costs: dict[str, int] = {}
     for (solver, _), cell in shown(cells).items():
-        if cell.training_nfe and cell.grid != "gits":  # there the grid was fitted, not the solver
+        if cell.training_nfe and cell.grid != GITS:  # there the grid was fitted, not the solver
             costs[solver] = max(costs.get(solver, 0), cell.training_nfe)
     return costs
 

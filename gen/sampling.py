@@ -75,14 +75,10 @@ class SamplingConfig:
     batch_size: int = 256
     precision: Literal["no", "bf16"] = "no"
     """bf16: the network runs under autocast; the solver's state stays float32."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """Whether a trajectory runs as one CUDA graph; auto: where a batch comes often enough to pay for capturing it."""
+    graph: bool = False
+    """On a GPU, run the trajectory of every full batch as one CUDA graph."""
     parallel: ParallelConfig | None = None
     """Evaluate many times at once, in waves, until nothing changes; None: one after the other."""
-
-
-GRAPH_PAYS = 8
-"""Batches of one size from which on `graph="auto"` captures: capturing costs about three."""
 
 
 @torch.no_grad()
@@ -101,12 +97,11 @@ def sample_latents(
     device = next(model.parameters()).device
     labels = labels_of(seeds, model.classes) if labels is None else labels
     graphs = graphs or Graphs()
-    captured = _captured(plan, len(seeds), config)
     start = time.perf_counter()
     parts, waves = [], 0
     weak = config.guidance.weak
     networks = [model.network, *([weak.network] if weak is not None else [])]
-    with ForwardCounter(*networks) as counter, _autocast(device, config.precision):
+    with ForwardCounter(*networks) as counter, _autocast(device, config):
         for some, their_labels in zip(seeds.split(config.batch_size), labels.split(config.batch_size), strict=True):
             x = start_state(model.schedule, plan.grid[0], noise_of(some, model.latent_shape).to(device))
             classes = their_labels.to(device)
@@ -122,7 +117,7 @@ def sample_latents(
                 )
                 waves = max(waves, found.waves)
                 parts.append(found.x.cpu())
-            elif captured and isinstance(plan, Table) and len(some) == config.batch_size:
+            elif config.graph and isinstance(plan, Table) and not plan.stochastic and len(some) == config.batch_size:
                 key = (id(model), config.guidance, config.precision)
                 parts.append(graphs.sample(make_field, plan, x, (classes,), key, counter).cpu())
             else:
@@ -134,14 +129,11 @@ def _field(model: LatentModel, guidance: Guidance, labels: Tensor) -> Field:
     return model.field(labels, guidance)
 
 
-def _captured(plan: Plan, count: int, config: SamplingConfig) -> bool:
-    """Whether full batches go through a graph."""
-    able = isinstance(plan, Table) and not plan.stochastic
-    return able and (config.graph == "on" or (config.graph == "auto" and count // config.batch_size >= GRAPH_PAYS))
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def _autocast(device: torch.device, config: SamplingConfig) -> torch.autocast:
+    """A graph must not hold casts of the weights that autocast frees when it ends."""
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=config.precision == "bf16", cache_enabled=not config.graph
+    )
 
 
 @torch.no_grad()

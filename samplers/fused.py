@@ -28,7 +28,7 @@ def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 def chain(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """The sum by torch, one operation a term."""
     if weights[0] != 1 or len(weights) == 1:
-        total, rest = torch.mul(tensors[0], scalar(weights[0])), 1
+        total, rest = torch.mul(tensors[0], scalar(weights[0], tensors[0].dtype)), 1
     else:
         total, rest = torch.add(tensors[0], tensors[1], alpha=weights[1]), 2
     for j in range(rest, len(weights)):
@@ -37,10 +37,13 @@ def chain(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def scalar(weight: float) -> Tensor:
-    """A number () that torch multiplies by in half the time that a Python number takes it; it stays on the host."""
+def scalar(weight: float, dtype: torch.dtype) -> Tensor:
+    """A number () on the host that torch multiplies tensors of this dtype by in half the time that a Python number takes it.
+
+    Lower precisions get it in float32, in which torch multiplies them.
+    """
     with torch.inference_mode(False):
-        return torch.tensor(weight, dtype=torch.float64)
+        return torch.tensor(weight, dtype=dtype if dtype == torch.float64 else torch.float32)
 
 
 def fused(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

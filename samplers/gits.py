@@ -19,6 +19,8 @@ from midway.samplers.sample import trajectory
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import ddim
 
+GITS = "gits"
+"""This grid's name."""
 FINE_STEPS = 60
 
 

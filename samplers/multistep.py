@@ -118,6 +118,8 @@ def dpmpp(
 ) -> Table:
     """DPM-Solver++ multistep of order 1 (DDIM), 2 or 3 from `dpmpp_weights`, whose options these are."""
     record = begin(f"dpmpp{order}m", schedule, grid)
+    if order > 1 and not lower_order_final:
+        need_noise_at_the_end(record)
     ratio, weights = dpmpp_weights(
         schedule, torch.tensor(grid, dtype=torch.float64), order, lower_order_final, curvature
     )
@@ -132,23 +134,7 @@ def dpmpp(
 def dpmpp2m(schedule: Schedule, grid: Grid, analytic_first: bool = False, lower_order_final: bool = True) -> Table:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2). Order 2; the first step, and the last by default,
     are of order 1, which keeps few-step runs stable and the global order."""
-    record = begin("dpmpp2m", schedule, grid)
-    if not lower_order_final:
-        need_noise_at_the_end(record)
-    before: tuple[Symbols, float] | None = None
-    for i, (t, s) in enumerate(pairwise(grid)):
-        now = record.first(t, analytic_first)
-        last = i == len(grid) - 2
-        if before is None or (last and lower_order_final):
-            record.advance(exponential_step(record, now, t, s), s)
-        else:
-            h = math.log(record.rho(t) / record.rho(s))
-            q = math.log(record.rho(before[1]) / record.rho(t)) / h
-            estimate = (1 + 1 / (2 * q)) * now.x0 - (1 / (2 * q)) * before[0].x0
-            ratio = record.sigma(s) / record.sigma(t)
-            record.advance(ratio * now.x - record.alpha(s) * math.expm1(-h) * estimate, s)
-        before = (now, t)
-    return record.table()
+    return dpmpp(schedule, grid, analytic_first, 2, lower_order_final)
 
 
 def dpmpp2s(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:

@@ -85,7 +85,8 @@ def _terms(
 
 def _sum(weights: tuple[float, ...], sources: tuple[int, ...]) -> Callable[[Places], Tensor]:
     """The weighted sum, with as little as possible between it and torch: on small states that is what a step costs."""
-    first, lead, rest = sources[0], scalar(weights[0]), tuple(zip(sources[1:], weights[1:], strict=True))
+    first, rest = sources[0], tuple(zip(sources[1:], weights[1:], strict=True))
+    lead, wide = scalar(weights[0], torch.float32), scalar(weights[0], torch.float64)
     if len(rest) == 1 and weights[0] == 1:
         ((other, weight),) = rest
         return lambda places: torch.add(places[first], places[other], alpha=weight)
@@ -94,7 +95,7 @@ def _sum(weights: tuple[float, ...], sources: tuple[int, ...]) -> Callable[[Plac
         x = places[first]
         if x.is_cuda:
             return combine(weights, [places[j] for j in sources])
-        total = torch.mul(x, lead)
+        total = torch.mul(x, wide if x.dtype is torch.float64 else lead)
         for j, weight in rest:
             total.add_(places[j], alpha=weight)
         return total

@@ -2,25 +2,25 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from sampling_flags import SamplingFlags
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, best_device, load_model, solver_path
 from midway.gen.config import from_dict, read_yaml
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import LEARNED_ON, Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
+from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
 from midway.gen.features import load_features
-from midway.gen.latent_field import EVERYWHERE
+from midway.gen.plans import LEARNED_ON
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import Run, command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.samplers.solvers import SOLVERS
 
 
-@dataclass(frozen=True)
-class EvaluateTask:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTask(SamplingFlags):
     """Fréchet distance and RMSE of every solver at every budget.
 
     Writes results.csv, results.jsonl, report.md, report.html and two plots.
@@ -47,23 +47,8 @@ class EvaluateTask:
     """Disjoint blocks of seeds; their spread is the error bar."""
     seed: int = 0
     """First seed."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only noise levels sigma / alpha above the first and up to the second number."""
-    guide: Path | None = None
-    """Autoguidance: run directory of a smaller or less trained model of the same kind, in place of the missing class."""
-    analytic_first: bool = False
-    """Replace every solver's first evaluation by the analytic direction."""
-    eta: float = 0.0
-    """ddim only: 0 is deterministic, 1 ancestral."""
     reference_nfe: int = 128
     """Evaluations of the fine solution behind RMSE."""
-    batch_size: int = 256
-    precision: Literal["no", "bf16"] = "no"
-    """bf16: the network runs under autocast; the solver's state stays float32."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """On a GPU, whether a trajectory runs as one CUDA graph; auto: from 8 full batches on."""
     title: str = "Fréchet distance per step budget"
 
 
@@ -78,16 +63,9 @@ def run(task: EvaluateTask) -> Sweep:
         n=task.n,
         blocks=task.blocks,
         first_seed=task.seed,
-        guidance=task.guidance,
-        analytic_first=task.analytic_first,
-        eta=task.eta,
         reference_nfe=task.reference_nfe,
-        batch_size=task.batch_size,
-        interval=task.guidance_interval or EVERYWHERE,
-        weak=load_model(task.guide, device).model if task.guide else None,
         skip=task.skip_unreachable,
-        precision=task.precision,
-        graph=task.graph,
+        **task.plan_options(device),
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")

@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from sampling_flags import SamplingFlags
 
 from cli import main, resolve
 from midway.gen.artefacts import best_device, load_model
 from midway.gen.errors import DivergedError, UsageError
-from midway.gen.evaluate import SweepConfig, make_plans
-from midway.gen.latent_field import EVERYWHERE
 from midway.gen.pictures import save_grid
+from midway.gen.plans import PlanConfig, make_plans
 from midway.gen.sampling import Plan, decode, sample_latents
 from midway.samplers.directions import Predictor
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.parallel import ParallelConfig
 
 
-@dataclass(frozen=True)
-class SampleTask:
+@dataclass(frozen=True, kw_only=True)
+class SampleTask(SamplingFlags):
     """Sample a grid of images; image k depends on seed + k alone."""
 
     model: Path
@@ -39,27 +39,12 @@ class SampleTask:
     """Seed of the first image; the others follow."""
     label: int | None = None
     """One class for all images; otherwise the classes in turn."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only noise levels sigma / alpha above the first and up to the second number."""
-    guide: Path | None = None
-    """Autoguidance: run directory of a smaller or less trained model of the same kind, in place of the missing class."""
-    analytic_first: bool = False
-    """Replace the first evaluation by the analytic direction (odd budgets for two-stage solvers)."""
-    eta: float = 0.0
-    """ddim only: 0 is deterministic, 1 ancestral."""
     parallel: Literal["no", "gaussian", "picard"] = "no"
     """Evaluate many times at once, in waves, until nothing changes (samplers/parallel.py); costs evaluations, saves waiting."""
     tolerance: float = 1e-3
     """With --parallel: a state has settled when it changes by less, in standard deviations."""
     window: int | None = None
     """With --parallel: evaluations of a wave, per image; the whole trajectory unless told."""
-    batch_size: int = 256
-    precision: Literal["no", "bf16"] = "no"
-    """bf16: the network runs under autocast; the solver's state stays float32."""
-    graph: Literal["auto", "on", "off"] = "auto"
-    """On a GPU, whether a trajectory runs as one CUDA graph; auto: from 8 full batches on."""
 
 
 def run(task: SampleTask) -> None:
@@ -79,17 +64,7 @@ def run(task: SampleTask) -> None:
         raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")
     if task.label is not None and not 0 <= task.label < classes:
         raise UsageError(f"--label {task.label}", f"the model knows classes 0 to {classes - 1}", "choose one of them")
-    config = SweepConfig(
-        grids=(task.grid,),
-        guidance=task.guidance,
-        analytic_first=task.analytic_first,
-        eta=task.eta,
-        batch_size=task.batch_size,
-        interval=task.guidance_interval or EVERYWHERE,
-        weak=load_model(task.guide, device).model if task.guide else None,
-        precision=task.precision,
-        graph=task.graph,
-    )
+    config = PlanConfig(grids=(task.grid,), **task.plan_options(device))
     plans = make_plans(trained, task.solver, task.nfe, config)
     plan = plans.get(task.grid) or next(iter(plans.values()))
     seeds = torch.arange(task.seed, task.seed + task.n)

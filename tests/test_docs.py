@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from midway.gen.artefacts import LEARNED
-from midway.gen.fitted_grid import GITS
 from midway.gen.report import write_csv
 from midway.gen.report_cells import Cell
+from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, logsnr
 from midway.samplers.plugin import BASES
 from midway.samplers.runge_kutta import HEUN, runge_kutta

@@ -26,7 +26,7 @@ from midway.gen.report import (
     write_markdown,
     write_report,
 )
-from midway.gen.report_cells import number
+from midway.gen.report_cells import number, training_costs
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
@@ -251,3 +251,8 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
         write_csv(tmp_path / "results.csv", [])
     assert (tmp_path / "results.csv").read_bytes() == old
     assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_a_fitted_grid_makes_no_learned_solver() -> None:
+    fitted = dataclasses.replace(cell("euler", 4, 1.9, "gits"), training_nfe=3840)
+    assert training_costs([*CELLS, fitted]) == {"amed": 128000}

@@ -1,7 +1,8 @@
 """The same numbers as diffusers' schedulers and torchdiffeq's fixed-step methods.
 
 Diffusers' loops feed a model with rounded times. Here their schedulers get our noise levels as `sigmas`, and the network is
-an exact function of the level, so that only the formulas are compared. Where a peer differs, its test says why.
+an exact function of the level, so that only the formulas are compared: to 1e-12 in float64 where the peer computes in it, to
+1e-5 in float32. Where a peer differs, its test says why.
 """
 
 import math
@@ -46,20 +47,21 @@ def levels(rho: float) -> tuple[float, float]:
     return alpha, rho * alpha
 
 
-def with_our_levels(scheduler: Any) -> Any:
-    """A multistep scheduler on our noise levels instead of its own."""
+def with_our_levels(scheduler: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A multistep scheduler on our noise levels instead of its own; its coefficients come out in this dtype."""
     scheduler.set_timesteps(STEPS)
-    scheduler.sigmas = torch.tensor(RHO, dtype=torch.float32)
+    scheduler.sigmas = torch.tensor(RHO, dtype=dtype)
     scheduler.timesteps = torch.arange(STEPS, dtype=torch.float32)
     scheduler.set_begin_index(0)
     return scheduler
 
 
 def run_peer(scheduler: Any, x: Tensor) -> Tensor:
-    """Their loop on a variance-preserving process in float32."""
-    x = x.float()
+    """Their loop on a variance-preserving process, in the dtype of their levels."""
+    dtype = scheduler.sigmas.dtype
+    x = x.to(dtype)
     for i, t in enumerate(scheduler.timesteps):
-        eps = eps_at(x, *levels(scheduler.sigmas[i].item())).float()
+        eps = eps_at(x, *levels(scheduler.sigmas[i].item())).to(dtype)
         x = scheduler.step(eps, t, x).prev_sample
     return x
 
@@ -68,12 +70,18 @@ def run_ours(table: Table, schedule: Schedule = VPS, x: Tensor | None = None) ->
     return sample(mixture().field(schedule), table, noise() if x is None else x)
 
 
-def assert_agree(ours: Tensor, theirs: Tensor, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(ours.float(), theirs.float(), rtol=0, atol=atol)
+def assert_agree(ours: Tensor, theirs: Tensor, atol: float | None = None) -> None:
+    """In the peer's dtype: to 1e-12 in float64 and 1e-5 in float32, unless told otherwise."""
+    atol = atol or (1e-12 if theirs.dtype == torch.float64 else 1e-5)
+    torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=0, atol=atol)
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_dpmpp_is_diffusers_dpm_solver_multistep(order: int) -> None:
+    """It casts the state to float32 in every step, so there is nothing to compare in float64."""
     peers = pytest.importorskip("diffusers")
     theirs = peers.DPMSolverMultistepScheduler(solver_order=order, final_sigmas_type="sigma_min")
     ours = run_ours(dpmpp(VPS, grid_of(VPS, torch.float32), order=order))
@@ -82,39 +90,43 @@ def test_dpmpp_is_diffusers_dpm_solver_multistep(order: int) -> None:
         assert_agree(run_ours(SOLVERS["dpmpp2m"].build(VPS, grid_of(VPS, torch.float32))), ours)
 
 
+@DTYPES
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("final", [True, False])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc_is_diffusers_unipc(order: int, variant, final: bool) -> None:
+def test_unipc_is_diffusers_unipc(order: int, variant, final: bool, dtype: torch.dtype) -> None:
     peers = pytest.importorskip("diffusers")
     theirs = peers.UniPCMultistepScheduler(
         solver_order=order, solver_type=variant, lower_order_final=final, final_sigmas_type="sigma_min"
     )
-    table = unipc(VPS, grid_of(VPS, torch.float32), order=order, variant=variant, lower_order_final=final)
-    assert_agree(run_ours(table), run_peer(with_our_levels(theirs), noise()))
+    table = unipc(VPS, grid_of(VPS, dtype), order=order, variant=variant, lower_order_final=final)
+    assert_agree(run_ours(table), run_peer(with_our_levels(theirs, dtype), noise()))
 
 
+@DTYPES
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_deis_is_diffusers_deis(order: int) -> None:
-    """Its float32 coefficients are differences of large logarithmic terms: 2e-5 is what they keep."""
+def test_deis_is_diffusers_deis(order: int, dtype: torch.dtype) -> None:
+    """Its coefficients are differences of large logarithmic terms, of which float32 keeps 2e-5; in float64 they are ours."""
     peers = pytest.importorskip("diffusers")
-    theirs = with_our_levels(peers.DEISMultistepScheduler(solver_order=order, lower_order_final=False))
-    assert_agree(run_ours(deis(VPS, grid_of(VPS, torch.float32), order=order)), run_peer(theirs, noise()), atol=2e-5)
+    theirs = with_our_levels(peers.DEISMultistepScheduler(solver_order=order, lower_order_final=False), dtype)
+    atol = 2e-5 if dtype == torch.float32 else None
+    assert_agree(run_ours(deis(VPS, grid_of(VPS, dtype), order=order)), run_peer(theirs, noise()), atol)
 
 
-def test_ipndm4_is_diffusers_ipndm() -> None:
+@DTYPES
+def test_ipndm4_is_diffusers_ipndm(dtype: torch.dtype) -> None:
     """It takes v = alpha eps - sigma x0 of a variance-preserving process, whose levels it calls `betas` and `alphas`."""
     peers = pytest.importorskip("diffusers")
     theirs = peers.IPNDMScheduler()
     theirs.set_timesteps(STEPS)
     theirs.set_begin_index(0)
-    alpha, sigma = (torch.tensor(v, dtype=torch.float32) for v in zip(*(levels(rho) for rho in RHO), strict=True))
+    alpha, sigma = (torch.tensor(v, dtype=dtype) for v in zip(*(levels(rho) for rho in RHO), strict=True))
     theirs.alphas, theirs.betas = alpha, sigma
-    x = noise().float()
+    x = noise().to(dtype)
     for i in range(STEPS):
         eps = eps_at(x, alpha[i].item(), sigma[i].item())
         v = alpha[i] * eps - sigma[i] * (x - sigma[i] * eps) / alpha[i]
-        x = theirs.step(v.float(), theirs.timesteps[i], x).prev_sample
+        x = theirs.step(v.to(dtype), theirs.timesteps[i], x).prev_sample
     assert_agree(run_ours(ipndm(VPS, grid_of(VPS), order=4)), x)
 
 
@@ -148,23 +160,28 @@ def test_heun_is_diffusers_heun_discrete_up_to_its_last_step() -> None:
     assert_agree(ours, x)
 
 
+@DTYPES
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_is_diffusers_ddim(eta: float) -> None:
-    """On its own integer times: alpha^2 is its `alphas_cumprod`. The last step, to its artificial alpha = 1, is left out."""
+def test_ddim_is_diffusers_ddim(eta: float, dtype: torch.dtype) -> None:
+    """On its own integer times: alpha^2 is its `alphas_cumprod`. The last step, to its artificial alpha = 1, is left out.
+
+    It forms 1 - alpha^2 near alpha = 1 and divides by it, of which float32 keeps 2e-5; in float64 its step is ours.
+    """
     peers = pytest.importorskip("diffusers")
     theirs = peers.DDIMScheduler(clip_sample=False)
     theirs.set_timesteps(10)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.to(dtype)
     squares = theirs.alphas_cumprod[theirs.timesteps].double()
     grid = tuple(VPS.time_of_rho(((1 - squares) / squares).sqrt()).tolist())
     draws = [noise(seed) for seed in range(1, 10)]
-    x = noise().float()
+    x = noise().to(dtype)
     for i, t in enumerate(theirs.timesteps[:-1]):
-        eps = eps_at(x, squares[i].sqrt().item(), (1 - squares[i]).sqrt().item()).float()
-        given = draws[i].float() if eta else None
+        eps = eps_at(x, squares[i].sqrt().item(), (1 - squares[i]).sqrt().item()).to(dtype)
+        given = draws[i].to(dtype) if eta else None
         x = theirs.step(eps, t, x, eta=eta, variance_noise=given).prev_sample
     fresh = iter(draws)
     ours = sample(mixture().field(VPS), ddim(VPS, grid, eta=eta), noise(), lambda x: next(fresh))
-    assert_agree(ours, x, atol=2e-5)  # its alphas_cumprod is a float32 product of up to 900 factors
+    assert_agree(ours, x, atol=2e-5 if dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("schedule", [Linear(), VPS, VE], ids=["Linear", "VP", "EDM"])

@@ -1,0 +1,44 @@
+"""The flags that sampling and measuring share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from midway.gen.artefacts import load_model
+from midway.gen.latent_field import EVERYWHERE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How samples are drawn."""
+
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only noise levels sigma / alpha above the first and up to the second number."""
+    guide: Path | None = None
+    """Autoguidance: run directory of a smaller or less trained model of the same kind, in place of the missing class."""
+    analytic_first: bool = False
+    """Replace the first evaluation by the analytic direction (odd budgets for two-stage solvers)."""
+    eta: float = 0.0
+    """ddim only: 0 is deterministic, 1 ancestral."""
+    batch_size: int = 256
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: the network runs under autocast; the solver's state stays float32."""
+    graph: bool = False
+    """On a GPU, run the trajectory of every full batch as one CUDA graph; nothing changes on a CPU."""
+
+    def plan_options(self, device: torch.device) -> dict[str, Any]:
+        """The same as fields of PlanConfig; the guiding model is loaded."""
+        return {
+            "guidance": self.guidance,
+            "interval": self.guidance_interval or EVERYWHERE,
+            "weak": load_model(self.guide, device).model if self.guide else None,
+            "analytic_first": self.analytic_first,
+            "eta": self.eta,
+            "batch_size": self.batch_size,
+            "precision": self.precision,
+            "graph": self.graph,
+        }
