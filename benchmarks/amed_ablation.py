@@ -36,7 +36,7 @@ from midway.samplers.solvers import SOLVERS, steps_for
 FIRST_HELD_OUT = 1_000_000
 """Seed of the first evaluated sample; trajectories for learning are drawn for another purpose, so none is shared."""
 UNLEARNED = ("ddim", "dpm2", "ipndm4", "dpmpp2m", "dpmpp3m")
-BASES = ("euler", "dpm2", "ipndm4", "dpmpp2m", "dpmpp3m")
+BASES = ("euler", "dpm2", "ipndm3", "ipndm4", "dpmpp2m", "dpmpp3m")
 TEACHERS = ("heun", "dpm2", "dpmpp3m", "unipc3")
 
 
@@ -177,7 +177,9 @@ def text(results: list[Result]) -> str:
     """A row per variant, a column per budget: RMSE, the best of a budget marked; training of the largest budget."""
     budgets = sorted({r.nfe for r in results})
     rows = sorted({(r.solver, r.mode, r.teacher) for r in results}, key=_first_place(results))
-    best = {k: min(r.rmse for r in results if r.nfe == k and math.isfinite(r.rmse)) for k in budgets}
+    best = {
+        k: min((r.rmse for r in results if r.nfe == k and math.isfinite(r.rmse)), default=math.nan) for k in budgets
+    }
     lines = [f"{'solver':32}{'mode':12}{'teacher':10}" + "".join(f"{k:>10}" for k in budgets) + f"{'NFE':>10}{'s':>7}"]
     for row in rows:
         own = {r.nfe: r for r in results if (r.solver, r.mode, r.teacher) == row}

@@ -366,7 +366,7 @@ def measure(row: Row, seconds: float, device: torch.device) -> dict[str, Any]:
 def main() -> int:
     """Print the table, write the JSON; 1 when a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training.json")
+    parser.add_argument("--out", type=Path, help="default: results/training.json, with --only nothing is written")
     parser.add_argument("--seconds", type=float, default=45.0, help="about how long a row takes")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -385,10 +385,14 @@ def main() -> int:
         ratio = f"{result['ratio']:7.3f} {result['error']:7.3f} {row.target:7.2f}"
         held = "yes" if result["held"] else "NO"
         print(f"{row.name:28s} {speeds} {ratio}  {held:5s}  beside the {row.peer_name}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"device": device.type, "environment": environment(), "rows": results}
-    arguments.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
+    if not results:
+        parser.error(f"no row's name contains '{arguments.only}'")
+    out = arguments.out or (None if arguments.only else Path(__file__).parent / "results" / "training.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        report = {"device": device.type, "environment": environment(), "rows": results}
+        out.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"wrote {out}")
     return 0 if all(result["held"] for result in results) else 1
 
 

@@ -324,7 +324,7 @@ def test_bf16_reaches_the_network_and_nothing_else(
     told: list[str] = []
     real = sampling._autocast
     monkeypatch.setattr(
-        sampling, "_autocast", lambda device, precision: told.append(precision) or real(device, precision)
+        sampling, "_autocast", lambda device, config: told.append(config.precision) or real(device, config)
     )
     grid_of(precision="bf16")
     assert told == ["bf16"]
