@@ -23,7 +23,7 @@ from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.table_training import BEST, TableConfig, TableObjective, TableTarget
+from midway.gen.table_training import BEST, EndPairs, TableConfig, TableObjective, TableTarget
 from midway.gen.train_config import TrainConfig
 from midway.gen.trainable import Hooks, Items
 from midway.gen.training import fit
@@ -65,7 +65,7 @@ class SolverTask:
     """auto: go on with solvers that were begun, from their newest checkpoints."""
 
 
-TABLE_TRAIN = TrainConfig(steps=600, batch_size=16, lr=0.03, warmup=0, decay="cosine", ema=0, clip=1.0, log_every=50)
+TABLE_TRAIN = TrainConfig(steps=600, batch_size=16, lr=0.005, warmup=0, decay="cosine", ema=0, clip=1.0, log_every=50)
 
 
 def recipes() -> dict[str, object]:
@@ -75,6 +75,8 @@ def recipes() -> dict[str, object]:
 
 
 Objective = SolverObjective | TableObjective
+Shown = dict[TableConfig, tuple[EndPairs, int]]
+"""What a table's teacher showed, which is the same at every budget, and the evaluations that it cost."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def train(task: SolverTask) -> list[Run]:
     accelerator = make_accelerator(task.train, task.model)
     trained = load(task, accelerator)
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
-    runs = [train_one(task, nfe, objective, trained, accelerator) for nfe, objective in objectives.items()]
+    shown: Shown = {}
+    runs = [train_one(task, nfe, objective, trained, accelerator, shown) for nfe, objective in objectives.items()]
     return [run for run in runs if run is not None]
 
 
@@ -108,17 +111,20 @@ def make_parts(task: SolverTask, accelerator: Accelerator) -> Parts:
     trained = load(task, accelerator)
     (nfe,) = numbers(task.nfe, "--nfe")
     objective = make_objective(task, nfe, trained)
-    return Parts(objective, run_teacher(objective, trained, accelerator.device))
+    return Parts(objective, run_teacher(objective, trained, accelerator.device, {}))
 
 
-def run_teacher(objective: Objective, trained: TrainedModel, device: torch.device) -> Items:
-    """Compute what the teacher shows, and start from the best of a few."""
+def run_teacher(objective: Objective, trained: TrainedModel, device: torch.device, shown: Shown) -> Items:
+    """Compute what the teacher shows, and start from the best of a few. `shown` keeps it for the next budget."""
     config = objective.config
     objective.to(device)
     count = config.pairs if isinstance(config, TableConfig) else config.trajectories
     labels = labels_of(torch.arange(config.seed, config.seed + count), trained.model.classes).to(device)
     if isinstance(objective, TableObjective):
-        pairs = objective.run_teacher(labels)
+        if objective.config not in shown:
+            shown[objective.config] = (objective.run_teacher(labels), objective.counter.evaluations)
+        pairs, cost = shown[objective.config]
+        objective.counter.evaluations = cost  # every table counts its teacher, as if it were learned alone
         objective.warm_start(pairs)
         return Items(lambda items: pairs.take(items.to(device)), count, f"teacher of {trained.hash}")
     teacher = objective.run_teacher(labels)
@@ -159,7 +165,7 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Objecti
 
 
 def train_one(
-    task: SolverTask, nfe: int, objective: Objective, trained: TrainedModel, accelerator: Accelerator
+    task: SolverTask, nfe: int, objective: Objective, trained: TrainedModel, accelerator: Accelerator, shown: Shown
 ) -> Run | None:
     """Distil at one budget and save."""
     path = solver_path(task.model, task.solver, task.grid, nfe)
@@ -168,7 +174,7 @@ def train_one(
     if accelerator.is_main_process:
         run = Run.create(path, "solver", config, task.overwrite, task.resume == "auto")
     accelerator.wait_for_everyone()
-    items = run_teacher(objective, trained, accelerator.device)
+    items = run_teacher(objective, trained, accelerator.device, shown)
     processes = accelerator.num_processes
     hooks = Hooks(export=lambda folder, averaged: export(folder, task, objective, trained, averaged, processes))
     result = fit(objective, items, task.train, run, accelerator, hooks, task.resume == "auto")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cli import resolve
 from midway.gen import sampling
-from midway.gen.artefacts import TrainedModel, card_of, load_model, load_tokenizer
+from midway.gen.artefacts import TrainedModel, card_of, load_model, load_tokenizer, solver_path
 from midway.gen.config import from_dict, read_yaml, to_dict
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep, SweepConfig
@@ -35,6 +35,7 @@ from midway.gen.latent_field import Guidance
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.plans import make_plans
 from midway.gen.report_cells import FLOOR, Cell
+from midway.gen.runs import Run
 from midway.gen.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.splits import load_splits
 from midway.gen.tokenizer_training import evaluate_tokenizer
@@ -749,6 +750,21 @@ def with_a_table(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -
         told = _shell(SCRIPTS / f"{words[0]}.py", *words[1:])
         assert told.code == 0, told.err
     return model
+
+
+def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    """The second budget takes the teacher's end states from the first, and counts their evaluations as its own."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.model, model)
+    flags = ("--steps", 2, "--batch-size", 4, "--table.pairs", 8, "--table.teacher-steps", 6)
+    written = []
+    for budgets in ("2,3", "3"):
+        told = script("train_solver", "table", "--model", model, "--nfe", budgets, "--overwrite", *flags)
+        assert told.code == 0, told.err
+        folder = Run.open(solver_path(model, "table", "best", 3), "solver").checkpoint
+        written.append(Table.load(folder / "solver.safetensors"))
+        assert f"{8 * 6 + len(GRIDS) * 8 * 3 + 2 * 4 * 3:,} evaluations of training" in told.out
+    assert written[0] == written[1]
 
 
 def test_a_learned_table_is_sampled_and_measured_by_name(

@@ -3,11 +3,12 @@
     codes = snap(latents(z))          indices in {0, ..., K - 1}          codes == indices_to_codes(indices), bit for bit
     d codes / d z = d latents / d z   the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432)
 
-Shapes: z (B, in_dim, *S), codes and latents (B, dim, *S), indices (B, *S); channels come first, always.
+Shapes: z (B, in_dim, *S), codes and latents (B, dim, *S), indices (B, *S); channels come first, always. A quantizer that says a
+position by G codes of K each has indices (B, *S, G).
 
 Statistics of one batch of indices, p_k = count_k / sum of counts:
 
-    usage = share of codes with count_k > 0      perplexity = exp(-sum_k p_k ln p_k)      bits per image = length log2 K
+    usage = share of codes with count_k > 0      perplexity = exp(-sum_k p_k ln p_k)      bits per image = length G log2 K
 """
 
 import math
@@ -26,7 +27,7 @@ class Quantized:
 
     codes: (B, D, *S) float32, straight-through. indices: (B, *S) int64; (B, 0) if the quantizer is continuous.
     losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none.
-    counts: (K,) int64 histogram of `indices`, or None for continuous quantizers and K > 2**20.
+    counts: (K,) int64 histogram of `indices`, (G, K) with several groups, or None for continuous quantizers and K > 2**20.
     """
 
     codes: Tensor
@@ -41,6 +42,8 @@ class Quantizer(nn.Module, ABC):
 
     dim: int
     codebook_size: int | None
+    groups: int = 1
+    """Codes that say one position, each out of `codebook_size`; if more than one, the last axis of the indices."""
     noise_channels: int = 0
     """Channels of the noise that `forward` draws by."""
 
@@ -51,8 +54,8 @@ class Quantizer(nn.Module, ABC):
 
     @property
     def bits_per_token(self) -> float | None:
-        """log2 K, or None if continuous."""
-        return None if self.codebook_size is None else math.log2(self.codebook_size)
+        """G log2 K, or None if continuous."""
+        return None if self.codebook_size is None else self.groups * math.log2(self.codebook_size)
 
     @abstractmethod
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
@@ -147,17 +150,21 @@ def check_indices(indices: Tensor, size: int) -> None:
 
 
 def usage(counts: Tensor) -> float:
-    """Share of codes hit at least once, in [0, 1]; counts (K,)."""
+    """Share of codes hit at least once, in [0, 1]; counts (K,) or (G, K)."""
     return (counts > 0).double().mean().item()
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the counts (K,), in [1, K]: the number of equally used codes that would say as much."""
-    total = counts.sum().item()
-    if total <= 0:
-        raise ValueError(f"counts sum to {total}; count at least one batch before asking for perplexity")
-    p = counts.double() / total
-    return torch.special.entr(p).sum().exp().item()
+    """exp of the entropy of the counts (K,), in [1, K]: the number of equally used codes that would say as much.
+
+    Of counts (G, K) the mean over groups.
+    """
+    total = counts.double().sum(-1, keepdim=True)
+    if not bool((total > 0).all()):
+        raise ValueError(
+            f"counts sum to {total.flatten().tolist()}; count at least one batch before asking for perplexity"
+        )
+    return torch.special.entr(counts.double() / total).sum(-1).exp().mean().item()
 
 
 def bits_per_image(length: int, codebook_size: int) -> float:
