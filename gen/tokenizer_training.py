@@ -48,12 +48,15 @@ class TokenizerObjective(nn.Module):
 def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
     """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens.
 
-    Summed over tokens, of which there are fewer than codes in a large codebook.
+    Of several groups the mean. Summed over tokens, of which there are fewer than codes in a large codebook.
     """
     if indices is None or counts is None:
         return {}
-    shared = counts[indices.flatten()].float()  # by how many tokens the code of each token is used
-    return {"batch_codes": (1 / shared).sum(), "batch_perplexity": (shared / len(shared)).log().mean().neg().exp()}
+    by_group = counts.view(-1, counts.shape[-1])
+    tokens = indices.reshape(-1, len(by_group)).T
+    shared = by_group.gather(1, tokens).float()  # by how many tokens the code of each token is used
+    perplexity = (shared / tokens.shape[1]).log().mean(1).neg().exp()
+    return {"batch_codes": (1 / shared).sum(1).mean(), "batch_perplexity": perplexity.mean()}
 
 
 def psnr(mse: float) -> float:
@@ -83,4 +86,4 @@ def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: in
         counts = found if counts is None or found is None else counts + found
     if counts is not None:
         report |= {"usage": usage(counts), "perplexity": perplexity(counts)}
-    return report | {"bits_per_image": bits_per_image(tokenizer.tokens, size)}
+    return report | {"bits_per_image": bits_per_image(tokenizer.tokens * tokenizer.quantizer.groups, size)}

@@ -3,6 +3,7 @@
 Times are for 2 CPU cores unless a GPU is named.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,41 +18,65 @@ from midway.gen.train_config import TrainConfig
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix
 Resume = Literal["no", "auto"]
+QuantizerName = Literal[
+    "fsq", "vq", "vq_gradient", "simvq", "lfq", "bsq", "residual", "grouped", "two_level", "kl", "identity"
+]
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """Size and quantizer of an image tokenizer."""
 
-    quantizer: Literal["fsq", "vq", "kl", "identity"] = "fsq"
+    quantizer: QuantizerName = "fsq"
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: levels per channel; their product is the codebook size."""
-    form: Literal["tanh", "sigmoid"] = "tanh"
+    form: Literal["tanh", "sigmoid", "ifsq"] = "tanh"
     """fsq: the bounding function."""
     codebook_size: int = 512
-    """vq: number of codes."""
+    """vq, vq_gradient, simvq: number of codes."""
     dim: int = 8
-    """vq, kl: channels of a code."""
+    """vq, vq_gradient, simvq, kl: channels of a code; of lfq and bsq, whose channels are bits, log2 of the number of codes."""
+    options: str = "{}"
+    """More arguments of the quantizer as JSON, {"normalize": true}; residual, grouped and two_level have no others:
+    {"base": {"type": "vq", "codebook_size": 256, "dim": 8}, "depth": 4}."""
     kl_weight: float = 1e-4
     """kl: weight of the KL term."""
     width: int = 48
     downsample: int = 2
     """Pixels of the image per latent pixel, a power of two."""
     blocks: int = 2
-    upsample: Literal["pixel_shuffle", "nearest", "bilinear"] = "pixel_shuffle"
+    upsample: Literal["pixel_shuffle", "nearest", "bilinear", "transposed"] = "pixel_shuffle"
+    attention: bool = False
+    """Self-attention among the residual blocks at the lowest resolution."""
+    multipliers: tuple[int, ...] = (1,)
+    """Residual blocks at this many resolutions, of so many times the width, the finest first; (1,): at the lowest alone."""
     latent_space: Literal["pre", "post"] = "pre"
     """What a latent model learns: values before snapping to codes, or the codes."""
     snap_on_decode: bool = True
     """Snap a latent model's samples to the nearest code before decoding."""
 
     def quantizer_config(self, channels: int) -> dict[str, object]:
-        """The quantizer's own configuration."""
-        return {
-            "fsq": {"type": "fsq", "levels": list(self.levels), "form": self.form},
-            "vq": {"type": "vq", "codebook_size": self.codebook_size, "dim": self.dim},
-            "kl": {"type": "kl", "dim": self.dim, "weight": self.kl_weight},
-            "identity": {"type": "identity", "dim": channels if self.downsample == 1 else self.dim},
-        }[self.quantizer]
+        """The quantizer's own configuration. ValueError if `options` is not a JSON object."""
+        try:
+            more = json.loads(self.options)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'--model.options {self.options} is not JSON ({error}): write {{"normalize": true}}'
+            ) from None
+        if not isinstance(more, dict):
+            raise ValueError(f'--model.options {self.options} is not a JSON object: write {{"normalize": true}}')
+        codes = {"codebook_size": self.codebook_size, "dim": self.dim}
+        own = {
+            "fsq": {"levels": list(self.levels), "form": self.form},
+            "vq": codes,
+            "vq_gradient": codes,
+            "simvq": codes,
+            "lfq": {"bits": self.dim},
+            "bsq": {"bits": self.dim},
+            "kl": {"dim": self.dim, "weight": self.kl_weight},
+            "identity": {"dim": channels if self.downsample == 1 else self.dim},
+        }
+        return {"type": self.quantizer, **own.get(self.quantizer, {}), **more}
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
             upsample=config.upsample,
             latent_space=config.latent_space,
             snap_on_decode=config.snap_on_decode,
+            attention=config.attention,
+            multipliers=list(config.multipliers),
         )
     except ValueError as error:
         raise UsageError("this tokenizer cannot be built", str(error), "change the --model flags") from None

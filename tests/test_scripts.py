@@ -46,7 +46,8 @@ from midway.samplers.schedule import SCHEDULES
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES, LatentTask, TokenizerConfig, TokenizerTask
+from midway.tokenizers.quantizers import QUANTIZERS
+from recipes import LATENT_RECIPES, TOKENIZER_RECIPES, LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 
 ROOT = SCRIPTS.parent
 ALL_SCRIPTS = sorted(p.stem for p in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in p.read_text())
@@ -577,14 +578,39 @@ def test_every_schedule_and_target_trains_and_samples(
         assert latents.isfinite().all() and latents.std() > 1e-3
 
 
+CODEBOOKS: tuple[QuantizerName, ...] = ("vq", "vq_gradient", "simvq", "lfq", "bsq")
+SMALL_VQ = '{"type": "vq", "codebook_size": 16, "dim": 3}'
 TOKENIZERS = {
     **{f"fsq {u}": TokenizerConfig(levels=(5, 3), width=16, downsample=4, upsample=u) for u in get_args(Upsample)},
     "fsq sigmoid post": TokenizerConfig(levels=(5, 3), width=16, form="sigmoid", latent_space="post"),
-    "vq": TokenizerConfig(quantizer="vq", codebook_size=32, dim=4, width=16),
+    "fsq ifsq": TokenizerConfig(levels=(5, 3), width=16, form="ifsq", options='{"noise_dropout": 0.5}'),
+    "fsq, attention": TokenizerConfig(levels=(5, 3), width=16, downsample=4, attention=True, multipliers=(1, 2)),
+    **{name: TokenizerConfig(quantizer=name, codebook_size=32, dim=4, width=16) for name in CODEBOOKS},
+    "vq normalized": TokenizerConfig(
+        quantizer="vq", codebook_size=32, dim=4, width=16, options='{"normalize": true, "gradient": "rotation"}'
+    ),
+    "residual": TokenizerConfig(
+        quantizer="residual", width=16, options=f'{{"base": {SMALL_VQ}, "depth": 3, "dropout": 0.5}}'
+    ),
+    "grouped": TokenizerConfig(quantizer="grouped", width=16, options=f'{{"base": {SMALL_VQ}, "groups": 2}}'),
+    "two_level": TokenizerConfig(
+        quantizer="two_level", width=16, options=f'{{"top": {SMALL_VQ}, "bottom": {SMALL_VQ}}}'
+    ),
     "kl": TokenizerConfig(quantizer="kl", dim=4, width=16),
     "pixels": TokenizerConfig(quantizer="identity", downsample=1),
     "identity": TokenizerConfig(quantizer="identity", dim=3, width=16),
 }
+
+
+def test_every_quantizer_is_trained_here() -> None:
+    assert {config.quantizer for config in TOKENIZERS.values()} == set(QUANTIZERS) == set(get_args(QuantizerName))
+
+
+@pytest.mark.parametrize("options", ["normalize", "[1]", '{"no": 1}'])
+def test_options_that_are_none_are_refused(options: str, script: Script, tmp_path: Path) -> None:
+    told = script("train_tokenizer", "digits-vq", "--model.options", options, "--out", tmp_path / "t")
+    assert told.code == 2 and "this tokenizer cannot be built" in told.err
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -25,7 +25,8 @@ MAX_COUNTED = 2**20  # beyond this many codes a histogram per batch would cost m
 class Quantized:
     """What a quantizer made of one batch.
 
-    codes: (B, D, *S) float32, straight-through. indices: (B, *S) int64; (B, 0) if the quantizer is continuous.
+    codes: (B, D, *S) float32, straight-through: those of `indices`, but for what dropout changes in training.
+    indices: (B, *S) or (B, *S, G) int64; (B, 0) if the quantizer is continuous.
     losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none.
     counts: (K,) int64 histogram of `indices`, (G, K) with several groups, or None for continuous quantizers and K > 2**20.
     """
@@ -62,7 +63,8 @@ class Quantizer(nn.Module, ABC):
         """Quantize z (B, in_dim, *S).
 
         `noise` (B, noise_channels, *S), standard normal, makes all that a quantizer draws per sample a function of the caller's
-        seeds: KL's posterior, and which vectors VQ restarts from. FSQ and identity draw nothing and ignore it.
+        seeds: KL's posterior, which vectors a codebook restarts from, FSQ's noise dropout and the stages of a residual quantizer.
+        The last two need it in training. A quantizer that draws nothing ignores it.
         """
 
     @abstractmethod
@@ -80,6 +82,14 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """(B, D, *S) -> (B, *S) int64, the exact inverse of `indices_to_codes`."""
+
+    def latents_to_indices(self, latents: Tensor) -> Tensor:
+        """The indices of the codes that `snap` gives: (B, D, *S) -> (B, *S) int64."""
+        return self.codes_to_indices(self.snap(latents))
+
+    def tokens(self, height: int, width: int) -> int:
+        """How many positions of a (height, width) grid of latents have a token."""
+        return height * width
 
     def start(self, z: Tensor) -> None:
         """Set what is learned by statistics from z (B, in_dim, *S), once, before the first step, on every process."""

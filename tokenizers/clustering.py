@@ -6,6 +6,8 @@ The shift by c keeps float32 exact where the data is far from the origin. Seedin
 proportional to the squared distance to those already drawn, and keeps the best of a few trials (greedy k-means++, Arthur
 and Vassilvitskii 2007). Beyond 64 centres it draws several at once, so that it costs a few passes over the N x K products
 rather than K passes over the data.
+
+Spherical k-means (Dhillon and Modha 2001) is k-means of unit vectors whose centres are made unit vectors after every iteration.
 """
 
 from collections.abc import Iterator
@@ -14,24 +16,62 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from midway.tokenizers import nearest_kernel
+from midway.tokenizers.rotation import unit
+
 _SCORES_PER_CHUNK = 2**20  # 4 MiB of float32: stays in cache, which is what makes it fast
 _TRIALS = 6  # draws in each round of seeding, of which the best is kept
 _ROUND = 32  # a round adds one centre for so many there are
 
 
 def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the code nearest to each row: (N, D), (K, D) float32 -> (N,) int64; of ties the lowest."""
-    centre = codebook.mean(0)
+    """Index of the code nearest to each row: (N, D), (K, D) float32 -> (N,) int64; of ties the lowest.
+
+    A row with a NaN gets index 0, and its distance is NaN. A code with a NaN is nearest to every row (of several the first), so
+    that a broken codebook shows in the distance instead of sending everything to some other code.
+    """
+    if (
+        torch.compiler.is_compiling()
+    ):  # whose tracer knows neither the settings of precision nor kernels to be tried out
+        return torch.ops.midway.nearest_code(rows, codebook)
+    return _nearest_code(rows, codebook)
+
+
+def _nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
+    centre = codebook.nan_to_num(0, 0, 0).mean(0)
     codes = codebook - centre
     bias = codes.square().sum(1) / -2
-    chunks = rows.split(max(1, _SCORES_PER_CHUNK // len(codebook)))
+    step = rows_per_chunk(len(codebook))
+    if rows.is_cuda and len(rows) > step and nearest_kernel.works(rows.device, rows.shape[1]):
+        return nearest_kernel.highest_score(rows - centre, codes, bias)
     with full_precision():
-        return torch.cat([torch.addmm(bias, chunk - centre, codes.T).argmax(1) for chunk in chunks])
+        return torch.cat([torch.addmm(bias, chunk - centre, codes.T).argmax(1) for chunk in rows.split(step)])
+
+
+@torch.library.custom_op("midway::nearest_code", mutates_args=())
+def _compiled_nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
+    return _nearest_code(rows, codebook)
+
+
+@_compiled_nearest_code.register_fake
+def _(rows: Tensor, codebook: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), dtype=torch.int64)
+
+
+def rows_per_chunk(size: int) -> int:
+    """How many rows make 4 MiB of float32 scores with `size` codes, at least one."""
+    return max(1, _SCORES_PER_CHUNK // size)
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """float32 products really in float32: TF32 picks a wrong code for about 1 % of vectors."""
+    """float32 products really in float32: TF32 picks a wrong code for about 1 % of vectors.
+
+    Inside a torch.compile graph it does nothing: the process's own setting holds there.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
     settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [setting.fp32_precision for setting in settings]
     try:
@@ -49,10 +89,11 @@ def sums_by_code(rows: Tensor, indices: Tensor, size: int) -> Tensor:
     return rows.new_zeros(size, rows.shape[1] + 1).index_add_(0, indices, torch.cat([rows, ones], 1))
 
 
-def kmeans(rows: Tensor, size: int, iterations: int, generator: torch.Generator) -> Tensor:
+def kmeans(rows: Tensor, size: int, iterations: int, generator: torch.Generator, spherical: bool = False) -> Tensor:
     """`size` centres of rows (N, D) after Lloyd `iterations`; with 0 iterations random rows.
 
-    A CPU `generator` draws everything. Fewer rows than centres are repeated. ValueError without rows.
+    A CPU `generator` draws everything. Fewer rows than centres are repeated. ValueError without rows. `spherical`: the rows are
+    unit vectors, and so are the centres.
     """
     if not len(rows):
         raise ValueError("the first training batch is empty: a codebook is initialised from encoder vectors")
@@ -60,7 +101,8 @@ def kmeans(rows: Tensor, size: int, iterations: int, generator: torch.Generator)
     centres = spread_rows(rows, size, generator) if iterations else random_rows(rows, size, generator)
     for _ in range(iterations):
         sums = sums_by_code(rows, nearest_code(rows, centres), size)
-        centres = torch.where(sums[:, -1:] > 0, sums[:, :-1] / sums[:, -1:].clamp(min=1), centres)
+        means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
+        centres = torch.where(sums[:, -1:] > 0, unit(means) if spherical else means, centres)
     return centres
 
 
@@ -87,7 +129,7 @@ def weighted_rows(rows: Tensor, weights: Tensor, size: int, generator: torch.Gen
 
     The largest weight / Exp(1) are such a sample (Efraimidis and Spirakis 2006).
     """
-    clocks = torch.empty(len(rows)).exponential_(generator=generator).to(rows.device)
+    clocks = torch.empty(len(rows), dtype=torch.float32).exponential_(generator=generator).to(rows.device)
     return rows[(weights / clocks).topk(size).indices]
 
 

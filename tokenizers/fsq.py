@@ -7,15 +7,29 @@ One affine map joins the two ways to write a channel, a digit in {0, ..., L - 1}
     form "tanh" (the paper, app. A.1)    c = L // 2
         half = (L - 1)(1 + 1e-3) / 2,  offset = 1/2 if L is even else 0,  shift = atanh(offset / half)
         latent(z) = (tanh(z + shift) half - offset) / c
-    form "sigmoid"                       c = (L - 1) / 2
-        latent(z) = 2 sigmoid(z) - 1,    so that digit = round((L - 1) sigmoid(z))
+    all others                           c = (L - 1) / 2: codes span [-1, 1] and are symmetric about 0, for even L too
+        "tanh", symmetric                latent(z) = tanh(z)                  (Parker et al. 2024, arXiv 2411.19842, sec. 3.2)
+        "sigmoid"                        latent(z) = 2 sigmoid(z) - 1,        so that digit = round((L - 1) sigmoid(z))
+        "ifsq", odd L                    latent(z) = 2 sigmoid(1.6 z) - 1     (iFSQ, arXiv 2601.17124)
 
     index = sum_i digit_i basis_i,   basis_i = prod_{j < i} L_j      (mixed radix, int64 from end to end)
 
+As tanh(z) = 2 sigmoid(2 z) - 1, the last three are one function of slope 2, 1 and 1.6. A slope only rescales z, which the last
+layer of an encoder can do, so it is no option of its own; 1.6 and odd L, where 0 is a code, are what iFSQ is.
+
+Noise dropout (arXiv 2411.19842, sec. 3.2), only in training: with probability p a whole sample is not rounded but has
+
+    code = clamp(latent + u / c),   u ~ U(-1/2, 1/2) per element: half a step to either side; within the range of codes
+
+The indices are still those of the rounded value: of these samples alone, codes differ from indices_to_codes(indices), by
+one step of 1 / c at most. The draw is a function of the noise given to `forward`.
+
 The paper's listing has tan for atanh and 1 - 1e-3 for 1 + 1e-3: with atanh z = 0 is exactly code 0, and with the plus
-sign both outermost levels are within reach. There is no loss, no state and no table of codes.
+sign both outermost levels are within reach. Half-way between two codes the even digit wins (arXiv 2411.19842: the upper);
+for symmetric codes of even L, z = 0 is such a point. There is no loss, no state and no table of codes.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -33,30 +47,65 @@ from midway.tokenizers.base import (
     straight_through,
 )
 
-Form = Literal["tanh", "sigmoid"]
+Form = Literal["tanh", "sigmoid", "ifsq"]
 
-FSQ_LEVELS: dict[int, tuple[int, ...]] = {  # by bits; arXiv 2309.15505, Table 1: every L >= 5
+FSQ_LEVELS: dict[int, tuple[int, ...]] = {  # by bits; arXiv 2309.15505, Table 1 and app. A.4.1
+    4: (5, 3),
+    6: (8, 8),
     8: (8, 6, 5),
+    9: (8, 8, 8),
     10: (8, 5, 5, 5),
+    11: (8, 8, 6, 5),
     12: (7, 5, 5, 5, 5),
     14: (8, 8, 8, 6, 5),
     16: (8, 8, 8, 5, 5, 5),
 }
 _MARGIN = 1e-3
+_SLOPE = {"sigmoid": 1.0, "ifsq": 1.6}
 _MAX_LEVEL = 2**16  # beyond it float32 codes of one channel are too close to be told apart safely
+_MAX_SIZE = 2**62  # half of int64, so that a few indices more, such as a mask, still fit
+
+
+def levels_for(size: int) -> tuple[int, ...]:
+    """Levels that make about `size` codes, the largest first: those of the paper for 2**bits with bits in FSQ_LEVELS.
+
+    For any other size the product nearest to it, of any number of levels from 5 to 16, beyond 2**16 codes from 5 to 8, the
+    paper's range. Of equally near ones that with the smallest largest level, then the smaller product. From 25 codes on it
+    is within 8 %, from 1000 on within 4 %. ValueError unless 5 <= size <= 2**62.
+    """
+    recommended = {2**bits: levels for bits, levels in FSQ_LEVELS.items()}
+    if size in recommended:
+        return recommended[size]
+    if not 5 <= size <= _MAX_SIZE:
+        raise ValueError(f"size is {size}; levels of at least 5 make from 5 to 2**62 codes: give levels themselves")
+    descending = range(8 if size > 2**16 else 16, 4, -1)
+    most = next(count for count in itertools.count(1) if 5**count >= size)
+    sets = (levels for n in range(1, most + 1) for levels in itertools.combinations_with_replacement(descending, n))
+    made = ((math.prod(levels), levels) for levels in sets)
+    return min((abs(k - size), levels[0], k, levels) for k, levels in made if k <= _MAX_SIZE)[-1]
 
 
 class FSQ(Quantizer):
-    """One channel per entry of `levels`; K is their product. float32 inside, whatever the caller's autocast."""
+    """One channel per entry of `levels`; K is their product. float32 inside, whatever the caller's autocast.
+
+    `symmetric` concerns the tanh form, the others always are; L = 2 needs it, or another form. `noise_dropout` is p in
+    [0, 1]; above 0, `forward` takes noise of D + 1 channels in training. levels: 2 to 2**16 each, K at most 2**62.
+    """
 
     levels: Tensor
     basis: Tensor
 
-    def __init__(self, levels: Sequence[int], form: Form = "tanh") -> None:
+    def __init__(
+        self, levels: Sequence[int], form: Form = "tanh", symmetric: bool = False, noise_dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        _check(levels, form)
+        _check(levels, form, symmetric, noise_dropout)
         self.form: Form = form
+        self.symmetric = symmetric
+        self.noise_dropout = noise_dropout
+        self._shifted = form == "tanh" and not symmetric
         self.dim = len(levels)
+        self.noise_channels = self.dim + 1 if noise_dropout else 0
         self.codebook_size = self._size = math.prod(levels)
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         # Integers, because `module.to(torch.bfloat16)` leaves them alone; not in the checkpoint, because config has them.
@@ -64,19 +113,28 @@ class FSQ(Quantizer):
         self.register_buffer("basis", torch.tensor(basis, dtype=torch.int64), persistent=False)
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
-        """z (B, D, *S) -> codes in [-1, 1]; no losses. Gradient: that of `latents`."""
+        """z (B, D, *S) -> codes in [-1, 1]; no losses. Gradient: that of `latents`, with noise dropout too.
+
+        `noise` (B, D + 1, *S), standard normal, is used in training by noise dropout only, which needs it: D channels
+        give u, the last one at its first position decides whether the sample is rounded.
+        """
         with float32_island(z):
             latents = self.latents(z)
             digits = self.latents_to_digits(latents.detach())
-            codes = straight_through(self.digits_to_codes(digits), latents)
+            codes = self.digits_to_codes(digits)
+            if self.training and self.noise_dropout:
+                codes = self._drop(codes, latents.detach(), noise)
+            codes = straight_through(codes, latents)
             return discrete(codes, self.digits_to_indices(digits), {}, codes.new_zeros(()), self._size)
 
     def latents(self, z: Tensor) -> Tensor:
-        """The bounded value in code units, (B, D, *S) float32; even tanh levels reach from -1 to 1 - 2/L."""
+        """The bounded value in code units, (B, D, *S) float32; even levels of the paper's form reach from -1 to 1 - 2/L."""
         check_channels(z, self.dim)
         with float32_island(z):
-            if self.form == "sigmoid":
-                return 2 * torch.sigmoid(z.float()) - 1
+            if self.form != "tanh":
+                return 2 * torch.sigmoid(z.float() * _SLOPE[self.form]) - 1
+            if self.symmetric:
+                return torch.tanh(z.float())
             half, offset, shift = (_channelwise(v, z) for v in tanh_constants(self.levels))
             return (torch.tanh(z.float() + shift) * half - offset) / _channelwise(self._centre(), z)
 
@@ -115,11 +173,33 @@ class FSQ(Quantizer):
         return torch.div(expanded, basis, rounding_mode="floor") % levels
 
     def extra_repr(self) -> str:
-        return f"levels={self.levels.tolist()}, form={self.form!r}"
+        options = f"symmetric={self.symmetric}, noise_dropout={self.noise_dropout}"
+        return f"levels={self.levels.tolist()}, form={self.form!r}, {options}"
 
     def _centre(self) -> Tensor:
-        """c, (D,) float32."""
-        return ((self.levels - 1) / 2 if self.form == "sigmoid" else self.levels // 2).float()
+        """c, (D,) float32. (The quotient of integers would have the default dtype, which may be bfloat16.)"""
+        return (self.levels // 2).float() if self._shifted else (self.levels - 1).float() / 2
+
+    def _drop(self, codes: Tensor, latents: Tensor, noise: Tensor | None) -> Tensor:
+        """`codes`, but latents with uniform noise of one step in the samples that `noise` picks."""
+        uniform = torch.special.ndtr(_checked(noise, latents).to(latents))
+        centre, tops = _channelwise(self._centre(), latents), _channelwise(self.levels - 1, latents)
+        noisy = latents + (uniform[:, :-1] - 0.5) / centre
+        first_position = [slice(1)] * (latents.ndim - 2)
+        dropped = uniform[(slice(None), slice(-1, None), *first_position)] <= self.noise_dropout
+        return torch.where(dropped, noisy.clamp(min=-1).minimum((tops - centre) / centre), codes)
+
+
+def saturation(quantizer: FSQ, z: Tensor) -> dict[str, Tensor]:
+    """How far z (B, D, *S) has run into the flat ends of the bound, where gradients vanish: float32 scalars for logs.
+
+    "edge_mass": share of digits in the outermost bins, 0 and L - 1; 2 / L, averaged over channels, if all are used evenly.
+    "mean_abs_z": mean |z|; 0.8 for a standard normal.
+    """
+    z = z.detach()
+    digits = quantizer.latents_to_digits(quantizer.latents(z))
+    edge = (digits == 0) | (digits == _channelwise(quantizer.levels - 1, z))
+    return {"edge_mass": edge.float().mean(), "mean_abs_z": z.float().abs().mean()}
 
 
 def tanh_constants(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,16 +214,31 @@ def _channelwise(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.ndim - 2))
 
 
-def _check(levels: Sequence[int], form: str) -> None:
+def _checked(noise: Tensor | None, latents: Tensor) -> Tensor:
+    batch, channels, *spatial = latents.shape
+    expected = (batch, channels + 1, *spatial)
+    if noise is None or noise.shape != expected:
+        given = "none was given" if noise is None else f"it has shape {tuple(noise.shape)}"
+        raise ValueError(f"noise dropout in training takes noise {expected}, but {given}; or set noise_dropout to 0")
+    return noise
+
+
+def _check(levels: Sequence[int], form: str, symmetric: bool, noise_dropout: float) -> None:
     if form not in get_args(Form):
-        raise ValueError(f"form is {form!r}; choose 'tanh' or 'sigmoid'")
-    if not levels or any(level < 2 or level > _MAX_LEVEL for level in levels):
-        raise ValueError(f"levels are {list(levels)}; give at least one, each from 2 to {_MAX_LEVEL}")
-    if form == "tanh" and min(levels) == 2:
+        raise ValueError(f"form is {form!r}; choose 'tanh', 'sigmoid' or 'ifsq'")
+    if not levels or any(not isinstance(level, int) or level < 2 or level > _MAX_LEVEL for level in levels):
+        raise ValueError(f"levels are {list(levels)}; give at least one, each an integer from 2 to {_MAX_LEVEL}")
+    if form == "tanh" and min(levels) == 2 and not symmetric:
         raise ValueError(
-            f"levels are {list(levels)}; tanh puts nearly all of N(0, 1) in one bin at L = 2: form='sigmoid'"
+            f"levels are {list(levels)}; tanh puts nearly all of N(0, 1) in one bin at L = 2: "
+            "symmetric=True, or form='sigmoid'"
         )
-    if math.prod(levels) >= 2**63:
+    if form == "ifsq" and any(level % 2 == 0 for level in levels):
         raise ValueError(
-            f"levels {list(levels)} make {math.prod(levels)} codes; an int64 index allows fewer than 2**63"
+            f"levels are {list(levels)}; iFSQ has odd ones only, so that 0 is a code: "
+            "add or take 1, or choose form='sigmoid', which is the same but for the slope"
         )
+    if math.prod(levels) > _MAX_SIZE:
+        raise ValueError(f"levels {list(levels)} make {math.prod(levels)} codes; int64 indices allow up to 2**62")
+    if not 0 <= noise_dropout <= 1:
+        raise ValueError(f"noise_dropout is {noise_dropout}; give a probability in [0, 1], 0 to round always")

@@ -10,19 +10,32 @@ last convolutions start at zero: latents begin as local linear functions of the 
 latent model needs more than the decoder does.
 
 A block costs f^2 times less there than at full resolution; the wide doublings of the decoder end light, never below
-8 channels. "pixel_shuffle" learns its up-sampling (Shi et al. 2016, arXiv 1609.05158); "nearest" and "bilinear" resize
-before the convolution, without the checkerboard (Odena et al. 2016).
+8 channels. Two options buy quality with time:
+
+    multipliers (m_1, ..., m_k)   residual blocks at k resolutions too, of width m_i times the width, the finest first, with a
+                                  halving (a doubling) between them; space to depth only by f / 2^(k - 1). (1,) is the above
+    attention                     self-attention among the residual blocks at the lowest resolution (attention.py)
+
+Ways of up-sampling. All of them start without a checkerboard: a constant map stays constant, away from the border.
+
+    "pixel_shuffle"         convolution, then depth to space (Shi et al. 2016, arXiv 1609.05158); starts as nearest neighbour
+    "transposed"            4x4 transposed convolution of stride 2, the adjoint of a halving; starts as nearest neighbour
+    "nearest", "bilinear"   resize, then a convolution: free of it even when trained (Odena et al. 2016)
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-Upsample = Literal["pixel_shuffle", "nearest", "bilinear"]
+from midway.tokenizers.attention import AttentionBlock
+
+Upsample = Literal["pixel_shuffle", "nearest", "bilinear", "transposed"]
 
 _LIGHTEST = 8
 
@@ -52,54 +65,89 @@ class ResidualBlock(nn.Module):
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> z (B, out_channels, H / downsample, W / downsample)."""
 
-    def __init__(self, in_channels: int, width: int, downsample: int, blocks: int, out_channels: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        downsample: int,
+        blocks: int,
+        out_channels: int,
+        attention: bool = False,
+        multipliers: Sequence[int] = (1,),
+    ) -> None:
         super().__init__()
-        check_downsample(downsample)
-        depth = in_channels * downsample**2
-        last = conv(width, out_channels)
+        *finer, lowest = widths_of(width, multipliers, downsample)
+        self.folded = downsample >> len(finer)  # pixels a side that become channels before the first convolution
+        last = conv(lowest, out_channels)
         nn.init.zeros_(last.weight)
         self.unshuffle = nn.PixelUnshuffle(downsample)
-        self.shortcut = linear(depth, out_channels)
-        self.layers = nn.Sequential(
-            conv(depth, width), *(ResidualBlock(width) for _ in range(blocks)), *activation(width), last
-        )
+        self.shortcut = linear(in_channels * downsample**2, out_channels)
+        layers: list[nn.Module] = [conv(in_channels * self.folded**2, (*finer, lowest)[0])]
+        for narrow, wide in pairwise([*finer, lowest]):
+            layers += [*residual_blocks(narrow, blocks), halving(narrow, wide)]
+        layers += residual_blocks(lowest, blocks, attention)
+        self.layers = nn.Sequential(*layers, *activation(lowest), last)
 
     def forward(self, images: Tensor) -> Tensor:
         pixels = self.unshuffle(images)
-        return self.shortcut(pixels) + self.layers(pixels)
+        folded = self.folded == self.unshuffle.downscale_factor
+        return self.shortcut(pixels) + self.layers(pixels if folded else F.pixel_unshuffle(images, self.folded))
 
 
 class Decoder(nn.Module):
     """Codes (B, in_channels, h, w) -> images (B, out_channels, h upscale, w upscale), unbounded, meant for [-1, 1]."""
 
     def __init__(
-        self, in_channels: int, width: int, upscale: int, blocks: int, out_channels: int, upsample: Upsample
+        self,
+        in_channels: int,
+        width: int,
+        upscale: int,
+        blocks: int,
+        out_channels: int,
+        upsample: Upsample,
+        attention: bool = False,
+        multipliers: Sequence[int] = (1,),
     ) -> None:
         super().__init__()
-        check_downsample(upscale)
         if upsample not in get_args(Upsample):
             raise ValueError(f"upsample is {upsample!r}; choose one of: {', '.join(get_args(Upsample))}")
-        widths = [width, *(max(width >> i, _LIGHTEST) for i in range(1, upscale.bit_length()))]
-        last = conv(widths[-1], out_channels)
+        lowest, *finer = widths_of(width, multipliers, upscale)[::-1]
+        finest = (lowest, *finer)[-1]
+        light = [finest, *(max(finest >> i, _LIGHTEST) for i in range(1, upscale.bit_length() - len(finer)))]
+        last = conv(light[-1], out_channels)
         nn.init.zeros_(last.weight)
         self.shortcut = nn.Sequential(linear(in_channels, out_channels * upscale**2), nn.PixelShuffle(upscale))
-        self.layers = nn.Sequential(
-            conv(in_channels, width),
-            *(ResidualBlock(width) for _ in range(blocks)),
-            *(doubling(wide, narrow, upsample) for wide, narrow in pairwise(widths)),
-            *activation(widths[-1]),
-            last,
-        )
+        layers: list[nn.Module] = [conv(in_channels, lowest), *residual_blocks(lowest, blocks, attention)]
+        for wide, narrow in pairwise([lowest, *finer]):
+            layers += [doubling(wide, narrow, upsample), *residual_blocks(narrow, blocks)]
+        layers += [doubling(wide, narrow, upsample) for wide, narrow in pairwise(light)]
+        self.layers = nn.Sequential(*layers, *activation(light[-1]), last)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.shortcut(codes) + self.layers(codes)
 
 
+def widths_of(width: int, multipliers: Sequence[int], factor: int) -> list[int]:
+    """Channels of each stage, the finest first. ValueError unless `factor` is a power of two of that many stages."""
+    check_downsample(factor)
+    if not 1 <= len(multipliers) <= factor.bit_length() or min(multipliers) < 1 or width < 1:
+        raise ValueError(
+            f"width {width}, multipliers {list(multipliers)} with downsample {factor}; give 1 to "
+            f"{factor.bit_length()} of them, one a resolution, each at least 1, and a width of at least 1"
+        )
+    return [width * multiplier for multiplier in multipliers]
+
+
+def residual_blocks(width: int, blocks: int, attention: bool = False) -> list[nn.Module]:
+    """`blocks` residual blocks, with self-attention after half of them if `attention`."""
+    first, rest = ([ResidualBlock(width) for _ in range(count)] for count in (blocks - blocks // 2, blocks // 2))
+    return [*first, *([AttentionBlock(width)] if attention else []), *rest]
+
+
 def conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the resolution; its bias starts at zero."""
     layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    _zero_bias(layer)
     return layer
 
 
@@ -107,14 +155,20 @@ def linear(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 1x1 convolution that starts orthogonal, with zero bias."""
     layer = nn.Conv2d(in_channels, out_channels, 1)
     nn.init.orthogonal_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    _zero_bias(layer)
     return layer
 
 
 def activation(width: int) -> tuple[nn.Module, nn.Module]:
     """GroupNorm with up to 8 groups, as many as divide `width`; then SiLU."""
     return nn.GroupNorm(math.gcd(8, width), width), nn.SiLU()
+
+
+def halving(in_channels: int, out_channels: int) -> nn.Module:
+    """(B, in, h, w) -> (B, out, h / 2, w / 2). Its 4x4 kernels lie about the middle of an output and use all inputs alike."""
+    reduce = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
+    _zero_bias(reduce)
+    return nn.Sequential(*activation(in_channels), reduce)
 
 
 def doubling(in_channels: int, out_channels: int, upsample: Upsample) -> nn.Module:
@@ -124,11 +178,29 @@ def doubling(in_channels: int, out_channels: int, upsample: Upsample) -> nn.Modu
         with torch.no_grad():  # the four sub-pixels start equal, which is nearest-neighbour: no checkerboard
             expand.weight.copy_(expand.weight[::4].repeat_interleave(4, 0))
         return nn.Sequential(*activation(in_channels), expand, nn.PixelShuffle(2))
+    if upsample == "transposed":
+        return nn.Sequential(*activation(in_channels), transposed(in_channels, out_channels))
     resize = nn.Upsample(scale_factor=2, mode=upsample)
     return nn.Sequential(*activation(in_channels), resize, conv(in_channels, out_channels))
+
+
+def transposed(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
+    """A 4x4 transposed convolution, (h, w) -> (2h, 2w), that starts as a linear map and nearest-neighbour doubling."""
+    layer = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
+    _zero_bias(layer)
+    nn.init.uniform_(layer.weight, -(in_channels**-0.5), in_channels**-0.5)  # as a 1x1 convolution of torch begins
+    with torch.no_grad():  # of the 4 taps a side the middle two reach an input's own pixels, the others its neighbours'
+        middle = layer.weight[:, :, :1, :1].clone()
+        layer.weight.zero_()[:, :, 1:3, 1:3] = middle
+    return layer
 
 
 def check_downsample(factor: int) -> None:
     """ValueError unless `factor` is 1, 2, 4, ..."""
     if factor < 1 or factor & (factor - 1):
         raise ValueError(f"downsample is {factor}; give a power of two: 1, 2, 4, 8, ...")
+
+
+def _zero_bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

@@ -12,15 +12,18 @@ from torch import Tensor
 from midway.tokenizers.clustering import sums_by_code
 
 _MAX_CANDIDATES = 512  # encoder vectors kept for restarts, hence restarts per step
+_REMEMBERED = 256  # batches between two updates that a compiled forward can recognise
 
 
 class Pending:
     """Statistics since the last update. Not buffers: DistributedDataParallel would overwrite them with rank 0's."""
 
     def __init__(self, size: int, dim: int, device: torch.device) -> None:
-        self.sums = torch.zeros(size, dim + 1, device=device)  # s_k, n_k
-        self.candidates = torch.full((min(size, _MAX_CANDIDATES), dim + 1), -1.0, device=device)  # x, priority
+        self.sums = torch.zeros(size, dim + 1, device=device, dtype=torch.float32)  # s_k, n_k
+        shape = min(size, _MAX_CANDIDATES), dim + 1
+        self.candidates = torch.full(shape, -1.0, device=device, dtype=torch.float32)  # x, priority
         self.fingerprints: list[Tensor] = []
+        self.recent = torch.zeros(_REMEMBERED, dtype=torch.int64, device=device)
 
     def add(self, rows: Tensor, indices: Tensor, priorities: Tensor) -> None:
         """rows (N, D) with codes `indices` (N,): adds their sums, and keeps a uniform sample of all rows so far.
@@ -31,6 +34,15 @@ class Pending:
         new = torch.cat([rows, priorities.unsqueeze(1)], 1)
         self.candidates = highest_priority(torch.cat([self.candidates, new]), len(self.candidates))
         self.fingerprints.append(fingerprint(indices))
+
+    def add_unless_seen(self, rows: Tensor, indices: Tensor, priorities: Tensor) -> None:
+        """`add` for a compiled forward, with tensors alone: only the run of the graph can tell whether autograd recomputes it."""
+        mark = fingerprint(indices)
+        new = torch.ops.midway.is_new(mark, self.recent)
+        self.sums = self.sums + torch.where(new, sums_by_code(rows, indices, len(self.sums)), 0)
+        candidates = torch.cat([rows, torch.where(new, priorities, -1).unsqueeze(1)], 1)
+        self.candidates = highest_priority(torch.cat([self.candidates, candidates]), len(self.candidates))
+        self.recent = torch.cat([mark.unsqueeze(0), self.recent[:-1]])
 
     def has_seen(self, indices: Tensor) -> bool:
         """Whether a batch with exactly these indices was added."""
@@ -56,6 +68,17 @@ def fingerprint(indices: Tensor) -> Tensor:
 def in_backward() -> bool:
     """Whether autograd is running now: a forward in there is a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("midway::is_new", mutates_args=())
+def _is_new(mark: Tensor, recent: Tensor) -> Tensor:
+    """Whether the batch of fingerprint `mark` () is to be counted, bool (): not if autograd is recomputing one of `recent`."""
+    return (recent != mark).all() if in_backward() else torch.ones_like(mark, dtype=torch.bool)
+
+
+@_is_new.register_fake
+def _(mark: Tensor, recent: Tensor) -> Tensor:
+    return torch.empty_like(mark, dtype=torch.bool)
 
 
 def distributed() -> bool:

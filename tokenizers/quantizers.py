@@ -7,10 +7,28 @@ from typing import Any
 
 from midway.tokenizers.base import Quantizer
 from midway.tokenizers.fsq import FSQ
+from midway.tokenizers.gradient_vq import GradientVQ
+from midway.tokenizers.grouped import Grouped
 from midway.tokenizers.kl import KL, Identity
+from midway.tokenizers.lfq import BSQ, LFQ
+from midway.tokenizers.residual import Residual
+from midway.tokenizers.simvq import SimVQ
+from midway.tokenizers.two_level import TwoLevel
 from midway.tokenizers.vq import VQ
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"fsq": FSQ, "vq": VQ, "kl": KL, "identity": Identity}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "fsq": FSQ,
+    "vq": VQ,
+    "vq_gradient": GradientVQ,
+    "simvq": SimVQ,
+    "lfq": LFQ,
+    "bsq": BSQ,
+    "residual": Residual,
+    "grouped": Grouped,
+    "two_level": TwoLevel,
+    "kl": KL,
+    "identity": Identity,
+}
 
 
 def make_quantizer(config: Mapping[str, Any]) -> Quantizer:

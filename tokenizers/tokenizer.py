@@ -63,6 +63,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         upsample: str = "pixel_shuffle",
         latent_space: str = "pre",
         snap_on_decode: bool = True,
+        attention: bool = False,
+        multipliers: list[int] | None = None,
     ) -> None:
         super().__init__()
         _check(image_size, downsample, latent_space)
@@ -81,8 +83,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             _check_pixels(dim, in_channels)
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
         else:
-            self.encoder = Encoder(in_channels, width, downsample, blocks, in_dim)
-            self.decoder = Decoder(dim, width, downsample, blocks, in_channels, cast(Upsample, upsample))
+            stages = multipliers or [1]
+            self.encoder = Encoder(in_channels, width, downsample, blocks, in_dim, attention, stages)
+            self.decoder = Decoder(
+                dim, width, downsample, blocks, in_channels, cast(Upsample, upsample), attention, stages
+            )
         self.register_buffer("latent_mean", torch.zeros(dim))
         self.register_buffer("latent_std", torch.ones(dim))
         self.register_buffer("latents_measured", torch.tensor(False))
@@ -105,9 +110,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def tokens(self) -> int:
-        """Tokens per image, h w."""
+        """Positions that have a token: h w, unless the quantizer has another arrangement."""
         _, height, width = self.latent_shape
-        return height * width
+        return self.quantizer.tokens(height, width)
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
         """Images -> reconstruction and what was quantized; `noise` (B, *noise_shape): see `Quantizer.forward`."""
@@ -127,11 +132,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return self.decoder(self._cast(codes)).float()
 
     def encode_indices(self, images: Tensor) -> Tensor:
-        """Images -> tokens (B, h, w) int64. ValueError if the quantizer is continuous."""
-        return self.quantizer.codes_to_indices(self._codes(images))
+        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
+        return self.quantizer.latents_to_indices(self.quantizer.latents(self.encode(images)))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Tokens (B, h, w) int64 -> images. ValueError if one is outside the codebook."""
+        """Tokens as `encode_indices` gives them -> images. ValueError if one is outside the codebook."""
         return self.decode(self.quantizer.indices_to_codes(indices))
 
     def raw_latents(self, images: Tensor) -> Tensor:
@@ -194,9 +199,11 @@ def _channelwise(vector: Tensor) -> Tensor:
     return vector.float().view(-1, 1, 1)
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: Any) -> Any:
     """`config` as JSON gives it back: lists, no tuples."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    if isinstance(config, Mapping):
+        return {key: _plain(value) for key, value in config.items()}
+    return [_plain(value) for value in config] if isinstance(config, list | tuple) else config
 
 
 def _check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:

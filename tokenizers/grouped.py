@@ -1,0 +1,133 @@
+"""Product quantization: groups of channels, each with a quantizer of its own (Jégou et al. 2011, IEEE TPAMI 33(1), section II.B).
+
+    z = (z_1, ..., z_G)        code = (q_1(z_1), ..., q_G(z_G))        K^G codes from G codebooks of K
+
+The squared distance is the sum over groups, so the nearest of all K^G codes is found by G searches among K. Losses are means over
+groups: with the mean over elements in each group, that is the mean over all channels, as of one quantizer.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from midway.tokenizers.base import Quantized, Quantizer, check_channels, float32_island
+
+
+def discrete_quantizer(config: Mapping[str, Any], role: str) -> Quantizer:
+    """The quantizer that `config` describes, to serve as `role`. ValueError if it is continuous or no config."""
+    from midway.tokenizers.quantizers import make_quantizer  # which imports this module
+
+    if not isinstance(config, Mapping):
+        raise ValueError(f'{role} is {config!r}; give the config of a quantizer, such as {{"type": "vq", ...}}')
+    quantizer = make_quantizer(config)
+    if quantizer.codebook_size is None:
+        raise ValueError(
+            f"{role} is of type {config['type']!r}, which is continuous and has no codes to combine: "
+            "choose a discrete type, such as 'vq' or 'fsq'"
+        )
+    return quantizer
+
+
+def discrete_quantizers(config: Mapping[str, Any], count: int, role: str) -> list[Quantizer]:
+    """`count` quantizers of one config; where it takes a seed, each has the next, so that codebooks start apart."""
+    first = discrete_quantizer(config, role)
+    seed = getattr(first, "seed", None)
+    apart = [{} if seed is None else {"seed": seed + i} for i in range(1, count)]
+    return [first, *(discrete_quantizer({**config, **options}, role) for options in apart)]
+
+
+def added(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums by name."""
+    names = dict.fromkeys(name for each in terms for name in each)
+    return {name: torch.stack([each[name] for each in terms if name in each]).sum(0) for name in names}
+
+
+def rows_of_counts(parts: Sequence[Quantized]) -> Tensor | None:
+    """The histograms of all parts below one another, (G, K); None if one of them has none."""
+    counts = [part.counts for part in parts if part.counts is not None]
+    if len(counts) < len(parts):
+        return None
+    return torch.cat([each if each.ndim == 2 else each.unsqueeze(0) for each in counts])
+
+
+class Grouped(Quantizer):
+    """`groups` quantizers of the config `base` side by side: in_dim and dim are `groups` times those of the base.
+
+    The base may be any discrete quantizer; one with several codes a position gives that many for each group, of one group after
+    the other. All groups draw by the same noise. Codebooks travel in the checkpoint as `parts.i`.
+    """
+
+    def __init__(self, base: Mapping[str, Any], groups: int) -> None:
+        super().__init__()
+        if int(groups) != groups or groups < 2:
+            raise ValueError(f"groups is {groups}; give an integer of at least 2: one group is the base itself")
+        self.parts = nn.ModuleList(discrete_quantizers(base, groups, "base"))
+        first = self._parts[0]
+        self.dim = groups * first.dim
+        self.codebook_size = first.codebook_size
+        self.groups = groups * first.groups
+        self.noise_channels = first.noise_channels
+        self._in_dim = groups * first.in_dim
+
+    @property
+    def in_dim(self) -> int:
+        return self._in_dim
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
+        """z (B, in_dim, *S) -> codes; losses of the base, averaged over groups. Gradient: that of each group's own."""
+        check_channels(z, self.in_dim)
+        with float32_island(z):
+            outs = [part(share, noise) for part, share in self._shares(z.float())]
+            return Quantized(
+                codes=torch.cat([out.codes for out in outs], 1),
+                indices=self._joined([out.indices for out in outs]),
+                losses={name: total / len(outs) for name, total in added([out.losses for out in outs]).items()},
+                loss=torch.stack([out.loss for out in outs]).mean(),
+                counts=rows_of_counts(outs),
+            )
+
+    def latents(self, z: Tensor) -> Tensor:
+        check_channels(z, self.in_dim)
+        return torch.cat([part.latents(share) for part, share in self._shares(z)], 1)
+
+    def snap(self, latents: Tensor) -> Tensor:
+        check_channels(latents, self.dim, "latents")
+        return torch.cat([part.snap(share) for part, share in self._shares(latents)], 1)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """(B, *S, G) int64 -> (B, D, *S) float32. ValueError if an index is outside {0, ..., K - 1}."""
+        if indices.ndim < 2 or indices.shape[-1] != self.groups:
+            raise ValueError(f"indices have shape {tuple(indices.shape)}; this quantizer takes (B, *S, {self.groups})")
+        each = indices.unbind(-1) if self._parts[0].groups == 1 else indices.chunk(len(self._parts), -1)
+        return torch.cat([part.indices_to_codes(own) for part, own in zip(self._parts, each, strict=True)], 1)
+
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """(B, D, *S) -> (B, *S, G) int64, the exact inverse of `indices_to_codes`."""
+        check_channels(codes, self.dim, "codes")
+        return self._joined([part.codes_to_indices(share) for part, share in self._shares(codes)])
+
+    def start(self, z: Tensor) -> None:
+        check_channels(z, self.in_dim)
+        for part, share in self._shares(z):
+            part.start(share)
+
+    def update(self, kept: Tensor | None = None) -> None:
+        for part in self._parts:  # in this order on every process: they exchange statistics
+            part.update(kept)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}"
+
+    @property
+    def _parts(self) -> list[Quantizer]:
+        return cast(list[Quantizer], list(self.parts))
+
+    def _shares(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
+        """Each part with its channels of x (B, C, *S)."""
+        return list(zip(self._parts, x.chunk(len(self._parts), 1), strict=True))
+
+    def _joined(self, indices: list[Tensor]) -> Tensor:
+        """Indices of the parts, (B, *S) or (B, *S, g) -> (B, *S, G)."""
+        return torch.stack(indices, -1) if self._parts[0].groups == 1 else torch.cat(indices, -1)

@@ -1,0 +1,167 @@
+"""Two levels of codes, as in VQ-VAE-2 (Razavi et al. 2019, arXiv 1906.00446, section 3.1, Algorithm 1), behind the one interface.
+
+    z = (z_top, z_bottom), channels           t = q_top(mean of z_top over 2x2)             at half the resolution
+    b = q_bottom(z_bottom + A t)              code = (t repeated 2x2, b)
+
+A is learned: a 3x3 convolution at the top's resolution with four outputs a position, one for each of its pixels (sub-pixel
+convolution, Shi et al. 2016, arXiv 1609.05158). So the bottom is conditioned on the decoded top as in the paper, which joins the
+two and maps them linearly; a linear map of z_bottom alone would add nothing to the encoder, which ends in one. A starts at zero.
+
+Indices are a sequence, the top level first, each level row by row: length L = H W / 4 + H W. Grids are square, so that L says
+H. Losses are added over levels. Both levels have the same K, so that every token is one of K.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from midway.tokenizers.base import Quantized, Quantizer, check_channels, float32_island, straight_through
+from midway.tokenizers.grouped import added, discrete_quantizer
+
+
+class TwoLevel(Quantizer):
+    """Quantizers of the configs `top` and `bottom` over z (B, top.in_dim + bottom.in_dim, H, H), H even.
+
+    Codes have top.dim + bottom.dim channels, indices the shape (B, 5 H^2 / 4), and (B, 5 H^2 / 4, G) with G codes a position.
+    `counts` are those of both levels together. The levels draw by the same noise, the top by every second row and column of it.
+    `condition`, the map A, is trained by the gradient; the levels as each of them is.
+    """
+
+    def __init__(self, top: Mapping[str, Any], bottom: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.top, self.bottom = discrete_quantizer(top, "top"), discrete_quantizer(bottom, "bottom")
+        _check(self.top, self.bottom)
+        self.dim = self.top.dim + self.bottom.dim
+        self.codebook_size = self.top.codebook_size
+        self.groups = self.top.groups
+        self.noise_channels = max(self.top.noise_channels, self.bottom.noise_channels)
+        self.condition = nn.Conv2d(self.top.dim, 4 * self.bottom.in_dim, 3, padding=1)
+        nn.init.zeros_(self.condition.weight)
+        if self.condition.bias is not None:
+            nn.init.zeros_(self.condition.bias)
+
+    @property
+    def in_dim(self) -> int:
+        return self.top.in_dim + self.bottom.in_dim
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
+        """z (B, in_dim, H, H) -> codes. Gradient: straight-through; to z_top also through what the bottom is told of it."""
+        _check_grid(z, self.in_dim, "z")
+        with float32_island(z):
+            above, beside = self._split(z)
+            top = self.top(above, None if noise is None else noise[:, : self.top.noise_channels, ::2, ::2])
+            told = beside + self._told(top.codes)
+            bottom = self.bottom(told, None if noise is None else noise[:, : self.bottom.noise_channels])
+            return Quantized(
+                codes=torch.cat([_repeated(top.codes), bottom.codes], 1),
+                indices=self._sequence(top.indices, bottom.indices),
+                losses=added([top.losses, bottom.losses]),
+                loss=top.loss + bottom.loss,
+                counts=None if top.counts is None or bottom.counts is None else top.counts + bottom.counts,
+            )
+
+    def latents(self, z: Tensor) -> Tensor:
+        """z (B, in_dim, H, H) -> (B, D, H, H): the top's, each value four times, and the bottom's, given the top's code."""
+        _check_grid(z, self.in_dim, "z")
+        with float32_island(z):
+            above, beside = self._split(z)
+            top = self.top.latents(above)
+            told = beside + self._told(straight_through(self.top.snap(top), top))
+            return torch.cat([_repeated(top), self.bottom.latents(told)], 1)
+
+    def snap(self, latents: Tensor) -> Tensor:
+        """(B, D, H, H) -> codes: the top's channels are averaged over 2x2 first. The bottom's are not conditioned again."""
+        _check_grid(latents, self.dim, "latents")
+        with float32_island(latents):
+            top, bottom = latents.float().split([self.top.dim, self.bottom.dim], 1)
+            return torch.cat([_repeated(self.top.snap(_pooled(top))), self.bottom.snap(bottom)], 1)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, D, H, H) float32. ValueError if L is not 5 H^2 / 4 or an index is outside {0, ..., K - 1}."""
+        side = _side(indices, self.groups)
+        top, bottom = indices.split([side**2, 4 * side**2], 1)
+        above = self.top.indices_to_codes(top.unflatten(1, (side, side)))
+        return torch.cat([_repeated(above), self.bottom.indices_to_codes(bottom.unflatten(1, (2 * side, 2 * side)))], 1)
+
+    def codes_to_indices(self, codes: Tensor) -> Tensor:
+        """(B, D, H, H) -> (B, L) int64, the exact inverse; of each four copies of a top code the first is read."""
+        _check_grid(codes, self.dim, "codes")
+        top, bottom = codes.split([self.top.dim, self.bottom.dim], 1)
+        return self._sequence(self.top.codes_to_indices(top[..., ::2, ::2]), self.bottom.codes_to_indices(bottom))
+
+    def tokens(self, height: int, width: int) -> int:
+        return height * width * 5 // 4
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """The top from z, then the bottom from what it is told by the top, already started."""
+        _check_grid(z, self.in_dim, "z")
+        with float32_island(z):
+            above, beside = self._split(z)
+            self.top.start(above)
+            self.bottom.start(beside + self._told(self.top.snap(self.top.latents(above))))
+
+    def update(self, kept: Tensor | None = None) -> None:
+        self.top.update(kept)  # in this order on every process: they exchange statistics
+        self.bottom.update(kept)
+
+    def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z -> the top's input at half the resolution, and z_bottom; float32."""
+        top, bottom = z.float().split([self.top.in_dim, self.bottom.in_dim], 1)
+        return _pooled(top), bottom
+
+    def _told(self, top: Tensor) -> Tensor:
+        """A t: codes (B, top.dim, h, h) -> (B, bottom.in_dim, 2 h, 2 h) float32, whatever the dtype of the weights."""
+        bias = None if self.condition.bias is None else self.condition.bias.float()
+        return F.pixel_shuffle(F.conv2d(top, self.condition.weight.float(), bias, padding=1), 2)
+
+    def _sequence(self, top: Tensor, bottom: Tensor) -> Tensor:
+        """Indices (B, h, h[, G]) and (B, 2 h, 2 h[, G]) -> (B, L[, G])."""
+        return torch.cat([top.flatten(1, 2), bottom.flatten(1, 2)], 1)
+
+
+def _pooled(x: Tensor) -> Tensor:
+    """Means over 2x2. In pairs, so that the mean of four equal numbers is that number, bit for bit."""
+    rows = (x[..., ::2, :] + x[..., 1::2, :]) / 2
+    return (rows[..., ::2] + rows[..., 1::2]) / 2
+
+
+def _repeated(x: Tensor) -> Tensor:
+    """(B, C, h, h) -> (B, C, 2 h, 2 h)."""
+    return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def _side(indices: Tensor, groups: int) -> int:
+    """H / 2 of indices (B, L) or (B, L, groups)."""
+    side = math.isqrt(indices.shape[1] // 5) if indices.ndim == (2 if groups == 1 else 3) else 0
+    if side < 1 or 5 * side**2 != indices.shape[1] or (groups > 1 and indices.shape[2] != groups):
+        wanted = "(B, L)" if groups == 1 else f"(B, L, {groups})"
+        raise ValueError(f"indices have shape {tuple(indices.shape)}; give {wanted} with L = 5 H^2 / 4 for an even H")
+    return side
+
+
+def _check_grid(x: Tensor, channels: int, name: str) -> None:
+    check_channels(x, channels, name)
+    if x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[2] % 2 or not x.shape[2]:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; two levels need a square grid of even side, (B, {channels}, H, H): "
+            "change the image size or the downsampling"
+        )
+
+
+def _check(top: Quantizer, bottom: Quantizer) -> None:
+    if isinstance(top, TwoLevel) or isinstance(bottom, TwoLevel):
+        raise ValueError(
+            "a level of type 'two_level' has no square grid of tokens: choose another type for top and bottom"
+        )
+    for name in ("codebook_size", "groups"):
+        values = getattr(top, name), getattr(bottom, name)
+        if values[0] != values[1]:
+            raise ValueError(
+                f"{name} is {values[0]} of top and {values[1]} of bottom: both levels make one sequence of tokens, each one of "
+                "codebook_size in each of the groups, so make them equal"
+            )

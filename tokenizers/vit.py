@@ -1,0 +1,150 @@
+"""Transformers as encoder and decoder: one token a patch, or a short sequence of latent tokens.
+
+    encoder: linear(patches) + positions, [learned latent tokens in front], blocks, norm, linear; of the latent tokens alone
+    decoder: linear(codes) + positions, [a mask token + position for every patch behind], blocks, norm, linear to pixels
+
+With `tokens` = L (TiTok, Yu et al. 2024, arXiv 2406.07550, equations 3 and 4) an image is L codes without a place in the image:
+z (B, D, L). The patches serve only to be read from, and to be filled in, by attention. With `tokens` = None every patch has its
+own code (ViT-VQGAN, Yu et al. 2021, arXiv 2110.04627): z (B, D, h, w), as from a convolutional encoder.
+
+Positions of patches are fixed 2-D sinusoids, those of latent tokens are learned; in the encoder they are the latent tokens
+themselves. Blocks: attention.py. The encoder's last layer starts orthogonal, so that latents have about unit variance, which is
+what quantizers want; the decoder's starts near zero, a grey image.
+
+Everything attends to everything, at the one size it was built for: such tokenizers cannot be tiled (tiling.py).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from midway.tokenizers.attention import TransformerBlock, check_heads, linear
+
+_SPREAD = 0.5**0.5  # root mean square of a sinusoid
+
+
+class ViTEncoder(nn.Module):
+    """Images (B, in_channels, image_size, image_size) -> z (B, out_dim, L), or (B, out_dim, h, w) without latent tokens.
+
+    `patch` pixels a side make one patch, h = w = image_size / patch; `width` is a multiple of 4 and of `heads`.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        tokens: int | None,
+        out_dim: int,
+    ) -> None:
+        super().__init__()
+        side = patches_a_side(image_size, patch)
+        _check(width, depth, heads, tokens)
+        self.image_shape = (in_channels, image_size, image_size)
+        self.patch, self.tokens, self.grid = patch, tokens, (side, side)
+        self.embed = linear(in_channels * patch**2, width)
+        self.register_buffer("positions", positions_2d(side, width), persistent=False)
+        self.latents = None if tokens is None else _learned(tokens, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = linear(width, out_dim)
+        nn.init.orthogonal_(self.head.weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        _check_shape(images, self.image_shape, "images")
+        positions = self.positions.to(self.embed.weight.dtype)  # from_pretrained(torch_dtype=) converts parameters only
+        x = self.embed(F.pixel_unshuffle(images, self.patch).flatten(2).transpose(1, 2)) + positions
+        if self.latents is not None:
+            x = torch.cat([self.latents.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        z = self.head(self.norm(x[:, : self.tokens])).transpose(1, 2)
+        return z.unflatten(2, self.grid) if self.tokens is None else z
+
+
+class ViTDecoder(nn.Module):
+    """Codes (B, in_dim, L), or (B, in_dim, h, w) without latent tokens -> images (B, out_channels, image_size, image_size).
+
+    Images are unbounded, meant for [-1, 1]. The sizes are those of `ViTEncoder`.
+    """
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        in_dim: int,
+        image_size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        tokens: int | None,
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        side = patches_a_side(image_size, patch)
+        _check(width, depth, heads, tokens)
+        self.patch, self.grid = patch, (side, side)
+        self.code_shape = (in_dim, *self.grid) if tokens is None else (in_dim, tokens)
+        self.embed = linear(in_dim, width)
+        self.register_buffer("positions", positions_2d(side, width), persistent=False)
+        self.latents = None if tokens is None else _learned(tokens, width)
+        self.mask = None if tokens is None else _learned(1, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = linear(width, out_channels * patch**2)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        _check_shape(codes, self.code_shape, "codes")
+        positions = self.positions.to(self.embed.weight.dtype)
+        x = self.embed(codes.flatten(2).transpose(1, 2)) + (positions if self.latents is None else self.latents)
+        if self.mask is not None:
+            x = torch.cat([x, (self.mask + positions).expand(len(x), -1, -1)], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        pixels = self.head(self.norm(x[:, -len(positions) :])).transpose(1, 2)
+        return F.pixel_shuffle(pixels.unflatten(2, self.grid), self.patch)
+
+
+def positions_2d(side: int, width: int) -> Tensor:
+    """(side * side, width): half of the channels are sinusoids of the row, half of the column (`width` a multiple of 4).
+
+    Frequencies from 1 down to 1 / 10000, geometric (Vaswani et al. 2017, arXiv 1706.03762, section 3.5).
+    """
+    quarter = width // 4
+    frequencies = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float64) / quarter)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    line = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
+
+
+def patches_a_side(image_size: int, patch: int) -> int:
+    """image_size / patch. ValueError unless `patch` divides it."""
+    if patch < 1 or image_size < 1 or image_size % patch:
+        raise ValueError(f"image_size {image_size} cannot be cut into patches of {patch}: choose a divisor")
+    return image_size // patch
+
+
+def _learned(count: int, width: int) -> nn.Parameter:
+    return nn.Parameter(_SPREAD * torch.randn(count, width))
+
+
+def _check(width: int, depth: int, heads: int, tokens: int | None) -> None:
+    check_heads(width, heads)
+    if width % 4:
+        raise ValueError(f"width is {width}; give a multiple of 4, since 2-D positions have four parts")
+    if depth < 1 or (tokens is not None and tokens < 1):
+        raise ValueError(f"depth {depth}, tokens {tokens}: give at least 1 of each, or tokens=None for one a patch")
+
+
+def _check_shape(x: Tensor, shape: tuple[int, ...], name: str) -> None:
+    if x.shape[1:] != shape:
+        raise ValueError(f"{name} have shape {tuple(x.shape)}; this network takes (B, {', '.join(map(str, shape))})")
