@@ -14,9 +14,10 @@ from midway.gen.errors import UsageError
 from midway.gen.features import FeatureNetwork
 from midway.gen.train_config import TrainConfig
 from midway.tokenizers.networks import Decoder, Encoder
+from midway.tokenizers.vit import ViTDecoder, ViTEncoder
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
-COMPILED = (DiT, Encoder, Decoder, FeatureNetwork)
+COMPILED = (DiT, Encoder, Decoder, ViTEncoder, ViTDecoder, FeatureNetwork)
 """Networks that are functions of tensors alone, which is what torch.compile wants."""
 
 

@@ -50,6 +50,14 @@ class TokenizerConfig:
     """Self-attention among the residual blocks at the lowest resolution."""
     multipliers: tuple[int, ...] = (1,)
     """Residual blocks at this many resolutions, of so many times the width, the finest first; (1,): at the lowest alone."""
+    network: Literal["conv", "vit"] = "conv"
+    """vit: a transformer; its patches are `downsample` pixels a side, and width is a multiple of heads."""
+    depth: int = 4
+    """vit: blocks of the encoder, and of the decoder."""
+    heads: int = 4
+    """vit: attention heads."""
+    latent_tokens: int | None = None
+    """vit: codes of an image, without places in it; by default one a patch."""
     latent_space: Literal["pre", "post"] = "pre"
     """What a latent model learns: values before snapping to codes, or the codes."""
     snap_on_decode: bool = True

@@ -126,6 +126,10 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
             snap_on_decode=config.snap_on_decode,
             attention=config.attention,
             multipliers=list(config.multipliers),
+            network=config.network,
+            depth=config.depth,
+            heads=config.heads,
+            latent_tokens=config.latent_tokens,
         )
     except ValueError as error:
         raise UsageError("this tokenizer cannot be built", str(error), "change the --model flags") from None

@@ -585,6 +585,10 @@ TOKENIZERS = {
     "fsq sigmoid post": TokenizerConfig(levels=(5, 3), width=16, form="sigmoid", latent_space="post"),
     "fsq ifsq": TokenizerConfig(levels=(5, 3), width=16, form="ifsq", options='{"noise_dropout": 0.5}'),
     "fsq, attention": TokenizerConfig(levels=(5, 3), width=16, downsample=4, attention=True, multipliers=(1, 2)),
+    "fsq, vit": TokenizerConfig(levels=(5, 3), width=16, downsample=4, network="vit", depth=1, heads=2),
+    "vq, latent tokens": TokenizerConfig(
+        quantizer="vq", codebook_size=32, dim=4, width=16, downsample=4, network="vit", depth=1, latent_tokens=3
+    ),
     **{name: TokenizerConfig(quantizer=name, codebook_size=32, dim=4, width=16) for name in CODEBOOKS},
     "vq normalized": TokenizerConfig(
         quantizer="vq", codebook_size=32, dim=4, width=16, options='{"normalize": true, "gradient": "rotation"}'
@@ -604,6 +608,18 @@ TOKENIZERS = {
 
 def test_every_quantizer_is_trained_here() -> None:
     assert {config.quantizer for config in TOKENIZERS.values()} == set(QUANTIZERS) == set(get_args(QuantizerName))
+
+
+def test_a_latent_model_learns_from_latent_tokens(script: Script, tmp_path: Path) -> None:
+    tokens = ("--model.network", "vit", "--model.downsample", 4, "--model.latent-tokens", 6, "--model.depth", 1)
+    told = script("train_tokenizer", "digits-fsq", *TINY_FLAGS, *tokens, "--out", tmp_path / "t")
+    assert told.code == 0, told.err
+    told = script("train_latent", "digits-dit", *TINY_FLAGS, "--tokenizer", tmp_path / "t", "--out", tmp_path / "m")
+    assert told.code == 0, told.err
+    trained = load_model(tmp_path / "m", torch.device("cpu"))
+    assert trained.model.latent_shape == (6, 1, 6)
+    (plan,) = make_plans(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
+    assert decode(trained, sample_latents(trained, plan, torch.arange(3)).latents).shape == (3, 1, 8, 8)
 
 
 @pytest.mark.parametrize("options", ["normalize", "[1]", '{"no": 1}'])

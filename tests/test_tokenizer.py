@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -164,7 +164,7 @@ def test_wrong_configs_say_what_to_write(config: dict[str, Any], message: str) -
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("upsample", ["pixel_shuffle", "nearest", "bilinear"])
+@pytest.mark.parametrize("upsample", get_args(networks.Upsample))
 @pytest.mark.parametrize("factor", [1, 2, 8])
 def test_networks_change_resolution_and_pass_gradients(factor: int, upsample: Any) -> None:
     encoder, decoder = Encoder(3, 12, factor, 1, 5), Decoder(5, 12, factor, 1, 3, upsample)
@@ -188,7 +188,7 @@ def test_pixel_shuffle_starts_as_nearest_neighbour() -> None:
 # Tokenizer ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("upsample", ["pixel_shuffle", "nearest", "bilinear"])
+@pytest.mark.parametrize("upsample", get_args(networks.Upsample))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_encode_quantize_decode_is_forward(name: str, upsample: str) -> None:
     model = tokenizer(name, upsample=upsample)
@@ -256,6 +256,27 @@ def test_save_and_load_are_bit_equal(name: str, tmp_path: Path) -> None:
     assert bool(loaded.latents_measured)
     assert torch.equal(loaded(images()).reconstruction, model(images()).reconstruction)
     assert torch.equal(loaded.encode_latents(images()), model.encode_latents(images()))
+
+
+@pytest.mark.parametrize("latent_tokens", [None, 3])
+def test_a_transformer_is_saved_and_loaded_bit_for_bit(latent_tokens: int | None, tmp_path: Path) -> None:
+    model = measured(
+        ImageTokenizer(width=16, downsample=2, network="vit", depth=1, heads=2, latent_tokens=latent_tokens).eval()
+    )
+    assert model.latent_shape == ((4, 4, 4) if latent_tokens is None else (4, 1, 3))
+    assert torch.equal(model.decode_indices(model.encode_indices(images())), model(images()).reconstruction)
+    model.save_pretrained(tmp_path)
+    loaded = ImageTokenizer.from_pretrained(tmp_path)
+    assert isinstance(loaded, ImageTokenizer)
+    assert torch.equal(loaded(images()).reconstruction, model(images()).reconstruction)
+    assert torch.equal(loaded.decode_latents(loaded.encode_latents(images())), model(images()).reconstruction)
+
+
+def test_latent_tokens_are_a_transformers() -> None:
+    with pytest.raises(ValueError, match="only network='vit'"):
+        ImageTokenizer(latent_tokens=4)
+    with pytest.raises(ValueError, match="choose 'conv' or 'vit'"):
+        ImageTokenizer(network="unet")
 
 
 def test_a_loaded_codebook_keeps_learning_where_it_stopped(tmp_path: Path) -> None:

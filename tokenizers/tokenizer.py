@@ -24,8 +24,10 @@ from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
 from midway.tokenizers.quantizers import make_quantizer
+from midway.tokenizers.vit import ViTDecoder, ViTEncoder
 
 LatentSpace = Literal["pre", "post"]
+Network = Literal["conv", "vit"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     `quantizer` is a config for `make_quantizer`, FSQ [8, 5, 5, 5] by default. {"type": "identity", "dim": in_channels}
     with downsample 1 is the pixel model: latents are pixels, and there are no networks. Saved and loaded bit for bit by
     save_pretrained and from_pretrained (safetensors).
+
+    `network` "conv" (networks.py) has `blocks`, `upsample`, `attention` and `multipliers`, [1] by default; "vit" (vit.py) has
+    `depth`, `heads` and `latent_tokens`, its patches are `downsample` pixels a side. With L latent tokens there is no grid:
+    codes and latents are (B, D, 1, L).
     """
 
     _supports_gradient_checkpointing = True
@@ -65,13 +71,19 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         snap_on_decode: bool = True,
         attention: bool = False,
         multipliers: list[int] | None = None,
+        network: str = "conv",
+        depth: int = 4,
+        heads: int = 4,
+        latent_tokens: int | None = None,
     ) -> None:
         super().__init__()
         _check(image_size, downsample, latent_space)
+        _check_network(network, latent_tokens)
         description = _plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
         self.register_to_config(quantizer=description)  # the default is written out, so that it may change later
         self.image_shape = (in_channels, image_size, image_size)
         self.downsample = downsample
+        self.latent_tokens = latent_tokens
         self.latent_space: LatentSpace = cast(LatentSpace, latent_space)
         self.snap_on_decode = snap_on_decode
         self.bottleneck = make_quantizer(
@@ -82,6 +94,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         if self.passes_through:
             _check_pixels(dim, in_channels)
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        elif network == "vit":
+            sizes = (image_size, downsample, width, depth, heads, latent_tokens)
+            self.encoder = ViTEncoder(in_channels, *sizes, in_dim)
+            self.decoder = ViTDecoder(dim, *sizes, in_channels)
         else:
             stages = multipliers or [1]
             self.encoder = Encoder(in_channels, width, downsample, blocks, in_dim, attention, stages)
@@ -99,7 +115,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(D, h, w) of codes and latents."""
+        """(D, h, w) of codes and latents; (D, 1, L) with latent tokens."""
+        if self.latent_tokens is not None:
+            return self.quantizer.dim, 1, self.latent_tokens
         side = self.image_shape[1] // self.downsample
         return self.quantizer.dim, side, side
 
@@ -124,12 +142,13 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         _check_shape(images, self.image_shape, "images")
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}; convert bytes to floats in [-1, 1] first")
-        return self.encoder(self._cast(images))
+        z = self.encoder(self._cast(images))
+        return z if self.latent_tokens is None else z.unsqueeze(2)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, C, H, W) float32, meant for [-1, 1] but unbounded."""
         _check_shape(codes, self.latent_shape, "codes")
-        return self.decoder(self._cast(codes)).float()
+        return self.decoder(self._cast(codes if self.latent_tokens is None else codes.squeeze(2))).float()
 
     def encode_indices(self, images: Tensor) -> Tensor:
         """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
@@ -222,3 +241,10 @@ def _check(image_size: int, downsample: int, latent_space: str) -> None:
         raise ValueError(f"image_size {image_size} is not a multiple of downsample {downsample}: change one of them")
     if latent_space not in get_args(LatentSpace):
         raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
+
+
+def _check_network(network: str, latent_tokens: int | None) -> None:
+    if network not in get_args(Network):
+        raise ValueError(f"network is {network!r}; choose 'conv' or 'vit'")
+    if latent_tokens is not None and network != "vit":
+        raise ValueError(f"latent_tokens is {latent_tokens}; only network='vit' has them")
