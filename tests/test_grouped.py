@@ -14,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from midway.tokenizers.base import perplexity
 from midway.tokenizers.fsq import FSQ
 from midway.tokenizers.grouped import Grouped
-from midway.tokenizers.quantizers import QUANTIZERS
-from midway.tokenizers.residual import Residual
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,12 +23,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Residual quantizers can be named in a config."""
-    monkeypatch.setitem(QUANTIZERS, "residual", Residual)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

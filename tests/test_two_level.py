@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from midway.tokenizers.grouped import Grouped
-from midway.tokenizers.quantizers import QUANTIZERS, make_quantizer
-from midway.tokenizers.residual import Residual
-from midway.tokenizers.two_level import TwoLevel
+from midway.tokenizers.quantizers import make_quantizer
+from midway.tokenizers.two_level import TwoLevel, _pooled, _repeated
 
 VQ = {"type": "vq", "codebook_size": 12, "dim": 3, "decay": 0.5}
 FSQ = {"type": "fsq", "levels": [3, 4]}
@@ -27,13 +25,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composite quantizers can be named in a config."""
-    for name, kind in (("residual", Residual), ("grouped", Grouped), ("two_level", TwoLevel)):
-        monkeypatch.setitem(QUANTIZERS, name, kind)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -300,3 +291,8 @@ def test_foreign_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(B, L, 2\)"):
         MAKERS["residual"]().indices_to_codes(torch.zeros(1, 20, 3, dtype=torch.int64))
     assert quantizer(torch.zeros(0, 4, 4, 4)).codes.shape == (0, 4, 4, 4)
+
+
+def test_the_mean_of_four_copies_is_the_original_bit_for_bit() -> None:
+    x = normal(4, 3, 8, 8)
+    assert torch.equal(_pooled(_repeated(x)), x)
