@@ -6,12 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from resuming import (
     DATA,
     TRAIN,
@@ -33,20 +31,13 @@ from midway.gen.errors import UsageError
 from midway.gen.train_config import TrainConfig
 from recipes import TokenizerTask
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # the other processes have one thread as well
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 KILLS = 20
 LONG = replace(TRAIN, steps=60, log_every=7, save_seconds=0)
 SAVING = replace(LONG, save_every=1)
 SLOW = Conditions(pause=0.02)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The other processes have one thread as well."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The convolutional pair: its default architecture, what it starts as, its options, and that they change nothing else."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, TypeVar, cast, get_args
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers import attention as attention_module
+from midway.tokenizers import recomputed
 from midway.tokenizers.attention import AttentionBlock, SelfAttention
 from midway.tokenizers.networks import (
     Decoder,
@@ -22,6 +21,8 @@ from midway.tokenizers.networks import (
     transposed,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 M = TypeVar("M", bound=nn.Module)
 UPSAMPLES = get_args(Upsample)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,15 +31,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "multipliers": {"multipliers": (1, 2)},
     "both": {"attention": True, "multipliers": (1, 2, 3)},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -362,7 +354,7 @@ def test_gradient_checkpointing_computes_again_and_changes_no_bit(
 def test_without_gradients_attention_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     block = AttentionBlock(8)
     block.gradient_checkpointing = True
-    monkeypatch.setattr(attention_module, "checkpoint", None)  # calling it would raise
+    monkeypatch.setattr(recomputed, "checkpoint", None)  # calling it would raise
     with torch.no_grad():
         assert torch.equal(block(torch.ones(1, 8, 2, 2)), torch.ones(1, 8, 2, 2))
 

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,13 @@ from midway.tokenizers.base import perplexity, usage
 from midway.tokenizers.fsq import FSQ
 from midway.tokenizers.residual import Residual
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GRIDS: list[dict[str, Any]] = [
     {"levels": [8, 5, 6]},
     {"levels": [8, 5, 6], "symmetric": True},
     {"levels": [4, 3, 2], "form": "sigmoid"},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

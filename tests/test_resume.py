@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,18 +47,11 @@ from midway.gen.train_config import TrainConfig
 from midway.tokenizers import vq
 from recipes import LatentTask, TokenizerConfig, TokenizerTask
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
+
 DIT = LatentModelConfig(schedule="cosine", dit=replace(TINY_DIT, dropout=0.2))
 LATENT = replace(TRAIN, batch_size=256)  # of 1437 latents: an epoch ends in step 5 here too
 SOLVER = replace(TRAIN, batch_size=12, lr=5e-2, warmup=0, ema=0, posthoc=(), clip=1e6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So that sums are added in the same order, however busy the machine is."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tokenizer_task(out: Path, train: TrainConfig = TRAIN, model: TokenizerConfig = VQ) -> TokenizerTask:

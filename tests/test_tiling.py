@@ -1,6 +1,5 @@
 """Tiles: equal to the whole where the network sees no further than the margin, blended where it does, one tile at a time."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -12,17 +11,10 @@ from midway.tokenizers.tiling import decode_tiled, encode_tiled, tile_starts, ti
 from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.vit import ViTDecoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # height, width, tile, overlap
 LAYOUTS = [(12, 12, 8, 4), (13, 21, 8, 5), (9, 30, 8, 4), (16, 7, 8, 7), (5, 6, 8, 4), (8, 8, 8, 4), (20, 20, 9, 6)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,11 +13,13 @@ from torch import Tensor, nn
 from midway.gen.context import Context, ImageBatch
 from midway.gen.data import to_float
 from midway.gen.tokenizer_training import TokenizerObjective
-from midway.tokenizers import networks
+from midway.tokenizers import networks, recomputed
 from midway.tokenizers.kl import KL, Identity, gaussian_kl
 from midway.tokenizers.networks import Decoder, Encoder, ResidualBlock
 from midway.tokenizers.quantizers import QUANTIZERS, make_quantizer
 from midway.tokenizers.tokenizer import ImageTokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "fsq": {"type": "fsq", "levels": [8, 5, 5, 5]},
@@ -49,15 +50,6 @@ def index_shape(name: str) -> tuple[int, ...]:
     """Of the indices of one image of 4 x 4 latents."""
     groups = make_quantizer(CONFIGS[name]).groups
     return (20,) if name == "two-level" else (4, 4) if groups == 1 else (4, 4, groups)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def images(count: int = 6, channels: int = 1, size: int = 8, seed: int = 0) -> Tensor:
@@ -431,7 +423,7 @@ def test_gradient_checkpointing_computes_again_and_changes_no_bit(name: str) -> 
 def test_without_gradients_there_is_nothing_to_compute_again(monkeypatch: pytest.MonkeyPatch) -> None:
     block = ResidualBlock(8)
     block.gradient_checkpointing = True
-    monkeypatch.setattr(networks, "checkpoint", None)  # calling it would raise
+    monkeypatch.setattr(recomputed, "checkpoint", None)  # calling it would raise
     with torch.no_grad():
         assert torch.equal(block(torch.ones(1, 8, 2, 2)), torch.ones(1, 8, 2, 2))
 

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,17 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.two_level import TwoLevel, _pooled, _repeated
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VQ = {"type": "vq", "codebook_size": 12, "dim": 3, "decay": 0.5}
 FSQ = {"type": "fsq", "levels": [3, 4]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

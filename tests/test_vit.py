@@ -1,7 +1,6 @@
 """The transformer pair: where patches and tokens go, positions, reach of attention, and independence of how it is run."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -9,21 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers import attention
+from midway.tokenizers import recomputed
 from midway.tokenizers.attention import TransformerBlock
 from midway.tokenizers.vit import ViTDecoder, ViTEncoder, positions_2d
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 M = TypeVar("M", bound=nn.Module)
 MODES = [None, 1, 5]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -234,7 +226,7 @@ def test_gradient_checkpointing_computes_again_and_changes_no_bit(
 def test_without_gradients_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     block = TransformerBlock(8, 2)
     block.gradient_checkpointing = True
-    monkeypatch.setattr(attention, "checkpoint", None)  # calling it would raise
+    monkeypatch.setattr(recomputed, "checkpoint", None)  # calling it would raise
     with torch.no_grad():
         assert block(normal(1, 3, 8)).shape == (1, 3, 8)
 

@@ -17,18 +17,11 @@ from midway.gen.tokenizer_training import TokenizerObjective
 from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.vq import VQ
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, STEPS, SIZE = 24, 7, 128
 SKIPPED, BROKEN = 2, 4  # the step that the loop skips, and that in which the encoder makes NaN of one sample
 LIMIT = min(1.0, BATCH * 16 / (4 * SIZE))  # N_k of a code that has just restarted
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def part(step: int, first: int, count: int) -> tuple[ImageBatch, Context]:

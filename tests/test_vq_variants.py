@@ -27,6 +27,8 @@ from midway.tokenizers.rotation import rotated, rotated_gradient, unit
 from midway.tokenizers.simvq import SimVQ
 from midway.tokenizers.vq import VQ
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORMS: dict[str, tuple[type[Codebook], dict[str, Any]]] = {
     "vq": (VQ, {}),
     "vq, unit": (VQ, {"normalize": True}),
@@ -38,15 +40,6 @@ FORMS: dict[str, tuple[type[Codebook], dict[str, Any]]] = {
     "simvq, unit, rotation": (SimVQ, {"normalize": True, "gradient": "rotation"}),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are so small that threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -700,8 +693,20 @@ def run_rank(rank: int, processes: int, folder: str) -> None:
         unequal.update()
     fresh(normal(20, 4, seed=rank))  # initialised by rank 0's first batch
     states |= {"unequal": unequal.state_dict(), "fresh": fresh.state_dict()}
+    states |= {"entropy": entropies_of(uneven(0, rank)[0], processes)}
     torch.save(states, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def entropies_of(rows: Tensor, processes: int = 1) -> dict[str, Tensor]:
+    """Both entropies over all processes, and the gradient to the codes that processes average."""
+    codes = normal(16, 4, seed=5).requires_grad_()
+    sample, batch = code_entropy(rows, codes, 0.7, shared=True)
+    (sample - 0.4 * batch).backward()
+    if processes > 1:
+        dist.all_reduce(grad(codes))
+        grad(codes).div_(processes)
+    return {"sample": sample.detach(), "batch": batch.detach(), "gradient": grad(codes)}
 
 
 def uneven(step: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -727,6 +732,8 @@ def test_processes_equal_one_on_the_concatenation(processes: int, tmp_path: Path
         single(normal(64, 4, seed=20 + step), normal(64, 1, seed=30 + step))
         single.update()
     assert_same(first["unequal"], single.state_dict())
+    for name, value in entropies_of(normal(64, 4, seed=20)).items():
+        torch.testing.assert_close(first["entropy"][name], value, rtol=1e-5, atol=1e-6)
 
 
 # Oracles --------------------------------------------------------------------------------------------------------------

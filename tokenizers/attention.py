@@ -14,12 +14,12 @@ N tokens cost N^2 in time, but not in memory where torch has a fused kernel.
 """
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+
+from midway.tokenizers.recomputed import Recomputed
 
 _HEAD = 64  # channels of a head in a map: what fused kernels are made for
 
@@ -40,22 +40,6 @@ class SelfAttention(nn.Module):
         q, k = _normalised(q) * self.scale, _normalised(k)
         mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
         return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class Recomputed(nn.Module):
-    """A module whose `compute` may be run again in the backward pass instead of keeping its activations."""
-
-    gradient_checkpointing: bool = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # Nothing in it draws random numbers, so no generator has to be put back.
-            return cast(Tensor, checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False))
-        return self.compute(x)
-
-    def compute(self, x: Tensor) -> Tensor:
-        """What forward gives."""
-        raise NotImplementedError
 
 
 class AttentionBlock(Recomputed):

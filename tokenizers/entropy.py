@@ -44,7 +44,7 @@ def sample_entropy(logits: Tensor, weights: Tensor | None = None, shared: bool =
     weights = _weights(logits, weights)
     size = logits.abs()
     entropy = F.softplus(-size) + size * torch.sigmoid(-size)
-    return _mean((entropy.sum(1) * weights).sum().view(1), weights, shared).sum()
+    return mean_over_samples((entropy.sum(1) * weights).sum().view(1), weights, shared).sum()
 
 
 def batch_entropy(
@@ -57,9 +57,28 @@ def batch_entropy(
     weights = _weights(logits, weights)
     group = check_group(logits.shape[1], group)
     sums = [_ProbabilitySum.apply(part, weights) for part in logits.split(group, 1)]
-    mean = _mean(torch.cat(sums), weights, shared)
-    # A code that no sample can have has probability exactly 0, where the entropy's slope is infinite.
-    return -(mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()
+    mean = mean_over_samples(torch.cat(sums), weights, shared)
+    return entropy_of(mean)
+
+
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """-sum p ln p in nats, (): of a code that no sample can have p is exactly 0, where the slope is infinite but here."""
+    return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum()
+
+
+def mean_over_samples(sums: Tensor, weights: Tensor, shared: bool) -> Tensor:
+    """Sums (M,) over the samples divided by the sum of their weights (N,), (M,); `shared`: both over all processes.
+
+    The gradient reaches this process's own sums, times the number of processes, as DistributedDataParallel averages it. Without
+    samples the mean is 0.
+    """
+    packed = torch.cat([sums, weights.sum().view(1)])
+    if shared and distributed():
+        everywhere = packed.detach().clone()
+        dist.all_reduce(everywhere)
+        packed = straight_through(everywhere, packed * dist.get_world_size())
+    count = packed[-1].detach()
+    return packed[:-1] / torch.where(count > 0, count, 1)
 
 
 def check_group(bits: int, group: int | None) -> int:
@@ -82,17 +101,6 @@ def _weights(logits: Tensor, weights: Tensor | None) -> Tensor:
     if weights.shape != logits.shape[:1]:
         raise ValueError(f"weights have shape {tuple(weights.shape)}; give one a sample, ({len(logits)},)")
     return weights.detach().to(logits)
-
-
-def _mean(sums: Tensor, weights: Tensor, shared: bool) -> Tensor:
-    """Sums (M,) over the samples divided by the sum of their weights (N,); `shared`: both over all processes."""
-    packed = torch.cat([sums, weights.sum().view(1)])
-    if shared and distributed():
-        everywhere = packed.detach().clone()
-        dist.all_reduce(everywhere)
-        packed = straight_through(everywhere, packed * dist.get_world_size())
-    count = packed[-1].detach()
-    return packed[:-1] / torch.where(count > 0, count, 1)
 
 
 class _ProbabilitySum(torch.autograd.Function):

@@ -26,27 +26,22 @@ Ways of up-sampling. All of them start without a checkerboard: a constant map st
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from midway.tokenizers.attention import AttentionBlock
+from midway.tokenizers.recomputed import Recomputed
 
 Upsample = Literal["pixel_shuffle", "nearest", "bilinear", "transposed"]
 
 _LIGHTEST = 8
 
 
-class ResidualBlock(nn.Module):
-    """(B, width, h, w) -> the same; the identity at initialisation.
-
-    With `gradient_checkpointing` the backward pass computes the branch again instead of keeping its activations.
-    """
-
-    gradient_checkpointing: bool = False
+class ResidualBlock(Recomputed):
+    """(B, width, h, w) -> the same; the identity at initialisation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,11 +49,7 @@ class ResidualBlock(nn.Module):
         self.branch = nn.Sequential(*activation(width), conv(width, width), *activation(width), last)
         nn.init.zeros_(last.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # Nothing in the branch draws random numbers, so no generator has to be put back.
-            again = checkpoint(self.branch, x, use_reentrant=False, preserve_rng_state=False)
-            return x + cast(Tensor, again)
+    def compute(self, x: Tensor) -> Tensor:
         return x + self.branch(x)
 
 
