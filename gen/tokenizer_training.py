@@ -75,15 +75,18 @@ def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> dict[str, float]:
     """mse and psnr of the 8-bit reconstruction of uint8 images; usage, perplexity and bits_per_image if there are codes."""
-    error = (to_float(reconstruct(tokenizer, images, batch_size)) - to_float(images)).double().square().mean().item()
-    report = {"mse": error, "psnr": psnr(error)}
+    error, counts = torch.zeros((), dtype=torch.float64), None
+    for part in images.split(batch_size):
+        out = tokenizer(to_float(part.to(tokenizer.device)))
+        shown = to_uint8(out.reconstruction).cpu()
+        error += (to_float(shown) - to_float(part)).double().square().sum()
+        found = out.quantized.counts
+        counts = found if counts is None or found is None else counts + found
+    mse = error.item() / images.numel()
+    report = {"mse": mse, "psnr": psnr(mse)}
     size = tokenizer.quantizer.codebook_size
     if size is None:
         return report
-    counts = None
-    for part in images.split(batch_size):
-        found = tokenizer(to_float(part.to(tokenizer.device))).quantized.counts
-        counts = found if counts is None or found is None else counts + found
     if counts is not None:
         report |= {"usage": usage(counts), "perplexity": perplexity(counts)}
     return report | {"bits_per_image": bits_per_image(tokenizer.tokens * tokenizer.quantizer.groups, size)}
