@@ -12,9 +12,10 @@ from midway.gen.errors import UsageError
 from midway.gen.train_config import TrainConfig
 
 
-def make_accelerator(config: TrainConfig, out: Path | None = None) -> Accelerator:
+def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = False) -> Accelerator:
     """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves. Trackers write below `out`.
 
+    `idle`: some parameters get no gradient in some steps, which DDP must be told.
     Without a GPU several processes find each other only when told to use the CPU; else each would train alone.
     UsageError when the global batch cannot be shared equally, or a tracker is not installed.
     """
@@ -32,7 +33,7 @@ def make_accelerator(config: TrainConfig, out: Path | None = None) -> Accelerato
             cpu=several and not torch.cuda.is_available(),
             log_with=list(config.log_with) or None,
             project_dir=out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)],
         )
     except (ValueError, ImportError) as error:
         raise UsageError("the accelerator cannot be set up", str(error), "change --log-with or --precision") from None

@@ -5,6 +5,8 @@ of a matrix; only hidden matrices get it, with updates scaled to AdamW's root me
 arXiv 2502.16982), so that one learning rate serves both.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,6 +15,7 @@ from midway.gen.backbone import DiT
 from midway.gen.errors import UsageError
 from midway.gen.features import FeatureNetwork
 from midway.gen.train_config import TrainConfig
+from midway.gen.trainable import Adversarial
 from midway.tokenizers.networks import Decoder, Encoder
 from midway.tokenizers.vit import ViTDecoder, ViTEncoder
 
@@ -29,9 +32,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
         raise UsageError(
             "--optimizer muon has nothing to do", "this model has no hidden matrices", "use --optimizer adamw"
         )
-    rest = [p for name, p in named.items() if name not in hidden]
     adamw = torch.optim.AdamW(
-        rest,
+        rate_groups(model, {name: p for name, p in named.items() if name not in hidden}),
         lr=config.lr,
         betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
@@ -44,16 +46,36 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
     return [adamw, muon]
 
 
+def sides(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Trainable parameters: all of them, or those of an `Adversarial` model and then its opponent's."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, Adversarial) or not model.opponent:
+        return [list(named.values())]
+    theirs = [p for name, p in named.items() if name.startswith(model.opponent)]
+    return [[p for name, p in named.items() if not name.startswith(model.opponent)], theirs]
+
+
+def rate_groups(model: nn.Module, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer; `scale` is what `set_rate` multiplies the learning rate by."""
+    if not isinstance(model, Adversarial) or not model.opponent:
+        return [{"params": list(named.values())}]
+    theirs = {name: p for name, p in named.items() if name.startswith(model.opponent)}
+    return [
+        {"params": [p for name, p in named.items() if name not in theirs]},
+        {"params": list(theirs.values()), "scale": model.opponent_rate},
+    ]
+
+
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon may have it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
     return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:
-    """Give every parameter the learning rate of this step."""
+    """Give every parameter the learning rate of this step, times its group's `scale`."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
 
 
 def free_to_read(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ A fine solver maps the noise of `pairs` seeds to end states once. Every step tak
     loss = mean over the batch of distance(student's end state, teacher's end state)
 
 with the gradient through all evaluations, as in arXiv 2510.17699. The distance is in latents, or after decoding (`decoded`), or
-any that the caller gives; it must never use the network whose features the result is measured with.
+any that the caller gives; it must never use the network whose features the result is measured with (LPIPS uses VGG-16).
 
 One learning rate serves all parameters (samplers/learned.py). Evaluations are counted at the network, the teacher's included;
 one with a gradient counts 1, and running it again for gradient checkpointing does not count.
@@ -14,6 +14,7 @@ one with a gradient counts 1, and running it again for gradient checkpointing do
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ from midway.samplers.prediction import Field
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
+from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 BEST = "best"
@@ -54,8 +56,10 @@ class TableConfig:
     """Whether the first clean estimate is the analytic one of unit-variance data, which buys one more step."""
     order: int = 3
     """Order of the DPM-Solver++ that learning starts from."""
-    loss: Literal["l2", "l1"] = "l2"
-    """Mean squared or mean absolute difference."""
+    loss: Literal["l2", "l1", "lpips"] = "l2"
+    """Mean squared or mean absolute difference of latents, or LPIPS of decoded images."""
+    perceptual_weights: Path | None = None
+    """lpips: torchvision's file of VGG-16's weights, or the same as safetensors (default: download)."""
     gradient_checkpointing: bool = False
     """Keep the activations of one evaluation at a time, and run each again in the backward pass."""
 
@@ -67,7 +71,7 @@ class TableConfig:
         for what, name, known in (
             ("teacher", self.teacher, SOLVERS),
             ("teacher_grid", self.teacher_grid, GRIDS),
-            ("loss", self.loss, DISTANCES),
+            ("loss", self.loss, (*DISTANCES, "lpips")),
         ):
             if name not in known:
                 raise ValueError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
@@ -122,6 +126,15 @@ def decoded(tokenizer: ImageTokenizer, distance: Distance) -> Distance:
     )
 
 
+def make_distance(config: TableConfig, tokenizer: ImageTokenizer) -> Distance:
+    """The loss that `config` names. ValueError if the network of LPIPS cannot be had, or its images are too small."""
+    if config.loss != "lpips":
+        return DISTANCES[config.loss]
+    perceptual = Perceptual("vgg", config.perceptual_weights).to(tokenizer.device)
+    perceptual.check_size(*tokenizer.image_shape[1:])
+    return decoded(tokenizer, lambda student, teacher: perceptual(student, teacher).mean())
+
+
 class TableObjective(nn.Module):
     """Trains `learned`; the model stays frozen and is kept out of the parameters.
 
@@ -137,6 +150,8 @@ class TableObjective(nn.Module):
         self, model: LatentModel, target: TableTarget, config: TableConfig, distance: Distance | None = None
     ) -> None:
         super().__init__()
+        if distance is None and config.loss not in DISTANCES:
+            raise ValueError(f"loss '{config.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)")
         self.target, self.config = target, config
         self.analytic_first = config.analytic_first
         self.distance = distance or DISTANCES[config.loss]

@@ -1,43 +1,74 @@
-"""What trains a tokenizer: mean squared reconstruction error plus the quantizer's own weighted losses."""
+"""What trains a tokenizer: the error of the reconstruction plus the quantizer's own weighted losses.
+
+    loss = pixel error + perceptual LPIPS(x', x) + weight lambda L_gen(D(x')) + quantizer losses       x' = reconstruction of x
+
+The first alone unless more is asked for (`LossConfig`); the critic D has its own loss in the same step (adversary.py).
+"""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
+from midway.gen.adversary import Adversary
 from midway.gen.context import Context, ImageBatch
 from midway.gen.data import to_float, to_uint8
+from midway.gen.loss_config import LossConfig
 from midway.tokenizers.base import bits_per_image, perplexity, usage
+from midway.tokenizers.losses import pixel_loss
+from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 
 class TokenizerObjective(nn.Module):
     """`loss` for fit() around an ImageTokenizer; with `flip` each image is mirrored left-right with probability 1/2."""
 
-    def __init__(self, tokenizer: ImageTokenizer, flip: bool = False) -> None:
+    def __init__(self, tokenizer: ImageTokenizer, flip: bool = False, losses: LossConfig | None = None) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.flip = flip
+        self.losses = losses or LossConfig()
+        self.perceptual, self.adversary = None, None
+        if self.losses.perceptual:
+            self.perceptual = Perceptual(self.losses.perceptual_net, self.losses.perceptual_weights)
+            self.perceptual.check_size(tokenizer.image_shape[1])
+        if self.losses.adversary != "none":
+            channels, size, _ = tokenizer.image_shape
+            self.adversary = Adversary(self.losses, channels, size)
+        self.opponent = "" if self.adversary is None else "adversary."
+        self.opponent_rate = self.losses.critic_rate
 
     def start(self, batch: ImageBatch, context: Context) -> None:
         """A codebook begins at the encoder's vectors of the first images, which are the same on every process."""
         self.tokenizer.start(self._images(batch, context))
 
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction MSE in [-1, 1] units plus the quantizer's loss; logs the parts."""
+        """The weighted sum, with the critic's own loss if there is one; logs the parts, mse in [-1, 1] units always."""
         images = self._images(batch, context)
         shape = self.tokenizer.noise_shape
         out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
-        mse = (out.reconstruction - images).square().mean()
-        return mse + out.quantized.loss, {
-            "mse": mse,
-            **out.quantized.losses,
-            **batch_codes(out.quantized.indices, out.quantized.counts),
-        }
+        loss, logs = self._error(out.reconstruction, images)
+        logs |= {**out.quantized.losses, **batch_codes(out.quantized.indices, out.quantized.counts)}
+        if self.adversary is not None:
+            play = self.adversary.play(out.reconstruction, images, loss, self.tokenizer.last_layer, context)
+            loss, logs = loss + play.generator + play.critic, {**logs, **play.logs}
+        return loss + out.quantized.loss, logs
+
+    def _error(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a reconstruction lacks, and its parts."""
+        loss = pixel_loss(reconstruction, images, self.losses.pixel)
+        mse = loss if self.losses.pixel == "l2" else pixel_loss(reconstruction, images, "l2")
+        logs = {"mse": mse} if mse is loss else {"mse": mse, self.losses.pixel: loss}
+        if self.perceptual is not None:
+            logs["lpips"] = self.perceptual(reconstruction, images).mean()
+            loss = loss + self.losses.perceptual * logs["lpips"]
+        return loss, logs
 
     def after_step(self, kept: Tensor) -> None:
         """Codebook statistics are applied once per optimizer step; those of a skipped one (`kept` False) never."""
         self.tokenizer.update(kept)
+        if self.adversary is not None:
+            self.adversary.update(kept)
 
     def _images(self, batch: ImageBatch, context: Context) -> Tensor:
         """float32 (B, C, H, W) in [-1, 1], mirrored where the sample's own draw says so."""

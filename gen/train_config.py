@@ -94,7 +94,17 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 # ---- what a resumed run may change ----
 
-PATHS = ("out", "tokenizer", "latents", "model", "data.data", "data.download", "overwrite", "resume")
+PATHS = (
+    "out",
+    "tokenizer",
+    "latents",
+    "model",
+    "data.data",
+    "data.download",
+    "loss.perceptual_weights",
+    "overwrite",
+    "resume",
+)
 """Where things are. What is in them is compared by fingerprint."""
 BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience")
 REPORTS = ("log_every", "preview_every", "log_with")

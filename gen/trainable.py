@@ -32,6 +32,15 @@ class Startable(Protocol):
         ...
 
 
+@runtime_checkable
+class Adversarial(Protocol):
+    """A model of which the parameters whose names begin with `opponent` play against the others: they have their own learning
+    rate, `opponent_rate` times that of the others, and their own gradient norm, which is limited apart."""
+
+    opponent: str
+    opponent_rate: float
+
+
 @dataclass(frozen=True)
 class Items:
     """A data set: `fetch` maps item indices int64 (b,) to a batch on the accelerator's device; `fingerprint` names its images."""

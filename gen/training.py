@@ -21,11 +21,20 @@ from torch.distributed.tensor import DTensor
 from midway.gen import randomness
 from midway.gen.context import Context
 from midway.gen.ema import EMA
+from midway.gen.errors import UsageError
 from midway.gen.guard import Guard, Wishes
 from midway.gen.interrupts import Interrupted, Interrupts
 from midway.gen.keeper import Keeper
 from midway.gen.launch import share_of
-from midway.gen.optim import checkpoint_activations, compile_networks, free_to_read, make_optimizers, set_rate, step_if
+from midway.gen.optim import (
+    checkpoint_activations,
+    compile_networks,
+    free_to_read,
+    make_optimizers,
+    set_rate,
+    sides,
+    step_if,
+)
 from midway.gen.posthoc import PowerAverage, save_snapshot
 from midway.gen.progress import Averages, Reporter
 from midway.gen.runs import Run, lock
@@ -108,8 +117,15 @@ class _Training:
         self.optimizers = [
             getattr(o, "optimizer", o) for o in prepared
         ]  # the wrapper looks for a package at every step
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.sides = sides(model)
+        self.parameters = [p for side in self.sides for p in side]
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        if self.sharded and len(self.sides) > 1:
+            raise UsageError(
+                "FSDP cannot train a tokenizer with a critic",
+                "the critic runs with its parameters held fixed, which FSDP does not see",
+                "use DDP (accelerate launch --multi_gpu), or --loss.adversary none",
+            )
         self.ema = EMA(model, config.ema) if config.ema else None
         self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
         self.averages, self.guard = Averages(), Guard(accelerator)
@@ -159,28 +175,32 @@ class _Training:
         """One optimizer step, and whatever follows each of them."""
         set_rate(self.optimizers, learning_rate(self.config, step))
         losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
-        norm = self._clip()
+        norms = [self._clip(side) for side in self.sides]
+        norm = norms[0] if len(norms) == 1 else norms[0] + norms[1]
         kept = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, wishes)
         step_if(kept, self.optimizers)
         for parameter in self.parameters:
             parameter.grad = None
         cast(Trainable, self.model).after_step(kept)
-        self.averages.add([{**log, "gradient_norm": norm} for log in logs], kept, self.accelerator.num_processes)
+        measured = dict(zip(("gradient_norm", "critic_gradient_norm"), norms))
+        self.averages.add([{**log, **measured} for log in logs], kept, self.accelerator.num_processes)
         for average in (self.ema, *self.posthoc):
             if average is not None:
                 average.update(self.model, step)
 
-    def _clip(self) -> Tensor:
-        """Limit the norm of all gradients; the norm before."""
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Limit the norm of these parameters' gradients; the norm before, 0 if there is no gradient yet."""
         if not self.sharded:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients:
+                return torch.zeros((), device=self.accelerator.device)
             norm = torch.nn.utils.get_total_norm(gradients)
             if (
                 not free_to_read(norm) or norm.item() > 0.999 * self.config.clip
             ):  # a CPU need not multiply everything by 1
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
             return norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
         return norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
 
     def _micro(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:

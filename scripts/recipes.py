@@ -13,6 +13,7 @@ import tyro
 
 from midway.gen.backbone import DiTConfig
 from midway.gen.latent_model import LatentModelConfig
+from midway.gen.loss_config import LossConfig
 from midway.gen.splits import DataConfig
 from midway.gen.train_config import TrainConfig
 
@@ -95,6 +96,7 @@ class TokenizerTask:
     """Run directory to create."""
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)

@@ -23,7 +23,7 @@ from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.table_training import BEST, EndPairs, TableConfig, TableObjective, TableTarget
+from midway.gen.table_training import BEST, EndPairs, TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.train_config import TrainConfig
 from midway.gen.trainable import Hooks, Items
 from midway.gen.training import fit
@@ -152,7 +152,8 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Objecti
     torch.manual_seed(task.train.seed)
     try:
         if task.solver == TABLE:
-            return TableObjective(trained.model, TableTarget(nfe, task.grid, task.guidance), task.table)
+            distance = make_distance(task.table, trained.tokenizer)
+            return TableObjective(trained.model, TableTarget(nfe, task.grid, task.guidance), task.table, distance)
         learned = AMED[task.solver]
         target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
         return SolverObjective(trained.model, target, task.distill)

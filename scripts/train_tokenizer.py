@@ -44,7 +44,7 @@ def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts:
     tokenizer = make_tokenizer(task, splits.train)
     images, labels = splits.train.images, splits.train.labels
     return Parts(
-        TokenizerObjective(tokenizer, task.flip).to(accelerator.device),
+        make_objective(tokenizer, task).to(accelerator.device),
         Items(
             lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
             len(images),
@@ -54,9 +54,21 @@ def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts:
     )
 
 
+def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerObjective:
+    """What is minimised; UsageError for losses that these images or this machine cannot have."""
+    if task.loss.adversary != "none" and tokenizer.passes_through:
+        raise UsageError(
+            "a critic has nothing to play against", "this tokenizer does not learn", "drop --loss.adversary"
+        )
+    try:
+        return TokenizerObjective(tokenizer, task.flip, task.loss)
+    except ValueError as error:
+        raise UsageError("these losses cannot be used", str(error), "change the --loss flags") from None
+
+
 def train(task: TokenizerTask) -> Run | None:
     """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
-    accelerator = make_accelerator(task.train, task.out)
+    accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
     parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
     run = open_run(task, accelerator.is_main_process, splits)

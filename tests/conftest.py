@@ -13,6 +13,8 @@ import train_features
 import train_latent
 import train_solver
 import train_tokenizer
+from safetensors.torch import save_file
+from torchvision.models import vgg16
 
 from midway.gen.artefacts import TrainedModel, load_model
 from midway.gen.backbone import DiTConfig
@@ -62,6 +64,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of VGG-16's convolutions, under torchvision's names."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg.safetensors"
+    save_file({name: value for name, value in vgg16(weights=None).state_dict().items() if "features" in name}, path)
+    return path
 
 
 @pytest.fixture(scope="session")

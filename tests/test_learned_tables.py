@@ -425,6 +425,11 @@ def test_a_distance_after_decoding_reaches_the_table_through_the_decoder() -> No
     assert objective.learned.predictions.grad.tril().count_nonzero() == 6
 
 
+def test_a_perceptual_distance_needs_a_decoder() -> None:
+    with pytest.raises(ValueError, match="make_distance"):
+        TableObjective(_model(), TableTarget(3, "karras"), replace(CONFIG, loss="lpips"))
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_a_resumed_objective_is_the_uninterrupted_one(gradient_checkpointing: bool) -> None:
     """Its numbers, the grid that it started from and what it has spent are all in its state."""
@@ -484,7 +489,7 @@ def test_bad_configurations_are_refused() -> None:
         ({"seed": -1}, "seed -1"),
         ({"teacher": "hein"}, "unknown teacher"),
         ({"teacher_grid": BEST}, "unknown teacher_grid"),
-        ({"loss": "lpips"}, "unknown loss"),
+        ({"loss": "l3"}, "unknown loss"),
     ):
         with pytest.raises(ValueError, match=why):
             TableConfig(**bad)  # pyright: ignore[reportArgumentType]

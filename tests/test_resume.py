@@ -38,6 +38,7 @@ from midway.gen.artefacts import solver_path
 from midway.gen.context import Context, ImageBatch
 from midway.gen.errors import DataError, DiskError, MidwayError, UsageError
 from midway.gen.latent_model import LatentModelConfig
+from midway.gen.loss_config import LossConfig
 from midway.gen.runs import CONFIG_TMP, lock
 from midway.gen.solver_training import DistillConfig
 from midway.gen.splits import DataConfig
@@ -84,6 +85,20 @@ def plugin_task(out: Path, pipeline: Pipeline) -> SolverTask:
     return replace(task, solver="amed-plugin-dpmpp2m", distill=replace(task.distill, mode="end_to_end"))
 
 
+CRITIC = LossConfig(
+    pixel="charbonnier",
+    adversary="hinge",
+    adaptive=True,
+    adversary_start=2,
+    critic_width=8,
+    critic_layers=1,
+    critic_rate=0.5,
+    spectral_norm=True,
+    r1=0.1,
+    gradient_penalty=0.1,
+    lecam=0.1,
+)
+"""Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -92,6 +107,11 @@ KINDS: dict[str, Make] = {
     "vq without an average": lambda out, _: tokenizer_task(out, replace(TRAIN, ema=0, posthoc=())),
     "fsq": lambda out, _: tokenizer_task(out, COSINE, TokenizerConfig(levels=(5, 5), width=8, blocks=1)),
     "kl": lambda out, _: tokenizer_task(out, TRAIN, TokenizerConfig(quantizer="kl", width=8, blocks=1, dim=4)),
+    "critic": lambda out, _: replace(tokenizer_task(out), loss=CRITIC),
+    "critic in micro-batches": lambda out, _: replace(
+        tokenizer_task(out, replace(COSINE, accumulation=2)),
+        loss=replace(CRITIC, spectral_norm=False, adversary_start=0),
+    ),
     "latent": lambda out, pipeline: latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
     "latent with muon": lambda out, pipeline: latent_task(
         out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
@@ -263,7 +283,7 @@ def test_a_process_killed_while_it_made_the_run_is_no_obstacle(left: str, tmp_pa
 # ---- several processes ----
 
 
-@pytest.mark.parametrize("kind", ["vq", "latent"])
+@pytest.mark.parametrize("kind", ["vq", "critic", "latent"])
 def test_two_processes_go_on_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
     task = KINDS[kind](tmp_path / "whole", pipeline)

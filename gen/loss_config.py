@@ -1,0 +1,64 @@
+"""What a tokenizer's reconstructions are worth: the configuration of its losses."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from midway.tokenizers.losses import Pixel
+
+Game = Literal["none", "hinge", "non_saturating", "wasserstein"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What a reconstruction is worth, beside the quantizer's own losses."""
+
+    pixel: Pixel = "l2"
+    """Mean error of a pixel in [-1, 1]: l1, l2 (squared) or charbonnier (sqrt(d^2 + 1e-6))."""
+    perceptual: float = 0.0
+    """Weight of LPIPS (0: off). Its network's weights are downloaded unless --loss.perceptual-weights has them."""
+    perceptual_net: Literal["vgg", "alex"] = "vgg"
+    perceptual_weights: Path | None = None
+    """torchvision's file of that network's weights, or the same as safetensors."""
+    adversary: Game = "none"
+    """The loss of a patch critic and of the tokenizer that plays against it."""
+    adversary_weight: float = 0.1
+    adaptive: bool = False
+    """Multiply that weight by the ratio of both gradients at the decoder's last layer (VQGAN)."""
+    adversary_start: int = 0
+    """The optimizer step from which there is a critic."""
+    critic_width: int = 64
+    """Channels of its first layer."""
+    critic_layers: int = 2
+    """Halvings of the resolution."""
+    critic_rate: float = 1.0
+    """Its learning rate, as a multiple of the tokenizer's."""
+    spectral_norm: bool = False
+    """Divide each of its layers by its largest singular value."""
+    r1: float = 0.0
+    """Weight of its squared gradient at real images."""
+    gradient_penalty: float = 0.0
+    """Weight of (|gradient| - 1)^2 between real images and reconstructions (WGAN-GP)."""
+    lecam: float = 0.0
+    """Weight of its distance to running means of its outputs (LeCam)."""
+
+    def __post_init__(self) -> None:
+        weights = ("perceptual", "adversary_weight", "adversary_start", "r1", "gradient_penalty", "lecam")
+        for name in weights:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"loss.{name} must not be negative, got {getattr(self, name)}")
+        if not self.critic_rate > 0:
+            raise ValueError(f"loss.critic_rate must be positive, got {self.critic_rate}")
+        unused = [name for name, used in _critic_options(self).items() if used and self.adversary == "none"]
+        if unused:
+            raise ValueError(f"loss.{unused[0]} is an option of the critic; choose loss.adversary, hinge say")
+        if self.adversary == "wasserstein" and not (self.gradient_penalty or self.spectral_norm):
+            raise ValueError("a wasserstein critic must be Lipschitz: give loss.gradient_penalty 10 or spectral_norm")
+        if self.perceptual_weights is not None and not self.perceptual:
+            raise ValueError("loss.perceptual_weights is given but loss.perceptual is 0: give it a weight, 1 say")
+
+
+def _critic_options(config: LossConfig) -> dict[str, bool]:
+    """Whether each option that only a critic has is set."""
+    own = {name: getattr(config, name) > 0 for name in ("adversary_start", "r1", "gradient_penalty", "lecam")}
+    return {**own, "adaptive": config.adaptive, "spectral_norm": config.spectral_norm}
