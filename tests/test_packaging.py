@@ -51,13 +51,18 @@ def _on_import(body: list[ast.stmt]) -> Iterator[str]:
                 yield from _on_import(handler.body)
 
 
+def _weights_only(call: ast.Call) -> bool:
+    return any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
+
+
 def _pickles(tree: ast.AST) -> set[str]:
-    """Everything in `tree` that would read or write a pickle."""
+    """Everything in `tree` that would read or write a pickle; torch.load(weights_only=True), which makes only tensors, may."""
+    restricted = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and _weights_only(node)}
     found = {name for name in _imports(tree) if name.split(".")[0] in PICKLES}
     found |= {name for name in _imports(tree) if name in ("torch.load", "torch.save")}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
-            found.add(ast.unparse(node))
+            found |= {ast.unparse(node)} - ({"torch.load"} if id(node) in restricted else set())
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             found.add("allow_pickle")
     return found
@@ -143,10 +148,18 @@ def test_nothing_reads_or_writes_pickles() -> None:
 
 @pytest.mark.parametrize(
     "code",
-    ["import pickle", "from pickle import loads", "import torch\ntorch.load('x')", "np.load('x', allow_pickle=True)"],
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load('x')",
+        "torch.load('x', weights_only=False)",
+        "torch.save({}, 'x', weights_only=True)",
+        "np.load('x', allow_pickle=True)",
+    ],
 )
 def test_the_pickle_test_sees_a_pickle(code: str) -> None:
     assert _pickles(ast.parse(code))
+    assert not _pickles(ast.parse("torch.load('x', weights_only=True)"))
 
 
 def test_the_import_test_sees_what_runs_and_only_that() -> None:

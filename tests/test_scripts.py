@@ -21,6 +21,7 @@ import train_latent
 import train_solver
 import train_tokenizer
 from conftest import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,10 +91,13 @@ TOKENIZER_FILE = "tokenizer/diffusion_pytorch_model.safetensors"
 def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
     model = ("--model", pipeline.model)
     distill = ("--distill.analytic-first", "True", "--distill.trajectories", 16, "--distill.teacher-steps", 4)
+    vae = pipeline.root / "vae"
+    AutoencoderTiny(1, 1, (8, 8), (8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(vae)
     sweep = ("--solvers", "euler,heun", "--nfe", "4", "--n", 16, "--reference-nfe", 8)
     return {
         "train_tokenizer": ("digits-fsq", *TINY_FLAGS, "--model.levels", "5", "5", "--model.width", 16, "--out", out),
         "encode": ("--tokenizer", pipeline.tokenizer, "--out", out / "latents.safetensors"),
+        "import_tokenizer": ("--source", vae, "--out", out),
         "train_latent": ("digits-flow", *TINY_FLAGS, "--tokenizer", pipeline.tokenizer, "--out", out),
         "train_features": (*TINY_FLAGS, "--width", 8, "--out", out),
         "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
@@ -117,6 +121,11 @@ def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_pat
     expected = {
         "train_tokenizer": [out / "checkpoints/step-2" / TOKENIZER_FILE, out / "env.json"],
         "encode": [out / "latents.safetensors"],
+        "import_tokenizer": [
+            out / "checkpoints/step-0" / TOKENIZER_FILE,
+            out / TOKENIZER_FILE,
+            out / "tokenizer/README.md",
+        ],
         "train_latent": [out / "checkpoints/step-2/ema.safetensors", out / "samples/averaged-000002-nfe20.png"],
         "train_features": [out / "checkpoints/step-2/features.safetensors"],
         "train_solver": [pipeline.model / "solvers/amed-shift-nfe5/checkpoints/step-2/solver.safetensors"],

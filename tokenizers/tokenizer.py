@@ -21,13 +21,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from midway.tokenizers.base import Quantized, Quantizer
+from midway.tokenizers.diffusers_networks import build, check_foreign, completed, networks_of
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTDecoder, ViTEncoder
 
 LatentSpace = Literal["pre", "post"]
-Network = Literal["conv", "vit"]
+Network = Literal["conv", "vit", "diffusers"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     `network` "conv" (networks.py) has `blocks`, `upsample`, `attention` and `multipliers`, [1] by default; "vit" (vit.py) has
     `depth`, `heads` and `latent_tokens`, its patches are `downsample` pixels a side. With L latent tokens there is no grid:
-    codes and latents are (B, D, 1, L).
+    codes and latents are (B, D, 1, L). "diffusers" (diffusers_networks.py) takes the networks of a diffusers autoencoder from
+    `foreign`, {"class": "AutoencoderKL", ...its options}; `import_tokenizer` (foreign.py) makes such tokenizers, with weights.
     """
 
     _supports_gradient_checkpointing = True
@@ -75,10 +77,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         depth: int = 4,
         heads: int = 4,
         latent_tokens: int | None = None,
+        foreign: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check(image_size, downsample, latent_space)
-        _check_network(network, latent_tokens)
+        _check_network(network, latent_tokens, foreign)
         description = _plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
         self.register_to_config(quantizer=description)  # the default is written out, so that it may change later
         self.image_shape = (in_channels, image_size, image_size)
@@ -89,11 +92,15 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         self.bottleneck = make_quantizer(
             description
         )  # diffusers finds config["quantizer"] before a module of that name
-        self.passes_through = isinstance(self.quantizer, Identity) and downsample == 1
+        self.passes_through = isinstance(self.quantizer, Identity) and downsample == 1 and foreign is None
         dim, in_dim = self.quantizer.dim, self.quantizer.in_dim
         if self.passes_through:
             _check_pixels(dim, in_channels)
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
+        elif foreign is not None:
+            check_foreign(foreign, in_channels, downsample, description)
+            self.register_to_config(foreign=_plain(completed(foreign)))
+            self.encoder, self.decoder = networks_of(build(foreign))
         elif network == "vit":
             sizes = (image_size, downsample, width, depth, heads, latent_tokens)
             self.encoder = ViTEncoder(in_channels, *sizes, in_dim)
@@ -131,6 +138,14 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Positions that have a token: h w, unless the quantizer has another arrangement."""
         _, height, width = self.latent_shape
         return self.quantizer.tokens(height, width)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight of the decoder's last layer. ValueError if there is no decoder."""
+        matrices = [p for p in self.decoder.parameters() if p.dim() > 1]
+        if not matrices:
+            raise ValueError("this tokenizer has no decoder, and so no last layer")
+        return matrices[-1]
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
         """Images -> reconstruction and what was quantized; `noise` (B, *noise_shape): see `Quantizer.forward`."""
@@ -243,8 +258,10 @@ def _check(image_size: int, downsample: int, latent_space: str) -> None:
         raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
 
 
-def _check_network(network: str, latent_tokens: int | None) -> None:
+def _check_network(network: str, latent_tokens: int | None, foreign: Mapping[str, Any] | None) -> None:
     if network not in get_args(Network):
-        raise ValueError(f"network is {network!r}; choose 'conv' or 'vit'")
+        raise ValueError(f"network is {network!r}; choose 'conv' or 'vit', or 'diffusers' with foreign")
+    if (foreign is None) == (network == "diffusers"):
+        raise ValueError(f"network is {network!r} and foreign is {foreign}; 'diffusers', and only it, needs foreign")
     if latent_tokens is not None and network != "vit":
         raise ValueError(f"latent_tokens is {latent_tokens}; only network='vit' has them")

@@ -1,0 +1,115 @@
+"""Make a tokenizer run of an autoencoder of diffusers:
+
+python scripts/import_tokenizer.py --source stabilityai/sd-vae-ft-mse --out runs/sd-vae --data digits --channels 3 --resize 32
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from train_tokenizer import write_reconstructions
+
+from cli import main, resolve
+from midway.gen import checkpoint
+from midway.gen.artefacts import best_device
+from midway.gen.config import to_dict
+from midway.gen.data import describe
+from midway.gen.errors import DataError, UsageError
+from midway.gen.latent_statistics import latent_statistics
+from midway.gen.model_card import CardFacts, data_facts, finish, tokenizer_facts
+from midway.gen.runs import Run
+from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.gen.tokenizer_training import evaluate_tokenizer
+from midway.tokenizers.foreign import import_tokenizer, read_model
+from midway.tokenizers.tokenizer import ImageTokenizer
+from recipes import Flat
+
+
+@dataclass(frozen=True)
+class ImportTask:
+    """Make a tokenizer run of an AutoencoderKL, AutoencoderTiny or VQModel of diffusers, with its weights, for these images."""
+
+    source: str
+    """Directory with config.json and safetensors, or a Hub id, which needs a network."""
+    out: Path
+    """Run directory to create."""
+    subfolder: str | None = None
+    """Where in the source the autoencoder is; `vae` in pipelines."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    batch_size: int = 64
+    """Images encoded at once."""
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+
+    @property
+    def place(self) -> str:
+        """The source with its subfolder, for messages."""
+        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
+
+
+def run(task: ImportTask) -> Run:
+    """Import, measure latents and quality, save; the run."""
+    if task.batch_size < 1:
+        raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
+    splits = load_splits(task.data)
+    tokenizer = load(task, splits)  # before the run: what cannot be used leaves no directory
+    published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
+    measure(tokenizer, splits, task.batch_size)
+    made = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
+    made.say(describe(splits.train))
+    made.say(describe(splits.held_out))
+    quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
+    checkpoint.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
+    write_reconstructions(made, tokenizer, splits, 0, "imported")
+    facts = CardFacts(tokenizer_facts(tokenizer), data_facts(task.data, splits), quality, "imported", source=task.place)
+    finish(made, tokenizer, facts)
+    made.log({"step": 0, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
+    made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
+    said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    made.say(f"held-out images ({len(splits.held_out.images) * tokenizer.tokens} tokens, imported weights): {said}")
+    made.say(f"saved {made.checkpoint}")
+    return made
+
+
+def load(task: ImportTask, splits: Splits) -> ImageTokenizer:
+    """The tokenizer for these images; DataError if it cannot be read, UsageError if it does not fit them."""
+    channels, height, width = splits.train.images.shape[1:]
+    if height != width:
+        raise UsageError(
+            f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
+        )
+    try:
+        model = read_model(task.source, task.subfolder)
+    except ValueError as error:
+        fix = "give the directory of a diffusers model as --source, or a Hub id while there is a network"
+        raise DataError(f"{task.place} cannot be imported", str(error), fix) from error
+    try:
+        tokenizer = import_tokenizer(model, height)
+    except ValueError as error:
+        raise UsageError(
+            f"{task.place} cannot be used on these images", str(error), "change --resize, or --source"
+        ) from None
+    takes = tokenizer.image_shape[0]
+    if takes != channels:
+        raise UsageError(f"images have {channels} channel(s)", f"this takes {takes}", f"pass --channels {takes}")
+    return tokenizer.to(best_device())  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def measure(tokenizer: ImageTokenizer, splits: Splits, batch_size: int) -> None:
+    """Give it the latent mean and std of the training images; DataError for a channel that does not vary on them."""
+    try:
+        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, batch_size))
+    except ValueError as error:
+        raise DataError("these latents cannot be standardised", str(error), "import it on other images") from None
+
+
+def words(tokenizer: ImageTokenizer) -> str:
+    """Mean and std of the latents on a line."""
+    mean, std = (
+        " ".join(f"{value:.4g}" for value in part.tolist()) for part in (tokenizer.latent_mean, tokenizer.latent_std)
+    )
+    return f"mean {mean}, std {std}"
+
+
+if __name__ == "__main__":
+    main(lambda arguments: run(resolve(ImportTask, {}, arguments)) and None)
