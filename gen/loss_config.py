@@ -58,6 +58,17 @@ class LossConfig:
             raise ValueError("loss.perceptual_weights is given but loss.perceptual is 0: give it a weight, 1 say")
 
 
+def described(config: LossConfig, perceptual: str = "lpips") -> tuple[str, ...]:
+    """The losses with their weights, for people; `perceptual` names the network of LPIPS."""
+    parts = {config.pixel: 1.0, perceptual: config.perceptual}
+    if config.adversary != "none":
+        parts |= {config.adversary: config.adversary_weight, "r1": config.r1, "lecam": config.lecam}
+        parts["gradient penalty"] = config.gradient_penalty
+    named = [f"{name} {weight:g}" for name, weight in parts.items() if weight]
+    switches = {"adaptive weight": config.adaptive, "spectral norm": config.spectral_norm}
+    return (*named, *(name for name, used in switches.items() if used))
+
+
 def _critic_options(config: LossConfig) -> dict[str, bool]:
     """Whether each option that only a critic has is set."""
     own = {name: getattr(config, name) > 0 for name in ("adversary_start", "r1", "gradient_penalty", "lecam")}

@@ -16,6 +16,7 @@ from midway.gen.data import ImageData, describe
 from midway.gen.errors import UsageError
 from midway.gen.latent_statistics import latent_statistics
 from midway.gen.launch import make_accelerator
+from midway.gen.loss_config import described
 from midway.gen.model_card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
 from midway.gen.pictures import save_grid
 from midway.gen.randomness import permutation
@@ -96,24 +97,24 @@ def train(task: TokenizerTask) -> Run | None:
     tokens = len(splits.held_out.images) * tokenizer.tokens
     words = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     run.say(f"held-out images ({tokens} tokens, {weights_name(task.train)} weights): {words}")
-    publish(task, run, tokenizer, splits, steps, quality)
+    publish(task, run, parts.model, splits, steps, quality)
     run.say(f"saved {run.checkpoint}")
     return run
 
 
 def publish(
-    task: TokenizerTask, run: Run, tokenizer: ImageTokenizer, splits: Splits, steps: int, quality: dict[str, float]
+    task: TokenizerTask, run: Run, objective: TokenizerObjective, splits: Splits, steps: int, quality: dict[str, float]
 ) -> None:
     """The tokenizer with its latents measured, and its card; nothing but a line if a channel does not vary."""
+    tokenizer = objective.tokenizer
     try:
         tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, flip=task.flip))
     except ValueError as error:
         run.say(f"no {run.path / 'tokenizer'}: {error}")
         return
-    loss, config = task.loss, task.train
-    losses = {loss.pixel: 1.0, "lpips": loss.perceptual, loss.adversary: loss.adversary_weight}
-    named = tuple(f"{name} {weight:g}" for name, weight in losses.items() if weight and name != "none")
-    training = TrainingFacts(steps, config.batch_size, config.seed, config.precision, named)
+    config, perceptual = task.train, objective.perceptual
+    losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
+    training = TrainingFacts(steps, config.batch_size, config.seed, config.precision, losses)
     facts = CardFacts(
         tokenizer_facts(tokenizer),
         data_facts(task.data, splits, task.flip),

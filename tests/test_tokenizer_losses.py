@@ -1,5 +1,6 @@
 """What a tokenizer is trained for: each loss through the script, and the game with a critic inside fit()."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -290,3 +291,13 @@ def test_a_table_is_learned_by_lpips_of_decoded_images(script: Script, vgg: Path
     told = script("train_solver", *table, "--overwrite", "--table.perceptual-weights", "absent.pth")
     assert told.code == 2
     assert "absent.pth" in told.err
+
+
+def test_a_card_says_what_was_minimised(script: Script, vgg: Path, tmp_path: Path) -> None:
+    """With the name of LPIPS' network, by which the figure can be repeated."""
+    pytest.importorskip("lpips")
+    flags = ("--resize", "16", "--loss.perceptual", "0.5", "--loss.perceptual-weights", str(vgg))
+    game = ("--loss.adversary", "hinge", "--loss.r1", "10", "--loss.spectral-norm")
+    assert call(script, tmp_path / "run", *flags, *game).code == 0
+    card = (tmp_path / "run" / "tokenizer" / "README.md").read_text()
+    assert re.search(r"l2 1, LPIPS-vgg@[0-9a-f]{12} 0.5, hinge 0.1, r1 10, spectral norm", card), card

@@ -194,14 +194,14 @@ class AdaptiveWeight(nn.Module):
     def update(self, kept: Tensor | None = None) -> None:
         """Once per optimizer step, on every process; nothing changes if nothing was measured.
 
-        Forgotten if `kept`, a bool (), is False, or if the ratio is not finite.
+        Forgotten if `kept`, a bool (), is False, or if a gradient is not finite.
         """
         if self._pending is None:
             return
         sums, self._pending = _over_ranks(self._pending), None
         norms = (sums[:-1] / sums[-1]).view(2, -1).norm(dim=1)
         ratio = (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
-        learned = ratio.isfinite() & (kept if kept is not None else True)
+        learned = norms.isfinite().all() & (kept if kept is not None else True)
         self.value.copy_(torch.where(learned, ratio, self.value))
 
 

@@ -14,8 +14,8 @@ Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957, eq. 8 and algorith
 
     W / sigma,  sigma = u^T W v         once per optimizer step:  v <- W^T u / |W^T u|,  u <- W v / |W v|
 
-so that u and v approach the first singular vectors. `update` does that step. In torch's version every training forward does, and the
-result depends on accumulation, on activation checkpointing and on the number of passes in a step.
+so that u and v approach the first singular vectors. `update` does that step. In torch's version every training forward does; the
+result then depends on accumulation, on activation checkpointing and on the number of passes in a step.
 """
 
 import math
