@@ -10,21 +10,33 @@ stopped and called again.
     vq_l2     the same on the unit sphere                                residual_fsq   two stages of half the bits each
     simvq     one linear map of a frozen codebook; 8 channels            lfq            a bit a channel, entropy weight 0.02
     kl        Gaussian posterior of 8 channels at four weights; its bits are its measured rate, KL / ln 2
+
+Times: 28 tokenizers and 4 repeated seeds of 800 steps take about 90 minutes on one CPU core, measuring 10 more.
 """
 
 import json
+import statistics
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from matplotlib.figure import Figure
 
-from midway.gen.runs import Run
-from midway.gen.splits import DataConfig
+from midway.gen.config import to_dict
+from midway.gen.data import to_float
+from midway.gen.files import write_atomically
+from midway.gen.plots import COLOURS, MARKERS
+from midway.gen.runs import Run, environment, hardware
+from midway.gen.splits import DataConfig, load_splits
+from midway.gen.tokenizer_evaluation import TokenizerRow
 from midway.gen.train_config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from evaluate_tokenizer import TokenizersTask
+from evaluate_tokenizer import run as evaluate
 from train_tokenizer import train
 
 from recipes import TokenizerConfig, TokenizerTask
@@ -41,6 +53,10 @@ REPEATED = ("vq", "fsq")
 """Trained from other seeds too, to know what a difference between two cells may be worth."""
 
 
+Key = tuple[str, int, int]
+"""Quantizer, bits, seed."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What to train and where."""
@@ -55,6 +71,13 @@ class Comparison:
     quantizers: tuple[str, ...] = QUANTIZERS
     repeats: int = 2
     """More seeds of vq and fsq at the second of `bits`."""
+    features: str = "none"
+    """Run directory of a feature network of the same images, for the distances."""
+    n: int | None = 2000
+    """Held-out images to measure on."""
+    json: Path = Path("benchmarks/results/tokenizers.json")
+    page: Path | None = None
+    """A Markdown page whose block `tokenizers` the table replaces; the picture goes into images/ beside it."""
 
 
 def model(quantizer: str, bits: int, width: int) -> TokenizerConfig:
@@ -74,13 +97,17 @@ def model(quantizer: str, bits: int, width: int) -> TokenizerConfig:
     return TokenizerConfig(quantizer="simvq" if quantizer == "simvq" else "vq", **base)
 
 
-def tasks(comparison: Comparison) -> dict[str, TokenizerTask]:
-    """Run name -> what to train, the repeated seeds last."""
-    cells = [(quantizer, bits, 0) for bits in comparison.bits for quantizer in comparison.quantizers]
+def keys(comparison: Comparison) -> list[Key]:
+    """Every tokenizer, the repeated seeds last."""
+    found = [(quantizer, bits, 0) for bits in comparison.bits for quantizer in comparison.quantizers]
     again = [q for q in REPEATED if q in comparison.quantizers]
     middle = comparison.bits[min(1, len(comparison.bits) - 1)]
-    cells += [(quantizer, middle, seed) for seed in range(1, comparison.repeats + 1) for quantizer in again]
-    return {name(*cell): task(comparison, *cell) for cell in cells}
+    return found + [(quantizer, middle, seed) for seed in range(1, comparison.repeats + 1) for quantizer in again]
+
+
+def tasks(comparison: Comparison) -> dict[str, TokenizerTask]:
+    """Run name -> what to train."""
+    return {name(*key): task(comparison, *key) for key in keys(comparison)}
 
 
 def name(quantizer: str, bits: int, seed: int) -> str:
@@ -124,9 +151,173 @@ def train_all(comparison: Comparison) -> list[Run]:
     return [Run.open(one.out, "tokenizer") for one in wanted.values()]
 
 
+# ---- results ----
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tokenizer. bits: of a position, log2 of the codebook, or KL's measured rate; psnr: of KL by draws from the posterior.
+
+    psnr in dB, the mean over images; nmse: mean squared error / variance of the images; distance, interpolated: Fréchet.
+    """
+
+    quantizer: str
+    target: int
+    seed: int
+    bits: float
+    psnr: float
+    nmse: float
+    ssim: float
+    distance: float | None
+    interpolated: float | None
+    usage: float | None
+    perplexity: float | None
+    entropy_bits: float | None
+    parameters: int
+    train_seconds: float
+
+
+def cells(comparison: Comparison, rows: Mapping[str, TokenizerRow], variance: float) -> list[Cell]:
+    """What was measured, in the order of `tasks`."""
+    return [cell(key, rows[name(*key)], variance, seconds(comparison.out / name(*key))) for key in keys(comparison)]
+
+
+def cell(key: Key, row: TokenizerRow, variance: float, train_seconds: float) -> Cell:
+    """One row of a tokenizer report as a cell."""
+    quantizer, target, seed = key
+    bits = row.rate if row.bits is None else row.bits
+    assert bits is not None
+    return Cell(
+        quantizer=quantizer,
+        target=target,
+        seed=seed,
+        bits=bits / row.tokens,
+        psnr=row.psnr if row.psnr_sampled is None else row.psnr_sampled,
+        nmse=row.mse / variance,
+        ssim=row.ssim,
+        distance=row.distance,
+        interpolated=row.interpolated,
+        usage=row.usage,
+        perplexity=row.perplexity,
+        entropy_bits=None if row.entropy_bits is None else row.entropy_bits / row.tokens,
+        parameters=row.parameters,
+        train_seconds=train_seconds,
+    )
+
+
+def seconds(run: Path) -> float:
+    """Of training, from its log."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max(record.get("seconds", 0.0) for record in records)
+
+
+def table(found: Sequence[Cell]) -> str:
+    """Markdown: a row a quantizer, a column a size; PSNR, Fréchet distance and perplexity of the first seed, best PSNR bold."""
+    first = [c for c in found if c.seed == 0]
+    targets = list(dict.fromkeys(c.target for c in first))
+    best = {target: max(c.psnr for c in first if c.target == target and c.quantizer != "kl") for target in targets}
+    head = ["quantizer", *(f"about 2^{target}" for target in targets)]
+    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * len(targets)}"]
+    for quantizer in dict.fromkeys(c.quantizer for c in first):
+        entries = [entry(c, best[c.target]) for c in first if c.quantizer == quantizer]
+        lines.append(f"| `{quantizer}` | {' | '.join(entries)} |")
+    return "\n".join(lines) + "\n"
+
+
+def entry(one: Cell, best: float) -> str:
+    """bits; PSNR; distance; perplexity."""
+    psnr = f"**{one.psnr:.2f} dB**" if one.psnr == best else f"{one.psnr:.2f} dB"
+    parts = [f"{one.bits:.1f} bits", psnr]
+    parts += [] if one.distance is None else [f"FD {one.distance:.2f}"]
+    parts += [] if one.perplexity is None else [f"perpl. {one.perplexity:.0f}"]
+    return "<br>".join(parts)
+
+
+def spread(found: Sequence[Cell]) -> dict[str, dict[str, float]]:
+    """Mean and standard deviation of PSNR over the seeds of each quantizer that was repeated."""
+    groups: dict[str, list[float]] = {}
+    repeated = {(c.quantizer, c.target) for c in found if c.seed}
+    for c in found:
+        if (c.quantizer, c.target) in repeated:
+            groups.setdefault(f"{c.quantizer}-{c.target}", []).append(c.psnr)
+    return {
+        key: {"seeds": len(values), "mean": statistics.mean(values), "std": statistics.stdev(values)}
+        for key, values in groups.items()
+    }
+
+
+def plot(path: Path, found: Sequence[Cell]) -> None:
+    """PSNR and, if measured, Fréchet distance against bits of a position; repeated seeds as further marks."""
+    shown = [("psnr", "PSNR in dB, mean over held-out images")]
+    if all(c.distance is not None for c in found):
+        shown.append(("distance", "Fréchet distance of reconstructions to training images"))
+    figure = Figure(figsize=(6.4 * len(shown), 4.8), dpi=160, facecolor="white", layout="constrained")
+    every = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (measure, label) in zip(every, shown, strict=True):
+        for i, quantizer in enumerate(dict.fromkeys(c.quantizer for c in found)):
+            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+            own = [c for c in found if c.quantizer == quantizer]
+            line = sorted((c.bits, getattr(c, measure)) for c in own if c.seed == 0)
+            axes.plot(*zip(*line), label=quantizer, linewidth=1.7, markersize=6, **look)
+            for c in own:
+                if c.seed:
+                    axes.plot(
+                        c.bits, getattr(c, measure), markersize=6, markerfacecolor="none", linestyle="none", **look
+                    )
+        axes.set_xlabel("bits of a position (of kl: measured rate)")
+        axes.set_ylabel(label)
+        axes.grid(True, alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def embed(page: Path, text: str) -> None:
+    """Put `text` between the page's `<!-- begin tokenizers -->` and `<!-- end tokenizers -->`."""
+    before, begin, rest = page.read_text().partition("<!-- begin tokenizers -->\n")
+    _, end, after = rest.partition("<!-- end tokenizers -->")
+    if not begin or not end:
+        raise SystemExit(f"{page} has no block for the table of tokenizers")
+    page.write_text(f"{before}{begin}{text}{end}{after}")
+
+
 def main(comparison: Comparison) -> None:
-    """Train, then measure."""
-    train_all(comparison)
+    """Train what is missing, measure everything, write."""
+    runs = train_all(comparison)
+    task = TokenizersTask(
+        tokenizers=tuple(run.path for run in runs),
+        features=comparison.features,
+        out=comparison.out / "report",
+        n=comparison.n,
+        noise=(0.0, 0.2),
+        title="Quantizers compared",
+    )
+    measured = {m.row.name: m.row for m in evaluate(task)}
+    images = load_splits(comparison.data).held_out.images
+    found = cells(comparison, measured, to_float(images).double().var().item())
+    some = next(iter(measured.values()))
+    facts = {
+        "environment": environment(),
+        "hardware": hardware(),
+        "trained_at": sorted({json.loads((run.path / "env.json").read_text())["git"] for run in runs}),
+        "comparison": to_dict(comparison),
+        "protocol": {"n": some.n, "images": some.images, "features": some.features, "reference": some.reference},
+        "floor": some.floor,
+        "spread": spread(found),
+        "cells": [asdict(c) for c in found],
+    }
+    write_atomically(comparison.json, (json.dumps(facts, indent=2) + "\n").encode())
+    print(table(found))
+    if comparison.page is not None:
+        picture = comparison.page.parent / "images" / "tokenizers.png"
+        plot(picture, found)
+        floor = "" if some.floor is None else f" (floor {some.floor:.2f})"
+        caption = (
+            f"n = {some.n} held-out images; Fréchet distance ({some.features}) to {some.reference}{floor}. "
+            f"Of other seeds: {json.dumps({k: {n: round(x, 3) for n, x in v.items()} for k, v in spread(found).items()})}\n"
+        )
+        embed(comparison.page, f"{table(found)}\n![PSNR and distance against bits](images/tokenizers.png)\n\n{caption}")
 
 
 if __name__ == "__main__":
