@@ -46,6 +46,7 @@ format: $(STAMP) ## let ruff rewrite the files
 bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python benchmarks/samplers.py $(ARGS)
+	$(BIN)/python benchmarks/quantizers.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
 
 clean: ## remove the virtual environment and caches, keep runs/
