@@ -34,7 +34,7 @@ def _cost(cell: Cell, x: Cost) -> float:
     return float(cell.nfe if x == "nfe" else cell.seconds)
 
 
-def _plain(value: float, _position: object = None) -> str:
+def plain_tick(value: float, _position: object = None) -> str:
     """A tick without an exponent: 0.05, 2, 500."""
     return f"{value:.10f}".rstrip("0").rstrip(".") if value < 1 else f"{value:g}"
 
@@ -86,7 +86,7 @@ def _ticks(axes: "Axes", cells: Sequence[Cell], x: Cost) -> None:
 
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(_plain))
+        axis.set_major_formatter(FuncFormatter(plain_tick))
         axis.set_minor_locator(NullLocator())
     if x == "nfe":
         axes.xaxis.set_major_locator(FixedLocator(_spaced(sorted({cell.nfe for cell in cells}))))

@@ -39,24 +39,24 @@ __all__ = [
     "write_report",
 ]
 
-_ABSENT = "–"
+ABSENT = "–"
 
 
-def _escape(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is, also inside a table."""
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in " ".join(text.split()))
 
 
 def _markdown_entry(entry: Entry | None) -> str:
     if entry is None:
-        return _ABSENT
+        return ABSENT
     value = f"**{entry.value}**" if entry.best else entry.value
-    return f"{value} ({_escape(entry.grid)})" if entry.grid else value
+    return f"{value} ({escape_markdown(entry.grid)})" if entry.grid else value
 
 
 def _markdown_lines(table: Pivot, floor: str | None) -> list[str]:
     header = ["solver", *(f"NFE {nfe}" for nfe in table.nfes)]
-    rows = [[_escape(solver), *map(_markdown_entry, entries)] for solver, entries in table.rows]
+    rows = [[escape_markdown(solver), *map(_markdown_entry, entries)] for solver, entries in table.rows]
     if floor is not None:
         rows.append(["*floor*", *(f"*{floor}*" for _ in table.nfes)])
     rule = ["---", *("---:" for _ in table.nfes)]
@@ -76,21 +76,21 @@ def _caption(cells: Sequence[Cell], measure: Measure) -> str:
 
 def markdown_table(cells: Sequence[Cell]) -> str:
     """Two tables, solver x NFE: distance ± std with the floor, and RMSE where measured; each column's best is bold."""
-    parts = [f"{_escape(_caption(cells, 'distance'))}\n"]
+    parts = [f"{escape_markdown(_caption(cells, 'distance'))}\n"]
     parts += _markdown_lines(pivot(cells, "distance"), _floor_text(cells))
     rmse = pivot(cells, "rmse")
     if rmse.rows:
-        parts += [f"\n{_escape(_caption(cells, 'rmse'))}\n", *_markdown_lines(rmse, None)]
+        parts += [f"\n{escape_markdown(_caption(cells, 'rmse'))}\n", *_markdown_lines(rmse, None)]
     return "\n".join(parts) + "\n"
 
 
 def _text_entry(entry: Entry | None) -> str:
     if entry is None:
-        return _ABSENT
+        return ABSENT
     return f"{entry.grid} {entry.value}{'*' if entry.best else ' '}".lstrip()
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of equal length as lines; the first column flush left, the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
@@ -107,7 +107,7 @@ def text_table(cells: Sequence[Cell]) -> str:
     floor = _floor_text(cells)
     if floor is not None:
         rows.append(["floor", *(f"{floor} " for _ in table.nfes)])
-    header, *body = _aligned(rows)
+    header, *body = aligned(rows)
     return (
         "\n".join([_caption(cells, "distance"), "", header, "-" * max(map(len, [header, *body])), *body, "* best"])
         + "\n"
@@ -115,14 +115,14 @@ def text_table(cells: Sequence[Cell]) -> str:
 
 
 def _markdown_list(items: Sequence[str]) -> list[str]:
-    return [f"- {_escape(item)}" for item in items]
+    return [f"- {escape_markdown(item)}" for item in items]
 
 
 def write_markdown(path: Path, cells: Sequence[Cell], context: ReportContext) -> None:
     """report.md: the tables, both plots (by relative name), notes and provenance. DiskError."""
     costs = [f"{solver}: {cost:,} evaluations of training" for solver, cost in training_costs(cells).items()]
-    facts = [f"- **{name}**: {_escape(value)}" for name, value in provenance(cells, context)]
-    lines = [f"# {_escape(context.title)}", "", markdown_table(cells)]
+    facts = [f"- **{name}**: {escape_markdown(value)}" for name, value in provenance(cells, context)]
+    lines = [f"# {escape_markdown(context.title)}", "", markdown_table(cells)]
     lines += [
         "![distance against NFE](distance_vs_nfe.png)",
         "",

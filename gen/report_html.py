@@ -86,7 +86,7 @@ code { font: .92em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sa
 """
 
 
-def _image(png: bytes, alt: str) -> str:
+def image_tag(png: bytes, alt: str) -> str:
     return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
 
 
@@ -96,7 +96,7 @@ def _value(value: str) -> str:
     return f'{mean}<span class="std"> ± {std}</span>' if sign else mean
 
 
-def _entry(entry: Entry | None) -> str:
+def entry_cell(entry: Entry | None) -> str:
     if entry is None:
         return '<td class="quiet">–</td>'
     grid = f"<small>{escape(entry.grid)}</small>" if entry.grid else ""
@@ -128,7 +128,7 @@ def _table(cells: Sequence[Cell], measure: Measure) -> str:
     """Solver x NFE, or nothing if no cell has the measure."""
     table = pivot(cells, measure)
     costs = training_costs(cells)
-    rows = [f"<tr>{_solver(solver, costs)}{''.join(map(_entry, row))}</tr>" for solver, row in table.rows]
+    rows = [f"<tr>{_solver(solver, costs)}{''.join(map(entry_cell, row))}</tr>" for solver, row in table.rows]
     if measure == "distance":
         rows.append(_floor_row(cells, len(table.nfes)))
     return f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
@@ -156,7 +156,7 @@ def _plot(cells: Sequence[Cell], kind: str) -> str:
         else "Both axes are logarithmic. Bars: standard deviation over seed blocks. Hollow markers: trained solvers."
     )
     png = distance_png(cells, "seconds" if by_time else "nfe")
-    image = _image(png, f"Fréchet distance against {'seconds' if by_time else 'NFE'}, one line per solver")
+    image = image_tag(png, f"Fréchet distance against {'seconds' if by_time else 'NFE'}, one line per solver")
     return f'<figure><div class="plot">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
@@ -164,7 +164,7 @@ def _sample(solver: str, nfe: int, cell: Cell | None, png: bytes | None) -> str:
     if png is None:
         return "<td></td>"
     distance = "" if cell is None else f"<small>{number(cell.distance)} · {escape(cell.grid)}</small>"
-    return f"<td>{_image(png, f'samples of {solver} with {nfe} evaluations')}{distance}</td>"
+    return f"<td>{image_tag(png, f'samples of {solver} with {nfe} evaluations')}{distance}</td>"
 
 
 def _samples(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) -> str:
@@ -220,7 +220,7 @@ def _details(cells: Sequence[Cell], context: ReportContext) -> str:
     return f"<details><summary>How these numbers were made</summary><dl>{items}</dl></details>"
 
 
-def _notes(notes: Sequence[str]) -> str:
+def notes_list(notes: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
 
@@ -245,7 +245,7 @@ grid that did best. Comparable only with numbers of the same feature name,
 <div class="plots">{_plot(cells, "nfe")}{_plot(cells, "seconds")}</div>
 {rmse}
 {_samples(cells, grids)}
-{_notes(context.notes)}
+{notes_list(context.notes)}
 {_details(cells, context)}
 </main></body></html>
 """

@@ -1,6 +1,6 @@
 """Measure the step budget: python scripts/evaluate.py --model runs/digits-dit --features runs/digits-features"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from sampling_flags import SamplingFlags
@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, best_device, load_model, solver_path
-from midway.gen.config import from_dict, read_yaml
-from midway.gen.errors import DataError, UsageError
+from midway.gen.errors import UsageError
 from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
+from midway.gen.feature_runs import check_shape, open_features
 from midway.gen.features import load_features
 from midway.gen.plans import LEARNED_ON
 from midway.gen.report import ReportContext, text_table, write_report
-from midway.gen.runs import Run, command_line, environment, hardware
-from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.gen.runs import command_line, environment, hardware
+from midway.gen.splits import Splits, load_splits
 from midway.samplers.solvers import SOLVERS
 
 
@@ -69,17 +69,10 @@ def run(task: EvaluateTask) -> Sweep:
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
-    features_run = Run.open(task.features or find_features(trained), "features")
+    features_run = open_features(task.features, [trained.run.path], trained.data, "the model")
     network, name = load_features(features_run.checkpoint / "features.safetensors")
     splits = load_splits(trained.data)
-    shape = (network.config.in_channels, network.config.image_size, network.config.image_size)
-    if tuple(splits.train.images.shape[1:]) != shape:
-        raise DataError(
-            f"{features_run.path} measures {shape} images",
-            f"the model makes {tuple(splits.train.images.shape[1:])}",
-            "train features on the model's data with scripts/train_features.py",
-        )
-    check_split(features_run, trained)
+    check_shape(network, str(features_run.path), splits.train.images, "the model makes")
     measurer = make_measurer(network.to(device), name, splits.train)
     with tqdm(list(planned_cells(config)), desc="sweep", disable=None, leave=False) as bar:
 
@@ -105,41 +98,6 @@ def solver_names(words: str, trained: TrainedModel, budgets: tuple[int, ...]) ->
 
 def _is_learned(name: str, trained: TrainedModel, nfe: int) -> bool:
     return any((solver_path(trained.run.path, name, grid, nfe) / "config.yaml").exists() for grid in LEARNED_ON)
-
-
-def same_images(features_run: Run, trained: TrainedModel) -> bool:
-    """Whether the features were trained on the model's own training images."""
-    theirs = from_dict(DataConfig, features_run.config["data"], "config.data")
-    return replace(theirs, download=trained.data.download, on_bad_image=trained.data.on_bad_image) == trained.data
-
-
-def find_features(trained: TrainedModel) -> Path:
-    """The only feature run beside the model that was trained on its images; UsageError when there is none or several."""
-    beside = sorted(p.parent for p in trained.run.path.resolve().parent.glob("*/config.yaml"))
-    runs = [
-        Run.open(path, "features")
-        for path in beside
-        if (read_yaml(path / "config.yaml") or {}).get("kind") == "features"
-    ]
-    found = [run.path for run in runs if same_images(run, trained)]
-    if len(found) != 1:
-        names_found = ", ".join(path.name for path in found) or "none"
-        raise UsageError(
-            "--features is not given",
-            f"beside the model one feature run of its images is needed, found: {names_found}",
-            "pass --features RUN, or train features with scripts/train_features.py",
-        )
-    return found[0]
-
-
-def check_split(features_run: Run, trained: TrainedModel) -> None:
-    """Features must have been trained on the model's own training images, or the held-out floor is none."""
-    if not same_images(features_run, trained):
-        raise DataError(
-            f"{features_run.path} was trained on other images than the model",
-            f"its data are {features_run.config['data']}, the model's are {trained.data}",
-            "train features with the model's --data, --held-out and --split-seed",
-        )
 
 
 def context(task: EvaluateTask, trained: TrainedModel, splits: Splits, config: SweepConfig) -> ReportContext:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cli import resolve
-from midway.gen import sampling
+from midway.gen import sampling, tokenizer_report
 from midway.gen.artefacts import TrainedModel, card_of, load_model, load_tokenizer, solver_path
 from midway.gen.config import from_dict, read_yaml, to_dict
 from midway.gen.errors import DataError, UsageError
@@ -98,6 +98,9 @@ def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
         "train_tokenizer": ("digits-fsq", *TINY_FLAGS, "--model.levels", "5", "5", "--model.width", 16, "--out", out),
         "encode": ("--tokenizer", pipeline.tokenizer, "--out", out / "latents.safetensors"),
         "import_tokenizer": ("--source", vae, "--out", out),
+        "evaluate_tokenizer": (
+            *("--tokenizers", pipeline.tokenizer, "--features", pipeline.features, "--n", 16, "--out", out),
+        ),
         "train_latent": ("digits-flow", *TINY_FLAGS, "--tokenizer", pipeline.tokenizer, "--out", out),
         "train_features": (*TINY_FLAGS, "--width", 8, "--out", out),
         "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
@@ -126,6 +129,7 @@ def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_pat
             out / TOKENIZER_FILE,
             out / "tokenizer/README.md",
         ],
+        "evaluate_tokenizer": [out / name for name in tokenizer_report.FILES],
         "train_latent": [out / "checkpoints/step-2/ema.safetensors", out / "samples/averaged-000002-nfe20.png"],
         "train_features": [out / "checkpoints/step-2/features.safetensors"],
         "train_solver": [pipeline.model / "solvers/amed-shift-nfe5/checkpoints/step-2/solver.safetensors"],

@@ -1,0 +1,217 @@
+"""Compare tokenizers: python scripts/evaluate_tokenizer.py --tokenizers runs/cifar10-fsq runs/cifar10-vq"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cli import main, resolve
+from midway.gen.artefacts import best_device, load_tokenizer
+from midway.gen.distances import frechet_distance
+from midway.gen.errors import DataError, UsageError
+from midway.gen.evaluate import Measurer, make_measurer
+from midway.gen.feature_runs import check_shape, open_features, same_images
+from midway.gen.features import FeatureNetwork, load_features
+from midway.gen.report_cells import ReportContext
+from midway.gen.runs import command_line, environment, hardware
+from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.gen.statistics import FeatureStatistics
+from midway.gen.tokenizer_evaluation import (
+    SHOWN,
+    EvaluationConfig,
+    Instruments,
+    Measurement,
+    Subject,
+    check_size,
+    choose,
+    measure,
+)
+from midway.gen.tokenizer_report import check_out, text_table, write_tokenizer_report
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+NONE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizersTask:
+    """Reconstruction, codes, latents and robustness of tokenizers of the same images, in one report.
+
+    Writes results.csv, results.jsonl, report.md, report.html and three plots.
+    """
+
+    tokenizers: tuple[Path, ...]
+    """Run directories of tokenizers that were trained on the same data and split."""
+    features: str | None = None
+    """Run directory of the feature network (default: the one beside the tokenizers that was trained on their images).
+    none: leave out the distances."""
+    out: Path | None = None
+    """Directory to write (default: tokenizer-report/ beside the first tokenizer)."""
+    n: int | None = None
+    """Held-out images, as many of every class (default: all). Distances compare only at the same number."""
+    batch_size: int = 256
+    noise: tuple[float, ...] = EvaluationConfig.noise
+    """Noise on the latents, in standard deviations of each channel."""
+    lpips_weights: Path | None = None
+    """LPIPS is measured when torchvision's weights of VGG-16 are given."""
+    seed: int = 0
+    """Of the noise and of draws from posteriors."""
+    title: str = "Tokenizers compared"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The tokenizers by the name they have in the report, and the data they share."""
+
+    tokenizers: dict[str, ImageTokenizer]
+    data: DataConfig
+
+
+def run(task: TokenizersTask) -> list[Measurement]:
+    """Check everything, measure, print the table, write the report."""
+    config = EvaluationConfig(task.n, task.batch_size, task.noise, task.seed)
+    device = best_device()
+    compared = load(task.tokenizers, device)
+    features = read_features(task, compared.data)
+    splits = load_splits(compared.data)
+    subject = choose(splits.held_out, config)
+    for name, tokenizer in compared.tokenizers.items():
+        check_size(name, tokenizer, subject.images)
+    out = task.out or task.tokenizers[0].resolve().parent / "tokenizer-report"
+    check_out(out)
+    instruments = make_instruments(task, features, splits, subject, device)
+    measured = []
+    with tqdm(compared.tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
+        for name, tokenizer in bar:
+            bar.set_postfix_str(name)
+            measured.append(measure(name, tokenizer, subject, instruments, config))
+    write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject))
+    print(text_table([m.row for m in measured]))
+    print(f"report: {out / 'report.html'}")
+    return measured
+
+
+def load(paths: tuple[Path, ...], device: torch.device) -> Compared:
+    """All tokenizers; DataError when one is missing, damaged or was trained on other images than the first."""
+    names = report_names(paths)
+    loaded = {name: load_tokenizer(path, device) for name, path in names.items()}
+    first, *others = names
+    data = loaded[first][1]
+    for name in others:
+        if not same_images(loaded[name][1], data):
+            raise DataError(
+                f"{names[name]} was trained on other images than {names[first]}",
+                f"its data are {loaded[name][1]}, the first's are {data}",
+                "compare tokenizers of the same --data, --held-out, --split-seed, --channels and --resize",
+            )
+    return Compared({name: tokenizer for name, (tokenizer, _) in loaded.items()}, data)
+
+
+def report_names(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Directory names, or whole paths where two have the same name. UsageError for none, and for one twice."""
+    resolved = [path.resolve() for path in paths]
+    if not paths or len(set(resolved)) < len(paths):
+        raise UsageError(
+            f"--tokenizers {' '.join(map(str, paths))}",
+            "a run is named twice" if paths else "there is nothing to measure",
+            "name every tokenizer's run once",
+        )
+    short = [path.name for path in resolved]
+    return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
+
+
+def read_features(task: TokenizersTask, data: DataConfig) -> tuple[FeatureNetwork, str] | None:
+    """The feature network and its name, None for `--features none`; DataError if it was trained on other images."""
+    if task.features == NONE:
+        return None
+    path = None if task.features is None else Path(task.features)
+    try:
+        run = open_features(path, task.tokenizers, data, "the tokenizers")
+    except UsageError as error:
+        raise UsageError(error.what, error.why, f"{error.fix}, or --features none to leave out the distances") from None
+    return load_features(run.checkpoint / "features.safetensors")
+
+
+def make_instruments(
+    task: TokenizersTask,
+    features: tuple[FeatureNetwork, str] | None,
+    splits: Splits,
+    subject: Subject,
+    device: torch.device,
+) -> Instruments:
+    """The feature network with its reference and floor, and LPIPS, as far as they were asked for."""
+    if features is not None:
+        check_shape(*features, subject.images, "the tokenizers make")
+    perceptual, name = make_perceptual(task.lpips_weights, subject.images, device)
+    if features is None:
+        return Instruments(perceptual=perceptual, perceptual_name=name)
+    measurer = make_measurer(features[0].to(device), features[1], splits.train)
+    return Instruments(measurer, floor(measurer, subject), perceptual, name)
+
+
+def floor(measurer: Measurer, subject: Subject) -> float:
+    """What the held-out images themselves score."""
+    return frechet_distance(FeatureStatistics.of(measurer.network.features(subject.images)), measurer.reference)
+
+
+def make_perceptual(
+    weights: Path | None, images: Tensor, device: torch.device
+) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str | None]:
+    """LPIPS and its name; UsageError if the weights cannot be read or the images are too small for it."""
+    if weights is None:
+        return None, None
+    from midway.tokenizers.perceptual import Perceptual
+
+    try:
+        perceptual = Perceptual("vgg", weights).to(device)
+        blank = torch.zeros(1, *images.shape[1:], device=device)
+        perceptual(blank, blank)
+    except ValueError as error:
+        raise UsageError("LPIPS cannot be measured", str(error), "correct or drop --lpips-weights") from None
+    return perceptual, perceptual.protocol
+
+
+def context(task: TokenizersTask, splits: Splits, subject: Subject) -> ReportContext:
+    """Everything a reader needs beside the numbers."""
+    known = environment()
+    count = len(task.tokenizers)
+    return ReportContext(
+        title=task.title,
+        model=f"{count} tokenizer{'s' if count > 1 else ''}",
+        data=f"{subject.name}, {len(subject.images)} images",
+        command=command_line(),
+        hardware=hardware(),
+        versions={**known["packages"], "git": known["git"]},
+        seeds=str(task.seed),
+        notes=notes(task, splits, subject),
+    )
+
+
+def notes(task: TokenizersTask, splits: Splits, subject: Subject) -> tuple[str, ...]:
+    """How to read the numbers."""
+    n, train = len(subject.images), len(splits.train.images)
+    distances = (
+        f"Every distance is measured on {n} images against all {train} training images, and depends on the number of images. "
+        "Its feature network was trained on this data set: it cannot be compared with published figures.",
+        "The interpolated distance follows iFID (arXiv 2603.05630): spherical interpolation at 1/2 with the neighbour of least "
+        f"angle, here among the {n} images themselves and in latents standardised per channel.",
+    )
+    return (
+        "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "
+        "the figure is the mean over images.",
+        "SSIM is that of Wang et al. 2004: 11 x 11 Gaussian window, or the largest odd one that fits, inside the image, the mean "
+        "over channels.",
+        *(() if task.features == NONE else distances),
+        f"Codes are counted over {n} images; a codebook cannot show more codes than there were tokens.",
+    )
+
+
+def command(arguments: list[str]) -> None:
+    """The command line."""
+    run(resolve(TokenizersTask, {}, arguments))
+
+
+if __name__ == "__main__":
+    main(command)
