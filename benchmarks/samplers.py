@@ -15,12 +15,11 @@ sequential loop.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from midway.gen.backbone import DiTConfig
 from midway.gen.latent_model import LatentModel, LatentModelConfig
-from midway.gen.runs import environment, hardware
 from midway.samplers.graph import Graphs
 from midway.samplers.grids import karras, logsnr, uniform
 from midway.samplers.parallel import ParallelConfig, sample_parallel
@@ -42,31 +40,14 @@ from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import Result, conclude, printed, process_seconds
 from oracles import mixture
 
 STEPS = 20
 STATE = 7  # numbers in a state: so few that only the host's work costs, and as many as no solver's own small matrix has
 Trajectory = Callable[[], Tensor]
 """A whole trajectory from the same start; returns its end."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A line of the table: `ours` and `peer` in `unit`, lower being better; `held` when ours is within what the target asks."""
-
-    name: str
-    unit: str
-    ours: float
-    peer_name: str
-    peer: float | None
-    ratio: float | None
-    """peer / ours."""
-    target: str
-    held: bool | None
-    """None where there is no target."""
-    operations: float | None = None
-    """Full-tensor operations of a step, ours."""
-    peer_operations: float | None = None
 
 
 # ---- host cost ----
@@ -139,13 +120,6 @@ def torchdiffeq_trajectory(method: str) -> Trajectory:
 
     times, x = torch.tensor(karras(VP(), STEPS)), torch.ones(1, STATE)
     return lambda: torchdiffeq.odeint(lambda t, y: y, x, times, method=method)[-1]  # pyright: ignore
-
-
-def process_seconds(trajectory: Trajectory) -> float:
-    """Of this process, all threads."""
-    start = time.process_time()
-    trajectory()
-    return time.process_time() - start
 
 
 class FullTensorOperations(TorchDispatchMode):
@@ -393,16 +367,6 @@ def parallel_row(model: LatentModel, steps: int, device: torch.device, repeats: 
 # ---- the table ----
 
 
-def line(row: Result) -> str:
-    """One line of the printed table."""
-    peer = "" if row.peer is None else f"{row.peer:10.2f}"
-    ratio = "" if row.ratio is None else f"{row.ratio:7.2f}"
-    counts = "" if row.operations is None else f"{row.operations:g} / {row.peer_operations:g}"
-    held = {True: "yes", False: "NO", None: "-"}[row.held]
-    named = f"{row.name} beside {row.peer_name}" if row.peer_name else row.name
-    return f"{named:48s} {row.ours:10.4g} {peer:>10s} {ratio:>7s} {row.unit:8s} {held:4s} {row.target:36s} {counts}"
-
-
 def main() -> int:
     """Print the table, write the JSON; 1 when a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -412,21 +376,12 @@ def main() -> int:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.set_num_threads(1)
-    rows = []
-    print(f"{'name':48s} {'ours':>10s} {'peer':>10s} {'ratio':>7s} {'unit':8s} held target{'':31s} operations a step")
     with torch.no_grad():
         makers = [lambda: host_rows(arguments.turns), wave_rows]
         if device.type == "cuda":
             makers.append(lambda: device_rows(device, Network(), (1, 16, 256), 20))
-        for make in makers:
-            for row in make():
-                rows.append(row)
-                print(line(row), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"device": device.type, "hardware": hardware(), "environment": environment()}
-    arguments.out.write_text(json.dumps({**report, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    print(f"wrote {arguments.out}")
-    return 1 if any(row.held is False for row in rows) else 0
+        rows = printed(makers, last_column="operations a step")
+    return conclude(rows, arguments.out, device.type)
 
 
 if __name__ == "__main__":

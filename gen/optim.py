@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from midway.gen.backbone import DiT
+from midway.gen.couplings import ConvNetwork, MLPNetwork
 from midway.gen.errors import UsageError
 from midway.gen.features import FeatureNetwork
 from midway.gen.train_config import TrainConfig
@@ -20,7 +21,7 @@ from midway.tokenizers.networks import Decoder, Encoder
 from midway.tokenizers.vit import ViTDecoder, ViTEncoder
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
-COMPILED = (DiT, Encoder, Decoder, ViTEncoder, ViTDecoder, FeatureNetwork)
+COMPILED = (DiT, Encoder, Decoder, ViTEncoder, ViTDecoder, FeatureNetwork, ConvNetwork, MLPNetwork)
 """Networks that are functions of tensors alone, which is what torch.compile wants."""
 
 

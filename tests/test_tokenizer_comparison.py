@@ -1,4 +1,4 @@
-"""benchmarks/tokenizers.py on digits: every quantizer trains, is measured once, and ends in the table, the JSON and the page."""
+"""benchmarks/compare_tokenizers.py on digits: every quantizer trains, is measured once, and ends in the table, the JSON and the page."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def comparison() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tokenizer_comparison", ROOT / "benchmarks" / "tokenizers.py")
+    spec = importlib.util.spec_from_file_location("tokenizer_comparison", ROOT / "benchmarks" / "compare_tokenizers.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -34,7 +34,7 @@ def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
         torch.compiler.is_compiling()
     ):  # whose tracer knows neither the settings of precision nor kernels to be tried out
         return torch.ops.midway.nearest_code(rows, codebook)
-    return _nearest_code(rows, codebook)
+    return _nearest_code(rows.detach(), codebook.detach())
 
 
 def _nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
@@ -44,8 +44,12 @@ def _nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
     step = rows_per_chunk(len(codebook))
     if rows.is_cuda and len(rows) > step and nearest_kernel.works(rows.device, rows.shape[1]):
         return nearest_kernel.highest_score(rows - centre, codes, bias)
+    # One buffer for all chunks: to allocate one each may cost as much as the product, in page faults.
+    scores, found = rows.new_empty(min(step, len(rows)), len(codes)), rows.new_empty(len(rows), dtype=torch.int64)
     with full_precision():
-        return torch.cat([torch.addmm(bias, chunk - centre, codes.T).argmax(1) for chunk in rows.split(step)])
+        for chunk, index in zip(rows.split(step), found.split(step), strict=True):
+            index.copy_(torch.addmm(bias, chunk - centre, codes.T, out=scores[: len(chunk)]).argmax(1))
+    return found
 
 
 @torch.library.custom_op("midway::nearest_code", mutates_args=())

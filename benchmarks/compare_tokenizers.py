@@ -1,6 +1,6 @@
 """Which quantizer at how many bits? One network, one data set, one budget of steps; only the quantizer differs.
 
-    python benchmarks/tokenizers.py --data cifar10-train.zip --out runs/tokenizers
+    python benchmarks/compare_tokenizers.py --data cifar10-train.zip --out runs/tokenizers
 
 Every quantizer at codebooks of about 2^8, 2^10, 2^12 and 2^14 values a position, on f = 4 (8x8 positions of a 32x32 image). A
 tokenizer is a run in --out, trained by scripts/train_tokenizer.py and left alone if it is there, so that the command can be
@@ -75,7 +75,7 @@ class Comparison:
     """Run directory of a feature network of the same images, for the distances."""
     n: int | None = 2000
     """Held-out images to measure on."""
-    json: Path = Path("benchmarks/results/tokenizers.json")
+    json: Path = Path("benchmarks/results/compare_tokenizers.json")
     page: Path | None = None
     """A Markdown page whose block `tokenizers` the table replaces; the picture goes into images/ beside it."""
 

@@ -1,0 +1,235 @@
+"""Flows: bijections x <-> y of images that keep the shape (B, C, H, W), with their log-determinants.
+
+    log p(x) = log p(y) + log |det dy/dx|,      y = f_n(... f_1(x)),      log-det of a chain = sum of log-dets
+
+ActNorm          y = (x + shift) exp(log_scale) per channel; at the start zero mean and unit variance over the first batch
+                 (Kingma & Dhariwal 2018, Glow, arXiv 1807.03039, section 3.1)
+InvertibleConv   y = W x per pixel, W = P L (U + diag(sign exp(log_scale))); P is fixed, L unit lower and U strictly upper
+                 triangular, so log-det = H W sum(log_scale) (Glow, section 3.2, equation 10). Averages of such weights, as EMA
+                 takes them, are invertible too
+DiagonalScale    y = x exp(log_scale) per pixel and channel (Dinh et al. 2014, NICE, arXiv 1410.8516, section 3.3)
+Squeezed         f on 2x2 blocks: (C, H, W) -> (4 C, H/2, W/2), f, and back (Dinh et al. 2016, RealNVP, arXiv 1605.08803, 3.6)
+FactorOut        f on the first half of the channels; the other half goes to the prior as it is (RealNVP, section 3.6)
+
+Since squeezing is undone, every flow keeps the shape: the latent of a multi-scale model is an image in which the values that
+were factored out stand in their own places. A coupling before FactorOut that moves the second half given the first is Glow's
+learned prior of the factored-out half. `cond` (B, E, h, w) is what a flow is conditioned on, or None; couplings read it.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Shape = tuple[int, int, int]
+
+
+class Flow(nn.Module):
+    """A bijection of x (B, C, H, W), shape-preserving, exact in both directions."""
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """y (B, C, H, W) and log |det dy/dx| (B,)."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        """The x whose forward is y."""
+        raise NotImplementedError
+
+    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Set what starts from data, once, as x (B, C, H, W) arrives here; y."""
+        return self(x, cond)[0]
+
+
+def require_initialised(module: nn.Module) -> None:
+    """ValueError if an ActNorm inside has not seen data. Waits for the device, so it is not for the training loop."""
+    layers = [layer for layer in module.modules() if isinstance(layer, ActNorm)]
+    missing = sum(not bool(layer.initialised) for layer in layers)
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(layers)} ActNorm layers have not been initialised from data: "
+            "call start() with a batch of training images, or load trained weights"
+        )
+
+
+def half_of(channels: int, what: str) -> int:
+    """channels / 2; ValueError for an odd number."""
+    if channels % 2:
+        raise ValueError(f"{channels} channels cannot be {what}: use an even number, squeezing 2x2 pixels first")
+    return channels // 2
+
+
+class Chain(Flow):
+    """Flows one after another."""
+
+    def __init__(self, flows: Sequence[Flow]) -> None:
+        super().__init__()
+        self.flows = nn.ModuleList(flows)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for flow in self.flows:
+            x, log_det = flow(x, cond)
+            total = total + log_det
+        return x, total
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        for flow in reversed(self.flows):
+            y = cast(Flow, flow).inverse(y, cond)
+        return y
+
+    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        for flow in self.flows:
+            x = cast(Flow, flow).initialise(x, cond)
+        return x
+
+
+class Squeezed(Flow):
+    """`inner` at half the resolution, on images (4 C, H/2, W/2). ValueError for odd sides. Conditions must be (B, E, 1, 1)."""
+
+    def __init__(self, inner: Flow, shape: Shape) -> None:
+        super().__init__()
+        squeezed_shape(shape)
+        self.inner = inner
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = self.inner(squeeze(x), cond)
+        return unsqueeze(y), log_det
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        return unsqueeze(self.inner.inverse(squeeze(y), cond))
+
+    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return unsqueeze(self.inner.initialise(squeeze(x), cond))
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 4 C, H/2, W/2). The first half of the channels is a checkerboard of the pixels, the second the rest."""
+    parts = [x[:, :, ::2, ::2], x[:, :, 1::2, 1::2], x[:, :, ::2, 1::2], x[:, :, 1::2, ::2]]
+    return torch.cat(parts, dim=1)
+
+
+def unsqueeze(y: Tensor) -> Tensor:
+    """The inverse of `squeeze`."""
+    upper_left, lower_right, upper_right, lower_left = y.chunk(4, dim=1)
+    return F.pixel_shuffle(torch.stack([upper_left, upper_right, lower_left, lower_right], dim=2).flatten(1, 2), 2)
+
+
+def squeezed_shape(shape: Shape) -> Shape:
+    """(C, H, W) -> (4 C, H/2, W/2); ValueError for odd sides."""
+    channels, height, width = shape
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"images of {height}x{width} cannot be squeezed into 2x2 blocks: use fewer scales, or resize to even sides"
+        )
+    return 4 * channels, height // 2, width // 2
+
+
+class FactorOut(Flow):
+    """`inner` on the first half of the channels, nothing on the second. ValueError for an odd number of channels."""
+
+    def __init__(self, inner: Flow, channels: int) -> None:
+        super().__init__()
+        half_of(channels, "factored out by halves")
+        self.inner = inner
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        stays, out = x.chunk(2, dim=1)
+        y, log_det = self.inner(stays, cond)
+        return torch.cat([y, out], dim=1), log_det
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        stays, out = y.chunk(2, dim=1)
+        return torch.cat([self.inner.inverse(stays, cond), out], dim=1)
+
+    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        stays, out = x.chunk(2, dim=1)
+        return torch.cat([self.inner.initialise(stays, cond), out], dim=1)
+
+
+class ActNorm(Flow):
+    """Shift and scale per channel. Which start from data is a buffer, so it is done once, whatever is saved and resumed."""
+
+    initialised: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check()
+        log_det = self.log_scale.sum() * x[0, 0].numel()
+        return (x + self.shift) * self.log_scale.exp(), log_det.expand(len(x))
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        self._check()
+        return y * (-self.log_scale).exp() - self.shift
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        if not self.initialised:
+            variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            self.shift.copy_(-mean.view_as(self.shift))
+            # a channel that does not vary is left as large as it is
+            varies = variance > 1e-12
+            self.log_scale.copy_(torch.where(varies, -0.5 * variance.log(), 0.0).view_as(self.log_scale))
+            self.initialised.fill_(True)
+        return self(x, cond)[0]
+
+    def _check(self) -> None:
+        if not self.training:  # in training fit() has called start(), and reading the buffer would wait for the device
+            require_initialised(self)
+
+
+class InvertibleConv(Flow):
+    """A learned mixing of the channels, starting as a random rotation."""
+
+    permutation: Tensor
+    sign: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        p, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower.tril(-1).float())
+        self.upper = nn.Parameter(upper.triu(1).float())
+        self.log_scale = nn.Parameter(diagonal.abs().log().float())
+        self.register_buffer("sign", diagonal.sign().float())
+        self.register_buffer("permutation", p.argmax(1))  # row i of P v is v[permutation[i]]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """L and U + diag(sign exp(log_scale)), (C, C) each."""
+        lower = self.lower.tril(-1) + torch.eye(len(self.lower), dtype=self.lower.dtype, device=self.lower.device)
+        return lower, self.upper.triu(1) + torch.diag(self.sign * self.log_scale.exp())
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            lower, upper = self.factors()
+            y = (lower @ upper)[self.permutation] @ x.flatten(2)
+        log_det = self.log_scale.sum() * x[0, 0].numel()
+        return y.view_as(x), log_det.expand(len(x))
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        with torch.autocast(y.device.type, enabled=False):
+            lower, upper = self.factors()
+            v = y[:, self.permutation.argsort()].flatten(2)
+            v = torch.linalg.solve_triangular(lower, v, upper=False, unitriangular=True)
+            return torch.linalg.solve_triangular(upper, v, upper=True).view_as(y)
+
+
+class DiagonalScale(Flow):
+    """A learned scale for every pixel and channel, starting at 1."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp(), self.log_scale.sum().expand(len(x))
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        return y * (-self.log_scale).exp()
