@@ -85,14 +85,14 @@ class AutoregressiveFlow(nn.Module):
         self, shape: tuple[int, int], width: int, depth: int, heads: int, mlp_ratio: float, classes: int, flipped: bool
     ) -> None:
         super().__init__()
-        self.tokens, dim = shape
-        self.flipped = flipped
+        (self.tokens, dim), self.flipped = shape, flipped
         self.embed = linear(dim, width)
         self.positions = nn.Parameter(_STD * torch.randn(self.tokens, width))
         self.label = nn.Embedding(classes + 1, width) if classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=_STD)
         self.blocks = nn.ModuleList(CausalBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.head_shape = (heads, width // heads)
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 2 * dim)
         nn.init.zeros_(self.head.weight)
@@ -120,8 +120,8 @@ class AutoregressiveFlow(nn.Module):
 
     def no_past(self, count: int) -> list[KeyValues]:
         """An empty memory of `count` samples, one for each layer."""
-        width, heads = self.embed.out_features, self.blocks[0].attention.heads  # pyright: ignore
-        empty = [self.positions.new_empty(2, count, heads, self.tokens, width // heads) for _ in self.blocks]
+        heads, size = self.head_shape
+        empty = [self.positions.new_empty(2, count, heads, self.tokens, size) for _ in self.blocks]
         return [KeyValues(keys, values) for keys, values in empty]
 
     def next_moments(self, last: Tensor | None, labels: Tensor | None, past: list[KeyValues]) -> Tensor:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -175,7 +175,7 @@ def _weights(folder: Path) -> Path:
 def _all_kinds() -> Mapping[str, type[Baseline]]:
     from midway.gen.baselines import BASELINES  # here, because its classes need this module
 
-    return BASELINES
+    return cast(Mapping[str, type[Baseline]], BASELINES)
 
 
 def _read(folder: Path, device: torch.device, kinds: Mapping[str, type[Baseline]] | None) -> tuple[Baseline, str]:

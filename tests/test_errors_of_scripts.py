@@ -415,9 +415,7 @@ def test_a_cache_is_not_overwritten_unasked(refuse: Refuse, pipeline: Pipeline) 
 # ---- things that do not belong together ----
 
 
-def test_features_of_other_images_are_refused(
-    refuse: Refuse, pipeline: Pipeline, tmp_path: Path, folder: Path
-) -> None:
+def test_features_of_other_images_are_refused(refuse: Refuse, pipeline: Pipeline, tmp_path: Path, folder: Path) -> None:
     other = replace(train_features.FeaturesTask(), out=tmp_path / "features", width=8, dim=8)
     data = replace(other.data, data=str(folder), held_out=0.5)
     train_features.train(replace(other, data=data, train=replace(TINY, steps=1, batch_size=4)))

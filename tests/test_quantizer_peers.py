@@ -57,7 +57,7 @@ def test_lfq_has_the_peers_codes_and_entropies_and_the_reversed_bits() -> None:
     out = ours(z)
     (codes, indices, loss), parts = theirs(z.mT, return_loss_breakdown=True)
     torch.testing.assert_close(out.codes, codes.mT)
-    reversed_bits = sum(((indices >> i) & 1) << (bits - 1 - i) for i in range(bits))
+    reversed_bits = torch.stack([((indices >> i) & 1) << (bits - 1 - i) for i in range(bits)]).sum(0)
     assert torch.equal(out.indices, reversed_bits)
     torch.testing.assert_close(out.losses["entropy_sample"], parts.per_sample_entropy, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.losses["entropy_batch"], parts.batch_entropy, atol=1e-4, rtol=1e-4)

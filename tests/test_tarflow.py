@@ -41,6 +41,11 @@ def _model(config: TarFlowConfig = SMALL, classes: int = 0, shape=SHAPE, levels:
     return (randomise(model, std) if std else model).eval().requires_grad_(False)  # pyright: ignore[reportReturnType]
 
 
+def _tokens(count: int) -> Tensor:
+    """float64 (count, 5, 2)."""
+    return images(count, (1, 5, 2))[:, 0]
+
+
 def _flow(flipped: bool, classes: int = 0, tokens: int = 5) -> AutoregressiveFlow:
     flow = AutoregressiveFlow((tokens, 2), 8, 2, 2, 2.0, classes, flipped)
     return randomise(flow, 0.4).double().requires_grad_(False)  # pyright: ignore[reportReturnType]
@@ -72,7 +77,7 @@ def test_log_determinants_are_those_of_the_jacobian() -> None:
 @pytest.mark.parametrize("flipped", [False, True])
 def test_a_flow_is_triangular_in_its_order(flipped: bool) -> None:
     """Token i of z changes with tokens up to i alone, with all of those, and number by number with its own."""
-    flow, x = _flow(flipped), images(1, (5, 2))
+    flow, x = _flow(flipped), _tokens(1)
     jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], x[0])
     blocks = jacobian.abs().amax((1, 3))  # pyright: ignore[reportAttributeAccessIssue] (5, 5)
     later = torch.ones(5, 5).tril(-1).bool()
@@ -85,7 +90,7 @@ def test_a_flow_is_triangular_in_its_order(flipped: bool) -> None:
 
 
 def test_moments_do_not_see_their_own_token_or_later_ones() -> None:
-    flow, x = _flow(False), images(2, (5, 2))
+    flow, x = _flow(False), _tokens(2)
     changed = x.clone()
     changed[:, 2:] += 5
     before, after = flow.moments(x), flow.moments(changed)
@@ -204,7 +209,7 @@ def test_gradients_are_the_same_when_activations_are_computed_again() -> None:
 
 @pytest.mark.parametrize("flipped", [False, True])
 def test_the_memory_of_keys_gives_what_computing_all_again_gives(flipped: bool) -> None:
-    flow, z, labels = _flow(flipped, classes=2), images(3, (5, 2)), torch.tensor([0, 1, 2])
+    flow, z, labels = _flow(flipped, classes=2), _tokens(3), torch.tensor([0, 1, 2])
     x = torch.zeros_like(z)
     for i in range(5):  # every token by the whole network
         mean, log_scale = flow.moments(x, labels).chunk(2, dim=2)
@@ -232,7 +237,7 @@ def test_jacobi_is_sequential_sampling(guidance: float) -> None:
 
 def test_sweep_k_makes_token_k_exact() -> None:
     """Whatever the tolerance says: a strongly coupled flow needs all N, and each sweep settles one token more."""
-    flow, z = _flow(False), images(4, (5, 2))
+    flow, z = _flow(False), _tokens(4)
     exact, _ = invert(z, guided(flow, None, 0, Inversion()), Inversion())
     x = z
     for k in range(1, 6):
@@ -246,15 +251,15 @@ def test_sweep_k_makes_token_k_exact() -> None:
 
 
 def test_mild_flows_converge_in_fewer_sweeps_and_each_sample_in_its_own() -> None:
-    model, seeds = _model(replace(SMALL, patch=1), std=0.1), torch.arange(8)
-    z = randomness.normal(0, "sample", 0, seeds, SHAPE) * (1 + seeds.view(-1, 1, 1, 1))
+    model, seeds = _model(replace(SMALL, patch=1), std=0.15).double(), torch.arange(8)
+    z = randomness.normal(0, "sample", 0, seeds, SHAPE).double() * (1 + seeds.view(-1, 1, 1, 1))
     loose = Inversion("jacobi", tolerance=1e-3)
     x, cost = model.inverse(z, None, loose)
     assert cost.calls.max() < 24
     assert len(cost.calls.sum(1).unique()) > 1
     assert (x - model.inverse(z)[0]).abs().max() < 0.01
     alone = [model.inverse(z[i : i + 1], None, loose) for i in range(8)]
-    torch.testing.assert_close(torch.cat([a for a, _ in alone]), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([a for a, _ in alone]), x, rtol=0, atol=1e-9)
     assert torch.equal(torch.cat([c.calls for _, c in alone]), cost.calls)
 
 
@@ -263,7 +268,7 @@ def test_guesses_that_overflow_do_not_reach_tokens_that_do_not_depend_on_them() 
     flow = AutoregressiveFlow((4, 1), 8, 1, 2, 2.0, 0, False)
     randomise(flow, 0.4).requires_grad_(False)
     flow.head.bias[1] = -86.0  # x of order 1 for z of order 1e37
-    z = images(16, (4, 1), torch.float32) * 2e37
+    z = images(16, (1, 4, 1), torch.float32)[:, 0] * 2e37
     assert flow.moments(z).isnan().flatten(1).any(1).sum() > 8
     exact, _ = invert(z, guided(flow, None, 0, Inversion()), Inversion())
     got, _ = invert(z, guided(flow, None, 0, JACOBI), JACOBI)
@@ -304,7 +309,7 @@ def _moments(flow: AutoregressiveFlow, x: Tensor, how: Inversion) -> Tensor:
 
 @pytest.mark.parametrize("growth", ["constant", "linear"])
 def test_guidance_extrapolates_means_and_log_scales(growth) -> None:
-    flow, x = _flow(False, classes=2), images(2, (5, 2))
+    flow, x = _flow(False, classes=2), _tokens(2)
     known, unknown = flow.moments(x, torch.tensor([1, 0])), flow.moments(x, torch.tensor([2, 2]))
     weights = [1 + 2 * (i / 4 if growth == "linear" else 1) for i in range(5)]
     expected = torch.stack([(1 - w) * unknown[:, i] + w * known[:, i] for i, w in enumerate(weights)], dim=1)

@@ -1,4 +1,4 @@
-"""benchmarks/compare_tokenizers.py on digits: every quantizer trains, is measured once, and ends in the table, the JSON and the page."""
+"""benchmarks/compare_tokenizers.py on digits: every quantizer trains, is measured, and ends in table, JSON and page."""
 
 import importlib.util
 import json
