@@ -246,6 +246,12 @@ def spread(found: Sequence[Cell]) -> dict[str, dict[str, float]]:
     }
 
 
+def repeated(found: Sequence[Cell]) -> str:
+    """`spread` in words."""
+    parts = [f"`{key}` {s['mean']:.2f} ± {s['std']:.2f} dB ({s['seeds']:.0f})" for key, s in spread(found).items()]
+    return ", ".join(parts)
+
+
 def plot(path: Path, found: Sequence[Cell]) -> None:
     """PSNR and, if measured, Fréchet distance against bits of a position; repeated seeds as further marks."""
     shown = [("psnr", "PSNR in dB, mean over held-out images")]
@@ -314,8 +320,8 @@ def main(comparison: Comparison) -> None:
         plot(picture, found)
         floor = "" if some.floor is None else f" (floor {some.floor:.2f})"
         caption = (
-            f"n = {some.n} held-out images; Fréchet distance ({some.features}) to {some.reference}{floor}. "
-            f"Of other seeds: {json.dumps({k: {n: round(x, 3) for n, x in v.items()} for k, v in spread(found).items()})}\n"
+            f"n = {some.n} held-out images; Fréchet distance ({some.features}) to {some.reference}{floor}.\n"
+            f"PSNR over seeds: {repeated(found)}.\n"
         )
         embed(comparison.page, f"{table(found)}\n![PSNR and distance against bits](images/tokenizers.png)\n\n{caption}")
 

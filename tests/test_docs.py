@@ -1,6 +1,7 @@
 """The pages: their tables come from reports and from the registry, their code runs, their links lead somewhere."""
 
 import importlib.util
+import json
 import re
 import textwrap
 from itertools import pairwise
@@ -21,6 +22,7 @@ from midway.samplers.plugin import BASES
 from midway.samplers.runge_kutta import HEUN, runge_kutta
 from midway.samplers.schedule import VP, Linear
 from midway.samplers.solvers import SOLVERS, Solver
+from midway.tokenizers.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -174,3 +176,31 @@ def test_the_solver_of_the_contributing_page_can_be_added(monkeypatch: pytest.Mo
             assert a.time == b.time
             assert (*a.states, *a.predictions) == pytest.approx((*b.states, *b.predictions), rel=1e-9, abs=1e-12)
         assert all(s < t for t, s in pairwise(ours.grid))
+
+
+# ---- the page of tokenizers ----
+
+TOKENIZERS_PAGE = ROOT / "docs" / "tokenizers.md"
+
+
+def test_the_page_of_tokenizers_names_every_quantizer_and_its_code_runs() -> None:
+    text = TOKENIZERS_PAGE.read_text()
+    for name in QUANTIZERS:
+        assert f"| `{name}`" in text, name
+    told: dict[str, Any] = {}
+    for block in _code(TOKENIZERS_PAGE):
+        exec(block, told)
+
+
+def test_the_table_of_tokenizers_is_the_one_that_was_measured() -> None:
+    """Every cell of the result file stands on the page."""
+    block = TOKENIZERS_PAGE.read_text().split("<!-- begin tokenizers -->")[1].split("<!-- end tokenizers -->")[0]
+    facts = json.loads((ROOT / "benchmarks" / "results" / "compare_tokenizers.json").read_text())
+    first = [cell for cell in facts["cells"] if cell["seed"] == 0]
+    assert len(first) == 28
+    for cell in first:
+        (row,) = [line for line in block.splitlines() if line.startswith(f"| `{cell['quantizer']}` |")]
+        assert f"{cell['bits']:.1f} bits" in row
+        assert f"{cell['psnr']:.2f} dB" in row
+    assert facts["protocol"]["features"] in block
+    assert (ROOT / "docs" / "images" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
