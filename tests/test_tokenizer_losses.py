@@ -14,7 +14,7 @@ from resuming import newest, records
 from safetensors.torch import load_file
 from torch import Tensor
 
-from midway.gen import optim
+from midway.gen import optim, training
 from midway.gen.context import Context, ImageBatch
 from midway.gen.loss_config import LossConfig
 from midway.gen.optim import make_optimizers, set_rate
@@ -315,3 +315,13 @@ def test_a_card_says_what_was_minimised(script: Script, vgg: Path, tmp_path: Pat
     assert call(script, tmp_path / "run", *flags, *game).code == 0
     card = (tmp_path / "run" / "tokenizer" / "README.md").read_text()
     assert re.search(r"l2 1, LPIPS-vgg@[0-9a-f]{12} 0.5, hinge 0.1, r1 10, spectral norm", card), card
+
+
+def test_sharded_parameters_and_a_critic_are_refused(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A critic held fixed is not what FSDP shards; here every parameter counts as sharded."""
+    monkeypatch.setattr(training, "DTensor", torch.nn.Parameter)
+    told = call(script, tmp_path / "run", "--loss.adversary", "hinge")
+    assert told.code == 2, told.err
+    assert "FSDP cannot train a tokenizer with a critic" in told.err
