@@ -2,8 +2,9 @@
 
 Both sides get a network that costs nothing and walk 20 steps from a state of few numbers, in turns, in one process on one
 thread; a step's time is the process time of a whole trajectory over its steps, lower decile of the turns (what else the
-machine does only adds). `set_timesteps` of a scheduler is not timed, nor is building a table. Operations are those whose result
-is as large as the state, views aside.
+machine does only adds). Before each timed trajectory the same side walks one untimed, or the shorter one would mostly be charged
+for what the other left in the processor's caches. `set_timesteps` of a scheduler is not timed, nor is building a table.
+Operations are those whose result is as large as the state, views aside.
 
 Parallel sampling: waves until the end state is within 1e-4 (relative) of the sequential one, on a Gaussian mixture.
 
@@ -152,11 +153,15 @@ def host_cost(
     most: float | None,
     turns: int,
 ) -> Result:
-    """Both in turns."""
+    """Both in turns, each right after the same trajectory untimed."""
     pairs = []
     for _ in range(turns + 3):
+        ours()
+        mine = process_seconds(ours)
         ready()
-        pairs.append((process_seconds(ours), process_seconds(peer)))
+        peer()
+        ready()
+        pairs.append((mine, process_seconds(peer)))
     mine, theirs = (statistics.quantiles(side, n=10)[0] / STEPS * 1e6 for side in zip(*pairs[3:], strict=True))
     own_operations = operations(ours)
     ready()

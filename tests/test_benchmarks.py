@@ -176,12 +176,12 @@ def test_a_missed_target_is_an_exit_code(
 
 
 def test_the_cost_of_a_step_is_the_lower_decile_of_turns(samplers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a clock of our own: first turns and slow ones do not count, and each turn is ready, ours, peer."""
+    """On a clock of our own: first turns and slow ones do not count, and each side is timed right after itself, ready again."""
     told: list[str] = []
 
     def seconds(trajectory: Callable[[], str]) -> float:
-        turn = told.count("ready")
-        scale = 1e-3 if turn <= 3 else 50 if turn % 2 else 1
+        turn = (told.count("ours") - 1) // 2
+        scale = 1e-3 if turn < 3 else 50 if turn % 2 else 1
         return {"ours": 80e-6, "peer": 800e-6}[trajectory()] * scale
 
     def side(name: str) -> Callable[[], str]:
@@ -191,7 +191,7 @@ def test_the_cost_of_a_step_is_the_lower_decile_of_turns(samplers: ModuleType, m
     for ratio, most, held in ((9.0, None, True), (11.0, None, False), (9.0, 5.0, True), (9.0, 3.0, False)):
         told.clear()
         row = samplers.host_cost("a", side("ours"), "b", side("peer"), lambda: told.append("ready"), ratio, most, 20)
-        assert told[:69] == ["ready", "ours", "peer"] * 23
+        assert told[: 6 * 23] == ["ours", "ours", "ready", "peer", "ready", "peer"] * 23
         assert (row.ours, row.peer, row.ratio, row.held) == (4.0, 40.0, 10.0, held)
 
 
