@@ -57,7 +57,7 @@ class Baseline(nn.Module):
     # ---- what a subclass defines ----
 
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, in bits per dimension, and logs, with `bits_per_dim` among them."""
+        """The scalar to minimise, in bits per dimension; logs, with `bits_per_dim` among them if integers have bits under it."""
         raise NotImplementedError
 
     def log_likelihood(self, images: Tensor, labels: Tensor | None, context: Context) -> Tensor:

@@ -2,6 +2,7 @@
 
 from midway.gen.baseline import Baseline
 from midway.gen.flows import CouplingFlow
+from midway.gen.tarflow import TarFlow
 from midway.gen.vae import VAE
 
-BASELINES: dict[str, type[Baseline]] = {"vae": VAE, "flow": CouplingFlow}
+BASELINES: dict[str, type[Baseline]] = {"vae": VAE, "flow": CouplingFlow, "tarflow": TarFlow}

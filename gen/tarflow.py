@@ -51,9 +51,10 @@ class TarFlowConfig:
     noise: Literal["uniform", "gaussian"] = "uniform"
     sigma: float = 0.05
     """gaussian: standard deviation of the noise, on images in [-1, 1]."""
-    entry: Literal["symmetric", "logit"] = "symmetric"
-    """uniform: what the flows see of x."""
+    entry: Literal["logit", "symmetric"] = "logit"
+    """uniform: what the flows see of x; symmetric is the paper's."""
     logit_margin: float = 0.05
+    """a of the logit entry."""
     draws: int = 1
     """uniform: draws of u over which log_likelihood averages inside the logarithm; more give a tighter bound."""
     label_dropout: float = 0.1
@@ -67,8 +68,8 @@ class TarFlowConfig:
             raise ValueError(f"sigma is {self.sigma}; give a positive number, 0.05 by default")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout is {self.label_dropout}; give a number in [0, 1)")
-        if self.noise == "gaussian" and self.entry == "logit":
-            raise ValueError("Gaussian noise leaves (0, 1), where entry 'logit' ends: use entry 'symmetric'")
+        if not 0 <= self.logit_margin < 0.5:
+            raise ValueError(f"logit_margin is {self.logit_margin}; give a number in [0, 0.5), 0.05 by default")
 
 
 class TarFlow(Baseline):

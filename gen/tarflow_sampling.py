@@ -4,8 +4,8 @@
     jacobi       x <- z exp(alpha(x)) + mu(x) for all i at once, from x = z, until nothing changes by more than a tolerance
 
 Sweep k of the Jacobi iteration makes token k - 1 exact, whatever the others are, so that N sweeps are the sequential result and
-usually far fewer come close (Song et al. 2021, arXiv 2002.03629). A sample that has
-converged is left alone, so that its sweeps, and it itself, do not depend on the batch.
+usually far fewer come close (Song et al. 2021, arXiv 2002.03629). A sample that has converged is left alone, so that its sweeps,
+and it itself, do not depend on the batch.
 
 Guidance (Zhai et al. 2024, TarFlow, arXiv 2412.06329) extrapolates the outputs of every flow at every token:
 

@@ -19,7 +19,8 @@ from midway.gen.likelihood import bits_per_dim, from_levels, to_levels
 from midway.gen.tarflow import TarFlow, TarFlowConfig
 from midway.gen.tarflow_sampling import Inversion, guided, invert, tweedie
 
-SMALL = TarFlowConfig(patch=2, flows=3, depth=2, width=8, heads=2, mlp_ratio=2)
+SMALL = TarFlowConfig(patch=2, flows=3, depth=2, width=8, heads=2, mlp_ratio=2, entry="symmetric")
+GAUSSIAN = replace(SMALL, noise="gaussian")
 SHAPE = (1, 4, 6)
 PAIR = (1, 1, 2)
 JACOBI = Inversion("jacobi")
@@ -171,12 +172,23 @@ def test_the_loss_is_the_mean_bits_of_labels_some_of_which_are_dropped() -> None
     assert exact.loss(batch, context)[0].item() == pytest.approx(bits_per_dim(nats, 24).mean().item(), rel=1e-6)
 
 
+def test_the_loss_of_a_batch_is_the_mean_of_its_parts() -> None:
+    """As accumulation and several processes need."""
+    for config in (SMALL, GAUSSIAN):
+        model, batch = _model(config, 3), _batch(8)
+        cut = [ImageBatch(batch.images[i : i + 2], batch.labels[i : i + 2]) for i in (0, 2, 4, 6)]
+        parts = [model.loss(part, _context(2, first=2 * i))[0].item() for i, part in enumerate(cut)]
+        assert sum(parts) / 4 == pytest.approx(model.loss(batch, _context(8))[0].item(), rel=1e-6)
+
+
 def test_the_loss_under_autocast_is_summed_in_float32() -> None:
     model, batch = _model(std=0.1), _batch(16)
     plain = model.loss(batch, _context(16))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, _ = model.loss(batch, _context(16))
         z, log_det = model(images(2, SHAPE, torch.float32))
+        moments = model.flows[0].moments(model.tokens(z))  # pyright: ignore[reportCallIssue]
+    assert moments.dtype == torch.float32
     assert loss.dtype == z.dtype == log_det.dtype == torch.float32
     assert loss.item() == pytest.approx(plain.item(), rel=0.01)
 
@@ -344,7 +356,7 @@ def test_tweedies_formula_is_the_posterior_mean_of_a_gaussian() -> None:
 @pytest.mark.parametrize("inference", [False, True])
 def test_samples_of_gaussian_noise_are_denoised_once(inference: bool) -> None:
     """A new model is standard normal, of which y becomes (1 - sigma^2) y."""
-    model, seeds = _model(replace(SMALL, noise="gaussian", sigma=0.5), std=0), torch.arange(4)
+    model, seeds = _model(replace(SMALL, noise="gaussian", sigma=0.5, entry="logit"), std=0), torch.arange(4)
     with torch.inference_mode(inference):
         got, cost = model.sample_counted(seeds)
     y = randomness.normal(0, "sample", 0, seeds, SHAPE)
@@ -392,7 +404,6 @@ def test_a_model_is_read_back_bit_for_bit(tmp_path: Path) -> None:
     assert read.sample_nfe == 6
 
 
-GAUSSIAN = replace(SMALL, noise="gaussian")
 UNGUIDED = replace(SMALL, label_dropout=0.0)
 SEEDS, LABELS = torch.arange(3), torch.arange(3)
 
@@ -405,7 +416,7 @@ SEEDS, LABELS = torch.arange(3), torch.arange(3)
         (lambda: _model(replace(SMALL, heads=3)), "cannot be divided into 3 heads"),
         (lambda: _model(GAUSSIAN).log_likelihood(_batch(2).images, None, _context(2)), "no likelihood of integers"),
         (lambda: _model(GAUSSIAN).loss(ImageBatch(_batch(2).images + 1, LABELS), _context(2)), "none of 17 levels"),
-        (lambda: replace(GAUSSIAN, entry="logit"), "use entry 'symmetric'"),
+        (lambda: replace(SMALL, logit_margin=0.5), "logit_margin is 0.5"),
         (lambda: replace(SMALL, sigma=0.0), "sigma is 0.0"),
         (lambda: replace(SMALL, flows=0), "flows is 0"),
         (lambda: replace(SMALL, label_dropout=1.0), "label_dropout is 1.0"),
