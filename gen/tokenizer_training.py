@@ -15,6 +15,7 @@ from midway.gen.context import Context, ImageBatch
 from midway.gen.data import to_float, to_uint8
 from midway.gen.loss_config import LossConfig
 from midway.tokenizers.base import bits_per_image, perplexity, usage
+from midway.tokenizers.fsq import FSQ, saturation
 from midway.tokenizers.losses import pixel_loss
 from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -49,6 +50,10 @@ class TokenizerObjective(nn.Module):
         out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
         loss, logs = self._error(out.reconstruction, images)
         logs |= {**out.quantized.losses, **batch_codes(out.quantized.indices, out.quantized.counts)}
+        if isinstance(
+            self.tokenizer.quantizer, FSQ
+        ):  # whose gradients vanish where z has run into the ends of the bound
+            logs |= saturation(self.tokenizer.quantizer, out.z)
         if self.adversary is not None:
             play = self.adversary.play(out.reconstruction, images, loss, self.tokenizer.last_layer, context)
             loss, logs = loss + play.generator + play.critic, {**logs, **play.logs}

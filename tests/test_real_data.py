@@ -1,5 +1,6 @@
 """What a short training on real images must reach: floors with a margin below what was measured (0.063 and 0.073)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ CIFAR_ZIP = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10-trai
 VQ = TokenizerConfig(quantizer="vq", codebook_size=1024, dim=8, width=48, downsample=4)
 FSQ = TokenizerConfig(levels=(8, 5, 5, 5), width=48, downsample=4)
 TRAIN = TrainConfig(steps=800, batch_size=64, lr=1e-3, decay="cosine", ema=0.99)
+SHORT = replace(TRAIN, steps=200)
 
 
 @pytest.mark.slow
@@ -36,3 +38,19 @@ def test_800_steps_on_20000_images_of_cifar10(
     assert final["held_out_mse"] / to_float(held_out).var().item() <= most
     assert final["held_out_usage"] >= least_usage
     assert torch.isfinite(torch.tensor(final["held_out_perplexity"]))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_restarts_at_least_double_the_perplexity_of_a_codebook(tmp_path: Path) -> None:
+    """200 steps, K = 1024: k-means start and restarts against running means alone, as many tokenizers are trained."""
+    if not CIFAR_ZIP.exists():
+        pytest.skip("no cifar10-train.zip in ../shared/data beside the repository")
+    found = []
+    for options in ("{}", '{"restart_threshold": 0, "init": "sample"}'):
+        model = replace(VQ, options=options)
+        task = TokenizerTask(tmp_path / f"{len(found)}", DataConfig(str(CIFAR_ZIP), held_out=0.6), model, train=SHORT)
+        run = train_tokenizer.train(task)
+        assert run is not None
+        found.append(records(run.path)[-1]["held_out_perplexity"])
+    assert found[0] > 2 * found[1], found

@@ -149,6 +149,17 @@ def test_the_sides_have_their_own_rates_and_gradient_norms(tmp_path: Path, monke
     assert record["critic_gradient_norm"] > 100 * record["gradient_norm"], "the critic's norm is not counted as ours"
 
 
+def test_fsq_logs_how_far_it_has_run_into_its_ends() -> None:
+    """Of an encoder whose output is scaled up, all digits are the outermost."""
+    model = objective(LossConfig())
+    _, logs = model.loss(*batch())
+    assert 0 < logs["edge_mass"] < 1
+    assert logs["mean_abs_z"] > 0
+    for parameter in (model.tokenizer.encoder.shortcut.weight, model.tokenizer.encoder.layers[-1].weight):  # pyright: ignore
+        parameter.data *= 1e4
+    assert model.loss(*batch())[1]["edge_mass"] > 0.99
+
+
 # ---- in a training ----
 
 

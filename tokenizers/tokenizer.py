@@ -33,10 +33,12 @@ Network = Literal["conv", "vit", "diffusers"]
 
 @dataclass(frozen=True)
 class TokenizerOutput:
-    """reconstruction: (B, C, H, W) float32, meant for [-1, 1] but unbounded. quantized: codes, indices, losses."""
+    """reconstruction: (B, C, H, W) float32, meant for [-1, 1] but unbounded. quantized: codes, indices, losses. z: what was
+    quantized, (B, in_dim, h, w)."""
 
     reconstruction: Tensor
     quantized: Quantized
+    z: Tensor
 
 
 class ImageTokenizer(ModelMixin, ConfigMixin):
@@ -149,8 +151,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
         """Images -> reconstruction and what was quantized; `noise` (B, *noise_shape): see `Quantizer.forward`."""
-        quantized = self.quantizer(self.encode(images), noise)
-        return TokenizerOutput(self.decode(quantized.codes), quantized)
+        z = self.encode(images)
+        quantized = self.quantizer(z, noise)
+        return TokenizerOutput(self.decode(quantized.codes), quantized, z)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> the encoder's output z (B, in_dim, h, w), before the quantizer."""
