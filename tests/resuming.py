@@ -137,10 +137,12 @@ def unchanged(run: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Conditions:
-    """Under what a training runs: bytes a file may have, seconds added to every step, interrupts.REPEAT_AFTER."""
+    """Under what a training runs: bytes a file may have, seconds added to every step, a file that every step waits
+    for, interrupts.REPEAT_AFTER."""
 
     file_limit: int | None = None
     pause: float = 0.0
+    gate: Path | None = None
     repeat_after: float = interrupts.REPEAT_AFTER
 
 
@@ -194,18 +196,20 @@ def _command(task: TokenizerTask, conditions: Conditions, told: str, begun: str)
     interrupts.REPEAT_AFTER = conditions.repeat_after
     if conditions.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (conditions.file_limit, resource.RLIM_INFINITY))
-    if conditions.pause:
-        _slow_down(conditions.pause)
+    if conditions.pause or conditions.gate:
+        _slow_down(conditions.pause, conditions.gate)
     sys.argv = ["train_tokenizer.py"]
     Path(begun).touch()
     main(lambda _: train_tokenizer.train(task) and None)
 
 
-def _slow_down(seconds: float) -> None:
+def _slow_down(seconds: float, gate: Path | None) -> None:
     after_step = TokenizerObjective.after_step
 
     def slower(self: TokenizerObjective, kept: Tensor) -> None:
         time.sleep(seconds)
+        while gate is not None and not gate.exists():
+            time.sleep(0.01)
         after_step(self, kept)
 
     TokenizerObjective.after_step = slower

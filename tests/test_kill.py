@@ -140,13 +140,14 @@ def test_an_echo_of_the_signal_is_ignored_and_a_later_one_ends_at_once(tmp_path:
 
 
 def test_a_second_trainer_is_refused_and_the_first_goes_on(whole: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    first = start(task(run), SLOW)
+    run, gate = tmp_path / "run", tmp_path / "gate"
+    first = start(task(run), Conditions(gate=gate))
     first.wait_for(lambda: "training on cpu" in first.told.read_text())
     assert (second := start(task(run))).finish() == 2
     assert "being trained by another process" in second.told.read_text()
     with pytest.raises(UsageError, match="being trained by another process"):
         train(task(run))
+    gate.touch()
     assert first.finish() == 0
     assert_same_run(run, whole)
 
