@@ -14,7 +14,8 @@ from midway.gen.errors import DiskError, DivergedError, UsageError
 from midway.gen.progress import Clock, words_of
 from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig, flat, refuse_changes
-from midway.gen.training_state import Files, TrainingState, config_hash, not_finite, size_of, write_files
+from midway.gen.training_state import Files, TrainingState, config_hash, not_finite, save_tensors, size_of, write_files
+from midway.gen.validation import MANY, keep_only
 
 Export = Callable[[Path, dict[str, Tensor]], None]
 
@@ -31,6 +32,7 @@ class Keeper:
         self.clock = Clock()
         self.rolled_back = False
         self._saved_at, self._saved_seconds = -1, 0.0
+        self._saved_best = -1
 
     @property
     def is_due(self) -> bool:
@@ -46,9 +48,9 @@ class Keeper:
         """
         found = self._newest()
         rounding = [] if found is None else self._compare(found)
+        step = 0 if found is None else found.step
         if found is not None:
             self._take_over(found)
-        step = 0 if found is None else found.step
         if self.accelerator.is_main_process:
             self._tidy(step, found is not None)
             if rounding:
@@ -65,6 +67,7 @@ class Keeper:
         checkpoint.set_aside(root, step if found else -1)
         if found:
             checkpoint.point_to(root, step)
+        keep_only(self.run.best, self._saved_best)
         self.run.tidy()
         self.run.forget_after(step)
         self.run.write_config()
@@ -95,7 +98,7 @@ class Keeper:
         state = found.json("state.json")
         self.state.restore(found)
         self.clock.before, self.rolled_back = state["seconds"], state["rolled_back"]
-        self._saved_at = found.step
+        self._saved_at, self._saved_best = found.step, self.state.validation.step
 
     # ---- going back ----
 
@@ -112,6 +115,8 @@ class Keeper:
             self.run.forget_after(found.step)
         seconds = self.clock.total
         self._take_over(found)
+        if self.accelerator.is_main_process:
+            keep_only(self.run.best, self._saved_best)
         self.clock.before, self.rolled_back = seconds - self.clock.here, True
         return found.step
 
@@ -139,14 +144,41 @@ class Keeper:
         if bad:
             why = f"not finite: {', '.join(bad[:5])}"
             raise DivergedError(f"step {step} cannot be saved", why, "lower --lr, raise --warmup, or check the data")
-        failure = self._try_to_write(step, files) if self.accelerator.is_main_process else None
+        self._write_on_main(step, lambda: self._write(step, files))
+        self._saved_at, self._saved_seconds = step, self.clock.here
+        self._saved_best = self.state.validation.step
+        if self.accelerator.is_main_process:
+            keep_only(self.run.best, self._saved_best)
+
+    def save_best(self, step: int) -> None:
+        """Write the averaged weights and the exports to best/. All processes fail if the main one does. DiskError."""
+        files = self.state.averaged()
+        self._write_on_main(step, lambda: self._write_best(step, files))
+
+    def _write_on_main(self, step: int, write: Callable[[], object]) -> None:
+        """Write on the main process; what goes wrong there is raised by all."""
+        failure = None
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except Exception as error:
+                failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
         if cast(Tensor, self.accelerator.reduce(failed, "sum")).item():
             raise failure or DiskError(f"checkpoint step-{step} was not written", "see the main process", "free space")
-        self._saved_at, self._saved_seconds = step, self.clock.here
 
-    def _try_to_write(self, step: int, files: Files) -> Exception | None:
-        """Write on the main process; what went wrong, so that the others hear of it before it is raised."""
+    def _write_best(self, step: int, files: Files) -> None:
+        def write(folder: Path) -> None:
+            save_tensors(folder, files)
+            if self.export is not None:
+                self.export(folder, *files.values())
+
+        header = {"config_hash": config_hash(self.identity), "validation": self.state.validation.value}
+        checkpoint.save(self.run.best, step, write, MANY, int(1.2 * size_of(files)), header)
+        keep_only(self.run.best, self._saved_best, step)
+
+    def _write(self, step: int, files: Files) -> None:
+        """The checkpoint of `step`."""
         state = {
             "step": step,
             "steps": self.config.steps,
@@ -162,8 +194,4 @@ class Keeper:
                 self.export(folder, files.get("ema.safetensors", files["model.safetensors"]))
 
         header = {"config_hash": config_hash(self.identity)}
-        try:
-            checkpoint.save(self.run.checkpoints, step, write, self.config.keep, int(1.2 * size_of(files)), header)
-        except Exception as error:
-            return error
-        return None
+        checkpoint.save(self.run.checkpoints, step, write, self.config.keep, int(1.2 * size_of(files)), header)

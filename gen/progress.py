@@ -166,6 +166,13 @@ class Reporter:
         if self.config.log_with:
             self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
 
+    def validated(self, step: int, value: float) -> None:
+        """A validation; trackers take it if it is finite."""
+        if self.main:
+            self.run.log({"step": step, "validation": value})
+        if self.config.log_with and math.isfinite(value):
+            self.accelerator.log({"validation": value}, step=step)
+
     def _show(self, step: int, means: dict[str, float], rate: float, skipped: int) -> None:
         self.shown = {k: f"{v:.4g}" for k, v in means.items() if not k.startswith("loss_time")}
         self.shown |= {"skipped": str(skipped)} if skipped else {}

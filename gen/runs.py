@@ -4,6 +4,7 @@ config.yaml     the resolved configuration, with `kind` (tokenizer, latent_model
 env.json        versions, hardware, git commit, command; effective batch and data fingerprint once training has started
 metrics.jsonl   one line per log interval        log.txt   what was printed
 checkpoints/step-N/    a directory that exists only when it is complete
+best/step-N/    weights of the best validation, in runs that validate
 samples/*.png
 """
 
@@ -143,6 +144,11 @@ class Run:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The folder of the weights that did best in validation; absent in runs that do not validate."""
+        return self.path / "best"
 
     @property
     def checkpoint(self) -> Path:

@@ -56,6 +56,10 @@ class TrainConfig:
     """Seconds between checkpoints (0: never by time)."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    validate_every: int = 0
+    """Optimizer steps between validations; there is one after the last step, too (0: none)."""
+    patience_validations: int = 0
+    """Stop after so many validations in a row without a new best (0: never)."""
     log_every: int = 50
     preview_every: int = 0
     """Optimizer steps between preview grids (0: only at the end)."""
@@ -67,11 +71,16 @@ class TrainConfig:
         for name in ("batch_size", "accumulation", "log_every", "plateau", "posthoc_every", "patience", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("steps", "warmup", "lr", "weight_decay", "preview_every", "save_every", "save_seconds", "seed"):
+        least_0 = ("steps", "warmup", "lr", "weight_decay", "preview_every", "save_every", "save_seconds", "seed")
+        for name in (*least_0, "validate_every", "patience_validations"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be 1 or more, got {self.max_steps}")
+        if self.patience_validations and not self.validate_every:
+            raise ValueError(
+                f"patience_validations is {self.patience_validations} and nothing is validated: give validate_every too"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}; 0 keeps the newest weights")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -106,8 +115,8 @@ PATHS = (
     "resume",
 )
 """Where things are. What is in them is compared by fingerprint."""
-BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience")
-REPORTS = ("log_every", "preview_every", "log_with")
+BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience", "patience_validations")
+REPORTS = ("log_every", "preview_every", "log_with", "validate_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
 """The same numbers up to the order of floating-point sums."""
 

@@ -52,20 +52,23 @@ class Items:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a script adds, on the main process: `preview(step)`, called with the averaged weights in the model, and
-    `export(folder, averaged)`, which puts files for other commands into every checkpoint."""
+    """What a script adds, on the main process: `preview(step)` and `validate(step)`, called with the averaged weights in the
+    model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. Of what `validate` gives
+    (a lower number is better) the best is kept, with its weights, in best/ of the run."""
 
     preview: Callable[[int], None] | None = None
     export: Callable[[Path, dict[str, Tensor]], None] | None = None
+    validate: Callable[[int], float] | None = None
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """Optimizer steps done, seconds of training, the average (None when `ema` is 0), the last interval's means, and whether
-    all of `steps` are done."""
+    """Optimizer steps done, seconds of training, the average (None when `ema` is 0), the last interval's means, whether all of
+    `steps` are done or validation ended the run, and step and value of the best validation, if there was one."""
 
     steps: int
     seconds: float
     ema: EMA | None
     last: dict[str, float]
     finished: bool
+    best: tuple[int, float] | None = None

@@ -7,9 +7,12 @@ checkpoint is the run that was never stopped, bit for bit.
 
 A step whose loss or gradient is not finite changes nothing. After `patience` of them in a row the run goes back to its last
 checkpoint, once; if that does not help it ends. Every collective is reached by every process in every step.
+
+A validation is made before the checkpoint of its step, which then knows of it.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -41,6 +44,7 @@ from midway.gen.runs import Run, lock
 from midway.gen.train_config import TrainConfig, learning_rate
 from midway.gen.trainable import FitResult, Hooks, Items, Startable, Trainable
 from midway.gen.training_state import TrainingState, posthoc_file
+from midway.gen.validation import Validation
 
 START_SAMPLES = 1024
 
@@ -126,11 +130,13 @@ class _Training:
                 "the critic runs with its parameters held fixed, which FSDP does not see",
                 "use DDP (accelerate launch --multi_gpu), or --loss.adversary none",
             )
+        check_validation(config, self.hooks, self.sharded)
         self.ema = EMA(model, config.ema) if config.ema else None
         self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
         self.averages, self.guard = Averages(), Guard(accelerator)
+        self.validation = Validation(config.patience_validations)
         self.state = TrainingState(
-            model, self.optimizers, self.ema, self.posthoc, self.averages, self.guard, accelerator
+            model, self.optimizers, self.ema, self.posthoc, self.averages, self.guard, self.validation, accelerator
         )
         self.keeper = Keeper(run, config, self.state, items.fingerprint, hooks.export)
         self.last: dict[str, float] = {}
@@ -144,7 +150,7 @@ class _Training:
         if step == 0:
             self._start()
         report = Reporter(config, self.run, self.accelerator, step)
-        while step < config.steps:
+        while step < config.steps and not self.validation.is_over:
             self._step(step, self._wishes(interrupts))
             step += 1
             verdict = self.guard.read()
@@ -153,8 +159,10 @@ class _Training:
                 report.back_to(step)
                 continue
             stop = verdict.wishes.stop or verdict.wishes.late or step - first == config.max_steps
-            done = step == config.steps
-            self._log(step, report, stop)
+            if step == config.steps or _due(config.validate_every, step):
+                self._validate(step, report)
+            done = step == config.steps or self.validation.is_over
+            self._log(step, report, stop, done)
             due = verdict.wishes.save or _due(config.save_every, step)
             if done or stop or (due and not self.guard.streak):  # never between bad steps: one goes back to before them
                 self.keeper.save(step)
@@ -228,9 +236,9 @@ class _Training:
         late = limit is not None and self.keeper.clock.here >= limit
         return Wishes(stop=bool(interrupts.number), late=late, save=self.keeper.is_due)
 
-    def _log(self, step: int, report: Reporter, stop: bool) -> None:
+    def _log(self, step: int, report: Reporter, stop: bool, done: bool) -> None:
         """What a checkpoint of this step takes for granted: its interval logged if over, its snapshots stored if due."""
-        config, done = self.config, step == self.config.steps
+        config = self.config
         full = step % config.log_every == 0 or done
         if full or stop:
             self.last = self.averages.read(self.accelerator)
@@ -246,12 +254,32 @@ class _Training:
         if preview is None:
             return
         if not self.sharded:
-            self.model.eval()
-            with self.ema.applied(self.model) if self.ema is not None else nullcontext(), torch.no_grad():
+            with self._averaged():
                 if self.accelerator.is_main_process:
                     preview(step)
-            self.model.train()
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the block the model is in eval mode and holds the averaged weights."""
+        self.model.eval()
+        with self.ema.applied(self.model) if self.ema is not None else nullcontext(), torch.no_grad():
+            yield
+        self.model.train()
+
+    def _validate(self, step: int, report: Reporter) -> None:
+        """Ask the main process for a value, tell it to all, keep the weights if it is the best."""
+        validate = self.hooks.validate
+        if validate is None or not self.config.validate_every:
+            return
+        with self._averaged():
+            value = validate(step) if self.accelerator.is_main_process else 0.0
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+            value = float(cast(Tensor, self.accelerator.reduce(mine, "sum")))
+        report.validated(step, value)
+        if self.validation.judge(step, value):
+            self.keeper.save_best(step)
 
     def _snapshot(self, step: int) -> None:
         files = self.state.capture()  # a collective when the model is sharded
@@ -261,13 +289,17 @@ class _Training:
                 save_snapshot(self.run.path / "posthoc", step, average.std, shadow)
 
     def _result(self, step: int) -> FitResult:
-        finished = step == self.config.steps
+        finished = step == self.config.steps or self.validation.is_over
         skipped = self.guard.skipped
         if skipped and self.accelerator.is_main_process:
             self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
         if not finished and self.accelerator.is_main_process:
             self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto goes on")
-        return FitResult(step, self.keeper.clock.total, self.ema, self.last, finished)
+        if step < self.config.steps and finished and self.accelerator.is_main_process:
+            best, count = self.validation.best, self.validation.since
+            known = "none was finite" if best is None else f"the best is {best[1]:.6g}, at step {best[0]}"
+            self.run.say(f"stopped early at step {step}: {count} validations without a better one; {known}")
+        return FitResult(step, self.keeper.clock.total, self.ema, self.last, finished, self.validation.best)
 
     def _announce(self, step: int) -> None:
         """The first line of a training, and what env.json says of it."""
@@ -290,6 +322,22 @@ class _Training:
         begin = f"going on from step {step}" if step else "training"
         parts = f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.share}"
         self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
+
+
+def check_validation(config: TrainConfig, hooks: Hooks, sharded: bool) -> None:
+    """UsageError for a validation that cannot be made."""
+    if not config.validate_every:
+        return
+    if hooks.validate is None:
+        raise UsageError(
+            f"--validate-every {config.validate_every}", "this training has no validation", "use --validate-every 0"
+        )
+    if sharded:
+        raise UsageError(
+            "FSDP cannot validate",
+            "validation needs the whole model, and every process has a shard of it",
+            "use DDP (accelerate launch --multi_gpu), or --validate-every 0",
+        )
 
 
 def _due(every: int, step: int) -> bool:

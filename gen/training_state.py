@@ -3,7 +3,7 @@
 model.safetensors        parameters and buffers (codebooks, counters)
 ema.safetensors          their averages; posthoc-<width>.safetensors the power-function ones
 optimizer.safetensors    `<parameter>/<state>`: exp_avg, exp_avg_sq, step, momentum_buffer
-progress.safetensors     skipped steps, and the sums of the open log interval, one row per process
+progress.safetensors     skipped steps, the best validation, and the sums of the open log interval, one row per process
 state.json               step, seconds, configuration, processes
 
 At the end of an optimizer step a quantizer has no pending statistics, and the random numbers of every step follow from its
@@ -30,6 +30,7 @@ from midway.gen.errors import DataError
 from midway.gen.guard import Guard
 from midway.gen.posthoc import PowerAverage, width_name
 from midway.gen.progress import Averages
+from midway.gen.validation import Validation
 
 Files = dict[str, dict[str, Tensor]]
 
@@ -44,7 +45,18 @@ class TrainingState:
     posthoc: list[PowerAverage]
     averages: Averages
     guard: Guard
+    validation: Validation
     accelerator: Accelerator
+
+    def averaged(self) -> Files:
+        """The file of the averaged weights, or of the newest if there is no average, and its tensors on the CPU.
+
+        Every process must call it when the model is sharded.
+        """
+        name, tensors = (
+            ("model.safetensors", self.model.state_dict()) if self.ema is None else ("ema.safetensors", self.ema.shadow)
+        )
+        return {name: {key: whole(value) for key, value in tensors.items()}}
 
     def capture(self) -> Files:
         """File name -> whole tensors on the CPU. Every process must call it."""
@@ -101,14 +113,16 @@ class TrainingState:
 
     def _progress(self) -> dict[str, Tensor]:
         guard = {f"guard/{name}": value for name, value in self.guard.state().items()}
-        return guard | {f"interval/{k}": v for k, v in self.averages.state(self.accelerator).items()}
+        validation = {f"validation/{name}": value for name, value in self.validation.state().items()}
+        return guard | validation | {f"interval/{k}": v for k, v in self.averages.state(self.accelerator).items()}
 
     def _load_progress(self, tensors: dict[str, Tensor]) -> None:
-        parts: dict[str, dict[str, Tensor]] = {"guard": {}, "interval": {}}
+        parts: dict[str, dict[str, Tensor]] = {"guard": {}, "validation": {}, "interval": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
         self.guard.load(parts["guard"])
+        self.validation.load(parts["validation"])
         self.averages.load(parts["interval"], self.accelerator)
 
 
@@ -119,9 +133,14 @@ def posthoc_file(average: PowerAverage) -> str:
 
 def write_files(folder: Path, files: Files, state: dict[str, Any]) -> None:
     """Fill a checkpoint directory."""
+    save_tensors(folder, files)
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def save_tensors(folder: Path, files: Files) -> None:
+    """Write the safetensors files of a checkpoint directory."""
     for name, tensors in files.items():
         save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
 def size_of(files: Files) -> int:
