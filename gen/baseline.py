@@ -1,7 +1,8 @@
 """What every baseline (VAE, flows) is to the scripts: trained by fit(), scored in nats of integers, sampled by seed.
 
 A run of kind `baseline` leaves, in each checkpoint, `model.json` (kind, config, image_shape, levels, classes) beside the
-weights that fit() writes: `model.safetensors`, and `ema.safetensors` if the run kept an average.
+weights that fit() writes: `model.safetensors`, and `ema.safetensors` if the run kept an average. Where validation kept the best
+weights, in best/ of the run, those are what is loaded.
 """
 
 import json
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from midway.gen import checkpoint
 from midway.gen.config import from_dict, to_dict
 from midway.gen.context import Context, ImageBatch
 from midway.gen.errors import DataError
@@ -147,11 +149,11 @@ def write_baseline(folder: Path, model: Baseline) -> None:
 def load_baseline(
     path: Path, device: torch.device = CPU, kinds: Mapping[str, type[Baseline]] | None = None
 ) -> Baseline:
-    """The model of a baseline run, or of one checkpoint directory: averaged weights if there are, eval mode, frozen.
+    """The model of a baseline run, its best weights if it has them, or of one checkpoint directory: averaged, eval mode, frozen.
 
     `kinds` are the classes by name, by default all that there are. DataError for files that are missing or do not fit.
     """
-    folder = path if (path / "model.json").exists() else Run.open(path, KIND).checkpoint
+    folder = path if (path / "model.json").exists() else _chosen(Run.open(path, KIND))
     return _read(folder, device, kinds)[0]
 
 
@@ -160,11 +162,18 @@ def load_trained_baseline(
 ) -> TrainedBaseline:
     """The model of a baseline run with what reports say about it; errors as `load_baseline`."""
     run = Run.open(path, KIND)
-    folder = run.checkpoint
+    folder = _chosen(run)
     model, digest = _read(folder, device, kinds)
     averaged = "averaged" if _weights(folder).name == "ema.safetensors" else "newest"
     data = from_dict(DataConfig, run.config["data"], "config.data")
-    return TrainedBaseline(model, data, digest, run, f"{averaged}, step {folder.name.removeprefix('step-')}")
+    best = ", the best in validation" if folder.parent == run.best else ""
+    return TrainedBaseline(model, data, digest, run, f"{averaged}, step {folder.name.removeprefix('step-')}{best}")
+
+
+def _chosen(run: Run) -> Path:
+    """The directory of the best weights, verified, or of the newest checkpoint."""
+    best = checkpoint.directories(run.best)
+    return checkpoint.verify(best[0]).path if best else run.checkpoint
 
 
 def _weights(folder: Path) -> Path:

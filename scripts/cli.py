@@ -15,7 +15,7 @@ from midway.gen.errors import DiskError, MidwayError, UsageError, nearest
 from midway.gen.train_config import TrainConfig
 
 Task = TypeVar("Task")
-RECORDED = ("kind", "data", "posthoc")
+RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
@@ -31,7 +31,7 @@ def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], argumen
 
 
 def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:
-    lines = [f"  {name}: {(make.__doc__ or name).strip().splitlines()[0]}" for name, make in recipes.items()]
+    lines = [f"  {name}: {(make.__doc__ or 'defaults').strip().splitlines()[0]}" for name, make in recipes.items()]
     return "\n\nRecipes (first argument):\n\n" + "\n\n".join(lines) if lines else ""
 
 
@@ -52,7 +52,7 @@ def _starting_point(
 
 
 def own_fields(task: type, values: Any) -> Any:
-    """A run's config.yaml without what it records besides: its kind, the data of a latent model's tokenizer."""
+    """A run's config.yaml without what it records besides: kinds, and the data of a latent model's tokenizer."""
     if not isinstance(values, dict):
         return values
     fields = {field.name for field in dataclasses.fields(task)}

@@ -109,14 +109,14 @@ def load(paths: tuple[Path, ...], device: torch.device) -> Compared:
     return Compared({name: tokenizer for name, (tokenizer, _) in loaded.items()}, data)
 
 
-def report_names(paths: tuple[Path, ...]) -> dict[str, Path]:
+def report_names(paths: tuple[Path, ...], flag: str = "--tokenizers") -> dict[str, Path]:
     """Directory names, or whole paths where two have the same name. UsageError for none, and for one twice."""
     resolved = [path.resolve() for path in paths]
     if not paths or len(set(resolved)) < len(paths):
         raise UsageError(
-            f"--tokenizers {' '.join(map(str, paths))}",
+            f"{flag} {' '.join(map(str, paths))}",
             "a run is named twice" if paths else "there is nothing to measure",
-            "name every tokenizer's run once",
+            "name every run once",
         )
     short = [path.name for path in resolved]
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}

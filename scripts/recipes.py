@@ -5,17 +5,20 @@ Times are for 2 CPU cores unless a GPU is named.
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from midway.gen.backbone import DiTConfig
+from midway.gen.flow_config import FlowConfig, glow, nice, realnvp
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.loss_config import LossConfig
 from midway.gen.splits import DataConfig
+from midway.gen.tarflow import TarFlowConfig
 from midway.gen.train_config import TrainConfig
+from midway.gen.vae import VAEConfig
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix
 Resume = Literal["no", "auto"]
@@ -257,3 +260,157 @@ LATENT_RECIPES: dict[str, Callable[[], LatentTask]] = {
     "digits-edm": digits_edm,
     "cifar10-dit": cifar10_dit,
 }
+
+
+# ---- baselines ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineTask:
+    """Train a baseline: a model of images that gives bits per dimension."""
+
+    out: Path
+    """Run directory to create."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    conditional: bool = False
+    """Tell the model the class of each image."""
+    validation_images: int | None = None
+    """Held-out images that a validation looks at (default: all)."""
+    draws: int | None = None
+    """Draws of the bound in validation and of the figure at the end (default: 16 for a VAE, else the model's own)."""
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+    resume: Resume = "no"
+    """auto: go on from the newest checkpoint at --out, or start if there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETask(BaselineTask):
+    """Train a VAE."""
+
+    model: VAEConfig = field(default_factory=VAEConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowTask(BaselineTask):
+    """Train a flow of couplings: NICE, RealNVP, Glow."""
+
+    model: FlowConfig = field(default_factory=FlowConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarFlowTask(BaselineTask):
+    """Train a TarFlow."""
+
+    model: TarFlowConfig = field(default_factory=TarFlowConfig)
+
+
+BASELINE_TASKS: dict[str, type[VAETask] | type[FlowTask] | type[TarFlowTask]] = {
+    "vae": VAETask,
+    "flow": FlowTask,
+    "tarflow": TarFlowTask,
+}
+"""By the kind of baseline (gen/baselines.py)."""
+
+DIGITS_BASELINE_TRAIN = TrainConfig(
+    steps=3000, lr=2e-3, batch_size=64, ema=0.99, log_every=50, validate_every=50, patience_validations=8
+)
+CIFAR10 = DataConfig(data="cifar10", held_out=0.1)
+CIFAR10_BASELINE_TRAIN = TrainConfig(
+    steps=100000, lr=1e-3, batch_size=64, ema=0.999, log_every=100, validate_every=2000, patience_validations=5
+)
+
+
+def digits_vae() -> VAETask:
+    """A VAE of 8 latent channels at 2x2 positions. Under 2 min.
+
+    python scripts/train_baseline.py digits-vae
+    """
+    train = replace(
+        DIGITS_BASELINE_TRAIN, steps=600, batch_size=128, lr=3e-3, decay="cosine", weight_decay=0.5, validate_every=25
+    )
+    return VAETask(out=Path("runs/digits-vae"), train=train)
+
+
+def digits_nice() -> FlowTask:
+    """NICE: 6 additive couplings with fully connected networks. Under 2 min.
+
+    python scripts/train_baseline.py digits-nice
+    """
+    train = replace(DIGITS_BASELINE_TRAIN, batch_size=128, lr=1e-3, weight_decay=0.5)
+    return FlowTask(out=Path("runs/digits-nice"), model=nice(width=256, couplings=6), train=train)
+
+
+def digits_realnvp() -> FlowTask:
+    """RealNVP of one scale. A few minutes.
+
+    python scripts/train_baseline.py digits-realnvp
+    """
+    return FlowTask(out=Path("runs/digits-realnvp"), model=realnvp(width=64, scales=1), train=DIGITS_BASELINE_TRAIN)
+
+
+def digits_glow() -> FlowTask:
+    """Glow of one scale with 12 steps. A few minutes.
+
+    python scripts/train_baseline.py digits-glow
+    """
+    return FlowTask(out=Path("runs/digits-glow"), model=glow(width=64, scales=1, steps=12), train=DIGITS_BASELINE_TRAIN)
+
+
+def cifar10_vae() -> VAETask:
+    """A VAE of 32 latent channels at 8x8 positions. Meant for a GPU; not measured yet.
+
+    python scripts/train_baseline.py cifar10-vae --data cifar10-train.zip --max-seconds 900
+    """
+    model = VAEConfig(latent_dim=32, width=192, blocks=4, mixtures=5)
+    return VAETask(
+        out=Path("runs/cifar10-vae"), data=CIFAR10, model=model, validation_images=1000, train=CIFAR10_BASELINE_TRAIN
+    )
+
+
+def _cifar10_flow(name: str, model: FlowConfig) -> FlowTask:
+    out = Path(f"runs/cifar10-{name}")
+    return FlowTask(out=out, data=CIFAR10, model=model, validation_images=1000, train=CIFAR10_BASELINE_TRAIN)
+
+
+def cifar10_nice() -> FlowTask:
+    """NICE: 4 additive couplings of width 1000. Meant for a GPU; not measured yet.
+
+    python scripts/train_baseline.py cifar10-nice --data cifar10-train.zip --max-seconds 900
+    """
+    return _cifar10_flow("nice", nice(width=1000, couplings=4, hidden=4))
+
+
+def cifar10_realnvp() -> FlowTask:
+    """RealNVP of two scales. Meant for a GPU; not measured yet.
+
+    python scripts/train_baseline.py cifar10-realnvp --data cifar10-train.zip --max-seconds 900
+    """
+    return _cifar10_flow("realnvp", realnvp(width=128, scales=2))
+
+
+def cifar10_glow() -> FlowTask:
+    """Glow of three scales with 16 steps. Meant for a GPU; not measured yet.
+
+    python scripts/train_baseline.py cifar10-glow --data cifar10-train.zip --max-seconds 900
+    """
+    return _cifar10_flow("glow", glow(width=128, scales=3, steps=16))
+
+
+BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
+    "vae": lambda: VAETask(out=Path("runs/vae")),
+    "nice": lambda: FlowTask(out=Path("runs/nice"), model=nice()),
+    "realnvp": lambda: FlowTask(out=Path("runs/realnvp"), model=realnvp()),
+    "glow": lambda: FlowTask(out=Path("runs/glow"), model=glow()),
+    "tarflow": lambda: TarFlowTask(out=Path("runs/tarflow")),
+    "digits-vae": digits_vae,
+    "digits-nice": digits_nice,
+    "digits-realnvp": digits_realnvp,
+    "digits-glow": digits_glow,
+    "cifar10-vae": cifar10_vae,
+    "cifar10-nice": cifar10_nice,
+    "cifar10-realnvp": cifar10_realnvp,
+    "cifar10-glow": cifar10_glow,
+}
+"""The first five are models with their own defaults and those of training, for any data; the others are measured settings."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import train_baseline
 import train_features
 import train_latent
 import train_solver
@@ -30,6 +31,7 @@ from midway.gen.errors import DataError, MidwayError
 from midway.gen.launch import make_accelerator
 from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig
+from midway.gen.trainable import Hooks
 from midway.gen.training import fit
 from recipes import LatentTask, TokenizerTask
 
@@ -42,24 +44,25 @@ class VerifyTask:
     """Replay steps from a checkpoint of a run, with and without a stop, and compare."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a tokenizer, latent model, feature network or learned solver."""
+    """Run directory of a tokenizer, latent model, baseline, feature network or learned solver."""
     steps: int = 20
     """Optimizer steps to replay."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a kind of run is rebuilt."""
+    """How a kind of run is rebuilt: the type of its task, by its configuration, and what is trained."""
 
-    task: type
+    task: Callable[[dict[str, Any]], type]
     make_parts: Callable[[Any, Accelerator], Any]
 
 
 KINDS = {
-    "tokenizer": Kind(TokenizerTask, train_tokenizer.make_parts),
-    "latent_model": Kind(LatentTask, train_latent.make_parts),
-    "features": Kind(train_features.FeaturesTask, train_features.make_parts),
-    "solver": Kind(train_solver.SolverTask, train_solver.make_parts),
+    "tokenizer": Kind(lambda _: TokenizerTask, train_tokenizer.make_parts),
+    "latent_model": Kind(lambda _: LatentTask, train_latent.make_parts),
+    "features": Kind(lambda _: train_features.FeaturesTask, train_features.make_parts),
+    "solver": Kind(lambda _: train_solver.SolverTask, train_solver.make_parts),
+    "baseline": Kind(train_baseline.task_type, train_baseline.make_parts),
 }
 
 
@@ -101,7 +104,8 @@ def open_any(path: Path) -> tuple[Run, Any]:
     if kind not in KINDS:
         raise DataError(f"{path} is not a run that was trained", f"its kind is {kind}", "give the --out of a training")
     run = Run.open(path, kind)
-    return run, from_dict(KINDS[kind].task, own_fields(KINDS[kind].task, run.config), "config.yaml")
+    task = KINDS[kind].task(run.config)
+    return run, from_dict(task, own_fields(task, run.config), "config.yaml")
 
 
 def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
@@ -133,9 +137,9 @@ def replay(
     for count in stops:
         parts = KINDS[run.kind].make_parts(job, accelerator)
         torch.manual_seed(0)  # whatever was drawn before must not matter
-        step = fit(
-            parts.model, parts.items, replay_config(job.train, start, sum(stops), count), copy, accelerator, resume=True
-        ).steps
+        config = replay_config(job.train, start, sum(stops), count)
+        hooks = Hooks(validate=getattr(parts, "validate", None))
+        step = fit(parts.model, parts.items, config, copy, accelerator, hooks, resume=True).steps
     return checkpoint.verify(folder / "checkpoints" / f"step-{step}")
 
 
@@ -150,6 +154,7 @@ def replay_config(train: TrainConfig, start: Checkpoint, total: int, count: int)
         max_seconds=None,
         save_every=0,
         save_seconds=0,
+        patience_validations=0,
         log_with=(),
     )
 
@@ -198,7 +203,7 @@ def compare_losses(run: Path, replayed: Path, first: int, last: int) -> list[str
 def _records(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [r for r in map(json.loads, lines) if not r.get("partial") and not r.get("final")]
+    return [r for r in map(json.loads, lines) if "lr" in r and not r.get("partial") and not r.get("final")]
 
 
 def _means(record: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,230 @@
+"""Train a baseline: python scripts/train_baseline.py digits-glow
+
+A VAE or a normalizing flow, scored in bits per dimension of held-out images. Where validation is on, the weights that did best in
+it are kept in best/ of the run, and are what other commands load. Its images are the held-out ones: the figure at the end
+then belongs to the best of several looks at them, and is a little too good.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cli import main, resolve, weights_name
+from midway.gen.baseline import KIND, Baseline, load_trained_baseline, write_baseline
+from midway.gen.baselines import BASELINES
+from midway.gen.config import read_yaml, to_dict
+from midway.gen.context import ImageBatch
+from midway.gen.data import describe, to_uint8
+from midway.gen.errors import DataError, UsageError, nearest
+from midway.gen.launch import make_accelerator
+from midway.gen.likelihood_evaluation import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
+from midway.gen.pictures import save_grid
+from midway.gen.runs import Run
+from midway.gen.splits import Splits, load_splits
+from midway.gen.trainable import FitResult, Hooks, Items
+from midway.gen.training import fit
+from midway.gen.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
+from recipes import BASELINE_RECIPES, BASELINE_TASKS, BaselineTask, VAETask
+
+PREVIEW = 60
+PAIRS = 8
+COORDINATES = 8
+VALUES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what, and what validation asks."""
+
+    model: Baseline
+    items: Items
+    splits: Splits
+    validate: Callable[[int], float]
+
+
+def kind_of(task: BaselineTask) -> str:
+    """The kind of baseline that a task trains."""
+    return next(kind for kind, cls in BASELINE_TASKS.items() if isinstance(task, cls))
+
+
+def task_type(values: dict[str, object]) -> type[BaselineTask]:
+    """The task of a run's configuration; DataError if it names no kind of baseline."""
+    kind = values.get("baseline")
+    if kind not in BASELINE_TASKS:
+        raise DataError(
+            f"unknown baseline {kind!r}", "the configuration names no kind", nearest(str(kind), BASELINE_TASKS)
+        )
+    return BASELINE_TASKS[str(kind)]
+
+
+def read_task(arguments: list[str]) -> BaselineTask:
+    """`RECIPE | --config FILE` and flags, those of the model being of its kind."""
+    first = arguments[:1]
+    if first == ["--config"] and len(arguments) > 1:
+        values = read_yaml(Path(arguments[1]))
+        return resolve(task_type(values if isinstance(values, dict) else {}), BASELINE_RECIPES, arguments)  # pyright: ignore
+    if first and first[0] in BASELINE_RECIPES:
+        return resolve(type(BASELINE_RECIPES[first[0]]()), BASELINE_RECIPES, arguments)
+    if "--help" in arguments or "-h" in arguments or (first and not first[0].startswith("-")):
+        return resolve(VAETask, BASELINE_RECIPES, arguments)  # pyright: ignore[reportArgumentType]
+    raise UsageError("no baseline is named", "the first argument is a recipe", f"one of: {', '.join(BASELINE_RECIPES)}")
+
+
+def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts:
+    """The model and its images; nothing is written."""
+    splits = load_splits(task.data)
+    model = make_model(task, splits).to(accelerator.device)
+    images, labels = splits.train.images, splits.train.labels
+    subject, bounds = choose(splits.held_out, task.validation_images), make_bounds(task)
+    return Parts(
+        model,
+        Items(
+            lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
+            len(images),
+            splits.train.fingerprint,
+        ),
+        splits,
+        lambda step: bits_of(model, subject, bounds).bits,
+    )
+
+
+def make_model(task: BaselineTask, splits: Splits) -> Baseline:
+    """The model for these images; UsageError for sizes and classes that do not fit."""
+    data = splits.train
+    if task.conditional and len(data.classes) < 2:
+        raise UsageError("--conditional", f"{data.name} has no classes", "drop it, or use one folder per class")
+    if task.validation_images is not None and task.validation_images < 1:
+        raise UsageError(f"--validation-images {task.validation_images}", "a validation needs images", "give 1 or more")
+    torch.manual_seed(task.train.seed)
+    channels, height, width = data.images.shape[1:]
+    classes = len(data.classes) if task.conditional else 0
+    cls = BASELINES[kind_of(task)]
+    try:
+        model = cls(task.model, (channels, height, width), levels_in_data(splits), classes)  # pyright: ignore
+    except ValueError as error:
+        raise UsageError("this model cannot be built", str(error), "change the --model flags or --data") from None
+    if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
+        raise UsageError(
+            f"--validate-every {task.train.validate_every}",
+            "a model of Gaussian noise has no bits per dimension to validate by",
+            "use --validate-every 0 --patience-validations 0, or --model.noise uniform",
+        )
+    return model
+
+
+def make_bounds(task: BaselineTask) -> Bounds:
+    """How validation and the last figure bound likelihoods."""
+    try:
+        return Bounds(task.draws)
+    except ValueError as error:
+        raise UsageError(f"--draws {task.draws}", str(error), "correct the value") from None
+
+
+def train(task: BaselineTask) -> Run | None:
+    """Train, score held-out images, save. The run on the main process, None on the others."""
+    accelerator = make_accelerator(task.train, task.out)
+    parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
+    model, weights = parts.model, weights_name(task.train)
+    run = open_run(task, accelerator.is_main_process, parts)
+    accelerator.wait_for_everyone()
+    hooks = Hooks(
+        preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
+        export=lambda folder, _: write_baseline(folder, model),
+        validate=parts.validate,
+    )
+    result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+    if not accelerator.is_main_process:
+        return None
+    report(task, run, parts.splits, result, accelerator.device)
+    return run
+
+
+def open_run(task: BaselineTask, is_main: bool, parts: Parts) -> Run:
+    """Only the main process creates the directory and reports the data."""
+    config = {"baseline": kind_of(task), **to_dict(task)}
+    if not is_main:
+        return Run(task.out, KIND, config)
+    run = Run.create(task.out, KIND, config, task.overwrite, task.resume == "auto")
+    if run.is_new:
+        run.say(describe(parts.splits.train))
+        parameters = sum(p.numel() for p in parts.model.parameters())
+        classes = f"{parts.model.classes} classes" if parts.model.classes else "no classes"
+        run.say(f"{parameters:,} parameters, {parts.model.levels} levels, {classes}")
+    return run
+
+
+def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, device: torch.device) -> None:
+    """Bits per dimension under the weights that other commands load, and pictures."""
+    trained, bounds, subject = load_trained_baseline(run.path, device), make_bounds(task), choose(splits.held_out)
+    try:
+        score = bits_of(trained.model, subject, bounds)
+    except ValueError as error:  # Gaussian noise, or weights that never saw data
+        run.say(f"no bits per dimension: {error}")
+    else:
+        run.log({"step": result.steps, "final": True, "held_out_bits_per_dim": score.bits, "n": score.n})
+        looked = "; validation chose the step on held-out images" if result.best is not None else ""
+        run.say(
+            f"held-out bits per dimension {score} (n = {score.n}, {bound_name(trained.model, bounds.draws)}, "
+            f"seed {bounds.seed}; weights {trained.weights}{looked})"
+        )
+    if result.best is not None:
+        write_samples(run, trained.model, f"best-{result.best[0]:06d}")
+    if isinstance(trained.model, VAE):
+        write_latents(run, trained.model, subject)
+    run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
+
+
+# ---- pictures ----
+
+
+def write_samples(run: Run, model: Baseline, name: str) -> None:
+    """Samples of fixed seeds; a line instead if they are not finite."""
+    try:
+        images = draw(model, torch.arange(PREVIEW)).images
+    except ValueError as error:
+        run.say(f"no samples {name}: {error}")
+        return
+    save_grid(run.path / "samples" / f"samples-{name}.png", images, columns=10)
+
+
+def write_latents(run: Run, model: VAE, subject: Subject) -> None:
+    """Reconstructions, interpolations and traversals of held-out images: what the latents of a VAE hold."""
+    labels = subject.labels if model.classes else None
+    shown = subject.images[: 4 * PAIRS]
+    again = to_uint8(reconstruct(model, shown, None if labels is None else labels[: len(shown)])).cpu()
+    pairs = torch.stack([shown, again], dim=1).flatten(0, 1)  # an image, then its reconstruction
+    _save(run, "reconstructions", pairs, columns=PAIRS)
+    first, second = ends(subject, same=bool(model.classes))
+    own = None if labels is None else labels[first]
+    _save(
+        run, "interpolations", interpolate(model, subject.images[first], subject.images[second], own).flatten(0, 1), 8
+    )
+    one = subject.images[:1]
+    nats = coordinate_kl(model, subject.images[:256], None if labels is None else labels[:256])
+    most = nats.argsort(descending=True)[:COORDINATES].tolist()
+    traversed = traverse(model, one, most, VALUES, None if labels is None else labels[:1])
+    _save(run, "traversals", traversed.flatten(0, 2), len(VALUES))
+
+
+def ends(subject: Subject, same: bool) -> tuple[Tensor, Tensor]:
+    """int64 (n,) twice: pairs of different images, of one class if `same`, as many as there are up to 8."""
+    pairs, labels = [], subject.labels
+    for i in range(min(PAIRS, len(labels))):
+        others = torch.arange(i + 1, len(labels))
+        others = others[labels[others] == labels[i]] if same else others
+        pairs += [(i, int(others[0]))] if len(others) else []
+    first, second = torch.tensor(pairs or [(0, 0)]).unbind(1)
+    return first, second
+
+
+def _save(run: Run, name: str, images: Tensor, columns: int) -> None:
+    pixels = images if images.dtype == torch.uint8 else to_uint8(images).cpu()
+    save_grid(run.path / "samples" / f"{name}.png", pixels, columns)
+
+
+if __name__ == "__main__":
+    main(lambda arguments: train(read_task(arguments)) and None)
