@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_baseline
 import train_features
 import train_latent
 import train_solver
@@ -21,7 +22,8 @@ from midway.gen.backbone import DiTConfig
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.solver_training import DistillConfig
 from midway.gen.train_config import TrainConfig
-from recipes import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.vae import VAEConfig
+from recipes import LatentTask, TokenizerConfig, TokenizerTask, VAETask
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared
 
@@ -33,12 +35,13 @@ TINY_DIT = DiTConfig(width=32, depth=2, heads=2)
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The run directories of one tiny path: tokenizer -> features, latent model -> learned solvers."""
+    """The run directories of one tiny path: tokenizer -> features, latent model -> learned solvers; and of a baseline."""
 
     root: Path
     tokenizer: Path
     features: Path
     model: Path
+    baseline: Path
 
     def load(self) -> TrainedModel:
         """The latent model on the CPU."""
@@ -79,7 +82,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """Digits, 2x2 FSQ latents, a conditional DiT on the cosine schedule, amed and amed-constants at NFE 4, uniform grid."""
     root = tmp_path_factory.mktemp("pipeline")
-    paths = Pipeline(root, root / "tokenizer", root / "features", root / "model")
+    paths = Pipeline(root, root / "tokenizer", root / "features", root / "model", root / "baseline")
     train_tokenizer.train(TokenizerTask(paths.tokenizer, model=TokenizerConfig(width=16, downsample=4), train=TINY))
     train_features.train(train_features.FeaturesTask(paths.features, width=8, dim=8, train=TINY))
     config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
@@ -93,6 +96,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     )
     for name in ("amed", "amed-constants"):
         train_solver.train(replace(solver, solver=name))
+    vae = VAEConfig(latent_dim=2, width=8, blocks=1, mixtures=1)
+    validated = replace(TINY, validate_every=5)
+    train_baseline.train(VAETask(out=paths.baseline, model=vae, validation_images=20, draws=2, train=validated))
     return paths
 
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.multiprocessing as mp
+import train_baseline
 import train_features
 import train_latent
 import train_solver
@@ -30,9 +31,9 @@ from midway.gen.runs import Run
 from midway.gen.splits import DataConfig
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
-from recipes import LatentTask, TokenizerConfig, TokenizerTask
+from recipes import BaselineTask, LatentTask, TokenizerConfig, TokenizerTask
 
-Task = TokenizerTask | LatentTask | train_features.FeaturesTask | train_solver.SolverTask
+Task = TokenizerTask | LatentTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
 
 DATA = DataConfig(held_out=0.9)
 """180 training images: with batches of 32 an epoch ends in the middle of step 5."""
@@ -52,6 +53,8 @@ def train(task: Task) -> Path:
         runs = [train_tokenizer.train(task)]
     elif isinstance(task, LatentTask):
         runs = [train_latent.train(task)]
+    elif isinstance(task, BaselineTask):
+        runs = [train_baseline.train(task)]
     elif isinstance(task, train_features.FeaturesTask):
         runs = [train_features.train(task)]
     else:
@@ -81,7 +84,7 @@ def steps_of(run: Path) -> list[int]:
 def contents(folder: Path) -> dict[str, bytes]:
     """The bytes of every file below `folder`, but for those that tell the time and the place."""
     files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    return {name: sorted_bytes(p) for name, p in files.items() if name not in ("state.json", "manifest.json")}
+    return {name: sorted_bytes(p) for name, p in files.items() if p.name not in ("state.json", "manifest.json")}
 
 
 def sorted_bytes(file: Path) -> bytes:
@@ -94,12 +97,13 @@ def sorted_bytes(file: Path) -> bytes:
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Bit for bit: weights, buffers, averages, optimizer, counters, exports, snapshots; the same records."""
+    """Bit for bit: weights, buffers, averages, optimizer, counters, exports, snapshots, what was best; the same records."""
     assert newest(run).name == newest(expected).name
     for file in sorted(p.name for p in newest(expected).glob("*.safetensors")):
         assert_same_tensors(load_file(newest(run) / file), load_file(newest(expected) / file), file)
     assert_same_files(newest(run), newest(expected))
     assert_same_files(run / "posthoc", expected / "posthoc")
+    assert_same_files(run / "best", expected / "best")
     assert records(run) == records(expected)
 
 

@@ -307,7 +307,7 @@ def copies(pipeline: Pipeline, tmp_path: Path) -> Pipeline:
     """The pipeline's runs in a folder of one's own, to damage."""
     root = tmp_path / "copies"
     shutil.copytree(pipeline.root, root)
-    parts = {k: root / getattr(pipeline, k).name for k in ("tokenizer", "features", "model")}
+    parts = {k: root / getattr(pipeline, k).name for k in ("tokenizer", "features", "model", "baseline")}
     return Pipeline(root, **parts)
 
 

@@ -37,6 +37,7 @@ from midway.gen import checkpoint
 from midway.gen.artefacts import solver_path
 from midway.gen.context import Context, ImageBatch
 from midway.gen.errors import DataError, DiskError, MidwayError, UsageError
+from midway.gen.flow_config import glow
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.loss_config import LossConfig
 from midway.gen.runs import CONFIG_TMP, lock
@@ -45,8 +46,9 @@ from midway.gen.splits import DataConfig
 from midway.gen.table_training import TableConfig
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
+from midway.gen.vae import VAEConfig
 from midway.tokenizers import vq
-from recipes import LatentTask, TokenizerConfig, TokenizerTask
+from recipes import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
 
@@ -85,6 +87,23 @@ def plugin_task(out: Path, pipeline: Pipeline) -> SolverTask:
     return replace(task, solver="amed-plugin-dpmpp2m", distill=replace(task.distill, mode="end_to_end"))
 
 
+VALIDATED = replace(TRAIN, posthoc=(), validate_every=2)
+
+
+def vae_task(out: Path) -> VAETask:
+    """A VAE that keeps what is best in validation."""
+    model = VAEConfig(latent_dim=2, width=8, blocks=1, mixtures=1, kl_warmup=5)
+    return VAETask(out=out, data=DATA, model=model, validation_images=20, draws=2, train=VALIDATED, resume="auto")
+
+
+def flow_task(out: Path) -> FlowTask:
+    """A flow that initialises from data, knows classes, and rarely has a better validation: its rate is far too high."""
+    train = replace(VALIDATED, lr=0.3, patience_validations=6)
+    return FlowTask(
+        out=out, data=DATA, model=glow(8, 1, 2), conditional=True, validation_images=20, train=train, resume="auto"
+    )
+
+
 CRITIC = LossConfig(
     pixel="charbonnier",
     adversary="hinge",
@@ -117,6 +136,8 @@ KINDS: dict[str, Make] = {
         out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
     ),
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
+    "vae": lambda out, _: vae_task(out),
+    "flow": lambda out, _: flow_task(out),
     "solver": solver_task,
     "table": table_task,
     "plugin": plugin_task,
@@ -283,12 +304,12 @@ def test_a_process_killed_while_it_made_the_run_is_no_obstacle(left: str, tmp_pa
 # ---- several processes ----
 
 
-@pytest.mark.parametrize("kind", ["vq", "critic", "latent"])
+@pytest.mark.parametrize("kind", ["vq", "critic", "latent", "vae"])
 def test_two_processes_go_on_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
     task = KINDS[kind](tmp_path / "whole", pipeline)
     task = replace(task, train=replace(task.train, steps=9, lr=3e-3))
-    assert isinstance(task, TokenizerTask | LatentTask)
+    assert isinstance(task, TokenizerTask | LatentTask | VAETask)
     whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
     train_together(task)
     train_together(shortened(replace(task, out=parts), 5))

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cli import resolve
-from midway.gen import sampling, tokenizer_report
+from midway.gen import likelihood_report, sampling, tokenizer_report
 from midway.gen.artefacts import TrainedModel, card_of, load_model, load_tokenizer, solver_path
 from midway.gen.config import from_dict, read_yaml, to_dict
 from midway.gen.errors import DataError, UsageError
@@ -48,7 +48,15 @@ from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES, LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
+from recipes import (
+    BASELINE_RECIPES,
+    LATENT_RECIPES,
+    TOKENIZER_RECIPES,
+    LatentTask,
+    QuantizerName,
+    TokenizerConfig,
+    TokenizerTask,
+)
 
 ROOT = SCRIPTS.parent
 ALL_SCRIPTS = sorted(p.stem for p in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in p.read_text())
@@ -103,6 +111,8 @@ def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
         ),
         "train_latent": ("digits-flow", *TINY_FLAGS, "--tokenizer", pipeline.tokenizer, "--out", out),
         "train_features": (*TINY_FLAGS, "--width", 8, "--out", out),
+        "train_baseline": ("digits-vae", *TINY_FLAGS, "--model.width", 8, "--validation-images", 20, "--out", out),
+        "evaluate_likelihood": ("--models", pipeline.baseline, "--n", 16, "--iwae", 2, "--draws", 2, "--out", out),
         "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
         "sample": (*model, "--solver", "ddim", "--nfe", 3, "--n", 4, "--seed", 0, "--out", out / "grid.png"),
         "evaluate": (*model, "--features", pipeline.features, *sweep, "--out", out),
@@ -132,6 +142,8 @@ def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_pat
         "evaluate_tokenizer": [out / name for name in tokenizer_report.FILES],
         "train_latent": [out / "checkpoints/step-2/ema.safetensors", out / "samples/averaged-000002-nfe20.png"],
         "train_features": [out / "checkpoints/step-2/features.safetensors"],
+        "train_baseline": [out / "best/step-2/ema.safetensors", out / "samples/traversals.png"],
+        "evaluate_likelihood": [out / name for name in likelihood_report.FILES],
         "train_solver": [pipeline.model / "solvers/amed-shift-nfe5/checkpoints/step-2/solver.safetensors"],
         "sample": [out / "grid.png"],
         "evaluate": [out / file for file in REPORT],
@@ -182,9 +194,12 @@ def test_help_ends_with_0_and_names_the_flags(name: str, script: Script) -> None
     assert "usage" in told.out and "--help" in told.out and told.err == ""
 
 
-@pytest.mark.parametrize("name", ["train_tokenizer", "train_latent"])
+RECIPES = {"train_tokenizer": TOKENIZER_RECIPES, "train_latent": LATENT_RECIPES, "train_baseline": BASELINE_RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_help_lists_every_recipe(name: str, script: Script) -> None:
-    recipes = TOKENIZER_RECIPES if name == "train_tokenizer" else LATENT_RECIPES
+    recipes = RECIPES[name]
     told = script(name, "--help").out
     assert all(recipe in told for recipe in recipes)
 

@@ -17,10 +17,15 @@ from midway.gen.posthoc import Snapshot, find_snapshots, reconstruct
 
 def _runs(pipeline: Pipeline) -> dict[str, Path]:
     solver = pipeline.model / "solvers/amed-uniform-nfe4"
-    return {"tokenizer": pipeline.tokenizer, "features": pipeline.features, "model": pipeline.model, "solver": solver}
+    return {
+        "tokenizer": pipeline.tokenizer,
+        "features": pipeline.features,
+        "model": pipeline.model,
+        "solver": solver,
+    } | {"baseline": pipeline.baseline}
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "features", "model", "solver"])
+@pytest.mark.parametrize("kind", ["tokenizer", "features", "model", "solver", "baseline"])
 def test_every_kind_of_run_resumes_exactly_and_is_left_alone(kind: str, pipeline: Pipeline, script: Script) -> None:
     run = _runs(pipeline)[kind]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
