@@ -115,6 +115,7 @@ def test_a_damaged_best_is_refused(runs: Runs, tmp_path: Path) -> None:
 def test_validation_is_the_bits_of_the_images_it_says(runs: Runs, splits: Splits) -> None:
     """Of the best step: by the loaded weights, image by image."""
     trained = load_trained_baseline(runs.vae)
+    assert isinstance(trained.model, VAE)
     subject = choose(splits.held_out, 30)
     nats = [
         trained.model.log_likelihood(
