@@ -358,6 +358,15 @@ def digits_glow() -> FlowTask:
     return FlowTask(out=Path("runs/digits-glow"), model=glow(width=64, scales=1, steps=12), train=DIGITS_BASELINE_TRAIN)
 
 
+def digits_tarflow() -> TarFlowTask:
+    """TarFlow of 16 tokens: 4 flows of 2 blocks. A few minutes.
+
+    python scripts/train_baseline.py digits-tarflow
+    """
+    train = replace(DIGITS_BASELINE_TRAIN, lr=3e-3, warmup=20)
+    return TarFlowTask(out=Path("runs/digits-tarflow"), train=train)
+
+
 def cifar10_vae() -> VAETask:
     """A VAE of 32 latent channels at 8x8 positions. Meant for a GPU; not measured yet.
 
@@ -408,6 +417,7 @@ BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
     "digits-nice": digits_nice,
     "digits-realnvp": digits_realnvp,
     "digits-glow": digits_glow,
+    "digits-tarflow": digits_tarflow,
     "cifar10-vae": cifar10_vae,
     "cifar10-nice": cifar10_nice,
     "cifar10-realnvp": cifar10_realnvp,
