@@ -363,7 +363,7 @@ def digits_tarflow() -> TarFlowTask:
 
     python scripts/train_baseline.py digits-tarflow
     """
-    train = replace(DIGITS_BASELINE_TRAIN, lr=3e-3, warmup=20)
+    train = replace(DIGITS_BASELINE_TRAIN, lr=3e-3)
     return TarFlowTask(out=Path("runs/digits-tarflow"), train=train)
 
 
