@@ -6,7 +6,7 @@ Level k is the cell of width 2 / (L - 1) around its value in [-1, 1]. With x = (
 
 where p(z) is the density of x_t / alpha = x0 + rho eps at rho_min, the same on every schedule. It is a valid bound, but
 a model trained on the levels themselves puts its mass on them, not across their cells, and scores the worse the better it has
-learned them: train on dequantised pixels, or choose rho_min near half a cell, 1 / ((L - 1) std).
+learned them: train on dequantised pixels, or choose rho_min near a quarter of a cell, 1 / (2 (L - 1) std).
 """
 
 import math

@@ -20,7 +20,8 @@ MOST_TERMS = 16
 def combine(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """sum_j weights[j] tensors[j], at least one term; a first weight of exactly 1 saves an operation."""
     first = tensors[0]
-    if len(weights) > 2 and first.is_cuda and not _needs_gradient(tensors) and _kernel_works(first.device):
+    narrow = first.dtype != torch.float64  # the kernel adds in float32
+    if len(weights) > 2 and first.is_cuda and narrow and not _needs_gradient(tensors) and _kernel_works(first.device):
         return fused(weights, tensors)
     return chain(weights, tensors)
 

@@ -231,6 +231,7 @@ def test_a_sample_depends_on_its_id_and_the_seed_alone() -> None:
     torch.testing.assert_close(call(order[:1]), want[order[:1]], rtol=1e-13, atol=1e-13)
     many = call(IDS, torch.arange(8) + 100, probe="gaussian", probes=3)
     assert not torch.isclose(call(IDS, seed=1, probe="gaussian"), call(IDS, probe="gaussian")).any()
+    assert not torch.isclose(call(IDS, seed=1), want).all()  # of Rademacher probes half are the same
     assert not torch.isclose(many, call(IDS, probe="gaussian", probes=3)).any()
 
 
