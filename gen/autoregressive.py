@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers.attention import check_heads, linear
+from midway.tokenizers.attention import SelfAttention, linear
 from midway.tokenizers.recomputed import Recomputed
 
 _STD = 0.02  # of positions and classes at first
@@ -39,25 +39,15 @@ class KeyValues:
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
-class CausalAttention(nn.Module):
-    """(B, N, width) -> the same, position i seeing 0 .. i; queries and keys RMS-normalised as in tokenizers/attention.py."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        check_heads(width, heads)
-        self.heads = heads
-        self.qkv = linear(width, 3 * width)
-        self.scale = nn.Parameter(torch.ones(width // heads))
-        self.out = linear(width, width)
+class CausalAttention(SelfAttention):
+    """(B, N, width) -> the same, position i seeing 0 .. i."""
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
         """With a `past`, x is the one position (B, 1, width) that follows it, and joins it."""
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = (_normalised(q) * self.scale).to(v.dtype), _normalised(k).to(v.dtype)
+        q, k, v = self.split(x)
         if past is not None:
             k, v = past.append(k, v)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=past is None))
 
 
 class CausalBlock(Recomputed):
@@ -141,8 +131,3 @@ class AutoregressiveFlow(nn.Module):
         """In the dtype of the weights also under autocast: the log-determinant is a sum of its outputs."""
         with torch.autocast(h.device.type, enabled=False):
             return self.head(self.norm(h.to(self.head.weight.dtype)))
-
-
-def _normalised(x: Tensor) -> Tensor:
-    """x (..., d) / its root mean square over d, in float32 or better."""
-    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], eps=1e-6)

