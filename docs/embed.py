@@ -32,20 +32,20 @@ def leaders(cells: list[Cell]) -> list[Cell]:
             if cell.nfe == nfe and cell.rmse is not None:
                 least[cell.solver] = min(cell.rmse, least.get(cell.solver, math.inf))
         named |= set(sorted(least, key=lambda solver: least[solver])[:2])
-    return [cell for cell in cells if not cell.nfe or cell.solver in named]
+    return [cell for cell in cells if not cell.nfe or cell.baseline or cell.solver in named]
 
 
 def plot_rmse(path: Path, cells: list[Cell]) -> None:
     """Least RMSE over the grids against NFE, both axes logarithmic."""
     figure = Figure(figsize=(7, 5), dpi=160, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for solver in dict.fromkeys(cell.solver for cell in cells if cell.nfe):
+    for solver in dict.fromkeys(cell.solver for cell in cells if cell.nfe and not cell.baseline):
         least: dict[int, float] = {}
         for cell in cells:
             if cell.solver == solver and cell.rmse is not None:
                 least[cell.nfe] = min(cell.rmse, least.get(cell.nfe, math.inf))
         axes.plot(list(least), list(least.values()), marker="o", label=solver)
-    budgets = sorted({cell.nfe for cell in cells if cell.nfe})
+    budgets = sorted({cell.nfe for cell in cells if cell.nfe and not cell.baseline})
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(budgets, [str(nfe) for nfe in budgets])
@@ -80,6 +80,8 @@ def _cell(row: dict[str, str]) -> Cell:
         seeds=row["seeds"],
         training_nfe=int(row["training_nfe"]),
         best=row["best"] == "true",
+        baseline=row.get("baseline") == "true",
+        distances=tuple(map(float, row.get("distances", "").split())),
     )
 
 

@@ -3,35 +3,35 @@
 Each cell samples `blocks` disjoint blocks of n seeds, n being the number of held-out images unless told otherwise, so that
 every distance is measured at the same image count as the floor: distance(train images, held-out images). A cell reports the
 mean over blocks and their standard deviation. Beside it stands the root-mean-square distance of the standardised latents to
-a fine solution from the same noise, which sees the solver's error alone.
+a fine solution from the same noise, which sees the solver's error alone. Baselines are cells too, at their own cost.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from midway.gen.artefacts import LEARNED, TrainedModel, card_of
+from midway.gen.baseline import TrainedBaseline
+from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
-from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError
-from midway.gen.features import FeatureNetwork
 from midway.gen.fitted_grid import fitting_nfe
-from midway.gen.pictures import grid_png
+from midway.gen.measured_cell import Bench, Reference, Seeds, measure, picture
+from midway.gen.measurer import Measurer, balanced
 from midway.gen.plans import PlanConfig, is_reachable, make_plans
-from midway.gen.randomness import permutation
 from midway.gen.report_cells import FLOOR, Cell
-from midway.gen.sampling import Plan, Samples, decode, sample_latents
+from midway.gen.sampling import Plan
+from midway.gen.shard import Shard
+from midway.gen.sources import BaselineSource, SolverSource, Source
 from midway.gen.splits import Splits
-from midway.gen.statistics import FeatureStatistics
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
-
-SHOWN = 8  # seeds shown in the sample grids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +44,26 @@ class SweepConfig(PlanConfig):
     blocks: int = 2
     first_seed: int = 0
     reference_nfe: int = 128
+    """Evaluations of the fine solution behind RMSE; 0: leave RMSE out."""
+    overlap: bool = False
+    """Decode and look at images while the next are sampled; times then overlap too."""
     skip: bool = False
     """Leave out budgets that a solver cannot reach, instead of refusing them."""
+
+    def check(self, n: int) -> None:
+        """UsageError for numbers that measure nothing."""
+        if n < 2 or self.blocks < 1 or not 1 <= self.batch_size <= PART:
+            raise UsageError(
+                f"n {n}, blocks {self.blocks}, batch size {self.batch_size}",
+                f"a distance needs 2 images in 1 block, and a batch is at most what is saved at once, {PART}",
+                "change --n, --blocks or --batch-size",
+            )
+        if self.reference_nfe < 0 or self.reference_nfe % 2:
+            raise UsageError(
+                f"--reference-nfe {self.reference_nfe}",
+                "Heun's method costs 2 evaluations a step",
+                "use an even number, or 0 to leave RMSE out",
+            )
 
 
 def asked(config: SweepConfig) -> list[tuple[str, int]]:
@@ -58,37 +76,6 @@ def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
     """The fine solution that RMSE is measured against: Heun's method on EDM's grid."""
     times = GRIDS["karras"](schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
     return SOLVERS["heun"].build(schedule, times)
-
-
-@dataclass(frozen=True)
-class Measurer:
-    """Turns images into a distance to the training images."""
-
-    network: FeatureNetwork
-    features: str
-    reference: FeatureStatistics
-    reference_name: str
-
-    def distance(self, images: Tensor) -> float:
-        """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
-        return frechet_distance(FeatureStatistics.of(self.network.features(images)), self.reference)
-
-
-def make_measurer(network: FeatureNetwork, features: str, train: ImageData) -> Measurer:
-    """Statistics of all training images under this feature network."""
-    statistics = FeatureStatistics.of(network.features(train.images))
-    return Measurer(network, features, statistics, f"{train.name}@{train.fingerprint[:12]}")
-
-
-def balanced(labels: Tensor) -> Tensor:
-    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
-
-    A plain random subset has too many of some classes, which alone would raise the floor.
-    """
-    order = permutation(0, "floor", 0, len(labels))
-    mine = labels[order]
-    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
-    return order[torch.argsort(turn, stable=True)]
 
 
 def floor_cell(measurer: Measurer, held_out: ImageData, n: int) -> Cell:
@@ -118,90 +105,115 @@ class Sweep:
     grids: dict[tuple[str, int], bytes]
 
 
+@dataclass(frozen=True)
+class Job:
+    """One cell to be measured."""
+
+    solver: str
+    grid: str
+    source: Source
+    training_nfe: int = 0
+    baseline: bool = False
+
+
 def run_sweep(
     trained: TrainedModel,
     measurer: Measurer,
     splits: Splits,
     config: SweepConfig,
+    folder: Path,
     progress: Callable[[str], None] = lambda _: None,
+    baselines: Mapping[str, TrainedBaseline] | None = None,
+    shard: Shard | None = None,
 ) -> Sweep:
-    """Measure every cell. Names, budgets and learned solvers are checked before the first sample is drawn."""
+    """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn."""
     n = len(splits.held_out.images) if config.n is None else config.n
-    if n < 2 or config.blocks < 1 or config.batch_size < 1:
-        raise UsageError(
-            f"n {n}, blocks {config.blocks}, batch size {config.batch_size}",
-            "a distance needs 2 images in 1 block",
-            "raise --n, --blocks or --batch-size",
-        )
-    if config.reference_nfe < 2 or config.reference_nfe % 2:
-        raise UsageError(
-            f"--reference-nfe {config.reference_nfe}", "Heun's method costs 2 evaluations a step", "use an even number"
-        )
-    plans = {(solver, nfe): make_plans(trained, solver, nfe, config) for solver, nfe in asked(config)}
-    seeds = torch.arange(config.first_seed, config.first_seed + n * config.blocks)
-    progress("reference")
-    exact = _sample(trained, reference_plan(trained.model.schedule, config), seeds, config).latents
-    cells, grids = [floor_cell(measurer, splits.held_out, n)], {}
-    for (solver, nfe), by_grid in plans.items():
-        measured = []
-        for grid, plan in by_grid.items():
-            progress(f"{solver} {grid} {nfe}")
-            samples = _sample(trained, plan, seeds, config)
-            images = decode(trained, samples.latents.nan_to_num().clamp(-100, 100))
-            cell = _cell(solver, grid, plan, samples, exact, images, measurer, config, seeds)
-            measured.append((cell, images[:SHOWN]))
-        best = min(range(len(measured)), key=lambda i: measured[i][0].distance)
-        cells += [replace(cell, best=i == best) for i, (cell, _) in enumerate(measured)]
-        grids[solver, measured[best][0].nfe] = grid_png(measured[best][1], columns=SHOWN // 2)
-    return Sweep(cells, grids)
+    config.check(n)
+    jobs = [*solver_jobs(trained, config), *baseline_jobs(baselines or {}, config)]
+    shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
+    store = CellStore(folder / "cells")
+    if shard.rank == 0:
+        store.tidy()
+    shard.wait()
+    bench, fine = Bench(measurer, seeds, store, shard, config.overlap), None
+    if config.reference_nfe:
+        progress("reference")
+        fine_source = SolverSource(trained, reference_plan(trained.model.schedule, config), config.sampling())
+        fine = Reference(fine_source, seeds, store, shard)
+        fine.make()
+    cells, pictures = [floor_cell(measurer, splits.held_out, n)], {}
+    for job in jobs:
+        progress(f"{job.solver} {job.grid}")
+        its = None if job.baseline else fine
+        cell = _cell(job, measure(job.source, bench, its), bench)
+        cells.append(cell)
+        pictures[job.solver, job.grid, cell.nfe] = picture(job.source, bench, its)
+    return _with_best(cells, pictures)
 
 
-def _sample(trained: TrainedModel, plan: Plan, seeds: Tensor, config: SweepConfig) -> Samples:
-    return sample_latents(trained, plan, seeds, config.sampling())
+def solver_jobs(trained: TrainedModel, config: SweepConfig) -> list[Job]:
+    """Every solver on every grid at every budget; UsageError for what cannot be."""
+    plans = [(solver, make_plans(trained, solver, nfe, config)) for solver, nfe in asked(config)]
+    return [
+        Job(solver, grid, SolverSource(trained, plan, config.sampling()), _training_nfe(plan, grid))
+        for solver, by_grid in plans
+        for grid, plan in by_grid.items()
+    ]
 
 
-def _cell(
-    solver: str,
-    grid: str,
-    plan: Plan,
-    samples: Samples,
-    exact: Tensor,
-    images: Tensor,
-    measurer: Measurer,
-    config: SweepConfig,
-    seeds: Tensor,
-) -> Cell:
-    finite = bool(torch.isfinite(samples.latents).all())
-    distances = torch.tensor([measurer.distance(block) for block in images.chunk(config.blocks)], dtype=torch.float64)
+def baseline_jobs(baselines: Mapping[str, TrainedBaseline], config: SweepConfig) -> list[Job]:
+    """One cell a baseline, at its own cost."""
+    return [Job(name, "", BaselineSource(its, config.batch_size), baseline=True) for name, its in baselines.items()]
+
+
+def _training_nfe(plan: Plan, grid: str) -> int:
     card = card_of(plan)
-    spread = distances.std().item() if config.blocks > 1 else None
+    return card.training_nfe if card is not None else fitting_nfe() if grid == GITS else 0
+
+
+def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench) -> Cell:
+    """A record of the store as a line of the report."""
+    blocks = tuple(math.inf if value is None else float(value) for value in numbers["distances"])
+    values = torch.tensor(blocks, dtype=torch.float64)
+    seeds, seconds = bench.seeds, numbers["seconds"]
     return Cell(
-        solver=solver,
-        grid=grid,
-        nfe=_whole(samples.nfe),
-        distance=distances.mean().item() if finite else math.inf,
-        distance_std=spread,
-        rmse=(samples.latents - exact).square().mean().sqrt().item(),
-        n=len(seeds) // config.blocks,
-        blocks=config.blocks,
-        seconds=round(samples.seconds / config.blocks, 3),
-        features=measurer.features,
-        reference=measurer.reference_name,
-        seeds=f"{seeds[0].item()}-{seeds[-1].item()}",
-        training_nfe=card.training_nfe if card is not None else fitting_nfe() if grid == GITS else 0,
+        solver=job.solver,
+        grid=job.grid,
+        nfe=numbers["nfe"],
+        distance=values.mean().item(),
+        distance_std=values.std().item() if len(blocks) > 1 and not numbers["nonfinite"] else None,
+        rmse=numbers["rmse"],
+        n=seeds.n,
+        blocks=seeds.blocks,
+        seconds=round(seconds["solver"] / seeds.blocks, 3),
+        features=bench.measurer.features,
+        reference=bench.measurer.reference_name,
+        seeds=f"{seeds.first}-{seeds.last}",
+        training_nfe=job.training_nfe,
+        baseline=job.baseline,
+        distances=blocks,
+        decode_seconds=round(seconds["decode"] / seeds.blocks, 3),
+        feature_seconds=round(seconds["features"] / seeds.blocks, 3),
     )
 
 
-def _whole(nfe: float) -> int:
-    """Evaluations per sample of the field as a whole number; guided evaluations run the network twice."""
-    if nfe != int(nfe):
-        raise RuntimeError(f"{nfe} evaluations per sample were counted; a fixed-step solver must make a whole number")
-    return int(nfe)
+def _with_best(cells: list[Cell], pictures: Mapping[tuple[str, str, int], bytes | None]) -> Sweep:
+    """Mark the best grid of each (solver, NFE), and keep its picture."""
+    best: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        key = (cell.solver, cell.nfe)
+        if key not in best or cell.distance < best[key].distance:
+            best[key] = cell
+    marked = [replace(cell, best=cell is best[cell.solver, cell.nfe]) for cell in cells]
+    grids = {key: pictures.get((cell.solver, cell.grid, cell.nfe)) for key, cell in best.items()}
+    return Sweep(marked, {key: png for key, png in grids.items() if png is not None})
 
 
-def planned_cells(config: SweepConfig) -> Iterator[str]:
+def planned_cells(config: SweepConfig, baselines: int = 0) -> Iterator[str]:
     """Names of the cells in order, for a progress bar; a learned solver counts once, whatever its grids."""
-    yield "reference"
+    if config.reference_nfe:
+        yield "reference"
     for solver, nfe in asked(config):
         for grid in config.grids if solver not in LEARNED else ("learned",):
             yield f"{solver} {grid} {nfe}"
+    yield from (f"baseline {number}" for number in range(baselines))

@@ -5,10 +5,11 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from midway.gen.errors import UsageError
+from midway.gen.shard import Shard
 from midway.gen.train_config import TrainConfig
 
 
@@ -47,6 +48,14 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
         )
     share_of(config, accelerator)
     return accelerator
+
+
+def device_and_shard() -> tuple[torch.device, Shard]:
+    """Where this process computes, and its share of what several processes do together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Shard()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return state.device or torch.device("cpu"), Shard(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def share_of(config: TrainConfig, accelerator: Accelerator) -> int:

@@ -20,8 +20,8 @@ from torch import Tensor
 from midway.gen.baseline import Baseline
 from midway.gen.context import Context
 from midway.gen.data import ImageData, to_uint8
-from midway.gen.evaluate import balanced
 from midway.gen.likelihood import bits_per_dim, levels_of, to_levels
+from midway.gen.measurer import balanced
 from midway.gen.sampling import labels_of
 from midway.gen.splits import Splits
 from midway.gen.vae import VAE

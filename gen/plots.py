@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from midway.gen.files import write_atomically
-from midway.gen.report_cells import Cell, feature_names, floor_of, shown, solvers_of, training_costs
+from midway.gen.report_cells import Cell, baselines_of, feature_names, floor_of, shown, solvers_of, training_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ INK, QUIET, HAIR = "#1f2430", "#5b6270", "#e3e6ea"
 
 def _plottable(cells: Sequence[Cell], x: Cost) -> list[Cell]:
     """The shown cells that a logarithmic plot can hold."""
-    points = shown(cells).values()
+    points = [*shown(cells).values(), *baselines_of(cells)]
     return [cell for cell in points if math.isfinite(cell.distance) and cell.distance > 0 and _cost(cell, x) > 0]
 
 
@@ -62,6 +62,13 @@ def _line(axes: "Axes", cells: Sequence[Cell], x: Cost, index: int, label: str, 
         label=label,
         zorder=3,
     )
+
+
+def _star(axes: "Axes", cell: Cell, x: Cost, index: int) -> None:
+    """A baseline: one star, in another order of colours than the lines."""
+    colour = COLOURS[-1 - index % len(COLOURS)]
+    at = {"color": colour, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
+    axes.plot([_cost(cell, x)], [cell.distance], **at, label=f"{cell.solver} (baseline)", zorder=4)
 
 
 def _floor(axes: "Axes", distance: float) -> None:
@@ -165,9 +172,11 @@ def _draw(figure: "Figure", axes: "Axes", cells: Sequence[Cell], x: Cost) -> Non
     axes.set_yscale("log")
     learned = training_costs(cells)
     for index, solver in enumerate(solvers_of(cells)):
-        line = [cell for cell in points if cell.solver == solver]
+        line = [cell for cell in points if cell.solver == solver and not cell.baseline]
         if line:
             _line(axes, line, x, index, f"{solver} (trained)" if solver in learned else solver, solver in learned)
+    for index, cell in enumerate(cell for cell in points if cell.baseline):
+        _star(axes, cell, x, index)
     floors = [floor.distance] if floor and math.isfinite(floor.distance) and floor.distance > 0 else []
     for distance in floors:
         _floor(axes, distance)

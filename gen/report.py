@@ -10,11 +10,14 @@ from pathlib import Path
 from midway.gen.files import write_atomically
 from midway.gen.plots import distance_png, plot_distance
 from midway.gen.report_cells import (
+    BASELINE_HEADS,
     Cell,
     Entry,
     Measure,
     Pivot,
     ReportContext,
+    baseline_rows,
+    check_comparable,
     feature_names,
     floor_of,
     number,
@@ -68,6 +71,12 @@ def _floor_text(cells: Sequence[Cell]) -> str | None:
     return None if floor is None else number(floor.distance, floor.distance_std)
 
 
+def _baseline_lines(cells: Sequence[Cell]) -> list[str]:
+    rows = [[escape_markdown(name), *rest] for name, *rest in baseline_rows(cells)]
+    marks = ["---", *("---:" for _ in BASELINE_HEADS[1:])]
+    return [f"| {' | '.join(row)} |" for row in (BASELINE_HEADS, marks, *rows)] if rows else []
+
+
 def _caption(cells: Sequence[Cell], measure: Measure) -> str:
     if measure == "rmse":
         return "RMSE to the same seeds' reference solution, lower is better; best grid of each solver and NFE"
@@ -75,9 +84,16 @@ def _caption(cells: Sequence[Cell], measure: Measure) -> str:
 
 
 def markdown_table(cells: Sequence[Cell]) -> str:
-    """Two tables, solver x NFE: distance ± std with the floor, and RMSE where measured; each column's best is bold."""
+    """Tables, solver x NFE: distance ± std with the floor, and RMSE where measured; each column's best is bold.
+
+    Baselines have a table of their own. ValueError for cells that do not compare.
+    """
+    check_comparable(cells)
     parts = [f"{escape_markdown(_caption(cells, 'distance'))}\n"]
     parts += _markdown_lines(pivot(cells, "distance"), _floor_text(cells))
+    baselines = _baseline_lines(cells)
+    if baselines:
+        parts += ["\nBaselines, measured alike, each at its own number of evaluations\n", *baselines]
     rmse = pivot(cells, "rmse")
     if rmse.rows:
         parts += [f"\n{escape_markdown(_caption(cells, 'rmse'))}\n", *_markdown_lines(rmse, None)]
@@ -100,7 +116,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def text_table(cells: Sequence[Cell]) -> str:
-    """The distance table for a terminal: aligned, `*` at each column's best, the floor last."""
+    """The distance table for a terminal: aligned, `*` at each column's best, the floor last; baselines below.
+
+    ValueError for cells that do not compare.
+    """
+    check_comparable(cells)
     table = pivot(cells, "distance")
     rows = [["solver", *(f"NFE {nfe} " for nfe in table.nfes)]]
     rows += [[solver, *map(_text_entry, entries)] for solver, entries in table.rows]
@@ -108,10 +128,9 @@ def text_table(cells: Sequence[Cell]) -> str:
     if floor is not None:
         rows.append(["floor", *(f"{floor} " for _ in table.nfes)])
     header, *body = aligned(rows)
-    return (
-        "\n".join([_caption(cells, "distance"), "", header, "-" * max(map(len, [header, *body])), *body, "* best"])
-        + "\n"
-    )
+    lines = [_caption(cells, "distance"), "", header, "-" * max(map(len, [header, *body])), *body, "* best"]
+    baselines = baseline_rows(cells)
+    return "\n".join([*lines, *(["", *aligned([BASELINE_HEADS, *baselines])] if baselines else [])]) + "\n"
 
 
 def _markdown_list(items: Sequence[str]) -> list[str]:

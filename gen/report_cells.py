@@ -28,7 +28,8 @@ class Cell:
 
     `distance_std` over `blocks` blocks of seeds; `rmse` to the same seeds' reference solution; `seconds` of sampling
     for all n images; `training_nfe` evaluations spent to train the solver; `best` marks the best grid of (solver, nfe).
-    The floor is a cell with solver "floor", grid "" and nfe 0.
+    `distances` of each block, all of the same seeds for every cell; `decode_seconds` and `feature_seconds` come on top of
+    `seconds`. A `baseline` is a model of its own, at its own cost. The floor is a cell with solver "floor", grid "" and nfe 0.
     """
 
     solver: str
@@ -45,6 +46,10 @@ class Cell:
     seeds: str
     training_nfe: int = 0
     best: bool = True
+    baseline: bool = False
+    distances: tuple[float, ...] = ()
+    decode_seconds: float = 0.0
+    feature_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,36 @@ def floor_of(cells: Sequence[Cell]) -> Cell | None:
     return next((cell for cell in cells if cell.solver == FLOOR), None)
 
 
+def baselines_of(cells: Sequence[Cell]) -> list[Cell]:
+    """The baselines, lowest distance first."""
+    return sorted((cell for cell in cells if cell.baseline), key=_rank)
+
+
+def _by_solver(cells: Sequence[Cell]) -> list[Cell]:
+    """Without the floor and baselines."""
+    return [cell for cell in cells if cell.solver != FLOOR and not cell.baseline]
+
+
+def check_comparable(cells: Sequence[Cell]) -> None:
+    """ValueError for cells that must not share a table: of other image counts, features or references than the rest.
+
+    The floor may have another count where fewer images are held out; it is then named with it.
+    """
+    kinds = {(cell.n, cell.features, cell.reference) for cell in cells if cell.solver != FLOOR}
+    if len(kinds) > 1:
+        listed = "; ".join(f"n = {n}, {features}, against {reference}" for n, features, reference in sorted(kinds))
+        raise ValueError(
+            f"these distances do not compare: {listed}. A distance falls with the number of images and belongs to its "
+            "features and reference: measure all cells alike"
+        )
+
+
 def shown(cells: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
     """The best cell of each (solver, nfe) without the floor; of several so marked, the one of least distance."""
     chosen: dict[tuple[str, int], Cell] = {}
-    for cell in cells:
+    for cell in _by_solver(cells):
         key = (cell.solver, cell.nfe)
-        if cell.solver != FLOOR and cell.best and (key not in chosen or _rank(cell) < _rank(chosen[key])):
+        if cell.best and (key not in chosen or _rank(cell) < _rank(chosen[key])):
             chosen[key] = cell
     return chosen
 
@@ -97,9 +126,9 @@ def shown(cells: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
 def _least_rmse(cells: Sequence[Cell]) -> dict[tuple[str, int], Cell]:
     """The cell of least RMSE of each (solver, nfe): the solver's error has its own best grid."""
     chosen: dict[tuple[str, int], Cell] = {}
-    for cell in cells:
+    for cell in _by_solver(cells):
         key = (cell.solver, cell.nfe)
-        if cell.solver != FLOOR and cell.rmse is not None:
+        if cell.rmse is not None:
             rival = chosen.get(key)
             if rival is None or rival.rmse is None or cell.rmse < rival.rmse or not math.isfinite(rival.rmse):
                 chosen[key] = cell
@@ -112,8 +141,8 @@ def _rank(cell: Cell) -> float:
 
 
 def solvers_of(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """Names in order of first appearance, without the floor."""
-    return tuple(dict.fromkeys(cell.solver for cell in cells if cell.solver != FLOOR))
+    """Names in order of first appearance, without the floor and baselines."""
+    return tuple(dict.fromkeys(cell.solver for cell in _by_solver(cells)))
 
 
 def feature_names(cells: Sequence[Cell]) -> str:
@@ -169,6 +198,17 @@ def pivot(cells: Sequence[Cell], measure: Measure) -> Pivot:
     return Pivot(nfes, tuple(rows))
 
 
+BASELINE_HEADS = ("baseline", "NFE", "distance", "s / 1000 images")
+
+
+def baseline_rows(cells: Sequence[Cell]) -> list[tuple[str, str, str, str]]:
+    """Under `BASELINE_HEADS`: name, its own NFE, distance ± std, seconds; none without baselines."""
+    return [
+        (cell.solver, str(cell.nfe), number(cell.distance, cell.distance_std), number(1000 * cell.seconds / cell.n))
+        for cell in baselines_of(cells)
+    ]
+
+
 def training_costs(cells: Sequence[Cell]) -> dict[str, int]:
     """Network evaluations spent to train each learned solver: the largest over its shown cells."""
     costs: dict[str, int] = {}
@@ -178,9 +218,11 @@ def training_costs(cells: Sequence[Cell]) -> dict[str, int]:
     return costs
 
 
-def _csv_value(value: str | float | bool | None) -> str:
+def _csv_value(value: str | float | bool | tuple[float, ...] | None) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
     return "" if value is None else str(value)
 
 
@@ -194,6 +236,8 @@ def write_csv(path: Path, cells: Sequence[Cell]) -> None:
 
 
 def _json_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_json_value(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

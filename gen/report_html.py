@@ -12,10 +12,13 @@ from pathlib import Path
 from midway.gen.files import write_atomically
 from midway.gen.plots import distance_png
 from midway.gen.report_cells import (
+    BASELINE_HEADS,
     Cell,
     Entry,
     Measure,
     ReportContext,
+    baseline_rows,
+    baselines_of,
     feature_names,
     floor_of,
     number,
@@ -65,6 +68,9 @@ figcaption { font-size: .88rem; margin-top: .5rem; max-width: 46rem; }
 .samples td:last-child { padding-right: .9rem; }
 .samples img { display: block; width: 100%; min-width: 132px; max-width: 260px; height: auto; border-radius: 6px;
   background: #fff; image-rendering: pixelated; }
+.baselines td { vertical-align: middle; }
+.baselines img { display: block; margin-left: auto; width: 132px; height: auto; border-radius: 6px; background: #fff;
+  image-rendering: pixelated; }
 .samples small { margin-top: .3rem; }
 ul { padding-left: 1.2rem; max-width: 46rem; }
 details { margin-top: 3rem; border-top: 1px solid var(--hair); padding-top: 1rem; }
@@ -134,6 +140,25 @@ def _table(cells: Sequence[Cell], measure: Measure) -> str:
     return f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
+def _baselines(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) -> str:
+    """Baselines with their samples, or nothing without any."""
+    if not baselines_of(cells):
+        return ""
+    rows = []
+    for cell, (name, nfe, distance, seconds) in zip(baselines_of(cells), baseline_rows(cells), strict=True):
+        png = grids.get((cell.solver, cell.nfe))
+        picture = "" if png is None else image_tag(png, f"samples of {name}")
+        values = f"<td>{nfe}</td><td>{_value(distance)}</td><td>{seconds}</td><td>{picture}</td>"
+        rows.append(f'<tr><th scope="row">{escape(name)}</th>{values}</tr>')
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (*BASELINE_HEADS, "samples"))
+    return (
+        "<h2>Baselines</h2><p>Other models of the same images, measured alike: the same seeds, image count, features and "
+        "reference. Each costs its own number of network evaluations.</p>"
+        f'<div class="scroll"><table class="baselines"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
 def _lead(cells: Sequence[Cell]) -> str:
     """The result in a sentence: who is best at the smallest and at the largest budget."""
     table = pivot(cells, "distance")
@@ -169,6 +194,8 @@ def _sample(solver: str, nfe: int, cell: Cell | None, png: bytes | None) -> str:
 
 def _samples(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) -> str:
     """Sample images, a row per solver and a column per NFE; nothing without images."""
+    others = {(cell.solver, cell.nfe) for cell in baselines_of(cells)}
+    grids = {key: png for key, png in grids.items() if key not in others}
     if not grids:
         return ""
     nfes = sorted({nfe for _, nfe in grids})
@@ -243,6 +270,7 @@ grid that did best. Comparable only with numbers of the same feature name,
 <code>{escape(feature_names(cells))}</code>.</p>
 {_table(cells, "distance")}
 <div class="plots">{_plot(cells, "nfe")}{_plot(cells, "seconds")}</div>
+{_baselines(cells, grids)}
 {rmse}
 {_samples(cells, grids)}
 {notes_list(context.notes)}

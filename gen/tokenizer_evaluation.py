@@ -34,9 +34,9 @@ from midway.gen.code_use import CodeCounter, CodeUse
 from midway.gen.data import ImageData, to_float, to_uint8
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import DataError, DivergedError, UsageError
-from midway.gen.evaluate import Measurer, balanced
 from midway.gen.latent_geometry import channel_moments, interpolated, moments, ranks
 from midway.gen.latents import tokenizer_hash
+from midway.gen.measurer import Measurer, balanced
 from midway.gen.randomness import normal
 from midway.gen.reconstruction import mse, psnr, ssim
 from midway.gen.statistics import FeatureStatistics

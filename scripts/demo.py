@@ -103,6 +103,7 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         features=task.out / "features",
         out=task.out,
         solvers="euler,ddim,heun,dpm2,dpmpp2m,amed-constants,amed",
+        fresh=True,
         title="Digits: Fréchet distance per step budget",
     )
     return replace(full, nfe="4", grids="uniform", n=64, blocks=1, reference_nfe=16) if task.quick else full

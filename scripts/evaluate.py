@@ -1,17 +1,26 @@
-"""Measure the step budget: python scripts/evaluate.py --model runs/digits-dit --features runs/digits-features"""
+"""Measure the step budget: python scripts/evaluate.py --model runs/digits-dit --features runs/digits-features
 
+What is measured is kept in cells/ of the report, so a sweep that was killed goes on where it was, and one with more solvers
+measures those alone. Several processes share the work: accelerate launch --num_processes 4 scripts/evaluate.py --model ...
+"""
+
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from sampling_flags import SamplingFlags
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.artefacts import LEARNED, TrainedModel, best_device, load_model, solver_path
-from midway.gen.errors import UsageError
-from midway.gen.evaluate import Sweep, SweepConfig, make_measurer, planned_cells, run_sweep
-from midway.gen.feature_runs import check_shape, open_features
+from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
+from midway.gen.baseline import TrainedBaseline, load_trained_baseline
+from midway.gen.errors import DataError, UsageError
+from midway.gen.evaluate import Sweep, SweepConfig, planned_cells, run_sweep
+from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import load_features
+from midway.gen.launch import device_and_shard
+from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import command_line, environment, hardware
@@ -21,9 +30,10 @@ from midway.samplers.solvers import SOLVERS
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask(SamplingFlags):
-    """Fréchet distance and RMSE of every solver at every budget.
+    """Fréchet distance and RMSE of every solver at every budget, and of baselines.
 
-    Writes results.csv, results.jsonl, report.md, report.html and two plots.
+    Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ holds what is measured, also of a sweep that
+    was killed.
     """
 
     model: Path
@@ -32,6 +42,8 @@ class EvaluateTask(SamplingFlags):
     """Run directory of the feature network (default: the one beside the model that was trained on its images)."""
     out: Path | None = None
     """Directory to write (default: report/ in the model's run)."""
+    baselines: tuple[Path, ...] = ()
+    """Run directories of baselines of the same images, each a row at its own number of evaluations."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
     """Comma-separated; learned ones (table, amed, amed-constants, amed-plugin-...) must have been trained for every budget.
     all: every solver there is, and what was learned for every budget."""
@@ -48,14 +60,19 @@ class EvaluateTask(SamplingFlags):
     seed: int = 0
     """First seed."""
     reference_nfe: int = 128
-    """Evaluations of the fine solution behind RMSE."""
+    """Evaluations of the fine solution behind RMSE; 0 leaves RMSE out."""
+    overlap: bool = False
+    """Decode and look at images while the next are sampled: more images a second, and times that overlap."""
+    fresh: bool = False
+    """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
 
 
 def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report."""
-    device = best_device()
+    device, shard = device_and_shard()
     trained = load_model(task.model, device)
+    baselines = load_baselines(task.baselines, trained, device)
     config = SweepConfig(
         solvers=solver_names(task.solvers, trained, numbers(task.nfe, "--nfe")),
         nfe=numbers(task.nfe, "--nfe"),
@@ -64,28 +81,52 @@ def run(task: EvaluateTask) -> Sweep:
         blocks=task.blocks,
         first_seed=task.seed,
         reference_nfe=task.reference_nfe,
+        overlap=task.overlap,
         skip=task.skip_unreachable,
         **task.plan_options(device),
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
+    out = task.out or task.model / "report"
     features_run = open_features(task.features, [trained.run.path], trained.data, "the model")
     network, name = load_features(features_run.checkpoint / "features.safetensors")
     splits = load_splits(trained.data)
     check_shape(network, str(features_run.path), splits.train.images, "the model makes")
+    if shard.rank == 0 and task.fresh:
+        shutil.rmtree(out / "cells", ignore_errors=True)
     measurer = make_measurer(network.to(device), name, splits.train)
-    with tqdm(list(planned_cells(config)), desc="sweep", disable=None, leave=False) as bar:
+    shown = shard.rank == 0
+    with tqdm(
+        list(planned_cells(config, len(baselines))), desc="sweep", disable=None if shown else True, leave=False
+    ) as bar:
 
         def progress(cell: str) -> None:
             bar.set_postfix_str(cell)
             bar.update()
 
-        sweep = run_sweep(trained, measurer, splits, config, progress)
-    out = task.out or task.model / "report"
-    write_report(out, sweep.cells, context(task, trained, splits, config), sweep.grids)
-    print(text_table(sweep.cells))
-    print(f"report: {out / 'report.html'}")
+        sweep = run_sweep(trained, measurer, splits, config, out, progress, baselines, shard)
+    if shown:
+        write_report(out, sweep.cells, context(task, trained, splits, config), sweep.grids)
+        print(text_table(sweep.cells))
+        print(f"report: {out / 'report.html'}")
     return sweep
+
+
+def load_baselines(paths: tuple[Path, ...], trained: TrainedModel, device: torch.device) -> dict[str, TrainedBaseline]:
+    """By the names of their runs; UsageError for one name twice, DataError for other images than the model's."""
+    found: dict[str, TrainedBaseline] = {}
+    for path in paths:
+        name, baseline = path.resolve().name, load_trained_baseline(path, device)
+        if name in found:
+            raise UsageError(f"--baselines names {name} twice", "rows need different names", "rename one of the runs")
+        if not same_images(baseline.data, trained.data):
+            raise DataError(
+                f"{path} was trained on other images than {trained.run.path}",
+                f"its data are {baseline.data}, the model's are {trained.data}",
+                "train it on the same --data, --held-out, --split-seed, --channels and --resize",
+            )
+        found[name] = baseline
+    return found
 
 
 def solver_names(words: str, trained: TrainedModel, budgets: tuple[int, ...]) -> tuple[str, ...]:
@@ -131,9 +172,19 @@ def notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
             else " It was measured at another image count than the cells, and the distance depends on it."
         ),
         "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
-        f"RMSE compares standardised latents with Heun's method at {config.reference_nfe} evaluations from the same noise.",
+        *rmse_note(config),
+        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
         "NFE is counted at the network. The distance uses a feature network trained on this data set; "
         "it ranks solvers on this data set and cannot be compared with published figures.",
+    )
+
+
+def rmse_note(config: SweepConfig) -> tuple[str, ...]:
+    """What RMSE is, where it was measured."""
+    if not config.reference_nfe:
+        return ()
+    return (
+        f"RMSE compares standardised latents with Heun's method at {config.reference_nfe} evaluations from the same noise.",
     )
 
 

@@ -11,7 +11,6 @@ from cli import main, resolve
 from midway.gen.artefacts import best_device
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
 from midway.gen.errors import DataError, DivergedError, UsageError
-from midway.gen.evaluate import Measurer, make_measurer
 from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import load_features
 from midway.gen.likelihood import to_levels
@@ -28,6 +27,7 @@ from midway.gen.likelihood_evaluation import (
     uniform_score,
 )
 from midway.gen.likelihood_report import LikelihoodRow, check_out, text_table, write_likelihood_report
+from midway.gen.measurer import Measurer, make_measurer
 from midway.gen.report_cells import ReportContext
 from midway.gen.runs import Run, command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits

@@ -12,9 +12,9 @@ from cli import main, resolve
 from midway.gen.artefacts import best_device, load_tokenizer
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Measurer, make_measurer
 from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import FeatureNetwork, load_features
+from midway.gen.measurer import Measurer, make_measurer
 from midway.gen.report_cells import ReportContext
 from midway.gen.runs import command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits

@@ -323,7 +323,7 @@ CIFAR10_BASELINE_TRAIN = TrainConfig(
 
 
 def digits_vae() -> VAETask:
-    """A VAE of 8 latent channels at 2x2 positions.
+    """A VAE of 8 latent channels at 2x2 positions. Under 1 min; ELBO 1.90 bits per dimension of held-out digits.
 
     python scripts/train_baseline.py digits-vae
     """
@@ -343,27 +343,30 @@ def digits_nice() -> FlowTask:
 
 
 def digits_realnvp() -> FlowTask:
-    """RealNVP of one scale.
+    """RealNVP of one scale. About 1 min; 2.00 bits per dimension of held-out digits (1.99 with --steps 3000).
 
     python scripts/train_baseline.py digits-realnvp
     """
-    return FlowTask(out=Path("runs/digits-realnvp"), model=realnvp(width=64, scales=1), train=DIGITS_BASELINE_TRAIN)
+    train = replace(DIGITS_BASELINE_TRAIN, steps=850)
+    return FlowTask(out=Path("runs/digits-realnvp"), model=realnvp(width=64, scales=1), train=train)
 
 
 def digits_glow() -> FlowTask:
-    """Glow of one scale with 12 steps.
+    """Glow of one scale with 12 steps. About 1 min; 2.07 bits per dimension of held-out digits.
 
     python scripts/train_baseline.py digits-glow
     """
-    return FlowTask(out=Path("runs/digits-glow"), model=glow(width=64, scales=1, steps=12), train=DIGITS_BASELINE_TRAIN)
+    train = replace(DIGITS_BASELINE_TRAIN, steps=800)
+    return FlowTask(out=Path("runs/digits-glow"), model=glow(width=64, scales=1, steps=12), train=train)
 
 
 def digits_tarflow() -> TarFlowTask:
-    """TarFlow of 16 tokens: 4 flows of 2 blocks.
+    """TarFlow of 16 tokens: 4 flows of 2 blocks. About 1 min; 2.11 bits per dimension of held-out digits, still falling
+    (2.01 with --steps 3000, which takes 3 min).
 
     python scripts/train_baseline.py digits-tarflow
     """
-    train = replace(DIGITS_BASELINE_TRAIN, lr=3e-3)
+    train = replace(DIGITS_BASELINE_TRAIN, steps=500, lr=3e-3)
     return TarFlowTask(out=Path("runs/digits-tarflow"), train=train)
 
 

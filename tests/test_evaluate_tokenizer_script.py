@@ -470,8 +470,9 @@ def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
     task = evaluate_tokenizer.TokenizersTask(tokenizers=(runs / "a",), n=50, noise=(), out=runs / "floor")
     (found,) = evaluate_tokenizer.run(task)
     shutil.rmtree(runs / "floor")
-    from midway.gen.evaluate import floor_cell, make_measurer
+    from midway.gen.evaluate import floor_cell
     from midway.gen.features import load_features
+    from midway.gen.measurer import make_measurer
     from midway.gen.runs import Run
     from midway.gen.splits import DataConfig, load_splits
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from midway.gen.evaluate import balanced
+from midway.gen.measurer import balanced
 
 
 def test_every_prefix_of_the_floors_order_is_balanced() -> None:

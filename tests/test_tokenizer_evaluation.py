@@ -13,9 +13,9 @@ from midway.gen.code_use import CodeCounter
 from midway.gen.data import ImageData, to_float, to_uint8
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import DataError, DivergedError, UsageError
-from midway.gen.evaluate import Measurer, make_measurer
 from midway.gen.features import FeatureConfig, FeatureNetwork
 from midway.gen.latent_geometry import interpolated, moments, nearest, ranks, slerp
+from midway.gen.measurer import Measurer, make_measurer
 from midway.gen.randomness import normal
 from midway.gen.reconstruction import PSNR_CAP, psnr
 from midway.gen.splits import DataConfig, Splits, load_splits

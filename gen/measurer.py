@@ -1,0 +1,95 @@
+"""What turns images into numbers: a feature network and the statistics of the training images under it.
+
+Statistics of a reference are kept beside the feature network, named by the images' fingerprint and the network's hash; a file
+of another pair is refused. Moments are those of all training images; features themselves are kept of at most 10,000, in an
+order in which the classes take turns, for what needs them (kernel distance, precision and recall).
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from midway.gen.data import ImageData
+from midway.gen.distances import frechet_distance
+from midway.gen.errors import DataError
+from midway.gen.files import write_atomically
+from midway.gen.randomness import permutation
+from midway.gen.statistics import FeatureStatistics
+
+FORMAT = "midway-reference-1"
+KEPT = 10_000
+"""Reference features that are kept."""
+
+
+class MeasuresImages(Protocol):
+    """A feature network: uint8 (N, C, H, W) -> float32 (N, D)."""
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Turns images into a distance to the training images."""
+
+    network: MeasuresImages
+    features: str
+    reference: FeatureStatistics
+    reference_name: str
+    sample: Tensor | None = None
+    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+
+    def distance(self, images: Tensor) -> float:
+        """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
+        return frechet_distance(FeatureStatistics.of(self.network.features(images)), self.reference)
+
+
+def make_measurer(network: MeasuresImages, features: str, train: ImageData, cache: Path | None = None) -> Measurer:
+    """Statistics of all training images under this feature network, from the folder `cache` if they are there.
+
+    DataError for a cached file of other images or another network, or a damaged one.
+    """
+    name = f"{train.name}@{train.fingerprint[:12]}"
+    path = None if cache is None else cache / f"reference-{train.fingerprint[:8]}-{len(train.images)}.safetensors"
+    header = {"format": FORMAT, "data": train.fingerprint, "features": features, "n": str(len(train.images))}
+    if path is not None and path.exists():
+        statistics, sample = _read(path, header)
+    else:
+        seen = network.features(train.images).cpu()
+        statistics, sample = FeatureStatistics.of(seen), seen[balanced(train.labels)[:KEPT]].contiguous()
+        if path is not None:
+            write_atomically(path, save({**statistics.to_tensors(), "sample": sample}, header))
+    return Measurer(network, features, statistics, name, sample)
+
+
+def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor]:
+    remedy = "delete the file; the statistics are computed again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        statistics = FeatureStatistics.from_tensors(tensors)
+        sample = tensors["sample"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"the reference statistics {path} cannot be read", str(error), remedy) from None
+    if found != expected:
+        differing = [key for key in expected if found.get(key) != expected[key]]
+        what = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differing)
+        raise DataError(f"the reference statistics {path} are of something else", what or json.dumps(found), remedy)
+    return statistics, sample
+
+
+def balanced(labels: Tensor) -> Tensor:
+    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
+
+    A plain random subset has too many of some classes, which alone would raise the floor.
+    """
+    order = permutation(0, "floor", 0, len(labels))
+    mine = labels[order]
+    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
+    return order[torch.argsort(turn, stable=True)]
