@@ -16,6 +16,7 @@ import torch
 
 from midway.gen.artefacts import LEARNED, TrainedModel, card_of
 from midway.gen.baseline import TrainedBaseline
+from midway.gen.cell_metrics import check_metrics, mean_std
 from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
 from midway.gen.errors import UsageError
@@ -45,6 +46,8 @@ class SweepConfig(PlanConfig):
     first_seed: int = 0
     reference_nfe: int = 128
     """Evaluations of the fine solution behind RMSE; 0: leave RMSE out."""
+    metrics: tuple[str, ...] = ("kid",)
+    """Beside the Fréchet distance: names in cell_metrics.METRICS."""
     overlap: bool = False
     """Decode and look at images while the next are sampled; times then overlap too."""
     skip: bool = False
@@ -70,6 +73,10 @@ def asked(config: SweepConfig) -> list[tuple[str, int]]:
     """Every (solver, NFE) to measure."""
     pairs = [(solver, nfe) for solver in config.solvers for nfe in config.nfe]
     return [(s, k) for s, k in pairs if not config.skip or is_reachable(s, k, config.analytic_first)]
+
+
+OTHERS = ("precision", "recall", "density", "coverage", "inception_score", "fd_infinity")
+"""Fields of a cell that are means over blocks."""
 
 
 def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
@@ -129,13 +136,14 @@ def run_sweep(
     """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn."""
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
+    check_metrics(config.metrics, n, measurer.reference.dim, measurer.has_logits)
     jobs = [*solver_jobs(trained, config), *baseline_jobs(baselines or {}, config)]
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
     if shard.rank == 0:
         store.tidy()
     shard.wait()
-    bench, fine = Bench(measurer, seeds, store, shard, config.overlap), None
+    bench, fine = Bench(measurer, seeds, store, shard, config.metrics, config.overlap), None
     if config.reference_nfe:
         progress("reference")
         fine_source = SolverSource(trained, reference_plan(trained.model.schedule, config), config.sampling())
@@ -176,6 +184,7 @@ def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench) -> Cell:
     blocks = tuple(math.inf if value is None else float(value) for value in numbers["distances"])
     values = torch.tensor(blocks, dtype=torch.float64)
     seeds, seconds = bench.seeds, numbers["seconds"]
+    kid, kid_std = mean_std(numbers["metrics"], "kid")
     return Cell(
         solver=job.solver,
         grid=job.grid,
@@ -192,6 +201,11 @@ def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench) -> Cell:
         training_nfe=job.training_nfe,
         baseline=job.baseline,
         distances=blocks,
+        psnr=numbers["psnr"],
+        kid=kid,
+        kid_std=kid_std,
+        **{name: mean_std(numbers["metrics"], name)[0] for name in OTHERS},
+        nonfinite=numbers["nonfinite"],
         decode_seconds=round(seconds["decode"] / seeds.blocks, 3),
         feature_seconds=round(seconds["features"] / seeds.blocks, 3),
     )

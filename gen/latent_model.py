@@ -47,6 +47,8 @@ class LatentModelConfig:
     """Whether the model is told the class; an unconditional model has to find the modes by itself."""
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
+    dequantise: bool = False
+    """Pixel models: spread each level over its cell, so that the density is one of pixels and has bits per dimension."""
     dit: DiTConfig = field(default_factory=DiTConfig)
 
     def make_schedule(self) -> Schedule:
@@ -63,6 +65,13 @@ class LatentModel(nn.Module):
         self.classes = classes if config.conditional else 0  # label `classes` says "no class"
         self.schedule = config.make_schedule()
         self.network = DiT(config.dit, *latent_shape, self.classes)
+        if config.dequantise:
+            self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
+            self.half_cell: Tensor
+
+    def set_cells(self, levels: int, std: Tensor) -> None:
+        """Tell a dequantising model the cells of its data: levels in [-1, 1], and std (C,) of the pixels by channel."""
+        self.half_cell.copy_(1 / ((levels - 1) * std.view(-1, 1, 1)))
 
     def time_of(self, u: Tensor) -> Tensor:
         """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
@@ -86,9 +95,12 @@ class LatentModel(nn.Module):
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
 
-        Where the batch has mirrored latents, each sample is one or the other, at random.
+        Where the batch has mirrored latents, each sample is one or the other, at random. With `dequantise` each pixel is uniform
+        on the cell of its level, value (2 u - 1) / (levels - 1) around it.
         """
         x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
+        if self.config.dequantise:
+            x0 = x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
         u, label = context.uniforms("time", "label")
         t, eps = self.time_of(u), context.normal("noise", x0.shape[1:])
         kept = label >= self.config.label_dropout

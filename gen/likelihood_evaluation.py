@@ -84,7 +84,11 @@ def levels_in_data(splits: Splits) -> int:
 
 def score(nats: Tensor, dims: int) -> Score:
     """The mean of log-likelihoods in nats (N,) of images of `dims` values."""
-    bits = bits_per_dim(nats.double(), dims)
+    return score_of(bits_per_dim(nats.double(), dims))
+
+
+def score_of(bits: Tensor) -> Score:
+    """The mean of bits per dimension, float64 (N,), of N images."""
     error = bits.std().item() / math.sqrt(len(bits)) if len(bits) > 1 else math.nan
     return Score(bits.mean().item(), error, len(bits))
 

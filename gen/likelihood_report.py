@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ class LikelihoodRow:
 
     name: str
     kind: str
-    bits: float
-    error: float
+    bits: float | None
+    """None for a model without a likelihood of images."""
+    error: float | None
     n: int
     levels: int
     dims: int
@@ -40,6 +42,8 @@ class LikelihoodRow:
     seconds: float | None = None
     """Of `bits`, for all images."""
     sample_nfe: int | None = None
+    sampler: str = ""
+    """Solver and grid, of models that need one."""
     sample_seconds: float | None = None
     """For 1000 samples, in batches."""
     distance: float | None = None
@@ -52,23 +56,29 @@ def _optional(write: Callable[[float], str]) -> Callable[[float | None], str]:
     return lambda value: "" if value is None else write(value)
 
 
+def _bits(row: LikelihoodRow) -> str:
+    if row.bits is None:
+        return ""
+    return f"{row.bits:.4f} ± {row.error:.4f}" if row.error else f"{row.bits:.4f}"
+
+
 _COLUMNS: dict[str, Callable[[LikelihoodRow], str]] = {
     "model": lambda row: row.name,
-    "bits/dim": lambda row: f"{row.bits:.4f} ± {row.error:.4f}" if row.error else f"{row.bits:.4f}",
+    "bits/dim": lambda row: _bits(row),
     "what it is": lambda row: row.bound,
     "IWAE": lambda row: "" if row.iwae_bits is None else f"{row.iwae_bits:.4f} (K = {row.iwae_draws})",
     "parameters": lambda row: _optional(lambda v: f"{v:,}")(row.parameters),
     "classes": lambda row: "" if row.conditional is None else "told" if row.conditional else "not told",
     "distance": lambda row: _optional(number)(row.distance),
-    "NFE": lambda row: _optional(str)(row.sample_nfe),
+    "NFE": lambda row: _optional(str)(row.sample_nfe) + (f" ({row.sampler})" if row.sampler else ""),
     "s / 1000 samples": lambda row: _optional(number)(row.sample_seconds),
     "s of bits": lambda row: _optional(number)(row.seconds),
 }
 
 
 def cells(rows: Sequence[LikelihoodRow]) -> list[list[str]]:
-    """Headings and rows of the table, best bits first; columns without a value are left out."""
-    ordered = sorted(rows, key=lambda row: row.bits)
+    """Headings and rows of the table, best bits first, those without bits last; columns without a value are left out."""
+    ordered = sorted(rows, key=lambda row: math.inf if row.bits is None else row.bits)
     table = {head: [write(row) for row in ordered] for head, write in _COLUMNS.items()}
     used = {head: column for head, column in table.items() if any(column)}
     return [list(used), *(list(line) for line in zip(*used.values(), strict=True))]

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midway.gen.cell_metrics import Seen, measure_metrics
 from midway.gen.cell_store import CellStore, Part, part_ranges, seeds_of
 from midway.gen.distances import frechet_distance
 from midway.gen.measurer import Measurer
 from midway.gen.pictures import grid_png
+from midway.gen.reconstruction import psnr
 from midway.gen.shard import Shard
 from midway.gen.sources import Raw, Source
 from midway.gen.statistics import FeatureStatistics
@@ -67,14 +69,16 @@ class Reference:
         for number, (_, first, count) in self.shard.mine(self.seeds.parts):
             if self.store.part(self.identity, number) is None:
                 raw = self.source.sample(seeds_of(first, count))
-                self.store.write_part(self.identity, number, Part({"latents": raw.values}, {"nfe": raw.nfe}))
+                tensors = {"latents": raw.values, "images": self.source.images(raw)}
+                self.store.write_part(self.identity, number, Part(tensors, {"nfe": raw.nfe}))
 
-    def errors(self, number: int, latents: Tensor) -> Tensor:
-        """float64 (n,): mean square distance of a part's latents (n, C, h, w) to the fine solution."""
+    def errors(self, number: int, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """float64 (n,) twice: mean square distance of latents (n, C, h, w), and PSNR in dB of images, to the fine solution."""
         part = self.store.part(self.identity, number)
         if part is None:
             raise RuntimeError(f"the fine solution of part {number} is gone: run again")
-        return (latents.double() - part.tensors["latents"].double()).square().flatten(1).mean(1)
+        errors = (latents.double() - part.tensors["latents"].double()).square().flatten(1).mean(1)
+        return {"errors": errors, "psnr": psnr(images, part.tensors["images"])}
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Bench:
     seeds: Seeds
     store: CellStore
     shard: Shard
+    metrics: tuple[str, ...] = ()
+    """Beside the Fréchet distance, by their names in METRICS."""
     overlap: bool = False
     """Decode and look at a part while the next one is sampled."""
 
@@ -95,6 +101,7 @@ class Bench:
             "seeds": [self.seeds.first, self.seeds.n, self.seeds.blocks],
             "features": self.measurer.features,
             "reference": self.measurer.reference_name,
+            "metrics": sorted(self.metrics),
         }
 
 
@@ -131,6 +138,12 @@ def _make_parts(source: Source, bench: Bench, identity: dict[str, Any], fine: Re
                 run(lambda raw=raw, number=number: _keep(source, raw, number, bench, identity, fine))
 
 
+def look(measurer: Measurer, images: Tensor) -> Seen:
+    """Features and logits of uint8 images, on the CPU."""
+    found = measurer.network.activations(images)
+    return Seen(found.features.cpu(), None if found.logits is None else found.logits.cpu())
+
+
 def _keep(
     source: Source, raw: Raw, number: int, bench: Bench, identity: dict[str, Any], fine: Reference | None
 ) -> None:
@@ -138,12 +151,14 @@ def _keep(
     begun = time.perf_counter()
     images = source.images(raw)
     decoded = time.perf_counter()
-    features = bench.measurer.network.features(images).cpu()
+    seen = look(bench.measurer, images)
     costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun}
     costs["features"] = time.perf_counter() - decoded
-    tensors = {"features": features, "finite": raw.finite}
+    tensors = {"features": seen.features, "finite": raw.finite}
+    if seen.logits is not None:
+        tensors["logits"] = seen.logits
     if fine is not None:
-        tensors["errors"] = fine.errors(number, raw.values)
+        tensors |= fine.errors(number, raw.values, images)
     if number == 0:
         tensors["shown"] = images[:SHOWN]
     bench.store.write_part(identity, number, Part(tensors, costs))
@@ -182,11 +197,14 @@ def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], by
         reduce(add, (FeatureStatistics.of(part.tensors["features"]) for part in _of(found, blocks, block)))
         for block in range(bench.seeds.blocks)
     ]
+    seen = [_block(list(_of(found, blocks, block))) for block in range(bench.seeds.blocks)]
     numbers: dict[str, Any] = {
         "nfe": _whole([part.costs["nfe"] for part in found]),
         "distances": [None if nonfinite else frechet_distance(s, bench.measurer.reference) for s in statistics],
         "nonfinite": nonfinite,
+        "metrics": {} if nonfinite else measure_metrics(bench.metrics, seen, bench.measurer),
         "rmse": _rmse(found),
+        "psnr": torch.cat([part.tensors["psnr"] for part in found]).mean().item() if "psnr" in found[0].tensors else None,
         "seconds": {
             name: round(sum(part.costs[name] for part in found), 4) for name in ("solver", "decode", "features")
         },
@@ -196,6 +214,12 @@ def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], by
 
 def _of(parts: list[Part], blocks: list[int], block: int) -> Iterator[Part]:
     return (part for part, its in zip(parts, blocks, strict=True) if its == block)
+
+
+def _block(parts: list[Part]) -> Seen:
+    """The features of a block, in the order of its seeds."""
+    logits = torch.cat([part.tensors["logits"] for part in parts]) if "logits" in parts[0].tensors else None
+    return Seen(torch.cat([part.tensors["features"] for part in parts]), logits)
 
 
 def _rmse(parts: list[Part]) -> float | None:

@@ -11,6 +11,7 @@ learned them: train on dequantised pixels, or choose rho_min near a quarter of a
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from midway.gen.latent_model import LatentModel
 from midway.samplers.grids import RHO_MIN
 from midway.tokenizers.tokenizer import ImageTokenizer
 
+EXACT_DIMS = 256
+"""Values of an image up to which the exact trace is the default."""
+
 
 @dataclass(frozen=True)
 class LikelihoodConfig:
@@ -33,11 +37,18 @@ class LikelihoodConfig:
     grid: str = "quadratic"
     rho_min: float = RHO_MIN
     """Noise level, in standard deviations of the data, of the density that is reported."""
-    trace: Trace = "exact"
-    """exact: one backward pass for every value of an image; hutchinson: one for every probe, and an unbiased estimate."""
+    trace: Trace | Literal["auto"] = "auto"
+    """exact: one backward pass for every value of an image; hutchinson: one for every probe, an unbiased estimate. auto: exact
+    for images of at most 256 values."""
     probes: int = 1
     probe: Probe = "rademacher"
     """rademacher is exact for diagonal Jacobians, and never has the larger variance."""
+
+    def trace_for(self, dims: int) -> Trace:
+        """The trace for images of `dims` values."""
+        if self.trace == "auto":
+            return "exact" if dims <= EXACT_DIMS else "hutchinson"
+        return self.trace
 
 
 def bits_per_dim(
@@ -67,7 +78,7 @@ def bits_per_dim(
         COSINE,
         table,
         alpha * z,
-        trace=config.trace,
+        trace=config.trace_for(z[0].numel()),
         probes=config.probes,
         ids=context.sample_ids,
         probe=config.probe,

@@ -29,7 +29,8 @@ class Cell:
     `distance_std` over `blocks` blocks of seeds; `rmse` to the same seeds' reference solution; `seconds` of sampling
     for all n images; `training_nfe` evaluations spent to train the solver; `best` marks the best grid of (solver, nfe).
     `distances` of each block, all of the same seeds for every cell; `decode_seconds` and `feature_seconds` come on top of
-    `seconds`. A `baseline` is a model of its own, at its own cost. The floor is a cell with solver "floor", grid "" and nfe 0.
+    `seconds`. `psnr` in dB of images to those of the reference solution. The rest are what cell_metrics.py says, means over
+    blocks; `nonfinite` counts samples that are not. A `baseline` is a model of its own, at its own cost. The floor is a cell with solver "floor", grid "" and nfe 0.
     """
 
     solver: str
@@ -50,6 +51,16 @@ class Cell:
     distances: tuple[float, ...] = ()
     decode_seconds: float = 0.0
     feature_seconds: float = 0.0
+    psnr: float | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
+    inception_score: float | None = None
+    fd_infinity: float | None = None
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True)

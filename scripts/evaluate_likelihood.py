@@ -1,48 +1,44 @@
-"""Compare baselines in bits per dimension: python scripts/evaluate_likelihood.py --models runs/digits-vae runs/digits-glow"""
+"""Compare models in bits per dimension: python scripts/evaluate_likelihood.py --models runs/digits-vae runs/digits-glow
 
-import time
-from dataclasses import dataclass
+Baselines have likelihoods or bounds of their own, pixel models the density of their ODE, latent models none; all have samples.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from evaluate_tokenizer import NONE, report_names
 
 from cli import main, resolve
-from midway.gen.artefacts import best_device
+from midway.gen.artefacts import TrainedModel, best_device, load_model
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
-from midway.gen.errors import DataError, DivergedError, UsageError
+from midway.gen.config import read_yaml
+from midway.gen.errors import DataError, UsageError
 from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import load_features
 from midway.gen.likelihood import to_levels
-from midway.gen.likelihood_evaluation import (
-    Bounds,
-    Score,
-    Subject,
-    bits_of,
-    bound_name,
-    choose,
-    draw,
-    histogram_score,
-    iwae_of,
-    uniform_score,
-)
+from midway.gen.likelihood_evaluation import Bounds, choose, levels_in_data
 from midway.gen.likelihood_report import LikelihoodRow, check_out, text_table, write_likelihood_report
 from midway.gen.measurer import Measurer, make_measurer
+from midway.gen.model_rows import Instruments, baseline_row, latent_row, references
+from midway.gen.pixel_likelihood import LikelihoodConfig
+from midway.gen.plans import PlanConfig, make_plans
 from midway.gen.report_cells import ReportContext
 from midway.gen.runs import Run, command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
-from midway.gen.vae import VAE
+
+Trained = TrainedBaseline | TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodTask:
-    """Bits per dimension of held-out images under baselines of the same images, and the distance and cost of their samples.
+    """Bits per dimension of held-out images under models of the same images, and the distance and cost of their samples.
 
     Writes results.json, results.csv and report.md.
     """
 
     models: tuple[Path, ...]
-    """Run directories of baselines that were trained on the same data and split."""
+    """Run directories of baselines, and of latent or pixel models, that were trained on the same data and split."""
     features: str | None = None
     """Run directory of the feature network (default: the one beside the models that was trained on their images, if there is
     one). none: leave out the distances."""
@@ -59,19 +55,14 @@ class LikelihoodTask:
     """Of the draws of the bounds."""
     first_seed: int = 0
     """The first seed of the samples."""
-    title: str = "Bits per dimension"
-
-
-@dataclass(frozen=True)
-class Instruments:
-    """What all models are measured with; `floor` is what held-out images score."""
-
-    subject: Subject
-    bounds: Bounds
-    iwae: int
-    seeds: torch.Tensor
-    measurer: Measurer | None
-    floor: float | None
+    solver: str = "dpmpp2m"
+    """Latent and pixel models: the solver that draws their samples."""
+    nfe: int = 20
+    """Latent and pixel models: network evaluations per sample."""
+    grid: str = "karras"
+    """Latent and pixel models: the spacing of the steps."""
+    ode: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    title: str = "Bits per dimension and distance of samples"
 
 
 def run(task: LikelihoodTask) -> list[LikelihoodRow]:
@@ -83,10 +74,32 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = choose(splits.held_out, task.n)
     levels = check_images(models, splits)
+    plans = PlanConfig(grids=(task.grid,), batch_size=task.batch_size)
+    for trained in models.values():
+        if isinstance(trained, TrainedModel):
+            make_plans(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
-    instruments = make_instruments(task, bounds, features, splits, subject, device)
-    rows = [measure(name, trained, instruments) for name, trained in models.items()]
+    measurer = make_features(features, splits, device)
+    instruments = Instruments(
+        subject,
+        bounds,
+        task.iwae,
+        torch.arange(task.first_seed, task.first_seed + len(subject.images)),
+        measurer,
+        None if measurer is None else measurer.distance(subject.images),
+        levels,
+        plans,
+        task.solver,
+        task.nfe,
+        task.ode,
+    )
+    rows = [
+        baseline_row(name, trained, instruments)
+        if isinstance(trained, TrainedBaseline)
+        else latent_row(name, trained, instruments)
+        for name, trained in models.items()
+    ]
     rows += references(splits, instruments, levels)
     write_likelihood_report(out, rows, context(task, splits, instruments))
     print(text_table(rows))
@@ -113,10 +126,10 @@ def check(task: LikelihoodTask) -> Bounds:
 # ---- what is compared ----
 
 
-def load(paths: tuple[Path, ...], device: torch.device) -> dict[str, TrainedBaseline]:
-    """All models by name; DataError when one is no baseline, damaged, or was trained on other images than the first."""
+def load(paths: tuple[Path, ...], device: torch.device) -> dict[str, Trained]:
+    """All models by name; DataError when one is of another kind, damaged, or was trained on other images than the first."""
     names = report_names(paths, "--models")
-    loaded = {name: load_trained_baseline(path, device) for name, path in names.items()}
+    loaded = {name: load_one(path, device) for name, path in names.items()}
     first, *others = names
     for name in others:
         if not same_images(loaded[name].data, loaded[first].data):
@@ -128,21 +141,37 @@ def load(paths: tuple[Path, ...], device: torch.device) -> dict[str, TrainedBase
     return loaded
 
 
-def check_images(models: dict[str, TrainedBaseline], splits: Splits) -> int:
+def load_one(path: Path, device: torch.device) -> Trained:
+    """A latent model, or else a baseline; DataError for any other run."""
+    config = path / "config.yaml"
+    values = read_yaml(config) if config.exists() else None
+    if isinstance(values, dict) and values.get("kind") == "latent_model":
+        return load_model(path, device)
+    return load_trained_baseline(path, device)
+
+
+def shape_of(trained: Trained) -> tuple[int, ...]:
+    """(C, H, W) of the images that a model makes."""
+    if isinstance(trained, TrainedBaseline):
+        return tuple(trained.model.image_shape)
+    return tuple(trained.tokenizer.image_shape)
+
+
+def check_images(models: dict[str, Trained], splits: Splits) -> int:
     """The number of levels of all models; DataError when they differ, or images are not like those that a model knows."""
-    levels = {name: trained.model.levels for name, trained in models.items()}
+    levels = {n: t.model.levels for n, t in models.items() if isinstance(t, TrainedBaseline)}
     if len(set(levels.values())) > 1:
         raise DataError(
             "these models count other levels",
             ", ".join(f"{name} has {count}" for name, count in levels.items()),
             "bits of other integers do not compare: train them on the same images",
         )
-    count = next(iter(levels.values()))
+    count = next(iter(levels.values()), levels_in_data(splits))
     for name, trained in models.items():
         shape = tuple(splits.held_out.images.shape[1:])
-        if shape != tuple(trained.model.image_shape):
+        if shape != shape_of(trained):
             raise DataError(
-                f"{name} is a model of {tuple(trained.model.image_shape)} images",
+                f"{name} is a model of {shape_of(trained)} images",
                 f"the data are {shape}",
                 "train it again on these images",
             )
@@ -167,86 +196,13 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Run | None:
         return None
 
 
-def make_instruments(
-    task: LikelihoodTask, bounds: Bounds, features: Run | None, splits: Splits, subject: Subject, device: torch.device
-) -> Instruments:
-    """Images, seeds, and the feature network with its reference and floor."""
-    seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))
+def make_features(features: Run | None, splits: Splits, device: torch.device) -> Measurer | None:
+    """The feature network with its reference."""
     if features is None:
-        return Instruments(subject, bounds, task.iwae, seeds, None, None)
+        return None
     network, name = load_features(features.checkpoint / "features.safetensors")
-    check_shape(network, name, subject.images, "the models make")
-    measurer = make_measurer(network.to(device), name, splits.train)
-    return Instruments(subject, bounds, task.iwae, seeds, measurer, measurer.distance(subject.images))
-
-
-# ---- measuring ----
-
-
-def measure(name: str, trained: TrainedBaseline, instruments: Instruments) -> LikelihoodRow:
-    """One model; DataError if its weights were never initialised or it has no likelihood, DivergedError for bad samples."""
-    model, subject, bounds = trained.model, instruments.subject, instruments.bounds
-    begun = time.perf_counter()
-    try:
-        score = bits_of(model, subject, bounds)
-    except ValueError as error:
-        raise DataError(
-            f"{name} gives no bits per dimension", str(error), "leave it out, or train it again with --overwrite"
-        ) from error
-    seconds = time.perf_counter() - begun
-    tight = iwae_of(model, subject, bounds, instruments.iwae) if isinstance(model, VAE) and instruments.iwae else None
-    try:
-        drawn = draw(model, instruments.seeds, bounds.batch_size)
-    except ValueError as error:
-        raise DivergedError(f"{name} cannot be sampled", str(error), "leave it out, or train it again") from error
-    measurer = instruments.measurer
-    return LikelihoodRow(
-        name=name,
-        kind=model.kind,
-        bits=score.bits,
-        error=score.error,
-        n=score.n,
-        levels=model.levels,
-        dims=model.dims,
-        bound=bound_name(model, bounds.draws),
-        seed=bounds.seed,
-        images=subject.name,
-        iwae_bits=None if tight is None else tight.bits,
-        iwae_draws=None if tight is None else instruments.iwae,
-        parameters=sum(p.numel() for p in model.parameters()),
-        conditional=model.classes > 0,
-        weights=trained.weights,
-        model=trained.hash,
-        seconds=round(seconds, 3),
-        sample_nfe=model.sample_nfe,
-        sample_seconds=round(1000 * drawn.seconds / len(drawn.images), 3),
-        distance=None if measurer is None else measurer.distance(drawn.images),
-        floor=instruments.floor,
-        features=None if measurer is None else measurer.features,
-    )
-
-
-def references(splits: Splits, instruments: Instruments, levels: int) -> list[LikelihoodRow]:
-    """What needs no network: every value alone by its histogram in the training images, and all levels alike."""
-    subject = instruments.subject
-    dims = subject.images[0].numel()
-
-    def row(name: str, score: Score) -> LikelihoodRow:
-        return LikelihoodRow(
-            name,
-            "reference",
-            score.bits,
-            score.error,
-            score.n,
-            levels,
-            dims,
-            "exact",
-            instruments.bounds.seed,
-            subject.name,
-        )
-
-    histogram = row("per-pixel histogram", histogram_score(splits.train.images, subject, levels))
-    return [histogram, row("uniform", uniform_score(subject, levels))]
+    check_shape(network, name, splits.train.images, "the models make")
+    return make_measurer(network.to(device), name, splits.train)
 
 
 # ---- the report ----
@@ -258,7 +214,7 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> R
     last = task.first_seed + n - 1
     return ReportContext(
         title=task.title,
-        model=f"{len(task.models)} baseline(s)",
+        model=f"{len(task.models)} model(s)",
         data=f"{instruments.subject.name}, {n} of {len(splits.held_out.images)} held-out images",
         command=command_line(),
         hardware=hardware(),

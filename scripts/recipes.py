@@ -241,6 +241,20 @@ def digits_edm() -> LatentTask:
     )
 
 
+def digits_pixel_flow() -> LatentTask:
+    """A pixel model: a rectified flow on the identity tokenizer, on dequantised pixels, so that it has bits per dimension.
+    About 1 min.
+
+    python scripts/train_tokenizer.py digits-pixels && python scripts/train_latent.py digits-pixel-flow
+    """
+    return LatentTask(
+        out=Path("runs/digits-pixel-flow"),
+        tokenizer=Path("runs/digits-pixels"),
+        model=LatentModelConfig(dequantise=True, dit=DiTConfig(width=64, depth=4, heads=4, patch=2)),
+        train=replace(DIGITS_TRAIN, steps=1000, lr=2e-3, ema=0.99),
+    )
+
+
 def cifar10_dit() -> LatentTask:
     """A class-conditional DiT of 16 tokens on 8x8 latents of CIFAR-10, cosine schedule.
 
@@ -258,6 +272,7 @@ LATENT_RECIPES: dict[str, Callable[[], LatentTask]] = {
     "digits-dit": digits_dit,
     "digits-flow": digits_flow,
     "digits-edm": digits_edm,
+    "digits-pixel-flow": digits_pixel_flow,
     "cifar10-dit": cifar10_dit,
 }
 
@@ -410,6 +425,16 @@ def cifar10_glow() -> FlowTask:
     return _cifar10_flow("glow", glow(width=128, scales=3, steps=16))
 
 
+def cifar10_tarflow() -> TarFlowTask:
+    """TarFlow of 64 tokens: 6 flows of 4 blocks. Meant for a GPU.
+
+    python scripts/train_baseline.py cifar10-tarflow --data cifar10-train.zip --max-seconds 900
+    """
+    model = TarFlowConfig(patch=4, flows=6, depth=4, width=256, heads=4)
+    out = Path("runs/cifar10-tarflow")
+    return TarFlowTask(out=out, data=CIFAR10, model=model, validation_images=1000, train=CIFAR10_BASELINE_TRAIN)
+
+
 BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
     "vae": lambda: VAETask(out=Path("runs/vae")),
     "nice": lambda: FlowTask(out=Path("runs/nice"), model=nice()),
@@ -425,5 +450,6 @@ BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
     "cifar10-nice": cifar10_nice,
     "cifar10-realnvp": cifar10_realnvp,
     "cifar10-glow": cifar10_glow,
+    "cifar10-tarflow": cifar10_tarflow,
 }
 """The first five are models with their own defaults and those of training, for any data; the others are settings for it."""

@@ -16,6 +16,7 @@ from midway.gen.errors import DataError, UsageError
 from midway.gen.latent_model import LatentModel
 from midway.gen.latents import Latents, cache_path, encode, load_latents, save_latents
 from midway.gen.launch import make_accelerator
+from midway.gen.likelihood import levels_of
 from midway.gen.pictures import save_grid
 from midway.gen.runs import Run
 from midway.gen.sampling import decode, sample_latents
@@ -53,6 +54,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
     latents = load_latents(path, images, tokenizer, task.flip)
     set_statistics(tokenizer, latents)
+    set_cells(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
     return Parts(model, Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint), tokenizer, data)
 
@@ -111,6 +113,20 @@ def set_statistics(tokenizer: ImageTokenizer, latents: Latents) -> None:
         tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
     except ValueError as error:
         raise DataError("these latents cannot be standardised", str(error), "train the tokenizer longer") from None
+
+
+def set_cells(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
+    """Give a dequantising model the levels of its pixels; UsageError where latents are no pixels."""
+    if not task.model.dequantise:
+        return
+    if not tokenizer.passes_through:
+        raise UsageError(
+            "--model.dequantise True",
+            "these latents are no pixels: the tokenizer is learned",
+            "drop it, or use the tokenizer of the recipe digits-pixels",
+        )
+    levels = levels_of(torch.cat([part.unique() for part in images.images.split(4096)]))
+    model.set_cells(levels, tokenizer.latent_std)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -> LatentModel:
