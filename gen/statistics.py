@@ -36,7 +36,7 @@ class FeatureStatistics:
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
         """The sums of `features` (N, D), any float dtype and device. ValueError if not (N, D >= 2) or not finite."""
-        _check_features(features)
+        check_features(features)
         x = features.detach().cpu().double()
         return cls(len(x), x.sum(dim=0), x.T @ x)
 
@@ -79,7 +79,27 @@ class FeatureStatistics:
         return cls(int(tensors["count"]), tensors["total"], tensors["outer"])
 
 
-def _check_features(features: Tensor) -> None:
+def comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and (M, D) in float64. ValueError unless `check_features` passes both, and N, M >= 2 and D agree."""
+    check_features(x)
+    check_features(y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared: use one feature network"
+        )
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"sets of {len(x)} and {len(y)} feature vectors: a spread needs at least 2, use more images")
+    x = _float64(x)
+    return x, _float64(y).to(x.device)
+
+
+def _float64(features: Tensor) -> Tensor:
+    """On its own device, or on the CPU if that has no float64."""
+    features = features.detach()
+    return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def check_features(features: Tensor) -> None:
     """ValueError unless `features` is finite and (N, D) with D >= 2; flattened features give a meaningless distance."""
     if features.ndim != 2 or features.shape[1] < 2:
         raise ValueError(
