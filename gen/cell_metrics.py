@@ -50,7 +50,9 @@ def _density(seen: Seen, measurer: Measurer) -> Values:
 def _inception(seen: Seen, measurer: Measurer) -> Values:
     if seen.logits is None:
         raise UsageError(
-            f"--metrics is with {measurer.features}", "it names no class probabilities", "drop it, or use other --features"
+            f"--metrics is with {measurer.features}",
+            "it names no class probabilities",
+            "drop it, or use other --features",
         )
     return {"inception_score": inception_score(seen.logits, min(10, len(seen.logits))).value}
 
@@ -80,7 +82,9 @@ def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> Non
                 f"--metrics {name} of {n} images a block", f"it needs at least {least[name]}", "raise --n, or drop it"
             )
     if "is" in names and not logits:
-        raise UsageError("--metrics is", "these features have no class probabilities", "drop it, or use other --features")
+        raise UsageError(
+            "--metrics is", "these features have no class probabilities", "drop it, or use other --features"
+        )
 
 
 def measure_metrics(names: tuple[str, ...], blocks: list[Seen], measurer: Measurer) -> dict[str, list[float]]:

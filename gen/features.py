@@ -42,6 +42,14 @@ class LabelledBatch(Protocol):
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What a feature network makes of N images: features float32 (N, D), logits (N, K) if it is a classifier."""
+
+    features: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True)
 class FeatureConfig:
     """Images (in_channels, image_size, image_size); `classes` labels; `width` channels at first; `dim` features."""
 
@@ -93,19 +101,33 @@ class FeatureNetwork(nn.Module):
         """Penultimate features (B, dim) of float images x (B, C, H, W) in [-1, 1]."""
         return self.embed(self.stages(x).mean(dim=(2, 3)))
 
-    @torch.no_grad()
+    has_logits = True
+
     def features(self, images: Tensor) -> Tensor:
         """float32 (B, dim) of uint8 images (B, C, H, W); the same bits for any B. ValueError on other images."""
+        return self.activations(images).features
+
+    @torch.no_grad()
+    def activations(self, images: Tensor) -> "Activations":
+        """Features and the class logits made of them; as `features`."""
         _check_images(images, self.config)
         device = self.classify.weight.device
         with _plain_float32(device):
             blocks = [self._block(block.to(device)) for block in images.split(BLOCK)]
-        return torch.cat(blocks) if blocks else torch.empty(0, self.config.dim, device=device)
+            features = torch.cat(blocks) if blocks else torch.empty(0, self.config.dim, device=device)
+            return Activations(features, self._logits(features))
 
     def _block(self, images: Tensor) -> Tensor:
         count = len(images)
         padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, BLOCK - count))
         return self(to_float(padded))[:count]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """float32 (B, classes), in blocks as the features."""
+        parts = [
+            self.classify(F.pad(part, (0, 0, 0, BLOCK - len(part))))[: len(part)] for part in features.split(BLOCK)
+        ]
+        return torch.cat(parts)
 
     def loss(self, batch: LabelledBatch, context: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy (nats) and its logs, with the accuracy in [0, 1]. DataError without labels."""

@@ -204,7 +204,9 @@ def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], by
         "nonfinite": nonfinite,
         "metrics": {} if nonfinite else measure_metrics(bench.metrics, seen, bench.measurer),
         "rmse": _rmse(found),
-        "psnr": torch.cat([part.tensors["psnr"] for part in found]).mean().item() if "psnr" in found[0].tensors else None,
+        "psnr": torch.cat([part.tensors["psnr"] for part in found]).mean().item()
+        if "psnr" in found[0].tensors
+        else None,
         "seconds": {
             name: round(sum(part.costs[name] for part in found), 4) for name in ("solver", "decode", "features")
         },

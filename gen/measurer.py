@@ -27,10 +27,20 @@ KEPT = 10_000
 """Reference features that are kept."""
 
 
+class Activations(Protocol):
+    """Of N images: features float32 (N, D), and logits (N, K) of a classifier."""
+
+    @property
+    def features(self) -> Tensor: ...
+    @property
+    def logits(self) -> Tensor | None: ...
+
+
 class MeasuresImages(Protocol):
-    """A feature network: uint8 (N, C, H, W) -> float32 (N, D)."""
+    """A feature network for uint8 images (N, C, H, W)."""
 
     def features(self, images: Tensor) -> Tensor: ...
+    def activations(self, images: Tensor) -> Activations: ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,11 @@ class Measurer:
     reference_name: str
     sample: Tensor | None = None
     """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the network names class probabilities."""
+        return bool(getattr(self.network, "has_logits", False))
 
     def distance(self, images: Tensor) -> float:
         """Fréchet distance of uint8 images (N, C, H, W) to the reference."""

@@ -61,6 +61,9 @@ class EvaluateTask(SamplingFlags):
     """First seed."""
     reference_nfe: int = 128
     """Evaluations of the fine solution behind RMSE; 0 leaves RMSE out."""
+    metrics: str = "kid"
+    """Comma-separated, beside the Fréchet distance: kid, precision (and recall), density (and coverage), is, infinity; empty for
+    none."""
     overlap: bool = False
     """Decode and look at images while the next are sampled: more images a second, and times that overlap."""
     fresh: bool = False
@@ -81,6 +84,7 @@ def run(task: EvaluateTask) -> Sweep:
         blocks=task.blocks,
         first_seed=task.seed,
         reference_nfe=task.reference_nfe,
+        metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
         **task.plan_options(device),
