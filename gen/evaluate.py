@@ -75,10 +75,6 @@ def asked(config: SweepConfig) -> list[tuple[str, int]]:
     return [(s, k) for s, k in pairs if not config.skip or is_reachable(s, k, config.analytic_first)]
 
 
-OTHERS = ("precision", "recall", "density", "coverage", "inception_score", "fd_infinity")
-"""Fields of a cell that are means over blocks."""
-
-
 def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
     """The fine solution that RMSE is measured against: Heun's method on EDM's grid."""
     times = GRIDS["karras"](schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
@@ -185,6 +181,10 @@ def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench) -> Cell:
     values = torch.tensor(blocks, dtype=torch.float64)
     seeds, seconds = bench.seeds, numbers["seconds"]
     kid, kid_std = mean_std(numbers["metrics"], "kid")
+
+    def mean(name: str) -> float | None:
+        return mean_std(numbers["metrics"], name)[0]
+
     return Cell(
         solver=job.solver,
         grid=job.grid,
@@ -204,7 +204,12 @@ def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench) -> Cell:
         psnr=numbers["psnr"],
         kid=kid,
         kid_std=kid_std,
-        **{name: mean_std(numbers["metrics"], name)[0] for name in OTHERS},
+        precision=mean("precision"),
+        recall=mean("recall"),
+        density=mean("density"),
+        coverage=mean("coverage"),
+        inception_score=mean("inception_score"),
+        fd_infinity=mean("fd_infinity"),
         nonfinite=numbers["nonfinite"],
         decode_seconds=round(seconds["decode"] / seeds.blocks, 3),
         feature_seconds=round(seconds["features"] / seeds.blocks, 3),

@@ -24,7 +24,7 @@ from midway.gen.latent_model import LatentModel
 from midway.samplers.grids import RHO_MIN
 from midway.tokenizers.tokenizer import ImageTokenizer
 
-EXACT_DIMS = 256
+EXACT_DIMS = 32
 """Values of an image up to which the exact trace is the default."""
 
 
@@ -39,8 +39,8 @@ class LikelihoodConfig:
     """Noise level, in standard deviations of the data, of the density that is reported."""
     trace: Trace | Literal["auto"] = "auto"
     """exact: one backward pass for every value of an image; hutchinson: one for every probe, an unbiased estimate. auto: exact
-    for images of at most 256 values."""
-    probes: int = 1
+    for images of at most 32 values."""
+    probes: int = 4
     probe: Probe = "rademacher"
     """rademacher is exact for diagonal Jacobians, and never has the larger variance."""
 

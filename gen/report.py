@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 ABSENT = "–"
+MORE: tuple[Measure, ...] = ("rmse", "kid")
 
 
 def escape_markdown(text: str) -> str:
@@ -78,6 +79,8 @@ def _baseline_lines(cells: Sequence[Cell]) -> list[str]:
 
 
 def _caption(cells: Sequence[Cell], measure: Measure) -> str:
+    if measure == "kid":
+        return f"Kernel distance, KID ({feature_names(cells)}), lower is better; the grids of the first table"
     if measure == "rmse":
         return "RMSE to the same seeds' reference solution, lower is better; best grid of each solver and NFE"
     return f"Fréchet distance ({feature_names(cells)}), lower is better; best grid of each solver and NFE"
@@ -94,9 +97,10 @@ def markdown_table(cells: Sequence[Cell]) -> str:
     baselines = _baseline_lines(cells)
     if baselines:
         parts += ["\nBaselines, measured alike, each at its own number of evaluations\n", *baselines]
-    rmse = pivot(cells, "rmse")
-    if rmse.rows:
-        parts += [f"\n{escape_markdown(_caption(cells, 'rmse'))}\n", *_markdown_lines(rmse, None)]
+    for measure in MORE:
+        table = pivot(cells, measure)
+        if table.rows:
+            parts += [f"\n{escape_markdown(_caption(cells, measure))}\n", *_markdown_lines(table, None)]
     return "\n".join(parts) + "\n"
 
 

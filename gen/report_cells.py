@@ -19,7 +19,7 @@ from midway.gen.files import write_atomically
 from midway.samplers.gits import GITS
 
 FLOOR = "floor"
-Measure = Literal["distance", "rmse"]
+Measure = Literal["distance", "rmse", "kid"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Cell:
     `distance_std` over `blocks` blocks of seeds; `rmse` to the same seeds' reference solution; `seconds` of sampling
     for all n images; `training_nfe` evaluations spent to train the solver; `best` marks the best grid of (solver, nfe).
     `distances` of each block, all of the same seeds for every cell; `decode_seconds` and `feature_seconds` come on top of
-    `seconds`. `psnr` in dB of images to those of the reference solution. The rest are what cell_metrics.py says, means over
-    blocks; `nonfinite` counts samples that are not. A `baseline` is a model of its own, at its own cost. The floor is a cell with solver "floor", grid "" and nfe 0.
+    `seconds`; `psnr` in dB of images to those of the reference solution. The rest are what cell_metrics.py says, means over
+    blocks; `nonfinite` counts samples that are not. A `baseline` is a model of its own, at its own cost. The floor is a cell
+    with solver "floor", grid "" and nfe 0.
     """
 
     solver: str
@@ -180,8 +181,13 @@ def _decimals(value: float, digits: int) -> int:
 
 
 def measured(cell: Cell, measure: Measure) -> float | None:
-    """The cell's distance or rmse."""
-    return cell.distance if measure == "distance" else cell.rmse
+    """The cell's distance, rmse or kid."""
+    return {"distance": cell.distance, "rmse": cell.rmse, "kid": cell.kid}[measure]
+
+
+def deviation(cell: Cell, measure: Measure) -> float | None:
+    """Its standard deviation over blocks, of what has one."""
+    return {"distance": cell.distance_std, "rmse": None, "kid": cell.kid_std}[measure]
 
 
 def _lowest(column: Sequence[Cell], measure: Measure) -> float:
@@ -193,13 +199,13 @@ def _entry(cell: Cell | None, measure: Measure, lowest: float) -> Entry | None:
     value = None if cell is None else measured(cell, measure)
     if cell is None or value is None:
         return None
-    std = cell.distance_std if measure == "distance" else None
-    return Entry(number(value, std), cell.grid, value == lowest)
+    return Entry(number(value, deviation(cell, measure)), cell.grid, value == lowest)
 
 
 def pivot(cells: Sequence[Cell], measure: Measure) -> Pivot:
     """The table of one measure; solvers without any value are left out."""
-    chosen = shown(cells) if measure == "distance" else _least_rmse(cells)
+    chosen = _least_rmse(cells) if measure == "rmse" else shown(cells)
+    chosen = {key: cell for key, cell in chosen.items() if measured(cell, measure) is not None}
     nfes = tuple(sorted({nfe for _, nfe in chosen}))
     lowest = {nfe: _lowest([cell for (_, n), cell in chosen.items() if n == nfe], measure) for nfe in nfes}
     rows = (
@@ -207,6 +213,32 @@ def pivot(cells: Sequence[Cell], measure: Measure) -> Pivot:
         for solver in solvers_of(list(chosen.values()))
     )
     return Pivot(nfes, tuple(rows))
+
+
+def paired(cells: Sequence[Cell]) -> Pivot:
+    """How far each shown cell's distance lies above the best of its NFE: mean ± standard error of the differences of blocks.
+
+    Blocks of the same seeds share their luck, so a difference is surer than either distance. None below two blocks.
+    """
+    chosen = {key: cell for key, cell in shown(cells).items() if len(cell.distances) > 1 and _rank(cell) < math.inf}
+    nfes = tuple(sorted({nfe for _, nfe in chosen}))
+    best = {nfe: min((cell for (_, n), cell in chosen.items() if n == nfe), key=_rank) for nfe in nfes}
+    rows = (
+        (solver, tuple(_difference(chosen.get((solver, nfe)), best[nfe]) for nfe in nfes))
+        for solver in solvers_of(list(chosen.values()))
+    )
+    return Pivot(nfes, tuple(rows))
+
+
+def _difference(cell: Cell | None, best: Cell) -> Entry | None:
+    if cell is None:
+        return None
+    if cell is best:
+        return Entry("best", cell.grid, True)
+    values = [a - b for a, b in zip(cell.distances, best.distances, strict=True)]
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return Entry(f"+{number(mean, error)}", cell.grid, False)
 
 
 BASELINE_HEADS = ("baseline", "NFE", "distance", "s / 1000 images")

@@ -22,6 +22,7 @@ from midway.gen.report_cells import (
     feature_names,
     floor_of,
     number,
+    paired,
     pivot,
     shown,
     solvers_of,
@@ -159,6 +160,21 @@ def _baselines(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) ->
     )
 
 
+def _differences(cells: Sequence[Cell]) -> str:
+    """How far each solver is from the best of its column, by blocks of the same seeds; nothing below two blocks."""
+    table = paired(cells)
+    if not table.rows:
+        return ""
+    rows = [
+        f'<tr><th scope="row">{escape(solver)}</th>{"".join(map(entry_cell, row))}</tr>' for solver, row in table.rows
+    ]
+    return (
+        "<h2>Difference from the best</h2><p>Of the distances of blocks of the same seeds: mean and standard error. Blocks "
+        "share their luck, so a difference is surer than either distance; one below twice its error decides nothing.</p>"
+        f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
 def _lead(cells: Sequence[Cell]) -> str:
     """The result in a sentence: who is best at the smallest and at the largest budget."""
     table = pivot(cells, "distance")
@@ -254,6 +270,12 @@ def notes_list(notes: Sequence[str]) -> str:
 
 def _page(cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]) -> str:
     title = escape(context.title)
+    kid = (
+        "<h2>Kernel distance</h2><p>KID of the same features, on the grids above: unbiased in the number of images, where "
+        "the Fréchet distance is not; it may fall a little below 0.</p>" + _table(cells, "kid")
+        if pivot(cells, "kid").rows
+        else ""
+    )
     rmse = (
         "<h2>Error of the solver itself</h2><p>Root-mean-square difference from the same seeds' reference solution: it "
         "measures the solver alone, whatever the model.</p>" + _table(cells, "rmse")
@@ -271,6 +293,8 @@ grid that did best. Comparable only with numbers of the same feature name,
 {_table(cells, "distance")}
 <div class="plots">{_plot(cells, "nfe")}{_plot(cells, "seconds")}</div>
 {_baselines(cells, grids)}
+{kid}
+{_differences(cells)}
 {rmse}
 {_samples(cells, grids)}
 {notes_list(context.notes)}
