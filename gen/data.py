@@ -7,7 +7,7 @@ is `to_float`, x / 127.5 - 1; the way back is `to_uint8`, round((x + 1) 127.5). 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -41,7 +41,7 @@ class ImageData:
 
 
 @dataclass(frozen=True)
-class _Arrays:
+class Arrays:
     """A named source as it comes: uint8 (N, H, W) or (N, H, W, 3), labels (N,)."""
 
     pixels: NDArray[np.uint8]
@@ -50,41 +50,41 @@ class _Arrays:
     name: str
 
 
-def _digits(root: Path, download: bool) -> _Arrays:
+def _digits(root: Path, download: bool) -> Arrays:
     """1797 handwritten digits, 8 x 8; scikit-learn carries them, so `root` and `download` have nothing to do."""
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
     pixels = np.rint(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
-    return _Arrays(pixels, labels.tolist(), tuple("0123456789"), "digits")
+    return Arrays(pixels, labels.tolist(), tuple("0123456789"), "digits")
 
 
-def _cifar10(root: Path, download: bool) -> _Arrays:
-    def read() -> _Arrays:
+def _cifar10(root: Path, download: bool) -> Arrays:
+    def read() -> Arrays:
         from torchvision.datasets import CIFAR10
 
         train = CIFAR10(root, train=True, download=download)
-        return _Arrays(train.data, train.targets, tuple(train.classes), "cifar10-train")
+        return Arrays(train.data, train.targets, tuple(train.classes), "cifar10-train")
 
     return _torchvision("cifar10", read, f"cifar-10-python.tar.gz in {root}", download)
 
 
-def _mnist(root: Path, download: bool) -> _Arrays:
-    def read() -> _Arrays:
+def _mnist(root: Path, download: bool) -> Arrays:
+    def read() -> Arrays:
         from torchvision.datasets import MNIST
 
         train = MNIST(root, train=True, download=download)
-        return _Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "mnist-train")
+        return Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "mnist-train")
 
     return _torchvision("mnist", read, _four_files(root / "MNIST" / "raw"), download)
 
 
-def _fashion_mnist(root: Path, download: bool) -> _Arrays:
-    def read() -> _Arrays:
+def _fashion_mnist(root: Path, download: bool) -> Arrays:
+    def read() -> Arrays:
         from torchvision.datasets import FashionMNIST
 
         train = FashionMNIST(root, train=True, download=download)
-        return _Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "fashion_mnist-train")
+        return Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "fashion_mnist-train")
 
     return _torchvision("fashion_mnist", read, _four_files(root / "FashionMNIST" / "raw"), download)
 
@@ -93,7 +93,7 @@ def _four_files(folder: Path) -> str:
     return f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz (four files) in {folder}"
 
 
-def _torchvision(name: str, read: Callable[[], _Arrays], place: str, download: bool) -> _Arrays:
+def _torchvision(name: str, read: Callable[[], Arrays], place: str, download: bool) -> Arrays:
     """`read()`, its many kinds of failure turned into one DataError that says where the files belong."""
     by_hand = f"place {place} and pass --download (files already there are checked, not fetched)"
     try:
@@ -106,7 +106,7 @@ def _torchvision(name: str, read: Callable[[], _Arrays], place: str, download: b
         raise DataError(what, f"{type(error).__name__}: {error}", fix) from error
 
 
-SOURCES: dict[str, Callable[[Path, bool], _Arrays]] = {
+SOURCES: dict[str, Callable[[Path, bool], Arrays]] = {
     "digits": _digits,
     "cifar10": _cifar10,
     "mnist": _mnist,
@@ -133,17 +133,29 @@ def load_images(
     `resize` (pixels; shorter side, then centre crop) apply to every image. `skip` leaves out at most 1 % bad files.
     UsageError: an unknown name or option. DataError: a source that cannot be used, with the file and the remedy.
     """
-    _check_options(channels, resize, on_bad_image)
+    check_options(channels, resize, on_bad_image)
     if source in SOURCES:
-        return _load_named(SOURCES[source]((root or _default_root()).expanduser(), download), channels, resize)
-    return _load_path(_existing_path(source), channels, resize, on_bad_image)
+        return _load_named(read_named(source, root, download), channels, resize)
+    return _load_path(existing_path(source), channels, resize, on_bad_image)
+
+
+def read_named(source: str, root: Path | None = None, download: bool = False) -> Arrays:
+    """The arrays of a name in `SOURCES`, as they come; `root` as in `load_images`. DataError when they are not there."""
+    return SOURCES[source]((root or _default_root()).expanduser(), download)
+
+
+def prepared(arrays: Arrays, channels: int | None, resize: int | None) -> Iterator[Decoded]:
+    """The images of a named source one by one, each named by its place: `digits[0]`."""
+    for index, pixels in enumerate(arrays.pixels):
+        yield prepare(f"{arrays.name}[{index}]", Image.fromarray(pixels), channels, resize)
 
 
 def _default_root() -> Path:
     return Path(os.environ.get("MIDWAY_DATA") or "~/.cache/midway/data")
 
 
-def _check_options(channels: int | None, resize: int | None, on_bad_image: str) -> None:
+def check_options(channels: int | None, resize: int | None, on_bad_image: str) -> None:
+    """UsageError for an option of `load_images` that cannot be."""
     if channels not in (None, 1, 3):
         raise UsageError(f"channels={channels}", "images are grey (1) or RGB (3)", "pass --channels 1 or --channels 3")
     if resize is not None and resize < 1:
@@ -152,7 +164,8 @@ def _check_options(channels: int | None, resize: int | None, on_bad_image: str) 
         raise UsageError(f"on_bad_image={on_bad_image!r}", "no such policy", nearest(on_bad_image, ("error", "skip")))
 
 
-def _existing_path(source: str) -> Path:
+def existing_path(source: str) -> Path:
+    """The folder or file of a source that is no name. DataError for a path that does not exist, UsageError for a word."""
     path = Path(source).expanduser()
     if source and path.exists():
         return path
@@ -162,11 +175,8 @@ def _existing_path(source: str) -> Path:
     raise UsageError(f"unknown data source {source!r}", "neither a named source nor a folder or zip here", hint)
 
 
-def _load_named(arrays: _Arrays, channels: int | None, resize: int | None) -> ImageData:
-    images = [
-        prepare(f"{arrays.name}[{index}]", Image.fromarray(pixels), channels, resize)
-        for index, pixels in enumerate(arrays.pixels)
-    ]
+def _load_named(arrays: Arrays, channels: int | None, resize: int | None) -> ImageData:
+    images = list(prepared(arrays, channels, resize))
     return _assemble(images, arrays.labels, arrays.classes, arrays.name, ())
 
 
@@ -212,18 +222,29 @@ def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageD
 
     Both keep the order of `data`. UsageError unless 0 < held_out < 1; DataError when a side would be empty.
     """
+    chosen = held_out_mask(data.labels, held_out, seed)
+    return _subset(data, ~chosen, "train"), _subset(data, chosen, "heldout")
+
+
+def held_out_mask(labels: Tensor, held_out: float, seed: int) -> Tensor:
+    """bool (N,): which of the images with these labels, int64 (N,), `split` holds out; errors as there."""
+    check_share(held_out)
+    sizes = torch.bincount(labels)
+    shares = _shares(sizes, held_out)
+    if not 0 < int(shares.sum()) < len(labels):
+        what = f"held_out={held_out} of {len(labels)} images leaves one side of the split empty"
+        raise DataError(what, "both sides need images", "use more images or another share")
+    order = permutation(seed, "split", 0, len(labels))
+    by_class = order[labels[order].argsort(stable=True)].split(sizes.tolist())
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat([members[:share] for members, share in zip(by_class, shares.tolist(), strict=True)])] = True
+    return chosen
+
+
+def check_share(held_out: float) -> None:
+    """UsageError unless 0 < held_out < 1."""
     if not 0 < held_out < 1:
         raise UsageError(f"held_out={held_out}", "it is the held-out share of the images", "choose between 0 and 1")
-    sizes = torch.bincount(data.labels, minlength=len(data.classes))
-    shares = _shares(sizes, held_out)
-    if not 0 < int(shares.sum()) < len(data.labels):
-        what = f"held_out={held_out} of {len(data.labels)} images leaves one side of the split empty"
-        raise DataError(what, "both sides need images", "use more images or another share")
-    order = permutation(seed, "split", 0, len(data.labels))
-    by_class = order[data.labels[order].argsort(stable=True)].split(sizes.tolist())
-    chosen = torch.zeros(len(data.labels), dtype=torch.bool)
-    chosen[torch.cat([members[:share] for members, share in zip(by_class, shares.tolist(), strict=True)])] = True
-    return _subset(data, ~chosen, "train"), _subset(data, chosen, "heldout")
 
 
 def _shares(sizes: Tensor, fraction: float) -> Tensor:

@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from midway.gen.errors import DataError
+
+Result = TypeVar("Result")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # what Pillow may try; not EPS, which starts Ghostscript
@@ -49,6 +51,7 @@ class FileSet:
 
     names: tuple[str, ...]  # sorted, relative to the source, "/" between parts
     read: Callable[[str], bytes]  # safe to call from several threads
+    others: tuple[str, ...] = ()  # files beside them whose names do not end like an image's
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,11 @@ class Undecodable:
     reason: str
 
 
+@dataclass(frozen=True)
+class Unusable(Undecodable):
+    """A file that is intact, but holds what 8-bit grey or RGB cannot."""
+
+
 # ---- which files, and their classes ----
 
 
@@ -75,11 +83,11 @@ class Undecodable:
 def open_files(path: Path) -> Iterator[FileSet]:
     """The images of a folder or zip, to be read while the context is open. DataError: missing, broken or without images."""
     if path.is_dir():
-        yield FileSet(_image_names(path, _walk(path)), lambda name: (path / name).read_bytes())
+        yield _file_set(path, _walk(path), lambda name: (path / name).read_bytes())
     else:
         with _open_zip(path) as archive:
-            names = _image_names(path, (entry.filename for entry in archive.infolist() if not entry.is_dir()))
-            yield FileSet(names, _locked_read(archive))
+            found = (entry.filename for entry in archive.infolist() if not entry.is_dir())
+            yield _file_set(path, found, _locked_read(archive))
 
 
 def class_labels(names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
@@ -129,14 +137,14 @@ def _is_junk(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _image_names(path: Path, found: Iterable[str]) -> tuple[str, ...]:
+def _file_set(path: Path, found: Iterable[str], read: Callable[[str], bytes]) -> FileSet:
     files = {name for name in found if not _is_junk(name)}
     images = tuple(sorted(name for name in files if name.lower().endswith(EXTENSIONS)))
     if not images:
         endings = ", ".join(sorted({PurePosixPath(name).suffix or "no extension" for name in files})[:_LISTED])
         why = f"it holds {len(files)} other files ({endings})" if files else "it is empty"
         raise DataError(f"no images in {path}", why, f"put image files there ({' '.join(EXTENSIONS)})")
-    return images
+    return FileSet(images, read, tuple(sorted(files.difference(images))))
 
 
 def _without_wrapper(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -179,6 +187,14 @@ def decode(name: str, read: Callable[[str], bytes], channels: int | None, resize
         return Undecodable(name, _reason(error))
     _refuse_deep(name, image, data)
     return prepare(name, upright, channels, resize, notes)
+
+
+def attempt(name: str, read: Callable[[str], bytes], channels: int | None, resize: int | None) -> Decoded | Undecodable:
+    """`decode`, with what is intact but unusable as a result too: nothing about one file stops a look at all of them."""
+    try:
+        return decode(name, read, channels, resize)
+    except DataError as error:
+        return Unusable(name, f"{error.what.removeprefix(name).strip()}: {error.why}")
 
 
 def prepare(
@@ -264,17 +280,22 @@ def _fit(image: Image.Image, size: int | None) -> tuple[Image.Image, tuple[str, 
 
 def decode_all(files: FileSet, channels: int | None, resize: int | None) -> list[Decoded | Undecodable]:
     """Every file, decoded, in the order of `files.names`; by several threads where that is the faster way."""
+    return map_files(files.names, lambda name: decode(name, files.read, channels, resize))
+
+
+def map_files(names: Sequence[str], work: Callable[[str], Result]) -> list[Result]:
+    """`work` of every name, in their order; by several threads where that is the faster way."""
     Image.init()  # plugins are registered once here rather than by racing threads
 
-    def decode_chunk(names: Sequence[str]) -> list[Decoded | Undecodable]:
-        return [decode(name, files.read, channels, resize) for name in names]
+    def work_chunk(names: Sequence[str]) -> list[Result]:
+        return [work(name) for name in names]
 
     start = time.perf_counter()
-    first = decode_chunk(files.names[:_CHUNK])
+    first = work_chunk(names[:_CHUNK])
     pool = ThreadPoolExecutor(_threads((time.perf_counter() - start) / len(first)))
     try:
-        chunks = [files.names[at : at + _CHUNK] for at in range(_CHUNK, len(files.names), _CHUNK)]
-        return [result for results in (first, *pool.map(decode_chunk, chunks)) for result in results]
+        chunks = [names[at : at + _CHUNK] for at in range(_CHUNK, len(names), _CHUNK)]
+        return [result for results in (first, *pool.map(work_chunk, chunks)) for result in results]
     finally:
         pool.shutdown(cancel_futures=True)
 
