@@ -31,6 +31,8 @@ from midway.gen.report_cells import number, training_costs
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
 COLUMNS = "solver,grid,nfe,distance,distance_std,rmse,n,blocks,seconds,features,reference,seeds,training_nfe,best"
+MORE = "baseline,distances,decode_seconds,feature_seconds,psnr,kid,kid_std,precision,recall,density,coverage"
+LAST = "inception_score,fd_infinity,nonfinite"
 CONTEXT = ReportContext(
     title="Budgets",
     model="flow",
@@ -65,7 +67,7 @@ def test_csv_holds_every_cell_in_full_precision(tmp_path: Path) -> None:
     write_csv(tmp_path / "results.csv", [*CELLS, odd])
     with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert ",".join(rows[0]) == COLUMNS
+    assert ",".join(rows[0]) == f"{COLUMNS},{MORE},{LAST}"
     assert len(rows) == len(CELLS) + 1
     assert float(rows[-1]["distance"]) == 1 / 3
     assert rows[-1]["solver"] == 'a,"b"'
