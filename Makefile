@@ -47,6 +47,7 @@ bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	$(BIN)/python benchmarks/samplers.py $(ARGS)
 	$(BIN)/python benchmarks/quantizers.py $(ARGS)
+	$(BIN)/python benchmarks/metrics.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
 
 clean: ## remove the virtual environment and caches, keep runs/

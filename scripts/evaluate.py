@@ -1,14 +1,18 @@
 """Measure the step budget: python scripts/evaluate.py --model runs/digits-dit --features runs/digits-features
 
 What is measured is kept in cells/ of the report, so a sweep that was killed goes on where it was, and one with more solvers
-measures those alone. Several processes share the work: accelerate launch --num_processes 4 scripts/evaluate.py --model ...
+measures those alone. Several processes share the work:
+
+    accelerate launch --num_processes 4 scripts/evaluate.py --model runs/cifar10-dit --samples 50000
 """
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from sampling_flags import SamplingFlags
 from tqdm import tqdm
 
@@ -53,8 +57,9 @@ class EvaluateTask(SamplingFlags):
     """Comma-separated; every solver is measured on each, and shown on its best. gits is fitted to the model."""
     skip_unreachable: bool = False
     """Leave out budgets that a solver cannot reach (heun at 5), instead of refusing them."""
-    n: int | None = None
-    """Images per block (default: as many as are held out, so that the floor is measured at the same count)."""
+    n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
+    """Images per block (default: as many as are held out, so that the floor is measured at the same count). Launchers take --n
+    for a flag of their own; there write --samples."""
     blocks: int = 2
     """Disjoint blocks of seeds; their spread is the error bar."""
     seed: int = 0

@@ -245,7 +245,19 @@ def test_an_id_is_a_function_of_the_identity_alone() -> None:
 def test_two_processes_give_the_table_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
     """n = 2100 makes three parts a block, which two processes share unequally."""
     flags = ["--model", str(pipeline.model), "--features", str(pipeline.features), "--solvers", "ddim,euler", "--nfe"]
-    flags += ["4", "--grids", "uniform", "--n", "2100", "--blocks", "1", "--reference-nfe", "8", "--metrics", "kid,is"]
+    flags += [
+        "4",
+        "--grids",
+        "uniform",
+        "--samples",
+        "2100",
+        "--blocks",
+        "1",
+        "--reference-nfe",
+        "8",
+        "--metrics",
+        "kid,is",
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     script = str(SCRIPTS / "evaluate.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -323,9 +335,7 @@ def test_a_sample_that_is_not_finite_makes_the_cell_diverged(
 
     monkeypatch.setattr(SolverSource, "sample", sample)
     cell = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)).cells[1]
-    assert (
-        cell.distance == float("inf") and cell.kid is None and cell.nonfinite == 6
-    )  # batches of 8 in two blocks of 20
+    assert cell.distance == float("inf") and cell.kid is None and cell.nonfinite == 2  # of two parts
     assert "diverged" in (tmp_path / "report.md").read_text()
 
 
@@ -411,7 +421,7 @@ def test_paired_differences_by_hand() -> None:
 def images() -> Iterator[ImageData]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
-    yield ImageData("toy", pixels, torch.arange(40) % 4, ("a", "b", "c", "d"))
+    yield ImageData(pixels, torch.arange(40) % 4, ("a", "b", "c", "d"), "toy", "f" * 64)
 
 
 def test_statistics_of_a_reference_are_kept_and_those_of_another_refused(images: ImageData, tmp_path: Path) -> None:
