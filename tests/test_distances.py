@@ -193,18 +193,11 @@ def test_forms_agree_beyond_the_dimension() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*images for")
-def test_one_singular_covariance_costs_no_digits() -> None:
-    """Whichever of the two it is: the other one is factored."""
+def test_one_singular_covariance_gives_the_same_from_either_side() -> None:
+    """The other one is factored, whichever it is."""
     few, many = features(1, FEW), features(2)
-    expected = pytest.approx(frechet_distance_of_features(few, many), rel=1e-12)
-    root = torch.linalg.cholesky(FeatureStatistics.of(many).covariance)
-    inner = root.T @ FeatureStatistics.of(few).covariance @ root
-    trace = float(torch.linalg.eigvalsh(inner).clamp(min=0).sqrt()[-(FEW - 1) :].sum())
-    spread = float(few.var(0).sum() + many.var(0).sum()) - 2 * trace
-    assert float((few.mean(0) - many.mean(0)).square().sum()) + spread == expected
-    loose = pytest.approx(frechet_distance_of_features(few, many), rel=1e-6)
-    assert distance(few, many) == loose
-    assert distance(many, few) == loose
+    assert distance(few, many) == distance(many, few)
+    assert distance(few, many) == pytest.approx(frechet_distance_of_features(few, many), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:.*images for")

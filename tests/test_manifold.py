@@ -152,6 +152,20 @@ def test_the_quick_form_is_as_near_as_it_says(offset: float) -> None:
     assert (block.slack < 1e-11 * (x.square().sum(1).max() + y.square().sum(1).max())).all()
 
 
+def test_nothing_depends_on_what_the_quick_form_may_be_off_by() -> None:
+    """Whatever its errors are within its slack, radii and decisions are those of the differences."""
+    x, y = features(1, 50, 3), features(2, 60, 3)
+    distances = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    radii = distances.sort(dim=1).values[:, 4:5]
+    for seed in range(5):
+        slack = 0.5 * torch.rand(50, 60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        errors = slack * (2 * torch.rand(50, 60, generator=torch.Generator().manual_seed(9), dtype=torch.float64) - 1)
+        block = manifold._Block(x, y, distances.square() + 0.99 * errors, slack)
+        assert torch.equal(manifold._kth(block, 5), radii[:, 0])
+        assert torch.equal(manifold._within(block, radii, closed=True), distances <= radii)
+        assert torch.equal(manifold._within(block, radii, closed=False), distances < radii)
+
+
 def test_agrees_with_torch_fidelity() -> None:
     peer = pytest.importorskip("torch_fidelity.metric_prc", reason="a peer")
     x, y = features(1, 70), 0.8 * features(2, 50) + 0.2
