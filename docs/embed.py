@@ -4,10 +4,12 @@
 
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
 and copies distance_vs_nfe.png to docs/images/demo.png. Of more than 12 solvers the picture shows
-RMSE instead, of those solvers that have the least at some budget.
+RMSE instead, of those solvers that have the least at some budget. Of a comparison of models (scripts/evaluate_likelihood.py)
+it is the table of results.json, with the facts that a reader needs beside it.
 """
 
 import csv
+import json
 import math
 import os
 import shutil
@@ -16,8 +18,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from midway.gen.likelihood_report import LikelihoodRow
+from midway.gen.likelihood_report import cells as cells_of_models
 from midway.gen.report import markdown_table
-from midway.gen.report_cells import Cell
+from midway.gen.report_cells import Cell, number
 
 READABLE = 12
 """More lines than this cannot be told apart."""
@@ -91,6 +95,8 @@ def embed(page: Path, name: str, report: Path) -> None:
     text = page.read_text()
     if begin not in text or end not in text:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
+    if (report / "results.json").exists():
+        return _replace(page, name, models_block(report))
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     cells = read_cells(report / "results.csv")
@@ -106,7 +112,31 @@ def embed(page: Path, name: str, report: Path) -> None:
     link = os.path.relpath(picture, page.parent)
     shown = "RMSE" if len({cell.solver for cell in cells}) > READABLE else "Fréchet distance"
     block = f"{markdown_table(cells)}\n{facts}\n\n![{shown} against NFE]({link})\n"
-    before, rest = text.split(begin, 1)
+    return _replace(page, name, block)
+
+
+def models_block(report: Path) -> str:
+    """The table of a comparison of models, and what it was measured on and with."""
+    result = json.loads((report / "results.json").read_text())
+    rows = [LikelihoodRow(**row) for row in result["rows"]]
+    heads, *body = cells_of_models(rows)
+    marks = ["---", *["---:" for _ in heads[1:]]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, marks, *body))
+    context, models = result["context"], [row for row in rows if row.model]
+    measured = next((row for row in models if row.features), None)
+    distance = (
+        ""
+        if measured is None
+        else f" Distances: n = {measured.n} samples, features `{measured.features}`, "
+        f"held-out images score {number(measured.floor or 0.0)}."
+    )
+    seeds, hardware = context["seeds"], context["hardware"]
+    return f"{table}\n\nn = {rows[0].n} held-out images of {rows[0].levels} levels; seeds: {seeds}; {hardware}.{distance}\n"
+
+
+def _replace(page: Path, name: str, block: str) -> None:
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    before, rest = page.read_text().split(begin, 1)
     page.write_text(f"{before}{begin}\n{block}{end}{rest.split(end, 1)[1]}")
 
 

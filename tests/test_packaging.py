@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("gen", "samplers", "tokenizers")
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-OPTIONAL = {"transformers", "torchmetrics", "torch_fidelity", "lpips", "peft", "matplotlib", "sklearn", "torchvision"}
+OPTIONAL = {
+    "transformers",
+    "timm",
+    "torchmetrics",
+    "torch_fidelity",
+    "lpips",
+    "peft",
+    "matplotlib",
+    "sklearn",
+    "torchvision",
+}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
