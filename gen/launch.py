@@ -50,6 +50,18 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     return accelerator
 
 
+def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool = False) -> None:
+    """UsageError for flags that this training has no use for; before a run directory is made."""
+    if config.validate_every and not validates:
+        raise UsageError(
+            f"--validate-every {config.validate_every}", "this training has no validation", "use --validate-every 0"
+        )
+    if config.measure_every and not measures:
+        raise UsageError(
+            f"--measure-every {config.measure_every}", "only latent models have early answers", "use --measure-every 0"
+        )
+
+
 def device_and_shard() -> tuple[torch.device, Shard]:
     """Where this process computes, and its share of what several processes do together."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

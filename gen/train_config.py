@@ -60,6 +60,8 @@ class TrainConfig:
     """Optimizer steps between validations; there is one after the last step, too (0: none)."""
     patience_validations: int = 0
     """Stop after so many validations in a row without a new best (0: never)."""
+    measure_every: int = 0
+    """Latent models: optimizer steps between early answers, the Fréchet distance at a few small budgets (0: none)."""
     log_every: int = 50
     preview_every: int = 0
     """Optimizer steps between preview grids (0: only at the end)."""
@@ -72,7 +74,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         least_0 = ("steps", "warmup", "lr", "weight_decay", "preview_every", "save_every", "save_seconds", "seed")
-        for name in (*least_0, "validate_every", "patience_validations"):
+        for name in (*least_0, "validate_every", "patience_validations", "measure_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
@@ -116,7 +118,7 @@ PATHS = (
 )
 """Where things are. What is in them is compared by fingerprint."""
 BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience", "patience_validations")
-REPORTS = ("log_every", "preview_every", "log_with", "validate_every")
+REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
 """The same numbers up to the order of floating-point sums."""
 
@@ -135,7 +137,7 @@ def may_change(key: str, train: TrainConfig) -> bool:
     last = key.removeprefix("train.")
     if last == "steps":
         return train.decay != "cosine"
-    return key in PATHS or last in (*BUDGETS, *REPORTS, *ROUNDING)
+    return key in PATHS or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:

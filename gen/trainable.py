@@ -52,13 +52,14 @@ class Items:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a script adds, on the main process: `preview(step)` and `validate(step)`, called with the averaged weights in the
-    model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. Of what `validate` gives
-    (a lower number is better) the best is kept, with its weights, in best/ of the run."""
+    """What a script adds, on the main process: `preview(step)`, `measure(step)` and `validate(step)`, called with the averaged
+    weights in the model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. Of what
+    `validate` gives (a lower number is better) the best is kept, with its weights, in best/ of the run."""
 
     preview: Callable[[int], None] | None = None
     export: Callable[[Path, dict[str, Tensor]], None] | None = None
     validate: Callable[[int], float] | None = None
+    measure: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ checkpoint, once; if that does not help it ends. Every collective is reached by 
 A validation is made before the checkpoint of its step, which then knows of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -28,7 +28,7 @@ from midway.gen.errors import UsageError
 from midway.gen.guard import Guard, Wishes
 from midway.gen.interrupts import Interrupted, Interrupts
 from midway.gen.keeper import Keeper
-from midway.gen.launch import share_of
+from midway.gen.launch import refuse_unused, share_of
 from midway.gen.optim import (
     checkpoint_activations,
     compile_networks,
@@ -162,6 +162,8 @@ class _Training:
             if step == config.steps or _due(config.validate_every, step):
                 self._validate(step, report)
             done = step == config.steps or self.validation.is_over
+            if _due(config.measure_every, step) or (done and config.measure_every):
+                self._show(self.hooks.measure, step)
             self._log(step, report, stop, done)
             due = verdict.wishes.save or _due(config.save_every, step)
             if done or stop or (due and not self.guard.streak):  # never between bad steps: one goes back to before them
@@ -171,7 +173,7 @@ class _Training:
                 report.close()
                 raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
             if _due(config.preview_every, step) or done or stop:
-                self._preview(step)
+                self._show(self.hooks.preview, step)
             if stop:
                 break
         if step == config.steps:  # also a run of no steps
@@ -248,15 +250,14 @@ class _Training:
         if self.posthoc and (_due(config.posthoc_every, step) or done):
             self._snapshot(step)
 
-    def _preview(self, step: int) -> None:
-        """Call the preview on the main process with the averaged weights in the model (not if the model is sharded)."""
-        preview = self.hooks.preview
-        if preview is None:
+    def _show(self, hook: Callable[[int], None] | None, step: int) -> None:
+        """Call the hook on the main process with the averaged weights in the model (not if the model is sharded)."""
+        if hook is None:
             return
         if not self.sharded:
             with self._averaged():
                 if self.accelerator.is_main_process:
-                    preview(step)
+                    hook(step)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -326,13 +327,8 @@ class _Training:
 
 def check_validation(config: TrainConfig, hooks: Hooks, sharded: bool) -> None:
     """UsageError for a validation that cannot be made."""
-    if not config.validate_every:
-        return
-    if hooks.validate is None:
-        raise UsageError(
-            f"--validate-every {config.validate_every}", "this training has no validation", "use --validate-every 0"
-        )
-    if sharded:
+    refuse_unused(config, hooks.validate is not None, hooks.measure is not None)
+    if config.validate_every and sharded:
         raise UsageError(
             "FSDP cannot validate",
             "validation needs the whole model, and every process has a shard of it",

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from midway.gen.backbone import DiTConfig
+from midway.gen.early_answers import EarlyConfig
 from midway.gen.flow_config import FlowConfig, glow, nice, realnvp
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.loss_config import LossConfig
@@ -122,6 +123,8 @@ class LatentTask:
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
+    early: EarlyConfig = field(default_factory=EarlyConfig)
+    """With --measure-every: what is measured."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     overwrite: bool = False
     """Delete a run that is already at --out."""

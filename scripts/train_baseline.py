@@ -20,7 +20,7 @@ from midway.gen.config import read_yaml, to_dict
 from midway.gen.context import ImageBatch
 from midway.gen.data import describe, to_uint8
 from midway.gen.errors import DataError, UsageError, nearest
-from midway.gen.launch import make_accelerator
+from midway.gen.launch import make_accelerator, refuse_unused
 from midway.gen.likelihood_evaluation import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
 from midway.gen.pictures import save_grid
 from midway.gen.runs import Run
@@ -126,6 +126,7 @@ def make_bounds(task: BaselineTask) -> Bounds:
 
 def train(task: BaselineTask) -> Run | None:
     """Train, score held-out images, save. The run on the main process, None on the others."""
+    refuse_unused(task.train, validates=True)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
     model, weights = parts.model, weights_name(task.train)

@@ -19,7 +19,7 @@ from midway.gen.context import ImageBatch
 from midway.gen.data import describe
 from midway.gen.errors import UsageError
 from midway.gen.features import FeatureConfig, FeatureNetwork, protocol_name, save_features
-from midway.gen.launch import make_accelerator
+from midway.gen.launch import make_accelerator, refuse_unused
 from midway.gen.runs import Run
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.train_config import TrainConfig
@@ -76,6 +76,7 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts:
 
 def train(task: FeaturesTask) -> Run | None:
     """Train on the training images, report the held-out accuracy, save. The run on the main process."""
+    refuse_unused(task.train)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out

@@ -12,12 +12,17 @@ from midway.gen.artefacts import TrainedModel, load_tokenizer, write_model
 from midway.gen.config import to_dict
 from midway.gen.context import LatentBatch
 from midway.gen.data import ImageData
+from midway.gen.early_answers import EarlyConfig, early_answers, report_early
 from midway.gen.errors import DataError, UsageError
+from midway.gen.feature_runs import check_shape, open_features
+from midway.gen.features import load_features
 from midway.gen.latent_model import LatentModel
 from midway.gen.latents import Latents, cache_path, encode, load_latents, save_latents
-from midway.gen.launch import make_accelerator
+from midway.gen.launch import make_accelerator, refuse_unused
 from midway.gen.likelihood import levels_of
+from midway.gen.measurer import Measurer, make_measurer
 from midway.gen.pictures import save_grid
+from midway.gen.plans import PlanConfig, make_table
 from midway.gen.runs import Run
 from midway.gen.sampling import decode, sample_latents
 from midway.gen.splits import DataConfig, load_splits
@@ -74,7 +79,9 @@ def fetcher(latents: Latents, device: torch.device):
 
 def train(task: LatentTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
+    refuse_unused(task.train, measures=True)
     accelerator = make_accelerator(task.train, task.out)
+    measurer = make_early_measurer(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
     config = {**to_dict(task), "data": to_dict(parts.data)}
@@ -89,12 +96,35 @@ def train(task: LatentTask) -> Run | None:
     hooks = Hooks(
         preview=lambda step: write_preview(run, parts, step, weights_name(task.train)),
         export=lambda folder, _: write_model(folder, model, tokenizer),
+        measure=None if measurer is None else lambda step: write_early(run, parts, step, measurer, task.early),
     )
     result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:
         return None
     run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
     return run
+
+
+def make_early_measurer(task: LatentTask, device: torch.device) -> Measurer | None:
+    """The feature network of early answers, before anything is trained; errors as open_features."""
+    if not task.train.measure_every:
+        return None
+    tokenizer, data = load_tokenizer(task.tokenizer)
+    run = open_features(task.early.features, [task.tokenizer], data, "the tokenizer")
+    network, name = load_features(run.checkpoint / "features.safetensors")
+    train = load_splits(data).train
+    check_shape(network, name, train.images, "the tokenizer makes")
+    latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))
+    for nfe in task.early.nfe:  # what cannot be is refused here
+        trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
+        make_table(task.early.solver, task.early.grid, nfe, trained, PlanConfig(grids=(task.early.grid,)))
+    return make_measurer(network.to(device), name, train)
+
+
+def write_early(run: Run, parts: Parts, step: int, measurer: Measurer, config: EarlyConfig) -> None:
+    """Early answers of the averaged weights, which are in the model."""
+    trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
+    report_early(run, step, early_answers(trained, measurer, config), measurer, config)
 
 
 def make_cache(task: LatentTask, images: ImageData, tokenizer: ImageTokenizer) -> Latents | None:

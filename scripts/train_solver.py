@@ -19,7 +19,7 @@ from cli import main, numbers, resolve
 from midway.gen.artefacts import LEARNED, TABLE, TrainedModel, load_model, solver_path
 from midway.gen.config import to_dict
 from midway.gen.errors import UsageError, nearest
-from midway.gen.launch import make_accelerator
+from midway.gen.launch import make_accelerator, refuse_unused
 from midway.gen.runs import Run
 from midway.gen.sampling import labels_of
 from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
@@ -90,6 +90,7 @@ class Parts:
 def train(task: SolverTask) -> list[Run]:
     """One run per budget, on the main process."""
     check(task)
+    refuse_unused(task.train)
     accelerator = make_accelerator(task.train, task.model)
     trained = load(task, accelerator)
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run

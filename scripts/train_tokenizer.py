@@ -15,7 +15,7 @@ from midway.gen.context import ImageBatch
 from midway.gen.data import ImageData, describe
 from midway.gen.errors import UsageError
 from midway.gen.latent_statistics import latent_statistics
-from midway.gen.launch import make_accelerator
+from midway.gen.launch import make_accelerator, refuse_unused
 from midway.gen.loss_config import described
 from midway.gen.model_card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
 from midway.gen.pictures import save_grid
@@ -71,6 +71,7 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
 
 def train(task: TokenizerTask) -> Run | None:
     """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
+    refuse_unused(task.train)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
     parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits

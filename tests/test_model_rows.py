@@ -75,8 +75,8 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
     (plan,) = make_plans(trained, "dpmpp2m", 4, PlanConfig(grids=("uniform",))).values()
     images = decode(trained, sample_latents(trained, plan, torch.arange(24)).latents)
     network, _ = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
-    statistics = [FeatureStatistics.of(network.features(part)) for part in (images, splits.train.images)]
-    assert row.distance == pytest.approx(frechet_distance(*statistics), rel=1e-6)
+    ours, reference = (FeatureStatistics.of(network.features(part)) for part in (images, splits.train.images))
+    assert row.distance == pytest.approx(frechet_distance(ours, reference), rel=1e-6)
 
 
 @pytest.mark.parametrize(
