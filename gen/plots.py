@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from midway.gen.files import write_atomically
-from midway.gen.report_cells import Cell, baselines_of, feature_names, floor_of, shown, solvers_of, training_costs
+from midway.gen.report_cells import Cell, baselines_of, floor_of, measure_name, shown, solvers_of, training_costs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,12 +108,12 @@ def _spaced(budgets: Sequence[int]) -> list[int]:
     return kept
 
 
-def _dress(axes: "Axes", features: str, x: Cost, counts: Sequence[int]) -> None:
+def _dress(axes: "Axes", name: str, x: Cost, counts: Sequence[int]) -> None:
     """Labels, grid and a frame that recedes behind the data."""
     images = f"{counts[0]} images" if len(counts) == 1 else "all images"
     label = "NFE, network evaluations per image" if x == "nfe" else f"seconds to sample {images}"
     axes.set_xlabel(label, color=INK, labelpad=8, fontsize=12)
-    axes.set_ylabel(f"Fréchet distance ({features})", color=INK, labelpad=8, fontsize=12)
+    axes.set_ylabel(name, color=INK, labelpad=8, fontsize=12)
     axes.grid(True, color=HAIR, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=QUIET, labelsize=11)
@@ -164,7 +164,7 @@ def distance_png(cells: Sequence[Cell], x: Cost = "nfe") -> bytes:
 def _draw(figure: "Figure", axes: "Axes", cells: Sequence[Cell], x: Cost) -> None:
     points = _plottable(cells, x)
     floor = floor_of(cells)
-    _dress(axes, feature_names(cells), x, sorted({cell.n for cell in points}))
+    _dress(axes, measure_name(cells), x, sorted({cell.n for cell in points}))
     if not points:
         axes.text(0.5, 0.5, "no finite distance to plot", transform=axes.transAxes, ha="center", color=QUIET)
         return

@@ -20,6 +20,7 @@ from midway.gen.report_cells import (
     check_comparable,
     feature_names,
     floor_of,
+    measure_name,
     number,
     pivot,
     training_costs,
@@ -83,7 +84,7 @@ def _caption(cells: Sequence[Cell], measure: Measure) -> str:
         return f"Kernel distance, KID ({feature_names(cells)}), lower is better; the grids of the first table"
     if measure == "rmse":
         return "RMSE to the same seeds' reference solution, lower is better; best grid of each solver and NFE"
-    return f"Fréchet distance ({feature_names(cells)}), lower is better; best grid of each solver and NFE"
+    return f"{measure_name(cells)}, lower is better; best grid of each solver and NFE"
 
 
 def markdown_table(cells: Sequence[Cell]) -> str:

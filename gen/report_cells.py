@@ -19,6 +19,8 @@ from midway.gen.files import write_atomically
 from midway.samplers.gits import GITS
 
 FLOOR = "floor"
+FID = "inception-v3-2015-12-05@6726825d"
+"""How the name of the features begins under which a distance is FID."""
 Measure = Literal["distance", "rmse", "kid"]
 
 
@@ -160,6 +162,12 @@ def solvers_of(cells: Sequence[Cell]) -> tuple[str, ...]:
 def feature_names(cells: Sequence[Cell]) -> str:
     """The feature networks that measured the cells; normally one."""
     return ", ".join(dict.fromkeys(cell.features for cell in cells))
+
+
+def measure_name(cells: Sequence[Cell]) -> str:
+    """What the distance is called: FID of the published Inception network alone, else Fréchet distance, with the features."""
+    names = feature_names(cells)
+    return f"FID ({names})" if names.startswith(FID) and "," not in names else f"Fréchet distance ({names})"
 
 
 def number(value: float, std: float | None = None) -> str:
