@@ -16,12 +16,13 @@ import torch
 
 from midway.gen.artefacts import LEARNED, TrainedModel, card_of
 from midway.gen.baseline import TrainedBaseline
-from midway.gen.cell_metrics import check_metrics, mean_std
+from midway.gen.cell_metrics import check_metrics, mean_std, measure_metrics
 from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
+from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError
 from midway.gen.fitted_grid import fitting_nfe
-from midway.gen.measured_cell import Bench, Reference, Seeds, measure, picture
+from midway.gen.measured_cell import Bench, Reference, Seeds, look, measure, picture
 from midway.gen.measurer import Measurer, balanced
 from midway.gen.plans import PlanConfig, is_reachable, make_plans
 from midway.gen.report_cells import FLOOR, Cell
@@ -29,6 +30,7 @@ from midway.gen.sampling import Plan
 from midway.gen.shard import Shard
 from midway.gen.sources import BaselineSource, SolverSource, Source
 from midway.gen.splits import Splits
+from midway.gen.statistics import FeatureStatistics
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
 from midway.samplers.schedule import Schedule
@@ -81,14 +83,16 @@ def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
     return SOLVERS["heun"].build(schedule, times)
 
 
-def floor_cell(measurer: Measurer, held_out: ImageData, n: int) -> Cell:
+def floor_cell(measurer: Measurer, held_out: ImageData, n: int, metrics: tuple[str, ...] = ()) -> Cell:
     """What real images score: the distance of n held-out images, or all if there are fewer, to the training images."""
     chosen = balanced(held_out.labels)[:n]
+    seen = look(measurer, held_out.images[chosen])
+    values = {name: found[0] for name, found in measure_metrics(metrics, [seen], measurer).items()}
     return Cell(
         solver=FLOOR,
         grid="",
         nfe=0,
-        distance=measurer.distance(held_out.images[chosen]),
+        distance=frechet_distance(FeatureStatistics.of(seen.features), measurer.reference),
         distance_std=None,
         rmse=None,
         n=len(chosen),
@@ -97,6 +101,13 @@ def floor_cell(measurer: Measurer, held_out: ImageData, n: int) -> Cell:
         features=measurer.features,
         reference=measurer.reference_name,
         seeds="",
+        kid=values.get("kid"),
+        precision=values.get("precision"),
+        recall=values.get("recall"),
+        density=values.get("density"),
+        coverage=values.get("coverage"),
+        inception_score=values.get("inception_score"),
+        fd_infinity=values.get("fd_infinity"),
     )
 
 
@@ -132,7 +143,7 @@ def run_sweep(
     """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn."""
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
-    check_metrics(config.metrics, n, measurer.reference.dim, measurer.has_logits)
+    check_metrics(config.metrics, min(n, len(splits.held_out.images)), measurer.reference.dim, measurer.has_logits)
     jobs = [*solver_jobs(trained, config), *baseline_jobs(baselines or {}, config)]
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
@@ -145,7 +156,7 @@ def run_sweep(
         fine_source = SolverSource(trained, reference_plan(trained.model.schedule, config), config.sampling())
         fine = Reference(fine_source, seeds, store, shard)
         fine.make()
-    cells, pictures = [floor_cell(measurer, splits.held_out, n)], {}
+    cells, pictures = [floor_cell(measurer, splits.held_out, n, config.metrics)], {}
     for job in jobs:
         progress(f"{job.solver} {job.grid}")
         its = None if job.baseline else fine

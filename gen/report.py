@@ -18,9 +18,11 @@ from midway.gen.report_cells import (
     ReportContext,
     baseline_rows,
     check_comparable,
+    deviation,
     feature_names,
     floor_of,
     measure_name,
+    measured,
     number,
     pivot,
     training_costs,
@@ -68,9 +70,10 @@ def _markdown_lines(table: Pivot, floor: str | None) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
 
-def _floor_text(cells: Sequence[Cell]) -> str | None:
+def _floor_text(cells: Sequence[Cell], measure: Measure = "distance") -> str | None:
     floor = floor_of(cells)
-    return None if floor is None else number(floor.distance, floor.distance_std)
+    score = None if floor is None else measured(floor, measure)
+    return None if floor is None or score is None else number(score, deviation(floor, measure))
 
 
 def _baseline_lines(cells: Sequence[Cell]) -> list[str]:
@@ -101,7 +104,10 @@ def markdown_table(cells: Sequence[Cell]) -> str:
     for measure in MORE:
         table = pivot(cells, measure)
         if table.rows:
-            parts += [f"\n{escape_markdown(_caption(cells, measure))}\n", *_markdown_lines(table, None)]
+            parts += [
+                f"\n{escape_markdown(_caption(cells, measure))}\n",
+                *_markdown_lines(table, _floor_text(cells, measure)),
+            ]
     return "\n".join(parts) + "\n"
 
 

@@ -19,8 +19,10 @@ from midway.gen.report_cells import (
     ReportContext,
     baseline_rows,
     baselines_of,
+    deviation,
     feature_names,
     floor_of,
+    measured,
     number,
     paired,
     pivot,
@@ -69,7 +71,7 @@ figcaption { font-size: .88rem; margin-top: .5rem; max-width: 46rem; }
 .samples td:last-child { padding-right: .9rem; }
 .samples img { display: block; width: 100%; min-width: 132px; max-width: 260px; height: auto; border-radius: 6px;
   background: #fff; image-rendering: pixelated; }
-.baselines td { vertical-align: middle; }
+.baselines td, .baselines tbody th { vertical-align: middle; }
 .baselines img { display: block; margin-left: auto; width: 132px; height: auto; border-radius: 6px; background: #fff;
   image-rendering: pixelated; }
 .samples small { margin-top: .3rem; }
@@ -123,11 +125,12 @@ def _solver(solver: str, costs: Mapping[str, int]) -> str:
     return f'<th scope="row">{escape(solver)}{cost}</th>'
 
 
-def _floor_row(cells: Sequence[Cell], columns: int) -> str:
+def _floor_row(cells: Sequence[Cell], measure: Measure, columns: int) -> str:
     floor = floor_of(cells)
-    if floor is None:
+    score = None if floor is None else measured(floor, measure)
+    if floor is None or score is None:
         return ""
-    value = _value(number(floor.distance, floor.distance_std))
+    value = _value(number(score, deviation(floor, measure)))
     return f'<tr class="floor"><th scope="row">floor</th>{f"<td>{value}</td>" * columns}</tr>'
 
 
@@ -136,8 +139,7 @@ def _table(cells: Sequence[Cell], measure: Measure) -> str:
     table = pivot(cells, measure)
     costs = training_costs(cells)
     rows = [f"<tr>{_solver(solver, costs)}{''.join(map(entry_cell, row))}</tr>" for solver, row in table.rows]
-    if measure == "distance":
-        rows.append(_floor_row(cells, len(table.nfes)))
+    rows.append(_floor_row(cells, measure, len(table.nfes)))
     return f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -272,7 +274,8 @@ def _page(cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[st
     title = escape(context.title)
     kid = (
         "<h2>Kernel distance</h2><p>KID of the same features, on the grids above: unbiased in the number of images, where "
-        "the Fréchet distance is not; it may fall a little below 0.</p>" + _table(cells, "kid")
+        "the Fréchet distance is not. Seeds and floor have every class equally often, which puts both a little below 0: compare "
+        "with the floor.</p>" + _table(cells, "kid")
         if pivot(cells, "kid").rows
         else ""
     )
