@@ -3,12 +3,13 @@
 Each cell samples `blocks` disjoint blocks of n seeds, n being the number of held-out images unless told otherwise, so that
 every distance is measured at the same image count as the floor: distance(train images, held-out images). A cell reports the
 mean over blocks and their standard deviation. Beside it stands the root-mean-square distance of the standardised latents to
-a fine solution from the same noise, which sees the solver's error alone. Baselines are cells too, at their own cost.
+a fine solution from the same noise, which sees the solver's error alone. Baselines are cells too, at their own cost, and so are
+images that somebody else made, at none.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError
+from midway.gen.external_images import ExternalImages, ImagesSource, check_count
 from midway.gen.fitted_grid import fitting_nfe
 from midway.gen.measured_cell import Bench, Reference, Seeds, look, measure, picture
 from midway.gen.measurer import Measurer, balanced
@@ -112,73 +114,92 @@ def floor_cell(measurer: Measurer, held_out: ImageData, n: int, metrics: tuple[s
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """All cells, the floor first, and a PNG of the same seeds for each best cell."""
-
-    cells: list[Cell]
-    grids: dict[tuple[str, int], bytes]
-
-
-@dataclass(frozen=True)
 class Job:
-    """One cell to be measured."""
+    """One cell to be measured; `classes` of the seeds' labels, 0 without."""
 
     solver: str
     grid: str
     source: Source
     training_nfe: int = 0
     baseline: bool = False
+    classes: int = 0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells, the floor first, a PNG of the same seeds for each best cell, and what made each cell: (solver, grid, NFE)."""
+
+    cells: list[Cell]
+    grids: dict[tuple[str, int], bytes]
+    jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
+
+
+Other = TrainedBaseline | ExternalImages
+"""What is measured beside the solvers."""
 
 
 def run_sweep(
-    trained: TrainedModel,
+    trained: TrainedModel | None,
     measurer: Measurer,
     splits: Splits,
     config: SweepConfig,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
-    baselines: Mapping[str, TrainedBaseline] | None = None,
+    others: Mapping[str, Other] | None = None,
     shard: Shard | None = None,
 ) -> Sweep:
-    """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn."""
+    """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn.
+
+    Without a model only `others`, baselines and external images, are measured.
+    """
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
     check_metrics(config.metrics, min(n, len(splits.held_out.images)), measurer.reference.dim, measurer.has_logits)
-    jobs = [*solver_jobs(trained, config), *baseline_jobs(baselines or {}, config)]
+    jobs = [*(solver_jobs(trained, config) if trained else []), *other_jobs(others or {}, config, n)]
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
     if shard.rank == 0:
         store.tidy()
     shard.wait()
     bench, fine = Bench(measurer, seeds, store, shard, config.metrics, config.overlap), None
-    if config.reference_nfe:
+    if trained is not None and config.reference_nfe:
         progress("reference")
         fine_source = SolverSource(trained, reference_plan(trained.model.schedule, config), config.sampling())
         fine = Reference(fine_source, seeds, store, shard)
         fine.make()
-    cells, pictures = [floor_cell(measurer, splits.held_out, n, config.metrics)], {}
+    cells, pictures, made = [floor_cell(measurer, splits.held_out, n, config.metrics)], {}, {}
     for job in jobs:
         progress(f"{job.solver} {job.grid}")
         its = None if job.baseline else fine
         cell = _cell(job, measure(job.source, bench, its), bench)
         cells.append(cell)
+        made[job.solver, job.grid, cell.nfe] = job
         pictures[job.solver, job.grid, cell.nfe] = picture(job.source, bench, its)
-    return _with_best(cells, pictures)
+    return replace(_with_best(cells, pictures), jobs=made)
 
 
 def solver_jobs(trained: TrainedModel, config: SweepConfig) -> list[Job]:
     """Every solver on every grid at every budget; UsageError for what cannot be."""
     plans = [(solver, make_plans(trained, solver, nfe, config)) for solver, nfe in asked(config)]
+    classes = trained.model.classes
     return [
-        Job(solver, grid, SolverSource(trained, plan, config.sampling()), _training_nfe(plan, grid))
+        Job(solver, grid, SolverSource(trained, plan, config.sampling()), _training_nfe(plan, grid), classes=classes)
         for solver, by_grid in plans
         for grid, plan in by_grid.items()
     ]
 
 
-def baseline_jobs(baselines: Mapping[str, TrainedBaseline], config: SweepConfig) -> list[Job]:
-    """One cell a baseline, at its own cost."""
-    return [Job(name, "", BaselineSource(its, config.batch_size), baseline=True) for name, its in baselines.items()]
+def other_jobs(others: Mapping[str, Other], config: SweepConfig, n: int) -> list[Job]:
+    """One cell for each, a baseline at its own cost; DataError for fewer external images than the cells hold."""
+    return [_other_job(name, its, config, n) for name, its in others.items()]
+
+
+def _other_job(name: str, its: Other, config: SweepConfig, n: int) -> Job:
+    if isinstance(its, TrainedBaseline):
+        source = BaselineSource(its, config.batch_size)
+        return Job(name, "", source, baseline=True, classes=its.model.classes)
+    check_count(its, n, config.blocks)
+    return Job(f"images: {name}", "", ImagesSource(its, config.first_seed), baseline=True)
 
 
 def _training_nfe(plan: Plan, grid: str) -> int:
@@ -239,11 +260,11 @@ def _with_best(cells: list[Cell], pictures: Mapping[tuple[str, str, int], bytes 
     return Sweep(marked, {key: png for key, png in grids.items() if png is not None})
 
 
-def planned_cells(config: SweepConfig, baselines: int = 0) -> Iterator[str]:
+def planned_cells(config: SweepConfig, others: int = 0, model: bool = True) -> Iterator[str]:
     """Names of the cells in order, for a progress bar; a learned solver counts once, whatever its grids."""
-    if config.reference_nfe:
+    if model and config.reference_nfe:
         yield "reference"
-    for solver, nfe in asked(config):
+    for solver, nfe in asked(config) if model else ():
         for grid in config.grids if solver not in LEARNED else ("learned",):
             yield f"{solver} {grid} {nfe}"
-    yield from (f"baseline {number}" for number in range(baselines))
+    yield from (f"other {number}" for number in range(others))

@@ -253,9 +253,17 @@ BASELINE_HEADS = ("baseline", "NFE", "distance", "s / 1000 images")
 
 
 def baseline_rows(cells: Sequence[Cell]) -> list[tuple[str, str, str, str]]:
-    """Under `BASELINE_HEADS`: name, its own NFE, distance ± std, seconds; none without baselines."""
+    """Under `BASELINE_HEADS`: name, its own NFE, distance ± std, seconds; none without baselines.
+
+    Images that somebody else made cost an unknown number of evaluations, and are cells of 0.
+    """
     return [
-        (cell.solver, str(cell.nfe), number(cell.distance, cell.distance_std), number(1000 * cell.seconds / cell.n))
+        (
+            cell.solver,
+            str(cell.nfe) if cell.nfe else "–",
+            number(cell.distance, cell.distance_std),
+            number(1000 * cell.seconds / cell.n) if cell.nfe else "–",
+        )
         for cell in baselines_of(cells)
     ]
 

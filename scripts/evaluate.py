@@ -4,12 +4,14 @@ What is measured is kept in cells/ of the report, so a sweep that was killed goe
 measures those alone. Several processes share the work:
 
     accelerate launch --num_processes 4 scripts/evaluate.py --model runs/cifar10-dit --samples 50000
+
+Anybody's samples: python scripts/evaluate.py --images samples.npz --data digits --features runs/digits-features --out report
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -20,7 +22,8 @@ from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Sweep, SweepConfig, planned_cells, run_sweep
+from midway.gen.evaluate import Other, Sweep, SweepConfig, planned_cells, run_sweep
+from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import load_features
 from midway.gen.launch import device_and_shard
@@ -28,24 +31,36 @@ from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import command_line, environment, hardware
-from midway.gen.splits import Splits, load_splits
+from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.samplers.solvers import SOLVERS
+from recipes import Flat
+
+UNNAMED = DataConfig(data="")
+"""The reference data while none are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask(SamplingFlags):
-    """Fréchet distance and RMSE of every solver at every budget, and of baselines.
+    """Fréchet distance and RMSE of every solver at every budget, of baselines, and of images that somebody else made.
 
     Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ holds what is measured, also of a sweep that
     was killed.
     """
 
-    model: Path
-    """Run directory of the latent model."""
+    model: Path | None = None
+    """Run directory of the latent model; its training images are the reference."""
+    images: tuple[Path, ...] = ()
+    """Samples that somebody else made, each a row: folders or zips of image files, or NPZ with arr_0 uint8 (N, H, W, C)."""
+    images_resize: int | None = None
+    """Bring --images to this size: shorter side, then a centre crop. It changes their distance."""
+    images_channels: Literal[1, 3] | None = None
+    """1 converts --images to grey, 3 to RGB."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
+    """Without --model: the reference, and its split, as they were given to the training of --features."""
     features: Path | None = None
     """Run directory of the feature network (default: the one beside the model that was trained on its images)."""
     out: Path | None = None
-    """Directory to write (default: report/ in the model's run)."""
+    """Directory to write (default: report/ in the model's run; needed without --model)."""
     baselines: tuple[Path, ...] = ()
     """Run directories of baselines of the same images, each a row at its own number of evaluations."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
@@ -58,10 +73,10 @@ class EvaluateTask(SamplingFlags):
     skip_unreachable: bool = False
     """Leave out budgets that a solver cannot reach (heun at 5), instead of refusing them."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
-    """Images per block (default: as many as are held out, so that the floor is measured at the same count). Launchers take --n
-    for a flag of their own; there write --samples."""
+    """Images per block (default: as many as are held out, so that the floor is measured at the same count; without --model, as
+    many as --images hold). Launchers take --n for a flag of their own; there write --samples."""
     blocks: int = 2
-    """Disjoint blocks of seeds; their spread is the error bar."""
+    """Disjoint blocks of seeds, or of consecutive --images; their spread is the error bar."""
     seed: int = 0
     """First seed."""
     reference_nfe: int = 128
@@ -79,16 +94,18 @@ class EvaluateTask(SamplingFlags):
 def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report."""
     device, shard = device_and_shard()
-    trained = load_model(task.model, device)
-    baselines = load_baselines(task.baselines, trained, device)
+    trained = load_model(task.model, device) if task.model else None
+    data, out = reference_data(task, trained), folder(task)
+    baselines = load_baselines(task.baselines, data, device)
+    budgets = numbers(task.nfe, "--nfe")
     config = SweepConfig(
-        solvers=solver_names(task.solvers, trained, numbers(task.nfe, "--nfe")),
-        nfe=numbers(task.nfe, "--nfe"),
+        solvers=solver_names(task.solvers, trained, budgets),
+        nfe=budgets,
         grids=names(task.grids),
         n=task.n,
         blocks=task.blocks,
         first_seed=task.seed,
-        reference_nfe=task.reference_nfe,
+        reference_nfe=task.reference_nfe if trained else 0,
         metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
@@ -96,51 +113,91 @@ def run(task: EvaluateTask) -> Sweep:
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
-    out = task.out or task.model / "report"
-    features_run = open_features(task.features, [trained.run.path], trained.data, "the model")
+    features_run = open_features(task.features, [trained.run.path] if trained else [], data, "the reference")
     network, name = load_features(features_run.checkpoint / "features.safetensors")
-    splits = load_splits(trained.data)
-    check_shape(network, str(features_run.path), splits.train.images, "the model makes")
+    splits = load_splits(data)
+    check_shape(network, str(features_run.path), splits.train.images, "the reference has")
+    externals = external_images(task, splits)
+    if trained is None and externals and config.n is None and config.blocks > 0:
+        config = replace(config, n=images_per_block(list(externals.values()), config.blocks))
     if shard.rank == 0 and task.fresh:
         shutil.rmtree(out / "cells", ignore_errors=True)
     measurer = make_measurer(network.to(device), name, splits.train)
+    others: dict[str, Other] = {**baselines, **externals}
     shown = shard.rank == 0
-    with tqdm(
-        list(planned_cells(config, len(baselines))), desc="sweep", disable=None if shown else True, leave=False
-    ) as bar:
+    planned = list(planned_cells(config, len(others), trained is not None))
+    with tqdm(planned, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
         def progress(cell: str) -> None:
             bar.set_postfix_str(cell)
             bar.update()
 
-        sweep = run_sweep(trained, measurer, splits, config, out, progress, baselines, shard)
+        sweep = run_sweep(trained, measurer, splits, config, out, progress, others, shard)
     if shown:
-        write_report(out, sweep.cells, context(task, trained, splits, config), sweep.grids)
+        write_report(out, sweep.cells, context(task, trained, splits, config, externals), sweep.grids)
         print(text_table(sweep.cells))
+        if trained is None:
+            print(floor_text(sweep))
         print(f"report: {out / 'report.html'}")
     return sweep
 
 
-def load_baselines(paths: tuple[Path, ...], trained: TrainedModel, device: torch.device) -> dict[str, TrainedBaseline]:
-    """By the names of their runs; UsageError for one name twice, DataError for other images than the model's."""
+def reference_data(task: EvaluateTask, trained: TrainedModel | None) -> DataConfig:
+    """The images that everything is compared with; UsageError when they are named twice, or not at all."""
+    named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
+    if trained is not None and named != UNNAMED:
+        raise UsageError(
+            "--model and flags of the reference data",
+            "the reference is what the model was trained on",
+            "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
+        )
+    if trained is None and not (task.images or task.baselines):
+        raise UsageError("nothing to measure", "no model and no images are named", "pass --model or --images")
+    if trained is None and not task.data.data:
+        raise UsageError(
+            "--data is not given",
+            "samples are compared with the images that they imitate",
+            "pass --data, --held-out, ... as they were given to the training of --features",
+        )
+    return trained.data if trained is not None else task.data
+
+
+def folder(task: EvaluateTask) -> Path:
+    """Where the report goes."""
+    if task.out is None and task.model is not None:
+        return task.model / "report"
+    if task.out is None:
+        raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
+    return task.out
+
+
+def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:
+    """What --images names, in the channels of the reference; DataError for what does not compare with it."""
+    options = ReadingOptions(task.images_channels, task.images_resize, task.data.on_bad_image)
+    found = read_all(task.images, options)
+    return {name: fitted(images, splits.train.images) for name, images in found.items()}
+
+
+def load_baselines(paths: tuple[Path, ...], data: DataConfig, device: torch.device) -> dict[str, TrainedBaseline]:
+    """By the names of their runs; UsageError for one name twice, DataError for other images than the reference."""
     found: dict[str, TrainedBaseline] = {}
     for path in paths:
         name, baseline = path.resolve().name, load_trained_baseline(path, device)
         if name in found:
             raise UsageError(f"--baselines names {name} twice", "rows need different names", "rename one of the runs")
-        if not same_images(baseline.data, trained.data):
+        if not same_images(baseline.data, data):
             raise DataError(
-                f"{path} was trained on other images than {trained.run.path}",
-                f"its data are {baseline.data}, the model's are {trained.data}",
+                f"{path} was trained on other images than the reference",
+                f"its data are {baseline.data}, the reference is {data}",
                 "train it on the same --data, --held-out, --split-seed, --channels and --resize",
             )
         found[name] = baseline
     return found
 
 
-def solver_names(words: str, trained: TrainedModel, budgets: tuple[int, ...]) -> tuple[str, ...]:
+def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
     """The solvers that --solvers names."""
-    if words != "all":
+    if words != "all" or trained is None:
         return names(words)
     learned = [name for name in LEARNED if all(_is_learned(name, trained, nfe) for nfe in budgets)]
     return (*SOLVERS, *learned)
@@ -150,26 +207,67 @@ def _is_learned(name: str, trained: TrainedModel, nfe: int) -> bool:
     return any((solver_path(trained.run.path, name, grid, nfe) / "config.yaml").exists() for grid in LEARNED_ON)
 
 
-def context(task: EvaluateTask, trained: TrainedModel, splits: Splits, config: SweepConfig) -> ReportContext:
+def context(
+    task: EvaluateTask,
+    trained: TrainedModel | None,
+    splits: Splits,
+    config: SweepConfig,
+    externals: dict[str, ExternalImages],
+) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = config.n or len(splits.held_out.images)
-    model = trained.model.config
+    told = notes(n, config, splits) if trained is not None else common_notes(n, config, splits)
     return ReportContext(
         title=task.title,
-        model=f"{trained.hash}: DiT {model.dit.depth}x{model.dit.width}, schedule {model.schedule}, target {model.target}; "
-        f"weights {trained.weights}",
+        model=model_text(trained),
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         command=command_line(),
         hardware=hardware(),
         versions={**environment()["packages"], "git": environment()["git"]},
         seeds=f"{config.first_seed}-{config.first_seed + n * config.blocks - 1}",
         guidance=config.guidance,
-        notes=notes(n, config, splits),
+        notes=(*told, *external_notes(externals, n * config.blocks)),
     )
 
 
+def model_text(trained: TrainedModel | None) -> str:
+    """The model in a line."""
+    if trained is None:
+        return "no model of ours"
+    model = trained.model.config
+    network = f"DiT {model.dit.depth}x{model.dit.width}, schedule {model.schedule}, target {model.target}"
+    return f"{trained.hash}: {network}; weights {trained.weights}"
+
+
+def external_notes(externals: dict[str, ExternalImages], used: int) -> tuple[str, ...]:
+    """What was done to images that somebody else made, and how many of them count."""
+    found = [
+        f"images: {name} ({images.fingerprint}): {text}"
+        for name, images in externals.items()
+        for text in (f"the first {used} of {len(images.pixels)} images", *images.notes)
+    ]
+    blocks = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
+    return (blocks, *found) if externals else ()
+
+
+def floor_text(sweep: Sweep) -> str:
+    """The floor in a line, for a table without solvers."""
+    floor = sweep.cells[0]
+    return f"floor (real images against real images, n = {floor.n}): {floor.distance:.4g}"
+
+
 def notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
-    """How to read the numbers."""
+    """How to read the numbers of a model."""
+    return (
+        *common_notes(n, config, splits),
+        "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
+        *rmse_note(config),
+        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
+    )
+
+
+def common_notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
+    """How to read any distance."""
     held_out = min(n, len(splits.held_out.images))
     return (
         f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
@@ -180,9 +278,6 @@ def notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
             if held_out == n
             else " It was measured at another image count than the cells, and the distance depends on it."
         ),
-        "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
-        *rmse_note(config),
-        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
         "NFE is counted at the network. The distance uses a feature network trained on this data set; "
         "it ranks solvers on this data set and cannot be compared with published figures.",
     )
