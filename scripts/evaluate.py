@@ -26,6 +26,7 @@ from midway.gen.evaluate import Other, Sweep, SweepConfig, planned_cells, run_sw
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import load_features
+from midway.gen.image_exports import cells_to_export, check_folders, export_cell
 from midway.gen.launch import device_and_shard
 from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
@@ -86,6 +87,10 @@ class EvaluateTask(SamplingFlags):
     none."""
     overlap: bool = False
     """Decode and look at images while the next are sampled: more images a second, and times that overlap."""
+    export_npz: Path | None = None
+    """Folder for the images of each best cell (of all, with one solver) as NPZ, for ADM's evaluator; they are sampled again."""
+    save_images: Path | None = None
+    """The same as zips of PNG, in EDM's layout."""
     fresh: bool = False
     """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
@@ -113,13 +118,15 @@ def run(task: EvaluateTask) -> Sweep:
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
-    features_run = open_features(task.features, [trained.run.path] if trained else [], data, "the reference")
+    whose = "the model" if trained else "the reference"
+    features_run = open_features(task.features, [trained.run.path] if trained else [], data, whose)
     network, name = load_features(features_run.checkpoint / "features.safetensors")
     splits = load_splits(data)
     check_shape(network, str(features_run.path), splits.train.images, "the reference has")
     externals = external_images(task, splits)
     if trained is None and externals and config.n is None and config.blocks > 0:
         config = replace(config, n=images_per_block(list(externals.values()), config.blocks))
+    check_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     if shard.rank == 0 and task.fresh:
         shutil.rmtree(out / "cells", ignore_errors=True)
     measurer = make_measurer(network.to(device), name, splits.train)
@@ -139,7 +146,17 @@ def run(task: EvaluateTask) -> Sweep:
         if trained is None:
             print(floor_text(sweep))
         print(f"report: {out / 'report.html'}")
+        export_images(task, sweep)
     return sweep
+
+
+def export_images(task: EvaluateTask, sweep: Sweep) -> None:
+    """Write what --export-npz and --save-images ask for."""
+    if task.export_npz is None and task.save_images is None:
+        return
+    for cell in cells_to_export(sweep):
+        for path in export_cell(sweep, cell, task.seed, task.export_npz, task.save_images):
+            print(f"images: {path}")
 
 
 def reference_data(task: EvaluateTask, trained: TrainedModel | None) -> DataConfig:

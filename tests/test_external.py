@@ -213,7 +213,7 @@ def with_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> 
 def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """By the eigenvalues of the product of covariances, which the program does not use."""
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.linalg.eigvals(s @ t).astype(complex)).real.sum()
+    roots = np.real(np.sqrt(np.linalg.eigvals(s @ t).astype(complex))).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * roots)
 
 
