@@ -64,6 +64,8 @@ class Cell:
     inception_score: float | None = None
     fd_infinity: float | None = None
     nonfinite: int = 0
+    trainings: int = 1
+    """Of several, `distances` are those of each, and deviations are among them."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from midway.gen.image_exports import cells_to_export, check_folders, export_cell
 from midway.gen.launch import device_and_shard
 from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
+from midway.gen.repeats import check_repeats, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.runs import command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
@@ -62,6 +63,9 @@ class EvaluateTask(SamplingFlags):
     """Run directory of the feature network (default: the one beside the model that was trained on its images)."""
     out: Path | None = None
     """Directory to write (default: report/ in the model's run; needed without --model)."""
+    repeats: tuple[Path, ...] = ()
+    """Run directories of trainings of the same configuration with other seeds: figures become means over trainings, and error
+    bars their deviation. Learned solvers must have been learned for each."""
     baselines: tuple[Path, ...] = ()
     """Run directories of baselines of the same images, each a row at its own number of evaluations."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
@@ -100,6 +104,7 @@ def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report."""
     device, shard = device_and_shard()
     trained = load_model(task.model, device) if task.model else None
+    repeats = load_repeats(task, trained, device)
     data, out = reference_data(task, trained), folder(task)
     baselines = load_baselines(task.baselines, data, device)
     budgets = numbers(task.nfe, "--nfe")
@@ -133,6 +138,7 @@ def run(task: EvaluateTask) -> Sweep:
     others: dict[str, Other] = {**baselines, **externals}
     shown = shard.rank == 0
     planned = list(planned_cells(config, len(others), trained is not None))
+    planned += [cell for _ in repeats for cell in planned_cells(config)]
     with tqdm(planned, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
         def progress(cell: str) -> None:
@@ -140,6 +146,8 @@ def run(task: EvaluateTask) -> Sweep:
             bar.update()
 
         sweep = run_sweep(trained, measurer, splits, config, out, progress, others, shard)
+        again = [run_sweep(model, measurer, splits, config, out, progress, {}, shard).cells for model in repeats]
+        sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
         write_report(out, sweep.cells, context(task, trained, splits, config, externals), sweep.grids)
         print(text_table(sweep.cells))
@@ -148,6 +156,16 @@ def run(task: EvaluateTask) -> Sweep:
         print(f"report: {out / 'report.html'}")
         export_images(task, sweep)
     return sweep
+
+
+def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch.device) -> list[TrainedModel]:
+    """What --repeats names; UsageError without a model that they repeat, DataError for other configurations."""
+    if task.repeats and trained is None:
+        raise UsageError("--repeats without --model", "they repeat its training", "pass --model")
+    found = [load_model(path, device) for path in task.repeats]
+    if trained is not None:
+        check_repeats(trained, found)
+    return found
 
 
 def export_images(task: EvaluateTask, sweep: Sweep) -> None:
@@ -233,7 +251,7 @@ def context(
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = config.n or len(splits.held_out.images)
-    told = notes(n, config, splits) if trained is not None else common_notes(n, config, splits)
+    told = notes(n, config, splits, len(task.repeats)) if trained is not None else common_notes(n, config, splits)
     return ReportContext(
         title=task.title,
         model=model_text(trained),
@@ -273,12 +291,23 @@ def floor_text(sweep: Sweep) -> str:
     return f"floor (real images against real images, n = {floor.n}): {floor.distance:.4g}"
 
 
-def notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
+def repeats_note(repeats: int) -> tuple[str, ...]:
+    """What error bars are, of several trainings."""
+    if not repeats:
+        return ()
+    return (
+        f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are those "
+        "among trainings, not among blocks. Baselines and sample images are of the first.",
+    )
+
+
+def notes(n: int, config: SweepConfig, splits: Splits, repeats: int) -> tuple[str, ...]:
     """How to read the numbers of a model."""
     return (
         *common_notes(n, config, splits),
         "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
         *rmse_note(config),
+        *repeats_note(repeats),
         *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
     )
 

@@ -27,9 +27,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Coloured:
     """Images whose values are a function of the seed."""
 
-    identity: dict[str, Any] = {}
-
     def __init__(self, channels: int = 3) -> None:
+        self.identity: dict[str, Any] = {}
         self.channels = channels
         self.asked: list[int] = []
 
