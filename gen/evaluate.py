@@ -20,6 +20,7 @@ from midway.gen.baseline import TrainedBaseline
 from midway.gen.cell_metrics import check_metrics, mean_std, measure_metrics
 from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
+from midway.gen.diffusers_source import DiffusersModel, DiffusersSource, diffusers_plans, within_training
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError
 from midway.gen.external_images import ExternalImages, ImagesSource, check_count
@@ -134,12 +135,14 @@ class Sweep:
     jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
 
 
+Model = TrainedModel | DiffusersModel
+"""What solvers are measured on."""
 Other = TrainedBaseline | ExternalImages
 """What is measured beside the solvers."""
 
 
 def run_sweep(
-    trained: TrainedModel | None,
+    model: Model | None,
     measurer: Measurer,
     splits: Splits,
     config: SweepConfig,
@@ -155,16 +158,16 @@ def run_sweep(
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
     check_metrics(config.metrics, min(n, len(splits.held_out.images)), measurer.reference.dim, measurer.has_logits)
-    jobs = [*(solver_jobs(trained, config) if trained else []), *other_jobs(others or {}, config, n)]
+    jobs = [*(solver_jobs(model, config) if model else []), *other_jobs(others or {}, config, n)]
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
     if shard.rank == 0:
         store.tidy()
     shard.wait()
     bench, fine = Bench(measurer, seeds, store, shard, config.metrics, config.overlap), None
-    if trained is not None and config.reference_nfe:
+    if model is not None and config.reference_nfe:
         progress("reference")
-        fine_source = SolverSource(trained, reference_plan(trained.model.schedule, config), config.sampling())
+        fine_source = _source(model, fine_plan(model, config), config)
         fine = Reference(fine_source, seeds, store, shard)
         fine.make()
     cells, pictures, made = [floor_cell(measurer, splits.held_out, n, config.metrics)], {}, {}
@@ -178,15 +181,34 @@ def run_sweep(
     return replace(_with_best(cells, pictures), jobs=made)
 
 
-def solver_jobs(trained: TrainedModel, config: SweepConfig) -> list[Job]:
+def fine_plan(model: Model, config: SweepConfig) -> Plan:
+    """`reference_plan` on the noise levels that the model was trained on."""
+    if isinstance(model, DiffusersModel):
+        return reference_plan(model.schedule, within_training(config, model.schedule))
+    return reference_plan(model.model.schedule, config)
+
+
+def solver_jobs(model: Model, config: SweepConfig) -> list[Job]:
     """Every solver on every grid at every budget; UsageError for what cannot be."""
-    plans = [(solver, make_plans(trained, solver, nfe, config)) for solver, nfe in asked(config)]
-    classes = trained.model.classes
+    classes = model.classes if isinstance(model, DiffusersModel) else model.model.classes
+    plans = [(solver, _plans(model, solver, nfe, config)) for solver, nfe in asked(config)]
     return [
-        Job(solver, grid, SolverSource(trained, plan, config.sampling()), _training_nfe(plan, grid), classes=classes)
+        Job(solver, grid, _source(model, plan, config), _training_nfe(plan, grid), classes=classes)
         for solver, by_grid in plans
         for grid, plan in by_grid.items()
     ]
+
+
+def _plans(model: Model, solver: str, nfe: int, config: SweepConfig) -> dict[str, Plan]:
+    if isinstance(model, DiffusersModel):
+        return diffusers_plans(model, solver, nfe, config)
+    return make_plans(model, solver, nfe, config)
+
+
+def _source(model: Model, plan: Plan, config: SweepConfig) -> Source:
+    if isinstance(model, DiffusersModel):
+        return DiffusersSource(model, plan, config.sampling())
+    return SolverSource(model, plan, config.sampling())
 
 
 def other_jobs(others: Mapping[str, Other], config: SweepConfig, n: int) -> list[Job]:

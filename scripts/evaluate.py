@@ -21,8 +21,9 @@ from tqdm import tqdm
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
+from midway.gen.diffusers_source import DiffusersModel, check_images, describe, load_diffusers
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Other, Sweep, SweepConfig, planned_cells, run_sweep
+from midway.gen.evaluate import Model, Other, Sweep, SweepConfig, planned_cells, run_sweep
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.feature_runs import check_shape, open_features, same_images
 from midway.gen.features import load_features
@@ -51,6 +52,8 @@ class EvaluateTask(SamplingFlags):
 
     model: Path | None = None
     """Run directory of the latent model; its training images are the reference."""
+    diffusers: Path | None = None
+    """In place of --model: folder of a saved diffusers pipeline with a unet and a scheduler, and a vqvae or vae if latent."""
     images: tuple[Path, ...] = ()
     """Samples that somebody else made, each a row: folders or zips of image files, or NPZ with arr_0 uint8 (N, H, W, C)."""
     images_resize: int | None = None
@@ -103,9 +106,12 @@ class EvaluateTask(SamplingFlags):
 def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report."""
     device, shard = device_and_shard()
+    check_flags(task)
+    model = load_diffusers(task.diffusers, device) if task.diffusers else None
     trained = load_model(task.model, device) if task.model else None
     repeats = load_repeats(task, trained, device)
-    data, out = reference_data(task, trained), folder(task)
+    measured: Model | None = trained or model
+    data, out = trained.data if trained else task.data, folder(task)
     baselines = load_baselines(task.baselines, data, device)
     budgets = numbers(task.nfe, "--nfe")
     config = SweepConfig(
@@ -115,7 +121,7 @@ def run(task: EvaluateTask) -> Sweep:
         n=task.n,
         blocks=task.blocks,
         first_seed=task.seed,
-        reference_nfe=task.reference_nfe if trained else 0,
+        reference_nfe=task.reference_nfe if measured else 0,
         metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
@@ -128,8 +134,10 @@ def run(task: EvaluateTask) -> Sweep:
     network, name = load_features(features_run.checkpoint / "features.safetensors")
     splits = load_splits(data)
     check_shape(network, str(features_run.path), splits.train.images, "the reference has")
+    if model is not None:
+        check_images(model, splits.train.images)
     externals = external_images(task, splits)
-    if trained is None and externals and config.n is None and config.blocks > 0:
+    if measured is None and externals and config.n is None and config.blocks > 0:
         config = replace(config, n=images_per_block(list(externals.values()), config.blocks))
     check_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     if shard.rank == 0 and task.fresh:
@@ -137,7 +145,7 @@ def run(task: EvaluateTask) -> Sweep:
     measurer = make_measurer(network.to(device), name, splits.train)
     others: dict[str, Other] = {**baselines, **externals}
     shown = shard.rank == 0
-    planned = list(planned_cells(config, len(others), trained is not None))
+    planned = list(planned_cells(config, len(others), measured is not None))
     planned += [cell for _ in repeats for cell in planned_cells(config)]
     with tqdm(planned, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
@@ -145,13 +153,13 @@ def run(task: EvaluateTask) -> Sweep:
             bar.set_postfix_str(cell)
             bar.update()
 
-        sweep = run_sweep(trained, measurer, splits, config, out, progress, others, shard)
-        again = [run_sweep(model, measurer, splits, config, out, progress, {}, shard).cells for model in repeats]
+        sweep = run_sweep(measured, measurer, splits, config, out, progress, others, shard)
+        again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
         sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
-        write_report(out, sweep.cells, context(task, trained, splits, config, externals), sweep.grids)
+        write_report(out, sweep.cells, context(task, measured, splits, config, externals), sweep.grids)
         print(text_table(sweep.cells))
-        if trained is None:
+        if measured is None:
             print(floor_text(sweep))
         print(f"report: {out / 'report.html'}")
         export_images(task, sweep)
@@ -177,24 +185,27 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
             print(f"images: {path}")
 
 
-def reference_data(task: EvaluateTask, trained: TrainedModel | None) -> DataConfig:
-    """The images that everything is compared with; UsageError when they are named twice, or not at all."""
+def check_flags(task: EvaluateTask) -> None:
+    """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
     named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
-    if trained is not None and named != UNNAMED:
+    if task.model and task.diffusers:
+        raise UsageError("--model and --diffusers", "a report is of one model", "pass one of them")
+    if task.model and named != UNNAMED:
         raise UsageError(
             "--model and flags of the reference data",
             "the reference is what the model was trained on",
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
-    if trained is None and not (task.images or task.baselines):
-        raise UsageError("nothing to measure", "no model and no images are named", "pass --model or --images")
-    if trained is None and not task.data.data:
+    if not (task.model or task.diffusers or task.images or task.baselines):
+        raise UsageError(
+            "nothing to measure", "no model and no images are named", "pass --model, --diffusers or --images"
+        )
+    if not task.model and not task.data.data:
         raise UsageError(
             "--data is not given",
             "samples are compared with the images that they imitate",
             "pass --data, --held-out, ... as they were given to the training of --features",
         )
-    return trained.data if trained is not None else task.data
 
 
 def folder(task: EvaluateTask) -> Path:
@@ -232,8 +243,10 @@ def load_baselines(paths: tuple[Path, ...], data: DataConfig, device: torch.devi
 
 def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
     """The solvers that --solvers names."""
-    if words != "all" or trained is None:
+    if words != "all":
         return names(words)
+    if trained is None:
+        return tuple(SOLVERS)
     learned = [name for name in LEARNED if all(_is_learned(name, trained, nfe) for nfe in budgets)]
     return (*SOLVERS, *learned)
 
@@ -244,17 +257,17 @@ def _is_learned(name: str, trained: TrainedModel, nfe: int) -> bool:
 
 def context(
     task: EvaluateTask,
-    trained: TrainedModel | None,
+    model: Model | None,
     splits: Splits,
     config: SweepConfig,
     externals: dict[str, ExternalImages],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = config.n or len(splits.held_out.images)
-    told = notes(n, config, splits, len(task.repeats)) if trained is not None else common_notes(n, config, splits)
+    told = common_notes(n, config, splits) if model is None else notes(n, config, splits, len(task.repeats))
     return ReportContext(
         title=task.title,
-        model=model_text(trained),
+        model=model_text(model),
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         command=command_line(),
         hardware=hardware(),
@@ -265,13 +278,15 @@ def context(
     )
 
 
-def model_text(trained: TrainedModel | None) -> str:
+def model_text(model: Model | None) -> str:
     """The model in a line."""
-    if trained is None:
+    if model is None:
         return "no model of ours"
-    model = trained.model.config
-    network = f"DiT {model.dit.depth}x{model.dit.width}, schedule {model.schedule}, target {model.target}"
-    return f"{trained.hash}: {network}; weights {trained.weights}"
+    if isinstance(model, DiffusersModel):
+        return describe(model)
+    config = model.model.config
+    network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+    return f"{model.hash}: {network}; weights {model.weights}"
 
 
 def external_notes(externals: dict[str, ExternalImages], used: int) -> tuple[str, ...]:
@@ -334,7 +349,8 @@ def rmse_note(config: SweepConfig) -> tuple[str, ...]:
     if not config.reference_nfe:
         return ()
     return (
-        f"RMSE compares standardised latents with Heun's method at {config.reference_nfe} evaluations from the same noise.",
+        "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
+        f"at {config.reference_nfe} evaluations from the same noise.",
     )
 
 
