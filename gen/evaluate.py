@@ -20,7 +20,8 @@ from midway.gen.baseline import TrainedBaseline
 from midway.gen.cell_metrics import check_metrics, mean_std, measure_metrics
 from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
-from midway.gen.diffusers_source import DiffusersModel, DiffusersSource, diffusers_plans, within_training
+from midway.gen.diffusers_model import DiffusersModel
+from midway.gen.diffusers_source import DiffusersSource, diffusers_plans, within_training
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError
 from midway.gen.external_images import ExternalImages, ImagesSource, check_count

@@ -7,6 +7,7 @@ Images keep the order of their names, so that consecutive blocks of them are wha
 take turns, or a block would hold some classes alone; the numbered folders of EDM (`00000/img00000000.png`) are no classes.
 """
 
+import hashlib
 import re
 import zipfile
 import zlib
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from midway.gen.data import check_options
 from midway.gen.errors import DataError, UsageError
-from midway.gen.files import state_hash
 from midway.gen.image_files import Decoded, Undecodable, check_bad, decode_all, open_files, prepare, stack
 from midway.gen.sources import Raw
 
 EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
+HASHED = 1024  # images at once
 LOSSY = "lossy samples: the format itself changes the distance; write PNG or NPZ"
 
 
@@ -70,7 +71,7 @@ class ImagesSource:
 
     def sample(self, seeds: Tensor) -> Raw:
         """The images themselves."""
-        return Raw(self.external.pixels[seeds - self.first], 0.0, 0.0)
+        return Raw(self.external.pixels[seeds - self.first].contiguous(), 0.0, 0.0)
 
     def images(self, raw: Raw) -> Tensor:
         """As they are."""
@@ -99,13 +100,19 @@ def read_external(path: Path, options: ReadingOptions | None = None) -> External
     path = path.expanduser()
     if not path.exists():
         raise DataError(f"{path} does not exist", f"looked for {path.absolute()}", "check the path given to --images")
-    decoded, notes = _from_npz(path, options) if path.suffix.lower() == ".npz" else _from_files(path, options)
-    pixels, conversions = stack(decoded)
-    images = torch.from_numpy(pixels)
-    return ExternalImages(path.name, images, state_hash("images", {"pixels": images}), (*conversions, *notes))
+    pixels, notes = _from_npz(path, options) if path.suffix.lower() == ".npz" else _from_files(path, options)
+    return ExternalImages(path.name, pixels, fingerprint(pixels), notes)
 
 
-def _from_files(path: Path, options: ReadingOptions) -> tuple[list[Decoded], tuple[str, ...]]:
+def fingerprint(pixels: Tensor) -> str:
+    """12 hexadecimal digits: sha256 of the shape and values of uint8 images, whatever their strides."""
+    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    for part in pixels.split(HASHED):
+        digest.update(part.contiguous().view(-1).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
     with open_files(path) as files:
         names = in_turn(files.names)
         results = decode_all(replace(files, names=names), options.channels, options.resize)
@@ -114,7 +121,8 @@ def _from_files(path: Path, options: ReadingOptions) -> tuple[list[Decoded], tup
     good = [result for result in results if isinstance(result, Decoded)]
     lossy = any("JPEG" in note for image in good for note in image.notes) or any(WEBP.search(name) for name in names)
     turns = () if names == files.names else ("folders take turns, so that every block holds every class",)
-    return good, (*((LOSSY,) if lossy else ()), *turns, *skipped)
+    pixels, conversions = stack(good)
+    return torch.from_numpy(pixels), (*conversions, *((LOSSY,) if lossy else ()), *turns, *skipped)
 
 
 def in_turn(names: Sequence[str]) -> tuple[str, ...]:
@@ -127,10 +135,14 @@ def in_turn(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for turn in zip_longest(*folders.values()) for name in turn if name is not None)
 
 
-def _from_npz(path: Path, options: ReadingOptions) -> tuple[list[Decoded], tuple[str, ...]]:
-    grey_or_rgb = (pixels[..., 0] if pixels.shape[2] == 1 else pixels for pixels in read_npz(path))
+def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
+    array = read_npz(path)
+    if options.channels in (None, array.shape[3]) and options.resize is None:
+        return torch.from_numpy(array).permute(0, 3, 1, 2), ()  # a view: 50,000 images are not held twice
+    grey_or_rgb = (pixels[..., 0] if pixels.shape[2] == 1 else pixels for pixels in array)
     named = ((f"{path.name}[{index}]", Image.fromarray(pixels)) for index, pixels in enumerate(grey_or_rgb))
-    return [prepare(name, image, options.channels, options.resize) for name, image in named], ()
+    pixels, conversions = stack([prepare(name, image, options.channels, options.resize) for name, image in named])
+    return torch.from_numpy(pixels), conversions
 
 
 def read_npz(path: Path) -> NDArray[np.uint8]:

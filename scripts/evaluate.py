@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
-from midway.gen.diffusers_source import DiffusersModel, check_images, describe, load_diffusers
+from midway.gen.diffusers_model import DiffusersModel, check_images, describe, load_diffusers
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Model, Other, Sweep, SweepConfig, planned_cells, run_sweep
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all

@@ -14,7 +14,8 @@ from conftest import Pipeline, Script
 from safetensors.torch import load_file, save_file
 from test_external import npz, task
 
-from midway.gen.diffusers_source import DiffusersModel, DiffusersSource, check_images, diffusers_plans, load_diffusers
+from midway.gen.diffusers_model import DiffusersModel, check_images, load_diffusers
+from midway.gen.diffusers_source import DiffusersSource, diffusers_plans
 from midway.gen.errors import DataError, UsageError
 from midway.gen.plans import PlanConfig
 from midway.gen.sampling import SamplingConfig, noise_of

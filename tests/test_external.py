@@ -65,6 +65,8 @@ def test_folder_zip_and_npz_of_the_same_pixels_are_the_same_images(tmp_path: Pat
         np.testing.assert_array_equal(one.pixels.permute(0, 2, 3, 1).numpy(), images)
         assert one.notes == ()
     assert len({one.fingerprint for one in found}) == 1
+    converted = read_external(paths[2], ReadingOptions(channels=3, resize=8))
+    assert converted.fingerprint == found[0].fingerprint, "through the decoder"
     other = images.copy()
     other[3, 2, 1, 0] ^= 1
     assert read_external(npz(tmp_path / "other.npz", other)).fingerprint != found[0].fingerprint
