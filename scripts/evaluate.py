@@ -33,6 +33,7 @@ from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
 from midway.gen.repeats import check_repeats, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
+from midway.gen.report_cells import number
 from midway.gen.runs import command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.samplers.solvers import SOLVERS
@@ -157,7 +158,7 @@ def run(task: EvaluateTask) -> Sweep:
         again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
         sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
-        write_report(out, sweep.cells, context(task, measured, splits, config, externals), sweep.grids)
+        write_report(out, sweep.cells, context(task, measured, splits, config, externals, sweep), sweep.grids)
         print(text_table(sweep.cells))
         if measured is None:
             print(floor_text(sweep))
@@ -261,10 +262,12 @@ def context(
     splits: Splits,
     config: SweepConfig,
     externals: dict[str, ExternalImages],
+    sweep: Sweep,
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = config.n or len(splits.held_out.images)
-    told = common_notes(n, config, splits) if model is None else notes(n, config, splits, len(task.repeats))
+    alone = (*common_notes(n, config, splits), floor_text(sweep))
+    told = alone if model is None else notes(n, config, splits, len(task.repeats))
     return ReportContext(
         title=task.title,
         model=model_text(model),
@@ -303,7 +306,7 @@ def external_notes(externals: dict[str, ExternalImages], used: int) -> tuple[str
 def floor_text(sweep: Sweep) -> str:
     """The floor in a line, for a table without solvers."""
     floor = sweep.cells[0]
-    return f"floor (real images against real images, n = {floor.n}): {floor.distance:.4g}"
+    return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
 def repeats_note(repeats: int) -> tuple[str, ...]:
@@ -320,6 +323,7 @@ def notes(n: int, config: SweepConfig, splits: Splits, repeats: int) -> tuple[st
     """How to read the numbers of a model."""
     return (
         *common_notes(n, config, splits),
+        "Blocks are of seeds, and the same seeds serve every cell.",
         "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
         *rmse_note(config),
         *repeats_note(repeats),
@@ -332,7 +336,7 @@ def common_notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]
     held_out = min(n, len(splits.held_out.images))
     return (
         f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
-        f"mean and standard deviation over {config.blocks} disjoint blocks of seeds. The same seeds serve every cell.",
+        f"mean and standard deviation over {config.blocks} disjoint blocks.",
         f"The floor is the distance of {held_out} held-out real images to all training images."
         + (
             ""

@@ -232,6 +232,7 @@ def test_each_block_is_the_distance_of_consecutive_images(pipeline: Pipeline, tm
     for block, distance in enumerate(cell.distances):
         assert distance == pytest.approx(frechet(seen[30 * block : 30 * block + 30], reference), rel=1e-6)
     told = (tmp_path / "out" / "report.md").read_text()
+    assert f"(n = 30): {floor.distance:.3g}" in told.replace("\\", "")
     assert "images: samples.npz | – |" in told and "the first 60 of 61 images" in told
     assert "images: samples.npz" in (tmp_path / "out" / "report.html").read_text()
 
@@ -292,7 +293,7 @@ def test_the_command_measures_a_zip_and_ends_with_3_for_what_does_not_compare(
     assert told.code == 3 and "--images-channels 1" in told.err
     told = script("evaluate", *flags, "--images-channels", 1, "--blocks", 1, "--metrics", "")
     assert told.code == 0, told.err
-    assert "floor (real" in told.out and "images: samples" in told.out
+    assert "Floor, real images" in told.out and "images: samples" in told.out
     record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[1])
     assert (record["solver"], record["nfe"], record["n"], record["blocks"]) == ("images: samples", 0, 40, 1)
     assert "lossy samples" in (tmp_path / "out" / "report.md").read_text()
