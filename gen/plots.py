@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from midway.gen.files import write_atomically
+from midway.gen.pareto import pareto_front
 from midway.gen.report_cells import Cell, baselines_of, floor_of, measure_name, shown, solvers_of, training_costs
 
 if TYPE_CHECKING:
@@ -69,6 +70,15 @@ def _star(axes: "Axes", cell: Cell, x: Cost, index: int) -> None:
     colour = COLOURS[-1 - index % len(COLOURS)]
     at = {"color": colour, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
     axes.plot([_cost(cell, x)], [cell.distance], **at, label=f"{cell.solver} (baseline)", zorder=4)
+
+
+def _front(axes: "Axes", points: Sequence[Cell]) -> None:
+    """A grey line through what nothing else beats in both time and distance."""
+    front = [points[i] for i in pareto_front([(_cost(cell, "seconds"), cell.distance) for cell in points])]
+    costs, distances = [_cost(cell, "seconds") for cell in front], [cell.distance for cell in front]
+    axes.plot(
+        costs, distances, color=QUIET, linewidth=6, alpha=0.25, solid_capstyle="round", label="Pareto front", zorder=2
+    )
 
 
 def _floor(axes: "Axes", distance: float) -> None:
@@ -177,6 +187,8 @@ def _draw(figure: "Figure", axes: "Axes", cells: Sequence[Cell], x: Cost) -> Non
             _line(axes, line, x, index, f"{solver} (trained)" if solver in learned else solver, solver in learned)
     for index, cell in enumerate(cell for cell in points if cell.baseline):
         _star(axes, cell, x, index)
+    if x == "seconds":
+        _front(axes, points)
     floors = [floor.distance] if floor and math.isfinite(floor.distance) and floor.distance > 0 else []
     for distance in floors:
         _floor(axes, distance)

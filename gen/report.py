@@ -30,6 +30,7 @@ from midway.gen.report_cells import (
     write_jsonl,
 )
 from midway.gen.report_html import provenance, write_html
+from midway.gen.report_sections import Section
 
 __all__ = [
     "Cell",
@@ -96,8 +97,12 @@ def markdown_table(cells: Sequence[Cell]) -> str:
     Baselines have a table of their own. ValueError for cells that do not compare.
     """
     check_comparable(cells)
-    parts = [f"{escape_markdown(_caption(cells, 'distance'))}\n"]
-    parts += _markdown_lines(pivot(cells, "distance"), _floor_text(cells))
+    table = pivot(cells, "distance")
+    parts = (
+        [f"{escape_markdown(_caption(cells, 'distance'))}\n", *_markdown_lines(table, _floor_text(cells))]
+        if table.nfes
+        else []
+    )
     baselines = _baseline_lines(cells)
     if baselines:
         parts += ["\nBaselines, measured alike, each at its own number of evaluations\n", *baselines]
@@ -148,7 +153,7 @@ def _markdown_list(items: Sequence[str]) -> list[str]:
     return [f"- {escape_markdown(item)}" for item in items]
 
 
-def write_markdown(path: Path, cells: Sequence[Cell], context: ReportContext) -> None:
+def write_markdown(path: Path, cells: Sequence[Cell], context: ReportContext, sections: Sequence[Section] = ()) -> None:
     """report.md: the tables, both plots (by relative name), notes and provenance. DiskError."""
     costs = [f"{solver}: {cost:,} evaluations of training" for solver, cost in training_costs(cells).items()]
     facts = [f"- **{name}**: {escape_markdown(value)}" for name, value in provenance(cells, context)]
@@ -159,18 +164,24 @@ def write_markdown(path: Path, cells: Sequence[Cell], context: ReportContext) ->
         "![distance against time](distance_vs_seconds.png)",
         "",
     ]
+    for section in sections:
+        lines += [f"## {escape_markdown(section.title)}", "", escape_markdown(section.text), ""]
     if context.notes or costs:
         lines += ["## Notes", "", *_markdown_list([*context.notes, *costs]), ""]
     write_atomically(path, ("\n".join([*lines, "## Provenance", "", *facts]) + "\n").encode())
 
 
 def write_report(
-    directory: Path, cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]
+    directory: Path,
+    cells: Sequence[Cell],
+    context: ReportContext,
+    grids: Mapping[tuple[str, int], bytes],
+    sections: Sequence[Section] = (),
 ) -> None:
     """Write all six files into `directory` (made if missing); `grids` maps (solver, nfe) to a sample PNG. DiskError."""
     write_csv(directory / "results.csv", cells)
     write_jsonl(directory / "results.jsonl", cells)
     plot_distance(directory / "distance_vs_nfe.png", cells, "nfe")
     plot_distance(directory / "distance_vs_seconds.png", cells, "seconds")
-    write_markdown(directory / "report.md", cells, context)
-    write_html(directory / "report.html", cells, context, grids)
+    write_markdown(directory / "report.md", cells, context, sections)
+    write_html(directory / "report.html", cells, context, grids, sections)

@@ -1,10 +1,9 @@
-"""One HTML file that holds a whole report: tables, plots and same-seed samples, no script, no link to anywhere.
+"""One HTML file that holds a whole report: tables, plots and same-seed samples, and no link to anywhere.
 
 Images are base64 PNG, the style is inline, light or dark by the reader's preference (plots stay on white), and the page
 works at the width of a phone and in print. Every text from outside goes through `html.escape`.
 """
 
-import base64
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -27,9 +26,11 @@ from midway.gen.report_cells import (
     paired,
     pivot,
     shown,
-    solvers_of,
     training_costs,
 )
+from midway.gen.report_explorer import EXPLORER_STYLE, explorer, image_tag
+from midway.gen.report_script import EXPLORER_SCRIPT
+from midway.gen.report_sections import Section
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2430; --quiet: #5b6270; --paper: #fafaf8; --card: #fff; --hair: #e3e5e8;
@@ -93,10 +94,6 @@ code { font: .92em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sa
   h2 { break-after: avoid; } .samples img { min-width: 0; }
   details::details-content { display: block; content-visibility: visible; block-size: auto; } }
 """
-
-
-def image_tag(png: bytes, alt: str) -> str:
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
 
 
 def _value(value: str) -> str:
@@ -194,7 +191,8 @@ def _lead(cells: Sequence[Cell]) -> str:
 def _plot(cells: Sequence[Cell], kind: str) -> str:
     by_time = kind == "seconds"
     caption = (
-        "The same measurements against sampling time on the machine named below; it includes all that NFE leaves out."
+        "The same measurements against sampling time on the machine named below; it includes all that NFE leaves out. Grey: what "
+        "nothing else beats in both."
         if by_time
         else "Both axes are logarithmic. Bars: standard deviation over seed blocks. Hollow markers: trained solvers."
     )
@@ -203,33 +201,15 @@ def _plot(cells: Sequence[Cell], kind: str) -> str:
     return f'<figure><div class="plot">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
-def _sample(solver: str, nfe: int, cell: Cell | None, png: bytes | None) -> str:
-    if png is None:
-        return "<td></td>"
-    distance = "" if cell is None else f"<small>{number(cell.distance)} · {escape(cell.grid)}</small>"
-    return f"<td>{image_tag(png, f'samples of {solver} with {nfe} evaluations')}{distance}</td>"
-
-
 def _samples(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) -> str:
-    """Sample images, a row per solver and a column per NFE; nothing without images."""
+    """Sample images of solvers, to be looked through; nothing without images."""
     others = {(cell.solver, cell.nfe) for cell in baselines_of(cells)}
-    grids = {key: png for key, png in grids.items() if key not in others}
-    if not grids:
-        return ""
-    nfes = sorted({nfe for _, nfe in grids})
-    chosen = shown(cells)
-    rows = (
-        f'<tr><th scope="row">{escape(solver)}</th>'
-        + "".join(_sample(solver, nfe, chosen.get((solver, nfe)), grids.get((solver, nfe))) for nfe in nfes)
-        + "</tr>"
-        for solver in dict.fromkeys([*solvers_of(cells), *(solver for solver, _ in grids)])
-        if any((solver, nfe) in grids for nfe in nfes)
-    )
-    return (
-        "<h2>Samples from the same seeds</h2><p>Every panel starts from the same noise, so a difference between panels "
-        "is the solver's doing. Below each: Fréchet distance and grid.</p>"
-        f'<div class="scroll"><table class="samples">{_head(nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
-    )
+    captions = {key: _sample_caption(cell) for key, cell in shown(cells).items()}
+    return explorer({key: png for key, png in grids.items() if key not in others}, captions)
+
+
+def _sample_caption(cell: Cell) -> str:
+    return f"{number(cell.distance)} · {cell.grid}" if cell.grid else number(cell.distance)
 
 
 def _joined(values: Iterable[object]) -> str:
@@ -270,7 +250,17 @@ def notes_list(notes: Sequence[str]) -> str:
     return f"<h2>Notes</h2><ul>{items}</ul>" if items else ""
 
 
-def _page(cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]) -> str:
+def _section(section: Section) -> str:
+    picture = "" if section.png is None else f'<div class="plot">{image_tag(section.png, section.alt)}</div>'
+    return f"<h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>{picture}"
+
+
+def _page(
+    cells: Sequence[Cell],
+    context: ReportContext,
+    grids: Mapping[tuple[str, int], bytes],
+    sections: Sequence[Section],
+) -> str:
     title = escape(context.title)
     kid = (
         "<h2>Kernel distance</h2><p>KID of the same features, on the grids above: unbiased in the number of images, where "
@@ -287,7 +277,7 @@ def _page(cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[st
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}</style></head><body><main>
+<meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}{EXPLORER_STYLE}</style></head><body><main>
 <header><h1>{title}</h1><p class="quiet">{escape(context.model)} · {escape(context.data)}</p>{_lead(cells)}</header>
 <h2>Fréchet distance by step budget</h2>
 <p>Lower is better; the best of each column is bold. NFE counts network evaluations per image. Small print: the time
@@ -300,14 +290,19 @@ grid that did best. Comparable only with numbers of the same feature name,
 {_differences(cells)}
 {rmse}
 {_samples(cells, grids)}
+{"".join(map(_section, sections))}
 {notes_list(context.notes)}
 {_details(cells, context)}
-</main></body></html>
+</main><script>{EXPLORER_SCRIPT}</script></body></html>
 """
 
 
 def write_html(
-    path: Path, cells: Sequence[Cell], context: ReportContext, grids: Mapping[tuple[str, int], bytes]
+    path: Path,
+    cells: Sequence[Cell],
+    context: ReportContext,
+    grids: Mapping[tuple[str, int], bytes],
+    sections: Sequence[Section] = (),
 ) -> None:
     """One self-contained page; `grids` maps (solver, nfe) to a PNG of samples and may be empty. DiskError."""
-    write_atomically(path, _page(cells, context, grids).encode())
+    write_atomically(path, _page(cells, context, grids, sections).encode())

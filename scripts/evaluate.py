@@ -34,8 +34,11 @@ from midway.gen.plans import LEARNED_ON
 from midway.gen.repeats import check_repeats, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.report_cells import number
+from midway.gen.report_sections import CODED, STEPS, Section, code_section, trajectory_section
 from midway.gen.runs import command_line, environment, hardware
+from midway.gen.sampling import sample_latents
 from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
 from recipes import Flat
 
@@ -158,7 +161,13 @@ def run(task: EvaluateTask) -> Sweep:
         again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
         sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
-        write_report(out, sweep.cells, context(task, measured, splits, config, externals, sweep), sweep.grids)
+        write_report(
+            out,
+            sweep.cells,
+            context(task, measured, splits, config, externals, sweep),
+            sweep.grids,
+            sections(trained, splits, config),
+        )
         print(text_table(sweep.cells))
         if measured is None:
             print(floor_text(sweep))
@@ -175,6 +184,18 @@ def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
     if trained is not None:
         check_repeats(trained, found)
     return found
+
+
+def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig) -> list[Section]:
+    """What the report says of a model of ours beyond its distances."""
+    if trained is None:
+        return []
+    seeds = torch.arange(config.first_seed, config.first_seed + CODED)
+    table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
+    latents = sample_latents(trained, table, seeds, config.sampling()).latents
+    codes = code_section(trained, splits.held_out.images, latents) if latents.isfinite().all() else None
+    found = [trajectory_section(trained, config.sampling()), codes]
+    return [section for section in found if section is not None]
 
 
 def export_images(task: EvaluateTask, sweep: Sweep) -> None:

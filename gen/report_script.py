@@ -1,0 +1,48 @@
+"""The script of a report: it shows the panels of a table two at a time, chosen by a slider and two lists.
+
+It reads a section that `report_explorer.explorer` wrote, in which every panel is in the table already. It writes text and
+attributes only, never markup, asks for nothing from anywhere, and leaves the table to readers without JavaScript.
+"""
+
+EXPLORER_SCRIPT = """
+"use strict";
+for (const section of document.querySelectorAll("section.explorer")) {
+  const slider = section.querySelector("input[type=range]");
+  const budgets = slider.dataset.values.split(" ");
+  const ticks = section.querySelectorAll(".ticks span");
+  const table = section.querySelector("details");
+  const cells = new Map();
+  for (const cell of section.querySelectorAll("td[data-panel]")) cells.set(cell.dataset.panel, cell);
+
+  const setText = (element, text) => { if (element.textContent !== text) element.textContent = text; };
+
+  const showPane = (pane) => {
+    const cell = cells.get(pane.querySelector("select").value + " " + slider.value);
+    const source = cell.querySelector("img");
+    const image = pane.querySelector("img");
+    image.hidden = source === null;
+    pane.querySelector(".missing").hidden = source !== null;
+    if (source !== null) {
+      image.src = source.src;
+      image.alt = source.alt;
+    }
+    setText(pane.querySelector("figcaption"), cell.querySelector("small").textContent);
+  };
+
+  const show = () => {
+    const budget = budgets[Number(slider.value)];
+    slider.setAttribute("aria-valuetext", budget + " evaluations");
+    setText(section.querySelector("output"), budget + " NFE");
+    ticks.forEach((tick, index) => tick.classList.toggle("chosen", index === Number(slider.value)));
+    section.querySelectorAll(".pane").forEach(showPane);
+  };
+
+  let opened = false;
+  addEventListener("beforeprint", () => { opened = table.open; table.open = true; });
+  addEventListener("afterprint", () => { table.open = opened; });
+  section.addEventListener("input", show);
+  section.querySelector(".chooser").hidden = false;
+  table.open = false;
+  show();
+}
+"""
