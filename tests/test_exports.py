@@ -89,6 +89,7 @@ def test_labels_are_null_without_classes_and_files_are_the_same_bytes_again(tmp_
         export(images, tmp_path / folder / "x.npz", tmp_path / folder / "x.zip")
     with zipfile.ZipFile(tmp_path / "a" / "x.zip") as archive:
         assert json.loads(archive.read("dataset.json")) == {"labels": None}
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
     for name in ("x.npz", "x.zip"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
