@@ -55,6 +55,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     size = {"block_out_channels": (4, 8), "norm_num_groups": 2, "num_vq_embeddings": 16, "scaling_factor": 0.5}
     vqvae = diffusers.VQModel(**blocks, **size, latent_channels=3, vq_embed_dim=3)
+    torch.nn.init.normal_(vqvae.quantize.embedding.weight)  # codes near 0 would not see the scale of a latent
     diffusers.LDMPipeline(vqvae, network, diffusers.DDIMScheduler(clip_sample=False)).save_pretrained(folder)
     return folder
 
