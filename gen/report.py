@@ -98,11 +98,8 @@ def markdown_table(cells: Sequence[Cell]) -> str:
     """
     check_comparable(cells)
     table = pivot(cells, "distance")
-    parts = (
-        [f"{escape_markdown(_caption(cells, 'distance'))}\n", *_markdown_lines(table, _floor_text(cells))]
-        if table.nfes
-        else []
-    )
+    parts = [f"{escape_markdown(_caption(cells, 'distance'))}\n"]
+    parts += _markdown_lines(table, _floor_text(cells)) if table.nfes else []
     baselines = _baseline_lines(cells)
     if baselines:
         parts += ["\nBaselines, measured alike, each at its own number of evaluations\n", *baselines]
@@ -144,7 +141,8 @@ def text_table(cells: Sequence[Cell]) -> str:
     if floor is not None:
         rows.append(["floor", *(f"{floor} " for _ in table.nfes)])
     header, *body = aligned(rows)
-    lines = [_caption(cells, "distance"), "", header, "-" * max(map(len, [header, *body])), *body, "* best"]
+    solvers = [header, "-" * max(map(len, [header, *body])), *body, "* best"] if table.nfes else []
+    lines = [_caption(cells, "distance"), "", *solvers]
     baselines = baseline_rows(cells)
     return "\n".join([*lines, *(["", *aligned([BASELINE_HEADS, *baselines])] if baselines else [])]) + "\n"
 

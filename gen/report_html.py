@@ -137,6 +137,8 @@ def _table(cells: Sequence[Cell], measure: Measure) -> str:
     costs = training_costs(cells)
     rows = [f"<tr>{_solver(solver, costs)}{''.join(map(entry_cell, row))}</tr>" for solver, row in table.rows]
     rows.append(_floor_row(cells, measure, len(table.nfes)))
+    if not table.nfes:
+        return ""
     return f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -152,7 +154,7 @@ def _baselines(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) ->
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{values}</tr>')
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (*BASELINE_HEADS, "samples"))
     return (
-        "<h2>Baselines</h2><p>Other models of the same images, measured alike: the same seeds, image count, features and "
+        "<h2>Baselines</h2><p>Other models, and images that somebody else made, measured alike: the same seeds, image count, features and "
         "reference. Each costs its own number of network evaluations.</p>"
         f'<div class="scroll"><table class="baselines"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"

@@ -1,4 +1,4 @@
-"""What makes the images of a cell: a latent model under a solver, or a baseline; later on also images that somebody made.
+"""What makes the images of a cell: a latent model under a solver, or a baseline.
 
 A source says what its images depend on (`identity`), and makes those of given seeds. An image depends on its seed alone, so
 that any process may make any part of a cell.
