@@ -1,8 +1,10 @@
-"""The feature network that measures a data set: found beside the runs that it measures, refused if it is of other images.
+"""The feature network that measures a data set: a published one by its name, or a trained one.
 
-One of other images, or of another split, would know held-out images: a floor measured with it is none.
+A trained one is found beside the runs that it measures, and refused if it is of other images. One of other images, or of
+another split, would know held-out images: a floor measured with it is none.
 """
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,16 @@ from pathlib import Path
 from torch import Tensor
 
 from midway.gen.config import from_dict, read_yaml
-from midway.gen.errors import DataError, UsageError
-from midway.gen.features import FeatureNetwork
+from midway.gen.errors import DataError, UsageError, nearest
+from midway.gen.extractor import Extractor
+from midway.gen.features import FeatureNetwork, TrainedExtractor, load_features
+from midway.gen.inception import INCEPTION, open_inception
 from midway.gen.runs import Run
 from midway.gen.splits import DataConfig
+from midway.gen.vision_transformers import ENCODERS, open_vision_transformer
+
+PUBLISHED = (INCEPTION.network, *ENCODERS)
+"""Networks that are known by name."""
 
 
 def data_of(run: Run) -> DataConfig:
@@ -24,6 +32,36 @@ def data_of(run: Run) -> DataConfig:
 def same_images(theirs: DataConfig, ours: DataConfig) -> bool:
     """Whether two configurations name the same images in the same split."""
     return replace(theirs, download=ours.download, on_bad_image=ours.on_bad_image) == ours
+
+
+def open_extractor(
+    words: str | Path | None, measured: Sequence[Path], data: DataConfig, what: str, weights: Path | None = None
+) -> Extractor:
+    """The network that --features names: published, or the run that open_features finds; on the CPU, its weights read.
+
+    `weights` is the file of a published network. UsageError for a misspelt name, or weights for a trained network; DataError
+    when weights are missing or damaged, or a run was trained on other images than those of the runs `measured`.
+    """
+    name = None if words is None else str(words)
+    if name in PUBLISHED:
+        return open_published(name, weights)
+    if weights is not None:
+        raise UsageError(
+            f"--feature-weights {weights}",
+            f"--features {name or ''} is no published network, and a run has its own weights",
+            f"pass --features with one of: {', '.join(PUBLISHED)}",
+        )
+    if name is not None and not Path(name).exists() and difflib.get_close_matches(name, PUBLISHED):
+        raise UsageError(
+            f"--features {name}", "there is neither a network nor a run of this name", nearest(name, PUBLISHED)
+        )
+    run = open_features(None if name is None else Path(name), measured, data, what)
+    return TrainedExtractor(*load_features(run.checkpoint / "features.safetensors"))
+
+
+def open_published(name: str, weights: Path | None = None) -> Extractor:
+    """One of PUBLISHED with the weights given, or found on this machine or the internet. DataError if there are none."""
+    return open_inception(weights) if name == INCEPTION.network else open_vision_transformer(name, weights)
 
 
 def open_features(path: Path | None, measured: Sequence[Path], data: DataConfig, what: str) -> Run:

@@ -9,13 +9,11 @@ Features are float32 whatever the caller's autocast or TF32 settings, and are co
 (the last one padded): libraries choose kernels by batch size, and so a free batch size would change the last bits.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 
 from midway.gen.data import to_float
 from midway.gen.errors import DataError
+from midway.gen.extractor import Activations, other_label, plain_float32
 from midway.gen.files import state_hash, write_atomically
 
 BLOCK = 256
@@ -39,14 +38,6 @@ class LabelledBatch(Protocol):
     def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor | None: ...
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What a feature network makes of N images: features float32 (N, D), logits (N, K) if it is a classifier."""
-
-    features: Tensor
-    logits: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -108,11 +99,11 @@ class FeatureNetwork(nn.Module):
         return self.activations(images).features
 
     @torch.no_grad()
-    def activations(self, images: Tensor) -> "Activations":
+    def activations(self, images: Tensor) -> Activations:
         """Features and the class logits made of them; as `features`."""
         _check_images(images, self.config)
         device = self.classify.weight.device
-        with _plain_float32(device):
+        with plain_float32(device):
             blocks = [self._block(block.to(device)) for block in images.split(BLOCK)]
             features = torch.cat(blocks) if blocks else torch.empty(0, self.config.dim, device=device)
             return Activations(features, self._logits(features))
@@ -146,38 +137,17 @@ class FeatureNetwork(nn.Module):
         """Nothing to update between steps."""
 
 
+def _shape(config: FeatureConfig) -> tuple[int, int, int]:
+    return config.in_channels, config.image_size, config.image_size
+
+
 def _check_images(images: Tensor, config: FeatureConfig) -> None:
-    expected = (config.in_channels, config.image_size, config.image_size)
+    expected = _shape(config)
     if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
         raise ValueError(
             f"features need uint8 images (B, {', '.join(map(str, expected))}), not {images.dtype} "
             f"{tuple(images.shape)}: convert floats with midway.gen.data, and use a feature network of this size"
         )
-
-
-@contextlib.contextmanager
-def _plain_float32(device: torch.device) -> Iterator[None]:
-    """IEEE float32 and deterministic kernels inside, whatever autocast, TF32 and benchmark settings hold outside."""
-    backends = torch.backends
-    named = (
-        (backends.cuda, "matmul"),
-        (backends.cudnn, "conv"),
-        (backends.mkldnn, "matmul"),
-        (backends.mkldnn, "conv"),
-    )
-    places = [getattr(backend, name) for backend, name in named]
-    precisions = [place.fp32_precision for place in places]
-    kernels = (backends.cudnn.benchmark, backends.cudnn.deterministic)
-    try:
-        for place in places:
-            place.fp32_precision = "ieee"
-        backends.cudnn.benchmark, backends.cudnn.deterministic = False, True
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for place, precision in zip(places, precisions, strict=True):
-            place.fp32_precision = precision
-        backends.cudnn.benchmark, backends.cudnn.deterministic = kernels
 
 
 def feature_hash(network: FeatureNetwork) -> str:
@@ -237,3 +207,49 @@ def load_features(path: Path) -> tuple[FeatureNetwork, str]:
     if feature_hash(network) != metadata.get("hash"):
         raise _refuse(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
     return network.eval().requires_grad_(False), protocol_name(network, metadata.get("data", "unknown"))
+
+
+class TrainedExtractor:
+    """A trained feature network under its protocol name, as an Extractor: it measures images of its own shape."""
+
+    has_logits = True
+
+    def __init__(self, network: FeatureNetwork, name: str) -> None:
+        self.network, self.name, self.label = network, name, other_label(name)
+
+    @property
+    def dim(self) -> int:
+        """Features."""
+        return self.network.config.dim
+
+    @property
+    def note(self) -> str:
+        """How to read the numbers."""
+        return (
+            "The distance uses a feature network trained on this data set; it ranks what is measured on it and cannot "
+            "be compared with published figures."
+        )
+
+    def check(self, images: Tensor, what: str = "the images are") -> None:
+        """DataError unless these are uint8 images (N, C, H, W) of the network's shape, which `what` makes."""
+        try:
+            _check_images(images, self.network.config)
+        except ValueError:
+            raise DataError(
+                f"{self.name} measures {_shape(self.network.config)} images",
+                f"{what} {tuple(images.shape[1:])}" + ("" if images.dtype == torch.uint8 else f" of {images.dtype}"),
+                "train features on the same data with scripts/train_features.py",
+            ) from None
+
+    def features(self, images: Tensor) -> Tensor:
+        """As FeatureNetwork."""
+        return self.network.features(images)
+
+    def activations(self, images: Tensor) -> Activations:
+        """As FeatureNetwork."""
+        return self.network.activations(images)
+
+    def to(self, device: torch.device) -> Self:
+        """Itself, moved."""
+        self.network.to(device)
+        return self

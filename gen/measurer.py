@@ -5,6 +5,7 @@ of another pair is refused. Moments are those of all training images; features t
 order in which the classes take turns, for what needs them (kernel distance, precision and recall).
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def make_measurer(network: MeasuresImages, features: str, train: ImageData, cach
     DataError for a cached file of other images or another network, or a damaged one.
     """
     name = f"{train.name}@{train.fingerprint[:12]}"
-    path = None if cache is None else cache / f"reference-{train.fingerprint[:8]}-{len(train.images)}.safetensors"
+    path = None if cache is None else cache / f"{train.fingerprint[:8]}-{_short(features)}.safetensors"
     header = {"format": FORMAT, "data": train.fingerprint, "features": features, "n": str(len(train.images))}
     if path is not None and path.exists():
         statistics, sample = _read(path, header)
@@ -80,6 +81,10 @@ def make_measurer(network: MeasuresImages, features: str, train: ImageData, cach
         if path is not None:
             write_atomically(path, save({**statistics.to_tensors(), "sample": sample}, header))
     return Measurer(network, features, statistics, name, sample)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor]:

@@ -154,8 +154,8 @@ def _baselines(cells: Sequence[Cell], grids: Mapping[tuple[str, int], bytes]) ->
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{values}</tr>')
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in (*BASELINE_HEADS, "samples"))
     return (
-        "<h2>Baselines</h2><p>Other models, and images that somebody else made, measured alike: the same seeds, image count, features and "
-        "reference. Each costs its own number of network evaluations.</p>"
+        "<h2>Baselines</h2><p>Other models, and images that somebody else made, measured alike: the same image count, "
+        "features and reference. Each costs its own number of network evaluations.</p>"
         f'<div class="scroll"><table class="baselines"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
+from midway.gen.cell_metrics import check_metrics
 from midway.gen.diffusers_model import DiffusersModel, check_images, describe, load_diffusers
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Model, Other, Sweep, SweepConfig, planned_cells, run_sweep
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
-from midway.gen.feature_runs import check_shape, open_features, same_images
-from midway.gen.features import load_features
+from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.image_exports import cells_to_export, check_folders, export_cell
 from midway.gen.launch import device_and_shard
 from midway.gen.measurer import make_measurer
@@ -66,8 +66,11 @@ class EvaluateTask(SamplingFlags):
     """1 converts --images to grey, 3 to RGB."""
     data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
     """Without --model: the reference, and its split, as they were given to the training of --features."""
-    features: Path | None = None
-    """Run directory of the feature network (default: the one beside the model that was trained on its images)."""
+    features: str | Path | None = None
+    """What measures: run directory of a feature network (default: the one beside the model that was trained on its images), or a
+    published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14."""
+    feature_weights: Path | None = None
+    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: report/ in the model's run; needed without --model)."""
     repeats: tuple[Path, ...] = ()
@@ -134,10 +137,10 @@ def run(task: EvaluateTask) -> Sweep:
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
     whose = "the model" if trained else "the reference"
-    features_run = open_features(task.features, [trained.run.path] if trained else [], data, whose)
-    network, name = load_features(features_run.checkpoint / "features.safetensors")
+    beside = [trained.run.path] if trained else []
+    extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
     splits = load_splits(data)
-    check_shape(network, str(features_run.path), splits.train.images, "the reference has")
+    extractor.check(splits.train.images, "the reference has")
     if model is not None:
         check_images(model, splits.train.images)
     externals = external_images(task, splits)
@@ -146,7 +149,10 @@ def run(task: EvaluateTask) -> Sweep:
     check_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     if shard.rank == 0 and task.fresh:
         shutil.rmtree(out / "cells", ignore_errors=True)
-    measurer = make_measurer(network.to(device), name, splits.train)
+    n = config.n or len(splits.held_out.images)
+    config.check(n)
+    check_metrics(config.metrics, min(n, len(splits.held_out.images)), extractor.dim, extractor.has_logits)
+    measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference")
     others: dict[str, Other] = {**baselines, **externals}
     shown = shard.rank == 0
     planned = list(planned_cells(config, len(others), measured is not None))
@@ -161,13 +167,8 @@ def run(task: EvaluateTask) -> Sweep:
         again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
         sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
-        write_report(
-            out,
-            sweep.cells,
-            context(task, measured, splits, config, externals, sweep),
-            sweep.grids,
-            sections(trained, splits, config),
-        )
+        facts = context(task, measured, splits, config, externals, sweep, extractor.note)
+        write_report(out, sweep.cells, facts, sweep.grids, sections(trained, splits, config))
         print(text_table(sweep.cells))
         if measured is None:
             print(floor_text(sweep))
@@ -284,11 +285,12 @@ def context(
     config: SweepConfig,
     externals: dict[str, ExternalImages],
     sweep: Sweep,
+    features: str,
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = config.n or len(splits.held_out.images)
-    alone = (*common_notes(n, config, splits), floor_text(sweep))
-    told = alone if model is None else notes(n, config, splits, len(task.repeats))
+    alone = (*common_notes(n, config, splits, features), floor_text(sweep))
+    told = alone if model is None else notes(n, config, splits, len(task.repeats), features)
     return ReportContext(
         title=task.title,
         model=model_text(model),
@@ -340,10 +342,10 @@ def repeats_note(repeats: int) -> tuple[str, ...]:
     )
 
 
-def notes(n: int, config: SweepConfig, splits: Splits, repeats: int) -> tuple[str, ...]:
+def notes(n: int, config: SweepConfig, splits: Splits, repeats: int, features: str) -> tuple[str, ...]:
     """How to read the numbers of a model."""
     return (
-        *common_notes(n, config, splits),
+        *common_notes(n, config, splits, features),
         "Blocks are of seeds, and the same seeds serve every cell.",
         "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
         *rmse_note(config),
@@ -352,7 +354,7 @@ def notes(n: int, config: SweepConfig, splits: Splits, repeats: int) -> tuple[st
     )
 
 
-def common_notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]:
+def common_notes(n: int, config: SweepConfig, splits: Splits, features: str) -> tuple[str, ...]:
     """How to read any distance."""
     held_out = min(n, len(splits.held_out.images))
     return (
@@ -364,8 +366,7 @@ def common_notes(n: int, config: SweepConfig, splits: Splits) -> tuple[str, ...]
             if held_out == n
             else " It was measured at another image count than the cells, and the distance depends on it."
         ),
-        "NFE is counted at the network. The distance uses a feature network trained on this data set; "
-        "it ranks solvers on this data set and cannot be compared with published figures.",
+        f"NFE is counted at the network. {features}",
     )
 
 

@@ -14,8 +14,8 @@ from midway.gen.artefacts import TrainedModel, best_device, load_model
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
 from midway.gen.config import read_yaml
 from midway.gen.errors import DataError, UsageError
-from midway.gen.feature_runs import check_shape, open_features, same_images
-from midway.gen.features import load_features
+from midway.gen.extractor import Extractor
+from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.likelihood import to_levels
 from midway.gen.likelihood_evaluation import Bounds, choose, levels_in_data
 from midway.gen.likelihood_report import LikelihoodRow, check_out, text_table, write_likelihood_report
@@ -24,7 +24,7 @@ from midway.gen.model_rows import Instruments, baseline_row, latent_row, referen
 from midway.gen.pixel_likelihood import LikelihoodConfig
 from midway.gen.plans import PlanConfig, make_plans
 from midway.gen.report_cells import ReportContext
-from midway.gen.runs import Run, command_line, environment, hardware
+from midway.gen.runs import command_line, environment, hardware
 from midway.gen.splits import DataConfig, Splits, load_splits
 
 Trained = TrainedBaseline | TrainedModel
@@ -41,7 +41,9 @@ class LikelihoodTask:
     """Run directories of baselines, and of latent or pixel models, that were trained on the same data and split."""
     features: str | None = None
     """Run directory of the feature network (default: the one beside the models that was trained on their images, if there is
-    one). none: leave out the distances."""
+    one), or a published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
+    feature_weights: Path | None = None
+    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: likelihood-report/ beside the first model)."""
     n: int | None = None
@@ -183,26 +185,25 @@ def check_images(models: dict[str, Trained], splits: Splits) -> int:
     return count
 
 
-def find_features(task: LikelihoodTask, data: DataConfig) -> Run | None:
-    """The feature run, None if there is none to be found or none is wanted; errors as open_features if one is named."""
+def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
+    """The feature network, None if there is none to be found or none is wanted; errors as open_extractor if one is named."""
     if task.features == NONE:
         return None
     try:
-        return open_features(None if task.features is None else Path(task.features), task.models, data, "the models")
+        return open_extractor(task.features, task.models, data, "the models", task.feature_weights)
     except UsageError as error:
-        if task.features is not None:
+        if task.features is not None or task.feature_weights is not None:
             raise
         print(f"no distances: {error.why}")
         return None
 
 
-def make_features(features: Run | None, splits: Splits, device: torch.device) -> Measurer | None:
+def make_features(features: Extractor | None, splits: Splits, device: torch.device) -> Measurer | None:
     """The feature network with its reference."""
     if features is None:
         return None
-    network, name = load_features(features.checkpoint / "features.safetensors")
-    check_shape(network, name, splits.train.images, "the models make")
-    return make_measurer(network.to(device), name, splits.train)
+    features.check(splits.train.images, "the models make")
+    return make_measurer(features.to(device), features.name, splits.train)
 
 
 # ---- the report ----

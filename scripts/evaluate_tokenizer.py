@@ -12,8 +12,8 @@ from cli import main, resolve
 from midway.gen.artefacts import best_device, load_tokenizer
 from midway.gen.distances import frechet_distance
 from midway.gen.errors import DataError, UsageError
-from midway.gen.feature_runs import check_shape, open_features, same_images
-from midway.gen.features import FeatureNetwork, load_features
+from midway.gen.extractor import Extractor
+from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.measurer import Measurer, make_measurer
 from midway.gen.report_cells import ReportContext
 from midway.gen.runs import command_line, environment, hardware
@@ -45,8 +45,10 @@ class TokenizersTask:
     tokenizers: tuple[Path, ...]
     """Run directories of tokenizers that were trained on the same data and split."""
     features: str | None = None
-    """Run directory of the feature network (default: the one beside the tokenizers that was trained on their images).
-    none: leave out the distances."""
+    """Run directory of the feature network (default: the one beside the tokenizers that was trained on their images), or a
+    published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
+    feature_weights: Path | None = None
+    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: tokenizer-report/ beside the first tokenizer)."""
     n: int | None = None
@@ -87,7 +89,7 @@ def run(task: TokenizersTask) -> list[Measurement]:
         for name, tokenizer in bar:
             bar.set_postfix_str(name)
             measured.append(measure(name, tokenizer, subject, instruments, config))
-    write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject))
+    write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject, features))
     print(text_table([m.row for m in measured]))
     print(f"report: {out / 'report.html'}")
     return measured
@@ -122,32 +124,30 @@ def report_names(paths: tuple[Path, ...], flag: str = "--tokenizers") -> dict[st
     return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
 
 
-def read_features(task: TokenizersTask, data: DataConfig) -> tuple[FeatureNetwork, str] | None:
-    """The feature network and its name, None for `--features none`; DataError if it was trained on other images."""
+def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
+    """The feature network, None for `--features none`; DataError if it was trained on other images."""
     if task.features == NONE:
         return None
-    path = None if task.features is None else Path(task.features)
     try:
-        run = open_features(path, task.tokenizers, data, "the tokenizers")
+        return open_extractor(task.features, task.tokenizers, data, "the tokenizers", task.feature_weights)
     except UsageError as error:
         raise UsageError(error.what, error.why, f"{error.fix}, or --features none to leave out the distances") from None
-    return load_features(run.checkpoint / "features.safetensors")
 
 
 def make_instruments(
     task: TokenizersTask,
-    features: tuple[FeatureNetwork, str] | None,
+    features: Extractor | None,
     splits: Splits,
     subject: Subject,
     device: torch.device,
 ) -> Instruments:
     """The feature network with its reference and floor, and LPIPS, as far as they were asked for."""
     if features is not None:
-        check_shape(*features, subject.images, "the tokenizers make")
+        features.check(subject.images, "the tokenizers make")
     perceptual, name = make_perceptual(task.lpips_weights, subject.images, device)
     if features is None:
         return Instruments(perceptual=perceptual, perceptual_name=name)
-    measurer = make_measurer(features[0].to(device), features[1], splits.train)
+    measurer = make_measurer(features.to(device), features.name, splits.train)
     return Instruments(measurer, floor(measurer, subject), perceptual, name)
 
 
@@ -173,7 +173,7 @@ def make_perceptual(
     return perceptual, perceptual.protocol
 
 
-def context(task: TokenizersTask, splits: Splits, subject: Subject) -> ReportContext:
+def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     known = environment()
     count = len(task.tokenizers)
@@ -185,16 +185,16 @@ def context(task: TokenizersTask, splits: Splits, subject: Subject) -> ReportCon
         hardware=hardware(),
         versions={**known["packages"], "git": known["git"]},
         seeds=str(task.seed),
-        notes=notes(task, splits, subject),
+        notes=notes(task, splits, subject, features),
     )
 
 
-def notes(task: TokenizersTask, splits: Splits, subject: Subject) -> tuple[str, ...]:
+def notes(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> tuple[str, ...]:
     """How to read the numbers."""
     n, train = len(subject.images), len(splits.train.images)
     distances = (
         f"Every distance is measured on {n} images against all {train} training images, and depends on the number of images. "
-        "Its feature network was trained on this data set: it cannot be compared with published figures.",
+        + ("" if features is None else features.note),
         "The interpolated distance follows iFID (arXiv 2603.05630): spherical interpolation at 1/2 with the neighbour of least "
         f"angle, here among the {n} images themselves and in latents standardised per channel.",
     )

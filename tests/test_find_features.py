@@ -4,11 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from midway.gen.artefacts import CPU, load_model
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.errors import DataError, UsageError
-from midway.gen.feature_runs import find_features, open_features
+from midway.gen.feature_runs import PUBLISHED, find_features, open_extractor, open_features
+from midway.gen.features import load_features
+from midway.gen.splits import load_splits
 
 
 def _beside(pipeline, folder: Path, *names: str) -> Path:
@@ -37,3 +40,37 @@ def test_none_or_several_must_be_named(names: tuple[str, ...], pipeline, tmp_pat
     model = _beside(pipeline, tmp_path, *names)
     with pytest.raises(UsageError, match="--features is not given"):
         find_features([model], load_model(model, CPU).data)
+
+
+def test_a_run_is_an_extractor_of_its_own_images(pipeline, tmp_path: Path) -> None:
+    model = _beside(pipeline, tmp_path, "a")
+    data = load_model(model, CPU).data
+    images = load_splits(data).train.images[:5]
+    network, name = load_features(open_features(tmp_path / "a", [model], data, "").checkpoint / "features.safetensors")
+    for words in (None, tmp_path / "a", str(tmp_path / "a")):
+        found = open_extractor(words, [model], data, "the model")
+        assert (found.name, found.dim, found.has_logits) == (name, network.config.dim, True)
+        assert found.label == f"Fréchet distance ({name})"
+        assert torch.equal(found.features(images), network.features(images))
+        logits, expected = found.activations(images).logits, network.activations(images).logits
+        assert logits is not None and expected is not None and torch.equal(logits, expected)
+        assert found.to(CPU) is found
+        found.check(images, "the model makes")
+        for other in (images[:, :, 1:], images.expand(-1, 3, -1, -1), images.float()):
+            with pytest.raises(DataError, match=r"the model makes .*8"):
+                found.check(other, "the model makes")
+
+
+def test_what_is_no_extractor_is_refused(pipeline, tmp_path: Path) -> None:
+    model = _beside(pipeline, tmp_path, "a")
+    data = load_model(model, CPU).data
+    assert PUBLISHED == ("inception", "dinov2-vitb14", "dinov2-vitl14", "clip-vitb32", "clip-vitl14")
+    with pytest.raises(UsageError, match=r"did you mean 'dinov2-vitl14'.*clip-vitb32"):
+        open_extractor("dino2-vitl14", [model], data, "the model")
+    for words in (None, tmp_path / "a"):
+        with pytest.raises(UsageError, match="a run has its own weights"):
+            open_extractor(words, [model], data, "the model", tmp_path / "weights.pth")
+    with pytest.raises(DataError, match="weights of inception are not on this machine"):
+        open_extractor("inception", [model], data, "the model", tmp_path / "absent.pth")
+    with pytest.raises(DataError, match="weights of clip-vitb32 are not on this machine"):
+        open_extractor("clip-vitb32", [model], data, "the model", tmp_path / "absent.pth")

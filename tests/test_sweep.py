@@ -434,8 +434,12 @@ def test_statistics_of_a_reference_are_kept_and_those_of_another_refused(images:
     again = make_measurer(network, "cnn-toy@1", images, tmp_path)
     assert calls == [] and torch.equal(again.reference.outer, made.reference.outer)
     assert again.sample is not None and made.sample is not None and torch.equal(again.sample, made.sample)
+    make_measurer(network, "cnn-toy@2", images, tmp_path)
+    (other,) = set(tmp_path.iterdir()) - {path}
+    path.replace(other)  # a file under another's name
     with pytest.raises(DataError, match="cnn-toy@2"):
         make_measurer(network, "cnn-toy@2", images, tmp_path)
+    other.replace(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="cannot be read"):
         make_measurer(network, "cnn-toy@1", images, tmp_path)

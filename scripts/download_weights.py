@@ -1,0 +1,38 @@
+"""Fetch the weights of a published feature network: python scripts/download_weights.py inception
+
+Where machines that measure have no network, run it where there is one, and copy the file that it names.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from cli import main, resolve
+from midway.gen.errors import UsageError, nearest
+from midway.gen.inception import INCEPTION
+from midway.gen.vision_transformers import ENCODERS
+from midway.gen.weights import Published, find_weights
+
+KNOWN: dict[str, Published] = {INCEPTION.network: INCEPTION} | {name: its.published for name, its in ENCODERS.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadTask:
+    """Fetch one file of weights into the cache, checked; nothing is done if it is there."""
+
+    network: Annotated[str, tyro.conf.Positional]
+    """inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32 or clip-vitl14."""
+
+
+def run(task: DownloadTask) -> None:
+    """Find or fetch, and print the path."""
+    if task.network not in KNOWN:
+        raise UsageError(
+            f"{task.network} is no published network", "its weights are not known", nearest(task.network, KNOWN)
+        )
+    print(find_weights(KNOWN[task.network]))
+
+
+if __name__ == "__main__":
+    main(lambda arguments: run(resolve(DownloadTask, {}, arguments)))
