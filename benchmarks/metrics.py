@@ -7,17 +7,22 @@ does only adds). Before any time counts, all distances have to agree.
 Error: of fewer images than features, beside singular values of centred features by LAPACK's gesvd, which none of the sides
 uses; in 1e-12 of the distance, and what is smaller counts as 1. Ours is `frechet_distance_of_features`.
 
+Sweep: a small model, tokenizer and feature network of random weights; wall time, with decoding and features in a second thread
+while the next images are sampled, and without.
+
     python benchmarks/metrics.py --out benchmarks/results/metrics.json
 """
 
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -26,9 +31,25 @@ from scipy.linalg import sqrtm, svd
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from midway.gen.artefacts import TrainedModel
+from midway.gen.backbone import DiTConfig
+from midway.gen.cell_store import CellStore
 from midway.gen.checkpoint import version_of
+from midway.gen.data import ImageData
 from midway.gen.distances import frechet_distance, frechet_distance_of_features
+from midway.gen.features import FeatureConfig, FeatureNetwork
+from midway.gen.latent_model import LatentModel, LatentModelConfig
+from midway.gen.measured_cell import Bench, Seeds, measure
+from midway.gen.measurer import make_measurer
+from midway.gen.runs import Run
+from midway.gen.sampling import SamplingConfig
+from midway.gen.shard import Shard
+from midway.gen.sources import SolverSource
+from midway.gen.splits import DataConfig
 from midway.gen.statistics import FeatureStatistics
+from midway.samplers.grids import GRIDS
+from midway.samplers.solvers import SOLVERS
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import Measured, Result, conclude, judged, printed, process_seconds
@@ -44,11 +65,12 @@ UNIT = 1e-12  # of errors; nobody needs smaller ones
 
 @dataclass(frozen=True)
 class Sizes:
-    """Features, images of each set, and of the two sets that are fewer than features."""
+    """Features, images of each set, and of the two sets that are fewer than features; images of the sweep."""
 
     dim: int = 2048
     count: int = 10_000
     few: tuple[int, int] = (1000, 1500)
+    images: int = 4096
 
 
 # ---- the same distance, by all sides ----
@@ -178,9 +200,56 @@ def relative_error(value: float, truth: float) -> float:
     return max(abs(value / truth - 1) / UNIT, 1.0)
 
 
+# ---- sweeps ----
+
+
+def throughput_rows(sizes: Sizes, turns: int) -> Iterator[Measured]:
+    """Images a second of a sweep whose decoding and features overlap with sampling, beside one after the other."""
+    taken: dict[bool, list[float]] = {True: [], False: []}
+    with TemporaryDirectory() as folder:
+        bench = a_bench(sizes, Path(folder))
+        source = a_source()
+        measure(source, bench)  # untimed: what is set up once
+        for turn in range(turns):
+            for overlap, seconds in taken.items():
+                seeds = replace(bench.seeds, first=(2 * turn + overlap + 1) * sizes.images)
+                begun = time.perf_counter()
+                measure(source, replace(bench, seeds=seeds, overlap=overlap))
+                seconds.append(time.perf_counter() - begun)
+    pairs = [other / own for own, other in zip(taken[True], taken[False], strict=True)]
+    own, other = (1000 * min(taken[overlap]) / sizes.images for overlap in (True, False))
+    name = f"sweep of {sizes.images} images, 10 NFE, overlapped ({1000 / own:.0f} images/s)"
+    spread = (round(min(pairs), 2), round(max(pairs), 2))
+    yield judged(name, "ms/image", own, "one after the other", other, None, quartiles=spread, turns=turns)
+
+
+def a_source() -> SolverSource:
+    """A DiT of random weights on the latents of 8x8 images."""
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(width=64, downsample=4)
+    tokenizer.set_latent_statistics(torch.zeros(4), torch.ones(4))
+    config = LatentModelConfig(schedule="vp", target="v", dit=DiTConfig(width=96, depth=4, heads=4, patch=1))
+    model = LatentModel(config, tokenizer.latent_shape, 10).eval().requires_grad_(False)
+    trained = TrainedModel(
+        model, tokenizer.eval().requires_grad_(False), DataConfig(), "random", Run(Path(), "latent_model")
+    )
+    table = SOLVERS["ddim"].build(model.schedule, GRIDS["uniform"](model.schedule, 10))
+    return SolverSource(trained, table, SamplingConfig())
+
+
+def a_bench(sizes: Sizes, folder: Path) -> Bench:
+    """A feature network of random weights and random images as the reference."""
+    torch.manual_seed(1)
+    network = FeatureNetwork(FeatureConfig(1, 8, 10)).eval().requires_grad_(False)
+    images = torch.randint(0, 256, (512, 1, 8, 8), dtype=torch.uint8)
+    data = ImageData(images, torch.arange(512) % 10, tuple("0123456789"), "random", "0" * 64)
+    measurer = make_measurer(network, "cnn-random@0", data)
+    return Bench(measurer, Seeds(0, sizes.images, 1), CellStore(folder), Shard())
+
+
 def rows_of(sizes: Sizes, turns: int) -> list[Callable[[], Iterator[Result]]]:
     """All rows of the table, made as they are printed: further ones are further entries."""
-    return [partial(time_rows, sizes, turns), partial(error_rows, sizes)]
+    return [partial(time_rows, sizes, turns), partial(error_rows, sizes), partial(throughput_rows, sizes, turns)]
 
 
 def main() -> int:

@@ -191,7 +191,8 @@ def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig) 
     """What the report says of a model of ours beyond its distances."""
     if trained is None:
         return []
-    seeds = torch.arange(config.first_seed, config.first_seed + CODED)
+    n = (config.n or len(splits.held_out.images)) * config.blocks
+    seeds = torch.arange(config.first_seed, config.first_seed + min(CODED, n))
     table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
     latents = sample_latents(trained, table, seeds, config.sampling()).latents
     codes = code_section(trained, splits.held_out.images, latents) if latents.isfinite().all() else None

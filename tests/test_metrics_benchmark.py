@@ -29,7 +29,7 @@ def metrics() -> Iterator[ModuleType]:
 
 @pytest.fixture
 def small(metrics: ModuleType) -> Any:
-    return metrics.Sizes(dim=24, count=200, few=(10, 15))
+    return metrics.Sizes(dim=24, count=200, few=(10, 15), images=40)
 
 
 def clock(metrics: ModuleType, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
@@ -67,7 +67,9 @@ def test_rows_are_judged_printed_and_written(
     assert run(metrics, tmp_path / "out.json", small, monkeypatch) == code
     report = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["name"], row["peer_name"]): row for row in report["rows"]}
-    assert set(rows) == {(name, peer) for name in (TIME, ERROR) for peer in PEERS}
+    (sweep,) = (key for key in rows if key[0].startswith("sweep of 40 images"))
+    assert set(rows) - {sweep} == {(name, peer) for name in (TIME, ERROR) for peer in PEERS}
+    assert rows[sweep]["target"] == "" and rows[sweep]["ours"] > 0
     for peer in PEERS:
         row, judged = rows[TIME, peer], peer == PEERS[0]
         assert (row["ours"], row["peer"], row["unit"]) == (ours, seconds(ours)[peer], "CPU s")
