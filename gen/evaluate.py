@@ -22,7 +22,6 @@ from midway.gen.cell_store import PART, CellStore
 from midway.gen.data import ImageData
 from midway.gen.diffusers_model import DiffusersModel
 from midway.gen.diffusers_source import DiffusersSource, diffusers_plans, within_training
-from midway.gen.distances import frechet_distance
 from midway.gen.errors import UsageError
 from midway.gen.external_images import ExternalImages, ImagesSource, check_count
 from midway.gen.fitted_grid import fitting_nfe
@@ -34,7 +33,6 @@ from midway.gen.sampling import Plan
 from midway.gen.shard import Shard
 from midway.gen.sources import BaselineSource, SolverSource, Source
 from midway.gen.splits import Splits
-from midway.gen.statistics import FeatureStatistics
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
 from midway.samplers.schedule import Schedule
@@ -96,7 +94,7 @@ def floor_cell(measurer: Measurer, held_out: ImageData, n: int, metrics: tuple[s
         solver=FLOOR,
         grid="",
         nfe=0,
-        distance=frechet_distance(FeatureStatistics.of(seen.features), measurer.reference),
+        distance=measurer.distance_of(seen.features),
         distance_std=None,
         rmse=None,
         n=len(chosen),

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from typing import Any
 
 import torch
@@ -19,13 +17,11 @@ from torch import Tensor
 
 from midway.gen.cell_metrics import Seen, measure_metrics
 from midway.gen.cell_store import CellStore, Part, part_ranges, seeds_of
-from midway.gen.distances import frechet_distance
 from midway.gen.measurer import Measurer
 from midway.gen.pictures import grid_png
 from midway.gen.reconstruction import psnr
 from midway.gen.shard import Shard
 from midway.gen.sources import Raw, Source
-from midway.gen.statistics import FeatureStatistics
 
 SHOWN = 8
 """Seeds shown in the sample grids."""
@@ -193,14 +189,10 @@ def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], by
     found = [part for part in parts if part is not None]
     blocks = [block for block, _, _ in bench.seeds.parts]
     nonfinite = sum(int((~part.tensors["finite"]).sum()) for part in found)
-    statistics = [
-        reduce(add, (FeatureStatistics.of(part.tensors["features"]) for part in _of(found, blocks, block)))
-        for block in range(bench.seeds.blocks)
-    ]
     seen = [_block(list(_of(found, blocks, block))) for block in range(bench.seeds.blocks)]
     numbers: dict[str, Any] = {
         "nfe": _whole([part.costs["nfe"] for part in found]),
-        "distances": [None if nonfinite else frechet_distance(s, bench.measurer.reference) for s in statistics],
+        "distances": [None if nonfinite else bench.measurer.distance_of(block.features) for block in seen],
         "nonfinite": nonfinite,
         "metrics": {} if nonfinite else measure_metrics(bench.metrics, seen, bench.measurer),
         "rmse": _rmse(found),

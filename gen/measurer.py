@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from midway.gen.data import ImageData
-from midway.gen.distances import frechet_distance
+from midway.gen.distances import frechet_distance, frechet_distance_of_features
 from midway.gen.errors import DataError
 from midway.gen.files import write_atomically
 from midway.gen.randomness import permutation
@@ -62,7 +62,16 @@ class Measurer:
 
     def distance(self, images: Tensor) -> float:
         """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
-        return frechet_distance(FeatureStatistics.of(self.network.features(images)), self.reference)
+        return self.distance_of(self.network.features(images))
+
+    def distance_of(self, features: Tensor) -> float:
+        """Fréchet distance of features (N, D) to the reference.
+
+        Of no more images than features without any covariance, where the features of the whole reference are kept.
+        """
+        if len(features) <= self.reference.dim and self.sample is not None and len(self.sample) == self.reference.count:
+            return frechet_distance_of_features(features.cpu(), self.sample)
+        return frechet_distance(FeatureStatistics.of(features), self.reference)
 
 
 def make_measurer(network: MeasuresImages, features: str, train: ImageData, cache: Path | None = None) -> Measurer:

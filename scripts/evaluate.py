@@ -69,7 +69,7 @@ class EvaluateTask(SamplingFlags):
     features: str | Path | None = None
     """What measures: run directory of a feature network (default: the one beside the model that was trained on its images), or a
     published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14."""
-    feature_weights: Path | None = None
+    feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: report/ in the model's run; needed without --model)."""

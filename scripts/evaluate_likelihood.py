@@ -5,8 +5,10 @@ Baselines have likelihoods or bounds of their own, pixel models the density of t
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from evaluate_tokenizer import NONE, report_names
 
 from cli import main, resolve
@@ -42,7 +44,7 @@ class LikelihoodTask:
     features: str | None = None
     """Run directory of the feature network (default: the one beside the models that was trained on their images, if there is
     one), or a published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
-    feature_weights: Path | None = None
+    feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: likelihood-report/ beside the first model)."""

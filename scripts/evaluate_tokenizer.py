@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -47,7 +49,7 @@ class TokenizersTask:
     features: str | None = None
     """Run directory of the feature network (default: the one beside the tokenizers that was trained on their images), or a
     published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
-    feature_weights: Path | None = None
+    feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: tokenizer-report/ beside the first tokenizer)."""

@@ -22,7 +22,7 @@ from midway.gen import cell_store, measured_cell
 from midway.gen.baseline import load_trained_baseline
 from midway.gen.cell_store import CellStore, Part, cell_id, part_ranges
 from midway.gen.data import ImageData
-from midway.gen.distances import frechet_distance
+from midway.gen.distances import frechet_distance, frechet_distance_of_features
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep
 from midway.gen.features import FeatureConfig, FeatureNetwork, load_features
@@ -454,3 +454,24 @@ def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, scri
     assert record["fd_infinity"] is not None and record["kid"] is not None
     assert "overlapped" in (tmp_path / "report.md").read_text()
     assert measured_cell.SHOWN == 8
+
+
+def test_missing_weights_are_told_before_sampling(
+    pipeline: Pipeline, script: Script, tmp_path: Path, drawn: list[int]
+) -> None:
+    flags = ("--model", pipeline.model, "--out", tmp_path / "out", "--features", "inception")
+    told = script("evaluate", *flags, "--inception-weights", tmp_path / "none.pth")
+    assert told.code == 3 and "none.pth" in told.err
+    assert drawn == [] and not (tmp_path / "out").exists()
+
+
+def test_fewer_images_than_features_are_measured_without_a_covariance(images: ImageData) -> None:
+    torch.manual_seed(0)
+    network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=16)).eval()
+    measurer = make_measurer(network, "cnn-toy@1", images)
+    few = network.features(images.images[:10])
+    exact = frechet_distance_of_features(few, network.features(images.images))
+    assert measurer.distance_of(few) == pytest.approx(exact, rel=1e-12)
+    assert measurer.distance_of(few) != frechet_distance(FeatureStatistics.of(few), measurer.reference)
+    many = network.features(images.images[:17])
+    assert measurer.distance_of(many) == frechet_distance(FeatureStatistics.of(many), measurer.reference)
