@@ -157,7 +157,7 @@ def run_sweep(
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
     check_metrics(config.metrics, min(n, len(splits.held_out.images)), measurer.reference.dim, measurer.has_logits)
-    jobs = [*(solver_jobs(model, config) if model else []), *other_jobs(others or {}, config, n)]
+    jobs = all_jobs(model, others or {}, config, n)
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
     if shard.rank == 0:
@@ -185,6 +185,11 @@ def fine_plan(model: Model, config: SweepConfig) -> Plan:
     if isinstance(model, DiffusersModel):
         return reference_plan(model.schedule, within_training(config, model.schedule))
     return reference_plan(model.model.schedule, config)
+
+
+def all_jobs(model: Model | None, others: Mapping[str, Other], config: SweepConfig, n: int) -> list[Job]:
+    """Every cell of blocks of n; errors as `solver_jobs` and `other_jobs`. Nothing is sampled or written."""
+    return [*(solver_jobs(model, config) if model else []), *other_jobs(others, config, n)]
 
 
 def solver_jobs(model: Model, config: SweepConfig) -> list[Job]:

@@ -24,7 +24,7 @@ from midway.gen.baseline import TrainedBaseline, load_trained_baseline
 from midway.gen.cell_metrics import check_metrics
 from midway.gen.diffusers_model import DiffusersModel, check_images, describe, load_diffusers
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Model, Other, Sweep, SweepConfig, planned_cells, run_sweep
+from midway.gen.evaluate import Model, Other, Sweep, SweepConfig, all_jobs, planned_cells, run_sweep
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.image_exports import cells_to_export, check_folders, export_cell
@@ -149,11 +149,12 @@ def run(task: EvaluateTask) -> Sweep:
     check_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     if shard.rank == 0 and task.fresh:
         shutil.rmtree(out / "cells", ignore_errors=True)
-    n = config.n or len(splits.held_out.images)
+    n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
     check_metrics(config.metrics, min(n, len(splits.held_out.images)), extractor.dim, extractor.has_logits)
-    measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference")
     others: dict[str, Other] = {**baselines, **externals}
+    all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
+    measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference")
     shown = shard.rank == 0
     planned = list(planned_cells(config, len(others), measured is not None))
     planned += [cell for _ in repeats for cell in planned_cells(config)]
@@ -289,7 +290,7 @@ def context(
     features: str,
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
-    n = config.n or len(splits.held_out.images)
+    n = len(splits.held_out.images) if config.n is None else config.n
     alone = (*common_notes(n, config, splits, features), floor_text(sweep))
     told = alone if model is None else notes(n, config, splits, len(task.repeats), features)
     return ReportContext(
