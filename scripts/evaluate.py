@@ -179,9 +179,7 @@ def run(task: EvaluateTask) -> Sweep:
 
 
 def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch.device) -> list[TrainedModel]:
-    """What --repeats names; UsageError without a model that they repeat, DataError for other configurations."""
-    if task.repeats and trained is None:
-        raise UsageError("--repeats without --model", "they repeat its training", "pass --model")
+    """What --repeats names; DataError for other configurations."""
     found = [load_model(path, device) for path in task.repeats]
     if trained is not None:
         check_repeats(trained, found)
@@ -221,6 +219,8 @@ def check_flags(task: EvaluateTask) -> None:
             "the reference is what the model was trained on",
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
+    if task.repeats and not task.model:
+        raise UsageError("--repeats without --model", "they repeat its training", "pass --model")
     if not (task.model or task.diffusers or task.images or task.baselines):
         raise UsageError(
             "nothing to measure", "no model and no images are named", "pass --model, --diffusers or --images"
