@@ -76,7 +76,7 @@ def command(arguments: list[str]) -> None:
     """The command line: a subcommand and its flags."""
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\n\nCommands (--help after one shows its flags): {', '.join(COMMANDS)}")
+        print(f"usage: python scripts/data.py {'|'.join(COMMANDS)} ...\n\n{__doc__}\n\nEach has its own --help.")
         return
     if name not in COMMANDS:
         raise UsageError(f"unknown command '{name}'", "it is none of scripts/data.py", nearest(name, COMMANDS))

@@ -118,14 +118,19 @@ def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
         "evaluate": (*model, "--features", pipeline.features, *sweep, "--out", out),
         "posthoc_ema": (pipeline.model, "--std", 0.08, "--out", out),
         "verify_resume": (pipeline.model, "--steps", 4),
+        "data": ("check", "digits", "--out", out),
     }
 
 
+ELSEWHERE = {"demo", "download_weights"}
+"""test_demo.py; test_weights.py, since it needs a network or a server."""
+
+
 def test_the_command_lines_cover_every_script(pipeline: Pipeline) -> None:
-    assert set(_commands(pipeline, Path())) >= set(ALL_SCRIPTS) - {"demo"}
+    assert set(_commands(pipeline, Path())) >= set(ALL_SCRIPTS) - ELSEWHERE
 
 
-@pytest.mark.parametrize("name", [s for s in ALL_SCRIPTS if s != "demo"])
+@pytest.mark.parametrize("name", [s for s in ALL_SCRIPTS if s not in ELSEWHERE])
 def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = _shell(f"scripts/{name}.py", *_commands(pipeline, out)[name])
@@ -149,6 +154,7 @@ def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_pat
         "evaluate": [out / file for file in REPORT],
         "posthoc_ema": [out / "checkpoints/step-25/ema.safetensors"],
         "verify_resume": [],
+        "data": [out / "data.json"],
     }[name]
     assert all(file.stat().st_size > 0 for file in expected)
 
@@ -569,7 +575,9 @@ def test_batch_size_title_and_out_of_evaluate(
         *("--grids", "uniform", "--n", 24, "--reference-nfe", 16, "--batch-size", 7, "--title", "Sieben", "--out", out),
     )
     assert told.code == 0, told.err
-    assert sizes == 2 * [7, 7, 7, 7, 7, 7, 6]
+    assert sizes == 4 * [7, 7, 7, 3] + [7, 7, 7, 7, 7, 7, 6], (
+        "two blocks of the fine solution and of ddim; then codes in use"
+    )
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
     assert float(_rows(out)[1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
 
