@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.midway-installed
 ARGS   ?=
+# a process for each core, up to 8, and each file's tests in one of them
+TESTS  := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help dev demo test test-slow check format bench clean
@@ -29,10 +31,10 @@ demo: $(STAMP) ## train, sample and measure on real digits; ends with a table an
 	$(BIN)/python scripts/demo.py $(ARGS)
 
 test: $(STAMP) ## the default test suite (no GPU, no network)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(TESTS) $(ARGS)
 
 test-slow: $(STAMP) ## the default suite and the slow tests
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	$(BIN)/python $(TESTS) -m '' $(ARGS)
 
 check: $(STAMP) ## ruff and pyright
 	$(BIN)/ruff check .

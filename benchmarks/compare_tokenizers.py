@@ -31,7 +31,7 @@ from midway.gen.files import write_atomically
 from midway.gen.plots import COLOURS, MARKERS
 from midway.gen.runs import Run, environment, hardware
 from midway.gen.splits import DataConfig, load_splits
-from midway.gen.tokenizer_evaluation import TokenizerRow
+from midway.gen.tokenizer_row import TokenizerRow
 from midway.gen.train_config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -39,7 +39,7 @@ from evaluate_tokenizer import TokenizersTask
 from evaluate_tokenizer import run as evaluate
 from train_tokenizer import train
 
-from recipes import TokenizerConfig, TokenizerTask
+from tasks import TokenizerConfig, TokenizerTask
 
 BITS = (8, 10, 12, 14)
 FSQ_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}

@@ -8,6 +8,7 @@ The id is a hash of everything that the numbers depend on. A part holds a fixed 
 process can make any part, and the numbers do not depend on how many processes there were or how often they were killed.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -66,7 +67,8 @@ class CellStore:
             if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
                 raise ValueError("its sha256 does not match")
         except (ValueError, KeyError, TypeError) as error:
-            path.replace(path.with_suffix(".damaged"))
+            with contextlib.suppress(FileNotFoundError):  # another process was first
+                path.replace(path.with_suffix(".damaged"))
             print(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again", flush=True)
             return None
         return content["numbers"]

@@ -74,6 +74,22 @@ def frechet_distance_of_features(x: Tensor, y: Tensor) -> float:
     return _distance(*means, float(first.square().sum() + second.square().sum()), nuclear)
 
 
+def frechet_distance_to(x: Tensor, reference: FeatureStatistics) -> float:
+    """`frechet_distance` of features (N, D) to statistics; of N <= D without a covariance of x, so without squaring its digits.
+
+    With S2 = R R^T and X centred, / sqrt(N - 1): tr (S1 S2)^(1/2) = |X R|_*. ValueError and warnings as of the others.
+    """
+    statistics = FeatureStatistics.of(x)
+    if len(x) > reference.dim or statistics.dim != reference.dim:
+        return frechet_distance(statistics, reference)
+    _warn_if_few(len(x), reference.dim)
+    _warn_if_few(reference.count, reference.dim)
+    covariance, rows = reference.covariance, _scaled(x.double().cpu())
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    nuclear = float(torch.linalg.svdvals(rows @ (factor if int(info) == 0 else _factor(covariance))).sum())
+    return _distance(statistics.mean, reference.mean, float(rows.square().sum() + covariance.trace()), nuclear)
+
+
 def _distance(first_mean: Tensor, second_mean: Tensor, traces: float, trace_of_root: float) -> float:
     """The sum of its parts; rounding errors below 0 are clipped."""
     return max(float((first_mean - second_mean).square().sum()) + traces - 2 * trace_of_root, 0.0)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.cell_metrics import Seen, measure_metrics
-from midway.gen.cell_store import CellStore, Part, part_ranges, seeds_of
+from midway.gen.cell_store import CellStore, Part, cell_id, part_ranges, seeds_of
 from midway.gen.measurer import Measurer
 from midway.gen.pictures import grid_png
 from midway.gen.reconstruction import psnr
@@ -90,20 +90,26 @@ class Bench:
     overlap: bool = False
     """Decode and look at a part while the next one is sampled."""
 
-    def identity(self, source: Source) -> dict[str, Any]:
+    def identity(self, source: Source, fine: "Reference | None" = None) -> dict[str, Any]:
         """Everything that the numbers of a cell depend on."""
-        return {
+        found = {
             "source": source.identity,
             "seeds": [self.seeds.first, self.seeds.n, self.seeds.blocks],
             "features": self.measurer.features,
-            "reference": self.measurer.reference_name,
+            "reference": self.measurer.reference_id,
+            "root": self.measurer.root,
             "metrics": sorted(self.metrics),
         }
+        return found | ({"fine": fine.identity} if fine is not None else {})
+
+    def record(self, source: Source, fine: "Reference | None" = None) -> str:
+        """Name of the cell's record in the store."""
+        return cell_id(self.identity(source, fine))
 
 
 def measure(source: Source, bench: Bench, fine: Reference | None = None) -> dict[str, Any]:
     """The numbers of one cell: from the store if it is finished, else measured. With `fine`, RMSE too."""
-    identity = bench.identity(source) | ({"fine": fine.identity} if fine is not None else {})
+    identity = bench.identity(source, fine)
     numbers = bench.store.record(identity)
     bench.shard.wait()  # all have looked before the first process writes
     if numbers is None:
@@ -120,7 +126,7 @@ def measure(source: Source, bench: Bench, fine: Reference | None = None) -> dict
 
 def picture(source: Source, bench: Bench, fine: Reference | None = None) -> bytes | None:
     """The PNG of a finished cell."""
-    return bench.store.png(bench.identity(source) | ({"fine": fine.identity} if fine is not None else {}))
+    return bench.store.png(bench.identity(source, fine))
 
 
 # ---- parts ----

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from midway.gen.artefacts import best_device
 from midway.gen.data import ImageData
-from midway.gen.distances import frechet_distance, frechet_distance_of_features
-from midway.gen.errors import DataError
+from midway.gen.distances import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
+from midway.gen.errors import DataError, UsageError
 from midway.gen.files import write_atomically
 from midway.gen.randomness import permutation
 from midway.gen.statistics import FeatureStatistics
@@ -54,6 +55,15 @@ class Measurer:
     reference_name: str
     sample: Tensor | None = None
     """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+    root: Root = "eigen"
+    """How the trace of the Fréchet distance is found where there are more images than features."""
+    fingerprint: str = ""
+    """Of the reference's images."""
+
+    @property
+    def reference_id(self) -> str:
+        """The reference's images with their whole fingerprint."""
+        return f"{self.reference_name} {self.fingerprint} n={self.reference.count}"
 
     @property
     def has_logits(self) -> bool:
@@ -67,14 +77,25 @@ class Measurer:
     def distance_of(self, features: Tensor) -> float:
         """Fréchet distance of features (N, D) to the reference.
 
-        Of no more images than features without any covariance, where the features of the whole reference are kept.
+        Of no more images than features without their covariance, and without any where the whole reference's features are
+        kept. UsageError where `root` is "newton-schulz", which does not converge for every pair.
         """
-        if len(features) <= self.reference.dim and self.sample is not None and len(self.sample) == self.reference.count:
-            return frechet_distance_of_features(features.cpu(), self.sample)
-        return frechet_distance(FeatureStatistics.of(features), self.reference)
+        if len(features) <= self.reference.dim:
+            if self.sample is not None and len(self.sample) == self.reference.count:
+                return frechet_distance_of_features(features.cpu(), self.sample)
+            return frechet_distance_to(features, self.reference)
+        statistics = FeatureStatistics.of(features)
+        if self.root == "eigen":
+            return frechet_distance(statistics, self.reference)
+        try:
+            return frechet_distance(statistics, self.reference, self.root, best_device())
+        except ValueError as error:
+            raise UsageError(f"--root {self.root}", str(error), "drop it: the default always works") from None
 
 
-def make_measurer(network: MeasuresImages, features: str, train: ImageData, cache: Path | None = None) -> Measurer:
+def make_measurer(
+    network: MeasuresImages, features: str, train: ImageData, cache: Path | None = None, root: Root = "eigen"
+) -> Measurer:
     """Statistics of all training images under this feature network, from the folder `cache` if they are there.
 
     DataError for a cached file of other images or another network, or a damaged one.
@@ -89,7 +110,7 @@ def make_measurer(network: MeasuresImages, features: str, train: ImageData, cach
         statistics, sample = FeatureStatistics.of(seen), seen[balanced(train.labels)[:KEPT]].contiguous()
         if path is not None:
             write_atomically(path, save({**statistics.to_tensors(), "sample": sample}, header))
-    return Measurer(network, features, statistics, name, sample)
+    return Measurer(network, features, statistics, name, sample, root, train.fingerprint)
 
 
 def _short(text: str) -> str:

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Literal
 
 from midway.gen.files import write_atomically
 from midway.gen.pareto import pareto_front
-from midway.gen.report_cells import Cell, baselines_of, floor_of, measure_name, shown, solvers_of, training_costs
+from midway.gen.report_cells import (
+    Cell,
+    baselines_of,
+    floor_name,
+    floor_of,
+    measure_name,
+    shown,
+    solvers_of,
+    training_costs,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +41,7 @@ def _plottable(cells: Sequence[Cell], x: Cost) -> list[Cell]:
 
 
 def _cost(cell: Cell, x: Cost) -> float:
-    return float(cell.nfe if x == "nfe" else cell.seconds)
+    return float(cell.nfe if x == "nfe" else cell.image_seconds)
 
 
 def plain_tick(value: float, _position: object = None) -> str:
@@ -81,11 +90,11 @@ def _front(axes: "Axes", points: Sequence[Cell]) -> None:
     )
 
 
-def _floor(axes: "Axes", distance: float) -> None:
+def _floor(axes: "Axes", distance: float, name: str) -> None:
     """The dashed line of the floor with its name above the left end."""
     axes.axhline(distance, color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
     axes.annotate(
-        f"floor {distance:.3g}  (real images against real images)",
+        f"{name} {distance:.3g}  (real images against real images)",
         xy=(0, distance),
         xycoords=axes.get_yaxis_transform(),
         xytext=(6, 4),
@@ -121,7 +130,7 @@ def _spaced(budgets: Sequence[int]) -> list[int]:
 def _dress(axes: "Axes", name: str, x: Cost, counts: Sequence[int]) -> None:
     """Labels, grid and a frame that recedes behind the data."""
     images = f"{counts[0]} images" if len(counts) == 1 else "all images"
-    label = "NFE, network evaluations per image" if x == "nfe" else f"seconds to sample {images}"
+    label = "NFE, network evaluations per image" if x == "nfe" else f"seconds to make {images}"
     axes.set_xlabel(label, color=INK, labelpad=8, fontsize=12)
     axes.set_ylabel(name, color=INK, labelpad=8, fontsize=12)
     axes.grid(True, color=HAIR, linewidth=0.8)
@@ -191,7 +200,7 @@ def _draw(figure: "Figure", axes: "Axes", cells: Sequence[Cell], x: Cost) -> Non
         _front(axes, points)
     floors = [floor.distance] if floor and math.isfinite(floor.distance) and floor.distance > 0 else []
     for distance in floors:
-        _floor(axes, distance)
+        _floor(axes, distance, floor_name(cells))
     _limits(axes, [cell.distance for cell in points] + floors, [_cost(cell, x) for cell in points])
     _ticks(axes, points, x)
     _legend(figure, axes)

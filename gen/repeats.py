@@ -13,9 +13,8 @@ from midway.gen.artefacts import TrainedModel
 from midway.gen.config import to_dict
 from midway.gen.errors import DataError
 from midway.gen.feature_runs import same_images
-from midway.gen.report_cells import FLOOR, Cell
+from midway.gen.report_cells import FLOOR, MEASURES, Cell, mark_best
 
-MEANS = ("rmse", "psnr", "kid", "precision", "recall", "density", "coverage", "inception_score", "fd_infinity")
 TIMES = ("seconds", "decode_seconds", "feature_seconds")
 
 
@@ -47,7 +46,7 @@ def merge_trainings(sweeps: Sequence[Sequence[Cell]]) -> list[Cell]:
         others = [cells[_key(cell)] for cells in found if _key(cell) in cells]
         alone = cell.solver == FLOOR or cell.baseline or len(others) < len(rest)
         merged.append(cell if alone else _merged([cell, *others]))
-    return _with_best(merged)
+    return mark_best(merged)  # the mean may have another best grid than the first training
 
 
 def _key(cell: Cell) -> tuple[str, str, int]:
@@ -57,7 +56,7 @@ def _key(cell: Cell) -> tuple[str, str, int]:
 def _merged(cells: Sequence[Cell]) -> Cell:
     """Means over trainings; the distance's and KID's deviations among them."""
     distances = tuple(cell.distance for cell in cells)
-    means = {name: _mean([getattr(cell, name) for cell in cells]) for name in MEANS}
+    means = {name: _mean([getattr(cell, name) for cell in cells]) for name in MEASURES}
     times = {name: round(sum(getattr(cell, name) for cell in cells) / len(cells), 3) for name in TIMES}
     spread = _std(distances)
     return replace(
@@ -81,13 +80,3 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _std(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-
-
-def _with_best(cells: list[Cell]) -> list[Cell]:
-    """Mark the best grid of each (solver, NFE) again: the mean may have another than the first training."""
-    best: dict[tuple[str, int], Cell] = {}
-    for cell in cells:
-        key = (cell.solver, cell.nfe)
-        if key not in best or cell.distance < best[key].distance:
-            best[key] = cell
-    return [replace(cell, best=cell is best[cell.solver, cell.nfe]) for cell in cells]

@@ -10,7 +10,9 @@ from pathlib import Path
 from midway.gen.files import write_atomically
 from midway.gen.plots import distance_png, plot_distance
 from midway.gen.report_cells import (
+    ABSENT,
     BASELINE_HEADS,
+    FLOOR,
     Cell,
     Entry,
     Measure,
@@ -20,10 +22,13 @@ from midway.gen.report_cells import (
     check_comparable,
     deviation,
     feature_names,
+    floor_name,
     floor_of,
     measure_name,
+    measure_rows,
     measured,
     number,
+    paired,
     pivot,
     training_costs,
     write_csv,
@@ -46,7 +51,6 @@ __all__ = [
     "write_report",
 ]
 
-ABSENT = "–"
 MORE: tuple[Measure, ...] = ("rmse", "kid")
 
 
@@ -62,11 +66,11 @@ def _markdown_entry(entry: Entry | None) -> str:
     return f"{value} ({escape_markdown(entry.grid)})" if entry.grid else value
 
 
-def _markdown_lines(table: Pivot, floor: str | None) -> list[str]:
+def _markdown_lines(table: Pivot, floor: str | None = None, name: str = FLOOR) -> list[str]:
     header = ["solver", *(f"NFE {nfe}" for nfe in table.nfes)]
     rows = [[escape_markdown(solver), *map(_markdown_entry, entries)] for solver, entries in table.rows]
     if floor is not None:
-        rows.append(["*floor*", *(f"*{floor}*" for _ in table.nfes)])
+        rows.append([f"*{name}*", *(f"*{floor}*" for _ in table.nfes)])
     rule = ["---", *("---:" for _ in table.nfes)]
     return [f"| {' | '.join(row)} |" for row in (header, rule, *rows)]
 
@@ -92,14 +96,14 @@ def _caption(cells: Sequence[Cell], measure: Measure) -> str:
 
 
 def markdown_table(cells: Sequence[Cell]) -> str:
-    """Tables, solver x NFE: distance ± std with the floor, and RMSE where measured; each column's best is bold.
+    """Tables, solver x NFE: distance ± std with the floor, RMSE and KID where measured, differences; a column's best is bold.
 
     Baselines have a table of their own. ValueError for cells that do not compare.
     """
     check_comparable(cells)
     table = pivot(cells, "distance")
     parts = [f"{escape_markdown(_caption(cells, 'distance'))}\n"]
-    parts += _markdown_lines(table, _floor_text(cells)) if table.nfes else []
+    parts += _markdown_lines(table, _floor_text(cells), floor_name(cells)) if table.nfes else []
     baselines = _baseline_lines(cells)
     if baselines:
         parts += ["\nBaselines, measured alike, each at its own number of evaluations\n", *baselines]
@@ -108,8 +112,12 @@ def markdown_table(cells: Sequence[Cell]) -> str:
         if table.rows:
             parts += [
                 f"\n{escape_markdown(_caption(cells, measure))}\n",
-                *_markdown_lines(table, _floor_text(cells, measure)),
+                *_markdown_lines(table, _floor_text(cells, measure), floor_name(cells)),
             ]
+    differences = paired(cells)
+    if differences.rows:
+        caption = "Difference from the best of each NFE, by blocks of the same seeds: mean ± standard error"
+        parts += [f"\n{caption}\n", *_markdown_lines(differences)]
     return "\n".join(parts) + "\n"
 
 
@@ -139,7 +147,7 @@ def text_table(cells: Sequence[Cell]) -> str:
     rows += [[solver, *map(_text_entry, entries)] for solver, entries in table.rows]
     floor = _floor_text(cells)
     if floor is not None:
-        rows.append(["floor", *(f"{floor} " for _ in table.nfes)])
+        rows.append([floor_name(cells), *(f"{floor} " for _ in table.nfes)])
     header, *body = aligned(rows)
     solvers = [header, "-" * max(map(len, [header, *body])), *body, "* best"] if table.nfes else []
     lines = [_caption(cells, "distance"), "", *solvers]
@@ -162,6 +170,11 @@ def write_markdown(path: Path, cells: Sequence[Cell], context: ReportContext, se
         "![distance against time](distance_vs_seconds.png)",
         "",
     ]
+    heads, *rows = measure_rows(cells)
+    lines += ["## All figures and where the time went", "", "Seconds are for 1000 images.", ""]
+    lines += [f"| {' | '.join(map(escape_markdown, row))} |" for row in (heads, *rows)]
+    lines.insert(len(lines) - len(rows), f"| {' | '.join(['---', *('---:' for _ in heads[1:])])} |")
+    lines += [""]
     for section in sections:
         lines += [f"## {escape_markdown(section.title)}", "", escape_markdown(section.text), ""]
     if context.notes or costs:
@@ -176,7 +189,11 @@ def write_report(
     grids: Mapping[tuple[str, int], bytes],
     sections: Sequence[Section] = (),
 ) -> None:
-    """Write all six files into `directory` (made if missing); `grids` maps (solver, nfe) to a sample PNG. DiskError."""
+    """Write all six files into `directory` (made if missing); `grids` maps (solver, nfe) to a sample PNG. DiskError.
+
+    ValueError, and no file, for cells that do not compare.
+    """
+    check_comparable(cells)
     write_csv(directory / "results.csv", cells)
     write_jsonl(directory / "results.jsonl", cells)
     plot_distance(directory / "distance_vs_nfe.png", cells, "nfe")

@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +19,22 @@ from midway.gen.files import write_atomically
 from midway.samplers.gits import GITS
 
 FLOOR = "floor"
+ABSENT = "–"
 FID = "inception-v3-2015-12-05@6726825d"
 """How the name of the features begins under which a distance is FID."""
 Measure = Literal["distance", "rmse", "kid"]
+MEASURES = {
+    "rmse": "RMSE",
+    "psnr": "PSNR (dB)",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "inception_score": "inception score",
+    "fd_infinity": "distance at n = ∞",
+}
+"""Fields of a cell that may be missing, beside the distance, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,13 @@ class Cell:
     nonfinite: int = 0
     trainings: int = 1
     """Of several, `distances` are those of each, and deviations are among them."""
+    record: str = ""
+    """cells/<record>.json says all that the cell was made from."""
+
+    @property
+    def image_seconds(self) -> float:
+        """Seconds to make n images: sampling and decoding."""
+        return self.seconds + self.decode_seconds
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,23 @@ def floor_of(cells: Sequence[Cell]) -> Cell | None:
     return next((cell for cell in cells if cell.solver == FLOOR), None)
 
 
+def floor_name(cells: Sequence[Cell]) -> str:
+    """`floor`, with its image count where that is not the cells'."""
+    floor = floor_of(cells)
+    others = {cell.n for cell in cells if cell is not floor}
+    return FLOOR if floor is None or not others - {floor.n} else f"{FLOOR} (n = {floor.n})"
+
+
+def mark_best(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with `best` where the grid is the one of least distance of its (solver, NFE)."""
+    best: dict[tuple[str, int], Cell] = {}
+    for cell in cells:
+        key = (cell.solver, cell.nfe)
+        if key not in best or cell.distance < best[key].distance:
+            best[key] = cell
+    return [replace(cell, best=cell is best[cell.solver, cell.nfe]) for cell in cells]
+
+
 def baselines_of(cells: Sequence[Cell]) -> list[Cell]:
     """The baselines, lowest distance first."""
     return sorted((cell for cell in cells if cell.baseline), key=_rank)
@@ -118,7 +155,7 @@ def _by_solver(cells: Sequence[Cell]) -> list[Cell]:
 def check_comparable(cells: Sequence[Cell]) -> None:
     """ValueError for cells that must not share a table: of other image counts, features or references than the rest.
 
-    The floor may have another count where fewer images are held out; it is then named with it.
+    The floor may have another count where fewer images are held out: `floor_name` then says so.
     """
     kinds = {(cell.n, cell.features, cell.reference) for cell in cells if cell.solver != FLOOR}
     if len(kinds) > 1:
@@ -166,10 +203,15 @@ def feature_names(cells: Sequence[Cell]) -> str:
     return ", ".join(dict.fromkeys(cell.features for cell in cells))
 
 
+def distance_name(cells: Sequence[Cell]) -> str:
+    """What the distance is called: FID of the published Inception network alone, else Fréchet distance."""
+    names = {cell.features for cell in cells}
+    return "FID" if names and all(name.startswith(FID) for name in names) else "Fréchet distance"
+
+
 def measure_name(cells: Sequence[Cell]) -> str:
-    """What the distance is called: FID of the published Inception network alone, else Fréchet distance, with the features."""
-    names = feature_names(cells)
-    return f"FID ({names})" if names.startswith(FID) and "," not in names else f"Fréchet distance ({names})"
+    """The distance with its features."""
+    return f"{distance_name(cells)} ({feature_names(cells)})"
 
 
 def number(value: float, std: float | None = None) -> str:
@@ -262,12 +304,39 @@ def baseline_rows(cells: Sequence[Cell]) -> list[tuple[str, str, str, str]]:
     return [
         (
             cell.solver,
-            str(cell.nfe) if cell.nfe else "–",
+            str(cell.nfe) if cell.nfe else ABSENT,
             number(cell.distance, cell.distance_std),
-            number(1000 * cell.seconds / cell.n) if cell.nfe else "–",
+            number(1000 * cell.image_seconds / cell.n) if cell.nfe else ABSENT,
         )
         for cell in baselines_of(cells)
     ]
+
+
+def measure_rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
+    """Heads, and a row for each shown cell, baseline and the floor: all that was measured, and where the time went.
+
+    Times are seconds for 1000 images: of the solver, of decoding, of the features. Figures that no cell has are left out.
+    """
+    floor = floor_of(cells)
+    rows = [
+        *sorted(shown(cells).values(), key=lambda cell: cell.nfe),
+        *baselines_of(cells),
+        *([floor] if floor else []),
+    ]
+    present = [name for name in MEASURES if any(getattr(cell, name) is not None for cell in rows)]
+    heads = ("solver", "NFE", *(MEASURES[name] for name in present), "solver s", "decode s", "features s")
+    return [heads, *(_measure_row(cell, present, cells) for cell in rows)]
+
+
+def _measure_row(cell: Cell, present: Sequence[str], cells: Sequence[Cell]) -> tuple[str, ...]:
+    values = [getattr(cell, name) for name in present]
+    times = (cell.seconds, cell.decode_seconds, cell.feature_seconds)
+    return (
+        floor_name(cells) if cell.solver == FLOOR else cell.solver,
+        str(cell.nfe) if cell.nfe else ABSENT,
+        *(ABSENT if value is None else number(value) for value in values),
+        *(number(1000 * seconds / cell.n) if cell.solver != FLOOR else ABSENT for seconds in times),
+    )
 
 
 def training_costs(cells: Sequence[Cell]) -> dict[str, int]:

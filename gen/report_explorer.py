@@ -15,10 +15,9 @@ Panel = tuple[str, int]
 EXPLORER_STYLE = """
 .explorer [hidden] { display: none; }
 .chooser { background: var(--card); border: 1px solid var(--hair); border-radius: 10px; padding: 1rem 1.1rem 1.1rem; }
-.chooser fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
-.chooser legend, .chooser label { padding: 0; font-size: .85rem; font-weight: 600; color: var(--quiet); }
-.budget label { display: flex; justify-content: space-between; align-items: baseline; gap: 1rem; }
-.budget output { color: var(--ink); font-size: 1.05rem; font-variant-numeric: tabular-nums; }
+.chooser label { font-size: .85rem; font-weight: 600; color: var(--quiet); }
+.budget label { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 0 1rem; }
+.budget b { color: var(--ink); font-size: 1.05rem; font-variant-numeric: tabular-nums; }
 .budget input { display: block; width: 100%; margin: .5rem 0 0; height: 1.5rem; accent-color: var(--accent);
   cursor: pointer; }
 .ticks { display: flex; justify-content: space-between; padding: 0 8px; font-size: .8rem; color: var(--quiet);
@@ -39,7 +38,10 @@ EXPLORER_STYLE = """
 .explorer summary { margin-bottom: .6rem; }
 @media (prefers-color-scheme: dark) { .explorer { --edge: #6b7382; } }
 @media (max-width: 600px) { .chooser { padding: .8rem; } .panes { gap: .7rem; } }
-@media print { .explorer .chooser, .explorer summary { display: none; } }
+.explorer .samples small { white-space: normal; }
+@media print { .explorer .chooser, .explorer summary { display: none; }
+  .explorer .samples { table-layout: fixed; font-size: .85em; }
+  .explorer .samples th, .explorer .samples td { padding: .3rem .2rem; min-width: 0; overflow-wrap: anywhere; } }
 """
 
 
@@ -77,9 +79,9 @@ def _slider(budgets: Sequence[int], start: int) -> str:
     """Steps through the budgets, however far apart they are; the script says which one it is at."""
     ticks = "".join(f"<span>{nfe}</span>" for nfe in budgets)
     return (
-        '<div class="budget"><label>network evaluations per image<output></output></label>'
+        '<div class="budget"><label><span>evaluations per image</span><b aria-hidden="true"></b>'
         f'<input type="range" min="0" max="{len(budgets) - 1}" step="1" value="{start}" autocomplete="off" '
-        f'aria-label="network evaluations per image" data-values="{" ".join(map(str, budgets))}">'
+        f'data-values="{" ".join(map(str, budgets))}"></label>'
         f'<div class="ticks" aria-hidden="true">{ticks}</div></div>'
     )
 

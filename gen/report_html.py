@@ -18,9 +18,13 @@ from midway.gen.report_cells import (
     ReportContext,
     baseline_rows,
     baselines_of,
+    check_comparable,
     deviation,
+    distance_name,
     feature_names,
+    floor_name,
     floor_of,
+    measure_rows,
     measured,
     number,
     paired,
@@ -31,69 +35,7 @@ from midway.gen.report_cells import (
 from midway.gen.report_explorer import EXPLORER_STYLE, explorer, image_tag
 from midway.gen.report_script import EXPLORER_SCRIPT
 from midway.gen.report_sections import Section
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2430; --quiet: #5b6270; --paper: #fafaf8; --card: #fff; --hair: #e3e5e8;
-  --accent: #005a94; --wash: #eef5fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaee; --quiet: #a2a9b6; --paper: #14171c; --card: #1b1f26;
-  --hair: #303640; --accent: #7cc4f2; --wash: #1d2c38; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
-  Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; -webkit-text-size-adjust: 100%; }
-main { max-width: 1080px; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
-header { margin-bottom: 2.5rem; }
-h1 { font-size: clamp(1.6rem, 4vw, 2.2rem); line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; letter-spacing: -.005em; margin: 3rem 0 .35rem; }
-p { margin: .35rem 0 1rem; max-width: 46rem; }
-.quiet, figcaption, td small, th small { color: var(--quiet); }
-.lead { font-size: 1.1rem; }
-.lead b { color: var(--accent); }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--hair); border-radius: 10px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .55rem .9rem; text-align: right; white-space: nowrap; vertical-align: top; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); white-space: normal;
-  min-width: 6.5rem; }
-thead th { font-size: .85rem; font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--hair); }
-tbody th { font-weight: 600; }
-tbody tr + tr > * { border-top: 1px solid var(--hair); }
-td small, th small { display: block; font-size: .76rem; font-weight: 400; line-height: 1.3; }
-td.best { background: var(--wash); }
-td.best b { color: var(--accent); }
-.std { color: var(--quiet); font-size: .86em; }
-tr.floor > * { border-top: 2px solid var(--hair); font-style: italic; color: var(--quiet); font-weight: 400; }
-figure { margin: 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1.25rem;
-  margin-top: 1.25rem; }
-.plot { background: #fff; border: 1px solid var(--hair); border-radius: 10px; padding: .9rem; }
-.plot img { display: block; width: 100%; height: auto; }
-figcaption { font-size: .88rem; margin-top: .5rem; max-width: 46rem; }
-.samples td, .samples th { text-align: left; padding: .6rem .45rem; }
-.samples th:first-child { padding-left: .9rem; vertical-align: middle; }
-.samples td:last-child { padding-right: .9rem; }
-.samples img { display: block; width: 100%; min-width: 132px; max-width: 260px; height: auto; border-radius: 6px;
-  background: #fff; image-rendering: pixelated; }
-.baselines td, .baselines tbody th { vertical-align: middle; }
-.baselines img { display: block; margin-left: auto; width: 132px; height: auto; border-radius: 6px; background: #fff;
-  image-rendering: pixelated; }
-.samples small { margin-top: .3rem; }
-ul { padding-left: 1.2rem; max-width: 46rem; }
-details { margin-top: 3rem; border-top: 1px solid var(--hair); padding-top: 1rem; }
-summary { cursor: pointer; font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 1rem 0 0; font-size: .92rem; }
-dt { color: var(--quiet); }
-dd { margin: 0; overflow-wrap: anywhere; }
-code { font: .92em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-@media (max-width: 600px) { main { padding: 1.75rem 1rem 3rem; } th, td { padding: .5rem .65rem; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; } .plot { padding: .4rem; }
-  th:first-child { min-width: 6.6rem; max-width: 8rem; overflow-wrap: break-word; }
-  .samples img { min-width: 118px; } }
-@media print { :root { color-scheme: light; --ink: #000; --quiet: #444; --paper: #fff; --card: #fff; --hair: #ccc;
-  --accent: #003f6b; --wash: #eef3f7; } body { font-size: 10.5pt; } main { max-width: none; padding: 0; }
-  .scroll { overflow: visible; } th:first-child { position: static; } th, td { padding: .3rem .4rem; }
-  .plots { grid-template-columns: 1fr 1fr; } tr, figure { break-inside: avoid; }
-  h2 { break-after: avoid; } .samples img { min-width: 0; }
-  details::details-content { display: block; content-visibility: visible; block-size: auto; } }
-"""
+from midway.gen.report_style import STYLE
 
 
 def _value(value: str) -> str:
@@ -128,7 +70,7 @@ def _floor_row(cells: Sequence[Cell], measure: Measure, columns: int) -> str:
     if floor is None or score is None:
         return ""
     value = _value(number(score, deviation(floor, measure)))
-    return f'<tr class="floor"><th scope="row">floor</th>{f"<td>{value}</td>" * columns}</tr>'
+    return f'<tr class="floor"><th scope="row">{floor_name(cells)}</th>{f"<td>{value}</td>" * columns}</tr>'
 
 
 def _table(cells: Sequence[Cell], measure: Measure) -> str:
@@ -186,20 +128,38 @@ def _lead(cells: Sequence[Cell]) -> str:
         if (entry := row[column]) is not None and entry.best and nfe in (table.nfes[0], table.nfes[-1])
     ]
     floor = floor_of(cells)
-    ground = "" if floor is None else f" Real images against real images: {number(floor.distance, floor.distance_std)}."
+    ground = (
+        "" if floor is None else f" Real images against real images ({floor_name(cells)}): {number(floor.distance)}."
+    )
     return f'<p class="lead">Lowest distance: {", ".join(winners)}.{ground}</p>' if winners else ""
+
+
+def _measures(cells: Sequence[Cell]) -> str:
+    """All figures of the shown cells and where their time went, folded."""
+    heads, *rows = measure_rows(cells)
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{value}</td>" for value in rest)}</tr>'
+        for name, *rest in rows
+    )
+    return (
+        "<details><summary>All figures and where the time went</summary><p>Of the grids above; seconds are for 1000 "
+        "images. Precision, recall, density, coverage, PSNR and the inception score are better when larger, the others when "
+        "smaller.</p>"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
+    )
 
 
 def _plot(cells: Sequence[Cell], kind: str) -> str:
     by_time = kind == "seconds"
     caption = (
-        "The same measurements against sampling time on the machine named below; it includes all that NFE leaves out. Grey: what "
-        "nothing else beats in both."
+        "The same measurements against the time to make the images, sampling and decoding, on the machine named below. Grey: "
+        "what nothing else beats in both."
         if by_time
         else "Both axes are logarithmic. Bars: standard deviation over seed blocks. Hollow markers: trained solvers."
     )
     png = distance_png(cells, "seconds" if by_time else "nfe")
-    image = image_tag(png, f"Fréchet distance against {'seconds' if by_time else 'NFE'}, one line per solver")
+    image = image_tag(png, f"{distance_name(cells)} against {'seconds' if by_time else 'NFE'}, one line per solver")
     return f'<figure><div class="plot">{image}</div><figcaption>{caption}</figcaption></figure>'
 
 
@@ -222,6 +182,7 @@ def provenance(cells: Sequence[Cell], context: ReportContext) -> list[tuple[str,
     """(name, value) of all that is needed to repeat the sweep."""
     floor = floor_of(cells)
     sampled = [cell for cell in cells if cell is not floor]
+    costs = training_costs(cells)
     facts = [
         ("model", context.model),
         ("data", context.data),
@@ -232,6 +193,7 @@ def provenance(cells: Sequence[Cell], context: ReportContext) -> list[tuple[str,
         ("seed blocks", _joined(cell.blocks for cell in sampled)),
         ("seeds", context.seeds),
         ("guidance", f"{context.guidance:g}"),
+        ("training of solvers", ", ".join(f"{name} {cost:,} evaluations" for name, cost in costs.items())),
         ("hardware", context.hardware),
         ("versions", ", ".join(f"{name} {version}" for name, version in context.versions.items())),
         ("command", context.command),
@@ -263,7 +225,7 @@ def _page(
     grids: Mapping[tuple[str, int], bytes],
     sections: Sequence[Section],
 ) -> str:
-    title = escape(context.title)
+    title, name = escape(context.title), distance_name(cells)
     kid = (
         "<h2>Kernel distance</h2><p>KID of the same features, on the grids above: unbiased in the number of images, where "
         "the Fréchet distance is not. Seeds and floor have every class equally often, which puts both a little below 0: compare "
@@ -281,7 +243,7 @@ def _page(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}{EXPLORER_STYLE}</style></head><body><main>
 <header><h1>{title}</h1><p class="quiet">{escape(context.model)} · {escape(context.data)}</p>{_lead(cells)}</header>
-<h2>Fréchet distance by step budget</h2>
+<h2>{name} by step budget</h2>
 <p>Lower is better; the best of each column is bold. NFE counts network evaluations per image. Small print: the time
 grid that did best. Comparable only with numbers of the same feature name,
 <code>{escape(feature_names(cells))}</code>.</p>
@@ -294,6 +256,7 @@ grid that did best. Comparable only with numbers of the same feature name,
 {_samples(cells, grids)}
 {"".join(map(_section, sections))}
 {notes_list(context.notes)}
+{_measures(cells)}
 {_details(cells, context)}
 </main><script>{EXPLORER_SCRIPT}</script></body></html>
 """
@@ -306,5 +269,9 @@ def write_html(
     grids: Mapping[tuple[str, int], bytes],
     sections: Sequence[Section] = (),
 ) -> None:
-    """One self-contained page; `grids` maps (solver, nfe) to a PNG of samples and may be empty. DiskError."""
+    """One self-contained page; `grids` maps (solver, nfe) to a PNG of samples and may be empty. DiskError.
+
+    ValueError for cells that do not compare.
+    """
+    check_comparable(cells)
     write_atomically(path, _page(cells, context, grids, sections).encode())

@@ -11,6 +11,7 @@ for (const section of document.querySelectorAll("section.explorer")) {
   const budgets = slider.dataset.values.split(" ");
   const ticks = section.querySelectorAll(".ticks span");
   const table = section.querySelector("details");
+  const shape = table.querySelector("img");
   const cells = new Map();
   for (const cell of section.querySelectorAll("td[data-panel]")) cells.set(cell.dataset.panel, cell);
 
@@ -21,10 +22,13 @@ for (const section of document.querySelectorAll("section.explorer")) {
     const source = cell.querySelector("img");
     const image = pane.querySelector("img");
     image.hidden = source === null;
-    pane.querySelector(".missing").hidden = source !== null;
+    const missing = pane.querySelector(".missing");
+    missing.hidden = source !== null;
     if (source !== null) {
       image.src = source.src;
       image.alt = source.alt;
+    } else if (shape.naturalHeight > 0) {
+      missing.style.aspectRatio = shape.naturalWidth + " / " + shape.naturalHeight;
     }
     setText(pane.querySelector("figcaption"), cell.querySelector("small").textContent);
   };
@@ -32,7 +36,7 @@ for (const section of document.querySelectorAll("section.explorer")) {
   const show = () => {
     const budget = budgets[Number(slider.value)];
     slider.setAttribute("aria-valuetext", budget + " evaluations");
-    setText(section.querySelector("output"), budget + " NFE");
+    setText(section.querySelector(".budget b"), budget + " NFE");
     ticks.forEach((tick, index) => tick.classList.toggle("chosen", index === Number(slider.value)));
     section.querySelectorAll(".pane").forEach(showPane);
   };

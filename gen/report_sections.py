@@ -9,7 +9,7 @@ from midway.gen.artefacts import TrainedModel
 from midway.gen.code_use import CodeUse
 from midway.gen.data import to_float
 from midway.gen.sampling import SamplingConfig
-from midway.gen.trajectory_geometry import trajectory_geometry
+from midway.gen.trajectory_geometry import random_walk, trajectory_geometry
 from midway.gen.trajectory_plot import trajectory_png
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
@@ -36,13 +36,16 @@ def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Section
     table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
     found = trajectory_geometry(trained, table, torch.arange(SEEDS), config)
     rank, off, two = found.effective_rank, found.deviation, found.explained[1]
+    walk = random_walk(found.steps, 2).sum().item()
     text = (
         f"{found.count} trajectories of Heun's method in {found.steps} steps: two principal components hold "
         f"{100 * two.mean:.1f} ± {100 * two.std:.1f} % of a trajectory's variance, its effective rank is {rank.mean:.2f} ± "
-        f"{rank.std:.2f}, and it strays from its chord by {off.mean:.2f} ± {off.std:.2f} of the chord's length. The nearer to a "
-        "plane, the more a single learned direction can do, which is what AMED rests on."
+        f"{rank.std:.2f}, and it strays from its chord by {off.mean:.2f} ± {off.std:.2f} of the chord's length. Steps at right "
+        f"angles to one another, in no plane at all, would have {100 * walk:.0f} % in two. The nearer to a plane, the more a "
+        "single learned direction can do, which is what AMED rests on; where alpha and sigma trace a curve, as under cosine or "
+        "vp, part of the plane is the schedule's own."
     )
-    alt = "variance explained by the first components, and trajectories on the two components that they share"
+    alt = "variance explained by the first components, and trajectories, each on its own first two components"
     return Section("Shape of the trajectories", text, trajectory_png(found), alt)
 
 

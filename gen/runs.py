@@ -218,7 +218,8 @@ def hardware() -> str:
     cpu = next(
         (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor() or "CPU"
     )
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _cpuinfo() -> list[str]:

@@ -65,11 +65,12 @@ class SolverSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, plan, guidance and precision; neither batch size nor graph, which change nothing beyond rounding."""
+        """Model, decoder, plan, guidance and precision; neither batch size nor graph, which change nothing beyond rounding."""
         guidance = self.sampling.guidance
         weak = None if guidance.weak is None else state_hash("weak", guidance.weak.state_dict())
         return {
             "model": self.trained.hash,
+            "decoder": state_hash("decoder", self.trained.tokenizer.state_dict()),
             "plan": plan_hash(self.plan),
             "guidance": [guidance.scale, list(map(str, guidance.interval)), weak],
             "precision": self.sampling.precision,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.plots import COLOURS, DASHES, HAIR, INK, MARKERS, QUIET, plain_tick
-from midway.gen.tokenizer_evaluation import Measurement, TokenizerRow
+from midway.gen.tokenizer_evaluation import Measurement
+from midway.gen.tokenizer_row import TokenizerRow
 from midway.tokenizers.base import MAX_COUNTED
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from midway.gen.errors import DiskError, UsageError
 from midway.gen.files import write_atomically
 from midway.gen.report import ABSENT, aligned, escape_markdown
 from midway.gen.report_cells import Entry, ReportContext
-from midway.gen.tokenizer_evaluation import Measurement, TokenizerRow
+from midway.gen.tokenizer_evaluation import Measurement
 from midway.gen.tokenizer_plots import noise_png, rate_png, usage_png
 from midway.gen.tokenizer_report_html import PLOTS, page
+from midway.gen.tokenizer_row import TokenizerRow
 from midway.gen.tokenizer_tables import TERSE, Table, provenance, tables
 
 FILES = (

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from midway.gen.pictures import grid_png
 from midway.gen.report_cells import ReportContext, number
-from midway.gen.report_html import STYLE, entry_cell, image_tag, notes_list
-from midway.gen.tokenizer_evaluation import Measurement, TokenizerRow
+from midway.gen.report_explorer import image_tag
+from midway.gen.report_html import entry_cell, notes_list
+from midway.gen.report_style import STYLE
+from midway.gen.tokenizer_evaluation import Measurement
+from midway.gen.tokenizer_row import TokenizerRow
 from midway.gen.tokenizer_tables import Table, provenance, tables
 
 _STRIP = 1280  # pixels: large images are shown fewer, or the page would be slow to open

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from midway.gen.report_cells import Entry, ReportContext, number
-from midway.gen.tokenizer_evaluation import TokenizerRow
+from midway.gen.tokenizer_row import TokenizerRow
 
 Better = Literal["low", "high", "neither"]
 

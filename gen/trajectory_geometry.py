@@ -9,8 +9,9 @@ holds them: x = alpha x_0 + sigma eps, standardised. Each has a principal compon
                                                             with shares of the variance in place of s_k / sum_j s_j)
     deviation      = max_n dist(x_n, line through x_0 and x_N) / |x_N - x_0|        (Chen et al. 2024, arXiv 2405.11326)
 
-Shares depend on the grid, which says where points lie closely, and on the coordinates. A few large ones say little by
-themselves: a walk of N steps at right angles, which never lies in a plane, has
+Shares depend on the grid, which says where points lie closely, and on the coordinates: were x_0 and eps constant along a
+path, alpha x_0 + sigma eps would be in a plane exactly, on a line only where alpha and sigma are (rectified flow, VE). Large
+shares say little by themselves: a walk of N steps at right angles, which never lies in a plane, has
 
     share_k = 1 / sin^2(k pi / (2 (N + 1))) / sum_j 1 / sin^2(j pi / (2 (N + 1))),   k = 1 .. N,
 
@@ -44,8 +45,7 @@ class Spread:
 class TrajectoryGeometry:
     """Over S trajectories of N steps. `explained[k - 1]`: share of the variance in the first k components, at most 1.
 
-    `paths` (P, N + 1, 2) float64: the first trajectories on the two components that hold most of their joint variance,
-    centred at their joint mean; `paths_share` is what those two hold of it.
+    `paths` (P, N + 1, 2) float64: the first trajectories, each on its own two components (`own_plane`).
     """
 
     solver: str
@@ -55,7 +55,6 @@ class TrajectoryGeometry:
     effective_rank: Spread
     deviation: Spread
     paths: Tensor
-    paths_share: float
 
 
 def shares(points: Tensor, components: int = COMPONENTS) -> Tensor:
@@ -101,25 +100,24 @@ def random_walk(steps: int, components: int = COMPONENTS) -> Tensor:
     return torch.nn.functional.pad(found, (0, components - len(found)))
 
 
-def shared_plane(points: Tensor) -> tuple[Tensor, float]:
-    """Points (P, M, D) -> (P, M, 2) float64 on their two joint components, and the share of the variance that these hold.
+def own_plane(points: Tensor) -> Tensor:
+    """Points (P, M, D) -> (P, M, 2) float64: each trajectory on its own first two components, centred at its mean.
 
-    Signs are such that the mean path runs towards larger values in both.
+    Signs are such that the first runs from noise to data and the second bends to where the largest value is.
     """
     points = points.double()
-    flat = points.flatten(0, 1)
-    centred = flat - flat.mean(0)
-    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
-    plane = (centred @ directions[:2].mT).unflatten(0, points.shape[:2])
+    centred = points - points.mean(1, keepdim=True)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    plane = centred @ directions[:, :2].mT
     plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[-1]))
-    run = (plane[:, -1] - plane[:, 0]).mean(0)
-    held = values[:2].square().sum() / values.square().sum()
-    return torch.where(run < 0, -plane, plane), held.item()
+    forward = (plane[:, -1:, 0] - plane[:, :1, 0] < 0).squeeze(-1)
+    bend = plane[:, :, 1].gather(1, plane[:, :, 1].abs().argmax(1, keepdim=True)).squeeze(-1) < 0
+    signs = 1 - 2 * torch.stack([forward, bend], -1).double()
+    return plane * signs.unsqueeze(1)
 
 
 def geometry_of(solver: str, points: Tensor, paths: int = 6) -> TrajectoryGeometry:
     """The geometry of trajectories (S, N + 1, D). ValueError for one that does not move or ends where it began."""
-    plane, held = shared_plane(points[:paths])
     return TrajectoryGeometry(
         solver=solver,
         steps=points.shape[1] - 1,
@@ -127,8 +125,7 @@ def geometry_of(solver: str, points: Tensor, paths: int = 6) -> TrajectoryGeomet
         explained=tuple(map(_spread, shares(points).cumsum(-1).clamp(max=1).unbind(-1))),
         effective_rank=_spread(effective_rank(points)),
         deviation=_spread(deviation(points)),
-        paths=plane,
-        paths_share=held,
+        paths=own_plane(points[:paths]),
     )
 
 

@@ -1,7 +1,8 @@
 """Two panels of how flat sampling trajectories are: variance explained by their first components, and some paths.
 
 The left panel has the mean over trajectories with the standard deviation as bars, and for comparison a random walk of as
-many steps; the right one the first trajectories on the two components that they share. Colours and ink are those of `plots`.
+many steps; the right one the first trajectories, each in its own plane, since two samples move in nearly orthogonal
+directions where there are many. Colours and ink are those of `plots`.
 """
 
 import io
@@ -20,15 +21,15 @@ def trajectory_figure(geometry: TrajectoryGeometry) -> "Figure":
     """Explained variance beside paths, 11 x 5 inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 5), dpi=160, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(11, 5), dpi=160, facecolor="white", layout=ConstrainedLayoutEngine(wspace=0.06))
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         _dress(axes)
     _explained(left, geometry)
     _paths(right, geometry)
-    figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore (constrained, set above)
     return figure
 
 
@@ -102,7 +103,7 @@ def _paths(axes: "Axes", geometry: TrajectoryGeometry) -> None:
     axes.plot([], [], "o", markersize=8, color=INK, label="image")
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.08)
-    axes.set_xlabel("first shared component", color=INK, labelpad=8, fontsize=12)
-    axes.set_ylabel("second shared component", color=INK, labelpad=8, fontsize=12)
-    _title(axes, f"{len(geometry.paths)} trajectories, {100 * geometry.paths_share:.0f} % of their joint variance")
+    axes.set_xlabel("first component", color=INK, labelpad=8, fontsize=12)
+    axes.set_ylabel("second component", color=INK, labelpad=8, fontsize=12)
+    _title(axes, f"{len(geometry.paths)} trajectories, each on its own two components")
     axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=11, handletextpad=0.2)

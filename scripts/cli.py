@@ -11,7 +11,7 @@ import tyro
 
 from midway.gen.checkpoint import DISK_ERRORS
 from midway.gen.config import from_dict, read_yaml
-from midway.gen.errors import DiskError, MidwayError, UsageError, nearest
+from midway.gen.errors import DataError, DiskError, MidwayError, UsageError, nearest
 from midway.gen.train_config import TrainConfig
 
 Task = TypeVar("Task")
@@ -56,6 +56,12 @@ def own_fields(task: type, values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     fields = {field.name for field in dataclasses.fields(task)}
+    if "source" in values and "source" not in fields:
+        raise DataError(
+            "this run was imported, not trained",
+            f"its config.yaml names {values['source']} as its source",
+            "give a run that train_tokenizer.py made; imported ones serve as --tokenizer",
+        )
     return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
 
 

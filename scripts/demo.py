@@ -18,7 +18,8 @@ from cli import main, resolve
 from midway.gen.backbone import DiTConfig
 from midway.gen.solver_training import DistillConfig
 from midway.gen.train_config import TrainConfig
-from recipes import LatentTask, TokenizerTask, digits_dit, digits_fsq
+from recipes import digits_dit, digits_fsq
+from tasks import LatentTask, TokenizerTask
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ from cli import main, names, numbers, resolve
 from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.baseline import TrainedBaseline, load_trained_baseline
 from midway.gen.cell_metrics import check_metrics
-from midway.gen.diffusers_model import DiffusersModel, check_images, describe, load_diffusers
+from midway.gen.diffusers_model import check_images, load_diffusers
+from midway.gen.distances import Root
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Model, Other, Sweep, SweepConfig, all_jobs, planned_cells, run_sweep
+from midway.gen.evaluate import Sweep, run_sweep
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.image_exports import cells_to_export, check_folders, export_cell
@@ -33,14 +34,15 @@ from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
 from midway.gen.repeats import check_repeats, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
-from midway.gen.report_cells import number
+from midway.gen.report_notes import common_notes, external_notes, few_note, floor_text, model_text, notes
 from midway.gen.report_sections import CODED, STEPS, Section, code_section, trajectory_section
 from midway.gen.runs import command_line, environment, hardware
 from midway.gen.sampling import sample_latents
 from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.gen.sweep_jobs import Model, Other, SweepConfig, all_jobs, planned_cells
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
-from recipes import Flat
+from tasks import Flat
 
 UNNAMED = DataConfig(data="")
 """The reference data while none are named."""
@@ -99,8 +101,10 @@ class EvaluateTask(SamplingFlags):
     metrics: str = "kid"
     """Comma-separated, beside the Fréchet distance: kid, precision (and recall), density (and coverage), is, infinity; empty for
     none."""
+    root: Root = "eigen"
+    """newton-schulz finds the distance by matrix products alone, on the GPU if there is one; it refuses features it cannot do."""
     overlap: bool = False
-    """Decode and look at images while the next are sampled: more images a second, and times that overlap."""
+    """Decode and look at images while the next are sampled. On a GPU more images a second; times overlap, too."""
     export_npz: Path | None = None
     """Folder for the images of each best cell (of all, with one solver) as NPZ, for ADM's evaluator; they are sampled again."""
     save_images: Path | None = None
@@ -154,8 +158,10 @@ def run(task: EvaluateTask) -> Sweep:
     check_metrics(config.metrics, min(n, len(splits.held_out.images)), extractor.dim, extractor.has_logits)
     others: dict[str, Other] = {**baselines, **externals}
     all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
-    measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference")
     shown = shard.rank == 0
+    for line in external_notes(externals, n * config.blocks) if shown else ():
+        print(line)
+    measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     planned = list(planned_cells(config, len(others), measured is not None))
     planned += [cell for _ in repeats for cell in planned_cells(config)]
     with tqdm(planned, desc="sweep", disable=None if shown else True, leave=False) as bar:
@@ -168,7 +174,7 @@ def run(task: EvaluateTask) -> Sweep:
         again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
         sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
-        facts = context(task, measured, splits, config, externals, sweep, extractor.note)
+        facts = context(task, measured, splits, config, externals, sweep, extractor.note, extractor.dim)
         write_report(out, sweep.cells, facts, sweep.grids, sections(trained, splits, config))
         print(text_table(sweep.cells))
         if measured is None:
@@ -288,6 +294,7 @@ def context(
     externals: dict[str, ExternalImages],
     sweep: Sweep,
     features: str,
+    dim: int,
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(splits.held_out.images) if config.n is None else config.n
@@ -302,83 +309,7 @@ def context(
         versions={**environment()["packages"], "git": environment()["git"]},
         seeds=f"{config.first_seed}-{config.first_seed + n * config.blocks - 1}",
         guidance=config.guidance,
-        notes=(*told, *external_notes(externals, n * config.blocks)),
-    )
-
-
-def model_text(model: Model | None) -> str:
-    """The model in a line."""
-    if model is None:
-        return "no model of ours"
-    if isinstance(model, DiffusersModel):
-        return describe(model)
-    config = model.model.config
-    network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
-    return f"{model.hash}: {network}; weights {model.weights}"
-
-
-def external_notes(externals: dict[str, ExternalImages], used: int) -> tuple[str, ...]:
-    """What was done to images that somebody else made, and how many of them count."""
-    found = [
-        f"images: {name} ({images.fingerprint}): {text}"
-        for name, images in externals.items()
-        for text in (f"the first {used} of {len(images.pixels)} images", *images.notes)
-    ]
-    blocks = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
-    return (blocks, *found) if externals else ()
-
-
-def floor_text(sweep: Sweep) -> str:
-    """The floor in a line, for a table without solvers."""
-    floor = sweep.cells[0]
-    return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
-
-
-def repeats_note(repeats: int) -> tuple[str, ...]:
-    """What error bars are, of several trainings."""
-    if not repeats:
-        return ()
-    return (
-        f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are those "
-        "among trainings, not among blocks. Baselines and sample images are of the first.",
-    )
-
-
-def notes(n: int, config: SweepConfig, splits: Splits, repeats: int, features: str) -> tuple[str, ...]:
-    """How to read the numbers of a model."""
-    return (
-        *common_notes(n, config, splits, features),
-        "Blocks are of seeds, and the same seeds serve every cell.",
-        "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
-        *rmse_note(config),
-        *repeats_note(repeats),
-        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
-    )
-
-
-def common_notes(n: int, config: SweepConfig, splits: Splits, features: str) -> tuple[str, ...]:
-    """How to read any distance."""
-    held_out = min(n, len(splits.held_out.images))
-    return (
-        f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
-        f"mean and standard deviation over {config.blocks} disjoint blocks.",
-        f"The floor is the distance of {held_out} held-out real images to all training images."
-        + (
-            ""
-            if held_out == n
-            else " It was measured at another image count than the cells, and the distance depends on it."
-        ),
-        f"NFE is counted at the network. {features}",
-    )
-
-
-def rmse_note(config: SweepConfig) -> tuple[str, ...]:
-    """What RMSE is, where it was measured."""
-    if not config.reference_nfe:
-        return ()
-    return (
-        "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
-        f"at {config.reference_nfe} evaluations from the same noise.",
+        notes=(*few_note(n, dim), *told, *external_notes(externals, n * config.blocks)),
     )
 
 

@@ -22,7 +22,7 @@ from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.tokenizer_training import evaluate_tokenizer
 from midway.tokenizers.foreign import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import Flat
+from tasks import Flat
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from midway.gen.splits import Splits, load_splits
 from midway.gen.trainable import FitResult, Hooks, Items
 from midway.gen.training import fit
 from midway.gen.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
-from recipes import BASELINE_RECIPES, BASELINE_TASKS, BaselineTask, VAETask
+from recipes import BASELINE_RECIPES
+from tasks import BASELINE_TASKS, BaselineTask, VAETask
 
 PREVIEW = 60
 PAIRS = 8

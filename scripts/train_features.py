@@ -25,7 +25,7 @@ from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.train_config import TrainConfig
 from midway.gen.trainable import Hooks, Items
 from midway.gen.training import fit
-from recipes import Flat, Resume
+from tasks import Flat, Resume
 
 
 @dataclass(frozen=True)

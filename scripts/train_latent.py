@@ -31,7 +31,8 @@ from midway.gen.training import fit
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import LATENT_RECIPES, LatentTask
+from recipes import LATENT_RECIPES
+from tasks import LatentTask
 
 PREVIEW = 60
 PREVIEW_STEPS = 10

@@ -31,7 +31,7 @@ from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver, SolverCard
 from midway.samplers.solvers import SOLVERS
-from recipes import Flat, Resume
+from tasks import Flat, Resume
 
 
 @dataclass(frozen=True)

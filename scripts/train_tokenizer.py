@@ -26,7 +26,8 @@ from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer
 from midway.gen.trainable import Hooks, Items
 from midway.gen.training import fit
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import TOKENIZER_RECIPES, TokenizerTask
+from recipes import TOKENIZER_RECIPES
+from tasks import TokenizerTask
 
 SHOWN = 32
 

@@ -33,7 +33,7 @@ from midway.gen.runs import Run
 from midway.gen.train_config import TrainConfig
 from midway.gen.trainable import Hooks
 from midway.gen.training import fit
-from recipes import LatentTask, TokenizerTask
+from tasks import LatentTask, TokenizerTask
 
 FILES = ("model", "ema", "optimizer", "progress")
 TIMES = ("seconds", "images_per_second")

@@ -1,81 +1,159 @@
-"""Pages in Debian's Chromium without a window: what a script sees there, pictures of them, and prints.
+"""Pages in Debian's Chromium without a window, driven over its pipe (Chrome DevTools Protocol): real keys, any width.
 
-A probe is JavaScript appended to a copy of the page. It operates the real controls and calls `say(value)`; all that it said,
-and every error of the page, come back from the dumped document. Nothing can be fetched: all names resolve to nowhere.
+`Browser.page` opens a local file in a tab of its own. All it asks for over the network, what its console says and errors
+of its scripts are kept in `Page.requests` and `Page.complaints`. Names resolve to nowhere, so nothing can be fetched.
 """
 
-import html
+import base64
+import contextlib
 import json
-import re
+import os
+import select
+import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking "
+    '--disable-component-update --disable-extensions --host-resolver-rules="MAP * ~NOTFOUND" --remote-debugging-pipe'
+)
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home": 36, "End": 35, "Tab": 9, "Enter": 13}
+"""Names of keys -> their Windows codes, which is what moves native controls."""
+
+PATIENCE = 60
+
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium here: apt-get install chromium")
 
-PROBE = """<pre id="outcome" hidden></pre><script>
-"use strict";
-const said = [], errors = pageErrors;
-const say = (value) => said.push(value);
-addEventListener("load", () => {
-  try { %s } catch (error) { errors.push(String(error)); }
-  const fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
-  document.querySelector("#outcome").textContent = JSON.stringify({ said, errors,
-    fetched: fetched.filter((name) => !name.startsWith("data:")) });
-});
-</script>"""
-LISTENER = '<script>const pageErrors = []; addEventListener("error", (event) => pageErrors.push(event.message), true);</script>'
+
+class Browser:
+    """One Chromium; messages are JSON that ends in a zero byte."""
+
+    def __init__(self, profile: Path) -> None:
+        theirs_in, mine_out = os.pipe()
+        mine_in, theirs_out = os.pipe()
+        line = f"exec {shlex.quote(CHROMIUM)} {FLAGS} --user-data-dir={shlex.quote(str(profile))}"
+        self.process = subprocess.Popen(
+            ["bash", "-c", f"{line} about:blank 3<&{theirs_in} 4>&{theirs_out}"],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.into, self.out = os.fdopen(mine_out, "wb", buffering=0), os.fdopen(mine_in, "rb")
+        self.count, self.rest = 0, b""
+        self.events: list[dict[str, Any]] = []
+
+    def send(self, method: str, session: str | None = None, **parameters: object) -> dict[str, Any]:
+        """The answer to one command; events that come meanwhile are kept."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": parameters} | (
+            {"sessionId": session} if session else {}
+        )
+        self.into.write(json.dumps(message).encode() + b"\0")
+        while (answer := self._read()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, f"{method}: {answer['error']}"
+        return answer["result"]
+
+    def wait(self, method: str, session: str) -> None:
+        """Until this event has come."""
+        while not any(event.get("method") == method and event.get("sessionId") == session for event in self.events):
+            self.events.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self.rest:
+            assert select.select([self.out], [], [], PATIENCE)[0], f"the browser said nothing for {PATIENCE} s"
+            part = os.read(self.out.fileno(), 1 << 20)
+            assert part, "the browser ended"
+            self.rest += part
+        message, _, self.rest = self.rest.partition(b"\0")
+        return json.loads(message)
+
+    def page(
+        self, path: Path, width: int = 1200, height: int = 1000, dark: bool = False, javascript: bool = True
+    ) -> "Page":
+        """The loaded page, in a viewport of `width` x `height` CSS pixels."""
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        page = Page(self, session)
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            page.send(f"{domain}.enable")
+        page.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        page.send("Emulation.setEmulatedMedia", features=[scheme])
+        page.send("Emulation.setScriptExecutionDisabled", value=not javascript)
+        page.send("Page.navigate", url=path.resolve().as_uri())
+        self.wait("Page.loadEventFired", session)
+        return page
+
+    def close(self) -> None:
+        """End it."""
+        with contextlib.suppress(AssertionError, OSError):
+            self.send("Browser.close")
+        self.into.close()
+        self.out.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the probe said, errors of the page's scripts and of the console, and the addresses that it asked for."""
+class Page:
+    """A tab."""
 
-    said: list[Any]
-    errors: list[str]
-    fetched: list[str]
+    def __init__(self, browser: Browser, session: str) -> None:
+        self.browser, self.session = browser, session
 
+    def send(self, method: str, **parameters: object) -> dict[str, Any]:
+        return self.browser.send(method, self.session, **parameters)
 
-def run(profile: Path, page: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Chromium on a local page with a new profile."""
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-    command += [
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--host-resolver-rules=MAP * ~NOTFOUND",
-    ]
-    command += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={profile}", *flags, page.resolve().as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page; works also where the page's own scripts are off."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
 
+    def press(self, *keys: str) -> None:
+        """Press and release, as a keyboard would; a single letter types itself."""
+        for key in keys:
+            code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS.get(key, ord(key[0].upper()))}
+            text = key if len(key) == 1 else "\r" if key == "Enter" else ""
+            self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **code)
+            self.send("Input.dispatchKeyEvent", type="keyUp", **code)
 
-def probe(page: str, script: str, folder: Path, width: int = 1200) -> Outcome:
-    """Run `script` in the loaded page at this width; the page lies in an iframe-free window of its own."""
-    assert "<head>" in page and "</body>" in page
-    page = page.replace("<head>", "<head>" + LISTENER, 1).replace("</body>", PROBE % script + "</body>", 1)
-    path = folder / "probe.html"
-    path.write_text(page, encoding="utf-8")
-    flags = ("--virtual-time-budget=3000", "--dump-dom", f"--window-size={width},900")
-    done = run(folder / "profile", path, *flags)
-    found = re.search(r'<pre id="outcome" hidden="">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found and found[1], f"the probe did not finish:\n{done.stderr[-2000:]}"
-    outcome = json.loads(html.unescape(found[1]))
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return Outcome(outcome["said"], outcome["errors"] + console, outcome["fetched"])
+    def media(self, medium: str) -> None:
+        """Look like "screen" or "print"."""
+        self.send("Emulation.setEmulatedMedia", media=medium)
 
+    def screenshot(self, whole: bool = False) -> bytes:
+        """A PNG of the viewport, or of the whole page."""
+        return base64.b64decode(self.send("Page.captureScreenshot", captureBeyondViewport=whole)["data"])
 
-def screenshot(page: Path, target: Path, width: int, height: int, dark: bool = False) -> None:
-    """A PNG of the top of the page."""
-    flags = [f"--screenshot={target}", f"--window-size={width},{height}", "--virtual-time-budget=2000"]
-    run(target.parent / "profile", page, *flags, *(["--blink-settings=preferredColorScheme=0"] if dark else []))
+    def pdf(self) -> bytes:
+        """The page as it prints."""
+        return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])
 
+    def _events(self, method: str) -> Iterator[dict[str, Any]]:
+        for event in self.browser.events:
+            if event.get("sessionId") == self.session and event["method"] == method:
+                yield event["params"]
 
-def print_pdf(page: Path, target: Path) -> bytes:
-    """The page as it prints."""
-    flags = [f"--print-to-pdf={target}", "--no-pdf-header-footer", "--virtual-time-budget=2000"]
-    run(target.parent / "profile", page, *flags)
-    return target.read_bytes()
+    @property
+    def requests(self) -> list[str]:
+        """Addresses asked for, the page's own and data: aside."""
+        self.evaluate("0")  # events so far come before the answer
+        asked = [event["request"]["url"] for event in self._events("Network.requestWillBeSent")]
+        return [url for url in asked if not url.startswith("data:")][1:]
+
+    @property
+    def complaints(self) -> list[str]:
+        """Uncaught errors, and all that the console or the log say."""
+        self.evaluate("0")
+        names = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+        return [json.dumps(event) for name in names for event in self._events(name)]

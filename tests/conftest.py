@@ -23,9 +23,12 @@ from midway.gen.latent_model import LatentModelConfig
 from midway.gen.solver_training import DistillConfig
 from midway.gen.train_config import TrainConfig
 from midway.gen.vae import VAEConfig
-from recipes import LatentTask, TokenizerConfig, TokenizerTask, VAETask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask, VAETask
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 TINY = TrainConfig(steps=25, batch_size=64, lr=1e-2, warmup=2, ema=0.9, log_every=10)

@@ -31,7 +31,7 @@ from midway.gen.runs import Run
 from midway.gen.splits import DataConfig
 from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
-from recipes import BaselineTask, LatentTask, TokenizerConfig, TokenizerTask
+from tasks import BaselineTask, LatentTask, TokenizerConfig, TokenizerTask
 
 Task = TokenizerTask | LatentTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
 

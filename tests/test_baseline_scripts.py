@@ -40,7 +40,8 @@ from midway.gen.likelihood_report import FILES
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.train_config import TrainConfig
 from midway.gen.vae import VAE, VAEConfig
-from recipes import BASELINE_RECIPES, BASELINE_TASKS, BaselineTask, FlowTask, TarFlowTask, VAETask
+from recipes import BASELINE_RECIPES
+from tasks import BASELINE_TASKS, BaselineTask, FlowTask, TarFlowTask, VAETask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(steps=12, batch_size=32, lr=1e-2, warmup=2, ema=0.5, log_every=4, validate_every=3)

@@ -14,7 +14,7 @@ from conftest import TINY, TINY_DIT, Pipeline
 from midway.gen.early_answers import EarlyConfig
 from midway.gen.errors import UsageError
 from midway.gen.latent_model import LatentModelConfig
-from recipes import LatentTask, TokenizerTask
+from tasks import LatentTask, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = replace(TINY, steps=10, measure_every=4)

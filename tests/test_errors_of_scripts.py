@@ -18,7 +18,7 @@ from PIL import Image
 from midway.gen import checkpoint
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.latent_model import LatentModelConfig
-from recipes import LatentTask
+from tasks import LatentTask
 
 USAGE, DATA, DIVERGED = 2, 3, 4
 

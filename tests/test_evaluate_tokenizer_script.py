@@ -23,7 +23,7 @@ from conftest import Outcome, Script
 from midway.gen.config import read_yaml, write_yaml
 from midway.gen.errors import DiskError, UsageError
 from midway.gen.report_cells import ReportContext
-from midway.gen.tokenizer_evaluation import Measurement, TokenizerRow
+from midway.gen.tokenizer_evaluation import Measurement
 from midway.gen.tokenizer_plots import noise_png, rate_of, rate_png, usage_png
 from midway.gen.tokenizer_report import (
     FILES,
@@ -34,10 +34,11 @@ from midway.gen.tokenizer_report import (
     text_table,
     write_tokenizer_report,
 )
+from midway.gen.tokenizer_row import TokenizerRow
 from midway.gen.tokenizer_tables import tables
 from midway.gen.train_config import TrainConfig
 from midway.tokenizers import perceptual
-from recipes import TokenizerConfig, TokenizerTask
+from tasks import TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(steps=20, batch_size=32, lr=1e-2, warmup=2, ema=0, log_every=20)

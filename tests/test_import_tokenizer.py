@@ -91,6 +91,18 @@ def test_a_vq_model_has_its_codes_in_the_run(source: Path, tmp_path: Path, scrip
     assert torch.equal(load_tokenizer(tmp_path / "run")[0].state_dict()["bottleneck.codebook"], codes)
 
 
+def test_an_imported_run_has_no_training_to_repeat(source: Path, tmp_path: Path, script: Script) -> None:
+    out = tmp_path / "run"
+    assert script("import_tokenizer", "--source", source, "--subfolder", "vq", "--out", out, *DIGITS).code == 0
+    for command in (
+        ("verify_resume", out),
+        ("train_tokenizer", "--config", out / "config.yaml", "--out", tmp_path / "again"),
+    ):
+        told = script(*command)
+        assert told.code == 3 and "imported, not trained" in told.err, told.err
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [

@@ -29,7 +29,7 @@ from resuming import (
 from midway.gen import checkpoint
 from midway.gen.errors import UsageError
 from midway.gen.train_config import TrainConfig
-from recipes import TokenizerTask
+from tasks import TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the other processes have one thread as well
 

@@ -24,7 +24,7 @@ from midway.gen.runs import Run
 from midway.gen.sampling import decode, sample_latents
 from midway.gen.splits import load_splits
 from midway.gen.statistics import FeatureStatistics
-from recipes import LatentTask, TokenizerConfig, TokenizerTask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = LikelihoodConfig(steps=2, trace="hutchinson", probes=1)

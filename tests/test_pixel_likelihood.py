@@ -23,7 +23,7 @@ from midway.gen.train_config import TrainConfig
 from midway.samplers.prediction import Prediction, expand
 from midway.samplers.schedule import SCHEDULES
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import LatentTask, TokenizerConfig, TokenizerTask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 DIT = DiTConfig(width=16, depth=1, heads=2, patch=1)
 

@@ -11,7 +11,7 @@ from resuming import records
 from midway.gen.data import to_float
 from midway.gen.splits import DataConfig, load_splits
 from midway.gen.train_config import TrainConfig
-from recipes import TokenizerConfig, TokenizerTask
+from tasks import TokenizerConfig, TokenizerTask
 
 CIFAR_ZIP = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10-train.zip"
 VQ = TokenizerConfig(quantizer="vq", codebook_size=1024, dim=8, width=48, downsample=4)

@@ -13,7 +13,7 @@ from midway.gen.errors import DataError, UsageError
 from midway.gen.latent_model import LatentModelConfig
 from midway.gen.repeats import merge_trainings
 from midway.gen.report_cells import Cell
-from recipes import LatentTask
+from tasks import LatentTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

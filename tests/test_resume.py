@@ -48,7 +48,7 @@ from midway.gen.tokenizer_training import TokenizerObjective
 from midway.gen.train_config import TrainConfig
 from midway.gen.vae import VAEConfig
 from midway.tokenizers import vq
-from recipes import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
+from tasks import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
 

@@ -31,7 +31,7 @@ from midway.gen import likelihood_report, sampling, tokenizer_report
 from midway.gen.artefacts import TrainedModel, card_of, load_model, load_tokenizer, solver_path
 from midway.gen.config import from_dict, read_yaml, to_dict
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Sweep, SweepConfig
+from midway.gen.evaluate import Sweep
 from midway.gen.latent_field import Guidance
 from midway.gen.latent_model import LatentModel, LatentModelConfig
 from midway.gen.plans import make_plans
@@ -39,6 +39,7 @@ from midway.gen.report_cells import FLOOR, Cell
 from midway.gen.runs import Run
 from midway.gen.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.splits import load_splits
+from midway.gen.sweep_jobs import SweepConfig
 from midway.gen.tokenizer_training import evaluate_tokenizer
 from midway.gen.train_config import TrainConfig
 from midway.samplers.grids import GRIDS
@@ -48,15 +49,8 @@ from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
-from recipes import (
-    BASELINE_RECIPES,
-    LATENT_RECIPES,
-    TOKENIZER_RECIPES,
-    LatentTask,
-    QuantizerName,
-    TokenizerConfig,
-    TokenizerTask,
-)
+from recipes import BASELINE_RECIPES, LATENT_RECIPES, TOKENIZER_RECIPES
+from tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 
 ROOT = SCRIPTS.parent
 ALL_SCRIPTS = sorted(p.stem for p in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in p.read_text())

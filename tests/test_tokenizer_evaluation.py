@@ -20,16 +20,8 @@ from midway.gen.randomness import normal
 from midway.gen.reconstruction import PSNR_CAP, psnr
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.statistics import FeatureStatistics
-from midway.gen.tokenizer_evaluation import (
-    EvaluationConfig,
-    Instruments,
-    Subject,
-    TokenizerRow,
-    check_size,
-    choose,
-    description,
-    measure,
-)
+from midway.gen.tokenizer_evaluation import EvaluationConfig, Instruments, Subject, check_size, choose, measure
+from midway.gen.tokenizer_row import TokenizerRow, description
 from midway.tokenizers.base import Quantized
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -26,7 +26,7 @@ from midway.tokenizers.adversarial import discriminator_loss, generator_loss, gr
 from midway.tokenizers.networks import Encoder
 from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import TokenizerConfig, TokenizerTask
+from tasks import TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

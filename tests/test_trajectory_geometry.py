@@ -1,137 +1,215 @@
-"""Shapes whose principal components are known, the Pareto front by hand, and a model's own trajectories."""
+"""The geometry of trajectories: closed forms, and the model's own field behind them."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import Pipeline
+from matplotlib.collections import LineCollection
+from torch import Tensor
 
-from midway.gen.errors import UsageError
-from midway.gen.pareto import pareto_front
-from midway.gen.plans import PlanConfig, make_plans
-from midway.gen.report_sections import code_section, trajectory_section
-from midway.gen.sampling import SamplingConfig, sample_latents
-from midway.gen.splits import load_splits
+from midway.gen.errors import DivergedError, UsageError
+from midway.gen.latent_field import Guidance
+from midway.gen.sampling import SamplingConfig, labels_of, noise_of, sample_latents
 from midway.gen.trajectory_geometry import (
+    TrajectoryGeometry,
     deviation,
     effective_rank,
     geometry_of,
+    own_plane,
     random_walk,
-    shared_plane,
     shares,
     trajectories,
+    trajectory_geometry,
 )
-from midway.gen.trajectory_plot import trajectory_png
+from midway.gen.trajectory_plot import trajectory_figure, trajectory_png
+from midway.samplers.directions import AMEDConfig, Predictor
+from midway.samplers.grids import karras
+from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.schedule import VP, Linear, Schedule
+from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SEEDS = torch.arange(3, 8)
 
 
-def rotated(points: torch.Tensor, dims: int = 7) -> torch.Tensor:
-    """Points in more dimensions, turned at random: shapes do not change."""
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(dims, dims, generator=generator, dtype=torch.float64))[0]
-    return torch.nn.functional.pad(points.double(), (0, dims - points.shape[-1])) @ basis + 3
+def turned(points: Tensor, seed: int = 0) -> Tensor:
+    """The same shape elsewhere in 40 dimensions."""
+    draws = torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.pad(points, (0, 40 - points.shape[-1])) @ torch.linalg.qr(draws)[0] + 5 * draws[0]
 
 
-def test_a_straight_line_has_one_component() -> None:
-    line = rotated(torch.linspace(0, 5, 9)[:, None])
-    assert shares(line)[0] == pytest.approx(1)
-    assert effective_rank(line) == pytest.approx(1)
-    assert deviation(line) == pytest.approx(0, abs=1e-12)
+def line() -> Tensor:
+    return turned(torch.tensor([[0.0], [1.0], [1.5], [4.0], [9.0]], dtype=torch.float64))
+
+
+def circle(points: int = 12) -> Tensor:
+    angles = torch.arange(points, dtype=torch.float64) * 2 * math.pi / points
+    return turned(torch.stack([angles.cos(), angles.sin()], -1))
+
+
+def staircase(steps: int) -> Tensor:
+    """A walk along one new axis at each step."""
+    return turned(torch.tril(torch.ones(steps + 1, steps, dtype=torch.float64), diagonal=-1))
+
+
+def test_a_line_has_one_component() -> None:
+    torch.testing.assert_close(shares(line()), torch.eye(6, dtype=torch.float64)[0], atol=1e-12, rtol=0)
+    assert effective_rank(line()).item() == pytest.approx(1, abs=1e-9)
+    assert deviation(line()).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_a_circle_has_two_equal_components() -> None:
-    angle = torch.arange(12) * (2 * math.pi / 12)
-    circle = rotated(torch.stack([angle.cos(), angle.sin()], 1))
-    assert shares(circle)[:2].tolist() == pytest.approx([0.5, 0.5])
-    assert effective_rank(circle) == pytest.approx(2)
+    expected = torch.tensor([0.5, 0.5, 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(shares(circle(), 4), expected, atol=1e-12, rtol=0)
+    assert effective_rank(circle()).item() == pytest.approx(2, abs=1e-9)
 
 
-def test_a_half_circle_strays_by_half_its_chord() -> None:
-    angle = torch.linspace(0, math.pi, 9)
-    assert deviation(rotated(torch.stack([angle.cos(), angle.sin()], 1))) == pytest.approx(0.5)
+def test_an_ellipse_has_the_squares_of_its_axes_as_shares() -> None:
+    """The entropy is of those shares."""
+    angles = torch.arange(16, dtype=torch.float64) * math.pi / 8
+    ellipse = turned(torch.stack([3 * angles.cos(), angles.sin()], -1))
+    assert shares(ellipse, 2).tolist() == pytest.approx([0.9, 0.1])
+    assert effective_rank(ellipse).item() == pytest.approx(math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1)))
 
 
-def test_a_walk_at_right_angles_has_the_shares_of_the_formula() -> None:
-    walk = torch.cat([torch.zeros(1, 20), torch.eye(20).cumsum(0)])
-    assert shares(walk).tolist() == pytest.approx(random_walk(20).tolist())
-    assert random_walk(2000)[:2].sum() == pytest.approx(0.76, abs=0.005)
+def test_half_a_circle_deviates_by_half_its_chord() -> None:
+    angles = torch.linspace(0, math.pi, 9, dtype=torch.float64)
+    assert deviation(turned(torch.stack([angles.cos(), angles.sin()], -1))).item() == pytest.approx(0.5)
 
 
-def test_shares_of_a_batch_are_those_of_each() -> None:
-    points = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1))
-    together = shares(points)
-    assert all(torch.allclose(together[i], shares(points[i])) for i in range(3))
-    assert together.sum(-1).tolist() == pytest.approx([1, 1, 1])
+@pytest.mark.parametrize("steps", [3, 5, 12])
+def test_a_walk_at_right_angles_has_the_shares_of_its_closed_form(steps: int) -> None:
+    points = staircase(steps)
+    torch.testing.assert_close(shares(points), random_walk(steps), atol=1e-12, rtol=0)
+    centred = points.numpy() - points.numpy().mean(0)
+    values = np.linalg.eigvalsh(centred.T @ centred)[::-1]
+    expected = values[values > 1e-9] / values.sum()
+    assert random_walk(steps).tolist()[:3] == pytest.approx(expected[:3])
+    assert effective_rank(points).item() == pytest.approx(math.exp(-(expected * np.log(expected)).sum()))
 
 
-def test_paths_in_one_plane_are_wholly_shown() -> None:
-    flat = rotated(torch.randn(12, 2, generator=torch.Generator().manual_seed(2))).view(3, 4, 7)
-    plane, held = shared_plane(flat)
-    assert held == pytest.approx(1) and plane.shape == (3, 4, 2)
-    assert torch.cdist(plane[0], plane[0]) == pytest.approx(torch.cdist(flat[0], flat[0]), abs=1e-9)
+def test_a_long_walk_has_three_quarters_in_two_components() -> None:
+    expected = [6 / (math.pi * k) ** 2 for k in (1, 2, 3)]
+    assert random_walk(2000, 3).tolist() == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "points", [torch.ones(4, 3), torch.tensor([[0.0, 0], [1, 1], [0, 0]])], ids=["still", "closed"]
-)
-def test_what_has_no_shape_is_refused(points: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="trajectory"):
-        geometry_of("heun", points[None])
+def test_what_cannot_be_said_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not move"):
+        shares(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="where it began"):
+        deviation(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
 
 
-def test_a_models_trajectories_end_where_its_samples_are(pipeline: Pipeline) -> None:
-    trained, seeds = pipeline.load(), torch.arange(3, 8)
-    (plan,) = make_plans(trained, "heun", 8, PlanConfig(grids=("karras",))).values()
-    assert not hasattr(plan, "rule")
-    config = SamplingConfig(batch_size=2)
-    points = trajectories(trained, plan, seeds, config)  # pyright: ignore[reportArgumentType]
-    latents = sample_latents(trained, plan, seeds, config).latents
-    assert points.shape == (5, 5, latents[0].numel())
-    torch.testing.assert_close(points[:, -1], latents.flatten(1))
+def test_float32_states_are_looked_at_in_float64() -> None:
+    """A bend of 1e-6 far from the origin."""
+    points = torch.tensor([[0.0, 0.0], [0.5, 1e-6], [1.0, 0.0]])
+    assert shares(points, 2).dtype == torch.float64
+    assert shares(points, 2)[1].item() == pytest.approx((2e-12 / 3) / 0.5, rel=1e-4)
 
 
-def test_the_sections_of_a_report(pipeline: Pipeline) -> None:
+def test_own_planes_keep_distances_and_run_forward_and_up() -> None:
+    angles = torch.linspace(0, 2, 7, dtype=torch.float64)
+    arc = torch.stack([angles.cos(), angles.sin()], -1)
+    points = torch.stack([turned(arc), turned(arc.flip(0), 1), turned(-2 * arc, 2)])
+    plane = own_plane(points)
+    torch.testing.assert_close(torch.cdist(plane, plane), torch.cdist(points, points))
+    assert (plane[:, -1, 0] > plane[:, 0, 0]).all()
+    assert (plane[..., 1].amax(1) > -plane[..., 1].amin(1)).all()
+    torch.testing.assert_close(plane.mean(1), torch.zeros(3, 2, dtype=torch.float64))
+    assert own_plane(line()[None, :, :1]).shape == (1, 5, 2)
+
+
+def test_means_and_deviations_are_over_trajectories() -> None:
+    points = torch.stack([staircase(12), circle(13), line()[[0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4]]])
+    found = geometry_of("walk", points, paths=2)
+    each = np.array([np.cumsum(shares(one).numpy()) for one in points])
+    assert [spread.mean for spread in found.explained] == pytest.approx(each.mean(0))
+    assert [spread.std for spread in found.explained] == pytest.approx(each.std(0, ddof=1))
+    ranks = [effective_rank(one).item() for one in points]
+    assert (found.effective_rank.mean, found.effective_rank.std) == pytest.approx(
+        (np.mean(ranks), np.std(ranks, ddof=1))
+    )
+    assert found.deviation.mean == pytest.approx(np.mean([deviation(one).item() for one in points]))
+    assert (found.solver, found.steps, found.count, found.paths.shape) == ("walk", 12, 3, (2, 13, 2))
+    assert geometry_of("line", line()[None]).effective_rank.std == 0
+
+
+# ---- of a model ----
+
+
+@pytest.mark.parametrize("schedule", [VP(), Linear()])
+def test_trajectories_run_from_the_seeds_noise_to_the_seeds_latents(pipeline: Pipeline, schedule: Schedule) -> None:
+    """Whatever the batch size; with guidance and the seeds' own classes."""
     trained = pipeline.load()
-    shape = trajectory_section(trained, SamplingConfig())
-    assert "64 trajectories" in shape.text and shape.png is not None and shape.png.startswith(b"\x89PNG")
-    images = load_splits(trained.data).held_out.images
-    latents = trained.tokenizer.encode_latents((images[:50].float() / 127.5 - 1).to(trained.tokenizer.device))
-    codes = code_section(trained, images[:50], latents)
-    assert codes is not None
-    tokens = 50 * trained.tokenizer.tokens
-    used = trained.tokenizer.encode_indices(images[:50].float() / 127.5 - 1).unique().numel()
-    said = f"{used:,} different ones"
-    assert codes.text.count(said) == 2 and f"in {tokens:,} tokens of 50" in codes.text, "the same images on both sides"
+    model = trained.model
+    model.schedule = schedule
+    table = SOLVERS["heun"].build(model.schedule, karras(model.schedule, 4))
+    config = SamplingConfig(Guidance(3.0), batch_size=2)
+    states = trajectories(trained, table, SEEDS, config)
+    assert states.shape == (5, 5, math.prod(model.latent_shape))
+    t = torch.tensor(table.grid[0], dtype=torch.float64)
+    noise = noise_of(SEEDS, model.latent_shape).flatten(1)
+    scale = (model.schedule.alpha(t) ** 2 + model.schedule.sigma(t) ** 2).sqrt()
+    torch.testing.assert_close(states[:, 0], (scale * noise).float(), atol=1e-5, rtol=1e-5)
+    ends = sample_latents(trained, table, SEEDS, config, labels_of(SEEDS, model.classes))
+    torch.testing.assert_close(states[:, -1], ends.latents.flatten(1))
+    torch.testing.assert_close(
+        trajectories(trained, table, SEEDS, SamplingConfig(Guidance(3.0))), states, atol=1e-5, rtol=1e-4
+    )
 
 
-def test_a_plot_is_the_same_bytes_for_the_same_geometry() -> None:
-    found = geometry_of("heun", torch.randn(4, 9, 6, generator=torch.Generator().manual_seed(3)))
-    assert trajectory_png(found) == trajectory_png(found)
-
-
-def test_a_solver_of_its_own_steps_is_no_table(pipeline: Pipeline) -> None:
-    from midway.gen.trajectory_geometry import trajectory_geometry
-
+def test_the_geometry_of_a_model_is_that_of_its_trajectories(pipeline: Pipeline) -> None:
     trained = pipeline.load()
-    plans = make_plans(trained, "amed", 4, PlanConfig(grids=("uniform",)))
-    with pytest.raises(UsageError, match="steps of its own"):
-        trajectory_geometry(trained, plans["uniform"], torch.arange(2))
+    schedule = trained.model.schedule
+    table = SOLVERS["euler"].build(schedule, karras(schedule, 8))
+    found = trajectory_geometry(trained, table, SEEDS, paths=3)
+    expected = geometry_of("euler", trajectories(trained, table, SEEDS), 3)
+    assert (found.explained, found.deviation) == (expected.explained, expected.deviation)
+    assert (found.solver, found.steps, found.count, len(found.paths)) == ("euler", 8, 5, 3)
 
 
-# ---- the Pareto front ----
+def test_a_solver_per_sample_and_states_that_are_not_finite_are_refused(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = pipeline.load()
+    schedule = trained.model.schedule
+    grid = karras(schedule, 2)
+    card = SolverCard("amed", "karras", fingerprint(schedule), trained.hash, 4, False, 1.0, 0, "")
+    with pytest.raises(UsageError, match="learned constants"):
+        trajectory_geometry(trained, LearnedSolver(card, grid, Predictor(4, 2, AMEDConfig())), SEEDS)
+    monkeypatch.setattr("midway.gen.trajectory_geometry.trajectories", lambda *_: torch.full((2, 3, 4), math.nan))
+    with pytest.raises(DivergedError, match="euler"):
+        trajectory_geometry(trained, SOLVERS["euler"].build(schedule, grid), SEEDS)
 
 
-@pytest.mark.parametrize(
-    ("points", "front"),
-    [
-        ([(1, 5), (2, 4), (3, 6), (4, 1)], [0, 1, 3]),
-        ([(4, 1), (1, 5), (1, 4)], [2, 0]),
-        ([(1, 1), (1, 1), (2, 1)], [0, 1]),
-        ([(1, math.inf), (math.nan, 0), (2, 3)], [2]),
-        ([], []),
-    ],
-    ids=str,
-)
-def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]], front: list[int]) -> None:
-    assert pareto_front(points) == front
+# ---- drawn ----
+
+
+def drawn() -> TrajectoryGeometry:
+    return geometry_of("heun", torch.stack([staircase(12), circle(13), 2 * staircase(12)]))
+
+
+def test_the_plot_shows_shares_in_per_cent_beside_the_random_walk_and_every_path() -> None:
+    geometry = drawn()
+    left, right = trajectory_figure(geometry).axes
+    walk, mean = (np.asarray(line.get_ydata()) for line in left.lines[:2])
+    assert walk == pytest.approx((100 * random_walk(12).cumsum(0)).numpy())
+    assert mean == pytest.approx([100 * spread.mean for spread in geometry.explained])
+    drawn_at = [np.stack([np.asarray(line.get_xdata()), np.asarray(line.get_ydata())], -1) for line in right.lines]
+    paths = [at for at in drawn_at if len(at) == 13]
+    assert np.array_equal(np.stack(paths), geometry.paths.numpy())
+    assert np.array_equal(np.concatenate(drawn_at[1:3]), geometry.paths[0, [0, -1]].numpy())
+    assert right.lines[1].get_markerfacecolor() == "white" != right.lines[2].get_markerfacecolor()
+
+
+def test_bars_stay_below_a_hundred_and_the_bytes_are_the_same() -> None:
+    straight = line()[[0, 1, 1, 2, 3, 4]]
+    left = trajectory_figure(geometry_of("heun", torch.stack([straight, straight, straight, staircase(5)]))).axes[0]
+    bars = [bar for bar in left.collections if isinstance(bar, LineCollection)]
+    ends = [np.asarray(segment)[:, 1].max() for bar in bars for segment in bar.get_segments()]
+    assert len(ends) == 6
+    assert max(ends) <= 100 + 1e-9
+    assert trajectory_png(drawn()) == trajectory_png(drawn())

@@ -1,0 +1,94 @@
+"""What a report says of itself in sentences: the model, how its numbers were measured, and how to read them."""
+
+from midway.gen.diffusers_model import DiffusersModel, describe
+from midway.gen.evaluate import Sweep
+from midway.gen.external_images import ExternalImages
+from midway.gen.report_cells import number
+from midway.gen.splits import Splits
+from midway.gen.sweep_jobs import Model, SweepConfig
+
+
+def model_text(model: Model | None) -> str:
+    """The model in a line."""
+    if model is None:
+        return "no model of ours"
+    if isinstance(model, DiffusersModel):
+        return describe(model)
+    config = model.model.config
+    network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+    return f"{model.hash}: {network}; weights {model.weights}"
+
+
+def external_notes(externals: dict[str, ExternalImages], used: int) -> tuple[str, ...]:
+    """What was done to images that somebody else made, and how many of them count."""
+    found = [
+        f"images: {name} ({images.fingerprint}): {text}"
+        for name, images in externals.items()
+        for text in (f"the first {used} of {len(images.pixels)} images", *images.notes)
+    ]
+    blocks = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
+    return (blocks, *found) if externals else ()
+
+
+def floor_text(sweep: Sweep) -> str:
+    """The floor in a line, for a table without solvers."""
+    floor = sweep.cells[0]
+    return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
+
+
+def repeats_note(repeats: int) -> tuple[str, ...]:
+    """What error bars are, of several trainings."""
+    if not repeats:
+        return ()
+    return (
+        f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are those "
+        "among trainings, not among blocks. Baselines and sample images are of the first.",
+    )
+
+
+def notes(n: int, config: SweepConfig, splits: Splits, repeats: int, features: str) -> tuple[str, ...]:
+    """How to read the numbers of a model."""
+    return (
+        *common_notes(n, config, splits, features),
+        "Blocks are of seeds, and the same seeds serve every cell.",
+        "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
+        *rmse_note(config),
+        *repeats_note(repeats),
+        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
+    )
+
+
+def few_note(n: int, dim: int) -> tuple[str, ...]:
+    """A warning where the distance is mostly bias."""
+    if n >= 2 * dim:
+        return ()
+    return (
+        f"{n} images for {dim} features: below two images a feature the Fréchet distance is mostly bias. It ranks cells of this "
+        "table alone, if that; --metrics kid is unbiased, more images are better.",
+    )
+
+
+def common_notes(n: int, config: SweepConfig, splits: Splits, features: str) -> tuple[str, ...]:
+    """How to read any distance."""
+    held_out = min(n, len(splits.held_out.images))
+    return (
+        f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
+        f"mean and standard deviation over {config.blocks} disjoint blocks.",
+        f"The floor is the distance of {held_out} held-out real images to all training images."
+        + (
+            ""
+            if held_out == n
+            else " It was measured at another image count than the cells, and the distance depends on it."
+        ),
+        f"NFE is counted at the network. {features}",
+    )
+
+
+def rmse_note(config: SweepConfig) -> tuple[str, ...]:
+    """What RMSE is, where it was measured."""
+    if not config.reference_nfe:
+        return ()
+    return (
+        "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
+        f"at {config.reference_nfe} evaluations from the same noise.",
+    )
