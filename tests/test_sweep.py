@@ -31,6 +31,7 @@ from midway.gen.measurer import make_measurer
 from midway.gen.report import markdown_table, text_table
 from midway.gen.report_cells import Cell, check_comparable, paired, pivot, shown
 from midway.gen.runs import Run
+from midway.gen.shard import Shard
 from midway.gen.sources import SolverSource
 from midway.gen.splits import load_splits
 from midway.gen.statistics import FeatureStatistics
@@ -107,9 +108,15 @@ class Killed(BaseException):
     """Nothing in the program catches it."""
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("seed", "overlap"), [(0, False), (1, False), (2, True), (3, True)])
 def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
-    seed: int, pipeline: Pipeline, whole: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+    seed: int,
+    overlap: bool,
+    pipeline: Pipeline,
+    whole: Path,
+    tmp_path: Path,
+    small_parts: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = np.random.default_rng(seed)
     real = cell_store.write_atomically
@@ -129,7 +136,7 @@ def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
     while True:
         writes["left"] = int(generator.integers(1, 6))
         try:
-            evaluate.run(task(pipeline, tmp_path))
+            evaluate.run(task(pipeline, tmp_path, overlap=overlap))
             break
         except Killed:
             kills += 1
@@ -137,6 +144,32 @@ def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
     assert table(tmp_path) == table(whole)
     parts, cells = 3 * 2 * 3, 2  # of two cells and the fine solution, in two blocks; a cell's picture and numbers
     assert writes["made"] <= parts + 2 * cells + kills, "only what was in work when it was killed is made again"
+
+
+def test_a_sweep_of_two_processes_is_ended_by_one(
+    pipeline: Pipeline,
+    whole: Path,
+    tmp_path: Path,
+    small_parts: None,
+    drawn: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second of two processes made its parts of the first cell; the first was killed at its start."""
+    real, cut = measured_cell._make_parts, pytest.MonkeyPatch()
+
+    def second(source: Any, bench: Any, *rest: Any) -> None:
+        real(source, replace(bench, shard=Shard(1, 2)), *rest)
+        raise Killed
+
+    cut.setattr(measured_cell, "_make_parts", second)
+    with pytest.raises(Killed):
+        evaluate.run(task(pipeline, tmp_path))
+    cut.undo()
+    assert drawn[-3:] == [8, 20, 36]
+    drawn.clear()
+    evaluate.run(task(pipeline, tmp_path))
+    assert table(tmp_path) == table(whole)
+    assert drawn == [0, 16, 28, 0, 8, 16, 20, 28, 36], "what is missing of the first cell, and the second"
 
 
 def test_kill_9_costs_the_part_in_work(pipeline: Pipeline, tmp_path: Path) -> None:
