@@ -21,6 +21,7 @@ from midway.gen.report_cells import (
     baseline_rows,
     check_comparable,
     deviation,
+    difference_note,
     feature_names,
     floor_name,
     floor_of,
@@ -116,8 +117,7 @@ def markdown_table(cells: Sequence[Cell]) -> str:
             ]
     differences = paired(cells)
     if differences.rows:
-        caption = "Difference from the best of each NFE, by blocks of the same seeds: mean ± standard error"
-        parts += [f"\n{caption}\n", *_markdown_lines(differences)]
+        parts += [f"\nDifference from the best. {difference_note(cells)}\n", *_markdown_lines(differences)]
     return "\n".join(parts) + "\n"
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from scipy.special import stdtrit
+
 from midway.gen.files import write_atomically
 from midway.samplers.gits import GITS
 
@@ -105,11 +107,15 @@ class ReportContext:
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table: "3.21 ± 0.12", the grid's name, and whether it is the lowest of its column."""
+    """One place of a table: "3.21 ± 0.12", the grid's name, and whether it is the lowest of its column.
+
+    `near`: too near to the lowest to tell which is lower.
+    """
 
     value: str
     grid: str
     best: bool
+    near: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,7 +276,8 @@ def pivot(cells: Sequence[Cell], measure: Measure) -> Pivot:
 def paired(cells: Sequence[Cell]) -> Pivot:
     """How far each shown cell's distance lies above the best of its NFE: mean ± standard error of the differences of blocks.
 
-    Blocks of the same seeds share their luck, so a difference is surer than either distance. None below two blocks.
+    Blocks of the same seeds share their luck, so a difference is surer than either distance. None below two blocks. `near` are
+    those below `decisive` errors.
     """
     chosen = {key: cell for key, cell in shown(cells).items() if len(cell.distances) > 1 and _rank(cell) < math.inf}
     nfes = tuple(sorted({nfe for _, nfe in chosen}))
@@ -282,6 +289,15 @@ def paired(cells: Sequence[Cell]) -> Pivot:
     return Pivot(nfes, tuple(rows))
 
 
+def rivals(cells: Sequence[Cell]) -> dict[int, int]:
+    """By NFE, how many solvers are too near to the best to tell."""
+    table = paired(cells)
+    return {
+        nfe: sum(1 for _, row in table.rows if (entry := row[column]) is not None and entry.near)
+        for column, nfe in enumerate(table.nfes)
+    }
+
+
 def _difference(cell: Cell | None, best: Cell) -> Entry | None:
     if cell is None:
         return None
@@ -290,7 +306,24 @@ def _difference(cell: Cell | None, best: Cell) -> Entry | None:
     values = [a - b for a, b in zip(cell.distances, best.distances, strict=True)]
     mean = sum(values) / len(values)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return Entry(f"+{number(mean, error)}", cell.grid, False)
+    near = not mean > decisive(len(values)) * error
+    return Entry(f"{'≈ ' if near else ''}+{number(mean, error)}", cell.grid, False, near)
+
+
+def decisive(blocks: int) -> float:
+    """Standard errors beyond which a mean difference of so many blocks is not chance: Student's t, two-sided 95 %."""
+    return float(stdtrit(blocks - 1, 0.975))
+
+
+def difference_note(cells: Sequence[Cell]) -> str:
+    """How to read `paired`."""
+    blocks = max((len(cell.distances) for cell in shown(cells).values()), default=0)
+    what = "trainings" if any(cell.trainings > 1 for cell in cells) else "blocks of the same seeds"
+    return (
+        f"Mean difference and standard error over {blocks} {what}, which share their luck, so that a difference is surer than "
+        f"either distance. ≈: too near to tell, less than {decisive(blocks):.3g} errors (Student's t, 95 %). The best was chosen "
+        "among all of its column, which favours it; more --blocks tell more."
+    )
 
 
 BASELINE_HEADS = ("baseline", "NFE", "distance", "s / 1000 images")

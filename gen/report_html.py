@@ -20,6 +20,7 @@ from midway.gen.report_cells import (
     baselines_of,
     check_comparable,
     deviation,
+    difference_note,
     distance_name,
     feature_names,
     floor_name,
@@ -29,6 +30,7 @@ from midway.gen.report_cells import (
     number,
     paired,
     pivot,
+    rivals,
     shown,
     training_costs,
 )
@@ -112,17 +114,20 @@ def _differences(cells: Sequence[Cell]) -> str:
         f'<tr><th scope="row">{escape(solver)}</th>{"".join(map(entry_cell, row))}</tr>' for solver, row in table.rows
     ]
     return (
-        "<h2>Difference from the best</h2><p>Of the distances of blocks of the same seeds: mean and standard error. Blocks "
-        "share their luck, so a difference is surer than either distance; one below twice its error decides nothing.</p>"
+        f"<h2>Difference from the best</h2><p>{difference_note(cells)}</p>"
         f'<div class="scroll"><table>{_head(table.nfes)}<tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
+def _too_near(others: int) -> str:
+    return f"; {others} other{'s' if others > 1 else ''} too near to tell" if others else ""
+
+
 def _lead(cells: Sequence[Cell]) -> str:
     """The result in a sentence: who is best at the smallest and at the largest budget."""
-    table = pivot(cells, "distance")
+    table, near = pivot(cells, "distance"), rivals(cells)
     winners = [
-        f"<b>{escape(solver)}</b> at {nfe} evaluations ({entry.value})"
+        f"<b>{escape(solver)}</b> at {nfe} evaluations ({entry.value}{_too_near(near.get(nfe, 0))})"
         for column, nfe in enumerate(table.nfes)
         for solver, row in table.rows
         if (entry := row[column]) is not None and entry.best and nfe in (table.nfes[0], table.nfes[-1])

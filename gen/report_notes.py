@@ -19,15 +19,15 @@ def model_text(model: Model | None) -> str:
     return f"{model.hash}: {network}; weights {model.weights}"
 
 
-def external_notes(externals: dict[str, ExternalImages], used: int) -> tuple[str, ...]:
+def external_notes(externals: dict[str, ExternalImages], n: int, blocks: int) -> tuple[str, ...]:
     """What was done to images that somebody else made, and how many of them count."""
     found = [
         f"images: {name} ({images.fingerprint}): {text}"
         for name, images in externals.items()
-        for text in (f"the first {used} of {len(images.pixels)} images", *images.notes)
+        for text in (f"the first {n * blocks} of {len(images.pixels)} images", *images.notes)
     ]
-    blocks = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
-    return (blocks, *found) if externals else ()
+    sorting = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
+    return (*((sorting,) if externals and blocks > 1 else ()), *found)
 
 
 def floor_text(sweep: Sweep) -> str:
@@ -73,7 +73,11 @@ def common_notes(n: int, config: SweepConfig, splits: Splits, features: str) -> 
     held_out = min(n, len(splits.held_out.images))
     return (
         f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
-        f"mean and standard deviation over {config.blocks} disjoint blocks.",
+        + (
+            f"mean and standard deviation over {config.blocks} disjoint blocks."
+            if config.blocks > 1
+            else "of one block, so without an error bar."
+        ),
         f"The floor is the distance of {held_out} held-out real images to all training images."
         + (
             ""

@@ -62,8 +62,8 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
     real = _use(tokenizer, tokenizer.encode_indices(images))
     drawn = _use(tokenizer, tokenizer.quantizer.latents_to_indices(raw))
     text = (
-        f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_said(real, len(images))} of "
-        f"held-out images; {_said(drawn, min(CODED, len(latents)))} of samples (the fine solution, snapped to codes). "
+        f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_said(real, len(images))} "
+        f"held-out images; {_said(drawn, min(CODED, len(latents)))} samples (the fine solution, snapped to codes). "
         "Perplexity is the number of equally used codes that would say as much; it cannot exceed the number of tokens."
     )
     return Section("Use of the codes", text)

@@ -36,7 +36,7 @@ class SweepConfig(PlanConfig):
     solvers: tuple[str, ...] = ("euler", "ddim", "heun", "dpm2", "dpmpp2m")
     nfe: tuple[int, ...] = (4, 6, 8, 10, 20)
     n: int | None = None
-    blocks: int = 2
+    blocks: int = 4
     first_seed: int = 0
     reference_nfe: int = 128
     """Evaluations of the fine solution behind RMSE; 0: leave RMSE out."""

@@ -92,8 +92,8 @@ class EvaluateTask(SamplingFlags):
     n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
     """Images per block (default: as many as are held out, so that the floor is measured at the same count; without --model, as
     many as --images hold). Launchers take --n for a flag of their own; there write --samples."""
-    blocks: int = 2
-    """Disjoint blocks of seeds, or of consecutive --images; their spread is the error bar."""
+    blocks: int | None = None
+    """Disjoint blocks of seeds, or of consecutive --images, whose spread is the error bar (default: 4; 1 of --images alone)."""
     seed: int = 0
     """First seed."""
     reference_nfe: int = 128
@@ -130,7 +130,7 @@ def run(task: EvaluateTask) -> Sweep:
         nfe=budgets,
         grids=names(task.grids),
         n=task.n,
-        blocks=task.blocks,
+        blocks=blocks(task),
         first_seed=task.seed,
         reference_nfe=task.reference_nfe if measured else 0,
         metrics=names(task.metrics),
@@ -159,7 +159,7 @@ def run(task: EvaluateTask) -> Sweep:
     others: dict[str, Other] = {**baselines, **externals}
     all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
     shown = shard.rank == 0
-    for line in external_notes(externals, n * config.blocks) if shown else ():
+    for line in external_notes(externals, n, config.blocks) if shown else ():
         print(line)
     measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     planned = list(planned_cells(config, len(others), measured is not None))
@@ -239,6 +239,13 @@ def check_flags(task: EvaluateTask) -> None:
         )
 
 
+def blocks(task: EvaluateTask) -> int:
+    """Four, unless told otherwise; somebody's images are measured as the one set that they are."""
+    if task.blocks is not None:
+        return task.blocks
+    return 4 if task.model or task.diffusers or task.baselines else 1
+
+
 def folder(task: EvaluateTask) -> Path:
     """Where the report goes."""
     if task.out is None and task.model is not None:
@@ -309,7 +316,7 @@ def context(
         versions={**environment()["packages"], "git": environment()["git"]},
         seeds=f"{config.first_seed}-{config.first_seed + n * config.blocks - 1}",
         guidance=config.guidance,
-        notes=(*few_note(n, dim), *told, *external_notes(externals, n * config.blocks)),
+        notes=(*few_note(n, dim), *told, *external_notes(externals, n, config.blocks)),
     )
 
 

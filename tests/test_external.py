@@ -203,7 +203,9 @@ def test_rgb_that_is_grey_loses_nothing_and_any_other_is_refused(tmp_path: Path)
 
 
 def task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> evaluate.EvaluateTask:
-    base = evaluate.EvaluateTask(features=pipeline.features, out=out, images=images, data=DataConfig(), metrics="")
+    base = evaluate.EvaluateTask(
+        features=pipeline.features, out=out, images=images, data=DataConfig(), metrics="", blocks=2
+    )
     return replace(base, **changes)
 
 
@@ -297,5 +299,5 @@ def test_the_command_measures_a_zip_and_ends_with_3_for_what_does_not_compare(
     record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[1])
     assert (record["solver"], record["nfe"], record["n"], record["blocks"]) == ("images: samples", 0, 40, 1)
     assert "lossy samples" in (tmp_path / "out" / "report.md").read_text()
-    assert script("evaluate", *flags, "--images-channels", 1, "--n", 21).code == 3
+    assert script("evaluate", *flags, "--images-channels", 1, "--n", 41).code == 3
     assert script("evaluate", *flags, "--held-out", 0.3, "--images-channels", 1).code == 3

@@ -17,7 +17,7 @@ from midway.gen.latent_model import LatentModelConfig
 from tasks import LatentTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SMALL = ("--nfe", 4, "--grids", "uniform", "--n", 24, "--reference-nfe", 0, "--batch-size", 16)
+SMALL = ("--nfe", 4, "--blocks", 2, "--grids", "uniform", "--n", 24, "--reference-nfe", 0, "--batch-size", 16)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -32,6 +32,27 @@ def test_without_features_the_network_beside_the_model_measures(
     told = script("evaluate", "--model", tmp_path / "model", "--solvers", "euler,ddim,dpmpp2m", *SMALL)
     assert told.code == 0, told.err
     assert {row["solver"] for row in rows(tmp_path / "model" / "report")} == {"floor", "euler", "ddim", "dpmpp2m"}
+
+
+def test_four_blocks_and_one_set_unless_told(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path / "a", "--solvers", "ddim")
+    assert script("evaluate", *flags, *SMALL[:2], *SMALL[4:]).code == 0
+    assert [row["blocks"] for row in rows(tmp_path / "a")] == [1, 4]
+    np.savez(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 256, (45, 8, 8, 1), dtype=np.uint8))
+    flags = (
+        "--data",
+        "digits",
+        "--features",
+        pipeline.features,
+        "--images",
+        tmp_path / "a.npz",
+        "--out",
+        tmp_path / "b",
+    )
+    assert script("evaluate", *flags, "--metrics", "").code == 0
+    assert [(row["n"], row["blocks"]) for row in rows(tmp_path / "b")][1] == (45, 1)
+    report = (tmp_path / "b" / "report.md").read_text()
+    assert "without an error bar" in report and "consecutive" not in report
 
 
 def test_budgets_out_of_reach_are_skipped_on_request(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:

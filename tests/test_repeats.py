@@ -61,7 +61,7 @@ def again(pipeline: Pipeline) -> Path:
 
 def task(pipeline: Pipeline, out: Path, *repeats: Path) -> evaluate.EvaluateTask:
     base = evaluate.EvaluateTask(model=pipeline.model, features=pipeline.features, out=out, solvers="ddim,euler", n=24)
-    return replace(base, nfe="4", grids="uniform", reference_nfe=8, repeats=repeats)
+    return replace(base, blocks=2, nfe="4", grids="uniform", reference_nfe=8, repeats=repeats)
 
 
 def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: Path) -> None:

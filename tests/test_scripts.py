@@ -425,6 +425,7 @@ def _task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTas
         nfe="4",
         grids="uniform",
         n=24,
+        blocks=2,
         reference_nfe=16,
     )
     return replace(base, **changes)

@@ -29,7 +29,7 @@ from midway.gen.features import FeatureConfig, FeatureNetwork, load_features
 from midway.gen.likelihood_evaluation import draw
 from midway.gen.measurer import make_measurer
 from midway.gen.report import markdown_table, text_table
-from midway.gen.report_cells import Cell, check_comparable, paired, pivot, shown
+from midway.gen.report_cells import Cell, check_comparable, decisive, difference_note, paired, pivot, rivals, shown
 from midway.gen.runs import Run
 from midway.gen.shard import Shard
 from midway.gen.sources import SolverSource
@@ -49,6 +49,7 @@ def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask
         nfe="4",
         grids="uniform",
         n=20,
+        blocks=2,
         reference_nfe=8,
         batch_size=8,
     )
@@ -433,6 +434,7 @@ def test_cells_that_do_not_compare_are_kept_out_of_one_table(other: Cell) -> Non
 
 
 def test_paired_differences_by_hand() -> None:
+    """Of the three differences 0.5, 0.7, 0.3 the mean is 4.33 errors: Student's t of 2 degrees of freedom wants 4.30."""
     cells = [
         line("a", 4, (1.0, 3.0, 2.0)),
         line("b", 4, (1.5, 3.7, 2.3)),
@@ -446,7 +448,21 @@ def test_paired_differences_by_hand() -> None:
     mean, error = found["b"][0].value.removeprefix("+").split(" ± ")
     assert float(mean) == pytest.approx(differences.mean(), abs=5e-4)
     assert float(error) == pytest.approx(differences.std(ddof=1) / 3**0.5, abs=5e-4)
+    assert not found["b"][0].near
     assert "c" not in found, "one block has no difference of blocks"
+
+
+def test_a_difference_that_decides_nothing_is_marked() -> None:
+    """Of 0.5, 0.71, 0.29 the mean is 4.12 errors, of 0.4 and 0.6 five: too few for 3 and 2 blocks."""
+    assert [round(decisive(blocks), 3) for blocks in (2, 3, 4)] == [12.706, 4.303, 3.182]
+    cells = [line("a", 4, (1.0, 3.0, 2.0)), line("b", 4, (1.5, 3.71, 2.29)), line("c", 4, (3.0, 5.1, 4.05))]
+    rows = dict(paired(cells).rows)
+    assert rows["b"][0] is not None and rows["b"][0].near and rows["b"][0].value.startswith("≈ +0.500")
+    assert rows["c"][0] is not None and not rows["c"][0].near
+    assert rivals(cells) == {4: 1}
+    two = dict(paired([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))]).rows)
+    assert two["b"][0] is not None and two["b"][0].near
+    assert "12.7 errors" in difference_note([line("a", 4, (1.0, 3.0))])
 
 
 # ---- the reference ----
