@@ -87,14 +87,9 @@ def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> Non
         )
 
 
-def measure_metrics(names: tuple[str, ...], blocks: list[Seen], measurer: Measurer) -> dict[str, list[float]]:
-    """Every value of every metric, one number a block."""
-    found: dict[str, list[float]] = {}
-    for seen in blocks:
-        for name in names:
-            for key, value in METRICS[name](seen, measurer).items():
-                found.setdefault(key, []).append(value)
-    return found
+def measure_metrics(names: tuple[str, ...], seen: Seen, measurer: Measurer) -> Values:
+    """Every value of every metric of one block."""
+    return {key: value for name in names for key, value in METRICS[name](seen, measurer).items()}
 
 
 def mean_std(values: Mapping[str, list[float]], key: str) -> tuple[float | None, float | None]:

@@ -44,7 +44,8 @@ def floor_cell(measurer: Measurer, held_out: ImageData, n: int, metrics: tuple[s
         reference=measurer.reference_name,
         seeds="",
     )
-    return _with_metrics(cell, measure_metrics(metrics, [seen], measurer))
+    found = measure_metrics(metrics, seen, measurer)
+    return _with_metrics(cell, {name: [value] for name, value in found.items()})
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Sweep:
     cells: list[Cell]
     grids: dict[tuple[str, int], bytes]
     jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
+    fine: Reference | None = None
+    """The fine solution of every seed, if there was one."""
 
 
 def run_sweep(
@@ -92,7 +95,7 @@ def run_sweep(
         cells.append(cell)
         made[job.solver, job.grid, cell.nfe] = job
         pictures[job.solver, job.grid, cell.nfe] = picture(job.source, bench, its)
-    return replace(_with_best(cells, pictures), jobs=made)
+    return replace(_with_best(cells, pictures), jobs=made, fine=fine)
 
 
 def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench, record: str) -> Cell:

@@ -25,6 +25,8 @@ from midway.gen.sources import Raw, Source
 
 SHOWN = 8
 """Seeds shown in the sample grids."""
+TIMES = ("solver", "decode", "features")
+"""What a part's seconds are of."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,16 @@ class Reference:
                 raw = self.source.sample(seeds_of(first, count))
                 tensors = {"latents": raw.values, "images": self.source.images(raw)}
                 self.store.write_part(self.identity, number, Part(tensors, {"nfe": raw.nfe}))
+
+    def latents(self, most: int) -> Tensor:
+        """The fine solution of the first seeds, at most so many."""
+        found: list[Tensor] = []
+        for number in range(len(self.seeds.parts)):
+            part = self.store.part(self.identity, number)
+            if part is None or sum(map(len, found)) >= most:
+                break
+            found.append(part.tensors["latents"])
+        return torch.cat(found)[:most]
 
     def errors(self, number: int, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
         """float64 (n,) twice: mean square distance of latents (n, C, h, w), and PSNR in dB of images, to the fine solution."""
@@ -189,43 +201,63 @@ def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
 
 
 def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
-    """Numbers of all parts, in the order of the seeds, and a picture of the first."""
-    parts = [bench.store.part(identity, number) for number in range(len(bench.seeds.parts))]
-    assert all(part is not None for part in parts)
-    found = [part for part in parts if part is not None]
-    blocks = [block for block, _, _ in bench.seeds.parts]
-    nonfinite = sum(int((~part.tensors["finite"]).sum()) for part in found)
-    seen = [_block(list(_of(found, blocks, block))) for block in range(bench.seeds.blocks)]
+    """Numbers of all parts, in the order of the seeds, and a picture of the first; one block is in memory at a time."""
+    blocks = [_block(bench, identity, block) for block in range(bench.seeds.blocks)]
+    nonfinite = sum(block.nonfinite for block in blocks)
+    errors = [block.errors for block in blocks if block.errors is not None]
+    quality = [block.psnr for block in blocks if block.psnr is not None]
     numbers: dict[str, Any] = {
-        "nfe": _whole([part.costs["nfe"] for part in found]),
-        "distances": [None if nonfinite else bench.measurer.distance_of(block.features) for block in seen],
+        "nfe": _whole([nfe for block in blocks for nfe in block.nfe]),
+        "distances": [None if nonfinite else block.distance for block in blocks],
         "nonfinite": nonfinite,
-        "metrics": {} if nonfinite else measure_metrics(bench.metrics, seen, bench.measurer),
-        "rmse": _rmse(found),
-        "psnr": torch.cat([part.tensors["psnr"] for part in found]).mean().item()
-        if "psnr" in found[0].tensors
-        else None,
-        "seconds": {
-            name: round(sum(part.costs[name] for part in found), 4) for name in ("solver", "decode", "features")
-        },
+        "metrics": {} if nonfinite else {name: [block.metrics[name] for block in blocks] for name in blocks[0].metrics},
+        "rmse": _rmse(torch.cat(errors)) if errors else None,
+        "psnr": torch.cat(quality).mean().item() if quality else None,
+        "seconds": {name: round(sum(block.seconds[name] for block in blocks), 4) for name in TIMES},
     }
-    return numbers, grid_png(found[0].tensors["shown"], columns=SHOWN // 2)
+    return numbers, grid_png(blocks[0].shown, columns=SHOWN // 2)
 
 
-def _of(parts: list[Part], blocks: list[int], block: int) -> Iterator[Part]:
-    return (part for part, its in zip(parts, blocks, strict=True) if its == block)
+@dataclass(frozen=True)
+class _Block:
+    """What a cell's record takes from one block: `errors` and `psnr` of each sample, None without a fine solution."""
+
+    distance: float | None
+    metrics: dict[str, float]
+    nonfinite: int
+    nfe: list[float]
+    seconds: dict[str, float]
+    errors: Tensor | None
+    psnr: Tensor | None
+    shown: Tensor
 
 
-def _block(parts: list[Part]) -> Seen:
-    """The features of a block, in the order of its seeds."""
-    logits = torch.cat([part.tensors["logits"] for part in parts]) if "logits" in parts[0].tensors else None
-    return Seen(torch.cat([part.tensors["features"] for part in parts]), logits)
+def _block(bench: Bench, identity: dict[str, Any], block: int) -> _Block:
+    """Read the parts of one block and measure it."""
+    numbers = [number for number, (its, _, _) in enumerate(bench.seeds.parts) if its == block]
+    parts = [part for number in numbers if (part := bench.store.part(identity, number)) is not None]
+    assert len(parts) == len(numbers)
+
+    def all_of(name: str) -> Tensor | None:
+        return torch.cat([part.tensors[name] for part in parts]) if name in parts[0].tensors else None
+
+    features, finite = all_of("features"), all_of("finite")
+    assert features is not None and finite is not None
+    seen, sound = Seen(features, all_of("logits")), bool(finite.all())
+    return _Block(
+        distance=bench.measurer.distance_of(features) if sound else None,
+        metrics=measure_metrics(bench.metrics, seen, bench.measurer) if sound else {},
+        nonfinite=int((~finite).sum()),
+        nfe=[part.costs["nfe"] for part in parts],
+        seconds={name: sum(part.costs[name] for part in parts) for name in TIMES},
+        errors=all_of("errors"),
+        psnr=all_of("psnr"),
+        shown=parts[0].tensors.get("shown", torch.empty(0)),
+    )
 
 
-def _rmse(parts: list[Part]) -> float | None:
-    if "errors" not in parts[0].tensors:
-        return None
-    mean = torch.cat([part.tensors["errors"] for part in parts]).mean().item()
+def _rmse(errors: Tensor) -> float | None:
+    mean = errors.mean().item()
     return math.sqrt(mean) if math.isfinite(mean) else None
 
 

@@ -30,17 +30,16 @@ from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, i
 from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.image_exports import cells_to_export, check_folders, export_cell
 from midway.gen.launch import device_and_shard
+from midway.gen.measured_cell import Reference
 from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
 from midway.gen.repeats import check_repeats, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.report_notes import common_notes, external_notes, few_note, floor_text, model_text, notes
-from midway.gen.report_sections import CODED, STEPS, Section, code_section, trajectory_section
+from midway.gen.report_sections import CODED, Section, code_section, trajectory_section
 from midway.gen.runs import command_line, environment, hardware
-from midway.gen.sampling import sample_latents
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.sweep_jobs import Model, Other, SweepConfig, all_jobs, planned_cells
-from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
 from tasks import Flat
 
@@ -97,7 +96,7 @@ class EvaluateTask(SamplingFlags):
     seed: int = 0
     """First seed."""
     reference_nfe: int = 128
-    """Evaluations of the fine solution behind RMSE; 0 leaves RMSE out."""
+    """Evaluations of the fine solution behind RMSE and the use of codes; 0 leaves them out."""
     metrics: str = "kid"
     """Comma-separated, beside the Fréchet distance: kid, precision (and recall), density (and coverage), is, infinity; empty for
     none."""
@@ -175,7 +174,7 @@ def run(task: EvaluateTask) -> Sweep:
         sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
         facts = context(task, measured, splits, config, externals, sweep, extractor.note, extractor.dim)
-        write_report(out, sweep.cells, facts, sweep.grids, sections(trained, splits, config))
+        write_report(out, sweep.cells, facts, sweep.grids, sections(trained, splits, config, sweep.fine))
         print(text_table(sweep.cells))
         if measured is None:
             print(floor_text(sweep))
@@ -192,15 +191,15 @@ def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
     return found
 
 
-def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig) -> list[Section]:
-    """What the report says of a model of ours beyond its distances."""
+def sections(
+    trained: TrainedModel | None, splits: Splits, config: SweepConfig, fine: Reference | None
+) -> list[Section]:
+    """What the report says of a model of ours beyond its distances; the codes are those of the fine solution."""
     if trained is None:
         return []
-    n = (config.n or len(splits.held_out.images)) * config.blocks
-    seeds = torch.arange(config.first_seed, config.first_seed + min(CODED, n))
-    table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
-    latents = sample_latents(trained, table, seeds, config.sampling()).latents
-    codes = code_section(trained, splits.held_out.images, latents) if latents.isfinite().all() else None
+    latents = None if fine is None else fine.latents(CODED)
+    sound = latents is not None and bool(latents.isfinite().all())
+    codes = code_section(trained, splits.held_out.images, latents) if latents is not None and sound else None
     found = [trajectory_section(trained, config.sampling()), codes]
     return [section for section in found if section is not None]
 

@@ -246,6 +246,8 @@ def test_the_sweep_measures_it_beside_external_images(
         "logsnr",
         "--n",
         20,
+        "--blocks",
+        2,
         "--reference-nfe",
         16,
         "--metrics",

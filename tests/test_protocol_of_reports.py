@@ -119,6 +119,7 @@ def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
     images = torch.tensor([30, 60], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     errors = fine.errors(0, torch.zeros(2, 2, 2, 2), images)
     assert errors["errors"].tolist() == [9.0, 16.0]
+    assert [fine.latents(most)[:, 0, 0, 0].tolist() for most in (1, 2, 9)] == [[3.0], [3.0, 4.0], [3.0, 4.0]]
     expected = psnr(images, torch.tensor([30, 40], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2))
     assert torch.equal(errors["psnr"], expected) and expected[0] > expected[1]
 
@@ -147,7 +148,7 @@ def test_a_floor_of_another_count_is_named_with_it_everywhere(tmp_path: Path) ->
     assert '<th scope="row">floor (n = 40)</th>' in page and "against real images (floor (n = 40))" in page
     for text in (markdown_table(other), text_table(other)):
         assert "floor (n = 40)" in text
-    assert any("floor (n = 40)" in text.get_text() for text in distance_figure(other).axes[0].texts)
+    assert distance_figure(other).axes[0].get_legend_handles_labels()[1][-1] == "floor (n = 40) 1 (real images)"
     assert "(n = " not in text_table(alike)
 
 

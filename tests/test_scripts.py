@@ -568,11 +568,10 @@ def test_batch_size_title_and_out_of_evaluate(
     told = script(
         *("evaluate", "--model", pipeline.model, "--features", pipeline.features, "--solvers", "ddim", "--nfe", 4),
         *("--grids", "uniform", "--n", 24, "--reference-nfe", 16, "--batch-size", 7, "--title", "Sieben", "--out", out),
+        *("--blocks", 2),
     )
     assert told.code == 0, told.err
-    assert sizes == 4 * [7, 7, 7, 3] + [7, 7, 7, 7, 7, 7, 6], (
-        "two blocks of the fine solution and of ddim; then codes in use"
-    )
+    assert sizes == 4 * [7, 7, 7, 3], "two blocks of the fine solution and of ddim"
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
     assert float(_rows(out)[1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
 
