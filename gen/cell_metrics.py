@@ -7,7 +7,8 @@
     infinity    Fréchet distance extrapolated to infinitely many images               (extrapolation.py)
 
 Each is measured on every block of seeds. The reference of kid, precision and density are training images whose classes take
-turns: at most 10,000 for kid, and as many as a block has images for the others, which depend on both counts.
+turns: at most 10,000 for kid, and for the others, which depend on both counts, as many as a block has images; of a larger block
+the first 10,000 count.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from midway.gen.inception_score import inception_score
 from midway.gen.kernel_distance import kid
 from midway.gen.manifold import density_coverage, precision_recall
 from midway.gen.measurer import Measurer
+from midway.gen.randomness import permutation
 
 Values = dict[str, float]
 
@@ -38,12 +40,12 @@ def _kid(seen: Seen, measurer: Measurer) -> Values:
 
 
 def _precision(seen: Seen, measurer: Measurer) -> Values:
-    found = precision_recall(_as_many(measurer, seen), seen.features)
+    found = precision_recall(*_as_many(measurer, seen))
     return {"precision": found.precision, "recall": found.recall}
 
 
 def _density(seen: Seen, measurer: Measurer) -> Values:
-    found = density_coverage(_as_many(measurer, seen), seen.features)
+    found = density_coverage(*_as_many(measurer, seen))
     return {"density": found.density, "coverage": found.coverage}
 
 
@@ -54,7 +56,8 @@ def _inception(seen: Seen, measurer: Measurer) -> Values:
             "it names no class probabilities",
             "drop it, or use other --features",
         )
-    return {"inception_score": inception_score(seen.logits, min(10, len(seen.logits))).value}
+    mixed = seen.logits[permutation(0, "inception score", 0, len(seen.logits))]  # samples may be sorted by class
+    return {"inception_score": inception_score(mixed, min(10, len(mixed))).value}
 
 
 def _infinity(seen: Seen, measurer: Measurer) -> Values:
@@ -70,16 +73,26 @@ METRICS: dict[str, Callable[[Seen, Measurer], Values]] = {
 }
 
 
+def possible(names: tuple[str, ...], n: int, dim: int) -> tuple[str, ...]:
+    """Those metrics that n images of `dim` features can have."""
+    return tuple(name for name in names if n >= _least(name, dim))
+
+
+def _least(name: str, dim: int) -> int:
+    return {"precision": 4, "density": 6, "infinity": 4 * dim}.get(name, 2)
+
+
 def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> None:
     """UsageError for unknown names, and for metrics that blocks of n images of `dim` features cannot have."""
     for name in names:
         if name not in METRICS:
             raise UsageError(f"unknown metric '{name}'", "it is not in the registry", nearest(name, METRICS))
-    least = {"precision": 4, "density": 6, "infinity": 4 * dim}
     for name in names:
-        if n < least.get(name, 2):
+        if n < _least(name, dim):
             raise UsageError(
-                f"--metrics {name} of {n} images a block", f"it needs at least {least[name]}", "raise --n, or drop it"
+                f"--metrics {name} of {n} images a block",
+                f"it needs at least {_least(name, dim)}",
+                "raise --n, or drop it",
             )
     if "is" in names and not logits:
         raise UsageError(
@@ -108,5 +121,7 @@ def _sample(measurer: Measurer) -> Tensor:
     return measurer.sample
 
 
-def _as_many(measurer: Measurer, seen: Seen) -> Tensor:
-    return _sample(measurer)[: len(seen.features)]
+def _as_many(measurer: Measurer, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Features of as many training images as samples, and of the samples: both counts matter to these metrics."""
+    real = _sample(measurer)[: len(seen.features)]
+    return real, seen.features[: len(real)]

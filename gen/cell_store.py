@@ -24,7 +24,8 @@ from torch import Tensor
 from midway.gen.errors import DiskError
 from midway.gen.files import clear_temporaries, state_hash, write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of all that makes and measures a cell: raise it with every change of code that changes a number."""
 PART = 1024
 """Seeds of a part: what a killed process loses at most."""
 

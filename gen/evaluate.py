@@ -8,14 +8,14 @@ images that somebody else made, at none.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from midway.gen.cell_metrics import check_metrics, mean_std, measure_metrics
+from midway.gen.cell_metrics import check_metrics, mean_std, measure_metrics, possible
 from midway.gen.cell_store import CellStore
 from midway.gen.data import ImageData
 from midway.gen.measured_cell import Bench, Reference, Seeds, look, measure, picture
@@ -44,7 +44,7 @@ def floor_cell(measurer: Measurer, held_out: ImageData, n: int, metrics: tuple[s
         reference=measurer.reference_name,
         seeds="",
     )
-    found = measure_metrics(metrics, seen, measurer)
+    found = measure_metrics(possible(metrics, len(chosen), measurer.reference.dim), seen, measurer)
     return _with_metrics(cell, {name: [value] for name, value in found.items()})
 
 
@@ -54,6 +54,8 @@ class Sweep:
 
     cells: list[Cell]
     grids: dict[tuple[str, int], bytes]
+    pictures: dict[tuple[str, str, int], bytes | None] = field(default_factory=dict)
+    """Of every cell, best or not."""
     jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     fine: Reference | None = None
     """The fine solution of every seed, if there was one."""
@@ -75,7 +77,7 @@ def run_sweep(
     """
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
-    check_metrics(config.metrics, min(n, len(splits.held_out.images)), measurer.reference.dim, measurer.has_logits)
+    check_metrics(config.metrics, n, measurer.reference.dim, measurer.has_logits)
     jobs = all_jobs(model, others or {}, config, n)
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
@@ -95,7 +97,7 @@ def run_sweep(
         cells.append(cell)
         made[job.solver, job.grid, cell.nfe] = job
         pictures[job.solver, job.grid, cell.nfe] = picture(job.source, bench, its)
-    return replace(_with_best(cells, pictures), jobs=made, fine=fine)
+    return with_best(Sweep(cells, {}, pictures, made, fine), cells)
 
 
 def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench, record: str) -> Cell:
@@ -137,8 +139,8 @@ def _with_metrics(cell: Cell, metrics: Mapping[str, list[float]]) -> Cell:
     return replace(cell, **means, **deviations)
 
 
-def _with_best(cells: list[Cell], pictures: Mapping[tuple[str, str, int], bytes | None]) -> Sweep:
-    """Mark the best grid of each (solver, NFE), and keep its picture."""
+def with_best(sweep: Sweep, cells: Sequence[Cell]) -> Sweep:
+    """The sweep with these cells, the best grid of each (solver, NFE) marked, and its picture."""
     marked = mark_best(cells)
-    grids = {(cell.solver, cell.nfe): pictures.get((cell.solver, cell.grid, cell.nfe)) for cell in marked if cell.best}
-    return Sweep(marked, {key: png for key, png in grids.items() if png is not None})
+    found = {(c.solver, c.nfe): sweep.pictures.get((c.solver, c.grid, c.nfe)) for c in marked if c.best}
+    return replace(sweep, cells=marked, grids={key: png for key, png in found.items() if png is not None})

@@ -212,7 +212,7 @@ def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], by
         "nonfinite": nonfinite,
         "metrics": {} if nonfinite else {name: [block.metrics[name] for block in blocks] for name in blocks[0].metrics},
         "rmse": _rmse(torch.cat(errors)) if errors else None,
-        "psnr": torch.cat(quality).mean().item() if quality else None,
+        "psnr": torch.cat(quality).mean().item() if quality and not nonfinite else None,
         "seconds": {name: round(sum(block.seconds[name] for block in blocks), 4) for name in TIMES},
     }
     return numbers, grid_png(blocks[0].shown, columns=SHOWN // 2)

@@ -20,11 +20,11 @@ from midway.gen.artefacts import best_device
 from midway.gen.data import ImageData
 from midway.gen.distances import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.errors import DataError, UsageError
-from midway.gen.files import write_atomically
+from midway.gen.files import state_hash, write_atomically
 from midway.gen.randomness import permutation
 from midway.gen.statistics import FeatureStatistics
 
-FORMAT = "midway-reference-1"
+FORMAT = "midway-reference-2"
 KEPT = 10_000
 """Reference features that are kept."""
 
@@ -109,7 +109,8 @@ def make_measurer(
         seen = network.features(train.images).cpu()
         statistics, sample = FeatureStatistics.of(seen), seen[balanced(train.labels)[:KEPT]].contiguous()
         if path is not None:
-            write_atomically(path, save({**statistics.to_tensors(), "sample": sample}, header))
+            tensors = {**statistics.to_tensors(), "sample": sample}
+            write_atomically(path, save(tensors, {**header, "hash": state_hash("reference", tensors)}))
     return Measurer(network, features, statistics, name, sample, root, train.fingerprint)
 
 
@@ -123,6 +124,8 @@ def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tens
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if found.pop("hash", None) != state_hash("reference", tensors):
+            raise ValueError("its contents do not match their hash")
         statistics = FeatureStatistics.from_tensors(tensors)
         sample = tensors["sample"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:

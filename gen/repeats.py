@@ -13,19 +13,22 @@ from midway.gen.artefacts import TrainedModel
 from midway.gen.config import to_dict
 from midway.gen.errors import DataError
 from midway.gen.feature_runs import same_images
+from midway.gen.latents import tokenizer_hash
 from midway.gen.report_cells import FLOOR, MEASURES, Cell, mark_best
+from midway.gen.train_config import flat, is_bookkeeping
 
 TIMES = ("seconds", "decode_seconds", "feature_seconds")
 
 
 def check_repeats(first: TrainedModel, others: Sequence[TrainedModel]) -> None:
-    """DataError unless all are trainings of one configuration, on the same images, with different weights."""
+    """DataError unless all are trainings of one configuration, on the same images and tokenizer, with different weights."""
     known = {first.hash: first}
     for other in others:
-        if not same_images(other.data, first.data) or to_dict(other.model.config) != to_dict(first.model.config):
+        differing = _differences(first, other)
+        if differing:
             raise DataError(
                 f"{other.run.path} is no repeat of {first.run.path}",
-                "its images or its model's configuration differ",
+                f"these differ: {', '.join(differing)}",
                 "give runs that differ in --seed alone",
             )
         if other.hash in known:
@@ -37,15 +40,38 @@ def check_repeats(first: TrainedModel, others: Sequence[TrainedModel]) -> None:
         known[other.hash] = other
 
 
+def _differences(first: TrainedModel, other: TrainedModel) -> list[str]:
+    """What makes another training of it than another seed does."""
+    before, now = flat(first.run.config), flat(other.run.config)
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    found = [key for key in keys if key != "train.seed" and not key.startswith("data.") and not is_bookkeeping(key)]
+    found += ["its model's configuration"] * (to_dict(first.model.config) != to_dict(other.model.config))
+    found += ["its images"] * (not same_images(other.data, first.data))
+    return found + ["its tokenizer"] * (tokenizer_hash(first.tokenizer) != tokenizer_hash(other.tokenizer))
+
+
+def left_out(sweeps: Sequence[Sequence[Cell]]) -> list[str]:
+    """Cells that not all trainings have, which have no mean over them."""
+    keys = [dict.fromkeys(_key(cell) for cell in cells if not _stays(cell)) for cells in sweeps]
+    every, common = dict.fromkeys(key for one in keys for key in one), set.intersection(*map(set, keys))
+    return [f"{solver} on {grid} at NFE {nfe}" for solver, grid, nfe in every if (solver, grid, nfe) not in common]
+
+
+def _stays(cell: Cell) -> bool:
+    return cell.solver == FLOOR or cell.baseline
+
+
 def merge_trainings(sweeps: Sequence[Sequence[Cell]]) -> list[Cell]:
-    """The cells of several trainings as one list, in the first's order; what only some have, and baselines, are the first's."""
+    """The cells of several trainings as one list, without what only some have; the floor and baselines are the first's."""
     first, *rest = sweeps
     found = [{_key(cell): cell for cell in cells} for cells in rest]
     merged = []
     for cell in first:
         others = [cells[_key(cell)] for cells in found if _key(cell) in cells]
-        alone = cell.solver == FLOOR or cell.baseline or len(others) < len(rest)
-        merged.append(cell if alone else _merged([cell, *others]))
+        if _stays(cell):
+            merged.append(cell)
+        elif len(others) == len(rest):
+            merged.append(_merged([cell, *others]))
     return mark_best(merged)  # the mean may have another best grid than the first training
 
 
@@ -66,6 +92,7 @@ def _merged(cells: Sequence[Cell]) -> Cell:
         kid_std=_std([cell.kid for cell in cells if cell.kid is not None]) if means["kid"] is not None else None,
         distances=distances,
         trainings=len(cells),
+        record=" ".join(cell.record for cell in cells if cell.record),
         nonfinite=sum(cell.nonfinite for cell in cells),
         **means,
         **times,

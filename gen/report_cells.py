@@ -82,7 +82,7 @@ class Cell:
     trainings: int = 1
     """Of several, `distances` are those of each, and deviations are among them."""
     record: str = ""
-    """cells/<record>.json says all that the cell was made from."""
+    """cells/<record>.json says all that the cell was made from; of several trainings one name each."""
 
     @property
     def image_seconds(self) -> float:

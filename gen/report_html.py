@@ -156,12 +156,12 @@ def _measures(cells: Sequence[Cell]) -> str:
 
 
 def _plot(cells: Sequence[Cell], kind: str) -> str:
-    by_time = kind == "seconds"
+    by_time, spread = kind == "seconds", "trainings" if any(cell.trainings > 1 for cell in cells) else "seed blocks"
     caption = (
         "The same measurements against the time to make the images, sampling and decoding, on the machine named below. Grey: "
         "what nothing else beats in both."
         if by_time
-        else "Both axes are logarithmic. Bars: standard deviation over seed blocks. Hollow markers: trained solvers."
+        else f"Both axes are logarithmic. Bars: standard deviation over {spread}. Hollow markers: trained solvers."
     )
     png = distance_png(cells, "seconds" if by_time else "nfe")
     image = image_tag(png, f"{distance_name(cells)} against {'seconds' if by_time else 'NFE'}, one line per solver")

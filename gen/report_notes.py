@@ -1,5 +1,7 @@
 """What a report says of itself in sentences: the model, how its numbers were measured, and how to read them."""
 
+from collections.abc import Sequence
+
 from midway.gen.diffusers_model import DiffusersModel, describe
 from midway.gen.evaluate import Sweep
 from midway.gen.external_images import ExternalImages
@@ -36,24 +38,28 @@ def floor_text(sweep: Sweep) -> str:
     return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
-def repeats_note(repeats: int) -> tuple[str, ...]:
-    """What error bars are, of several trainings."""
+def repeats_note(repeats: int, left_out: Sequence[str]) -> tuple[str, ...]:
+    """What error bars are, of several trainings, and what has no place among them."""
     if not repeats:
         return ()
+    missing = (f"Left out, since not all trainings have it: {'; '.join(left_out)}.",) if left_out else ()
     return (
+        *missing,
         f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are those "
         "among trainings, not among blocks. Baselines and sample images are of the first.",
     )
 
 
-def notes(n: int, config: SweepConfig, splits: Splits, repeats: int, features: str) -> tuple[str, ...]:
+def notes(
+    n: int, config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
+) -> tuple[str, ...]:
     """How to read the numbers of a model."""
     return (
-        *common_notes(n, config, splits, features),
+        *common_notes(n, config, splits, features, repeats),
         "Blocks are of seeds, and the same seeds serve every cell.",
         "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
         *rmse_note(config),
-        *repeats_note(repeats),
+        *repeats_note(repeats, left_out),
         *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
     )
 
@@ -68,13 +74,15 @@ def few_note(n: int, dim: int) -> tuple[str, ...]:
     )
 
 
-def common_notes(n: int, config: SweepConfig, splits: Splits, features: str) -> tuple[str, ...]:
+def common_notes(n: int, config: SweepConfig, splits: Splits, features: str, repeats: int = 0) -> tuple[str, ...]:
     """How to read any distance."""
     held_out = min(n, len(splits.held_out.images))
     return (
         f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
         + (
-            f"mean and standard deviation over {config.blocks} disjoint blocks."
+            f"mean over {config.blocks} disjoint block(s) of each training."
+            if repeats
+            else f"mean and standard deviation over {config.blocks} disjoint blocks."
             if config.blocks > 1
             else "of one block, so without an error bar."
         ),

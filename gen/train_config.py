@@ -137,6 +137,12 @@ def may_change(key: str, train: TrainConfig) -> bool:
     last = key.removeprefix("train.")
     if last == "steps":
         return train.decay != "cosine"
+    return is_bookkeeping(key)
+
+
+def is_bookkeeping(key: str) -> bool:
+    """Whether a flat key says where things are, when to save or what to tell, and nothing of what is learned beyond rounding."""
+    last = key.removeprefix("train.")
     return key in PATHS or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
 
 

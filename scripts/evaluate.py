@@ -25,7 +25,7 @@ from midway.gen.cell_metrics import check_metrics
 from midway.gen.diffusers_model import check_images, load_diffusers
 from midway.gen.distances import Root
 from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Sweep, run_sweep
+from midway.gen.evaluate import Sweep, run_sweep, with_best
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.image_exports import cells_to_export, check_folders, export_cell
@@ -33,7 +33,7 @@ from midway.gen.launch import device_and_shard
 from midway.gen.measured_cell import Reference
 from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
-from midway.gen.repeats import check_repeats, merge_trainings
+from midway.gen.repeats import check_repeats, left_out, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
 from midway.gen.report_notes import common_notes, external_notes, few_note, floor_text, model_text, notes
 from midway.gen.report_sections import CODED, Section, code_section, trajectory_section
@@ -154,7 +154,7 @@ def run(task: EvaluateTask) -> Sweep:
         shutil.rmtree(out / "cells", ignore_errors=True)
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
-    check_metrics(config.metrics, min(n, len(splits.held_out.images)), extractor.dim, extractor.has_logits)
+    check_metrics(config.metrics, n, extractor.dim, extractor.has_logits)
     others: dict[str, Other] = {**baselines, **externals}
     all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
     shown = shard.rank == 0
@@ -171,9 +171,10 @@ def run(task: EvaluateTask) -> Sweep:
 
         sweep = run_sweep(measured, measurer, splits, config, out, progress, others, shard)
         again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
-        sweep = replace(sweep, cells=merge_trainings([sweep.cells, *again])) if again else sweep
+        missing = left_out([sweep.cells, *again])
+        sweep = with_best(sweep, merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
-        facts = context(task, measured, splits, config, externals, sweep, extractor.note, extractor.dim)
+        facts = context(task, measured, splits, config, externals, sweep, extractor.note, extractor.dim, missing)
         write_report(out, sweep.cells, facts, sweep.grids, sections(trained, splits, config, sweep.fine))
         print(text_table(sweep.cells))
         if measured is None:
@@ -301,11 +302,12 @@ def context(
     sweep: Sweep,
     features: str,
     dim: int,
+    missing: list[str],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(splits.held_out.images) if config.n is None else config.n
     alone = (*common_notes(n, config, splits, features), floor_text(sweep))
-    told = alone if model is None else notes(n, config, splits, len(task.repeats), features)
+    told = alone if model is None else notes(n, config, splits, len(task.repeats), features, missing)
     return ReportContext(
         title=task.title,
         model=model_text(model),

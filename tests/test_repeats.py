@@ -6,13 +6,15 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import pytest
+import torch
 import train_latent
 from conftest import TINY_DIT, TINY_LATENT, Pipeline
 
+from midway.gen.artefacts import load_model
 from midway.gen.errors import DataError, UsageError
 from midway.gen.latent_model import LatentModelConfig
-from midway.gen.repeats import merge_trainings
-from midway.gen.report_cells import Cell
+from midway.gen.repeats import check_repeats, left_out, merge_trainings
+from midway.gen.report_cells import Cell, paired
 from tasks import LatentTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,14 +42,38 @@ def test_the_best_grid_is_that_of_the_mean() -> None:
     assert [(c.grid, c.best) for c in merged] == [("karras", False), ("uniform", True)]
 
 
-def test_what_is_not_of_all_trainings_stays_the_firsts() -> None:
-    first = [
-        cell("floor", "", 0.5, None, nfe=0),
-        cell("amed", "learned", 1.0),
-        cell("vae", "", 3.0, None, baseline=True),
-    ]
-    second = [cell("floor", "", 0.6, None, nfe=0)]
-    assert merge_trainings([first, second]) == first
+def test_what_is_not_of_all_trainings_is_left_out_and_named() -> None:
+    """Its blocks would be taken for trainings, in differences with the others."""
+    stay = [cell("floor", "", 0.5, None, nfe=0), cell("vae", "", 3.0, None, baseline=True)]
+    first = [*stay, cell("ddim", "karras", 1.0), cell("table", "karras", 0.8)]
+    second = [replace(stay[0], distance=0.6), cell("ddim", "karras", 1.4), cell("table", "uniform", 0.9)]
+    merged = merge_trainings([first, second])
+    assert [(c.solver, c.trainings) for c in merged] == [("floor", 1), ("vae", 1), ("ddim", 2)]
+    assert merged[:2] == stay
+    assert left_out([first, second]) == ["table on karras at NFE 4", "table on uniform at NFE 4"]
+    assert paired(merged).rows[0][0] == "ddim"
+
+
+def test_records_of_all_trainings_are_named() -> None:
+    (merged,) = merge_trainings([[cell("ddim", "karras", 1.0, record=name)] for name in ("a1", "b2")])
+    assert merged.record == "a1 b2"
+
+
+@pytest.mark.parametrize("key", ["steps", "lr", "ema"])
+def test_a_longer_or_other_training_is_no_repeat(key: str, pipeline: Pipeline, again: Path) -> None:
+    first, other = pipeline.load(), load_model(again, torch.device("cpu"))
+    check_repeats(first, [other])
+    train = {**other.run.config["train"], key: 7}
+    changed = replace(other, run=replace(other.run, config={**other.run.config, "train": train}))
+    with pytest.raises(DataError, match=rf"train\.{key}"):
+        check_repeats(first, [changed])
+
+
+def test_another_tokenizer_makes_no_repeat(pipeline: Pipeline, again: Path) -> None:
+    other = load_model(again, torch.device("cpu"))
+    next(other.tokenizer.parameters()).data.view(-1)[0] += 1
+    with pytest.raises(DataError, match="its tokenizer"):
+        check_repeats(pipeline.load(), [other])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +97,9 @@ def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: P
         if merged.solver != "floor":
             assert merged.distances == (a.distance, b.distance) and a.distance != b.distance
             assert merged.trainings == 2
-    assert "2 trainings" in (tmp_path / "both" / "report.md").read_text()
+    text = (tmp_path / "both" / "report.md").read_text()
+    assert "2 trainings" in text and "2 disjoint block(s) of each training" in text and "disjoint blocks." not in text
+    assert "standard deviation over trainings" in (tmp_path / "both" / "report.html").read_text()
 
 
 def test_what_is_no_repeat_is_refused(pipeline: Pipeline, unconditional: Path, tmp_path: Path) -> None:
