@@ -2,7 +2,8 @@
 
     cells/<id>.json                 a finished cell: its identity, its numbers, and a sha256 of both
     cells/<id>.png                  samples of its first seeds
-    cells/<id>.parts/part-<k>       seeds [k PART, (k + 1) PART) of a cell that is being measured: their features and errors
+    cells/<id>.parts/part-<k>       seeds [k PART, (k + 1) PART) of a cell that is being measured: their features and errors;
+                                    after the last of them, the figures of each block
 
 The id is a hash of everything that the numbers depend on. A part holds a fixed range of seeds and is whole or absent, so any
 process can make any part, and the numbers do not depend on how many processes there were or how often they were killed.
@@ -12,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from midway.gen.errors import DiskError
 from midway.gen.files import clear_temporaries, state_hash, write_atomically
+from midway.gen.runs import lock
 
 SCHEMA = 2
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
@@ -32,10 +35,10 @@ PART = 1024
 
 @dataclass(frozen=True)
 class Part:
-    """Measured samples: named tensors of n rows each (features, errors, finite, ...), and what they cost."""
+    """Measured samples: named tensors of n rows each (features, errors, finite, ...), and what they cost, as JSON takes it."""
 
     tensors: dict[str, Tensor]
-    costs: dict[str, float]
+    costs: dict[str, Any]
 
 
 def cell_id(identity: dict[str, Any]) -> str:
@@ -109,14 +112,25 @@ class CellStore:
         header = {"costs": costs, "hash": state_hash(costs, tensors)}
         write_atomically(self._part(identity, number), save(tensors, header))
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within the block this sweep's own, tidied first; UsageError while another sweep writes here."""
+        self._make()
+        with lock(self.folder, "written"):
+            self.tidy()
+            yield
+
     def tidy(self) -> None:
         """Remove what killed processes left half-written. DiskError if the folder cannot be made."""
+        self._make()
+        for folder in (self.folder, *self.folder.glob("*.parts")):
+            clear_temporaries(folder)
+
+    def _make(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DiskError(f"{self.folder} cannot be made", str(error), "choose another --out") from None
-        for folder in (self.folder, *self.folder.glob("*.parts")):
-            clear_temporaries(folder)
 
     def _path(self, identity: dict[str, Any]) -> Path:
         return self.folder / f"{cell_id(identity)}.json"

@@ -9,6 +9,7 @@ images that somebody else made, at none.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from midway.gen.data import ImageData
 from midway.gen.measured_cell import Bench, Reference, Seeds, look, measure, picture
 from midway.gen.measurer import Measurer, balanced
 from midway.gen.report_cells import FLOOR, Cell, mark_best
+from midway.gen.runs import hardware
 from midway.gen.shard import Shard
 from midway.gen.splits import Splits
 from midway.gen.sweep_jobs import Job, Model, Other, SweepConfig, all_jobs, fine_source
@@ -81,15 +83,33 @@ def run_sweep(
     jobs = all_jobs(model, others or {}, config, n)
     shard, seeds = shard or Shard(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
-    if shard.rank == 0:
-        store.tidy()
-    shard.wait()
-    bench, fine = Bench(measurer, seeds, store, shard, config.metrics, config.overlap), None
+    bench = Bench(measurer, seeds, store, shard, config.metrics, config.overlap, timing(config, shard))
+    with store.claimed() if shard.rank == 0 else nullcontext():
+        shard.wait()
+        return _run(model, jobs, bench, splits, config, progress)
+
+
+def timing(config: SweepConfig, shard: Shard) -> str:
+    """What seconds depend on, in a line."""
+    graphs = ", CUDA graphs" if config.graph else ""
+    overlapped = ", overlapped" if config.overlap else ""
+    return f"{hardware()}; {shard.world} process(es), batches of {config.batch_size}{graphs}{overlapped}"
+
+
+def _run(
+    model: Model | None,
+    jobs: Sequence[Job],
+    bench: Bench,
+    splits: Splits,
+    config: SweepConfig,
+    progress: Callable[[str], None],
+) -> Sweep:
+    fine, seeds = None, bench.seeds
     if model is not None and config.reference_nfe:
         progress("reference")
-        fine = Reference(fine_source(model, config), seeds, store, shard)
+        fine = Reference(fine_source(model, config), seeds, bench.store, bench.shard)
         fine.make()
-    cells, pictures, made = [floor_cell(measurer, splits.held_out, n, config.metrics)], {}, {}
+    cells, pictures, made = [floor_cell(bench.measurer, splits.held_out, seeds.n, config.metrics)], {}, {}
     for job in jobs:
         progress(f"{job.solver} {job.grid}")
         its = None if job.baseline else fine
@@ -124,6 +144,7 @@ def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench, record: str) -> Ce
         psnr=numbers["psnr"],
         nonfinite=numbers["nonfinite"],
         record=record,
+        timing=numbers["timing"],
         decode_seconds=round(seconds["decode"] / seeds.blocks, 3),
         feature_seconds=round(seconds["features"] / seeds.blocks, 3),
     )

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -66,7 +67,8 @@ def device_and_shard() -> tuple[torch.device, Shard]:
     """Where this process computes, and its share of what several processes do together."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu"), Shard()
-    state = PartialState(cpu=not torch.cuda.is_available())
+    patience = timedelta(hours=12)  # a process that is done waits for one that still measures
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
     return state.device or torch.device("cpu"), Shard(state.process_index, state.num_processes, state.wait_for_everyone)
 
 

@@ -1,7 +1,7 @@
 """One cell of a sweep: sample its seeds part by part, look at them through the feature network, and sum up.
 
-Parts are shared among processes by number and kept in the store; the first process sums them up in the order of the seeds, so
-the numbers are the same bits for any number of processes, and after any number of kills.
+Parts are shared among processes by number and kept in the store, and so are the blocks that are measured of them; each is read in
+the order of the seeds, so the numbers are the same bits for any number of processes, and after any number of kills.
 """
 
 import math
@@ -101,6 +101,8 @@ class Bench:
     """Beside the Fréchet distance, by their names in METRICS."""
     overlap: bool = False
     """Decode and look at a part while the next one is sampled."""
+    timing: str = ""
+    """What seconds depend on."""
 
     def identity(self, source: Source, fine: "Reference | None" = None) -> dict[str, Any]:
         """Everything that the numbers of a cell depend on."""
@@ -126,6 +128,8 @@ def measure(source: Source, bench: Bench, fine: Reference | None = None) -> dict
     bench.shard.wait()  # all have looked before the first process writes
     if numbers is None:
         _make_parts(source, bench, identity, fine)
+        bench.shard.wait()
+        _make_blocks(bench, identity)
         bench.shard.wait()
         if bench.shard.rank == 0:
             numbers, png = _summary(bench, identity)
@@ -166,7 +170,7 @@ def _keep(
     images = source.images(raw)
     decoded = time.perf_counter()
     seen = look(bench.measurer, images)
-    costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun}
+    costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun, "timing": bench.timing}
     costs["features"] = time.perf_counter() - decoded
     tensors = {"features": seen.features, "finite": raw.finite}
     if seen.logits is not None:
@@ -200,60 +204,61 @@ def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
 # ---- summing up ----
 
 
-def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
-    """Numbers of all parts, in the order of the seeds, and a picture of the first; one block is in memory at a time."""
-    blocks = [_block(bench, identity, block) for block in range(bench.seeds.blocks)]
-    nonfinite = sum(block.nonfinite for block in blocks)
-    errors = [block.errors for block in blocks if block.errors is not None]
-    quality = [block.psnr for block in blocks if block.psnr is not None]
-    numbers: dict[str, Any] = {
-        "nfe": _whole([nfe for block in blocks for nfe in block.nfe]),
-        "distances": [None if nonfinite else block.distance for block in blocks],
-        "nonfinite": nonfinite,
-        "metrics": {} if nonfinite else {name: [block.metrics[name] for block in blocks] for name in blocks[0].metrics},
-        "rmse": _rmse(torch.cat(errors)) if errors else None,
-        "psnr": torch.cat(quality).mean().item() if quality and not nonfinite else None,
-        "seconds": {name: round(sum(block.seconds[name] for block in blocks), 4) for name in TIMES},
-    }
-    return numbers, grid_png(blocks[0].shown, columns=SHOWN // 2)
+def _make_blocks(bench: Bench, identity: dict[str, Any]) -> None:
+    """Measure the blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
+    for block, _ in bench.shard.mine(range(bench.seeds.blocks)):
+        if bench.store.part(identity, _place(bench, block)) is None:
+            bench.store.write_part(identity, _place(bench, block), _block(bench, identity, block))
 
 
-@dataclass(frozen=True)
-class _Block:
-    """What a cell's record takes from one block: `errors` and `psnr` of each sample, None without a fine solution."""
-
-    distance: float | None
-    metrics: dict[str, float]
-    nonfinite: int
-    nfe: list[float]
-    seconds: dict[str, float]
-    errors: Tensor | None
-    psnr: Tensor | None
-    shown: Tensor
+def _place(bench: Bench, block: int) -> int:
+    """The number of a block's figures in the store, after all parts of samples."""
+    return len(bench.seeds.parts) + block
 
 
-def _block(bench: Bench, identity: dict[str, Any], block: int) -> _Block:
-    """Read the parts of one block and measure it."""
+def _block(bench: Bench, identity: dict[str, Any], block: int) -> Part:
+    """The figures of one block from its parts; `errors` and `psnr` of each sample, if there was a fine solution."""
     numbers = [number for number, (its, _, _) in enumerate(bench.seeds.parts) if its == block]
     parts = [part for number in numbers if (part := bench.store.part(identity, number)) is not None]
-    assert len(parts) == len(numbers)
+    if len(parts) < len(numbers):
+        raise RuntimeError(f"parts of block {block} are gone: run again")
+    found = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors if name != "shown"}
+    seen, sound = Seen(found["features"], found.get("logits")), bool(found["finite"].all())
+    figures = {
+        "distance": bench.measurer.distance_of(seen.features) if sound else None,
+        "metrics": measure_metrics(bench.metrics, seen, bench.measurer) if sound else {},
+        "nonfinite": int((~found["finite"]).sum()),
+        "nfe": [part.costs["nfe"] for part in parts],
+        "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
+        "timing": [part.costs["timing"] for part in parts],
+    }
+    kept = {name: found[name] for name in ("errors", "psnr") if name in found}
+    return Part(kept | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
 
-    def all_of(name: str) -> Tensor | None:
-        return torch.cat([part.tensors[name] for part in parts]) if name in parts[0].tensors else None
 
-    features, finite = all_of("features"), all_of("finite")
-    assert features is not None and finite is not None
-    seen, sound = Seen(features, all_of("logits")), bool(finite.all())
-    return _Block(
-        distance=bench.measurer.distance_of(features) if sound else None,
-        metrics=measure_metrics(bench.metrics, seen, bench.measurer) if sound else {},
-        nonfinite=int((~finite).sum()),
-        nfe=[part.costs["nfe"] for part in parts],
-        seconds={name: sum(part.costs[name] for part in parts) for name in TIMES},
-        errors=all_of("errors"),
-        psnr=all_of("psnr"),
-        shown=parts[0].tensors.get("shown", torch.empty(0)),
-    )
+def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+    """Numbers of all blocks, in the order of the seeds, and a picture of the first."""
+    blocks = [bench.store.part(identity, _place(bench, block)) for block in range(bench.seeds.blocks)]
+    found = [block for block in blocks if block is not None]
+    if len(found) < len(blocks):
+        raise RuntimeError("the figures of a block are gone: run again")
+    figures = [block.costs for block in found]
+    nonfinite = sum(its["nonfinite"] for its in figures)
+    errors = [block.tensors["errors"] for block in found if "errors" in block.tensors]
+    quality = [block.tensors["psnr"] for block in found if "psnr" in block.tensors]
+    numbers: dict[str, Any] = {
+        "nfe": _whole([nfe for its in figures for nfe in its["nfe"]]),
+        "distances": [None if nonfinite else its["distance"] for its in figures],
+        "nonfinite": nonfinite,
+        "metrics": {}
+        if nonfinite
+        else {name: [its["metrics"][name] for its in figures] for name in figures[0]["metrics"]},
+        "rmse": _rmse(torch.cat(errors)) if errors else None,
+        "psnr": torch.cat(quality).mean().item() if quality and not nonfinite else None,
+        "seconds": {name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES},
+        "timing": " + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
+    }
+    return numbers, grid_png(found[0].tensors["shown"], columns=SHOWN // 2)
 
 
 def _rmse(errors: Tensor) -> float | None:

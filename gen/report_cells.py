@@ -84,6 +84,9 @@ class Cell:
     record: str = ""
     """cells/<record>.json says all that the cell was made from; of several trainings one name each."""
 
+    timing: str = ""
+    """What its seconds depend on: machine, processes, batches."""
+
     @property
     def image_seconds(self) -> float:
         """Seconds to make n images: sampling and decoding."""

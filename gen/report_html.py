@@ -158,7 +158,7 @@ def _measures(cells: Sequence[Cell]) -> str:
 def _plot(cells: Sequence[Cell], kind: str) -> str:
     by_time, spread = kind == "seconds", "trainings" if any(cell.trainings > 1 for cell in cells) else "seed blocks"
     caption = (
-        "The same measurements against the time to make the images, sampling and decoding, on the machine named below. Grey: "
+        "The same measurements against the time to make the images, sampling and decoding, on what is named below. Grey: "
         "what nothing else beats in both."
         if by_time
         else f"Both axes are logarithmic. Bars: standard deviation over {spread}. Hollow markers: trained solvers."
@@ -200,6 +200,7 @@ def provenance(cells: Sequence[Cell], context: ReportContext) -> list[tuple[str,
         ("guidance", f"{context.guidance:g}"),
         ("training of solvers", ", ".join(f"{name} {cost:,} evaluations" for name, cost in costs.items())),
         ("hardware", context.hardware),
+        ("seconds measured on", _joined(cell.timing for cell in sampled)),
         ("versions", ", ".join(f"{name} {version}" for name, version in context.versions.items())),
         ("command", context.command),
     ]
@@ -240,7 +241,8 @@ def _page(
     )
     rmse = (
         "<h2>Error of the solver itself</h2><p>Root-mean-square difference from the same seeds' reference solution: it "
-        "measures the solver alone, whatever the model.</p>" + _table(cells, "rmse")
+        "measures the solver alone, whatever the model. Solvers that draw noise on the way end elsewhere by design.</p>"
+        + _table(cells, "rmse")
         if pivot(cells, "rmse").rows
         else ""
     )

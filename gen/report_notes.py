@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from midway.gen.diffusers_model import DiffusersModel, describe
 from midway.gen.evaluate import Sweep
 from midway.gen.external_images import ExternalImages
-from midway.gen.report_cells import number
+from midway.gen.report_cells import Cell, number
 from midway.gen.splits import Splits
 from midway.gen.sweep_jobs import Model, SweepConfig
 
@@ -74,6 +74,36 @@ def few_note(n: int, dim: int) -> tuple[str, ...]:
     )
 
 
+UNEQUAL = 1.25
+"""The largest class beside the smallest from which on a warning is due."""
+
+
+def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
+    """Warnings where seeds, which take turns through the classes, have other classes than the images they are compared with."""
+    counts = splits.train.labels.bincount(minlength=len(splits.train.classes))
+    counts, found = counts[counts > 0], []
+    if len(counts) > 1 and counts.max() > UNEQUAL * counts.min():
+        found.append(
+            f"Classes are unequal: the training images hold from {int(counts.min())} to {int(counts.max())} of a class, while "
+            "seeds and the floor have every class equally often. That difference is part of every distance, and of the floor "
+            "unless all held-out images are measured."
+        )
+    classes = 0 if model is None else model.classes if isinstance(model, DiffusersModel) else model.model.classes
+    if classes and n % classes:
+        found.append(
+            f"Blocks of {n} seeds do not hold each of {classes} classes equally often: part of the error bar is that."
+        )
+    return tuple(found)
+
+
+def timing_notes(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """A warning where seconds were not measured alike."""
+    kinds = dict.fromkeys(cell.timing for cell in cells if cell.timing)
+    if len(kinds) < 2:
+        return ()
+    return (f"Seconds compare only where they were measured alike; here they were measured on {' / '.join(kinds)}.",)
+
+
 def common_notes(n: int, config: SweepConfig, splits: Splits, features: str, repeats: int = 0) -> tuple[str, ...]:
     """How to read any distance."""
     held_out = min(n, len(splits.held_out.images))
@@ -102,5 +132,6 @@ def rmse_note(config: SweepConfig) -> tuple[str, ...]:
         return ()
     return (
         "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
-        f"at {config.reference_nfe} evaluations from the same noise.",
+        f"at {config.reference_nfe} evaluations from the same noise. Of solvers that draw noise on the way it is no error: they "
+        "end elsewhere by design.",
     )

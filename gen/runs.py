@@ -164,8 +164,8 @@ class Run:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Within the block no other process may train this run; UsageError if one does. A killed process holds nothing."""
+def lock(path: Path, use: str = "trained") -> Iterator[None]:
+    """Within the block no other process may use this folder so; UsageError if one does. A killed process holds nothing."""
     try:
         import fcntl
     except ImportError:  # not on this operating system
@@ -176,7 +176,7 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UsageError(
-                f"{path} is being trained by another process", "two would mix", "wait for it, or end it first"
+                f"{path} is being {use} by another process", "two would mix", "wait for it, or end it first"
             ) from None
         yield
 

@@ -27,6 +27,7 @@ from midway.gen.distances import Root
 from midway.gen.errors import DataError, UsageError
 from midway.gen.evaluate import Sweep, run_sweep, with_best
 from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
+from midway.gen.extractor import plain_float32
 from midway.gen.feature_runs import open_extractor, same_images
 from midway.gen.image_exports import cells_to_export, check_folders, export_cell
 from midway.gen.launch import device_and_shard
@@ -35,9 +36,19 @@ from midway.gen.measurer import make_measurer
 from midway.gen.plans import LEARNED_ON
 from midway.gen.repeats import check_repeats, left_out, merge_trainings
 from midway.gen.report import ReportContext, text_table, write_report
-from midway.gen.report_notes import common_notes, external_notes, few_note, floor_text, model_text, notes
+from midway.gen.report_notes import (
+    class_notes,
+    common_notes,
+    external_notes,
+    few_note,
+    floor_text,
+    model_text,
+    notes,
+    timing_notes,
+)
 from midway.gen.report_sections import CODED, Section, code_section, trajectory_section
 from midway.gen.runs import command_line, environment, hardware
+from midway.gen.shard import Shard
 from midway.gen.splits import DataConfig, Splits, load_splits
 from midway.gen.sweep_jobs import Model, Other, SweepConfig, all_jobs, planned_cells
 from midway.samplers.solvers import SOLVERS
@@ -114,9 +125,15 @@ class EvaluateTask(SamplingFlags):
 
 
 def run(task: EvaluateTask) -> Sweep:
-    """Measure, print the table, write the report."""
+    """Measure, print the table, write the report; samples and features are computed in IEEE float32."""
     device, shard = device_and_shard()
     check_flags(task)
+    with plain_float32(device):
+        return measure_and_report(task, device, shard)
+
+
+def measure_and_report(task: EvaluateTask, device: torch.device, shard: Shard) -> Sweep:
+    """`run` on this device, as this share of the processes."""
     model = load_diffusers(task.diffusers, device) if task.diffusers else None
     trained = load_model(task.model, device) if task.model else None
     repeats = load_repeats(task, trained, device)
@@ -158,7 +175,8 @@ def run(task: EvaluateTask) -> Sweep:
     others: dict[str, Other] = {**baselines, **externals}
     all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
     shown = shard.rank == 0
-    for line in external_notes(externals, n, config.blocks) if shown else ():
+    told = (*class_notes(splits, n, measured), *external_notes(externals, n, config.blocks))
+    for line in told if shown else ():
         print(line)
     measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     planned = list(planned_cells(config, len(others), measured is not None))
@@ -225,6 +243,8 @@ def check_flags(task: EvaluateTask) -> None:
             "the reference is what the model was trained on",
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
+    if task.graph and task.overlap:
+        raise UsageError("--graph and --overlap", "nothing else may run while a graph is captured", "pass one of them")
     if task.repeats and not task.model:
         raise UsageError("--repeats without --model", "they repeat its training", "pass --model")
     if not (task.model or task.diffusers or task.images or task.baselines):
@@ -317,7 +337,13 @@ def context(
         versions={**environment()["packages"], "git": environment()["git"]},
         seeds=f"{config.first_seed}-{config.first_seed + n * config.blocks - 1}",
         guidance=config.guidance,
-        notes=(*few_note(n, dim), *told, *external_notes(externals, n, config.blocks)),
+        notes=(
+            *few_note(n, dim),
+            *class_notes(splits, n, model),
+            *told,
+            *timing_notes(sweep.cells),
+            *external_notes(externals, n, config.blocks),
+        ),
     )
 
 
