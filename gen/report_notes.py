@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from midway.gen.diffusers_model import DiffusersModel, describe
 from midway.gen.evaluate import Sweep
 from midway.gen.external_images import ExternalImages
-from midway.gen.report_cells import Cell, number
+from midway.gen.report_cells import FLOOR, Cell, number
 from midway.gen.splits import Splits
 from midway.gen.sweep_jobs import Model, SweepConfig
 
@@ -94,6 +94,17 @@ def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
             f"Blocks of {n} seeds do not hold each of {classes} classes equally often: part of the error bar is that."
         )
     return tuple(found)
+
+
+def reference_notes(sweep: Sweep) -> tuple[str, ...]:
+    """A warning where the fine solution is none."""
+    if sweep.fine is None or not any(
+        cell.rmse is None and not cell.nonfinite and not cell.baseline for cell in sweep.cells if cell.solver != FLOOR
+    ):
+        return ()
+    return (
+        "The fine solution diverged for some seeds, so there is no RMSE: use less guidance or more --reference-nfe.",
+    )
 
 
 def timing_notes(cells: Sequence[Cell]) -> tuple[str, ...]:

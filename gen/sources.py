@@ -18,6 +18,7 @@ from torch import Tensor
 from midway.gen.artefacts import TrainedModel
 from midway.gen.baseline import TrainedBaseline
 from midway.gen.data import to_uint8
+from midway.gen.errors import DivergedError
 from midway.gen.files import state_hash
 from midway.gen.sampling import Plan, SamplingConfig, decode, labels_of, sample_latents
 from midway.samplers.table import Table
@@ -82,8 +83,15 @@ class SolverSource:
         return Raw(samples.latents, samples.nfe, samples.seconds)
 
     def images(self, raw: Raw) -> Tensor:
-        """Decoded."""
-        return decode(self.trained, raw.values.nan_to_num().clamp(-LATENT_LIMIT, LATENT_LIMIT))
+        """Decoded. DivergedError if the decoder makes of finite latents what is not finite."""
+        try:
+            return decode(self.trained, raw.values.nan_to_num().clamp(-LATENT_LIMIT, LATENT_LIMIT))
+        except ValueError as error:
+            raise DivergedError(
+                f"the decoder of model {self.trained.hash} gives no image for some latents",
+                str(error),
+                "train its tokenizer again; evaluate_tokenizer.py says how it does on real images",
+            ) from None
 
 
 @dataclass(frozen=True)

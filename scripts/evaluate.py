@@ -44,6 +44,7 @@ from midway.gen.report_notes import (
     floor_text,
     model_text,
     notes,
+    reference_notes,
     timing_notes,
 )
 from midway.gen.report_sections import CODED, Section, code_section, trajectory_section
@@ -341,6 +342,7 @@ def context(
             *few_note(n, dim),
             *class_notes(splits, n, model),
             *told,
+            *reference_notes(sweep),
             *timing_notes(sweep.cells),
             *external_notes(externals, n, config.blocks),
         ),

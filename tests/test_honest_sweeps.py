@@ -14,15 +14,17 @@ from midway.gen import measured_cell
 from midway.gen.cell_metrics import METRICS, Seen, check_metrics, possible
 from midway.gen.cell_store import CellStore, Part
 from midway.gen.data import ImageData
-from midway.gen.errors import DataError, UsageError
+from midway.gen.errors import DataError, DivergedError, UsageError
 from midway.gen.evaluate import floor_cell
 from midway.gen.features import load_features
 from midway.gen.inception_score import inception_score
 from midway.gen.measured_cell import Bench, Seeds
 from midway.gen.measurer import Measurer, make_measurer
+from midway.gen.plans import PlanConfig, make_plans
 from midway.gen.report_cells import Cell
 from midway.gen.report_notes import class_notes, timing_notes
 from midway.gen.runs import Run
+from midway.gen.sampling import SamplingConfig
 from midway.gen.shard import Shard
 from midway.gen.sources import SolverSource
 from midway.gen.splits import Splits, load_splits
@@ -201,3 +203,31 @@ def test_quality_of_a_diverged_cell_is_not_told(
     monkeypatch.setattr(SolverSource, "sample", sample)
     cell = evaluate.run(task(pipeline, tmp_path)).cells[1]
     assert cell.nonfinite and cell.psnr is None and cell.distance == float("inf")
+
+
+def test_a_fine_solution_that_diverged_is_told(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SolverSource.sample
+
+    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
+        raw = real(self, seeds)
+        if raw.nfe == 8:
+            raw.values[0, 0] = torch.nan
+        return raw
+
+    monkeypatch.setattr(SolverSource, "sample", sample)
+    cell = evaluate.run(task(pipeline, tmp_path)).cells[1]
+    assert cell.rmse is None and cell.distance < float("inf")
+    assert "fine solution diverged" in (tmp_path / "report.md").read_text()
+
+
+def test_a_decoder_that_gives_no_image_ends_the_sweep_with_its_name(pipeline: Pipeline, tmp_path: Path) -> None:
+    trained = pipeline.load()
+    plan = make_plans(trained, "ddim", 4, PlanConfig(grids=("uniform",)))["uniform"]
+    source = SolverSource(trained, plan, SamplingConfig())
+    raw = source.sample(torch.arange(2))
+    for parameter in trained.tokenizer.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="the decoder of model"):
+        source.images(raw)
