@@ -310,7 +310,8 @@ def _difference(cell: Cell | None, best: Cell) -> Entry | None:
     mean = sum(values) / len(values)
     error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
     near = not mean > decisive(len(values)) * error
-    return Entry(f"{'≈ ' if near else ''}+{number(mean, error)}", cell.grid, False, near)
+    decimals = _decimals(error, 2)  # more digits than the error has say nothing
+    return Entry(f"{'≈ ' if near else ''}+{mean:.{decimals}f} ± {error:.{decimals}f}", cell.grid, False, near)
 
 
 def decisive(blocks: int) -> float:

@@ -76,6 +76,8 @@ def few_note(n: int, dim: int) -> tuple[str, ...]:
 
 UNEQUAL = 1.25
 """The largest class beside the smallest from which on a warning is due."""
+MANY = 20
+"""Images of a class in a block from which on one more or less does not matter."""
 
 
 def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
@@ -89,7 +91,7 @@ def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
             "unless all held-out images are measured."
         )
     classes = 0 if model is None else model.classes if isinstance(model, DiffusersModel) else model.model.classes
-    if classes and n % classes:
+    if classes and n % classes and n < MANY * classes:
         found.append(
             f"Blocks of {n} seeds do not hold each of {classes} classes equally often: part of the error bar is that."
         )

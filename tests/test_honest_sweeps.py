@@ -101,6 +101,7 @@ def test_unequal_classes_are_warned_about(pipeline: Pipeline) -> None:
     assert class_notes(splits([100]), 30, None) == ()
     trained = pipeline.load()
     assert class_notes(splits([50] * 10), 20, trained) == ()
+    assert class_notes(splits([50] * 10), 359, trained) == ()
     assert "Blocks of 25 seeds" in class_notes(splits([50] * 10), 25, trained)[0]
 
 
