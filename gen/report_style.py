@@ -18,7 +18,7 @@ p { margin: .35rem 0 1rem; max-width: 46rem; }
 .lead b { color: var(--accent); }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--hair); border-radius: 10px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .55rem .9rem; text-align: right; white-space: nowrap; vertical-align: top; }
+th, td { padding: .55rem .8rem; text-align: right; white-space: nowrap; vertical-align: top; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); white-space: normal;
   min-width: 6.5rem; }
 thead th { font-size: .85rem; font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--hair); }
