@@ -21,12 +21,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from midway.gen.artefacts import TrainedModel, best_device, load_model
-from midway.gen.context import Context
-from midway.gen.latent_model import start_state
-from midway.gen.runs import environment
-from midway.gen.sampling import labels_of, noise_of
-from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.core.environment import environment
+from midway.gen.core.processes import best_device
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.sampling import labels_of, noise_of
+from midway.gen.training.batches import Context
 from midway.samplers.amed import nodes
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from midway.gen.runs import environment, hardware
+from midway.gen.core.environment import environment, hardware
 
 UNTIMED_TURNS = 1
 Step = Callable[[], dict[str, Tensor]]

@@ -25,14 +25,15 @@ from typing import Annotated
 import tyro
 from matplotlib.figure import Figure
 
-from midway.gen.config import to_dict
-from midway.gen.data import to_float
-from midway.gen.files import write_atomically
-from midway.gen.plots import COLOURS, MARKERS
-from midway.gen.runs import Run, environment, hardware
-from midway.gen.splits import DataConfig, load_splits
-from midway.gen.tokenizer_row import TokenizerRow
-from midway.gen.train_config import TrainConfig
+from midway.gen.core.config import to_dict
+from midway.gen.core.environment import environment, hardware
+from midway.gen.core.files import write_atomically
+from midway.gen.core.runs import Run
+from midway.gen.data.images import to_float
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.evaluation.tokenizer_records import TokenizerRow
+from midway.gen.report.plots import COLOURS, MARKERS
+from midway.gen.training.config import TrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from evaluate_tokenizer import TokenizersTask

@@ -31,22 +31,22 @@ from scipy.linalg import sqrtm, svd
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from midway.gen.artefacts import TrainedModel
-from midway.gen.backbone import DiTConfig
-from midway.gen.cell_store import CellStore
-from midway.gen.checkpoint import version_of
-from midway.gen.data import ImageData
-from midway.gen.distances import frechet_distance, frechet_distance_of_features
-from midway.gen.features import FeatureConfig, FeatureNetwork
-from midway.gen.latent_model import LatentModel, LatentModelConfig
-from midway.gen.measured_cell import Bench, Seeds, measure
-from midway.gen.measurer import make_measurer
-from midway.gen.runs import Run
-from midway.gen.sampling import SamplingConfig
-from midway.gen.shard import Shard
-from midway.gen.sources import SolverSource
-from midway.gen.splits import DataConfig
-from midway.gen.statistics import FeatureStatistics
+from midway.gen.core.environment import version_of
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.runs import Run
+from midway.gen.data.images import ImageData
+from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.sampling import SamplingConfig
+from midway.gen.evaluation.measure import Bench, Seeds, measure
+from midway.gen.evaluation.sources import SolverSource
+from midway.gen.evaluation.store import CellStore
+from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
+from midway.gen.features.reference import make_measurer
+from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
+from midway.gen.metrics.moments import FeatureStatistics
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -244,7 +244,7 @@ def a_bench(sizes: Sizes, folder: Path) -> Bench:
     images = torch.randint(0, 256, (512, 1, 8, 8), dtype=torch.uint8)
     data = ImageData(images, torch.arange(512) % 10, tuple("0123456789"), "random", "0" * 64)
     measurer = make_measurer(network, "cnn-random@0", data)
-    return Bench(measurer, Seeds(0, sizes.images, 1), CellStore(folder), Shard())
+    return Bench(measurer, Seeds(0, sizes.images, 1), CellStore(folder), ProcessInfo())
 
 
 def rows_of(sizes: Sizes, turns: int) -> list[Callable[[], Iterator[Result]]]:

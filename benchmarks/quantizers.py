@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.checkpoint import version_of
+from midway.gen.core.environment import version_of
 from midway.tokenizers import nearest_kernel
 from midway.tokenizers.base import Quantizer, histogram
 from midway.tokenizers.clustering import full_precision, nearest_code, rows_per_chunk

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from midway.gen.backbone import DiTConfig
-from midway.gen.latent_model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.samplers.graph import Graphs
 from midway.samplers.grids import karras, logsnr, uniform
 from midway.samplers.parallel import ParallelConfig, sample_parallel
@@ -40,7 +40,7 @@ from midway.samplers.schedule import EDM, VP, Linear
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import Result, conclude, printed, process_seconds
 from oracles import mixture

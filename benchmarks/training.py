@@ -33,16 +33,17 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.config import to_dict
-from midway.gen.context import Context, ImageBatch, LatentBatch
-from midway.gen.data import load_images, to_float
-from midway.gen.latent_model import LatentModel
-from midway.gen.optim import compile_networks
-from midway.gen.runs import Run, environment
-from midway.gen.tokenizer_training import TokenizerObjective
-from midway.gen.train_config import TrainConfig, learning_rate
-from midway.gen.trainable import Items
-from midway.gen.training import fit
+from midway.gen.core.config import to_dict
+from midway.gen.core.environment import environment
+from midway.gen.core.runs import Run
+from midway.gen.data.images import load_images, to_float
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.tokenizer.objective import TokenizerObjective
+from midway.gen.training.batches import Context, ImageBatch, LatentBatch
+from midway.gen.training.config import TrainConfig, learning_rate
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Items
+from midway.gen.training.optim import compile_networks
 from midway.samplers.prediction import expand, target_value
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -85,8 +86,8 @@ class TakingTurns(nn.Module):
     def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         return self.inner.loss(batch, context)  # pyright: ignore[reportCallIssue]
 
-    def after_step(self, kept: Tensor) -> None:
-        self.inner.after_step(kept)  # pyright: ignore[reportCallIssue]
+    def after_step(self, step_ok: Tensor) -> None:
+        self.inner.after_step(step_ok)  # pyright: ignore[reportCallIssue]
         self.steps += 1
         if self.steps % self.turn:
             return
@@ -267,7 +268,7 @@ class Denoiser(nn.Module):
         x_t = level.sqrt() * x + (1 - level).sqrt() * eps
         return F.mse_loss(self.unet(x_t, t).sample.float(), eps), {}
 
-    def after_step(self, kept: Tensor) -> None:
+    def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from midway.gen.likelihood_report import LikelihoodRow
-from midway.gen.likelihood_report import cells as cells_of_models
-from midway.gen.report import markdown_table
-from midway.gen.report_cells import Cell, number
+from midway.gen.evaluation.likelihood import LikelihoodRow
+from midway.gen.evaluation.records import Cell, number
+from midway.gen.report.likelihood import cells as cells_of_models
+from midway.gen.report.write import markdown_table
 
 READABLE = 12
 """More lines than this cannot be told apart."""

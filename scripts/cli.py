@@ -9,10 +9,10 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from midway.gen.checkpoint import DISK_ERRORS
-from midway.gen.config import from_dict, read_yaml
-from midway.gen.errors import DataError, DiskError, MidwayError, UsageError, nearest
-from midway.gen.train_config import TrainConfig
+from midway.gen.core.checkpoints import DISK_ERRORS
+from midway.gen.core.config import from_dict, read_yaml
+from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest
+from midway.gen.training.config import TrainConfig
 
 Task = TypeVar("Task")
 RECORDED = ("kind", "data", "posthoc", "baseline")

@@ -7,10 +7,10 @@ from typing import Literal
 import tyro
 
 from cli import main, resolve
-from midway.gen.data_check import DataFacts, check
-from midway.gen.data_report import check_writable, refusal, text, write_data_report
-from midway.gen.errors import UsageError, nearest
-from midway.gen.splits import DataConfig
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.data.check import DataFacts, check
+from midway.gen.data.check_report import check_writable, refusal, text, write_data_report
+from midway.gen.data.splits import DataConfig
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import train_solver
 import train_tokenizer
 
 from cli import main, resolve
-from midway.gen.backbone import DiTConfig
-from midway.gen.solver_training import DistillConfig
-from midway.gen.train_config import TrainConfig
+from midway.gen.diffusion.distill_amed import DistillConfig
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from cli import main, resolve
-from midway.gen.errors import UsageError, nearest
-from midway.gen.inception import INCEPTION
-from midway.gen.vision_transformers import ENCODERS
-from midway.gen.weights import Published, find_weights
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.features.inception import INCEPTION
+from midway.gen.features.vit import ENCODERS
+from midway.gen.features.weights import Published, find_weights
 
 KNOWN: dict[str, Published] = {INCEPTION.network: INCEPTION} | {name: its.published for name, its in ENCODERS.items()}
 

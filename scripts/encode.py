@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cli import main, resolve
-from midway.gen.artefacts import best_device, load_tokenizer
-from midway.gen.data import describe
-from midway.gen.errors import UsageError
-from midway.gen.latents import cache_path, encode, save_latents
-from midway.gen.splits import load_splits
+from midway.gen.core.errors import UsageError
+from midway.gen.core.processes import best_device
+from midway.gen.data.images import describe
+from midway.gen.data.splits import load_splits
+from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.tokenizer.latents import cache_path, encode, save_latents
 
 
 @dataclass(frozen=True)

@@ -19,24 +19,26 @@ from sampling_flags import SamplingFlags
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.artefacts import LEARNED, TrainedModel, load_model, solver_path
-from midway.gen.baseline import TrainedBaseline, load_trained_baseline
-from midway.gen.cell_metrics import check_metrics
-from midway.gen.diffusers_model import check_images, load_diffusers
-from midway.gen.distances import Root
-from midway.gen.errors import DataError, UsageError
-from midway.gen.evaluate import Sweep, run_sweep, with_best
-from midway.gen.external_images import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
-from midway.gen.extractor import plain_float32
-from midway.gen.feature_runs import open_extractor, same_images
-from midway.gen.image_exports import cells_to_export, check_folders, export_cell
-from midway.gen.launch import device_and_shard
-from midway.gen.measured_cell import Reference
-from midway.gen.measurer import make_measurer
-from midway.gen.plans import LEARNED_ON
-from midway.gen.repeats import check_repeats, left_out, merge_trainings
-from midway.gen.report import ReportContext, text_table, write_report
-from midway.gen.report_notes import (
+from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
+from midway.gen.core.environment import command_line, environment, hardware
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.processes import ProcessInfo, device_and_shard
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.diffusion.load import LEARNED, TrainedModel, load_model, solver_path
+from midway.gen.diffusion.samplers import LEARNED_ON
+from midway.gen.evaluation.diffusers_model import check_images, load_diffusers
+from midway.gen.evaluation.export import cells_to_export, check_folders, export_cell
+from midway.gen.evaluation.external import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
+from midway.gen.evaluation.jobs import Model, Other, SweepConfig, all_jobs, planned_cells
+from midway.gen.evaluation.measure import Reference
+from midway.gen.evaluation.metrics import check_metrics
+from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
+from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
+from midway.gen.features.extractor import plain_float32
+from midway.gen.features.open import open_extractor, same_images
+from midway.gen.features.reference import make_measurer
+from midway.gen.metrics.frechet import Root
+from midway.gen.report.notes import (
     class_notes,
     common_notes,
     external_notes,
@@ -47,11 +49,8 @@ from midway.gen.report_notes import (
     reference_notes,
     timing_notes,
 )
-from midway.gen.report_sections import CODED, Section, code_section, trajectory_section
-from midway.gen.runs import command_line, environment, hardware
-from midway.gen.shard import Shard
-from midway.gen.splits import DataConfig, Splits, load_splits
-from midway.gen.sweep_jobs import Model, Other, SweepConfig, all_jobs, planned_cells
+from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
+from midway.gen.report.write import ReportContext, text_table, write_report
 from midway.samplers.solvers import SOLVERS
 from tasks import Flat
 
@@ -133,7 +132,7 @@ def run(task: EvaluateTask) -> Sweep:
         return measure_and_report(task, device, shard)
 
 
-def measure_and_report(task: EvaluateTask, device: torch.device, shard: Shard) -> Sweep:
+def measure_and_report(task: EvaluateTask, device: torch.device, shard: ProcessInfo) -> Sweep:
     """`run` on this device, as this share of the processes."""
     model = load_diffusers(task.diffusers, device) if task.diffusers else None
     trained = load_model(task.model, device) if task.model else None

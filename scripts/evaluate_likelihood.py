@@ -12,22 +12,23 @@ import tyro
 from evaluate_tokenizer import NONE, report_names
 
 from cli import main, resolve
-from midway.gen.artefacts import TrainedModel, best_device, load_model
-from midway.gen.baseline import TrainedBaseline, load_trained_baseline
-from midway.gen.config import read_yaml
-from midway.gen.errors import DataError, UsageError
-from midway.gen.extractor import Extractor
-from midway.gen.feature_runs import open_extractor, same_images
-from midway.gen.likelihood import to_levels
-from midway.gen.likelihood_evaluation import Bounds, choose, levels_in_data
-from midway.gen.likelihood_report import LikelihoodRow, check_out, text_table, write_likelihood_report
-from midway.gen.measurer import Measurer, make_measurer
-from midway.gen.model_rows import Instruments, baseline_row, latent_row, references
-from midway.gen.pixel_likelihood import LikelihoodConfig
-from midway.gen.plans import PlanConfig, make_plans
-from midway.gen.report_cells import ReportContext
-from midway.gen.runs import command_line, environment, hardware
-from midway.gen.splits import DataConfig, Splits, load_splits
+from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
+from midway.gen.core.config import read_yaml
+from midway.gen.core.environment import command_line, environment, hardware
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.processes import best_device
+from midway.gen.data.levels import to_levels
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig
+from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
+from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references
+from midway.gen.evaluation.records import ReportContext
+from midway.gen.features.extractor import Extractor
+from midway.gen.features.open import open_extractor, same_images
+from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.report.likelihood import check_out, text_table, write_likelihood_report
 
 Trained = TrainedBaseline | TrainedModel
 

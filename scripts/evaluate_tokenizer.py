@@ -11,17 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import main, resolve
-from midway.gen.artefacts import best_device, load_tokenizer
-from midway.gen.distances import frechet_distance
-from midway.gen.errors import DataError, UsageError
-from midway.gen.extractor import Extractor
-from midway.gen.feature_runs import open_extractor, same_images
-from midway.gen.measurer import Measurer, make_measurer
-from midway.gen.report_cells import ReportContext
-from midway.gen.runs import command_line, environment, hardware
-from midway.gen.splits import DataConfig, Splits, load_splits
-from midway.gen.statistics import FeatureStatistics
-from midway.gen.tokenizer_evaluation import (
+from midway.gen.core.environment import command_line, environment, hardware
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.processes import best_device
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.evaluation.records import ReportContext
+from midway.gen.evaluation.tokenizers import (
     SHOWN,
     EvaluationConfig,
     Instruments,
@@ -31,7 +27,12 @@ from midway.gen.tokenizer_evaluation import (
     choose,
     measure,
 )
-from midway.gen.tokenizer_report import check_out, text_table, write_tokenizer_report
+from midway.gen.features.extractor import Extractor
+from midway.gen.features.open import open_extractor, same_images
+from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.metrics.frechet import frechet_distance
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.report.tokenizers import check_out, text_table, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 NONE = "none"

@@ -10,16 +10,16 @@ from typing import Annotated
 from train_tokenizer import write_reconstructions
 
 from cli import main, resolve
-from midway.gen import checkpoint
-from midway.gen.artefacts import best_device
-from midway.gen.config import to_dict
-from midway.gen.data import describe
-from midway.gen.errors import DataError, UsageError
-from midway.gen.latent_statistics import latent_statistics
-from midway.gen.model_card import CardFacts, data_facts, finish, tokenizer_facts
-from midway.gen.runs import Run
-from midway.gen.splits import DataConfig, Splits, load_splits
-from midway.gen.tokenizer_training import evaluate_tokenizer
+from midway.gen.core import checkpoints
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.processes import best_device
+from midway.gen.core.runs import Run
+from midway.gen.data.images import describe
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.tokenizer.card import CardFacts, data_facts, finish, tokenizer_facts
+from midway.gen.tokenizer.latent_statistics import latent_statistics
+from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers.foreign import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
 from tasks import Flat
@@ -59,7 +59,7 @@ def run(task: ImportTask) -> Run:
     made.say(describe(splits.train))
     made.say(describe(splits.held_out))
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
-    checkpoint.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
+    checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
     write_reconstructions(made, tokenizer, splits, 0, "imported")
     facts = CardFacts(tokenizer_facts(tokenizer), data_facts(task.data, splits), quality, "imported", source=task.place)
     finish(made, tokenizer, facts)

@@ -13,10 +13,10 @@ import tyro
 from safetensors.torch import save_file
 
 from cli import main, resolve
-from midway.gen import checkpoint
-from midway.gen.errors import DataError, UsageError
-from midway.gen.posthoc import find_snapshots, reconstruct
-from midway.gen.runs import Run
+from midway.gen.core import checkpoints
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.training.power_ema import find_snapshots, reconstruct
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make(task: PosthocTask) -> Run:
         shutil.copy(newest / "model.json", folder)
         shutil.copytree(newest / "tokenizer", folder / "tokenizer")
 
-    checkpoint.save(run.checkpoints, step, write)
+    checkpoints.save(run.checkpoints, step, write)
     run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
     return run
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from midway.gen.backbone import DiTConfig
-from midway.gen.flow_config import FlowConfig, glow, nice, realnvp
-from midway.gen.latent_model import LatentModelConfig
-from midway.gen.splits import DataConfig
-from midway.gen.tarflow import TarFlowConfig
-from midway.gen.train_config import TrainConfig
-from midway.gen.vae import VAEConfig
+from midway.gen.baselines.flow_config import FlowConfig, glow, nice, realnvp
+from midway.gen.baselines.tarflow import TarFlowConfig
+from midway.gen.baselines.vae import VAEConfig
+from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.training.config import TrainConfig
 from tasks import BaselineTask, FlowTask, LatentTask, TarFlowTask, TokenizerConfig, TokenizerTask, VAETask
 
 DIGITS_TOKENIZER_TRAIN = TrainConfig(steps=600, batch_size=128, lr=2e-3, decay="cosine", ema=0.99, log_every=50)

@@ -9,11 +9,12 @@ import torch
 from sampling_flags import SamplingFlags
 
 from cli import main, resolve
-from midway.gen.artefacts import best_device, load_model
-from midway.gen.errors import DivergedError, UsageError
-from midway.gen.pictures import save_grid
-from midway.gen.plans import PlanConfig, make_plans
-from midway.gen.sampling import Plan, decode, sample_latents
+from midway.gen.core.errors import DivergedError, UsageError
+from midway.gen.core.processes import best_device
+from midway.gen.data.pictures import save_grid
+from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.sampling import Plan, decode, sample_latents
 from midway.samplers.directions import Predictor
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.parallel import ParallelConfig

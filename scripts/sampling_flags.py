@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from midway.gen.artefacts import load_model
-from midway.gen.latent_field import EVERYWHERE
+from midway.gen.diffusion.field import EVERYWHERE
+from midway.gen.diffusion.load import load_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from midway.gen.early_answers import EarlyConfig
-from midway.gen.flow_config import FlowConfig
-from midway.gen.latent_model import LatentModelConfig
-from midway.gen.loss_config import LossConfig
-from midway.gen.splits import DataConfig
-from midway.gen.tarflow import TarFlowConfig
-from midway.gen.train_config import TrainConfig
-from midway.gen.vae import VAEConfig
+from midway.gen.baselines.flow_config import FlowConfig
+from midway.gen.baselines.tarflow import TarFlowConfig
+from midway.gen.baselines.vae import VAEConfig
+from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.evaluation.online import EarlyConfig
+from midway.gen.tokenizer.loss_config import LossConfig
+from midway.gen.training.config import TrainConfig
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix
 Resume = Literal["no", "auto"]
@@ -173,4 +173,4 @@ BASELINE_TASKS: dict[str, type[VAETask] | type[FlowTask] | type[TarFlowTask]] = 
     "flow": FlowTask,
     "tarflow": TarFlowTask,
 }
-"""By the kind of baseline (gen/baselines.py)."""
+"""By the kind of baseline (gen/baselines/registry.py)."""

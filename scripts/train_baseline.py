@@ -14,20 +14,20 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, resolve, weights_name
-from midway.gen.baseline import KIND, Baseline, load_trained_baseline, write_baseline
-from midway.gen.baselines import BASELINES
-from midway.gen.config import read_yaml, to_dict
-from midway.gen.context import ImageBatch
-from midway.gen.data import describe, to_uint8
-from midway.gen.errors import DataError, UsageError, nearest
-from midway.gen.launch import make_accelerator, refuse_unused
-from midway.gen.likelihood_evaluation import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
-from midway.gen.pictures import save_grid
-from midway.gen.runs import Run
-from midway.gen.splits import Splits, load_splits
-from midway.gen.trainable import FitResult, Hooks, Items
-from midway.gen.training import fit
-from midway.gen.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
+from midway.gen.baselines.base import KIND, Baseline, write_baseline
+from midway.gen.baselines.registry import BASELINES, load_trained_baseline
+from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
+from midway.gen.core.config import read_yaml, to_dict
+from midway.gen.core.errors import DataError, UsageError, nearest
+from midway.gen.core.runs import Run
+from midway.gen.data.images import describe, to_uint8
+from midway.gen.data.pictures import save_grid
+from midway.gen.data.splits import Splits, load_splits
+from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
+from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.batches import ImageBatch
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import FitResult, Hooks, Items
 from recipes import BASELINE_RECIPES
 from tasks import BASELINE_TASKS, BaselineTask, VAETask
 

@@ -14,17 +14,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, resolve
-from midway.gen.config import to_dict
-from midway.gen.context import ImageBatch
-from midway.gen.data import describe
-from midway.gen.errors import UsageError
-from midway.gen.features import FeatureConfig, FeatureNetwork, protocol_name, save_features
-from midway.gen.launch import make_accelerator, refuse_unused
-from midway.gen.runs import Run
-from midway.gen.splits import DataConfig, Splits, load_splits
-from midway.gen.train_config import TrainConfig
-from midway.gen.trainable import Hooks, Items
-from midway.gen.training import fit
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import UsageError
+from midway.gen.core.runs import Run
+from midway.gen.data.images import describe
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
+from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.batches import ImageBatch
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
 from tasks import Flat, Resume
 
 

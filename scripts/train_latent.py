@@ -8,26 +8,26 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, resolve, weights_name
-from midway.gen.artefacts import TrainedModel, load_tokenizer, write_model
-from midway.gen.config import to_dict
-from midway.gen.context import LatentBatch
-from midway.gen.data import ImageData
-from midway.gen.early_answers import EarlyConfig, early_answers, report_early
-from midway.gen.errors import DataError, UsageError
-from midway.gen.feature_runs import check_shape, open_features
-from midway.gen.features import load_features
-from midway.gen.latent_model import LatentModel
-from midway.gen.latents import Latents, cache_path, encode, load_latents, save_latents
-from midway.gen.launch import make_accelerator, refuse_unused
-from midway.gen.likelihood import levels_of
-from midway.gen.measurer import Measurer, make_measurer
-from midway.gen.pictures import save_grid
-from midway.gen.plans import PlanConfig, make_table
-from midway.gen.runs import Run
-from midway.gen.sampling import decode, sample_latents
-from midway.gen.splits import DataConfig, load_splits
-from midway.gen.trainable import Hooks, Items
-from midway.gen.training import fit
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.data.images import ImageData
+from midway.gen.data.levels import levels_of
+from midway.gen.data.pictures import save_grid
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.sampling import decode, sample_latents
+from midway.gen.evaluation.online import EarlyConfig, early_answers, report_early
+from midway.gen.features.classifier import load_features
+from midway.gen.features.open import check_shape, open_features
+from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
+from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.batches import LatentBatch
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer

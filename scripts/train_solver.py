@@ -16,17 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, numbers, resolve
-from midway.gen.artefacts import LEARNED, TABLE, TrainedModel, load_model, solver_path
-from midway.gen.config import to_dict
-from midway.gen.errors import UsageError, nearest
-from midway.gen.launch import make_accelerator, refuse_unused
-from midway.gen.runs import Run
-from midway.gen.sampling import labels_of
-from midway.gen.solver_training import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.table_training import BEST, EndPairs, TableConfig, TableObjective, TableTarget, make_distance
-from midway.gen.train_config import TrainConfig
-from midway.gen.trainable import Hooks, Items
-from midway.gen.training import fit
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.core.runs import Run
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.diffusion.distill_table import BEST, EndPairs, TableConfig, TableObjective, TableTarget, make_distance
+from midway.gen.diffusion.load import LEARNED, TABLE, TrainedModel, load_model, solver_path
+from midway.gen.diffusion.sampling import labels_of
+from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver, SolverCard

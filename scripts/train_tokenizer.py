@@ -9,22 +9,22 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, resolve, weights_name
-from midway.gen import checkpoint
-from midway.gen.config import to_dict
-from midway.gen.context import ImageBatch
-from midway.gen.data import ImageData, describe
-from midway.gen.errors import UsageError
-from midway.gen.latent_statistics import latent_statistics
-from midway.gen.launch import make_accelerator, refuse_unused
-from midway.gen.loss_config import described
-from midway.gen.model_card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
-from midway.gen.pictures import save_grid
-from midway.gen.randomness import permutation
-from midway.gen.runs import Run
-from midway.gen.splits import Splits, load_splits
-from midway.gen.tokenizer_training import TokenizerObjective, evaluate_tokenizer, reconstruct
-from midway.gen.trainable import Hooks, Items
-from midway.gen.training import fit
+from midway.gen.core import checkpoints
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import UsageError
+from midway.gen.core.randomness import permutation
+from midway.gen.core.runs import Run
+from midway.gen.data.images import ImageData, describe
+from midway.gen.data.pictures import save_grid
+from midway.gen.data.splits import Splits, load_splits
+from midway.gen.tokenizer.card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
+from midway.gen.tokenizer.latent_statistics import latent_statistics
+from midway.gen.tokenizer.loss_config import described
+from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
+from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.batches import ImageBatch
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
 from tasks import TokenizerTask
@@ -90,7 +90,7 @@ def train(task: TokenizerTask) -> Run | None:
             parts.model.load_state_dict(result.ema.shadow)
     elif accelerator.is_main_process:
         state = parts.model.state_dict()
-        checkpoint.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
+        checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
     if not accelerator.is_main_process:
         return None
     parts.model.eval()

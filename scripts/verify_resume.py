@@ -24,15 +24,15 @@ import tyro
 from accelerate import Accelerator
 
 from cli import main, own_fields, resolve
-from midway.gen import checkpoint
-from midway.gen.checkpoint import Checkpoint
-from midway.gen.config import from_dict, read_yaml
-from midway.gen.errors import DataError, MidwayError
-from midway.gen.launch import make_accelerator
-from midway.gen.runs import Run
-from midway.gen.train_config import TrainConfig
-from midway.gen.trainable import Hooks
-from midway.gen.training import fit
+from midway.gen.core import checkpoints
+from midway.gen.core.checkpoints import Checkpoint
+from midway.gen.core.config import from_dict, read_yaml
+from midway.gen.core.errors import DataError, MidwayError
+from midway.gen.core.runs import Run
+from midway.gen.training.accelerator import make_accelerator
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks
 from tasks import LatentTask, TokenizerTask
 
 FILES = ("model", "ema", "optimizer", "progress")
@@ -111,9 +111,9 @@ def open_any(path: Path) -> tuple[Run, Any]:
 def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
     """The newest checkpoint with another at most `steps` after it, and that one; else the newest and None."""
     valid = []
-    for path in checkpoint.directories(run.checkpoints):
+    for path in checkpoints.directories(run.checkpoints):
         try:
-            valid.append(checkpoint.verify(path))
+            valid.append(checkpoints.verify(path))
         except DataError as error:
             print(f"skipped {path.name}: {error.why}")
     if not valid:
@@ -140,7 +140,7 @@ def replay(
         config = replay_config(job.train, start, sum(stops), count)
         hooks = Hooks(validate=getattr(parts, "validate", None))
         step = fit(parts.model, parts.items, config, copy, accelerator, hooks, resume=True).steps
-    return checkpoint.verify(folder / "checkpoints" / f"step-{step}")
+    return checkpoints.verify(folder / "checkpoints" / f"step-{step}")
 
 
 def replay_config(train: TrainConfig, start: Checkpoint, total: int, count: int) -> TrainConfig:

@@ -3,8 +3,8 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,53 +14,20 @@ import train_features
 import train_latent
 import train_solver
 import train_tokenizer
+from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import save_file
 from torchvision.models import vgg16
 
-from midway.gen.artefacts import TrainedModel, load_model
-from midway.gen.backbone import DiTConfig
-from midway.gen.latent_model import LatentModelConfig
-from midway.gen.solver_training import DistillConfig
-from midway.gen.train_config import TrainConfig
-from midway.gen.vae import VAEConfig
+from midway.gen.baselines.vae import VAEConfig
+from midway.gen.diffusion.distill_amed import DistillConfig
+from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.training.config import TrainConfig
 from tasks import LatentTask, TokenizerConfig, TokenizerTask, VAETask
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-TINY = TrainConfig(steps=25, batch_size=64, lr=1e-2, warmup=2, ema=0.9, log_every=10)
-TINY_LATENT = replace(TINY, posthoc=(0.05, 0.1), posthoc_every=5)
-TINY_DIT = DiTConfig(width=32, depth=2, heads=2)
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """The run directories of one tiny path: tokenizer -> features, latent model -> learned solvers; and of a baseline."""
-
-    root: Path
-    tokenizer: Path
-    features: Path
-    model: Path
-    baseline: Path
-
-    def load(self) -> TrainedModel:
-        """The latent model on the CPU."""
-        return load_model(self.model, torch.device("cpu"))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a script left on the terminal."""
-
-    code: int
-    out: str
-    err: str
-
-
-Script = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="module")

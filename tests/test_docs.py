@@ -13,9 +13,9 @@ import mutate_tables
 import pytest
 import torch
 
-from midway.gen.artefacts import LEARNED
-from midway.gen.report import write_csv
-from midway.gen.report_cells import Cell
+from midway.gen.diffusion.load import LEARNED
+from midway.gen.evaluation.records import Cell
+from midway.gen.report.write import write_csv
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, logsnr
 from midway.samplers.plugin import BASES

@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,19 @@ OPTIONAL = {
     "sklearn",
     "torchvision",
 }
+ROOMS = (
+    "core",
+    "data",
+    "training",
+    "metrics",
+    "features",
+    "baselines",
+    "diffusion",
+    "tokenizer",
+    "evaluation",
+    "report",
+)
+"""The rooms of gen/, bottom first."""
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
@@ -61,6 +75,22 @@ def _on_import(body: list[ast.stmt]) -> Iterator[str]:
                 yield from _on_import(handler.body)
 
 
+def _name(path: Path) -> str:
+    """midway.gen.core.files of gen/core/files.py."""
+    return ".".join(("midway", *path.relative_to(ROOT).with_suffix("").parts))
+
+
+def _room(name: str) -> int | None:
+    """The place of a module's room in `ROOMS`; None outside gen/."""
+    parts = name.split(".")
+    return ROOMS.index(parts[2]) if parts[:2] == ["midway", "gen"] else None
+
+
+def _module(name: str, modules: set[str]) -> str | None:
+    """The module of ours that importing `name`, a module or something in one, imports."""
+    return next((found for found in (name, name.rpartition(".")[0]) if found in modules), None)
+
+
 def _weights_only(call: ast.Call) -> bool:
     return any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in call.keywords)
 
@@ -90,21 +120,29 @@ def _python(code: str) -> str:
 def test_the_mapping_lists_every_folder_that_holds_modules() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert table["package-dir"] == {f"midway.{name}": name for name in PACKAGES}
-    assert sorted(table["packages"]) == sorted(f"midway.{name}" for name in PACKAGES)
+    holding = {"midway." + ".".join(path.parent.relative_to(ROOT).parts) for path in MODULES}
+    assert sorted(table["packages"]) == sorted(holding | {"midway.gen"})
     outside = {"scripts", "tests", "benchmarks", "docs", "build", "runs"}
-    folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")}
-    assert folders - outside == set(PACKAGES)
+    folders = {path.relative_to(ROOT).parts[0] for path in ROOT.glob("*/**/*.py")}
+    assert {name for name in folders if not name.startswith(".")} - outside == set(PACKAGES)
 
 
-def test_the_folders_are_flat_and_hold_no_init() -> None:
-    assert MODULES
+def test_the_folders_hold_no_init_and_gen_holds_rooms() -> None:
     for path in MODULES:
         assert path.name != "__init__.py", f"{path} would hide an installed package of the same name"
-        assert path.parent.parent == ROOT, f"{path} is nested: a wheel would leave it out"
+        inside = path.relative_to(ROOT).parts
+        assert inside[0] != "gen" or (len(inside) == 3 and inside[1] in ROOMS), f"{path} is in no room of gen/"
+
+
+def test_rooms_and_files_are_small() -> None:
+    for folder in {path.parent for path in MODULES if path.is_relative_to(ROOT / "gen")}:
+        assert len([path for path in folder.iterdir() if path.name != "__pycache__"]) <= 16, folder
+    for path in [*MODULES, *sorted((ROOT / "scripts").glob("*.py"))]:
+        assert len(path.read_text().splitlines()) <= 300, path
 
 
 def test_every_module_is_imported_from_its_folder() -> None:
-    names = [f"midway.{path.parent.name}.{path.stem}" for path in MODULES]
+    names = [_name(path) for path in MODULES]
     code = f"import importlib.util as u; [print(u.find_spec(name).origin) for name in {names!r}]"
     assert [Path(line).resolve() for line in _python(code).splitlines()] == [p.resolve() for p in MODULES]
 
@@ -137,16 +175,32 @@ def test_an_installed_package_wins_over_our_folder(tmp_path: Path) -> None:
 def test_imports_point_downwards(package: str) -> None:
     """scripts -> gen -> {samplers, tokenizers} -> torch."""
     allowed = {"gen": set(PACKAGES), "samplers": {"samplers"}, "tokenizers": {"tokenizers"}}[package]
-    for path in sorted((ROOT / package).glob("*.py")):
+    for path in sorted((ROOT / package).rglob("*.py")):
         for name in _imports(_tree(path)):
             first, *rest = name.split(".")
             assert first not in SCRIPTS | set(PACKAGES) | {"scripts", "tests"}, f"{path}: {name}"
             assert first != "midway" or rest[0] in allowed, f"{path}: {name}"
 
 
+def test_rooms_import_only_rooms_before_them() -> None:
+    """Lazy imports and those for type checking included."""
+    for path in MODULES:
+        here = _room(_name(path))
+        for name in _imports(_tree(path)):
+            there = _room(name)
+            assert here is None or there is None or there <= here, f"{path} imports {name}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Lazy imports and those for type checking included."""
+    names = {_name(path) for path in MODULES}
+    graph = {_name(path): {_module(name, names) for name in _imports(_tree(path))} - {None} for path in MODULES}
+    TopologicalSorter(graph).prepare()  # CycleError names the modules of a cycle
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_optional_and_heavy_imports_stay_inside_functions(package: str) -> None:
-    for path in sorted((ROOT / package).glob("*.py")):
+    for path in sorted((ROOT / package).rglob("*.py")):
         heavy = OPTIONAL & {name.split(".")[0] for name in _on_import(_tree(path).body)}
         assert not heavy, f"{path} imports {heavy} when it is imported"
 

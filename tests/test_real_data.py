@@ -8,9 +8,9 @@ import torch
 import train_tokenizer
 from resuming import records
 
-from midway.gen.data import to_float
-from midway.gen.splits import DataConfig, load_splits
-from midway.gen.train_config import TrainConfig
+from midway.gen.data.images import to_float
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.training.config import TrainConfig
 from tasks import TokenizerConfig, TokenizerTask
 
 CIFAR_ZIP = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10-train.zip"

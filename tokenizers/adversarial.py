@@ -141,17 +141,17 @@ class LeCamAverages(nn.Module):
         self._pending = new if self._pending is None else self._pending + new
 
     @torch.no_grad()
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """Once per optimizer step, on every process, whether it has gathered anything or not.
 
-        Forgotten if `kept`, a bool (), is False, if a sum is not finite or if there were no logits.
+        Forgotten if `step_ok`, a bool (), is False, if a sum is not finite or if there were no logits.
         """
         if self._pending is None and not distributed():
             return
         pending = self.real.new_zeros(2, 2) if self._pending is None else self._pending
         self._pending = None
         sums, counts = _over_ranks(pending).unbind(1)
-        learned = sums.isfinite().all() & (counts > 0).all() & (kept if kept is not None else True)
+        learned = sums.isfinite().all() & (counts > 0).all() & (step_ok if step_ok is not None else True)
         self.updates += learned
         forgotten = -torch.expm1(self.updates.clamp(min=1) * math.log(self.decay))  # 1 - d^n without cancellation
         weight = learned * (1 - self.decay) / forgotten
@@ -191,17 +191,17 @@ class AdaptiveWeight(nn.Module):
             self._pending = new if self._pending is None else self._pending + new
 
     @torch.no_grad()
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """Once per optimizer step, on every process; nothing changes if nothing was measured.
 
-        Forgotten if `kept`, a bool (), is False, or if a gradient is not finite.
+        Forgotten if `step_ok`, a bool (), is False, or if a gradient is not finite.
         """
         if self._pending is None:
             return
         sums, self._pending = _over_ranks(self._pending), None
         norms = (sums[:-1] / sums[-1]).view(2, -1).norm(dim=1)
         ratio = (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
-        learned = norms.isfinite().all() & (kept if kept is not None else True)
+        learned = norms.isfinite().all() & (step_ok if step_ok is not None else True)
         self.value.copy_(torch.where(learned, ratio, self.value))
 
 

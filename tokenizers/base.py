@@ -94,10 +94,10 @@ class Quantizer(nn.Module, ABC):
     def start(self, z: Tensor) -> None:
         """Set what is learned by statistics from z (B, in_dim, *S), once, before the first step, on every process."""
 
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """Apply running statistics: call once per optimizer step, on every process.
 
-        `kept`, a bool () on this module's device and equal on every process, is False if the step was skipped: then
+        `step_ok`, a bool () on this module's device and equal on every process, is False if the step was skipped: then
         nothing gathered since the last update may be learned. It is never read on the host, which would wait.
         """
 

@@ -69,14 +69,14 @@ class PatchDiscriminator(nn.Module):
         self.check_size(*images.shape[2:])
         return self.parts(images)
 
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """One power iteration of each normalised weight: call once per optimizer step, after it, on every process.
 
-        Where `kept`, a bool () on the device, is False, nothing changes.
+        Where `step_ok`, a bool () on the device, is False, nothing changes.
         """
         for part in self.parts:
             if isinstance(part, SpectralConv2d):
-                part.update(kept)
+                part.update(step_ok)
 
 
 class PlainConv2d(nn.Conv2d):
@@ -113,12 +113,12 @@ class SpectralConv2d(PlainConv2d):
             return self.weight / (self.u @ self._matrix() @ self.v)
 
     @torch.no_grad()
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """See `PatchDiscriminator.update`."""
         with float32_island(self.weight):
             u, v = _power_iteration(self._matrix(), self.u)
         for buffer, value in ((self.u, u), (self.v, v)):
-            buffer.copy_(value if kept is None else torch.where(kept, value, buffer))
+            buffer.copy_(value if step_ok is None else torch.where(step_ok, value, buffer))
 
     def _matrix(self) -> Tensor:
         return self.weight.flatten(1)

@@ -74,10 +74,10 @@ class GradientVQ(DataCodebook):
         self.register_buffer("step", torch.tensor(-1))
 
     @torch.no_grad()
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """Restarts, from all that forward has gathered; without anything gathered, nothing changes.
 
-        Where `kept` () is False, or the gathered sums are not finite on any rank, all of it is forgotten. That is decided on
+        Where `step_ok` () is False, or the gathered sums are not finite on any rank, all of it is forgotten. That is decided on
         the device. Under torch.distributed every rank must call it, as often as the others.
         """
         if isinstance(self.codebook, DTensor):
@@ -92,7 +92,7 @@ class GradientVQ(DataCodebook):
         sums, candidates = over_ranks(pending)
         hits = sums[:, -1]
         learned = sums.isfinite().all() & (hits.sum() > 0)
-        self._restart(hits, candidates, learned if kept is None else learned & kept)
+        self._restart(hits, candidates, learned if step_ok is None else learned & step_ok)
         self._set_step(self._step() + 1)
 
     def extra_repr(self) -> str:

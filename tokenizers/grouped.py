@@ -113,9 +113,9 @@ class Grouped(Quantizer):
         for part, share in self._shares(z):
             part.start(share)
 
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         for part in self._parts:  # in this order on every process: they exchange statistics
-            part.update(kept)
+            part.update(step_ok)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

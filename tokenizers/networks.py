@@ -26,7 +26,7 @@ Ways of up-sampling. All of them start without a checkerboard: a constant map st
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ class ResidualBlock(Recomputed):
 
 class Encoder(nn.Module):
     """Images (B, in_channels, H, W) -> z (B, out_channels, H / downsample, W / downsample)."""
+
+    compilable: ClassVar[bool] = True
+    """A function of tensors alone, which torch.compile can take whole."""
 
     def __init__(
         self,
@@ -87,6 +90,9 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Codes (B, in_channels, h, w) -> images (B, out_channels, h upscale, w upscale), unbounded, meant for [-1, 1]."""
+
+    compilable: ClassVar[bool] = True
+    """A function of tensors alone, which torch.compile can take whole."""
 
     def __init__(
         self,

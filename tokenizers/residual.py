@@ -160,9 +160,9 @@ class Residual(Quantizer):
             stage.start(residual if i else z)
             residual = residual - stage.snap(residual)
 
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         for stage in self._stages:  # in this order on every process: they exchange statistics
-            stage.update(kept)
+            stage.update(step_ok)
 
     def extra_repr(self) -> str:
         return f"depth={self.groups}, dropout={self.dropout}"

@@ -211,9 +211,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """The quantizer's `start` from the first images (B, C, H, W): once, before the first step, on every process."""
         self.quantizer.start(self.encode(images))
 
-    def update(self, kept: Tensor | None = None) -> None:
-        """The quantizer's `update`: once per optimizer step, on every process; `kept` is False if it was skipped."""
-        self.quantizer.update(kept)
+    def update(self, step_ok: Tensor | None = None) -> None:
+        """The quantizer's `update`: once per optimizer step, on every process; `step_ok` is False if it was skipped."""
+        self.quantizer.update(step_ok)
 
     def _codes(self, images: Tensor) -> Tensor:
         # Not quantizer.forward: reading codes in training mode must not count as training.

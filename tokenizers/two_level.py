@@ -105,9 +105,9 @@ class TwoLevel(Quantizer):
             self.top.start(above)
             self.bottom.start(beside + self._told(self.top.snap(self.top.latents(above))))
 
-    def update(self, kept: Tensor | None = None) -> None:
-        self.top.update(kept)  # in this order on every process: they exchange statistics
-        self.bottom.update(kept)
+    def update(self, step_ok: Tensor | None = None) -> None:
+        self.top.update(step_ok)  # in this order on every process: they exchange statistics
+        self.bottom.update(step_ok)
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z -> the top's input at half the resolution, and z_bottom; float32."""

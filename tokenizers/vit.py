@@ -15,6 +15,7 @@ Everything attends to everything, at the one size it was built for: such tokeniz
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ class ViTEncoder(nn.Module):
 
     `patch` pixels a side make one patch, h = w = image_size / patch; `width` is a multiple of 4 and of `heads`.
     """
+
+    compilable: ClassVar[bool] = True
+    """A function of tensors alone, which torch.compile can take whole."""
 
     positions: Tensor
 
@@ -74,6 +78,9 @@ class ViTDecoder(nn.Module):
 
     Images are unbounded, meant for [-1, 1]. The sizes are those of `ViTEncoder`.
     """
+
+    compilable: ClassVar[bool] = True
+    """A function of tensors alone, which torch.compile can take whole."""
 
     positions: Tensor
 

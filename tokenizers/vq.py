@@ -85,10 +85,10 @@ class VQ(DataCodebook):
         self.register_buffer("step", torch.tensor(-1))
 
     @torch.no_grad()
-    def update(self, kept: Tensor | None = None) -> None:
+    def update(self, step_ok: Tensor | None = None) -> None:
         """EMA and restarts from all that forward has gathered; without anything gathered, nothing changes.
 
-        Where `kept` () is False, or the gathered sums are not finite on any rank, all of it is forgotten: codebook,
+        Where `step_ok` () is False, or the gathered sums are not finite on any rank, all of it is forgotten: codebook,
         count and total keep their bits. That is decided on the device, and every rank exchanges its statistics either
         way. Under torch.distributed every rank must call it, as often as the others.
         """
@@ -103,7 +103,7 @@ class VQ(DataCodebook):
         total = self.total.lerp(sums[:, :-1], 1 - self.decay)
         limit = (vectors / (4 * self._size)).clamp(max=self.restart_threshold)
         _restart(count, total, candidates, limit)
-        self._replace(count, total, learned if kept is None else learned & kept)
+        self._replace(count, total, learned if step_ok is None else learned & step_ok)
         self._set_step(self._step() + 1)
 
     def extra_repr(self) -> str:

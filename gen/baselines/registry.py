@@ -1,0 +1,87 @@
+"""Baselines by kind, and their runs read back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from midway.gen.baselines.base import CPU, KIND, Baseline
+from midway.gen.baselines.flow import CouplingFlow
+from midway.gen.baselines.tarflow import TarFlow
+from midway.gen.baselines.vae import VAE
+from midway.gen.core import checkpoints
+from midway.gen.core.config import from_dict
+from midway.gen.core.errors import DataError
+from midway.gen.core.files import state_hash
+from midway.gen.core.runs import Run
+from midway.gen.data.splits import DataConfig
+
+BASELINES: dict[str, type[Baseline]] = {"vae": VAE, "flow": CouplingFlow, "tarflow": TarFlow}
+
+
+@dataclass(frozen=True)
+class TrainedBaseline:
+    """A baseline with averaged weights, in eval mode and frozen, and the data it was trained on."""
+
+    model: Baseline
+    data: DataConfig
+    hash: str
+    run: Run
+    weights: str
+    """Which weights these are, for reports: averaged or newest, and the optimizer step."""
+
+
+def load_baseline(
+    path: Path, device: torch.device = CPU, kinds: Mapping[str, type[Baseline]] | None = None
+) -> Baseline:
+    """The model of a baseline run, its best weights if it has them, or of one checkpoint directory: averaged, eval mode, frozen.
+
+    `kinds` are the classes by name, by default all that there are. DataError for files that are missing or do not fit.
+    """
+    folder = path if (path / "model.json").exists() else _chosen(Run.open(path, KIND))
+    return _read(folder, device, kinds)[0]
+
+
+def load_trained_baseline(
+    path: Path, device: torch.device = CPU, kinds: Mapping[str, type[Baseline]] | None = None
+) -> TrainedBaseline:
+    """The model of a baseline run with what reports say about it; errors as `load_baseline`."""
+    run = Run.open(path, KIND)
+    folder = _chosen(run)
+    model, digest = _read(folder, device, kinds)
+    averaged = "averaged" if _weights(folder).name == "ema.safetensors" else "newest"
+    data = from_dict(DataConfig, run.config["data"], "config.data")
+    best = ", the best in validation" if folder.parent == run.best else ""
+    return TrainedBaseline(model, data, digest, run, f"{averaged}, step {folder.name.removeprefix('step-')}{best}")
+
+
+def _chosen(run: Run) -> Path:
+    """The directory of the best weights, verified, or of the newest checkpoint."""
+    best = checkpoints.directories(run.best)
+    return checkpoints.verify(best[0]).path if best else run.checkpoint
+
+
+def _weights(folder: Path) -> Path:
+    averaged = folder / "ema.safetensors"
+    return averaged if averaged.exists() else folder / "model.safetensors"
+
+
+def _read(folder: Path, device: torch.device, kinds: Mapping[str, type[Baseline]] | None) -> tuple[Baseline, str]:
+    """The model in `folder` and the hash of its description and weights."""
+    known = BASELINES if kinds is None else kinds
+    try:
+        text = (folder / "model.json").read_text()
+        state = load_file(_weights(folder))
+        description = json.loads(text)
+        cls = known[description["kind"]]
+        config = from_dict(cls.config_type, description["config"], "model.json")
+        model = cls(config, tuple(description["image_shape"]), description["levels"], description["classes"])
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise DataError(f"{folder} cannot be read", reason, "train the model again with --overwrite") from error
+    return model.to(device).eval().requires_grad_(False), state_hash(text, state)

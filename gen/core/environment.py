@@ -1,0 +1,66 @@
+"""What a reader needs to repeat a run: versions, hardware, git commit and the command."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("midway", "torch", "torchvision", "accelerate", "diffusers", "numpy", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Installed version of every package that numbers may depend on."""
+    return {name: version_of(name) for name in PACKAGES}
+
+
+def version_of(package: str) -> str:
+    """The installed version, or `absent`."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _git_commit() -> str:
+    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return answer.stdout.strip() if answer is not None and answer.returncode == 0 else "unknown"
+
+
+def hardware() -> str:
+    """One line: the GPU if torch sees one, else the processor and the threads used."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
+    cpu = next(
+        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor() or "CPU"
+    )
+    threads = torch.get_num_threads()
+    return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def command_line() -> str:
+    """The command as typed, without the machine's paths."""
+    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to repeat a run."""
+    return {
+        "command": command_line(),
+        "python": platform.python_version(),
+        "hardware": hardware(),
+        "git": _git_commit(),
+        "packages": versions(),
+    }

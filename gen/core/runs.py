@@ -1,0 +1,199 @@
+"""Run directories: what a command leaves behind, and how another command finds it again.
+
+config.yaml     the resolved configuration, with `kind` (tokenizer, latent_model, features, solver)
+env.json        versions, hardware, git commit, command; effective batch and data fingerprint once training has started
+metrics.jsonl   one line per log interval        log.txt   what was printed
+checkpoints/step-N/    a directory that exists only when it is complete
+best/step-N/    weights of the best validation, in runs that validate
+samples/*.png
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from midway.gen.core import checkpoints
+from midway.gen.core.config import read_yaml, write_yaml
+from midway.gen.core.environment import environment
+from midway.gen.core.errors import DataError, DiskError, UsageError
+from midway.gen.core.files import clear_temporaries, write_atomically
+
+CONFIG_TMP = ".config.yaml.tmp"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the resolved configuration in it (without `kind`); `quiet` keeps what it says in log.txt."""
+
+    path: Path
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    quiet: bool = False
+
+    @staticmethod
+    def create(path: Path, kind: str, config: dict[str, Any], overwrite: bool = False, resume: bool = False) -> "Run":
+        """Make the directory; UsageError when it already holds a run, unless `overwrite` removes or `resume` keeps it.
+
+        Only a run of the same kind is ever removed or resumed, and never a directory removed that holds the current one.
+        """
+        run = Run(path, kind, config)
+        if overwrite and resume:
+            raise UsageError("--overwrite and --resume auto contradict", "one deletes what the other needs", "drop one")
+        if (path / "config.yaml").exists():
+            if not (overwrite or resume):
+                raise UsageError(
+                    f"{path} already holds a run",
+                    "a second run would mix with its metrics and checkpoints",
+                    "go on with it by --resume auto, choose another --out, or pass --overwrite to delete it",
+                )
+            Run.open(path, kind)
+            if resume:
+                (path / "samples").mkdir(exist_ok=True)
+                return run
+            if Path.cwd().resolve().is_relative_to(path.resolve()):
+                raise UsageError(f"{path} holds the current directory", "it would be deleted", "choose another --out")
+            with lock(path):
+                _remove(path)
+        elif path.exists() and (not path.is_dir() or any(p.name != CONFIG_TMP for p in path.iterdir())):
+            raise UsageError(
+                f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            run.write_config()  # first, so that a run killed right now can be resumed
+            (path / "samples").mkdir()
+            write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        except OSError as error:
+            raise DiskError(f"{path} cannot be written", str(error), "choose another --out, or free space") from None
+        return run
+
+    @staticmethod
+    def open(path: Path, kind: str) -> "Run":
+        """The run at `path`; DataError when there is none, or it is of another kind."""
+        if not (path / "config.yaml").exists():
+            raise DataError(
+                f"{path} is not a run directory", "it has no config.yaml", f"give the --out of a {kind} run"
+            )
+        values = read_yaml(path / "config.yaml")
+        found = values.pop("kind", None) if isinstance(values, dict) else None
+        if found != kind:
+            raise DataError(
+                f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"
+            )
+        return Run(path, kind, values)
+
+    def write_config(self) -> None:
+        """Write config.yaml, by which a directory is known as a run."""
+        temporary = self.path / CONFIG_TMP
+        try:
+            write_yaml(temporary, {"kind": self.kind, **self.config})
+            temporary.replace(self.path / "config.yaml")
+        except OSError as error:
+            raise DiskError(f"{self.path} cannot be written", str(error), "free space") from None
+
+    def note(self, facts: dict[str, Any]) -> None:
+        """Add to env.json the facts of one start of its training, with today's environment."""
+        path = self.path / "env.json"
+        try:
+            known = json.loads(path.read_text())
+        except (OSError, ValueError):  # of a run that was killed as it began
+            known = environment()
+        starts = [*known.get("starts", []), facts if not known.get("starts") else {**environment(), **facts}]
+        write_atomically(path, (json.dumps({**known, "starts": starts}, indent=2) + "\n").encode())
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been said yet."""
+        return not (self.path / "log.txt").exists()
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-written, checkpoints aside."""
+        for folder in (self.path, self.checkpoints, self.path / "posthoc"):
+            clear_temporaries(folder)
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in log.txt."""
+        if not self.quiet:
+            print(line, flush=True)
+        _append(self.path / "log.txt", line)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; a value that is not finite becomes null, as JSON requires."""
+        strict = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        _append(self.path / "metrics.jsonl", json.dumps(strict, allow_nan=False))
+
+    def forget_after(self, step: int) -> None:
+        """Drop from metrics.jsonl what a resumed run will say again: later steps, unfinished intervals, final results."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = [line for line in path.read_text().splitlines() if _stays(line, step)]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The folder of the weights that did best in validation; absent in runs that do not validate."""
+        return self.path / "best"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint, verified; DataError when there is none or it is damaged."""
+        found = checkpoints.directories(self.checkpoints)
+        if not found:
+            raise DataError(
+                f"{self.path} has no checkpoint",
+                "its training did not reach the end",
+                "go on with it by --resume auto, or train it again with --overwrite",
+            )
+        return checkpoints.verify(found[0]).path
+
+
+@contextmanager
+def lock(path: Path, use: str = "trained") -> Iterator[None]:
+    """Within the block no other process may use this folder so; UsageError if one does. A killed process holds nothing."""
+    try:
+        import fcntl
+    except ImportError:  # not on this operating system
+        yield
+        return
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"{path} is being {use} by another process", "two would mix", "wait for it, or end it first"
+            ) from None
+        yield
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written", str(error), "free space, then go on with --resume auto") from None
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        raise DiskError(f"{path} cannot be removed", str(error), "remove it by hand, or choose another --out") from None
+
+
+def _stays(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return record["step"] <= step and not record.get("partial") and not record.get("final")
+    except (ValueError, KeyError, TypeError):  # half a line, of a killed process
+        return False

@@ -1,0 +1,270 @@
+"""Whether a source of images can be trained and measured on: what is wrong with it, and what to know of it.
+
+A problem is what training refuses, in training's own words; a warning is what it accepts, and what then makes a distance
+between sets of images hard to read: images on both sides of the split, few held-out images (its bias falls as 1 / n), and
+images that were saved with loss.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import DataError
+from midway.gen.data.contents import (
+    NAMED,
+    ChannelStatistics,
+    Contents,
+    Duplicates,
+    Shared,
+    channel_statistics,
+    conversions,
+    duplicates,
+    endings,
+    levels,
+    read_contents,
+    same_pixels,
+    shared,
+    sizes,
+)
+from midway.gen.data.files import Undecodable, Unusable, check_bad
+from midway.gen.data.images import SOURCES, check_share, existing_path, held_out_mask, load_images
+from midway.gen.data.splits import DataConfig
+
+FEW = 1000
+"""Held-out images below which a distance is mostly bias."""
+LEAST = 2
+"""Images that a covariance needs."""
+
+_LOSSY = "lossy"  # how a note begins that tells of loss
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the images cannot be used, and what to do."""
+
+    what: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """The two sides; `leak` is of held-out images that are training images too."""
+
+    train: int
+    held_out: int
+    one_sided: tuple[str, ...]  # classes with images on one side only
+    leak: Shared
+
+
+@dataclass(frozen=True)
+class AgainstFacts:
+    """Images that occur in another source too; `held_out` counts those of the held-out side, if there is one."""
+
+    source: str
+    images: int
+    bad: int
+    sizes: dict[str, int]
+    shared: Shared
+    held_out: int | None
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """All that `check` finds; data.json has these fields."""
+
+    options: dict[str, object]
+    files: int
+    images: int
+    bad: tuple[Undecodable, ...]
+    other_files: dict[str, int]
+    classes: dict[str, int]
+    channels: dict[int, int]
+    sizes: dict[str, int]
+    conversions: dict[str, int]
+    levels: int | None
+    statistics: tuple[ChannelStatistics, ...]
+    fingerprint: str | None  # as of training; None when it refuses the images
+    duplicates: Duplicates
+    other_label: Duplicates  # those groups that have more than one label
+    split: SplitFacts | None
+    against: AgainstFacts | None
+    problems: tuple[Problem, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+# ---- finding ----
+
+
+def check(config: DataConfig, against: str | None = None) -> DataFacts:
+    """Decode everything, and say whether training with these options would take it. Errors as of `read_contents`."""
+    check_share(config.held_out)
+    if against is not None and against not in SOURCES:
+        existing_path(against)  # a wrong path is told before hours of decoding
+    contents = read_contents(config)
+    other = None if against is None else read_contents(replace(config, data=against))
+    refusals = list(_refusals(contents, config))
+    fingerprint = None if refusals else _fingerprint(config)
+    chosen = _held_out(contents, config, refusals)
+    facts = _facts(contents, other, chosen, config)
+    problems = tuple(Problem(error.what, error.why, error.fix) for error in refusals)
+    return replace(facts, fingerprint=fingerprint, problems=problems, warnings=tuple(_warnings(facts)))
+
+
+def _fingerprint(config: DataConfig) -> str:
+    """Read once more by the function that training calls, so that what is said is what it will see."""
+    return load_images(
+        config.data,
+        download=config.download,
+        channels=config.channels,
+        resize=config.resize,
+        on_bad_image=config.on_bad_image,
+    ).fingerprint
+
+
+def _refusals(contents: Contents, config: DataConfig) -> Iterator[DataError]:
+    """What `load_images` stops at, all of it rather than the first."""
+    unusable = [item for item in contents.bad if isinstance(item, Unusable)]
+    broken = [item for item in contents.bad if not isinstance(item, Unusable)]
+    total = len(contents.pictures) + len(contents.bad)
+    try:
+        check_bad(broken, total, config.on_bad_image)
+    except DataError as error:
+        yield error
+    if unusable:
+        what = f"{len(unusable)} of {counted(total)} are intact but cannot be used"
+        why = "; ".join(f"{item.name} ({item.reason})" for item in unusable[:NAMED])
+        yield DataError(what, why, "convert or remove these files; --on-bad-image skip does not cover them")
+    if contents.refusal is not None:
+        yield contents.refusal
+    if len({picture.size for picture in contents.pictures}) > 1:
+        smallest = min(min(picture.size) for picture in contents.pictures)
+        fix = f"pass --resize N to bring all to N x N (the smallest side here is {smallest})"
+        yield DataError("images differ in size", "all images of a set are stacked to one tensor", fix)
+
+
+def _held_out(contents: Contents, config: DataConfig, refusals: list[DataError]) -> Tensor | None:
+    """bool (N,) of the held-out side; None, with its refusal added, when there is none. Without classes there is no split."""
+    if contents.refusal is not None:
+        return None
+    try:
+        chosen = held_out_mask(contents.labels, config.held_out, config.split_seed)
+    except DataError as error:
+        refusals.append(error)
+        return None
+    for side, count in (("held-out", int(chosen.sum())), ("training", int((~chosen).sum()))):
+        if count < LEAST:
+            what = f"the {side} side of the split has {count} image, a covariance needs {LEAST}"
+            refusals.append(DataError(what, "no distance can be measured", "use more images or another --held-out"))
+    return chosen
+
+
+def _facts(contents: Contents, other: Contents | None, chosen: Tensor | None, config: DataConfig) -> DataFacts:
+    pictures, labels = contents.pictures, contents.labels.tolist()
+    counts = torch.bincount(contents.labels, minlength=len(contents.classes)).tolist()
+    groups = same_pixels(pictures)
+    contradicting = [group for group in groups if len({labels[place] for place in group}) > 1]
+    grey = sum(picture.channels == 1 for picture in pictures)
+    return DataFacts(
+        options=to_dict(config),
+        files=len(pictures) + len(contents.bad),
+        images=len(pictures),
+        bad=contents.bad,
+        other_files=endings(contents.others),
+        classes=dict(zip(contents.classes, counts, strict=True)),
+        channels={channels: count for channels, count in ((1, grey), (3, len(pictures) - grey)) if count},
+        sizes=sizes(pictures),
+        conversions=conversions(pictures),
+        levels=levels(pictures),
+        statistics=channel_statistics(pictures),
+        fingerprint=None,
+        duplicates=duplicates(pictures, groups),
+        other_label=duplicates(pictures, contradicting),
+        split=None if chosen is None else _split_facts(contents, chosen),
+        against=None if other is None else _against_facts(contents, other, chosen),
+    )
+
+
+def _split_facts(contents: Contents, chosen: Tensor) -> SplitFacts:
+    held_out = [picture for picture, out in zip(contents.pictures, chosen.tolist(), strict=True) if out]
+    train = [picture for picture, out in zip(contents.pictures, chosen.tolist(), strict=True) if not out]
+    counts = [torch.bincount(contents.labels[side], minlength=len(contents.classes)) for side in (chosen, ~chosen)]
+    one_sided = ((counts[0] == 0) != (counts[1] == 0)).tolist()
+    names = tuple(name for name, alone in zip(contents.classes, one_sided, strict=True) if alone)
+    return SplitFacts(len(train), len(held_out), names, shared(held_out, train))
+
+
+def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -> AgainstFacts:
+    found = shared(contents.pictures, other.pictures)
+    held_out = None
+    if chosen is not None:
+        mine = [picture for picture, out in zip(contents.pictures, chosen.tolist(), strict=True) if out]
+        held_out = shared(mine, other.pictures).count
+    return AgainstFacts(other.source, len(other.pictures), len(other.bad), sizes(other.pictures), found, held_out)
+
+
+# ---- what to know ----
+
+
+def _warnings(facts: DataFacts) -> Iterator[str]:
+    if facts.bad:
+        yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; all figures are of the rest"
+    if facts.other_files:
+        listed = ", ".join(f"{ending} ({count})" for ending, count in facts.other_files.items())
+        yield f"files that do not end like images are left out: {listed}"
+    if any(note.startswith(_LOSSY) for note in facts.conversions):
+        yield "lossy files: their loss is part of the data; save samples as PNG, as JPEG their distance changes"
+    yield from _copies_warnings(facts)
+    if facts.split is not None:
+        yield from _split_warnings(facts.split)
+    if facts.against is not None:
+        yield from _against_warnings(facts, facts.against)
+
+
+def _copies_warnings(facts: DataFacts) -> Iterator[str]:
+    if facts.duplicates.copies:
+        yield f"{counted(facts.duplicates.copies)} with the pixels of another{_groups(facts.duplicates)}"
+    if facts.other_label.groups:
+        pictures = "picture has" if facts.other_label.groups == 1 else "pictures have"
+        yield f"{facts.other_label.groups} {pictures} more than one label{_groups(facts.other_label)}"
+
+
+def _split_warnings(split: SplitFacts) -> Iterator[str]:
+    if split.leak.count:
+        what = f"{split.leak.count} of {split.held_out} held-out images have the pixels of a training image"
+        yield f"{what}{_pairs(split.leak)}: what is measured on them is not of unseen images; remove the copies"
+    if split.held_out < FEW:
+        what = f"{counted(split.held_out)} held out, fewer than {FEW}: the metric is bias-dominated"
+        yield f"{what}; compare distances at this number only, beside the floor"
+    if split.one_sided:
+        listed = ", ".join(split.one_sided[:NAMED]) + (", ..." if len(split.one_sided) > NAMED else "")
+        yield f"classes on one side of the split only ({len(split.one_sided)}): {listed}"
+
+
+def _against_warnings(facts: DataFacts, against: AgainstFacts) -> Iterator[str]:
+    if against.bad:
+        yield f"{counted(against.bad)} of {against.source} cannot be decoded or used, and were not compared"
+    if against.shared.count:
+        side = "" if against.held_out is None else f" ({against.held_out} held out)"
+        same = f"{counted(against.shared.count)}{side} with the pixels of an image in {against.source}"
+        yield f"{same}{_pairs(against.shared)}"
+    if not facts.sizes.keys() & against.sizes.keys():
+        yield f"no size occurs in both this source and {against.source}, so nothing can be equal: pass --resize N"
+
+
+def _groups(found: Duplicates) -> str:
+    listed = "; ".join(" = ".join(group[:NAMED]) for group in found.first)
+    return f" ({listed}{'; ...' if found.groups > len(found.first) else ''})"
+
+
+def _pairs(found: Shared) -> str:
+    listed = "; ".join(f"{mine} = {other}" for mine, other in found.first)
+    return f" ({listed}{'; ...' if found.count > len(found.first) else ''})"
+
+
+def counted(count: int) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} image" if count == 1 else f"{count} images"

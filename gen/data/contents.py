@@ -1,0 +1,228 @@
+"""What a source of images holds, found by decoding every file once, whether or not it can be trained on.
+
+Pixels are integers v in 0 .. 255, so sums over a channel are exact, and are rounded only as the figures are made:
+
+    mean = S1 / n,   std = sqrt(n S2 - S1^2) / n,   S1 = sum v, S2 = sum v^2 over the n pixels of all images (no n - 1)
+
+in grey levels; in [-1, 1], where networks see them, mean / 127.5 - 1 and std / 127.5. Two images are the same when they have
+the same size and the same pixels as training sees them; grey equals RGB of three equal channels. Copies that differ in a
+single pixel are not found. `Image.verify()` misses truncated JPEGs, hence the full decode; no decoder notices a JPEG whose
+bytes were changed but still decode.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from midway.gen.core.errors import DataError
+from midway.gen.data.files import Decoded, Undecodable, attempt, class_labels, map_files, open_files
+from midway.gen.data.images import SOURCES, check_options, existing_path, prepared, read_named
+from midway.gen.data.levels import levels_of
+from midway.gen.data.splits import DataConfig
+
+NAMED = 5
+"""How many groups of equal images are named; all are counted."""
+
+_VALUES = np.arange(256, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is kept of one decoded image: enough for every figure, and small."""
+
+    name: str
+    size: tuple[int, int]  # width, height
+    channels: int
+    notes: tuple[str, ...]  # conversions
+    content: bytes  # sha256; equal for the same pixels
+    sums: tuple[int, ...]  # of the pixels, per channel
+    squares: tuple[int, ...]  # sums of their squares
+    values: int  # bit v is set when the value v occurs
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A source as it is. `labels` int64 (N,) and `classes` are those of training, or one class where it is refused."""
+
+    source: str
+    pictures: tuple[Picture, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+    bad: tuple[Undecodable, ...] = ()
+    others: tuple[str, ...] = ()  # files that do not end like images
+    refusal: DataError | None = None  # why the folders are not classes
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Of all pixels of one channel of all images."""
+
+    mean: float  # in [-1, 1]
+    std: float
+    mean_level: float  # in 0 .. 255
+    std_level: float
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images of one source with the same pixels: `copies` is how many could go with no picture lost."""
+
+    groups: int
+    copies: int
+    first: tuple[tuple[str, ...], ...]  # the names in the first few groups
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Images whose pixels occur on another side as well; `first` pairs a few with their equal there."""
+
+    count: int
+    first: tuple[tuple[str, str], ...]
+
+
+# ---- reading ----
+
+
+def read_contents(config: DataConfig) -> Contents:
+    """Decode all images of `config.data`; bad files are listed, the first does not stop it, nor do folders that are no classes.
+
+    Only a source that cannot be opened, or has no images, raises: DataError, UsageError as of `load_images`.
+    """
+    check_options(config.channels, config.resize, config.on_bad_image)
+    if config.data in SOURCES:
+        return _named(config)
+    return _files(existing_path(config.data), config)
+
+
+def _named(config: DataConfig) -> Contents:
+    arrays = read_named(config.data, download=config.download)
+    pictures = tuple(examine(image) for image in prepared(arrays, config.channels, config.resize))
+    return Contents(config.data, pictures, torch.tensor(arrays.labels), arrays.classes)
+
+
+def _files(path: Path, config: DataConfig) -> Contents:
+    with open_files(path) as files:
+        results = map_files(files.names, _examiner(files.read, config))
+        others = files.others
+        names = files.names
+    labels, classes, refusal = _labels(names)
+    good = [(result, label) for result, label in zip(results, labels, strict=True) if isinstance(result, Picture)]
+    bad = tuple(result for result in results if isinstance(result, Undecodable))
+    kept = torch.tensor([label for _, label in good], dtype=torch.int64)
+    return Contents(config.data, tuple(picture for picture, _ in good), kept, classes, bad, others, refusal)
+
+
+def _examiner(read: Callable[[str], bytes], config: DataConfig) -> Callable[[str], Picture | Undecodable]:
+    def work(name: str) -> Picture | Undecodable:
+        result = attempt(name, read, config.channels, config.resize)
+        return examine(result) if isinstance(result, Decoded) else result  # the pixels are let go here
+
+    return work
+
+
+def _labels(names: Sequence[str]) -> tuple[list[int], tuple[str, ...], DataError | None]:
+    try:
+        return *class_labels(names), None
+    except DataError as error:
+        return [0] * len(names), ("all",), error
+
+
+def examine(image: Decoded) -> Picture:
+    """The figures of one image."""
+    height, width = image.pixels.shape[:2]
+    planes = image.pixels.reshape(height * width, -1).T
+    counts = np.stack([np.bincount(plane, minlength=256) for plane in planes])
+    occurring = np.packbits(counts.any(0), bitorder="little")
+    return Picture(
+        image.name,
+        (width, height),
+        len(planes),
+        image.notes,
+        _content(image),
+        tuple((counts @ _VALUES).tolist()),
+        tuple((counts @ _VALUES**2).tolist()),
+        int.from_bytes(occurring.tobytes(), "little"),
+    )
+
+
+def _content(image: Decoded) -> bytes:
+    pixels = image.pixels
+    if pixels.ndim == 3 and bool((pixels == pixels[..., :1]).all()):
+        pixels = pixels[..., 0]
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+
+
+# ---- figures ----
+
+
+def channel_statistics(pictures: Sequence[Picture]) -> tuple[ChannelStatistics, ...]:
+    """Per channel, over all pixels; grey among RGB counts in all three, as in training. () for no images."""
+    channels = max((picture.channels for picture in pictures), default=0)
+    return tuple(_channel(pictures, channel) for channel in range(channels))
+
+
+def _channel(pictures: Sequence[Picture], channel: int) -> ChannelStatistics:
+    n = sum(picture.size[0] * picture.size[1] for picture in pictures)
+    s1 = sum(picture.sums[min(channel, picture.channels - 1)] for picture in pictures)
+    s2 = sum(picture.squares[min(channel, picture.channels - 1)] for picture in pictures)
+    mean, std = s1 / n, math.sqrt(n * s2 - s1 * s1) / n  # Python integers: nothing is rounded or overflows before
+    return ChannelStatistics(mean / 127.5 - 1, std / 127.5, mean, std)
+
+
+def levels(pictures: Sequence[Picture]) -> int | None:
+    """The smallest usual number of levels that holds all values, 256 for photographs; None for no images."""
+    mask = 0
+    for picture in pictures:
+        mask |= picture.values
+    values = [value for value in range(256) if mask >> value & 1]
+    return levels_of(torch.tensor(values, dtype=torch.uint8)) if values else None
+
+
+def conversions(pictures: Sequence[Picture]) -> dict[str, int]:
+    """How many images each step that changes pixels, or tells of a loss, was stated for."""
+    counts = Counter(note for picture in pictures for note in picture.notes)
+    grey = sum(picture.channels == 1 for picture in pictures)
+    if 0 < grey < len(pictures):
+        counts["grey promoted to RGB"] = grey
+    return dict(sorted(counts.items()))
+
+
+def sizes(pictures: Iterable[Picture]) -> dict[str, int]:
+    """Images of each `width x height`, the most frequent first."""
+    return dict(Counter(f"{width}x{height}" for width, height in (picture.size for picture in pictures)).most_common())
+
+
+def endings(names: Iterable[str]) -> dict[str, int]:
+    """Files of each extension, the most frequent first."""
+    return dict(Counter(PurePosixPath(name).suffix or "no extension" for name in names).most_common())
+
+
+# ---- the same pixels ----
+
+
+def same_pixels(pictures: Sequence[Picture]) -> list[list[int]]:
+    """The places of images with the same pixels, one list for each such group, in the order of the first."""
+    groups: dict[bytes, list[int]] = {}
+    for place, picture in enumerate(pictures):
+        groups.setdefault(picture.content, []).append(place)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def duplicates(pictures: Sequence[Picture], groups: Sequence[Sequence[int]]) -> Duplicates:
+    """These groups counted, the first few named."""
+    first = tuple(tuple(pictures[place].name for place in group) for group in groups[:NAMED])
+    return Duplicates(len(groups), sum(len(group) - 1 for group in groups), first)
+
+
+def shared(mine: Iterable[Picture], others: Sequence[Picture]) -> Shared:
+    """Those of `mine` whose pixels occur among `others`."""
+    known = {picture.content: picture.name for picture in reversed(others)}  # the first of equals is named
+    pairs = [(picture.name, known[picture.content]) for picture in mine if picture.content in known]
+    return Shared(len(pairs), tuple(pairs[:NAMED]))

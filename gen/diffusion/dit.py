@@ -1,0 +1,197 @@
+"""DiT: a transformer over patches whose layers are modulated by time and class.
+
+    h = patches(x) + positions
+    h = h + gate_1 * drop(attention(modulate(norm(h), shift_1, scale_1)))
+    h = h + gate_2 * drop(mlp(modulate(norm(h), shift_2, scale_2)))  (shift, scale, gate) = linear(silu(time + class))
+
+Peebles & Xie 2022, arXiv 2212.09748: adaLN-zero (the modulation starts at 0, so every block starts as the identity and the
+network's first output is 0) and fixed 2-D sine-cosine positions. RMSNorm on queries and keys: Esser et al. 2024, arXiv
+2403.03206, section 5.3.2. Dropout acts only in training, and its masks are functions of (seed, step, sample, layer): they are
+the same whatever batch a sample comes in, and when activation checkpointing computes a block twice.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from midway.gen.training.batches import Context
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Size of the transformer. `patch` pixels of the latent a side make one token."""
+
+    width: int = 96
+    depth: int = 4
+    heads: int = 4
+    patch: int = 1
+    mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    """Share of each block's attention and MLP outputs that is set to 0 in training."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4 (2-D positions)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")
+
+
+class DiTOutput(NamedTuple):
+    """value: (B, C, H, W). hidden: (B, tokens, width), the tokens after the middle block (an existing tensor, no extra cost)."""
+
+    value: Tensor
+    hidden: Tensor
+
+
+def sinusoid(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """(N,) -> (N, dim): cosines and sines at `dim / 2` geometric frequencies."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=values.device) / half)
+    angles = values.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def positions_2d(height: int, width: int, dim: int) -> Tensor:
+    """(height * width, dim): half of the channels encode the row, half the column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([sinusoid(rows.flatten(), dim // 2), sinusoid(columns.flatten(), dim // 2)], dim=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, N, W) under shift, scale (B, W)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def drop(x: Tensor, share: float, context: Context | None, purpose: str) -> Tensor:
+    """x (B, *) with a `share` of its numbers set to 0 and the others divided by 1 - share; without a context, x itself."""
+    if context is None or share == 0:
+        return x
+    return torch.where(context.keep(purpose, x.shape[1:], 1 - share), x / (1 - share), 0)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with RMS-normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm_q, self.norm_k = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(
+            self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype), v
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Block(nn.Module):
+    """Attention and MLP with adaLN-zero modulation; `layer` tells its dropout from that of other blocks."""
+
+    def __init__(self, config: DiTConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout, self.layer = config.dropout, layer
+        width, inner = config.width, int(config.width * config.mlp_ratio)
+        self.norm_1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(width, config.heads)
+        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, context: Context | None = None) -> Tensor:
+        """x (B, N, W) and condition (B, W) -> (B, N, W); with a context, under dropout."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=1)
+        mixed = self.attention(modulate(self.norm_1(x), shift_1, scale_1))
+        x = x + gate_1[:, None] * drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
+        inner = self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
+        return x + gate_2[:, None] * drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
+
+
+class DiT(nn.Module):
+    """(x (B, C, H, W), clock (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
+
+    `gradient_checkpointing` trades time for memory, and changes no bit: the backward pass computes each block again.
+    """
+
+    compilable: ClassVar[bool] = True
+    """A function of tensors alone, which torch.compile can take whole."""
+
+    positions: Tensor
+
+    def __init__(self, config: DiTConfig, channels: int, height: int, width: int, classes: int) -> None:
+        super().__init__()
+        if height % config.patch or width % config.patch:
+            raise ValueError(
+                f"latents of {height}x{width} cannot be cut into patches of {config.patch}: choose a divisor"
+            )
+        self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
+        self.gradient_checkpointing = False
+        self.embed = nn.Linear(channels * config.patch**2, config.width)
+        self.register_buffer("positions", positions_2d(*self.grid, config.width), persistent=False)
+        self.time = nn.Sequential(nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.label = nn.Embedding(classes + 1, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.head = nn.Linear(config.width, channels * config.patch**2)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time[0], self.time[2], self.label):
+            nn.init.normal_(layer.weight, std=0.02)  # pyright: ignore[reportArgumentType]
+        for module in self.blocks:
+            nn.init.zeros_(cast(Block, module).modulation.weight)
+        for layer in (self.modulation, self.head):
+            nn.init.zeros_(layer.weight)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, tokens, C p p)."""
+        return F.pixel_unshuffle(x, self.config.patch).flatten(2).transpose(1, 2)
+
+    def _image(self, tokens: Tensor) -> Tensor:
+        """(B, tokens, C p p) -> (B, C, H, W)."""
+        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.config.patch)
+
+    def _run(self, block: nn.Module, h: Tensor, condition: Tensor, context: Context | None) -> Tensor:
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return block(h, condition, context)
+        # a block draws nothing from torch's generators, so their state need not be kept
+        again = checkpoint(block, h, condition, context, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, again)
+
+    def conditions(self, clock: Tensor, labels: Tensor) -> Tensor:
+        """(E, B, W): what time and class say to the layers, for every clock (E,) and every label (B,)."""
+        return F.silu(self.time(sinusoid(1000 * clock, 256))[:, None] + self.label(labels))
+
+    def forward(
+        self,
+        x: Tensor,
+        clock: Tensor | None = None,
+        labels: Tensor | None = None,
+        context: Context | None = None,
+        condition: Tensor | None = None,
+    ) -> DiTOutput:
+        """For clock and labels, or for the condition (B, W) made of them. With a context, as in training, dropout acts."""
+        if condition is None:
+            assert clock is not None and labels is not None
+            condition = F.silu(self.time(sinusoid(1000 * clock, 256)) + self.label(labels))
+        h = self.embed(self._patches(x)) + self.positions
+        hidden = h
+        for i, block in enumerate(self.blocks):
+            h = self._run(block, h, condition, context)
+            if i == (len(self.blocks) - 1) // 2:
+                hidden = h
+        shift, scale = self.modulation(condition).chunk(2, dim=1)
+        return DiTOutput(self._image(self.head(modulate(self.norm(h), shift, scale))), hidden)

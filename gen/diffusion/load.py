@@ -1,0 +1,140 @@
+"""What runs leave for other commands: tokenizers, latent models (with their tokenizer inside) and learned solvers.
+
+tokenizer run      checkpoints/step-N/tokenizer/           (save_pretrained: config.json and safetensors)
+latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safetensors (if averaged), tokenizer/
+                   solvers/<name>-<grid>-nfe<k>/           runs of kind `solver` that belong to this model
+features run       checkpoints/step-N/features.safetensors
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from midway.gen.core.config import from_dict, to_dict
+from midway.gen.core.errors import DataError
+from midway.gen.core.files import state_hash
+from midway.gen.core.runs import Run
+from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.samplers.learned_solver import LEARNED as AMED
+from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.table import Table
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+CPU = torch.device("cpu")
+TABLE = "table"
+"""The learned solver that is a table: DPM-Solver++(3M) with learned corrections, times and evaluation times."""
+LEARNED = (TABLE, *AMED)
+"""Names of all solvers that can be learned."""
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A latent model with averaged weights, its tokenizer, and the data it was trained on; in eval mode, frozen."""
+
+    model: LatentModel
+    tokenizer: ImageTokenizer
+    data: DataConfig
+    hash: str
+    run: Run
+    weights: str = ""
+    """Which weights these are, for reports: the average and its width, or the newest, and the optimizer step."""
+
+
+def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:
+    """The tokenizer of a run, and the data it was trained on."""
+    run = Run.open(path, "tokenizer")
+    return read_tokenizer(run.checkpoint / "tokenizer", device), from_dict(
+        DataConfig, run.config["data"], "config.data"
+    )
+
+
+def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
+    """`from_pretrained`, frozen, with an error that says what to do."""
+    try:
+        tokenizer = ImageTokenizer.from_pretrained(folder)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be read", _reason(error), "train the tokenizer again") from error
+    nn.Module.to(tokenizer, device)  # diffusers' own `to` hides the signature
+    return tokenizer.eval().requires_grad_(False)
+
+
+def _reason(error: Exception) -> str:
+    """The error as one line of at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> None:
+    """Add to a checkpoint directory what tells how to read its weights, and the tokenizer."""
+    description = {"config": to_dict(model.config), "latent_shape": list(model.latent_shape), "classes": model.classes}
+    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def load_model(path: Path, device: torch.device) -> TrainedModel:
+    """The averaged model of a latent-model run, with its tokenizer, on `device`."""
+    run = Run.open(path, "latent_model")
+    folder = run.checkpoint
+    averaged = folder / "ema.safetensors"  # absent if the run kept no average
+    try:
+        text = (folder / "model.json").read_text()
+        state = load_file(averaged if averaged.exists() else folder / "model.safetensors")
+        description = json.loads(text)
+        config = from_dict(LatentModelConfig, description["config"], "model.json")
+        model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
+        model.load_state_dict(state)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{folder} cannot be read", _reason(error), "train the model again with --overwrite") from error
+    return TrainedModel(
+        model=model.to(device).eval().requires_grad_(False),
+        tokenizer=read_tokenizer(folder / "tokenizer", device),
+        data=from_dict(DataConfig, run.config["data"], "config.data"),
+        hash=state_hash(text, state),
+        run=run,
+        weights=f"{_which(run, averaged.exists())}, step {folder.name.removeprefix('step-')}",
+    )
+
+
+def _which(run: Run, averaged: bool) -> str:
+    """`averaged` by what, or `newest`."""
+    if "posthoc" in run.config:
+        return f"averaged post hoc, width {run.config['posthoc']['std']}"
+    return f"averaged, EMA {run.config['train']['ema']}" if averaged else "newest"
+
+
+def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
+    """The run directory of a learned solver of this model."""
+    return model_run / "solvers" / f"{name}-{grid}-nfe{nfe}"
+
+
+def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> LearnedSolver | Table | None:
+    """The learned solver of this model, None when it was not trained; DataError when it belongs to other weights."""
+    path = solver_path(trained.run.path, name, grid, nfe)
+    if not (path / "config.yaml").exists():
+        return None
+    file = Run.open(path, "solver").checkpoint / "solver.safetensors"
+    retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
+    try:
+        solver = Table.load(file) if name == TABLE else LearnedSolver.load(file)
+        card = card_of(solver)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{file} cannot be read", _reason(error), retrain) from error
+    if card is None or card.model_hash != trained.hash:
+        raise DataError(
+            f"{path} was learned for other weights",
+            f"model {card.model_hash if card else 'not named'}, this model is {trained.hash}",
+            retrain,
+        )
+    return solver
+
+
+def card_of(solver: LearnedSolver | Table) -> SolverCard | None:
+    """What a learned solver belongs to and what it cost; None for a table that was not learned."""
+    if isinstance(solver, LearnedSolver):
+        return solver.card
+    return SolverCard(**json.loads(solver.metadata["card"])) if "card" in solver.metadata else None

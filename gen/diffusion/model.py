@@ -1,0 +1,182 @@
+"""A diffusion or flow model on standardised latents, for every schedule and every target.
+
+With s = sqrt(alpha^2 + sigma^2) and a target `a x0 + b eps` (prediction.py) the network F sees and says unit-variance numbers:
+
+    F(x_t / s, clock, label)  ~  (a x0 + b eps) / sqrt(a^2 + b^2),      clock = 2/pi atan2(sigma, alpha) in [0, 1]
+    loss = mean square of the difference
+
+On `EDM` with target `v` this is EDM's preconditioning and loss weight for unit-variance data (Karras et al. 2022, arXiv
+2206.00364, Table 1); on `Linear` with `velocity` it is half the rectified-flow loss; on `Cosine` with `v` or `eps` the usual
+ones. The clock is the angle of the noise level, the same on all schedules.
+
+Time is drawn so that log rho = log(sigma / alpha) is normal (`logit_normal`: on `Linear` exactly SD3's t = sigmoid(N(m, s^2)),
+arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uniform on the sampling range.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from midway.gen.diffusion.dit import DiT, DiTConfig
+from midway.gen.diffusion.field import Guidance, LatentField
+from midway.gen.training.batches import Context, LatentBatch
+from midway.samplers.grids import RHO_MAX, RHO_MIN
+from midway.samplers.guidance import ConditionalField, classifier_free
+from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients
+from midway.samplers.schedule import SCHEDULES, Schedule
+
+TIME_BUCKETS = 8
+
+
+@dataclass(frozen=True)
+class LatentModelConfig:
+    """Process, target and network of a latent model."""
+
+    schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    target: Target = "velocity"
+    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_mean: float = 0.0
+    """Mean of log rho for logit_normal."""
+    time_std: float = 1.0
+    """Standard deviation of log rho for logit_normal."""
+    conditional: bool = True
+    """Whether the model is told the class; an unconditional model has to find the modes by itself."""
+    label_dropout: float = 0.1
+    """Share of samples trained without their class, for classifier-free guidance."""
+    dequantise: bool = False
+    """Pixel models: spread each level over its cell, so that the density is one of pixels and has bits per dimension."""
+    dit: DiTConfig = field(default_factory=DiTConfig)
+
+    def make_schedule(self) -> Schedule:
+        """The schedule this names."""
+        return SCHEDULES[self.schedule]()
+
+
+class LatentModel(nn.Module):
+    """Denoiser of standardised latents (B, C, H, W); `loss` trains it, `field` is what solvers see."""
+
+    def __init__(self, config: LatentModelConfig, latent_shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.config, self.latent_shape = config, latent_shape
+        self.classes = classes if config.conditional else 0  # label `classes` says "no class"
+        self.schedule = config.make_schedule()
+        self.network = DiT(config.dit, *latent_shape, self.classes)
+        if config.dequantise:
+            self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
+            self.half_cell: Tensor
+
+    def set_cells(self, levels: int, std: Tensor) -> None:
+        """Tell a dequantising model the cells of its data: levels in [-1, 1], and std (C,) of the pixels by channel."""
+        self.half_cell.copy_(1 / ((levels - 1) * std.view(-1, 1, 1)))
+
+    def time_of(self, u: Tensor) -> Tensor:
+        """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
+        if self.config.time == "uniform":
+            ends = self.schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64, device=u.device))
+            return (ends[0] + (ends[1] - ends[0]) * u).float()
+        log_rho = self.config.time_mean + self.config.time_std * torch.special.ndtri(u)
+        return self.schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX))).float()
+
+    def forward_network(
+        self, x: Tensor, t: Tensor, labels: Tensor, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W), for x_t (B, C, H, W), t (B,), labels (B,).
+
+        With a context, under the network's dropout.
+        """
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        scale = (alpha.square() + sigma.square()).sqrt()
+        return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels, context)
+
+    def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
+
+        Where the batch has mirrored latents, each sample is one or the other, at random. With `dequantise` each pixel is uniform
+        on the cell of its level, value (2 u - 1) / (levels - 1) around it.
+        """
+        x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
+        if self.config.dequantise:
+            x0 = x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
+        u, label = context.uniforms("time", "label")
+        t, eps = self.time_of(u), context.normal("noise", x0.shape[1:])
+        kept = label >= self.config.label_dropout
+        labels = torch.where(kept & (batch.labels < self.classes), batch.labels, self.classes)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        a, b = target_coefficients(self.config.target, t, self.schedule)
+        unit = (a.square() + b.square()).sqrt()
+        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
+        target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
+        output, _ = self.forward_network(x_t, t, labels, context)
+        error = (output.float() - target).square().flatten(1).mean(1)
+        return error.mean(), {"loss_time": _loss_by_time(error.detach(), 2 / math.pi * torch.atan2(sigma, alpha))}
+
+    def after_step(self, step_ok: Tensor) -> None:
+        """Nothing to do between optimizer steps."""
+
+    def output_scale(self, t: Tensor) -> Tensor:
+        """What the network's output of unit variance is multiplied by to give the target, shaped like t."""
+        a, b = target_coefficients(self.config.target, t, self.schedule)
+        return (a.square() + b.square()).sqrt()
+
+    def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
+        """One forward pass: what the network says about x_t (B, C, H, W) at t (B,) for labels (B,)."""
+        output, hidden = self.forward_network(x, t, labels)
+        value = output.to(x.dtype) * expand(self.output_scale(t), x)
+        prediction = solve(value, self.config.target, x, t, self.schedule)
+        return Prediction(prediction.x0, prediction.eps, pool(hidden))
+
+    def null_labels(self, labels: Tensor) -> Tensor:
+        """The "no class" label for every sample."""
+        return torch.full_like(labels, self.classes)
+
+    def field(
+        self, labels: Tensor, guidance: "float | Guidance" = 1.0, network: ConditionalField | None = None
+    ) -> Field:
+        """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there.
+
+        ValueError for guidance of an unconditional model, and for a weak model of another process or shape.
+        """
+        chosen = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+        self.check_guidance(chosen)
+        if network is not None:
+            return classifier_free(network, labels, self.null_labels(labels), chosen.scale)
+        return LatentField(self, labels, chosen)  # pyright: ignore[reportArgumentType] (sees this module twice)
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """ValueError for guidance that this model cannot have."""
+        weak = guidance.weak
+        if guidance.scale != 1 and weak is None and not self.classes:
+            raise ValueError(
+                f"guidance {guidance.scale} needs classes, and this model was trained without: use guidance 1"
+            )
+        if weak is not None and (weak.config.target, weak.schedule, weak.latent_shape) != (
+            self.config.target,
+            self.schedule,
+            self.latent_shape,
+        ):
+            raise ValueError(
+                f"the guiding model has target {weak.config.target}, {weak.schedule}, latents {weak.latent_shape}; this one "
+                f"has {self.config.target}, {self.schedule}, {self.latent_shape}: guide with one trained alike"
+            )
+
+
+def _loss_by_time(error: Tensor, clock: Tensor) -> Tensor:
+    """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the clock (B,), so that intervals and processes add up."""
+    bucket = (clock * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
+    pairs = torch.stack([error, torch.ones_like(error)], dim=1)
+    return pairs.new_zeros(TIME_BUCKETS, 2).index_put_((bucket,), pairs, accumulate=True)
+
+
+def pool(hidden: Tensor) -> Tensor:
+    """Tokens (B, N, W) -> features (B, W): the mean token, normalised to zero mean and unit variance."""
+    return F.layer_norm(hidden.float().mean(1), hidden.shape[-1:])
+
+
+def start_state(schedule: Schedule, t: float, noise: Tensor) -> Tensor:
+    """Standard normal noise -> the state at time `t`, with the standard deviation that unit-variance data has there."""
+    time = torch.tensor(t, dtype=torch.float64)
+    return noise * torch.hypot(schedule.alpha(time), schedule.sigma(time)).item()

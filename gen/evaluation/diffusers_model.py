@@ -1,0 +1,192 @@
+"""Pipelines of diffusers, read from a saved folder: a `unet` and a `scheduler`, and a `vqvae` or `vae` if it is latent.
+
+    model_index.json                     which classes; those below are read, any other is refused
+    unet/                                UNet2DModel: the network, with class labels if it has num_class_embeds
+    scheduler/scheduler_config.json      the forward process and the target (samplers/interop.py); its sampler is not used
+    vqvae/, vae/                         VQModel, AutoencoderKL: images = decode(latents / scaling_factor)
+
+Weights are safetensors alone; nothing is fetched, and no code of a folder is run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from midway.gen.core.errors import DataError
+from midway.gen.core.files import state_hash
+from midway.gen.data.images import to_uint8
+from midway.gen.diffusion.load import CPU
+from midway.gen.evaluation.sources import LATENT_LIMIT
+from midway.samplers.denoisers import field_from_diffusers
+from midway.samplers.interop import convention_of, trained_range
+from midway.samplers.prediction import NetworkField
+from midway.samplers.schedule import Schedule
+
+NETWORK = "UNet2DModel"
+DECODERS = {"vqvae": "VQModel", "vae": "AutoencoderKL"}
+SUPPORTED = (
+    f"a folder saved by save_pretrained with a unet ({NETWORK}), a scheduler, and at most one of: "
+    f"{', '.join(f'{name} ({kind})' for name, kind in DECODERS.items())}"
+)
+DECODED = 64
+"""Latents decoded at once."""
+
+
+@dataclass(frozen=True)
+class DiffusersModel:
+    """A pipeline's network and decoder, in eval mode and frozen, and the config of its scheduler."""
+
+    network: nn.Module
+    decoder: nn.Module | None
+    scheduler: dict[str, Any]
+    shape: tuple[int, int, int]
+    """Of a state, (C, h, w)."""
+    classes: int
+    hash: str
+    """12 hexadecimal digits of all weights and configurations."""
+    path: Path
+    schedule: Schedule
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    def field(self, labels: Tensor) -> NetworkField:
+        """What solvers see, for labels (B,), which an unconditional model ignores."""
+        given = {"class_labels": labels.to(self.device)} if self.classes else {}
+        return field_from_diffusers(self.network, self.scheduler, given)
+
+    @torch.no_grad()
+    def decode(self, values: Tensor) -> Tensor:
+        """States float32 (n, C, h, w) on the CPU -> uint8 images on the CPU."""
+        if self.decoder is None:
+            return to_uint8(values.nan_to_num())
+        latents = values.nan_to_num().clamp(-LATENT_LIMIT, LATENT_LIMIT)
+        return torch.cat([self._decoded(part) for part in latents.split(DECODED)])
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        decoder: Any = self.decoder
+        images = decoder.decode(latents.to(self.device) / decoder.config.scaling_factor).sample
+        return to_uint8(images.nan_to_num()).cpu()
+
+
+# ---- files ----
+
+
+def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
+    """The model of a pipeline's folder; DataError for another kind of pipeline, pickled weights, or files that do not fit."""
+    parts = _parts(path)
+    scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    try:
+        schedule = convention_of(scheduler).schedule
+    except ValueError as error:
+        raise _refusal(path, f"its scheduler is not known here: {error}") from None
+    shape, classes = _interface(path, _json(path / "unet" / "config.json"))
+    network = _read(path / "unet", NETWORK, device)
+    name = next((name for name in DECODERS if name in parts), None)
+    decoder = None if name is None else _read(path / name, DECODERS[name], device)
+    states = {f"unet.{key}": value for key, value in network.state_dict().items()}
+    states |= {} if decoder is None else {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
+    configs = [_own(part) for part in (network, decoder) if part is not None]
+    process = {name: value for name, value in scheduler.items() if name != "_diffusers_version"}
+    digest = state_hash(json.dumps([configs, process], sort_keys=True, default=str), states)
+    return DiffusersModel(network, decoder, scheduler, shape, classes, digest, path, schedule)
+
+
+def check_images(model: DiffusersModel, reference: Tensor) -> None:
+    """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
+    made = tuple(model.decode(torch.zeros(1, *model.shape)).shape[1:])
+    if made != tuple(reference.shape[1:]):
+        raise DataError(
+            f"{model.path} makes images of shape {made} (C, H, W)",
+            f"the reference has {tuple(reference.shape[1:])}",
+            f"name the images it imitates: --data, with --resize {made[1]} and --channels {made[0]} if need be",
+        )
+
+
+def _refusal(path: Path, why: str) -> DataError:
+    return DataError(f"{path} cannot be measured", why, f"give {SUPPORTED}")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _refusal(path.parent, f"{path.name}: {type(error).__name__}: {error}") from None
+    if not isinstance(found, dict):
+        raise _refusal(path.parent, f"{path.name} is not an object")
+    return found
+
+
+def _parts(path: Path) -> set[str]:
+    """Names of the components, each of a class that is known here."""
+    index = _json(path / "model_index.json")
+    known = {"unet": NETWORK, **DECODERS}
+    found = {name: its for name, its in index.items() if not name.startswith("_") and its not in (None, [None, None])}
+    for name, its in found.items():
+        if not isinstance(its, list) or len(its) != 2:
+            continue  # an option of the pipeline
+        if name != "scheduler" and (name not in known or its != ["diffusers", known[name]]):
+            raise _refusal(path, f"{index.get('_class_name', 'its pipeline')} has {name}: {' '.join(map(str, its))}")
+    if "unet" not in found or "scheduler" not in found or len(set(DECODERS) & set(found)) > 1:
+        raise _refusal(path, f"it has the components {', '.join(found) or 'none'}")
+    return set(found)
+
+
+def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
+    """A model of this class in float32, every weight of it from safetensors."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.vq_model import VQModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+    kind = {NETWORK: UNet2DModel, "VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[name]
+    named = _json(folder / "config.json").get("_class_name")
+    if named != name:
+        raise _refusal(folder, f"its configuration is of class {named}, not {name}")
+    if not list(folder.glob("*.safetensors")):
+        raise _refusal(folder, "it has no safetensors; pickled weights are not loaded")
+    try:
+        model, report = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise _refusal(folder, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]) from None
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise _refusal(
+            folder, f"weights are missing, such as {[*report['missing_keys'], *report['mismatched_keys']][0]}"
+        )
+    return nn.Module.to(model, device).eval().requires_grad_(False)
+
+
+def _own(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration without what says where it was read from and by which version."""
+    config: Any = model.config
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
+
+
+def _interface(path: Path, config: dict[str, Any]) -> tuple[tuple[int, int, int], int]:
+    """The shape of a state, and the number of classes."""
+    size, kind = config.get("sample_size"), config.get("class_embed_type")
+    if size is None:
+        raise _refusal(path, "the configuration of its unet does not say its sample_size")
+    if kind is not None:
+        raise _refusal(path, f"its unet has class_embed_type {kind!r}, not class labels")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (config.get("in_channels", 3), height, width), config.get("num_class_embeds") or 0
+
+
+def describe(model: DiffusersModel) -> str:
+    """The model in a line, for reports."""
+    count = sum(value.numel() for value in model.network.parameters())
+    latent = "" if model.decoder is None else f" in latents of {type(model.decoder).__name__}"
+    lowest = trained_range(model.schedule)[1]
+    return (
+        f"diffusers {model.path.name} ({model.hash}): {NETWORK} of {count:,} parameters{latent}, {model.schedule!r}, "
+        f"sampled down to sigma / alpha = {lowest:.3g}"
+    )

@@ -1,0 +1,103 @@
+"""Models of diffusers as sources of cells: their samples by our solvers, on tables built for their own schedule.
+
+A seed is the noise, and the class, that it is for our own models; evaluations are counted at the network.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.diffusion.field import EVERYWHERE
+from midway.gen.diffusion.load import LEARNED
+from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.samplers import PlanConfig
+from midway.gen.diffusion.sampling import Plan, SamplingConfig, labels_of, noise_of, solve
+from midway.gen.evaluation.diffusers_model import DiffusersModel
+from midway.gen.evaluation.sources import Raw, plan_hash
+from midway.samplers.grids import GRIDS
+from midway.samplers.interop import trained_range
+from midway.samplers.sample import ForwardCounter
+from midway.samplers.schedule import Schedule
+from midway.samplers.solvers import SOLVERS, ddim, steps_for
+from midway.samplers.table import Table
+
+Config = TypeVar("Config", bound=PlanConfig)
+
+
+@dataclass(frozen=True)
+class DiffusersSource:
+    """Samples of a diffusers model by one plan."""
+
+    model: DiffusersModel
+    plan: Plan
+    sampling: SamplingConfig
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights, configurations, plan and precision."""
+        return {"diffusers": self.model.hash, "plan": plan_hash(self.plan), "precision": self.sampling.precision}
+
+    @torch.no_grad()
+    def sample(self, seeds: Tensor) -> Raw:
+        """States float32 (n, C, h, w), of noise that is a function of the seed."""
+        model, begun = self.model, time.perf_counter()
+        bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16")
+        with ForwardCounter(model.network) as counter, bf16:
+            parts = [self._solved(some) for some in seeds.split(self.sampling.batch_size)]
+        return Raw(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - begun)
+
+    def _solved(self, seeds: Tensor) -> Tensor:
+        model = self.model
+        x = start_state(model.schedule, self.plan.grid[0], noise_of(seeds, model.shape).to(model.device))
+        return solve(self.plan, model.field(labels_of(seeds, model.classes)), model.schedule, x, seeds).cpu()
+
+    def images(self, raw: Raw) -> Tensor:
+        """Decoded, or in 256 levels."""
+        return self.model.decode(raw.values)
+
+
+# ---- plans ----
+
+
+def within_training(config: Config, schedule: Schedule) -> Config:
+    """The same with grids that stay on noise levels that the model was trained on."""
+    highest, lowest = trained_range(schedule)
+    return replace(config, rho_max=min(config.rho_max, highest), rho_min=max(config.rho_min, lowest))
+
+
+def diffusers_plans(model: DiffusersModel, solver: str, nfe: int, config: PlanConfig) -> dict[str, Plan]:
+    """One table per grid, on the model's schedule; UsageError for what such a model cannot have."""
+    _check(solver, config)
+    config = within_training(config, model.schedule)
+    return {grid: _table(model.schedule, solver, grid, nfe, config) for grid in config.grids}
+
+
+def _check(solver: str, config: PlanConfig) -> None:
+    for grid in config.grids:
+        if grid not in GRIDS:
+            raise UsageError(f"grid '{grid}' with --diffusers", "its grids are functions alone", nearest(grid, GRIDS))
+    if solver not in SOLVERS:
+        why = "it is learned for a model of ours" if solver in LEARNED else "it is not in the registry"
+        raise UsageError(f"solver '{solver}' with --diffusers", why, nearest(solver, SOLVERS))
+    if config.guidance != 1 or config.weak is not None or config.interval != EVERYWHERE:
+        raise UsageError(
+            "guidance with --diffusers", "these models have no missing class", "drop --guidance and --guide"
+        )
+    if config.eta and solver != "ddim":
+        raise UsageError(f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta")
+
+
+def _table(schedule: Schedule, solver: str, grid: str, nfe: int, config: PlanConfig) -> Table:
+    entry = SOLVERS[solver]
+    try:
+        steps = steps_for(entry.evaluations, nfe, config.analytic_first)
+        times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
+        if config.eta:
+            return ddim(schedule, times, config.analytic_first, config.eta)
+        return entry.build(schedule, times, config.analytic_first)
+    except ValueError as error:
+        raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None

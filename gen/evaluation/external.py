@@ -1,0 +1,231 @@
+"""Images that somebody else made, to be measured like our own: a folder or zip of image files, or an NPZ as ADM writes them.
+
+    folder, zip     image files, decoded as training images are (image_files.py); every conversion is noted
+    NPZ             arr_0, uint8 (N, H, W, C) with C 1 or 3; arr_1, the labels, is not read; nothing is unpickled
+
+Images keep the order of their names, so that consecutive blocks of them are what consecutive seeds are to a model. Class folders
+take turns, or a block would hold some classes alone; the numbered folders of EDM (`00000/img00000000.png`) are no classes.
+"""
+
+import hashlib
+import re
+import zipfile
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data.files import Decoded, Undecodable, check_bad, decode_all, open_files, prepare, stack
+from midway.gen.data.images import check_options
+from midway.gen.evaluation.sources import Raw
+
+EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
+WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
+HASHED = 1024  # images at once
+LOSSY = "lossy samples: the format itself changes the distance; write PNG or NPZ"
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How files become pixels; None leaves images as they are."""
+
+    channels: int | None = None
+    """1 converts to grey, 3 to RGB."""
+    resize: int | None = None
+    """Shorter side in pixels, then a centre crop."""
+    on_bad_image: Literal["error", "skip"] = "error"
+
+
+@dataclass(frozen=True)
+class ExternalImages:
+    """uint8 (N, C, H, W) in the order in which they are measured, and what was done to them."""
+
+    name: str
+    pixels: Tensor
+    fingerprint: str
+    """12 hexadecimal digits of the pixels and their shape."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImagesSource:
+    """External images as the source of a cell: seed `first` is the first image; no evaluation is counted."""
+
+    external: ExternalImages
+    first: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The pixels, wherever they lie."""
+        return {"images": self.external.fingerprint}
+
+    def sample(self, seeds: Tensor) -> Raw:
+        """The images themselves."""
+        return Raw(self.external.pixels[seeds - self.first].contiguous(), 0.0, 0.0)
+
+    def images(self, raw: Raw) -> Tensor:
+        """As they are."""
+        return raw.values
+
+
+# ---- reading ----
+
+
+def read_all(paths: Sequence[Path], options: ReadingOptions) -> dict[str, ExternalImages]:
+    """By the name of file or folder, by the whole path where names repeat. UsageError for one path twice."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UsageError("--images names a path twice", "rows would repeat", "name it once")
+    names = [path.name or str(path) for path in paths]
+    found = {
+        (name if names.count(name) == 1 else str(path)): read_external(path, options)
+        for name, path in zip(names, paths, strict=True)
+    }
+    return {name: replace(images, name=name) for name, images in found.items()}
+
+
+def read_external(path: Path, options: ReadingOptions | None = None) -> ExternalImages:
+    """The images of a folder, a zip or an NPZ; DataError for what cannot be used, with the file and the remedy."""
+    options = options or ReadingOptions()
+    check_options(options.channels, options.resize, options.on_bad_image)
+    path = path.expanduser()
+    if not path.exists():
+        raise DataError(f"{path} does not exist", f"looked for {path.absolute()}", "check the path given to --images")
+    pixels, notes = _from_npz(path, options) if path.suffix.lower() == ".npz" else _from_files(path, options)
+    return ExternalImages(path.name, pixels, fingerprint(pixels), notes)
+
+
+def fingerprint(pixels: Tensor) -> str:
+    """12 hexadecimal digits: sha256 of the shape and values of uint8 images, whatever their strides."""
+    digest = hashlib.sha256(str(tuple(pixels.shape)).encode())
+    for part in pixels.split(HASHED):
+        digest.update(part.contiguous().view(-1).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
+    with open_files(path) as files:
+        names = in_turn(files.names)
+        results = decode_all(replace(files, names=names), options.channels, options.resize)
+    bad = [result for result in results if isinstance(result, Undecodable)]
+    skipped = check_bad(bad, len(results), options.on_bad_image)
+    good = [result for result in results if isinstance(result, Decoded)]
+    lossy = any("JPEG" in note for image in good for note in image.notes) or any(WEBP.search(name) for name in names)
+    turns = () if names == files.names else ("folders take turns, so that every block holds every class",)
+    pixels, conversions = stack(good)
+    return torch.from_numpy(pixels), (*conversions, *((LOSSY,) if lossy else ()), *turns, *skipped)
+
+
+def in_turn(names: Sequence[str]) -> tuple[str, ...]:
+    """Names in an order in which folders take turns; as they are in one folder, or in EDM's numbered ones."""
+    if all(EDM_NAME.fullmatch(name) for name in names):
+        return tuple(names)
+    folders: dict[PurePosixPath, list[str]] = defaultdict(list)
+    for name in names:
+        folders[PurePosixPath(name).parent].append(name)
+    return tuple(name for turn in zip_longest(*folders.values()) for name in turn if name is not None)
+
+
+def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
+    array = read_npz(path)
+    if options.channels in (None, array.shape[3]) and options.resize is None:
+        return torch.from_numpy(array).permute(0, 3, 1, 2), ()  # a view: 50,000 images are not held twice
+    grey_or_rgb = (pixels[..., 0] if pixels.shape[2] == 1 else pixels for pixels in array)
+    named = ((f"{path.name}[{index}]", Image.fromarray(pixels)) for index, pixels in enumerate(grey_or_rgb))
+    pixels, conversions = stack([prepare(name, image, options.channels, options.resize) for name, image in named])
+    return torch.from_numpy(pixels), conversions
+
+
+def read_npz(path: Path) -> NDArray[np.uint8]:
+    """`arr_0`, uint8 (N, H, W, C). DataError for a file that cannot be read, and for any other array, with the remedy."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            array = arrays["arr_0"]
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(
+            f"{path} holds no images that can be read", why, "write it with np.savez(path, images), uint8 (N, H, W, 3)"
+        ) from None
+    fix = _remedy(array)
+    if fix is not None:
+        raise DataError(f"arr_0 of {path} is {array.dtype} {array.shape}", "it should be uint8 (N, H, W, 1 or 3)", fix)
+    return array
+
+
+def _remedy(array: NDArray[Any]) -> str | None:
+    """What would make it uint8 (N, H, W, C); None if it is."""
+    if array.dtype != np.uint8:
+        return "bring it to 0 ... 255: np.rint((x + 1) * 127.5).clip(0, 255).astype(np.uint8) if x lies in [-1, 1]"
+    if array.ndim == 3:
+        return "add the channel: arr_0[..., None]"
+    if array.ndim != 4 or not array.size:
+        return "write N > 0 images of one size"
+    if array.shape[3] in (1, 3):
+        return None
+    return "put channels last: arr_0.transpose(0, 2, 3, 1)" if array.shape[1] in (1, 3) else "write grey or RGB"
+
+
+# ---- against a reference ----
+
+
+def fitted(external: ExternalImages, reference: Tensor) -> ExternalImages:
+    """The images in the channels of a reference (N, C, H, W): RGB that is grey in all pixels becomes grey, which loses nothing.
+
+    DataError for another size, and for other channels.
+    """
+    channels, *size = reference.shape[1:]
+    if channels == 1 and _is_grey(external.pixels):
+        notes = (*external.notes, "RGB of three equal channels, read as grey")
+        external = replace(external, pixels=external.pixels[:, :1].contiguous(), notes=notes)
+    found = external.pixels.shape
+    if list(found[2:]) != size:
+        fix = f"make samples of that size, or pass --images-resize {size[0]} (which changes the distance)"
+        raise DataError(
+            f"{external.name}: images are {_size(found)}", f"the reference has {_size(reference.shape)}", fix
+        )
+    if found[1] != channels:
+        fix = f"make such samples, or pass --images-channels {channels}"
+        raise DataError(f"{external.name}: images have {found[1]} channels", f"the reference has {channels}", fix)
+    return external
+
+
+def _is_grey(pixels: Tensor) -> bool:
+    return pixels.shape[1] == 3 and torch.equal(pixels[:, 0], pixels[:, 1]) and torch.equal(pixels[:, 0], pixels[:, 2])
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[3]}x{shape[2]}"
+
+
+def images_per_block(externals: Sequence[ExternalImages], blocks: int) -> int:
+    """The most images that all of them can give to each of `blocks` blocks; cells of different counts do not compare."""
+    return min(len(external.pixels) for external in externals) // blocks
+
+
+def check_count(external: ExternalImages, n: int, blocks: int) -> None:
+    """DataError unless there are n images for each of `blocks` blocks."""
+    count = len(external.pixels)
+    if count < n * blocks:
+        raise DataError(
+            f"{external.name} has {count} images, {n * blocks} are needed",
+            f"{blocks} blocks of {n} images each are measured",
+            f"make more samples, or pass --n {max(count // blocks, 1)}, or fewer --blocks",
+        )

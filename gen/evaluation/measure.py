@@ -1,0 +1,275 @@
+"""One cell of a sweep: sample its seeds part by part, look at them through the feature network, and sum up.
+
+Parts are shared among processes by number and kept in the store, and so are the blocks that are measured of them; each is read in
+the order of the seeds, so the numbers are the same bits for any number of processes, and after any number of kills.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.data.pictures import grid_png
+from midway.gen.evaluation.metrics import Seen, measure_metrics
+from midway.gen.evaluation.sources import Raw, Source
+from midway.gen.evaluation.store import CellStore, Part, cell_id, part_ranges, seeds_of
+from midway.gen.features.reference import Measurer
+from midway.gen.metrics.psnr_ssim import psnr
+
+SHOWN = 8
+"""Seeds shown in the sample grids."""
+TIMES = ("solver", "decode", "features")
+"""What a part's seconds are of."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """`blocks` disjoint blocks of n seeds from `first` on."""
+
+    first: int
+    n: int
+    blocks: int
+
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """(block, first seed, seeds) of every part."""
+        return part_ranges(self.first, self.n, self.blocks)
+
+    @property
+    def last(self) -> int:
+        """The last seed."""
+        return self.first + self.n * self.blocks - 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The fine solution of every seed, kept in the store as parts of the same seeds."""
+
+    source: Source
+    seeds: Seeds
+    store: CellStore
+    shard: ProcessInfo
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of its parts."""
+        return {"fine solution": self.source.identity, "first": self.seeds.first, "n": self.seeds.n}
+
+    def make(self) -> None:
+        """Make the parts of this process that are not there."""
+        for number, (_, first, count) in self.shard.mine(self.seeds.parts):
+            if self.store.part(self.identity, number) is None:
+                raw = self.source.sample(seeds_of(first, count))
+                tensors = {"latents": raw.values, "images": self.source.images(raw)}
+                self.store.write_part(self.identity, number, Part(tensors, {"nfe": raw.nfe}))
+
+    def latents(self, most: int) -> Tensor:
+        """The fine solution of the first seeds, at most so many."""
+        found: list[Tensor] = []
+        for number in range(len(self.seeds.parts)):
+            part = self.store.part(self.identity, number)
+            if part is None or sum(map(len, found)) >= most:
+                break
+            found.append(part.tensors["latents"])
+        return torch.cat(found)[:most]
+
+    def errors(self, number: int, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """float64 (n,) twice: mean square distance of latents (n, C, h, w), and PSNR in dB of images, to the fine solution."""
+        part = self.store.part(self.identity, number)
+        if part is None:
+            raise RuntimeError(f"the fine solution of part {number} is gone: run again")
+        errors = (latents.double() - part.tensors["latents"].double()).square().flatten(1).mean(1)
+        return {"errors": errors, "psnr": psnr(images, part.tensors["images"])}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every cell of a sweep is measured with."""
+
+    measurer: Measurer
+    seeds: Seeds
+    store: CellStore
+    shard: ProcessInfo
+    metrics: tuple[str, ...] = ()
+    """Beside the Fréchet distance, by their names in METRICS."""
+    overlap: bool = False
+    """Decode and look at a part while the next one is sampled."""
+    timing: str = ""
+    """What seconds depend on."""
+
+    def identity(self, source: Source, fine: "Reference | None" = None) -> dict[str, Any]:
+        """Everything that the numbers of a cell depend on."""
+        found = {
+            "source": source.identity,
+            "seeds": [self.seeds.first, self.seeds.n, self.seeds.blocks],
+            "features": self.measurer.features,
+            "reference": self.measurer.reference_id,
+            "root": self.measurer.root,
+            "metrics": sorted(self.metrics),
+        }
+        return found | ({"fine": fine.identity} if fine is not None else {})
+
+    def record(self, source: Source, fine: "Reference | None" = None) -> str:
+        """Name of the cell's record in the store."""
+        return cell_id(self.identity(source, fine))
+
+
+def measure(source: Source, bench: Bench, fine: Reference | None = None) -> dict[str, Any]:
+    """The numbers of one cell: from the store if it is finished, else measured. With `fine`, RMSE too."""
+    identity = bench.identity(source, fine)
+    numbers = bench.store.record(identity)
+    bench.shard.wait()  # all have looked before the first process writes
+    if numbers is None:
+        _make_parts(source, bench, identity, fine)
+        bench.shard.wait()
+        _make_blocks(bench, identity)
+        bench.shard.wait()
+        if bench.shard.rank == 0:
+            numbers, png = _summary(bench, identity)
+            bench.store.finish(identity, numbers, png)
+        bench.shard.wait()
+        numbers = numbers or bench.store.record(identity)
+    assert numbers is not None
+    return numbers
+
+
+def picture(source: Source, bench: Bench, fine: Reference | None = None) -> bytes | None:
+    """The PNG of a finished cell."""
+    return bench.store.png(bench.identity(source, fine))
+
+
+# ---- parts ----
+
+
+def _make_parts(source: Source, bench: Bench, identity: dict[str, Any], fine: Reference | None) -> None:
+    with _worker(bench.overlap) as run:
+        for number, (_, first, count) in bench.shard.mine(bench.seeds.parts):
+            if bench.store.part(identity, number) is None:
+                raw = source.sample(seeds_of(first, count))
+                run(lambda raw=raw, number=number: _keep(source, raw, number, bench, identity, fine))
+
+
+def look(measurer: Measurer, images: Tensor) -> Seen:
+    """Features and logits of uint8 images, on the CPU."""
+    found = measurer.network.activations(images)
+    return Seen(found.features.cpu(), None if found.logits is None else found.logits.cpu())
+
+
+def _keep(
+    source: Source, raw: Raw, number: int, bench: Bench, identity: dict[str, Any], fine: Reference | None
+) -> None:
+    """Decode, look, and write a part."""
+    begun = time.perf_counter()
+    images = source.images(raw)
+    decoded = time.perf_counter()
+    seen = look(bench.measurer, images)
+    costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun, "timing": bench.timing}
+    costs["features"] = time.perf_counter() - decoded
+    tensors = {"features": seen.features, "finite": raw.finite}
+    if seen.logits is not None:
+        tensors["logits"] = seen.logits
+    if fine is not None:
+        tensors |= fine.errors(number, raw.values, images)
+    if number == 0:
+        tensors["shown"] = images[:SHOWN]
+    bench.store.write_part(identity, number, Part(tensors, costs))
+
+
+@contextmanager
+def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Runs what it is given: at once, or in a thread, one behind the caller."""
+    if not overlap:
+        yield lambda task: task()
+        return
+    pending: list[Future[None]] = []
+
+    def later(task: Callable[[], None]) -> None:
+        while pending:
+            pending.pop().result()  # its error, if any; and never more than one part waits
+        pending.append(pool.submit(task))
+
+    with ThreadPoolExecutor(1) as pool:
+        yield later
+        while pending:
+            pending.pop().result()
+
+
+# ---- summing up ----
+
+
+def _make_blocks(bench: Bench, identity: dict[str, Any]) -> None:
+    """Measure the blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
+    for block, _ in bench.shard.mine(range(bench.seeds.blocks)):
+        if bench.store.part(identity, _place(bench, block)) is None:
+            bench.store.write_part(identity, _place(bench, block), _block(bench, identity, block))
+
+
+def _place(bench: Bench, block: int) -> int:
+    """The number of a block's figures in the store, after all parts of samples."""
+    return len(bench.seeds.parts) + block
+
+
+def _block(bench: Bench, identity: dict[str, Any], block: int) -> Part:
+    """The figures of one block from its parts; `errors` and `psnr` of each sample, if there was a fine solution."""
+    numbers = [number for number, (its, _, _) in enumerate(bench.seeds.parts) if its == block]
+    parts = [part for number in numbers if (part := bench.store.part(identity, number)) is not None]
+    if len(parts) < len(numbers):
+        raise RuntimeError(f"parts of block {block} are gone: run again")
+    found = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors if name != "shown"}
+    seen, sound = Seen(found["features"], found.get("logits")), bool(found["finite"].all())
+    figures = {
+        "distance": bench.measurer.distance_of(seen.features) if sound else None,
+        "metrics": measure_metrics(bench.metrics, seen, bench.measurer) if sound else {},
+        "nonfinite": int((~found["finite"]).sum()),
+        "nfe": [part.costs["nfe"] for part in parts],
+        "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
+        "timing": [part.costs["timing"] for part in parts],
+    }
+    kept = {name: found[name] for name in ("errors", "psnr") if name in found}
+    return Part(kept | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
+
+
+def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+    """Numbers of all blocks, in the order of the seeds, and a picture of the first."""
+    blocks = [bench.store.part(identity, _place(bench, block)) for block in range(bench.seeds.blocks)]
+    found = [block for block in blocks if block is not None]
+    if len(found) < len(blocks):
+        raise RuntimeError("the figures of a block are gone: run again")
+    figures = [block.costs for block in found]
+    nonfinite = sum(its["nonfinite"] for its in figures)
+    errors = [block.tensors["errors"] for block in found if "errors" in block.tensors]
+    quality = [block.tensors["psnr"] for block in found if "psnr" in block.tensors]
+    numbers: dict[str, Any] = {
+        "nfe": _whole([nfe for its in figures for nfe in its["nfe"]]),
+        "distances": [None if nonfinite else its["distance"] for its in figures],
+        "nonfinite": nonfinite,
+        "metrics": {}
+        if nonfinite
+        else {name: [its["metrics"][name] for its in figures] for name in figures[0]["metrics"]},
+        "rmse": _rmse(torch.cat(errors)) if errors else None,
+        "psnr": torch.cat(quality).mean().item() if quality and not nonfinite else None,
+        "seconds": {name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES},
+        "timing": " + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
+    }
+    return numbers, grid_png(found[0].tensors["shown"], columns=SHOWN // 2)
+
+
+def _rmse(errors: Tensor) -> float | None:
+    mean = errors.mean().item()
+    return math.sqrt(mean) if math.isfinite(mean) else None
+
+
+def _whole(counts: list[float]) -> int:
+    """Evaluations per sample as a whole number; guided evaluations run the network twice."""
+    if len(set(counts)) != 1 or counts[0] != int(counts[0]):
+        raise RuntimeError(
+            f"{sorted(set(counts))} evaluations per sample were counted; a fixed-step solver must make one whole number"
+        )
+    return int(counts[0])

@@ -1,0 +1,127 @@
+"""What a cell reports beside its Fréchet distance, of the same features: by name, in `METRICS`.
+
+    kid         kernel distance, unbiased; subsets of at most 1000                    (kernel_distance.py)
+    precision   precision and recall, k = 3                                           (manifold.py)
+    density     density and coverage, k = 5                                           (manifold.py)
+    is          inception score of the feature network's own class probabilities      (inception_score.py)
+    infinity    Fréchet distance extrapolated to infinitely many images               (extrapolation.py)
+
+Each is measured on every block of seeds. The reference of kid, precision and density are training images whose classes take
+turns: at most 10,000 for kid, and for the others, which depend on both counts, as many as a block has images; of a larger block
+the first 10,000 count.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.core.randomness import permutation
+from midway.gen.features.reference import Measurer
+from midway.gen.metrics.frechet_infinity import frechet_distance_at_infinity
+from midway.gen.metrics.inception_score import inception_score
+from midway.gen.metrics.kid import kid
+from midway.gen.metrics.precision_recall import density_coverage, precision_recall
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A block of samples as the feature network sees it: features float32 (n, D), logits (n, K) if it has any."""
+
+    features: Tensor
+    logits: Tensor | None
+
+
+def _kid(seen: Seen, measurer: Measurer) -> Values:
+    return {"kid": kid(seen.features, _sample(measurer)).value}
+
+
+def _precision(seen: Seen, measurer: Measurer) -> Values:
+    found = precision_recall(*_as_many(measurer, seen))
+    return {"precision": found.precision, "recall": found.recall}
+
+
+def _density(seen: Seen, measurer: Measurer) -> Values:
+    found = density_coverage(*_as_many(measurer, seen))
+    return {"density": found.density, "coverage": found.coverage}
+
+
+def _inception(seen: Seen, measurer: Measurer) -> Values:
+    if seen.logits is None:
+        raise UsageError(
+            f"--metrics is with {measurer.features}",
+            "it names no class probabilities",
+            "drop it, or use other --features",
+        )
+    mixed = seen.logits[permutation(0, "inception score", 0, len(seen.logits))]  # samples may be sorted by class
+    return {"inception_score": inception_score(mixed, min(10, len(mixed))).value}
+
+
+def _infinity(seen: Seen, measurer: Measurer) -> Values:
+    return {"fd_infinity": frechet_distance_at_infinity(seen.features, measurer.reference).value}
+
+
+METRICS: dict[str, Callable[[Seen, Measurer], Values]] = {
+    "kid": _kid,
+    "precision": _precision,
+    "density": _density,
+    "is": _inception,
+    "infinity": _infinity,
+}
+
+
+def possible(names: tuple[str, ...], n: int, dim: int) -> tuple[str, ...]:
+    """Those metrics that n images of `dim` features can have."""
+    return tuple(name for name in names if n >= _least(name, dim))
+
+
+def _least(name: str, dim: int) -> int:
+    return {"precision": 4, "density": 6, "infinity": 4 * dim}.get(name, 2)
+
+
+def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> None:
+    """UsageError for unknown names, and for metrics that blocks of n images of `dim` features cannot have."""
+    for name in names:
+        if name not in METRICS:
+            raise UsageError(f"unknown metric '{name}'", "it is not in the registry", nearest(name, METRICS))
+    for name in names:
+        if n < _least(name, dim):
+            raise UsageError(
+                f"--metrics {name} of {n} images a block",
+                f"it needs at least {_least(name, dim)}",
+                "raise --n, or drop it",
+            )
+    if "is" in names and not logits:
+        raise UsageError(
+            "--metrics is", "these features have no class probabilities", "drop it, or use other --features"
+        )
+
+
+def measure_metrics(names: tuple[str, ...], seen: Seen, measurer: Measurer) -> Values:
+    """Every value of every metric of one block."""
+    return {key: value for name in names for key, value in METRICS[name](seen, measurer).items()}
+
+
+def mean_std(values: Mapping[str, list[float]], key: str) -> tuple[float | None, float | None]:
+    """Mean and standard deviation over blocks; None where there are none, or only one."""
+    found = values.get(key, [])
+    if not found:
+        return None, None
+    mean = sum(found) / len(found)
+    if len(found) == 1:
+        return mean, None
+    return mean, (sum((value - mean) ** 2 for value in found) / (len(found) - 1)) ** 0.5
+
+
+def _sample(measurer: Measurer) -> Tensor:
+    assert measurer.sample is not None
+    return measurer.sample
+
+
+def _as_many(measurer: Measurer, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Features of as many training images as samples, and of the samples: both counts matter to these metrics."""
+    real = _sample(measurer)[: len(seen.features)]
+    return real, seen.features[: len(real)]

@@ -1,0 +1,116 @@
+"""One line of a comparison of tokenizers, and the figures in it that need no image: size, use of codes, ranks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from midway.gen.metrics.code_usage import CodeUse
+from midway.gen.metrics.latent_rank import moments, ranks
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.tokenizer.latents import tokenizer_hash
+from midway.tokenizers.base import bits_per_image
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+
+@dataclass(frozen=True)
+class TokenizerRow:
+    """All figures of one tokenizer, and the protocol they were measured by. None: makes no sense here, or was not asked for.
+
+    `codebook` is K of each of `groups` codes a position; `used` and `dead` are of all groups together, `counted` the tokens of
+    one; `perplexity` is the mean over groups. Seconds are for 1000 images, encoding with quantization. `noise` are the sigmas of
+    `psnr_noisy` (latents decoded as they are) and `psnr_snapped` (snapped first).
+    """
+
+    name: str
+    tokenizer: str
+    quantizer: str
+    parameters: int
+    latent_shape: str
+    tokens: int
+    groups: int
+    codebook: int | None
+    mse: float
+    psnr: float
+    ssim: float
+    lpips: float | None
+    distance: float | None
+    interpolated: float | None
+    floor: float | None
+    usage: float | None
+    used: int | None
+    dead: int | None
+    counted: int | None
+    perplexity: float | None
+    bits: float | None
+    entropy_bits: float | None
+    rate: float | None
+    psnr_sampled: float | None
+    code_rank: float | None
+    code_stable_rank: float | None
+    latent_rank: float
+    latent_stable_rank: float
+    noise: tuple[float, ...]
+    psnr_noisy: tuple[float, ...]
+    psnr_snapped: tuple[float, ...] | None
+    encode_seconds: float
+    decode_seconds: float
+    n: int
+    seed: int
+    images: str
+    features: str | None
+    reference: str | None
+    perceptual: str | None
+
+
+def description(config: Mapping[str, Any]) -> str:
+    """A quantizer's configuration in a line: `fsq levels 8,5,5,5`, `residual base (vq codebook_size 256, dim 8), depth 4`."""
+    options = [f"{key} {_words(value)}" for key, value in config.items() if key != "type"]
+    return f"{config['type']} {', '.join(options)}".rstrip()
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({description(value)})"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def identity_figures(name: str, tokenizer: ImageTokenizer) -> dict[str, Any]:
+    return {
+        "name": name,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "quantizer": description(tokenizer.config["quantizer"]),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "latent_shape": "x".join(map(str, tokenizer.latent_shape)),
+        "tokens": tokenizer.tokens,
+        "groups": tokenizer.quantizer.groups,
+        "codebook": tokenizer.quantizer.codebook_size,
+    }
+
+
+def code_figures(tokenizer: ImageTokenizer, use: CodeUse | None) -> dict[str, Any]:
+    if use is None:
+        return dict.fromkeys(("usage", "used", "dead", "counted", "perplexity", "bits", "entropy_bits"))
+    perplexities = use.perplexities
+    return {
+        "usage": use.used / (use.used + use.dead),
+        "used": use.used,
+        "dead": use.dead,
+        "counted": use.counted,
+        "perplexity": sum(perplexities) / len(perplexities),
+        "bits": bits_per_image(tokenizer.tokens * tokenizer.quantizer.groups, use.size),
+        "entropy_bits": tokenizer.tokens * sum(map(math.log2, perplexities)),
+    }
+
+
+def rank_figures(codes: FeatureStatistics | None, latents: Tensor) -> dict[str, float | None]:
+    code, code_stable = (None, None) if codes is None else ranks(codes)
+    latent, latent_stable = ranks(moments(latents))
+    return {
+        "code_rank": code,
+        "code_stable_rank": code_stable,
+        "latent_rank": latent,
+        "latent_stable_rank": latent_stable,
+    }

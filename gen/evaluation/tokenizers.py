@@ -1,0 +1,296 @@
+"""How good a tokenizer is: errors of its reconstructions, use of its codes, shape of its latents, what a latent model can expect.
+
+Reconstructions are rounded to 8 bits; PSNR and SSIM as in reconstruction.py. Beside them, on the same n held-out images:
+
+    reconstruction distance   Fréchet distance of the n reconstructions to all training images. The sampling sweep measures its
+                              samples in the same way, so that at the same n the two can be compared
+    interpolated distance     the same of decode(slerp(y_i, y_j, 1/2)): y standardised latents, y_j the one of the other n - 1 of
+                              least angle to y_i (iFID, arXiv 2603.05630; its code takes the neighbour among training images)
+    noise curve               PSNR of decode(latent + sigma std_d noise), with and without snapping to codes: few solver steps
+                              leave such noise, and snapping removes what is below half a cell
+    entropy bits per image    tokens sum_g H_g / ln 2, H_g the entropy of group g's code frequencies: what an entropy coder that
+                              knows no context would spend (too little where tokens are few for K)
+    rate of a posterior       mean KL(posterior || prior) / ln 2 bits per image, what bits-back coding spends (Hinton and van Camp
+                              1993); its distortion is `psnr_sampled`, of draws from the posterior
+    effective rank            exp(H(s / sum s)), s the singular values of centred vectors (Roy and Vetterli 2007)
+    stable rank               sum s^2 / max s^2
+
+Ranks are of the codes as used, each as often as it occurs, and of the latents, over all images and positions. 10^5 tokens cannot
+use 10^6 codes, so `dead` has to be read beside `counted`.
+
+Every image draws by its own seed, its place among the held-out images; batches change nothing beyond rounding in the networks.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midway.gen.core.errors import DataError, DivergedError, UsageError
+from midway.gen.core.randomness import normal
+from midway.gen.data.images import ImageData, to_float, to_uint8
+from midway.gen.evaluation.tokenizer_records import TokenizerRow, code_figures, identity_figures, rank_figures
+from midway.gen.features.reference import Measurer, balanced
+from midway.gen.metrics.code_usage import CodeCounter
+from midway.gen.metrics.frechet import frechet_distance
+from midway.gen.metrics.latent_rank import channel_moments, interpolated, moments
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.metrics.psnr_ssim import mse, psnr, ssim
+from midway.tokenizers.kl import KL, gaussian_kl
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+SHOWN = 10  # images shown of every tokenizer: with ten classes, one of each
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What to measure: `n` held-out images (None: all), sigmas of the `noise` in units of each channel's standard deviation."""
+
+    n: int | None = None
+    batch_size: int = 256
+    noise: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A row, and what is plotted and shown of it: `frequencies`, None without codes; the first images, uint8, on the CPU."""
+
+    row: TokenizerRow
+    frequencies: Tensor | None
+    reconstructions: Tensor
+    interpolations: Tensor | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The images that every tokenizer is measured on: uint8 (n, C, H, W), their places among the held-out images, their name."""
+
+    images: Tensor
+    ids: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures images: a feature network with its reference and the floor, and LPIPS; each may be missing."""
+
+    measurer: Measurer | None = None
+    floor: float | None = None
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
+    perceptual_name: str | None = None
+
+
+def choose(held_out: ImageData, config: EvaluationConfig) -> Subject:
+    """The first n images in an order balanced over classes. UsageError for flags that cannot be used."""
+    available = len(held_out.images)
+    n = available if config.n is None else config.n
+    if not 2 <= n <= available:
+        raise UsageError(f"--n {n}", f"2 to {available} images are held out", "choose a number among these")
+    if config.batch_size < 1:
+        raise UsageError(f"--batch-size {config.batch_size}", "a batch has images", "raise it")
+    if not all(0 <= sigma < math.inf for sigma in config.noise):
+        raise UsageError(f"--noise {' '.join(map(str, config.noise))}", "sigma is finite and >= 0", "correct the list")
+    ids = balanced(held_out.labels)[:n]
+    return Subject(held_out.images[ids], ids, f"{held_out.name}@{held_out.fingerprint[:12]}")
+
+
+def check_size(name: str, tokenizer: ImageTokenizer, images: Tensor) -> None:
+    """DataError unless the tokenizer takes these images."""
+    if tokenizer.image_shape != tuple(images.shape[1:]):
+        raise DataError(
+            f"{name} takes {tokenizer.image_shape} images",
+            f"its data now give {tuple(images.shape[1:])}",
+            "train the tokenizer again, or give it back the data it was trained on",
+        )
+
+
+# ---- the measurement ----
+
+
+@dataclass
+class _Gathered:
+    """What one pass over the images leaves, in their order."""
+
+    counter: CodeCounter | None
+    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    latents: list[Tensor] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    shown: list[Tensor] = field(default_factory=list)
+    codes: FeatureStatistics | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "decode": 0.0})
+
+    def mean(self, name: str) -> float | None:
+        """Of a score over all images, None if it was not measured."""
+        return torch.cat(self.scores[name]).mean().item() if name in self.scores else None
+
+    def add_scores(self, scores: Mapping[str, Tensor]) -> None:
+        for name, values in scores.items():
+            self.scores.setdefault(name, []).append(values.double().cpu())
+
+
+@torch.no_grad()
+def measure(
+    name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, config: EvaluationConfig
+) -> Measurement:
+    """Everything about one tokenizer in evaluation mode. DivergedError if it decodes to values that are not finite."""
+    found = _reconstruct(name, tokenizer, subject, instruments, config)
+    latents = torch.cat(found.latents)
+    curves = _noise_curves(name, tokenizer, latents, subject, config)
+    distance, between, shown = None, None, None
+    if instruments.measurer is not None:
+        distance = _distance(instruments.measurer, found.features)
+        midpoints = interpolated(latents)
+        decoded = _decoded_parts(name, tokenizer, midpoints, config)
+        shown, features = _seen(instruments.measurer, decoded)
+        between = _distance(instruments.measurer, features)
+    use = None if found.counter is None else found.counter.use()
+    figures = {
+        **identity_figures(name, tokenizer),
+        **{score: found.mean(score) for score in ("mse", "psnr", "ssim", "lpips", "psnr_sampled")},
+        **code_figures(tokenizer, use),
+        **rank_figures(found.codes, latents),
+        **{f"{step}_seconds": 1000 * seconds / len(latents) for step, seconds in found.seconds.items()},
+        **_protocol(subject, instruments, config),
+    }
+    kl = found.mean("kl")
+    row = TokenizerRow(
+        **figures,
+        distance=distance,
+        interpolated=between,
+        rate=None if kl is None else kl / math.log(2),
+        noise=config.noise,
+        psnr_noisy=curves[False],
+        psnr_snapped=curves.get(True),
+    )
+    return Measurement(row, None if use is None else use.frequencies, torch.cat(found.shown)[:SHOWN], shown)
+
+
+def _reconstruct(
+    name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, config: EvaluationConfig
+) -> _Gathered:
+    """Encode and decode every image once."""
+    quantizer = tokenizer.quantizer
+    found = _Gathered(
+        None if quantizer.codebook_size is None else CodeCounter(quantizer.codebook_size, quantizer.groups)
+    )
+    first = to_float(subject.images[: config.batch_size].to(tokenizer.device))
+    tokenizer.decode(quantizer(tokenizer.encode(first)).codes)  # what only the first batch costs is not timed
+    for part, ids in _batches(subject, config.batch_size):
+        x = to_float(part.to(tokenizer.device))
+        started = _now(tokenizer)
+        z = tokenizer.encode(x)
+        quantized = quantizer(z)
+        encoded = _now(tokenizer)
+        decoded = tokenizer.decode(quantized.codes)
+        found.seconds["decode"] += _now(tokenizer) - encoded
+        found.seconds["encode"] += encoded - started
+        shown = _to_8_bits(name, decoded)
+        found.add_scores(_errors(part, shown, instruments, tokenizer.device))
+        found.add_scores(_posterior(name, tokenizer, z, part, ids, config.seed))
+        if found.counter is not None:
+            found.counter.add(quantized)
+            statistics = moments(quantized.codes)
+            found.codes = statistics if found.codes is None else found.codes + statistics
+        # as `raw_latents`, without encoding again
+        found.latents.append((quantized.codes if tokenizer.latent_space == "post" else quantizer.latents(z)).cpu())
+        if instruments.measurer is not None:
+            found.features.append(instruments.measurer.network.features(shown).cpu())
+        if sum(map(len, found.shown)) < SHOWN:
+            found.shown.append(shown)
+    return found
+
+
+def _batches(subject: Subject, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(subject.images.split(size), subject.ids.split(size), strict=True)
+
+
+def _now(tokenizer: ImageTokenizer) -> float:
+    """Seconds, once the device has done what it was told."""
+    if tokenizer.device.type == "cuda":
+        torch.cuda.synchronize(tokenizer.device)
+    return time.perf_counter()
+
+
+def _to_8_bits(name: str, decoded: Tensor) -> Tensor:
+    """Rounded to uint8 on the CPU."""
+    if not bool(torch.isfinite(decoded).all()):
+        raise DivergedError(f"{name} decodes to NaN or infinity", "its training diverged", "train it again")
+    return to_uint8(decoded).cpu()
+
+
+def _errors(part: Tensor, shown: Tensor, instruments: Instruments, device: torch.device) -> dict[str, Tensor]:
+    """Of each of uint8 images (B, C, H, W) and what is shown of them, both on the CPU."""
+    errors = {"mse": mse(part, shown), "psnr": psnr(part, shown), "ssim": ssim(part, shown)}
+    if instruments.perceptual is not None:
+        errors["lpips"] = instruments.perceptual(to_float(shown.to(device)), to_float(part.to(device)))
+    return errors
+
+
+def _posterior(
+    name: str, tokenizer: ImageTokenizer, z: Tensor, part: Tensor, ids: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """KL in nats and the PSNR of a draw, each (B,); nothing of other quantizers."""
+    quantizer = tokenizer.quantizer
+    if not isinstance(quantizer, KL):
+        return {}
+    draw = quantizer(z, normal(seed, "posterior", 0, ids, tokenizer.noise_shape).to(z.device)).codes
+    shown = _to_8_bits(name, tokenizer.decode(draw))
+    return {"kl": gaussian_kl(*quantizer.moments(z)), "psnr_sampled": psnr(part, shown)}
+
+
+def _decode_raw(name: str, tokenizer: ImageTokenizer, latents: Tensor, snap: bool) -> Tensor:
+    """Raw latents (B, D, *S) on any device -> images, uint8 on the CPU."""
+    latents = latents.to(tokenizer.device)
+    return _to_8_bits(name, tokenizer.decode(tokenizer.quantizer.snap(latents) if snap else latents))
+
+
+def _decoded_parts(name: str, tokenizer: ImageTokenizer, latents: Tensor, config: EvaluationConfig) -> Iterator[Tensor]:
+    """Images of raw latents as a latent model's samples are decoded, batch by batch."""
+    for part in latents.split(config.batch_size):
+        yield _decode_raw(name, tokenizer, part, tokenizer.snap_on_decode)
+
+
+def _noise_curves(
+    name: str, tokenizer: ImageTokenizer, latents: Tensor, subject: Subject, config: EvaluationConfig
+) -> dict[bool, tuple[float, ...]]:
+    """PSNR at every sigma, by whether latents were snapped: only where there are codes and samples are snapped to them."""
+    snaps = [False] + [True] * (tokenizer.snap_on_decode and tokenizer.quantizer.codebook_size is not None)
+    scores: dict[tuple[bool, float], list[Tensor]] = {(snap, sigma): [] for snap in snaps for sigma in config.noise}
+    std = channel_moments(latents)[1].float().view(1, -1, 1, 1)
+    for raw, (part, ids) in zip(latents.split(config.batch_size), _batches(subject, config.batch_size), strict=True):
+        noise = std * normal(config.seed, "decode noise", 0, ids, raw.shape[1:])
+        for (snap, sigma), found in scores.items():
+            found.append(psnr(part, _decode_raw(name, tokenizer, raw + sigma * noise, snap)))
+    return {snap: tuple(torch.cat(scores[snap, sigma]).mean().item() for sigma in config.noise) for snap in snaps}
+
+
+def _seen(measurer: Measurer, parts: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The first images, and the features of all."""
+    shown, features = [], []
+    for part in parts:
+        features.append(measurer.network.features(part).cpu())
+        if sum(map(len, shown)) < SHOWN:
+            shown.append(part)
+    return torch.cat(shown)[:SHOWN], features
+
+
+def _distance(measurer: Measurer, features: list[Tensor]) -> float:
+    return frechet_distance(FeatureStatistics.of(torch.cat(features)), measurer.reference)
+
+
+def _protocol(subject: Subject, instruments: Instruments, config: EvaluationConfig) -> dict[str, Any]:
+    measurer = instruments.measurer
+    return {
+        "floor": instruments.floor,
+        "n": len(subject.images),
+        "seed": config.seed,
+        "images": subject.name,
+        "features": None if measurer is None else measurer.features,
+        "reference": None if measurer is None else measurer.reference_name,
+        "perceptual": instruments.perceptual_name,
+    }

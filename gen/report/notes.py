@@ -1,0 +1,150 @@
+"""What a report says of itself in sentences: the model, how its numbers were measured, and how to read them."""
+
+from collections.abc import Sequence
+
+from midway.gen.data.splits import Splits
+from midway.gen.evaluation.diffusers_model import DiffusersModel, describe
+from midway.gen.evaluation.external import ExternalImages
+from midway.gen.evaluation.jobs import Model, SweepConfig
+from midway.gen.evaluation.records import FLOOR, Cell, number
+from midway.gen.evaluation.sweep import Sweep
+
+
+def model_text(model: Model | None) -> str:
+    """The model in a line."""
+    if model is None:
+        return "no model of ours"
+    if isinstance(model, DiffusersModel):
+        return describe(model)
+    config = model.model.config
+    network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+    return f"{model.hash}: {network}; weights {model.weights}"
+
+
+def external_notes(externals: dict[str, ExternalImages], n: int, blocks: int) -> tuple[str, ...]:
+    """What was done to images that somebody else made, and how many of them count."""
+    found = [
+        f"images: {name} ({images.fingerprint}): {text}"
+        for name, images in externals.items()
+        for text in (f"the first {n * blocks} of {len(images.pixels)} images", *images.notes)
+    ]
+    sorting = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
+    return (*((sorting,) if externals and blocks > 1 else ()), *found)
+
+
+def floor_text(sweep: Sweep) -> str:
+    """The floor in a line, for a table without solvers."""
+    floor = sweep.cells[0]
+    return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
+
+
+def repeats_note(repeats: int, left_out: Sequence[str]) -> tuple[str, ...]:
+    """What error bars are, of several trainings, and what has no place among them."""
+    if not repeats:
+        return ()
+    missing = (f"Left out, since not all trainings have it: {'; '.join(left_out)}.",) if left_out else ()
+    return (
+        *missing,
+        f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are those "
+        "among trainings, not among blocks. Baselines and sample images are of the first.",
+    )
+
+
+def notes(
+    n: int, config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """How to read the numbers of a model."""
+    return (
+        *common_notes(n, config, splits, features, repeats),
+        "Blocks are of seeds, and the same seeds serve every cell.",
+        "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
+        *rmse_note(config),
+        *repeats_note(repeats, left_out),
+        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
+    )
+
+
+def few_note(n: int, dim: int) -> tuple[str, ...]:
+    """A warning where the distance is mostly bias."""
+    if n >= 2 * dim:
+        return ()
+    return (
+        f"{n} images for {dim} features: below two images a feature the Fréchet distance is mostly bias. It ranks cells of this "
+        "table alone, if that; --metrics kid is unbiased, more images are better.",
+    )
+
+
+UNEQUAL = 1.25
+"""The largest class beside the smallest from which on a warning is due."""
+MANY = 20
+"""Images of a class in a block from which on one more or less does not matter."""
+
+
+def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
+    """Warnings where seeds, which take turns through the classes, have other classes than the images they are compared with."""
+    counts = splits.train.labels.bincount(minlength=len(splits.train.classes))
+    counts, found = counts[counts > 0], []
+    if len(counts) > 1 and counts.max() > UNEQUAL * counts.min():
+        found.append(
+            f"Classes are unequal: the training images hold from {int(counts.min())} to {int(counts.max())} of a class, while "
+            "seeds and the floor have every class equally often. That difference is part of every distance, and of the floor "
+            "unless all held-out images are measured."
+        )
+    classes = 0 if model is None else model.classes if isinstance(model, DiffusersModel) else model.model.classes
+    if classes and n % classes and n < MANY * classes:
+        found.append(
+            f"Blocks of {n} seeds do not hold each of {classes} classes equally often: part of the error bar is that."
+        )
+    return tuple(found)
+
+
+def reference_notes(sweep: Sweep) -> tuple[str, ...]:
+    """A warning where the fine solution is none."""
+    if sweep.fine is None or not any(
+        cell.rmse is None and not cell.nonfinite and not cell.baseline for cell in sweep.cells if cell.solver != FLOOR
+    ):
+        return ()
+    return (
+        "The fine solution diverged for some seeds, so there is no RMSE: use less guidance or more --reference-nfe.",
+    )
+
+
+def timing_notes(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """A warning where seconds were not measured alike."""
+    kinds = dict.fromkeys(cell.timing for cell in cells if cell.timing)
+    if len(kinds) < 2:
+        return ()
+    return (f"Seconds compare only where they were measured alike; here they were measured on {' / '.join(kinds)}.",)
+
+
+def common_notes(n: int, config: SweepConfig, splits: Splits, features: str, repeats: int = 0) -> tuple[str, ...]:
+    """How to read any distance."""
+    held_out = min(n, len(splits.held_out.images))
+    return (
+        f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
+        + (
+            f"mean over {config.blocks} disjoint block(s) of each training."
+            if repeats
+            else f"mean and standard deviation over {config.blocks} disjoint blocks."
+            if config.blocks > 1
+            else "of one block, so without an error bar."
+        ),
+        f"The floor is the distance of {held_out} held-out real images to all training images."
+        + (
+            ""
+            if held_out == n
+            else " It was measured at another image count than the cells, and the distance depends on it."
+        ),
+        f"NFE is counted at the network. {features}",
+    )
+
+
+def rmse_note(config: SweepConfig) -> tuple[str, ...]:
+    """What RMSE is, where it was measured."""
+    if not config.reference_nfe:
+        return ()
+    return (
+        "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
+        f"at {config.reference_nfe} evaluations from the same noise. Of solvers that draw noise on the way it is no error: they "
+        "end elsewhere by design.",
+    )

@@ -1,0 +1,128 @@
+"""What trains a tokenizer: the error of the reconstruction plus the quantizer's own weighted losses.
+
+    loss = pixel error + perceptual LPIPS(x', x) + weight lambda L_gen(D(x')) + quantizer losses       x' = reconstruction of x
+
+The first alone unless more is asked for (`LossConfig`); the critic D has its own loss in the same step (adversary.py).
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from midway.gen.data.images import to_float, to_uint8
+from midway.gen.tokenizer.gan import Adversary
+from midway.gen.tokenizer.loss_config import LossConfig
+from midway.gen.training.batches import Context, ImageBatch
+from midway.tokenizers.base import bits_per_image, perplexity, usage
+from midway.tokenizers.fsq import FSQ, saturation
+from midway.tokenizers.losses import pixel_loss
+from midway.tokenizers.perceptual import Perceptual
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+
+class TokenizerObjective(nn.Module):
+    """`loss` for fit() around an ImageTokenizer; with `flip` each image is mirrored left-right with probability 1/2."""
+
+    def __init__(self, tokenizer: ImageTokenizer, flip: bool = False, losses: LossConfig | None = None) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.flip = flip
+        self.losses = losses or LossConfig()
+        self.perceptual, self.adversary = None, None
+        if self.losses.perceptual:
+            self.perceptual = Perceptual(self.losses.perceptual_net, self.losses.perceptual_weights)
+            self.perceptual.check_size(tokenizer.image_shape[1])
+        if self.losses.adversary != "none":
+            channels, size, _ = tokenizer.image_shape
+            self.adversary = Adversary(self.losses, channels, size)
+        self.discriminator_prefix = "" if self.adversary is None else "adversary."
+        self.discriminator_rate = self.losses.critic_rate
+
+    def start(self, batch: ImageBatch, context: Context) -> None:
+        """A codebook begins at the encoder's vectors of the first images, which are the same on every process."""
+        self.tokenizer.start(self._images(batch, context))
+
+    def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, with the critic's own loss if there is one; logs the parts, mse in [-1, 1] units always."""
+        images = self._images(batch, context)
+        shape = self.tokenizer.noise_shape
+        out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
+        loss, logs = self._error(out.reconstruction, images)
+        logs |= {**out.quantized.losses, **batch_codes(out.quantized.indices, out.quantized.counts)}
+        if isinstance(
+            self.tokenizer.quantizer, FSQ
+        ):  # whose gradients vanish where z has run into the ends of the bound
+            logs |= saturation(self.tokenizer.quantizer, out.z)
+        if self.adversary is not None:
+            play = self.adversary.play(out.reconstruction, images, loss, self.tokenizer.last_layer, context)
+            loss, logs = loss + play.generator + play.critic, {**logs, **play.logs}
+        return loss + out.quantized.loss, logs
+
+    def _error(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What a reconstruction lacks, and its parts."""
+        loss = pixel_loss(reconstruction, images, self.losses.pixel)
+        mse = loss if self.losses.pixel == "l2" else pixel_loss(reconstruction, images, "l2")
+        logs = {"mse": mse} if mse is loss else {"mse": mse, self.losses.pixel: loss}
+        if self.perceptual is not None:
+            logs["lpips"] = self.perceptual(reconstruction, images).mean()
+            loss = loss + self.losses.perceptual * logs["lpips"]
+        return loss, logs
+
+    def after_step(self, step_ok: Tensor) -> None:
+        """Codebook statistics are applied once per optimizer step; those of a skipped one (`step_ok` False) never."""
+        self.tokenizer.update(step_ok)
+        if self.adversary is not None:
+            self.adversary.update(step_ok)
+
+    def _images(self, batch: ImageBatch, context: Context) -> Tensor:
+        """float32 (B, C, H, W) in [-1, 1], mirrored where the sample's own draw says so."""
+        images = batch.images
+        return to_float(context.either(images, images.flip(-1), "flip") if self.flip else images)
+
+
+def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
+    """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens.
+
+    Of several groups the mean. Summed over tokens, of which there are fewer than codes in a large codebook.
+    """
+    if indices is None or counts is None:
+        return {}
+    by_group = counts.view(-1, counts.shape[-1])
+    tokens = indices.reshape(-1, len(by_group)).T
+    shared = by_group.gather(1, tokens).float()  # by how many tokens the code of each token is used
+    perplexity = (shared / tokens.shape[1]).log().mean(1).neg().exp()
+    return {"batch_codes": (1 / shared).sum(1).mean(), "batch_perplexity": perplexity.mean()}
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of an MSE in [-1, 1] units (peak to peak 2)."""
+    return math.inf if mse == 0 else 10 * math.log10(4 / mse)
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> Tensor:
+    """uint8 (N, C, H, W) -> what the tokenizer makes of them, uint8 on the CPU."""
+    device = tokenizer.device
+    parts = [tokenizer(to_float(part.to(device))).reconstruction for part in images.split(batch_size)]
+    return torch.cat([to_uint8(part).cpu() for part in parts])
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> dict[str, float]:
+    """mse and psnr of the 8-bit reconstruction of uint8 images; usage, perplexity and bits_per_image if there are codes."""
+    error, counts = torch.zeros((), dtype=torch.float64), None
+    for part in images.split(batch_size):
+        out = tokenizer(to_float(part.to(tokenizer.device)))
+        shown = to_uint8(out.reconstruction).cpu()
+        error += (to_float(shown) - to_float(part)).double().square().sum()
+        found = out.quantized.counts
+        counts = found if counts is None or found is None else counts + found
+    mse = error.item() / images.numel()
+    report = {"mse": mse, "psnr": psnr(mse)}
+    size = tokenizer.quantizer.codebook_size
+    if size is None:
+        return report
+    if counts is not None:
+        report |= {"usage": usage(counts), "perplexity": perplexity(counts)}
+    return report | {"bits_per_image": bits_per_image(tokenizer.tokens * tokenizer.quantizer.groups, size)}

@@ -1,0 +1,73 @@
+"""Processes, devices and precision: the Accelerator of a training, and how its global batch is divided."""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+from midway.gen.core.errors import UsageError
+from midway.gen.training.config import TrainConfig
+
+
+def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = False) -> Accelerator:
+    """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves. Trackers write below `out`.
+
+    `idle`: some parameters get no gradient in some steps, which DDP must be told.
+    Without a GPU several processes find each other only when told to use the CPU; else each would train alone.
+    UsageError when the global batch cannot be shared equally, or a tracker is not installed.
+    """
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS
+        torch.backends.cudnn.benchmark = False
+    warnings.filterwarnings(
+        "ignore", message=".*broadcast_buffers.*"
+    )  # its successor is not in older versions of torch
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=several and not torch.cuda.is_available(),
+            log_with=list(config.log_with) or None,
+            project_dir=out,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)],
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError("the accelerator cannot be set up", str(error), "change --log-with or --precision") from None
+    missing = set(config.log_with) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise UsageError(f"--log-with {names}", "it is not installed", f"pip install {names}, or drop the flag")
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise UsageError(
+            "FSDP 1 is not supported", "its flattened parameters have no names", "set fsdp_version: 2 in its config"
+        )
+    share_of(config, accelerator)
+    return accelerator
+
+
+def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool = False) -> None:
+    """UsageError for flags that this training has no use for; before a run directory is made."""
+    if config.validate_every and not validates:
+        raise UsageError(
+            f"--validate-every {config.validate_every}", "this training has no validation", "use --validate-every 0"
+        )
+    if config.measure_every and not measures:
+        raise UsageError(
+            f"--measure-every {config.measure_every}", "only latent models have early answers", "use --measure-every 0"
+        )
+
+
+def share_of(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Samples of one micro-batch of one process; UsageError when the batch cannot be shared equally."""
+    parts = accelerator.num_processes * config.accumulation
+    if config.batch_size % parts:
+        raise UsageError(
+            f"batch size {config.batch_size} cannot be shared equally",
+            f"{accelerator.num_processes} processes x {config.accumulation} micro-batches are {parts} parts",
+            f"use a multiple of {parts}",
+        )
+    return config.batch_size // parts

@@ -1,0 +1,197 @@
+"""When and how a training is saved, gone on with, and taken back: collective calls around gen/core/checkpoints.py."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from midway.gen.core import checkpoints
+from midway.gen.core.checkpoints import Checkpoint
+from midway.gen.core.errors import DiskError, DivergedError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.training.config import TrainConfig, flat, refuse_changes
+from midway.gen.training.early_stopping import MANY, keep_only
+from midway.gen.training.progress import Clock, words_of
+from midway.gen.training.state import Files, TrainingState, config_hash, not_finite, save_tensors, size_of, write_files
+
+Export = Callable[[Path, dict[str, Tensor]], None]
+
+
+class CheckpointManager:
+    """The checkpoints of one run. Every process calls every method; the main one reads, judges and writes."""
+
+    def __init__(
+        self, run: Run, config: TrainConfig, state: TrainingState, fingerprint: str, export: Export | None
+    ) -> None:
+        self.run, self.config, self.state, self.export = run, config, state, export
+        self.accelerator: Accelerator = state.accelerator
+        self.identity: dict[str, Any] = {**flat(run.config), "data fingerprint": fingerprint}
+        self.clock = Clock()
+        self.rolled_back = False
+        self._saved_at, self._saved_seconds = -1, 0.0
+        self._saved_best = -1
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this process finds that the last checkpoint is too long ago."""
+        return 0 < self.config.save_seconds <= self.clock.here - self._saved_seconds
+
+    # ---- going on ----
+
+    def resume(self) -> int:
+        """Take over the newest valid checkpoint and tidy up after the process that wrote it; its step, or 0.
+
+        UsageError when the run was started with another configuration; nothing is changed then.
+        """
+        found = self._newest()
+        rounding = [] if found is None else self._compare(found)
+        step = 0 if found is None else found.step
+        if found is not None:
+            self._take_over(found)
+        if self.accelerator.is_main_process:
+            self._tidy(step, found is not None)
+            if rounding:
+                self.run.say(
+                    f"note: {', '.join(rounding)} changed, so that last digits may differ from an unbroken run"
+                )
+        self.accelerator.wait_for_everyone()
+        return step
+
+    def _tidy(self, step: int, found: bool) -> None:
+        """Leave the run directory as if nothing had been done after this step."""
+        root = self.run.checkpoints
+        checkpoints.clear_leftovers(root)
+        checkpoints.set_aside(root, step if found else -1)
+        if found:
+            checkpoints.point_to(root, step)
+        keep_only(self.run.best, self._saved_best)
+        self.run.tidy()
+        self.run.forget_after(step)
+        self.run.write_config()
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest valid checkpoint, as the main process sees it."""
+        main = self.accelerator.is_main_process
+        if main:
+            checkpoints.put_back(self.run.checkpoints)
+        found = checkpoints.newest_valid(self.run.checkpoints, self.run.say) if main else None
+        mine = torch.tensor(0 if found is None else found.step + 1, device=self.accelerator.device)
+        step = int(cast(Tensor, self.accelerator.reduce(mine, "sum"))) - 1
+        return None if step < 0 else Checkpoint(self.run.checkpoints / f"step-{step}", step)
+
+    def _compare(self, found: Checkpoint) -> list[str]:
+        """What differs by rounding alone; UsageError for what makes it another run."""
+        before = found.json("state.json")
+        rounding = refuse_changes(before["config"], self.identity, self.config)
+        if found.step > self.config.steps:
+            raise UsageError(
+                f"--steps {self.config.steps} is less than was done",
+                f"the run is at step {found.step}",
+                "give at least that many, or start a new run with another --out",
+            )
+        return rounding + (["processes"] if before["processes"] != self.accelerator.num_processes else [])
+
+    def _take_over(self, found: Checkpoint) -> None:
+        state = found.json("state.json")
+        self.state.restore(found)
+        self.clock.before, self.rolled_back = state["seconds"], state["rolled_back"]
+        self._saved_at, self._saved_best = found.step, self.state.validation.step
+
+    # ---- going back ----
+
+    def go_back(self, step: int) -> int:
+        """After too many bad steps: the step of the last checkpoint, taken over; DivergedError the second time."""
+        losses = words_of(self.state.guard.losses())
+        found = None if self.rolled_back else self._newest()
+        if found is None:
+            raise self._diverged(step, losses)
+        if self.accelerator.is_main_process:
+            self.run.say(
+                f"step {step}: {self.config.patience} bad steps in a row ({losses}); back to step {found.step}"
+            )
+            self.run.forget_after(found.step)
+        seconds = self.clock.total
+        self._take_over(found)
+        if self.accelerator.is_main_process:
+            keep_only(self.run.best, self._saved_best)
+        self.clock.before, self.rolled_back = seconds - self.clock.here, True
+        return found.step
+
+    def _diverged(self, step: int, losses: str) -> DivergedError:
+        reason = "it had gone back once already" if self.rolled_back else "there is no checkpoint to go back to"
+        return DivergedError(
+            f"training diverged by step {step}",
+            f"loss or gradient was not finite in {self.config.patience} steps in a row, and {reason}; "
+            f"the last losses were {losses}",
+            "lower --lr, raise --warmup, or train with --precision no",
+        )
+
+    # ---- saving ----
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint, unless this step has one. All processes fail if the main one does.
+
+        DivergedError rather than a checkpoint with numbers that are not finite; DiskError.
+        """
+        if step == self._saved_at:
+            return
+        files = self.state.capture()
+        learned = step < self.config.steps or step == 0 or self.state.guard.skipped < step
+        bad = not_finite(files) if learned else ["every loss so far"]
+        if bad:
+            why = f"not finite: {', '.join(bad[:5])}"
+            raise DivergedError(f"step {step} cannot be saved", why, "lower --lr, raise --warmup, or check the data")
+        self._write_on_main(step, lambda: self._write(step, files))
+        self._saved_at, self._saved_seconds = step, self.clock.here
+        self._saved_best = self.state.validation.step
+        if self.accelerator.is_main_process:
+            keep_only(self.run.best, self._saved_best)
+
+    def save_best(self, step: int) -> None:
+        """Write the averaged weights and the exports to best/. All processes fail if the main one does. DiskError."""
+        files = self.state.averaged()
+        self._write_on_main(step, lambda: self._write_best(step, files))
+
+    def _write_on_main(self, step: int, write: Callable[[], object]) -> None:
+        """Write on the main process; what goes wrong there is raised by all."""
+        failure = None
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except Exception as error:
+                failure = error
+        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
+        if cast(Tensor, self.accelerator.reduce(failed, "sum")).item():
+            raise failure or DiskError(f"checkpoint step-{step} was not written", "see the main process", "free space")
+
+    def _write_best(self, step: int, files: Files) -> None:
+        def write(folder: Path) -> None:
+            save_tensors(folder, files)
+            if self.export is not None:
+                self.export(folder, *files.values())
+
+        header = {"config_hash": config_hash(self.identity), "validation": self.state.validation.value}
+        checkpoints.save(self.run.best, step, write, MANY, int(1.2 * size_of(files)), header)
+        keep_only(self.run.best, self._saved_best, step)
+
+    def _write(self, step: int, files: Files) -> None:
+        """The checkpoint of `step`."""
+        state = {
+            "step": step,
+            "steps": self.config.steps,
+            "seconds": round(self.clock.total, 3),
+            "rolled_back": self.rolled_back,
+            "processes": self.accelerator.num_processes,
+            "config": self.identity,
+        }
+
+        def write(folder: Path) -> None:
+            write_files(folder, files, state)
+            if self.export is not None:
+                self.export(folder, files.get("ema.safetensors", files["model.safetensors"]))
+
+        header = {"config_hash": config_hash(self.identity)}
+        checkpoints.save(self.run.checkpoints, step, write, self.config.keep, int(1.2 * size_of(files)), header)

@@ -1,0 +1,162 @@
+"""How to train: the configuration of fit(), the learning rate in closed form, and which settings a resumed run may change."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from midway.gen.core.errors import UsageError
+
+Decay = Literal["constant", "cosine", "inverse_sqrt"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. `batch_size` is the global batch of one optimizer step, whatever the processes and accumulation."""
+
+    steps: int = 1000
+    batch_size: int = 128
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: torch.optim.Muon on the hidden matrices, its updates scaled to AdamW's size; AdamW on everything else."""
+    lr: float = 1e-3
+    warmup: int = 50
+    """Optimizer steps of linear warm-up."""
+    decay: Decay = "constant"
+    """Learning rate after the warm-up: constant, cosine to 0 at `steps`, or inverse_sqrt (see plateau)."""
+    plateau: int = 1000
+    """inverse_sqrt: the rate is lr sqrt(plateau / step) from this step on."""
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.99)
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.999
+    """Decay of the weight average; 0 keeps the newest weights only."""
+    posthoc: tuple[float, ...] = ()
+    """Relative widths of power-function averages to track for post-hoc EMA, for example 0.05 0.10."""
+    posthoc_every: int = 1000
+    """Optimizer steps between snapshots of those averages."""
+    accumulation: int = 1
+    """Micro-batches of one optimizer step."""
+    precision: Literal["no", "bf16"] = "no"
+    """bf16 runs the networks under autocast; parameters, noise and x_t stay float32."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks of the network again in the backward pass instead of keeping their activations."""
+    compile: bool = False
+    """torch.compile the networks (needs a C++ compiler; the first step takes long)."""
+    deterministic: bool = False
+    """On a GPU, only kernels whose sums have a fixed order: exact resume needs it there. CPUs are so by themselves."""
+    patience: int = 10
+    """Steps in a row without a finite loss and gradient before the run goes back to its last checkpoint, once."""
+    max_seconds: float | None = None
+    """Stop after this much training time, save, and exit normally; --resume auto goes on."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps of this start, save, and exit normally; --resume auto goes on."""
+    save_every: int = 0
+    """Optimizer steps between checkpoints (0: only by time and at the end)."""
+    save_seconds: float = 600.0
+    """Seconds between checkpoints (0: never by time)."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    validate_every: int = 0
+    """Optimizer steps between validations; there is one after the last step, too (0: none)."""
+    patience_validations: int = 0
+    """Stop after so many validations in a row without a new best (0: never)."""
+    measure_every: int = 0
+    """Latent models: optimizer steps between early answers, the Fréchet distance at a few small budgets (0: none)."""
+    log_every: int = 50
+    preview_every: int = 0
+    """Optimizer steps between preview grids (0: only at the end)."""
+    log_with: tuple[str, ...] = ()
+    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio or any other that Accelerate knows."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "log_every", "plateau", "posthoc_every", "patience", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        least_0 = ("steps", "warmup", "lr", "weight_decay", "preview_every", "save_every", "save_seconds", "seed")
+        for name in (*least_0, "validate_every", "patience_validations", "measure_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or more, got {self.max_steps}")
+        if self.patience_validations and not self.validate_every:
+            raise ValueError(
+                f"patience_validations is {self.patience_validations} and nothing is validated: give validate_every too"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {self.ema}; 0 keeps the newest weights")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if len(set(self.posthoc)) != len(self.posthoc):
+            raise ValueError(f"posthoc widths must differ, got {self.posthoc}")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of optimizer step `step` (from 0), in closed form."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.decay == "inverse_sqrt":
+        return config.lr * math.sqrt(config.plateau / max(config.plateau, step))
+    if config.decay == "constant":
+        return config.lr
+    progress = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+# ---- what a resumed run may change ----
+
+PATHS = (
+    "out",
+    "tokenizer",
+    "latents",
+    "model",
+    "data.data",
+    "data.download",
+    "loss.perceptual_weights",
+    "overwrite",
+    "resume",
+)
+"""Where things are. What is in them is compared by fingerprint."""
+BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience", "patience_validations")
+REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
+ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
+"""The same numbers up to the order of floating-point sums."""
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}."""
+    pairs: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        pairs |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return pairs
+
+
+def may_change(key: str, train: TrainConfig) -> bool:
+    """Whether a resumed run may have another value of this flat key."""
+    last = key.removeprefix("train.")
+    if last == "steps":
+        return train.decay != "cosine"
+    return is_bookkeeping(key)
+
+
+def is_bookkeeping(key: str) -> bool:
+    """Whether a flat key says where things are, when to save or what to tell, and nothing of what is learned beyond rounding."""
+    last = key.removeprefix("train.")
+    return key in PATHS or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:
+    """Compare two flat configurations; UsageError naming every key that makes another run of it.
+
+    Returns the keys whose change leaves the run the same up to rounding.
+    """
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    fatal = [key for key in changed if not may_change(key, train)]
+    if fatal:
+        raise UsageError(
+            f"this run was started with another {', '.join(fatal)}",
+            "; ".join(f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in fatal),
+            "give the old values, or start a new run with another --out",
+        )
+    return [key for key in changed if key.removeprefix("train.") in ROUNDING]

@@ -1,0 +1,78 @@
+"""Validation during training: the best value so far, when to stop for want of a better one, and the folder of the best weights.
+
+    best <- (step, value) if value < best value, else validations since the best <- + 1;      stop once they are `patience`
+
+best/step-N/    as in checkpoints.py: ema.safetensors, or model.safetensors if there is no average, and the exports of the script
+
+The counters are part of every checkpoint. Until the next one is written, the folder that the last one speaks of stays beside a
+better one, so that a run which goes back, or on, finds the folder that it left.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from midway.gen.core import checkpoints
+
+MANY = 1 << 30
+
+
+class Validation:
+    """Values of validations, lower is better; one that is not finite is never best."""
+
+    def __init__(self, patience: int = 0) -> None:
+        self.patience = patience
+        self.step, self.value, self.since = -1, math.inf, 0
+        self.active = False
+        """Whether there is anything to remember."""
+
+    def judge(self, step: int, value: float) -> bool:
+        """Take note of the value of optimizer step `step`; whether it is the best so far."""
+        self.active = True
+        better = math.isfinite(value) and value < self.value
+        self.step, self.value = (step, value) if better else (self.step, self.value)
+        self.since = 0 if better else self.since + 1
+        return better
+
+    @property
+    def is_over(self) -> bool:
+        """Whether so many validations in a row brought nothing better that the run should stop."""
+        return 0 < self.patience <= self.since
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """Optimizer step and value of the best one, None before there is one."""
+        return (self.step, self.value) if self.step >= 0 else None
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run goes on with; nothing if nothing was ever validated."""
+        counts = {
+            "value": torch.tensor(self.value, dtype=torch.float64),
+            "steps": torch.tensor([self.step, self.since]),
+        }
+        return counts if self.active else {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self.step, self.since = state["steps"].tolist() if state else (-1, 0)
+        self.value = state["value"].item() if state else math.inf
+        self.active = bool(state)
+
+
+def keep_only(root: Path, *steps: int) -> None:
+    """Remove the folders step-N in `root`, but not those of these steps; `latest` names the last one left."""
+    if not root.exists():
+        return
+    checkpoints.put_back(root)
+    checkpoints.clear_leftovers(root)
+    for path in checkpoints.directories(root):
+        if int(path.name[5:]) not in steps:
+            shutil.rmtree(path, ignore_errors=True)
+    left = checkpoints.directories(root)
+    if left:
+        checkpoints.point_to(root, int(left[0].name[5:]))
+    else:
+        shutil.rmtree(root, ignore_errors=True)

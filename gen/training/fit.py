@@ -1,0 +1,348 @@
+"""fit(): the one training loop, under Accelerate, for everything that learns.
+
+Step s sees the samples at global positions s B .. (s + 1) B - 1 of an endless stream: the permutations of epochs 0, 1, 2, ...
+laid end to end. Its noise, times, flips and dropped labels are functions of (seed, s, global position). Hence the same run on
+any number of processes, or with any accumulation, sees the same samples with the same noise, and a run that goes on from a
+checkpoint is the run that was never stopped, bit for bit.
+
+A step whose loss or gradient is not finite changes nothing. After `patience` of them in a row the run goes back to its last
+checkpoint, once; if that does not help it ends. Every collective is reached by every process in every step.
+
+A validation is made before the checkpoint of its step, which then knows of it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from midway.gen.core import randomness
+from midway.gen.core.errors import UsageError
+from midway.gen.core.runs import Run, lock
+from midway.gen.training.accelerator import refuse_unused, share_of
+from midway.gen.training.batches import Context
+from midway.gen.training.checkpointing import CheckpointManager
+from midway.gen.training.config import TrainConfig, learning_rate
+from midway.gen.training.early_stopping import Validation
+from midway.gen.training.ema import EMA
+from midway.gen.training.interface import FitResult, Hooks, Items, Startable, Trainable
+from midway.gen.training.nonfinite import NonFiniteGuard, StopFlags
+from midway.gen.training.optim import (
+    checkpoint_activations,
+    compile_networks,
+    is_on_host,
+    make_optimizers,
+    parameter_groups,
+    set_rate,
+    step_if,
+)
+from midway.gen.training.power_ema import PowerAverage, save_snapshot
+from midway.gen.training.progress import Averages, Reporter
+from midway.gen.training.signals import Interrupted, Interrupts
+from midway.gen.training.state import TrainingState, posthoc_file
+
+START_SAMPLES = 1024
+
+
+def fit(
+    model: nn.Module,
+    items: Items,
+    config: TrainConfig,
+    run: Run,
+    accelerator: Accelerator,
+    hooks: Hooks | None = None,
+    resume: bool = False,
+) -> FitResult:
+    """Train `model` in place, from the newest valid checkpoint of `run` if `resume` and there is one.
+
+    Raises DivergedError when loss and gradients stop being finite, DiskError when a checkpoint cannot be written, UsageError
+    when a resumed run was started with another configuration, Interrupted after SIGTERM or SIGINT.
+    """
+    training = _Training(model, items, config, run, accelerator, hooks or Hooks())
+    with lock(run.path) if accelerator.is_main_process else nullcontext(), Interrupts() as interrupts:
+        return training.run_from(training.keeper.resume() if resume else 0, interrupts)
+
+
+class _Loss(nn.Module):
+    """Routes `loss` and `start` through forward, where DDP, FSDP and autocast act."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Any, context: Context, start: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        if start:
+            cast(Startable, self.model).start(batch, context)
+            return torch.zeros(()), {}
+        return cast(Trainable, self.model).loss(batch, context)
+
+
+@dataclass
+class _Order:
+    """Item indices of stream positions; keeps the permutations of the epochs in use."""
+
+    size: int
+    seed: int
+    epochs: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, start: int, count: int) -> Tensor:
+        """int64 (count,): the items at positions start .. start + count - 1."""
+        epochs = range(start // self.size, (start + count - 1) // self.size + 1)
+        self.epochs = {e: self.epochs[e] if e in self.epochs else self._permutation(e) for e in epochs}
+        first = start - epochs[0] * self.size
+        table = self.epochs[epochs[0]] if len(epochs) == 1 else torch.cat([self.epochs[e] for e in epochs])
+        return table[first : first + count]
+
+    def _permutation(self, epoch: int) -> Tensor:
+        return randomness.permutation(self.seed, "order", epoch, self.size)
+
+
+class _Training:
+    """One call of fit()."""
+
+    def __init__(
+        self, model: nn.Module, items: Items, config: TrainConfig, run: Run, accelerator: Accelerator, hooks: Hooks
+    ) -> None:
+        self.model, self.items, self.config, self.run = model, items, config, run
+        self.accelerator, self.hooks = accelerator, hooks
+        self.share, self.order = share_of(config, accelerator), _Order(items.size, config.seed)
+        model.to(accelerator.device).train()
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+        if config.compile:
+            compile_networks(model)
+        optimizers = make_optimizers(model, config, accelerator.device)
+        self.wrapped, *prepared = accelerator.prepare(_Loss(model), *optimizers)
+        self.optimizers = [
+            getattr(o, "optimizer", o) for o in prepared
+        ]  # the wrapper looks for a package at every step
+        self.parameter_groups = parameter_groups(model)
+        self.parameters = [p for side in self.parameter_groups for p in side]
+        self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
+        if self.sharded and len(self.parameter_groups) > 1:
+            raise UsageError(
+                "FSDP cannot train a tokenizer with a critic",
+                "the critic runs with its parameters held fixed, which FSDP does not see",
+                "use DDP (accelerate launch --multi_gpu), or --loss.adversary none",
+            )
+        check_validation(config, self.hooks, self.sharded)
+        self.ema = EMA(model, config.ema) if config.ema else None
+        self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
+        self.averages, self.guard = Averages(), NonFiniteGuard(accelerator)
+        self.validation = Validation(config.patience_validations)
+        self.state = TrainingState(
+            model, self.optimizers, self.ema, self.posthoc, self.averages, self.guard, self.validation, accelerator
+        )
+        self.keeper = CheckpointManager(run, config, self.state, items.fingerprint, hooks.export)
+        self.last: dict[str, float] = {}
+
+    # ---- the loop ----
+
+    def run_from(self, step: int, interrupts: Interrupts) -> FitResult:
+        """Train from optimizer step `step`."""
+        config, first = self.config, step
+        self._announce(step)
+        if step == 0:
+            self._start()
+        report = Reporter(config, self.run, self.accelerator, step)
+        while step < config.steps and not self.validation.is_over:
+            self._step(step, self._wishes(interrupts))
+            step += 1
+            verdict = self.guard.read()
+            if verdict.streak >= config.patience:
+                step = self.keeper.go_back(step)
+                report.back_to(step)
+                continue
+            stop = verdict.wishes.stop or verdict.wishes.late or step - first == config.max_steps
+            if step == config.steps or _due(config.validate_every, step):
+                self._validate(step, report)
+            done = step == config.steps or self.validation.is_over
+            if _due(config.measure_every, step) or (done and config.measure_every):
+                self._show(self.hooks.measure, step)
+            self._log(step, report, stop, done)
+            due = verdict.wishes.save or _due(config.save_every, step)
+            if done or stop or (due and not self.guard.streak):  # never between bad steps: one goes back to before them
+                self.keeper.save(step)
+            report.tick(step)
+            if verdict.wishes.stop:  # who sent the signal may not wait for more
+                report.close()
+                raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
+            if _due(config.preview_every, step) or done or stop:
+                self._show(self.hooks.preview, step)
+            if stop:
+                break
+        if step == config.steps:  # also a run of no steps
+            self.keeper.save(step)
+        report.close()
+        return self._result(step)
+
+    def _step(self, step: int, wishes: StopFlags) -> None:
+        """One optimizer step, and whatever follows each of them."""
+        set_rate(self.optimizers, learning_rate(self.config, step))
+        losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
+        norms = [self._clip(side) for side in self.parameter_groups]
+        norm = norms[0] if len(norms) == 1 else norms[0] + norms[1]
+        step_ok = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, wishes)
+        step_if(step_ok, self.optimizers)
+        for parameter in self.parameters:
+            parameter.grad = None
+        cast(Trainable, self.model).after_step(step_ok)
+        measured = dict(zip(("gradient_norm", "critic_gradient_norm"), norms))
+        self.averages.add([{**log, **measured} for log in logs], step_ok, self.accelerator.num_processes)
+        for average in (self.ema, *self.posthoc):
+            if average is not None:
+                average.update(self.model, step)
+
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Limit the norm of these parameters' gradients; the norm before, 0 if there is no gradient yet."""
+        if not self.sharded:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if not gradients:
+                return torch.zeros((), device=self.accelerator.device)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if (
+                not is_on_host(norm) or norm.item() > 0.999 * self.config.clip
+            ):  # a CPU need not multiply everything by 1
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+            return norm
+        norm = self.accelerator.clip_grad_norm_(parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
+        return norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
+
+    def _micro(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradients of one micro-batch of this process; its loss and logs."""
+        accelerator, config = self.accelerator, self.config
+        start = step * config.batch_size + (micro * accelerator.num_processes + accelerator.process_index) * self.share
+        _seed_global(config.seed, start, accelerator.device)
+        context = Context(config.seed, step, torch.arange(start, start + self.share, device=accelerator.device))
+        is_last = micro == config.accumulation - 1
+        with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+            loss, logs = self.wrapped(self.items.fetch(self.order(start, self.share)), context)
+            (loss / config.accumulation).backward()
+        return loss.detach(), {"loss": loss.detach(), **logs}
+
+    def _start(self) -> None:
+        """Let the model initialise from data, the same on all processes."""
+        if isinstance(self.model, Startable):
+            count = min(self.config.batch_size, START_SAMPLES)
+            ids = torch.arange(count, device=self.accelerator.device)
+            with torch.no_grad():
+                self.wrapped(self.items.fetch(self.order(0, count)), Context(self.config.seed, 0, ids), start=True)
+
+    def _wishes(self, interrupts: Interrupts) -> StopFlags:
+        limit = self.config.max_seconds
+        late = limit is not None and self.keeper.clock.here >= limit
+        return StopFlags(stop=bool(interrupts.number), late=late, save=self.keeper.is_due)
+
+    def _log(self, step: int, report: Reporter, stop: bool, done: bool) -> None:
+        """What a checkpoint of this step takes for granted: its interval logged if over, its snapshots stored if due."""
+        config = self.config
+        full = step % config.log_every == 0 or done
+        if full or stop:
+            self.last = self.averages.read(self.accelerator)
+            report.interval(step, self.keeper.clock.total, self.last, self.guard.skipped, partial=not full)
+        if full:
+            self.averages.clear()
+        if self.posthoc and (_due(config.posthoc_every, step) or done):
+            self._snapshot(step)
+
+    def _show(self, hook: Callable[[int], None] | None, step: int) -> None:
+        """Call the hook on the main process with the averaged weights in the model (not if the model is sharded)."""
+        if hook is None:
+            return
+        if not self.sharded:
+            with self._averaged():
+                if self.accelerator.is_main_process:
+                    hook(step)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the block the model is in eval mode and holds the averaged weights."""
+        self.model.eval()
+        with self.ema.applied(self.model) if self.ema is not None else nullcontext(), torch.no_grad():
+            yield
+        self.model.train()
+
+    def _validate(self, step: int, report: Reporter) -> None:
+        """Ask the main process for a value, tell it to all, keep the weights if it is the best."""
+        validate = self.hooks.validate
+        if validate is None or not self.config.validate_every:
+            return
+        with self._averaged():
+            value = validate(step) if self.accelerator.is_main_process else 0.0
+        if self.accelerator.num_processes > 1:
+            mine = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+            value = float(cast(Tensor, self.accelerator.reduce(mine, "sum")))
+        report.validated(step, value)
+        if self.validation.judge(step, value):
+            self.keeper.save_best(step)
+
+    def _snapshot(self, step: int) -> None:
+        files = self.state.capture()  # a collective when the model is sharded
+        if self.accelerator.is_main_process:
+            for average in self.posthoc:
+                shadow = files[posthoc_file(average)]
+                save_snapshot(self.run.path / "posthoc", step, average.std, shadow)
+
+    def _result(self, step: int) -> FitResult:
+        finished = step == self.config.steps or self.validation.is_over
+        skipped = self.guard.skipped
+        if skipped and self.accelerator.is_main_process:
+            self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
+        if not finished and self.accelerator.is_main_process:
+            self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto goes on")
+        if step < self.config.steps and finished and self.accelerator.is_main_process:
+            best, count = self.validation.best, self.validation.since
+            known = "none was finite" if best is None else f"the best is {best[1]:.6g}, at step {best[0]}"
+            self.run.say(f"stopped early at step {step}: {count} validations without a better one; {known}")
+        return FitResult(step, self.keeper.clock.total, self.ema, self.last, finished, self.validation.best)
+
+    def _announce(self, step: int) -> None:
+        """The first line of a training, and what env.json says of it."""
+        config, accelerator = self.config, self.accelerator
+        if not accelerator.is_main_process:
+            return
+        facts = {
+            "step": step,
+            "effective_batch": config.batch_size,
+            "per_process_micro_batch": self.share,
+            "accumulation": config.accumulation,
+            "processes": accelerator.num_processes,
+            "device": accelerator.device.type,
+            "precision": config.precision,
+            "data_fingerprint": self.items.fingerprint,
+            "items": self.items.size,
+            "parameters": sum(p.numel() for p in self.parameters),
+        }
+        self.run.note(facts)
+        begin = f"going on from step {step}" if step else "training"
+        parts = f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.share}"
+        self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
+
+
+def check_validation(config: TrainConfig, hooks: Hooks, sharded: bool) -> None:
+    """UsageError for a validation that cannot be made."""
+    refuse_unused(config, hooks.validate is not None, hooks.measure is not None)
+    if config.validate_every and sharded:
+        raise UsageError(
+            "FSDP cannot validate",
+            "validation needs the whole model, and every process has a shard of it",
+            "use DDP (accelerate launch --multi_gpu), or --validate-every 0",
+        )
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seed_global(seed: int, start: int, device: torch.device) -> None:
+    """Fix torch's own generators, for modules that draw from them; ours never do."""
+    word = randomness.integer(seed, "global", start)
+    torch.default_generator.manual_seed(word)  # torch.manual_seed asks every kind of device, which takes 0.2 ms
+    if device.type == "cuda":
+        torch.cuda.manual_seed(word)

@@ -1,0 +1,77 @@
+"""What fit() asks of a model, of data and of a script, and what it gives back."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from midway.gen.training.batches import Context
+from midway.gen.training.ema import EMA
+
+
+class Trainable(Protocol):
+    """What fit() asks of a model (an nn.Module)."""
+
+    def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, a mean over the batch, and logs (see progress.Averages) of the same names every time."""
+        ...
+
+    def after_step(self, step_ok: Tensor) -> None:
+        """Between optimizer steps. When the 0-dim bool `step_ok` is false the step did not count and nothing may be learned."""
+        ...
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """A model that initialises something from data."""
+
+    def start(self, batch: Any, context: Context) -> None:
+        """Called once, before the first step, with the first (at most 1024) samples of step 0, the same on all processes."""
+        ...
+
+
+@runtime_checkable
+class Adversarial(Protocol):
+    """A model trained against a discriminator inside the same step.
+
+    Parameters whose names begin with `discriminator_prefix` have their own learning rate, `discriminator_rate` times that of the
+    others, and their own gradient norm and clipping."""
+
+    discriminator_prefix: str
+    discriminator_rate: float
+
+
+@dataclass(frozen=True)
+class Items:
+    """A data set: `fetch` maps item indices int64 (b,) to a batch on the accelerator's device; `fingerprint` names its images."""
+
+    fetch: Callable[[Tensor], Any]
+    size: int
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a script adds, on the main process: `preview(step)`, `measure(step)` and `validate(step)`, called with the averaged
+    weights in the model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. Of what
+    `validate` gives (a lower number is better) the best is kept, with its weights, in best/ of the run."""
+
+    preview: Callable[[int], None] | None = None
+    export: Callable[[Path, dict[str, Tensor]], None] | None = None
+    validate: Callable[[int], float] | None = None
+    measure: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """Optimizer steps done, seconds of training, the average (None when `ema` is 0), the last interval's means, whether all of
+    `steps` are done or validation ended the run, and step and value of the best validation, if there was one."""
+
+    steps: int
+    seconds: float
+    ema: EMA | None
+    last: dict[str, float]
+    finished: bool
+    best: tuple[int, float] | None = None

@@ -1,0 +1,108 @@
+"""Which steps count, and when to stop: decided the same on every process, without the host waiting for the device.
+
+A step counts when the mean loss over all processes and the gradient norm are finite; otherwise the optimizers, the codebooks and
+the logged means are left as they were, by a switch on the device. The host reads what was decided of the step before (on a
+GPU) or of this one (on a CPU), so that a device always has work queued.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+RECENT = 20
+
+
+@dataclass(frozen=True)
+class StopFlags:
+    """What this process would like, each 0 or 1: stop (a signal came), the time is over, a checkpoint is due."""
+
+    stop: bool = False
+    late: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all processes agreed on: bad steps in a row, and whose wishes are granted."""
+
+    streak: int
+    wishes: StopFlags
+
+
+class NonFiniteGuard:
+    """Judges every step once, with one small collective if there are several processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._counts = torch.zeros(2, dtype=torch.int64, device=accelerator.device)  # bad steps in a row, bad steps
+        self._all_but_streak = torch.tensor([0, 1], device=accelerator.device)
+        self._recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=RECENT)
+        self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, StopFlags]] = deque()
+        self._lag = 1 if accelerator.device.type == "cuda" else 0
+
+    def judge(self, loss: Tensor, norm: Tensor, wishes: StopFlags) -> Tensor:
+        """0-dim bool on the device: whether this step counts. loss: 0-dim mean of this process; norm: of all gradients."""
+        several = self.accelerator.num_processes > 1
+        packet = self._agree(loss, wishes) if several else loss
+        mean = packet[0] / self.accelerator.num_processes if several else loss
+        step_ok = (mean + norm).abs() < math.inf  # false for NaN
+        self._counts = torch.where(step_ok, self._counts * self._all_but_streak, self._counts + 1)
+        self._recent.append((mean, norm))
+        self._post(torch.cat([self._counts[:1].double(), packet[1:]]) if several else self._counts, wishes)
+        return step_ok
+
+    def _agree(self, loss: Tensor, wishes: StopFlags) -> Tensor:
+        """float64 (4,): the sums over all processes of the loss and of the wishes."""
+        flags = torch.tensor([wishes.stop, wishes.late, wishes.save], dtype=torch.float64, device=loss.device)
+        return cast(Tensor, self.accelerator.reduce(torch.cat([loss.double().view(1), flags]), "sum"))
+
+    def _post(self, packet: Tensor, wishes: StopFlags) -> None:
+        if not self._lag:
+            self._waiting.append((packet, None, wishes))
+            return
+        host = torch.empty(packet.shape, dtype=packet.dtype, pin_memory=True)
+        host.copy_(packet, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((host, event, wishes))
+
+    def read(self) -> Decision:
+        """What was decided about the newest step whose decision has had the time to arrive."""
+        if len(self._waiting) <= self._lag:
+            return Decision(0, StopFlags())
+        packet, event, wishes = self._waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        streak, *flags = packet.tolist()
+        several = self.accelerator.num_processes > 1
+        return Decision(int(streak), StopFlags(*(flag > 0 for flag in flags)) if several else wishes)
+
+    @property
+    def streak(self) -> int:
+        """Bad steps in a row until now; waits for the device."""
+        return int(self._counts[0])
+
+    @property
+    def skipped(self) -> int:
+        """Steps that did not count so far; waits for the device."""
+        return int(self._counts[1])
+
+    def losses(self) -> list[float]:
+        """The last losses, at most 20, oldest first; the gradient norm where that is what was not finite."""
+        pairs = [(float(loss), float(norm)) for loss, norm in self._recent]
+        return [loss if math.isfinite(norm) else norm for loss, norm in pairs]
+
+    def state(self) -> dict[str, Tensor]:
+        """The counters that a resumed run goes on with."""
+        return {"counts": self._counts}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state`; what was waiting to be read is forgotten."""
+        self._counts = state["counts"].to(self.accelerator.device)
+        self._recent.clear()
+        self._waiting.clear()

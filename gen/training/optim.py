@@ -1,0 +1,112 @@
+"""Optimizers, and how a model is made smaller or faster before it is trained.
+
+AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where torch can. Muon (Jordan et al. 2024) orthogonalises the momentum
+of a matrix; only hidden matrices get it, with updates scaled to AdamW's root mean square ("match_rms_adamw": Liu et al. 2025,
+arXiv 2502.16982), so that one learning rate serves both.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from midway.gen.core.errors import UsageError
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.interface import Adversarial
+
+FUSED = ("cpu", "cuda", "xpu", "mps")
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[Optimizer]:
+    """One or two optimizers in which every trainable parameter is exactly once. UsageError if muon has nothing to do."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [name for name in named if is_hidden_matrix(name, named[name])] if config.optimizer == "muon" else []
+    if config.optimizer == "muon" and not hidden:
+        raise UsageError(
+            "--optimizer muon has nothing to do", "this model has no hidden matrices", "use --optimizer adamw"
+        )
+    adamw = torch.optim.AdamW(
+        rate_groups(model, {name: p for name, p in named.items() if name not in hidden}),
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        weight_decay=config.weight_decay,
+        fused=device.type in FUSED,
+    )
+    if not hidden:
+        return [adamw]
+    matrices = [named[name] for name in hidden]
+    muon = torch.optim.Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
+
+
+def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Trainable parameters: all of them, or those of an `Adversarial` model and then its discriminator's."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, Adversarial) or not model.discriminator_prefix:
+        return [list(named.values())]
+    theirs = [p for name, p in named.items() if name.startswith(model.discriminator_prefix)]
+    return [[p for name, p in named.items() if not name.startswith(model.discriminator_prefix)], theirs]
+
+
+def rate_groups(model: nn.Module, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer; `scale` is what `set_rate` multiplies the learning rate by."""
+    if not isinstance(model, Adversarial) or not model.discriminator_prefix:
+        return [{"params": list(named.values())}]
+    theirs = {name: p for name, p in named.items() if name.startswith(model.discriminator_prefix)}
+    return [
+        {"params": [p for name, p in named.items() if name not in theirs]},
+        {"params": list(theirs.values()), "scale": model.discriminator_rate},
+    ]
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may have it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
+    return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
+
+
+def set_rate(optimizers: list[Optimizer], rate: float) -> None:
+    """Give every parameter the learning rate of this step, times its group's `scale`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("scale", 1.0)
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether the host need not wait for a device to read this."""
+    return tensor.is_cpu
+
+
+def step_if(step_ok: Tensor, optimizers: list[Optimizer]) -> None:
+    """Step every optimizer if the 0-dim bool `step_ok` is true; off the CPU a fused one decides, so that nobody waits for it."""
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused") and not is_on_host(step_ok):
+            step_where(step_ok, optimizer)
+        elif step_ok.item():
+            optimizer.step()
+
+
+def step_where(step_ok: Tensor, optimizer: Optimizer) -> None:
+    """Step a fused optimizer if `step_ok` is true, without reading it on the host."""
+    optimizer.found_inf = (~step_ok).float()  # the switch that gradient scalers use  # pyright: ignore
+    optimizer.step()
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Have every network that can recompute its activations do so; UsageError when there is none."""
+    able = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if not able:
+        raise UsageError(
+            "--gradient-checkpointing has nothing to do", "this model has no blocks to compute again", "drop the flag"
+        )
+    for module in able:
+        module.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
+
+
+def compile_networks(model: nn.Module) -> None:
+    """torch.compile every network of `model` in place (names and state stay); UsageError when there is none."""
+    networks = [module for module in model.modules() if getattr(module, "compilable", False)]
+    if not networks:
+        raise UsageError("--compile has nothing to do", "this model has no network of its own", "drop the flag")
+    for network in networks:
+        network.compile()

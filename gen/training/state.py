@@ -1,0 +1,182 @@
+"""Everything that a run's next step depends on, as files of a checkpoint and back.
+
+model.safetensors        parameters and buffers (codebooks, counters)
+ema.safetensors          their averages; posthoc-<width>.safetensors the power-function ones
+optimizer.safetensors    `<parameter>/<state>`: exp_avg, exp_avg_sq, step, momentum_buffer
+progress.safetensors     skipped steps, the best validation, and the sums of the open log interval, one row per process
+state.json               step, seconds, configuration, processes
+
+At the end of an optimizer step a quantizer has no pending statistics, and the random numbers of every step follow from its
+number, so there is nothing else. Sharded tensors (FSDP) are gathered, so that any number of processes can go on.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from midway.gen.core.checkpoints import Checkpoint
+from midway.gen.core.errors import DataError
+from midway.gen.training.early_stopping import Validation
+from midway.gen.training.ema import EMA
+from midway.gen.training.nonfinite import NonFiniteGuard
+from midway.gen.training.power_ema import PowerAverage, width_name
+from midway.gen.training.progress import Averages
+
+Files = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What learns and what counts in one training."""
+
+    model: nn.Module
+    optimizers: list[Optimizer]
+    ema: EMA | None
+    posthoc: list[PowerAverage]
+    averages: Averages
+    guard: NonFiniteGuard
+    validation: Validation
+    accelerator: Accelerator
+
+    def averaged(self) -> Files:
+        """The file of the averaged weights, or of the newest if there is no average, and its tensors on the CPU.
+
+        Every process must call it when the model is sharded.
+        """
+        name, tensors = (
+            ("model.safetensors", self.model.state_dict()) if self.ema is None else ("ema.safetensors", self.ema.shadow)
+        )
+        return {name: {key: whole(value) for key, value in tensors.items()}}
+
+    def capture(self) -> Files:
+        """File name -> whole tensors on the CPU. Every process must call it."""
+        files = {"model.safetensors": self.model.state_dict()}
+        if self.ema is not None:
+            files["ema.safetensors"] = self.ema.shadow
+        files |= {posthoc_file(average): average.shadow for average in self.posthoc}
+        files["optimizer.safetensors"] = self._optimizer_tensors()
+        files["progress.safetensors"] = self._progress()
+        return {name: {key: whole(value) for key, value in tensors.items()} for name, tensors in files.items()}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over everything that `capture` gave. DataError for tensors that do not fit."""
+        try:
+            own = self.model.state_dict()
+            self.model.load_state_dict(like(own, checkpoint.tensors("model.safetensors")))
+            if self.ema is not None:
+                self.ema.load(like(self.ema.shadow, checkpoint.tensors("ema.safetensors")))
+            for average in self.posthoc:
+                average.load(like(average.shadow, checkpoint.tensors(posthoc_file(average))))
+            self._load_optimizers(checkpoint.tensors("optimizer.safetensors"))
+        except (RuntimeError, KeyError, ValueError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise DataError(f"{checkpoint.path} does not fit this model", why, "use the code that wrote it") from error
+        self._load_progress(checkpoint.tensors("progress.safetensors"))
+
+    def _named_states(self) -> list[tuple[str, Optimizer, nn.Parameter]]:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        pairs = [(o, p) for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        return [(names[parameter], optimizer, parameter) for optimizer, parameter in pairs]
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, optimizer, parameter in self._named_states()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def _load_optimizers(self, tensors: dict[str, Tensor]) -> None:
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            name, _, state = key.rpartition("/")
+            by_name.setdefault(name, {})[state] = value
+        states: dict[Optimizer, dict[int, dict[str, Tensor]]] = {optimizer: {} for optimizer in self.optimizers}
+        counts = dict.fromkeys(self.optimizers, 0)
+        for name, optimizer, parameter in self._named_states():
+            if name in by_name:  # torch numbers the parameters of an optimizer in this order
+                found = by_name[name]
+                states[optimizer][counts[optimizer]] = {k: placed(parameter, v) for k, v in found.items()}
+            counts[optimizer] += 1
+        for optimizer, state in states.items():
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _progress(self) -> dict[str, Tensor]:
+        guard = {f"guard/{name}": value for name, value in self.guard.state().items()}
+        validation = {f"validation/{name}": value for name, value in self.validation.state().items()}
+        return guard | validation | {f"interval/{k}": v for k, v in self.averages.state(self.accelerator).items()}
+
+    def _load_progress(self, tensors: dict[str, Tensor]) -> None:
+        parts: dict[str, dict[str, Tensor]] = {"guard": {}, "validation": {}, "interval": {}}
+        for key, value in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        self.guard.load(parts["guard"])
+        self.validation.load(parts["validation"])
+        self.averages.load(parts["interval"], self.accelerator)
+
+
+def posthoc_file(average: PowerAverage) -> str:
+    """The file of one power-function average."""
+    return f"posthoc-{width_name(average.std)}.safetensors"
+
+
+def write_files(folder: Path, files: Files, state: dict[str, Any]) -> None:
+    """Fill a checkpoint directory."""
+    save_tensors(folder, files)
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def save_tensors(folder: Path, files: Files) -> None:
+    """Write the safetensors files of a checkpoint directory."""
+    for name, tensors in files.items():
+        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+
+
+def size_of(files: Files) -> int:
+    """Bytes of all tensors."""
+    return sum(value.nbytes for tensors in files.values() for value in tensors.values())
+
+
+def not_finite(files: Files) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, counters aside."""
+    return [
+        f"{file.removesuffix('.safetensors')}: {key}"
+        for file, tensors in files.items()
+        if file != "progress.safetensors"
+        for key, value in tensors.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """sha256 of a flat configuration, 12 digits."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor on the CPU; the shards of a distributed one are gathered, so that every process must call it."""
+    full = value.full_tensor() if isinstance(value, DTensor) else value
+    return full.detach().cpu()
+
+
+def placed(model: Tensor, value: Tensor) -> Tensor:
+    """`value` cut into shards as `model` is, if it is and has the same shape."""
+    if isinstance(model, DTensor) and model.shape == value.shape:
+        return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
+    return value
+
+
+def like(model: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors cut into shards as those of the same names in `model`."""
+    return {name: placed(model[name], value) if name in model else value for name, value in values.items()}

@@ -1,0 +1,357 @@
+"""Coupling flows: exact densities and bounds, dequantisation, conditions, samples, start and resume."""
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_flow_layers import images, jacobian_log_det, randomise
+
+from midway.gen.baselines.base import write_baseline
+from midway.gen.baselines.couplings import CouplingNetworkConfig
+from midway.gen.baselines.flow import CouplingFlow, Dequantiser
+from midway.gen.baselines.flow_config import PRESETS, FlowConfig, build_flow, glow, nice, realnvp
+from midway.gen.baselines.flow_layers import ActNorm
+from midway.gen.baselines.registry import load_baseline
+from midway.gen.core import randomness
+from midway.gen.data.images import to_uint8
+from midway.gen.data.levels import bits_per_dim, from_levels
+from midway.gen.training.batches import Context, ImageBatch
+
+SHAPE = (1, 4, 4)
+SMALL = {"nice": nice(8, 4), "realnvp": realnvp(8, 2), "glow": glow(8, 2, 2)}
+PAIR = (1, 1, 2)
+ADDITIVE = FlowConfig(
+    transform="additive", scales=0, checkerboards=2, actnorm=False, network=CouplingNetworkConfig("mlp", 8)
+)
+"""A new model of this is the identity flow."""
+
+
+def _context(count: int, step: int = 0, first: int = 0) -> Context:
+    return Context(0, step, torch.arange(first, first + count))
+
+
+def _batch(count: int, levels: int = 17, shape: tuple[int, int, int] = SHAPE, classes: int = 3) -> ImageBatch:
+    k = (randomness.uniform(0, "test", 0, torch.arange(count), shape).square() * levels).long()
+    return ImageBatch(from_levels(k, levels), torch.arange(count) % classes)
+
+
+def _model(config: FlowConfig, classes: int = 0, shape: tuple[int, int, int] = SHAPE, levels: int = 17) -> CouplingFlow:
+    torch.manual_seed(0)
+    return CouplingFlow(config, shape, levels, classes)
+
+
+def _random_model(config: FlowConfig, classes: int = 0, shape: tuple[int, int, int] = SHAPE, levels: int = 17, std=0.3):
+    model = _model(config, classes, shape, levels)
+    randomise(model, std)
+    return model.eval()
+
+
+# ---- the flows of the presets ----
+
+
+@pytest.mark.parametrize("cond", [None, (3, 1, 1)], ids=["free", "conditional"])
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_presets_are_bijections_with_the_jacobians_determinant(name: str, cond, channels: int) -> None:
+    shape = (channels, 4, 4)
+    torch.manual_seed(0)
+    flow = build_flow(SMALL[name], shape, cond)
+    randomise(flow, 0.3)
+    flow = flow.double().eval().requires_grad_(False)
+    x, c = images(2, shape), images(2, cond) if cond else None
+    y, log_det = flow(x, c)
+    torch.testing.assert_close(flow.inverse(y, c), x, rtol=0, atol=1e-9)
+    expected = [
+        jacobian_log_det(lambda v, i=i: flow(v, c if c is None else c[i : i + 1])[0], x[i : i + 1]) for i in (0, 1)
+    ]
+    torch.testing.assert_close(log_det, torch.cat(expected), rtol=0, atol=1e-6)
+    randomise(flow, 0.1)  # better conditioned: float32 loses what a flow stretches
+    single, x32, c32 = flow.float(), x.float(), None if c is None else c.float()
+    torch.testing.assert_close(single.inverse(single(x32, c32)[0], c32), x32, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_use_every_pixel(name: str) -> None:
+    """Each output depends on more than its own pixel; NICE with two couplings already."""
+    flow = build_flow(SMALL[name], SHAPE)
+    randomise(flow, 0.3)
+    flow = flow.double().eval()
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v[None])[0][0], images(1, SHAPE)[0]).reshape(16, 16)  # pyright: ignore
+    assert (jacobian.abs() > 1e-12).sum(1).min() > 1
+    assert (jacobian.abs() > 1e-12).sum(0).min() > 1
+
+
+def test_presets_are_what_their_papers_say() -> None:
+    kinds = {name: [type(m).__name__ for m in build_flow(SMALL[name], (1, 8, 8)).modules()] for name in PRESETS}
+    counts = {
+        name: [
+            kind.count(c) for c in ("CheckerboardCoupling", "ChannelCoupling", "InvertibleConv", "FactorOut", "ActNorm")
+        ]
+        for name, kind in kinds.items()
+    }
+    assert counts == {
+        "nice": [4, 0, 0, 0, 0],
+        "realnvp": [9, 3 + 1 + 3 + 1, 0, 2, 15],
+        "glow": [0, 2 + 1 + 2, 4, 1, 4],
+    }
+    assert kinds["nice"].count("DiagonalScale") == 1
+
+
+# ---- exact values ----
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_a_uniform_model_scores_the_logarithm_of_the_levels(levels: int, margin: float) -> None:
+    """A logistic prior under the logit is uniform on (0, 1); the margin puts 2 a of it outside."""
+    config = replace(ADDITIVE, prior="logistic", logit_margin=margin)
+    model, batch = _model(config, levels=levels), _batch(6, levels)
+    nats = model.log_likelihood(batch.images, None, _context(6))
+    assert nats.dtype == torch.float64
+    expected = math.log2(levels) - math.log2(1 - 2 * margin)
+    torch.testing.assert_close(
+        bits_per_dim(nats, 16), torch.full((6,), expected, dtype=torch.float64), rtol=0, atol=2e-6
+    )
+
+
+def test_the_identity_flow_has_the_priors_density() -> None:
+    """Entry "symmetric", normal prior: -1/2 (2x - 1)^2 - 1/2 ln 2 pi + ln 2 - ln L a dimension, by hand."""
+    model, batch, context = _model(replace(ADDITIVE, entry="symmetric")), _batch(5), _context(5)
+    k = torch.round(batch.images.double() * 16 / 255)
+    x = (k + context.uniform("dequantise 0", SHAPE)) / 17
+    by_hand = -0.5 * (2 * x - 1) ** 2 - 0.5 * math.log(2 * math.pi) + math.log(2) - math.log(17)
+    got = model.log_likelihood(batch.images, None, context)
+    torch.testing.assert_close(got, by_hand.flatten(1).sum(1), rtol=0, atol=1e-4)
+
+
+def test_the_bound_does_not_depend_on_the_range_inside() -> None:
+    """ActNorm starts from data, so a model on [0, 1] and one on [-1, 1] become the same model."""
+    bounds = []
+    for entry in ("unit", "symmetric"):
+        model, batch = _model(replace(SMALL["glow"], entry=entry)), _batch(64)
+        model.start(batch, _context(64))
+        bounds.append(model.log_likelihood(batch.images, None, _context(64)))
+    torch.testing.assert_close(bounds[0], bounds[1], rtol=0, atol=1e-3)
+    assert bounds[0].std() > 1
+
+
+@pytest.mark.parametrize("entry", ["logit", "symmetric", "unit"])
+@pytest.mark.parametrize("prior", ["normal", "logistic"])
+def test_the_density_of_a_random_flow_integrates_to_one(entry, prior) -> None:
+    """Quadrature over everything that the entry maps to the plane, two pixels, conditional."""
+    config = replace(ADDITIVE, transform="affine", entry=entry, prior=prior, diagonal_scale=True)
+    model = _random_model(config, classes=2, shape=PAIR).double()
+    n = 300
+    p = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    if entry == "logit":  # midpoints of q in (0, 1), which is x in a wider interval; smooth ends: q = sin^2
+        q, weight = torch.sin(math.pi / 2 * p) ** 2, math.pi / 2 * torch.sin(math.pi * p) / n
+        x, weight = (q - 0.05) / 0.9, weight / 0.9
+    else:
+        x, weight = 60 * (p - 0.5), torch.full((n,), 60 / n, dtype=torch.float64)
+    grid = torch.cartesian_prod(x, x).view(-1, *PAIR)
+    with torch.no_grad():
+        density = model.log_density(grid, torch.ones(n * n, dtype=torch.int64)).exp()
+    total = (density * torch.outer(weight, weight).flatten()).sum()
+    assert total.item() == pytest.approx(1, abs=2e-3)
+
+
+@pytest.mark.parametrize("dequantise", ["uniform", "variational"])
+def test_samples_come_as_often_as_the_likelihood_says(dequantise) -> None:
+    """All 16 images of two pixels and four levels: exp(bound), averaged over many draws, is P(k); margin 0 loses none of it."""
+    network = CouplingNetworkConfig("mlp", 8)
+    config = FlowConfig(
+        scales=0, checkerboards=2, network=network, dequantise=dequantise, prior="logistic", logit_margin=0.0
+    )
+    model = _random_model(config, classes=2, shape=PAIR, levels=4)
+    count = 2000
+    k = torch.tensor(list(itertools.product(range(4), repeat=2))).view(-1, *PAIR).repeat(count, 1, 1, 1)
+    draws = model.log_likelihood(from_levels(k, 4), torch.ones(len(k), dtype=torch.int64), _context(len(k)))
+    p = draws.exp().view(count, 16).mean(0)
+    assert p.sum().item() == pytest.approx(1, abs=0.02)
+    assert p.max() > 1.5 * p.min(), "not a uniform model"
+    samples = to_uint8(model.sample(torch.arange(20000), torch.ones(20000, dtype=torch.int64)))
+    index = (samples.double() / 85).round().long().flatten(1) @ torch.tensor([4, 1])
+    share = torch.bincount(index, minlength=16) / 20000
+    assert (share - p).abs().max() < 0.012
+
+
+# ---- dequantisation ----
+
+
+def test_the_dequantisers_density_is_that_of_its_map_from_uniform_noise() -> None:
+    """u = h(v), v uniform: ln q(u) = -ln|det dh/dv|; a new one is uniform."""
+    torch.manual_seed(0)
+    dequantiser = Dequantiser(3, CouplingNetworkConfig(width=8), (1, 2, 4))
+    noise, x = randomness.uniform(0, "v", 0, torch.arange(2), (1, 2, 4)), images(2, (1, 2, 4))
+    u, log_q = dequantiser.double()(x, noise)
+    torch.testing.assert_close(u, noise)
+    torch.testing.assert_close(log_q, torch.zeros_like(log_q))
+    randomise(dequantiser)
+    u, log_q = dequantiser(x, noise)
+    assert 0 < u.min() < u.max() < 1
+    expected = [jacobian_log_det(lambda v, i=i: dequantiser(x[i : i + 1], v)[0], noise[i : i + 1]) for i in (0, 1)]
+    torch.testing.assert_close(log_q, -torch.cat(expected), rtol=0, atol=1e-6)
+    assert (dequantiser(x + 1, noise)[0] - u).abs().max() > 1e-3, "it sees the image"
+
+
+def test_draws_are_averaged_inside_the_logarithm() -> None:
+    config = replace(SMALL["glow"], draws=7)
+    model, batch, context = _random_model(config), _batch(4), _context(4)
+    k = torch.round(batch.images.double() * 16 / 255)
+    with torch.no_grad():
+        draws = [model.log_density((k + context.uniform(f"dequantise {i}", SHAPE)) / 17) for i in range(7)]
+    expected = torch.stack(draws).double().exp().mean(0).log() - 16 * math.log(17)
+    torch.testing.assert_close(model.log_likelihood(batch.images, None, context), expected, rtol=0, atol=1e-4)
+    assert torch.stack(draws).std(0).min() > 0.01
+
+
+# ---- training, reproducibility ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("dequantise", ["uniform", "variational"])
+def test_the_loss_is_the_bound_and_every_parameter_gets_a_finite_gradient(name: str, dequantise) -> None:
+    model, batch = _random_model(replace(SMALL[name], dequantise=dequantise), classes=3), _batch(8)
+    loss, logs = model.loss(batch, _context(8))
+    nats = model.log_likelihood(batch.images, batch.labels, _context(8))
+    assert loss.item() == pytest.approx(bits_per_dim(nats, 16).mean().item(), rel=1e-6)
+    assert logs["bits_per_dim"].item() == loss.item()
+    assert not logs["bits_per_dim"].requires_grad
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    silent = [n for n, gradient in gradients.items() if not gradient.any()]
+    assert len(silent) < 0.1 * len(gradients), silent  # a small network may have all its ReLUs shut
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_likelihoods_repeat_and_depend_on_neither_batch_nor_order(name: str) -> None:
+    model, batch = _random_model(replace(SMALL[name], dequantise="variational", draws=2), classes=3), _batch(9)
+    whole = model.log_likelihood(batch.images, batch.labels, _context(9))
+    assert torch.equal(whole, model.log_likelihood(batch.images, batch.labels, _context(9)))
+    part = model.log_likelihood(batch.images[6:], batch.labels[6:], _context(3, first=6))
+    torch.testing.assert_close(part, whole[6:], rtol=0, atol=1e-4)
+    other = model.log_likelihood(batch.images, batch.labels, _context(9, step=1))
+    assert (other - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_autocast_touches_the_networks_alone(name: str) -> None:
+    """Densities stay float32 and what a bf16 network did is undone exactly, since the inverse has it do the same."""
+    model, batch = _random_model(replace(SMALL[name], dequantise="variational"), std=0.1), _batch(6)
+    plain = model.loss(batch, _context(6))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        rounded = model.loss(batch, _context(6))[0]
+        y, log_det = model.flow(images(6, SHAPE, torch.float32))
+        x = model.flow.inverse(y)
+    assert rounded.dtype == y.dtype == log_det.dtype == torch.float32
+    assert 0 < abs(rounded.item() - plain.item()) < 0.01
+    torch.testing.assert_close(x, images(6, SHAPE, torch.float32), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_thirty_steps_lower_the_bits(classes: int) -> None:
+    model, batch = _model(glow(16, 1, 2), classes), _batch(64)
+    model.start(batch, _context(64))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for step in range(30):
+        loss, _ = model.loss(batch, _context(64, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_start_normalises_once_and_survives_saving(tmp_path: Path) -> None:
+    model, batch = _model(SMALL["realnvp"], classes=3), _batch(40)
+    with pytest.raises(ValueError, match="12 of 12 ActNorm layers"):
+        model.log_likelihood(batch.images, batch.labels, _context(40))
+    with pytest.raises(ValueError, match="call start"):
+        model.sample(torch.arange(2), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="call start"):
+        model.eval().loss(batch, _context(40))
+    model.train().start(batch, _context(40))
+    assert all(m.initialised for m in model.modules() if isinstance(m, ActNorm))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    from safetensors.torch import save_file
+
+    write_baseline(tmp_path, model)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = load_baseline(tmp_path, kinds={"flow": CouplingFlow})
+    assert loaded.config == model.config
+    assert torch.equal(
+        loaded.log_likelihood(batch.images, batch.labels, _context(40)),
+        model.log_likelihood(batch.images, batch.labels, _context(40)),
+    )
+    loaded.train().start(_batch(7), _context(7, step=5))
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+# ---- sampling and conditions ----
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_sample_is_a_stored_level_and_a_function_of_its_seed(name: str) -> None:
+    model = _random_model(SMALL[name], classes=3)
+    seeds, labels = torch.arange(20), torch.arange(20) % 3
+    got = model.sample(seeds, labels)
+    assert got.shape == (20, *SHAPE)
+    assert set(to_uint8(got).unique().tolist()) <= {round(k * 255 / 16) for k in range(17)}
+    torch.testing.assert_close(got, to_uint8(got).float() / 127.5 - 1)
+    assert torch.equal(model.sample(seeds[5:7], labels[5:7]), got[5:7])
+    assert len(got.flatten(1).unique(dim=0)) > 15
+    assert not torch.equal(model.sample(seeds, (labels + 1) % 3), got)
+    assert model.sample_nfe == 1
+
+
+def test_temperature_multiplies_the_priors_deviation() -> None:
+    """On the identity flow: x = sigmoid(mean + T std e)."""
+    model = _model(replace(ADDITIVE, logit_margin=0.0), classes=2, levels=256)
+    assert model.prior is not None
+    model.prior.mean.data[1] = 1.0
+    model.prior.log_std.data[1] = math.log(0.5)
+    seeds, labels = torch.arange(8), torch.ones(8, dtype=torch.int64)
+    e = randomness.normal(0, "sample", 0, seeds, SHAPE)
+    for temperature in (0.0, 0.7, 1.0):
+        expected = (torch.sigmoid(1 + temperature * 0.5 * e) * 256).floor()
+        assert torch.equal(to_uint8(model.sample(seeds, labels, temperature)).float(), expected)
+    with pytest.raises(ValueError, match="temperature"):
+        model.sample(seeds, labels, -1.0)
+
+
+def test_labels_matter_and_are_asked_for() -> None:
+    model, batch = _random_model(SMALL["glow"], classes=3), _batch(6)
+    nats = model.log_likelihood(batch.images, batch.labels, _context(6))
+    others = model.log_likelihood(batch.images, (batch.labels + 1) % 3, _context(6))
+    assert (nats - others).abs().min() > 1e-3
+    with pytest.raises(ValueError, match="labels"):
+        model.log_likelihood(batch.images, None, _context(6))
+    with pytest.raises(ValueError, match="labels"):
+        model.sample(torch.arange(4))
+
+
+def test_what_cannot_be_built_or_scored_is_refused() -> None:
+    with pytest.raises(ValueError, match="3x3 cannot be squeezed"):
+        _model(glow(8, scales=2), shape=(1, 6, 6))
+    with pytest.raises(ValueError, match="at least two"):
+        FlowConfig(scales=0, steps=5)
+    with pytest.raises(ValueError, match="draws is 0"):
+        FlowConfig(draws=0)
+    with pytest.raises(ValueError, match="logit_margin"):
+        FlowConfig(logit_margin=0.5)
+    batch = _batch(3, 256)
+    with pytest.raises(ValueError, match="17 levels"):
+        _random_model(SMALL["nice"]).log_likelihood(batch.images, None, _context(3))
+
+
+def test_samples_that_are_not_finite_are_an_error() -> None:
+    model = _random_model(SMALL["nice"])
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        model.sample(torch.arange(2))

@@ -1,0 +1,577 @@
+"""The benchmarks: what they count, judge, print and write, and that both sides of a comparison do the same work.
+
+How fast anything is depends on the machine and is no test's business: where speed matters here, the clock is one of our own.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from pipelines import Pipeline
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.sampling import sample_latents
+from midway.gen.training.batches import Context
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.interface import Items
+from midway.samplers.grids import GRIDS, karras
+from midway.samplers.learned_solver import LEARNED
+from midway.samplers.plugin import BASES
+from midway.samplers.sample import ForwardCounter
+from midway.samplers.solvers import SOLVERS
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _as_before() -> Iterator[None]:
+    """Benchmarks set threads and seeds, and add to the path; the next test finds all of it as it was."""
+    path, threads, state = list(sys.path), torch.get_num_threads(), torch.get_rng_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    with _as_before():
+        yield
+
+
+def _benchmark(name: str) -> ModuleType:
+    """benchmarks/<name>.py under another name, for `samplers` and `training` are parts of Midway too."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _as_before():
+        spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a benchmark's main() left: exit code, printed lines, JSON."""
+
+    code: int
+    lines: list[str]
+    json: dict[str, Any]
+
+
+def _main(module: ModuleType, out: Path, *flags: object) -> Report:
+    printed = io.StringIO()
+    command = [f"{module.__name__}.py", "--out", str(out), "--device", "cpu", *map(str, flags)]
+    with pytest.MonkeyPatch.context() as patch, _as_before(), contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", command)
+        code = module.main()
+    return Report(code, printed.getvalue().splitlines(), json.loads(out.read_text()))
+
+
+# ---- samplers.py ----
+
+
+@pytest.fixture(scope="module")
+def samplers() -> ModuleType:
+    pytest.importorskip("diffusers", reason="the peer that solvers are measured beside")
+    pytest.importorskip("torchdiffeq", reason="the peer that Runge-Kutta methods are measured beside")
+    return _benchmark("samplers")
+
+
+@pytest.fixture(scope="module")
+def report(samplers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """All rows that need no GPU, three turns each."""
+    return _main(samplers, tmp_path_factory.mktemp("samplers") / "made" / "samplers.json", "--turns", 3)
+
+
+def _possible_verdicts(row: dict[str, Any]) -> set[bool | None]:
+    """What `held` can be by the words of the target: both where rounding of the written numbers decides."""
+    limits = re.findall(r"(peer / ours|ours) ([<>])= ([\d.]+)", row["target"])
+    if not limits:
+        return {None}
+    found: set[bool | None] = set()
+    for slack in (-0.006, 0.006):
+        values = {"peer / ours": row["ratio"], "ours": row["ours"]}
+        room = [(values[what] - float(limit)) * (1 if sign == ">" else -1) for what, sign, limit in limits]
+        found.add(all(r + slack >= 0 for r in room))
+    return found
+
+
+def test_every_solver_has_a_row_with_all_fields(samplers: ModuleType, report: Report) -> None:
+    rows = report.json["rows"]
+    pairs = [(name, peer) for name, (peer, *_) in samplers.PAIRS.items()]
+    fixed = [(name, f"torchdiffeq {method}") for name, method in samplers.FIXED_GRID.items()]
+    waves = [(f"waves, N = {steps}", "Picard") for steps in (20, 50, 100)]
+    wanted = [("torch.add alone", ""), *pairs, ("euler (flow)", "FlowMatchEuler"), *fixed, *waves]
+    assert [(row["name"], row["peer_name"]) for row in rows] == wanted
+    for row in rows:
+        assert set(row) == {field.name for field in fields(samplers.Result)}
+        assert row["ours"] > 0
+        if row["peer"] is not None:
+            assert row["ratio"] == pytest.approx(row["peer"] / row["ours"], rel=0.02)
+        timed = row["unit"] == "us/step"
+        assert timed == (row["operations"] is not None) == (row["peer_operations"] is not None)
+    assert {"device", "hardware", "environment"} <= set(report.json)
+    assert report.json["device"] == "cpu"
+
+
+def test_a_row_is_held_when_its_target_says_so(samplers: ModuleType, report: Report) -> None:
+    rows = report.json["rows"]
+    for row in rows:
+        assert row["held"] in _possible_verdicts(row), row
+    without = [row["name"] for row in rows if row["held"] is None]
+    assert without == ["torch.add alone", "waves, N = 20", "waves, N = 100"]
+    for row, (_, _, ratio, most) in zip(rows[1:], samplers.PAIRS.values(), strict=False):
+        assert row["target"] == f"peer / ours >= {ratio:g}" + ("" if most is None else f", ours <= {most:g} us")
+    assert report.code == int(any(row["held"] is False for row in rows))
+
+
+def test_the_printed_table_has_a_line_for_every_row(report: Report) -> None:
+    head, *lines, last = report.lines
+    rows = report.json["rows"]
+    assert " ".join(head.split()) == "name ours peer ratio unit held target operations a step"
+    assert last.startswith("wrote ")
+    assert len(lines) == len(rows)
+    for printed, row in zip(lines, rows, strict=True):
+        named = f"{row['name']} beside {row['peer_name']}" if row["peer_name"] else row["name"]
+        assert printed.startswith(named)
+        words = printed.removeprefix(named).split()
+        assert float(words[0]) == pytest.approx(row["ours"], rel=1e-3)
+        assert {True: "yes", False: "NO", None: "-"}[row["held"]] in words
+        assert row["target"] in printed
+        if row["operations"] is not None:
+            assert printed.endswith(f"{row['operations']:g} / {row['peer_operations']:g}")
+
+
+@pytest.mark.parametrize(("held", "code"), [((), 0), ((None, True), 0), ((True, False, None), 1)])
+def test_a_missed_target_is_an_exit_code(
+    held: tuple[bool | None, ...], code: int, samplers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [samplers.Result("a", "us", 2.0, "b", 4.0, 2.0, "peer / ours >= 1", one) for one in held]
+    monkeypatch.setattr(samplers, "host_rows", lambda turns: rows)
+    monkeypatch.setattr(samplers, "wave_rows", list)
+    told = _main(samplers, tmp_path / "samplers.json")
+    assert told.code == code
+    assert [row["held"] for row in told.json["rows"]] == list(held)
+
+
+def test_the_cost_of_a_step_is_the_lower_decile_of_turns(samplers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: first turns and slow ones do not count, and each side is timed right after itself, ready again."""
+    told: list[str] = []
+
+    def seconds(trajectory: Callable[[], str]) -> float:
+        turn = (told.count("ours") - 1) // 2
+        scale = 1e-3 if turn < 3 else 50 if turn % 2 else 1
+        return {"ours": 80e-6, "peer": 800e-6}[trajectory()] * scale
+
+    def side(name: str) -> Callable[[], str]:
+        return lambda: told.append(name) or name
+
+    monkeypatch.setattr(samplers, "process_seconds", seconds)
+    for ratio, most, held in ((9.0, None, True), (11.0, None, False), (9.0, 5.0, True), (9.0, 3.0, False)):
+        told.clear()
+        row = samplers.host_cost("a", side("ours"), "b", side("peer"), lambda: told.append("ready"), ratio, most, 20)
+        assert told[: 6 * 23] == ["ours", "ours", "ready", "peer", "ready", "peer"] * 23
+        assert (row.ours, row.peer, row.ratio, row.held) == (4.0, 40.0, 10.0, held)
+
+
+def test_full_tensor_operations_are_counted(samplers: ModuleType) -> None:
+    """Those of the state's size, in place too; neither views nor smaller results."""
+    x = torch.ones(1, 4)
+    for work, count in (
+        (lambda: x * 2 + 1, 2),
+        (lambda: x.clone().add_(x), 2),
+        (lambda: x.view(2, 2).mT[None], 0),
+        (lambda: x.sum() * 2, 0),
+        (lambda: torch.ones(1, 8) * 2, 0),
+    ):
+        with samplers.FullTensorOperations(4) as mode:
+            work()
+        assert mode.count == count
+    assert samplers.operations(lambda: torch.ones(1, samplers.STATE) + 1) == 2 / samplers.STEPS
+    assert samplers.operations(samplers.our_trajectory("euler")) == 2
+
+
+def test_both_sides_walk_as_many_steps(samplers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a scheduler and evaluations of ours: 20 for each stage, but that diffusers' Heun ends on Euler's step."""
+    import diffusers
+    import torchdiffeq
+
+    told: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            told[name] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    odeint = torchdiffeq.odeint
+    monkeypatch.setattr(samplers, "free_network", counted("ours", samplers.free_network))
+    monkeypatch.setattr(torchdiffeq, "odeint", lambda f, *a, **named: odeint(counted("peer", f), *a, **named))
+    for name in {*(scheduler for scheduler, *_ in samplers.PAIRS.values()), "FlowMatchEulerDiscreteScheduler"}:
+        scheduler = getattr(diffusers, name)
+        monkeypatch.setattr(scheduler, "step", counted("peer", scheduler.step))
+    sides: list[tuple[str, Callable[[], None] | None, Callable[[], Tensor]]]
+    sides = [(name, *samplers.scheduler_trajectory(*pair[:2])) for name, pair in samplers.PAIRS.items()]
+    sides += [("euler", *samplers.flow_trajectory())]
+    sides += [(name, None, samplers.torchdiffeq_trajectory(method)) for name, method in samplers.FIXED_GRID.items()]
+    for name, ready, peer in sides:
+        told.clear()
+        if ready is not None:
+            ready()
+        ends = samplers.our_trajectory(name)(), peer()
+        assert all(end.shape == (1, samplers.STATE) and end.isfinite().all() for end in ends)
+        stages = SOLVERS[name].evaluations
+        shorter = name == "heun" and ready is not None
+        assert told == {"ours": 20 * stages, "peer": 20 * stages - shorter}, name
+
+
+def test_the_quasi_newton_iteration_needs_fewer_waves_than_picards(report: Report) -> None:
+    rows = [row for row in report.json["rows"] if row["unit"] == "waves"]
+    for row, steps in zip(rows, (20, 50, 100), strict=True):
+        assert 1 < row["ours"] < row["peer"] < steps
+
+
+# ---- samplers.py: the rows of a GPU, on the CPU ----
+
+
+def test_the_rows_of_a_gpu_are_made_for_any_network(samplers: ModuleType) -> None:
+    with torch.no_grad():
+        rows = samplers.device_rows(CPU, samplers.Network(32, 2, 4, 4), (1, 2), 1)
+    overhead = [f"overhead, {how}, B = {batch}" for batch in (1, 2) for how in ("graph", "eager")]
+    parallel = [f"parallel in time, N = {steps}, B = 1" for steps in (20, 50, 100)]
+    assert [row.name for row in rows] == [*overhead, "latency, 5 NFE, B = 1", *parallel]
+    for row in rows:
+        assert all(math.isfinite(value) for value in (row.ours, row.peer, row.ratio) if value is not None)
+        assert (row.unit == "share") == (row.peer is None) == (row.ratio is None)
+        assert row.held is None and not row.target  # judged on a GPU, or never
+
+
+def test_both_sides_of_a_gpu_row_make_as_many_forward_passes(samplers: ModuleType) -> None:
+    """Three timings of each: overhead weighs whole trajectories against single passes, twice; latency two loops of 5."""
+    model = samplers.make_model(samplers.Network(32, 2, 4, 4), CPU)
+    table = SOLVERS["dpmpp2m"].build(model.schedule, karras(model.schedule, 10))
+    with torch.no_grad(), ForwardCounter(model.network) as forward:
+        samplers.overhead_rows(model, table, 2, CPU, 1)
+        assert forward.evaluations == 2 * 2 * 3 * (1 + table.nfe)
+        forward.evaluations = 0
+        samplers.latency_row(model, CPU, 1)
+        assert forward.evaluations == 2 * 3 * 5
+
+
+# ---- training.py ----
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    return _benchmark("training")
+
+
+@pytest.fixture
+def stepped() -> Iterator[Counter[torch.optim.Optimizer]]:
+    """How many steps every optimizer of this process takes."""
+    told: Counter[torch.optim.Optimizer] = Counter()
+    hook = register_optimizer_step_post_hook(lambda optimizer, arguments, named: told.update([optimizer]))
+    yield told
+    hook.remove()
+
+
+def test_there_is_a_row_for_every_recipe(training: ModuleType) -> None:
+    pytest.importorskip("diffusers", reason="the peer of one row")
+    rows = [make() for make in training.rows_for(CPU)]
+    assert [row.name for row in rows] == [*training.TOKENIZERS, *training.LATENT_MODELS, "UNet2DModel"]
+    for row in rows:
+        bare = row.peer_name == "bare loop"
+        assert row.target == (training.BARE_TARGET if bare else training.PEER_TARGET)
+        assert (row.config.precision, row.config.compile) == ("no", False)
+    for precision, compiled, suffix in (("bf16", False, " bf16"), ("bf16", True, " bf16 compiled")):
+        for make, recipe in ((training.tokenizer_row, "digits-fsq"), (training.latent_row, "digits-dit")):
+            row = make(recipe, CPU, precision, compiled)
+            assert row.name == recipe + suffix
+            assert (row.config.precision, row.config.compile) == (precision, compiled)
+
+
+@pytest.mark.parametrize("name", ["digits-fsq", "digits-vq", "digits-dit", "UNet2DModel"])
+def test_fit_and_its_peer_take_as_many_steps(
+    name: str, training: ModuleType, stepped: Counter[torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "UNet2DModel":
+        pytest.importorskip("diffusers", reason="the peer of this row")
+    monkeypatch.setattr(training, "UNTIMED_TURNS", 1)
+    makers = {"digits-dit": training.latent_row, "UNet2DModel": lambda _, *a: training.diffusers_row(*a[:2])}
+    row = makers.get(name, training.tokenizer_row)(name, CPU, "no", False)
+    before = [p.clone() for p in row.model.parameters()]
+    pairs = training.take_turns(row, 1, CPU)
+    assert len(pairs) == 1, "the untimed turn is left out"
+    assert all(seconds > 0 for seconds in pairs[0])
+    assert list(stepped.values()) == [2, 2]
+    ours, theirs = ([p for group in optimizer.param_groups for p in group["params"]] for optimizer in stepped)
+    assert sum(p.numel() for p in ours) == sum(p.numel() for p in theirs) == sum(p.numel() for p in before)
+    assert all(torch.equal(p, q) for p, q in zip(row.model.parameters(), before, strict=True)), "each trains a copy"
+
+
+def test_the_bare_loop_of_a_tokenizer_has_the_loss_of_fit(training: ModuleType) -> None:
+    row, items = training.tokenizer_row("digits-fsq", CPU, "no", False), torch.arange(100, 164)
+    model, loss_of, size, config, device = row.peer.args
+    assert (model, size, config, device) == (row.model, row.items.size, row.config, CPU)
+    ours, _ = row.model.loss(row.items.fetch(items), Context(0, 0, items))
+    torch.testing.assert_close(loss_of(model, items), ours)
+
+
+def test_the_bare_loop_of_a_latent_model_has_the_loss_of_fit(training: ModuleType) -> None:
+    """Each draws its own noise, so only over many samples; weights that are not adaLN-zero's, with which the network is 0."""
+    torch.manual_seed(0)
+    row = training.latent_row("digits-dit", CPU, "no", False)
+    model, loss_of, size, *_ = row.peer.args
+    items = torch.arange(size)
+    with torch.no_grad():
+        for values in model.parameters():
+            values.add_(0.05 * torch.randn(values.shape))
+        ours, _ = row.model.loss(row.items.fetch(items), Context(0, 0, items))
+        theirs = loss_of(model, items)
+    assert ours.item() > 1.05
+    assert theirs.item() == pytest.approx(ours.item(), rel=0.03)
+
+
+def test_batches_of_the_bare_loop_go_through_all_items(training: ModuleType) -> None:
+    batches = training.shuffled(10, 4)
+    epochs = torch.cat([next(batches) for _ in range(5)]).view(2, 10)
+    assert torch.equal(epochs.sort().values, torch.arange(10).expand(2, 10))
+    assert len(next(training.shuffled(3, 8))) == 8
+
+
+class Clock:
+    """Moves only when it is told to, so that a ratio of speeds is known beforehand."""
+
+    def __init__(self) -> None:
+        self.now, self.peers = 0.0, 0
+
+    def row(self, training: ModuleType, name: str, ours: float, peer: float, target: float) -> Any:
+        """A training of one number, whose steps take `ours` seconds and those of its peer `peer`."""
+        clock = self
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.x = nn.Parameter(torch.ones(()))
+
+            def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+                clock.now += ours
+                return (self.x * batch).mean(), {}
+
+            def after_step(self, step_ok: Tensor) -> None:
+                """Nothing to do between optimizer steps."""
+
+        def steps() -> Iterator[None]:
+            clock.peers += 1
+            while True:
+                clock.now += peer
+                yield
+
+        config = TrainConfig(batch_size=16, warmup=0)
+        return training.Row(name, "a loop", Model(), Items(lambda items: items.float(), 40), config, steps, target)
+
+
+@pytest.fixture
+def clock(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(training.TakingTurns, "_now", lambda self: made.now)
+    return made
+
+
+def test_every_side_is_charged_for_its_own_steps(training: ModuleType, clock: Clock) -> None:
+    """2 seconds a step beside 5, of which the first few turns are not counted."""
+    pairs = training.take_turns(clock.row(training, "a", 2.0, 5.0, 1.0), 4, CPU)
+    assert pairs == [(2.0, 5.0)] * 4
+    assert clock.now == (4 + training.UNTIMED_TURNS) * 7.0
+
+
+@pytest.mark.parametrize(("seconds", "turns"), [(0.0, 20), (7.0 * 26, 26)])
+@pytest.mark.parametrize("target", [2.4, 2.6])
+def test_a_training_row_is_the_ratio_of_times_per_step(
+    seconds: float, turns: int, target: float, training: ModuleType, clock: Clock
+) -> None:
+    """Measured for about the seconds that it is given, 20 turns at least, and by a peer that begins anew."""
+    found = training.measure(clock.row(training, "a", 2.0, 5.0, target), seconds, CPU)
+    assert found == {
+        "name": "a",
+        "peer": "a loop",
+        "ours_images_per_second": 8.0,
+        "peer_images_per_second": 3.2,
+        "ratio": 2.5,
+        "error": 0.0,
+        "turns": turns,
+        "batch": 16,
+        "target": target,
+        "held": target < 2.5,
+    }
+    assert clock.peers == 2
+
+
+@pytest.mark.parametrize(("only", "names", "code"), [("", ["slow", "fast"], 1), ("fas", ["fast"], 0)])
+def test_the_training_benchmark_prints_and_writes_its_rows(
+    only: str,
+    names: list[str],
+    code: int,
+    training: ModuleType,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    rows = [clock.row(training, "slow", 2.0, 1.0, 1.0), clock.row(training, "fast", 1.0, 2.0, 1.0)]
+    monkeypatch.setattr(training, "rows_for", lambda device: [lambda row=row: row for row in rows])
+    told = _main(training, tmp_path / "made" / "training.json", "--seconds", 0, "--only", only)
+    assert told.code == code
+    assert [(row["name"], row["held"]) for row in told.json["rows"]] == [(name, name == "fast") for name in names]
+    assert {"device", "environment"} <= set(told.json)
+    _, *lines, last = told.lines
+    assert last.startswith("wrote ")
+    assert [line.split()[0] for line in lines] == names
+    assert [("yes" in line, "NO" in line) for line in lines] == [(n == "fast", n == "slow") for n in names]
+
+
+def test_the_training_benchmark_refuses_a_name_that_no_row_has(
+    training: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(training, "rows_for", lambda device: [])
+    with pytest.raises(SystemExit) as caught:
+        _main(training, tmp_path / "training.json", "--only", "nothing")
+    assert caught.value.code == 2
+    assert not (tmp_path / "training.json").exists()
+
+
+# ---- amed_ablation.py ----
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    return _benchmark("amed_ablation")
+
+
+def _task(ablation: ModuleType, pipeline: Pipeline, out: Path) -> Any:
+    """The smallest: 8 held-out samples, two optimizer steps."""
+    sizes = {"n": 8, "reference_steps": 10, "trajectories": 6, "teacher_steps": 6, "steps": 2, "batch_size": 4}
+    return ablation.Ablation(pipeline.model, out, nfe=(4, 5), **sizes)
+
+
+def _reached(trained: TrainedModel, ablation: ModuleType, name: str, steps: int, analytic: bool, grid: str) -> Tensor:
+    """The held-out samples as `sample_latents` makes them from their seeds."""
+    schedule = trained.model.schedule
+    table = SOLVERS[name].build(schedule, GRIDS[grid](schedule, steps), analytic)
+    return sample_latents(trained, table, ablation.FIRST_HELD_OUT + torch.arange(8)).latents
+
+
+def test_unlearned_rows_are_distances_to_the_fine_solution(
+    ablation: ModuleType, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Odd budgets take the first slope analytically; a budget that a solver cannot make has no row."""
+    trained, task = pipeline.load(), _task(ablation, pipeline, tmp_path / "a.json")
+    data = ablation.held_out(trained, task, CPU)
+    assert data.noise.shape == data.exact.shape == (8, *trained.model.latent_shape)
+    exact = _reached(trained, ablation, "heun", 10, False, "karras")
+    torch.testing.assert_close(data.exact, exact, rtol=1e-4, atol=1e-4)
+    for name, nfe, steps in (("ddim", 4, 4), ("ddim", 5, 6), ("dpm2", 4, 2), ("dpm2", 5, 3)):
+        row = ablation.unlearned(trained, task, data, name, nfe)
+        assert (row.solver, row.mode, row.teacher, row.nfe) == (name, "", "", nfe)
+        assert (row.rmse_start, row.training_nfe, row.seconds) == (None, 0, 0.0)
+        reached = _reached(trained, ablation, name, steps, nfe == 5, task.grid)
+        assert row.rmse == pytest.approx((reached - exact).square().mean().sqrt().item(), rel=1e-3)
+    assert ablation.unlearned(trained, task, data, "rk38", 6) is None
+
+
+@pytest.mark.parametrize("nfe", [4, 5])
+@pytest.mark.parametrize(
+    ("name", "mode", "teacher"),
+    [
+        ("amed-constants", "per_step", "dpmpp2m"),
+        ("amed", "end_to_end", "dpmpp2m"),
+        ("amed-plugin-dpmpp2m-constants", "per_step", "dpmpp2m"),
+        ("amed-constants", "per_step", "heun"),
+    ],
+)
+def test_learned_rows_count_their_training(
+    name: str, mode: str, teacher: str, nfe: int, ablation: ModuleType, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Everything that goes through the network is training, but for measuring the solver before and after."""
+    trained, task = pipeline.load(), _task(ablation, pipeline, tmp_path / "a.json")
+    data = ablation.held_out(trained, task, CPU)
+    with ForwardCounter(trained.model.network) as network:
+        row = ablation.learn(trained, task, data, ablation.Variant(name, mode, teacher), nfe)
+    assert (row.solver, row.mode, row.teacher, row.nfe) == (name, mode, teacher, nfe)
+    assert row.training_nfe == network.evaluations - 2 * nfe * task.n
+    assert math.isfinite(row.rmse)
+    assert row.rmse != row.rmse_start, "something was learned"
+    if name == "amed-constants":  # before learning it is DPM-Solver-2
+        start = ablation.unlearned(trained, task, data, "dpm2", nfe).rmse
+        assert row.rmse_start == pytest.approx(start, rel=1e-3)
+
+
+def test_every_variant_is_a_solver_that_can_be_learned(ablation: ModuleType) -> None:
+    found = list(ablation.variants())
+    assert len(set(found)) == len(found)
+    assert {variant.name for variant in found} <= set(LEARNED)
+    assert {LEARNED[variant.name].base for variant in found} == {"none", *ablation.BASES} <= set(BASES)
+    assert {variant.mode for variant in found} == {"per_step", "end_to_end"}
+    assert {variant.teacher for variant in found} == {*ablation.TEACHERS, ablation.Variant("amed").teacher}
+    assert {*ablation.TEACHERS, *ablation.UNLEARNED} <= set(SOLVERS)
+
+
+def test_the_table_of_the_ablation_marks_the_best_of_a_budget(ablation: ModuleType) -> None:
+    plain = ablation.Result("ddim", "", "", 4, 0.5, None, 0, 0.0)
+    learned = ablation.Result("amed", "per_step", "heun", 4, 0.25, 0.75, 1234, 5.0)
+    broken = replace(plain, solver="ab4", rmse=math.nan)
+    results = [learned, plain, broken, replace(learned, nfe=6, rmse=0.125, training_nfe=4321, seconds=6.5)]
+    head, *lines = ablation.text(results).splitlines()
+    assert head.split() == ["solver", "mode", "teacher", "4", "6", "NFE", "s"]
+    assert [line.split() for line in lines] == [
+        ["amed", "per_step", "heun", "0.2500*", "0.1250*", "4,321", "6.5"],
+        ["ddim", "0.5000"],
+        ["ab4", "nan"],
+    ]
+
+
+def test_the_ablation_writes_every_row_at_every_budget(
+    ablation: ModuleType,
+    pipeline: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(ablation, "best_device", lambda: CPU)
+    monkeypatch.setattr(ablation, "UNLEARNED", ("ddim", "rk38"))
+    monkeypatch.setattr(ablation, "variants", lambda: iter([ablation.Variant("amed-constants")]))
+    task = _task(ablation, pipeline, tmp_path / "ablation.json")
+    ablation.main(task)
+    found = json.loads(task.out.read_text())
+    assert set(found) == {"model", "model_hash", "task", "seconds", "environment", "results"}
+    assert found["model_hash"] == pipeline.load().hash
+    assert found["task"]["nfe"] == [4, 5]
+    assert found["task"]["out"] == str(task.out)
+    wanted = [("ddim", 4), ("ddim", 5), ("rk38", 4), ("amed-constants", 4), ("amed-constants", 5)]
+    assert [(row["solver"], row["nfe"]) for row in found["results"]] == wanted
+    for row in found["results"]:
+        assert set(row) == {field.name for field in fields(ablation.Result)}
+    out = capsys.readouterr().out
+    assert ablation.text([ablation.Result(**row) for row in found["results"]]) in out
+    assert f"written: {task.out}" in out

@@ -1,0 +1,505 @@
+"""Checkpoints are whole or absent; every damage is found and named; the weight average in them is its closed form."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from midway.gen.core import checkpoints
+from midway.gen.core.checkpoints import Checkpoint, clear_leftovers, directories, newest_valid, save, set_aside, verify
+from midway.gen.core.errors import DataError, DiskError
+from midway.gen.core.runs import Run
+from midway.gen.training.accelerator import make_accelerator
+from midway.gen.training.batches import Context
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import FitResult, Items
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float64 on the CPU; Accelerate keeps one state per process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that failed saves would have waited for."""
+    seconds: list[float] = []
+    monkeypatch.setattr(checkpoints.time, "sleep", seconds.append)
+    return seconds
+
+
+def write(folder: Path) -> None:
+    """Two files, one of them in a folder of folders."""
+    save_file({"weight": torch.arange(6.0)}, folder / "model.safetensors")
+    (folder / "tokenizer" / "deep").mkdir(parents=True)
+    (folder / "tokenizer" / "deep" / "config.json").write_text('{"width": 8}\n')
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Every file below `root`, hidden ones too."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# ---- writing ----
+
+
+def test_the_manifest_lists_every_file_with_size_and_sha256(tmp_path: Path) -> None:
+    saved = save(tmp_path, 7, write, header={"config_hash": "abc"})
+    assert saved == Checkpoint(tmp_path / "step-7", 7)
+    manifest = json.loads((saved.path / "manifest.json").read_text())
+    assert (manifest["format"], manifest["step"], manifest["config_hash"]) == ("midway-checkpoint-1", 7, "abc")
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
+    contents = tree(saved.path)
+    del contents["manifest.json"]
+    assert contents.keys() == {"model.safetensors", "tokenizer/deep/config.json"}
+    assert manifest["files"] == {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
+    }
+
+
+def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash of the machine can leave no step-N whose files are not there."""
+    order: list[str] = []
+    really_sync, really_rename = checkpoints.sync, Path.rename
+
+    def sync(path: Path) -> None:
+        others = {p.name for p in path.parent.iterdir()} if path.name != "manifest.json" else set()
+        assert path.suffix != ".safetensors" or "manifest.json" not in others
+        order.append(f"sync {path.name.split('-')[0]}")
+        really_sync(path)
+
+    def rename(self: Path, target: Path) -> Path:
+        order.append(f"rename to {target.name}")
+        return really_rename(self, target)
+
+    monkeypatch.setattr(checkpoints, "sync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    save(tmp_path / "all", 3, write)
+    files, rest = order[:2], order[2:]
+    assert files == ["sync model.safetensors", "sync config.json"]
+    assert set(rest[:2]) == {"sync tokenizer", "sync deep"}
+    assert rest[2:] == ["sync manifest.json", "sync .tmp", "rename to step-3", "sync all"]
+
+
+def test_latest_names_the_newest(tmp_path: Path) -> None:
+    for step in (5, 20):
+        save(tmp_path, step, write, keep=2)
+        assert (tmp_path / "latest").read_text() == f"step-{step}\n"
+
+
+def fail_in(name: str) -> Callable[[pytest.MonkeyPatch], Callable[[Path], None]]:
+    """Break one point of saving; the writer to save with."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+        def broken(*_: object, **__: object) -> Any:
+            raise OSError(errno.EIO, f"no luck with {name}")
+
+        def half(folder: Path) -> None:
+            write(folder)
+            broken()
+
+        if name == "the rename":
+            monkeypatch.setattr(Path, "rename", broken)
+        elif name != "the writer":
+            monkeypatch.setattr(checkpoints, name, broken)
+        return half if name == "the writer" else write
+
+    return patch
+
+
+@pytest.mark.parametrize("point", ["the writer", "file_hash", "sync", "write_manifest", "the rename"])
+def test_a_failing_save_leaves_older_checkpoints_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    save(tmp_path, 1, write, keep=2)
+    save(tmp_path, 2, write, keep=2)
+    before = tree(tmp_path)
+    with monkeypatch.context() as patched:
+        writer = fail_in(point)(patched)
+        with pytest.raises(DiskError, match=f"no luck with {point}") as caught:
+            save(tmp_path, 3, writer, keep=2)
+    assert caught.value.exit_code == 5
+    assert tree(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-1", "step-2"]
+    assert [verify(path).step for path in directories(tmp_path)] == [2, 1]
+
+
+def test_a_failing_pointer_leaves_a_whole_checkpoint_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`latest` is only for people: the new checkpoint counts, and no older one is gone."""
+    save(tmp_path, 1, write)
+    with monkeypatch.context() as patched, pytest.raises(DiskError):
+        save(tmp_path, 2, fail_in("write_atomically")(patched))
+    assert [verify(path).step for path in directories(tmp_path)] == [2, 1]
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert (tmp_path / "latest").read_text() == "step-1\n"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_writer_that_fails_otherwise_leaves_nothing_and_is_not_called_again(
+    tmp_path: Path, waits: list[float], error: type[BaseException]
+) -> None:
+    save(tmp_path, 1, write)
+    before = tree(tmp_path)
+
+    def broken(folder: Path) -> None:
+        write(folder)
+        raise error("a bug, or a person")
+
+    with pytest.raises(error):
+        save(tmp_path, 2, broken)
+    assert tree(tmp_path) == before
+    assert not waits
+
+
+@dataclass
+class Flaky:
+    """A writer that fails a number of times."""
+
+    failures: int
+    calls: int = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.calls += 1
+        assert not list(folder.iterdir()), "each attempt starts empty"
+        write(folder)
+        if self.calls <= self.failures:
+            raise OSError(errno.ENOSPC, "no space left")
+
+
+def test_a_save_that_works_the_third_time_is_a_save(tmp_path: Path, waits: list[float]) -> None:
+    writer = Flaky(2)
+    verify(save(tmp_path, 4, writer).path)
+    assert writer.calls == 3
+    assert waits == list(checkpoints.BACKOFF[:2])
+
+
+def test_a_save_that_never_works_is_a_disk_error_after_the_last_attempt(tmp_path: Path, waits: list[float]) -> None:
+    writer = Flaky(100)
+    with pytest.raises(DiskError, match="no space left") as caught:
+        save(tmp_path, 4, writer)
+    assert caught.value.exit_code == 5
+    assert "earlier checkpoints are intact" in caught.value.fix
+    assert writer.calls == 1 + len(checkpoints.BACKOFF)
+    assert waits == list(checkpoints.BACKOFF)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_a_disk_error_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 5 * 2**20, 5 * 2**20))
+    writer = Flaky(0)
+    with pytest.raises(DiskError, match="6 MiB are needed and 5 MiB are free"):
+        save(tmp_path, 1, writer, needed=6 * 2**20)
+    assert writer.calls == 0
+    assert not list(tmp_path.iterdir())
+    save(tmp_path, 1, writer, needed=5 * 2**20)
+    assert writer.calls == 1
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    """A damaged directory of the same step does not stand in the way."""
+    save(tmp_path, 4, write)
+    (tmp_path / "step-4" / "model.safetensors").write_bytes(b"")
+    verify(save(tmp_path, 4, write).path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-4"]
+
+
+def test_a_failing_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 4, write)
+    before = tree(tmp_path)
+    really = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.startswith(".tmp-step"):
+            raise OSError(errno.EIO, "no luck")
+        return really(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename)
+        with pytest.raises(DiskError):
+            save(tmp_path, 4, write)
+    assert tree(tmp_path) == before
+
+
+def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
+    kept = save(tmp_path, 4, write).path
+    before = tree(tmp_path)
+    kept.rename(tmp_path / ".tmp-replaced-4-12345")
+    checkpoints.put_back(tmp_path)
+    assert tree(tmp_path) == before
+    (tmp_path / ".tmp-replaced-4-12345").mkdir()
+    checkpoints.put_back(tmp_path)
+    assert checkpoints.verify(kept).step == 4, "a whole one is never replaced by what it replaced"
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_few_are_kept(tmp_path: Path, keep: int) -> None:
+    """By number, not by name: 100 is newer than 9."""
+    for step in (8, 9, 99, 100):
+        save(tmp_path, step, write, keep)
+    assert [p.name for p in directories(tmp_path)] == ["step-100", "step-99", "step-9"][:keep]
+
+
+def test_a_damaged_checkpoint_that_is_newer_never_outlives_the_one_just_written(tmp_path: Path) -> None:
+    """As after going back: what was just saved is the newest valid one, whatever the numbers say."""
+    save(tmp_path, 9, write)
+    (tmp_path / "step-9" / "model.safetensors").unlink()
+    save(tmp_path, 5, write, keep=1)
+    assert [p.name for p in directories(tmp_path)] == ["step-5"]
+
+
+# ---- reading ----
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (truncate, "bytes, "),
+    "flipped": (flip, "sha256 differs"),
+    "empty": (empty, "has 0 bytes"),
+    "missing": (Path.unlink, "FileNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer/deep/config.json"])
+def test_damage_is_found_and_the_file_is_named(tmp_path: Path, damage: str, name: str) -> None:
+    path = save(tmp_path, 1, write).path
+    assert verify(path).step == 1
+    act, why = DAMAGES[damage]
+    act(path / name)
+    with pytest.raises(DataError, match=why) as caught:
+        verify(path)
+    assert name in caught.value.why
+    assert str(path) in caught.value.what
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_manifest_is_found(tmp_path: Path, damage: str) -> None:
+    path = save(tmp_path, 1, write).path
+    manifest = path / "manifest.json"
+    manifest.write_text(manifest.read_text().rstrip())
+    DAMAGES[damage][0](manifest)
+    with pytest.raises(DataError, match="manifest cannot be used"):
+        verify(path)
+
+
+CLAIMS: list[tuple[dict[str, Any], str]] = [
+    ({"files": {"ghost.safetensors": {"size": 1, "sha256": "0"}}}, r"ghost\.safetensors"),
+    ({"format": "midway-checkpoint-0"}, "midway-checkpoint-0"),
+    ({"step": 2}, "step 2"),
+    ({"step": "soon"}, "step soon"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), CLAIMS)
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_manifest_that_claims_something_else_is_refused(
+    tmp_path: Path, change: dict[str, Any], why: str, signed: bool
+) -> None:
+    """It holds a hash of itself, and is about the directory it is in. With a hash that fits, what it claims is compared."""
+    path = save(tmp_path, 1, write).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    said = {key: value for key, value in {**manifest, **change}.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**said, "sha256": digest if signed else manifest["sha256"]}))
+    with pytest.raises(DataError, match=why if signed else "it is not what was written"):
+        verify(path)
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
+    """Its step is the name's, so that a run never goes on from a step that it is not at."""
+    path = save(tmp_path, 1, write).path
+    path.rename(tmp_path / "step-8")
+    with pytest.raises(DataError, match="step 1"):
+        verify(tmp_path / "step-8")
+
+
+def test_the_newest_valid_one_is_found_and_the_others_are_named(tmp_path: Path) -> None:
+    for step in (2, 10, 30):
+        save(tmp_path, step, write, keep=3)
+    flip(tmp_path / "step-30" / "model.safetensors")
+    (tmp_path / "step-10" / "manifest.json").unlink()
+    (tmp_path / "step-x").mkdir()
+    said: list[str] = []
+    assert newest_valid(tmp_path, said.append) == Checkpoint(tmp_path / "step-2", 2)
+    assert len(said) == 2
+    assert said[0].startswith("skipped step-30") and "model.safetensors" in said[0]
+    assert said[1].startswith("skipped step-10") and "manifest" in said[1]
+    truncate(tmp_path / "step-2" / "model.safetensors")
+    assert newest_valid(tmp_path, said.append) is None
+    assert newest_valid(tmp_path / "nowhere", said.append) is None
+
+
+def test_damaged_ones_are_set_aside_under_a_name_that_nobody_looks_for(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, write, keep=3)
+    (tmp_path / "damaged-step-3").mkdir()
+    before = tree(tmp_path / "step-3")
+    set_aside(tmp_path, 1)
+    assert [p.name for p in directories(tmp_path)] == ["step-1"]
+    assert tree(tmp_path / "damaged-step-3") == before, "nothing is thrown away"
+    assert (tmp_path / "damaged-step-2").is_dir()
+    set_aside(tmp_path, -1)
+    assert not directories(tmp_path)
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    save(tmp_path, 1, write)
+    before = tree(tmp_path)
+    for name in (".tmp-step-2-4711", ".tmp-replaced-1-4711"):
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        (tmp_path / name / "tokenizer" / "half").write_text("x")
+    clear_leftovers(tmp_path)
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    """Also when it comes as torch.save writes it, and even when its hash is in the manifest."""
+    trap = tmp_path / "sprung"
+
+    def plant(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(pickle.dumps(Trap(trap)))
+        torch.save(Trap(trap), folder / "optimizer.safetensors")
+
+    found = verify(save(tmp_path / "all", 1, plant).path)
+    for name in ("model.safetensors", "optimizer.safetensors", "absent.safetensors"):
+        with pytest.raises(DataError, match=name) as caught:
+            found.tensors(name)
+        assert caught.value.exit_code == 3
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Trap(trap)))  # noqa: S301  (the trap does work)
+    assert trap.exists()
+
+
+def test_tensors_and_json_come_back(tmp_path: Path) -> None:
+    found = save(tmp_path, 1, write)
+    assert torch.equal(found.tensors("model.safetensors")["weight"], torch.arange(6.0))
+    assert found.json("tokenizer/deep/config.json") == {"width": 8}
+    (found.path / "state.json").write_text("{")
+    with pytest.raises(DataError, match=r"state\.json"):
+        found.json("state.json")
+
+
+# ---- the average in a checkpoint ----
+
+
+class Learner(nn.Module):
+    """A quadratic in float64; a buffer that learns, and a counter. Keeps its state after every step."""
+
+    follower: Tensor
+    updates: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.register_buffer("follower", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("updates", torch.tensor(0))
+        self.states: list[dict[str, Tensor]] = [self.copy()]
+
+    def copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        return (batch - self.weight).square().mean(), {}
+
+    def after_step(self, step_ok: Tensor) -> None:
+        self.follower.lerp_(self.weight.detach(), 0.3)
+        self.updates += 1
+        self.states.append(self.copy())
+
+
+@dataclass
+class Fitted:
+    """A model after fit()."""
+
+    model: Learner
+    result: FitResult
+    saved: dict[str, Tensor] = field(default_factory=dict)
+
+
+def fit_learner(folder: Path, config: TrainConfig, resume: bool = False) -> Fitted:
+    """Train on six numbers; the average as its newest checkpoint has it."""
+    folder.mkdir(exist_ok=True)
+    model = Learner()
+    numbers = torch.linspace(-1, 2, 18, dtype=torch.float64).view(6, 3)
+    result = fit(
+        model, Items(numbers.__getitem__, 6), config, Run(folder, "test"), make_accelerator(config), None, resume
+    )
+    return Fitted(model, result, load_file(folder / "checkpoints" / f"step-{result.steps}" / "ema.safetensors"))
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.6])
+def test_the_average_of_a_training_is_its_closed_form_sum(tmp_path: Path, decay: float) -> None:
+    """shadow_n = sum_k w_k value_k, w_k = (1 - d_k) prod_(j > k) d_j, d_s = min(decay, (1 + s) / (10 + s)); buffers too."""
+    steps = 24
+    trained = fit_learner(tmp_path, TrainConfig(steps=steps, batch_size=3, lr=0.1, ema=decay))
+    d = [min(decay, (1 + s) / (10 + s)) for s in range(steps)]
+    terms = [math.prod(d), *((1 - d[k]) * math.prod(d[k + 1 :]) for k in range(steps))]
+    weights = torch.tensor(terms, dtype=torch.float64)
+    assert len(trained.model.states) == steps + 1
+    for name in ("weight", "follower"):
+        expected = weights @ torch.stack([state[name] for state in trained.model.states])
+        torch.testing.assert_close(trained.saved[name], expected, rtol=0, atol=1e-12)
+        assert (trained.saved[name] - trained.model.state_dict()[name]).abs().max() > 1e-3
+    assert trained.saved["updates"].item() == steps, "counters are copied"
+
+
+def test_the_average_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    config = TrainConfig(steps=9, batch_size=3, lr=0.1, ema=0.9)
+    whole = fit_learner(tmp_path / "whole", config)
+    fit_learner(tmp_path / "parts", TrainConfig(steps=9, batch_size=3, lr=0.1, ema=0.9, max_steps=4))
+    parts = fit_learner(tmp_path / "parts", config, resume=True)
+    assert len(parts.model.states) == 1 + 5
+    assert parts.result.ema is not None
+    for name, value in whole.saved.items():
+        assert torch.equal(parts.saved[name], value)
+        assert torch.equal(parts.result.ema.shadow[name], value)

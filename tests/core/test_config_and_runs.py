@@ -1,0 +1,376 @@
+"""Configurations survive the round trip and refuse what does not fit; run directories and files are whole or absent."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from midway.gen.core import checkpoints
+from midway.gen.core.config import from_dict, read_yaml, to_dict, write_yaml
+from midway.gen.core.errors import DataError, DiskError, UsageError, nearest
+from midway.gen.core.files import state_hash, write_atomically
+from midway.gen.core.runs import Run
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A configuration inside another."""
+
+    width: int = 8
+    rate: float = 1e-5
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    mode: Literal["pre", "post"] = "pre"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Every kind of field that a configuration has."""
+
+    out: Path = Path("runs/a b")
+    inner: Inner = field(default_factory=Inner)
+    limit: float | None = None
+    source: Path | None = None
+    scales: tuple[float, ...] = (1.0, 2.5)
+    overwrite: bool = False
+    name: str = "ü: #1"
+
+
+FULL = Outer(Path("/x/y"), Inner(3, 2.0, (2,), "post"), 1.5, Path("z"), (), True, "no")
+
+
+# ---- configurations ----
+
+
+@pytest.mark.parametrize("config", [Outer(), FULL], ids=["defaults", "all other"])
+def test_a_configuration_survives_dictionary_json_and_yaml(config: Outer, tmp_path: Path) -> None:
+    plain = to_dict(config)
+    assert from_dict(Outer, plain) == config
+    assert from_dict(Outer, json.loads(json.dumps(plain))) == config
+    write_yaml(tmp_path / "c.yaml", plain)
+    again = from_dict(Outer, read_yaml(tmp_path / "c.yaml"))
+    assert again == config
+    assert isinstance(again.out, Path)
+    assert isinstance(again.inner.levels, tuple)
+    assert list(read_yaml(tmp_path / "c.yaml")) == ["out", "inner", "limit", "source", "scales", "overwrite", "name"]
+
+
+def test_missing_keys_keep_their_defaults() -> None:
+    assert from_dict(Outer, {}) == Outer()
+    assert from_dict(Outer, {"inner": {"width": 5}}) == Outer(inner=Inner(width=5))
+
+
+def test_an_integer_becomes_a_float_where_one_is_asked() -> None:
+    config = from_dict(Outer, {"limit": 3, "scales": [1, 2], "inner": {"rate": 1}})
+    assert [config.limit, *config.scales, config.inner.rate] == [3.0, 1.0, 2.0, 1.0]
+    assert all(type(value) is float for value in (config.limit, *config.scales, config.inner.rate))
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "where", "close"),
+    [
+        ({"overwite": True}, "overwite", "config", "overwrite"),
+        ({"inner": {"with": 3}}, "with", "config.inner", "width"),
+    ],
+)
+def test_an_unknown_key_names_its_place_and_the_nearest(
+    values: dict[str, Any], key: str, where: str, close: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        from_dict(Outer, values)
+    assert f"'{key}' in {where}" in str(caught.value)
+    assert f"did you mean '{close}'" in caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ({"inner": {"width": 1.5}}, "config.inner.width"),
+        ({"inner": {"width": True}}, "config.inner.width"),
+        ({"inner": {"width": "8"}}, "config.inner.width"),
+        ({"inner": {"rate": "fast"}}, "config.inner.rate"),
+        ({"inner": {"rate": False}}, "config.inner.rate"),
+        ({"inner": {"levels": 8}}, "config.inner.levels"),
+        ({"inner": {"levels": [8, "5"]}}, "config.inner.levels"),
+        ({"inner": {"levels": "85"}}, "config.inner.levels"),
+        ({"inner": {"mode": "between"}}, "config.inner.mode"),
+        ({"inner": None}, "config.inner"),
+        ({"inner": [1]}, "config.inner"),
+        ({"out": 3}, "config.out"),
+        ({"out": None}, "config.out"),
+        ({"limit": "1"}, "config.limit"),
+        ({"overwrite": 1}, "config.overwrite"),
+        ({"name": 1}, "config.name"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_place(values: dict[str, Any], where: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        from_dict(Outer, values)
+    assert caught.value.what.startswith(where)
+
+
+@pytest.mark.parametrize("values", [None, [], "text", 3])
+def test_what_is_no_mapping_is_refused(values: Any) -> None:
+    with pytest.raises(UsageError, match="not a mapping"):
+        from_dict(Outer, values)
+
+
+def test_a_missing_or_broken_yaml_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no file"):
+        read_yaml(tmp_path / "absent.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1, 2\nb: }")
+    with pytest.raises(UsageError, match="not YAML"):
+        read_yaml(tmp_path / "broken.yaml")
+    (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(UsageError, match="not YAML"):
+        read_yaml(tmp_path / "picture.yaml")
+
+
+def test_a_yaml_file_cannot_build_objects(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("a: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(UsageError, match="not YAML"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_nearest_lists_every_choice_and_guesses_only_what_is_close() -> None:
+    assert nearest("dim", ["euler", "ddim"]) == "did you mean 'ddim'? choose one of: ddim, euler"
+    assert nearest("xyz", ["euler", "ddim"]) == "choose one of: ddim, euler"
+
+
+# ---- run directories ----
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting between the attempts at a save."""
+    monkeypatch.setattr(checkpoints, "BACKOFF", (0.0,))
+
+
+def _save(run: Run, step: int, content: str) -> Path:
+    return checkpoints.save(run.checkpoints, step, lambda folder: _write(folder, content)).path
+
+
+def _write(folder: Path, content: str) -> None:
+    (folder / "model.txt").write_text(content)
+
+
+def _steps(run: Run) -> list[str]:
+    """What is in the folder of the checkpoints, but the pointer to the newest."""
+    return sorted(set(os.listdir(run.checkpoints)) - {"latest"})
+
+
+def test_a_run_is_found_again_with_its_configuration(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "a" / "b", "solver", to_dict(FULL))
+    assert _files(run.path) == {"config.yaml", "env.json"}
+    assert Run.open(run.path, "solver") == run
+    assert from_dict(Outer, Run.open(run.path, "solver").config) == FULL
+    assert json.loads((run.path / "env.json").read_text())["packages"]["torch"] == metadata.version("torch")
+
+
+def test_an_existing_run_is_kept_unless_it_may_be_overwritten(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {"a": 1})
+    _save(run, 3, "old")
+    before = _files(run.path)
+    with pytest.raises(UsageError, match="already holds a run"):
+        Run.create(run.path, "solver", {"a": 2})
+    assert _files(run.path) == before
+    assert run.config == {"a": 1}
+    with pytest.raises(DataError, match="is a run of kind 'solver'"):
+        Run.create(run.path, "latent_model", {"a": 2}, overwrite=True)
+    assert _files(run.path) == before
+    again = Run.create(run.path, "solver", {"a": 2}, overwrite=True)
+    assert _files(run.path) == {"config.yaml", "env.json"}
+    assert again.config == {"a": 2}
+
+
+def test_the_current_directory_is_never_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    monkeypatch.chdir(run.path / "samples")
+    with pytest.raises(UsageError, match="holds the current directory"):
+        Run.create(run.path, "solver", {}, overwrite=True)
+    assert (run.path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_run_is_never_deleted(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UsageError, match="no run directory"):
+            Run.create(path, "solver", {}, overwrite=overwrite)
+    assert _files(tmp_path) == {"thesis.tex", "file"}
+
+
+def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
+    assert Run.create(tmp_path, "solver", {}).config == {}
+
+
+def test_a_path_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DiskError) as caught:
+        Run.create(tmp_path / "file" / "run", "solver", {})
+    assert caught.value.exit_code == 5
+
+
+def test_another_kind_of_run_and_no_run_are_data_errors(tmp_path: Path) -> None:
+    Run.create(tmp_path / "r", "tokenizer", {})
+    with pytest.raises(DataError, match=r"'tokenizer'.*\n.*'latent_model'") as caught:
+        Run.open(tmp_path / "r", "latent_model")
+    assert caught.value.exit_code == 3
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(DataError, match="not a run directory"):
+            Run.open(path, "tokenizer")
+
+
+def test_lines_are_appended_and_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    for step in (1, 2):
+        run.log({"step": step})
+        run.say(f"step {step}")
+    assert [json.loads(line)["step"] for line in (run.path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert (run.path / "log.txt").read_text() == capsys.readouterr().out == "step 1\nstep 2\n"
+
+
+# ---- checkpoints ----
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    with pytest.raises(DataError, match="no checkpoint"):
+        _ = run.checkpoint
+
+
+def test_the_newest_checkpoint_replaces_the_older_ones(tmp_path: Path) -> None:
+    """By number, not by name: step 10 is newer than step 9."""
+    run = Run.create(tmp_path / "r", "solver", {})
+    for step in (9, 10):
+        assert _save(run, step, f"step {step}") == run.checkpoint
+        assert _steps(run) == [f"step-{step}"]
+    assert (run.checkpoint / "model.txt").read_text() == "step 10"
+    _save(run, 10, "again")
+    assert (run.checkpoint / "model.txt").read_text() == "again"
+
+
+def test_numbers_order_checkpoints(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    for step in (9, 10):
+        checkpoints.save(run.checkpoints, step, lambda folder: None, keep=2)
+    for name in ("step-x", ".tmp-step-99-1"):
+        (run.checkpoints / name).mkdir()
+    assert run.checkpoint.name == "step-10"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("short write")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_older_one_alone(tmp_path: Path, error: Exception) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    _save(run, 1, "good")
+
+    def write(folder: Path) -> None:
+        (folder / "model.txt").write_text("ha")
+        raise error
+
+    for step in (1, 2):
+        with pytest.raises(DiskError, match=str(error.args[-1])) as caught:
+            checkpoints.save(run.checkpoints, step, write)
+        assert caught.value.exit_code == 5
+        assert _steps(run) == ["step-1"]
+        assert (run.checkpoint / "model.txt").read_text() == "good"
+
+
+def test_a_bug_in_the_writer_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    with pytest.raises(TypeError):
+        checkpoints.save(run.checkpoints, 1, lambda _: len(3))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DataError, match="no checkpoint"):
+        _ = run.checkpoint
+
+
+def test_a_file_that_safetensors_cannot_write_is_a_disk_error(tmp_path: Path) -> None:
+    """A missing folder stands for the full disk: safetensors raises its own error for both."""
+    run = Run.create(tmp_path / "r", "solver", {})
+    _save(run, 1, "good")
+    with pytest.raises(DiskError):
+        checkpoints.save(
+            run.checkpoints, 2, lambda folder: save_file({"a": torch.zeros(1)}, folder / "no" / "a.safetensors")
+        )
+    assert _steps(run) == ["step-1"]
+
+
+def test_a_killed_process_leaves_no_checkpoint(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    _save(run, 1, "good")
+    code = (
+        "import os, sys; from pathlib import Path; from midway.gen.core import checkpoints\n"
+        "write = lambda f: ((f / 'model.txt').write_text('half'), os._exit(9))\n"
+        "checkpoints.save(Path(sys.argv[1]) / 'checkpoints', 2, write)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False, timeout=60).returncode == 9
+    assert run.checkpoint.name == "step-1"
+    assert (run.checkpoint / "model.txt").read_text() == "good"
+
+
+# ---- files ----
+
+
+def test_a_file_is_written_whole_with_its_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.bin"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert _files(tmp_path) == {"a/b.bin"}
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = tmp_path / "b.bin"
+    write_atomically(path, b"old")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, broken, fail)
+    for target in (path, tmp_path / "new.bin"):
+        with pytest.raises(DiskError, match="No space left") as caught:
+            write_atomically(target, b"new")
+        assert caught.value.exit_code == 5
+    assert _files(tmp_path) == {"b.bin"}
+    assert path.read_bytes() == b"old"
+
+
+def test_a_folder_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DiskError):
+        write_atomically(tmp_path / "file" / "b.bin", b"x")
+    assert _files(tmp_path) == {"file"}
+
+
+def test_a_hash_depends_on_description_name_shape_type_and_bytes_and_on_nothing_else() -> None:
+    state = {"a": torch.arange(6.0), "b": torch.tensor(1)}
+    base = state_hash("d", state)
+    assert len(base) == 12
+    assert state_hash("d", {"b": state["b"], "a": state["a"].clone()}) == base
+    assert state_hash("d", {**state, "a": torch.arange(12.0)[::2] / 2}) == base, "strides do not count"
+    others = [
+        state_hash("e", state),
+        state_hash("d", {"c": state["a"], "b": state["b"]}),
+        state_hash("d", {**state, "a": state["a"].view(2, 3)}),
+        state_hash("d", {**state, "a": state["a"].view(torch.int32)}),
+        state_hash("d", {**state, "a": state["a"].flip(0)}),
+        state_hash("d", {"a": state["a"]}),
+    ]
+    assert len({base, *others}) == 7

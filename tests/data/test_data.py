@@ -1,0 +1,623 @@
+"""Images in: what is decoded, what is stated, what is refused, and that the fingerprint is the content's alone."""
+
+import io
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data import files
+from midway.gen.data import images as data_module
+from midway.gen.data.images import SOURCES, ImageData, describe, load_images, split, to_float, to_uint8
+
+CIFAR_ZIP = Path(__file__).parents[2] / ".." / "shared" / "data" / "cifar10-train.zip"
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(path)
+    return pixels
+
+
+def zip_folder(folder: Path, target: Path, prefix: str = "", compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(target, "w", compression) as archive:
+        for path in sorted(folder.rglob("*"), reverse=True):  # not in the order of names
+            archive.write(path, prefix + path.relative_to(folder).as_posix())
+    return target
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    """Two classes of RGB PNGs, 6 x 4 (width x height): cat/0, cat/1, dog/0."""
+    folder = tmp_path / "animals"
+    for seed, name in enumerate(("cat/0.png", "cat/1.png", "dog/0.png")):
+        save(folder / name, noise(4, 6, 3, seed=seed))
+    return folder
+
+
+def flat(folder: Path, count: int, shape: tuple[int, ...] = (4, 4, 3)) -> Path:
+    for index in range(count):
+        save(folder / f"{index:03}.png", noise(*shape, seed=index))
+    return folder
+
+
+def only(folder: Path, channels: int | None = None, resize: int | None = None) -> tuple[torch.Tensor, tuple[str, ...]]:
+    data = load_images(str(folder), channels=channels, resize=resize)
+    assert len(data.images) == 1
+    return data.images[0], data.conversions
+
+
+# ---- content ----
+
+
+def test_folder_content_labels_and_order(animals: Path):
+    data = load_images(str(animals))
+    expected = np.stack([noise(4, 6, 3, seed=seed).transpose(2, 0, 1) for seed in range(3)])
+    assert torch.equal(data.images, torch.from_numpy(expected))
+    assert data.images.dtype == torch.uint8 and data.images.is_contiguous()
+    assert data.labels.dtype == torch.int64 and data.labels.tolist() == [0, 0, 1]
+    assert (data.classes, data.name, data.conversions) == (("cat", "dog"), "animals", ())
+
+
+def test_flat_folder_is_one_class_in_order_of_names(tmp_path: Path):
+    for name in ("b.png", "c.PNG", "a.png"):
+        save(tmp_path / name, np.full((2, 2), ord(name[0]), np.uint8))
+    data = load_images(str(tmp_path))
+    assert data.classes == ("all",) and data.labels.tolist() == [0, 0, 0]
+    assert data.images[:, 0, 0, 0].tolist() == [ord(letter) for letter in "abc"]
+
+
+@pytest.mark.parametrize("prefix", ["", "animals/", "download/animals/"])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_zip_equals_folder(animals: Path, tmp_path: Path, prefix: str, compression: int):
+    folder, zipped = (
+        load_images(str(animals)),
+        load_images(str(zip_folder(animals, tmp_path / "a.zip", prefix, compression))),
+    )
+    assert torch.equal(folder.images, zipped.images) and torch.equal(folder.labels, zipped.labels)
+    assert (zipped.classes, zipped.fingerprint, zipped.name) == (folder.classes, folder.fingerprint, "a")
+
+
+def test_folders_inside_a_class_belong_to_it(animals: Path):
+    save(animals / "dog" / "2024" / "x.png", noise(4, 6, 3))
+    data = load_images(str(animals))
+    assert data.classes == ("cat", "dog") and data.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_single_class_folder_keeps_its_name(tmp_path: Path):
+    flat(tmp_path / "set" / "cat", 2)
+    assert load_images(str(tmp_path / "set")).classes == ("cat",)
+
+
+def test_junk_is_ignored(animals: Path):
+    clean = load_images(str(animals)).fingerprint
+    for name in (
+        "__MACOSX/cat/0.png",
+        "cat/._0.png",
+        ".cache/x.png",
+        "cat/Thumbs.db",
+        "readme.txt",
+        "cat/labels.csv",
+    ):
+        (animals / name).parent.mkdir(exist_ok=True, parents=True)
+        (animals / name).write_bytes(b"junk")
+    assert load_images(str(animals)).fingerprint == clean
+
+
+def test_class_folders_may_be_links_but_not_loops(animals: Path, tmp_path: Path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "cat").symlink_to(animals / "cat")
+    (linked / "dog").symlink_to(animals / "dog")
+    (animals / "cat" / "up").symlink_to(animals)
+    assert load_images(str(linked)).fingerprint == load_images(str(animals)).fingerprint
+    assert len(load_images(str(animals)).images) == 3
+
+
+def test_threads_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    flat(tmp_path, 100)
+    serial = load_images(str(tmp_path))
+    monkeypatch.setattr(files, "_threads", lambda seconds_each: 8)
+    monkeypatch.setattr(files, "_CHUNK", 3)
+    threaded = load_images(str(tmp_path))
+    assert threaded.fingerprint == serial.fingerprint
+    assert torch.equal(threaded.images[57], torch.from_numpy(noise(4, 4, 3, seed=57)).permute(2, 0, 1))
+
+
+def test_digits():
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    data = load_images("digits")
+    assert data.images.shape == (1797, 1, 8, 8) and data.name == "digits"
+    assert data.classes == tuple("0123456789") and data.labels.tolist() == labels.tolist()
+    exact = torch.from_numpy(values).view(1797, 1, 8, 8) * 255 / 16
+    assert (data.images.double() - exact).abs().max() <= 0.5
+    assert data.images.unique().tolist() == [round(v * 255 / 16) for v in range(17)]
+    assert load_images("digits").fingerprint == data.fingerprint
+
+
+def test_cifar_zip_sample(tmp_path: Path):
+    if not CIFAR_ZIP.exists():
+        pytest.skip("no cifar10-train.zip in ../shared/data beside the repository")
+    with zipfile.ZipFile(CIFAR_ZIP) as whole, zipfile.ZipFile(tmp_path / "some.zip", "w") as some:
+        names = whole.namelist()[::500]
+        for name in names:
+            some.writestr(name, whole.read(name))
+        first = np.asarray(Image.open(io.BytesIO(whole.read(names[0]))))
+    data = load_images(str(tmp_path / "some.zip"))
+    assert data.images.shape == (100, 3, 32, 32)
+    assert data.classes[0] == "airplane" and data.classes[-1] == "truck"
+    assert torch.bincount(data.labels).tolist() == [10] * 10
+    assert torch.equal(data.images[0].permute(1, 2, 0), torch.from_numpy(first.copy()))
+    assert data.conversions == ("100 images: lossy JPEG source",)
+
+
+# ---- conversions, each stated ----
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_alpha_is_composited_on_white(tmp_path: Path, alpha: int):
+    save(tmp_path / "a.png", np.full((2, 2, 4), (200, 0, 100, alpha), np.uint8))
+    image, stated = only(tmp_path)
+    expected = [(c * alpha + 255 * (255 - alpha)) / 255 for c in (200, 0, 100)]
+    assert image[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
+    assert stated == ("1 image: alpha composited on white",)
+
+
+def test_grey_with_alpha_stays_grey(tmp_path: Path):
+    Image.new("LA", (2, 2), (40, 0)).save(tmp_path / "a.png")
+    image, stated = only(tmp_path)
+    assert image.shape == (1, 2, 2) and image.unique().tolist() == [255]
+    assert stated == ("1 image: alpha composited on white",)
+
+
+def test_palette_with_and_without_transparency(tmp_path: Path):
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    (tmp_path / "opaque").mkdir()
+    (tmp_path / "clear").mkdir()
+    palette.save(tmp_path / "opaque" / "a.png")
+    palette.save(tmp_path / "clear" / "a.png", transparency=0)
+    image, stated = only(tmp_path / "opaque")
+    assert image[:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert stated == ("1 image: palette expanded to RGB",)
+    image, stated = only(tmp_path / "clear")
+    assert image[:, 0].T.tolist() == [[255, 255, 255], [40, 50, 60]]
+    assert stated == ("1 image: alpha composited on white",)
+
+
+def test_transparent_colour_of_an_rgb_png(tmp_path: Path):
+    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "a.png", transparency=(9, 8, 7))
+    image, stated = only(tmp_path)
+    assert image.unique().tolist() == [255] and stated == ("1 image: alpha composited on white",)
+
+
+def test_one_bit(tmp_path: Path):
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
+    image, stated = only(tmp_path)
+    assert image.tolist() == [[[255, 0]]] and stated == ("1 image: 1-bit expanded to 8-bit grey",)
+
+
+def test_cmyk(tmp_path: Path):
+    Image.new("CMYK", (2, 2), (255, 0, 0, 0)).save(tmp_path / "a.tif")
+    image, stated = only(tmp_path)
+    assert image[:, 0, 0].tolist() == [0, 255, 255] and stated == ("1 image: CMYK converted to RGB",)
+
+
+def test_exif_rotation(tmp_path: Path):
+    pixels, exif = noise(2, 3, 3), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image, stated = only(tmp_path)
+    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, -1).copy()))
+    assert stated == ("1 image: EXIF rotation applied",)
+
+
+def test_upright_exif_states_nothing(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    Image.fromarray(noise(2, 3, 3)).save(tmp_path / "a.png", exif=exif)
+    assert only(tmp_path)[1] == ()
+
+
+def test_grey_among_rgb_is_promoted(tmp_path: Path):
+    save(tmp_path / "a.png", noise(2, 2))
+    save(tmp_path / "b.png", noise(2, 2, 3))
+    data = load_images(str(tmp_path))
+    assert torch.equal(data.images[0], torch.from_numpy(noise(2, 2)).expand(3, 2, 2))
+    assert torch.equal(data.images[1], torch.from_numpy(noise(2, 2, 3)).permute(2, 0, 1))
+    assert data.conversions == ("1 image: grey promoted to RGB",)
+
+
+def test_channels_forced(tmp_path: Path):
+    save(tmp_path / "a.png", np.full((2, 2, 3), (100, 150, 200), np.uint8))
+    image, stated = only(tmp_path, channels=1)
+    assert image.unique().tolist() == [round(0.299 * 100 + 0.587 * 150 + 0.114 * 200)] and image.shape == (1, 2, 2)
+    assert stated == ("1 image: RGB converted to grey (ITU-R 601 luma)",)
+    digits = load_images("digits", channels=3)
+    assert torch.equal(digits.images, load_images("digits").images.expand(-1, 3, -1, -1))
+    assert digits.conversions == ("1797 images: grey repeated to RGB",)
+
+
+def test_resize_crops_the_centre(tmp_path: Path):
+    """A 4 x 12 image of three 4 x 4 squares: the middle one is what remains."""
+    save(tmp_path / "a.png", np.repeat(np.array([[10] * 4 + [100] * 4 + [200] * 4], np.uint8), 4, axis=0))
+    image, stated = only(tmp_path, resize=4)
+    assert image.shape == (1, 4, 4) and image.unique().tolist() == [100]
+    assert stated == ("1 image: resized to 4x4 (antialiased bicubic, shorter side, centre crop)",)
+
+
+def test_resize_is_antialiased(tmp_path: Path):
+    """A fine checkerboard of mean 127.5 must become grey; point-sampled bicubic would keep its extremes."""
+    save(tmp_path / "a.png", (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+    image, _ = only(tmp_path, resize=8)
+    assert (image.float() - 127.5).abs().max() < 4
+
+
+def test_resize_to_the_same_size_changes_nothing(tmp_path: Path):
+    save(tmp_path / "a.png", noise(4, 4))
+    image, stated = only(tmp_path, resize=4)
+    assert torch.equal(image[0], torch.from_numpy(noise(4, 4))) and stated == ()
+
+
+def test_jpeg_and_animation_are_stated(tmp_path: Path):
+    save(tmp_path / "a.jpeg", np.full((8, 8, 3), 90, np.uint8))
+    frames = [Image.new("L", (8, 8), level) for level in (90, 0)]
+    frames[0].save(tmp_path / "b.tiff", save_all=True, append_images=frames[1:])
+    data = load_images(str(tmp_path), channels=1)
+    assert data.images.unique().tolist() == [90]
+    assert {"1 image: lossy JPEG source", "1 image: first of several frames"} <= set(data.conversions)
+
+
+# ---- refusals ----
+
+
+def refused(source: Path | str, *fragments: str, on_bad_image: Literal["error", "skip"] = "error") -> DataError:
+    with pytest.raises(DataError) as caught:
+        load_images(str(source), on_bad_image=on_bad_image)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("keep", [0, 300])
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "bmp", "webp", "tiff"])
+def test_truncated_and_empty_files_are_named(tmp_path: Path, ending: str, keep: int):
+    flat(tmp_path, 2, (64, 64, 3))
+    path = tmp_path / f"hurt.{ending}"
+    save(path, noise(64, 64, 3))
+    path.write_bytes(path.read_bytes()[:keep])
+    error = refused(tmp_path, f"1 of 3 images cannot be decoded\n  why: hurt.{ending} (")
+    assert "0x" not in error.why
+
+
+def test_damaged_member_of_a_zip(animals: Path, tmp_path: Path):
+    target = zip_folder(animals, tmp_path / "a.zip", compression=zipfile.ZIP_STORED)
+    content = bytearray(target.read_bytes())
+    content[content.index((animals / "dog/0.png").read_bytes()) + 60] ^= 255
+    target.write_bytes(content)
+    refused(target, "dog/0.png", "CRC")
+
+
+def test_skip_leaves_out_up_to_one_percent(tmp_path: Path):
+    flat(tmp_path / "a", 99)
+    (tmp_path / "a" / "050x.png").write_bytes(b"")
+    data = load_images(str(tmp_path), on_bad_image="skip")
+    assert len(data.images) == len(data.labels) == 99
+    assert torch.equal(data.images[51], torch.from_numpy(noise(4, 4, 3, seed=51)).permute(2, 0, 1))
+    assert data.conversions == ("1 image: skipped, cannot be decoded (first: a/050x.png)",)
+    (tmp_path / "a" / "051x.png").write_bytes(b"not an image")
+    refused(tmp_path, "2 of 101 images", "a/050x.png", "a/051x.png", "1 %", on_bad_image="skip")
+
+
+def test_skip_keeps_labels_with_their_images(tmp_path: Path):
+    flat(tmp_path / "a", 60)
+    flat(tmp_path / "b", 60)
+    (tmp_path / "a" / "000.png").write_bytes(b"")
+    data = load_images(str(tmp_path), on_bad_image="skip")
+    assert data.labels.tolist() == [0] * 59 + [1] * 60
+
+
+def test_many_bad_files_are_listed_in_part(tmp_path: Path):
+    for index in range(8):
+        (tmp_path / f"{index}.png").write_bytes(b"")
+    refused(tmp_path, "8 of 8 images", "4.png", "and 3 more", "--on-bad-image skip")
+
+
+def test_mixed_sizes_name_two_files(animals: Path):
+    save(animals / "dog" / "1.png", noise(5, 9, 3))
+    refused(animals, "cat/0.png is 6x4", "dog/1.png is 9x5", "--resize N", "smallest side here is 4")
+    assert load_images(str(animals), resize=4).images.shape == (4, 3, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_eight_bits(tmp_path: Path, dtype: type):
+    Image.fromarray(np.array([[0, 1000]], dtype)).save(tmp_path / "deep.tiff")
+    refused(tmp_path, "deep.tiff is not an 8-bit image", "8-bit", on_bad_image="skip")
+
+
+def test_sixteen_bit_png_in_grey_and_colour(tmp_path: Path):
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(tmp_path / "deep.png")
+    refused(tmp_path, "deep.png is not an 8-bit image")
+    (tmp_path / "deep.png").write_bytes(colour_png_of_16_bits())
+    assert Image.open(tmp_path / "deep.png").mode == "RGB"  # Pillow drops the low byte and says nothing
+    refused(tmp_path, "deep.png is not an 8-bit image")
+
+
+def colour_png_of_16_bits() -> bytes:
+    """One RGB pixel, written by hand because Pillow cannot."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 1, 2, 3))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
+
+
+def test_colour_mode_without_a_conversion(tmp_path: Path):
+    Image.new("LAB", (2, 2)).save(tmp_path / "a.tif")
+    refused(tmp_path, "a.tif has colour mode LAB")
+
+
+def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    save(tmp_path / "huge.png", noise(8, 8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    refused(tmp_path, "huge.png has too many pixels", on_bad_image="skip")
+
+
+def test_postscript_under_an_image_name_is_not_run(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EOF\n")
+    refused(tmp_path, "a.png (empty or not an image)")
+
+
+def test_sources_without_images(tmp_path: Path):
+    refused(tmp_path, f"no images in {tmp_path}", "it is empty")
+    (tmp_path / "a.npz").write_bytes(b"x")
+    refused(tmp_path, "1 other files (.npz)", ".png")
+    refused(zip_folder(tmp_path, tmp_path.parent / "none.zip"), "no images in", ".npz")
+
+
+def test_missing_and_broken_paths(animals: Path, tmp_path: Path):
+    refused(tmp_path / "absent", "does not exist")
+    refused("absent.zip", "absent.zip does not exist")
+    refused(animals / "cat" / "0.png", "cannot be read as a zip of images")
+    target = zip_folder(animals, tmp_path / "cut.zip")
+    target.write_bytes(target.read_bytes()[:-30])
+    refused(target, "cut.zip cannot be read as a zip", "download it again")
+
+
+def test_a_folder_that_cannot_be_listed(animals: Path, monkeypatch: pytest.MonkeyPatch):
+    scan = os.scandir
+
+    def forbidding(path: str):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    refused(animals, "dog cannot be listed", "permissions")
+
+
+def test_loose_images_beside_class_folders(animals: Path):
+    save(animals / "x.png", noise(4, 6, 3))
+    refused(animals, "1 images lie beside the class folders, for example x.png", "cat, dog")
+
+
+def test_split_folders_are_not_classes(tmp_path: Path):
+    for name in ("Train/cat", "Train/dog", "test/cat"):
+        flat(tmp_path / name, 1)
+    refused(tmp_path, "Train, test look like splits")
+    assert load_images(str(tmp_path / "Train")).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["cifar", "CIFAR10", "cifar-10"])
+def test_unknown_name_suggests_the_nearest(name: str):
+    with pytest.raises(UsageError, match="did you mean 'cifar10'"):
+        load_images(name)
+
+
+@pytest.mark.parametrize("options", [{"channels": 2}, {"resize": 0}, {"on_bad_image": "ignore"}])
+def test_bad_options(options: dict):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        load_images("digits", **options)
+
+
+def test_an_empty_name_is_not_the_working_folder(animals: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(animals)
+    assert load_images("cat").classes == ("all",)
+    with pytest.raises(UsageError):
+        load_images("")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise ConnectionError("the test has no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits"}))
+def test_absent_named_source(name: str, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MIDWAY_DATA", str(tmp_path))
+    error = refused(name, f"{name} is not on this machine")
+    assert "pass --download" in error.fix and str(tmp_path) in error.fix and ".gz" in error.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits"}))
+def test_failed_download(name: str, tmp_path: Path, no_network: None):
+    with pytest.raises(DataError, match="could not be downloaded") as caught:
+        load_images(name, root=tmp_path, download=True)
+    assert "try again" in caught.value.fix and str(tmp_path) in caught.value.fix
+    assert "no network" in caught.value.why
+
+
+def test_named_sources_read_what_torchvision_holds(monkeypatch: pytest.MonkeyPatch):
+    colour, grey = noise(5, 4, 4, 3), noise(5, 4, 4)
+
+    class Colour:
+        data, targets, classes = colour, [1, 0, 1, 0, 0], ["a", "b"]
+
+        def __init__(self, root: Path, train: bool, download: bool) -> None:
+            assert train and not download
+
+    class Grey(Colour):
+        data, targets = torch.from_numpy(grey), torch.tensor([1, 0, 1, 0, 0])
+
+    for name, kind in (("CIFAR10", Colour), ("MNIST", Grey), ("FashionMNIST", Grey)):
+        monkeypatch.setattr(f"torchvision.datasets.{name}", kind)
+    loaded = load_images("cifar10")
+    assert torch.equal(loaded.images, torch.from_numpy(colour).permute(0, 3, 1, 2))
+    assert (loaded.labels.tolist(), loaded.classes, loaded.name) == ([1, 0, 1, 0, 0], ("a", "b"), "cifar10-train")
+    for name in ("mnist", "fashion_mnist"):
+        loaded = load_images(name)
+        assert torch.equal(loaded.images[:, 0], torch.from_numpy(grey)) and loaded.labels.tolist() == [1, 0, 1, 0, 0]
+        assert loaded.name == f"{name}-train"
+
+
+# ---- fingerprint ----
+
+
+def test_fingerprint_ignores_the_path(animals: Path, tmp_path: Path):
+    before = load_images(str(animals)).fingerprint
+    moved = tmp_path / "elsewhere" / "other"
+    for name in ("dog/0.png", "cat/1.png", "cat/0.png"):  # written in another order
+        (moved / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(animals / name, moved / name)
+    assert load_images(str(moved)).fingerprint == before and len(before) == 64
+
+
+def test_fingerprint_sees_one_pixel_one_label_one_name_and_the_shape():
+    images, labels = torch.arange(16, dtype=torch.uint8).view(2, 2, 2, 2), torch.tensor([0, 1])
+    pixel = images.clone()
+    pixel[1, 1, 1, 1] += 1
+    variants = [
+        (images, labels, ("a", "b")),
+        (pixel, labels, ("a", "b")),
+        (images, torch.tensor([0, 0]), ("a", "b")),
+        (images, labels, ("a", "c")),
+        (images, labels, ("a", "b", "c")),
+        (images.view(2, 1, 4, 2), labels, ("a", "b")),
+        (images.flip(0), labels, ("a", "b")),
+    ]
+    assert len({data_module._fingerprint(*variant) for variant in variants}) == len(variants)
+    strided = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert data_module._fingerprint(strided, labels, ("a", "b")) == data_module._fingerprint(*variants[0])
+
+
+# ---- split ----
+
+
+def numbered(counts: list[int]) -> ImageData:
+    """One 1 x 1 x 4 image per item, its index in its bytes; classes interleaved."""
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    index = torch.arange(len(labels), dtype=torch.int32).view(torch.uint8).view(-1, 1, 1, 4)
+    return ImageData(index, labels, tuple(f"c{i}" for i in range(len(counts))), "set", "0" * 64)
+
+
+def indices(data: ImageData) -> list[int]:
+    return data.images.contiguous().view(torch.int32).flatten().tolist()
+
+
+def test_split_is_a_stratified_partition():
+    data = numbered([100, 55, 7])
+    train, held_out = split(data, 0.2)
+    assert sorted(indices(train) + indices(held_out)) == list(range(162))
+    assert indices(train) == sorted(indices(train)) and indices(held_out) == sorted(indices(held_out))
+    assert torch.bincount(held_out.labels).tolist() == [20, 11, 1]
+    for part in (train, held_out):
+        assert part.labels.tolist() == data.labels[indices(part)].tolist()
+    assert (train.name, held_out.name) == ("set-train", "set-heldout")
+    assert len({data.fingerprint, train.fingerprint, held_out.fingerprint}) == 3
+
+
+def test_split_depends_on_the_seed_alone():
+    data = numbered([40, 40])
+    state = torch.get_rng_state()
+    first = [indices(part) for part in split(data, seed=3)]
+    torch.manual_seed(99)
+    assert [indices(part) for part in split(data, seed=3)] == first
+    assert indices(split(data, seed=4)[1]) != first[1]
+    torch.set_rng_state(state)
+
+
+def test_split_of_many_small_classes_still_has_its_share():
+    train, held_out = split(numbered([2] * 50), 0.2)
+    assert len(held_out.labels) == 20 and torch.bincount(held_out.labels).max() == 1
+    assert len(train.labels) == 80
+
+
+def test_split_of_digits_by_seed_zero():
+    train, held_out = split(load_images("digits"))
+    assert (len(train.images), len(held_out.images)) == (1438, 359)
+    assert (train.name, held_out.name) == ("digits-train", "digits-heldout")
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
+def test_split_refuses_a_share_outside_the_unit_interval(share: float):
+    with pytest.raises(UsageError, match="held_out"):
+        split(numbered([5]), share)
+
+
+@pytest.mark.parametrize(("count", "share"), [(1, 0.5), (2, 0.1), (2, 0.9)])
+def test_split_refuses_an_empty_side(count: int, share: float):
+    with pytest.raises(DataError, match="empty"):
+        split(numbered([count]), share)
+
+
+# ---- report and conversions ----
+
+
+def test_describe(animals: Path):
+    save(animals / "cat" / "0.png", noise(4, 6))
+    report = describe(load_images(str(animals)))
+    for fragment in ("animals: 3 images, 6x4, RGB (3 channels)", "2: cat (2), dog (1)", "1 image: grey promoted"):
+        assert fragment in report
+    assert load_images(str(animals)).fingerprint[:12] in report
+    assert "88 more; 1 to 2 images each" in describe(numbered([2] + [1] * 99))
+
+
+def test_all_256_values_round_trip():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    floats = to_float(values)
+    assert floats.dtype == torch.float32 and floats.min() == -1 and floats.max() == 1
+    assert (floats.double() - (values.double() / 127.5 - 1)).abs().max() < 1e-7
+    assert torch.equal(to_uint8(floats), values)
+    assert torch.equal(to_uint8(floats.double()), values)
+
+
+def test_to_uint8_rounds_to_nearest_and_clamps():
+    levels = torch.tensor([-7.0, -1.0, -1 + 0.6 / 127.5, -1 + 1.4 / 127.5, 1.0, 1.5])
+    assert to_uint8(levels).tolist() == [0, 0, 1, 1, 255, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_to_uint8_refuses_non_finite(value: float):
+    with pytest.raises(ValueError, match="1 of 3 values"):
+        to_uint8(torch.tensor([0.0, value, 1.0]))
+
+
+def test_conversions_refuse_the_other_side():
+    with pytest.raises(ValueError, match="uint8"):
+        to_float(torch.zeros(2))
+    with pytest.raises(ValueError, match="float"):
+        to_uint8(torch.zeros(2, dtype=torch.uint8))

@@ -1,0 +1,413 @@
+"""`data.py check`: every fault is found and named, every figure is what a plain computation gives, and codes say which."""
+
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import data as data_script
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from pipelines import Outcome, Script
+
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data import check as checks
+from midway.gen.data import check_report
+from midway.gen.data.check import DataFacts, check
+from midway.gen.data.contents import examine
+from midway.gen.data.files import Decoded
+from midway.gen.data.images import load_images, split
+from midway.gen.data.splits import DataConfig
+
+OK, USAGE, DATA, DISK = 0, 2, 3, 5
+
+
+def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: NDArray[Any], **options: Any) -> NDArray[Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return pixels
+
+
+def good(folder: Path, count: int = 10) -> Path:
+    """Two classes, `count` different RGB PNGs each, 6 x 4 (width x height)."""
+    for index in range(2 * count):
+        save(folder / ("cat", "dog")[index % 2] / f"{index:03}.png", noise(4, 6, 3, seed=index))
+    return folder
+
+
+def look(folder: Path, against: str | None = None, **options: Any) -> DataFacts:
+    return check(DataConfig(data=str(folder), **options), against)
+
+
+def warned(facts: DataFacts, *words: str) -> bool:
+    return any(all(word in warning for word in words) for warning in facts.warnings)
+
+
+# ---- bad files ----
+
+
+def deep_colour_png() -> bytes:
+    """One RGB pixel of 16 bits a channel, by hand because Pillow writes none."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
+
+
+def truncated_jpeg(path: Path) -> None:
+    save(path, noise(24, 24, 3))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 3 // 4])
+
+
+def flipped_png(path: Path) -> None:
+    save(path, noise(16, 16, 3))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def lab_tiff(path: Path) -> None:
+    Image.new("LAB", (6, 4)).save(path)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How a bad file is made, and a word of the reason that must be given."""
+
+    name: str
+    make: Callable[[Path], object]
+    word: str
+
+
+FAULTS = (
+    Fault("cut.jpg", truncated_jpeg, "runcated"),
+    Fault("flipped.png", flipped_png, ":"),
+    Fault("zero.png", lambda path: path.write_bytes(b""), "empty or not an image"),
+    Fault("text.png", lambda path: path.write_text("hello"), "empty or not an image"),
+    Fault("deep.png", lambda path: save(path, np.full((4, 6), 1000, np.uint16)), "16-bit"),
+    Fault("deep_colour.png", lambda path: path.write_bytes(deep_colour_png()), "16-bit"),
+    Fault("float.tif", lambda path: save(path, np.zeros((4, 6), np.float32)), "float"),
+    Fault("lab.tif", lab_tiff, "colour mode LAB"),
+    Fault("huge.png", lambda path: save(path, np.zeros((40, 40), np.uint8)), "too many pixels"),
+)
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What 179 million pixels are otherwise, 1000 are here: an error above twice the limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_all_bad_files_are_listed_and_the_rest_is_measured(tmp_path: Path, script: Script):
+    folder, out = good(tmp_path / "set"), tmp_path / "out"
+    for fault in FAULTS:
+        fault.make(folder / "cat" / fault.name)
+    told = script("data", "check", folder, "--out", out)
+    assert told.code == DATA
+    lines = dict(line.split("\t") for line in (out / "bad_files.txt").read_text().splitlines())
+    assert set(lines) == {f"cat/{fault.name}" for fault in FAULTS}
+    for fault in FAULTS:
+        name, reason = f"cat/{fault.name}", lines[f"cat/{fault.name}"]
+        assert fault.word in reason and name not in reason
+        assert f"bad          {name}: {reason}" in told.out
+    facts = json.loads((out / "data.json").read_text())
+    assert (facts["files"], facts["images"], facts["fingerprint"]) == (29, 20, None)
+    assert facts["classes"] == {"cat": 10, "dog": 10} and facts["sizes"] == {"6x4": 20}
+    assert [problem["what"] for problem in facts["problems"]] == [
+        "4 of 29 images cannot be decoded",
+        "5 of 29 images are intact but cannot be used",
+    ]
+    assert told.err.startswith(f"error: {folder} cannot be used") and "  fix: " in told.err
+    assert facts["statistics"] == clean_statistics(tmp_path)
+
+
+def clean_statistics(tmp_path: Path) -> Any:
+    return json.loads(json.dumps([vars(one) for one in look(good(tmp_path / "clean")).statistics]))
+
+
+@pytest.mark.parametrize("fault", FAULTS[:4], ids=lambda fault: fault.name)
+def test_skip_is_a_warning_and_the_fingerprint_that_of_training(tmp_path: Path, script: Script, fault: Fault):
+    good(tmp_path, 60)
+    fault.make(tmp_path / "dog" / fault.name)
+    told = script("data", "check", tmp_path, "--on-bad-image", "skip")
+    assert told.code == OK and "1 image of 121 cannot be decoded" in told.out and f"dog/{fault.name}: " in told.out
+    assert load_images(str(tmp_path), on_bad_image="skip").fingerprint in told.out
+    assert script("data", "check", tmp_path).code == DATA
+
+
+def test_skip_does_not_cover_deep_images_as_in_training(tmp_path: Path):
+    save(good(tmp_path, 60) / "dog" / "deep.png", np.zeros((4, 6), np.uint16))
+    facts = look(tmp_path, on_bad_image="skip")
+    assert [problem.what for problem in facts.problems] == ["1 of 121 images are intact but cannot be used"]
+    assert "deep.png (is not an 8-bit image: " in facts.problems[0].why
+    with pytest.raises(DataError, match="8-bit"):
+        load_images(str(tmp_path), on_bad_image="skip")
+
+
+def test_nothing_decodes(tmp_path: Path, script: Script):
+    (tmp_path / "a.png").write_bytes(b"")
+    told = script("data", "check", tmp_path)
+    assert told.code == DATA and "0 images, none decoded" in told.out and "levels       none" in told.out
+
+
+# ---- facts ----
+
+
+def test_statistics_levels_and_fingerprint(tmp_path: Path):
+    good(tmp_path)
+    loaded = load_images(str(tmp_path))
+    facts = look(tmp_path)
+    levels = loaded.images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
+    floats = levels / 127.5 - 1
+    for channel, of in enumerate(facts.statistics):
+        expected = [f(x[channel]) for x in (floats, levels) for f in (np.mean, np.std)]
+        assert [of.mean, of.std, of.mean_level, of.std_level] == pytest.approx(expected, rel=1e-12)
+    assert (facts.fingerprint, facts.levels, facts.problems) == (loaded.fingerprint, 256, ())
+    assert (facts.images, facts.files, facts.channels, facts.sizes) == (20, 20, {3: 20}, {"6x4": 20})
+
+
+def test_sums_do_not_overflow():
+    """The squares of an image of 255s exceed 32 bits beyond 66,051 pixels."""
+    picture = examine(Decoded("white", np.full((400, 300), 255, np.uint8)))
+    assert picture.sums == (120_000 * 255,) and picture.squares == (120_000 * 255**2,)
+    (of,) = checks.channel_statistics([picture] * 3)
+    assert (of.mean, of.std) == (1, 0) and picture.values == 1 << 255
+
+
+def test_digits_by_name(script: Script):
+    told = script("data", "check", "digits", "--against", "digits", "--held-out", "0.1", "--split-seed", 3)
+    assert told.code == OK and load_images("digits").fingerprint in told.out and "levels       17\n" in told.out
+    assert "1797 images (180 held out) with the pixels of an image in digits (digits[0] = digits[0]; " in told.out
+    assert "174 to 183 images each" in told.out and "duplicates   0 images" in told.out
+
+
+def test_options_are_those_of_training(tmp_path: Path):
+    good(tmp_path)
+    facts = look(tmp_path, channels=1, resize=3, held_out=0.3, split_seed=2)
+    loaded = load_images(str(tmp_path), channels=1, resize=3)
+    assert facts.fingerprint == loaded.fingerprint and facts.sizes == {"3x3": 20} and facts.channels == {1: 20}
+    assert facts.split is not None and (facts.split.train, facts.split.held_out) == (14, 6)
+    assert facts.statistics[0].mean_level == pytest.approx(float(loaded.images.double().mean()), rel=1e-12)
+    assert {note.split(" ")[0] for note in facts.conversions} == {"RGB", "resized"}
+
+
+def test_conversions_are_counted(tmp_path: Path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "turned.jpg", noise(6, 4, 3), exif=exif)
+    Image.new("CMYK", (6, 4), (255, 0, 0, 0)).save(tmp_path / "cmyk.jpg")
+    save(tmp_path / "clear.png", np.full((4, 6, 4), 9, np.uint8))
+    Image.new("P", (6, 4)).save(tmp_path / "palette.png")
+    save(tmp_path / "grey.png", noise(4, 6))
+    (tmp_path / "photo.heic").write_bytes(b"?")
+    facts = look(tmp_path)
+    assert facts.conversions == {
+        "CMYK converted to RGB": 1,
+        "EXIF rotation applied": 1,
+        "alpha composited on white": 1,
+        "grey promoted to RGB": 1,
+        "lossy JPEG source": 2,
+        "palette expanded to RGB": 1,
+    }
+    assert facts.conversions == {
+        note: int(count.split(" ")[0])
+        for count, note in (stated.split(": ", 1) for stated in load_images(str(tmp_path)).conversions)
+    }
+    assert facts.channels == {1: 1, 3: 4} and facts.sizes == {"6x4": 5}
+    assert warned(facts, "lossy", "PNG") and warned(facts, ".heic (1)")
+    levels = load_images(str(tmp_path)).images.double()
+    assert [of.mean_level for of in facts.statistics] == pytest.approx(levels.mean((0, 2, 3)).tolist(), rel=1e-12)
+
+
+# ---- sets that cannot be used ----
+
+
+def test_mixed_sizes_state_the_remedy(tmp_path: Path, script: Script):
+    save(good(tmp_path) / "dog" / "tall.png", noise(9, 5, 3))
+    told = script("data", "check", tmp_path)
+    assert told.code == DATA and "6x4 (20), 5x9 (1)" in told.out
+    assert "pass --resize N" in told.err and "smallest side here is 4" in told.err and "Traceback" not in told.err
+    told = script("data", "check", tmp_path, "--resize", 4)
+    assert told.code == OK and "4x4 (21)" in told.out
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_too_few_images_for_a_split(tmp_path: Path, script: Script, count: int):
+    for index in range(count):
+        save(tmp_path / f"{index}.png", noise(4, 4, seed=index))
+    told = script("data", "check", tmp_path, "--held-out", 0.5)
+    assert told.code == DATA
+    assert ("leaves one side of the split empty" if count == 1 else "side of the split has 1 image") in told.err
+    assert load_images(str(tmp_path)).fingerprint in told.out  # it can be loaded, though not split
+
+
+def test_both_sides_need_two(tmp_path: Path):
+    for index in range(4):
+        save(tmp_path / f"{index}.png", noise(4, 4, seed=index))
+    assert look(tmp_path, held_out=0.5).problems == ()
+    sides = [look(tmp_path, held_out=share).problems[0].what for share in (0.25, 0.75)]
+    assert [what.split(" ")[1] for what in sides] == ["held-out", "training"]
+
+
+def test_folders_that_are_no_classes_are_one_problem_beside_others(tmp_path: Path):
+    save(good(tmp_path) / "loose.png", noise(5, 6, 3))
+    facts = look(tmp_path)
+    assert ["lie beside" in facts.problems[0].what, "differ in size" in facts.problems[1].what] == [True, True]
+    assert facts.split is None and facts.fingerprint is None and facts.images == 21
+
+
+def test_sources_that_cannot_be_opened(tmp_path: Path, script: Script):
+    def told(*arguments: object) -> Outcome:
+        return script("data", *arguments, "--out", tmp_path / "out")
+
+    (tmp_path / "empty").mkdir()
+    assert told("check", tmp_path / "empty").code == DATA
+    assert told("check", tmp_path / "absent").code == DATA
+    assert told("check", "digit").code == USAGE
+    assert told("check", "digits", "--held-out", 0).code == USAGE
+    assert told("check", "digits", "--channels", 2).code == USAGE
+    assert told("check", "digits", "--against", "digit").code == USAGE
+    assert "did you mean 'check'" in told("chek", "digits").err
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the same pixels ----
+
+
+def sides(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Names in the training and held-out side of `split`, told by the pixels of a set of different images."""
+    names = {noise(4, 6, 3, seed=index).tobytes(): f"{('cat', 'dog')[index % 2]}/{index:03}.png" for index in range(20)}
+    parts = split(load_images(str(folder)), 0.2, seed)
+    train, held_out = [[names[i.permute(1, 2, 0).numpy().tobytes()] for i in part.images] for part in parts]
+    return train, held_out
+
+
+def test_a_leak_between_the_sides_is_told_from_copies_within_one(tmp_path: Path, script: Script):
+    train, held_out = sides(good(tmp_path), seed=7)
+    within, source = [name for name in train if name.startswith("cat")][:2]
+    (tmp_path / within).write_bytes((tmp_path / source).read_bytes())
+    facts = look(tmp_path, split_seed=7)
+    assert facts.duplicates.groups == facts.duplicates.copies == 1 and facts.duplicates.first == ((within, source),)
+    assert facts.split is not None and facts.split.leak.count == 0 and facts.other_label.groups == 0
+    for leaked in held_out[:2]:
+        (tmp_path / leaked).write_bytes((tmp_path / source).read_bytes())
+    facts = look(tmp_path, split_seed=7)
+    assert (facts.duplicates.groups, facts.duplicates.copies) == (1, 3)
+    assert facts.split is not None and facts.split.leak.count == 2
+    first = min(within, source)
+    assert facts.split.leak.first == tuple((leaked, first) for leaked in sorted(held_out[:2]))
+    assert warned(facts, "2 of 4 held-out images have the pixels of a training image", f"{held_out[0]} = {first}")
+    assert script("data", "check", tmp_path).code == OK  # training accepts them: a warning
+
+
+def test_same_pixels_with_another_label(tmp_path: Path):
+    good(tmp_path)
+    save(tmp_path / "dog" / "same.bmp", noise(4, 6, 3, seed=0))
+    save(tmp_path / "cat" / "same.bmp", noise(4, 6, 3, seed=2))
+    facts = look(tmp_path)
+    assert (facts.duplicates.groups, facts.other_label.groups) == (2, 1)
+    assert facts.other_label.first == (("cat/000.png", "dog/same.bmp"),)
+    assert warned(facts, "1 picture has more than one label (cat/000.png = dog/same.bmp)")
+
+
+def test_what_counts_as_the_same():
+    def content(pixels: NDArray[np.uint8]) -> bytes:
+        return examine(Decoded("any", pixels)).content
+
+    grey, colour = noise(2, 4), noise(2, 4, 3)
+    one_off = colour.copy()
+    one_off[1, 3, 2] ^= 1
+    assert content(grey) == content(np.stack([grey] * 3, 2)) == content(grey.copy())
+    assert len({content(p) for p in (grey, grey.T, grey.reshape(4, 2), colour, one_off, colour[..., ::-1])}) == 6
+
+
+def test_against_another_source(tmp_path: Path):
+    _, held_out = sides(good(tmp_path / "a"))
+    other = tmp_path / "b"
+    save(other / "x.png", noise(4, 6, 3, seed=int(held_out[0][4:7])))
+    save(other / "y.png", noise(4, 6, 3, seed=99))
+    (other / "z.png").write_bytes(b"")
+    facts = look(tmp_path / "a", str(other))
+    found = facts.against
+    assert found is not None and (found.images, found.bad, found.held_out) == (2, 1, 1)
+    assert (found.shared.count, found.shared.first) == (1, ((held_out[0], "x.png"),)) and facts.problems == ()
+    assert warned(facts, "1 image (1 held out) with the pixels of an image in") and warned(facts, "not compared")
+    save(tmp_path / "c" / "x.png", noise(5, 5))
+    assert warned(look(tmp_path / "a", str(tmp_path / "c")), "no size occurs in both", "--resize")
+    resized = look(tmp_path / "a", str(tmp_path / "c"), resize=3)
+    assert not warned(resized, "no size") and resized.against is not None and resized.against.sizes == {"3x3": 1}
+
+
+# ---- warnings and files ----
+
+
+def test_few_held_out_images_are_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    good(tmp_path)
+    assert warned(look(tmp_path), "4 images held out", "bias-dominated")
+    monkeypatch.setattr(checks, "FEW", 4)
+    assert look(tmp_path).warnings == ()
+
+
+def test_classes_on_one_side(tmp_path: Path):
+    save(good(tmp_path) / "emu" / "0.png", noise(4, 6, 3, seed=50))
+    assert warned(look(tmp_path, held_out=0.1), "one side of the split only (1): emu")
+
+
+def test_files_are_written_only_when_asked_and_an_old_list_goes(tmp_path: Path, script: Script):
+    folder, out = good(tmp_path / "set"), tmp_path / "new" / "out"
+    before = sorted(tmp_path.rglob("*"))
+    assert script("data", "check", folder).code == OK
+    assert sorted(tmp_path.rglob("*")) == before
+    (folder / "cat" / "zero.png").write_bytes(b"")
+    assert f"written      {out / 'bad_files.txt'}" in script("data", "check", folder, "--out", out).out
+    assert sorted(path.name for path in out.iterdir()) == ["bad_files.txt", "data.json"]
+    (folder / "cat" / "zero.png").unlink()
+    assert script("data", "check", folder, "--out", out).code == OK
+    assert [path.name for path in out.iterdir()] == ["data.json"]
+    assert json.loads((out / "data.json").read_text())["problems"] == []
+
+
+def test_an_out_that_cannot_be_written(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        told = script("data", "check", "digits", "--out", out)
+        assert told.code == DISK and "choose another --out" in told.err and told.out == ""  # before any decoding
+    (tmp_path / "out" / "data.json").mkdir(parents=True)
+    told = script("data", "check", "digits", "--out", tmp_path / "out")
+    assert told.code == DISK and [path.name for path in (tmp_path / "out").iterdir()] == ["data.json"]
+    monkeypatch.setattr(check_report.os, "access", lambda path, mode: False)
+    assert script("data", "check", "digits", "--out", tmp_path / "new").code == DISK and not (tmp_path / "new").exists()
+
+
+def test_names_that_are_not_unicode(tmp_path: Path):
+    facts = look(good(tmp_path / "set"))
+    odd = replace(facts, bad=(checks.Undecodable("\udcff.png", "a\nb"),))
+    check_report.write_data_report(tmp_path, odd)
+    assert (tmp_path / "bad_files.txt").read_bytes() == b"\xff.png\ta b\n"
+    assert "\\udcff.png" in check_report.text(odd)
+
+
+def test_help_and_every_flag(script: Script, tmp_path: Path):
+    assert "check" in script("data").out and script("data", "--help").code == OK
+    told = script("data", "check", "--help")
+    flags = ("against", "held-out", "split-seed", "channels", "resize", "on-bad-image", "download", "out")
+    assert told.code == OK and all(f"--{flag} " in told.out or f"--{flag}," in told.out for flag in flags)
+    assert "%%" not in told.out
+    told = script("data", "check", good(tmp_path), "--channels", 3, "--resize", 4, "--download", "--held-out", "0.4")
+    assert told.code == OK and "12 training, 8 held out" in told.out
+    with pytest.raises(UsageError):
+        data_script.run(data_script.CheckTask("digits", held_out=1.0))

@@ -1,0 +1,389 @@
+"""Distilling AMED on an exact problem: teachers, gradients, what it gains, what it costs."""
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import exact_solution, mixture
+from pipelines import Pipeline
+from torch import Tensor
+from train_solver import SolverTask, train
+
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.load import load_model, load_solver
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.sampling import sample_latents
+from midway.gen.training.batches import Context
+from midway.gen.training.config import TrainConfig
+from midway.samplers import grids
+from midway.samplers.amed import AMEDSolver, nodes
+from midway.samplers.directions import AMEDConfig, Constants, DirectionRule, Directions, Predictor
+from midway.samplers.distill import (
+    NEGLIGIBLE,
+    TeacherNodes,
+    best_positions,
+    check_teacher,
+    checkpointed,
+    node_errors,
+    step_errors,
+    teacher_nodes,
+)
+from midway.samplers.learned_solver import LEARNED, LearnedSolver
+from midway.samplers.plugin import BASES
+from midway.samplers.prediction import Field, Prediction
+from midway.samplers.sample import EvaluationCounter, ForwardCounter, trajectory
+from midway.samplers.schedule import EDM, VP, Cosine, Schedule
+from midway.samplers.solvers import SOLVERS, heun
+
+CONFIG = AMEDConfig(scale_dir=0.2, scale_time=0.1)
+RHO = 20.0
+
+
+def _start(solver: AMEDSolver, count: int = 8, seed: int = 0) -> Tensor:
+    time = torch.tensor(solver.grid[0], dtype=torch.float64)
+    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.hypot(solver.schedule.alpha(time), solver.schedule.sigma(time)) * noise
+
+
+def _solver(
+    schedule: Schedule, steps: int, base: str = "none", analytic_first: bool = False, feature_dim: int = 0
+) -> AMEDSolver:
+    return AMEDSolver(schedule, grids.karras(schedule, steps, rho_max=RHO), base, analytic_first, feature_dim)
+
+
+def _taught(solver: AMEDSolver, x: Tensor, stride: int = 4, slopes: bool = True) -> TeacherNodes:
+    table = heun(solver.schedule, grids.karras(solver.schedule, solver.steps * stride, rho_max=RHO))
+    return teacher_nodes(mixture().field(solver.schedule), solver, table, stride, x, slopes)
+
+
+# ---- teachers ----
+
+
+@pytest.mark.parametrize("teacher", [name for name, entry in SOLVERS.items() if not entry.stochastic])
+def test_teacher_nodes_are_the_teachers_trajectory(teacher: str) -> None:
+    """Also for teachers with inner stages; their own evaluations at the nodes are used, and no others made."""
+    schedule = Cosine()
+    fine = grids.karras(schedule, 6, rho_max=RHO)
+    solver, table = _solver(schedule, 2), SOLVERS[teacher].build(schedule, fine)
+    x, field = _start(solver), mixture().field(schedule)
+    counted = EvaluationCounter(field)
+    kept, states = teacher_nodes(counted, solver, table, 3, x), trajectory(field, table, x)
+    assert torch.equal(kept.states, torch.stack([states[0], states[3], states[6]]))
+    for i in range(2):
+        slope = field(states[3 * i], torch.full((len(x),), fine[3 * i], dtype=torch.float64)).eps
+        torch.testing.assert_close(kept.eps[i], slope, rtol=0, atol=1e-9)
+    assert counted.evaluations == len(x) * table.nfe
+    without = teacher_nodes(counted, solver, table, 3, x, slopes=False)
+    assert torch.equal(without.states, kept.states)
+    assert without.eps.shape == (0, len(x), 2)
+    assert counted.evaluations == len(x) * 2 * table.nfe
+
+
+def test_a_node_that_the_teacher_did_not_evaluate_is_evaluated() -> None:
+    """Here the first one, which an analytic first step spares the teacher."""
+    schedule = Cosine()
+    fine = grids.karras(schedule, 4, rho_max=RHO)
+    solver, table = _solver(schedule, 2), heun(schedule, fine, analytic_first=True)
+    x, field = _start(solver), mixture().field(schedule)
+    counted = EvaluationCounter(field)
+    kept = teacher_nodes(counted, solver, table, 2, x)
+    assert counted.evaluations == len(x) * (table.nfe + 1) == len(x) * 8
+    slope = field(x, torch.full((len(x),), fine[0], dtype=torch.float64)).eps
+    torch.testing.assert_close(kept.eps[0], slope, rtol=0, atol=1e-12)
+
+
+def test_a_teacher_of_other_nodes_or_with_noise_is_refused() -> None:
+    schedule = Cosine()
+    solver = _solver(schedule, 2)
+    for fine, stride in ((grids.karras(schedule, 6), 3), (grids.uniform(schedule, 6, RHO), 3), (solver.grid, 2)):
+        with pytest.raises(ValueError, match="must be one of the student's"):
+            check_teacher(solver, heun(schedule, fine), stride)
+    noisy = SOLVERS["ddpm"].build(schedule, grids.karras(schedule, 4, rho_max=RHO))
+    with pytest.raises(ValueError, match="'ddpm' draws noise"):
+        check_teacher(solver, noisy, 2)
+
+
+def test_an_analytic_first_step_gives_the_predictor_no_features() -> None:
+    solver = _solver(Cosine(), 2, analytic_first=True, feature_dim=2)
+    x = _start(solver)
+    kept = _taught(solver, x)
+    assert not kept.features[0].any()
+    assert kept.features[1].any()
+    torch.testing.assert_close(kept.eps[0], x)  # variance preserving: x / sqrt(alpha^2 + sigma^2) = x
+
+
+def test_trajectories_are_taken_whole() -> None:
+    solver = _solver(Cosine(), 2, feature_dim=2)
+    kept, items = _taught(solver, _start(solver)), torch.tensor([5, 2])
+    alone = _taught(solver, _start(solver)[items])
+    for one, other in zip(vars(kept.take(items)).values(), vars(alone).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+# ---- errors and their gradients ----
+
+
+def _errors_of(mode: str, solver: AMEDSolver, field: Field, rule: DirectionRule, teacher: TeacherNodes) -> Tensor:
+    if mode == "restarted":
+        return step_errors(field, solver, rule, teacher)
+    return node_errors(nodes(solver, field, rule, teacher.states[0], mode == "detached"), solver, teacher)
+
+
+def _called(rule: Constants, values: Tensor) -> DirectionRule:
+    return lambda f, s, t: torch.func.functional_call(rule, {"raw": values}, (f, s, t))
+
+
+MODES = [(base, mode) for base in BASES for mode in ("restarted", "detached", "end_to_end")]
+
+
+@pytest.mark.parametrize(("base", "mode"), [m for m in MODES if m[1] != "restarted" or BASES[m[0]].order == 1])
+def test_the_gradient_of_every_error_is_right(base: str, mode: str) -> None:
+    """Against central differences in every step's own three numbers (detached: with all before it held fixed)."""
+    solver = _solver(VP(), 2, base)
+    x, field = _start(solver, 4), mixture().field(solver.schedule)
+    teacher = _taught(solver, x)
+    start = torch.tensor([[0.03, -0.02, 0.01], [-0.04, 0.05, 0.02]], dtype=torch.float64)
+    rule = Constants(2, CONFIG).double()
+    for step in range(2):
+        own = start[step].clone().requires_grad_()
+
+        def error(values: Tensor, step: int = step) -> Tensor:
+            together = torch.stack([values if i == step else start[i] for i in range(2)])
+            return _errors_of(mode, solver, field, _called(rule, together), teacher)[
+                step if mode != "end_to_end" else -1
+            ]
+
+        assert torch.autograd.gradcheck(error, (own,), eps=1e-6, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("analytic_first", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_checkpointing_changes_no_gradient_and_computes_every_evaluation_twice(base: str, analytic_first: bool) -> None:
+    torch.manual_seed(0)
+    solver = _solver(Cosine(), 3, base, analytic_first, feature_dim=2)
+    data = mixture()
+
+    def field(x: Tensor, t: Tensor) -> Prediction:
+        said = data.field(solver.schedule)(x, t)
+        return replace(said, features=said.x0)  # features with a gradient, as a network's
+
+    x, rule = _start(solver), Predictor(2, 3, CONFIG)
+    with torch.no_grad():
+        rule.heads.weight.normal_(std=0.3)
+    teacher, grads, counts = _taught(solver, x), [], []
+    for wrap in (lambda f: f, checkpointed):
+        counted = EvaluationCounter(field)
+        states = nodes(solver, wrap(counted), rule, x)
+        rule.zero_grad()
+        node_errors(states, solver, teacher)[-1].log().backward()
+        grads.append([p.grad for p in rule.parameters()])
+        counts.append(counted.evaluations // len(x))
+    assert counts == [
+        6 - analytic_first,
+        6 - analytic_first + 5,
+    ]  # the first evaluation of x itself carries no gradient
+    assert all(g is not None and g.abs().sum() > 0 for g in grads[0])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_a_checkpointed_field_is_the_field() -> None:
+    solver = _solver(Cosine(), 2)
+    x, field, calls = _start(solver), mixture().field(solver.schedule), []
+
+    def counted(state: Tensor, t: Tensor) -> Prediction:
+        calls.append(1)
+        return field(state, t)
+
+    t = torch.full((len(x),), 0.5, dtype=torch.float64)
+    assert torch.equal(checkpointed(counted)(x, t).eps, field(x, t).eps)
+    assert len(calls) == 1
+    inner = t.clone().requires_grad_()  # an inner time has a gradient even where the state has none
+    (got,) = torch.autograd.grad(checkpointed(counted)(x, inner).x0.sum(), inner)
+    again = t.clone().requires_grad_()
+    (want,) = torch.autograd.grad(field(x, again).x0.sum(), again)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    assert len(calls) == 3
+
+
+def test_errors_are_in_units_of_the_states_variance() -> None:
+    """On EDM the state at noise level rho has variance 1 + rho^2; moving it by its own size is an error of about 1."""
+    solver = _solver(EDM(), 2)
+    x = _start(solver, 4000)
+    teacher = TeacherNodes(torch.stack([x, 0.1 * x, x]), torch.zeros(0), torch.zeros(0))
+    rho = solver.schedule.rho(torch.tensor(solver.grid, dtype=torch.float64))
+    size = (x.square().mean() * torch.stack([0.01 / (1 + rho[1] ** 2), 1 / (1 + rho[2] ** 2)])).tolist()
+    zero = torch.zeros_like(x)
+    assert node_errors([x, zero, zero], solver, teacher).tolist() == pytest.approx(size)
+
+
+def test_a_multistep_base_does_not_restart() -> None:
+    solver = _solver(Cosine(), 2, "ipndm4")
+    teacher = _taught(solver, _start(solver))
+    with pytest.raises(ValueError, match="'ipndm4' weigh earlier predictions"):
+        step_errors(mixture().field(Cosine()), solver, Constants(2, CONFIG), teacher)
+
+
+@pytest.mark.parametrize("base", ["none", "dpm2", "dpmpp2m"])
+def test_the_warm_start_is_the_best_of_all_candidates(base: str) -> None:
+    """By brute force: every combination of two candidates in two steps."""
+    solver = _solver(VP(), 2, base)
+    x, field = _start(solver, 16), mixture().field(solver.schedule)
+    teacher, candidates = _taught(solver, x), torch.tensor([0.2, 0.35, 0.5, 0.65], dtype=torch.float64)
+
+    def of(first: Tensor, second: Tensor) -> DirectionRule:
+        def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
+            one = torch.ones_like(log_rho[:, 0])
+            return Directions(torch.where(step == 0, first, second) * one, one, one)
+
+        return rule
+
+    for restarted in [False, True] if BASES[base].order == 1 else [False]:
+        counted = EvaluationCounter(field)
+        best = best_positions(counted, solver, teacher, candidates, restarted)
+        assert counted.evaluations == len(x) * 2 * (4 if restarted else 5)
+        mode = "restarted" if restarted else "detached"
+        first = min(candidates, key=lambda r: _errors_of(mode, solver, field, of(r, r), teacher)[0].item())
+        second = min(candidates, key=lambda r: _errors_of(mode, solver, field, of(first, r), teacher)[1].item())
+        assert best.tolist() == [first.item(), second.item()]
+
+
+# ---- what is gained ----
+
+
+def _learn(mode: str, solver: AMEDSolver, rule: Constants | Predictor, steps: int, lr: float) -> None:
+    """Adam with a cosine rate on 256 trajectories, from the warm start."""
+    field, x = mixture().field(solver.schedule), _start(solver, 256, seed=2)
+    teacher = _taught(solver, x, stride=6)
+    best = best_positions(field, solver, teacher, torch.linspace(0.05, 0.7, 14).double(), mode == "restarted")
+    with torch.no_grad():
+        rule.raw[:, 0] = torch.logit(best) / 10
+    optimizer = torch.optim.Adam(rule.parameters(), lr)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        errors = _errors_of(mode, solver, field, rule, teacher)
+        optimizer.zero_grad()
+        ((errors[-1:] if mode == "end_to_end" else errors) + NEGLIGIBLE).log().sum().backward()
+        optimizer.step()
+
+
+def _end_error(solver: AMEDSolver, rule: DirectionRule) -> float:
+    """Distance to the exact solution on unseen noise."""
+    x = _start(solver, 256, seed=3)
+    exact = exact_solution(mixture(), solver.schedule, x, solver.grid[0], solver.grid[-1])
+    with torch.no_grad():
+        reached = nodes(solver, mixture().field(solver.schedule), rule, x)[-1]
+    return (reached - exact).square().mean().sqrt().item()
+
+
+GAINS = [
+    ("none", "constants", "restarted", EDM()),
+    ("none", "constants", "restarted", Cosine()),
+    ("none", "predictor", "restarted", VP()),
+    ("none", "constants", "end_to_end", Cosine()),
+    ("none", "predictor", "end_to_end", EDM()),
+    ("dpm2", "constants", "restarted", Cosine()),
+    ("euler", "constants", "end_to_end", EDM()),
+    ("ipndm4", "predictor", "end_to_end", Cosine()),
+    ("dpmpp2m", "constants", "detached", VP()),
+    ("dpmpp3m", "predictor", "detached", Cosine()),
+]
+
+
+@pytest.mark.parametrize(("base", "kind", "mode", "schedule"), GAINS)
+def test_five_evaluations_halve_the_endpoint_error(base: str, kind: str, mode: str, schedule: Schedule) -> None:
+    """Against its own start, r = 1/2 and c = a = 1, to the exact solution from noise that it was not learned on."""
+    torch.manual_seed(0)
+    solver = _solver(schedule, 3, base, analytic_first=True, feature_dim=2 if kind == "predictor" else 0)
+    rule = Constants(3, CONFIG) if kind == "constants" else Predictor(2, 3, CONFIG)
+    before = _end_error(solver, rule)
+    _learn(mode, solver, rule, 70, 0.01)
+    assert _end_error(solver, rule) < 0.5 * before
+
+
+# ---- the objective ----
+
+
+def _objective(base: str, nfe: int, guidance: float, config: DistillConfig) -> tuple[SolverObjective, LatentModel]:
+    torch.manual_seed(0)
+    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
+    with torch.no_grad():
+        for values in model.parameters():  # adaLN-zero gives no output to learn from
+            values.add_(0.05 * torch.randn(values.shape))
+    model = model.eval().requires_grad_(False)
+    return SolverObjective(model, SolverTarget(nfe, "logsnr", guidance, False, base), config), model
+
+
+WAYS = [
+    *[(base, DistillConfig(trajectories=6)) for base in BASES],
+    *[(base, DistillConfig(trajectories=6, mode="end_to_end")) for base in ("none", "ipndm4", "dpmpp2m")],
+    ("euler", DistillConfig(trajectories=6, mode="end_to_end", checkpointing=False)),
+]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("nfe", [5, 6])
+@pytest.mark.parametrize(("base", "config"), WAYS)
+def test_every_evaluation_of_the_training_is_counted(
+    base: str, config: DistillConfig, nfe: int, guidance: float
+) -> None:
+    """What the objective reports, what goes through the network, and what a step should cost agree."""
+    config = replace(config, teacher_steps=6)
+    objective, model = _objective(base, nfe, guidance, config)
+    labels, steps, odd = torch.arange(6) % 4, 3, nfe % 2
+    own = 2 * steps - odd  # the student's evaluations
+    with ForwardCounter(model.network) as network:
+        teacher = objective.run_teacher(labels)
+        objective.warm_start(teacher, labels)
+        loss, _ = objective.loss(TrajectoryBatch(teacher, labels), Context(0, 0, torch.arange(6)))
+        loss.backward()
+        objective.after_step(torch.tensor(True))
+    warm_start = 14 * steps + (0 if objective.restarts else steps - odd)
+    again = own - (1 - odd) if config.mode == "end_to_end" and config.checkpointing else 0  # all but that of the noise
+    per_sample = objective.teacher.nfe + warm_start + (steps if objective.restarts else own) + again
+    assert network.evaluations == objective.counter.evaluations == objective.evaluations.item()
+    assert network.evaluations == 6 * (2 if guidance != 1 else 1) * per_sample
+    assert objective.rule.raw.grad is not None
+    assert (objective.rule.raw.grad.abs() > 0).all()
+
+
+@pytest.mark.parametrize("all_nodes", [False, True])
+def test_end_to_end_meets_the_end_state_or_all_nodes(all_nodes: bool) -> None:
+    config = DistillConfig(trajectories=6, teacher_steps=6, mode="end_to_end", all_nodes=all_nodes)
+    objective, model = _objective("none", 6, 1.0, config)
+    labels = torch.arange(6) % 4
+    teacher = objective.run_teacher(labels)
+    loss, logs = objective.loss(TrajectoryBatch(teacher, labels), Context(0, 0, torch.arange(6)))
+    states = nodes(objective.solver, model.field(labels), objective.rule, teacher.states[0])
+    times = torch.tensor(objective.grid[1:], dtype=torch.float64)
+    unit = (model.schedule.alpha(times).square() + model.schedule.sigma(times).square()).tolist()
+    errors = [(a - b).square().mean().item() / u for a, b, u in zip(states[1:], teacher.states[1:], unit, strict=True)]
+    assert [logs[f"rmse_step_{i}"].item() for i in range(3)] == pytest.approx([math.sqrt(e) for e in errors], rel=1e-3)
+    wanted = sum(math.log(e + NEGLIGIBLE) for e in errors[0 if all_nodes else -1 :])
+    assert loss.item() == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["amed-plugin-ipndm4", "amed-plugin-dpmpp3m-constants"])
+def test_a_plugin_is_learned_saved_and_sampled_like_any_solver(name: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    shutil.copytree(pipeline.model, tmp_path / "model", ignore=shutil.ignore_patterns("solvers"))
+    task = SolverTask(
+        tmp_path / "model",
+        solver=name,
+        nfe="5",
+        distill=DistillConfig(trajectories=16, teacher="heun", teacher_steps=6, mode="end_to_end"),
+        train=TrainConfig(steps=3, batch_size=8, lr=5e-2, warmup=0, ema=0, clip=1e6, log_every=3),
+    )
+    train(task)
+    trained = load_model(task.model, torch.device("cpu"))
+    solver = load_solver(trained, name, "karras", 5)
+    assert isinstance(solver, LearnedSolver)
+    card = solver.card
+    assert (card.base, card.mode, card.nfe, card.analytic_first) == (LEARNED[name].base, "end_to_end", 5, True)
+    assert (card.schedule, card.teacher) == ("cosine", "heun, 6 steps")
+    samples = sample_latents(trained, solver, torch.arange(4))
+    assert samples.nfe == 5
+    assert samples.latents.isfinite().all()

@@ -1,0 +1,150 @@
+"""The field of a latent model: prepared for a table it is the field that is called; guidance, intervals, a weak model."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.field import EVERYWHERE, Guidance
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.samplers import grids
+from midway.samplers.parallel import ParallelConfig, sample_parallel
+from midway.samplers.prediction import TARGETS
+from midway.samplers.sample import ForwardCounter, sample
+from midway.samplers.schedule import SCHEDULES
+from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table
+
+SHAPE = (3, 4, 4)
+EXACT = ParallelConfig(tolerance=0.0)
+LABELS = torch.tensor([0, 1, 4, 2])
+
+
+def model(schedule: str = "vp", target: str = "v", seed: int = 0, classes: int = 5) -> LatentModel:
+    """With weights that say something."""
+    torch.manual_seed(seed)
+    config = LatentModelConfig(schedule=schedule, target=target, dit=DiTConfig(width=16, depth=2, heads=2))  # pyright: ignore
+    made = LatentModel(config, SHAPE, classes).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def table_of(made: LatentModel, solver: str = "dpmpp2m", steps: int = 5) -> Table:
+    return SOLVERS[solver].build(made.schedule, grids.karras(made.schedule, steps))
+
+
+def start(made: LatentModel, table: Table) -> Tensor:
+    noise = torch.randn(len(LABELS), *SHAPE, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor(table.grid[0])
+    return noise * torch.hypot(made.schedule.alpha(t), made.schedule.sigma(t))
+
+
+def both_ways(made: LatentModel, guidance: float | Guidance, solver: str = "dpmpp2m") -> tuple[Tensor, Tensor]:
+    """The sample of the prepared field, and that of the field as a function nothing is known of."""
+    table = table_of(made, solver)
+    field, x = made.field(LABELS, guidance), start(made, table)
+    with torch.no_grad():
+        return sample(field, table, x), sample(lambda x, t: field(x, t), table, x)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_prepared_for_a_table_it_is_the_field_that_is_called(schedule: str, target: str) -> None:
+    made = model(schedule, target)
+    for guidance in (1.0, 2.5):
+        prepared, called = both_ways(made, guidance)
+        torch.testing.assert_close(prepared, called, rtol=1e-4, atol=1e-4 * called.abs().max().item())
+
+
+GUIDANCES = {
+    "classifier-free": Guidance(2.5),
+    "in an interval": Guidance(2.5, (0.1, 5.0)),
+    "by a weak model": Guidance(2.5, weak=model(seed=1)),
+    "by a weak model in an interval": Guidance(2.5, (0.1, 5.0), model(seed=1)),
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+@pytest.mark.parametrize("solver", ["ddim", "heun"])
+def test_every_guidance_is_the_same_prepared_and_called(name: str, solver: str) -> None:
+    made = model()
+    prepared, called = both_ways(made, GUIDANCES[name], solver)
+    torch.testing.assert_close(prepared, called, rtol=1e-4, atol=1e-4 * called.abs().max().item())
+    plain, _ = both_ways(made, 1.0, solver)
+    assert (prepared - plain).abs().max() > 1e-2
+    others = [both_ways(made, other, solver)[0] for key, other in GUIDANCES.items() if key != name]
+    assert all((prepared - other).abs().max() > 1e-3 for other in others)
+
+
+def test_guidance_moves_from_the_weak_through_the_strong() -> None:
+    """One evaluation, by hand."""
+    made, weak = model(), model(seed=1)
+    x, t = torch.randn(4, *SHAPE), torch.full((4,), 0.6)
+    strong = made.conditional_field(x, t, LABELS).x0
+    for other, guidance in (
+        (made.conditional_field(x, t, torch.full((4,), 5)).x0, Guidance(3.0)),
+        (weak.conditional_field(x, t, LABELS).x0, Guidance(3.0, weak=weak)),
+    ):
+        got = made.field(LABELS, guidance)(x, t).x0
+        torch.testing.assert_close(got, other + 3.0 * (strong - other), rtol=1e-4, atol=1e-4)
+
+
+def test_outside_the_interval_the_network_runs_once_a_sample() -> None:
+    made = model()
+    table = table_of(made, "ddim", 6)
+    rho = made.schedule.rho(torch.tensor(table.times, dtype=torch.float64)).tolist()
+    low, high = rho[4], rho[2]  # guided above the fifth, up to and with the third
+    with ForwardCounter(made.network) as counter, torch.no_grad():
+        sample(made.field(LABELS, Guidance(2.0, (low, high))), table, start(made, table))
+    assert counter.evaluations == len(LABELS) * (6 + 2)
+    assert Guidance(2.0, (low, high)).acts_at(high)
+    assert not Guidance(2.0, (low, high)).acts_at(low)
+    assert not Guidance(1.0, EVERYWHERE).acts_at(1.0)
+
+
+def test_sampling_in_parallel_evaluates_what_each_time_needs() -> None:
+    made = model()
+    table = table_of(made, "ddim", 6)
+    guidance, x = Guidance(2.0, (0.1, 5.0)), start(made, table)
+    with ForwardCounter(made.network) as counter, torch.no_grad():
+        found = sample_parallel(lambda n: made.field(LABELS.repeat(n), guidance), table, made.schedule, x, EXACT)
+        per_wave = counter.evaluations / found.waves / len(LABELS)
+        torch.testing.assert_close(found.x, sample(made.field(LABELS, guidance), table, x), rtol=1e-4, atol=1e-4)
+    assert per_wave < 2 * 6
+
+
+def test_both_models_of_autoguidance_are_counted() -> None:
+    made, weak = model(), model(seed=1)
+    table = table_of(made, "ddim", 6)
+    with ForwardCounter(made.network) as strong, ForwardCounter(weak.network) as other, torch.no_grad():
+        sample(made.field(LABELS, Guidance(2.0, (0.5, math.inf), weak)), table, start(made, table))
+    assert strong.evaluations == 6 * len(LABELS)
+    guided = sum(r > 0.5 for r in made.schedule.rho(torch.tensor(table.times)).tolist())
+    assert 0 < guided < 6
+    assert other.evaluations == guided * len(LABELS)
+
+
+def test_a_model_that_cannot_guide_is_refused() -> None:
+    made = model()
+    for other in (model("linear"), model(target="eps")):
+        with pytest.raises(ValueError, match="guide with one trained alike"):
+            made.field(LABELS, Guidance(2.0, weak=other))
+    unconditional = model(classes=0)
+    unconditional.field(LABELS, Guidance(2.0, weak=model(seed=3)))
+    with pytest.raises(ValueError, match="needs classes"):
+        unconditional.field(LABELS, 2.0)
+
+
+def test_conditions_of_all_times_are_those_of_each() -> None:
+    network = model().network
+    clock = torch.tensor([0.1, 0.5, 0.9])
+    together = network.conditions(clock, LABELS)
+    assert together.shape == (3, 4, 16)
+    x = torch.randn(4, *SHAPE)
+    for i, time in enumerate(clock):
+        torch.testing.assert_close(
+            network(x, condition=together[i]).value, network(x, time.expand(4), LABELS).value, rtol=1e-5, atol=1e-5
+        )

@@ -1,0 +1,163 @@
+"""Exported images are those that were measured, in the formats that other evaluators read, whole or absent."""
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import Pipeline, Script
+from test_external import task, with_model
+from torch import Tensor
+
+from midway.gen.core.errors import DiskError
+from midway.gen.evaluation import store
+from midway.gen.evaluation.export import ImageSet, export, png_name
+from midway.gen.evaluation.sources import Raw
+from midway.gen.evaluation.sweep import Sweep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Coloured:
+    """Images whose values are a function of the seed."""
+
+    def __init__(self, channels: int = 3) -> None:
+        self.identity: dict[str, Any] = {}
+        self.channels = channels
+        self.asked: list[int] = []
+
+    def sample(self, seeds: Tensor) -> Raw:
+        self.asked.append(len(seeds))
+        return Raw(seeds, 0.0, 0.0)
+
+    def images(self, raw: Raw) -> Tensor:
+        place = torch.arange(self.channels * 6).view(1, self.channels, 2, 3)
+        return (7 * raw.values.view(-1, 1, 1, 1) + place).to(torch.uint8)
+
+
+def of(seeds: range, channels: int = 3) -> np.ndarray[Any, Any]:
+    """What `Coloured` makes, uint8 (N, H, W, C)."""
+    place = np.arange(channels * 6).reshape(channels, 2, 3)
+    return np.stack([(7 * seed + place) % 256 for seed in seeds]).transpose(0, 2, 3, 1).astype(np.uint8)
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PART", 8)
+
+
+# ---- files ----
+
+
+def test_npz_is_what_adm_reads(tmp_path: Path, small_parts: None) -> None:
+    source = Coloured()
+    export(ImageSet(source, 30, 10, 2, classes=4), tmp_path / "a.npz")
+    assert source.asked == [8, 2, 8, 2], "part by part"
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
+        assert arrays.files == ["arr_0", "arr_1"] and arrays["arr_1"].dtype == np.int64
+        np.testing.assert_array_equal(arrays["arr_0"], of(range(30, 50)))
+        np.testing.assert_array_equal(arrays["arr_1"], np.arange(30, 50) % 4)
+    export(ImageSet(Coloured(1), 0, 3, 1), tmp_path / "grey.npz")
+    with np.load(tmp_path / "grey.npz", allow_pickle=False) as arrays:
+        assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(arrays["arr_0"], of(range(3), 1).repeat(3, axis=3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_zip_is_edms_layout(channels: int, tmp_path: Path) -> None:
+    export(ImageSet(Coloured(channels), 5, 1001, 1, classes=3), archive=tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        names = archive.namelist()
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+        assert names[0] == "00000/img00000000.png" and names[1000:] == ["00001/img00001000.png", "dataset.json"]
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        images = [np.asarray(Image.open(archive.open(name))) for name in names[:-1]]
+    assert labels == [[name, (5 + index) % 3] for index, name in enumerate(names[:-1])]
+    np.testing.assert_array_equal(np.stack(images).reshape(1001, 2, 3, channels), of(range(5, 1006), channels))
+    assert png_name(1234567) == "01234/img01234567.png"
+
+
+def test_labels_are_null_without_classes_and_files_are_the_same_bytes_again(tmp_path: Path) -> None:
+    images = ImageSet(Coloured(), 0, 4, 2)
+    for folder in ("a", "b"):
+        export(images, tmp_path / folder / "x.npz", tmp_path / folder / "x.zip")
+    with zipfile.ZipFile(tmp_path / "a" / "x.zip") as archive:
+        assert json.loads(archive.read("dataset.json")) == {"labels": None}
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    for name in ("x.npz", "x.zip"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+class FullDisk(Coloured):
+    """Fails as a disk does, while the second part is written."""
+
+    def sample(self, seeds: Tensor) -> Raw:
+        if self.asked:
+            raise OSError(28, "No space left on device")
+        return super().sample(seeds)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_parts: None) -> None:
+    before = ImageSet(Coloured(), 0, 4, 1)
+    export(before, tmp_path / "a.npz", tmp_path / "a.zip")
+    kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DiskError, match=r"a\.zip"):
+        export(ImageSet(FullDisk(), 0, 20, 1), tmp_path / "a.npz", tmp_path / "a.zip")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+# ---- cells ----
+
+
+@pytest.fixture(scope="module")
+def exported(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
+    """Two solvers on two grids and a baseline, in parts of 8."""
+    out = tmp_path_factory.mktemp("exported")
+    more = {"solvers": "ddim,euler", "grids": "uniform,karras", "baselines": (pipeline.baseline,), "batch_size": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "PART", 8)
+        asked = with_model(pipeline, out, seed=7, **more)
+        return out, evaluate.run(replace(asked, export_npz=out / "npz", save_images=out / "zips"))
+
+
+def test_the_exports_of_a_cell_have_its_distance_to_the_last_digit(
+    exported: tuple[Path, Sweep], pipeline: Pipeline, tmp_path: Path, small_parts: None
+) -> None:
+    out, sweep = exported
+    best = {f"{c.solver}-{c.grid}-nfe{c.nfe}": c for c in sweep.cells if c.best and c.grid}
+    best["baseline-nfe1"] = next(cell for cell in sweep.cells if cell.baseline)
+    assert len(best) == 3
+    assert {path.name for path in (out / "npz").iterdir()} == {f"{name}.npz" for name in best}
+    assert {path.name for path in (out / "zips").iterdir()} == {f"{name}.zip" for name in best}
+    paths = [*(out / "npz").iterdir(), *(out / "zips").iterdir()]
+    again = evaluate.run(task(pipeline, tmp_path / "again", *paths, n=20))
+    found = {cell.solver.removeprefix("images: "): cell.distances for cell in again.cells[1:]}
+    assert found == {f"{name}{end}": cell.distances for name, cell in best.items() for end in (".npz", ".zip")}
+
+
+def test_labels_are_those_the_seeds_were_sampled_with(exported: tuple[Path, Sweep]) -> None:
+    (path,) = (exported[0] / "npz").glob("ddim*")
+    with np.load(path, allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["arr_1"], np.arange(7, 47) % 10)
+
+
+def test_one_solver_exports_all_its_grids_and_external_images_none(pipeline: Pipeline, tmp_path: Path) -> None:
+    np.savez(tmp_path / "theirs.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8) + np.arange(8, dtype=np.uint8)[:, None])
+    asked = with_model(pipeline, tmp_path / "out", tmp_path / "theirs.npz", grids="uniform,karras", n=5)
+    evaluate.run(replace(asked, export_npz=tmp_path / "npz"))
+    assert {path.stem for path in (tmp_path / "npz").iterdir()} == {"ddim-uniform-nfe4", "ddim-karras-nfe4"}
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_sampling(
+    pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path / "out")
+    told = script("evaluate", *flags, "--save-images", tmp_path / "file" / "zips")
+    assert told.code == 5 and "--save-images" in told.err and not (tmp_path / "out").exists()

@@ -1,0 +1,234 @@
+"""What a sweep must not do in silence: mix times, classes, writers or float settings."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import pytest
+import torch
+from pipelines import Pipeline, Script
+
+from midway.gen.core.errors import DataError, DivergedError, UsageError
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.runs import Run
+from midway.gen.data.images import ImageData
+from midway.gen.data.splits import Splits, load_splits
+from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.sampling import SamplingConfig
+from midway.gen.evaluation import measure
+from midway.gen.evaluation.measure import Bench, Seeds
+from midway.gen.evaluation.metrics import METRICS, Seen, check_metrics, possible
+from midway.gen.evaluation.records import Cell
+from midway.gen.evaluation.sources import SolverSource
+from midway.gen.evaluation.store import CellStore, Part
+from midway.gen.evaluation.sweep import floor_cell
+from midway.gen.features.classifier import load_features
+from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.metrics.inception_score import inception_score
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.report.notes import class_notes, timing_notes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask:
+    base = evaluate.EvaluateTask(model=pipeline.model, features=pipeline.features, out=out, solvers="ddim", nfe="4")
+    return dataclasses.replace(base, grids="uniform", n=20, blocks=2, reference_nfe=8, batch_size=8, **changes)
+
+
+# ---- processes ----
+
+
+def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes, four blocks: the second one measures the second alone, and nothing that is there already."""
+    monkeypatch.setattr(measure, "_block", lambda bench, identity, block: Part({}, {"block": block}))
+    store, identity = CellStore(tmp_path), {"a": 1}
+    bench = Bench(None, Seeds(0, 5, 4), store, ProcessInfo(0, 3))  # pyright: ignore[reportArgumentType]
+
+    def there() -> list[int]:
+        places = [measure._place(bench, block) for block in range(4)]
+        found = [store.part(identity, place) for place in places]
+        return [part.costs["block"] for part in found if part is not None]
+
+    measure._make_blocks(dataclasses.replace(bench, shard=ProcessInfo(1, 3)), identity)
+    assert there() == [1]
+    measure._make_blocks(bench, identity)
+    assert there() == [0, 1, 3]
+
+
+def test_a_second_sweep_into_the_same_folder_is_refused(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    with CellStore(tmp_path / "cells").claimed():
+        flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
+        told = script("evaluate", *flags, "--nfe", 4, "--n", 20, "--reference-nfe", 0)
+        assert told.code == 2 and "is being written by another process" in told.err
+    assert evaluate.run(task(pipeline, tmp_path)).cells
+
+
+# ---- times ----
+
+
+def test_seconds_of_other_circumstances_are_told(pipeline: Pipeline, tmp_path: Path) -> None:
+    evaluate.run(task(pipeline, tmp_path))
+    assert "Seconds compare only" not in (tmp_path / "report.md").read_text()
+    evaluate.run(dataclasses.replace(task(pipeline, tmp_path), solvers="ddim,euler", batch_size=16))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert ["batches of 8" in row["timing"] for row in rows[1:]] == [True, False]
+    text = (tmp_path / "report.md").read_text()
+    assert "Seconds compare only" in text and "batches of 16" in text
+
+
+def test_times_alike_need_no_note() -> None:
+    cell = Cell("a", "uniform", 4, 1.0, None, None, 10, 1, 1.0, "cnn@1", "digits@1", "0-9", timing="a machine")
+    assert timing_notes([cell, cell]) == ()
+    assert "a machine / another" in timing_notes([cell, dataclasses.replace(cell, timing="another")])[0]
+
+
+# ---- classes ----
+
+
+def splits(counts: list[int]) -> Splits:
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    images = torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8)
+    data = ImageData(images, labels, tuple("abcdefghij"[: len(counts)]), "toy", "0" * 64)
+    return Splits(data, data)
+
+
+def test_unequal_classes_are_warned_about(pipeline: Pipeline) -> None:
+    assert class_notes(splits([100, 110, 120]), 30, None) == ()
+    assert "from 100 to 130 of a class" in class_notes(splits([100, 130]), 30, None)[0]
+    assert class_notes(splits([100]), 30, None) == ()
+    trained = pipeline.load()
+    assert class_notes(splits([50] * 10), 20, trained) == ()
+    assert class_notes(splits([50] * 10), 359, trained) == ()
+    assert "Blocks of 25 seeds" in class_notes(splits([50] * 10), 25, trained)[0]
+
+
+# ---- float settings ----
+
+
+def test_samples_are_drawn_in_ieee_float32(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    real = SolverSource.sample
+
+    def spy(self: SolverSource, seeds: torch.Tensor) -> Any:
+        cudnn = torch.backends.cudnn
+        seen.append((cudnn.conv.fp32_precision, cudnn.deterministic))  # pyright: ignore[reportAttributeAccessIssue]
+        return real(self, seeds)
+
+    monkeypatch.setattr(SolverSource, "sample", spy)
+    conv: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before = conv.fp32_precision
+    conv.fp32_precision = "tf32"
+    try:
+        for overlap in (False, True):
+            evaluate.run(task(pipeline, tmp_path / str(overlap), overlap=overlap))
+        assert set(seen) == {("ieee", True)} and conv.fp32_precision == "tf32"
+    finally:
+        conv.fp32_precision = before
+
+
+def test_graphs_are_not_captured_beside_another_thread(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--graph and --overlap"):
+        evaluate.run(task(pipeline, tmp_path, graph=True, overlap=True))
+
+
+# ---- metrics ----
+
+
+def test_precision_and_coverage_compare_equal_counts() -> None:
+    """Of three times as many samples as kept reference features the first third counts."""
+    torch.manual_seed(0)
+    sample, many = torch.randn(50, 4), torch.randn(150, 4)
+    measurer = Measurer(None, "a", FeatureStatistics.of(sample), "r", sample)  # pyright: ignore[reportArgumentType]
+    for name in ("precision", "density"):
+        assert METRICS[name](Seen(many, None), measurer) == METRICS[name](Seen(many[:50], None), measurer)
+
+
+def test_samples_sorted_by_class_have_their_inception_score() -> None:
+    logits = 50 * torch.eye(10).repeat_interleave(100, 0)
+    assert inception_score(logits, 10).value == pytest.approx(1)
+    found = METRICS["is"](Seen(torch.randn(1000, 4), logits), None)  # pyright: ignore[reportArgumentType]
+    assert found["inception_score"] == pytest.approx(10, rel=0.05)
+
+
+def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pipeline) -> None:
+    check_metrics(("infinity",), 400, 64, False)
+    assert possible(("kid", "infinity"), 50, 64) == ("kid",)
+    trained = pipeline.load()
+    measurer = make_measurer(
+        load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")[0],
+        "cnn",
+        load_splits(trained.data).train,
+    )
+    held_out = load_splits(trained.data).held_out
+    assert measurer.reference.dim == 8
+    found = [floor_cell(measurer, held_out, n, ("kid", "infinity")) for n in (20, 40)]
+    assert [cell.fd_infinity is None for cell in found] == [True, False] and found[0].kid is not None
+
+
+# ---- the reference's file ----
+
+
+def test_a_reference_whose_numbers_were_changed_is_refused(tmp_path: Path) -> None:
+    class Pixels:
+        has_logits = False
+
+        def features(self, images: torch.Tensor) -> torch.Tensor:
+            return images.flatten(1)[:, :4].float()
+
+    data = splits([30, 30]).train
+    data = dataclasses.replace(data, images=torch.randint(0, 256, data.images.shape, dtype=torch.uint8))
+    network: Any = Pixels()
+    make_measurer(network, "pixels@1", data, tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="do not match their hash"):
+        make_measurer(network, "pixels@1", data, tmp_path)
+
+
+def test_quality_of_a_diverged_cell_is_not_told(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SolverSource.sample
+
+    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
+        raw = real(self, seeds)
+        if raw.nfe == 4:
+            raw.values[0, 0] = torch.nan
+        return raw
+
+    monkeypatch.setattr(SolverSource, "sample", sample)
+    cell = evaluate.run(task(pipeline, tmp_path)).cells[1]
+    assert cell.nonfinite and cell.psnr is None and cell.distance == float("inf")
+
+
+def test_a_fine_solution_that_diverged_is_told(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SolverSource.sample
+
+    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
+        raw = real(self, seeds)
+        if raw.nfe == 8:
+            raw.values[0, 0] = torch.nan
+        return raw
+
+    monkeypatch.setattr(SolverSource, "sample", sample)
+    cell = evaluate.run(task(pipeline, tmp_path)).cells[1]
+    assert cell.rmse is None and cell.distance < float("inf")
+    assert "fine solution diverged" in (tmp_path / "report.md").read_text()
+
+
+def test_a_decoder_that_gives_no_image_ends_the_sweep_with_its_name(pipeline: Pipeline, tmp_path: Path) -> None:
+    trained = pipeline.load()
+    plan = make_plans(trained, "ddim", 4, PlanConfig(grids=("uniform",)))["uniform"]
+    source = SolverSource(trained, plan, SamplingConfig())
+    raw = source.sample(torch.arange(2))
+    for parameter in trained.tokenizer.parameters():
+        parameter.data.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="the decoder of model"):
+        source.images(raw)

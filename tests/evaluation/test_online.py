@@ -1,0 +1,86 @@
+"""Early answers: the distances of the averaged weights at a few budgets, while a latent model trains."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import pytest
+import train_latent
+import train_tokenizer
+from pipelines import TINY, TINY_DIT, Pipeline
+
+from midway.gen.core.errors import UsageError
+from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.evaluation.online import EarlyConfig
+from tasks import LatentTask, TokenizerTask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TRAIN = replace(TINY, steps=10, measure_every=4)
+
+
+def task(pipeline: Pipeline, out: Path, **changes: Any) -> LatentTask:
+    early = EarlyConfig(nfe=(4, 6), n=24, grid="uniform", solver="ddim", features=pipeline.features)
+    config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
+    return LatentTask(out, pipeline.tokenizer, model=config, train=TRAIN, early=replace(early, **changes))
+
+
+def told(out: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record.get("early")]
+
+
+def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(pipeline: Pipeline, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_latent.train(task(pipeline, run))
+    answers = told(run)
+    assert [answer["step"] for answer in answers] == [4, 8, 10]
+    assert all(answer["n"] == 24 and "@" in answer["features"] and answer["seeds"] == "0-23" for answer in answers)
+    assert "n = 24" in (run / "log.txt").read_text()
+    swept = evaluate.EvaluateTask(
+        model=run, features=pipeline.features, out=tmp_path / "report", solvers="ddim", nfe="4,6", grids="uniform"
+    )
+    cells = evaluate.run(replace(swept, n=24, blocks=1, reference_nfe=0)).cells[1:]
+    assert [answers[-1][f"distance_nfe_{cell.nfe}"] for cell in cells] == [pytest.approx(c.distance) for c in cells]
+
+
+def test_looking_changes_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
+    weights = []
+    for name, train in (("with", TRAIN), ("without", replace(TRAIN, measure_every=0))):
+        train_latent.train(replace(task(pipeline, tmp_path / name), train=train))
+        (folder,) = (tmp_path / name / "checkpoints").glob("step-10")
+        weights.append((folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"solver": "heun", "nfe": (5,)}, "heun"), ({"solver": "eulr"}, "euler"), ({"features": None}, "--features")],
+    ids=str,
+)
+def test_what_cannot_be_measured_leaves_no_run(
+    changes: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    asked = task(pipeline, tmp_path / "run", **changes)
+    if "features" in changes:  # beside a tokenizer without features
+        train_tokenizer.train(TokenizerTask(tmp_path / "tokenizer", train=replace(TINY, steps=2)))
+        asked = replace(asked, tokenizer=tmp_path / "tokenizer")
+    with pytest.raises(UsageError, match=words):
+        train_latent.train(asked)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["measure_every", "validate_every"])
+def test_a_training_without_a_use_for_a_flag_refuses_it_before_a_run(flag: str, tmp_path: Path) -> None:
+    train = replace(TINY, steps=2, **{flag: 1})
+    with pytest.raises(UsageError, match=flag.replace("_", "-")):
+        train_tokenizer.train(TokenizerTask(tmp_path / "run", train=train))
+    assert not (tmp_path / "run").exists()
+
+
+def test_early_answers_of_nothing_are_refused() -> None:
+    wrongs: list[dict[str, Any]] = [{"n": 1}, {"nfe": ()}, {"nfe": (0,)}]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="early answers"):
+            EarlyConfig(**wrong)

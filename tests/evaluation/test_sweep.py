@@ -1,0 +1,541 @@
+"""The sweep's store: nothing is measured twice, nothing is lost, and no number depends on kills, processes or batches."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from pipelines import SCRIPTS, Pipeline, Script
+
+from midway.gen.baselines.registry import load_trained_baseline
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.runs import Run
+from midway.gen.data.images import ImageData
+from midway.gen.data.splits import load_splits
+from midway.gen.evaluation import measure, store
+from midway.gen.evaluation.likelihood import draw
+from midway.gen.evaluation.records import (
+    Cell,
+    check_comparable,
+    decisive,
+    difference_note,
+    paired,
+    pivot,
+    rivals,
+    shown,
+)
+from midway.gen.evaluation.sources import SolverSource
+from midway.gen.evaluation.store import CellStore, Part, cell_id, part_ranges
+from midway.gen.evaluation.sweep import Sweep
+from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
+from midway.gen.features.reference import make_measurer
+from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.report.write import markdown_table, text_table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TIMES = ("seconds", "decode_seconds", "feature_seconds", "timing")
+
+
+def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask:
+    base = evaluate.EvaluateTask(
+        model=pipeline.model,
+        features=pipeline.features,
+        out=out,
+        solvers="ddim,euler",
+        nfe="4",
+        grids="uniform",
+        n=20,
+        blocks=2,
+        reference_nfe=8,
+        batch_size=8,
+    )
+    return replace(base, **changes)
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    """results.csv without times."""
+    with (out / "results.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 8 seeds: 3 a block of 20."""
+    monkeypatch.setattr(store, "PART", 8)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """First seeds of everything that solvers sample."""
+    found: list[int] = []
+    real = SolverSource.sample
+
+    def spy(self: SolverSource, seeds: torch.Tensor) -> Any:
+        found.append(int(seeds[0]))
+        return real(self, seeds)
+
+    monkeypatch.setattr(SolverSource, "sample", spy)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that nothing disturbed, in parts of 8."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "PART", 8)
+        evaluate.run(task(pipeline, out))
+    return out
+
+
+# ---- parts ----
+
+
+def test_parts_cover_every_seed_once_and_no_part_spans_two_blocks(small_parts: None) -> None:
+    parts = part_ranges(100, 20, 3)
+    assert [s for _, first, count in parts for s in range(first, first + count)] == list(range(100, 160))
+    assert all((first - 100) // 20 == (first + count - 101) // 20 == block for block, first, count in parts)
+    assert max(count for _, _, count in parts) == 8
+
+
+# ---- killed and resumed ----
+
+
+class Killed(BaseException):
+    """Nothing in the program catches it."""
+
+
+@pytest.mark.parametrize(("seed", "overlap"), [(0, False), (1, False), (2, True), (3, True)])
+def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
+    seed: int,
+    overlap: bool,
+    pipeline: Pipeline,
+    whole: Path,
+    tmp_path: Path,
+    small_parts: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = np.random.default_rng(seed)
+    real = store.write_atomically
+    writes = {"left": 0, "made": 0}
+
+    def write(path: Path, data: bytes) -> None:
+        if path.parent.name != "cells" and path.parent.suffix != ".parts":
+            return real(path, data)
+        writes["left"] -= 1
+        if writes["left"] < 0:
+            raise Killed
+        writes["made"] += 1
+        return real(path, data)
+
+    monkeypatch.setattr(store, "write_atomically", write)
+    kills = 0
+    while True:
+        writes["left"] = int(generator.integers(1, 6))
+        try:
+            evaluate.run(task(pipeline, tmp_path, overlap=overlap))
+            break
+        except Killed:
+            kills += 1
+    assert kills >= 2
+    assert table(tmp_path) == table(whole)
+    parts, cells = (
+        3 * 2 * 3,
+        2,
+    )  # of two cells and the fine solution, in two blocks; a cell's blocks, picture and numbers
+    assert writes["made"] <= parts + (2 + 2) * cells + kills, "only what was in work when it was killed is made again"
+
+
+def test_a_sweep_of_two_processes_is_ended_by_one(
+    pipeline: Pipeline,
+    whole: Path,
+    tmp_path: Path,
+    small_parts: None,
+    drawn: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second of two processes made its parts of the first cell; the first was killed at its start."""
+    real, cut = measure._make_parts, pytest.MonkeyPatch()
+
+    def second(source: Any, bench: Any, *rest: Any) -> None:
+        real(source, replace(bench, shard=ProcessInfo(1, 2)), *rest)
+        raise Killed
+
+    cut.setattr(measure, "_make_parts", second)
+    with pytest.raises(Killed):
+        evaluate.run(task(pipeline, tmp_path))
+    cut.undo()
+    assert drawn[-3:] == [8, 20, 36]
+    drawn.clear()
+    evaluate.run(task(pipeline, tmp_path))
+    assert table(tmp_path) == table(whole)
+    assert drawn == [0, 16, 28, 0, 8, 16, 20, 28, 36], "what is missing of the first cell, and the second"
+
+
+def test_kill_9_costs_the_part_in_work(pipeline: Pipeline, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--model", str(pipeline.model), "--features"]
+    command += [str(pipeline.features), "--solvers", "ddim", "--nfe", "4", "--grids", "uniform", "--n", "2400"]
+    command += ["--blocks", "1", "--reference-nfe", "0", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    patience = time.monotonic() + 120
+    while not list(tmp_path.glob("cells/*.parts/part-00001.safetensors")) and time.monotonic() < patience:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = list(tmp_path.glob("cells/*.parts/*.safetensors"))
+    assert kept, "a part was written before the kill"
+    resumed = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert not list(tmp_path.glob("cells/*.parts")), "parts of finished cells are gone"
+    whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], env=environment, check=False, capture_output=True)
+    assert whole.returncode == 0
+    assert table(tmp_path) == table(tmp_path / "whole")
+
+
+def test_a_second_run_samples_nothing_and_more_solvers_only_themselves(
+    pipeline: Pipeline, whole: Path, small_parts: None, drawn: list[int]
+) -> None:
+    before = table(whole)
+    evaluate.run(task(pipeline, whole))
+    assert drawn == [] and table(whole) == before
+    evaluate.run(task(pipeline, whole, solvers="ddim,euler,dpmpp2m"))
+    assert sorted(drawn) == [0, 8, 16, 20, 28, 36], "the new cell alone"
+    evaluate.run(task(pipeline, whole))
+    assert table(whole) == before
+
+
+def test_fresh_forgets(pipeline: Pipeline, tmp_path: Path, drawn: list[int]) -> None:
+    evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0))
+    once = len(drawn)
+    evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0, fresh=True))
+    assert len(drawn) == 2 * once > 0
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "seeds": {"seed": 7},
+    "images": {"n": 24},
+    "blocks": {"blocks": 3},
+    "guidance": {"guidance": 2.0},
+    "analytic first step": {"analytic_first": True},
+    "metrics": {"metrics": "kid,precision"},
+    "fine solution": {"reference_nfe": 10},
+    "precision": {"precision": "bf16"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_the_numbers_is_measured_anew(
+    name: str, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
+) -> None:
+    first = task(pipeline, tmp_path, solvers="ddim")
+    evaluate.run(first)
+    drawn.clear()
+    evaluate.run(replace(first, **CHANGES[name]))
+    assert drawn
+
+
+# ---- damage ----
+
+
+@pytest.mark.parametrize("damage", ["flipped", "halved", "empty"])
+def test_a_damaged_cell_is_kept_aside_and_measured_again(
+    damage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)
+    evaluate.run(asked)
+    before = table(tmp_path)
+    (path,) = tmp_path.glob("cells/*.json")
+    text = path.read_text()
+    digit = text.index("distances") + 20
+    flipped = text[:digit] + str((int(text[digit]) + 1) % 10 if text[digit].isdigit() else 1) + text[digit + 1 :]
+    path.write_text({"flipped": flipped, "halved": text[: len(text) // 2], "empty": ""}[damage])
+    evaluate.run(asked)
+    assert "damaged" in capsys.readouterr().out
+    assert list(tmp_path.glob("cells/*.damaged"))
+    assert table(tmp_path) == before
+
+
+def test_a_damaged_part_counts_as_not_there(tmp_path: Path) -> None:
+    store, identity = CellStore(tmp_path), {"a": 1}
+    store.write_part(identity, 0, Part({"x": torch.arange(4.0)}, {"nfe": 1}))
+    assert store.part(identity, 0) is not None
+    (path,) = tmp_path.glob("*.parts/*")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    assert store.part(identity, 0) is None
+    path.write_bytes(bytes(data[:-5]))
+    assert store.part(identity, 0) is None
+    assert store.part({"a": 2}, 0) is None, "another cell's parts are not taken"
+
+
+def test_an_id_is_a_function_of_the_identity_alone() -> None:
+    assert cell_id({"a": 1, "b": [2, None]}) == cell_id({"b": [2, None], "a": 1}) != cell_id({"a": 1, "b": [2, 0]})
+
+
+# ---- processes, batches, overlap ----
+
+
+def test_two_processes_give_the_table_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
+    """n = 2100 makes three parts a block, which two processes share unequally."""
+    flags = ["--model", str(pipeline.model), "--features", str(pipeline.features), "--solvers", "ddim", "--nfe"]
+    flags += [
+        "4",
+        "--grids",
+        "uniform",
+        "--samples",
+        "2100",
+        "--blocks",
+        "1",
+        "--reference-nfe",
+        "8",
+        "--metrics",
+        "kid,is",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(SCRIPTS / "evaluate.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    told = []
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, script, *flags, "--out", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told.append(done.stdout)
+    assert table(tmp_path / "one") == table(tmp_path / "two")
+    assert told[1].count("report: ") == 1, "one process speaks"
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 7}, {"batch_size": 64}, {"overlap": True}], ids=str)
+def test_neither_batches_nor_overlap_change_a_distance(
+    change: dict[str, Any], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    first = evaluate.run(task(pipeline, tmp_path / "a", solvers="ddim,heun"))
+    other = evaluate.run(task(pipeline, tmp_path / "b", solvers="ddim,heun", **change))
+    for a, b in zip(first.cells, other.cells, strict=True):
+        assert (a.solver, a.nfe, a.distances, a.kid) == (b.solver, b.nfe, b.distances, b.kid)
+        assert a.rmse is None or b.rmse == pytest.approx(a.rmse, rel=1e-5)  # a matrix product's last bits
+
+
+# ---- numbers ----
+
+
+def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: Path, small_parts: None) -> None:
+    sweep = evaluate.run(task(pipeline, tmp_path, solvers="ddim", metrics="kid,precision,density,is", n=24))
+    cell = sweep.cells[1]
+    assert len(cell.distances) == cell.blocks == 2
+    assert cell.distance == pytest.approx(sum(cell.distances) / 2)
+    assert cell.precision is not None and 0 <= cell.precision <= 1 and cell.coverage is not None
+    assert cell.inception_score is not None and 1 <= cell.inception_score <= 10
+    assert cell.psnr is not None and cell.psnr > 5 and cell.kid_std is not None
+    assert cell.decode_seconds > 0 or cell.feature_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"metrics": "kidd"}, "kid"),
+        ({"metrics": "infinity"}, "at least 32"),
+        ({"metrics": "density", "n": 4}, "at least 6"),
+        ({"batch_size": 2048}, "1024"),
+        ({"n": 1}, "2 images"),
+        ({"blocks": 0}, "block"),
+        ({"reference_nfe": 7}, "even"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused_before_sampling(
+    flags: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        evaluate.run(task(pipeline, tmp_path, **flags))
+    assert drawn == [] and not list(tmp_path.iterdir())
+
+
+def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
+    sweep = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0))
+    assert sweep.cells[1].rmse is None and sweep.cells[1].psnr is None and sweep.fine is None
+    assert "Use of the codes" not in (tmp_path / "report.md").read_text()
+    assert "RMSE compares" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_sample_that_is_not_finite_makes_the_cell_diverged(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SolverSource.sample
+
+    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
+        raw = real(self, seeds)
+        raw.values[0, 0] = torch.nan
+        return raw
+
+    monkeypatch.setattr(SolverSource, "sample", sample)
+    cell = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)).cells[1]
+    assert cell.distance == float("inf") and cell.kid is None and cell.nonfinite == 2  # of two parts
+    assert "diverged" in (tmp_path / "report.md").read_text()
+
+
+# ---- baselines ----
+
+
+@pytest.fixture(scope="module")
+def with_baseline(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
+    out = tmp_path_factory.mktemp("baselines")
+    return out, evaluate.run(task(pipeline, out, solvers="ddim", baselines=(pipeline.baseline,)))
+
+
+def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep], pipeline: Pipeline) -> None:
+    (cell,) = (cell for cell in with_baseline[1].cells if cell.baseline)
+    assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.rmse) == ("baseline", 1, 20, 2, None)
+    trained = load_trained_baseline(pipeline.baseline)
+    file = Run.open(pipeline.features, "features").checkpoint / "features.safetensors"
+    network, _ = load_features(file)
+    splits = load_splits(trained.data)
+    reference = FeatureStatistics.of(network.features(splits.train.images))
+    for block, expected in enumerate(cell.distances):
+        images = draw(trained.model, torch.arange(20 * block, 20 * block + 20)).images
+        assert frechet_distance(FeatureStatistics.of(network.features(images)), reference) == pytest.approx(expected)
+
+
+def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tuple[Path, Sweep]) -> None:
+    out, sweep = with_baseline
+    assert all(solver != "baseline" for solver, _ in pivot(sweep.cells, "distance").rows)
+    assert ("baseline", 1) not in shown(sweep.cells)
+    for text in (markdown_table(sweep.cells), text_table(sweep.cells), (out / "report.html").read_text()):
+        assert "baseline" in text and "s / 1000 images" in text
+    assert ("baseline", 1) in sweep.grids
+
+
+def test_baselines_that_do_not_belong_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="twice"):
+        evaluate.run(task(pipeline, tmp_path, baselines=(pipeline.baseline, pipeline.baseline)))
+    with pytest.raises(DataError, match="kind"):
+        evaluate.run(task(pipeline, tmp_path, baselines=(pipeline.model,)))
+
+
+# ---- what a table may hold ----
+
+
+def line(solver: str, nfe: int, distances: tuple[float, ...], n: int = 100, features: str = "cnn@1") -> Cell:
+    mean = sum(distances) / len(distances)
+    cell = Cell(solver, "uniform", nfe, mean, 0.1, None, n, len(distances), 1.0, features, "digits@1", "0-199")
+    return replace(cell, distances=distances)
+
+
+@pytest.mark.parametrize(
+    "other", [line("b", 4, (1.0, 2.0), n=200), line("b", 4, (1.0, 2.0), features="cnn@2")], ids=str
+)
+def test_cells_that_do_not_compare_are_kept_out_of_one_table(other: Cell) -> None:
+    cells = [line("a", 4, (1.0, 2.0)), other]
+    for show in (check_comparable, markdown_table, text_table):
+        with pytest.raises(ValueError, match="do not compare"):
+            show(cells)
+    check_comparable([cells[0], replace(other, solver="floor")])
+
+
+def test_paired_differences_by_hand() -> None:
+    """Of the three differences 0.5, 0.7, 0.3 the mean is 4.33 errors: Student's t of 2 degrees of freedom wants 4.30."""
+    cells = [
+        line("a", 4, (1.0, 3.0, 2.0)),
+        line("b", 4, (1.5, 3.7, 2.3)),
+        line("c", 4, (9.0,)),
+        line("a", 8, (1.0, 1.0)),
+    ]
+    found = dict(paired(cells).rows)
+    assert found["a"][0] is not None and found["a"][0].value == "best" and found["a"][0].best
+    differences = np.array([0.5, 0.7, 0.3])
+    assert found["b"][0] is not None
+    mean, error = found["b"][0].value.removeprefix("+").split(" ± ")
+    assert float(mean) == pytest.approx(differences.mean(), abs=5e-3)
+    assert float(error) == pytest.approx(differences.std(ddof=1) / 3**0.5, abs=5e-3)
+    assert not found["b"][0].near
+    assert "c" not in found, "one block has no difference of blocks"
+
+
+def test_a_difference_that_decides_nothing_is_marked() -> None:
+    """Of 0.5, 0.71, 0.29 the mean is 4.12 errors, of 0.4 and 0.6 five: too few for 3 and 2 blocks."""
+    assert [round(decisive(blocks), 3) for blocks in (2, 3, 4)] == [12.706, 4.303, 3.182]
+    cells = [line("a", 4, (1.0, 3.0, 2.0)), line("b", 4, (1.5, 3.71, 2.29)), line("c", 4, (3.0, 5.1, 4.05))]
+    rows = dict(paired(cells).rows)
+    assert rows["b"][0] is not None and rows["b"][0].near and rows["b"][0].value.startswith("≈ +0.50 ± 0.12")
+    assert rows["c"][0] is not None and not rows["c"][0].near
+    assert rivals(cells) == {4: 1}
+    two = dict(paired([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))]).rows)
+    assert two["b"][0] is not None and two["b"][0].near
+    assert "12.7 errors" in difference_note([line("a", 4, (1.0, 3.0))])
+
+
+# ---- the reference ----
+
+
+@pytest.fixture
+def images() -> Iterator[ImageData]:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    yield ImageData(pixels, torch.arange(40) % 4, ("a", "b", "c", "d"), "toy", "f" * 64)
+
+
+def test_statistics_of_a_reference_are_kept_and_those_of_another_refused(images: ImageData, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=4)).eval()
+    made = make_measurer(network, "cnn-toy@1", images, tmp_path)
+    (path,) = tmp_path.iterdir()
+    calls: list[int] = []
+    network.register_forward_pre_hook(lambda module, inputs: calls.append(1))
+    again = make_measurer(network, "cnn-toy@1", images, tmp_path)
+    assert calls == [] and torch.equal(again.reference.outer, made.reference.outer)
+    assert again.sample is not None and made.sample is not None and torch.equal(again.sample, made.sample)
+    make_measurer(network, "cnn-toy@2", images, tmp_path)
+    (other,) = set(tmp_path.iterdir()) - {path}
+    path.replace(other)  # a file under another's name
+    with pytest.raises(DataError, match="cnn-toy@2"):
+        make_measurer(network, "cnn-toy@2", images, tmp_path)
+    other.replace(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cannot be read"):
+        make_measurer(network, "cnn-toy@1", images, tmp_path)
+
+
+def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
+    more = ("--nfe", 4, "--grids", "uniform", "--n", 40, "--reference-nfe", 0, "--metrics", "kid,infinity", "--overlap")
+    told = script("evaluate", *flags, *more, "--fresh", "--baselines", pipeline.baseline)
+    assert told.code == 0, told.err
+    record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])
+    assert record["fd_infinity"] is not None and record["kid"] is not None
+    assert "overlapped" in (tmp_path / "report.md").read_text()
+    assert measure.SHOWN == 8
+
+
+def test_missing_weights_are_told_before_sampling(
+    pipeline: Pipeline, script: Script, tmp_path: Path, drawn: list[int]
+) -> None:
+    flags = ("--model", pipeline.model, "--out", tmp_path / "out", "--features", "inception")
+    told = script("evaluate", *flags, "--inception-weights", tmp_path / "none.pth")
+    assert told.code == 3 and "none.pth" in told.err
+    assert drawn == [] and not (tmp_path / "out").exists()
+
+
+def test_fewer_images_than_features_are_measured_without_a_covariance(images: ImageData) -> None:
+    torch.manual_seed(0)
+    network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=16)).eval()
+    measurer = make_measurer(network, "cnn-toy@1", images)
+    few = network.features(images.images[:10])
+    exact = frechet_distance_of_features(few, network.features(images.images))
+    assert measurer.distance_of(few) == pytest.approx(exact, rel=1e-12)
+    assert measurer.distance_of(few) != frechet_distance(FeatureStatistics.of(few), measurer.reference)
+    many = network.features(images.images[:17])
+    assert measurer.distance_of(many) == frechet_distance(FeatureStatistics.of(many), measurer.reference)

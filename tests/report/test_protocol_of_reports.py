@@ -1,0 +1,329 @@
+"""A figure belongs to how it was measured: identities of cells, names of distances, and what a report refuses or warns of."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from pipelines import Pipeline, Script
+
+from midway.gen.core.errors import UsageError
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.data.images import ImageData
+from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.sampling import SamplingConfig
+from midway.gen.evaluation.measure import Bench, Reference, Seeds
+from midway.gen.evaluation.records import FID, Cell, ReportContext, distance_name, floor_name, measure_rows
+from midway.gen.evaluation.sources import Raw, SolverSource
+from midway.gen.evaluation.store import CellStore
+from midway.gen.features import reference as measurers
+from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_distance_to
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.report.html import write_html
+from midway.gen.report.notes import few_note
+from midway.gen.report.plots import distance_figure
+from midway.gen.report.write import markdown_table, text_table, write_markdown, write_report
+
+CONTEXT = ReportContext("Budgets", "flow", "digits", "python x.py", "2 cores", {"torch": "2"}, "0-199")
+
+
+def cell(solver: str = "euler", nfe: int = 4, distance: float = 2.0, n: int = 100, **more: Any) -> Cell:
+    made = Cell(
+        solver, "uniform", nfe, distance, 0.1, 0.3, n, 2, 1.0, "cnn-digits@1", "digits@1", "0-199", decode_seconds=3.0
+    )
+    return dataclasses.replace(made, distances=(distance - 0.1, distance + 0.1), feature_seconds=0.5, **more)
+
+
+def floor(n: int) -> Cell:
+    return dataclasses.replace(cell("floor", 0, 1.0, n), grid="", rmse=None, distances=(), distance_std=None)
+
+
+# ---- identities ----
+
+
+@pytest.mark.parametrize("part", ["model", "decoder", "latent_mean", "plan"])
+def test_a_cell_of_other_weights_is_another_cell(part: str, pipeline: Pipeline) -> None:
+    trained = pipeline.load()
+    plans = [make_plans(trained, "ddim", nfe, PlanConfig(grids=("uniform",)))["uniform"] for nfe in (4, 5)]
+    before = SolverSource(trained, plans[0], SamplingConfig()).identity
+    assert SolverSource(pipeline.load(), plans[0], SamplingConfig()).identity == before
+    if part == "model":
+        trained = dataclasses.replace(trained, hash="0" * 12)
+    elif part == "decoder":
+        next(trained.tokenizer.parameters()).data.view(-1)[0] += 1e-3
+    elif part == "latent_mean":
+        trained.tokenizer.latent_mean[0] += 1e-3
+    assert SolverSource(trained, plans[part == "plan"], SamplingConfig()).identity != before
+
+
+@pytest.mark.parametrize("change", [{"features": "b"}, {"fingerprint": "1"}, {"root": "newton-schulz"}], ids=str)
+def test_a_cell_seen_otherwise_is_another_cell(change: dict[str, Any], pipeline: Pipeline, tmp_path: Path) -> None:
+    trained = pipeline.load()
+    plan = make_plans(trained, "ddim", 4, PlanConfig(grids=("uniform",)))["uniform"]
+    source = SolverSource(trained, plan, SamplingConfig())
+    seen = Measurer(None, "a", FeatureStatistics.of(torch.randn(9, 2)), "digits@1", fingerprint="0")  # pyright: ignore
+
+    def record(measurer: Measurer) -> str:
+        return Bench(measurer, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).record(source)
+
+    assert record(seen) == record(seen) != record(dataclasses.replace(seen, **change))
+
+
+def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pipeline, tmp_path: Path) -> None:
+    task = evaluate.EvaluateTask(
+        model=pipeline.model, features=pipeline.features, out=tmp_path, solvers="ddim", nfe="4", n=20, batch_size=8
+    )
+    sweep = evaluate.run(dataclasses.replace(task, reference_nfe=8, baselines=(pipeline.baseline,)))
+    names = {path.stem for path in tmp_path.glob("cells/*.json")}
+    assert {c.record for c in sweep.cells if c.solver != "floor"} == names and len(names) == 4
+
+
+def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CellStore(tmp_path)
+    store.finish({"a": 1}, {"nfe": 4}, None)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text("{")
+    real = Path.replace
+
+    def late(self: Path, target: Path) -> Path:
+        real(self, target)  # the other process
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    assert store.record({"a": 1}) is None
+
+
+# ---- errors to the fine solution ----
+
+
+def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
+    class Fine:
+        @property
+        def identity(self) -> dict[str, Any]:
+            return {"source": "toy"}
+
+        def sample(self, seeds: torch.Tensor) -> Raw:
+            return Raw(seeds.float().view(-1, 1, 1, 1).expand(-1, 2, 2, 2).contiguous(), 8, 0.0)
+
+        def images(self, raw: Raw) -> torch.Tensor:
+            return (10 * raw.values[:, :1]).byte()
+
+    fine = Reference(Fine(), Seeds(3, 2, 1), CellStore(tmp_path), ProcessInfo())
+    fine.make()
+    images = torch.tensor([30, 60], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    errors = fine.errors(0, torch.zeros(2, 2, 2, 2), images)
+    assert errors["errors"].tolist() == [9.0, 16.0]
+    assert [fine.latents(most)[:, 0, 0, 0].tolist() for most in (1, 2, 9)] == [[3.0], [3.0, 4.0], [3.0, 4.0]]
+    expected = psnr(images, torch.tensor([30, 40], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2))
+    assert torch.equal(errors["psnr"], expected) and expected[0] > expected[1]
+
+
+# ---- names ----
+
+
+def test_only_the_published_inception_network_makes_a_fid(tmp_path: Path) -> None:
+    inception = [dataclasses.replace(c, features=f"{FID}, float32") for c in (floor(100), cell())]
+    assert distance_name(inception) == "FID" and distance_name([floor(100), cell()]) == "Fréchet distance"
+    mixed = [inception[0], cell()]
+    assert distance_name(mixed) == "Fréchet distance"
+    write_html(tmp_path / "a.html", inception, CONTEXT, {})
+    write_html(tmp_path / "b.html", [floor(100), cell()], CONTEXT, {})
+    assert "<h2>FID by step budget</h2>" in (tmp_path / "a.html").read_text()
+    assert "FID" not in (tmp_path / "b.html").read_text()
+    other = [dataclasses.replace(c, features="inception-v3-2015-12-05@ffffffff") for c in inception]
+    assert "FID" not in text_table(other)
+
+
+def test_a_floor_of_another_count_is_named_with_it_everywhere(tmp_path: Path) -> None:
+    alike, other = [floor(100), cell()], [floor(40), cell()]
+    assert (floor_name(alike), floor_name(other)) == ("floor", "floor (n = 40)")
+    write_html(tmp_path / "report.html", other, CONTEXT, {})
+    page = (tmp_path / "report.html").read_text()
+    assert '<th scope="row">floor (n = 40)</th>' in page and "against real images (floor (n = 40))" in page
+    for text in (markdown_table(other), text_table(other)):
+        assert "floor (n = 40)" in text
+    assert distance_figure(other).axes[0].get_legend_handles_labels()[1][-1] == "floor (n = 40) 1 (real images)"
+    assert "(n = " not in text_table(alike)
+
+
+def test_a_refused_report_writes_nothing(tmp_path: Path) -> None:
+    cells = [floor(100), cell(), cell("heun", n=200)]
+    with pytest.raises(ValueError, match="do not compare"):
+        write_report(tmp_path / "out", cells, CONTEXT, {})
+    with pytest.raises(ValueError, match="do not compare"):
+        write_html(tmp_path / "report.html", cells, CONTEXT, {})
+    assert not list(tmp_path.iterdir())
+
+
+# ---- warnings ----
+
+
+def test_few_images_are_warned_about_in_the_report(pipeline: Pipeline, tmp_path: Path) -> None:
+    assert few_note(128, 64) == () and "127 images for 64 features" in few_note(127, 64)[0]
+    task = evaluate.EvaluateTask(
+        model=pipeline.model, features=pipeline.features, out=tmp_path, solvers="ddim", nfe="4", grids="uniform"
+    )
+    for n, warned in ((8, True), (40, False)):
+        evaluate.run(dataclasses.replace(task, n=n, reference_nfe=0, batch_size=8))
+        for name in ("report.md", "report.html"):
+            assert ("mostly bias" in (tmp_path / name).read_text()) is warned
+
+
+# ---- all figures ----
+
+
+def test_all_figures_and_the_split_of_the_time_are_in_the_report(tmp_path: Path) -> None:
+    cells = [floor(100), cell(precision=0.75, psnr=31.5), cell("heun", 8, 1.5), cell("vae", 1, 3.0, baseline=True)]
+    heads, *rows = measure_rows(cells)
+    assert heads == ("solver", "NFE", "RMSE", "PSNR (dB)", "precision", "solver s", "decode s", "features s")
+    assert rows[0] == ("euler", "4", "0.300", "31.5", "0.750", "10.0", "30.0", "5.00")
+    assert rows[-1] == ("floor", *"–" * 7)
+    write_html(tmp_path / "report.html", cells, CONTEXT, {})
+    write_markdown(tmp_path / "report.md", cells, CONTEXT)
+    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    assert "<td>31.5</td>" in page and "| euler | 4 | 0.300 | 31.5 | 0.750 | 10.0 | 30.0 | 5.00 |" in text
+    assert "Difference from the best" in page and "Difference from the best" in text
+
+
+def test_the_box_says_what_learned_solvers_cost(tmp_path: Path) -> None:
+    write_html(tmp_path / "report.html", [floor(100), cell(), cell("table", training_nfe=12345)], CONTEXT, {})
+    assert "<dt>training of solvers</dt><dd>table 12,345 evaluations</dd>" in (tmp_path / "report.html").read_text()
+
+
+def test_the_front_is_drawn_against_the_time_to_make_images() -> None:
+    cells = [
+        cell("a", 4, 3.0),
+        dataclasses.replace(cell("a", 8, 1.0), seconds=2.0),
+        dataclasses.replace(cell("b", 8, 2.0), seconds=9.0),
+    ]
+    lines = {line.get_label(): line for line in distance_figure(cells, "seconds").axes[0].lines}
+    front = lines["Pareto front"]
+    assert np.asarray(front.get_xdata()).tolist() == [4.0, 5.0] and np.asarray(front.get_ydata()).tolist() == [3.0, 1.0]
+    assert "Pareto front" not in {line.get_label() for line in distance_figure(cells, "nfe").axes[0].lines}
+
+
+# ---- fewer images than features ----
+
+
+@pytest.mark.parametrize("count", [30, 17, 12])
+def test_few_features_against_statistics_are_exact(count: int) -> None:
+    torch.manual_seed(0)
+    y = torch.randn(count, 16, dtype=torch.float64) @ torch.randn(16, 16, dtype=torch.float64) + 1
+    x = torch.randn(9, 16, dtype=torch.float64)
+    exact = frechet_distance_of_features(x, y)
+    reference = FeatureStatistics.of(y)
+    assert frechet_distance_to(x, reference) == pytest.approx(exact, rel=1e-12 if count > 16 else 1e-7)
+    many = torch.randn(40, 16, dtype=torch.float64)
+    assert frechet_distance_to(many, reference) == frechet_distance(FeatureStatistics.of(many), reference)
+    with pytest.raises(ValueError, match="dimensions"):
+        frechet_distance_to(x[:, :8], reference)
+
+
+@pytest.fixture
+def images() -> ImageData:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (60, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(60) % 4, ("a", "b", "c", "d"), "toy", "f" * 64)
+
+
+class Pixels:
+    """Features are the first pixels."""
+
+    has_logits = False
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :16].float()
+
+    activations: Any = None
+
+
+def test_a_reference_too_large_to_be_kept_loses_no_digits_either(
+    images: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network: Any = Pixels()
+    few = network.features(images.images[:10])
+    whole = make_measurer(network, "pixels@1", images).distance_of(few)
+    monkeypatch.setattr(measurers, "KEPT", 20)
+    measurer = make_measurer(network, "pixels@1", images)
+    assert measurer.sample is not None and len(measurer.sample) == 20
+    assert measurer.distance_of(few) == pytest.approx(whole, rel=1e-12)
+
+
+# ---- the root by products ----
+
+
+def test_the_root_by_products_agrees_and_refuses_what_it_cannot(
+    images: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network: Any = Pixels()
+    many = network.features(images.images[:50])
+    plain = make_measurer(network, "pixels@1", images)
+    products = make_measurer(network, "pixels@1", images, root="newton-schulz")
+    used: list[str] = []
+    real = measurers.frechet_distance
+    monkeypatch.setattr(
+        measurers, "frechet_distance", lambda a, b, *root: used.append(root[0] if root else "") or real(a, b, *root)
+    )
+    assert products.distance_of(many) == pytest.approx(plain.distance_of(many), rel=1e-9)
+    assert used == ["newton-schulz", ""]
+    flat = many.clone()
+    flat[:, 0] = 0  # a singular covariance, and a reference that has one too
+    singular = dataclasses.replace(products, reference=FeatureStatistics.of(flat))
+    with pytest.raises(UsageError, match="--root newton-schulz"):
+        singular.distance_of(flat)
+
+
+def test_the_root_is_a_flag(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    flags = ("--model", pipeline.model, "--features", pipeline.features, "--solvers", "ddim", "--nfe", 4, "--n", 80)
+    found = []
+    for root in ("eigen", "newton-schulz"):
+        more = ("--grids", "uniform", "--reference-nfe", 0, "--root", root, "--out", tmp_path / root)
+        told = script("evaluate", *flags, *more)
+        assert told.code == 0, told.err
+        text = (tmp_path / root / "results.csv").read_text().splitlines()
+        found.append(float(text[2].split(",")[3]))
+    assert found[1] == pytest.approx(found[0], rel=1e-6) and math.isfinite(found[0])
+
+
+# ---- weights and features that do not fit, as a command ----
+
+
+def test_weights_with_a_wrong_checksum_end_the_command_with_3(
+    pipeline: Pipeline, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "pt_inception-2015-12-05-6726825d.pth"
+    path = tmp_path / name
+    path.write_bytes(b"not the published weights")
+    monkeypatch.setenv("MIDWAY_INCEPTION_WEIGHTS", str(path))
+    told = script("evaluate", "--model", pipeline.model, "--features", "inception", "--out", tmp_path / "out")
+    assert told.code == 3 and name in told.err, told.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_of_another_resolution_end_the_command_with_3(
+    pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    data = ("--data", "digits", "--resize", 16, "--held-out", 0.2)
+    np.savez(tmp_path / "a.npz", np.zeros((40, 16, 16, 1), np.uint8))
+    flags = ("--images", tmp_path / "a.npz", *data, "--features", pipeline.features, "--out", tmp_path / "out")
+    told = script("evaluate", *flags)
+    assert told.code == 3 and "resize" in told.err.lower(), told.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_report_that_cannot_be_written_ends_the_command_with_5(
+    deep: bool, pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out" if deep else tmp_path / "file"
+    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", out, "--n", 20)
+    told = script("evaluate", *flags, "--solvers", "ddim", "--nfe", 4, "--reference-nfe", 0)
+    assert told.code == 5, told.err
+    assert (tmp_path / "file").read_text() == ""

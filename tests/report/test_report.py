@@ -1,0 +1,262 @@
+"""Reports: all cells in the files, the best in bold, the floor everywhere, one page without links."""
+
+import base64
+import csv
+import dataclasses
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from midway.gen.core.errors import DiskError
+from midway.gen.evaluation.records import number, training_costs
+from midway.gen.report.plots import Cost, distance_figure
+from midway.gen.report.script import EXPLORER_SCRIPT
+from midway.gen.report.write import (
+    Cell,
+    ReportContext,
+    distance_png,
+    markdown_table,
+    text_table,
+    write_csv,
+    write_html,
+    write_jsonl,
+    write_markdown,
+    write_report,
+)
+
+PNG = b"\x89PNG\r\n\x1a\n"
+FEATURES = "cnn-digits@3fa2c1ab90de"
+COLUMNS = "solver,grid,nfe,distance,distance_std,rmse,n,blocks,seconds,features,reference,seeds,training_nfe,best"
+MORE = "baseline,distances,decode_seconds,feature_seconds,psnr,kid,kid_std,precision,recall,density,coverage"
+LAST = "inception_score,fd_infinity,nonfinite,trainings,record,timing"
+CONTEXT = ReportContext(
+    title="Budgets",
+    model="flow",
+    data="digits",
+    command="python scripts/evaluate.py",
+    hardware="2 cores",
+    versions={"torch": "2.15"},
+    seeds="0-1023",
+    notes=("the reference has 200 steps",),
+)
+
+
+def cell(solver: str, nfe: int, distance: float, grid: str = "karras", rmse: float | None = 0.25) -> Cell:
+    return Cell(solver, grid, nfe, distance, 0.12, rmse, 1024, 4, 0.1 * nfe, FEATURES, "digits-train@9b1e", "0-1023")
+
+
+FLOOR = dataclasses.replace(cell("floor", 0, 2.61, "", None), distance_std=0.08, seconds=0.0)
+LOSER = dataclasses.replace(cell("euler", 4, 1.99, "uniform"), best=False)
+LEARNED = dataclasses.replace(cell("amed", 4, 17.3, "learned", 0.125), training_nfe=128000)
+CELLS = [FLOOR, cell("euler", 4, 66.0), LOSER, cell("euler", 8, 5.0), LEARNED, cell("amed", 8, 5.55, "learned")]
+
+
+def html(cells: list[Cell], tmp_path: Path, context: ReportContext = CONTEXT) -> str:
+    """The page's text, its images cut out."""
+    write_html(tmp_path / "report.html", cells, context, {("euler", 4): PNG, ("amed", 8): PNG})
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert text.count(f"<script>{EXPLORER_SCRIPT}</script>") == 1, "our own script, and in the page itself"
+    text = text.replace(f"<script>{EXPLORER_SCRIPT}</script>", "")
+    return re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", text)
+
+
+def test_csv_holds_every_cell_in_full_precision(tmp_path: Path) -> None:
+    odd = dataclasses.replace(cell('a,"b"', 6, 1 / 3), distance_std=None, rmse=None)
+    write_csv(tmp_path / "results.csv", [*CELLS, odd])
+    with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert ",".join(rows[0]) == f"{COLUMNS},{MORE},{LAST}"
+    assert len(rows) == len(CELLS) + 1
+    assert float(rows[-1]["distance"]) == 1 / 3
+    assert rows[-1]["solver"] == 'a,"b"'
+    assert rows[-1]["distance_std"] == rows[-1]["rmse"] == ""
+    assert [row["best"] for row in rows] == ["true", "true", "false", "true", "true", "true", "true"]
+    assert rows[4]["training_nfe"] == "128000"
+
+
+def test_jsonl_gives_the_cells_back(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "results.jsonl", CELLS)
+    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [Cell(**{**json.loads(line), "distances": ()}) for line in lines] == CELLS
+
+
+def test_jsonl_stays_json_when_a_solver_diverged(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "results.jsonl", [cell("heun", 4, math.nan)])
+    text = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text)["distance"] is None
+    assert "NaN" not in text
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "expected"),
+    [
+        (17.249, None, "17.2"),
+        (319.4, 6.2, "319 ± 6"),
+        (2.614, 0.04, "2.61 ± 0.04"),
+        (12.34, 0.04, "12.34 ± 0.04"),
+        (0.012345, 0.0004, "0.0123 ± 0.0004"),
+        (12345.6, None, "12346"),
+        (0.0, None, "0.00"),
+        (5.0, 0.0, "5.00 ± 0.00"),
+        (math.inf, 1.0, "diverged"),
+    ],
+)
+def test_numbers_have_three_digits(value: float, std: float | None, expected: str) -> None:
+    assert number(value, std) == expected
+
+
+def test_markdown_bolds_the_best_of_each_column() -> None:
+    distance, rmse = markdown_table(CELLS).split("RMSE")
+    assert re.findall(r"\*\*(.*?)\*\*", distance) == ["5.00 ± 0.12", "17.3 ± 0.1"]
+    assert "| euler | 66.0 ± 0.1 (karras) | **5.00 ± 0.12** (karras) |" in distance
+    assert "| amed | **17.3 ± 0.1** (learned) | 5.55 ± 0.12 (learned) |" in distance
+    assert "| *floor* | *2.61 ± 0.08* | *2.61 ± 0.08* |" in distance
+    assert re.findall(r"\*\*(.*?)\*\*", rmse) == ["0.250", "0.125", "0.250"]
+    assert "floor" not in rmse
+
+
+def test_only_the_best_grid_is_shown() -> None:
+    for text in (markdown_table(CELLS), text_table(CELLS)):
+        assert "1.99" not in text
+        assert "uniform" not in text
+
+
+def test_of_two_cells_marked_best_the_nearer_is_shown() -> None:
+    twice = [cell("euler", 4, 7.0, "karras"), cell("euler", 4, 6.0, "logsnr")]
+    assert "**6.00 ± 0.12** (logsnr)" in markdown_table(twice)
+    assert "7.00" not in markdown_table(twice)
+    assert "diverged" not in markdown_table([cell("euler", 4, math.nan), *twice])
+
+
+def test_a_diverged_solver_is_named_and_never_best(tmp_path: Path) -> None:
+    cells = [cell("heun", 4, math.nan, rmse=math.inf), cell("euler", 4, 66.0)]
+    assert "| heun | diverged (karras) |" in markdown_table(cells)
+    assert "**66.0 ± 0.1**" in markdown_table(cells)
+    assert distance_png(cells).startswith(PNG)
+    assert "diverged" in html(cells, tmp_path)
+
+
+def test_no_rmse_no_second_table(tmp_path: Path) -> None:
+    cells = [FLOOR, cell("euler", 4, 66.0, rmse=None)]
+    assert "RMSE" not in markdown_table(cells)
+    assert "Root-mean-square" not in html(cells, tmp_path)
+
+
+def test_text_table_is_aligned() -> None:
+    lines = text_table(CELLS).splitlines()
+    rows = [line for line in lines if "±" in line]
+    assert [row.split()[0] for row in rows] == ["euler", "amed", "floor"]
+    assert len({row.rindex("±") for row in rows}) == 1
+    assert "17.3 ± 0.1*" in rows[1]
+    assert "2.61 ± 0.08" in rows[2]
+
+
+def test_markdown_text_cannot_break_the_table() -> None:
+    assert r"| a\|b\_c |" in markdown_table([cell("a|b_c", 4, 1.0)])
+
+
+def test_page_bolds_the_best_and_shows_the_floor(tmp_path: Path) -> None:
+    page = html(CELLS, tmp_path)
+    assert re.findall(r'class="best"><b>([\d.]+)</b>', page) == ["5.00", "17.3", "0.250", "0.125", "0.250"]
+    assert page.count('<tr class="floor">') == 1
+    assert "1.99" not in page
+    assert "trained, 128,000 evaluations" in page
+
+
+def test_page_is_self_contained(tmp_path: Path) -> None:
+    page = html(CELLS, tmp_path)
+    assert not re.search(r"https?:|//|<script|<link|@import|url\(|href=", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert sources == ["data:image/png;base64,"] * 4
+    assert "prefers-color-scheme: dark" in page
+    assert "<details open>" in page
+
+
+def test_the_name_of_another_metric_is_never_used(tmp_path: Path) -> None:
+    write_markdown(tmp_path / "report.md", CELLS, CONTEXT)
+    for text in (html(CELLS, tmp_path), (tmp_path / "report.md").read_text(encoding="utf-8"), text_table(CELLS)):
+        assert "FID" not in text.upper()
+        assert FEATURES in text.replace("\\", "")
+
+
+def test_page_escapes_all_text(tmp_path: Path) -> None:
+    evil = "<script>alert('1')</script>\"&"
+    context = ReportContext(evil, evil, evil, evil, evil, {evil: evil}, evil, (evil,))
+    nasty = dataclasses.replace(cell(evil, 4, 1.0, evil), features=evil, reference=evil)
+    write_html(tmp_path / "evil.html", [nasty], context, {(evil, 4): PNG})
+    page = (tmp_path / "evil.html").read_text(encoding="utf-8")
+    assert page.count("<script") == 1, "our own"
+    assert page.count("&lt;script&gt;") > 10
+
+
+@pytest.mark.parametrize("x", ["nfe", "seconds"])
+def test_plots_are_png_and_reproducible(x: Cost) -> None:
+    image = distance_png(CELLS, x)
+    assert image.startswith(PNG)
+    assert image == distance_png(CELLS, x)
+    assert image != distance_png(CELLS[1:], x)
+
+
+def test_plot_says_what_it_shows() -> None:
+    """The floor is a labelled line, budgets are plain ticks, and the axis carries the features' name."""
+    figure = distance_figure(CELLS)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_ylabel() == f"Fréchet distance ({FEATURES})"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
+    assert any(line.get_linestyle() == "--" and set(np.asarray(line.get_ydata())) == {2.61} for line in axes.lines)
+    assert axes.get_legend_handles_labels()[1] == ["euler", "amed (trained)", "floor 2.61 (real images)"]
+
+
+def test_many_solvers_differ_in_colour_and_marker() -> None:
+    figure = distance_figure([cell(f"solver-{i}", 4, 1.0 + i) for i in range(30)])
+    looks = {(line.get_color(), str(line.get_marker())) for line in figure.axes[0].lines if line.get_marker() != "None"}
+    assert sum(1 for _, marker in looks if marker in "os^DvPX<>h") == 30
+
+
+def test_plot_refuses_another_axis() -> None:
+    with pytest.raises(ValueError, match="'steps'"):
+        distance_png(CELLS, "steps")  # pyright: ignore[reportArgumentType]
+
+
+def test_nothing_to_plot_is_still_a_report(tmp_path: Path) -> None:
+    write_report(tmp_path, [FLOOR], CONTEXT, {})
+    assert (tmp_path / "report.html").stat().st_size > 0
+
+
+def test_report_directory(tmp_path: Path) -> None:
+    write_report(tmp_path / "new", CELLS, CONTEXT, {("euler", 4): PNG})
+    names = {file.name for file in (tmp_path / "new").iterdir()}
+    plots = {"distance_vs_nfe.png", "distance_vs_seconds.png"}
+    assert names == plots | {"results.csv", "results.jsonl", "report.md", "report.html"}
+    page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
+    for plot in plots:
+        data = (tmp_path / "new" / plot).read_bytes()
+        assert data.startswith(PNG)
+        assert base64.b64encode(data).decode() in page
+        assert f"({plot})" in (tmp_path / "new" / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "results.csv", CELLS)
+    old = (tmp_path / "results.csv").read_bytes()
+
+    def refuse(_source: Path, _target: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(DiskError, match="Read-only"):
+        write_csv(tmp_path / "results.csv", [])
+    assert (tmp_path / "results.csv").read_bytes() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_a_fitted_grid_makes_no_learned_solver() -> None:
+    fitted = dataclasses.replace(cell("euler", 4, 1.9, "gits"), training_nfe=3840)
+    assert training_costs([*CELLS, fitted]) == {"amed": 128000}

@@ -1,0 +1,254 @@
+"""AMED: ranges and start of what is learned, the artefact, the objective's books (test_amed_distillation.py has the learning)."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracles import mixture
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from midway.gen.core.errors import DivergedError
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.training.batches import Context
+from midway.samplers import grids
+from midway.samplers.amed import AMEDSolver, nodes
+from midway.samplers.directions import MARGIN, AMEDConfig, Constants, Predictor
+from midway.samplers.learned_solver import LEARNED, LearnedSolver, SolverCard
+from midway.samplers.prediction import Prediction
+from midway.samplers.sample import sample
+from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule, Shifted
+from midway.samplers.solvers import MeanDirection, dpm2
+from midway.samplers.table import fingerprint
+
+SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
+names = [type(s).__name__ for s in SCHEDULES]
+CARD = SolverCard("amed", "karras", "cosine", "0123456789ab", 6, False, 1.0, 100, "heun, 24 steps")
+
+
+def _noise(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tensor:
+    time = torch.tensor(t, dtype=torch.float64)
+    scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
+    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
+def test_unlearned_rules_start_at_dpm_solver_2(schedule: Schedule) -> None:
+    grid = grids.karras(schedule, 3, rho_max=20.0)
+    assert Constants(3, AMEDConfig()).values() == (MeanDirection(0.5, 1.0, 1.0),) * 3
+    x, field = _noise(schedule, grid[0]), mixture().field(schedule)
+    torch.manual_seed(0)
+    for rule, dim in ((Constants(3, AMEDConfig()), 0), (Predictor(2, 3, AMEDConfig()), 2)):
+        got = nodes(AMEDSolver(schedule, grid, feature_dim=dim), field, rule, x)[-1]
+        torch.testing.assert_close(got, sample(field, dpm2(schedule, grid), x), rtol=1e-10, atol=1e-10)
+
+
+def test_ranges_are_what_the_config_says() -> None:
+    config = AMEDConfig(scale_dir=0.3, scale_time=0.0)
+    rule = Constants(2, config)
+    with torch.no_grad():
+        rule.raw.copy_(torch.tensor([[50.0, 50.0, 50.0], [-50.0, -50.0, -50.0]]))
+    high, low = rule.values()
+    assert (high.r, low.r) == pytest.approx((1 - MARGIN, MARGIN))
+    assert (high.c, low.c) == pytest.approx((1.3, 0.7))
+    assert (high.a, low.a) == (1, 1)
+    with pytest.raises(ValueError, match="scale_dir must be in"):
+        AMEDConfig(scale_dir=1.5)
+
+
+def test_each_number_is_learned_on_its_own() -> None:
+    rule = Constants(3, AMEDConfig(scale_dir=0.3, scale_time=0.2))
+    with torch.no_grad():
+        rule.raw.copy_(50 * torch.eye(3))
+    only_r, only_c, only_a = rule.values()
+    assert (only_r.r, only_r.c, only_r.a) == pytest.approx((1 - MARGIN, 1, 1))
+    assert (only_c.r, only_c.c, only_c.a) == pytest.approx((0.5, 1.3, 1))
+    assert (only_a.r, only_a.c, only_a.a) == pytest.approx((0.5, 1, 1.2))
+
+
+def test_the_predictor_has_about_nine_thousand_parameters() -> None:
+    assert 8000 < sum(p.numel() for p in Predictor(64, 3, AMEDConfig()).parameters()) < 10000
+
+
+def _objective(guidance: float, constants: bool) -> tuple[SolverObjective, TrajectoryBatch]:
+    """An objective after its teacher run and warm start, as scripts/train_solver.py prepares it, and all trajectories."""
+    torch.manual_seed(0)
+    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
+    target = SolverTarget(4, "uniform", guidance, constants)
+    objective = SolverObjective(
+        model.eval().requires_grad_(False), target, DistillConfig(teacher_steps=4, trajectories=6)
+    )
+    labels = torch.arange(6) % 4
+    teacher = objective.run_teacher(labels)
+    objective.warm_start(teacher, labels)
+    return objective, TrajectoryBatch(teacher, labels)
+
+
+def _steps(objective: SolverObjective, all_of_it: TrajectoryBatch, first: int, last: int) -> None:
+    """Steps first .. last - 1 of training, of which number 1 is skipped as fit() would skip it."""
+    optimizer = torch.optim.Adam(objective.parameters(), 1e-2)
+    for step in range(first, last):
+        items = torch.arange(step, step + 3) % 6
+        batch = TrajectoryBatch(all_of_it.nodes.take(items), all_of_it.labels[items])
+        loss, _ = objective.loss(batch, Context(0, step, items))
+        optimizer.zero_grad()
+        loss.backward()
+        if step != 1:
+            optimizer.step()
+        objective.after_step(torch.tensor(step != 1, device="meta"))  # a value that cannot be waited for
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("constants", [True, False], ids=["constants", "predictor"])
+def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(constants: bool, guidance: float) -> None:
+    """Teacher run and warm start, done again by the resumed process, are not counted twice; a skipped step is counted."""
+    whole, data = _objective(guidance, constants)
+    prepared = whole.counter.evaluations
+    _steps(whole, data, 0, 5)
+    a_step = 3 * 2 * (2 if guidance != 1 else 1)  # three trajectories, two steps of the student, guidance
+    assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * a_step
+    broken, _ = _objective(guidance, constants)
+    _steps(broken, data, 0, 2)
+    resumed, data = _objective(guidance, constants)
+    resumed.load_state_dict(broken.state_dict())
+    assert resumed.counter.evaluations == prepared + 2 * a_step
+    _steps(resumed, data, 2, 5)
+    assert resumed.counter.evaluations == whole.counter.evaluations
+    assert resumed.evaluations.dtype == torch.int64
+    assert not [name for name in whole.rule.state_dict() if "evaluations" in name], "no part of the artefact"
+
+
+def _learned(name: str, steps: int = 3) -> LearnedSolver:
+    """An artefact on the cosine schedule with numbers unlike those that it starts from."""
+    torch.manual_seed(0)
+    grid, config, kind = grids.karras(Cosine(), steps), AMEDConfig(0.2, 0.05), LEARNED[name]
+    rule = Constants(steps, config) if kind.constants else Predictor(2, steps, config)
+    with torch.no_grad():
+        for values in rule.parameters():
+            values.add_(0.05 * torch.randn(values.shape))
+    return LearnedSolver(replace(CARD, name=name, base=kind.base), grid, rule)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_learned_solvers_survive_the_disk(name: str, tmp_path: Path) -> None:
+    schedule, solver = Cosine(), _learned(name)
+    path = tmp_path / "solver.safetensors"
+    solver.save(path)
+    loaded = LearnedSolver.load(path)
+    x, field = _noise(schedule, solver.grid[0]).float(), mixture().field(schedule)
+    assert (loaded.card, loaded.grid) == (solver.card, solver.grid)
+    assert torch.equal(loaded.sample(field, schedule, x), solver.sample(field, schedule, x))
+    assert [p.name for p in tmp_path.iterdir()] == ["solver.safetensors"]
+
+
+def test_every_learned_solver_is_a_solver_of_its_own() -> None:
+    """The base and the form in the name are those that sample."""
+    schedule, ends = Cosine(), []
+    for name in LEARNED:
+        solver = _learned(name)
+        x = _noise(schedule, solver.grid[0])
+        ends.append(solver.sample(mixture().field(schedule), schedule, x))
+        table = solver.table(schedule)
+        assert (table is not None) == name.endswith("-constants")
+        if table is not None:
+            assert (table.solver, table.nfe) == (name, 6)
+            assert torch.equal(ends[-1], sample(mixture().field(schedule), table, x))
+    for i, one in enumerate(ends):
+        assert all((one - other).abs().max() > 1e-4 for other in ends[:i])
+
+
+def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> None:
+    path, solver = tmp_path / "solver.safetensors", _learned("amed-constants")
+    solver.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    card = {k: v for k, v in json.loads(header["card"]).items() if k not in ("base", "mode")}
+    save_file(load_file(path), path, metadata={**header, "card": json.dumps(card)})
+    assert LearnedSolver.load(path).card == replace(solver.card, base="none", mode="per_step")
+
+
+# ---- what is refused ----
+
+
+def test_a_solver_for_another_schedule_is_refused() -> None:
+    for name in ("amed", "amed-plugin-ipndm4-constants"):
+        solver = _learned(name)
+        for other in (Linear(), VP(), Shifted(Cosine(), 2.0)):
+            x = _noise(other, solver.grid[0])
+            with pytest.raises(ValueError, match=r"was learned on schedule cosine, this one is"):
+                solver.sample(mixture().field(other), other, x)
+    odd = LearnedSolver(replace(CARD, schedule="vp"), (0.9, 0.1), Constants(1, AMEDConfig()))
+    with pytest.raises(ValueError, match=r"learned on schedule vp, this one is VP\(beta_min=0.1, beta_max=19.0\)"):
+        odd.table(VP(beta_max=19.0))
+    shifted = Shifted(Linear(), 3.0)
+    assert replace(odd, card=replace(CARD, schedule=fingerprint(shifted))).table(shifted) is not None
+
+
+def test_a_predictor_of_another_model_is_refused() -> None:
+    schedule, solver = Cosine(), _learned("amed")
+    x, field = _noise(schedule, solver.grid[0]), mixture().field(schedule)
+
+    def other(state: Tensor, t: Tensor) -> Prediction:
+        return replace(field(state, t), features=torch.zeros(len(state), 5))
+
+    with pytest.raises(ValueError, match="gives 5 features, and the predictor was learned for 2"):
+        solver.sample(other, schedule, x)
+    with pytest.raises(ValueError, match="this field gives none: learn constants"):
+        solver.sample(lambda state, t: replace(field(state, t), features=None), schedule, x)
+
+
+def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_are_refused() -> None:
+    solver = _learned("amed-constants")
+    with pytest.raises(ValueError, match="numbers for 3 steps, the grid has 2"):
+        replace(solver, grid=solver.grid[:-1])
+    with torch.no_grad():
+        solver.rule.raw[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        replace(solver)
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    dpm2(Cosine(), grids.karras(Cosine(), 3)).save(tmp_path / "table.safetensors")
+    with pytest.raises(ValueError, match="not a learned solver"):
+        LearnedSolver.load(tmp_path / "table.safetensors")
+
+
+def _objective_of(**changes: Any) -> SolverObjective:
+    """The objective at NFE 4 of a tiny model, with these fields of target or configuration changed."""
+    torch.manual_seed(0)
+    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
+    target, config = SolverTarget(4, "uniform", 1.0, True), DistillConfig(teacher_steps=4, trajectories=6)
+    mine = {k: v for k, v in changes.items() if hasattr(target, k)}
+    rest = {k: v for k, v in changes.items() if k not in mine}
+    return SolverObjective(model.eval().requires_grad_(False), replace(target, **mine), replace(config, **rest))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nfe": 5, "analytic_first": False}, "5 network evaluations cannot be reached at 2 a step"),
+        ({"nfe": 4, "analytic_first": True}, "4 network evaluations cannot be reached"),
+        ({"base": "heun"}, "unknown base 'heun'"),
+        ({"teacher": "ddpm"}, "draws noise"),
+        ({"all_nodes": True}, "all_nodes belongs to mode end_to_end"),
+        ({"teacher_steps": 0}, "must be 1 or more"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        _objective_of(**changes)
+
+
+def test_a_teacher_that_diverges_is_refused() -> None:
+    objective = _objective_of()
+    model = objective._model[0]
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(DivergedError, match=r"dpmpp2m, 4 steps.* are not finite"):
+        objective.run_teacher(torch.arange(3))

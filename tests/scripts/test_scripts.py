@@ -1,0 +1,943 @@
+"""The scripts as a user calls them: every flag does something, images depend on their seeds alone, budgets are kept."""
+
+import csv
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+import train_latent
+import train_solver
+import train_tokenizer
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from PIL import Image
+from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cli import resolve
+from midway.gen.core.config import from_dict, read_yaml, to_dict
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.data.splits import load_splits
+from midway.gen.diffusion import sampling
+from midway.gen.diffusion.field import Guidance
+from midway.gen.diffusion.load import TrainedModel, card_of, load_model, load_tokenizer, solver_path
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.samplers import make_plans
+from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
+from midway.gen.evaluation.jobs import SweepConfig
+from midway.gen.evaluation.records import FLOOR, Cell
+from midway.gen.evaluation.sweep import Sweep
+from midway.gen.report import likelihood, tokenizers
+from midway.gen.tokenizer.objective import evaluate_tokenizer
+from midway.gen.training.config import TrainConfig
+from midway.samplers.grids import GRIDS
+from midway.samplers.prediction import TARGETS
+from midway.samplers.schedule import SCHEDULES
+from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table
+from midway.tokenizers.networks import Upsample
+from midway.tokenizers.quantizers import QUANTIZERS
+from recipes import BASELINE_RECIPES, LATENT_RECIPES, TOKENIZER_RECIPES
+from tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
+
+ROOT = SCRIPTS.parent
+ALL_SCRIPTS = sorted(p.stem for p in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in p.read_text())
+REPORT = ("results.csv", "results.jsonl", "report.md", "report.html", "distance_vs_nfe.png", "distance_vs_seconds.png")
+TINY_FLAGS = ("--steps", "2", "--batch-size", "16", "--warmup", "0", "--log-every", "1")
+
+
+def _shell(*command: object) -> Outcome:
+    """Run a command in the repository, one thread a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    if not torch.cuda.is_available():
+        environment.pop("ACCELERATE_USE_CPU", None)  # what it says must be found out without it
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(run: Path, name: str) -> dict[str, Tensor]:
+    """The one file of that name in the run's newest checkpoint."""
+    (file,) = (run / "checkpoints").glob(f"step-*/{name}")
+    return load_file(file)
+
+
+TOKENIZER_FILE = "tokenizer/diffusion_pytorch_model.safetensors"
+
+
+# ---- command lines ----
+
+
+def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
+    model = ("--model", pipeline.model)
+    distill = ("--distill.analytic-first", "True", "--distill.trajectories", 16, "--distill.teacher-steps", 4)
+    vae = pipeline.root / "vae"
+    AutoencoderTiny(1, 1, (8, 8), (8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(vae)
+    sweep = ("--solvers", "euler,heun", "--nfe", "4", "--n", 16, "--reference-nfe", 8)
+    return {
+        "train_tokenizer": ("digits-fsq", *TINY_FLAGS, "--model.levels", "5", "5", "--model.width", 16, "--out", out),
+        "encode": ("--tokenizer", pipeline.tokenizer, "--out", out / "latents.safetensors"),
+        "import_tokenizer": ("--source", vae, "--out", out),
+        "evaluate_tokenizer": (
+            *("--tokenizers", pipeline.tokenizer, "--features", pipeline.features, "--n", 16, "--out", out),
+        ),
+        "train_latent": ("digits-flow", *TINY_FLAGS, "--tokenizer", pipeline.tokenizer, "--out", out),
+        "train_features": (*TINY_FLAGS, "--width", 8, "--out", out),
+        "train_baseline": ("digits-vae", *TINY_FLAGS, "--model.width", 8, "--validation-images", 20, "--out", out),
+        "evaluate_likelihood": ("--models", pipeline.baseline, "--n", 16, "--iwae", 2, "--draws", 2, "--out", out),
+        "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
+        "sample": (*model, "--solver", "ddim", "--nfe", 3, "--n", 4, "--seed", 0, "--out", out / "grid.png"),
+        "evaluate": (*model, "--features", pipeline.features, *sweep, "--out", out),
+        "posthoc_ema": (pipeline.model, "--std", 0.08, "--out", out),
+        "verify_resume": (pipeline.model, "--steps", 4),
+        "data": ("check", "digits", "--out", out),
+    }
+
+
+ELSEWHERE = {"demo", "download_weights"}
+"""test_demo.py; test_weights.py, since it needs a network or a server."""
+
+
+def test_the_command_lines_cover_every_script(pipeline: Pipeline) -> None:
+    assert set(_commands(pipeline, Path())) >= set(ALL_SCRIPTS) - ELSEWHERE
+
+
+@pytest.mark.parametrize("name", [s for s in ALL_SCRIPTS if s not in ELSEWHERE])
+def test_a_script_works_as_a_command_line(name: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = _shell(f"scripts/{name}.py", *_commands(pipeline, out)[name])
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err
+    expected = {
+        "train_tokenizer": [out / "checkpoints/step-2" / TOKENIZER_FILE, out / "env.json"],
+        "encode": [out / "latents.safetensors"],
+        "import_tokenizer": [
+            out / "checkpoints/step-0" / TOKENIZER_FILE,
+            out / TOKENIZER_FILE,
+            out / "tokenizer/README.md",
+        ],
+        "evaluate_tokenizer": [out / name for name in tokenizers.FILES],
+        "train_latent": [out / "checkpoints/step-2/ema.safetensors", out / "samples/averaged-000002-nfe20.png"],
+        "train_features": [out / "checkpoints/step-2/features.safetensors"],
+        "train_baseline": [out / "best/step-2/ema.safetensors", out / "samples/traversals.png"],
+        "evaluate_likelihood": [out / name for name in likelihood.FILES],
+        "train_solver": [pipeline.model / "solvers/amed-shift-nfe5/checkpoints/step-2/solver.safetensors"],
+        "sample": [out / "grid.png"],
+        "evaluate": [out / file for file in REPORT],
+        "posthoc_ema": [out / "checkpoints/step-25/ema.safetensors"],
+        "verify_resume": [],
+        "data": [out / "data.json"],
+    }[name]
+    assert all(file.stat().st_size > 0 for file in expected)
+
+
+EVERY_TRAINING_FLAG = (
+    *("--steps", 6, "--batch-size", 16, "--optimizer", "muon", "--lr", 1e-3, "--warmup", 1),
+    *("--decay", "inverse_sqrt", "--plateau", 3, "--weight-decay", 0.01, "--betas", 0.9, 0.95, "--clip", 0.5),
+    *("--ema", 0.9, "--posthoc", 0.05, 0.1, "--posthoc-every", 2, "--accumulation", 2, "--precision", "bf16"),
+    *("--gradient-checkpointing", "--deterministic", "--patience", 3, "--max-seconds", 100, "--save-every", 2),
+    *("--save-seconds", 50, "--keep", 1, "--log-every", 2, "--preview-every", 3, "--log-with", "tensorboard"),
+    *("--seed", 3, "--flip", "--model.dit.dropout", 0.1, "--model.dit.depth", 2),
+)
+
+
+def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> None:
+    """A run with all of them stops where it is told, goes on, and leaves everything it was asked for."""
+    pytest.importorskip("tensorboard", reason="a tracker to log with")
+    out = tmp_path / "out"
+    command = ("scripts/train_latent.py", "digits-flow", "--tokenizer", pipeline.tokenizer, "--out", out)
+    first = _shell(*command, *EVERY_TRAINING_FLAG, "--max-steps", 3, "--resume", "auto")
+    assert first.code == 0, first.err
+    assert "stopped at step 3 of 6" in first.out
+    second = _shell(*command, *EVERY_TRAINING_FLAG, "--resume", "auto")
+    assert second.code == 0, second.err
+    assert "going on from step 3" in second.out
+    assert "16 samples a step, 1 process(es) x 2 micro-batch(es) of 8" in second.out
+    assert [r["step"] for r in _metrics(out)] == [2, 4, 6]
+    assert [r["lr"] for r in _metrics(out)] == pytest.approx([1e-3, 1e-3, 1e-3 * math.sqrt(3 / 5)])
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["latest", "step-6"]
+    assert len(list((out / "posthoc").iterdir())) == 6
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [
+        "averaged-000003-nfe20.png",
+        "averaged-000006-nfe20.png",
+    ]
+    assert list(out.rglob("events.out.tfevents*"))
+    assert len(json.loads((out / "env.json").read_text())["starts"]) == 2
+
+
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
+def test_help_ends_with_0_and_names_the_flags(name: str, script: Script) -> None:
+    told = script(name, "--help")
+    assert told.code == 0
+    assert "usage" in told.out and "--help" in told.out and told.err == ""
+
+
+RECIPES = {"train_tokenizer": TOKENIZER_RECIPES, "train_latent": LATENT_RECIPES, "train_baseline": BASELINE_RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_lists_every_recipe(name: str, script: Script) -> None:
+    recipes = RECIPES[name]
+    told = script(name, "--help").out
+    assert all(recipe in told for recipe in recipes)
+
+
+LEARNED = ("amed", "amed-constants")
+"""What the pipeline learns, at 4 evaluations."""
+
+# ---- an image depends on its seed alone ----
+
+WAYS = {
+    "heun": ("heun", SweepConfig(grids=("karras",))),
+    "dpmpp2m guided": ("dpmpp2m", SweepConfig(grids=("uniform",), guidance=2.0)),
+    "ddim with noise": ("ddim", SweepConfig(grids=("uniform",), eta=0.8)),
+    "amed": ("amed", SweepConfig(grids=("uniform",))),
+    "amed-constants": ("amed-constants", SweepConfig(grids=("uniform",))),
+}
+
+
+def _draw(trained: TrainedModel, solver: str, nfe: int, seeds: Tensor, config: SweepConfig, batch_size: int) -> Samples:
+    (plan,) = make_plans(trained, solver, nfe, config).values()
+    return sample_latents(trained, plan, seeds, replace(config.sampling(), batch_size=batch_size))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_image_depends_on_its_seed_alone(way: str, pipeline: Pipeline) -> None:
+    (solver, config), trained = WAYS[way], pipeline.load()
+    seeds = torch.arange(7, 12)
+    together = _draw(trained, solver, 4, seeds, config, 5).latents
+    in_twos = _draw(trained, solver, 4, seeds, config, 2).latents
+    alone = torch.cat([_draw(trained, solver, 4, seed[None], config, 5).latents for seed in seeds])
+    backwards = _draw(trained, solver, 4, seeds.flip(0), config, 3).latents.flip(0)
+    for other in (in_twos, alone, backwards):
+        # a matrix product's last bits depend on the batch, and Heun's first step magnifies them a hundredfold
+        torch.testing.assert_close(other, together, rtol=1e-5, atol=1e-4 if solver == "heun" else 1e-5)
+        assert torch.equal(decode(trained, other), decode(trained, together))
+    assert not torch.allclose(together[:1], together[1:], atol=1e-2), "different seeds must differ"
+
+
+def test_the_seed_test_sees_noise_that_follows_the_batch(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one stream for all samples the test above fails, so it can fail."""
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(
+        sampling.SeededNoise, "__call__", lambda self, x: torch.randn(x.shape, generator=generator).to(x)
+    )
+    with pytest.raises(AssertionError):
+        test_an_image_depends_on_its_seed_alone("ddim with noise", pipeline)
+
+
+def test_the_predictor_gives_samples_of_their_own(pipeline: Pipeline) -> None:
+    """The learned solvers are neither each other nor DPM-Solver-2, which both start from."""
+    trained, seeds, config = pipeline.load(), torch.arange(4), SweepConfig(grids=("uniform",))
+    found = [_draw(trained, solver, 4, seeds, config, 4).latents for solver in ("dpm2", *LEARNED)]
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(found) for b in found[:i])
+
+
+# ---- budgets ----
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("solver", [*SOLVERS, *LEARNED])
+def test_the_network_is_evaluated_as_often_as_asked(solver: str, guidance: float, pipeline: Pipeline) -> None:
+    trained = pipeline.load()
+    calls: list[int] = []
+    trained.model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    nfe = 4 if solver in LEARNED else 12  # which every solver of 1, 2, 3 or 4 evaluations a step can spend
+    (plan,) = make_plans(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
+    counted = sample_latents(trained, plan, torch.arange(3), SamplingConfig(Guidance(guidance))).nfe
+    assert counted == nfe * guidance, "guidance 2 runs the network twice, which here is also the factor"
+    assert sum(calls) == 3 * counted
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_analytic_first_step_saves_one_evaluation(solver: str, pipeline: Pipeline) -> None:
+    trained, seeds = pipeline.load(), torch.arange(3)
+    plain, analytic = SweepConfig(grids=("uniform",)), SweepConfig(grids=("uniform",), analytic_first=True)
+    with_it = _draw(trained, solver, 11, seeds, analytic, 3)
+    assert with_it.nfe == 11
+    assert with_it.latents.isfinite().all()
+    without = _draw(trained, solver, 12, seeds, plain, 3)  # as many steps
+    assert not torch.equal(with_it.latents, without.latents)
+
+
+# ---- sample.py ----
+
+
+@pytest.fixture
+def grid_of(script: Script, pipeline: Pipeline, tmp_path: Path) -> Callable[..., np.ndarray]:
+    """Pixels of a grid of 4 by sample.py with these flags over a base call."""
+
+    def draw(**flags: object) -> np.ndarray:
+        base: dict[str, object] = {"solver": "ddim", "nfe": 4, "grid": "uniform", "n": 4, "seed": 3}
+        asked = {**base, **flags}
+        values = {k: v if isinstance(v, tuple) else () if v is True else (v,) for k, v in asked.items()}
+        arguments = [argument for k, v in values.items() for argument in (f"--{k}", *v)]
+        told = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", *arguments)
+        assert told.code == 0, told.err
+        assert f"{asked['n']} images" in told.out
+        return _pixels(tmp_path / "grid.png")
+
+    return draw
+
+
+CHANGES: list[dict[str, object]] = [
+    {"solver": "heun"},
+    {"solver": "amed"},
+    {"solver": "amed-constants"},
+    {"nfe": 9},
+    {"grid": "logsnr"},
+    {"grid": "karras"},
+    {"grid": "shift"},
+    {"grid": "quadratic"},
+    {"grid": "gits"},
+    {"solver": "unipc2"},
+    {"solver": "dpmpp2m_sde"},
+    {"seed": 4},
+    {"label": 5},
+    {"guidance": 8.0},
+    {"guidance": 8.0, "guidance-interval": (0.1, 5.0)},
+    {"analytic-first": True},
+    {"eta": 1.0},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: " ".join(f"{k} {v}" for k, v in c.items()))
+def test_a_flag_of_sample_changes_the_images(change: dict[str, object], grid_of: Callable[..., np.ndarray]) -> None:
+    before, after = grid_of(), grid_of(**change)
+    assert before.shape == after.shape
+    assert not np.array_equal(before, after)
+
+
+def test_guidance_in_an_interval_is_not_guidance_everywhere(grid_of: Callable[..., np.ndarray]) -> None:
+    everywhere = grid_of(guidance=8.0)
+    assert not np.array_equal(everywhere, grid_of(guidance=8.0, **{"guidance-interval": (0.1, 5.0)}))
+    assert np.array_equal(everywhere, grid_of(guidance=8.0, **{"guidance-interval": (0.0, 1e9)}))
+
+
+def test_a_model_that_guides_itself_changes_nothing(grid_of: Callable[..., np.ndarray], pipeline: Pipeline) -> None:
+    assert np.array_equal(grid_of(), grid_of(guidance=8.0, guide=pipeline.model))
+
+
+def test_bf16_reaches_the_network_and_nothing_else(
+    grid_of: Callable[..., np.ndarray], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The states stay float32: only a little changes, too little for the pixels of these codes."""
+    trained, config = pipeline.load(), SweepConfig(grids=("uniform",))
+    whole, half = (
+        _draw(trained, "ddim", 4, torch.arange(4), replace(config, precision=precision), 4).latents
+        for precision in ("no", "bf16")
+    )
+    assert half.dtype == torch.float32
+    assert 1e-5 < (whole - half).abs().max() < 0.1
+    told: list[str] = []
+    real = sampling._autocast
+    monkeypatch.setattr(
+        sampling, "_autocast", lambda device, config: told.append(config.precision) or real(device, config)
+    )
+    grid_of(precision="bf16")
+    assert told == ["bf16"]
+
+
+@pytest.mark.parametrize("method", ["gaussian", "picard"])
+def test_sampling_in_parallel_gives_the_same_images_in_fewer_waves(
+    method: str, grid_of: Callable[..., np.ndarray], script: Script, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    flags = {"solver": "ddim", "nfe": 20, "grid": "logsnr"}
+    assert np.array_equal(grid_of(**flags), grid_of(**flags, parallel=method, tolerance=1e-4, window=15))
+    told = script(
+        *("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--solver", "ddim", "--nfe", 20),
+        *("--n", 4, "--parallel", method),
+    )
+    waves = int(told.out.split(" waves")[0].split()[-1])
+    assert 1 < waves < 20
+
+
+def test_a_graph_changes_no_image(grid_of: Callable[..., np.ndarray]) -> None:
+    """On a CPU there is none, and asking for it is no error."""
+    assert np.array_equal(grid_of(), grid_of(graph=True))
+
+
+def test_sample_draws_the_seeds_that_follow_its_seed(grid_of: Callable[..., np.ndarray]) -> None:
+    """Image k of `--seed 3` is image k - 1 of `--seed 4`: both rows of two shift by one."""
+    cell = grid_of().shape[0] // 2
+    first, shifted = grid_of(seed=3), grid_of(seed=4)
+    assert np.array_equal(first[:cell, cell:], shifted[:cell, :cell])
+    assert np.array_equal(first[cell:, cell:], shifted[cell:, :cell])
+
+
+def test_n_and_batch_size_change_the_count_and_the_batches(
+    grid_of: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four, nine = grid_of(), grid_of(n=9)
+    assert nine.shape[0] == four.shape[0] // 2 * 3
+    cell = four.shape[0] // 2
+    assert np.array_equal(four[:cell], nine[:cell, : 2 * cell])
+    drawn: list[int] = []
+    real = sampling.noise_of
+
+    def spy(seeds: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
+        drawn.append(len(seeds))
+        return real(seeds, shape, draw)
+
+    monkeypatch.setattr(sampling, "noise_of", spy)
+    assert np.array_equal(grid_of(**{"batch-size": 3}), four)
+    assert drawn == [3, 1]
+
+
+def test_a_two_stage_solver_reaches_odd_budgets_with_the_analytic_first_step(
+    grid_of: Callable[..., np.ndarray],
+) -> None:
+    odd = grid_of(solver="heun", nfe=5, **{"analytic-first": True})
+    assert not np.array_equal(odd, grid_of(solver="heun", nfe=6))
+
+
+# ---- evaluate.py ----
+
+
+def _task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask:
+    base = evaluate.EvaluateTask(
+        model=pipeline.model,
+        features=pipeline.features,
+        out=out,
+        solvers="ddim",
+        nfe="4",
+        grids="uniform",
+        n=24,
+        blocks=2,
+        reference_nfe=16,
+    )
+    return replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def swept(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
+    """Two tables and both learned solvers at two budgets on two grids."""
+    out = tmp_path_factory.mktemp("report")
+    sweep = evaluate.run(
+        _task(pipeline, out, solvers="ddim,heun,amed,amed-constants", nfe="4", grids="uniform,logsnr", blocks=3)
+    )
+    return out, sweep
+
+
+def _rows(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_results_csv_has_the_columns_and_the_floor_once_and_first(swept: tuple[Path, Sweep]) -> None:
+    rows = _rows(swept[0])
+    assert {"solver", "grid", "nfe", "distance", "rmse", "n", "seconds", "features", "seeds", "best"} <= set(rows[0])
+    assert [i for i, row in enumerate(rows) if row["solver"] == FLOOR] == [0]
+    assert float(rows[0]["distance"]) >= 0 and rows[0]["rmse"] == "" and rows[0]["n"] == "24"
+    assert {row["features"] for row in rows} == {rows[0]["features"]} and "@" in rows[0]["features"]
+    assert {(row["n"], row["seeds"], row["blocks"]) for row in rows[1:]} == {("24", "0-71", "3")}
+    assert all(math.isfinite(float(row[c])) for row in rows[1:] for c in ("distance", "rmse", "seconds"))
+
+
+def test_every_cell_is_measured_and_one_grid_of_each_is_best(swept: tuple[Path, Sweep]) -> None:
+    rows = _rows(swept[0])[1:]
+    measured = {(row["solver"], row["grid"], row["nfe"]) for row in rows}
+    tables = {(solver, grid, "4") for solver in ("ddim", "heun") for grid in ("uniform", "logsnr")}
+    assert measured == tables | {(solver, "uniform", "4") for solver in LEARNED}
+    for key in {(row["solver"], row["nfe"]) for row in rows}:
+        group = [row for row in rows if (row["solver"], row["nfe"]) == key]
+        best = [row for row in group if row["best"] == "true"]
+        assert len(best) == 1
+        assert float(best[0]["distance"]) == min(float(row["distance"]) for row in group)
+
+
+def test_a_learned_solver_says_what_its_training_cost(swept: tuple[Path, Sweep]) -> None:
+    costs = {row["solver"]: int(row["training_nfe"]) for row in _rows(swept[0])}
+    assert costs["ddim"] == costs["heun"] == 0
+    assert costs["amed"] == costs["amed-constants"] > 0
+
+
+def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tuple[Path, Sweep]) -> None:
+    out, sweep = swept
+    assert all((out / name).stat().st_size > 0 for name in REPORT)
+    records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert records == [json.loads(json.dumps(vars(cell))) for cell in sweep.cells]
+    assert [r["distance"] for r in records] == [float(row["distance"]) for row in _rows(out)]
+    assert _pixels(out / "distance_vs_nfe.png").ndim == 3
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2 + len(sweep.grids)
+
+
+def test_the_same_sweep_twice_differs_in_seconds_alone(
+    swept: tuple[Path, Sweep], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    again = _task(
+        pipeline, tmp_path, solvers="ddim,heun,amed,amed-constants", nfe="4", grids="uniform,logsnr", blocks=3
+    )
+    cells = evaluate.run(again).cells
+    untimed = {"seconds": 0.0, "decode_seconds": 0.0, "feature_seconds": 0.0}
+    assert [replace(c, **untimed) for c in cells] == [replace(c, **untimed) for c in swept[1].cells]
+
+
+def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
+    sweep = evaluate.run(_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", reference_nfe=256, blocks=1))
+    coarse, middle, fine = (cell.rmse for cell in sweep.cells[1:])
+    assert coarse is not None and middle is not None and fine is not None
+    assert fine < 0.1 * coarse and middle < 0.5 * coarse
+
+
+@pytest.fixture(scope="module")
+def base_cell(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Cell:
+    return evaluate.run(_task(pipeline, tmp_path_factory.mktemp("base"))).cells[1]
+
+
+EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Cell, Cell], bool]]] = {
+    "solvers": ({"solvers": "euler"}, lambda a, b: b.solver == "euler" and a.rmse != b.rmse),
+    "nfe": ({"nfe": "5"}, lambda a, b: b.nfe == 5 and a.rmse != b.rmse),
+    "grids": ({"grids": "karras"}, lambda a, b: b.grid == "karras" and a.rmse != b.rmse),
+    "n": ({"n": 30}, lambda a, b: b.n == 30 and b.seeds == "0-59"),
+    "blocks": ({"blocks": 1}, lambda a, b: b.blocks == 1 and b.distance_std is None and a.distance_std is not None),
+    "seed": ({"seed": 100}, lambda a, b: b.seeds == "100-147" and a.rmse != b.rmse),
+    "guidance": ({"guidance": 4.0}, lambda a, b: b.nfe == 2 * a.nfe and a.rmse != b.rmse),
+    "guidance_interval": ({"guidance": 4.0, "guidance_interval": (0.1, 5.0)}, lambda a, b: a.nfe < b.nfe < 2 * a.nfe),
+    "precision": ({"precision": "bf16"}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
+    "graph": ({"graph": True}, lambda a, b: a.nfe == b.nfe and a.rmse == b.rmse),
+    "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
+    "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
+    "reference_nfe": ({"reference_nfe": 4}, lambda a, b: a.rmse != b.rmse and a.distance == b.distance),
+}
+
+
+@pytest.mark.parametrize("flag", EFFECTS)
+def test_a_flag_of_evaluate_changes_what_is_measured(
+    flag: str, base_cell: Cell, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    changes, differs = EFFECTS[flag]
+    sweep = evaluate.run(_task(pipeline, tmp_path, **changes))
+    assert len(sweep.cells) == 2
+    assert differs(base_cell, sweep.cells[1])
+    assert set(sweep.grids) == {(sweep.cells[1].solver, sweep.cells[1].nfe)}, "the report finds the cell's pictures"
+
+
+def test_a_model_that_guides_itself_is_measured_unguided(base_cell: Cell, pipeline: Pipeline, tmp_path: Path) -> None:
+    """At twice the evaluations: both networks are counted."""
+    sweep = evaluate.run(_task(pipeline, tmp_path, guidance=4.0, guide=pipeline.model))
+    assert sweep.cells[1].nfe == 2 * base_cell.nfe
+    assert sweep.cells[1].rmse == pytest.approx(base_cell.rmse, rel=1e-3)
+
+
+def test_budgets_out_of_reach_are_left_out_if_asked(pipeline: Pipeline, tmp_path: Path) -> None:
+    sweep = evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4", skip_unreachable=True, blocks=1))
+    assert [(cell.solver, cell.nfe) for cell in sweep.cells[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
+    with pytest.raises(UsageError, match="3 network evaluations cannot be reached"):
+        evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4"))
+
+
+def test_a_grid_fitted_to_the_model_says_what_that_cost(pipeline: Pipeline, tmp_path: Path) -> None:
+    sweep = evaluate.run(_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
+    fitted, uniform = sweep.cells[1:]
+    assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
+    assert fitted.rmse != uniform.rmse and fitted.nfe == uniform.nfe == 5
+
+
+def test_batch_size_title_and_out_of_evaluate(
+    base_cell: Cell, script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 7 of 48 images; the distance may differ in the last bits of the latents alone."""
+    sizes: list[int] = []
+    real = sampling.solve
+    monkeypatch.setattr(sampling, "solve", lambda *a: sizes.append(len(a[3])) or real(*a))
+    out = tmp_path / "there"
+    told = script(
+        *("evaluate", "--model", pipeline.model, "--features", pipeline.features, "--solvers", "ddim", "--nfe", 4),
+        *("--grids", "uniform", "--n", 24, "--reference-nfe", 16, "--batch-size", 7, "--title", "Sieben", "--out", out),
+        *("--blocks", 2),
+    )
+    assert told.code == 0, told.err
+    assert sizes == 4 * [7, 7, 7, 3], "two blocks of the fine solution and of ddim"
+    assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
+    assert float(_rows(out)[1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
+
+
+def test_the_report_goes_into_the_models_run_unless_told_otherwise(script: Script, pipeline: Pipeline) -> None:
+    told = script(
+        *("evaluate", "--model", pipeline.model, "--features", pipeline.features, "--solvers", "euler", "--nfe", 2),
+        *("--grids", "uniform", "--n", 16, "--reference-nfe", 4),
+    )
+    assert told.code == 0, told.err
+    assert all((pipeline.model / "report" / name).exists() for name in REPORT)
+    assert "euler" in told.out and "floor" in told.out and "report.html" in told.out
+
+
+# ---- every schedule, target, quantizer and recipe ----
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_and_target_trains_and_samples(
+    schedule: str, target: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    config = from_dict(LatentModelConfig, {"schedule": schedule, "target": target, "dit": to_dict(TINY_DIT)})
+    run = train_latent.train(
+        LatentTask(tmp_path / "m", pipeline.tokenizer, model=config, train=replace(TINY, steps=2, log_every=1))
+    )
+    assert run is not None
+    assert [m["step"] for m in _metrics(run.path)] == [1, 2]
+    assert all(math.isfinite(v) for m in _metrics(run.path) for v in m.values())
+    trained = load_model(run.path, torch.device("cpu"))
+    pairs = [*zip(SOLVERS, itertools.cycle(GRIDS)), *(("ddim", grid) for grid in GRIDS)]
+    for solver, grid in pairs:  # every solver, every grid
+        (plan,) = make_plans(trained, solver, 12, SweepConfig(grids=(grid,))).values()
+        latents = sample_latents(trained, plan, torch.arange(4)).latents
+        assert latents.isfinite().all() and latents.std() > 1e-3
+
+
+CODEBOOKS: tuple[QuantizerName, ...] = ("vq", "vq_gradient", "simvq", "lfq", "bsq")
+SMALL_VQ = '{"type": "vq", "codebook_size": 16, "dim": 3}'
+TOKENIZERS = {
+    **{f"fsq {u}": TokenizerConfig(levels=(5, 3), width=16, downsample=4, upsample=u) for u in get_args(Upsample)},
+    "fsq sigmoid post": TokenizerConfig(levels=(5, 3), width=16, form="sigmoid", latent_space="post"),
+    "fsq ifsq": TokenizerConfig(levels=(5, 3), width=16, form="ifsq", options='{"noise_dropout": 0.5}'),
+    "fsq, attention": TokenizerConfig(levels=(5, 3), width=16, downsample=4, attention=True, multipliers=(1, 2)),
+    "fsq, vit": TokenizerConfig(levels=(5, 3), width=16, downsample=4, network="vit", depth=1, heads=2),
+    "vq, latent tokens": TokenizerConfig(
+        quantizer="vq", codebook_size=32, dim=4, width=16, downsample=4, network="vit", depth=1, latent_tokens=3
+    ),
+    **{name: TokenizerConfig(quantizer=name, codebook_size=32, dim=4, width=16) for name in CODEBOOKS},
+    "vq normalized": TokenizerConfig(
+        quantizer="vq", codebook_size=32, dim=4, width=16, options='{"normalize": true, "gradient": "rotation"}'
+    ),
+    "residual": TokenizerConfig(
+        quantizer="residual", width=16, options=f'{{"base": {SMALL_VQ}, "depth": 3, "dropout": 0.5}}'
+    ),
+    "grouped": TokenizerConfig(quantizer="grouped", width=16, options=f'{{"base": {SMALL_VQ}, "groups": 2}}'),
+    "two_level": TokenizerConfig(
+        quantizer="two_level", width=16, options=f'{{"top": {SMALL_VQ}, "bottom": {SMALL_VQ}}}'
+    ),
+    "kl": TokenizerConfig(quantizer="kl", dim=4, width=16),
+    "pixels": TokenizerConfig(quantizer="identity", downsample=1),
+    "identity": TokenizerConfig(quantizer="identity", dim=3, width=16),
+}
+
+
+def test_every_quantizer_is_trained_here() -> None:
+    assert {config.quantizer for config in TOKENIZERS.values()} == set(QUANTIZERS) == set(get_args(QuantizerName))
+
+
+def test_a_latent_model_learns_from_latent_tokens(script: Script, tmp_path: Path) -> None:
+    tokens = ("--model.network", "vit", "--model.downsample", 4, "--model.latent-tokens", 6, "--model.depth", 1)
+    told = script("train_tokenizer", "digits-fsq", *TINY_FLAGS, *tokens, "--out", tmp_path / "t")
+    assert told.code == 0, told.err
+    told = script("train_latent", "digits-dit", *TINY_FLAGS, "--tokenizer", tmp_path / "t", "--out", tmp_path / "m")
+    assert told.code == 0, told.err
+    trained = load_model(tmp_path / "m", torch.device("cpu"))
+    assert trained.model.latent_shape == (6, 1, 6)
+    (plan,) = make_plans(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
+    assert decode(trained, sample_latents(trained, plan, torch.arange(3)).latents).shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("options", ["normalize", "[1]", '{"no": 1}'])
+def test_options_that_are_none_are_refused(options: str, script: Script, tmp_path: Path) -> None:
+    told = script("train_tokenizer", "digits-vq", "--model.options", options, "--out", tmp_path / "t")
+    assert told.code == 2 and "this tokenizer cannot be built" in told.err
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_tokenizer_trains_and_comes_back_from_its_run(name: str, tmp_path: Path) -> None:
+    """What the run reported about held-out images holds for the tokenizer that is read from it, to the last bit."""
+    task = TokenizerTask(tmp_path / "t", model=TOKENIZERS[name], train=replace(TINY, steps=5))
+    run = train_tokenizer.train(task)
+    assert run is not None
+    tokenizer, data = load_tokenizer(run.path)
+    quality = evaluate_tokenizer(tokenizer, load_splits(data).held_out.images)
+    reported = {k.removeprefix("held_out_"): v for k, v in _metrics(run.path)[-1].items() if k.startswith("held_out_")}
+    assert {k: v if math.isfinite(v) else None for k, v in quality.items()} == reported
+    assert (quality["mse"] == 0) == (name == "pixels")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again/diffusion_pytorch_model.safetensors")
+    first = _weights(run.path, TOKENIZER_FILE)
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_a_run_saves_the_average_of_its_weights(pipeline: Pipeline, tmp_path: Path) -> None:
+    """With `ema 0` the same training saves its newest weights, which are others."""
+    task = from_dict(
+        TokenizerTask, {k: v for k, v in read_yaml(pipeline.tokenizer / "config.yaml").items() if k != "kind"}
+    )
+    train_tokenizer.train(replace(task, out=tmp_path / "t", train=replace(task.train, ema=0)))
+    averaged, newest = _weights(pipeline.tokenizer, TOKENIZER_FILE), _weights(tmp_path / "t", TOKENIZER_FILE)
+    assert any(not torch.equal(averaged[k], newest[k]) for k in averaged)
+    averaged, newest = (_weights(pipeline.model, name) for name in ("ema.safetensors", "model.safetensors"))
+    assert any(not torch.equal(averaged[k], newest[k]) for k in averaged)
+    loaded = pipeline.load().model.state_dict()
+    assert all(torch.equal(loaded[k], averaged[k]) for k in loaded)
+
+
+@pytest.mark.parametrize("name", TOKENIZER_RECIPES)
+def test_a_tokenizer_recipe_builds_and_its_configuration_survives_yaml(name: str) -> None:
+    task = resolve(TokenizerTask, TOKENIZER_RECIPES, [name])
+    assert task == TOKENIZER_RECIPES[name]() == from_dict(TokenizerTask, to_dict(task))
+    if task.data.data == "digits":
+        assert train_tokenizer.make_tokenizer(task, load_splits(task.data).train).tokens in (4, 16, 64)
+
+
+@pytest.mark.parametrize("name", LATENT_RECIPES)
+def test_a_latent_recipe_builds_and_its_configuration_survives_yaml(name: str) -> None:
+    task = resolve(LatentTask, LATENT_RECIPES, [name])
+    assert task == LATENT_RECIPES[name]() == from_dict(LatentTask, to_dict(task))
+    assert LatentModel(task.model, (4, 8, 8), 10).classes == 10
+
+
+def test_flags_override_a_recipe() -> None:
+    task = resolve(
+        TokenizerTask,
+        TOKENIZER_RECIPES,
+        ["digits-fsq", "--model.levels", "8", "6", "5", "--steps", "7", "--held-out", "0.3", "--out", "x"],
+    )
+    assert (task.model.levels, task.train.steps, task.data.held_out) == ((8, 6, 5), 7, 0.3)
+    assert task.train.lr == TOKENIZER_RECIPES["digits-fsq"]().train.lr
+
+
+# ---- --config repeats a run ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("tokenizer", TOKENIZER_FILE), ("features", "features.safetensors"), ("model", "ema.safetensors")],
+)
+def test_the_config_of_a_run_repeats_it(
+    kind: str, file: str, pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    name = {"tokenizer": "train_tokenizer", "features": "train_features", "model": "train_latent"}[kind]
+    first, second = getattr(pipeline, kind), tmp_path / "second"
+    told = script(name, "--config", first / "config.yaml", "--out", second)
+    assert told.code == 0, told.err
+    assert read_yaml(second / "config.yaml") == {**read_yaml(first / "config.yaml"), "out": str(second)}
+    before, after = _weights(first, file), _weights(second, file)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("solver", LEARNED)
+def test_the_config_of_a_learned_solver_repeats_it(
+    solver: str, pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.model, model)
+    run = model / "solvers" / f"{solver}-uniform-nfe4"
+    before = _weights(run, "solver.safetensors")
+    told = script("train_solver", "--config", run / "config.yaml", "--model", model, "--overwrite")
+    assert told.code == 0, told.err
+    after = _weights(run, "solver.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_flags_override_a_config_file(pipeline: Pipeline) -> None:
+    file = str(pipeline.model / "config.yaml")
+    task = resolve(LatentTask, LATENT_RECIPES, ["--config", file, "--lr", "0.5", "--out", "elsewhere"])
+    assert task.train == replace(TINY_LATENT, lr=0.5)
+    assert (task.out, task.tokenizer) == (Path("elsewhere"), pipeline.tokenizer)
+
+
+def test_overwrite_replaces_a_run_and_its_learned_solvers(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.model, model)
+    told = script("train_latent", "--config", model / "config.yaml", "--out", model, "--steps", 2, "--overwrite")
+    assert told.code == 0, told.err
+    assert [p.name for p in (model / "checkpoints").glob("step-*")] == ["step-2"]
+    assert not (model / "solvers").exists()
+
+
+def test_encode_writes_what_train_latent_reads(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    cache = tmp_path / "latents.safetensors"
+    assert script("encode", "--tokenizer", pipeline.tokenizer, "--out", cache, "--batch-size", 100).code == 0
+    (own,) = (p for p in pipeline.tokenizer.glob("latents-*.safetensors") if not p.stem.endswith("-flip"))
+    made, kept = load_file(cache), load_file(own)
+    assert torch.equal(made["labels"], kept["labels"])
+    torch.testing.assert_close(made["raw"], kept["raw"], rtol=1e-5, atol=1e-5)
+    told = script(
+        *("train_latent", "--config", pipeline.model / "config.yaml", "--latents", cache, "--steps", 2),
+        *("--out", tmp_path / "m"),
+    )
+    assert told.code == 0, told.err
+
+
+def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.model, model)
+    told = script(
+        *("train_solver", "amed-constants", "--model", model, "--nfe", "2,6", "--guidance", 2.0, *TINY_FLAGS),
+        *("--distill.trajectories", 16, "--distill.teacher-steps", 4),
+    )
+    assert told.code == 0, told.err
+    trained = load_model(model, torch.device("cpu"))
+    for nfe in (2, 6):
+        plans = make_plans(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
+        assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
+
+
+@pytest.fixture(scope="module")
+def with_a_table(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model with a learned table at 3 evaluations, and an AMED plugin learned end to end at 4."""
+    model = tmp_path_factory.mktemp("learned") / "model"
+    shutil.copytree(pipeline.model, model)
+    common = ("--model", model, *TINY_FLAGS)
+    for words in (
+        (
+            *(
+                "train_solver",
+                "table",
+                *common,
+                "--nfe",
+                3,
+                "--lr",
+                0.03,
+                "--table.pairs",
+                16,
+                "--table.teacher-steps",
+                6,
+            ),
+        ),
+        (
+            *("train_solver", "amed-plugin-dpmpp2m-constants", *common, "--nfe", 4, "--grid", "uniform"),
+            *("--distill.mode", "end_to_end", "--distill.trajectories", 16, "--distill.teacher-steps", 4),
+        ),
+    ):
+        told = _shell(SCRIPTS / f"{words[0]}.py", *words[1:])
+        assert told.code == 0, told.err
+    return model
+
+
+def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+    """The second budget takes the teacher's end states from the first, and counts their evaluations as its own."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.model, model)
+    flags = ("--steps", 2, "--batch-size", 4, "--table.pairs", 8, "--table.teacher-steps", 6)
+    written = []
+    for budgets in ("2,3", "3"):
+        told = script("train_solver", "table", "--model", model, "--nfe", budgets, "--overwrite", *flags)
+        assert told.code == 0, told.err
+        folder = Run.open(solver_path(model, "table", "best", 3), "solver").checkpoint
+        written.append(Table.load(folder / "solver.safetensors"))
+        assert f"{8 * 6 + len(GRIDS) * 8 * 3 + 2 * 4 * 3:,} evaluations of training" in told.out
+    assert written[0] == written[1]
+
+
+def test_a_learned_table_is_sampled_and_measured_by_name(
+    with_a_table: Path, pipeline: Pipeline, script: Script, tmp_path: Path
+) -> None:
+    (plan,) = make_plans(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
+    assert isinstance(plan, Table) and plan.nfe == 3
+    card = card_of(plan)
+    assert card is not None and card.mode == "end_to_end" and card.base.startswith("dpmpp3m on ")
+    out = tmp_path / "grid.png"
+    told = script("sample", "--model", with_a_table, "--solver", "table", "--nfe", 3, "--n", 4, "--out", out)
+    assert told.code == 0, told.err
+    assert "3 evaluations each" in told.out
+    solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
+    task = replace(_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)
+    cells = evaluate.run(replace(task, solvers="ddim,table")).cells[1:]
+    assert [(cell.solver, cell.nfe, cell.training_nfe > 0) for cell in cells] == [
+        ("ddim", 3, False),
+        ("table", 3, True),
+    ]
+    assert cells[1].rmse != cells[0].rmse
+    with pytest.raises(UsageError, match="table at NFE 4 has not been learned"):
+        evaluate.run(replace(task, solvers=solvers, nfe="4"))
+    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).cells[1:]
+    assert [(cell.nfe, cell.training_nfe > 0) for cell in cells] == [(4, True)]
+
+
+def test_all_names_every_solver_and_what_was_learned_for_every_budget(with_a_table: Path) -> None:
+    trained = load_model(with_a_table, torch.device("cpu"))
+    assert evaluate.solver_names("ddim,heun", trained, (4,)) == ("ddim", "heun")
+    everything = evaluate.solver_names("all", trained, (4,))
+    assert set(everything) == {*SOLVERS, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
+    assert set(evaluate.solver_names("all", trained, (3,))) == {*SOLVERS, "table"}
+    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*SOLVERS}
+
+
+def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
+    with_a_table: Path, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    trained = load_model(with_a_table, torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"learned at guidance 1\.0"):
+        make_plans(trained, "table", 3, SweepConfig(guidance=2.0))
+    with pytest.raises(DataError, match="learned for other weights"):
+        make_plans(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
+
+
+# ---- two processes ----
+
+
+def _launch(*arguments: object) -> None:
+    """torchrun with two processes. (`accelerate launch --cpu --num_processes 2` starts one.)"""
+    done = _shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *arguments)
+    assert done.code == 0, done.err
+
+
+def _assert_same_training(one: Path, two: Path, start: dict[str, Tensor], file: str) -> None:
+    """Parameters agree to 1e-4 although they moved by more, and the metrics are those of one run."""
+    alone, together = _weights(one, file), _weights(two, file)
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert max((alone[k].float() - v.float()).abs().max() for k, v in start.items()) > 2e-3
+    assert len(_metrics(one)) == len(_metrics(two))
+    for a, b in zip(_metrics(one), _metrics(two), strict=True):
+        assert a.keys() == b.keys() and all(math.isfinite(v) for v in b.values())
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_two_processes_train_what_one_trains(pipeline: Pipeline, tmp_path: Path) -> None:
+    train = TrainConfig(steps=4, batch_size=32, lr=1e-3, warmup=0, ema=0, log_every=2)
+    one, two = tmp_path / "t1", tmp_path / "t2"
+    task = TokenizerTask(one, model=TokenizerConfig(width=32), train=train)
+    torch.manual_seed(0)
+    start = train_tokenizer.make_tokenizer(task, load_splits(task.data).train).state_dict()
+    train_tokenizer.train(task)
+    _launch("scripts/train_tokenizer.py", "--config", one / "config.yaml", "--out", two)
+    _assert_same_training(one, two, start, TOKENIZER_FILE)
+
+    one, two = tmp_path / "m1", tmp_path / "m2"
+    config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
+    torch.manual_seed(0)
+    start = LatentModel(config, (4, 2, 2), 10).state_dict()
+    train_latent.train(LatentTask(one, pipeline.tokenizer, model=config, train=train))
+    _launch("scripts/train_latent.py", "--config", one / "config.yaml", "--out", two)
+    _assert_same_training(one, two, start, "model.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m1", "m2", "t1", "t2"]
+
+
+def test_a_solver_learned_from_the_same_seed_is_the_same(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The predictor's first weights come from the seed too, not from what ran before in the process."""
+    model = tmp_path / "model"
+    shutil.copytree(pipeline.model, model)
+    task = from_dict(
+        train_solver.SolverTask,
+        {k: v for k, v in read_yaml(model / "solvers/amed-uniform-nfe4/config.yaml").items() if k != "kind"},
+    )
+    torch.manual_seed(12345)
+    (run,) = train_solver.train(replace(task, model=model, overwrite=True))
+    before = _weights(pipeline.model / "solvers/amed-uniform-nfe4", "solver.safetensors")
+    after = _weights(run.path, "solver.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)

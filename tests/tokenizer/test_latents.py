@@ -1,0 +1,332 @@
+"""Latents and tokenizer quality: statistics by definition, caches that refuse other data, numbers, grids of pixels."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import encode as encode_script
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from midway.gen.core.errors import DataError
+from midway.gen.data.images import ImageData, load_images, split, to_float, to_uint8
+from midway.gen.data.pictures import grid_png, save_grid
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.tokenizer.latents import cache_path, encode, load_latents, save_latents, tokenizer_hash
+from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, psnr, reconstruct
+from midway.gen.training.batches import Context, ImageBatch
+from midway.tokenizers.base import bits_per_image, perplexity, usage
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+FSQ = {"type": "fsq", "levels": [4, 3]}
+IDENTITY = {"type": "identity", "dim": 1}
+
+
+def data(count: int = 40, start: int = 0) -> ImageData:
+    """Some digits, with a fingerprint of their own."""
+    digits = load_images("digits")
+    part = slice(start, start + count)
+    return replace(digits, images=digits.images[part], labels=digits.labels[part], fingerprint=f"{start}-{count}" * 9)
+
+
+def tokenizer(quantizer: dict[str, object] = FSQ, seed: int = 0, **options: object) -> ImageTokenizer:
+    torch.manual_seed(seed)
+    return ImageTokenizer(width=16, blocks=1, quantizer=quantizer, **options).eval()  # pyright: ignore[reportArgumentType]
+
+
+def pixels() -> ImageTokenizer:
+    return tokenizer(IDENTITY, downsample=1)
+
+
+# ---- encoding ----
+
+
+@pytest.mark.parametrize("space", ["pre", "post"])
+def test_standardised_latents_have_zero_mean_and_unit_deviation_per_channel(space: str) -> None:
+    model = tokenizer(latent_space=space)
+    latents = encode(model, data(), batch_size=7)
+    y = latents.standardised.double()
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y.std((0, 2, 3)), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert latents.raw.dtype == latents.mean.dtype == latents.std.dtype == torch.float32
+    assert (latents.mean[0] - latents.mean[1]).abs() > 1e-3, "channels differ, or the test would not see a mix-up"
+
+
+def test_latents_keep_the_order_of_the_images_whatever_the_batch() -> None:
+    model, images = tokenizer(), data()
+    with torch.no_grad():
+        one_by_one = torch.cat([model.raw_latents(to_float(image[None])) for image in images.images])
+    for batch_size in (7, 40, 512):
+        latents = encode(model, images, batch_size)
+        torch.testing.assert_close(latents.raw, one_by_one, rtol=0, atol=1e-5)
+        assert torch.equal(latents.labels, images.labels)
+
+
+def test_pixel_latents_are_the_images_and_their_statistics_those_of_the_bytes() -> None:
+    images = data()
+    latents = encode(pixels(), images)
+    assert torch.equal(latents.raw, to_float(images.images))
+    exact = images.images.double().numpy() / 127.5 - 1
+    assert latents.mean.item() == pytest.approx(exact.mean(), abs=1e-7)
+    assert latents.std.item() == pytest.approx(exact.std(ddof=1), rel=1e-6)
+
+
+def test_statistics_in_the_tokenizer_give_the_standardised_latents_and_lead_back() -> None:
+    model, images = tokenizer(), data()
+    latents = encode(model, images)
+    model.set_latent_statistics(latents.mean, latents.std)
+    with torch.no_grad():
+        y = model.encode_latents(to_float(images.images))
+        back, direct = model.decode_latents(y), model(to_float(images.images)).reconstruction
+    torch.testing.assert_close(y, latents.standardised, rtol=0, atol=1e-5)
+    torch.testing.assert_close(back, direct, rtol=0, atol=1e-4)
+
+
+# ---- mirrored ----
+
+
+def test_mirrored_latents_are_those_of_the_mirrored_images() -> None:
+    """Not mirrored latents, which a convolution does not give."""
+    images = data()
+    for model in (pixels(), tokenizer()):
+        latents = encode(model, images, batch_size=7, flip=True)
+        other = encode(model, replace(images, images=images.images.flip(-1)), batch_size=7)
+        assert latents.mirrored is not None
+        assert torch.equal(latents.mirrored, other.raw)
+        assert torch.equal(latents.raw, encode(model, images, batch_size=7).raw)
+    assert not torch.equal(latents.mirrored, latents.raw.flip(-1))
+    assert encode(model, images).standardised_mirrored is None
+
+
+def test_with_mirrored_latents_both_together_have_zero_mean_and_unit_deviation() -> None:
+    latents = encode(tokenizer(), data(), flip=True)
+    assert latents.standardised_mirrored is not None
+    y = torch.cat([latents.standardised, latents.standardised_mirrored]).double()
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y.std((0, 2, 3)), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert latents.standardised.mean((0, 2, 3)).abs().max() > 1e-3, "alone they do not, or the test would see nothing"
+
+
+def test_a_cache_with_mirrored_latents_gives_them_back_to_those_who_ask(tmp_path: Path) -> None:
+    model, images = tokenizer(), data()
+    latents, path = encode(model, images, flip=True), cache_path(tmp_path, images, model, flip=True)
+    save_latents(latents, path)
+    asked, plain = load_latents(path, images, model, flip=True), load_latents(path, images, model)
+    assert plain.mirrored is None
+    for name in ("raw", "labels", "mean", "std", "standardised"):
+        assert torch.equal(getattr(asked, name), getattr(latents, name))
+        assert torch.equal(getattr(plain, name), getattr(latents, name))
+    for name in ("mirrored", "standardised_mirrored"):
+        assert torch.equal(getattr(asked, name), getattr(latents, name))
+
+
+def test_a_cache_without_mirrored_latents_is_refused_to_those_who_ask(tmp_path: Path) -> None:
+    model, images, path = tokenizer(), data(), tmp_path / "cache"
+    save_latents(encode(model, images), path)
+    with pytest.raises(
+        DataError, match=r"no latents of mirrored images\n.*made without --flip\n.*encode.py --flip --over"
+    ):
+        load_latents(path, images, model, flip=True)
+    with pytest.raises(DataError, match=r"make them with scripts/encode\.py --flip"):
+        load_latents(tmp_path / "absent", images, model, flip=True)
+
+
+def test_the_script_encodes_mirrored_images_into_a_file_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = tokenizer(), DataConfig(held_out=0.9)
+    monkeypatch.setattr(encode_script, "load_tokenizer", lambda *_: (model, config))
+    train = load_splits(config).train
+    paths = [encode_script.run(encode_script.EncodeTask(tmp_path, flip=flip)) for flip in (False, True)]
+    assert paths == [cache_path(tmp_path, train, model, flip) for flip in (False, True)]
+    assert load_latents(paths[1], train, model, flip=True).mirrored is not None
+    with pytest.raises(DataError, match="no latents of mirrored"):
+        load_latents(paths[0], train, model, flip=True)
+
+
+# ---- the cache ----
+
+
+def test_a_cache_gives_back_every_bit(tmp_path: Path) -> None:
+    model, images = tokenizer(), data()
+    latents, path = encode(model, images), cache_path(tmp_path / "new", images, model)
+    save_latents(latents, path)
+    again = load_latents(path, images, model)
+    for name in ("raw", "labels", "mean", "std", "standardised"):
+        assert torch.equal(getattr(again, name), getattr(latents, name))
+    assert (again.data_fingerprint, again.tokenizer_hash) == (images.fingerprint, tokenizer_hash(model))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_cache_of_other_images_or_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    model, images, path = tokenizer(), data(), tmp_path / "cache"
+    save_latents(encode(model, images), path)
+    with pytest.raises(DataError, match=r"stale.*\n.*its data is") as caught:
+        load_latents(path, data(start=40), model)
+    assert caught.value.exit_code == 3
+    with pytest.raises(DataError, match=r"stale.*\n.*its tokenizer is"):
+        load_latents(path, images, tokenizer(seed=1))
+    with pytest.raises(DataError, match=r"stale.*\n.*its tokenizer is"):
+        load_latents(path, images, tokenizer(latent_space="post"))
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    with pytest.raises(DataError, match=r"stale.*\n.*its tokenizer is"):
+        load_latents(path, images, model)
+
+
+def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+    model, images = tokenizer(), data()
+    save_file({"raw": torch.zeros(1)}, tmp_path / "other")
+    (tmp_path / "text").write_text("not a tensor")
+    save_latents(encode(model, images), tmp_path / "short")
+    (tmp_path / "short").write_bytes((tmp_path / "short").read_bytes()[:-100])
+    with pytest.raises(DataError, match="not a latent cache"):
+        load_latents(tmp_path / "other", images, model)
+    for name in ("absent", "text", "short"):
+        with pytest.raises(DataError, match="no latents at"):
+            load_latents(tmp_path / name, images, model)
+
+
+def test_the_hash_is_of_weights_and_configuration_and_not_of_latent_statistics(tmp_path: Path) -> None:
+    model = tokenizer()
+    before = tokenizer_hash(model)
+    model.set_latent_statistics(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+    assert tokenizer_hash(model) == before
+    model.save_pretrained(tmp_path / "t")
+    loaded = ImageTokenizer.from_pretrained(tmp_path / "t")
+    assert isinstance(loaded, ImageTokenizer)
+    assert tokenizer_hash(loaded) == before, "a saved tokenizer finds its cache again"
+    others = [tokenizer(seed=1), tokenizer(latent_space="post"), tokenizer({"type": "fsq", "levels": [3, 4]})]
+    assert len({before, *map(tokenizer_hash, others)}) == 4
+
+
+def test_places_differ_by_data_by_tokenizer_and_by_mirroring(tmp_path: Path) -> None:
+    pairs = [(d, t) for d in (data(), data(start=40)) for t in (tokenizer(), tokenizer(seed=1))]
+    assert len({cache_path(tmp_path, d, t, flip) for d, t in pairs for flip in (False, True)}) == 8
+    assert {cache_path(tmp_path, d, t, flip=True).stem[-5:] for d, t in pairs} == {"-flip"}
+
+
+# ---- splits ----
+
+
+def test_a_split_is_a_function_of_its_configuration() -> None:
+    a, b = load_splits(DataConfig(held_out=0.25, split_seed=3)), load_splits(DataConfig(held_out=0.25, split_seed=3))
+    assert a.train.fingerprint == b.train.fingerprint
+    assert a.held_out.fingerprint == b.held_out.fingerprint
+    assert a.train.fingerprint == split(load_images("digits"), 0.25, 3)[0].fingerprint
+    assert len(a.held_out.labels) == round(0.25 * 1797)
+    assert load_splits(DataConfig(held_out=0.25, split_seed=4)).train.fingerprint != a.train.fingerprint
+
+
+# ---- quality ----
+
+
+def test_psnr_is_its_definition_for_a_peak_of_two() -> None:
+    assert psnr(0) == math.inf
+    assert psnr(4) == 0
+    assert psnr(0.04) == pytest.approx(20)
+    one_level = (2 / 255) ** 2
+    assert psnr(one_level) == pytest.approx(20 * math.log10(255)), "the usual PSNR of 8-bit images"
+
+
+def test_the_pixel_model_reconstructs_exactly_and_has_no_codes() -> None:
+    images = data().images
+    assert torch.equal(reconstruct(pixels(), images, 7), images)
+    assert evaluate_tokenizer(pixels(), images) == {"mse": 0.0, "psnr": math.inf}
+
+
+@pytest.mark.parametrize("batch_size", [7, 40, 512])
+def test_quality_is_that_of_the_8_bit_images_and_of_all_codes_together(batch_size: int) -> None:
+    """Unequal batches must not be averaged; counts are added before usage and perplexity."""
+    model, images = tokenizer(), data().images
+    report = evaluate_tokenizer(model, images, batch_size)
+    with torch.no_grad():
+        out = model(to_float(images))
+    shown = to_uint8(out.reconstruction).double().numpy()
+    mse = np.square((shown - images.double().numpy()) / 127.5).mean()
+    counts = torch.bincount(model.encode_indices(to_float(images)).flatten(), minlength=12)
+    assert report["mse"] == pytest.approx(mse, rel=1e-5)
+    assert report["psnr"] == pytest.approx(10 * math.log10(4 / mse), rel=1e-5)
+    assert report["usage"] == (counts > 0).sum().item() / 12
+    p = counts[counts > 0].double() / counts.sum()
+    assert report["perplexity"] == pytest.approx((p ** (-p)).prod().item())
+    assert report["bits_per_image"] == pytest.approx(16 * math.log2(12))
+    assert (report["usage"], report["perplexity"]) == (usage(counts), perplexity(counts))
+    assert report["bits_per_image"] == bits_per_image(16, 12)
+
+
+def test_the_objective_is_the_error_plus_the_loss_of_the_quantizer() -> None:
+    model = tokenizer({"type": "kl", "dim": 2, "weight": 0.5})
+    images = data(8)
+    context = Context(0, 3, torch.arange(8))
+    loss, logs = TokenizerObjective(model).loss(ImageBatch(images.images, images.labels), context)
+    out = model(to_float(images.images), context.normal("posterior", (2, 4, 4)))
+    mse = (out.reconstruction - to_float(images.images)).square().mean()
+    assert out.quantized.losses["kl"] > 0
+    torch.testing.assert_close(loss, mse + 0.5 * out.quantized.losses["kl"])
+    torch.testing.assert_close(logs["mse"], mse)
+    assert set(logs) == {"mse", "kl"}
+
+
+def test_the_posterior_draw_of_an_image_does_not_depend_on_its_batch() -> None:
+    model, images = TokenizerObjective(tokenizer({"type": "kl", "dim": 2})), data(8)
+    whole = model.loss(ImageBatch(images.images, images.labels), Context(0, 3, torch.arange(8)))[0]
+    halves = [
+        model.loss(ImageBatch(images.images[part], images.labels[part]), Context(0, 3, torch.arange(8)[part]))[0]
+        for part in (slice(4), slice(4, 8))
+    ]
+    torch.testing.assert_close(torch.stack(halves).mean(), whole)
+
+
+# ---- pictures ----
+
+
+def opened(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def numbered(count: int, channels: int, height: int, width: int) -> Tensor:
+    """Images of which every byte says where it belongs."""
+    values = torch.arange(count * channels * height * width) * 7 % 251
+    return values.to(torch.uint8).view(count, channels, height, width)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("count", "columns", "scale"), [(6, 3, 1), (5, 3, 2), (1, 4, 1), (7, 1, 3)])
+def test_every_pixel_of_a_grid_is_in_its_place(channels: int, count: int, columns: int, scale: int) -> None:
+    """Image n is in row n // columns and column n % columns, 2 white pixels from the next; missing ones are white."""
+    height, width = 4, 5
+    images = numbered(count, channels, height, width)
+    picture = opened(grid_png(images, columns, scale))
+    cell = (height * scale + 2, width * scale + 2)
+    rows = math.ceil(count / columns)
+    expected = np.full((rows * cell[0], columns * cell[1], 3), 255, np.uint8)
+    for n, image in enumerate(images):
+        top, left = n // columns * cell[0] + 1, n % columns * cell[1] + 1
+        large = np.kron(image.permute(1, 2, 0).expand(-1, -1, 3).numpy(), np.ones((scale, scale, 1), np.uint8))
+        expected[top : top + height * scale, left : left + width * scale] = large
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, expected)
+
+
+@pytest.mark.parametrize(("side", "factor"), [(8, 6), (28, 2), (32, 2), (48, 1), (64, 1)])
+def test_small_images_are_enlarged_until_they_can_be_seen(side: int, factor: int) -> None:
+    assert opened(grid_png(numbered(1, 1, side, side), 1)).shape == (side * factor + 2, side * factor + 2, 3)
+
+
+def test_a_saved_grid_is_the_picture_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    images = numbered(2, 1, 8, 8)
+    save_grid(tmp_path / "samples" / "a.png", images, 2)
+    assert (tmp_path / "samples" / "a.png").read_bytes() == grid_png(images, 2)
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["a.png"]
+
+
+def test_the_report_of_a_tokenizer_can_be_written_as_a_line() -> None:
+    report = evaluate_tokenizer(tokenizer(), data().images)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report

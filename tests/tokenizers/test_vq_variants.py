@@ -1,0 +1,878 @@
+"""Vector quantizers that learn by gradient, on the sphere, by rotation, through one linear map, and with an entropy loss."""
+
+import copy
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from midway.tokenizers import clustering, codebook, nearest_kernel
+from midway.tokenizers.clustering import kmeans
+from midway.tokenizers.code_entropy import code_entropy, soft_assignment
+from midway.tokenizers.codebook import Codebook
+from midway.tokenizers.fsq import FSQ
+from midway.tokenizers.gradient_vq import GradientVQ
+from midway.tokenizers.rotation import rotated, rotated_gradient, unit
+from midway.tokenizers.simvq import SimVQ
+from midway.tokenizers.vq import VQ
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORMS: dict[str, tuple[type[Codebook], dict[str, Any]]] = {
+    "vq": (VQ, {}),
+    "vq, unit": (VQ, {"normalize": True}),
+    "vq, rotation": (VQ, {"gradient": "rotation"}),
+    "gradient": (GradientVQ, {}),
+    "gradient, unit, rotation": (GradientVQ, {"normalize": True, "gradient": "rotation"}),
+    "gradient, entropy": (GradientVQ, {"entropy_weight": 0.1, "entropy_temperature": 0.5}),
+    "simvq": (SimVQ, {}),
+    "simvq, unit, rotation": (SimVQ, {"normalize": True, "gradient": "rotation"}),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture
+def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def make(form: str, size: int = 32, dim: int = 4, **options: Any) -> Any:
+    kind, own = FORMS[form]
+    return kind(codebook_size=size, dim=dim, **{**own, **options})
+
+
+def started(form: str, size: int = 32, dim: int = 4, **options: Any) -> Any:
+    quantizer = make(form, size, dim, **options)
+    quantizer.start(normal(300, dim, seed=7))
+    return quantizer
+
+
+def grad(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+# Codes and indices ----------------------------------------------------------------------------------------------------
+
+
+@every_form
+@pytest.mark.parametrize("size", [1, 2, 257])
+def test_every_code_returns_to_its_index(form: str, size: int) -> None:
+    quantizer = started(form, size)
+    indices = torch.arange(size).view(1, -1)
+    codes = quantizer.indices_to_codes(indices)
+    assert torch.equal(quantizer.codes_to_indices(codes), indices)
+    assert torch.equal(quantizer.snap(codes), codes)
+    if quantizer.normalize:
+        torch.testing.assert_close(codes.norm(dim=1), torch.ones(1, size))
+    with pytest.raises(ValueError, match="codebook"):
+        quantizer.indices_to_codes(indices + 1)
+
+
+@every_form
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_forward_value_is_bit_equal_to_the_decoded_indices(form: str, training: bool, autocast: bool) -> None:
+    quantizer = started(form, 64, 8).train(training)
+    z = normal(4, 8, 5, 6).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = quantizer(z)
+        decoded = quantizer.indices_to_codes(out.indices)
+    assert torch.equal(out.codes, decoded)
+    assert torch.equal(out.codes, quantizer.snap(quantizer.latents(z)))
+    assert out.indices.dtype == torch.int64
+    assert all(value.dtype == torch.float32 and value.shape == () for value in (*out.losses.values(), out.loss))
+    assert out.counts.sum() == 4 * 30
+
+
+@every_form
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_indices_depend_on_the_value_only_not_on_any_dtype(
+    form: str, default: torch.dtype, default_dtype: Callable[[torch.dtype], None]
+) -> None:
+    plain = started(form, 64, 8)
+    default_dtype(default)
+    quantizer = started(form, 64, 8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        z = normal(2, 8, 12).to(dtype)
+        for autocast in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                assert torch.equal(quantizer(z).indices, plain(z.float()).indices)
+    quantizer.update()
+    plain.update()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_simvq_decodes_by_the_projected_codebook() -> None:
+    quantizer = started("simvq", 50)
+    expected = quantizer.base.double() @ quantizer.weight.double().T + quantizer.bias.double()
+    codes = quantizer.indices_to_codes(torch.arange(50).view(1, -1))[0].T
+    torch.testing.assert_close(codes.double(), expected.detach(), atol=1e-6, rtol=1e-6)
+    assert (codes - quantizer.base).abs().max() > 0.1
+
+
+def test_the_base_of_simvq_is_frozen_and_has_variance_one_over_d() -> None:
+    quantizer = SimVQ(4096, 16)
+    assert quantizer.base.square().mean().item() == pytest.approx(1 / 16, rel=0.02)
+    assert {name for name, _ in quantizer.named_parameters()} == {"weight", "bias"}
+    before = quantizer.base.clone()
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+    quantizer(normal(64, 16)).loss.backward()
+    optimizer.step()
+    assert torch.equal(quantizer.base, before)
+    assert (SimVQ(4096, 16).codes() != quantizer.codes()).any(1).all()  # one step moved every code
+
+
+def test_a_seed_says_what_is_drawn_and_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for form in FORMS:
+        assert torch.equal(make(form, seed=3).codes(), make(form, seed=3).codes())
+        assert not torch.equal(make(form, seed=3).codes(), make(form, seed=4).codes())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# Nearest code ---------------------------------------------------------------------------------------------------------
+
+
+@every_form
+def test_the_code_is_the_nearest_by_brute_force_in_float64(form: str) -> None:
+    quantizer = started(form, 200, 8)
+    z = normal(3, 5, 8, 7).transpose(1, 2)  # not contiguous
+    rows = quantizer.latents(z).movedim(1, -1).reshape(-1, 8)
+    distances = torch.cdist(rows.double(), quantizer.codes().double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(quantizer(z).indices.flatten(), distances.argmin(1))
+
+
+@every_form
+def test_equal_codes_are_told_by_the_lowest_index(form: str) -> None:
+    quantizer = started(form, 16)
+    with torch.no_grad():
+        table = quantizer.base if isinstance(quantizer, SimVQ) else quantizer.codebook
+        table[8:] = table[:8].clone()
+    assert quantizer(normal(100, 4)).indices.max() < 8
+
+
+@every_form
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_vector_shows_in_the_loss_and_has_a_known_index(form: str, bad: float) -> None:
+    quantizer = started(form)
+    z = normal(6, 4, 3)
+    sound = quantizer(z).indices
+    z[2, 1, 1] = bad
+    out = quantizer(z)
+    assert not out.loss.isfinite()
+    assert out.indices[2, 1] == 0 if math.isnan(bad) else 0 <= out.indices[2, 1] < 32
+    out.indices[2, 1] = sound[2, 1]
+    assert torch.equal(out.indices, sound)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", [VQ, GradientVQ])
+def test_a_broken_code_shows_in_the_loss(kind: type[VQ | GradientVQ], normalize: bool) -> None:
+    quantizer = kind(32, 4, normalize=normalize).eval()
+    with torch.no_grad():
+        quantizer.codebook[5, 2] = quantizer.codebook[9, 1] = math.nan
+    out = quantizer(normal(20, 4))
+    assert out.loss.isnan()
+    assert (out.indices == 5).all()
+
+
+def test_the_kernel_is_refused_where_it_cannot_run() -> None:
+    """It needs a CUDA device; here its trial has to fail, and to say so."""
+    with pytest.warns(UserWarning, match="by torch"):
+        assert not nearest_kernel.works(torch.device("cpu"), 4)
+    assert not nearest_kernel.works(torch.device("cpu"), nearest_kernel.WIDEST + 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("count", "size", "dim"), [(1, 1, 1), (1000, 333, 3), (70000, 64, 8), (5000, 5000, 100)])
+def test_the_kernel_agrees_with_torch(count: int, size: int, dim: int) -> None:
+    device = torch.device("cuda")
+    rows, codes = normal(count, dim).to(device), normal(size, dim, seed=1).to(device)
+    assert nearest_kernel.works(device, dim)
+    bias = codes.square().sum(1) / -2
+    scores = rows.double() @ codes.double().T + bias
+    chosen = scores.gather(1, nearest_kernel.highest_score(rows, codes, bias)[:, None])[:, 0]
+    torch.testing.assert_close(chosen, scores.amax(1), atol=1e-4, rtol=1e-5)
+
+
+# Gradients ------------------------------------------------------------------------------------------------------------
+
+
+def rotation_of(value: Tensor, carrier: Tensor) -> tuple[float, Tensor]:
+    """lambda and the D x D matrix R of one pair, in float64: the plane rotation by the angle between them.
+
+    R = I + (v u^T - u v^T) + (v u^T - u v^T)^2 / (1 + u . v), which is Rodrigues' formula.
+    """
+    u, v = carrier.double() / carrier.double().norm(), value.double() / value.double().norm()
+    turn = torch.outer(v, u) - torch.outer(u, v)
+    matrix = torch.eye(len(u), dtype=torch.float64) + turn + turn @ turn / (1 + u @ v)
+    return (value.double().norm() / carrier.double().norm()).item(), matrix
+
+
+def test_the_rotated_gradient_is_that_of_the_rotation() -> None:
+    value, carrier, g = normal(40, 5), 3 * normal(40, 5, seed=1), normal(40, 5, seed=2)
+    e = carrier.clone().requires_grad_()
+    q = value.clone().requires_grad_()
+    out = rotated(q, e)
+    (out * g).sum().backward()
+    assert torch.equal(out, value)
+    assert q.grad is None
+    for row in range(40):
+        scale, matrix = rotation_of(value[row], carrier[row])
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(5, dtype=torch.float64))
+        torch.testing.assert_close(scale * matrix @ carrier[row].double(), value[row].double())
+        torch.testing.assert_close(grad(e)[row].double(), scale * matrix.T @ g[row].double(), atol=1e-4, rtol=1e-4)
+    length = value.norm(dim=1) / carrier.norm(dim=1) * g.norm(dim=1)
+    torch.testing.assert_close(grad(e).norm(dim=1), length, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lean", [0.0, 1e-7, 1e-5, 1e-3, 1e-2])
+def test_the_rotated_gradient_of_opposite_vectors_keeps_its_length(lean: float) -> None:
+    carrier, g = normal(50, 6), normal(50, 6, seed=1)
+    value = -2 * carrier + lean * normal(50, 6, seed=2)
+    turned = rotated_gradient(value, carrier, g)
+    expected = value.norm(dim=1) / carrier.norm(dim=1) * g.norm(dim=1)
+    torch.testing.assert_close(turned.norm(dim=1), expected, rtol=1e-2, atol=1e-2)
+    along = rotated_gradient(value, carrier, unit(value))  # R^T v = u
+    torch.testing.assert_close(unit(along), unit(carrier), atol=2e-3, rtol=0)
+
+
+def test_the_rotated_gradient_without_a_direction_is_finite() -> None:
+    zero, vector, g = torch.zeros(3, 4), normal(3, 4), normal(3, 4, seed=1)
+    assert torch.equal(rotated_gradient(vector, zero, g), g)
+    assert torch.equal(rotated_gradient(zero, zero, g), g)
+    assert torch.equal(rotated_gradient(zero, vector, g), zero)
+
+
+@pytest.mark.parametrize("through", ["straight_through", "rotation"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("kind", [VQ, GradientVQ, SimVQ])
+def test_gradient_to_the_encoder_in_closed_form(kind: Any, normalize: bool, through: str) -> None:
+    """Codes and commitment; the Jacobian of normalising is (I - u u^T) / |z|."""
+    quantizer = kind(16, 4, normalize=normalize, gradient=through)
+    quantizer.start(normal(100, 4, seed=7))
+    z, weight = normal(30, 4).requires_grad_(), normal(30, 4, seed=1)
+    out = quantizer(z)
+    ((out.codes * weight).sum() + out.loss).backward()
+    for row in range(30):
+        x, code, g = (each[row].detach().double() for each in (z, out.codes, weight))
+        latent = x / x.norm() if normalize else x
+        if through == "rotation":
+            scale, matrix = rotation_of(code, latent)
+            g = scale * matrix.T @ g
+        expected = g + 2 * 0.25 * (latent - code) / z.numel()
+        if normalize:
+            expected = (expected - latent * (latent @ expected)) / x.norm()
+        torch.testing.assert_close(grad(z)[row].double(), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_beta_weighs_the_commitment_and_not_the_codebook() -> None:
+    """The other way round is the default of taming-transformers and diffusers."""
+    quantizer = GradientVQ(128, 4, commitment=0.1).eval()
+    z = normal(50, 4).requires_grad_()
+    out = quantizer(z)
+    out.loss.backward()
+    difference = (z.detach() - out.codes.detach()) / z.numel()
+    torch.testing.assert_close(grad(z), 2 * 0.1 * difference)
+    expected = torch.zeros(128, 4).index_add_(0, out.indices, -2 * difference)
+    torch.testing.assert_close(grad(quantizer.codebook), expected)
+    unused = torch.ones(128).index_fill_(0, out.indices, 0).bool()
+    assert unused.any()
+    assert (grad(quantizer.codebook)[unused] == 0).all()
+    assert out.losses["codebook"].item() == out.losses["commitment"].item()
+    assert out.loss.item() == pytest.approx(1.1 * out.losses["commitment"].item())
+
+
+def test_the_gradient_of_simvq_is_that_of_its_linear_map() -> None:
+    quantizer = SimVQ(32, 4)
+    z = normal(60, 4)
+    out = quantizer(z)
+    out.loss.backward()
+    difference = 2 * (out.codes.detach() - z).double() / z.numel()
+    torch.testing.assert_close(grad(quantizer.bias).double(), difference.sum(0), atol=1e-6, rtol=1e-5)
+    expected = difference.T @ quantizer.base.double()[out.indices]
+    torch.testing.assert_close(grad(quantizer.weight).double(), expected, atol=1e-6, rtol=1e-5)
+
+
+@every_form
+def test_zero_vectors_and_zero_codes_stay_finite(form: str) -> None:
+    quantizer = started(form)
+    with torch.no_grad():
+        (quantizer.base if isinstance(quantizer, SimVQ) else quantizer.codebook)[3] = 0
+    z = torch.cat([torch.zeros(4, 4), 1e-30 * normal(4, 4), normal(20, 4)]).requires_grad_()
+    out = quantizer(z)
+    ((out.codes * normal(28, 4)).sum() + out.loss).backward()
+    assert out.codes.isfinite().all()
+    assert grad(z).abs().max() < 1e3
+    quantizer.update()
+    assert all(value.isfinite().all() for value in quantizer.state_dict().values())
+
+
+# Codebooks on the sphere ----------------------------------------------------------------------------------------------
+
+
+def test_the_codebook_of_unit_vectors_follows_the_closed_form() -> None:
+    quantizer = VQ(16, 4, decay=0.9, restart_threshold=0, normalize=True)
+    quantizer.step.fill_(0)
+    codes = quantizer.codebook.double()
+    count, total = torch.ones(16, dtype=torch.float64), codes.clone()
+    for step in range(6):
+        batch = 5 * normal(60, 4, seed=step) + 1
+        quantizer(batch)
+        quantizer.update()
+        hits, sums = torch.zeros_like(count), torch.zeros_like(total)
+        for vector in batch.double():
+            nearest = (codes @ (vector / vector.norm())).argmax()
+            hits[nearest] += 1
+            sums[nearest] += vector / vector.norm()
+        count, total = 0.9 * count + 0.1 * hits, 0.9 * total + 0.1 * sums
+        codes = total / total.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(quantizer.codebook.double(), codes, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.count.double(), count, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.codes().norm(dim=1), torch.ones(16))
+
+
+def test_spherical_kmeans_finds_directions_whatever_the_lengths() -> None:
+    directions = unit(normal(6, 3, seed=3))
+    rows = (directions + 0.02 * normal(80, 6, 3)) * normal(80, 6, 1, seed=1).exp()
+    centres = kmeans(unit(rows.reshape(-1, 3)), 6, 10, torch.Generator().manual_seed(0), spherical=True)
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(6))
+    assert (centres @ directions.T).amax(0).min() > 0.999
+    for kind in (VQ, GradientVQ):
+        quantizer = kind(6, 3, normalize=True)
+        quantizer.start(torch.cat([rows.reshape(-1, 3), torch.zeros(500, 3)]))  # zeros have no direction
+        assert (quantizer.codes() @ directions.T).amax(0).min() > 0.999
+
+
+def test_an_averaged_codebook_is_read_as_unit_vectors() -> None:
+    """Averages of weights are no unit vectors."""
+    quantizer = started("vq, unit")
+    quantizer.codebook.mul_(torch.rand(32, 1, generator=torch.Generator().manual_seed(0)) + 0.1)
+    z = normal(50, 4)
+    out = quantizer(z)
+    torch.testing.assert_close(out.codes.norm(dim=1), torch.ones(50))
+    torch.testing.assert_close((out.codes * unit(z)).sum(1), (unit(z) @ quantizer.codes().T).amax(1))
+
+
+# Entropy loss ---------------------------------------------------------------------------------------------------------
+
+
+def entropies(rows: Tensor, codes: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """By the whole N x K table."""
+    p = torch.softmax(-torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").square() / temperature, 1)
+    mean = p.mean(0)
+    return -(p * p.log()).sum(1).mean(), -(mean * mean.log()).sum()
+
+
+@pytest.mark.parametrize("scores", [1, 100, 2**20])
+def test_entropies_and_gradients_agree_with_the_whole_table(scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_SCORES_PER_CHUNK", scores)
+    found, expected = [], []
+    for function, into in ((code_entropy, found), (entropies, expected)):
+        rows = (normal(37, 3).double() + 4).requires_grad_()
+        codes = (normal(11, 3, seed=1).double() + 4).requires_grad_()
+        sample, batch = function(rows, codes, 0.7)
+        (1.3 * sample - 0.4 * batch).backward()
+        into += [sample.detach(), batch.detach(), grad(rows), grad(codes)]
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_gradients_of_the_soft_assignment_agree_with_finite_differences() -> None:
+    rows, codes = normal(5, 3).double().requires_grad_(), normal(4, 3, seed=1).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda r, c: soft_assignment(r, c, 0.8), (rows, codes))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+def test_entropies_keep_their_bounds_and_unused_codes_stay_finite(temperature: float) -> None:
+    rows = normal(64, 4).requires_grad_()
+    codes = torch.cat([normal(20, 4, seed=1), normal(20, 4, seed=2) + 100]).requires_grad_()
+    sample, batch = code_entropy(rows, codes, temperature)
+    (sample - batch).backward()
+    assert -1e-6 <= sample.item() <= batch.item() + 1e-5 <= math.log(40) + 1e-4
+    assert grad(rows).isfinite().all()
+    assert grad(codes).isfinite().all()
+    assert [each.item() for each in code_entropy(rows[:0], codes, temperature)] == [0, 0]
+
+
+@pytest.mark.parametrize("kind", [VQ, GradientVQ, SimVQ])
+def test_the_entropy_loss_is_added_with_its_weight(kind: Any) -> None:
+    plain, weighted = (kind(16, 4, entropy_weight=weight, entropy_temperature=0.5) for weight in (0.0, 0.2))
+    z = normal(30, 4)
+    without, out = plain.eval()(z), weighted.eval()(z)
+    sample, batch = entropies(z.double(), weighted.codes().double(), 0.5)
+    assert out.losses["entropy_sample"].item() == pytest.approx(sample.item(), rel=1e-5)
+    assert out.losses["entropy_batch"].item() == pytest.approx(batch.item(), rel=1e-5)
+    assert (out.loss - without.loss).item() == pytest.approx(0.2 * (sample - batch).item(), rel=1e-4)
+    assert without.losses.keys() == out.losses.keys() - {"entropy_sample", "entropy_batch"}
+
+
+@every_form
+def test_without_weight_no_entropy_is_computed(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebook, "code_entropy", None)
+    started(form, entropy_weight=0.0)(normal(10, 4))
+
+
+def test_autograd_keeps_no_table_of_vectors_by_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_SCORES_PER_CHUNK", 1000)
+    kept: list[int] = []
+    quantizer = started("gradient, entropy", 100)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        quantizer(normal(500, 4).requires_grad_())
+    assert 0 < max(kept) <= 500 * 4
+
+
+# Restarts of a codebook that learns by gradient -----------------------------------------------------------------------
+
+
+def idle(size: int = 16, dead: int = 4, **options: Any) -> GradientVQ:
+    """The last `dead` codes are far away and at the end of their patience, all but the steps of the next update."""
+    quantizer = GradientVQ(size, 4, **{"restart_after": 10, **options})
+    quantizer.step.fill_(0)
+    with torch.no_grad():
+        quantizer.codebook[size - dead :] += 100
+    quantizer.idle_steps[size - dead :] = 9
+    quantizer.idle_vectors[size - dead :] = 8 * size
+    return quantizer
+
+
+def test_dead_codes_move_to_the_vectors_of_largest_noise_and_others_stay() -> None:
+    quantizer = idle()
+    quantizer.idle_vectors[14] += 5  # the longest unused is first
+    before = quantizer.codebook.detach().clone()
+    z, noise = normal(10, 4, 3), normal(10, 1, 3, seed=1)
+    quantizer(z, noise)
+    assert torch.equal(quantizer.codebook, before)  # nothing before update
+    quantizer.update()
+    rows = z.movedim(1, -1).reshape(-1, 4)[noise.flatten().argsort(descending=True)]
+    assert torch.equal(quantizer.codebook[[14, 12, 13, 15]], rows[:4])
+    assert torch.equal(quantizer.codebook[:12], before[:12])
+    assert quantizer.idle_steps[12:].tolist() == quantizer.idle_vectors[12:].tolist() == [0] * 4
+    assert quantizer.codebook.requires_grad
+    assert quantizer.step == 1
+
+
+@pytest.mark.parametrize(("steps", "vectors"), [(8, 8 * 16), (9, 8 * 16 - 31)])
+def test_a_code_is_dead_only_after_enough_steps_and_enough_vectors(steps: int, vectors: int) -> None:
+    quantizer = idle()
+    quantizer.idle_steps.fill_(steps)
+    quantizer.idle_vectors.fill_(vectors)
+    before = quantizer.codebook.detach().clone()
+    quantizer(normal(30, 4))
+    quantizer.update()
+    assert torch.equal(quantizer.codebook, before)
+    assert quantizer.idle_steps[12:].tolist() == [steps + 1] * 4
+    assert quantizer.idle_vectors[12:].tolist() == [vectors + 30] * 4
+    used = quantizer(normal(30, 4)).counts > 0
+    assert not quantizer.idle_steps[used].any()
+
+
+def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01, betas=(0.95, 0.999))
+
+
+def heavy_ball(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+@pytest.mark.parametrize("make_optimizer", [adam, heavy_ball])
+def test_momentum_does_not_undo_a_restart(make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+    """Codes 4 to 7 learn, are then left alone for as long as it takes to be dead, restart, and stay where they were put."""
+    quantizer = GradientVQ(8, 2)
+    quantizer.step.fill_(0)
+    with torch.no_grad():
+        quantizer.codebook.copy_(normal(8, 2, seed=3) + torch.arange(8)[:, None] // 4 * 20)
+    optimizer = make_optimizer([quantizer.codebook])
+
+    def step(z: Tensor) -> None:
+        optimizer.zero_grad()
+        quantizer(z, normal(len(z), 1)).loss.backward()
+        optimizer.step()
+        quantizer.update()
+
+    for _ in range(20):
+        step(torch.cat([normal(40, 2), normal(40, 2) + 20]))
+    while not (restarted := quantizer.codebook[4:].norm(dim=1) < 10).any():
+        step(normal(40, 2))
+        assert quantizer.step < 150
+    placed = quantizer.codebook[4:][restarted].detach().clone()
+    quantizer.codebook.grad = torch.zeros_like(quantizer.codebook)
+    for _ in range(100):
+        optimizer.step()
+    moved = (quantizer.codebook[4:][restarted] - placed).norm(dim=1).max()
+    assert restarted.all()
+    assert moved < 0.01 * 0.5  # half of one learning rate: all that is left of Adam's momentum, 0.95^100 * 20 steps
+
+
+@pytest.mark.parametrize(("step_ok", "spoil"), [(False, None), (True, math.nan), (True, math.inf)])
+def test_a_step_that_is_skipped_or_broken_restarts_nothing(step_ok: bool, spoil: float | None) -> None:
+    quantizer = idle()
+    before = [value.clone() for name, value in quantizer.state_dict().items() if name != "step"]
+    z = normal(30, 4)
+    if spoil is not None:
+        z[3, 2] = spoil
+    quantizer(z)
+    quantizer.update(torch.tensor(step_ok))
+    after = [value for name, value in quantizer.state_dict().items() if name != "step"]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    quantizer(normal(30, 4))
+    quantizer.update(torch.tensor(True))
+    assert quantizer.codebook.abs().max() < 50
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_restarts_revive_a_codebook_and_a_codebook_without_them_stays_dead(normalize: bool) -> None:
+    shares = []
+    for restart_after in (0, 5):
+        quantizer = GradientVQ(32, 4, restart_after=restart_after, normalize=normalize)
+        quantizer.step.fill_(0)
+        with torch.no_grad():
+            quantizer.codebook[4:] = -100 * torch.ones(4) + 1e-3 * normal(28, 4)
+        optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-2)
+        for step in range(30):
+            optimizer.zero_grad()
+            quantizer(normal(256, 4, seed=step).abs()).loss.backward()
+            optimizer.step()
+            quantizer.update()
+        shares.append((quantizer(normal(2000, 4).abs()).counts > 0).double().mean().item())
+    assert shares[0] <= 5 / 32
+    assert shares[1] > 0.9
+
+
+@pytest.mark.parametrize("kind", [VQ, GradientVQ, SimVQ])
+def test_forward_and_update_never_wait_for_the_device(kind: Any) -> None:
+    """A fake tensor has no values: whatever asks for one raises."""
+    with FakeTensorMode():
+        quantizer = kind(16, 4, normalize=True, gradient="rotation", entropy_weight=0.1)
+        quantizer._host_step = 0
+        for _ in range(2):
+            z = torch.zeros(8, 4, 3, requires_grad=True)
+            out = quantizer(z, torch.zeros(8, 4, 3))
+            (out.codes.sum() + out.loss).backward()
+            quantizer.update(torch.ones((), dtype=torch.bool))
+
+
+@every_form
+def test_evaluation_changes_nothing_and_initialises_nothing(form: str) -> None:
+    quantizer = make(form).eval()
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(normal(64, 4), normal(64, 1))
+    quantizer.update()
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+# However a batch is divided -------------------------------------------------------------------------------------------
+
+DIVIDED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "vq, unit": (VQ, {"normalize": True, "decay": 0.5}),
+    "gradient": (GradientVQ, {"restart_after": 2}),
+    "gradient, unit": (GradientVQ, {"restart_after": 2, "normalize": True, "gradient": "rotation"}),
+    "gradient, entropy": (GradientVQ, {"restart_after": 2, "entropy_weight": 0.1, "entropy_temperature": 0.5}),
+}
+BATCH, STEPS, SKIPPED, SIZE = 24, 10, 3, 64
+LIMIT = BATCH * 6 / (4 * SIZE)  # N_k of a code of VQ that has just restarted
+
+
+class Run:
+    """A linear encoder and a quantizer, trained together by Adam."""
+
+    def __init__(self, name: str) -> None:
+        kind, options = DIVIDED[name]
+        self.quantizer = kind(SIZE, 4, **options)
+        self.weight = (torch.eye(4) + 0.1 * normal(4, 4, seed=1)).requires_grad_()
+        self.optimizer = torch.optim.Adam([self.weight, *self.quantizer.parameters()], lr=1e-2)
+        self.quantizer.start(normal(SIZE, 4, seed=2))
+        self.restarts = 0
+
+    def objective(self, z: Tensor, noise: Tensor) -> Tensor:
+        out = self.quantizer(torch.einsum("oc,bcs->bos", self.weight, z), noise)
+        return (out.codes - z).square().mean() + out.loss
+
+    def step(self, step: int, parts: int = 1, rank: int = 0, processes: int = 1, saved: bool = False) -> None:
+        """One optimizer step on this process's share of a batch, in `parts`; processes average their gradients."""
+        z = 0.4 * normal(BATCH, 4, 6, seed=10 + step) + 0.6
+        noise, share = normal(BATCH, 1, 6, seed=100 + step), BATCH // (parts * processes)
+        self.optimizer.zero_grad()
+        for part in range(parts):
+            first = (part * processes + rank) * share
+            own = slice(first, first + share)
+            arguments = (z[own], noise[own])
+            run = partial(checkpoint, self.objective, use_reentrant=False) if saved else self.objective
+            loss = run(*arguments)
+            assert isinstance(loss, Tensor)
+            (loss / parts).backward()
+        for parameter in (self.weight, *self.quantizer.parameters()):
+            if processes > 1:
+                dist.all_reduce(grad(parameter))
+                grad(parameter).div_(processes)
+        if step != SKIPPED:
+            self.optimizer.step()
+        before = self.quantizer.codebook.detach().clone()
+        self.quantizer.update(torch.tensor(step != SKIPPED))
+        moved = (self.quantizer.codebook != before).any(1)
+        self.restarts += int((self.quantizer.count == LIMIT if isinstance(self.quantizer, VQ) else moved).sum())
+
+    def all_steps(self, **how: Any) -> dict[str, Tensor]:
+        for step in range(STEPS):
+            self.step(step, **how)
+        return {"weight": self.weight.detach(), **self.quantizer.state_dict()}
+
+
+def assert_same(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert state.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(state[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_these_runs_restart_codes(name: str) -> None:
+    """Otherwise the tests below would say nothing about it."""
+    run = Run(name)
+    run.all_steps()
+    assert run.restarts > 0
+
+
+@pytest.mark.parametrize("name", [name for name in DIVIDED if "entropy" not in name])  # which is one micro-batch's own
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_equal_one_batch(name: str, parts: int) -> None:
+    assert_same(Run(name).all_steps(parts=parts), Run(name).all_steps())
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_activation_checkpointing_changes_nothing(name: str) -> None:
+    plain, saved = Run(name).all_steps(parts=2), Run(name).all_steps(parts=2, saved=True)
+    assert all(torch.equal(saved[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_resumed_run_is_bit_equal(name: str) -> None:
+    straight, early, late = Run(name), Run(name), Run(name)
+    for step in range(4):
+        early.step(step)
+    late.step(7)  # so that anything stale would show
+    late.quantizer._pending = None
+    late.quantizer.load_state_dict(early.quantizer.state_dict())
+    late.weight.data.copy_(early.weight.data)
+    late.optimizer.load_state_dict(copy.deepcopy(early.optimizer.state_dict()))
+    for step in range(4, STEPS):
+        late.step(step)
+    expected = straight.all_steps()
+    found = {"weight": late.weight, **late.quantizer.state_dict()}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def run_rank(rank: int, processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    runs = {name: Run(name) for name in DIVIDED}  # before the group exists
+    unequal = VQ(16, 4, normalize=True, decay=0.5)
+    fresh = GradientVQ(16, 4, seed=rank)
+    where = f"file://{folder}/rendezvous"
+    patience = timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes, timeout=patience)
+    states = {name: run.all_steps(rank=rank, processes=processes) for name, run in runs.items()}
+    unequal.start(normal(64, 4, seed=2))
+    for step in range(3):
+        unequal(*uneven(step, rank))
+        unequal.update()
+    fresh(normal(20, 4, seed=rank))  # initialised by rank 0's first batch
+    states |= {"unequal": unequal.state_dict(), "fresh": fresh.state_dict()}
+    states |= {"entropy": entropies_of(uneven(0, rank)[0], processes)}
+    torch.save(states, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def entropies_of(rows: Tensor, processes: int = 1) -> dict[str, Tensor]:
+    """Both entropies over all processes, and the gradient to the codes that processes average."""
+    codes = normal(16, 4, seed=5).requires_grad_()
+    sample, batch = code_entropy(rows, codes, 0.7, shared=True)
+    (sample - 0.4 * batch).backward()
+    if processes > 1:
+        dist.all_reduce(grad(codes))
+        grad(codes).div_(processes)
+    return {"sample": sample.detach(), "batch": batch.detach(), "gradient": grad(codes)}
+
+
+def uneven(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Process 0 has 40 vectors of 64, process 1 the rest, in step 1 none; a third has none at all."""
+    cut = 64 if step == 1 else 40
+    own = (slice(cut), slice(cut, 64), slice(0))[rank]
+    return normal(64, 4, seed=20 + step)[own], normal(64, 1, seed=30 + step)[own]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_equal_one_on_the_concatenation(processes: int, tmp_path: Path) -> None:
+    multiprocessing.set_forkserver_preload(["midway.tokenizers.gradient_vq"])  # imported once, not by every process
+    mp.start_processes(run_rank, (processes, str(tmp_path)), nprocs=processes, start_method="forkserver")
+    first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes))
+    for states in others:
+        for name, state in states.items():
+            assert all(torch.equal(value, first[name][key]) for key, value in state.items())
+    for name in DIVIDED:
+        assert_same(first[name], Run(name).all_steps())
+    single = VQ(16, 4, normalize=True, decay=0.5)
+    single.start(normal(64, 4, seed=2))
+    for step in range(3):
+        single(normal(64, 4, seed=20 + step), normal(64, 1, seed=30 + step))
+        single.update()
+    assert_same(first["unequal"], single.state_dict())
+    for name, value in entropies_of(normal(64, 4, seed=20)).items():
+        torch.testing.assert_close(first["entropy"][name], value, rtol=1e-5, atol=1e-6)
+
+
+# Oracles --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gaussian_source_costs_what_is_known() -> None:
+    """64 codes, 2 channels: k-means 0.0303 per channel, above the rate-distortion bound 2^-6, below FSQ with its best decoder."""
+    from sklearn.cluster import KMeans  # here, because the spawned processes import this module too
+
+    rows, fresh = normal(6000, 2), normal(20000, 2, seed=1)
+    quantizer = VQ(64, 2)
+    quantizer.start(rows)
+    quantizer.eval()
+    own, found = (quantizer(each).losses["commitment"].item() for each in (rows, fresh))
+    best = -KMeans(64, random_state=0).fit(rows.numpy()).score(rows.numpy()) / rows.numel()
+    assert own < 1.03 * best
+    scalar = FSQ([8, 8])(rows).indices
+    sums = clustering.sums_by_code(rows, scalar, 64)
+    centroids = sums[:, :2] / sums[:, 2:].clamp(min=1)
+    of_scalar = (fresh - centroids[FSQ([8, 8])(fresh).indices]).square().mean().item()
+    assert 2**-6 < found < of_scalar
+    assert 0.0294 < found < 0.0328
+
+
+@pytest.mark.parametrize("form", ["vq, unit", "gradient, entropy", "simvq, unit, rotation"])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_compiles_into_one_graph(form: str, training: bool) -> None:
+    torch._dynamo.reset()
+    eager = started(form, 16).train(training)
+    compiled = copy.deepcopy(eager)
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        for part in range(2):
+            results = []
+            for quantizer, call in ((eager, eager), (compiled, graph)):
+                z = normal(8, 4, 3, seed=2 * step + part).requires_grad_()
+                out = call(z, normal(8, 1, 3, seed=part))
+                assert torch.equal(out.codes, quantizer.indices_to_codes(out.indices))
+                ((out.codes * z.detach()).sum() + out.loss).backward()
+                results.append((out.indices, out.loss.detach(), grad(z)))
+            torch.testing.assert_close(results[1], results[0])
+        eager.update()
+        compiled.update()
+    assert_same(compiled.state_dict(), eager.state_dict())
+
+
+@pytest.mark.parametrize("form", ["gradient"])
+def test_a_compiled_forward_that_checkpointing_runs_again_counts_once(form: str) -> None:
+    torch._dynamo.reset()
+    plain = started(form, 16)
+    saved = copy.deepcopy(plain)
+    graph = torch.compile(saved, fullgraph=True, backend="aot_eager")
+    for call in (plain, lambda z, n: checkpoint(lambda *a: graph(*a).loss, z, n, use_reentrant=False)):
+        for part in (0, 1, 1):
+            loss = call(normal(64, 4, seed=part).requires_grad_(), normal(64, 1, seed=part))
+            getattr(loss, "loss", loss).backward()
+    torch.testing.assert_close(saved._pending.sums, plain._pending.sums)
+    assert plain._pending.sums[:, -1].sum() == 3 * 64
+    torch.testing.assert_close(saved._pending.candidates, plain._pending.candidates)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_diffusers_vector_quantizer_agrees(legacy: bool) -> None:
+    """Its legacy form, the default, weighs the codebook by beta, and the commitment by 1."""
+    from diffusers.models.autoencoders.vae import VectorQuantizer
+
+    ours = GradientVQ(64, 8, commitment=0.25).eval()
+    theirs = VectorQuantizer(64, 8, beta=0.25, legacy=legacy)
+    theirs.embedding.weight.data.copy_(ours.codebook.data)
+    z, x = (normal(2, 8, 6, 6).requires_grad_() for _ in range(2))
+    out = ours(z)
+    codes, loss, (_, _, indices) = theirs(x)
+    ((out.losses["codebook"] * 0.25 + out.losses["commitment"]) if legacy else out.loss).backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    assert torch.equal(out.indices.flatten(), indices.flatten())
+    torch.testing.assert_close(out.codes, codes)
+    torch.testing.assert_close(out.loss.item(), loss.item())
+    own, foreign = (grad(ours.codebook), grad(z)), (grad(theirs.embedding.weight), grad(x))
+    if not legacy:
+        torch.testing.assert_close(own, foreign)
+        return
+    z.grad = x.grad = ours.codebook.grad = theirs.embedding.weight.grad = None
+    out.loss.backward()
+    loss.backward()
+    torch.testing.assert_close(grad(z) * 4, grad(x))
+    torch.testing.assert_close(grad(ours.codebook), 4 * grad(theirs.embedding.weight))
+
+
+def test_vector_quantize_pytorch_agrees() -> None:
+    """Indices, codes and the rotated gradient."""
+    peers = pytest.importorskip("vector_quantize_pytorch")
+    ours = VQ(64, 8, gradient="rotation").eval()
+    theirs = peers.VectorQuantize(dim=8, codebook_size=64, rotation_trick=True, commitment_weight=0.25)
+    theirs._codebook.embed.data.copy_(ours.codebook[None])
+    theirs.eval()
+    z = normal(3, 20, 8).requires_grad_()
+    codes, indices, _ = theirs(z)
+    out = ours(z.movedim(-1, 1))
+    assert torch.equal(out.indices, indices)
+    torch.testing.assert_close(out.codes.movedim(1, -1), codes, atol=1e-5, rtol=1e-5)
+    theirs.train()
+    x = normal(3, 20, 8).requires_grad_()
+    (theirs(x, freeze_codebook=True)[0] * normal(3, 20, 8, seed=2)).sum().backward()
+    (out.codes.movedim(1, -1) * normal(3, 20, 8, seed=2)).sum().backward()
+    torch.testing.assert_close(grad(x), grad(z), atol=1e-4, rtol=1e-4)
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [VQ, GradientVQ, SimVQ])
+def test_unusable_settings_are_refused(kind: Any) -> None:
+    bad: dict[str, Any] = {
+        "codebook_size": 0,
+        "dim": 0,
+        "commitment": -1.0,
+        "gradient": "rotate",
+        "entropy_weight": math.inf,
+        "entropy_temperature": 0.0,
+    }
+    own: dict[Any, dict[str, Any]] = {
+        VQ: {"decay": 1.0, "eps": 0.0, "init": "random", "restart_threshold": math.nan},
+        GradientVQ: {"init": "random", "restart_after": -1},
+        SimVQ: {},
+    }
+    for name, value in {**bad, **own[kind]}.items():
+        with pytest.raises(ValueError, match=name):
+            kind(**{"codebook_size": 8, "dim": 2, name: value})
+    with pytest.raises(ValueError, match=r"\(B, 2, \*S\)"):
+        kind(8, 2)(torch.zeros(1, 3))
+
+
+def test_noise_is_checked_where_it_is_used() -> None:
+    z = normal(4, 4, 3)
+    for quantizer in (VQ(8, 4), GradientVQ(8, 4)):
+        assert quantizer.noise_channels == 1
+        with pytest.raises(ValueError, match="noise"):
+            quantizer(z, normal(3, 1, 3))
+    for quantizer in (SimVQ(8, 4), GradientVQ(8, 4, restart_after=0)):
+        assert quantizer.noise_channels == 0
+        quantizer(z, normal(3, 1, 3))
+        quantizer.update()

@@ -1,0 +1,420 @@
+"""fit() against a plain loop; closed forms of the rate and the average; the same run however it is divided."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from midway.gen.core import randomness
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import DivergedError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.training.accelerator import make_accelerator
+from midway.gen.training.batches import Context
+from midway.gen.training.config import TrainConfig, learning_rate
+from midway.gen.training.ema import EMA, decay_at
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import FitResult, Hooks, Items
+
+SIZE = 10
+CONFIG = TrainConfig(steps=5, batch_size=8, lr=0.05, warmup=2, decay="cosine", weight_decay=0.1, clip=0.5, ema=0.5)
+
+
+class Tiny(nn.Module):
+    """Linear regression in float64 on inputs with noise of a random size; a running mean and a counter as buffers."""
+
+    average: Tensor
+    updates: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("updates", torch.tensor(0))
+        self.noise: list[Tensor] = []
+
+    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = context.normal("noise", (3,)).double()
+        self.noise.append(noise)
+        x = batch + context.uniform("time")[:, None] * noise
+        errors = (x @ self.weight + self.bias - batch.sum(1).sin()).square()
+        early = context.uniform("time") < 0.25
+        logs = {"early": torch.stack([errors[early].sum(), early.sum()]), "never": torch.zeros(2)}
+        return errors.mean(), {**logs, "largest": errors.max()}
+
+    def after_step(self, step_ok: Tensor) -> None:
+        self.average.lerp_(self.weight.detach(), 0.3 * step_ok)
+        self.updates += step_ok
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float64 to the last digits, also on a machine with a GPU; Accelerate keeps one state per process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def data() -> Tensor:
+    return torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@dataclass
+class Trained:
+    """A model after fit(), and the items it was given."""
+
+    model: Tiny
+    result: FitResult
+    run: Run
+    items: list[Tensor] = field(default_factory=list)
+
+    @property
+    def records(self) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(
+    folder: Path,
+    config: TrainConfig = CONFIG,
+    model: Tiny | None = None,
+    preview: Callable[[Tiny], Callable[[int], None]] | None = None,
+) -> Trained:
+    model, items, images = model or Tiny(), [], data()
+    accelerator = make_accelerator(config)
+    run = Run(folder, "test", {"train": to_dict(config)})
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def fetch(wanted: Tensor) -> Tensor:
+        items.append(wanted)
+        return images[wanted].to(accelerator.device)
+
+    hooks = Hooks(preview=preview(model)) if preview else None
+    return Trained(model, fit(model, Items(fetch, SIZE, "x"), config, run, accelerator, hooks), run, items)
+
+
+def plain_loop(config: TrainConfig) -> tuple[Tiny, list[dict[str, Tensor]], list[float]]:
+    """What fit() should do, in a few lines without Accelerate: the model, its state after each step, the losses."""
+    model, images, states, losses = Tiny(), data(), [], []
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+    stream = torch.cat([randomness.permutation(config.seed, "order", epoch, SIZE) for epoch in range(10)])
+    for step in range(config.steps):
+        ids = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        optimizer.zero_grad()
+        loss, _ = model.loss(images[stream[ids]], Context(config.seed, step, ids))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        model.after_step(torch.tensor(True))
+        states.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+        losses.append(loss.item())
+    return model, states, losses
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+# ---- the learning rate ----
+
+
+def test_the_rate_rises_linearly_and_then_stays() -> None:
+    config = TrainConfig(steps=100, lr=2.0, warmup=4)
+    assert [learning_rate(config, s) for s in range(6)] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+    assert learning_rate(config, 99) == 2.0
+    assert learning_rate(replace(config, warmup=0), 0) == 2.0
+
+
+def test_the_cosine_starts_at_the_full_rate_is_half_in_the_middle_and_ends_at_zero() -> None:
+    config = TrainConfig(steps=110, lr=3.0, warmup=10, decay="cosine")
+    assert learning_rate(config, 9) == learning_rate(config, 10) == 3.0
+    assert learning_rate(config, 60) == pytest.approx(1.5)
+    assert learning_rate(config, 35) == pytest.approx(1.5 * (1 + math.sqrt(0.5)))
+    assert learning_rate(config, 110) == pytest.approx(0, abs=1e-12)
+    assert learning_rate(config, 500) == pytest.approx(0, abs=1e-12)
+
+
+# ---- the average ----
+
+
+def test_the_average_is_its_closed_form_sum() -> None:
+    """shadow_n = sum_k w_k value_k, w_k = (1 - d_k) prod_(j > k) d_j; the weights, initial value included, sum to 1."""
+    model, decay, steps = Tiny(), 0.6, 12
+    values = torch.randn(steps, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    start, ema = model.weight.detach().clone(), EMA(model, decay)
+    for step, value in enumerate(values):
+        model.weight.data.copy_(value)
+        ema.update(model, step)
+    d = [min(0.6, (1 + s) / (10 + s)) for s in range(steps)]
+    weights = torch.tensor([(1 - d[k]) * math.prod(d[k + 1 :]) for k in range(steps)], dtype=torch.float64)
+    assert weights.sum() + math.prod(d) == pytest.approx(1)
+    torch.testing.assert_close(ema.shadow["weight"], weights @ values + math.prod(d) * start, rtol=0, atol=1e-14)
+
+
+def test_the_decay_warms_up_and_reaches_its_value() -> None:
+    assert [decay_at(s, 0.999) for s in (0, 1, 8, 90)] == pytest.approx([0.1, 2 / 11, 0.5, 0.91])
+    assert decay_at(8990, 0.999) == decay_at(10**6, 0.999) == 0.999
+    assert decay_at(8980, 0.999) < 0.999
+
+
+def test_learned_buffers_are_averaged_and_integers_are_copied() -> None:
+    model = Tiny()
+    ema = EMA(model, 0.9)
+    model.average.fill_(1.0)
+    model.updates.fill_(7)
+    ema.update(model, 0)
+    assert torch.equal(ema.shadow["average"], torch.full((3,), 0.9, dtype=torch.float64))
+    assert ema.shadow["updates"].item() == 7
+
+
+def test_applied_shows_the_average_and_gives_the_weights_back_even_after_an_error() -> None:
+    model = Tiny()
+    ema, own = EMA(model, 0.9), Tiny()
+    ema.shadow["weight"].fill_(5.0)
+    ema.shadow["updates"].fill_(3)
+    with pytest.raises(KeyError), ema.applied(model):
+        assert torch.equal(model.weight, torch.full_like(model.weight, 5.0))
+        assert model.updates.item() == 3
+        model.weight.data.zero_()
+        raise KeyError
+    assert difference(model, own) == 0
+    assert torch.equal(ema.shadow["weight"], torch.full_like(model.weight, 5.0))
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
+def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="decay"):
+        EMA(Tiny(), decay)
+
+
+# ---- fit() ----
+
+
+def test_fit_is_the_plain_loop(tmp_path: Path) -> None:
+    """Order, noise, clipping, rate, buffers, average: all against ten lines of torch."""
+    expected, states, losses = plain_loop(CONFIG)
+    trained = train(tmp_path, replace(CONFIG, log_every=1))
+    assert difference(trained.model, expected) < 1e-12
+    assert [record["loss"] for record in trained.records] == pytest.approx(losses, rel=1e-6)
+    ema = EMA(Tiny(), CONFIG.ema)
+    average = Tiny()
+    for step, state in enumerate(states):
+        average.load_state_dict(state)
+        ema.update(average, step)
+    assert trained.result.ema is not None
+    for name, value in trained.result.ema.shadow.items():
+        torch.testing.assert_close(value, ema.shadow[name], rtol=0, atol=1e-12)
+    assert trained.result.steps == 5
+
+
+def test_every_epoch_holds_every_item_once_in_another_order(tmp_path: Path) -> None:
+    """Batches of 8 of 10 items cross the borders of epochs."""
+    stream = torch.cat(train(tmp_path).items).view(4, SIZE)
+    for epoch, order in enumerate(stream):
+        assert torch.equal(order.sort().values, torch.arange(SIZE))
+        assert torch.equal(order, randomness.permutation(0, "order", epoch, SIZE))
+    assert len(stream.unique(dim=0)) == 4
+
+
+def test_a_batch_may_hold_several_epochs(tmp_path: Path) -> None:
+    items = train(tmp_path, replace(CONFIG, steps=2, batch_size=25)).items
+    assert torch.equal(torch.cat(items).bincount(), torch.full((SIZE,), 5))
+    assert [len(part) for part in items] == [25, 25]
+
+
+def test_a_step_sees_noise_of_its_global_positions(tmp_path: Path) -> None:
+    noise = train(tmp_path).model.noise
+    for step, got in enumerate(noise):
+        ids = torch.arange(8 * step, 8 * step + 8)
+        assert torch.equal(got.float(), randomness.normal(0, "noise", step, ids, (3,)))
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_nothing(tmp_path: Path, accumulation: int) -> None:
+    """The mean over micro-batches of equal size is the mean over the batch, so the steps are the same."""
+    whole = train(tmp_path / "1")
+    parts = train(tmp_path / "n", replace(CONFIG, accumulation=accumulation))
+    assert torch.equal(torch.cat(parts.items), torch.cat(whole.items))
+    assert torch.equal(torch.cat(parts.model.noise), torch.cat(whole.model.noise))
+    assert len(parts.items) == accumulation * len(whole.items)
+    assert difference(parts.model, whole.model) < 1e-12
+    assert parts.model.updates.item() == CONFIG.steps
+    for name in ("loss", "early", "gradient_norm"):
+        assert parts.result.last[name] == pytest.approx(whole.result.last[name], rel=1e-5)
+
+
+def test_a_seed_is_a_run_bit_for_bit_and_another_seed_is_another(tmp_path: Path) -> None:
+    first, again = train(tmp_path / "a"), train(tmp_path / "b")
+    assert difference(first.model, again.model) == 0
+    other = train(tmp_path / "c", replace(CONFIG, seed=1))
+    assert difference(first.model, other.model) > 1e-3
+    assert not torch.equal(first.items[0], other.items[0])
+
+
+def test_the_global_generator_is_not_used(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = train(tmp_path / "a")
+    torch.manual_seed(99)
+    assert difference(first.model, train(tmp_path / "b").model) == 0
+
+
+def test_time_over_stops_after_the_step_and_reports_it(tmp_path: Path) -> None:
+    shown: list[int] = []
+    config = replace(CONFIG, steps=10**6, max_seconds=0.2, log_every=10**6)
+    start = time.monotonic()
+    trained = train(tmp_path, config, preview=lambda _: shown.append)
+    assert time.monotonic() - start < 5
+    steps = trained.result.steps
+    assert 1 <= steps < 10**6
+    assert trained.model.updates.item() == steps
+    assert [record["step"] for record in trained.records] == shown == [steps]
+    assert trained.result.seconds >= 0.2
+
+
+def test_time_over_at_once_still_does_one_step(tmp_path: Path) -> None:
+    assert train(tmp_path, replace(CONFIG, max_seconds=0.0)).result.steps == 1
+
+
+class Diverging(Tiny):
+    """The loss is NaN from the fourth step on."""
+
+    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, logs = super().loss(batch, context)
+        return (loss * math.nan if context.step >= 3 else loss), logs
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run_with_exit_code_4(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"the last losses were .*nan, nan") as caught:
+        train(tmp_path, replace(CONFIG, log_every=1, patience=2), Diverging())
+    assert caught.value.exit_code == 4
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="multiple of 3") as caught:
+        train(tmp_path, replace(CONFIG, accumulation=3))
+    assert caught.value.exit_code == 2
+
+
+def test_metrics_are_means_over_the_interval_and_pairs_are_added_before_dividing(tmp_path: Path) -> None:
+    """`early` averages over samples, not over batches; a bucket without samples is left out."""
+    config = replace(CONFIG, log_every=2)
+    records = train(tmp_path, config).records
+    assert [record["step"] for record in records] == [2, 4, 5]
+    _, states, losses = plain_loop(CONFIG)
+    model = Tiny()
+    sums, largest, images = [], [], data()
+    stream = torch.cat([randomness.permutation(0, "order", epoch, SIZE) for epoch in range(4)])
+    for step in range(5):
+        if step:
+            model.load_state_dict(states[step - 1])
+        ids = torch.arange(8 * step, 8 * step + 8)
+        logs = model.loss(images[stream[ids]], Context(0, step, ids))[1]
+        sums.append(logs["early"].detach())
+        largest.append(logs["largest"].item())
+    assert len({int(pair[1]) for pair in sums}) > 1, "unequal counts tell the two means apart"
+    for record, steps in zip(records, ([0, 1], [2, 3], [4]), strict=True):
+        total = torch.stack([sums[s] for s in steps]).sum(0)
+        assert record["early"] == pytest.approx((total[0] / total[1]).item(), rel=1e-5)
+        assert record["loss"] == pytest.approx(sum(losses[s] for s in steps) / len(steps), rel=1e-5)
+        assert record["largest"] == pytest.approx(sum(largest[s] for s in steps) / len(steps), rel=1e-5)
+        assert record["lr"] == learning_rate(CONFIG, int(record["step"]) - 1)
+        assert record["gradient_norm"] > 0
+        assert record["images_per_second"] > 0
+        assert "never" not in record
+
+
+def test_previews_see_the_average_in_evaluation_mode_and_change_nothing(tmp_path: Path) -> None:
+    seen: list[tuple[int, Tensor, bool, bool]] = []
+
+    def preview(model: Tiny) -> Callable[[int], None]:
+        return lambda step: seen.append((step, model.weight.clone(), model.training, torch.is_grad_enabled()))
+
+    trained = train(tmp_path / "a", replace(CONFIG, preview_every=2), preview=preview)
+    assert [step for step, *_ in seen] == [2, 4, 5]
+    assert not any(training or gradients for _, _, training, gradients in seen)
+    assert trained.result.ema is not None
+    assert torch.equal(seen[-1][1], trained.result.ema.shadow["weight"])
+    assert (seen[-1][1] - trained.model.weight).abs().max() > 1e-3
+    assert trained.model.training
+    assert difference(trained.model, train(tmp_path / "b").model) == 0
+
+
+def test_without_an_average_previews_see_the_newest_weights(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+    config = replace(CONFIG, ema=0.0)
+    trained = train(tmp_path, config, preview=lambda model: lambda _: seen.append(model.weight.detach().clone()))
+    assert trained.result.ema is None
+    assert torch.equal(seen[-1], trained.model.weight)
+
+
+SCRIPT = """
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from safetensors.torch import save_file
+from test_fit import SHARED, train
+torch.set_num_threads(1)
+folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
+for accumulation in (1, 2):
+    trained = train(folder / str(accumulation), replace(SHARED, accumulation=accumulation))
+    state = {**trained.model.state_dict(), "items": torch.cat(trained.items), "noise": torch.cat(trained.model.noise)}
+    last = {name: torch.tensor(value) for name, value in trained.result.last.items()}
+    save_file({**state, **last}, folder / f"{accumulation}-{rank}.safetensors")
+"""
+
+
+SHARED = replace(CONFIG, batch_size=12)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_train_the_same_model_as_one(processes: int, tmp_path: Path) -> None:
+    """The same global batch, noise and means, shared by gloo processes, with and without accumulation; the averages and the
+    optimizer's means of gradients in the checkpoint too."""
+    (tmp_path / "worker.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [*launch, str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # `accelerate launch --cpu` would start one process only
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for accumulation in (1, 2):
+        one = train(tmp_path / f"one-{accumulation}", replace(SHARED, accumulation=accumulation))
+        ranks = [load_file(tmp_path / f"{accumulation}-{rank}.safetensors") for rank in range(processes)]
+        # (step and micro-batch, rank, share) in the order of the global stream
+        for name, whole in (("items", torch.cat(one.items)), ("noise", torch.cat(one.model.noise))):
+            shares = torch.stack([r[name].unflatten(0, (SHARED.steps * accumulation, -1)) for r in ranks], 1)
+            assert torch.equal(shares.flatten(0, 2), whole)
+        for name, value in one.model.state_dict().items():
+            assert all(torch.equal(ranks[0][name], other[name]) for other in ranks)
+            torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=1e-10)
+        for name in ("loss", "early", "gradient_norm"):
+            assert ranks[0][name].item() == pytest.approx(one.result.last[name], rel=1e-5)
+        for file in ("model", "ema", "optimizer"):
+            alone, shared = (
+                load_file(folder / f"checkpoints/step-5/{file}.safetensors")
+                for folder in (one.run.path, tmp_path / str(accumulation))
+            )
+            assert alone.keys() == shared.keys()
+            for name, value in alone.items():
+                torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-10)
+    lines = (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5], "only the main process writes"

@@ -1,0 +1,705 @@
+"""A run that goes on from a checkpoint is the run that was never stopped, bit for bit; a damaged checkpoint is never used."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from pipelines import TINY_DIT, Pipeline
+from resuming import (
+    DATA,
+    TRAIN,
+    VQ,
+    Task,
+    assert_same_files,
+    assert_same_run,
+    contents,
+    everything,
+    newest,
+    records,
+    steps_of,
+    train,
+    train_together,
+    unchanged,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from train_features import FeaturesTask
+from train_solver import SolverTask
+
+from midway.gen.baselines.flow_config import glow
+from midway.gen.baselines.vae import VAEConfig
+from midway.gen.core import checkpoints
+from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError
+from midway.gen.core.runs import CONFIG_TMP, lock
+from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.distill_amed import DistillConfig
+from midway.gen.diffusion.distill_table import TableConfig
+from midway.gen.diffusion.load import solver_path
+from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.tokenizer.loss_config import LossConfig
+from midway.gen.tokenizer.objective import TokenizerObjective
+from midway.gen.training.batches import Context, ImageBatch
+from midway.gen.training.config import TrainConfig
+from midway.tokenizers import vq
+from tasks import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
+
+DIT = LatentModelConfig(schedule="cosine", dit=replace(TINY_DIT, dropout=0.2))
+LATENT = replace(TRAIN, batch_size=256)  # of 1437 latents: an epoch ends in step 5 here too
+SOLVER = replace(TRAIN, batch_size=12, lr=5e-2, warmup=0, ema=0, posthoc=(), clip=1e6)
+
+
+def tokenizer_task(out: Path, train: TrainConfig = TRAIN, model: TokenizerConfig = VQ) -> TokenizerTask:
+    """A tokenizer of 5,781 parameters."""
+    return TokenizerTask(out, DATA, model, flip=True, train=train, resume="auto")
+
+
+def latent_task(out: Path, pipeline: Pipeline, train: TrainConfig = LATENT) -> LatentTask:
+    """A DiT with everything random that it has: flips, dropout, dropped labels."""
+    return LatentTask(out, pipeline.tokenizer, model=DIT, flip=True, train=train, resume="auto")
+
+
+def solver_task(out: Path, pipeline: Pipeline) -> SolverTask:
+    """A per-sample predictor, learned in a copy of the model's run."""
+    if not out.exists():
+        shutil.copytree(pipeline.model, out, ignore=shutil.ignore_patterns("solvers"))
+    distill = DistillConfig(trajectories=30, teacher_steps=4)
+    return SolverTask(out, nfe="4", grid="uniform", distill=distill, train=SOLVER, resume="auto")
+
+
+def table_task(out: Path, pipeline: Pipeline) -> SolverTask:
+    """A learned table that first chooses where it begins."""
+    task = solver_task(out, pipeline)
+    return replace(task, solver="table", grid="best", table=TableConfig(pairs=30, teacher_steps=4))
+
+
+def plugin_task(out: Path, pipeline: Pipeline) -> SolverTask:
+    """AMED inside another solver, learned end to end."""
+    task = solver_task(out, pipeline)
+    return replace(task, solver="amed-plugin-dpmpp2m", distill=replace(task.distill, mode="end_to_end"))
+
+
+VALIDATED = replace(TRAIN, posthoc=(), validate_every=2)
+
+
+def vae_task(out: Path) -> VAETask:
+    """A VAE that keeps what is best in validation."""
+    model = VAEConfig(latent_dim=2, width=8, blocks=1, mixtures=1, kl_warmup=5)
+    return VAETask(out=out, data=DATA, model=model, validation_images=20, draws=2, train=VALIDATED, resume="auto")
+
+
+def flow_task(out: Path) -> FlowTask:
+    """A flow that initialises from data, knows classes, and rarely has a better validation: its rate is far too high."""
+    train = replace(VALIDATED, lr=0.3, patience_validations=6)
+    return FlowTask(
+        out=out, data=DATA, model=glow(8, 1, 2), conditional=True, validation_images=20, train=train, resume="auto"
+    )
+
+
+CRITIC = LossConfig(
+    pixel="charbonnier",
+    adversary="hinge",
+    adaptive=True,
+    adversary_start=2,
+    critic_width=8,
+    critic_layers=1,
+    critic_rate=0.5,
+    spectral_norm=True,
+    r1=0.1,
+    gradient_penalty=0.1,
+    lecam=0.1,
+)
+"""Everything that a game remembers from step to step, begun within the first part of a run."""
+Make = Callable[[Path, Pipeline], Task]
+COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
+KINDS: dict[str, Make] = {
+    "vq": lambda out, _: tokenizer_task(out),
+    "vq in micro-batches": lambda out, _: tokenizer_task(out, replace(COSINE, accumulation=2)),
+    "vq without an average": lambda out, _: tokenizer_task(out, replace(TRAIN, ema=0, posthoc=())),
+    "fsq": lambda out, _: tokenizer_task(out, COSINE, TokenizerConfig(levels=(5, 5), width=8, blocks=1)),
+    "kl": lambda out, _: tokenizer_task(out, TRAIN, TokenizerConfig(quantizer="kl", width=8, blocks=1, dim=4)),
+    "critic": lambda out, _: replace(tokenizer_task(out), loss=CRITIC),
+    "critic in micro-batches": lambda out, _: replace(
+        tokenizer_task(out, replace(COSINE, accumulation=2)),
+        loss=replace(CRITIC, spectral_norm=False, adversary_start=0),
+    ),
+    "latent": lambda out, pipeline: latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
+    "latent with muon": lambda out, pipeline: latent_task(
+        out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
+    ),
+    "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
+    "vae": lambda out, _: vae_task(out),
+    "flow": lambda out, _: flow_task(out),
+    "solver": solver_task,
+    "table": table_task,
+    "plugin": plugin_task,
+}
+
+
+def shortened(task: Task, steps: int | None) -> Task:
+    """The same, stopping after so many steps."""
+    return replace(task, train=replace(task.train, max_steps=steps))
+
+
+# ---- stopped and gone on ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_was_stopped_twice_is_one_that_was_not(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    """After 3 and after 7 of 11 steps: within an epoch, within a log interval. Steps, losses and every saved byte agree."""
+    make = KINDS[kind]
+    whole = train(make(tmp_path / "whole", pipeline))
+    parts = train(shortened(make(tmp_path / "parts", pipeline), 3))
+    assert steps_of(parts)[0] == 3
+    assert any(record.get("partial") for record in records(parts)), "stopped within an interval"
+    train(shortened(make(tmp_path / "parts", pipeline), 4))
+    assert steps_of(parts)[0] == 7
+    train(make(tmp_path / "parts", pipeline))
+    assert_same_run(parts, whole)
+    assert [record["step"] for record in records(parts) if "loss" in record] == [4, 8, 11]
+    assert not any("partial" in record for record in records(parts))
+
+
+def test_a_run_may_stop_after_every_single_step(tmp_path: Path) -> None:
+    config = replace(TRAIN, steps=6)
+    whole, parts = train(tokenizer_task(tmp_path / "whole", config)), tmp_path / "parts"
+    for step in range(1, 7):
+        train(tokenizer_task(parts, replace(config, max_steps=1)))
+        assert steps_of(parts)[0] == step
+    assert_same_run(parts, whole)
+
+
+def test_the_vq_runs_restart_codes_throughout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the tests above would say nothing about restarts."""
+    restarted, restart = [], vq._restart
+
+    def counting(count: Tensor, total: Tensor, candidates: Tensor, limit: Tensor) -> None:
+        before = total.clone()
+        restart(count, total, candidates, limit)
+        restarted.append(int((total != before).any(1).sum()))
+
+    monkeypatch.setattr(vq, "_restart", counting)
+    run = train(tokenizer_task(tmp_path / "run"))
+    assert len(restarted) == TRAIN.steps
+    assert all(sum(part) > 0 for part in (restarted[:3], restarted[3:7], restarted[7:])), restarted
+    assert load_file(newest(run) / "model.safetensors")["tokenizer.bottleneck.step"].item() == TRAIN.steps
+
+
+def test_steps_that_were_skipped_stay_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses of steps 1 and 6 are NaN: before and after the stop."""
+    loss = TokenizerObjective.loss
+
+    def broken(self: TokenizerObjective, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        value, logs = loss(self, batch, context)
+        return (value * torch.nan if context.step in (1, 6) else value), logs
+
+    monkeypatch.setattr(TokenizerObjective, "loss", broken)
+    whole = train(tokenizer_task(tmp_path / "whole"))
+    train(tokenizer_task(tmp_path / "parts", replace(TRAIN, max_steps=3)))
+    parts = train(tokenizer_task(tmp_path / "parts"))
+    assert_same_run(parts, whole)
+    assert [record["skipped"] for record in records(parts) if "loss" in record] == [1, 2, 2]
+    assert "2 of 11 steps were skipped" in (parts / "log.txt").read_text()
+
+
+def test_a_stopped_solver_reports_the_evaluations_of_an_unbroken_one(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Although its teacher ran twice: what the second start recomputed is no cost of the method."""
+    train(solver_task(tmp_path / "whole", pipeline))
+    parts = solver_task(tmp_path / "parts", pipeline)
+    train(shortened(parts, 5))
+    train(parts)
+    said = [(solver_path(tmp_path / name, "amed", "uniform", 4) / "log.txt").read_text() for name in ("whole", "parts")]
+    costs = [text[: text.index(" evaluations of training")].rsplit(maxsplit=1)[-1] for text in said]
+    assert costs[0].replace(",", "").isdigit()
+    first, *_ = said[1].splitlines()[-1].split(" evaluations")
+    assert first.endswith(costs[0])
+
+
+def test_the_time_limit_stops_and_the_run_goes_on(tmp_path: Path) -> None:
+    whole, parts = train(tokenizer_task(tmp_path / "whole")), tmp_path / "parts"
+    for step in (1, 2, 3):
+        train(tokenizer_task(parts, replace(TRAIN, max_seconds=0.0)))
+        assert steps_of(parts)[0] == step, "time that is over still does one step"
+    assert "stopped at step 3 of 11; --resume auto goes on" in (parts / "log.txt").read_text()
+    train(tokenizer_task(parts))
+    assert_same_run(parts, whole)
+
+
+def test_seconds_count_all_starts(tmp_path: Path) -> None:
+    run = train(tokenizer_task(tmp_path / "run", replace(TRAIN, max_steps=4)))
+    before = json.loads((newest(run) / "state.json").read_text())["seconds"]
+    time.sleep(0.3)
+    train(tokenizer_task(tmp_path / "run"))
+    seconds = [json.loads(x)["seconds"] for x in (run / "metrics.jsonl").read_text().splitlines() if "loss" in x]
+    assert len(seconds) == 3 and seconds == sorted(seconds) and seconds[0] <= before < seconds[1]
+
+
+def test_going_on_in_an_empty_place_is_starting(tmp_path: Path) -> None:
+    whole = train(replace(tokenizer_task(tmp_path / "whole"), resume="no"))
+    assert_same_run(train(tokenizer_task(tmp_path / "run")), whole)
+
+
+def test_going_on_with_a_finished_run_does_no_further_step(tmp_path: Path) -> None:
+    run = train(tokenizer_task(tmp_path / "run"))
+    weights, said = contents(newest(run)), records(run)
+    train(tokenizer_task(tmp_path / "run"))
+    assert contents(newest(run)) == weights and records(run) == said
+
+
+def test_half_a_line_of_metrics_is_dropped(tmp_path: Path) -> None:
+    whole = train(tokenizer_task(tmp_path / "whole"))
+    run = train(tokenizer_task(tmp_path / "run", replace(TRAIN, max_steps=5)))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(tokenizer_task(tmp_path / "run"))
+    assert_same_run(run, whole)
+
+
+def test_half_a_checkpoint_of_a_killed_process_is_removed(stopped: Path, whole: Path) -> None:
+    """A temporary directory, and one that was about to be replaced."""
+    root = stopped / "checkpoints"
+    for name in (".tmp-step-8-12345", ".tmp-replaced-7-12345"):
+        shutil.copytree(root / "step-7", root / name)
+    (root / ".tmp-step-8-12345" / "manifest.json").unlink()
+    train(tokenizer_task(stopped))
+    assert sorted(p.name for p in root.iterdir()) == ["latest", "step-11", "step-7"]
+    assert (root / "latest").read_text() == "step-11\n"
+    assert_same_run(stopped, whole)
+
+
+def test_half_files_of_a_killed_process_are_removed(stopped: Path) -> None:
+    """What files.write_atomically was writing."""
+    for name in ("checkpoints/.latest.12345.tmp", ".metrics.jsonl.12345.tmp", ".env.json.12345.tmp", CONFIG_TMP):
+        (stopped / name).write_text("half")
+    train(tokenizer_task(stopped))
+    assert [p.name for p in stopped.rglob(".*")] == [".lock"]
+
+
+LEFT = ["nothing", "half a configuration", "a configuration", "half of env.json"]
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_process_killed_while_it_made_the_run_is_no_obstacle(left: str, tmp_path: Path) -> None:
+    whole = train(tokenizer_task(tmp_path / "whole"))
+    run = tmp_path / "run"
+    run.mkdir()
+    if left == "half a configuration":
+        (run / CONFIG_TMP).write_bytes((whole / "config.yaml").read_bytes()[:50])
+    if left in ("a configuration", "half of env.json"):
+        (run / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
+    if left == "half of env.json":
+        (run / "env.json").write_bytes((whole / "env.json").read_bytes()[:50])
+    assert_same_run(train(tokenizer_task(run)), whole)
+    assert json.loads((run / "env.json").read_text())["starts"][0]["step"] == 0
+
+
+# ---- several processes ----
+
+
+@pytest.mark.parametrize("kind", ["vq", "critic", "latent", "vae"])
+def test_two_processes_go_on_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
+    task = KINDS[kind](tmp_path / "whole", pipeline)
+    task = replace(task, train=replace(task.train, steps=9, lr=3e-3))
+    assert isinstance(task, TokenizerTask | LatentTask | VAETask)
+    whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
+    train_together(task)
+    train_together(shortened(replace(task, out=parts), 5))
+    shutil.copytree(parts, alone)
+    train_together(replace(task, out=parts))
+    assert_same_run(parts, whole)
+    note = "note: processes changed, so that last digits may differ from an unbroken run"
+    assert note not in (parts / "log.txt").read_text()
+
+    train(replace(task, out=alone))
+    assert note in (alone / "log.txt").read_text()
+    idle = without_gradient(whole)
+    for file in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        tensors, expected = load_file(newest(alone) / file), load_file(newest(whole) / file)
+        assert tensors.keys() == expected.keys()
+        for name in expected.keys() - idle:
+            torch.testing.assert_close(tensors[name], expected[name], rtol=1e-4, atol=1e-4, msg=f"{file} {name}")
+    losses, expected = ({r["step"]: r["loss"] for r in records(run) if "loss" in r} for run in (alone, whole))
+    assert losses.keys() == expected.keys() == {4, 8, 9}
+    assert [losses[s] for s in (4, 9)] == pytest.approx([expected[s] for s in (4, 9)], rel=1e-4)
+
+
+def without_gradient(run: Path) -> set[str]:
+    """Parameters that act on nothing, such as a bias before a normalisation: AdamW moves them by rounding alone."""
+    state = load_file(newest(run) / "optimizer.safetensors")
+    seconds = {name.rpartition("/")[0]: value for name, value in state.items() if name.endswith("/exp_avg_sq")}
+    idle = {name for name, value in seconds.items() if value.max() < 1e-15}
+    assert len(idle) < len(seconds) / 2
+    return idle
+
+
+# ---- damaged checkpoints ----
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The VQ run that was never stopped."""
+    torch.set_num_threads(1)
+    return train(tokenizer_task(tmp_path_factory.mktemp("whole") / "run"))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, stopped at step 7, with checkpoints of steps 4, 6 and 7."""
+    torch.set_num_threads(1)
+    config = replace(TRAIN, save_every=2, keep=3, max_steps=7)
+    run = train(tokenizer_task(tmp_path_factory.mktemp("half") / "run", config))
+    assert steps_of(run) == [7, 6, 4]
+    return run
+
+
+@pytest.fixture
+def stopped(half: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run, in another place."""
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1 << 3
+    file.write_bytes(content)
+
+
+def clear(folder: Path) -> None:
+    for file in folder.glob("*.*"):
+        file.unlink()
+
+
+def write_text(folder: Path) -> None:
+    """The smallest thing that a checkpoint can hold."""
+    (folder / "a").write_text("text")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What happened to a file of the newest checkpoint, and the words that name it."""
+
+    file: str
+    harm: Callable[[Path], None]
+    words: str
+
+
+DAMAGES = {
+    "model truncated": Damage("model.safetensors", cut, "model.safetensors has "),
+    "one bit of the optimizer flipped": Damage("optimizer.safetensors", flip, "optimizer.safetensors is not what was"),
+    "one bit of the exported tokenizer flipped": Damage("tokenizer/config.json", flip, "tokenizer/config.json is not"),
+    "average emptied": Damage("ema.safetensors", empty, "ema.safetensors has 0 bytes"),
+    "progress missing": Damage("progress.safetensors", Path.unlink, "progress.safetensors"),
+    "state emptied": Damage("state.json", empty, "state.json has 0 bytes"),
+    "manifest missing": Damage("manifest.json", Path.unlink, "its manifest cannot be used"),
+    "manifest cut": Damage("manifest.json", cut, "its manifest cannot be used"),
+    "manifest emptied": Damage("manifest.json", empty, "its manifest cannot be used"),
+    "everything missing": Damage("", clear, "its manifest cannot be used"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    name: str, whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says which one it skipped and why, on the terminal and in the log, and sets it aside."""
+    damage, root = DAMAGES[name], stopped / "checkpoints"
+    damage.harm(root / "step-7" / damage.file)
+    as_found = everything(root / "step-7")
+    train(tokenizer_task(stopped))
+    for told in (capsys.readouterr().out, (stopped / "log.txt").read_text()):
+        (skipped,) = [line for line in told.splitlines() if line.startswith("skipped")]
+        assert skipped.startswith("skipped step-7: ") and damage.words in skipped
+        assert "going on from step 6" in told
+    assert everything(root / "damaged-step-7") == as_found
+    assert_same_run(stopped, whole)
+
+
+def test_two_damaged_checkpoints_are_skipped_and_a_run_without_a_valid_one_starts_again(
+    whole: Path, stopped: Path, tmp_path: Path
+) -> None:
+    for step in (7, 6):
+        flip(stopped / "checkpoints" / f"step-{step}" / "model.safetensors")
+    worse = Path(shutil.copytree(stopped, tmp_path / "worse"))
+    flip(worse / "checkpoints" / "step-4" / "model.safetensors")
+    train(tokenizer_task(stopped))
+    assert "going on from step 4" in (stopped / "log.txt").read_text()
+    assert_same_run(stopped, whole)
+    train(tokenizer_task(worse))
+    assert (worse / "log.txt").read_text().count("training on cpu") == 2, "from the beginning, twice"
+    assert {p.name for p in (worse / "checkpoints").glob("damaged-*")} == {f"damaged-step-{n}" for n in (4, 6, 7)}
+    assert_same_run(worse, whole)
+
+
+def test_no_flipped_bit_of_a_manifest_leads_astray(tmp_path: Path) -> None:
+    """One bit of each byte in turn: the checkpoint is refused, or is still the one that it is (a version may differ)."""
+    saved = checkpoints.save(tmp_path, 12, write_text)
+    file = saved.path / checkpoints.MANIFEST
+    content = file.read_bytes()
+    refused = 0
+    for i in range(len(content)):
+        file.write_bytes(content[:i] + bytes([content[i] ^ (1 << i % 7)]) + content[i + 1 :])
+        found = checkpoints.newest_valid(tmp_path, lambda _: None)
+        assert found in (None, saved), f"byte {i}"
+        refused += found is None
+    assert refused > 100
+
+
+def test_the_same_names_with_other_shapes_are_refused_in_three_lines(stopped: Path, whole: Path) -> None:
+    """A checkpoint of an older version of a network, under the same configuration."""
+    file = newest(stopped) / "model.safetensors"
+    state = load_file(file)
+    save_file({key: value[..., None].clone() for key, value in state.items()}, file)
+    rewrite_manifest(file.parent)
+    with unchanged(stopped / "checkpoints"), pytest.raises(DataError, match="does not fit this model") as caught:
+        train(tokenizer_task(stopped))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """As if its files had been written like this."""
+    (folder / checkpoints.MANIFEST).unlink()
+    checkpoints.write_manifest(folder, int(folder.name.removeprefix("step-")), {})
+    checkpoints.verify(folder)
+
+
+class Trap:
+    """Whoever unpickles it makes a directory."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_the_trap_works(tmp_path: Path) -> None:
+    torch.save({"weight": Trap(tmp_path / "marker")}, tmp_path / "file")
+    torch.load(tmp_path / "file", weights_only=False)
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "ema", "posthoc-0.100", "optimizer", "progress"])
+def test_a_pickle_is_refused_and_not_executed(name: str, stopped: Path, tmp_path: Path) -> None:
+    """Even one whose manifest vouches for it."""
+    file, marker = newest(stopped) / f"{name}.safetensors", tmp_path / "marker"
+    state = {key: value.clone() for key, value in load_file(file).items()}  # what was loaded is a view of the file
+    torch.save({**state, "trap": Trap(marker)}, file)
+    rewrite_manifest(file.parent)
+    with unchanged(stopped / "checkpoints"), pytest.raises(DataError, match="no safetensors file") as caught:
+        train(tokenizer_task(stopped))
+    assert not marker.exists()
+    assert caught.value.exit_code == 3 and str(file) in str(caught.value)
+
+
+# ---- failing to save ----
+
+
+def test_a_failed_save_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two failures, then success: one complete checkpoint, after the first two pauses."""
+    calls, pauses = [], []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def write(folder: Path) -> None:
+        calls.append(list(folder.iterdir()))
+        (folder / "a").write_text("half")
+        if len(calls) < 3:
+            raise OSError(28, "No space left on device")
+
+    saved = checkpoints.save(tmp_path, 3, write)
+    assert calls == [[], [], []], "every attempt begins with an empty directory"
+    assert pauses == list(checkpoints.BACKOFF[:2])
+    assert checkpoints.verify(saved.path) == saved
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-3"]
+
+
+def test_a_save_that_always_fails_leaves_the_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "BACKOFF", ())
+    checkpoints.save(tmp_path, 3, write_text)
+    before = everything(tmp_path)
+
+    def write(folder: Path) -> None:
+        (folder / "a").write_text("4")
+        raise OSError(28, "No space left on device")
+
+    for needed, failing in ((0, write), (2**60, write_text)):
+        with pytest.raises(DiskError, match="step-4 was not written") as caught:
+            checkpoints.save(tmp_path, 4, failing, needed=needed)
+        assert caught.value.exit_code == 5 and len(str(caught.value).splitlines()) == 3
+        assert everything(tmp_path) == before
+
+
+# ---- other configurations ----
+
+
+def changed(out: Path, **train: object) -> TokenizerTask:
+    """The stopped run's task, but for these settings of its training."""
+    return tokenizer_task(out, replace(TRAIN, **train))  # pyright: ignore[reportArgumentType]
+
+
+REFUSED: dict[str, Callable[[Path], TokenizerTask]] = {
+    "train.lr": lambda out: changed(out, lr=2e-3),
+    "train.seed": lambda out: changed(out, seed=1),
+    "train.batch_size": lambda out: changed(out, batch_size=16),
+    "train.ema": lambda out: changed(out, ema=0.5),
+    "train.posthoc": lambda out: changed(out, posthoc=(0.05,)),
+    "train.decay": lambda out: changed(out, decay="cosine"),
+    "train.clip": lambda out: changed(out, clip=2.0),
+    "train.precision": lambda out: changed(out, precision="bf16"),
+    "model.width": lambda out: tokenizer_task(out, model=replace(VQ, width=16)),
+    "model.codebook_size": lambda out: tokenizer_task(out, model=replace(VQ, codebook_size=32)),
+    "flip": lambda out: replace(tokenizer_task(out), flip=False),
+    "data.held_out": lambda out: replace(tokenizer_task(out), data=replace(DATA, held_out=0.8)),
+}
+
+
+@pytest.mark.parametrize("key", [key for key in REFUSED if key != "train.precision"])
+def test_another_configuration_is_refused_by_name_and_changes_nothing(key: str, stopped: Path) -> None:
+    with unchanged(stopped), pytest.raises(UsageError) as caught:
+        train(REFUSED[key](stopped))
+    assert caught.value.exit_code == 2
+    assert f"another {key}" in caught.value.what and f"{key} was " in caught.value.why
+
+
+def test_every_changed_key_is_named(stopped: Path) -> None:
+    with pytest.raises(UsageError, match="another") as caught:
+        train(changed(stopped, lr=2e-3, seed=1, max_seconds=9.0))
+    assert caught.value.what == "this run was started with another train.lr, train.seed"
+    assert caught.value.why == "train.lr was 0.01, now 0.002; train.seed was 0, now 1"
+
+
+def test_more_steps_are_refused_under_a_cosine(tmp_path: Path) -> None:
+    """Every rate would have been another."""
+    run = train(changed(tmp_path / "run", decay="cosine", max_steps=3))
+    with unchanged(run), pytest.raises(UsageError, match=r"train\.steps was 11, now 12"):
+        train(changed(run, decay="cosine", steps=12))
+
+
+def test_more_steps_go_on_under_a_constant_rate(whole: Path, tmp_path: Path) -> None:
+    run = train(changed(tmp_path / "run", steps=8))
+    assert records(run)[-1]["final"]
+    train(changed(run, steps=11))
+    assert_same_files(newest(run), newest(whole))
+    assert records(run) == records(whole)
+
+
+ALLOWED: dict[str, dict[str, object]] = {
+    "max_seconds": {"max_seconds": 1000.0},
+    "save_every and keep": {"save_every": 3, "keep": 1},
+    "log_with": {"log_with": ("tensorboard",)},
+    "patience": {"patience": 3, "save_seconds": 0.0},
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_another_budget_or_report_goes_on(name: str, whole: Path, stopped: Path) -> None:
+    """In another place than where it began, too. The run then says the new values."""
+    train(changed(stopped, **ALLOWED[name]))
+    assert_same_run(stopped, whole)
+    config = (stopped / "config.yaml").read_text()
+    assert all(f"{key}: {value}" in config for key, value in ALLOWED[name].items() if not isinstance(value, tuple))
+    assert "note:" not in (stopped / "log.txt").read_text()
+
+
+def test_another_log_interval_goes_on(whole: Path, stopped: Path) -> None:
+    train(changed(stopped, log_every=3))
+    assert_same_files(newest(stopped), newest(whole))
+    assert [record["step"] for record in records(stopped)] == [4, 9, 11, 11]
+
+
+SMOOTH = TokenizerConfig(quantizer="kl", width=8, blocks=1, dim=4)
+"""A tokenizer without codes, which rounding could turn into others."""
+
+
+def test_more_accumulation_goes_on_with_a_note(tmp_path: Path) -> None:
+    """The same up to rounding."""
+    whole = train(tokenizer_task(tmp_path / "whole", TRAIN, SMOOTH))
+    run = train(tokenizer_task(tmp_path / "run", replace(TRAIN, max_steps=4), SMOOTH))
+    train(tokenizer_task(tmp_path / "run", replace(TRAIN, accumulation=2), SMOOTH))
+    note = "note: train.accumulation changed, so that last digits may differ from an unbroken run"
+    assert (run / "log.txt").read_text().count(note) == 1
+    assert len(records(run)) == len(records(whole)) == 4
+    for record, expected in zip(records(run), records(whole), strict=True):
+        assert record == pytest.approx(expected, rel=1e-3)
+
+
+def test_steps_of_an_interval_weigh_the_same_if_accumulation_changes_within(tmp_path: Path) -> None:
+    whole = train(tokenizer_task(tmp_path / "whole", TRAIN, SMOOTH))
+    run = train(tokenizer_task(tmp_path / "run", replace(TRAIN, max_steps=5), SMOOTH))
+    train(tokenizer_task(tmp_path / "run", replace(TRAIN, accumulation=2), SMOOTH))
+    losses = [[r["loss"] for r in records(path) if "loss" in r] for path in (run, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# ---- other data ----
+
+
+def write_images(root: Path, count: int = 8) -> None:
+    for label in ("a", "b"):
+        (root / label).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), 20 * i + (9 if label == "a" else 0)).save(root / label / f"{i}.png")
+
+
+def test_changed_images_are_refused_and_moved_ones_are_not(tmp_path: Path) -> None:
+    images, config = tmp_path / "images", replace(TRAIN, steps=3, batch_size=8)
+    write_images(images)
+    task = replace(tokenizer_task(tmp_path / "run", config), data=DataConfig(str(images)))
+    run = train(shortened(task, 2))
+    moved = images.rename(tmp_path / "moved")
+    Image.new("L", (8, 8), 255).save(moved / "a" / "new.png")
+    there = replace(task, data=DataConfig(str(moved)))
+    with unchanged(run), pytest.raises(UsageError, match="another data fingerprint"):
+        train(there)
+    (moved / "a" / "new.png").unlink()
+    train(there)
+    assert steps_of(run)[0] == 3
+
+
+def test_latents_of_another_tokenizer_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    """One at the same path, of the same kind and size."""
+    tokenizer = Path(shutil.copytree(pipeline.tokenizer, tmp_path / "tokenizer"))
+    task = replace(latent_task(tmp_path / "run", pipeline), tokenizer=tokenizer)
+    run = train(shortened(task, 2))
+    file = newest(tokenizer) / "tokenizer" / "diffusion_pytorch_model.safetensors"
+    other = {
+        name: value * 1.01 if value.is_floating_point() else value.clone() for name, value in load_file(file).items()
+    }
+    save_file(other, file, {"format": "pt"})
+    rewrite_manifest(file.parents[1])
+    with unchanged(run), pytest.raises(UsageError, match="another data fingerprint"):
+        train(task)
+
+
+# ---- one trainer at a time ----
+
+
+def test_a_run_that_is_being_trained_is_refused(whole: Path, stopped: Path) -> None:
+    with lock(stopped):
+        with unchanged(stopped), pytest.raises(UsageError, match="being trained by another process") as caught:
+            train(tokenizer_task(stopped))
+        assert caught.value.exit_code == 2
+    train(tokenizer_task(stopped))
+    assert_same_run(stopped, whole)
+
+
+def test_a_run_that_is_being_trained_is_not_overwritten(stopped: Path) -> None:
+    with lock(stopped), unchanged(stopped), pytest.raises(MidwayError, match="being trained by another process"):
+        train(replace(tokenizer_task(stopped), resume="no", overwrite=True))
