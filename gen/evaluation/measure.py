@@ -55,7 +55,7 @@ class Reference:
     source: Source
     seeds: Seeds
     store: CellStore
-    shard: ProcessInfo
+    process: ProcessInfo
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Reference:
 
     def make(self) -> None:
         """Make the parts of this process that are not there."""
-        for number, (_, first, count) in self.shard.mine(self.seeds.parts):
+        for number, (_, first, count) in self.process.mine(self.seeds.parts):
             if self.store.part(self.identity, number) is None:
                 raw = self.source.sample(seeds_of(first, count))
                 tensors = {"latents": raw.values, "images": self.source.images(raw)}
@@ -96,7 +96,7 @@ class Bench:
     measurer: Measurer
     seeds: Seeds
     store: CellStore
-    shard: ProcessInfo
+    process: ProcessInfo
     metrics: tuple[str, ...] = ()
     """Beside the Fréchet distance, by their names in METRICS."""
     overlap: bool = False
@@ -125,16 +125,16 @@ def measure(source: Source, bench: Bench, fine: Reference | None = None) -> dict
     """The numbers of one cell: from the store if it is finished, else measured. With `fine`, RMSE too."""
     identity = bench.identity(source, fine)
     numbers = bench.store.record(identity)
-    bench.shard.wait()  # all have looked before the first process writes
+    bench.process.wait()  # all have looked before the first process writes
     if numbers is None:
         _make_parts(source, bench, identity, fine)
-        bench.shard.wait()
+        bench.process.wait()
         _make_blocks(bench, identity)
-        bench.shard.wait()
-        if bench.shard.rank == 0:
+        bench.process.wait()
+        if bench.process.rank == 0:
             numbers, png = _summary(bench, identity)
             bench.store.finish(identity, numbers, png)
-        bench.shard.wait()
+        bench.process.wait()
         numbers = numbers or bench.store.record(identity)
     assert numbers is not None
     return numbers
@@ -150,7 +150,7 @@ def picture(source: Source, bench: Bench, fine: Reference | None = None) -> byte
 
 def _make_parts(source: Source, bench: Bench, identity: dict[str, Any], fine: Reference | None) -> None:
     with _worker(bench.overlap) as run:
-        for number, (_, first, count) in bench.shard.mine(bench.seeds.parts):
+        for number, (_, first, count) in bench.process.mine(bench.seeds.parts):
             if bench.store.part(identity, number) is None:
                 raw = source.sample(seeds_of(first, count))
                 run(lambda raw=raw, number=number: _keep(source, raw, number, bench, identity, fine))
@@ -206,7 +206,7 @@ def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
 
 def _make_blocks(bench: Bench, identity: dict[str, Any]) -> None:
     """Measure the blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
-    for block, _ in bench.shard.mine(range(bench.seeds.blocks)):
+    for block, _ in bench.process.mine(range(bench.seeds.blocks)):
         if bench.store.part(identity, _place(bench, block)) is None:
             bench.store.write_part(identity, _place(bench, block), _block(bench, identity, block))
 
