@@ -55,7 +55,7 @@ class FineSolution:
     source: SampleSource
     seeds: Seeds
     store: CellStore
-    shard: ProcessInfo
+    process: ProcessInfo
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class FineSolution:
 
     def make(self) -> None:
         """Make the parts of this process that are not there."""
-        for number, (_, first, count) in self.shard.mine(self.seeds.parts):
+        for number, (_, first, count) in self.process.mine(self.seeds.parts):
             if self.store.part(self.identity, number) is None:
                 raw = self.source.sample(seeds_of(first, count))
                 tensors = {"latents": raw.values, "images": self.source.images(raw)}
@@ -96,7 +96,7 @@ class EvaluationContext:
     reference: FeatureReference
     seeds: Seeds
     store: CellStore
-    shard: ProcessInfo
+    process: ProcessInfo
     metrics: tuple[str, ...] = ()
     """Beside the Fréchet distance, by their names in METRICS."""
     overlap: bool = False
@@ -125,16 +125,16 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
     """The numbers of one cell: from the store if it is finished, else measured. With `fine`, RMSE too."""
     identity = context.identity(source, fine)
     numbers = context.store.record(identity)
-    context.shard.wait()  # all have looked before the first process writes
+    context.process.wait()  # all have looked before the first process writes
     if numbers is None:
         _make_parts(source, context, identity, fine)
-        context.shard.wait()
+        context.process.wait()
         _make_blocks(context, identity)
-        context.shard.wait()
-        if context.shard.rank == 0:
+        context.process.wait()
+        if context.process.rank == 0:
             numbers, png = _summary(context, identity)
             context.store.finish(identity, numbers, png)
-        context.shard.wait()
+        context.process.wait()
         numbers = numbers or context.store.record(identity)
     assert numbers is not None
     return numbers
@@ -152,7 +152,7 @@ def _make_parts(
     source: SampleSource, context: EvaluationContext, identity: dict[str, Any], fine: FineSolution | None
 ) -> None:
     with _worker(context.overlap) as run:
-        for number, (_, first, count) in context.shard.mine(context.seeds.parts):
+        for number, (_, first, count) in context.process.mine(context.seeds.parts):
             if context.store.part(identity, number) is None:
                 raw = source.sample(seeds_of(first, count))
                 run(lambda raw=raw, number=number: _keep(source, raw, number, context, identity, fine))
@@ -213,7 +213,7 @@ def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
 
 def _make_blocks(context: EvaluationContext, identity: dict[str, Any]) -> None:
     """Measure the blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
-    for block, _ in context.shard.mine(range(context.seeds.blocks)):
+    for block, _ in context.process.mine(range(context.seeds.blocks)):
         if context.store.part(identity, _place(context, block)) is None:
             context.store.write_part(identity, _place(context, block), _block(context, identity, block))
 

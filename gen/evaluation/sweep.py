@@ -71,7 +71,7 @@ def run_sweep(
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
     others: Mapping[str, Other] | None = None,
-    shard: ProcessInfo | None = None,
+    process: ProcessInfo | None = None,
 ) -> Sweep:
     """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn.
 
@@ -81,19 +81,21 @@ def run_sweep(
     config.check(n)
     check_metrics(config.metrics, n, reference.statistics.dim, reference.has_logits)
     jobs = all_jobs(model, others or {}, config, n)
-    shard, seeds = shard or ProcessInfo(), Seeds(config.first_seed, n, config.blocks)
+    process, seeds = process or ProcessInfo(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
-    context = EvaluationContext(reference, seeds, store, shard, config.metrics, config.overlap, timing(config, shard))
-    with store.claimed() if shard.rank == 0 else nullcontext():
-        shard.wait()
+    context = EvaluationContext(
+        reference, seeds, store, process, config.metrics, config.overlap, timing(config, process)
+    )
+    with store.claimed() if process.rank == 0 else nullcontext():
+        process.wait()
         return _run(model, jobs, context, splits, config, progress)
 
 
-def timing(config: SweepConfig, shard: ProcessInfo) -> str:
+def timing(config: SweepConfig, process: ProcessInfo) -> str:
     """What seconds depend on, in a line."""
     graphs = ", CUDA graphs" if config.graph else ""
     overlapped = ", overlapped" if config.overlap else ""
-    return f"{hardware()}; {shard.world} process(es), batches of {config.batch_size}{graphs}{overlapped}"
+    return f"{hardware()}; {process.world_size} process(es), batches of {config.batch_size}{graphs}{overlapped}"
 
 
 def _run(
@@ -107,7 +109,7 @@ def _run(
     fine, seeds = None, context.seeds
     if model is not None and config.reference_nfe:
         progress("reference")
-        fine = FineSolution(fine_source(model, config), seeds, context.store, context.shard)
+        fine = FineSolution(fine_source(model, config), seeds, context.store, context.process)
         fine.make()
     cells, pictures, made = [floor_cell(context.reference, splits.held_out, seeds.n, config.metrics)], {}, {}
     for job in jobs:

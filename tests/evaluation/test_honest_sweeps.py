@@ -52,7 +52,7 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
         found = [store.part(identity, place) for place in places]
         return [part.costs["block"] for part in found if part is not None]
 
-    measure._make_blocks(dataclasses.replace(context, shard=ProcessInfo(1, 3)), identity)
+    measure._make_blocks(dataclasses.replace(context, process=ProcessInfo(1, 3)), identity)
     assert there() == [1]
     measure._make_blocks(context, identity)
     assert there() == [0, 1, 3]

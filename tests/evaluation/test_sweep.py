@@ -16,6 +16,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from multiprocess import launch
 from pipelines import SCRIPTS, Pipeline, Script
 
 from midway.gen.baselines.registry import load_trained_baseline
@@ -171,7 +172,7 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     real, cut = measure._make_parts, pytest.MonkeyPatch()
 
     def second(source: Any, context: Any, *rest: Any) -> None:
-        real(source, replace(context, shard=ProcessInfo(1, 2)), *rest)
+        real(source, replace(context, process=ProcessInfo(1, 2)), *rest)
         raise Killed
 
     cut.setattr(measure, "_make_parts", second)
@@ -306,17 +307,12 @@ def test_two_processes_give_the_table_of_one(pipeline: Pipeline, tmp_path: Path)
         "--metrics",
         "kid,is",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(SCRIPTS / "evaluate.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    told = []
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, script, *flags, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        told.append(done.stdout)
+    told = [
+        launch(SCRIPTS / "evaluate.py", *flags, "--out", tmp_path / name, processes=count)
+        for name, count in (("one", 1), ("two", 2))
+    ]
     assert table(tmp_path / "one") == table(tmp_path / "two")
-    assert told[1].count("report: ") == 1, "one process speaks"
+    assert "".join(told[1]).count("report: ") == 1, "one process reports"
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 7}, {"batch_size": 64}, {"overlap": True}], ids=str)

@@ -274,7 +274,7 @@ def test_the_root_by_products_agrees_and_refuses_what_it_cannot(
     assert used == ["newton-schulz", ""]
     flat = many.clone()
     flat[:, 0] = 0  # a singular covariance, and a reference that has one too
-    singular = dataclasses.replace(products, reference=FeatureStatistics.of(flat))
+    singular = dataclasses.replace(products, statistics=FeatureStatistics.of(flat))
     with pytest.raises(UsageError, match="--root newton-schulz"):
         singular.distance_of(flat)
 
