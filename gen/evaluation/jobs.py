@@ -16,7 +16,7 @@ from midway.gen.diffusion.sampling import Plan
 from midway.gen.evaluation.diffusers_model import DiffusersModel
 from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_plans, within_training
 from midway.gen.evaluation.external import ExternalImages, ImagesSource, check_count
-from midway.gen.evaluation.sources import BaselineSource, SolverSource, Source
+from midway.gen.evaluation.sources import BaselineSource, SampleSource, SolverSource
 from midway.gen.evaluation.store import PART
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
@@ -81,13 +81,13 @@ class Job:
 
     solver: str
     grid: str
-    source: Source
+    source: SampleSource
     training_nfe: int = 0
     baseline: bool = False
     classes: int = 0
 
 
-def fine_source(model: Model, config: SweepConfig) -> Source:
+def fine_source(model: Model, config: SweepConfig) -> SampleSource:
     """What RMSE is measured against, as a source of samples."""
     return _source(model, fine_plan(model, config), config)
 
@@ -121,7 +121,7 @@ def _plans(model: Model, solver: str, nfe: int, config: SweepConfig) -> dict[str
     return make_plans(model, solver, nfe, config)
 
 
-def _source(model: Model, plan: Plan, config: SweepConfig) -> Source:
+def _source(model: Model, plan: Plan, config: SweepConfig) -> SampleSource:
     if isinstance(model, DiffusersModel):
         return DiffusersSource(model, plan, config.sampling())
     return SolverSource(model, plan, config.sampling())
