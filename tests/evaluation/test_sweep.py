@@ -42,7 +42,7 @@ from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.sweep import markdown_tables, report_html, terminal_text
-from midway.gen.report.sweep_tables import difference_table
+from midway.gen.report.sweep_tables import difference_table, distance_table
 from midway.gen.report.table import Entry, ReportContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")

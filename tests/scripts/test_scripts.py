@@ -526,7 +526,10 @@ EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bo
     "graph": ({"graph": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") == b.value("rmse")),
     "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
     "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
-    "reference_nfe": ({"reference_nfe": 4}, lambda a, b: a.rmse != b.rmse and a.distance == b.distance),
+    "reference_nfe": (
+        {"reference_nfe": 4},
+        lambda a, b: a.value("rmse") != b.value("rmse") and a.distance == b.distance,
+    ),
 }
 
 
