@@ -48,7 +48,7 @@ class LatentModelConfig:
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
     dequantise: bool = False
-    """Pixel models: spread each level over its cell, so that the density is one of pixels and has bits per dimension."""
+    """Pixel models: spread each level over its bin, so that the density is one of pixels and has bits per dimension."""
     dit: DiTConfig = field(default_factory=DiTConfig)
 
     def make_schedule(self) -> Schedule:
@@ -69,8 +69,8 @@ class LatentModel(nn.Module):
             self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
             self.half_cell: Tensor
 
-    def set_cells(self, levels: int, std: Tensor) -> None:
-        """Tell a dequantising model the cells of its data: levels in [-1, 1], and std (C,) of the pixels by channel."""
+    def set_bins(self, levels: int, std: Tensor) -> None:
+        """Set the bin width of dequantisation, for `levels` levels in [-1, 1] and std (C,) of the pixels by channel."""
         self.half_cell.copy_(1 / ((levels - 1) * std.view(-1, 1, 1)))
 
     def time_of(self, u: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class LatentModel(nn.Module):
         """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
 
         Where the batch has mirrored latents, each sample is one or the other, at random. With `dequantise` each pixel is uniform
-        on the cell of its level, value (2 u - 1) / (levels - 1) around it.
+        on the bin of its level, value (2 u - 1) / (levels - 1) around it.
         """
         x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
         if self.config.dequantise:

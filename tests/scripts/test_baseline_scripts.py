@@ -14,6 +14,8 @@ import pytest
 import torch
 import train_baseline
 import train_features
+from baseline_recipes import BASELINE_RECIPES
+from baseline_tasks import BASELINE_TASKS, BaselineTask, FlowTask, TarFlowTask, VAETask
 from evaluate_likelihood import LikelihoodTask
 from PIL import Image
 from pipelines import Script
@@ -40,8 +42,6 @@ from midway.gen.evaluation.likelihood import (
 from midway.gen.report.likelihood import FILES
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
-from recipes import BASELINE_RECIPES
-from tasks import BASELINE_TASKS, BaselineTask, FlowTask, TarFlowTask, VAETask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(steps=12, batch_size=32, lr=1e-2, warmup=2, ema=0.5, log_every=4, validate_every=3)

@@ -20,6 +20,7 @@ import torch
 import train_latent
 import train_solver
 import train_tokenizer
+from baseline_recipes import BASELINE_RECIPES
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from multiprocess import launch
 from PIL import Image
@@ -51,7 +52,7 @@ from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
-from recipes import BASELINE_RECIPES, LATENT_RECIPES, TOKENIZER_RECIPES
+from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 
 ROOT = SCRIPTS.parent

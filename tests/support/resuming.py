@@ -20,6 +20,7 @@ import train_features
 import train_latent
 import train_solver
 import train_tokenizer
+from baseline_tasks import BaselineTask
 from multiprocess import together
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,7 +32,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training import signals
 from midway.gen.training.config import TrainConfig
-from tasks import BaselineTask, LatentTask, TokenizerConfig, TokenizerTask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 Task = TokenizerTask | LatentTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
 

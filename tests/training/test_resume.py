@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from baseline_tasks import FlowTask, VAETask
 from PIL import Image
 from pipelines import TINY_DIT, Pipeline
 from resuming import (
@@ -48,7 +49,7 @@ from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers import vq
-from tasks import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
 
