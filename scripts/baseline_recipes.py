@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from baseline_tasks import BaselineTask, FlowTask, TarFlowTask, VAETask
-
 from midway.gen.baselines.flow_config import FlowConfig, glow, nice, realnvp
 from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig

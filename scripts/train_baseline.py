@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from baseline_recipes import BASELINE_RECIPES
-from baseline_tasks import BASELINE_TASKS, BaselineTask, VAETask
-from running import image_items, open_run
 from torch import Tensor
 
+from baseline_recipes import BASELINE_RECIPES
+from baseline_tasks import BASELINE_TASKS, BaselineTask, VAETask
 from cli import main, resolve, weights_name
 from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
@@ -30,6 +29,7 @@ from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_nam
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items
+from running import image_items, open_run
 
 PREVIEW = 60
 PAIRS = 8

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import torch
 from accelerate import Accelerator
-from running import image_items, open_run
 from torch import Tensor
 
 from cli import main, resolve
@@ -25,6 +24,7 @@ from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
+from running import image_items, open_run
 from tasks import Flat, Resume
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from running import open_run
 from torch import Tensor
 
 from cli import main, resolve, weights_name
@@ -34,6 +33,7 @@ from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import LATENT_RECIPES
+from running import open_run
 from tasks import LatentTask
 
 PREVIEW = 60
@@ -149,7 +149,7 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
         return
     if not tokenizer.passes_through:
         raise UsageError(
-            "--model.dequantise True",
+            "--model.dequantise",
             "these latents are no pixels: the tokenizer is learned",
             "drop it, or use the tokenizer of the recipe digits-pixels",
         )

@@ -6,7 +6,6 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from running import image_items, open_run
 from torch import Tensor
 
 from cli import main, resolve, weights_name
@@ -27,6 +26,7 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
+from running import image_items, open_run
 from tasks import TokenizerTask
 
 SHOWN = 32

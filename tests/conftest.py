@@ -14,11 +14,11 @@ import train_features
 import train_latent
 import train_solver
 import train_tokenizer
-from baseline_tasks import VAETask
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import save_file
 from torchvision.models import vgg16
 
+from baseline_tasks import VAETask
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig

@@ -172,7 +172,7 @@ def test_refuses_every_kind_of_damage(tmp_path: Path) -> None:
 
 def test_refuses_a_foreign_safetensors_file(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="something else"):
+    with pytest.raises(DataError, match="not those of a feature network"):
         load_features(tmp_path / "other.safetensors")
 
 

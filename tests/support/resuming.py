@@ -20,11 +20,11 @@ import train_features
 import train_latent
 import train_solver
 import train_tokenizer
-from baseline_tasks import BaselineTask
 from multiprocess import together
 from safetensors.torch import load_file
 from torch import Tensor
 
+from baseline_tasks import BaselineTask
 from cli import main
 from midway.gen.core import checkpoints
 from midway.gen.core.runs import Run

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from baseline_tasks import FlowTask, VAETask
 from PIL import Image
 from pipelines import TINY_DIT, Pipeline
 from resuming import (
@@ -34,6 +33,7 @@ from torch import Tensor
 from train_features import FeaturesTask
 from train_solver import SolverTask
 
+from baseline_tasks import FlowTask, VAETask
 from midway.gen.baselines.flow_config import glow
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
