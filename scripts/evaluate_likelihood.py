@@ -27,7 +27,7 @@ from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, l
 from midway.gen.evaluation.records import ReportContext
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.report.likelihood import check_out, text_table, write_likelihood_report
 
 Trained = TrainedBaseline | TrainedModel
@@ -85,14 +85,14 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
             make_samplers(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
-    measurer = make_features(features, splits, device)
+    reference = make_features(features, splits, device)
     instruments = Instruments(
         subject,
         bounds,
         task.iwae,
         torch.arange(task.first_seed, task.first_seed + len(subject.images)),
-        measurer,
-        None if measurer is None else measurer.distance(subject.images),
+        reference,
+        None if reference is None else reference.distance(subject.images),
         levels,
         plans,
         task.solver,
@@ -201,12 +201,12 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
         return None
 
 
-def make_features(features: Extractor | None, splits: Splits, device: torch.device) -> Measurer | None:
+def make_features(features: Extractor | None, splits: Splits, device: torch.device) -> FeatureReference | None:
     """The feature network with its reference."""
     if features is None:
         return None
     features.check(splits.train.images, "the models make")
-    return make_measurer(features.to(device), features.name, splits.train)
+    return make_reference(features.to(device), features.name, splits.train)
 
 
 # ---- the report ----

@@ -16,7 +16,7 @@ from midway.gen.diffusion.model import EVERYWHERE, start_state
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
 from midway.gen.evaluation.diffusers_model import DiffusersModel
-from midway.gen.evaluation.sources import Raw
+from midway.gen.evaluation.sources import SampledBatch
 from midway.samplers.grids import GRIDS
 from midway.samplers.interop import trained_range
 from midway.samplers.sample import ForwardCounter
@@ -42,20 +42,20 @@ class DiffusersSource:
         return {"diffusers": self.model.hash, "plan": self.sampler.hash, "precision": self.sampling.precision}
 
     @torch.no_grad()
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         """States float32 (n, C, h, w), of noise that is a function of the seed."""
         model, begun = self.model, time.perf_counter()
         bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16")
         with ForwardCounter(model.network) as counter, bf16:
             parts = [self._solved(some) for some in seeds.split(self.sampling.batch_size)]
-        return Raw(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - begun)
+        return SampledBatch(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - begun)
 
     def _solved(self, seeds: Tensor) -> Tensor:
         model = self.model
         x = start_state(model.schedule, self.sampler.grid[0], noise_of(seeds, model.shape).to(model.device))
         return self.sampler.run(model.field(labels_of(seeds, model.classes)), x, SeededNoise(seeds)).cpu()
 
-    def images(self, raw: Raw) -> Tensor:
+    def images(self, raw: SampledBatch) -> Tensor:
         """Decoded, or in 256 levels."""
         return self.model.decode(raw.values)
 

@@ -14,7 +14,7 @@ from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, is_reachab
 from midway.gen.evaluation.diffusers_model import DiffusersModel
 from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_samplers, within_training
 from midway.gen.evaluation.external import ExternalImages, ImagesSource, check_count
-from midway.gen.evaluation.sources import BaselineSource, SolverSource, Source
+from midway.gen.evaluation.sources import BaselineSource, SampleSource, SolverSource
 from midway.gen.evaluation.store import PART
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
@@ -81,13 +81,13 @@ class Job:
 
     solver: str
     grid: str
-    source: Source
+    source: SampleSource
     training_nfe: int = 0
     baseline: bool = False
     classes: int = 0
 
 
-def fine_source(model: Model, config: SweepConfig) -> Source:
+def fine_source(model: Model, config: SweepConfig) -> SampleSource:
     """What RMSE is measured against, as a source of samples."""
     return _source(model, fine_table(model, config), config)
 
@@ -121,7 +121,7 @@ def _samplers(model: Model, solver: str, nfe: int, config: SweepConfig) -> dict[
     return make_samplers(model, solver, nfe, config)
 
 
-def _source(model: Model, sampler: Sampler, config: SweepConfig) -> Source:
+def _source(model: Model, sampler: Sampler, config: SweepConfig) -> SampleSource:
     if isinstance(model, DiffusersModel):
         return DiffusersSource(model, sampler, config.sampling())
     return SolverSource(model, sampler, config.sampling())

@@ -29,7 +29,7 @@ from midway.gen.evaluation.likelihood import (
     uniform_score,
 )
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.features.reference import Measurer
+from midway.gen.features.reference import FeatureReference
 from midway.gen.training.batches import Context
 from midway.samplers.sampler import Sampler
 
@@ -42,7 +42,7 @@ class Instruments:
     bounds: Bounds
     iwae: int
     seeds: torch.Tensor
-    measurer: Measurer | None
+    reference: FeatureReference | None
     floor: float | None
     levels: int
     """Of the data."""
@@ -70,7 +70,7 @@ def baseline_row(name: str, trained: TrainedBaseline, instruments: Instruments) 
         drawn = draw(model, instruments.seeds, bounds.batch_size)
     except ValueError as error:
         raise DivergedError(f"{name} cannot be sampled", str(error), "leave it out, or train it again") from error
-    measurer = instruments.measurer
+    reference = instruments.reference
     return LikelihoodRow(
         name=name,
         kind=model.kind,
@@ -91,9 +91,9 @@ def baseline_row(name: str, trained: TrainedBaseline, instruments: Instruments) 
         seconds=round(seconds, 3),
         sample_nfe=model.sample_nfe,
         sample_seconds=round(1000 * drawn.seconds / len(drawn.images), 3),
-        distance=None if measurer is None else measurer.distance(drawn.images),
+        distance=None if reference is None else reference.distance(drawn.images),
         floor=instruments.floor,
-        features=None if measurer is None else measurer.features,
+        features=None if reference is None else reference.features,
     )
 
 
@@ -116,7 +116,7 @@ def latent_row(name: str, trained: TrainedModel, instruments: Instruments) -> Li
     begun = time.perf_counter()
     images = source.images(raw)
     sampling = raw.seconds + time.perf_counter() - begun
-    measurer, subject, model = instruments.measurer, instruments.subject, trained.model
+    reference, subject, model = instruments.reference, instruments.subject, trained.model
     networks = [model] if pixels else [model, trained.tokenizer]
     return LikelihoodRow(
         name=name,
@@ -137,9 +137,9 @@ def latent_row(name: str, trained: TrainedModel, instruments: Instruments) -> Li
         sample_nfe=int(raw.nfe),
         sampler=f"{instruments.solver}, {grid_of(sampler, instruments)}",
         sample_seconds=round(1000 * sampling / len(images), 3),
-        distance=None if measurer is None else measurer.distance(images),
+        distance=None if reference is None else reference.distance(images),
         floor=instruments.floor,
-        features=None if measurer is None else measurer.features,
+        features=None if reference is None else reference.features,
     )
 
 

@@ -23,7 +23,7 @@ LATENT_LIMIT = 100.0
 
 
 @dataclass(frozen=True)
-class Raw:
+class SampledBatch:
     """What was sampled for n seeds, before it is images: float values (n, *) on the CPU, evaluations of one, seconds of all."""
 
     values: Tensor
@@ -36,17 +36,17 @@ class Raw:
         return self.values.flatten(1).isfinite().all(1)
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Makes images by seed; `identity` is JSON of everything that they depend on."""
 
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         """One sample for each int64 seed (n,)."""
         ...
 
-    def images(self, raw: Raw) -> Tensor:
+    def images(self, raw: SampledBatch) -> Tensor:
         """uint8 (n, C, H, W) on the CPU, also of samples that are not finite."""
         ...
 
@@ -71,12 +71,12 @@ class SolverSource:
             "precision": self.sampling.precision,
         }
 
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         """Latents float32 (n, C, h, w)."""
         samples = sample_latents(self.trained, self.sampler, seeds, self.sampling)
-        return Raw(samples.latents, samples.nfe, samples.seconds)
+        return SampledBatch(samples.latents, samples.nfe, samples.seconds)
 
-    def images(self, raw: Raw) -> Tensor:
+    def images(self, raw: SampledBatch) -> Tensor:
         """Decoded. DivergedError if the decoder makes of finite latents what is not finite."""
         try:
             return decode(self.trained, raw.values.nan_to_num().clamp(-LATENT_LIMIT, LATENT_LIMIT))
@@ -100,14 +100,14 @@ class BaselineSource:
         """The model."""
         return {"baseline": self.trained.hash}
 
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         """Float images (n, C, H, W) in [-1, 1], with the class of each seed."""
         model, begun, parts = self.trained.model, time.perf_counter(), []
         for some in seeds.split(self.batch_size):
             labels = labels_of(some, model.classes) if model.classes else None
             parts.append(model.sample(some, labels).cpu())
-        return Raw(torch.cat(parts), model.sample_nfe, time.perf_counter() - begun)
+        return SampledBatch(torch.cat(parts), model.sample_nfe, time.perf_counter() - begun)
 
-    def images(self, raw: Raw) -> Tensor:
+    def images(self, raw: SampledBatch) -> Tensor:
         """In 256 levels."""
         return to_uint8(raw.values.nan_to_num())

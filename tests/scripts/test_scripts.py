@@ -21,6 +21,7 @@ import train_latent
 import train_solver
 import train_tokenizer
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from multiprocess import launch
 from PIL import Image
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import load_file
@@ -887,12 +888,6 @@ def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
 # ---- two processes ----
 
 
-def _launch(*arguments: object) -> None:
-    """torchrun with two processes. (`accelerate launch --cpu --num_processes 2` starts one.)"""
-    done = _shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *arguments)
-    assert done.code == 0, done.err
-
-
 def _assert_same_training(one: Path, two: Path, start: dict[str, Tensor], file: str) -> None:
     """Parameters agree to 1e-4 although they moved by more, and the metrics are those of one run."""
     alone, together = _weights(one, file), _weights(two, file)
@@ -914,7 +909,7 @@ def test_two_processes_train_what_one_trains(pipeline: Pipeline, tmp_path: Path)
     torch.manual_seed(0)
     start = train_tokenizer.make_tokenizer(task, load_splits(task.data).train).state_dict()
     train_tokenizer.train(task)
-    _launch("scripts/train_tokenizer.py", "--config", one / "config.yaml", "--out", two)
+    launch(SCRIPTS / "train_tokenizer.py", "--config", one / "config.yaml", "--out", two)
     _assert_same_training(one, two, start, TOKENIZER_FILE)
 
     one, two = tmp_path / "m1", tmp_path / "m2"
@@ -922,7 +917,7 @@ def test_two_processes_train_what_one_trains(pipeline: Pipeline, tmp_path: Path)
     torch.manual_seed(0)
     start = LatentModel(config, (4, 2, 2), 10).state_dict()
     train_latent.train(LatentTask(one, pipeline.tokenizer, model=config, train=train))
-    _launch("scripts/train_latent.py", "--config", one / "config.yaml", "--out", two)
+    launch(SCRIPTS / "train_latent.py", "--config", one / "config.yaml", "--out", two)
     _assert_same_training(one, two, start, "model.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m1", "m2", "t1", "t2"]
 

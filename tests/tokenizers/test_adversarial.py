@@ -2,16 +2,14 @@
 
 import copy
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from multiprocess import together
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -357,21 +355,17 @@ IDLE = {2: [[5, 7], []], 3: [[], [11], [1]]}
 
 
 def run_rank(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
     averages = LeCamAverages()  # made before the process group
-    where, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes, timeout=patience)
+    dist.init_process_group("gloo")
     averages.gather(torch.tensor([float(rank)]), torch.tensor([1.0]))
     averages.update()
     shared = [averages_of(shares[processes], rank).state_dict() for shares in (SHARES, IDLE)]
     torch.save([averages.real, *shared, adaptive_of(SHARES[processes], rank)], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_with_unequal_batches_remember_what_one_would(processes: int, tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["midway.tokenizers.adversarial"])  # imported once, not by every process
-    mp.start_processes(run_rank, (processes, str(tmp_path)), nprocs=processes, start_method="forkserver")
+    together(run_rank, processes, processes, str(tmp_path))
     for rank in range(processes):
         late, *averages, weights = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert late.item() == pytest.approx((processes - 1) / 2, rel=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from multiprocess import together
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -541,19 +541,17 @@ def test_foreign_shapes_are_refused() -> None:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     quantizer = learner()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     fresh = Residual({"type": "vq", "codebook_size": 8, "dim": 4}, 2)
     fresh.start(normal(50, 4))
     for step in range(4):
         step_of(quantizer, step, cuts=2, rank=rank, ranks=2)
     torch.save([quantizer.state_dict(), fresh.state_dict()], f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    together(run_rank, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

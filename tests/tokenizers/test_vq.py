@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from multiprocess import together
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -488,19 +488,17 @@ def shares(step: int) -> tuple[Tensor, Tensor]:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     even, restarting, fresh = fixed(), fixed(32, 4, restart_threshold=1.0), VQ(16, 4)  # before the group exists
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     for step in range(4):
         for quantizer in (even, restarting, fresh):
             quantizer(shares(step)[rank])
             quantizer.update()
     torch.save([q.state_dict() for q in (even, restarting, fresh)], f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one_on_the_concatenation(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
+    together(run_rank, 2, str(tmp_path))
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     for one, other in zip(first, second, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)

@@ -1,15 +1,13 @@
 """The codebook does not depend on how the batches of a run are divided among processes and micro-batches."""
 
-import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from multiprocess import together
 from torch import Tensor
 
 from midway.gen.tokenizer.objective import TokenizerObjective
@@ -85,20 +83,16 @@ def test_micro_batches_give_the_codebook_of_the_whole_batch(accumulation: int) -
 
 
 def run_rank(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    where, patience = f"file://{folder}/rendezvous", timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes, timeout=patience)
+    dist.init_process_group("gloo")
     hopeless = VQ(16, 4, seed=rank)
     hopeless.initialise(torch.full((9, 4), torch.nan if rank == 0 else 1.0))
     states = [train(accumulation, rank, processes)[0] for accumulation in (1, 2)]
     torch.save([*states, hopeless.state_dict()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_the_codebook_of_one(processes: int, tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["midway.gen.tokenizer.objective"])  # imported once, not by every process
-    mp.start_processes(run_rank, (processes, str(tmp_path)), nprocs=processes, start_method="forkserver")
+    together(run_rank, processes, processes, str(tmp_path))
     first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes))
     for states in others:
         for mine, of_first in zip(states, first, strict=True):

@@ -2,9 +2,7 @@
 
 import copy
 import math
-import multiprocessing
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from multiprocess import together
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -679,13 +677,10 @@ def test_a_resumed_run_is_bit_equal(name: str) -> None:
 
 
 def run_rank(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
     runs = {name: Run(name) for name in DIVIDED}  # before the group exists
     unequal = VQ(16, 4, normalize=True, decay=0.5)
     fresh = GradientVQ(16, 4, seed=rank)
-    where = f"file://{folder}/rendezvous"
-    patience = timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes, timeout=patience)
+    dist.init_process_group("gloo")
     states = {name: run.all_steps(rank=rank, processes=processes) for name, run in runs.items()}
     unequal.start(normal(64, 4, seed=2))
     for step in range(3):
@@ -695,7 +690,6 @@ def run_rank(rank: int, processes: int, folder: str) -> None:
     states |= {"unequal": unequal.state_dict(), "fresh": fresh.state_dict()}
     states |= {"entropy": entropies_of(uneven(0, rank)[0], processes)}
     torch.save(states, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def entropies_of(rows: Tensor, processes: int = 1) -> dict[str, Tensor]:
@@ -718,8 +712,7 @@ def uneven(step: int, rank: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_equal_one_on_the_concatenation(processes: int, tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["midway.tokenizers.gradient_vq"])  # imported once, not by every process
-    mp.start_processes(run_rank, (processes, str(tmp_path)), nprocs=processes, start_method="forkserver")
+    together(run_rank, processes, processes, str(tmp_path))
     first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes))
     for states in others:
         for name, state in states.items():
