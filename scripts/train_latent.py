@@ -17,7 +17,7 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
-from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
 from midway.gen.features.classifier import TrainedExtractor, load_features
@@ -115,7 +115,7 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))
     for nfe in task.early.nfe:  # an unreachable budget raises here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
-        make_table(task.early.solver, task.early.grid, nfe, trained, PlanConfig(grids=(task.early.grid,)))
+        make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
     return make_reference(network.to(device), network.name, train)
 
 

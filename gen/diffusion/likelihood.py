@@ -38,10 +38,10 @@ from torch import Tensor
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.data import levels as grey
-from midway.gen.diffusion.field import LatentField
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.batches import Context
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, reversed_grid
+from midway.samplers.guidance import scale_of
 from midway.samplers.prediction import Field, Prediction, expand, solve
 from midway.samplers.sample import sample
 from midway.samplers.schedule import Cosine, Schedule
@@ -79,9 +79,9 @@ def log_likelihood(
     float64. hutchinson: probes are functions of (seed, id) for int64 `ids` (B,), the same along the whole path.
     UsageError for tables, traces and fields without a density.
     """
-    if isinstance(field, LatentField) and field.guidance.scale != 1:
+    if scale_of(field) != 1:
         why = "a guided field is no probability flow: it changes the learned distribution"
-        raise UsageError(f"a likelihood under guidance {field.guidance.scale}", why, "use guidance 1")
+        raise UsageError(f"a likelihood under guidance {scale_of(field)}", why, "use guidance 1")
     _check_table(table, schedule)
     with torch.inference_mode(False), torch.no_grad():  # inference tensors have no gradients
         directions = _directions(trace, x, probes, ids, probe, seed)

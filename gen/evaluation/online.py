@@ -7,7 +7,7 @@ import torch
 
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.features.reference import FeatureReference
 from midway.gen.training.config import OnlineConfig
@@ -15,7 +15,7 @@ from midway.gen.training.config import OnlineConfig
 
 def online_distances(trained: TrainedModel, reference: FeatureReference, config: OnlineConfig) -> dict[int, float]:
     """The distance at every budget; infinite where samples are not finite. UsageError for a budget the solver cannot spend."""
-    plans = PlanConfig(grids=(config.grid,))
+    plans = SamplerConfig(grids=(config.grid,))
     found = {}
     for nfe in config.nfe:
         table = make_table(config.solver, config.grid, nfe, trained, plans)
