@@ -1,13 +1,11 @@
 """A learned solver as an artefact: its numbers together with the grid, schedule and model they were learned for."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from midway.samplers.amed import AMEDSolver, nodes
@@ -17,7 +15,7 @@ from midway.samplers.plugin import BASES, plugin_table
 from midway.samplers.prediction import Field
 from midway.samplers.sample import sample
 from midway.samplers.schedule import SCHEDULES, Schedule
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.table import Table, fingerprint, write_tensors
 
 FORMAT = "midway-amed-1"
 
@@ -126,9 +124,7 @@ class LearnedSolver:
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.rule.state_dict().items()}
         tensors["grid"] = torch.tensor(self.grid, dtype=torch.float64)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_tensors(path, tensors, header)
 
     @staticmethod
     def load(path: Path) -> "LearnedSolver":

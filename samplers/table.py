@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from midway.samplers.schedule import Schedule
 
@@ -111,9 +111,7 @@ class Table:
         }
         header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
         header["metadata"] = json.dumps(dict(self.metadata))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(arrays, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_tensors(path, arrays, header)
 
     @staticmethod
     def load(path: Path) -> "Table":
@@ -270,6 +268,19 @@ class Recorder:
         """The finished table."""
         made_for = fingerprint(self.schedule)
         return Table(self.solver, self.grid, tuple(self.nodes), tuple(self.rows), metadata, made_for)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    """A safetensors file, written completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(dict(tensors), dict(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @functools.lru_cache
