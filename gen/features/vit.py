@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from midway.gen.core.errors import one_line
 from midway.gen.core.files import state_hash
 from midway.gen.features.extractor import Activations, PublishedExtractor, other_label
 from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights
@@ -119,7 +120,7 @@ def build_encoder(encoder: Encoder, state: dict[str, Tensor], path: Path) -> Any
     try:
         network.load_state_dict(checkpoint_filter_fn(full, network), assign=True)
     except (RuntimeError, KeyError, ValueError) as error:
-        why = f"they are not those of {encoder.network} ({' '.join(str(error).split())[:300]})"
+        why = f"they are not those of {encoder.network} ({one_line(error)})"
         raise bad_weights(path, why) from None
     return network
 
