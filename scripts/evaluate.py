@@ -153,7 +153,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
-        **task.plan_options(device),
+        **task.sampler_options(device),
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")

@@ -19,9 +19,9 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references
 from midway.gen.features.extractor import Extractor
@@ -80,10 +80,10 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = choose(splits.held_out, task.n)
     levels = check_images(models, splits)
-    plans = PlanConfig(grids=(task.grid,), batch_size=task.batch_size)
+    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
     for trained in models.values():
         if isinstance(trained, TrainedModel):
-            make_plans(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
+            make_samplers(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
     reference = make_features(features, splits, device)

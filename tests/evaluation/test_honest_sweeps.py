@@ -16,7 +16,7 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation import measure
 from midway.gen.evaluation.measure import EvaluationContext, Seeds
@@ -225,7 +225,7 @@ def test_a_fine_solution_that_diverged_is_told(
 
 def test_a_decoder_that_gives_no_image_ends_the_sweep_with_its_name(pipeline: Pipeline, tmp_path: Path) -> None:
     trained = pipeline.load()
-    plan = make_plans(trained, "ddim", 4, PlanConfig(grids=("uniform",)))["uniform"]
+    plan = make_samplers(trained, "ddim", 4, SamplerConfig(grids=("uniform",)))["uniform"]
     source = SolverSource(trained, plan, SamplingConfig())
     raw = source.sample(torch.arange(2))
     for parameter in trained.tokenizer.parameters():
