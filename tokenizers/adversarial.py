@@ -27,8 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers.base import float32_island
-from midway.tokenizers.pending import distributed, in_backward
+from midway.tokenizers.base import distributed, float32_island
 
 Kind = Literal["hinge", "non_saturating", "wasserstein"]
 Critic = Callable[[Tensor], Tensor]
@@ -133,8 +132,8 @@ class LeCamAverages(nn.Module):
 
     @torch.no_grad()
     def gather(self, real_logits: Tensor, fake_logits: Tensor) -> None:
-        """Add a training batch's logits, any shapes; in evaluation mode, and when autograd recomputes forward, nothing."""
-        if not self.training or in_backward():
+        """Add a micro-batch's logits, any shapes; in evaluation mode nothing. Not to be called where autograd recomputes."""
+        if not self.training:
             return
         both = [logits.detach().float() for logits in (real_logits, fake_logits)]
         new = torch.stack([torch.stack([x.sum(), x.new_tensor(x.numel())]) for x in both])

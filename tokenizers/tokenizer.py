@@ -170,7 +170,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def encode_indices(self, images: Tensor) -> Tensor:
         """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
-        return self.quantizer.latents_to_indices(self.quantizer.latents(self.encode(images)))
+        return self.quantizer.codes_to_indices(self.quantizer.latents(self.encode(images)))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Tokens as `encode_indices` gives them -> images. ValueError if one is outside the codebook."""
@@ -211,12 +211,15 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """The quantizer's `start` from the first images (B, C, H, W): once, before the first step, on every process."""
         self.quantizer.start(self.encode(images))
 
+    def observe(self, quantized: Quantized) -> None:
+        """The quantizer's `observe`: once per training micro-batch, with what `forward` returned as `quantized`."""
+        self.quantizer.observe(quantized)
+
     def update(self, step_ok: Tensor | None = None) -> None:
         """The quantizer's `update`: once per optimizer step, on every process; `step_ok` is False if it was skipped."""
         self.quantizer.update(step_ok)
 
     def _codes(self, images: Tensor) -> Tensor:
-        # Not quantizer.forward: reading codes in training mode must not count as training.
         return self.quantizer.snap(self.quantizer.latents(self.encode(images)))
 
     def _cast(self, x: Tensor) -> Tensor:

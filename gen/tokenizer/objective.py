@@ -48,6 +48,8 @@ class TokenizerObjective(nn.Module):
         images = self._images(batch, context)
         shape = self.tokenizer.noise_shape
         out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
+        if self.training:
+            self.tokenizer.observe(out.quantized)
         loss, logs = self._error(out.reconstruction, images)
         logs |= {**out.quantized.losses, **batch_codes(out.quantized.indices, out.quantized.counts)}
         if isinstance(
