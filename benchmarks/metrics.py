@@ -40,11 +40,11 @@ from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.measure import Bench, Seeds, measure
+from midway.gen.evaluation.measure import EvaluationContext, Seeds, measure
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.evaluation.store import CellStore
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
-from midway.gen.features.reference import make_measurer
+from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.samplers.grids import GRIDS
@@ -207,14 +207,14 @@ def throughput_rows(sizes: Sizes, turns: int) -> Iterator[Measured]:
     """Images a second of a sweep whose decoding and features overlap with sampling, beside one after the other."""
     taken: dict[bool, list[float]] = {True: [], False: []}
     with TemporaryDirectory() as folder:
-        bench = a_bench(sizes, Path(folder))
+        context = a_bench(sizes, Path(folder))
         source = a_source()
-        measure(source, bench)  # untimed: what is set up once
+        measure(source, context)  # untimed: what is set up once
         for turn in range(turns):
             for overlap, seconds in taken.items():
-                seeds = replace(bench.seeds, first=(2 * turn + overlap + 1) * sizes.images)
+                seeds = replace(context.seeds, first=(2 * turn + overlap + 1) * sizes.images)
                 begun = time.perf_counter()
-                measure(source, replace(bench, seeds=seeds, overlap=overlap))
+                measure(source, replace(context, seeds=seeds, overlap=overlap))
                 seconds.append(time.perf_counter() - begun)
     pairs = [other / own for own, other in zip(taken[True], taken[False], strict=True)]
     own, other = (1000 * min(taken[overlap]) / sizes.images for overlap in (True, False))
@@ -237,14 +237,14 @@ def a_source() -> SolverSource:
     return SolverSource(trained, table, SamplingConfig())
 
 
-def a_bench(sizes: Sizes, folder: Path) -> Bench:
+def a_bench(sizes: Sizes, folder: Path) -> EvaluationContext:
     """A feature network of random weights and random images as the reference."""
     torch.manual_seed(1)
     network = FeatureNetwork(FeatureConfig(1, 8, 10)).eval().requires_grad_(False)
     images = torch.randint(0, 256, (512, 1, 8, 8), dtype=torch.uint8)
     data = ImageData(images, torch.arange(512) % 10, tuple("0123456789"), "random", "0" * 64)
-    measurer = make_measurer(network, "cnn-random@0", data)
-    return Bench(measurer, Seeds(0, sizes.images, 1), CellStore(folder), ProcessInfo())
+    reference = make_reference(network, "cnn-random@0", data)
+    return EvaluationContext(reference, Seeds(0, sizes.images, 1), CellStore(folder), ProcessInfo())
 
 
 def rows_of(sizes: Sizes, turns: int) -> list[Callable[[], Iterator[Result]]]:

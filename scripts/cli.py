@@ -12,6 +12,7 @@ import tyro
 from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest
+from midway.gen.core.processes import leave_processes
 from midway.gen.training.config import TrainConfig
 
 Task = TypeVar("Task")
@@ -66,31 +67,39 @@ def own_fields(task: type, values: Any) -> Any:
 
 
 def main(command: Callable[[list[str]], None]) -> NoReturn:
-    """Run a script: MidwayError -> three lines and its exit code, Ctrl-C -> 130, `--debug` -> the traceback as well."""
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
+    code = 1
     try:
-        _run(command, arguments)
+        code = run(command, [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv[1:])
+    finally:
+        leave_processes(code)
+    sys.exit(code)
+
+
+def run(command: Callable[[list[str]], None], arguments: list[str], debug: bool = False) -> int:
+    """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); Ctrl-C: 130; other errors: 1.
+
+    A full or failing disk is a DiskError wherever it shows.
+    """
+    try:
+        try:
+            command(arguments)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise DiskError("a file could not be written", str(error), "free space and run again") from error
     except MidwayError as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
-
-
-def _run(command: Callable[[list[str]], None], arguments: list[str]) -> None:
-    """Run it; a full or failing disk is a DiskError wherever it shows."""
-    try:
-        command(arguments)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise DiskError("a file could not be written", str(error), "free space and run again") from error
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def weights_name(train: TrainConfig) -> str:

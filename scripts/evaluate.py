@@ -22,7 +22,7 @@ from cli import main, names, numbers, resolve
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.environment import command_line, environment, hardware
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.core.processes import ProcessInfo, device_and_shard
+from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.samplers import LEARNED_ON
@@ -30,13 +30,13 @@ from midway.gen.evaluation.diffusers_model import check_images, load_diffusers
 from midway.gen.evaluation.export import cells_to_export, check_folders, export_cell
 from midway.gen.evaluation.external import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.evaluation.jobs import Model, Other, SweepConfig, all_jobs, planned_cells
-from midway.gen.evaluation.measure import Reference
+from midway.gen.evaluation.measure import FineSolution
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
 from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
 from midway.gen.features.extractor import plain_float32
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import make_measurer
+from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import Root
 from midway.gen.report.notes import (
     class_notes,
@@ -126,13 +126,13 @@ class EvaluateTask(SamplingFlags):
 
 def run(task: EvaluateTask) -> Sweep:
     """Measure, print the table, write the report; samples and features are computed in IEEE float32."""
-    device, shard = device_and_shard()
+    device, process = device_and_process()
     check_flags(task)
     with plain_float32(device):
-        return measure_and_report(task, device, shard)
+        return measure_and_report(task, device, process)
 
 
-def measure_and_report(task: EvaluateTask, device: torch.device, shard: ProcessInfo) -> Sweep:
+def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
     """`run` on this device, as this share of the processes."""
     model = load_diffusers(task.diffusers, device) if task.diffusers else None
     trained = load_model(task.model, device) if task.model else None
@@ -152,7 +152,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, shard: ProcessI
         metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
-        **task.plan_options(device),
+        **task.sampler_options(device),
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
@@ -167,18 +167,18 @@ def measure_and_report(task: EvaluateTask, device: torch.device, shard: ProcessI
     if measured is None and externals and config.n is None and config.blocks > 0:
         config = replace(config, n=images_per_block(list(externals.values()), config.blocks))
     check_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
-    if shard.rank == 0 and task.fresh:
+    if process.rank == 0 and task.fresh:
         shutil.rmtree(out / "cells", ignore_errors=True)
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
     check_metrics(config.metrics, n, extractor.dim, extractor.has_logits)
     others: dict[str, Other] = {**baselines, **externals}
     all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
-    shown = shard.rank == 0
+    shown = process.rank == 0
     told = (*class_notes(splits, n, measured), *external_notes(externals, n, config.blocks))
     for line in told if shown else ():
         print(line)
-    measurer = make_measurer(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
+    reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     planned = list(planned_cells(config, len(others), measured is not None))
     planned += [cell for _ in repeats for cell in planned_cells(config)]
     with tqdm(planned, desc="sweep", disable=None if shown else True, leave=False) as bar:
@@ -187,8 +187,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, shard: ProcessI
             bar.set_postfix_str(cell)
             bar.update()
 
-        sweep = run_sweep(measured, measurer, splits, config, out, progress, others, shard)
-        again = [run_sweep(other, measurer, splits, config, out, progress, {}, shard).cells for other in repeats]
+        sweep = run_sweep(measured, reference, splits, config, out, progress, others, process)
+        again = [run_sweep(other, reference, splits, config, out, progress, {}, process).cells for other in repeats]
         missing = left_out([sweep.cells, *again])
         sweep = with_best(sweep, merge_trainings([sweep.cells, *again])) if again else sweep
     if shown:
@@ -211,7 +211,7 @@ def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 
 
 def sections(
-    trained: TrainedModel | None, splits: Splits, config: SweepConfig, fine: Reference | None
+    trained: TrainedModel | None, splits: Splits, config: SweepConfig, fine: FineSolution | None
 ) -> list[Section]:
     """What the report says of a model of ours beyond its distances; the codes are those of the fine solution."""
     if trained is None:

@@ -21,13 +21,13 @@ from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references
 from midway.gen.evaluation.records import ReportContext
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.report.likelihood import check_out, text_table, write_likelihood_report
 
 Trained = TrainedBaseline | TrainedModel
@@ -79,20 +79,20 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = choose(splits.held_out, task.n)
     levels = check_images(models, splits)
-    plans = PlanConfig(grids=(task.grid,), batch_size=task.batch_size)
+    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
     for trained in models.values():
         if isinstance(trained, TrainedModel):
-            make_plans(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
+            make_samplers(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
-    measurer = make_features(features, splits, device)
+    reference = make_features(features, splits, device)
     instruments = Instruments(
         subject,
         bounds,
         task.iwae,
         torch.arange(task.first_seed, task.first_seed + len(subject.images)),
-        measurer,
-        None if measurer is None else measurer.distance(subject.images),
+        reference,
+        None if reference is None else reference.distance(subject.images),
         levels,
         plans,
         task.solver,
@@ -201,12 +201,12 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
         return None
 
 
-def make_features(features: Extractor | None, splits: Splits, device: torch.device) -> Measurer | None:
+def make_features(features: Extractor | None, splits: Splits, device: torch.device) -> FeatureReference | None:
     """The feature network with its reference."""
     if features is None:
         return None
     features.check(splits.train.images, "the models make")
-    return make_measurer(features.to(device), features.name, splits.train)
+    return make_reference(features.to(device), features.name, splits.train)
 
 
 # ---- the report ----

@@ -29,7 +29,7 @@ from midway.gen.evaluation.tokenizers import (
 )
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.tokenizers import check_out, text_table, write_tokenizer_report
@@ -150,13 +150,13 @@ def make_instruments(
     perceptual, name = make_perceptual(task.lpips_weights, subject.images, device)
     if features is None:
         return Instruments(perceptual=perceptual, perceptual_name=name)
-    measurer = make_measurer(features.to(device), features.name, splits.train)
-    return Instruments(measurer, floor(measurer, subject), perceptual, name)
+    reference = make_reference(features.to(device), features.name, splits.train)
+    return Instruments(reference, floor(reference, subject), perceptual, name)
 
 
-def floor(measurer: Measurer, subject: Subject) -> float:
+def floor(reference: FeatureReference, subject: Subject) -> float:
     """What the held-out images themselves score."""
-    return frechet_distance(FeatureStatistics.of(measurer.network.features(subject.images)), measurer.reference)
+    return frechet_distance(FeatureStatistics.of(reference.network.features(subject.images)), reference.statistics)
 
 
 def make_perceptual(

@@ -12,7 +12,7 @@ from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.online import EarlyConfig
+from midway.gen.evaluation.online import OnlineConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import TrainConfig
 
@@ -118,7 +118,7 @@ class LatentTask:
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
-    early: EarlyConfig = field(default_factory=EarlyConfig)
+    early: OnlineConfig = field(default_factory=OnlineConfig)
     """With --measure-every: what is measured."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     overwrite: bool = False

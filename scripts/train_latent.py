@@ -17,12 +17,12 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
-from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
-from midway.gen.evaluation.online import EarlyConfig, early_answers, report_early
+from midway.gen.evaluation.online import OnlineConfig, log_online, online_distances
 from midway.gen.features.classifier import load_features
 from midway.gen.features.open import check_shape, open_features
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.batches import LatentBatch
@@ -82,7 +82,7 @@ def train(task: LatentTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
     refuse_unused(task.train, measures=True)
     accelerator = make_accelerator(task.train, task.out)
-    measurer = make_early_measurer(task, accelerator.device)
+    reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
     config = {**to_dict(task), "data": to_dict(parts.data)}
@@ -97,7 +97,7 @@ def train(task: LatentTask) -> Run | None:
     hooks = Hooks(
         preview=lambda step: write_preview(run, parts, step, weights_name(task.train)),
         export=lambda folder, _: write_model(folder, model, tokenizer),
-        measure=None if measurer is None else lambda step: write_early(run, parts, step, measurer, task.early),
+        measure=None if reference is None else lambda step: write_online(run, parts, step, reference, task.early),
     )
     result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:
@@ -106,8 +106,8 @@ def train(task: LatentTask) -> Run | None:
     return run
 
 
-def make_early_measurer(task: LatentTask, device: torch.device) -> Measurer | None:
-    """The feature network of early answers, before anything is trained; errors as open_features."""
+def make_online_reference(task: LatentTask, device: torch.device) -> FeatureReference | None:
+    """The feature network of online evaluation, before anything is trained; errors as open_features."""
     if not task.train.measure_every:
         return None
     tokenizer, data = load_tokenizer(task.tokenizer)
@@ -118,14 +118,14 @@ def make_early_measurer(task: LatentTask, device: torch.device) -> Measurer | No
     latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))
     for nfe in task.early.nfe:  # what cannot be is refused here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
-        make_table(task.early.solver, task.early.grid, nfe, trained, PlanConfig(grids=(task.early.grid,)))
-    return make_measurer(network.to(device), name, train)
+        make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
+    return make_reference(network.to(device), name, train)
 
 
-def write_early(run: Run, parts: Parts, step: int, measurer: Measurer, config: EarlyConfig) -> None:
-    """Early answers of the averaged weights, which are in the model."""
+def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
+    """Online evaluation of the averaged weights, which are in the model."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
-    report_early(run, step, early_answers(trained, measurer, config), measurer, config)
+    log_online(run, step, online_distances(trained, reference, config), reference, config)
 
 
 def make_cache(task: LatentTask, images: ImageData, tokenizer: ImageTokenizer) -> Latents | None:

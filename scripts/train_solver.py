@@ -27,9 +27,10 @@ from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
+from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
-from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.solvers import SOLVERS
 from tasks import Flat, Resume
 
@@ -205,7 +206,7 @@ def export(
         return
     rule = copy.deepcopy(objective.rule).cpu().eval()
     rule.load_state_dict({k.removeprefix("rule."): v for k, v in averaged.items() if k.startswith("rule.")})
-    LearnedSolver(card, objective.grid, rule).save(file)
+    LearnedSolver(card, objective.grid, rule, trained.model.schedule).save(file)
 
 
 def card_for(task: SolverTask, objective: Objective, trained: TrainedModel, processes: int) -> SolverCard:

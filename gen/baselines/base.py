@@ -1,11 +1,12 @@
-"""What every baseline (VAE, flows) is to the scripts: trained by fit(), scored in nats of integers, sampled by seed.
+"""The interface of baselines (VAE, flows): trained by fit(), scored in nats of integers, sampled by seed.
 
-A run of kind `baseline` leaves, in each checkpoint, `model.json` (kind, config, image_shape, levels, classes) beside the
-weights that fit() writes: `model.safetensors`, and `ema.safetensors` if the run kept an average. Where validation kept the best
-weights, in best/ of the run, those are what is loaded.
+Each checkpoint of a `baseline` run has `model.json` (kind, config, image_shape, levels, classes) beside the weights that fit()
+writes: `model.safetensors`, and `ema.safetensors` if weights are averaged. A validated run has its best weights in best/, which
+are the ones loaded (registry.py).
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ class Baseline(nn.Module, ABC):
     def __init__(self, config: Any, image_shape: tuple[int, int, int], levels: int, classes: int = 0) -> None:
         super().__init__()
         if not 2 <= levels <= 256:
-            raise ValueError(f"levels is {levels}; uint8 images have 2 to 256 levels: take what levels_of() finds")
+            raise ValueError(f"levels is {levels}; uint8 images have 2 to 256 levels: use the result of levels_of()")
         if classes < 0:
             raise ValueError(f"classes is {classes}; give the number of classes, or 0 for an unconditional model")
         self.config, self.image_shape, self.levels, self.classes = config, image_shape, levels, classes
@@ -48,24 +49,24 @@ class Baseline(nn.Module, ABC):
         channels, height, width = self.image_shape
         return channels * height * width
 
-    # ---- what a subclass defines ----
+    # ---- defined by each subclass ----
 
     @abstractmethod
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """The scalar to minimise, in bits per dimension; logs, with `bits_per_dim` among them if integers have bits under it."""
+        """The scalar to minimise, in bits per dimension, and logs; they include `bits_per_dim` if it bounds a likelihood."""
 
     @abstractmethod
     def log_likelihood(self, images: Tensor, labels: Tensor | None, context: Context) -> Tensor:
         """Nats (B,) float64 of the integers of uint8 images (B, C, H, W), or a lower bound, with labels (B,) if conditional.
 
-        Draws come from the context by sample, so that they depend on neither the batch nor the order.
+        Noise comes from the context by sample, so results depend on neither the batch nor the order.
         """
 
     @abstractmethod
     def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """Float images (n, C, H, W) in [-1, 1] on the model's device, one for each int64 seed, with labels if conditional."""
 
-    # ---- what it may define ----
+    # ---- optional hooks ----
 
     def start(self, batch: ImageBatch, context: Context) -> None:
         """Initialise from data, once; nothing by default."""
@@ -73,7 +74,7 @@ class Baseline(nn.Module, ABC):
     def after_step(self, step_ok: Tensor) -> None:
         """Between optimizer steps; nothing by default."""
 
-    # ---- what it is given ----
+    # ---- helpers ----
 
     @property
     def device(self) -> torch.device:
@@ -83,12 +84,12 @@ class Baseline(nn.Module, ABC):
     def levels_in(self, images: Tensor) -> Tensor:
         """int64 levels (B, C, H, W) of uint8 images, on the model's device.
 
-        ValueError for another shape, and for values that are no levels wherever reading them makes nobody wait.
+        ValueError for another shape, and for values that are no levels where the check needs no host synchronisation.
         """
         if tuple(images.shape[1:]) != tuple(self.image_shape):
             raise ValueError(
                 f"images are {tuple(images.shape[1:])}, the model's are {tuple(self.image_shape)} (C, H, W): "
-                "give it images like those it was trained on"
+                "use images of the training size"
             )
         convert = to_levels if is_on_host(images) else levels_unchecked
         return convert(images, self.levels).to(self.device)
@@ -106,16 +107,19 @@ class Baseline(nn.Module, ABC):
         if is_on_host(labels) and count and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
             raise ValueError(
                 f"labels are {int(labels.min())} to {int(labels.max())}, classes 0 to {self.classes - 1}: "
-                "use the labels of the data it was trained on"
+                "use the labels of the training data"
             )
         return labels.to(self.device)
 
 
-# ---- files ----
+def check_temperature(temperature: float) -> None:
+    """ValueError unless it is finite and at least 0."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; give a finite number that is not negative")
 
 
 def write_baseline(folder: Path, model: Baseline) -> None:
-    """Add to a checkpoint directory what tells how to read its weights."""
+    """Write `model.json`, the description from which the registry builds the model, to a checkpoint directory."""
     description = {
         "kind": model.kind,
         "config": to_dict(model.config),

@@ -1,16 +1,16 @@
-"""Couplings: one part of an image is moved by an amount that a network reads off the rest, so that the inverse is exact.
+"""Couplings: a network of one part of an image shifts and scales the other part, so that the inverse is exact.
 
-    kept places:    y = x
-    other places:   y = x exp(s) + t,     (r, t) = network(kept places, cond),     s = b tanh(r)         log-det = sum s
+    fixed pixels:   y = x
+    moved pixels:   y = x exp(s) + t,     (r, t) = network(fixed pixels, cond),     s = b tanh(r)         log-det = sum s
 
 "affine" (Dinh et al. 2016, RealNVP, arXiv 1605.08803, equations 4-8), "additive" is s = 0 (Dinh et al. 2014, NICE, arXiv
-1410.8516, equation 12). The scale is bounded by a learned b per channel, from 1: tanh starts at the identity and may stretch as
-well as shrink; Glow's sigmoid(r + 2) starts at 0.88 and can only shrink, so that stacked layers need other layers to undo it,
-and an unbounded exp overflows on images unlike the training images.
+1410.8516, equation 12). The scale is bounded by a learned b per channel, initially 1: tanh starts at the identity and both
+stretches and shrinks; Glow's sigmoid(r + 2) starts at 0.88 and can only shrink, which other layers must undo, and an unbounded
+exp overflows on images unlike the training images.
 
-What is kept: every other pixel, as on a checkerboard (RealNVP, section 3.4; NICE's odd and even components), or half of the
-channels. Networks end in zeros, hence every coupling starts as the identity. They may run under autocast; x, s and t are
-float32, and kept places pass unchanged, so forward and inverse see the same input.
+Fixed are every other pixel, as on a checkerboard (RealNVP, section 3.4; NICE's odd and even components), or half of the channels.
+The last layer of a network is initially zero, so every new coupling is the identity. Networks may run under autocast; x, s and t
+are float32, and fixed pixels pass unchanged, so forward and inverse have the same network input.
 """
 
 import math
@@ -38,7 +38,7 @@ class CouplingNetworkConfig:
     hidden: int = 1
     """Hidden layers (1x1 convolutions or linear) between the first and the last."""
     positions: bool = False
-    """conv: a learned bias for every pixel in the first layer, for images in which places matter."""
+    """conv: a learned bias for every pixel in the first layer, for images whose content depends on the position."""
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.hidden < 0:
@@ -47,67 +47,44 @@ class CouplingNetworkConfig:
             )
 
 
-class ConvNetwork(nn.Module):
-    """(visible (B, C, H, W), cond (B, E, h, w) | None) -> (B, out, H, W), zero at first."""
+class CouplingNetwork(nn.Module):
+    """(visible (B, C, H, W), cond (B, E, h, w) | None) -> (B, out, H, W), initially zero: convolutions or linear layers."""
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
 
     def __init__(self, config: CouplingNetworkConfig, shape: Shape, out: int, cond: Shape | None) -> None:
         super().__init__()
-        width, (channels, height, across) = config.width, shape
-        self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.positions = nn.Parameter(torch.zeros(width, height, across)) if config.positions else None
-        self.cond = nn.Conv2d(cond[0], width, 1, bias=False) if cond else None
-        self.hidden = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(config.hidden))
-        self.last = _zero(nn.Conv2d(width, out, 3, padding=1))
+        width, self.flat, self.out = config.width, config.kind == "mlp", (out, *shape[1:])
+
+        def layer(inputs: int, outputs: int, side: int = 1, bias: bool = True) -> nn.Linear | nn.Conv2d:
+            if self.flat:
+                return nn.Linear(inputs, outputs, bias)
+            return nn.Conv2d(inputs, outputs, side, padding=side // 2, bias=bias)
+
+        self.first = layer(self._size(shape), width, 3)
+        positions = config.positions and not self.flat
+        self.positions = nn.Parameter(torch.zeros(width, *shape[1:])) if positions else None
+        self.cond = layer(self._size(cond), width, bias=False) if cond else None
+        self.hidden = nn.ModuleList(layer(width, width) for _ in range(config.hidden))
+        self.last = layer(width, self._size(self.out), 3)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
+
+    def _size(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) if self.flat else shape[0]
 
     def forward(self, visible: Tensor, cond: Tensor | None) -> Tensor:
-        h = self.first(visible)
+        h = self.first(visible.flatten(1) if self.flat else visible)
         if self.positions is not None:
             h = h + self.positions
-        return _finish(self, h, cond)
-
-
-class MLPNetwork(nn.Module):
-    """The same, fully connected: for images of a few hundred numbers."""
-
-    compilable: ClassVar[bool] = True
-    """A function of tensors alone, which torch.compile can take whole."""
-
-    def __init__(self, config: CouplingNetworkConfig, shape: Shape, out: int, cond: Shape | None) -> None:
-        super().__init__()
-        self.out = (out, *shape[1:])
-        self.first = nn.Linear(math.prod(shape), config.width)
-        self.cond = nn.Linear(math.prod(cond), config.width, bias=False) if cond else None
-        self.hidden = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(config.hidden))
-        self.last = _zero(nn.Linear(config.width, math.prod(self.out)))
-
-    def forward(self, visible: Tensor, cond: Tensor | None) -> Tensor:
-        flat = None if cond is None else cond.flatten(1)
-        return _finish(self, self.first(visible.flatten(1)), flat).view(-1, *self.out)
-
-
-NETWORKS = {"conv": ConvNetwork, "mlp": MLPNetwork}
-
-
-def _zero(layer: nn.Conv2d | nn.Linear) -> nn.Module:
-    """The layer with weight and bias 0."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _finish(network: "ConvNetwork | MLPNetwork", h: Tensor, cond: Tensor | None) -> Tensor:
-    """From the first layer's output to the last's."""
-    if network.cond is not None:
-        if cond is None:
-            raise ValueError("this coupling was built for a condition, and none was given: pass labels")
-        h = h + network.cond(cond)
-    for layer in network.hidden:
-        h = layer(F.relu(h))
-    return network.last(F.relu(h))
+        if self.cond is not None:
+            if cond is None:
+                raise ValueError("this coupling was built for a condition, and none was given: pass labels")
+            h = h + self.cond(cond.flatten(1) if self.flat else cond)
+        for layer in self.hidden:
+            h = layer(F.relu(h))
+        return self.last(F.relu(h)).view(-1, *self.out)
 
 
 def checkerboard(height: int, width: int, parity: int) -> Tensor:
@@ -117,9 +94,9 @@ def checkerboard(height: int, width: int, parity: int) -> Tensor:
 
 
 class Coupling(Flow):
-    """The core: `visible` says what the network sees, `place` where its numbers act; the rest of x is kept.
+    """x exp(s) + t for the moved part of x: `visible` selects the network's input, `place` positions its outputs.
 
-    `seen` (C', H, W) is the shape of what the network sees, `moved` the number of channels that it moves.
+    `seen` (C', H, W) is the shape of the input, `moved` the number of channels that are moved.
     """
 
     def __init__(
@@ -128,19 +105,19 @@ class Coupling(Flow):
         super().__init__()
         self.transform = transform
         outputs = 2 * moved if transform == "affine" else moved
-        self.network = NETWORKS[network.kind](network, seen, outputs, cond)
+        self.network = CouplingNetwork(network, seen, outputs, cond)
         self.bound = nn.Parameter(torch.ones(moved, 1, 1)) if transform == "affine" else None
 
     @abstractmethod
     def visible(self, x: Tensor) -> Tensor:
-        """What the network sees of x (B, C, H, W): kept places alone."""
+        """The network's input, a function of the fixed values of x (B, C, H, W)."""
 
     @abstractmethod
     def place(self, value: Tensor) -> Tensor:
-        """(B, moved, H, W) -> (B, C, H, W), 0 at kept places."""
+        """(B, moved, H, W) -> (B, C, H, W), 0 at fixed values."""
 
     def scale_shift(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
-        """s and t (B, C, H, W), 0 at kept places and functions of those alone."""
+        """s and t (B, C, H, W), functions of the fixed values and 0 there."""
         value = self.network(self.visible(x), cond).to(x.dtype)
         if self.bound is None:
             return torch.zeros_like(x), self.place(value)
@@ -157,7 +134,7 @@ class Coupling(Flow):
 
 
 class CheckerboardCoupling(Coupling):
-    """Keeps the pixels where row + column + parity is even."""
+    """Fixes the pixels where row + column + parity is even."""
 
     mask: Tensor
 
@@ -180,7 +157,7 @@ class CheckerboardCoupling(Coupling):
 
 
 class ChannelCoupling(Coupling):
-    """Keeps the first half of the channels, or with `parity` 1 the second. ValueError for an odd number of channels."""
+    """Fixes the first half of the channels, or with `parity` 1 the second. ValueError for an odd number of channels."""
 
     def __init__(
         self,
@@ -190,7 +167,7 @@ class ChannelCoupling(Coupling):
         network: CouplingNetworkConfig,
         cond: Shape | None = None,
     ) -> None:
-        half = half_of(shape[0], "split into a kept and a moved half")
+        half = half_of(shape[0], "split into a fixed and a moved half")
         super().__init__(transform, network, (half, *shape[1:]), half, cond)
         self.parity = parity % 2
 

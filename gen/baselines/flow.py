@@ -1,17 +1,13 @@
-"""Flow baselines made of couplings: NICE, RealNVP and Glow as three configurations of one model.
+"""Flow baselines built from couplings: NICE, RealNVP and Glow as three configurations of one model.
 
-Images are integers k = 0 .. L - 1; with x = (k + u) / L in (0, 1)^D and z = f(y), y = entry(x),
+With levels k, x = (k + u) / L in (0, 1)^D, y = entry(x) and z = f(y) (density.py),
 
     ln p(x) = ln prior(z | class) + ln|det df/dy| + ln|det dy/dx|
-    ln P(k) >= E_q [ln p(x) - ln q(u | k)] - D ln L                      (Ho et al. 2019, Flow++, arXiv 1902.00275, equation 8)
-    ln P(k) >= E ln (1/S) sum_s exp(ln p(x_s) - ln q(u_s | k)) - D ln L           (S draws; Burda et al. 2016, arXiv 1509.00519)
 
-Dequantisation is uniform, q = 1, or variational: u = sigmoid(g(e; k)) with logistic noise e and g made of couplings that see
-the image, so ln q = ln logistic(e) - ln|det dg/de| - ln sigmoid'(g). At the start g is the identity and q = 1 exactly.
-
-Entries: "logit" (likelihood.py), "symmetric" y = 2 x - 1, "unit" y = x. The bound is of integers with each of them: their
-Jacobians are counted. With classes, their embedding enters every coupling, and each class has a mean and a standard deviation
-of its own for every value in the prior.
+Dequantisation is uniform, q(u | k) = 1, or variational (Flow++: Ho et al. 2019, arXiv 1902.00275): u = sigmoid(g(e; k)) with
+logistic noise e and g made of couplings conditioned on the image, so ln q = ln logistic(e) - ln|det dg/de| - ln sigmoid'(g). A
+new g is the identity, so q = 1 exactly. In conditional models every coupling reads an embedding of the class, and the prior has a
+mean and a standard deviation per class and value.
 """
 
 import math
@@ -21,23 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.baselines.base import Baseline
+from midway.gen.baselines.base import check_temperature
 from midway.gen.baselines.couplings import CheckerboardCoupling, CouplingNetworkConfig
+from midway.gen.baselines.density import DensityBaseline, finite
 from midway.gen.baselines.flow_config import FlowConfig, build_flow
 from midway.gen.baselines.flow_layers import Chain, Shape, require_initialised
 from midway.gen.core import randomness
-from midway.gen.data.images import to_float
-from midway.gen.data.levels import (
-    bits_per_dim,
-    dequantised_bound,
-    from_levels,
-    inverse_logit,
-    logit_transform,
-    uniform_dequantise,
-)
+from midway.gen.data.levels import bits_per_dim, uniform_dequantise
 from midway.gen.training.batches import Context, ImageBatch
-
-# ---- priors and dequantisation ----
 
 
 def log_standard(e: Tensor, prior: Literal["normal", "logistic"]) -> Tensor:
@@ -48,7 +35,7 @@ def log_standard(e: Tensor, prior: Literal["normal", "logistic"]) -> Tensor:
 
 
 class ClassPrior(nn.Module):
-    """A mean and standard deviation for every class and value, at first 0 and 1."""
+    """A mean and a standard deviation for every class and value, initially 0 and 1."""
 
     def __init__(self, classes: int, shape: Shape) -> None:
         super().__init__()
@@ -84,8 +71,8 @@ class Dequantiser(nn.Module):
         return g.sigmoid(), log_standard(e, "logistic") - log_det - log_standard(g, "logistic")
 
 
-class CouplingFlow(Baseline):
-    """The model. `sample` gives stored levels as floats: x is cut into L equal cells, and a cell's level is the sample."""
+class CouplingFlow(DensityBaseline):
+    """NICE, RealNVP or Glow, by `config`. Samples are stored levels as floats: x is cut into L equal bins."""
 
     kind: ClassVar[str] = "flow"
     config_type: ClassVar[type] = FlowConfig
@@ -102,48 +89,26 @@ class CouplingFlow(Baseline):
             Dequantiser(config.dequantise_couplings, config.network, image_shape) if variational else None
         )
 
-    # ---- the protocol ----
-
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean bits per dimension of one draw of u for each image, and `bits_per_dim`."""
         k, labels = self.levels_in(batch.images), self.labels_in(batch.labels, len(batch.images))
-        bits = bits_per_dim(self._bound(k, labels, context, 0), self.dims).mean()
+        bits = bits_per_dim(self.bound(k, labels, context), self.dims).mean()
         return bits, {"bits_per_dim": bits.detach()}
 
     def start(self, batch: ImageBatch, context: Context) -> None:
-        """Initialise every ActNorm from these images, unless it has been."""
+        """Initialise every ActNorm from these images, unless it is initialised."""
         k, labels = self.levels_in(batch.images), self.labels_in(batch.labels, len(batch.images))
-        x, _ = self._dequantise(k, context, 0)
-        self.flow.initialise(self._enter(x)[0], self._condition(labels))
+        x, _ = self.dequantise(k, context, 0)
+        self.flow.initialise(self.enter(x)[0], self._condition(labels))
 
-    @torch.no_grad()
     def log_likelihood(self, images: Tensor, labels: Tensor | None, context: Context) -> Tensor:
-        """Nats (B,) float64, a lower bound, over `draws` draws. ValueError before `start`."""
+        """Nats (B,) float64: the bound of `config.draws` draws. ValueError before `start`."""
         require_initialised(self)
-        k, labels = self.levels_in(images), self.labels_in(labels, len(images))
-        draws = [self._bound(k, labels, context, draw).double() for draw in range(self.config.draws)]
-        return torch.stack(draws).logsumexp(0) - math.log(len(draws))
-
-    @torch.no_grad()
-    def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Images (n, C, H, W), each of its seed alone; `temperature` multiplies the prior's standard deviation."""
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; give 0 or more, 1 for the model's own distribution")
-        require_initialised(self)
-        labels = self.labels_in(labels, len(seeds))
-        z = temperature * self._noise(seeds)
-        z = z if self.prior is None or labels is None else self.prior.restore(z, labels)
-        x = self._leave(self.flow.inverse(z, self._condition(labels)))
-        if not bool(x.isfinite().all()):
-            raise ValueError("samples are not finite: the weights are damaged or diverged, use an earlier checkpoint")
-        cells = (x * self.levels).floor().clamp(0, self.levels - 1).long()
-        return to_float(from_levels(cells, self.levels))
-
-    # ---- its parts ----
+        return super().log_likelihood(images, labels, context)
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """ln p(x) (B,) of x (B, C, H, W) in (0, 1), with labels (B,) on the model's device if conditional."""
-        y, entered = self._enter(x)
+        y, entered = self.enter(x)
         z, log_det = self.flow(y, self._condition(labels))
         total = log_det + entered
         if self.prior is not None and labels is not None:
@@ -151,48 +116,32 @@ class CouplingFlow(Baseline):
             total = total + scaled
         return total + log_standard(z, self.config.prior)
 
-    def _bound(self, k: Tensor, labels: Tensor | None, context: Context, draw: int) -> Tensor:
-        """Nats (B,) that one draw of u vouches for."""
-        x, log_q = self._dequantise(k, context, draw)
-        return dequantised_bound(self.log_density(x, labels) - log_q, self.dims, self.levels)
-
-    def _dequantise(self, k: Tensor, context: Context, draw: int) -> tuple[Tensor, Tensor]:
-        """x (B, C, H, W) in (0, 1) and ln q(u | k) (B,)."""
-        noise = context.uniform(f"dequantise {draw}", self.image_shape).to(self.device)
+    def dequantise(self, k: Tensor, context: Context, draw: int) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W) in (0, 1) and ln q(u | k) (B,) of levels k."""
         if self.dequantiser is None:
-            return uniform_dequantise(k, noise, self.levels), noise.new_zeros(len(k), dtype=self._dtype)
-        centres = (2 * k + 1).to(self._dtype) / self.levels - 1
-        u, log_q = self.dequantiser(centres, noise)
+            return super().dequantise(k, context, draw)
+        centres = (2 * k + 1).to(self.dtype) / self.levels - 1
+        u, log_q = self.dequantiser(centres, self.uniform(context, draw))
         return uniform_dequantise(k, u, self.levels), log_q
 
-    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y of x, and ln|det dy/dx| (B,), in the dtype of the weights."""
-        if self.config.entry == "logit":
-            y, log_det = logit_transform(x, self.config.logit_margin)
-            return y.to(self._dtype), log_det.to(self._dtype)
-        slope, offset = (2, -1) if self.config.entry == "symmetric" else (1, 0)
-        y = (slope * x + offset).to(self._dtype)
-        return y, y.new_full((len(y),), self.dims * math.log(slope))
-
-    def _leave(self, y: Tensor) -> Tensor:
-        """x of y."""
-        if self.config.entry == "logit":
-            return inverse_logit(y, self.config.logit_margin)
-        return (y + 1) / 2 if self.config.entry == "symmetric" else y
+    @torch.no_grad()
+    def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """Images (n, C, H, W), each a function of its seed; `temperature` multiplies the prior's standard deviation."""
+        check_temperature(temperature)
+        require_initialised(self)
+        labels = self.labels_in(labels, len(seeds))
+        z = temperature * self._noise(seeds.cpu())
+        z = z if self.prior is None or labels is None else self.prior.restore(z, labels)
+        return self.images_of(finite(self.leave(self.flow.inverse(z, self._condition(labels)))))
 
     def _condition(self, labels: Tensor | None) -> Tensor | None:
-        """What couplings are told, (B, E, 1, 1)."""
+        """The condition of every coupling, (B, E, 1, 1)."""
         return None if self.embedding is None or labels is None else self.embedding(labels)[:, :, None, None]
 
     def _noise(self, seeds: Tensor) -> Tensor:
         """A draw of the standard prior for each seed, on the model's device."""
-        seeds = seeds.cpu()
         if self.config.prior == "normal":
             e = randomness.normal(0, "sample", 0, seeds, self.image_shape)
         else:
             e = torch.logit(randomness.uniform(0, "sample", 0, seeds, self.image_shape))
-        return e.to(self.device, self._dtype)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return e.to(self.device, self.dtype)

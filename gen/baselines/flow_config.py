@@ -1,4 +1,4 @@
-"""Configurations of coupling flows, and the layers that they stand for.
+"""Configurations of coupling flows, and the layers built from them.
 
 A scale (Dinh et al. 2016, RealNVP, arXiv 1605.08803, figure 4; Kingma & Dhariwal 2018, Glow, arXiv 1807.03039, figure 2b) is
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from midway.gen.baselines.couplings import ChannelCoupling, CheckerboardCoupling, CouplingNetworkConfig, Transform
+from midway.gen.baselines.density import check_margin
 from midway.gen.baselines.flow_layers import (
     ActNorm,
     Chain,
@@ -39,7 +40,7 @@ class FlowConfig:
     actnorm: bool = True
     """An ActNorm before each coupling."""
     mixing: Literal["conv1x1", "alternate"] = "conv1x1"
-    """How channels change sides between couplings: by a learned matrix, or by turns."""
+    """How channels change sides between couplings: by a learned matrix, or alternating."""
     diagonal_scale: bool = False
     """A scale for every pixel at the end, as in NICE."""
     network: CouplingNetworkConfig = field(default_factory=CouplingNetworkConfig)
@@ -51,17 +52,16 @@ class FlowConfig:
     dequantise_couplings: int = 4
     """variational: checkerboard couplings of q(u | k)."""
     draws: int = 1
-    """Draws of u over which log_likelihood averages inside the logarithm; more give a tighter bound."""
+    """Draws of u averaged inside the logarithm in log_likelihood; more give a tighter bound."""
     class_width: int = 32
-    """Conditional models: numbers of a class's embedding."""
+    """Conditional models: width of the class embedding."""
 
     def __post_init__(self) -> None:
         counts = {"scales": 0, "checkerboards": 0, "steps": 0, "dequantise_couplings": 1, "draws": 1, "class_width": 1}
         for name, least in counts.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; give {least} or more")
-        if not 0 <= self.logit_margin < 0.5:
-            raise ValueError(f"logit_margin is {self.logit_margin}; give a number in [0, 0.5), 0.05 by default")
+        check_margin(self.logit_margin)
         if self.checkerboards + self.scales * self.steps < 2:
             raise ValueError(
                 f"checkerboards={self.checkerboards}, scales={self.scales}, steps={self.steps}: one coupling or none "
@@ -110,7 +110,7 @@ def build_flow(config: FlowConfig, shape: Shape, cond: Shape | None = None) -> F
 def _scale(config: FlowConfig, shape: Shape, cond: Shape | None, level: int) -> Chain:
     """Scale `level` and, inside it, those that follow."""
     flows: list[Flow] = []
-    for i in range(config.checkerboards if shape[1] * shape[2] > 1 else 0):  # one pixel has no neighbours
+    for i in range(config.checkerboards if shape[1] * shape[2] > 1 else 0):  # one pixel cannot be split
         flows += _normalise(config, shape)
         flows.append(CheckerboardCoupling(shape, i, config.transform, config.network, cond))
     if level < config.scales:
@@ -119,7 +119,7 @@ def _scale(config: FlowConfig, shape: Shape, cond: Shape | None, level: int) -> 
 
 
 def _steps(config: FlowConfig, shape: Shape, cond: Shape | None, level: int) -> Flow:
-    """What stands between squeezing and its inverse."""
+    """The layers between squeezing and its inverse."""
     channels, height, width = shape
     flows: list[Flow] = []
     for i in range(config.steps):

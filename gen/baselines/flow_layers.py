@@ -2,18 +2,18 @@
 
     log p(x) = log p(y) + log |det dy/dx|,      y = f_n(... f_1(x)),      log-det of a chain = sum of log-dets
 
-ActNorm          y = (x + shift) exp(log_scale) per channel; at the start zero mean and unit variance over the first batch
+ActNorm          y = (x + shift) exp(log_scale) per channel, initially zero mean and unit variance over the first batch
                  (Kingma & Dhariwal 2018, Glow, arXiv 1807.03039, section 3.1)
 InvertibleConv   y = W x per pixel, W = P L (U + diag(sign exp(log_scale))); P is fixed, L unit lower and U strictly upper
-                 triangular, so log-det = H W sum(log_scale) (Glow, section 3.2, equation 10). Averages of such weights, as EMA
-                 takes them, are invertible too
+                 triangular, so log-det = H W sum(log_scale) (Glow, section 3.2, equation 10). Averages (EMA) of such weights are
+                 invertible too
 DiagonalScale    y = x exp(log_scale) per pixel and channel (Dinh et al. 2014, NICE, arXiv 1410.8516, section 3.3)
 Squeezed         f on 2x2 blocks: (C, H, W) -> (4 C, H/2, W/2), f, and back (Dinh et al. 2016, RealNVP, arXiv 1605.08803, 3.6)
-FactorOut        f on the first half of the channels; the other half goes to the prior as it is (RealNVP, section 3.6)
+FactorOut        f on the first half of the channels; the other half goes to the prior unchanged (RealNVP, section 3.6)
 
-Since squeezing is undone, every flow keeps the shape: the latent of a multi-scale model is an image in which the values that
-were factored out stand in their own places. A coupling before FactorOut that moves the second half given the first is Glow's
-learned prior of the factored-out half. `cond` (B, E, h, w) is what a flow is conditioned on, or None; couplings read it.
+Squeezing is undone, so every flow preserves the shape: the latent of a multi-scale model is an image whose factored-out values
+are at their own positions. A coupling before FactorOut that moves the second half given the first is Glow's learned prior of the
+factored-out half. `cond` (B, E, h, w) is the condition, read by couplings, or None.
 """
 
 from abc import ABC, abstractmethod
@@ -39,12 +39,12 @@ class Flow(nn.Module, ABC):
         """The x whose forward is y."""
 
     def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Set what starts from data, once, as x (B, C, H, W) arrives here; y."""
+        """Initialise ActNorms, once, from the input x (B, C, H, W) of this flow; returns y."""
         return self(x, cond)[0]
 
 
 def require_initialised(module: nn.Module) -> None:
-    """ValueError if an ActNorm inside has not seen data. Waits for the device, so it is not for the training loop."""
+    """ValueError if an ActNorm inside is not initialised. Synchronises with the device: not for the training loop."""
     layers = [layer for layer in module.modules() if isinstance(layer, ActNorm)]
     missing = sum(not bool(layer.initialised) for layer in layers)
     if missing:
@@ -86,23 +86,62 @@ class Chain(Flow):
         return x
 
 
-class Squeezed(Flow):
+class Within(Flow):
+    """`inner` on a part of x, or on a view of it; `split` and `join` are inverse to each other."""
+
+    def __init__(self, inner: Flow) -> None:
+        super().__init__()
+        self.inner = inner
+
+    @abstractmethod
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input of `inner`, and the rest of x, which stays."""
+
+    @abstractmethod
+    def join(self, y: Tensor, rest: Tensor) -> Tensor:
+        """An image (B, C, H, W) of an output of `inner` and the rest."""
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        part, rest = self.split(x)
+        y, log_det = self.inner(part, cond)
+        return self.join(y, rest), log_det
+
+    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
+        part, rest = self.split(y)
+        return self.join(self.inner.inverse(part, cond), rest)
+
+    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
+        part, rest = self.split(x)
+        return self.join(self.inner.initialise(part, cond), rest)
+
+
+class Squeezed(Within):
     """`inner` at half the resolution, on images (4 C, H/2, W/2). ValueError for odd sides. Conditions must be (B, E, 1, 1)."""
 
     def __init__(self, inner: Flow, shape: Shape) -> None:
-        super().__init__()
+        super().__init__(inner)
         squeezed_shape(shape)
-        self.inner = inner
 
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y, log_det = self.inner(squeeze(x), cond)
-        return unsqueeze(y), log_det
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return squeeze(x), x[:, :0]
 
-    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
-        return unsqueeze(self.inner.inverse(squeeze(y), cond))
+    def join(self, y: Tensor, rest: Tensor) -> Tensor:
+        return unsqueeze(y)
 
-    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        return unsqueeze(self.inner.initialise(squeeze(x), cond))
+
+class FactorOut(Within):
+    """`inner` on the first half of the channels; the second stays. ValueError for an odd number of channels."""
+
+    def __init__(self, inner: Flow, channels: int) -> None:
+        super().__init__(inner)
+        half_of(channels, "factored out by halves")
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = x.chunk(2, dim=1)
+        return first, second
+
+    def join(self, y: Tensor, rest: Tensor) -> Tensor:
+        return torch.cat([y, rest], dim=1)
 
 
 def squeeze(x: Tensor) -> Tensor:
@@ -127,30 +166,8 @@ def squeezed_shape(shape: Shape) -> Shape:
     return 4 * channels, height // 2, width // 2
 
 
-class FactorOut(Flow):
-    """`inner` on the first half of the channels, nothing on the second. ValueError for an odd number of channels."""
-
-    def __init__(self, inner: Flow, channels: int) -> None:
-        super().__init__()
-        half_of(channels, "factored out by halves")
-        self.inner = inner
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        stays, out = x.chunk(2, dim=1)
-        y, log_det = self.inner(stays, cond)
-        return torch.cat([y, out], dim=1), log_det
-
-    def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
-        stays, out = y.chunk(2, dim=1)
-        return torch.cat([self.inner.inverse(stays, cond), out], dim=1)
-
-    def initialise(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        stays, out = x.chunk(2, dim=1)
-        return torch.cat([self.inner.initialise(stays, cond), out], dim=1)
-
-
 class ActNorm(Flow):
-    """Shift and scale per channel. Which start from data is a buffer, so it is done once, whatever is saved and resumed."""
+    """Shift and scale per channel. `initialised` is a buffer, so initialisation happens once, also after a resume."""
 
     initialised: Tensor
 
@@ -174,19 +191,19 @@ class ActNorm(Flow):
         if not self.initialised:
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             self.shift.copy_(-mean.view_as(self.shift))
-            # a channel that does not vary is left as large as it is
+            # a channel without variance is not scaled
             varies = variance > 1e-12
             self.log_scale.copy_(torch.where(varies, -0.5 * variance.log(), 0.0).view_as(self.log_scale))
             self.initialised.fill_(True)
         return self(x, cond)[0]
 
     def _check(self) -> None:
-        if not self.training:  # in training fit() has called start(), and reading the buffer would wait for the device
+        if not self.training:  # training follows start(); reading the buffer there would synchronise
             require_initialised(self)
 
 
 class InvertibleConv(Flow):
-    """A learned mixing of the channels, starting as a random rotation."""
+    """A learned mixing of the channels, initially a random rotation."""
 
     permutation: Tensor
     sign: Tensor
@@ -223,7 +240,7 @@ class InvertibleConv(Flow):
 
 
 class DiagonalScale(Flow):
-    """A learned scale for every pixel and channel, starting at 1."""
+    """A learned scale for every pixel and channel, initially 1."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
-"""Baselines by kind, and their runs read back."""
+"""Baselines by kind, and loading of their runs."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,27 +31,23 @@ class TrainedBaseline:
     hash: str
     run: Run
     weights: str
-    """Which weights these are, for reports: averaged or newest, and the optimizer step."""
+    """For reports: averaged or newest, and the optimizer step."""
 
 
-def load_baseline(
-    path: Path, device: torch.device = CPU, kinds: Mapping[str, type[Baseline]] | None = None
-) -> Baseline:
-    """The model of a baseline run, its best weights if it has them, or of one checkpoint directory: averaged, eval mode, frozen.
+def load_baseline(path: Path, device: torch.device = CPU) -> Baseline:
+    """The model of a baseline run (best weights if there are any) or of one checkpoint directory: averaged, eval mode, frozen.
 
-    `kinds` are the classes by name, by default all that there are. DataError for files that are missing or do not fit.
+    DataError for files that are missing or do not fit.
     """
     folder = path if (path / "model.json").exists() else _chosen(Run.open(path, KIND))
-    return _read(folder, device, kinds)[0]
+    return _read(folder, device)[0]
 
 
-def load_trained_baseline(
-    path: Path, device: torch.device = CPU, kinds: Mapping[str, type[Baseline]] | None = None
-) -> TrainedBaseline:
-    """The model of a baseline run with what reports say about it; errors as `load_baseline`."""
+def load_trained_baseline(path: Path, device: torch.device = CPU) -> TrainedBaseline:
+    """The model of a baseline run with its data, hash and step; errors as `load_baseline`."""
     run = Run.open(path, KIND)
     folder = _chosen(run)
-    model, digest = _read(folder, device, kinds)
+    model, digest = _read(folder, device)
     averaged = "averaged" if _weights(folder).name == "ema.safetensors" else "newest"
     data = from_dict(DataConfig, run.config["data"], "config.data")
     best = ", the best in validation" if folder.parent == run.best else ""
@@ -70,14 +65,13 @@ def _weights(folder: Path) -> Path:
     return averaged if averaged.exists() else folder / "model.safetensors"
 
 
-def _read(folder: Path, device: torch.device, kinds: Mapping[str, type[Baseline]] | None) -> tuple[Baseline, str]:
+def _read(folder: Path, device: torch.device) -> tuple[Baseline, str]:
     """The model in `folder` and the hash of its description and weights."""
-    known = BASELINES if kinds is None else kinds
     try:
         text = (folder / "model.json").read_text()
         state = load_file(_weights(folder))
         description = json.loads(text)
-        cls = known[description["kind"]]
+        cls = BASELINES[description["kind"]]
         config = from_dict(cls.config_type, description["config"], "model.json")
         model = cls(config, tuple(description["image_shape"]), description["levels"], description["classes"])
         model.load_state_dict(state)

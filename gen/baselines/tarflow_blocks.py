@@ -6,9 +6,9 @@ Papamakarios et al. 2017, arXiv 1705.07057):
     z_i = (x_i - mu_i) exp(-alpha_i)          (mu_i, alpha_i) = head(transformer(x_0 .. x_{i-1}, class))_i
     x_i = z_i exp(alpha_i) + mu_i             ln|det dz/dx| = -sum of all alpha
 
-Forward, all N tokens go through the transformer at once. Backward, x_i waits for x_{i-1}: see tarflow_sampling.py. The head
-starts at zero, so that the flow starts as the identity. Position i of the transformer's input holds x_{i-1}, and nothing at
-i = 0, so that the first token has a mean and a scale too, which know the class (theirs leaves that token as it is).
+The forward pass evaluates all N tokens at once; the inverse needs one evaluation per token. The head is initially zero, so a new
+flow is the identity. Position i of the transformer's input holds x_{i-1}, and zeros at i = 0, so that the first token has a
+class-dependent mean and scale too (in the paper that token is unchanged).
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from midway.tokenizers.attention import SelfAttention, linear
 from midway.tokenizers.recomputed import Recomputed
 
-_STD = 0.02  # of positions and classes at first
+_STD = 0.02  # of position and class embeddings at initialisation
 
 
 @dataclass
@@ -40,10 +40,10 @@ class KeyValues:
 
 
 class CausalAttention(SelfAttention):
-    """(B, N, width) -> the same, position i seeing 0 .. i."""
+    """(B, N, width) -> the same shape; position i attends to 0 .. i."""
 
     def forward(self, x: Tensor, past: KeyValues | None = None) -> Tensor:
-        """With a `past`, x is the one position (B, 1, width) that follows it, and joins it."""
+        """With a `past`, x is the next position (B, 1, width), and is appended to it."""
         q, k, v = self.split(x)
         if past is not None:
             k, v = past.append(k, v)
@@ -51,7 +51,7 @@ class CausalAttention(SelfAttention):
 
 
 class CausalBlock(Recomputed):
-    """Attention and MLP, both residual, norms before them."""
+    """Pre-norm residual attention and MLP."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class CausalBlock(Recomputed):
 class AutoregressiveFlow(nn.Module):
     """Tokens (B, N, D) <-> z (B, N, D); `flipped` goes from the last token to the first.
 
-    Labels int64 (B,), None without classes; the label `classes` says "no class".
+    Labels int64 (B,), None without classes; the label `classes` means "no class".
     """
 
     def __init__(
@@ -108,17 +108,22 @@ class AutoregressiveFlow(nn.Module):
 
     # ---- one token after the other ----
 
-    def no_past(self, count: int) -> list[KeyValues]:
-        """An empty memory of `count` samples, one for each layer."""
+    def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Tokens x (B, N, D) of z (B, N, D), one after another with cached keys and values."""
+        past, x = self._empty_cache(len(z)), []
+        for z_i in self.ordered(z).unbind(1):
+            mean, log_scale = self.next_moments(x[-1] if x else None, labels, past).chunk(2, dim=-1)
+            x.append(z_i * log_scale.exp() + mean)
+        return self.ordered(torch.stack(x, dim=1))
+
+    def _empty_cache(self, count: int) -> list[KeyValues]:
+        """Empty keys and values of `count` samples, one for each layer."""
         heads, size = self.head_shape
         empty = [self.positions.new_empty(2, count, heads, self.tokens, size) for _ in self.blocks]
         return [KeyValues(keys, values) for keys, values in empty]
 
     def next_moments(self, last: Tensor | None, labels: Tensor | None, past: list[KeyValues]) -> Tensor:
-        """(mu_i, alpha_i), (B, 2 D), of the token that follows `last` = x_{i-1} (B, D), None at i = 0.
-
-        `past` holds what the layers made of the tokens before, and grows.
-        """
+        """(mu_i, alpha_i), (B, 2 D), of the token that follows `last` = x_{i-1} (B, D), None at i = 0; extends `past`."""
         i, count = past[0].length, past[0].keys.shape[0]
         h = self.positions[i].expand(count, 1, -1)
         h = h if last is None else h + self.embed(last)[:, None]

@@ -1,15 +1,15 @@
 """A convolutional VAE whose bound counts the bits of integers (Kingma and Welling 2013, arXiv 1312.6114).
 
     q(z | x, y) = N(mu, s^2),  (mu, ln s^2) = encoder(x) + embedding(y)        p(z) = N(0, 1), whatever the label y
-    p(x | z, y) = discretised logistic mixture of decoder(z + embedding'(y))   (logistic.py)
+    p(x | z, y) = discretised logistic mixture of decoder(z + embedding'(y))   (logistic_mixture.py)
 
     ln P(x) >= ELBO = E_q ln w,      ln w = ln p(x | z) + ln p(z) - ln q(z | x)
     ln P(x) >= E ln 1/K sum_k w_k >= ELBO                                      (IWAE: Burda et al. 2015, arXiv 1509.00519, eq. 8)
     loss = (-ln p(x | z) + beta w_t sum_j max(free_bits, KL_j)) / (D ln 2)
 
-w_t rises linearly from 1 / kl_warmup to 1 in the first `kl_warmup` steps. KL_j is that of latent channel j over all positions.
-Free bits (Kingma et al. 2016, arXiv 1606.04934, appendix C.8) are of each image here, not of the minibatch's mean: the
-maximum of a mean would depend on how a batch is divided. Whatever the loss, `bits_per_dim` in the logs is the bound itself.
+w_t rises linearly from 1 / kl_warmup to 1 in the first `kl_warmup` steps. KL_j is the divergence of latent channel j over all
+positions. Free bits (Kingma et al. 2016, arXiv 1606.04934, appendix C.8) apply to each image, not to the minibatch's mean, whose
+maximum would depend on how a batch is divided. `bits_per_dim` in the logs is the bound itself, for every loss.
 """
 
 import math
@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from midway.gen.baselines.base import Baseline
+from midway.gen.baselines.base import Baseline, check_temperature
 from midway.gen.baselines.logistic_mixture import PARAMETERS, LogisticMixture
 from midway.gen.core import randomness
 from midway.gen.data.images import to_float
@@ -30,7 +30,7 @@ from midway.tokenizers.kl import LOG_VARIANCE_RANGE, gaussian_kl
 from midway.tokenizers.networks import Decoder, Encoder
 
 Mode = Literal["mean", "draw"]
-"""What an image is, given the likelihood: the expectation of every value, or one draw of levels."""
+"""A sample given the likelihood: the expectation of every value, or one draw of levels."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class VAEConfig:
     kl_warmup: int = 0
     """Optimizer steps in which that weight rises linearly."""
     free_bits: float = 0.0
-    """Nats of KL divergence that a latent channel of an image has for nothing."""
+    """Nats of KL divergence per latent channel and image that are not penalised."""
 
     def __post_init__(self) -> None:
         for name in ("latent_dim", "width", "mixtures"):
@@ -87,7 +87,7 @@ class VAE(Baseline):
             self.posterior_label = _embedding(classes, 2 * size)
             self.latent_label = _embedding(classes, size)
 
-    # ---- the two networks ----
+    # ---- encoder and decoder ----
 
     def posterior(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(mu, ln s^2), each (B, D, h, w) in float32 or better, of uint8 images (B, C, H, W)."""
@@ -108,7 +108,7 @@ class VAE(Baseline):
     # ---- training ----
 
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective above, and logs: the bound, in bits per dimension, and the KL divergence's part of it."""
+        """The objective above; logs: the bound and its KL divergence in bits per dimension."""
         k = self.levels_in(batch.images)
         mean, log_variance = self.posterior(batch.images, batch.labels)
         noise = context.normal("posterior", self.latent_shape).to(mean)
@@ -164,13 +164,12 @@ class VAE(Baseline):
     ) -> Tensor:
         """Images (n, C, H, W) in [-1, 1] for int64 seeds (n,): latents from N(0, temperature^2), then `mode`.
 
-        "mean", the default, is the expectation of every value, without the noise of values that are independent given z;
-        "draw" is a draw from the model that the bits are of.
+        "mean", the default, is the expectation of every value, without noise that is independent given z; "draw" is a draw from
+        the model whose likelihood is bounded.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"mode is {mode!r}; choose one of: {', '.join(get_args(Mode))}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}; give a finite number that is not negative")
+        check_temperature(temperature)
         noise = randomness.normal(0, "vae-latents", 0, seeds.cpu(), self.latent_shape)
         latents = temperature * noise.to(next(self.parameters()))
         if mode == "mean":
@@ -185,7 +184,7 @@ class VAE(Baseline):
         return self.likelihood(latents, labels).mean().float().clamp(-1, 1)
 
 
-# ---- pictures of what the latents hold: float images in [-1, 1] ----
+# ---- pictures of the latent space: float images in [-1, 1] ----
 
 
 def reconstruct(model: VAE, images: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -194,9 +193,9 @@ def reconstruct(model: VAE, images: Tensor, labels: Tensor | None = None) -> Ten
 
 
 def interpolate(model: VAE, first: Tensor, second: Tensor, labels: Tensor | None = None, steps: int = 8) -> Tensor:
-    """(n, steps, C, H, W): from `first` to `second`, uint8 (n, C, H, W) each, on the line between their posterior means.
+    """(n, steps, C, H, W): decoded points on the line between the posterior means of `first` and `second`, uint8 (n, C, H, W).
 
-    A label, of a conditional model, belongs to both images of a pair.
+    In a conditional model both images of a pair have one label.
     """
     if steps < 2:
         raise ValueError(f"steps is {steps}; an interpolation has at least its two ends")
@@ -210,7 +209,7 @@ def traverse(
 ) -> Tensor:
     """(n, coordinates, values, C, H, W): the posterior mean of each image with one flat latent coordinate set to a value.
 
-    `coordinate_kl` tells which coordinates hold most. ValueError for one that does not exist.
+    ValueError for a coordinate that does not exist.
     """
     means = _means(model, images, labels).flatten(1)
     if not all(0 <= index < means.shape[1] for index in coordinates):
@@ -247,7 +246,7 @@ def _decode_all(model: VAE, latents: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def _embedding(classes: int, size: int) -> nn.Embedding:
-    """Classes that start alike, nearly."""
+    """Class embeddings that are initially nearly equal."""
     layer = nn.Embedding(classes, size)
     nn.init.normal_(layer.weight, std=0.02)
     return layer

@@ -1,15 +1,21 @@
-"""Which share of a list of tasks is this process's."""
+"""Several processes that work together: which of them this is, on which device it computes, and how it leaves them."""
 
+import contextlib
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
+from torch import distributed
 
 Item = TypeVar("Item")
+
+PATIENCE, GRACE = 60.0, 5.0
+"""Seconds that a process which leaves may take: after success, and after an error."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +23,12 @@ class ProcessInfo:
     """Which of how many processes this is; `wait` returns when all have called it."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     wait: Callable[[], None] = lambda: None
 
     def mine(self, items: Sequence[Item]) -> list[tuple[int, Item]]:
         """(number, item) of those that this process makes."""
-        return [(i, item) for i, item in enumerate(items) if i % self.world == self.rank]
+        return [(i, item) for i, item in enumerate(items) if i % self.world_size == self.rank]
 
 
 def best_device() -> torch.device:
@@ -30,12 +36,38 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_and_shard() -> tuple[torch.device, ProcessInfo]:
-    """Where this process computes, and its share of what several processes do together."""
+def device_and_process() -> tuple[torch.device, ProcessInfo]:
+    """Where this process computes, and which of several processes it is."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu"), ProcessInfo()
-    patience = timedelta(hours=12)  # a process that is done waits for one that still measures
+        return best_device(), ProcessInfo()
+    from accelerate import PartialState
+
+    patience = timedelta(hours=12)  # the first process to finish waits for the last
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
-    return state.device or torch.device("cpu"), ProcessInfo(
-        state.process_index, state.num_processes, state.wait_for_everyone
-    )
+    device = state.device or torch.device("cpu")
+    return device, ProcessInfo(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def leave_processes(code: int = 0) -> None:
+    """Destroy the process group, whose threads would otherwise outlive the interpreter and abort it (exit code -6).
+
+    Processes that succeeded (`code` 0) first wait for one another; one that failed does not. A process that cannot leave
+    within PATIENCE or GRACE seconds, because a peer does not answer, exits at once with `code`.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    limit = threading.Timer(GRACE if code else PATIENCE, _exit_now, [code])
+    limit.daemon = True
+    limit.start()
+    with contextlib.suppress(RuntimeError):  # the work is done: a peer that failed meanwhile changes nothing
+        if code == 0:
+            distributed.barrier()
+        distributed.destroy_process_group()
+    limit.cancel()
+
+
+def _exit_now(code: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest
-from midway.gen.diffusion.field import LatentField
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, reversed_grid
+from midway.samplers.guidance import scale_of
 from midway.samplers.prediction import Field, Prediction, expand, solve
 from midway.samplers.sample import sample
 from midway.samplers.schedule import Cosine, Schedule
@@ -178,9 +178,9 @@ def _directions(trace: Trace, x: Tensor, probes: int, ids: Tensor | None, probe:
 
 
 def _check_unguided(field: Field) -> None:
-    if isinstance(field, LatentField) and field.guidance.scale != 1:
+    if scale_of(field) != 1:
         why = "a guided field is the flow of no data: it sharpens what the model has learned"
-        raise UsageError(f"a likelihood under guidance {field.guidance.scale}", why, "use guidance 1")
+        raise UsageError(f"a likelihood under guidance {scale_of(field)}", why, "use guidance 1")
 
 
 def _check_table(table: Table, schedule: Schedule) -> None:

@@ -22,7 +22,6 @@ from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.model import LatentModel, start_state
 from midway.gen.training.batches import Context
 from midway.samplers.amed import AMEDSolver, nodes
-from midway.samplers.directions import GAIN, AMEDConfig, Constants, DirectionRule, Predictor
 from midway.samplers.distill import (
     NEGLIGIBLE,
     TeacherNodes,
@@ -37,6 +36,7 @@ from midway.samplers.grids import GRIDS, Grid
 from midway.samplers.prediction import Field
 from midway.samplers.sample import EvaluationCounter
 from midway.samplers.solvers import SOLVERS, steps_for
+from midway.samplers.step_parameters import GAIN, AMEDConfig, Constants, Predictor, StepRule
 from midway.samplers.table import Table
 
 
@@ -163,7 +163,7 @@ class SolverObjective(nn.Module):
         with torch.no_grad():
             self.rule.raw[:, 0] = torch.logit(best) / GAIN
 
-    def errors(self, batch: TrajectoryBatch, rule: DirectionRule) -> Tensor:
+    def errors(self, batch: TrajectoryBatch, rule: StepRule) -> Tensor:
         """(N,): error at every node but the first under `rule`, in units of the state's variance."""
         if self.restarts:
             return step_errors(self._field(batch.labels.repeat(self.solver.steps)), self.solver, rule, batch.nodes)

@@ -23,7 +23,7 @@ from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import CPU
 from midway.gen.evaluation.sources import LATENT_LIMIT
 from midway.samplers.denoisers import field_from_diffusers
-from midway.samplers.interop import convention_of, trained_range
+from midway.samplers.interop import parametrisation_of, trained_range
 from midway.samplers.prediction import NetworkField
 from midway.samplers.schedule import Schedule
 
@@ -84,7 +84,7 @@ def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
     parts = _parts(path)
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
     try:
-        schedule = convention_of(scheduler).schedule
+        schedule = parametrisation_of(scheduler).schedule
     except ValueError as error:
         raise _refusal(path, f"its scheduler is not known here: {error}") from None
     shape, classes = _interface(path, _json(path / "unet" / "config.json"))

@@ -26,7 +26,7 @@ from midway.gen.core.errors import DiskError
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.external import ImagesSource
 from midway.gen.evaluation.records import FLOOR, Cell
-from midway.gen.evaluation.sources import Source
+from midway.gen.evaluation.sources import SampleSource
 from midway.gen.evaluation.store import part_ranges, seeds_of
 from midway.gen.evaluation.sweep import Sweep
 
@@ -38,7 +38,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 class ImageSet:
     """The images of `blocks` blocks of n seeds; `classes` of the labels, 0 without."""
 
-    source: Source
+    source: SampleSource
     first: int
     n: int
     blocks: int

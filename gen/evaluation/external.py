@@ -27,7 +27,7 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.files import Decoded, Undecodable, check_bad, decode_all, open_files, prepare, stack
 from midway.gen.data.images import check_options
-from midway.gen.evaluation.sources import Raw
+from midway.gen.evaluation.sources import SampledBatch
 
 EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
@@ -69,11 +69,11 @@ class ImagesSource:
         """The pixels, wherever they lie."""
         return {"images": self.external.fingerprint}
 
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         """The images themselves."""
-        return Raw(self.external.pixels[seeds - self.first].contiguous(), 0.0, 0.0)
+        return SampledBatch(self.external.pixels[seeds - self.first].contiguous(), 0.0, 0.0)
 
-    def images(self, raw: Raw) -> Tensor:
+    def images(self, raw: SampledBatch) -> Tensor:
         """As they are."""
         return raw.values
 

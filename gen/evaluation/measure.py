@@ -17,10 +17,10 @@ from torch import Tensor
 
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.pictures import grid_png
-from midway.gen.evaluation.metrics import Seen, measure_metrics
-from midway.gen.evaluation.sources import Raw, Source
+from midway.gen.evaluation.metrics import Features, measure_metrics
+from midway.gen.evaluation.sources import SampledBatch, SampleSource
 from midway.gen.evaluation.store import CellStore, Part, cell_id, part_ranges, seeds_of
-from midway.gen.features.reference import Measurer
+from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.psnr_ssim import psnr
 
 SHOWN = 8
@@ -49,13 +49,13 @@ class Seeds:
 
 
 @dataclass(frozen=True)
-class Reference:
+class FineSolution:
     """The fine solution of every seed, kept in the store as parts of the same seeds."""
 
-    source: Source
+    source: SampleSource
     seeds: Seeds
     store: CellStore
-    shard: ProcessInfo
+    process: ProcessInfo
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Reference:
 
     def make(self) -> None:
         """Make the parts of this process that are not there."""
-        for number, (_, first, count) in self.shard.mine(self.seeds.parts):
+        for number, (_, first, count) in self.process.mine(self.seeds.parts):
             if self.store.part(self.identity, number) is None:
                 raw = self.source.sample(seeds_of(first, count))
                 tensors = {"latents": raw.values, "images": self.source.images(raw)}
@@ -90,13 +90,13 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvaluationContext:
     """What every cell of a sweep is measured with."""
 
-    measurer: Measurer
+    reference: FeatureReference
     seeds: Seeds
     store: CellStore
-    shard: ProcessInfo
+    process: ProcessInfo
     metrics: tuple[str, ...] = ()
     """Beside the Fréchet distance, by their names in METRICS."""
     overlap: bool = False
@@ -104,73 +104,80 @@ class Bench:
     timing: str = ""
     """What seconds depend on."""
 
-    def identity(self, source: Source, fine: "Reference | None" = None) -> dict[str, Any]:
+    def identity(self, source: SampleSource, fine: "FineSolution | None" = None) -> dict[str, Any]:
         """Everything that the numbers of a cell depend on."""
         found = {
             "source": source.identity,
             "seeds": [self.seeds.first, self.seeds.n, self.seeds.blocks],
-            "features": self.measurer.features,
-            "reference": self.measurer.reference_id,
-            "root": self.measurer.root,
+            "features": self.reference.features,
+            "reference": self.reference.id,
+            "root": self.reference.root,
             "metrics": sorted(self.metrics),
         }
         return found | ({"fine": fine.identity} if fine is not None else {})
 
-    def record(self, source: Source, fine: "Reference | None" = None) -> str:
+    def record(self, source: SampleSource, fine: "FineSolution | None" = None) -> str:
         """Name of the cell's record in the store."""
         return cell_id(self.identity(source, fine))
 
 
-def measure(source: Source, bench: Bench, fine: Reference | None = None) -> dict[str, Any]:
+def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> dict[str, Any]:
     """The numbers of one cell: from the store if it is finished, else measured. With `fine`, RMSE too."""
-    identity = bench.identity(source, fine)
-    numbers = bench.store.record(identity)
-    bench.shard.wait()  # all have looked before the first process writes
+    identity = context.identity(source, fine)
+    numbers = context.store.record(identity)
+    context.process.wait()  # all have looked before the first process writes
     if numbers is None:
-        _make_parts(source, bench, identity, fine)
-        bench.shard.wait()
-        _make_blocks(bench, identity)
-        bench.shard.wait()
-        if bench.shard.rank == 0:
-            numbers, png = _summary(bench, identity)
-            bench.store.finish(identity, numbers, png)
-        bench.shard.wait()
-        numbers = numbers or bench.store.record(identity)
+        _make_parts(source, context, identity, fine)
+        context.process.wait()
+        _make_blocks(context, identity)
+        context.process.wait()
+        if context.process.rank == 0:
+            numbers, png = _summary(context, identity)
+            context.store.finish(identity, numbers, png)
+        context.process.wait()
+        numbers = numbers or context.store.record(identity)
     assert numbers is not None
     return numbers
 
 
-def picture(source: Source, bench: Bench, fine: Reference | None = None) -> bytes | None:
+def picture(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> bytes | None:
     """The PNG of a finished cell."""
-    return bench.store.png(bench.identity(source, fine))
+    return context.store.png(context.identity(source, fine))
 
 
 # ---- parts ----
 
 
-def _make_parts(source: Source, bench: Bench, identity: dict[str, Any], fine: Reference | None) -> None:
-    with _worker(bench.overlap) as run:
-        for number, (_, first, count) in bench.shard.mine(bench.seeds.parts):
-            if bench.store.part(identity, number) is None:
+def _make_parts(
+    source: SampleSource, context: EvaluationContext, identity: dict[str, Any], fine: FineSolution | None
+) -> None:
+    with _worker(context.overlap) as run:
+        for number, (_, first, count) in context.process.mine(context.seeds.parts):
+            if context.store.part(identity, number) is None:
                 raw = source.sample(seeds_of(first, count))
-                run(lambda raw=raw, number=number: _keep(source, raw, number, bench, identity, fine))
+                run(lambda raw=raw, number=number: _keep(source, raw, number, context, identity, fine))
 
 
-def look(measurer: Measurer, images: Tensor) -> Seen:
+def extract_features(reference: FeatureReference, images: Tensor) -> Features:
     """Features and logits of uint8 images, on the CPU."""
-    found = measurer.network.activations(images)
-    return Seen(found.features.cpu(), None if found.logits is None else found.logits.cpu())
+    found = reference.network.activations(images)
+    return Features(found.features.cpu(), None if found.logits is None else found.logits.cpu())
 
 
 def _keep(
-    source: Source, raw: Raw, number: int, bench: Bench, identity: dict[str, Any], fine: Reference | None
+    source: SampleSource,
+    raw: SampledBatch,
+    number: int,
+    context: EvaluationContext,
+    identity: dict[str, Any],
+    fine: FineSolution | None,
 ) -> None:
     """Decode, look, and write a part."""
     begun = time.perf_counter()
     images = source.images(raw)
     decoded = time.perf_counter()
-    seen = look(bench.measurer, images)
-    costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun, "timing": bench.timing}
+    seen = extract_features(context.reference, images)
+    costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun, "timing": context.timing}
     costs["features"] = time.perf_counter() - decoded
     tensors = {"features": seen.features, "finite": raw.finite}
     if seen.logits is not None:
@@ -179,7 +186,7 @@ def _keep(
         tensors |= fine.errors(number, raw.values, images)
     if number == 0:
         tensors["shown"] = images[:SHOWN]
-    bench.store.write_part(identity, number, Part(tensors, costs))
+    context.store.write_part(identity, number, Part(tensors, costs))
 
 
 @contextmanager
@@ -204,29 +211,29 @@ def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
 # ---- summing up ----
 
 
-def _make_blocks(bench: Bench, identity: dict[str, Any]) -> None:
+def _make_blocks(context: EvaluationContext, identity: dict[str, Any]) -> None:
     """Measure the blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
-    for block, _ in bench.shard.mine(range(bench.seeds.blocks)):
-        if bench.store.part(identity, _place(bench, block)) is None:
-            bench.store.write_part(identity, _place(bench, block), _block(bench, identity, block))
+    for block, _ in context.process.mine(range(context.seeds.blocks)):
+        if context.store.part(identity, _place(context, block)) is None:
+            context.store.write_part(identity, _place(context, block), _block(context, identity, block))
 
 
-def _place(bench: Bench, block: int) -> int:
+def _place(context: EvaluationContext, block: int) -> int:
     """The number of a block's figures in the store, after all parts of samples."""
-    return len(bench.seeds.parts) + block
+    return len(context.seeds.parts) + block
 
 
-def _block(bench: Bench, identity: dict[str, Any], block: int) -> Part:
+def _block(context: EvaluationContext, identity: dict[str, Any], block: int) -> Part:
     """The figures of one block from its parts; `errors` and `psnr` of each sample, if there was a fine solution."""
-    numbers = [number for number, (its, _, _) in enumerate(bench.seeds.parts) if its == block]
-    parts = [part for number in numbers if (part := bench.store.part(identity, number)) is not None]
+    numbers = [number for number, (its, _, _) in enumerate(context.seeds.parts) if its == block]
+    parts = [part for number in numbers if (part := context.store.part(identity, number)) is not None]
     if len(parts) < len(numbers):
         raise RuntimeError(f"parts of block {block} are gone: run again")
     found = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors if name != "shown"}
-    seen, sound = Seen(found["features"], found.get("logits")), bool(found["finite"].all())
+    seen, sound = Features(found["features"], found.get("logits")), bool(found["finite"].all())
     figures = {
-        "distance": bench.measurer.distance_of(seen.features) if sound else None,
-        "metrics": measure_metrics(bench.metrics, seen, bench.measurer) if sound else {},
+        "distance": context.reference.distance_of(seen.features) if sound else None,
+        "metrics": measure_metrics(context.metrics, seen, context.reference) if sound else {},
         "nonfinite": int((~found["finite"]).sum()),
         "nfe": [part.costs["nfe"] for part in parts],
         "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
@@ -236,9 +243,9 @@ def _block(bench: Bench, identity: dict[str, Any], block: int) -> Part:
     return Part(kept | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
 
 
-def _summary(bench: Bench, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
+def _summary(context: EvaluationContext, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
     """Numbers of all blocks, in the order of the seeds, and a picture of the first."""
-    blocks = [bench.store.part(identity, _place(bench, block)) for block in range(bench.seeds.blocks)]
+    blocks = [context.store.part(identity, _place(context, block)) for block in range(context.seeds.blocks)]
     found = [block for block in blocks if block is not None]
     if len(found) < len(blocks):
         raise RuntimeError("the figures of a block are gone: run again")

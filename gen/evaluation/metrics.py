@@ -18,7 +18,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.core.randomness import permutation
-from midway.gen.features.reference import Measurer
+from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.frechet_infinity import frechet_distance_at_infinity
 from midway.gen.metrics.inception_score import inception_score
 from midway.gen.metrics.kid import kid
@@ -28,31 +28,31 @@ Values = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Seen:
+class Features:
     """A block of samples as the feature network sees it: features float32 (n, D), logits (n, K) if it has any."""
 
     features: Tensor
     logits: Tensor | None
 
 
-def _kid(seen: Seen, measurer: Measurer) -> Values:
-    return {"kid": kid(seen.features, _sample(measurer)).value}
+def _kid(seen: Features, reference: FeatureReference) -> Values:
+    return {"kid": kid(seen.features, _sample(reference)).value}
 
 
-def _precision(seen: Seen, measurer: Measurer) -> Values:
-    found = precision_recall(*_as_many(measurer, seen))
+def _precision(seen: Features, reference: FeatureReference) -> Values:
+    found = precision_recall(*_as_many(reference, seen))
     return {"precision": found.precision, "recall": found.recall}
 
 
-def _density(seen: Seen, measurer: Measurer) -> Values:
-    found = density_coverage(*_as_many(measurer, seen))
+def _density(seen: Features, reference: FeatureReference) -> Values:
+    found = density_coverage(*_as_many(reference, seen))
     return {"density": found.density, "coverage": found.coverage}
 
 
-def _inception(seen: Seen, measurer: Measurer) -> Values:
+def _inception(seen: Features, reference: FeatureReference) -> Values:
     if seen.logits is None:
         raise UsageError(
-            f"--metrics is with {measurer.features}",
+            f"--metrics is with {reference.features}",
             "it names no class probabilities",
             "drop it, or use other --features",
         )
@@ -60,11 +60,11 @@ def _inception(seen: Seen, measurer: Measurer) -> Values:
     return {"inception_score": inception_score(mixed, min(10, len(mixed))).value}
 
 
-def _infinity(seen: Seen, measurer: Measurer) -> Values:
-    return {"fd_infinity": frechet_distance_at_infinity(seen.features, measurer.reference).value}
+def _infinity(seen: Features, reference: FeatureReference) -> Values:
+    return {"fd_infinity": frechet_distance_at_infinity(seen.features, reference.statistics).value}
 
 
-METRICS: dict[str, Callable[[Seen, Measurer], Values]] = {
+METRICS: dict[str, Callable[[Features, FeatureReference], Values]] = {
     "kid": _kid,
     "precision": _precision,
     "density": _density,
@@ -100,9 +100,9 @@ def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> Non
         )
 
 
-def measure_metrics(names: tuple[str, ...], seen: Seen, measurer: Measurer) -> Values:
+def measure_metrics(names: tuple[str, ...], seen: Features, reference: FeatureReference) -> Values:
     """Every value of every metric of one block."""
-    return {key: value for name in names for key, value in METRICS[name](seen, measurer).items()}
+    return {key: value for name in names for key, value in METRICS[name](seen, reference).items()}
 
 
 def mean_std(values: Mapping[str, list[float]], key: str) -> tuple[float | None, float | None]:
@@ -116,12 +116,12 @@ def mean_std(values: Mapping[str, list[float]], key: str) -> tuple[float | None,
     return mean, (sum((value - mean) ** 2 for value in found) / (len(found) - 1)) ** 0.5
 
 
-def _sample(measurer: Measurer) -> Tensor:
-    assert measurer.sample is not None
-    return measurer.sample
+def _sample(reference: FeatureReference) -> Tensor:
+    assert reference.sample is not None
+    return reference.sample
 
 
-def _as_many(measurer: Measurer, seen: Seen) -> tuple[Tensor, Tensor]:
+def _as_many(reference: FeatureReference, seen: Features) -> tuple[Tensor, Tensor]:
     """Features of as many training images as samples, and of the samples: both counts matter to these metrics."""
-    real = _sample(measurer)[: len(seen.features)]
+    real = _sample(reference)[: len(seen.features)]
     return real, seen.features[: len(real)]

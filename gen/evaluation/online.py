@@ -1,4 +1,4 @@
-"""Early answers: the Fréchet distance of a model in training at a few small budgets, of the same seeds every time.
+"""Online evaluation: the Fréchet distance of a model in training at a few small budgets, of the same seeds every time.
 
 Small numbers of images make distances that compare with one another alone: every line says how many they were.
 """
@@ -10,13 +10,13 @@ import torch
 
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.features.reference import Measurer
+from midway.gen.features.reference import FeatureReference
 
 
 @dataclass(frozen=True)
-class EarlyConfig:
+class OnlineConfig:
     """What is measured at every `--measure-every` steps."""
 
     nfe: tuple[int, ...] = (5, 10, 20)
@@ -31,29 +31,29 @@ class EarlyConfig:
     def __post_init__(self) -> None:
         if self.n < 2 or not self.nfe or min(self.nfe) < 1:
             raise ValueError(
-                f"early answers of n {self.n} at NFE {self.nfe}: use 2 images or more, at 1 evaluation or more"
+                f"online evaluation of n {self.n} at NFE {self.nfe}: use 2 images or more, at 1 evaluation or more"
             )
 
 
-def early_answers(trained: TrainedModel, measurer: Measurer, config: EarlyConfig) -> dict[int, float]:
+def online_distances(trained: TrainedModel, reference: FeatureReference, config: OnlineConfig) -> dict[int, float]:
     """The distance at every budget; infinite where samples are not finite. UsageError for a budget the solver cannot spend."""
-    plans = PlanConfig(grids=(config.grid,))
+    plans = SamplerConfig(grids=(config.grid,))
     found = {}
     for nfe in config.nfe:
         table = make_table(config.solver, config.grid, nfe, trained, plans)
         source = SolverSource(trained, table, plans.sampling())
         raw = source.sample(torch.arange(config.n))
-        found[nfe] = measurer.distance(source.images(raw)) if raw.finite.all() else float("inf")
+        found[nfe] = reference.distance(source.images(raw)) if raw.finite.all() else float("inf")
     return found
 
 
-def report_early(run: Run, step: int, found: dict[int, float], measurer: Measurer, config: EarlyConfig) -> None:
+def log_online(run: Run, step: int, found: dict[int, float], reference: FeatureReference, config: OnlineConfig) -> None:
     """One line of metrics.jsonl and one of the log, with all that names the numbers."""
     facts = {"n": config.n, "solver": config.solver, "grid": config.grid, "seeds": f"0-{config.n - 1}"}
     values = {f"distance_nfe_{nfe}": value for nfe, value in found.items()}
-    run.log({"step": step, "early": True, **values, **facts, "features": measurer.features})
+    run.log({"step": step, "early": True, **values, **facts, "features": reference.features})
     told = ", ".join(f"NFE {nfe}: {value:.3g}" for nfe, value in found.items())
     run.say(
-        f"step {step}: Fréchet distance ({measurer.features}, n = {config.n}, seeds {facts['seeds']}) by {config.solver} "
+        f"step {step}: Fréchet distance ({reference.features}, n = {config.n}, seeds {facts['seeds']}) by {config.solver} "
         f"on {config.grid}: {told}"
     )

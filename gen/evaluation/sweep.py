@@ -21,32 +21,32 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import Splits
 from midway.gen.evaluation.jobs import Job, Model, Other, SweepConfig, all_jobs, fine_source
-from midway.gen.evaluation.measure import Bench, Reference, Seeds, look, measure, picture
+from midway.gen.evaluation.measure import EvaluationContext, FineSolution, Seeds, extract_features, measure, picture
 from midway.gen.evaluation.metrics import check_metrics, mean_std, measure_metrics, possible
 from midway.gen.evaluation.records import FLOOR, Cell, mark_best
 from midway.gen.evaluation.store import CellStore
-from midway.gen.features.reference import Measurer, balanced
+from midway.gen.features.reference import FeatureReference, balanced
 
 
-def floor_cell(measurer: Measurer, held_out: ImageData, n: int, metrics: tuple[str, ...] = ()) -> Cell:
+def floor_cell(reference: FeatureReference, held_out: ImageData, n: int, metrics: tuple[str, ...] = ()) -> Cell:
     """What real images score: the distance of n held-out images, or all if there are fewer, to the training images."""
     chosen = balanced(held_out.labels)[:n]
-    seen = look(measurer, held_out.images[chosen])
+    seen = extract_features(reference, held_out.images[chosen])
     cell = Cell(
         solver=FLOOR,
         grid="",
         nfe=0,
-        distance=measurer.distance_of(seen.features),
+        distance=reference.distance_of(seen.features),
         distance_std=None,
         rmse=None,
         n=len(chosen),
         blocks=1,
         seconds=0.0,
-        features=measurer.features,
-        reference=measurer.reference_name,
+        features=reference.features,
+        reference=reference.name,
         seeds="",
     )
-    found = measure_metrics(possible(metrics, len(chosen), measurer.reference.dim), seen, measurer)
+    found = measure_metrics(possible(metrics, len(chosen), reference.statistics.dim), seen, reference)
     return _with_metrics(cell, {name: [value] for name, value in found.items()})
 
 
@@ -59,19 +59,19 @@ class Sweep:
     pictures: dict[tuple[str, str, int], bytes | None] = field(default_factory=dict)
     """Of every cell, best or not."""
     jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
-    fine: Reference | None = None
+    fine: FineSolution | None = None
     """The fine solution of every seed, if there was one."""
 
 
 def run_sweep(
     model: Model | None,
-    measurer: Measurer,
+    reference: FeatureReference,
     splits: Splits,
     config: SweepConfig,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
     others: Mapping[str, Other] | None = None,
-    shard: ProcessInfo | None = None,
+    process: ProcessInfo | None = None,
 ) -> Sweep:
     """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn.
 
@@ -79,52 +79,54 @@ def run_sweep(
     """
     n = len(splits.held_out.images) if config.n is None else config.n
     config.check(n)
-    check_metrics(config.metrics, n, measurer.reference.dim, measurer.has_logits)
+    check_metrics(config.metrics, n, reference.statistics.dim, reference.has_logits)
     jobs = all_jobs(model, others or {}, config, n)
-    shard, seeds = shard or ProcessInfo(), Seeds(config.first_seed, n, config.blocks)
+    process, seeds = process or ProcessInfo(), Seeds(config.first_seed, n, config.blocks)
     store = CellStore(folder / "cells")
-    bench = Bench(measurer, seeds, store, shard, config.metrics, config.overlap, timing(config, shard))
-    with store.claimed() if shard.rank == 0 else nullcontext():
-        shard.wait()
-        return _run(model, jobs, bench, splits, config, progress)
+    context = EvaluationContext(
+        reference, seeds, store, process, config.metrics, config.overlap, timing(config, process)
+    )
+    with store.claimed() if process.rank == 0 else nullcontext():
+        process.wait()
+        return _run(model, jobs, context, splits, config, progress)
 
 
-def timing(config: SweepConfig, shard: ProcessInfo) -> str:
+def timing(config: SweepConfig, process: ProcessInfo) -> str:
     """What seconds depend on, in a line."""
     graphs = ", CUDA graphs" if config.graph else ""
     overlapped = ", overlapped" if config.overlap else ""
-    return f"{hardware()}; {shard.world} process(es), batches of {config.batch_size}{graphs}{overlapped}"
+    return f"{hardware()}; {process.world_size} process(es), batches of {config.batch_size}{graphs}{overlapped}"
 
 
 def _run(
     model: Model | None,
     jobs: Sequence[Job],
-    bench: Bench,
+    context: EvaluationContext,
     splits: Splits,
     config: SweepConfig,
     progress: Callable[[str], None],
 ) -> Sweep:
-    fine, seeds = None, bench.seeds
+    fine, seeds = None, context.seeds
     if model is not None and config.reference_nfe:
         progress("reference")
-        fine = Reference(fine_source(model, config), seeds, bench.store, bench.shard)
+        fine = FineSolution(fine_source(model, config), seeds, context.store, context.process)
         fine.make()
-    cells, pictures, made = [floor_cell(bench.measurer, splits.held_out, seeds.n, config.metrics)], {}, {}
+    cells, pictures, made = [floor_cell(context.reference, splits.held_out, seeds.n, config.metrics)], {}, {}
     for job in jobs:
         progress(f"{job.solver} {job.grid}")
         its = None if job.baseline else fine
-        cell = _cell(job, measure(job.source, bench, its), bench, bench.record(job.source, its))
+        cell = _cell(job, measure(job.source, context, its), context, context.record(job.source, its))
         cells.append(cell)
         made[job.solver, job.grid, cell.nfe] = job
-        pictures[job.solver, job.grid, cell.nfe] = picture(job.source, bench, its)
+        pictures[job.solver, job.grid, cell.nfe] = picture(job.source, context, its)
     return with_best(Sweep(cells, {}, pictures, made, fine), cells)
 
 
-def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench, record: str) -> Cell:
+def _cell(job: Job, numbers: Mapping[str, Any], context: EvaluationContext, record: str) -> Cell:
     """A record of the store as a line of the report."""
     blocks = tuple(math.inf if value is None else float(value) for value in numbers["distances"])
     values = torch.tensor(blocks, dtype=torch.float64)
-    seeds, seconds = bench.seeds, numbers["seconds"]
+    seeds, seconds = context.seeds, numbers["seconds"]
     cell = Cell(
         solver=job.solver,
         grid=job.grid,
@@ -135,8 +137,8 @@ def _cell(job: Job, numbers: Mapping[str, Any], bench: Bench, record: str) -> Ce
         n=seeds.n,
         blocks=seeds.blocks,
         seconds=round(seconds["solver"] / seeds.blocks, 3),
-        features=bench.measurer.features,
-        reference=bench.measurer.reference_name,
+        features=context.reference.features,
+        reference=context.reference.name,
         seeds=f"{seeds.first}-{seeds.last}",
         training_nfe=job.training_nfe,
         baseline=job.baseline,

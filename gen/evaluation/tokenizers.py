@@ -34,7 +34,7 @@ from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.randomness import normal
 from midway.gen.data.images import ImageData, to_float, to_uint8
 from midway.gen.evaluation.tokenizer_records import TokenizerRow, code_figures, identity_figures, rank_figures
-from midway.gen.features.reference import Measurer, balanced
+from midway.gen.features.reference import FeatureReference, balanced
 from midway.gen.metrics.code_usage import CodeCounter
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.latent_rank import channel_moments, interpolated, moments
@@ -79,7 +79,7 @@ class Subject:
 class Instruments:
     """What measures images: a feature network with its reference and the floor, and LPIPS; each may be missing."""
 
-    measurer: Measurer | None = None
+    reference: FeatureReference | None = None
     floor: float | None = None
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     perceptual_name: str | None = None
@@ -142,12 +142,12 @@ def measure(
     latents = torch.cat(found.latents)
     curves = _noise_curves(name, tokenizer, latents, subject, config)
     distance, between, shown = None, None, None
-    if instruments.measurer is not None:
-        distance = _distance(instruments.measurer, found.features)
+    if instruments.reference is not None:
+        distance = _distance(instruments.reference, found.features)
         midpoints = interpolated(latents)
         decoded = _decoded_parts(name, tokenizer, midpoints, config)
-        shown, features = _seen(instruments.measurer, decoded)
-        between = _distance(instruments.measurer, features)
+        shown, features = _seen(instruments.reference, decoded)
+        between = _distance(instruments.reference, features)
     use = None if found.counter is None else found.counter.use()
     figures = {
         **identity_figures(name, tokenizer),
@@ -198,8 +198,8 @@ def _reconstruct(
             found.codes = statistics if found.codes is None else found.codes + statistics
         # as `raw_latents`, without encoding again
         found.latents.append((quantized.codes if tokenizer.latent_space == "post" else quantizer.latents(z)).cpu())
-        if instruments.measurer is not None:
-            found.features.append(instruments.measurer.network.features(shown).cpu())
+        if instruments.reference is not None:
+            found.features.append(instruments.reference.network.features(shown).cpu())
         if sum(map(len, found.shown)) < SHOWN:
             found.shown.append(shown)
     return found
@@ -244,7 +244,7 @@ def _posterior(
 
 
 def _decode_raw(name: str, tokenizer: ImageTokenizer, latents: Tensor, snap: bool) -> Tensor:
-    """Raw latents (B, D, *S) on any device -> images, uint8 on the CPU."""
+    """SampledBatch latents (B, D, *S) on any device -> images, uint8 on the CPU."""
     latents = latents.to(tokenizer.device)
     return _to_8_bits(name, tokenizer.decode(tokenizer.quantizer.snap(latents) if snap else latents))
 
@@ -269,28 +269,28 @@ def _noise_curves(
     return {snap: tuple(torch.cat(scores[snap, sigma]).mean().item() for sigma in config.noise) for snap in snaps}
 
 
-def _seen(measurer: Measurer, parts: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def _seen(reference: FeatureReference, parts: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """The first images, and the features of all."""
     shown, features = [], []
     for part in parts:
-        features.append(measurer.network.features(part).cpu())
+        features.append(reference.network.features(part).cpu())
         if sum(map(len, shown)) < SHOWN:
             shown.append(part)
     return torch.cat(shown)[:SHOWN], features
 
 
-def _distance(measurer: Measurer, features: list[Tensor]) -> float:
-    return frechet_distance(FeatureStatistics.of(torch.cat(features)), measurer.reference)
+def _distance(reference: FeatureReference, features: list[Tensor]) -> float:
+    return frechet_distance(FeatureStatistics.of(torch.cat(features)), reference.statistics)
 
 
 def _protocol(subject: Subject, instruments: Instruments, config: EvaluationConfig) -> dict[str, Any]:
-    measurer = instruments.measurer
+    reference = instruments.reference
     return {
         "floor": instruments.floor,
         "n": len(subject.images),
         "seed": config.seed,
         "images": subject.name,
-        "features": None if measurer is None else measurer.features,
-        "reference": None if measurer is None else measurer.reference_name,
+        "features": None if reference is None else reference.features,
+        "reference": None if reference is None else reference.name,
         "perceptual": instruments.perceptual_name,
     }

@@ -38,7 +38,7 @@ class Activations(Protocol):
     def logits(self) -> Tensor | None: ...
 
 
-class MeasuresImages(Protocol):
+class ImageFeatures(Protocol):
     """A feature network for uint8 images (N, C, H, W)."""
 
     def features(self, images: Tensor) -> Tensor: ...
@@ -46,13 +46,13 @@ class MeasuresImages(Protocol):
 
 
 @dataclass(frozen=True)
-class Measurer:
+class FeatureReference:
     """Turns images into a distance to the training images."""
 
-    network: MeasuresImages
+    network: ImageFeatures
     features: str
-    reference: FeatureStatistics
-    reference_name: str
+    statistics: FeatureStatistics
+    name: str
     sample: Tensor | None = None
     """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
     root: Root = "eigen"
@@ -61,9 +61,9 @@ class Measurer:
     """Of the reference's images."""
 
     @property
-    def reference_id(self) -> str:
+    def id(self) -> str:
         """The reference's images with their whole fingerprint."""
-        return f"{self.reference_name} {self.fingerprint} n={self.reference.count}"
+        return f"{self.name} {self.fingerprint} n={self.statistics.count}"
 
     @property
     def has_logits(self) -> bool:
@@ -80,22 +80,22 @@ class Measurer:
         Of no more images than features without their covariance, and without any where the whole reference's features are
         kept. UsageError where `root` is "newton-schulz", which does not converge for every pair.
         """
-        if len(features) <= self.reference.dim:
-            if self.sample is not None and len(self.sample) == self.reference.count:
+        if len(features) <= self.statistics.dim:
+            if self.sample is not None and len(self.sample) == self.statistics.count:
                 return frechet_distance_of_features(features.cpu(), self.sample)
-            return frechet_distance_to(features, self.reference)
+            return frechet_distance_to(features, self.statistics)
         statistics = FeatureStatistics.of(features)
         if self.root == "eigen":
-            return frechet_distance(statistics, self.reference)
+            return frechet_distance(statistics, self.statistics)
         try:
-            return frechet_distance(statistics, self.reference, self.root, best_device())
+            return frechet_distance(statistics, self.statistics, self.root, best_device())
         except ValueError as error:
             raise UsageError(f"--root {self.root}", str(error), "drop it: the default always works") from None
 
 
-def make_measurer(
-    network: MeasuresImages, features: str, train: ImageData, cache: Path | None = None, root: Root = "eigen"
-) -> Measurer:
+def make_reference(
+    network: ImageFeatures, features: str, train: ImageData, cache: Path | None = None, root: Root = "eigen"
+) -> FeatureReference:
     """Statistics of all training images under this feature network, from the folder `cache` if they are there.
 
     DataError for a cached file of other images or another network, or a damaged one.
@@ -111,7 +111,7 @@ def make_measurer(
         if path is not None:
             tensors = {**statistics.to_tensors(), "sample": sample}
             write_atomically(path, save(tensors, {**header, "hash": state_hash("reference", tensors)}))
-    return Measurer(network, features, statistics, name, sample, root, train.fingerprint)
+    return FeatureReference(network, features, statistics, name, sample, root, train.fingerprint)
 
 
 def _short(text: str) -> str:

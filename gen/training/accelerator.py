@@ -57,7 +57,9 @@ def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool =
         )
     if config.measure_every and not measures:
         raise UsageError(
-            f"--measure-every {config.measure_every}", "only latent models have early answers", "use --measure-every 0"
+            f"--measure-every {config.measure_every}",
+            "only latent models have online evaluation",
+            "use --measure-every 0",
         )
 
 

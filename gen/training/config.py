@@ -61,7 +61,7 @@ class TrainConfig:
     patience_validations: int = 0
     """Stop after so many validations in a row without a new best (0: never)."""
     measure_every: int = 0
-    """Latent models: optimizer steps between early answers, the Fréchet distance at a few small budgets (0: none)."""
+    """Latent models: optimizer steps between online evaluation, the Fréchet distance at a few small budgets (0: none)."""
     log_every: int = 50
     preview_every: int = 0
     """Optimizer steps between preview grids (0: only at the end)."""

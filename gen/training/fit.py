@@ -65,7 +65,7 @@ def fit(
     """
     training = _Training(model, items, config, run, accelerator, hooks or Hooks())
     with lock(run.path) if accelerator.is_main_process else nullcontext(), Interrupts() as interrupts:
-        return training.run_from(training.keeper.resume() if resume else 0, interrupts)
+        return training.run_from(training.checkpointing.resume() if resume else 0, interrupts)
 
 
 class _Loss(nn.Module):
@@ -138,7 +138,7 @@ class _Training:
         self.state = TrainingState(
             model, self.optimizers, self.ema, self.posthoc, self.averages, self.guard, self.validation, accelerator
         )
-        self.keeper = CheckpointManager(run, config, self.state, items.fingerprint, hooks.export)
+        self.checkpointing = CheckpointManager(run, config, self.state, items.fingerprint, hooks.export)
         self.last: dict[str, float] = {}
 
     # ---- the loop ----
@@ -151,25 +151,25 @@ class _Training:
             self._start()
         report = Reporter(config, self.run, self.accelerator, step)
         while step < config.steps and not self.validation.is_over:
-            self._step(step, self._wishes(interrupts))
+            self._step(step, self._stop_flags(interrupts))
             step += 1
-            verdict = self.guard.read()
-            if verdict.streak >= config.patience:
-                step = self.keeper.go_back(step)
+            decision = self.guard.read()
+            if decision.streak >= config.patience:
+                step = self.checkpointing.go_back(step)
                 report.back_to(step)
                 continue
-            stop = verdict.wishes.stop or verdict.wishes.late or step - first == config.max_steps
+            stop = decision.stop_flags.stop or decision.stop_flags.late or step - first == config.max_steps
             if step == config.steps or _due(config.validate_every, step):
                 self._validate(step, report)
             done = step == config.steps or self.validation.is_over
             if _due(config.measure_every, step) or (done and config.measure_every):
                 self._show(self.hooks.measure, step)
             self._log(step, report, stop, done)
-            due = verdict.wishes.save or _due(config.save_every, step)
+            due = decision.stop_flags.save or _due(config.save_every, step)
             if done or stop or (due and not self.guard.streak):  # never between bad steps: one goes back to before them
-                self.keeper.save(step)
+                self.checkpointing.save(step)
             report.tick(step)
-            if verdict.wishes.stop:  # who sent the signal may not wait for more
+            if decision.stop_flags.stop:  # who sent the signal may not wait for more
                 report.close()
                 raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
             if _due(config.preview_every, step) or done or stop:
@@ -177,17 +177,17 @@ class _Training:
             if stop:
                 break
         if step == config.steps:  # also a run of no steps
-            self.keeper.save(step)
+            self.checkpointing.save(step)
         report.close()
         return self._result(step)
 
-    def _step(self, step: int, wishes: StopFlags) -> None:
+    def _step(self, step: int, stop_flags: StopFlags) -> None:
         """One optimizer step, and whatever follows each of them."""
         set_rate(self.optimizers, learning_rate(self.config, step))
         losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
         norms = [self._clip(side) for side in self.parameter_groups]
         norm = norms[0] if len(norms) == 1 else norms[0] + norms[1]
-        step_ok = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, wishes)
+        step_ok = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, stop_flags)
         step_if(step_ok, self.optimizers)
         for parameter in self.parameters:
             parameter.grad = None
@@ -233,10 +233,10 @@ class _Training:
             with torch.no_grad():
                 self.wrapped(self.items.fetch(self.order(0, count)), Context(self.config.seed, 0, ids), start=True)
 
-    def _wishes(self, interrupts: Interrupts) -> StopFlags:
+    def _stop_flags(self, interrupts: Interrupts) -> StopFlags:
         limit = self.config.max_seconds
-        late = limit is not None and self.keeper.clock.here >= limit
-        return StopFlags(stop=bool(interrupts.number), late=late, save=self.keeper.is_due)
+        late = limit is not None and self.checkpointing.clock.here >= limit
+        return StopFlags(stop=bool(interrupts.number), late=late, save=self.checkpointing.is_due)
 
     def _log(self, step: int, report: Reporter, stop: bool, done: bool) -> None:
         """What a checkpoint of this step takes for granted: its interval logged if over, its snapshots stored if due."""
@@ -244,7 +244,7 @@ class _Training:
         full = step % config.log_every == 0 or done
         if full or stop:
             self.last = self.averages.read(self.accelerator)
-            report.interval(step, self.keeper.clock.total, self.last, self.guard.skipped, partial=not full)
+            report.interval(step, self.checkpointing.clock.total, self.last, self.guard.skipped, partial=not full)
         if full:
             self.averages.clear()
         if self.posthoc and (_due(config.posthoc_every, step) or done):
@@ -280,7 +280,7 @@ class _Training:
             value = float(cast(Tensor, self.accelerator.reduce(mine, "sum")))
         report.validated(step, value)
         if self.validation.judge(step, value):
-            self.keeper.save_best(step)
+            self.checkpointing.save_best(step)
 
     def _snapshot(self, step: int) -> None:
         files = self.state.capture()  # a collective when the model is sharded
@@ -300,7 +300,7 @@ class _Training:
             best, count = self.validation.best, self.validation.since
             known = "none was finite" if best is None else f"the best is {best[1]:.6g}, at step {best[0]}"
             self.run.say(f"stopped early at step {step}: {count} validations without a better one; {known}")
-        return FitResult(step, self.keeper.clock.total, self.ema, self.last, finished, self.validation.best)
+        return FitResult(step, self.checkpointing.clock.total, self.ema, self.last, finished, self.validation.best)
 
     def _announce(self, step: int) -> None:
         """The first line of a training, and what env.json says of it."""

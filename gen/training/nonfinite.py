@@ -28,10 +28,10 @@ class StopFlags:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all processes agreed on: bad steps in a row, and whose wishes are granted."""
+    """What all processes agreed on: bad steps in a row, and whose stop_flags are granted."""
 
     streak: int
-    wishes: StopFlags
+    stop_flags: StopFlags
 
 
 class NonFiniteGuard:
@@ -45,42 +45,44 @@ class NonFiniteGuard:
         self._waiting: deque[tuple[Tensor, torch.cuda.Event | None, StopFlags]] = deque()
         self._lag = 1 if accelerator.device.type == "cuda" else 0
 
-    def judge(self, loss: Tensor, norm: Tensor, wishes: StopFlags) -> Tensor:
+    def judge(self, loss: Tensor, norm: Tensor, stop_flags: StopFlags) -> Tensor:
         """0-dim bool on the device: whether this step counts. loss: 0-dim mean of this process; norm: of all gradients."""
         several = self.accelerator.num_processes > 1
-        packet = self._agree(loss, wishes) if several else loss
+        packet = self._agree(loss, stop_flags) if several else loss
         mean = packet[0] / self.accelerator.num_processes if several else loss
         step_ok = (mean + norm).abs() < math.inf  # false for NaN
         self._counts = torch.where(step_ok, self._counts * self._all_but_streak, self._counts + 1)
         self._recent.append((mean, norm))
-        self._post(torch.cat([self._counts[:1].double(), packet[1:]]) if several else self._counts, wishes)
+        self._post(torch.cat([self._counts[:1].double(), packet[1:]]) if several else self._counts, stop_flags)
         return step_ok
 
-    def _agree(self, loss: Tensor, wishes: StopFlags) -> Tensor:
-        """float64 (4,): the sums over all processes of the loss and of the wishes."""
-        flags = torch.tensor([wishes.stop, wishes.late, wishes.save], dtype=torch.float64, device=loss.device)
+    def _agree(self, loss: Tensor, stop_flags: StopFlags) -> Tensor:
+        """float64 (4,): the sums over all processes of the loss and of the stop_flags."""
+        flags = torch.tensor(
+            [stop_flags.stop, stop_flags.late, stop_flags.save], dtype=torch.float64, device=loss.device
+        )
         return cast(Tensor, self.accelerator.reduce(torch.cat([loss.double().view(1), flags]), "sum"))
 
-    def _post(self, packet: Tensor, wishes: StopFlags) -> None:
+    def _post(self, packet: Tensor, stop_flags: StopFlags) -> None:
         if not self._lag:
-            self._waiting.append((packet, None, wishes))
+            self._waiting.append((packet, None, stop_flags))
             return
         host = torch.empty(packet.shape, dtype=packet.dtype, pin_memory=True)
         host.copy_(packet, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._waiting.append((host, event, wishes))
+        self._waiting.append((host, event, stop_flags))
 
     def read(self) -> Decision:
         """What was decided about the newest step whose decision has had the time to arrive."""
         if len(self._waiting) <= self._lag:
             return Decision(0, StopFlags())
-        packet, event, wishes = self._waiting.popleft()
+        packet, event, stop_flags = self._waiting.popleft()
         if event is not None:
             event.synchronize()
         streak, *flags = packet.tolist()
         several = self.accelerator.num_processes > 1
-        return Decision(int(streak), StopFlags(*(flag > 0 for flag in flags)) if several else wishes)
+        return Decision(int(streak), StopFlags(*(flag > 0 for flag in flags)) if several else stop_flags)
 
     @property
     def streak(self) -> int:

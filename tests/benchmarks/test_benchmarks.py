@@ -8,11 +8,10 @@ import importlib.util
 import io
 import json
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,63 +103,30 @@ def report(samplers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Re
     return _main(samplers, tmp_path_factory.mktemp("samplers") / "made" / "samplers.json", "--turns", 3)
 
 
-def _possible_verdicts(row: dict[str, Any]) -> set[bool | None]:
-    """What `held` can be by the words of the target: both where rounding of the written numbers decides."""
-    limits = re.findall(r"(peer / ours|ours) ([<>])= ([\d.]+)", row["target"])
-    if not limits:
-        return {None}
-    found: set[bool | None] = set()
-    for slack in (-0.006, 0.006):
-        values = {"peer / ours": row["ratio"], "ours": row["ours"]}
-        room = [(values[what] - float(limit)) * (1 if sign == ">" else -1) for what, sign, limit in limits]
-        found.add(all(r + slack >= 0 for r in room))
-    return found
-
-
-def test_every_solver_has_a_row_with_all_fields(samplers: ModuleType, report: Report) -> None:
+def test_every_solver_has_a_row_that_is_judged_and_printed(samplers: ModuleType, report: Report) -> None:
     rows = report.json["rows"]
-    pairs = [(name, peer) for name, (peer, *_) in samplers.PAIRS.items()]
     fixed = [(name, f"torchdiffeq {method}") for name, method in samplers.FIXED_GRID.items()]
     waves = [(f"waves, N = {steps}", "Picard") for steps in (20, 50, 100)]
+    pairs = [(name, peer) for name, (peer, *_) in samplers.PAIRS.items()]
     wanted = [("torch.add alone", ""), *pairs, ("euler (flow)", "FlowMatchEuler"), *fixed, *waves]
     assert [(row["name"], row["peer_name"]) for row in rows] == wanted
-    for row in rows:
+    assert [row["name"] for row in rows if row["held"] is None] == [
+        "torch.add alone",
+        "waves, N = 20",
+        "waves, N = 100",
+    ]
+    assert report.code == int(any(row["held"] is False for row in rows))
+    _, *lines, last = report.lines
+    assert last.startswith("wrote ")
+    for row, printed in zip(rows, lines, strict=True):
         assert set(row) == {field.name for field in fields(samplers.Result)}
-        assert row["ours"] > 0
+        assert printed.startswith(row["name"]) and row["target"] in printed
+        assert {True: "yes", False: "NO", None: "-"}[row["held"]] in printed.split()
+        assert (row["unit"] == "us/step") == (row["operations"] is not None)
         if row["peer"] is not None:
             assert row["ratio"] == pytest.approx(row["peer"] / row["ours"], rel=0.02)
-        timed = row["unit"] == "us/step"
-        assert timed == (row["operations"] is not None) == (row["peer_operations"] is not None)
-    assert {"device", "hardware", "environment"} <= set(report.json)
-    assert report.json["device"] == "cpu"
-
-
-def test_a_row_is_held_when_its_target_says_so(samplers: ModuleType, report: Report) -> None:
-    rows = report.json["rows"]
-    for row in rows:
-        assert row["held"] in _possible_verdicts(row), row
-    without = [row["name"] for row in rows if row["held"] is None]
-    assert without == ["torch.add alone", "waves, N = 20", "waves, N = 100"]
-    for row, (_, _, ratio, most) in zip(rows[1:], samplers.PAIRS.values(), strict=False):
-        assert row["target"] == f"peer / ours >= {ratio:g}" + ("" if most is None else f", ours <= {most:g} us")
-    assert report.code == int(any(row["held"] is False for row in rows))
-
-
-def test_the_printed_table_has_a_line_for_every_row(report: Report) -> None:
-    head, *lines, last = report.lines
-    rows = report.json["rows"]
-    assert " ".join(head.split()) == "name ours peer ratio unit held target operations a step"
-    assert last.startswith("wrote ")
-    assert len(lines) == len(rows)
-    for printed, row in zip(lines, rows, strict=True):
-        named = f"{row['name']} beside {row['peer_name']}" if row["peer_name"] else row["name"]
-        assert printed.startswith(named)
-        words = printed.removeprefix(named).split()
-        assert float(words[0]) == pytest.approx(row["ours"], rel=1e-3)
-        assert {True: "yes", False: "NO", None: "-"}[row["held"]] in words
-        assert row["target"] in printed
-        if row["operations"] is not None:
-            assert printed.endswith(f"{row['operations']:g} / {row['peer_operations']:g}")
+    waves_rows = [row for row in rows if row["unit"] == "waves"]
+    assert all(1 < row["ours"] < row["peer"] for row in waves_rows), "quasi-Newton needs fewer waves than Picard"
 
 
 @pytest.mark.parametrize(("held", "code"), [((), 0), ((None, True), 0), ((True, False, None), 1)])
@@ -247,12 +213,6 @@ def test_both_sides_walk_as_many_steps(samplers: ModuleType, monkeypatch: pytest
         assert told == {"ours": 20 * stages, "peer": 20 * stages - shorter}, name
 
 
-def test_the_quasi_newton_iteration_needs_fewer_waves_than_picards(report: Report) -> None:
-    rows = [row for row in report.json["rows"] if row["unit"] == "waves"]
-    for row, steps in zip(rows, (20, 50, 100), strict=True):
-        assert 1 < row["ours"] < row["peer"] < steps
-
-
 # ---- samplers.py: the rows of a GPU, on the CPU ----
 
 
@@ -301,15 +261,8 @@ def test_there_is_a_row_for_every_recipe(training: ModuleType) -> None:
     pytest.importorskip("diffusers", reason="the peer of one row")
     rows = [make() for make in training.rows_for(CPU)]
     assert [row.name for row in rows] == [*training.TOKENIZERS, *training.LATENT_MODELS, "UNet2DModel"]
-    for row in rows:
-        bare = row.peer_name == "bare loop"
-        assert row.target == (training.BARE_TARGET if bare else training.PEER_TARGET)
-        assert (row.config.precision, row.config.compile) == ("no", False)
-    for precision, compiled, suffix in (("bf16", False, " bf16"), ("bf16", True, " bf16 compiled")):
-        for make, recipe in ((training.tokenizer_row, "digits-fsq"), (training.latent_row, "digits-dit")):
-            row = make(recipe, CPU, precision, compiled)
-            assert row.name == recipe + suffix
-            assert (row.config.precision, row.config.compile) == (precision, compiled)
+    row = training.latent_row("digits-dit", CPU, "bf16", True)
+    assert (row.name, row.config.precision, row.config.compile) == ("digits-dit bf16 compiled", "bf16", True)
 
 
 @pytest.mark.parametrize("name", ["digits-fsq", "digits-vq", "digits-dit", "UNet2DModel"])
@@ -400,33 +353,13 @@ def clock(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def test_every_side_is_charged_for_its_own_steps(training: ModuleType, clock: Clock) -> None:
-    """2 seconds a step beside 5, of which the first few turns are not counted."""
-    pairs = training.take_turns(clock.row(training, "a", 2.0, 5.0, 1.0), 4, CPU)
-    assert pairs == [(2.0, 5.0)] * 4
-    assert clock.now == (4 + training.UNTIMED_TURNS) * 7.0
-
-
-@pytest.mark.parametrize(("seconds", "turns"), [(0.0, 20), (7.0 * 26, 26)])
 @pytest.mark.parametrize("target", [2.4, 2.6])
-def test_a_training_row_is_the_ratio_of_times_per_step(
-    seconds: float, turns: int, target: float, training: ModuleType, clock: Clock
-) -> None:
-    """Measured for about the seconds that it is given, 20 turns at least, and by a peer that begins anew."""
-    found = training.measure(clock.row(training, "a", 2.0, 5.0, target), seconds, CPU)
-    assert found == {
-        "name": "a",
-        "peer": "a loop",
-        "ours_images_per_second": 8.0,
-        "peer_images_per_second": 3.2,
-        "ratio": 2.5,
-        "error": 0.0,
-        "turns": turns,
-        "batch": 16,
-        "target": target,
-        "held": target < 2.5,
-    }
-    assert clock.peers == 2
+def test_a_training_row_is_the_ratio_of_times_per_step(target: float, training: ModuleType, clock: Clock) -> None:
+    """2 seconds a step beside 5, for about the given seconds, at least 20 turns, the first few of which are not counted."""
+    found = training.measure(clock.row(training, "a", 2.0, 5.0, target), 7.0 * 26, CPU)
+    assert (found["ratio"], found["error"], found["turns"], found["held"]) == (2.5, 0.0, 26, target < 2.5)
+    assert (found["ours_images_per_second"], found["peer_images_per_second"]) == (8.0, 3.2)
+    assert clock.peers == 2, "the peer begins anew"
 
 
 @pytest.mark.parametrize(("only", "names", "code"), [("", ["slow", "fast"], 1), ("fas", ["fast"], 0)])
@@ -535,20 +468,6 @@ def test_every_variant_is_a_solver_that_can_be_learned(ablation: ModuleType) -> 
     assert {variant.mode for variant in found} == {"per_step", "end_to_end"}
     assert {variant.teacher for variant in found} == {*ablation.TEACHERS, ablation.Variant("amed").teacher}
     assert {*ablation.TEACHERS, *ablation.UNLEARNED} <= set(SOLVERS)
-
-
-def test_the_table_of_the_ablation_marks_the_best_of_a_budget(ablation: ModuleType) -> None:
-    plain = ablation.Result("ddim", "", "", 4, 0.5, None, 0, 0.0)
-    learned = ablation.Result("amed", "per_step", "heun", 4, 0.25, 0.75, 1234, 5.0)
-    broken = replace(plain, solver="ab4", rmse=math.nan)
-    results = [learned, plain, broken, replace(learned, nfe=6, rmse=0.125, training_nfe=4321, seconds=6.5)]
-    head, *lines = ablation.text(results).splitlines()
-    assert head.split() == ["solver", "mode", "teacher", "4", "6", "NFE", "s"]
-    assert [line.split() for line in lines] == [
-        ["amed", "per_step", "heun", "0.2500*", "0.1250*", "4,321", "6.5"],
-        ["ddim", "0.5000"],
-        ["ab4", "nan"],
-    ]
 
 
 def test_the_ablation_writes_every_row_at_every_budget(

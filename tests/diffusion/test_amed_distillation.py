@@ -21,7 +21,6 @@ from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
-from midway.samplers.directions import AMEDConfig, Constants, DirectionRule, Directions, Predictor
 from midway.samplers.distill import (
     NEGLIGIBLE,
     TeacherNodes,
@@ -38,6 +37,7 @@ from midway.samplers.prediction import Field, Prediction
 from midway.samplers.sample import EvaluationCounter, ForwardCounter, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Schedule
 from midway.samplers.solvers import SOLVERS, heun
+from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor, StepParameters, StepRule
 
 CONFIG = AMEDConfig(scale_dir=0.2, scale_time=0.1)
 RHO = 20.0
@@ -127,13 +127,13 @@ def test_trajectories_are_taken_whole() -> None:
 # ---- errors and their gradients ----
 
 
-def _errors_of(mode: str, solver: AMEDSolver, field: Field, rule: DirectionRule, teacher: TeacherNodes) -> Tensor:
+def _errors_of(mode: str, solver: AMEDSolver, field: Field, rule: StepRule, teacher: TeacherNodes) -> Tensor:
     if mode == "restarted":
         return step_errors(field, solver, rule, teacher)
     return node_errors(nodes(solver, field, rule, teacher.states[0], mode == "detached"), solver, teacher)
 
 
-def _called(rule: Constants, values: Tensor) -> DirectionRule:
+def _called(rule: Constants, values: Tensor) -> StepRule:
     return lambda f, s, t: torch.func.functional_call(rule, {"raw": values}, (f, s, t))
 
 
@@ -235,10 +235,10 @@ def test_the_warm_start_is_the_best_of_all_candidates(base: str) -> None:
     x, field = _start(solver, 16), mixture().field(solver.schedule)
     teacher, candidates = _taught(solver, x), torch.tensor([0.2, 0.35, 0.5, 0.65], dtype=torch.float64)
 
-    def of(first: Tensor, second: Tensor) -> DirectionRule:
-        def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
+    def of(first: Tensor, second: Tensor) -> StepRule:
+        def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> StepParameters:
             one = torch.ones_like(log_rho[:, 0])
-            return Directions(torch.where(step == 0, first, second) * one, one, one)
+            return StepParameters(torch.where(step == 0, first, second) * one, one, one)
 
         return rule
 
@@ -271,7 +271,7 @@ def _learn(mode: str, solver: AMEDSolver, rule: Constants | Predictor, steps: in
         optimizer.step()
 
 
-def _end_error(solver: AMEDSolver, rule: DirectionRule) -> float:
+def _end_error(solver: AMEDSolver, rule: StepRule) -> float:
     """Distance to the exact solution on unseen noise."""
     x = _start(solver, 256, seed=3)
     exact = exact_solution(mixture(), solver.schedule, x, solver.grid[0], solver.grid[-1])

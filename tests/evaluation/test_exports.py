@@ -18,7 +18,7 @@ from torch import Tensor
 from midway.gen.core.errors import DiskError
 from midway.gen.evaluation import store
 from midway.gen.evaluation.export import ImageSet, export, png_name
-from midway.gen.evaluation.sources import Raw
+from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.evaluation.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,11 +32,11 @@ class Coloured:
         self.channels = channels
         self.asked: list[int] = []
 
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         self.asked.append(len(seeds))
-        return Raw(seeds, 0.0, 0.0)
+        return SampledBatch(seeds, 0.0, 0.0)
 
-    def images(self, raw: Raw) -> Tensor:
+    def images(self, raw: SampledBatch) -> Tensor:
         place = torch.arange(self.channels * 6).view(1, self.channels, 2, 3)
         return (7 * raw.values.view(-1, 1, 1, 1) + place).to(torch.uint8)
 
@@ -97,7 +97,7 @@ def test_labels_are_null_without_classes_and_files_are_the_same_bytes_again(tmp_
 class FullDisk(Coloured):
     """Fails as a disk does, while the second part is written."""
 
-    def sample(self, seeds: Tensor) -> Raw:
+    def sample(self, seeds: Tensor) -> SampledBatch:
         if self.asked:
             raise OSError(28, "No space left on device")
         return super().sample(seeds)

@@ -15,17 +15,17 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation import measure
-from midway.gen.evaluation.measure import Bench, Seeds
-from midway.gen.evaluation.metrics import METRICS, Seen, check_metrics, possible
+from midway.gen.evaluation.measure import EvaluationContext, Seeds
+from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
 from midway.gen.evaluation.records import Cell
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.evaluation.store import CellStore, Part
 from midway.gen.evaluation.sweep import floor_cell
 from midway.gen.features.classifier import load_features
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.inception_score import inception_score
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.notes import class_notes, timing_notes
@@ -43,18 +43,18 @@ def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask
 
 def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, four blocks: the second one measures the second alone, and nothing that is there already."""
-    monkeypatch.setattr(measure, "_block", lambda bench, identity, block: Part({}, {"block": block}))
+    monkeypatch.setattr(measure, "_block", lambda context, identity, block: Part({}, {"block": block}))
     store, identity = CellStore(tmp_path), {"a": 1}
-    bench = Bench(None, Seeds(0, 5, 4), store, ProcessInfo(0, 3))  # pyright: ignore[reportArgumentType]
+    context = EvaluationContext(None, Seeds(0, 5, 4), store, ProcessInfo(0, 3))  # pyright: ignore[reportArgumentType]
 
     def there() -> list[int]:
-        places = [measure._place(bench, block) for block in range(4)]
+        places = [measure._place(context, block) for block in range(4)]
         found = [store.part(identity, place) for place in places]
         return [part.costs["block"] for part in found if part is not None]
 
-    measure._make_blocks(dataclasses.replace(bench, shard=ProcessInfo(1, 3)), identity)
+    measure._make_blocks(dataclasses.replace(context, process=ProcessInfo(1, 3)), identity)
     assert there() == [1]
-    measure._make_blocks(bench, identity)
+    measure._make_blocks(context, identity)
     assert there() == [0, 1, 3]
 
 
@@ -141,15 +141,15 @@ def test_precision_and_coverage_compare_equal_counts() -> None:
     """Of three times as many samples as kept reference features the first third counts."""
     torch.manual_seed(0)
     sample, many = torch.randn(50, 4), torch.randn(150, 4)
-    measurer = Measurer(None, "a", FeatureStatistics.of(sample), "r", sample)  # pyright: ignore[reportArgumentType]
+    reference = FeatureReference(None, "a", FeatureStatistics.of(sample), "r", sample)  # pyright: ignore[reportArgumentType]
     for name in ("precision", "density"):
-        assert METRICS[name](Seen(many, None), measurer) == METRICS[name](Seen(many[:50], None), measurer)
+        assert METRICS[name](Features(many, None), reference) == METRICS[name](Features(many[:50], None), reference)
 
 
 def test_samples_sorted_by_class_have_their_inception_score() -> None:
     logits = 50 * torch.eye(10).repeat_interleave(100, 0)
     assert inception_score(logits, 10).value == pytest.approx(1)
-    found = METRICS["is"](Seen(torch.randn(1000, 4), logits), None)  # pyright: ignore[reportArgumentType]
+    found = METRICS["is"](Features(torch.randn(1000, 4), logits), None)  # pyright: ignore[reportArgumentType]
     assert found["inception_score"] == pytest.approx(10, rel=0.05)
 
 
@@ -157,14 +157,14 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
     check_metrics(("infinity",), 400, 64, False)
     assert possible(("kid", "infinity"), 50, 64) == ("kid",)
     trained = pipeline.load()
-    measurer = make_measurer(
+    reference = make_reference(
         load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")[0],
         "cnn",
         load_splits(trained.data).train,
     )
     held_out = load_splits(trained.data).held_out
-    assert measurer.reference.dim == 8
-    found = [floor_cell(measurer, held_out, n, ("kid", "infinity")) for n in (20, 40)]
+    assert reference.statistics.dim == 8
+    found = [floor_cell(reference, held_out, n, ("kid", "infinity")) for n in (20, 40)]
     assert [cell.fd_infinity is None for cell in found] == [True, False] and found[0].kid is not None
 
 
@@ -181,13 +181,13 @@ def test_a_reference_whose_numbers_were_changed_is_refused(tmp_path: Path) -> No
     data = splits([30, 30]).train
     data = dataclasses.replace(data, images=torch.randint(0, 256, data.images.shape, dtype=torch.uint8))
     network: Any = Pixels()
-    make_measurer(network, "pixels@1", data, tmp_path)
+    make_reference(network, "pixels@1", data, tmp_path)
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match="do not match their hash"):
-        make_measurer(network, "pixels@1", data, tmp_path)
+        make_reference(network, "pixels@1", data, tmp_path)
 
 
 def test_quality_of_a_diverged_cell_is_not_told(
@@ -225,7 +225,7 @@ def test_a_fine_solution_that_diverged_is_told(
 
 def test_a_decoder_that_gives_no_image_ends_the_sweep_with_its_name(pipeline: Pipeline, tmp_path: Path) -> None:
     trained = pipeline.load()
-    plan = make_plans(trained, "ddim", 4, PlanConfig(grids=("uniform",)))["uniform"]
+    plan = make_samplers(trained, "ddim", 4, SamplerConfig(grids=("uniform",)))["uniform"]
     source = SolverSource(trained, plan, SamplingConfig())
     raw = source.sample(torch.arange(2))
     for parameter in trained.tokenizer.parameters():

@@ -1,4 +1,4 @@
-"""Early answers: the distances of the averaged weights at a few budgets, while a latent model trains."""
+"""Online evaluation: the distances of the averaged weights at a few budgets, while a latent model trains."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pipelines import TINY, TINY_DIT, Pipeline
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.online import EarlyConfig
+from midway.gen.evaluation.online import OnlineConfig
 from tasks import LatentTask, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -21,7 +21,7 @@ TRAIN = replace(TINY, steps=10, measure_every=4)
 
 
 def task(pipeline: Pipeline, out: Path, **changes: Any) -> LatentTask:
-    early = EarlyConfig(nfe=(4, 6), n=24, grid="uniform", solver="ddim", features=pipeline.features)
+    early = OnlineConfig(nfe=(4, 6), n=24, grid="uniform", solver="ddim", features=pipeline.features)
     config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
     return LatentTask(out, pipeline.tokenizer, model=config, train=TRAIN, early=replace(early, **changes))
 
@@ -79,8 +79,8 @@ def test_a_training_without_a_use_for_a_flag_refuses_it_before_a_run(flag: str, 
     assert not (tmp_path / "run").exists()
 
 
-def test_early_answers_of_nothing_are_refused() -> None:
+def test_online_evaluation_of_nothing_are_refused() -> None:
     wrongs: list[dict[str, Any]] = [{"n": 1}, {"nfe": ()}, {"nfe": (0,)}]
     for wrong in wrongs:
-        with pytest.raises(ValueError, match="early answers"):
-            EarlyConfig(**wrong)
+        with pytest.raises(ValueError, match="online evaluation"):
+            OnlineConfig(**wrong)

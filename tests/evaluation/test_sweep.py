@@ -16,6 +16,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from multiprocess import launch
 from pipelines import SCRIPTS, Pipeline, Script
 
 from midway.gen.baselines.registry import load_trained_baseline
@@ -40,7 +41,7 @@ from midway.gen.evaluation.sources import SolverSource
 from midway.gen.evaluation.store import CellStore, Part, cell_id, part_ranges
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
-from midway.gen.features.reference import make_measurer
+from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.write import markdown_table, text_table
@@ -170,8 +171,8 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     """The second of two processes made its parts of the first cell; the first was killed at its start."""
     real, cut = measure._make_parts, pytest.MonkeyPatch()
 
-    def second(source: Any, bench: Any, *rest: Any) -> None:
-        real(source, replace(bench, shard=ProcessInfo(1, 2)), *rest)
+    def second(source: Any, context: Any, *rest: Any) -> None:
+        real(source, replace(context, process=ProcessInfo(1, 2)), *rest)
         raise Killed
 
     cut.setattr(measure, "_make_parts", second)
@@ -306,17 +307,12 @@ def test_two_processes_give_the_table_of_one(pipeline: Pipeline, tmp_path: Path)
         "--metrics",
         "kid,is",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = str(SCRIPTS / "evaluate.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    told = []
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, script, *flags, "--out", str(tmp_path / name)]
-        done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        told.append(done.stdout)
+    told = [
+        launch(SCRIPTS / "evaluate.py", *flags, "--out", tmp_path / name, processes=count)
+        for name, count in (("one", 1), ("two", 2))
+    ]
     assert table(tmp_path / "one") == table(tmp_path / "two")
-    assert told[1].count("report: ") == 1, "one process speaks"
+    assert "".join(told[1]).count("report: ") == 1, "one process reports"
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 7}, {"batch_size": 64}, {"overlap": True}], ids=str)
@@ -491,22 +487,22 @@ def images() -> Iterator[ImageData]:
 def test_statistics_of_a_reference_are_kept_and_those_of_another_refused(images: ImageData, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=4)).eval()
-    made = make_measurer(network, "cnn-toy@1", images, tmp_path)
+    made = make_reference(network, "cnn-toy@1", images, tmp_path)
     (path,) = tmp_path.iterdir()
     calls: list[int] = []
     network.register_forward_pre_hook(lambda module, inputs: calls.append(1))
-    again = make_measurer(network, "cnn-toy@1", images, tmp_path)
-    assert calls == [] and torch.equal(again.reference.outer, made.reference.outer)
+    again = make_reference(network, "cnn-toy@1", images, tmp_path)
+    assert calls == [] and torch.equal(again.statistics.outer, made.statistics.outer)
     assert again.sample is not None and made.sample is not None and torch.equal(again.sample, made.sample)
-    make_measurer(network, "cnn-toy@2", images, tmp_path)
+    make_reference(network, "cnn-toy@2", images, tmp_path)
     (other,) = set(tmp_path.iterdir()) - {path}
     path.replace(other)  # a file under another's name
     with pytest.raises(DataError, match="cnn-toy@2"):
-        make_measurer(network, "cnn-toy@2", images, tmp_path)
+        make_reference(network, "cnn-toy@2", images, tmp_path)
     other.replace(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="cannot be read"):
-        make_measurer(network, "cnn-toy@1", images, tmp_path)
+        make_reference(network, "cnn-toy@1", images, tmp_path)
 
 
 def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
@@ -532,10 +528,10 @@ def test_missing_weights_are_told_before_sampling(
 def test_fewer_images_than_features_are_measured_without_a_covariance(images: ImageData) -> None:
     torch.manual_seed(0)
     network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=16)).eval()
-    measurer = make_measurer(network, "cnn-toy@1", images)
+    reference = make_reference(network, "cnn-toy@1", images)
     few = network.features(images.images[:10])
     exact = frechet_distance_of_features(few, network.features(images.images))
-    assert measurer.distance_of(few) == pytest.approx(exact, rel=1e-12)
-    assert measurer.distance_of(few) != frechet_distance(FeatureStatistics.of(few), measurer.reference)
+    assert reference.distance_of(few) == pytest.approx(exact, rel=1e-12)
+    assert reference.distance_of(few) != frechet_distance(FeatureStatistics.of(few), reference.statistics)
     many = network.features(images.images[:17])
-    assert measurer.distance_of(many) == frechet_distance(FeatureStatistics.of(many), measurer.reference)
+    assert reference.distance_of(many) == frechet_distance(FeatureStatistics.of(many), reference.statistics)

@@ -15,7 +15,7 @@ from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.evaluation.tokenizer_records import TokenizerRow, description
 from midway.gen.evaluation.tokenizers import EvaluationConfig, Instruments, Subject, check_size, choose, measure
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics import latent_rank
 from midway.gen.metrics.code_usage import CodeCounter
 from midway.gen.metrics.frechet import frechet_distance
@@ -36,10 +36,10 @@ def splits() -> Splits:
 
 
 @pytest.fixture(scope="module")
-def measurer(splits: Splits) -> Measurer:
+def reference(splits: Splits) -> FeatureReference:
     torch.manual_seed(0)
     network = FeatureNetwork(FeatureConfig(1, 8, 10, width=8, dim=8)).eval().requires_grad_(False)
-    return make_measurer(network, "cnn-digits@test", splits.train)
+    return make_reference(network, "cnn-digits@test", splits.train)
 
 
 def tokenizer(quantizer: dict[str, object], **options: object) -> ImageTokenizer:
@@ -129,16 +129,16 @@ def test_a_tokenizer_of_other_images_is_refused(splits: Splits) -> None:
 # ---- reconstruction and distances ----
 
 
-def test_the_identity_is_perfect_and_scores_the_floor(splits: Splits, measurer: Measurer) -> None:
+def test_the_identity_is_perfect_and_scores_the_floor(splits: Splits, reference: FeatureReference) -> None:
     subject = choose(splits.held_out, CONFIG)
-    floor = measurer.distance(subject.images)
-    row = row_of(pixels(), subject, Instruments(measurer, floor))
+    floor = reference.distance(subject.images)
+    row = row_of(pixels(), subject, Instruments(reference, floor))
     assert (row.mse, row.psnr, row.distance) == (0, PSNR_CAP, floor)
     assert row.ssim == pytest.approx(1, abs=1e-12)
     assert row.psnr_noisy[0] == PSNR_CAP
     assert row.psnr_snapped is row.bits is row.codebook is row.usage is row.rate is row.code_rank is None
     assert row.latent_rank == row.latent_stable_rank == 1
-    assert (row.floor, row.features, row.reference) == (floor, "cnn-digits@test", measurer.reference_name)
+    assert (row.floor, row.features, row.reference) == (floor, "cnn-digits@test", reference.name)
 
 
 def test_reconstructions_are_rounded_not_cut_off(splits: Splits) -> None:
@@ -151,17 +151,17 @@ def test_reconstructions_are_rounded_not_cut_off(splits: Splits) -> None:
     assert row_of(made, choose(splits.held_out, CONFIG)).mse == 0
 
 
-def test_figures_are_those_of_the_tokenizers_own_reconstructions(splits: Splits, measurer: Measurer) -> None:
+def test_figures_are_those_of_the_tokenizers_own_reconstructions(splits: Splits, reference: FeatureReference) -> None:
     """One image at a time, by the tokenizer's forward: PSNR is the mean over images, the distance that of all together."""
     subject, made = choose(splits.held_out, CONFIG), tokenizer(FSQ)
-    found = measure("it", made, subject, Instruments(measurer, 0.5), CONFIG)
+    found = measure("it", made, subject, Instruments(reference, 0.5), CONFIG)
     each = [to_uint8(made(to_float(image[None])).reconstruction)[0] for image in subject.images]
     errors = [
         (a.double() - b.double()).square().mean().item() / 127.5**2 for a, b in zip(subject.images, each, strict=True)
     ]
     assert found.row.mse == pytest.approx(np.mean(errors), rel=1e-9)
     assert found.row.psnr == pytest.approx(np.mean([10 * math.log10(4 / error) for error in errors]), rel=1e-9)
-    assert found.row.distance == pytest.approx(measurer.distance(torch.stack(each)), rel=1e-9)
+    assert found.row.distance == pytest.approx(reference.distance(torch.stack(each)), rel=1e-9)
     assert torch.equal(found.reconstructions, torch.stack(each[:10]))
 
 
@@ -193,10 +193,12 @@ def test_a_tokenizer_that_diverged_is_named(splits: Splits) -> None:
     ],
     ids=lambda config: config["type"],
 )
-def test_nothing_depends_on_the_batch_size(quantizer: dict[str, object], splits: Splits, measurer: Measurer) -> None:
+def test_nothing_depends_on_the_batch_size(
+    quantizer: dict[str, object], splits: Splits, reference: FeatureReference
+) -> None:
     subject, made = choose(splits.held_out, CONFIG), tokenizer(quantizer)
     rows = [
-        plain(row_of(made, subject, Instruments(measurer, 0.5), dataclasses.replace(CONFIG, batch_size=size)))
+        plain(row_of(made, subject, Instruments(reference, 0.5), dataclasses.replace(CONFIG, batch_size=size)))
         for size in (40, 7, 1)
     ]
     for row in rows[1:]:
@@ -362,12 +364,14 @@ def test_interpolation_knows_no_scale_of_a_channel() -> None:
 
 
 @pytest.mark.parametrize("snap", [True, False])
-def test_the_interpolated_distance_is_of_decoded_midpoints(snap: bool, splits: Splits, measurer: Measurer) -> None:
+def test_the_interpolated_distance_is_of_decoded_midpoints(
+    snap: bool, splits: Splits, reference: FeatureReference
+) -> None:
     made, subject = tokenizer(FSQ, snap_on_decode=snap), choose(splits.held_out, CONFIG)
-    found = measure("it", made, subject, Instruments(measurer, 0.5), CONFIG)
+    found = measure("it", made, subject, Instruments(reference, 0.5), CONFIG)
     middle = interpolated(made.raw_latents(to_float(subject.images)), 0.5)
     images = to_uint8(made.decode(made.quantizer.snap(middle) if snap else middle))
-    expected = frechet_distance(FeatureStatistics.of(measurer.network.features(images)), measurer.reference)
+    expected = frechet_distance(FeatureStatistics.of(reference.network.features(images)), reference.statistics)
     assert found.row.interpolated == pytest.approx(expected, rel=1e-9)
     assert found.interpolations is not None
     assert torch.equal(found.interpolations, images[:10])

@@ -14,14 +14,14 @@ from pipelines import Pipeline, Script
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.measure import Bench, Reference, Seeds
+from midway.gen.evaluation.measure import EvaluationContext, FineSolution, Seeds
 from midway.gen.evaluation.records import FID, Cell, ReportContext, distance_name, floor_name, measure_rows
-from midway.gen.evaluation.sources import Raw, SolverSource
+from midway.gen.evaluation.sources import SampledBatch, SolverSource
 from midway.gen.evaluation.store import CellStore
-from midway.gen.features import reference as measurers
-from midway.gen.features.reference import Measurer, make_measurer
+from midway.gen.features import reference as references
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import psnr
@@ -50,7 +50,7 @@ def floor(n: int) -> Cell:
 @pytest.mark.parametrize("part", ["model", "decoder", "latent_mean", "plan"])
 def test_a_cell_of_other_weights_is_another_cell(part: str, pipeline: Pipeline) -> None:
     trained = pipeline.load()
-    plans = [make_plans(trained, "ddim", nfe, PlanConfig(grids=("uniform",)))["uniform"] for nfe in (4, 5)]
+    plans = [make_samplers(trained, "ddim", nfe, SamplerConfig(grids=("uniform",)))["uniform"] for nfe in (4, 5)]
     before = SolverSource(trained, plans[0], SamplingConfig()).identity
     assert SolverSource(pipeline.load(), plans[0], SamplingConfig()).identity == before
     if part == "model":
@@ -59,18 +59,19 @@ def test_a_cell_of_other_weights_is_another_cell(part: str, pipeline: Pipeline) 
         next(trained.tokenizer.parameters()).data.view(-1)[0] += 1e-3
     elif part == "latent_mean":
         trained.tokenizer.latent_mean[0] += 1e-3
-    assert SolverSource(trained, plans[part == "plan"], SamplingConfig()).identity != before
+    changed = dataclasses.replace(trained)  # hashes are computed once for each
+    assert SolverSource(changed, plans[part == "plan"], SamplingConfig()).identity != before
 
 
 @pytest.mark.parametrize("change", [{"features": "b"}, {"fingerprint": "1"}, {"root": "newton-schulz"}], ids=str)
 def test_a_cell_seen_otherwise_is_another_cell(change: dict[str, Any], pipeline: Pipeline, tmp_path: Path) -> None:
     trained = pipeline.load()
-    plan = make_plans(trained, "ddim", 4, PlanConfig(grids=("uniform",)))["uniform"]
+    plan = make_samplers(trained, "ddim", 4, SamplerConfig(grids=("uniform",)))["uniform"]
     source = SolverSource(trained, plan, SamplingConfig())
-    seen = Measurer(None, "a", FeatureStatistics.of(torch.randn(9, 2)), "digits@1", fingerprint="0")  # pyright: ignore
+    seen = FeatureReference(None, "a", FeatureStatistics.of(torch.randn(9, 2)), "digits@1", fingerprint="0")  # pyright: ignore
 
-    def record(measurer: Measurer) -> str:
-        return Bench(measurer, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).record(source)
+    def record(reference: FeatureReference) -> str:
+        return EvaluationContext(reference, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).record(source)
 
     assert record(seen) == record(seen) != record(dataclasses.replace(seen, **change))
 
@@ -108,13 +109,13 @@ def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
         def identity(self) -> dict[str, Any]:
             return {"source": "toy"}
 
-        def sample(self, seeds: torch.Tensor) -> Raw:
-            return Raw(seeds.float().view(-1, 1, 1, 1).expand(-1, 2, 2, 2).contiguous(), 8, 0.0)
+        def sample(self, seeds: torch.Tensor) -> SampledBatch:
+            return SampledBatch(seeds.float().view(-1, 1, 1, 1).expand(-1, 2, 2, 2).contiguous(), 8, 0.0)
 
-        def images(self, raw: Raw) -> torch.Tensor:
+        def images(self, raw: SampledBatch) -> torch.Tensor:
             return (10 * raw.values[:, :1]).byte()
 
-    fine = Reference(Fine(), Seeds(3, 2, 1), CellStore(tmp_path), ProcessInfo())
+    fine = FineSolution(Fine(), Seeds(3, 2, 1), CellStore(tmp_path), ProcessInfo())
     fine.make()
     images = torch.tensor([30, 60], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     errors = fine.errors(0, torch.zeros(2, 2, 2, 2), images)
@@ -248,11 +249,11 @@ def test_a_reference_too_large_to_be_kept_loses_no_digits_either(
 ) -> None:
     network: Any = Pixels()
     few = network.features(images.images[:10])
-    whole = make_measurer(network, "pixels@1", images).distance_of(few)
-    monkeypatch.setattr(measurers, "KEPT", 20)
-    measurer = make_measurer(network, "pixels@1", images)
-    assert measurer.sample is not None and len(measurer.sample) == 20
-    assert measurer.distance_of(few) == pytest.approx(whole, rel=1e-12)
+    whole = make_reference(network, "pixels@1", images).distance_of(few)
+    monkeypatch.setattr(references, "KEPT", 20)
+    reference = make_reference(network, "pixels@1", images)
+    assert reference.sample is not None and len(reference.sample) == 20
+    assert reference.distance_of(few) == pytest.approx(whole, rel=1e-12)
 
 
 # ---- the root by products ----
@@ -263,18 +264,18 @@ def test_the_root_by_products_agrees_and_refuses_what_it_cannot(
 ) -> None:
     network: Any = Pixels()
     many = network.features(images.images[:50])
-    plain = make_measurer(network, "pixels@1", images)
-    products = make_measurer(network, "pixels@1", images, root="newton-schulz")
+    plain = make_reference(network, "pixels@1", images)
+    products = make_reference(network, "pixels@1", images, root="newton-schulz")
     used: list[str] = []
-    real = measurers.frechet_distance
+    real = references.frechet_distance
     monkeypatch.setattr(
-        measurers, "frechet_distance", lambda a, b, *root: used.append(root[0] if root else "") or real(a, b, *root)
+        references, "frechet_distance", lambda a, b, *root: used.append(root[0] if root else "") or real(a, b, *root)
     )
     assert products.distance_of(many) == pytest.approx(plain.distance_of(many), rel=1e-9)
     assert used == ["newton-schulz", ""]
     flat = many.clone()
     flat[:, 0] = 0  # a singular covariance, and a reference that has one too
-    singular = dataclasses.replace(products, reference=FeatureStatistics.of(flat))
+    singular = dataclasses.replace(products, statistics=FeatureStatistics.of(flat))
     with pytest.raises(UsageError, match="--root newton-schulz"):
         singular.distance_of(flat)
 

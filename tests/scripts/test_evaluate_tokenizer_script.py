@@ -475,10 +475,10 @@ def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
     from midway.gen.data.splits import DataConfig, load_splits
     from midway.gen.evaluation.sweep import floor_cell
     from midway.gen.features.classifier import load_features
-    from midway.gen.features.reference import make_measurer
+    from midway.gen.features.reference import make_reference
 
     splits = load_splits(DataConfig())
     network, name = load_features(Run.open(runs / "features", "features").checkpoint / "features.safetensors")
-    cell = floor_cell(make_measurer(network, name, splits.train), splits.held_out, 50)
+    cell = floor_cell(make_reference(network, name, splits.train), splits.held_out, 50)
     assert (found.row.floor, found.row.features, found.row.reference) == (cell.distance, cell.features, cell.reference)
     assert found.row.floor is not None and np.isfinite(found.row.floor)

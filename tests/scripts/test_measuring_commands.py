@@ -120,7 +120,7 @@ def test_a_damaged_sample_is_named_and_ends_the_command_with_3(
     assert not (tmp_path / "out").exists()
 
 
-def test_early_answers_as_documented(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_online_evaluation_as_documented(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
     shutil.copytree(pipeline.features, tmp_path / "features")
     dit = ("--model.dit.width", 32, "--model.dit.depth", 2, "--model.dit.heads", 2)
     early = ("--measure-every", 2, "--early.nfe", 4, 5, "--early.n", 24, "--early.features", tmp_path / "features")

@@ -21,6 +21,7 @@ import train_latent
 import train_solver
 import train_tokenizer
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from multiprocess import launch
 from PIL import Image
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import load_file
@@ -32,10 +33,9 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion import sampling
-from midway.gen.diffusion.field import Guidance
-from midway.gen.diffusion.load import TrainedModel, card_of, load_model, load_tokenizer, solver_path
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.samplers import make_plans
+from midway.gen.diffusion.load import TrainedModel, load_model, load_tokenizer, solver_path
+from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
+from midway.gen.diffusion.samplers import make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.jobs import SweepConfig
 from midway.gen.evaluation.records import FLOOR, Cell
@@ -220,7 +220,7 @@ WAYS = {
 
 
 def _draw(trained: TrainedModel, solver: str, nfe: int, seeds: Tensor, config: SweepConfig, batch_size: int) -> Samples:
-    (plan,) = make_plans(trained, solver, nfe, config).values()
+    (plan,) = make_samplers(trained, solver, nfe, config).values()
     return sample_latents(trained, plan, seeds, replace(config.sampling(), batch_size=batch_size))
 
 
@@ -266,7 +266,7 @@ def test_the_network_is_evaluated_as_often_as_asked(solver: str, guidance: float
     calls: list[int] = []
     trained.model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     nfe = 4 if solver in LEARNED else 12  # which every solver of 1, 2, 3 or 4 evaluations a step can spend
-    (plan,) = make_plans(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
     counted = sample_latents(trained, plan, torch.arange(3), SamplingConfig(Guidance(guidance))).nfe
     assert counted == nfe * guidance, "guidance 2 runs the network twice, which here is also the factor"
     assert sum(calls) == 3 * counted
@@ -563,8 +563,8 @@ def test_batch_size_title_and_out_of_evaluate(
 ) -> None:
     """Batches of 7 of 48 images; the distance may differ in the last bits of the latents alone."""
     sizes: list[int] = []
-    real = sampling.solve
-    monkeypatch.setattr(sampling, "solve", lambda *a: sizes.append(len(a[3])) or real(*a))
+    real = sampling.start_state
+    monkeypatch.setattr(sampling, "start_state", lambda *a: sizes.append(len(a[2])) or real(*a))
     out = tmp_path / "there"
     told = script(
         *("evaluate", "--model", pipeline.model, "--features", pipeline.features, "--solvers", "ddim", "--nfe", 4),
@@ -605,7 +605,7 @@ def test_every_schedule_and_target_trains_and_samples(
     trained = load_model(run.path, torch.device("cpu"))
     pairs = [*zip(SOLVERS, itertools.cycle(GRIDS)), *(("ddim", grid) for grid in GRIDS)]
     for solver, grid in pairs:  # every solver, every grid
-        (plan,) = make_plans(trained, solver, 12, SweepConfig(grids=(grid,))).values()
+        (plan,) = make_samplers(trained, solver, 12, SweepConfig(grids=(grid,))).values()
         latents = sample_latents(trained, plan, torch.arange(4)).latents
         assert latents.isfinite().all() and latents.std() > 1e-3
 
@@ -650,7 +650,7 @@ def test_a_latent_model_learns_from_latent_tokens(script: Script, tmp_path: Path
     assert told.code == 0, told.err
     trained = load_model(tmp_path / "m", torch.device("cpu"))
     assert trained.model.latent_shape == (6, 1, 6)
-    (plan,) = make_plans(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
     assert decode(trained, sample_latents(trained, plan, torch.arange(3)).latents).shape == (3, 1, 8, 8)
 
 
@@ -790,7 +790,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Scrip
     assert told.code == 0, told.err
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
-        plans = make_plans(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
+        plans = make_samplers(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
         assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
 
 
@@ -844,9 +844,9 @@ def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, scr
 def test_a_learned_table_is_sampled_and_measured_by_name(
     with_a_table: Path, pipeline: Pipeline, script: Script, tmp_path: Path
 ) -> None:
-    (plan,) = make_plans(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
+    (plan,) = make_samplers(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
     assert isinstance(plan, Table) and plan.nfe == 3
-    card = card_of(plan)
+    card = plan.card
     assert card is not None and card.mode == "end_to_end" and card.base.startswith("dpmpp3m on ")
     out = tmp_path / "grid.png"
     told = script("sample", "--model", with_a_table, "--solver", "table", "--nfe", 3, "--n", 4, "--out", out)
@@ -880,18 +880,12 @@ def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
 ) -> None:
     trained = load_model(with_a_table, torch.device("cpu"))
     with pytest.raises(UsageError, match=r"learned at guidance 1\.0"):
-        make_plans(trained, "table", 3, SweepConfig(guidance=2.0))
+        make_samplers(trained, "table", 3, SweepConfig(guidance=2.0))
     with pytest.raises(DataError, match="learned for other weights"):
-        make_plans(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
+        make_samplers(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
 
 
 # ---- two processes ----
-
-
-def _launch(*arguments: object) -> None:
-    """torchrun with two processes. (`accelerate launch --cpu --num_processes 2` starts one.)"""
-    done = _shell("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, *arguments)
-    assert done.code == 0, done.err
 
 
 def _assert_same_training(one: Path, two: Path, start: dict[str, Tensor], file: str) -> None:
@@ -915,7 +909,7 @@ def test_two_processes_train_what_one_trains(pipeline: Pipeline, tmp_path: Path)
     torch.manual_seed(0)
     start = train_tokenizer.make_tokenizer(task, load_splits(task.data).train).state_dict()
     train_tokenizer.train(task)
-    _launch("scripts/train_tokenizer.py", "--config", one / "config.yaml", "--out", two)
+    launch(SCRIPTS / "train_tokenizer.py", "--config", one / "config.yaml", "--out", two)
     _assert_same_training(one, two, start, TOKENIZER_FILE)
 
     one, two = tmp_path / "m1", tmp_path / "m2"
@@ -923,7 +917,7 @@ def test_two_processes_train_what_one_trains(pipeline: Pipeline, tmp_path: Path)
     torch.manual_seed(0)
     start = LatentModel(config, (4, 2, 2), 10).state_dict()
     train_latent.train(LatentTask(one, pipeline.tokenizer, model=config, train=train))
-    _launch("scripts/train_latent.py", "--config", one / "config.yaml", "--out", two)
+    launch(SCRIPTS / "train_latent.py", "--config", one / "config.yaml", "--out", two)
     _assert_same_training(one, two, start, "model.safetensors")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m1", "m2", "t1", "t2"]
 

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.multiprocessing as mp
 import train_baseline
 import train_features
 import train_latent
 import train_solver
 import train_tokenizer
+from multiprocess import together
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,14 +43,6 @@ TRAIN = TrainConfig(
 VQ = TokenizerConfig(quantizer="vq", width=8, blocks=1, codebook_size=128, dim=4)
 CLOCK = ("seconds", "images_per_second")
 """What differs between two equal runs."""
-LOADED = (
-    "midway.gen.training.fit",
-    "midway.gen.tokenizer.objective",
-    "midway.gen.diffusion.load",
-    "sklearn.datasets",
-    "tyro",
-)
-multiprocessing.set_forkserver_preload(list(LOADED))  # imported once, not by every process
 
 
 def train(task: Task) -> Path:
@@ -226,27 +217,10 @@ def _slow_down(seconds: float, gate: Path | None) -> None:
     TokenizerObjective.after_step = slower
 
 
-def train_together(task: Task, processes: int = 2, timeout: float = 120.0) -> None:
-    """Train in several gloo processes, as a launcher starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (task, processes, port)
-    group = mp.start_processes(_rank, arguments, nprocs=processes, join=False, start_method="forkserver")
-    assert group is not None
-    end = time.monotonic() + timeout
-    try:
-        while not group.join(timeout=1):
-            assert time.monotonic() < end, f"still running after {timeout} s: one waits for the other"
-    finally:
-        for process in filter(None, group.processes):
-            process.kill()
+def train_together(task: Task) -> None:
+    """Train in two gloo processes."""
+    together(_train_share, 2, task)
 
 
-def _rank(rank: int, task: Task, processes: int, port: int) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+def _train_share(_: int, task: Task) -> None:
     train(task)
-    torch.distributed.destroy_process_group()

@@ -2,15 +2,13 @@
 
 import itertools
 import math
-import multiprocessing
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from multiprocess import together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,11 +237,9 @@ def images() -> Tensor:
 
 
 def run_rank(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
     before = models()
     alone = [results(model, images()) for model in before]  # nothing may be remembered of there being no group
-    where, patience = f"file://{folder}/rendezvous", timedelta(seconds=180)
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=processes, timeout=patience)
+    dist.init_process_group("gloo")
     share = images()[slice(*SHARES[processes][rank])]
     together = [results(model, share, DistributedDataParallel(model)) for model in (*before, *models())]
     # Evaluation is each process's own affair: here none but the first one evaluates.
@@ -255,8 +251,7 @@ def run_rank(rank: int, processes: int, folder: str) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_give_the_entropies_and_gradients_of_one_on_all_samples(processes: int, tmp_path: Path) -> None:
-    multiprocessing.set_forkserver_preload(["midway.gen.tokenizer.objective"])  # once for all
-    mp.start_processes(run_rank, (processes, str(tmp_path)), nprocs=processes, start_method="forkserver")
+    together(run_rank, processes, processes, str(tmp_path))
     expected = [results(model, images()) for model in models()]
     for rank in range(processes):
         saved = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from multiprocess import together
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
@@ -364,38 +362,27 @@ def test_without_an_average_previews_see_the_newest_weights(tmp_path: Path) -> N
     assert torch.equal(seen[-1], trained.model.weight)
 
 
-SCRIPT = """
-import os
-import sys
-from dataclasses import replace
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import torch
-from safetensors.torch import save_file
-from test_fit import SHARED, train
-torch.set_num_threads(1)
-folder, rank = Path(sys.argv[2]), int(os.environ["RANK"])
-for accumulation in (1, 2):
-    trained = train(folder / str(accumulation), replace(SHARED, accumulation=accumulation))
-    state = {**trained.model.state_dict(), "items": torch.cat(trained.items), "noise": torch.cat(trained.model.noise)}
-    last = {name: torch.tensor(value) for name, value in trained.result.last.items()}
-    save_file({**state, **last}, folder / f"{accumulation}-{rank}.safetensors")
-"""
-
-
 SHARED = replace(CONFIG, batch_size=12)
+
+
+def train_share(rank: int, folder: Path) -> None:
+    """Train in one of several processes; what it saw and where it arrived."""
+    for accumulation in (1, 2):
+        trained = train(folder / str(accumulation), replace(SHARED, accumulation=accumulation))
+        state = {
+            **trained.model.state_dict(),
+            "items": torch.cat(trained.items),
+            "noise": torch.cat(trained.model.noise),
+        }
+        last = {name: torch.tensor(value) for name, value in trained.result.last.items()}
+        save_file({**state, **last}, folder / f"{accumulation}-{rank}.safetensors")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_train_the_same_model_as_one(processes: int, tmp_path: Path) -> None:
     """The same global batch, noise and means, shared by gloo processes, with and without accumulation; the averages and the
     optimizer's means of gradients in the checkpoint too."""
-    (tmp_path / "worker.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [*launch, str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # `accelerate launch --cpu` would start one process only
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    together(train_share, processes, tmp_path)
     for accumulation in (1, 2):
         one = train(tmp_path / f"one-{accumulation}", replace(SHARED, accumulation=accumulation))
         ranks = [load_file(tmp_path / f"{accumulation}-{rank}.safetensors") for rank in range(processes)]

@@ -1,14 +1,11 @@
 """Sharded training (FSDP 2) is plain training: the same losses and checkpoints, which go on in either way.
 
-Run as a script, under torch.distributed.run, this file is one of two processes. Accelerate offers FSDP for accelerators only;
+Accelerate offers FSDP for accelerators only;
 its code for FSDP 2 works on gloo processes when told to.
 """
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from multiprocess import together
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -132,10 +130,8 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     }
 
 
-def one_of_two(folder: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
     """Train every case; one that goes on does so in a copy of the run it goes on from."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     for name, case in CASES.items():
         if case.resume and rank == 0:
             (folder / case.resume).rename(folder / name)
@@ -194,12 +190,7 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Sharded:
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, str(folder)], env=environment, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(one_of_two, 2, folder)
     return Sharded(folder)
 
 
@@ -309,7 +300,3 @@ def test_a_tokenizer_can_be_sharded_too(tmp_path: Path, two: Sharded) -> None:
     ]
     assert learned[0]
     assert_close(*learned)  # biases before a normalisation have no gradient, and AdamW moves them by rounding alone
-
-
-if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1]))

@@ -1,14 +1,9 @@
-"""Steps that do not count, going back to a checkpoint, and what several processes decide together.
-
-Run as a script, under torch.distributed.run, this file is one of two processes that train side by side.
-"""
+"""Steps that do not count, going back to a checkpoint, and what several processes decide together."""
 
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from multiprocess import together
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -448,11 +444,11 @@ def test_the_guard_gives_the_last_losses_in_their_order() -> None:
 @pytest.mark.parametrize("loss", [1.0, -1.0, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("norm", [1.0, math.nan, math.inf])
 def test_a_step_counts_when_loss_and_norm_are_finite(loss: float, norm: float) -> None:
-    guard, wishes = NonFiniteGuard(make_accelerator(CONFIG)), StopFlags(late=True)
-    kept = guard.judge(torch.tensor(loss), torch.tensor(norm), wishes)
+    guard, stop_flags = NonFiniteGuard(make_accelerator(CONFIG)), StopFlags(late=True)
+    kept = guard.judge(torch.tensor(loss), torch.tensor(norm), stop_flags)
     assert kept.item() is (math.isfinite(loss) and math.isfinite(norm))
-    verdict = guard.read()
-    assert (verdict.streak, guard.skipped, verdict.wishes) == (int(not kept), int(not kept), wishes)
+    decision = guard.read()
+    assert (decision.streak, guard.skipped, decision.stop_flags) == (int(not kept), int(not kept), stop_flags)
 
 
 def test_bad_steps_in_a_row_are_counted_until_a_good_one() -> None:
@@ -498,10 +494,8 @@ SCENARIOS = {
 }
 
 
-def one_of_two(folder: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
     """Train every scenario in this process; leave the model and what became of it."""
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
     for name, scenario in SCENARIOS.items():
         model, outcome = scenario.model(rank), {}
         try:
@@ -522,21 +516,11 @@ class Pair:
     outcomes: list[dict[str, Any]]
 
 
-def launch(file: str, folder: Path, processes: int = 2) -> None:
-    """Run a file of tests as a script on several gloo processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, file, str(folder)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
     """`two("loss")`: that scenario on two processes, all trained in one launch."""
     folder = tmp_path_factory.mktemp("two")
-    launch(__file__, folder)
+    together(one_of_two, 2, folder)
 
     def pair(name: str) -> Pair:
         states = [load_file(folder / f"{name}-{rank}.safetensors") for rank in (0, 1)]
@@ -610,7 +594,3 @@ def test_a_signal_to_a_single_process_is_an_exit_code_too(tmp_path: Path) -> Non
     resumed = train(tmp_path, Tiny(), resume=True)
     whole = train(tmp_path / "whole", Tiny())
     assert all(torch.equal(v, whole.model.state_dict()[k]) for k, v in resumed.model.state_dict().items())
-
-
-if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1]))

@@ -1,16 +1,10 @@
-"""The rate that optimizers really use, Muon's share of a model, steps that are skipped, compiled and checkpointed networks.
-
-Run as a script, under torch.distributed.run, this file is one of two processes that record their rates.
-"""
+"""The rate that optimizers really use, Muon's share of a model, steps that are skipped, compiled and checkpointed networks."""
 
 import copy
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from multiprocess import together
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -197,9 +192,8 @@ def test_both_optimizers_use_the_same_rate(tmp_path: Path) -> None:
     assert rates == [{learning_rate(replace(RATES, lr=1e-3), s)} for s in (0, 0, 1, 1, 2, 2)]
 
 
-def one_of_two(folder: Path) -> None:
+def one_of_two(rank: int, folder: Path) -> None:
     """Record the rates of every decay and accumulation in this process."""
-    torch.set_num_threads(1)
     rates = {
         f"{decay} {accumulation}": record_rates(
             folder / f"{decay}{accumulation}", Tiny(), numbers, replace(RATES, decay=decay, accumulation=accumulation)
@@ -207,17 +201,12 @@ def one_of_two(folder: Path) -> None:
         for decay, accumulation in itertools.product(DECAYS, (1, 2, 4))
     }
     plain = {name: [list(step) for step in steps] for name, steps in rates.items()}
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(plain))
+    (folder / f"{rank}.json").write_text(json.dumps(plain))
 
 
 def test_two_processes_step_as_often_and_at_the_same_rates_as_one(tmp_path: Path) -> None:
     """Accelerate's own scheduler would be stepped once per process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    together(one_of_two, 2, tmp_path)
     for rank, decay, accumulation in itertools.product((0, 1), DECAYS, (1, 2, 4)):
         rates = json.loads((tmp_path / f"{rank}.json").read_text())[f"{decay} {accumulation}"]
         assert_rates([set(step) for step in rates], decay)
@@ -448,7 +437,3 @@ def test_bfloat16_acts_in_the_networks_and_nowhere_else(tmp_path: Path, name: st
     train(tmp_path / "float", make(), fetch, CONFIG)
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "float"), rel=0.05)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "float")
-
-
-if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1]))
