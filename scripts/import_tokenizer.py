@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from tokenizer_task import Flat
 from train_tokenizer import write_reconstructions
 
 from cli import main, resolve
@@ -20,9 +21,8 @@ from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.tokenizer.card import CardFacts, data_facts, finish, tokenizer_facts
 from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
-from midway.tokenizers.foreign import import_tokenizer, read_model
+from midway.tokenizers.diffusers_import import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
-from tasks import Flat
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
+from tokenizer_recipes import TOKENIZER_RECIPES
+from tokenizer_task import TokenizerTask
 from torch import Tensor
 
 from cli import main, resolve, weights_name
@@ -26,8 +28,6 @@ from midway.gen.training.batches import ImageBatch
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import TOKENIZER_RECIPES
-from tasks import TokenizerTask
 
 SHOWN = 32
 
@@ -62,7 +62,7 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
     """What is minimised; UsageError for losses that these images or this machine cannot have."""
     if task.loss.adversary != "none" and tokenizer.passes_through:
         raise UsageError(
-            "a critic has nothing to play against", "this tokenizer does not learn", "drop --loss.adversary"
+            "an adversarial loss (critic) is impossible", "this tokenizer has no parameters", "drop --loss.adversary"
         )
     try:
         return TokenizerObjective(tokenizer, task.flip, task.loss)

@@ -181,7 +181,7 @@ def test_unusable_settings_are_refused(levels: list[int], form: Form, message: s
     assert FSQ([65536] * 3 + [16384]).codebook_size == 2**62
 
 
-def test_foreign_indices_and_shapes_are_refused() -> None:
+def test_other_indices_and_shapes_are_refused() -> None:
     quantizer = FSQ([3, 4, 5])
     for indices in (torch.tensor([[60]]), torch.tensor([[-1]]), torch.tensor([[0.0]])):
         with pytest.raises(ValueError, match="indices"):

@@ -151,7 +151,7 @@ def test_unusable_settings_are_refused(top: dict[str, Any], bottom: dict[str, An
         two_level(top, bottom)
 
 
-def test_foreign_shapes_are_refused() -> None:
+def test_other_shapes_are_refused() -> None:
     quantizer = MAKERS["fsq"]()
     calls = (quantizer, quantizer.latents, quantizer.snap, quantizer.codes_to_indices, quantizer.start)
     for shape in ((2, 5, 4, 4), (2, 4, 3, 3), (2, 4, 4, 6), (2, 4, 16), (2, 4, 0, 0)):
