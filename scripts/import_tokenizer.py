@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from tokenizer_task import Flat
 from train_tokenizer import write_reconstructions
 
 from cli import main, resolve
@@ -23,6 +22,7 @@ from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers.diffusers_import import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
+from tasks import Flat
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,104 @@
-"""What a training script is told: one dataclass each, whose fields are its flags. recipes.py fills them in."""
+"""Options of the training scripts: one dataclass each, whose fields are its flags. recipes.py has their presets."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from tokenizer_task import Flat as Flat
-from tokenizer_task import QuantizerName as QuantizerName
-from tokenizer_task import Resume as Resume
-from tokenizer_task import TokenizerConfig as TokenizerConfig
-from tokenizer_task import TokenizerTask as TokenizerTask
+import tyro
 
-from midway.gen.baselines.flow_config import FlowConfig
-from midway.gen.baselines.tarflow import TarFlowConfig
-from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.online import OnlineConfig
-from midway.gen.training.config import TrainConfig
+from midway.gen.tokenizer.loss_config import LossConfig
+from midway.gen.training.config import OnlineConfig, TrainConfig
+
+Flat = tyro.conf.arg(name="")  # flags without a prefix
+Resume = Literal["no", "auto"]
+QuantizerName = Literal[
+    "fsq", "vq", "vq_gradient", "simvq", "lfq", "bsq", "residual", "grouped", "two_level", "kl", "identity"
+]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Size and quantizer of an image tokenizer."""
+
+    quantizer: QuantizerName = "fsq"
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    """fsq: levels per channel; their product is the codebook size."""
+    form: Literal["tanh", "sigmoid", "ifsq"] = "tanh"
+    """fsq: the bounding function."""
+    codebook_size: int = 512
+    """vq, vq_gradient, simvq: number of codes."""
+    dim: int = 8
+    """vq, vq_gradient, simvq, kl: channels of a code; of lfq and bsq, whose channels are bits, log2 of the number of codes."""
+    options: str = "{}"
+    """More arguments of the quantizer as JSON, {"normalize": true}; residual, grouped and two_level have no others:
+    {"base": {"type": "vq", "codebook_size": 256, "dim": 8}, "depth": 4}."""
+    kl_weight: float = 1e-4
+    """kl: weight of the KL term."""
+    width: int = 48
+    downsample: int = 2
+    """Pixels of the image per latent pixel, a power of two."""
+    blocks: int = 2
+    upsample: Literal["pixel_shuffle", "nearest", "bilinear", "transposed"] = "pixel_shuffle"
+    attention: bool = False
+    """Self-attention among the residual blocks at the lowest resolution."""
+    multipliers: tuple[int, ...] = (1,)
+    """Multiples of width of the residual blocks at each resolution, the finest first; (1,): the lowest resolution only."""
+    network: Literal["conv", "vit"] = "conv"
+    """vit: a transformer; its patches are `downsample` pixels a side, and width is a multiple of heads."""
+    depth: int = 4
+    """vit: blocks of the encoder, and of the decoder."""
+    heads: int = 4
+    """vit: attention heads."""
+    latent_tokens: int | None = None
+    """vit: number of codes of an image, without positions; by default one per patch."""
+    latent_space: Literal["pre", "post"] = "pre"
+    """Training data of a latent model: values before quantization, or the codes."""
+    snap_on_decode: bool = True
+    """Snap a latent model's samples to the nearest code before decoding."""
+
+    def quantizer_config(self, channels: int) -> dict[str, object]:
+        """The quantizer's own configuration. ValueError if `options` is not a JSON object."""
+        try:
+            more = json.loads(self.options)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'--model.options {self.options} is not JSON ({error}): write {{"normalize": true}}'
+            ) from None
+        if not isinstance(more, dict):
+            raise ValueError(f'--model.options {self.options} is not a JSON object: write {{"normalize": true}}')
+        codes = {"codebook_size": self.codebook_size, "dim": self.dim}
+        own = {
+            "fsq": {"levels": list(self.levels), "form": self.form},
+            "vq": codes,
+            "vq_gradient": codes,
+            "simvq": codes,
+            "lfq": {"bits": self.dim},
+            "bsq": {"bits": self.dim},
+            "kl": {"dim": self.dim, "weight": self.kl_weight},
+            "identity": {"dim": channels if self.downsample == 1 else self.dim},
+        }
+        return {"type": self.quantizer, **own.get(self.quantizer, {}), **more}
+
+
+@dataclass(frozen=True)
+class TokenizerTask:
+    """Train an image tokenizer."""
+
+    out: Path
+    """Run directory to create."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+    resume: Resume = "no"
+    """auto: continue from the newest checkpoint at --out, or start if there is none."""
 
 
 @dataclass(frozen=True)
@@ -28,63 +110,14 @@ class LatentTask:
     tokenizer: Path
     """Run directory of the tokenizer; its data set is used."""
     latents: Path | None = None
-    """Latent cache (default: beside the tokenizer; made if missing)."""
+    """Latent cache (default: next to the tokenizer; created if missing)."""
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)
-    """With --measure-every: what is measured."""
+    """Settings of --measure-every."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     overwrite: bool = False
     """Delete a run that is already at --out."""
     resume: Resume = "no"
-    """auto: go on from the newest checkpoint at --out, or start if there is none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineTask:
-    """Train a baseline: a model of images that gives bits per dimension."""
-
-    out: Path
-    """Run directory to create."""
-    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
-    conditional: bool = False
-    """Tell the model the class of each image."""
-    validation_images: int | None = None
-    """Held-out images that a validation looks at (default: all)."""
-    draws: int | None = None
-    """Draws of the bound in validation and of the figure at the end (default: 16 for a VAE, else the model's own)."""
-    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-    overwrite: bool = False
-    """Delete a run that is already at --out."""
-    resume: Resume = "no"
-    """auto: go on from the newest checkpoint at --out, or start if there is none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAETask(BaselineTask):
-    """Train a VAE."""
-
-    model: VAEConfig = field(default_factory=VAEConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowTask(BaselineTask):
-    """Train a flow of couplings: NICE, RealNVP, Glow."""
-
-    model: FlowConfig = field(default_factory=FlowConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarFlowTask(BaselineTask):
-    """Train a TarFlow."""
-
-    model: TarFlowConfig = field(default_factory=TarFlowConfig)
-
-
-BASELINE_TASKS: dict[str, type[VAETask] | type[FlowTask] | type[TarFlowTask]] = {
-    "vae": VAETask,
-    "flow": FlowTask,
-    "tarflow": TarFlowTask,
-}
-"""By the kind of baseline (gen/baselines/registry.py)."""
+    """auto: continue from the newest checkpoint at --out, or start if there is none."""
