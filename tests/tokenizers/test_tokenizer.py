@@ -409,5 +409,5 @@ def test_half_of_the_images_are_mirrored_by_seed_step_and_sample() -> None:
 def test_a_mirrored_image_is_also_what_is_to_be_reconstructed() -> None:
     batch, context = batch_of()
     images = context.either(batch.images, batch.images.flip(-1), "flip")
-    expected, _ = objective("vq").loss(ImageBatch(images, batch.labels), context)
-    assert torch.equal(objective("vq", flip=True).loss(batch, context)[0], expected)
+    expected, _ = objective("fsq").loss(ImageBatch(images, batch.labels), context)
+    assert torch.equal(objective("fsq", flip=True).loss(batch, context)[0], expected)
