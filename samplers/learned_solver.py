@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from midway.samplers.amed import AMEDSolver, nodes
@@ -20,7 +19,7 @@ from midway.samplers.prediction import Field
 from midway.samplers.rows import NoiseSource
 from midway.samplers.schedule import SCHEDULES, Schedule
 from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.table import Table, fingerprint, write_tensors
 
 FORMAT = "midway-amed-1"
 
@@ -124,9 +123,7 @@ class LearnedSolver:
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.rule.state_dict().items()}
         tensors["grid"] = torch.tensor(self.grid, dtype=torch.float64)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_tensors(path, tensors, header)
 
     @staticmethod
     def load(path: Path, schedule: Schedule) -> "LearnedSolver":

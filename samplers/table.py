@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from midway.samplers.card import SolverCard
@@ -148,9 +148,7 @@ class Table:
         }
         header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
         header["metadata"] = json.dumps(dict(self.metadata))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(arrays, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_tensors(path, arrays, header)
 
     @staticmethod
     def load(path: Path) -> "Table":
@@ -180,6 +178,19 @@ class Table:
             metadata=json.loads(header["metadata"]),
             schedule=header.get("schedule", ""),
         )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """A safetensors file, written completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(dict(tensors), dict(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @functools.lru_cache

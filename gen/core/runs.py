@@ -23,7 +23,8 @@ from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, UsageError
 from midway.gen.core.files import clear_temporaries, write_atomically
 
-CONFIG_TMP = ".config.yaml.tmp"
+HALF_CONFIG = ".config.yaml.*tmp"
+"""What a process that was killed as it made a run leaves."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Run:
                 raise UsageError(f"{path} holds the current directory", "it would be deleted", "choose another --out")
             with lock(path):
                 _remove(path)
-        elif path.exists() and (not path.is_dir() or any(p.name != CONFIG_TMP for p in path.iterdir())):
+        elif path.exists() and (not path.is_dir() or not all(p.match(HALF_CONFIG) for p in path.iterdir())):
             raise UsageError(
                 f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
             )
@@ -89,12 +90,7 @@ class Run:
 
     def write_config(self) -> None:
         """Write config.yaml, by which a directory is known as a run."""
-        temporary = self.path / CONFIG_TMP
-        try:
-            write_yaml(temporary, {"kind": self.kind, **self.config})
-            temporary.replace(self.path / "config.yaml")
-        except OSError as error:
-            raise DiskError(f"{self.path} cannot be written", str(error), "free space") from None
+        write_yaml(self.path / "config.yaml", {"kind": self.kind, **self.config})
 
     def note(self, facts: dict[str, Any]) -> None:
         """Add to env.json the facts of one start of its training, with today's environment."""
@@ -112,7 +108,7 @@ class Run:
         return not (self.path / "log.txt").exists()
 
     def tidy(self) -> None:
-        """Remove what killed processes left half-written, checkpoints aside."""
+        """Remove what killed processes left half-written."""
         for folder in (self.path, self.checkpoints, self.path / "posthoc"):
             clear_temporaries(folder)
 

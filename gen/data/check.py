@@ -29,9 +29,11 @@ from midway.gen.data.contents import (
     shared,
     sizes,
 )
-from midway.gen.data.files import Undecodable, Unusable, check_bad
-from midway.gen.data.images import SOURCES, check_share, existing_path, held_out_mask, load_images
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.decoding import Undecodable, Unusable, counted
+from midway.gen.data.files import check_bad
+from midway.gen.data.images import load_images
+from midway.gen.data.sources import SOURCES, existing_path
+from midway.gen.data.splits import DataConfig, check_share, held_out_mask
 
 FEW = 1000
 """Held-out images below which a distance is mostly bias."""
@@ -263,8 +265,3 @@ def _groups(found: Duplicates) -> str:
 def _pairs(found: Shared) -> str:
     listed = "; ".join(f"{mine} = {other}" for mine, other in found.first)
     return f" ({listed}{'; ...' if found.count > len(found.first) else ''})"
-
-
-def counted(count: int) -> str:
-    """`1 image`, `2 images`."""
-    return f"{count} image" if count == 1 else f"{count} images"

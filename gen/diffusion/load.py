@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from midway.gen.core.config import from_dict, to_dict
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, one_line
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
@@ -66,14 +66,9 @@ def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
     try:
         tokenizer = ImageTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", _reason(error), "train the tokenizer again") from error
+        raise DataError(f"{folder} cannot be read", one_line(error), "train the tokenizer again") from error
     nn.Module.to(tokenizer, device)  # diffusers' own `to` hides the signature
     return tokenizer.eval().requires_grad_(False)
-
-
-def _reason(error: Exception) -> str:
-    """The error as one line of at most 200 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> None:
@@ -96,7 +91,9 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
         model.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", _reason(error), "train the model again with --overwrite") from error
+        raise DataError(
+            f"{folder} cannot be read", one_line(error), "train the model again with --overwrite"
+        ) from error
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=read_tokenizer(folder / "tokenizer", device),
@@ -130,7 +127,7 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sample
         solver = Table.load(file) if name == TABLE else LearnedSolver.load(file, trained.model.schedule)
         card = solver.card
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{file} cannot be read", _reason(error), retrain) from error
+        raise DataError(f"{file} cannot be read", one_line(error), retrain) from error
     if card is None or card.model_hash != trained.hash:
         raise DataError(
             f"{path} was learned for other weights",

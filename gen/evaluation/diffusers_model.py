@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, one_line
 from midway.gen.core.files import state_hash
 from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import CPU
@@ -118,7 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _refusal(path.parent, f"{path.name}: {type(error).__name__}: {error}") from None
+        raise _refusal(path.parent, f"{path.name}: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise _refusal(path.parent, f"{path.name} is not an object")
     return found
@@ -156,7 +156,7 @@ def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise _refusal(folder, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]) from None
+        raise _refusal(folder, one_line(error)) from None
     if report["missing_keys"] or report["mismatched_keys"]:
         raise _refusal(
             folder, f"weights are missing, such as {[*report['missing_keys'], *report['mismatched_keys']][0]}"

@@ -8,10 +8,9 @@ Images are sampled again part by part, as they were measured, so no more than a 
 
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -23,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError
+from midway.gen.core.files import replacing
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.external import ImagesSource
 from midway.gen.evaluation.records import FLOOR, Cell
@@ -91,20 +91,11 @@ def export(images: ImageSet, npz: Path | None = None, archive: Path | None = Non
 @contextmanager
 def _whole_zip(path: Path) -> Iterator[zipfile.ZipFile]:
     """A stored zip that replaces `path` when all is written, and leaves nothing otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                yield archive
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            yield archive
     except OSError as error:
         raise DiskError(f"cannot write {path}", str(error), "free disk space or choose another directory") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 # ---- which cells ----

@@ -10,15 +10,13 @@ import dataclasses
 import io
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError, UsageError
-from midway.gen.core.files import write_atomically
+from midway.gen.core.files import replacing, write_atomically
 from midway.gen.evaluation.records import Entry, ReportContext
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import Measurement
@@ -160,17 +158,9 @@ def write_tokenizer_report(
 
 def _replace_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     """Put these files, and no others, at `directory`: written beside it, then moved there."""
-    new, old = (directory.with_name(f".{directory.name}.{os.getpid()}.{word}") for word in ("new", "old"))
     try:
-        for name, content in files.items():
-            write_atomically(new / name, content)
-        if directory.exists():
-            directory.rename(old)
-        new.rename(directory)
+        with replacing(directory) as new:
+            for name, content in files.items():
+                write_atomically(new / name, content)
     except OSError as error:
-        if old.exists() and not directory.exists():
-            old.rename(directory)
         raise DiskError(f"{directory} cannot be written", str(error), "free space, or choose another --out") from error
-    finally:
-        for folder in (new, old):
-            shutil.rmtree(folder, ignore_errors=True)

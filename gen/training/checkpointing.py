@@ -11,6 +11,7 @@ from torch import Tensor
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.errors import DiskError, DivergedError, UsageError
+from midway.gen.core.files import clear_temporaries
 from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, flat, refuse_changes
 from midway.gen.training.early_stopping import MANY, keep_only
@@ -63,7 +64,6 @@ class CheckpointManager:
     def _tidy(self, step: int, found: bool) -> None:
         """Leave the run directory as if nothing had been done after this step."""
         root = self.run.checkpoints
-        checkpoints.clear_leftovers(root)
         checkpoints.set_aside(root, step if found else -1)
         if found:
             checkpoints.point_to(root, step)
@@ -76,7 +76,7 @@ class CheckpointManager:
         """The newest valid checkpoint, as the main process sees it."""
         main = self.accelerator.is_main_process
         if main:
-            checkpoints.put_back(self.run.checkpoints)
+            clear_temporaries(self.run.checkpoints)
         found = checkpoints.newest_valid(self.run.checkpoints, self.run.say) if main else None
         mine = torch.tensor(0 if found is None else found.step + 1, device=self.accelerator.device)
         step = int(cast(Tensor, self.accelerator.reduce(mine, "sum"))) - 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core import checkpoints
+from midway.gen.core.files import clear_temporaries
 
 MANY = 1 << 30
 
@@ -66,8 +67,7 @@ def keep_only(root: Path, *steps: int) -> None:
     """Remove the folders step-N in `root`, but not those of these steps; `latest` names the last one left."""
     if not root.exists():
         return
-    checkpoints.put_back(root)
-    checkpoints.clear_leftovers(root)
+    clear_temporaries(root)
     for path in checkpoints.directories(root):
         if int(path.name[5:]) not in steps:
             shutil.rmtree(path, ignore_errors=True)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from midway.gen.core.checkpoints import Checkpoint
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, one_line
 from midway.gen.training.early_stopping import Validation
 from midway.gen.training.ema import EMA
 from midway.gen.training.nonfinite import NonFiniteGuard
@@ -79,8 +79,8 @@ class TrainingState:
                 average.load(like(average.shadow, checkpoint.tensors(posthoc_file(average))))
             self._load_optimizers(checkpoint.tensors("optimizer.safetensors"))
         except (RuntimeError, KeyError, ValueError) as error:
-            why = " ".join(str(error).split())[:300]
-            raise DataError(f"{checkpoint.path} does not fit this model", why, "use the code that wrote it") from error
+            what = f"{checkpoint.path} does not fit this model"
+            raise DataError(what, one_line(error), "use the code that wrote it") from error
         self._load_progress(checkpoint.tensors("progress.safetensors"))
 
     def _named_states(self) -> list[tuple[str, Optimizer, nn.Parameter]]:

@@ -53,7 +53,7 @@ def task(out: Path, train: TrainConfig = LONG) -> TokenizerTask:
 
 def half_saved(run: Path) -> list[Path]:
     """Checkpoints that are being written, or whose writer was killed."""
-    return list((run / "checkpoints").glob(".tmp-step-*"))
+    return list((run / "checkpoints").glob(".step-*.tmp"))
 
 
 def lines_of(child: Child) -> list[str]:

@@ -33,11 +33,12 @@ from torch import Tensor
 from train_features import FeaturesTask
 from train_solver import SolverTask
 
+from baseline_tasks import FlowTask, VAETask
 from midway.gen.baselines.flow_config import glow
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError
-from midway.gen.core.runs import CONFIG_TMP, lock
+from midway.gen.core.runs import lock
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.distill_table import TableConfig
@@ -48,7 +49,7 @@ from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers import vq
-from tasks import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
 
@@ -266,9 +267,9 @@ def test_half_a_line_of_metrics_is_dropped(tmp_path: Path) -> None:
 def test_half_a_checkpoint_of_a_killed_process_is_removed(stopped: Path, whole: Path) -> None:
     """A temporary directory, and one that was about to be replaced."""
     root = stopped / "checkpoints"
-    for name in (".tmp-step-8-12345", ".tmp-replaced-7-12345"):
+    for name in (".step-8.12345.tmp", ".step-7.12345.old"):
         shutil.copytree(root / "step-7", root / name)
-    (root / ".tmp-step-8-12345" / "manifest.json").unlink()
+    (root / ".step-8.12345.tmp" / "manifest.json").unlink()
     train(tokenizer_task(stopped))
     assert sorted(p.name for p in root.iterdir()) == ["latest", "step-11", "step-7"]
     assert (root / "latest").read_text() == "step-11\n"
@@ -276,8 +277,12 @@ def test_half_a_checkpoint_of_a_killed_process_is_removed(stopped: Path, whole: 
 
 
 def test_half_files_of_a_killed_process_are_removed(stopped: Path) -> None:
-    """What files.write_atomically was writing."""
-    for name in ("checkpoints/.latest.12345.tmp", ".metrics.jsonl.12345.tmp", ".env.json.12345.tmp", CONFIG_TMP):
+    for name in (
+        "checkpoints/.latest.12345.tmp",
+        ".metrics.jsonl.12345.tmp",
+        ".env.json.12345.tmp",
+        ".config.yaml.12345.tmp",
+    ):
         (stopped / name).write_text("half")
     train(tokenizer_task(stopped))
     assert [p.name for p in stopped.rglob(".*")] == [".lock"]
@@ -292,7 +297,7 @@ def test_a_process_killed_while_it_made_the_run_is_no_obstacle(left: str, tmp_pa
     run = tmp_path / "run"
     run.mkdir()
     if left == "half a configuration":
-        (run / CONFIG_TMP).write_bytes((whole / "config.yaml").read_bytes()[:50])
+        (run / ".config.yaml.12345.tmp").write_bytes((whole / "config.yaml").read_bytes()[:50])
     if left in ("a configuration", "half of env.json"):
         (run / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     if left == "half of env.json":
