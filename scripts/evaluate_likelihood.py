@@ -19,8 +19,8 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references

@@ -89,8 +89,8 @@ class LatentModel(nn.Module):
             self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
             self.half_cell: Tensor
 
-    def set_cells(self, levels: int, std: Tensor) -> None:
-        """Set the bins of a dequantising model's data: levels in [-1, 1], and std (C,) of the pixels by channel."""
+    def set_bins(self, levels: int, std: Tensor) -> None:
+        """Set the bin width of dequantisation, for `levels` levels in [-1, 1] and std (C,) of the pixels by channel."""
         self.half_cell.copy_(1 / ((levels - 1) * std.view(-1, 1, 1)))
 
     def time_of(self, u: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.baselines.vae import VAE
 from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.data.splits import Splits
-from midway.gen.diffusion.cnf import Cost
+from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import (
     Bounds,

@@ -39,8 +39,8 @@ class Inception(PublishedExtractor):
         super().__init__(name, label, block)
         self.network = network
 
-    def look(self, images: Tensor) -> Activations:
-        """Of one block of uint8 images (block, 3, H, W)."""
+    def block_activations(self, images: Tensor) -> Activations:
+        """Activations of one block of uint8 images (block, 3, H, W)."""
         return Activations(*self.network(images))
 
 

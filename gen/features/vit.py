@@ -86,8 +86,8 @@ class VisionTransformer(PublishedExtractor):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
-    def look(self, images: Tensor) -> Activations:
-        """Of one block of uint8 images (block, 3, H, W)."""
+    def block_activations(self, images: Tensor) -> Activations:
+        """Activations of one block of uint8 images (block, 3, H, W)."""
         resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention would choose its own precision
             return Activations(self.network((resized / 255 - self.mean) / self.std), None)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from midway.gen.core.errors import UsageError
@@ -160,3 +161,23 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], train: TrainConf
             "give the old values, or start a new run with another --out",
         )
     return [key for key in changed if key.removeprefix("train.") in ROUNDING]
+
+
+@dataclass(frozen=True)
+class OnlineConfig:
+    """Online evaluation, every `--measure-every` steps."""
+
+    nfe: tuple[int, ...] = (5, 10, 20)
+    """Network evaluations per image."""
+    n: int = 1000
+    """Images of each budget, seeds 0 to n - 1."""
+    solver: str = "dpmpp2m"
+    grid: str = "karras"
+    features: Path | None = None
+    """Run directory of the feature network (default: the one next to the tokenizer, of the same images)."""
+
+    def __post_init__(self) -> None:
+        if self.n < 2 or not self.nfe or min(self.nfe) < 1:
+            raise ValueError(
+                f"online evaluation of n {self.n} at NFE {self.nfe}: use 2 images or more, at 1 evaluation or more"
+            )

@@ -14,9 +14,9 @@ from pipelines import TINY, TINY_DIT, Pipeline
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import load_splits
+from midway.gen.diffusion.likelihood import LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.likelihood import choose
@@ -110,7 +110,7 @@ def test_the_trace_is_exact_where_that_is_cheap(trace: str, dims: int, used: str
 def test_levels_are_spread_uniformly_over_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LatentModel(LatentModelConfig(dequantise=True, dit=replace(TINY_DIT, patch=1)), (1, 2, 2), 0)
     std = torch.tensor([0.5])
-    model.set_cells(17, std)
+    model.set_bins(17, std)
     seen: list[torch.Tensor] = []
 
     def forward(x: torch.Tensor, t: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:

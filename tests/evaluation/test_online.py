@@ -13,7 +13,7 @@ from pipelines import TINY, TINY_DIT, Pipeline
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.online import OnlineConfig
+from midway.gen.training.config import OnlineConfig
 from tasks import LatentTask, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")

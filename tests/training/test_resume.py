@@ -33,6 +33,7 @@ from torch import Tensor
 from train_features import FeaturesTask
 from train_solver import SolverTask
 
+from baseline_tasks import FlowTask, VAETask
 from midway.gen.baselines.flow_config import glow
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
@@ -48,7 +49,7 @@ from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers import vq
-from tasks import FlowTask, LatentTask, TokenizerConfig, TokenizerTask, VAETask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
 
