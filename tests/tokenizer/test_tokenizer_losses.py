@@ -337,4 +337,4 @@ def test_sharded_parameters_and_a_critic_are_refused(
     monkeypatch.setattr(fit, "DTensor", torch.nn.Parameter)
     told = call(script, tmp_path / "run", "--loss.adversary", "hinge")
     assert told.code == 2, told.err
-    assert "FSDP cannot train a tokenizer with a critic" in told.err
+    assert "FSDP cannot train a tokenizer with a discriminator" in told.err
