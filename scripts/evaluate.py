@@ -52,7 +52,7 @@ from midway.gen.report.notes import (
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
 from midway.gen.report.sweep import terminal_text, write_report
 from midway.gen.report.table import ReportContext
-from midway.samplers.solvers import SOLVERS
+from midway.samplers.solvers import ALIASES, SOLVERS
 from tasks import Flat
 
 UNNAMED = DataConfig(data="")
@@ -306,10 +306,11 @@ def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, .
     """The solvers that --solvers names."""
     if words != "all":
         return names(words)
+    plain = tuple(name for name in SOLVERS if name not in ALIASES)
     if trained is None:
-        return tuple(SOLVERS)
+        return plain
     learned = [name for name in LEARNED if all(_is_learned(name, trained, nfe) for nfe in budgets)]
-    return (*SOLVERS, *learned)
+    return (*plain, *learned)
 
 
 def _is_learned(name: str, trained: TrainedModel, nfe: int) -> bool:

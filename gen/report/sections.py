@@ -68,7 +68,7 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
         tokenizer.latent_mean
     )
     real = _use(tokenizer, tokenizer.encode_indices(images))
-    drawn = _use(tokenizer, tokenizer.quantizer.latents_to_indices(raw))
+    drawn = _use(tokenizer, tokenizer.quantizer.codes_to_indices(raw))
     text = (
         f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_text(real, len(images))} "
         f"held-out images; {_text(drawn, min(CODED, len(latents)))} samples (the fine solution, snapped to codes). "

@@ -39,7 +39,7 @@ from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.jobs import SweepConfig
-from midway.gen.evaluation.records import FLOOR, Measurement
+from midway.gen.evaluation.records import FLOOR, Measurement, to_records
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.tokenizer.objective import evaluate_tokenizer
@@ -47,7 +47,7 @@ from midway.gen.training.config import TrainConfig
 from midway.samplers.grids import GRIDS
 from midway.samplers.prediction import TARGETS
 from midway.samplers.schedule import SCHEDULES
-from midway.samplers.solvers import SOLVERS
+from midway.samplers.solvers import ALIASES, SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
@@ -480,7 +480,7 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
     out, sweep = swept
     assert all((out / name).stat().st_size > 0 for name in REPORT)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert records == [json.loads(json.dumps(vars(cell))) for cell in sweep.measurements]
+    assert records == json.loads(json.dumps(to_records(sweep.measurements)))
     assert [r["distance"] for r in records] == [float(row["distance"]) for row in _rows(out)]
     assert _pixels(out / "distance_vs_nfe.png").ndim == 3
     page = (out / "report.html").read_text()
@@ -872,11 +872,13 @@ def test_a_learned_table_is_sampled_and_measured_by_name(
 
 def test_all_names_every_solver_and_what_was_learned_for_every_budget(with_a_table: Path) -> None:
     trained = load_model(with_a_table, torch.device("cpu"))
+    plain = set(SOLVERS) - set(ALIASES)
+    assert evaluate.solver_names("ab1,heun", trained, (4,)) == ("ab1", "heun")
     assert evaluate.solver_names("ddim,heun", trained, (4,)) == ("ddim", "heun")
     everything = evaluate.solver_names("all", trained, (4,))
-    assert set(everything) == {*SOLVERS, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
-    assert set(evaluate.solver_names("all", trained, (3,))) == {*SOLVERS, "table"}
-    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*SOLVERS}
+    assert set(everything) == {*plain, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
+    assert set(evaluate.solver_names("all", trained, (3,))) == {*plain, "table"}
+    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*plain}
 
 
 def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
