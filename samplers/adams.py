@@ -17,8 +17,9 @@ from itertools import pairwise
 
 from midway.samplers.exponential import adams_weights, begin, exponential_step, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
+from midway.samplers.recorder import Combination, Recorder
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Combination, Recorder, Table
+from midway.samplers.table import Table
 
 EQUAL_STEPS = (
     (1.0,),

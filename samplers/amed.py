@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from midway.samplers.directions import DirectionRule, Directions
+from midway.samplers.fused import weighted_sum
 from midway.samplers.grids import Grid
-from midway.samplers.guidance import at_time
 from midway.samplers.plugin import BASES, Base, Weights, begin
-from midway.samplers.prediction import Field, Prediction, expand
+from midway.samplers.prediction import Field, Prediction, acting, expand
 from midway.samplers.schedule import Schedule
+from midway.samplers.step_parameters import StepParameters, StepRule
 
 
 @dataclass(frozen=True)
@@ -52,67 +52,67 @@ class AMEDSolver:
 
 
 @dataclass(frozen=True)
-class Levels:
+class NoiseLevels:
     """t, alpha, rho of a grid's times (N + 1,) or of one time per sample (B,); float64."""
 
     t: Tensor
     alpha: Tensor
     rho: Tensor
 
-    def take(self, index: Tensor) -> "Levels":
+    def take(self, index: Tensor) -> "NoiseLevels":
         """One time per sample: index int64 (B,)."""
-        return Levels(self.t[index], self.alpha[index], self.rho[index])
+        return NoiseLevels(self.t[index], self.alpha[index], self.rho[index])
 
 
-def levels(solver: AMEDSolver, device: torch.device) -> Levels:
+def noise_levels(solver: AMEDSolver, device: torch.device) -> NoiseLevels:
     """The grid's, computed on the host."""
     t = torch.tensor(solver.grid, dtype=torch.float64)
-    return Levels(*(v.to(device) for v in (t, solver.schedule.alpha(t), solver.schedule.rho(t))))
+    return NoiseLevels(*(v.to(device) for v in (t, solver.schedule.alpha(t), solver.schedule.rho(t))))
 
 
 @dataclass(frozen=True)
-class Memory:
+class History:
     """Predictions that later steps may weigh, newest first: terms (B, *) each, and their rho float64 (B,)."""
 
     terms: tuple[Tensor, ...] = ()
     rhos: tuple[Tensor, ...] = ()
 
-    def add(self, term: Tensor, rho: Tensor) -> "Memory":
-        return Memory((term, *self.terms), (rho, *self.rhos))
+    def add(self, term: Tensor, rho: Tensor) -> "History":
+        return History((term, *self.terms), (rho, *self.rhos))
 
-    def newest(self, count: int) -> "Memory":
-        return Memory(self.terms[:count], self.rhos[:count])
+    def newest(self, count: int) -> "History":
+        return History(self.terms[:count], self.rhos[:count])
 
-    def detach(self) -> "Memory":
-        return Memory(tuple(f.detach() for f in self.terms), tuple(r.detach() for r in self.rhos))
+    def detach(self) -> "History":
+        return History(tuple(f.detach() for f in self.terms), tuple(r.detach() for r in self.rhos))
 
 
 def take_step(
     solver: AMEDSolver,
     field: Field,
     orders: tuple[int, int],
-    start: Levels,
-    end: Levels,
+    start: NoiseLevels,
+    end: NoiseLevels,
     x: Tensor,
     now: Prediction,
-    memory: Memory,
-    directions: Directions,
-) -> tuple[Tensor, Memory]:
+    history: History,
+    directions: StepParameters,
+) -> tuple[Tensor, History]:
     """x (B, *) at `start` with prediction `now` -> the state at `end`, and what the next step may weigh; one evaluation.
 
     orders: those of the two halves (`Base.orders`). start, end: one time per sample, which may differ between samples.
     """
     base, schedule = solver.plugin, solver.schedule
-    memory = memory.add(_read(now, base), start.rho)
+    history = history.add(_read(now, base), start.rho)
     rho_m = (directions.r * end.rho.log() + (1 - directions.r) * start.rho.log()).exp()
     inner = schedule.time_of_rho(directions.a * rho_m)
     y = x / _as(start.alpha, x)
-    y_m = _combine(base.halfway(memory.rhos, rho_m, orders[0]), y, memory.terms)
+    y_m = _combine(base.halfway(history.rhos, rho_m, orders[0]), y, history.terms)
     middle = field(_as(schedule.alpha(inner), x) * y_m, inner.to(x.dtype))
-    memory = memory.add(_read(middle, base), rho_m)
-    weights = base.arrival(memory.rhos, end.rho, orders[1]).scaled(directions.c)
-    y_s = _combine(weights, y if base.from_start else y_m, memory.terms)
-    return _as(end.alpha, x) * y_s, memory.newest(base.order - 1)
+    history = history.add(_read(middle, base), rho_m)
+    weights = base.arrival(history.rhos, end.rho, orders[1]).scaled(directions.c)
+    y_s = _combine(weights, y if base.from_start else y_m, history.terms)
+    return _as(end.alpha, x) * y_s, history.newest(base.order - 1)
 
 
 def _read(prediction: Prediction, base: Base) -> Tensor:
@@ -125,17 +125,14 @@ def _as(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _combine(weights: Weights, y: Tensor, terms: tuple[Tensor, ...]) -> Tensor:
-    total = _as(weights.kept, y) * y
-    for weight, term in zip(weights.terms, terms, strict=False):  # older terms have no weight
-        total = total + _as(weight, y) * term
-    return total
+    return weighted_sum((weights.kept, *weights.terms), (y, *terms[: len(weights.terms)]))  # older terms have no weight
 
 
-def observe(solver: AMEDSolver, field: Field, at: Levels, step: int, x: Tensor) -> Prediction:
+def observe(solver: AMEDSolver, field: Field, at: NoiseLevels, step: int, x: Tensor) -> Prediction:
     """The prediction at grid time number `step`: an evaluation, or the analytic one if the solver begins so."""
     if step == 0 and solver.analytic_first:
         return analytic_prediction(x, at.alpha[0], at.rho[0], solver.feature_dim)
-    return at_time(field, solver.grid[step])(x, at.t[step].to(x.dtype).expand(x.shape[0]))
+    return acting(field, solver.grid[step])(x, at.t[step].to(x.dtype).expand(x.shape[0]))
 
 
 def analytic_prediction(x: Tensor, alpha: Tensor, rho: Tensor, feature_dim: int) -> Prediction:
@@ -149,30 +146,30 @@ def analytic_prediction(x: Tensor, alpha: Tensor, rho: Tensor, feature_dim: int)
 
 
 def choose(
-    solver: AMEDSolver, rule: DirectionRule, start: Levels, end: Levels, step: Tensor, features: Tensor
-) -> Directions:
+    solver: AMEDSolver, rule: StepRule, start: NoiseLevels, end: NoiseLevels, step: Tensor, features: Tensor
+) -> StepParameters:
     """What the rule says about steps number `step` int64 (B,), given features (B, F)."""
     return rule(features, step, torch.stack([start.rho.log(), end.rho.log()], dim=1))
 
 
-def nodes(solver: AMEDSolver, field: Field, rule: DirectionRule, x: Tensor, detached: bool = False) -> list[Tensor]:
+def nodes(solver: AMEDSolver, field: Field, rule: StepRule, x: Tensor, detached: bool = False) -> list[Tensor]:
     """The states at the grid's nodes, (B, *) each, the start included. Two evaluations a step, one less if the first is
     analytic.
 
     detached: every step starts from a state, history and features that carry no gradient, so that a state's gradient is that
     of the last step before it.
     """
-    at, states, memory = levels(solver, x.device), [x], Memory()
+    at, states, history = noise_levels(solver, x.device), [x], History()
     for i in range(solver.steps):
         x, step = states[-1], torch.full((x.shape[0],), i, device=x.device)
         if detached:
-            x, memory = x.detach(), memory.detach()
+            x, history = x.detach(), history.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
             now = observe(solver, field, at, i, x)
         start, end = at.take(step), at.take(step + 1)
         directions = choose(solver, rule, start, end, step, features_of(now, solver.feature_dim))
         orders = solver.plugin.orders(i, solver.steps)
-        state, memory = take_step(solver, field, orders, start, end, x, now, memory, directions)
+        state, history = take_step(solver, field, orders, start, end, x, now, history, directions)
         states.append(state)
     return states
 

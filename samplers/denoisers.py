@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from midway.samplers.guidance import ConditionalField
-from midway.samplers.interop import Convention, convention_of
+from midway.samplers.interop import Parametrisation, parametrisation_of
 from midway.samplers.prediction import NetworkField, Prediction, expand, solve
 from midway.samplers.schedule import Linear, Schedule
 
@@ -23,22 +23,24 @@ def without_variance(value: Tensor, channels: int) -> Tensor:
     return value[:, :channels] if value.shape[1] == 2 * channels else value
 
 
-def _convention(scheduler_config: Mapping[str, Any], timestep_scale: float | None) -> Convention:
-    convention = convention_of(scheduler_config)
+def _parametrisation(scheduler_config: Mapping[str, Any], timestep_scale: float | None) -> Parametrisation:
+    parametrisation = parametrisation_of(scheduler_config)
     if timestep_scale is None:
-        return convention
-    if not isinstance(convention.schedule, Linear):
+        return parametrisation
+    if not isinstance(parametrisation.schedule, Linear):
         raise ValueError(
             "timestep_scale is for flow-matching models; this config is of a model of discrete timesteps, which is told "
             "their numbers: leave it out"
         )
-    return replace(convention, timestep_scale=timestep_scale)
+    return replace(parametrisation, timestep_scale=timestep_scale)
 
 
-def _ask(model: Callable[..., Any], convention: Convention, x: Tensor, t: Tensor, given: Mapping[str, Any]) -> Tensor:
+def _ask(
+    model: Callable[..., Any], parametrisation: Parametrisation, x: Tensor, t: Tensor, given: Mapping[str, Any]
+) -> Tensor:
     """The model's output (B, C, *) at x (B, C, *), t (B,), in the dtype of x."""
     own = x.to(getattr(model, "dtype", x.dtype))  # the timestep stays float32: bfloat16 cannot tell 998 from 1000
-    value = model(own, timestep=convention.timestep(t), return_dict=False, **given)[0]
+    value = model(own, timestep=parametrisation.timestep(t), return_dict=False, **given)[0]
     return without_variance(value, x.shape[1]).to(x.dtype)
 
 
@@ -54,8 +56,10 @@ def field_from_diffusers(
     arguments of the model by name, such as class_labels (B,) or encoder_hidden_states (B, L, D). timestep_scale: factor from t
     to the time a flow-matching model is told, by default num_train_timesteps; 1 for those that expect sigma (Flux).
     """
-    convention, given = _convention(scheduler_config, timestep_scale), dict(conditioning or {})
-    return NetworkField(lambda x, t: _ask(model, convention, x, t, given), convention.target, convention.schedule)
+    parametrisation, given = _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {})
+    return NetworkField(
+        lambda x, t: _ask(model, parametrisation, x, t, given), parametrisation.target, parametrisation.schedule
+    )
 
 
 def conditional_from_diffusers(
@@ -69,11 +73,11 @@ def conditional_from_diffusers(
 
     With argument="encoder_hidden_states" the labels are prompt embeddings. The rest as in `field_from_diffusers`.
     """
-    convention, given = _convention(scheduler_config, timestep_scale), dict(conditioning or {})
+    parametrisation, given = _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {})
 
     def conditional(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
-        value = _ask(model, convention, x, t, {**given, argument: labels})
-        return solve(value, convention.target, x, t, convention.schedule)
+        value = _ask(model, parametrisation, x, t, {**given, argument: labels})
+        return solve(value, parametrisation.target, x, t, parametrisation.schedule)
 
     return conditional
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from midway.samplers.denoisers import without_variance
 from midway.samplers.grids import GRIDS, explicit
-from midway.samplers.interop import convention_of, is_flow, read_table, table_from_numbers, trained_range
+from midway.samplers.interop import is_flow, parametrisation_of, read_table, table_from_numbers, trained_range
 from midway.samplers.prediction import expand
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table, fingerprint
@@ -61,11 +61,11 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         analytic_first: bool = False,
         table: str | Mapping[str, Any] | None = None,
     ) -> None:
-        self.convention = convention_of(self.config)
+        self.parametrisation = parametrisation_of(self.config)
         self._learned: Table | None = None
         if table is not None:
             read = isinstance(table, str)
-            self._keep(read_table(Path(table), self.convention.schedule) if read else table_from_numbers(table))
+            self._keep(read_table(Path(table), self.parametrisation.schedule) if read else table_from_numbers(table))
         elif solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or give a table")
         elif isinstance(grid, str) and grid not in GRIDS:
@@ -81,7 +81,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
 
     def _keep(self, table: Table) -> None:
         """The numbers of a learned table go into the config, so that saving and copying it need no second file."""
-        own = fingerprint(self.convention.schedule)
+        own = fingerprint(self.parametrisation.schedule)
         if table.schedule not in ("", own):
             raise ValueError(
                 f"table '{table.solver}' was made for {table.schedule}, the config says {own}: take the config of the scheduler "
@@ -113,14 +113,14 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     def init_noise_sigma(self) -> float:
         """Standard deviation of the initial state of unit-variance data: 1 for all but flow-matching models."""
         t = torch.tensor(self.table.grid[0] if self.table else 1.0, dtype=torch.float64)
-        return torch.hypot(self.convention.schedule.alpha(t), self.convention.schedule.sigma(t)).item()
+        return torch.hypot(self.parametrisation.schedule.alpha(t), self.parametrisation.schedule.sigma(t)).item()
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Build the table of this many steps and begin anew. `timesteps` (one per evaluation, float32) is on `device`."""
         self.table = self._build(num_inference_steps)
         self._begin(self.table)
         self.num_inference_steps = num_inference_steps
-        self.timesteps = self.convention.timestep(torch.tensor(self.table.times)).to(device)
+        self.timesteps = self.parametrisation.timestep(torch.tensor(self.table.times)).to(device)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this entry of `timesteps` (image to image): the solver starts anew on the rest of the grid."""
@@ -165,8 +165,8 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma eps, (B, *), at float timesteps (B,) or (1,)."""
-        t = self.convention.time(timesteps.to(original_samples.device, torch.float32))
-        alpha, sigma = self.convention.schedule.alpha(t), self.convention.schedule.sigma(t)
+        t = self.parametrisation.time(timesteps.to(original_samples.device, torch.float32))
+        alpha, sigma = self.parametrisation.schedule.alpha(t), self.parametrisation.schedule.sigma(t)
         x_t = expand(alpha, original_samples) * original_samples + expand(sigma, noise) * noise
         return x_t.to(original_samples.dtype)
 
@@ -187,8 +187,10 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     def _grid(self, steps: int) -> tuple[float, ...]:
         name, options = self.config["grid"], dict(self.config["grid_options"] or {})
         if isinstance(name, str):
-            rho_max, rho_min = trained_range(self.convention.schedule)
-            return GRIDS[name](self.convention.schedule, steps, **{"rho_max": rho_max, "rho_min": rho_min, **options})
+            rho_max, rho_min = trained_range(self.parametrisation.schedule)
+            return GRIDS[name](
+                self.parametrisation.schedule, steps, **{"rho_max": rho_max, "rho_min": rho_min, **options}
+            )
         grid = explicit(name)
         if steps != len(grid) - 1:
             raise ValueError(f"the grid has {len(grid) - 1} steps, not {steps}: ask for as many, or name a grid")
@@ -198,10 +200,10 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         options = dict(self.config["solver_options"] or {})
         if analytic_first:
             options["analytic_first"] = True
-        return SOLVERS[self.config["solver"]].build(self.convention.schedule, grid, **options)
+        return SOLVERS[self.config["solver"]].build(self.parametrisation.schedule, grid, **options)
 
     def _begin(self, table: Table) -> None:
-        self._walk, self._scaled = TableWalk(table, self.convention), None
+        self._walk, self._scaled = TableWalk(table, self.parametrisation), None
 
     def _walk_now(self) -> TableWalk:
         if self._walk is None or self._walk.finished:

@@ -6,7 +6,7 @@ of alpha^2 + sigma^2:
     restarted     every step starts from the teacher's node, with the teacher's slope and features (one-step bases, as in the
                   authors' code). The steps are independent, so all of them train in one batch with one evaluation each.
     detached      every step starts from the student's own state and history, cut from the graph (multistep bases).
-    end to end    the gradient runs through the whole trajectory (ours); `checkpointed` keeps one evaluation in memory at a time.
+    end to end    the gradient runs through the whole trajectory (ours); `learned.checkpointed` saves memory.
 
 In the first two a step's error has a gradient in that step's numbers alone, through one evaluation.
 """
@@ -18,22 +18,20 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from midway.samplers.amed import (
     AMEDSolver,
-    Levels,
-    Memory,
+    History,
+    NoiseLevels,
     choose,
     features_of,
-    levels,
+    noise_levels,
     observe,
     take_step,
 )
-from midway.samplers.directions import DirectionRule, Directions
-from midway.samplers.guidance import at_time
-from midway.samplers.prediction import Field, Prediction
+from midway.samplers.prediction import Field, Prediction, acting
 from midway.samplers.sample import trajectory
+from midway.samplers.step_parameters import StepParameters, StepRule
 from midway.samplers.table import Table
 
 NEGLIGIBLE = 1e-6
@@ -82,7 +80,7 @@ class _Listener:
         return self._listen(self.listened, x, t)
 
     def at(self, time: float) -> Field:
-        return partial(self._listen, at_time(self.listened, time))
+        return partial(self._listen, acting(self.listened, time))
 
     def _listen(self, field: Field, x: Tensor, t: Tensor) -> Prediction:
         prediction = field(x, t)
@@ -112,7 +110,7 @@ def teacher_nodes(
     numbers = _evaluations_at(table, stride) if slopes else []
     listener = _Listener(field, frozenset(n for n in numbers if n is not None))
     states = trajectory(listener, table, x)[::stride]
-    at = levels(solver, x.device)
+    at = noise_levels(solver, x.device)
     kept = [
         observe(solver, field, at, i, states[i])
         if n is None or (i == 0 and solver.analytic_first)
@@ -128,7 +126,7 @@ def teacher_nodes(
     )
 
 
-def step_errors(field: Field, solver: AMEDSolver, rule: DirectionRule, teacher: TeacherNodes) -> Tensor:
+def step_errors(field: Field, solver: AMEDSolver, rule: StepRule, teacher: TeacherNodes) -> Tensor:
     """(N,): each step's error when it restarts from the teacher's node.
 
     `field` must accept the samples of all N steps at once, step by step: (N B, *). ValueError for a multistep base.
@@ -136,11 +134,11 @@ def step_errors(field: Field, solver: AMEDSolver, rule: DirectionRule, teacher: 
     if solver.plugin.multistep:
         raise ValueError(f"steps of base '{solver.base}' weigh earlier predictions and cannot restart: use node_errors")
     step = torch.arange(solver.steps, device=teacher.states.device).repeat_interleave(teacher.states.shape[1])
-    at = levels(solver, teacher.states.device)
+    at = noise_levels(solver, teacher.states.device)
     start, end = at.take(step), at.take(step + 1)
     directions = choose(solver, rule, start, end, step, teacher.features.flatten(0, 1))
     x, now = teacher.states[:-1].flatten(0, 1), _slope(teacher.eps.flatten(0, 1))
-    reached, _ = take_step(solver, field, (1, 1), start, end, x, now, Memory(), directions)
+    reached, _ = take_step(solver, field, (1, 1), start, end, x, now, History(), directions)
     return _errors(reached.unflatten(0, teacher.eps.shape[:2]), teacher.states[1:], at)
 
 
@@ -149,7 +147,7 @@ def _slope(eps: Tensor) -> Prediction:
     return Prediction(eps, eps)
 
 
-def _errors(reached: Tensor, wanted: Tensor, at: Levels) -> Tensor:
+def _errors(reached: Tensor, wanted: Tensor, at: NoiseLevels) -> Tensor:
     """(N, B, *) at the nodes after the first, twice -> (N,)."""
     distance = (reached - wanted).square().flatten(1).mean(1)
     return distance / (at.alpha[1:].square() * (1 + at.rho[1:].square())).to(distance.dtype)
@@ -157,21 +155,7 @@ def _errors(reached: Tensor, wanted: Tensor, at: Levels) -> Tensor:
 
 def node_errors(states: Sequence[Tensor], solver: AMEDSolver, teacher: TeacherNodes) -> Tensor:
     """(N,): the error of the student's states (N + 1 of (B, *), from `nodes`) at every node but the first."""
-    return _errors(torch.stack(list(states[1:])), teacher.states[1:], levels(solver, teacher.states.device))
-
-
-def checkpointed(field: Field) -> Field:
-    """The same field, whose inner results are computed again for the gradient instead of being kept.
-
-    An evaluation that carries a gradient so runs the network twice, and is counted twice.
-    """
-
-    def evaluate(x: Tensor, t: Tensor) -> Prediction:
-        if not (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
-            return field(x, t)
-        return checkpoint(field, x, t, use_reentrant=False)
-
-    return evaluate
+    return _errors(torch.stack(list(states[1:])), teacher.states[1:], noise_levels(solver, teacher.states.device))
 
 
 @torch.no_grad()
@@ -183,18 +167,18 @@ def best_positions(
     The error as a function of r has several basins on long steps, and from r = 1/2 the gradient may lead into a poor one.
     restarted: steps start from the teacher's nodes, else from the state that the best r of the step before reached.
     """
-    at, x, memory, best = levels(solver, teacher.states.device), teacher.states[0], Memory(), []
+    at, x, history, best = noise_levels(solver, teacher.states.device), teacher.states[0], History(), []
     for i in range(solver.steps):
         step = torch.full((x.shape[0],), i, device=x.device)
         now = _slope(teacher.eps[i]) if restarted else observe(solver, field, at, i, x)
         orders, start, end = solver.plugin.orders(i, solver.steps), at.take(step), at.take(step + 1)
         trials = [
-            take_step(solver, field, orders, start, end, x, now, memory, Directions(r * one, one, one))
+            take_step(solver, field, orders, start, end, x, now, history, StepParameters(r * one, one, one))
             for one in [torch.ones_like(start.rho)]
             for r in candidates
         ]
         errors = torch.stack([(reached - teacher.states[i + 1]).square().mean() for reached, _ in trials])
         chosen = int(errors.nan_to_num(torch.inf).argmin())
         best.append(candidates[chosen])
-        x, memory = (teacher.states[i + 1], Memory()) if restarted else trials[chosen]
+        x, history = (teacher.states[i + 1], History()) if restarted else trials[chosen]
     return torch.stack(best)

@@ -17,8 +17,8 @@ import math
 from collections.abc import Sequence
 
 from midway.samplers.grids import Grid
+from midway.samplers.recorder import Combination, Recorder, Symbols
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Combination, Recorder, Symbols
 
 ZERO = Combination({}, {})
 

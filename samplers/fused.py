@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from midway.samplers.prediction import expand
+
 BLOCK = 1024
 MOST_TERMS = 16
 """More are added up in groups."""
@@ -35,6 +37,12 @@ def chain(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     for j in range(rest, len(weights)):
         total.add_(tensors[j], alpha=weights[j])
     return total
+
+
+def weighted_sum(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """sum_j weights[j] tensors[j] for tensors (B, *) and weights (B,) or (), differentiable in both."""
+    terms = [expand(weight.to(x.dtype), x) * x for weight, x in zip(weights, tensors, strict=True)]
+    return functools.reduce(torch.add, terms)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,58 +8,132 @@ All guidance here moves from a weaker prediction through a better one, by the sc
     autoguidance      weak: a smaller or less trained network       Karras et al. 2024, arXiv 2406.02507, section 3
     interval          either, for noise levels rho in (low, high]   Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3
 
-x0 and eps are both affine in a network's output, so both follow the same rule. w = 1 is the better prediction alone. Features
-are those of the better prediction.
-
-A field may have an `at(time)`: the field to evaluate where all samples are at one time that the host knows, as in a table. So
-`interval` evaluates what the time needs without reading a tensor back from the device.
+x0, eps and the network's own output are affine in one another, so all follow the same rule. w = 1 is the better prediction alone.
+Features are those of the better prediction. Where the host knows the times, as in a table, an interval evaluates only what a time
+needs, and never reads a tensor back from the device.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from midway.samplers.prediction import Field, Prediction, expand
+from midway.samplers.prediction import Evaluations, Field, Prediction, TimedField, at, copies, estimates, expand
 from midway.samplers.schedule import Schedule
 
 ConditionalField = Callable[[Tensor, Tensor, Tensor], Prediction]
 """(x_t (B, *), t (B,), labels (B,)) -> Prediction."""
 
 
-@runtime_checkable
-class TimedField(Protocol):
-    """A field that is cheaper where the time is known to the host.
+@dataclass(frozen=True, eq=False)
+class Conditional(TimedField):
+    """The field of fixed labels (B, *)."""
 
-    It may be called as any field. `at` gives equal fields for times whose states may share a batch.
-    """
+    network: ConditionalField
+    labels: Tensor
+    schedule: Schedule | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction: ...
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
+        return self.network(x, t, self.labels)
 
-    def at(self, time: float) -> Field: ...
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        return estimates([self] * len(times), times, x)
 
-
-def at_time(field: Field, time: float) -> Field:
-    """What to evaluate where all samples are at `time`: `field.at(time)` if it has that, else the field."""
-    return field.at(time) if isinstance(field, TimedField) else field
+    def copies(self, count: int) -> Field:
+        return replace(self, labels=torch.cat([self.labels] * count))
 
 
 def conditional(network: ConditionalField, labels: Tensor) -> Field:
-    """The field of fixed labels (B,)."""
-    return lambda x, t: network(x, t, labels)
+    """The field of fixed labels (B, *)."""
+    return Conditional(network, labels)
 
 
-def _guided(weak: Prediction, strong: Prediction, scale: float) -> Prediction:
-    x0, eps = torch.lerp(weak.x0, strong.x0, scale), torch.lerp(weak.eps, strong.eps, scale)
-    return Prediction(x0, eps, strong.features)
+@dataclass(frozen=True, eq=False)
+class _Guided(TimedField):
+    """`weak` and `strong` mixed at `scale`; how the two are evaluated is the subclass's."""
+
+    scale: float
+
+    @abstractmethod
+    def pair(self, x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
+        """The weaker and the better prediction."""
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
+        weak, strong = self.pair(x, t)
+        x0, eps = torch.lerp(weak.x0, strong.x0, self.scale), torch.lerp(weak.eps, strong.eps, self.scale)
+        return Prediction(x0, eps, strong.features)
 
 
-def _halves(both: Prediction) -> tuple[Prediction, Prediction]:
-    features = (None, None) if both.features is None else both.features.chunk(2)
-    first, second = zip(both.x0.chunk(2), both.eps.chunk(2), features, strict=True)
-    return Prediction(*first), Prediction(*second)
+@dataclass(frozen=True, eq=False)
+class Together(_Guided):
+    """Both branches in one batch of 2 B samples, the better half first: `field_of` labels, and `null` in their place."""
+
+    field_of: Callable[[Tensor], Field]
+    labels: Tensor
+    null: Tensor
+
+    @cached_property
+    def both(self) -> Field:
+        """The field of the 2 B samples."""
+        return self.field_of(torch.cat([self.labels, self.null]))
+
+    @property
+    def schedule(self) -> Schedule | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return getattr(self.both, "schedule", None)
+
+    def copies(self, count: int) -> Field:
+        labels, null = (torch.cat([own] * count) for own in (self.labels, self.null))
+        return replace(self, labels=labels, null=null)
+
+    def pair(self, x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
+        both = self.both(torch.cat([x, x]), torch.cat([t, t]))
+        features = (None, None) if both.features is None else both.features.chunk(2)
+        strong, weak = zip(both.x0.chunk(2), both.eps.chunk(2), features, strict=True)
+        return Prediction(*weak), Prediction(*strong)
+
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        found = at(self.both, times, torch.cat([x, x]))
+        return Evaluations(found.coefficients, [self._mixed(value) for value in found.values])
+
+    def _mixed(self, both: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def evaluate(x: Tensor) -> Tensor:
+            strong, weak = both(torch.cat([x, x])).chunk(2)
+            return torch.lerp(weak, strong, self.scale)
+
+        return evaluate
+
+
+@dataclass(frozen=True, eq=False)
+class Apart(_Guided):
+    """The branches of two networks, one after the other."""
+
+    strong: Field
+    weak: Field
+
+    @property
+    def schedule(self) -> Schedule | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return getattr(self.strong, "schedule", None)
+
+    def copies(self, count: int) -> Field:
+        return replace(self, strong=copies(self.strong, count), weak=copies(self.weak, count))
+
+    def pair(self, x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
+        return self.weak(x, t), self.strong(x, t)
+
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        strong, weak = at(self.strong, times, x), at(self.weak, times, x)
+        if strong.coefficients != weak.coefficients:  # networks of two targets: mix their clean estimates
+            return estimates([self] * len(times), times, x)
+        values = [self._mixed(*pair) for pair in zip(strong.values, weak.values, strict=True)]
+        return Evaluations(strong.coefficients, values)
+
+    def _mixed(
+        self, strong: Callable[[Tensor], Tensor], weak: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.lerp(weak(x), strong(x), self.scale)
 
 
 def classifier_free(network: ConditionalField, labels: Tensor, null: Tensor, scale: float) -> Field:
@@ -69,13 +143,7 @@ def classifier_free(network: ConditionalField, labels: Tensor, null: Tensor, sca
     """
     if scale == 1:
         return conditional(network, labels)
-
-    def guided(x: Tensor, t: Tensor) -> Prediction:
-        both = network(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]))
-        strong, weak = _halves(both)
-        return _guided(weak, strong, scale)
-
-    return guided
+    return Together(scale, partial(conditional, network), labels, null)
 
 
 def autoguidance(strong: Field, weak: Field, scale: float) -> Field:
@@ -83,34 +151,47 @@ def autoguidance(strong: Field, weak: Field, scale: float) -> Field:
 
     At scale 1 it is `strong`. Both fields may have labels of their own (`conditional`).
     """
-    if scale == 1:
-        return strong
-    return lambda x, t: _guided(weak(x, t), strong(x, t), scale)
+    return strong if scale == 1 else Apart(scale, strong, weak)
 
 
 def interval(guided: Field, plain: Field, schedule: Schedule, low: float, high: float) -> Field:
-    """`guided` where rho = sigma / alpha is in (low, high], `plain` (the conditional branch alone) elsewhere: a `TimedField`.
+    """`guided` where rho = sigma / alpha is in (low, high], `plain` (the conditional branch alone) elsewhere.
 
     Where times are only known on the device, as per-sample times are, it evaluates both and chooses for each sample.
     """
     if not 0 <= low < high:
         raise ValueError(f"guidance needs 0 <= low < high noise levels rho, got ({low}, {high}]: high may be infinite")
-    return _Interval(guided, plain, schedule, low, high)
+    return Interval(guided, plain, schedule, low, high)
 
 
-@dataclass(frozen=True)
-class _Interval:
+@dataclass(frozen=True, eq=False)
+class Interval(TimedField):
+    """Two fields of one schedule, one inside and one outside an interval of noise levels."""
+
     guided: Field
     plain: Field
-    schedule: Schedule
+    schedule: Schedule  # pyright: ignore[reportIncompatibleVariableOverride]
     low: float
     high: float
 
-    def at(self, time: float) -> Field:
+    def copies(self, count: int) -> Field:
+        return replace(self, guided=copies(self.guided, count), plain=copies(self.plain, count))
+
+    def acting(self, time: float) -> Field:
         rho = self.schedule.rho(torch.tensor(time, dtype=torch.float64)).item()
         return self.guided if self.low < rho <= self.high else self.plain
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        guided, plain = at(self.guided, times, x), at(self.plain, times, x)
+        fields = [self.acting(time) for time in times]
+        if guided.coefficients != plain.coefficients:  # their values cannot stand for one another
+            return estimates(fields, times, x)
+        pairs = zip(fields, guided.values, plain.values, strict=True)
+        return Evaluations(
+            plain.coefficients, [inside if field is self.guided else out for field, inside, out in pairs]
+        )
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
         rho = self.schedule.rho(t.double())
         inside = (rho > self.low) & (rho <= self.high)
         return _choose(inside, self.guided(x, t), self.plain(x, t))
@@ -123,3 +204,10 @@ def _choose(first: Tensor, a: Prediction, b: Prediction) -> Prediction:
     if a.features is None or b.features is None:
         return Prediction(x0, eps)
     return Prediction(x0, eps, torch.where(expand(first, a.features), a.features, b.features))
+
+
+def scale_of(field: Field) -> float:
+    """The guidance scale of a field, 1 where it is not guided."""
+    if isinstance(field, Interval):
+        return scale_of(field.guided)
+    return field.scale if isinstance(field, _Guided) else 1.0

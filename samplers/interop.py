@@ -20,15 +20,16 @@ from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.learned_solver import FORMAT as LEARNED
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.prediction import Target
+from midway.samplers.rows import Row
 from midway.samplers.schedule import Linear, Schedule
-from midway.samplers.table import Row, Table
+from midway.samplers.table import Table
 
 TARGET_OF: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 """diffusers' prediction types in the words of `prediction.py`."""
 
 
 @dataclass(frozen=True)
-class Convention:
+class Parametrisation:
     """A model's forward process, its target, and the factor from t to the time it is told (flow matching only)."""
 
     schedule: Schedule
@@ -51,13 +52,13 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return told or named or ("shift" in config and "beta_start" not in config)
 
 
-def convention_of(config: Mapping[str, Any]) -> Convention:
+def parametrisation_of(config: Mapping[str, Any]) -> Parametrisation:
     """Read a scheduler's config; keys that it lacks have diffusers' defaults (1000 timesteps, linear betas, epsilon).
 
     ValueError for schedulers of other processes (EDM, VE) and for unknown beta schedules and prediction types.
     """
     if is_flow(config):
-        return Convention(Linear(), "velocity", float(config.get("num_train_timesteps", 1000)))
+        return Parametrisation(Linear(), "velocity", float(config.get("num_train_timesteps", 1000)))
     owner, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
     if owner.startswith(("EDM", "ScoreSde", "KarrasVe")) or ("sigma_max" in config and "beta_start" not in config):
         raise ValueError(
@@ -69,7 +70,7 @@ def convention_of(config: Mapping[str, Any]) -> Convention:
     log_alpha_bar = torch.log1p(-betas_of(config)).cumsum(0)
     if config.get("rescale_betas_zero_snr", False):
         log_alpha_bar = without_terminal_signal(log_alpha_bar)
-    return Convention(Discrete.from_log_alpha_bar(log_alpha_bar), TARGET_OF[kind])
+    return Parametrisation(Discrete.from_log_alpha_bar(log_alpha_bar), TARGET_OF[kind])
 
 
 def trained_range(schedule: Schedule) -> tuple[float, float]:
@@ -94,7 +95,7 @@ def read_table(path: Path, schedule: Schedule) -> Table:
         kind = (file.metadata() or {}).get("format")
     if kind != LEARNED:
         return Table.load(path)
-    table = LearnedSolver.load(path).table(schedule)
+    table = LearnedSolver.load(path, schedule).table
     if table is None:
         raise ValueError(
             f"{path} predicts its numbers from the network's features, which a pipeline does not hand over: "

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from midway.samplers.fused import weighted_sum
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp_weights
 from midway.samplers.prediction import Field, Prediction
+from midway.samplers.rows import CompiledRow, Execution, Row
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Row, Table, fingerprint
+from midway.samplers.table import Table, fingerprint
 
 REACH = 4.0
 """A learned gap or noise level is at most e^4 times what it started from: the grid keeps falling whatever is learned."""
@@ -138,15 +140,27 @@ class LearnedTable(nn.Module):
 
 def rollout(field: Field, learned: LearnedTable, x: Tensor) -> Tensor:
     """What `sample` gives for the table of `learned`, differentiable. x (B, *) at `grid[0]` -> (B, *) at `grid[-1]`."""
-    _, asked, state_weights, weights = (c.to(x) for c in learned.coefficients())
-    states, estimates = [x], []
-    for n in range(len(state_weights)):
-        number = n - learned.analytic_first
-        if number >= 0:
-            estimates.append(field(states[n], asked[number].expand(x.shape[0])).x0)
-        row = torch.cat([state_weights[n, : n + 1], weights[n, : len(estimates)]])
-        states.append(_weighted(row, states + estimates))
-    return states[-1]
+    _, asked, states, predictions = (c.to(x) for c in learned.coefficients())
+    execution = Execution([_row(learned, n, states[n], predictions[n]) for n in range(len(states))], x)
+    for row in execution.rows:
+        number = row.evaluation
+        execution.advance(None if number is None else field(execution.state, asked[number].expand(x.shape[0])).x0)
+    return execution.state
+
+
+def _row(learned: LearnedTable, n: int, states: Tensor, predictions: Tensor) -> CompiledRow:
+    """Row n, with weights that are tensors; all states and predictions stay, for the gradient."""
+    made = n + 1 - learned.analytic_first
+    weights = (*states[: n + 1].unbind(), *predictions[:made].unbind())
+    sources = (*range(n + 1), *(len(learned.grid) + j for j in range(made)))
+    return CompiledRow(
+        evaluation=made - 1 if made else None,
+        weights=(),
+        sources=sources,
+        noise=0.0,
+        last_use=(),
+        combine=lambda buffers: weighted_sum(weights, [buffers[j] for j in sources]),
+    )
 
 
 def checkpointed(network: Callable[..., Prediction]) -> Callable[..., Prediction]:
@@ -187,7 +201,3 @@ def _bounded(raw: Tensor) -> Tensor:
 def _clamp_straight(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Clamped, with the gradient of x: what has left the range can come back."""
     return x + (x.clamp(low, high) - x).detach()
-
-
-def _weighted(weights: Tensor, tensors: list[Tensor]) -> Tensor:
-    return sum((w * x for w, x in zip(weights, tensors, strict=True)), start=torch.zeros_like(tensors[0]))

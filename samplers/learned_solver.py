@@ -1,30 +1,32 @@
 """A learned solver as an artefact: its numbers together with the grid, schedule and model they were learned for."""
 
+import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from midway.samplers.amed import AMEDSolver, nodes
-from midway.samplers.directions import AMEDConfig, Constants, Predictor
+from midway.samplers.card import SolverCard
 from midway.samplers.grids import Grid
 from midway.samplers.plugin import BASES, plugin_table
 from midway.samplers.prediction import Field
-from midway.samplers.sample import sample
+from midway.samplers.rows import NoiseSource
 from midway.samplers.schedule import SCHEDULES, Schedule
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor
+from midway.samplers.table import Table, fingerprint, write_tensors
 
 FORMAT = "midway-amed-1"
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What the name of a learned solver says."""
+    """The form that the name of a learned solver stands for."""
 
     base: str
     """Solver that AMED is plugged into, none for AMED-Solver."""
@@ -41,28 +43,6 @@ LEARNED: dict[str, Learned] = {"amed": Learned("none", False), "amed-constants":
 """amed, amed-constants, and amed-plugin-<base>[-constants] for every base."""
 
 
-@dataclass(frozen=True)
-class SolverCard:
-    """What a learned solver belongs to and what it cost."""
-
-    name: str
-    """A name in `LEARNED`."""
-    grid_name: str
-    schedule: str
-    """Its name in `SCHEDULES`, or `table.fingerprint` of any other."""
-    model_hash: str
-    nfe: int
-    analytic_first: bool
-    guidance: float
-    training_nfe: int
-    """Network evaluations spent on distillation, teacher included; each run of the network counts 1, with gradient or without."""
-    teacher: str
-    base: str = "none"
-    """Solver that AMED is plugged into, a name in `plugin.BASES`."""
-    mode: str = "per_step"
-    """How it was distilled: per_step or end_to_end."""
-
-
 def same_schedule(name: str, schedule: Schedule) -> bool:
     """Whether a card's `schedule` names this one."""
     return name == fingerprint(schedule) or (name in SCHEDULES and SCHEDULES[name]() == schedule)
@@ -70,11 +50,15 @@ def same_schedule(name: str, schedule: Schedule) -> bool:
 
 @dataclass(frozen=True)
 class LearnedSolver:
-    """An AMED solver ready to sample. ValueError for numbers that are not finite or another number of steps than the grid's."""
+    """An AMED solver on the schedule that it was learned on.
+
+    ValueError for another schedule, numbers that are not finite, or another number of steps than the grid's.
+    """
 
     card: SolverCard
     grid: Grid
     rule: Constants | Predictor
+    schedule: Schedule
 
     def __post_init__(self) -> None:
         steps = len(self.grid) - 1
@@ -86,34 +70,47 @@ class LearnedSolver:
             raise ValueError(
                 f"{self.card.name} has learned numbers that are not finite: learn it again at a lower rate"
             )
+        if not same_schedule(self.card.schedule, self.schedule):
+            raise ValueError(
+                f"{self.card.name} was learned on schedule {self.card.schedule}, this one is {fingerprint(self.schedule)}: "
+                "learn a solver for the model that you sample"
+            )
 
-    def table(self, schedule: Schedule) -> Table | None:
-        """The plain table that constants are; None for a predictor. ValueError for another schedule than it was learned on."""
-        self._check(schedule)
+    @property
+    def nfe(self) -> int:
+        return self.card.nfe
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits of the card, the grid and all learned numbers."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> str:
+        description = json.dumps([asdict(self.card), self.grid])
+        state = {name: value.contiguous() for name, value in self.rule.state_dict().items()}
+        return hashlib.sha256(description.encode() + save(state)).hexdigest()[:12]
+
+    @property
+    def table(self) -> Table | None:
+        """The plain table that constants are; None for a predictor."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> Table | None:
         if isinstance(self.rule, Predictor):
             return None
         card = self.card
-        return plugin_table(schedule, self.grid, card.base, self.rule.values(), card.analytic_first, card.name)
+        return plugin_table(self.schedule, self.grid, card.base, self.rule.values(), card.analytic_first, card.name)
 
     @torch.no_grad()
-    def sample(self, field: Field, schedule: Schedule, x: Tensor) -> Tensor:
-        """x (B, *) noise at `grid[0]` -> (B, *) at `grid[-1]`.
-
-        ValueError for another schedule, and for a field whose features the predictor cannot read.
-        """
-        table = self.table(schedule)
-        if table is not None:
-            return sample(field, table, x)
+    def run(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
+        """x (B, *) noise at `grid[0]` -> (B, *) at `grid[-1]`. ValueError for features that the predictor cannot read."""
+        if self.table is not None:
+            return self.table.run(field, x)
         assert isinstance(self.rule, Predictor)
-        solver = AMEDSolver(schedule, self.grid, self.card.base, self.card.analytic_first, self.rule.feature_dim)
+        solver = AMEDSolver(self.schedule, self.grid, self.card.base, self.card.analytic_first, self.rule.feature_dim)
         return nodes(solver, field, self.rule.to(x.device), x)[-1]
-
-    def _check(self, schedule: Schedule) -> None:
-        if not same_schedule(self.card.schedule, schedule):
-            raise ValueError(
-                f"{self.card.name} was learned on schedule {self.card.schedule}, this one is {fingerprint(schedule)}: "
-                "learn a solver for the model that you sample"
-            )
 
     def save(self, path: Path) -> None:
         """One safetensors file, written beside `path` and renamed."""
@@ -126,21 +123,19 @@ class LearnedSolver:
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.rule.state_dict().items()}
         tensors["grid"] = torch.tensor(self.grid, dtype=torch.float64)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_tensors(path, tensors, header)
 
     @staticmethod
-    def load(path: Path) -> "LearnedSolver":
-        """Read what `save` wrote; ValueError for any other file."""
+    def load(path: Path, schedule: Schedule) -> "LearnedSolver":
+        """Read what `save` wrote; ValueError for any other file, and for another schedule than it was learned on."""
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a learned solver ({FORMAT}): it says {header.get('format')!r}")
+                raise ValueError(f"{path} is not a learned solver ({FORMAT}): its format is {header.get('format')!r}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open has no iter)
         grid = tuple(tensors.pop("grid").tolist())
         config = AMEDConfig(**json.loads(header["config"]))
         dim = int(header["feature_dim"])
         rule = Predictor(dim, len(grid) - 1, config) if dim else Constants(len(grid) - 1, config)
         rule.load_state_dict(tensors)
-        return LearnedSolver(SolverCard(**json.loads(header["card"])), grid, rule.eval())
+        return LearnedSolver(SolverCard(**json.loads(header["card"])), grid, rule.eval(), schedule)

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
+from midway.samplers.recorder import Symbols
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Symbols, Table
+from midway.samplers.table import Table
 
 
 class _Gaps(NamedTuple):
@@ -75,6 +76,25 @@ def _check_levels(alpha: Tensor, sigma: Tensor, last_order: int) -> None:
         )
 
 
+def difference_weights(
+    h: Tensor, near: Tensor, far: Tensor, order: Tensor, curvature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The weights of D1_0 = near (D - D') and D1_1 = far (D' - D'') in y_s = x_s / alpha_s; 0 at order 1, of D1_1 also at 2.
+
+    h, near = 1 / r0 = h / h0, far = 1 / r1 = h / h1 and the order, of equal shape; float64, differentiable.
+    """
+    decay = torch.expm1(-h)
+    p2, p3 = decay / h + 1, (decay + h) / h.square() - 0.5
+    both = near + far
+    share = torch.where(both != 0, far / torch.where(both != 0, both, torch.ones_like(both)), torch.zeros_like(both))
+    # share = r0 / (r0 + r1), share * near = 1 / (r0 + r1)
+    second = curvature * p3 * share * near
+    third = order == 3
+    slope = torch.where(third, p2 * (1 + share) - second, torch.where(order == 2, -decay / 2, torch.zeros_like(h)))
+    bend = torch.where(third, second - p2 * share, torch.zeros_like(h))
+    return slope, bend
+
+
 def dpmpp_weights(
     schedule: Schedule, times: Tensor, order: int, lower_order_final: bool = True, curvature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -91,15 +111,7 @@ def dpmpp_weights(
     _check_levels(alpha, sigma, int(orders[-1]))
     h, near, far = _gaps(alpha, sigma)
     ratio, target = sigma[1:] / sigma[:-1], alpha[1:]
-    decay = torch.expm1(-h)
-    p2, p3 = decay / h + 1, (decay + h) / h.square() - 0.5
-    both = near + far
-    share = torch.where(both != 0, far / torch.where(both != 0, both, torch.ones_like(both)), torch.zeros_like(both))
-    # the coefficients of D1_0 and D1_1 as functions of the order; share = r0 / (r0 + r1), share * near = 1 / (r0 + r1)
-    second = curvature * p3 * share * near
-    third = orders == 3
-    slope = torch.where(third, p2 * (1 + share) - second, torch.where(orders == 2, -decay / 2, torch.zeros_like(h)))
-    bend = torch.where(third, second - p2 * share, torch.zeros_like(h))
+    slope, bend = difference_weights(h, near, far, orders, curvature)
     on_near, on_far = target * slope * near, target * bend * far
     newest = target - ratio * alpha[:-1] + on_near
     weights = torch.diag(newest) + torch.diag((on_far - on_near)[1:], -1)

@@ -23,21 +23,21 @@ with s^2 = alpha^2 + sigma^2. The first state of a window depends on final ones 
 evaluation at least: after as many waves as the table has evaluations, the end is the one that `sample` finds.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from midway.samplers.fused import combine
-from midway.samplers.guidance import at_time
-from midway.samplers.prediction import Field, expand, on_device
-from midway.samplers.sample import NoiseSource
+from midway.samplers.prediction import Field, acting, copies, expand, on_device
+from midway.samplers.rows import Execution, NoiseSource
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.table import Table
 
 Method = Literal["picard", "gaussian"]
 
@@ -113,17 +113,33 @@ def sample_parallel(
     The tolerance holds for every sample; the host waits for the device once a wave. ValueError for a table of another schedule,
     or one that draws noise without a source; FloatingPointError when a state stops being finite.
     """
-    if table.stochastic and noise is None:
-        raise ValueError(f"table '{table.solver}' draws noise: pass a noise source, or build it with eta=0")
-    if table.schedule and table.schedule != fingerprint(schedule):
-        raise ValueError(
-            f"table '{table.solver}' was made for {table.schedule}, not for {fingerprint(schedule)}: pass the table's schedule"
-        )
+    table.check(schedule, noise)
     draws = [noise(x) if row.noise != 0 and noise is not None else None for row in table.rows]
     system = _System(table, schedule, x, config or ParallelConfig(), draws)
     while not system.done:
         system.wave(fields)
-    return ParallelSample(system.states[-1], system.waves, system.evaluations)
+    return ParallelSample(system.states[len(table.rows)], system.waves, system.evaluations)
+
+
+@dataclass
+class ParallelSampler:
+    """`sample_parallel` as a sampler; `waves` is the most that a run has taken so far."""
+
+    rows: Table
+    schedule: Schedule
+    config: ParallelConfig = ParallelConfig()
+    waves: int = 0
+    table: None = None
+
+    def __post_init__(self) -> None:
+        self.grid, self.nfe, self.card = self.rows.grid, self.rows.nfe, self.rows.card
+        self.hash = hashlib.sha256(f"{self.rows.hash} {self.config}".encode()).hexdigest()[:12]
+
+    def run(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
+        """x (B, *) at `grid[0]` -> (B, *) at `grid[-1]`; errors as `sample_parallel`."""
+        found = sample_parallel(partial(copies, field), self.rows, self.schedule, x, self.config, noise)
+        self.waves = max(self.waves, found.waves)
+        return found.x
 
 
 class _System:
@@ -133,15 +149,16 @@ class _System:
         self, table: Table, schedule: Schedule, x: Tensor, config: ParallelConfig, draws: list[Tensor | None]
     ) -> None:
         self.rows, self.config, self.draws = table.rows, config, draws
+        compiled = table.rows_for(((0.0, 1.0),) * table.nfe)  # every wave reads all of them again
+        self.execution = Execution([replace(row, last_use=()) for row in compiled], x)
+        self.states = self.execution.buffers
         times = torch.tensor(table.times, dtype=torch.float64)
         arrivals = torch.tensor([table.grid[0], *(row.arrival for row in table.rows)], dtype=torch.float64)
         gaussian = gaussian_slopes(schedule, times, config.variance)
         self.guess = gaussian.tolist()
         self.slopes = (gaussian if config.method == "gaussian" else picard_slopes(schedule, times)).tolist()
         self.norms = torch.hypot(schedule.alpha(arrivals), schedule.sigma(arrivals)).tolist()
-        self.terms = [(_nonzero(row.states), _nonzero(row.predictions)) for row in table.rows]
-        self.states = [x] * (len(table.rows) + 1)
-        self.said: dict[int, tuple[Tensor, Tensor]] = {}  # evaluation -> (D_j^k, x_j^k), until its state has settled
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}  # evaluation -> (D_j^k, x_j^k), until its state has settled
         self.lines = [x] * len(self.guess)  # evaluation -> its prediction at the present state
         self.mixing = _Mixing(config.memory)
         self.settled = self.reached = self.waves = self.evaluations = 0
@@ -167,35 +184,37 @@ class _System:
         self._extend()
 
     def _evaluate(self, fields: FieldOfCopies) -> None:
-        """Ask the field about the window's states in one batch, or in one for each of the fields that it has `at` a time."""
+        """Evaluate the window's states in one batch, or in one for each of the fields that are `acting` there."""
         times = {i: time for i in range(self.settled, self.reached) if (time := self.rows[i].time) is not None}
         single = fields(1)
-        for _, group in groupby(times, lambda i: at_time(single, times[i])):
+        for _, group in groupby(times, lambda i: acting(single, times[i])):
             some = list(group)
             x = torch.cat([self.states[i] for i in some])
             t = on_device(tuple(times[i] for i in some), x.dtype, x.device).repeat_interleave(len(x) // len(some))
-            x0 = at_time(fields(len(some)), times[some[0]])(x, t).x0.to(x.dtype)
+            x0 = acting(fields(len(some)), times[some[0]])(x, t).x0.to(x.dtype)
             for i, part in zip(some, x0.chunk(len(some)), strict=True):
-                self.said[len(self.rows[i].predictions) - 1] = part, self.states[i]
+                self.found[len(self.rows[i].predictions) - 1] = part, self.states[i]
         self.evaluations += len(times)
 
     def _solve(self, start: int, end: int) -> None:
         """Form the states start + 1 .. end from those before them."""
+        self.execution.row = start
         for i in range(start, end):
-            row, draw, j = self.rows[i], self.draws[i], len(self.rows[i].predictions) - 1
+            row, j = self.rows[i], len(self.rows[i].predictions) - 1
             if row.time is not None:
                 self.lines[j] = self._line(j, self.states[i])
-            of_states, of_lines = self.terms[i]
-            terms = [(w, self.states[j]) for j, w in of_states] + [(w, self.lines[j]) for j, w in of_lines]
-            terms += [] if draw is None else [(row.noise, draw)]
-            weights, values = zip(*(terms or [(0.0, self.states[i])]), strict=True)
-            self.states[i + 1] = combine(weights, values)
+            self.execution.advance(None if row.time is None else self.lines[j], partial(self._draw, i))
+
+    def _draw(self, i: int) -> Tensor:
+        draw = self.draws[i]
+        assert draw is not None
+        return draw
 
     def _line(self, j: int, x: Tensor) -> Tensor:
-        """Prediction j at state x: the line through what the field said; before that a guess, in the first window N(0, c)'s."""
-        if j not in self.said:
+        """Prediction j at state x: the line through the field's value; before that a guess, in the first window N(0, c)'s."""
+        if j not in self.found:
             return self.lines[j - 1] if self.waves else x * self.guess[j]
-        x0, base = self.said[j]
+        x0, base = self.found[j]
         return torch.add(x0, x - base, alpha=self.slopes[j])
 
     def _changes(self, before: dict[int, Tensor]) -> dict[int, float]:
@@ -214,7 +233,7 @@ class _System:
     def _settle(self, settled: set[int]) -> None:
         """Move on over the states that have settled, and over rows that evaluate nothing."""
         while not self.done and (self.rows[self.settled].time is None or self.settled + 1 in settled):
-            self.said.pop(len(self.rows[self.settled].predictions) - 1, None)
+            self.found.pop(len(self.rows[self.settled].predictions) - 1, None)
             self.settled += 1
 
     def _extend(self) -> None:
@@ -226,10 +245,6 @@ class _System:
         self._solve(self.reached, end)
         self.reached = end
         self._settle(set())
-
-
-def _nonzero(weights: tuple[float, ...]) -> list[tuple[int, float]]:
-    return [(j, w) for j, w in enumerate(weights) if w != 0]
 
 
 class _Mixing:

@@ -31,9 +31,11 @@ from torch import Tensor
 from midway.samplers.adams import EQUAL_STEPS
 from midway.samplers.exponential import begin_in_rho, need_noise_at_the_end
 from midway.samplers.grids import Grid
+from midway.samplers.multistep import difference_weights
+from midway.samplers.recorder import Combination, Recorder, Symbols
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import MeanDirection
-from midway.samplers.table import Combination, Recorder, Symbols, Table
+from midway.samplers.table import Table
 
 
 @dataclass(frozen=True)
@@ -70,25 +72,14 @@ def second_order(rhos: Sequence[Tensor], to: Tensor, order: int) -> Weights:
 
 
 def exponential(rhos: Sequence[Tensor], to: Tensor, order: int) -> Weights:
-    """DPM-Solver++ multistep of order 1 to 3 as published (Lu et al. 2022, arXiv 2211.01095, appendix B).
-
-    y_to = e^-h y - phi_1 F_0 + phi_2 D1 - phi_3 D2, with phi_1 = e^-h - 1, phi_2 = phi_1 / h + 1, phi_3 = phi_2 / h - 1/2 and D1,
-    D2 the divided differences in units of h; order 2 has D2 = 0 and -phi_1 / 2 for phi_2.
-    """
+    """DPM-Solver++ multistep of order 1 to 3 (`multistep.difference_weights`); steps are ratios of the noise levels."""
     h = (rhos[0] / to).log()
-    phi_1 = torch.expm1(-h)
-    if order == 1:
-        return Weights(to / rhos[0], (-phi_1,))
-    near = h / (rhos[1] / rhos[0]).log()  # 1 / r0: D1_0 = near (F_0 - F_1)
-    if order == 2:
-        return Weights(to / rhos[0], (-phi_1 * (1 + near / 2), phi_1 * near / 2))
-    far = h / (rhos[2] / rhos[1]).log()  # 1 / r1: D1_1 = far (F_1 - F_2)
-    phi_2 = phi_1 / h + 1
-    phi_3 = phi_2 / h - 0.5
-    share = far / (near + far)  # r0 / (r0 + r1)
-    on_near = phi_2 * (1 + share) - phi_3 * near * share  # the weight of D1_0; near share = 1 / (r0 + r1)
-    on_far = phi_3 * near * share - phi_2 * share  # the weight of D1_1
-    return Weights(to / rhos[0], (on_near * near - phi_1, on_far * far - on_near * near, -on_far * far))
+    gaps = [h / (before / after).log() for after, before in pairwise(rhos[:order])]
+    near, far = (*gaps, torch.zeros_like(h), torch.zeros_like(h))[:2]
+    slope, bend = difference_weights(h, near, far, torch.full_like(h, order))
+    on_near, on_far = slope * near, bend * far
+    newest = -torch.expm1(-h) + on_near
+    return Weights(to / rhos[0], (newest, on_far - on_near, -on_far)[:order])
 
 
 @dataclass(frozen=True)

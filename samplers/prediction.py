@@ -1,4 +1,4 @@
-"""What a network said, whatever it was trained to say.
+"""Predictions of a network, whatever its target.
 
 A network's target is a known combination of clean data and noise, and so is its input:
 
@@ -22,7 +22,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ TARGETS: tuple[str, ...] = get_args(Target)
 
 @dataclass(frozen=True)
 class Prediction:
-    """Clean estimate x0 (B, *), noise estimate eps (B, *), and the network's hidden features (B, F) if it gave any."""
+    """Clean estimate x0 (B, *), noise estimate eps (B, *), and the network's hidden features (B, F), if any."""
 
     x0: Tensor
     eps: Tensor
@@ -43,7 +44,7 @@ class Prediction:
 
 
 Field = Callable[[Tensor, Tensor], Prediction]
-"""All that a solver sees of a model: (x_t (B, *), t (B,)) -> Prediction."""
+"""All that a solver sees of a model: (x_t (B, *), t (B,)) -> Prediction. A `TimedField` also prepares for known times."""
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def target_coefficients(target: Target, t: Tensor, schedule: Schedule) -> tuple[
 
 
 def target_value(target: Target, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """What a network with this target should say about (x0, eps) (B, *) at t (B,)."""
+    """The output that a network with this target is trained towards, for (x0, eps) (B, *) at t (B,)."""
     a, b = target_coefficients(target, t, schedule)
     return expand(a, x0) * x0 + expand(b, x0) * eps
 
@@ -78,7 +79,7 @@ def target_value(target: Target, x0: Tensor, eps: Tensor, t: Tensor, schedule: S
 def solve(value: Tensor, target: Target, x_t: Tensor, t: Tensor, schedule: Schedule) -> Prediction:
     """Invert `value = a x0 + b eps, x_t = alpha x0 + sigma eps` for (B, *) tensors by Cramer's rule.
 
-    Singular where the target says nothing new: `x0` at sigma = 0, `eps` and `score` at alpha = 0.
+    Singular where the target does not determine both: `x0` at sigma = 0, `eps` and `score` at alpha = 0.
     """
     a, b = target_coefficients(target, t, schedule)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -94,9 +95,9 @@ def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
         return torch.tensor(values, dtype=dtype).to(device)
 
 
-def times_of(times: Sequence[float], x: Tensor) -> tuple[Tensor, ...]:
+def times_of(times: tuple[float, ...], x: Tensor) -> tuple[Tensor, ...]:
     """Each time as a tensor (B,) beside x (B, *)."""
-    return _times_of(tuple(times), x.shape[0], x.dtype, x.device)
+    return _times_of(times, x.shape[0], x.dtype, x.device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,55 +108,92 @@ def _times_of(times: tuple[float, ...], batch: int, dtype: torch.dtype, device: 
 
 @functools.lru_cache
 def x0_coefficients(target: Target, schedule: Schedule, times: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
-    """(p, q) of `x0 = p x_t + q value` at each time. ValueError where the target does not tell x0."""
+    """(p, q) of `x0 = p x_t + q value` at each time. ValueError where the target does not determine x0."""
     t = torch.tensor(times, dtype=torch.float64)
     ones, zeros = torch.ones_like(t), torch.zeros_like(t)
     p, q = solve(zeros, target, ones, t, schedule).x0, solve(ones, target, zeros, t, schedule).x0
     pairs = tuple(zip(p.tolist(), q.tolist(), strict=True))
     if not all(math.isfinite(number) for pair in pairs for number in pair):
         raise ValueError(
-            f"target '{target}' does not tell x0 at one of the times {times}: start the grid where alpha > 0 and end it where "
-            "sigma > 0"
+            f"target '{target}' does not determine x0 at one of the times {times}: start the grid where alpha > 0 and end it "
+            "where sigma > 0"
         )
     return pairs
 
 
-class TargetField(ABC):
-    """A field whose network says one target, told in advance when it will be asked.
+Values = Sequence[Callable[[Tensor], Tensor]]
+"""One function x_t (B, *) -> value (B, *) for each of some times."""
 
-    A solver may use it as any field. The sampler, which knows the times of all evaluations, has it prepared for them, and
-    converts what the network then says with numbers that are computed once.
-    """
 
-    target: Target
-    schedule: Schedule
+class Evaluations(NamedTuple):
+    """A field at times that are known beforehand: at the j-th, with (p, q) = coefficients[j], x0 = p x_t + q values[j](x_t)."""
+
+    coefficients: tuple[tuple[float, float], ...]
+    values: Values
+
+
+class TimedField(ABC):
+    """A field that prepares evaluations at times which the host knows, as those of a table. It may be called as any field."""
+
+    schedule: Schedule | None
+    """The process that it belongs to, if it is of one only."""
 
     @abstractmethod
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
         """x_t (B, *), t (B,) -> Prediction."""
 
     @abstractmethod
-    def prepare(self, times: Sequence[float], x: Tensor) -> list[Callable[[Tensor], Tensor]]:
-        """x_t (B, *) -> value, one function for each time; x shows the shape, dtype and device."""
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        """All that depends on the times alone is done here, once; x (B, *) shows shape, dtype and device."""
 
-    def coefficients(self, times: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
-        """(p, q) of `x0 = p x_t + q value` at each time, for the value that `prepare`'s functions give."""
-        return x0_coefficients(self.target, self.schedule, times)
+    def acting(self, time: float) -> Field:
+        """The field without what has no effect at `time`; equal for times whose states may share a batch."""
+        return self
+
+    def copies(self, count: int) -> Field:
+        """The field of `count` copies of the batch, (count B, *): conditions repeat."""
+        return self
+
+
+def at(field: Field, times: tuple[float, ...], x: Tensor) -> Evaluations:
+    """The evaluations of any field at known times, for states like x (B, *)."""
+    return field.at(times, x) if isinstance(field, TimedField) else estimates([field] * len(times), times, x)
+
+
+def estimates(fields: Sequence[Field], times: tuple[float, ...], x: Tensor) -> Evaluations:
+    """x0 itself as the value: each time by a field of its own."""
+    values = [partial(_estimate, field, t) for field, t in zip(fields, times_of(times, x), strict=True)]
+    return Evaluations(((0.0, 1.0),) * len(times), values)
+
+
+def _estimate(field: Field, t: Tensor, x: Tensor) -> Tensor:
+    return field(x, t).x0
+
+
+def acting(field: Field, time: float) -> Field:
+    """`field.acting(time)` where it has that, else the field."""
+    return field.acting(time) if isinstance(field, TimedField) else field
+
+
+def copies(field: Field, count: int) -> Field:
+    """`field.copies(count)` where it has that, else the field: a plain function has no conditions."""
+    return field.copies(count) if isinstance(field, TimedField) else field
 
 
 @dataclass(frozen=True)
-class NetworkField(TargetField):
+class NetworkField(TimedField):
     """The field of a plain network: (x_t (B, *), t (B,)) -> value (B, *)."""
 
     network: Callable[[Tensor, Tensor], Tensor]
     target: Target
-    schedule: Schedule
+    schedule: Schedule  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
         return solve(self.network(x, t), self.target, x, t, self.schedule)
 
-    def prepare(self, times: Sequence[float], x: Tensor) -> list[Callable[[Tensor], Tensor]]:
-        return [_fixed(self.network, t) for t in times_of(times, x)]
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        values = [_fixed(self.network, t) for t in times_of(times, x)]
+        return Evaluations(x0_coefficients(self.target, self.schedule, times), values)
 
 
 def _fixed(network: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Callable[[Tensor], Tensor]:

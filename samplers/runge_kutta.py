@@ -15,8 +15,9 @@ import torch
 
 from midway.samplers.exponential import begin, begin_in_rho, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
+from midway.samplers.recorder import Combination, Recorder
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Combination, Recorder, Table
+from midway.samplers.table import Table
 
 Variable = Literal["t", "rho"]
 

@@ -15,8 +15,9 @@ from itertools import pairwise
 
 from midway.samplers.exponential import begin, log_rho, need_noise_at_the_end
 from midway.samplers.grids import Grid
+from midway.samplers.recorder import FRESH_NOISE, Combination, Recorder
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import FRESH_NOISE, Combination, Recorder, Table
+from midway.samplers.table import Table
 
 
 def begin_falling(solver: str, schedule: Schedule, grid: Grid) -> Recorder:

@@ -4,11 +4,11 @@ Row i of a table evaluates the network at the newest state x_i (or does not, for
 
     x_{i+1} = sum_j states[j] x_j + sum_j predictions[j] D_j + noise z,
 
-with D_j the j-th clean estimate x0 that the network gave. Every explicit solver is of this form: the stages of a Runge-Kutta
+with D_j the j-th clean estimate x0 by the network. Every explicit solver is of this form: the stages of a Runge-Kutta
 step are states of their own, multistep solvers weigh earlier predictions, analytic first steps are rows without an evaluation.
 x0 is the estimate kept because only division by sigma > 0 is then ever needed, never by alpha, which is 0 at the noise end.
 
-`Recorder` lets a solver be written with the symbols of its paper; it records the resulting weights in float64.
+`recorder.Recorder` lets a solver be written with the symbols of its paper; it records the resulting weights in float64.
 """
 
 import functools
@@ -16,34 +16,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 
+from midway.samplers.card import SolverCard
+from midway.samplers.prediction import Field, at
+from midway.samplers.rows import Coefficients, CompiledRow, NoiseSource, Row, compile_rows, run_rows
 from midway.samplers.schedule import Schedule
 
 FORMAT = "midway-table-1"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table.
-
-    time: where the newest state is evaluated, None for no evaluation. arrival: the time at which the new state lives.
-    states: weights on x_0 .. x_i. predictions: weights on all D_j so far, this row's own last. noise: weight of fresh noise.
-    """
-
-    time: float | None
-    arrival: float
-    states: tuple[float, ...]
-    predictions: tuple[float, ...]
-    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class Table:
     rows: tuple[Row, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     schedule: str = ""
-    """`fingerprint` of the schedule it was made for; empty if it does not say."""
+    """`fingerprint` of the schedule that it was made for; empty for any."""
 
     def __post_init__(self) -> None:
         evaluations = 0
@@ -80,10 +67,60 @@ class Table:
         """When the evaluations are made."""
         return tuple(row.time for row in self.rows if row.time is not None)
 
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits of all numbers."""
+        return self._hash
+
     @functools.cached_property
-    def plans(self) -> dict[Any, Any]:
-        """What samplers have made of this table, so that they do it once."""
+    def _hash(self) -> str:
+        numbers = [self.grid, self.nodes, [astuple(row) for row in self.rows], self.schedule]
+        return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:12]
+
+    @property
+    def card(self) -> SolverCard | None:
+        """Of a learned table, its origin and cost."""
+        return SolverCard(**json.loads(self.metadata["card"])) if "card" in self.metadata else None
+
+    @property
+    def table(self) -> "Table":
+        """Itself: its rows are the same for all samples."""
+        return self
+
+    def states(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Iterator[Tensor]:
+        """Every state from x (B, *) at `grid[0]`, the start included.
+
+        ValueError for a table that draws noise without a source, and for a field of another schedule.
+        """
+        self.check(getattr(field, "schedule", None), noise)
+        coefficients, values = at(field, self.times, x)
+        return run_rows(self.rows_for(coefficients), values, x, noise)
+
+    def run(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
+        """x (B, *) at `grid[0]` -> (B, *) at `grid[-1]`; errors as `states`."""
+        for state in self.states(field, x, noise):
+            x = state
+        return x
+
+    def rows_for(self, coefficients: Coefficients) -> tuple[CompiledRow, ...]:
+        """The rows compiled for values with these coefficients, once for each."""
+        if coefficients not in self._compiled:
+            self._compiled[coefficients] = compile_rows(self.rows, coefficients)
+        return self._compiled[coefficients]
+
+    @functools.cached_property
+    def _compiled(self) -> dict[Coefficients, tuple[CompiledRow, ...]]:
         return {}
+
+    def check(self, schedule: Schedule | None, noise: NoiseSource | None) -> None:
+        """ValueError for a table that draws noise without a source, and for another schedule than the table's."""
+        if self.stochastic and noise is None:
+            raise ValueError(f"table '{self.solver}' draws noise: pass a noise source, or build it with eta=0")
+        if schedule is not None and self.schedule and self.schedule != fingerprint(schedule):
+            raise ValueError(
+                f"table '{self.solver}' was made for {self.schedule}, the field is of {fingerprint(schedule)}: "
+                "build the table with the field's schedule"
+            )
 
     @property
     def nfe(self) -> int:
@@ -111,9 +148,7 @@ class Table:
         }
         header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
         header["metadata"] = json.dumps(dict(self.metadata))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(arrays, temporary, metadata=header)
-        os.replace(temporary, path)
+        write_tensors(path, arrays, header)
 
     @staticmethod
     def load(path: Path) -> "Table":
@@ -121,7 +156,7 @@ class Table:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a solver table ({FORMAT}): it says {header.get('format')!r}")
+                raise ValueError(f"{path} is not a solver table ({FORMAT}): its format is {header.get('format')!r}")
             arrays = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (safe_open has no iter)
         rows, evaluations = [], 0
         for i, time in enumerate(arrays["time"]):
@@ -145,131 +180,17 @@ class Table:
         )
 
 
-@dataclass(frozen=True)
-class Combination:
-    """A weighted sum of states, clean estimates and fresh noise: what a row will form."""
-
-    states: Mapping[int, float]
-    predictions: Mapping[int, float]
-    noise: float = 0.0
-
-    def __add__(self, other: "Combination") -> "Combination":
-        return Combination(
-            _add(self.states, other.states), _add(self.predictions, other.predictions), self.noise + other.noise
-        )
-
-    def __mul__(self, scale: float) -> "Combination":
-        return Combination(
-            {k: scale * w for k, w in self.states.items()},
-            {k: scale * w for k, w in self.predictions.items()},
-            scale * self.noise,
-        )
-
-    __rmul__ = __mul__
-
-    def __sub__(self, other: "Combination") -> "Combination":
-        return self + -1.0 * other
-
-    def __truediv__(self, scale: float) -> "Combination":
-        return self * (1.0 / scale)
-
-
-FRESH_NOISE = Combination({}, {}, 1.0)
-
-
-def _add(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
-    return {k: a.get(k, 0.0) + b.get(k, 0.0) for k in {**a, **b}}
-
-
-@dataclass(frozen=True)
-class Symbols:
-    """What an evaluation gives a solver to compute with, and the schedule's numbers there."""
-
-    x: Combination
-    x0: Combination
-    eps: Combination
-    velocity: Combination
-
-
-class Recorder:
-    """Records a solver's arithmetic as the rows of a table.
-
-    `evaluate(t)` marks an evaluation of the newest state and gives its symbols; `advance(value, t)` closes the row and makes
-    `value` the newest state.
-    """
-
-    def __init__(self, solver: str, schedule: Schedule, grid: tuple[float, ...]) -> None:
-        if len(grid) < 2 or not (_falls(grid) or _falls(grid[::-1])) or min(grid) < 0 or max(grid) > 1:
-            raise ValueError(
-                f"'{solver}' needs a grid of at least two times within [0, 1] that falls all the way (or rises, for inversion), "
-                f"got {grid}"
-            )
-        self.solver, self.schedule, self.grid = solver, schedule, grid
-        self.rows: list[Row] = []
-        self.nodes = [0]
-        self.evaluations = 0
-        self._pending: float | None = None
-
-    @property
-    def x(self) -> Combination:
-        """The newest state."""
-        return Combination({len(self.rows): 1.0}, {})
-
-    def alpha(self, t: float) -> float:
-        return self.schedule.alpha(_scalar(t)).item()
-
-    def sigma(self, t: float) -> float:
-        return self.schedule.sigma(_scalar(t)).item()
-
-    def rho(self, t: float) -> float:
-        return self.schedule.rho(_scalar(t)).item()
-
-    def time_of_rho(self, rho: float) -> float:
-        return self.schedule.time_of_rho(_scalar(rho)).item()
-
-    def _symbols(self, t: float, x0: Combination, eps: Combination) -> Symbols:
-        d_alpha, d_sigma = (rate.item() for rate in self.schedule.rates(_scalar(t)))
-        return Symbols(self.x, x0, eps, d_alpha * x0 + d_sigma * eps)
-
-    def evaluate(self, t: float) -> Symbols:
-        """Evaluate the network at the newest state and time `t`."""
-        self._pending = t
-        x0 = Combination({}, {self.evaluations: 1.0})
-        self.evaluations += 1
-        return self._symbols(t, x0, (self.x - self.alpha(t) * x0) / self.sigma(t))
-
-    def analytic(self, t: float) -> Symbols:
-        """The direction eps = x / sqrt(alpha^2 + sigma^2) instead of an evaluation (AFS: x / sqrt(1 + t^2) on `EDM`,
-        Dockhorn et al. 2022, arXiv 2210.05475; Zhou et al. 2024, arXiv 2312.00094)."""
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        norm = math.hypot(alpha, sigma)
-        # x0 = (x - sigma eps) / alpha, written without the cancellation at alpha -> 0
-        return self._symbols(t, self.x * (alpha / (norm * (norm + sigma))), self.x / norm)
-
-    def first(self, t: float, analytic_first: bool) -> Symbols:
-        """`analytic` for the first row of a table that asks for it, else `evaluate`."""
-        return self.analytic(t) if analytic_first and not self.rows else self.evaluate(t)
-
-    def advance(self, value: Combination, t: float, node: bool = True) -> Combination:
-        """Close the row: `value` becomes the newest state, living at `t`; a grid node unless it is an inner stage."""
-        self.rows.append(
-            Row(
-                time=self._pending,
-                arrival=t,
-                states=tuple(value.states.get(j, 0.0) for j in range(len(self.rows) + 1)),
-                predictions=tuple(value.predictions.get(j, 0.0) for j in range(self.evaluations)),
-                noise=value.noise,
-            )
-        )
-        self._pending = None
-        if node:
-            self.nodes.append(len(self.rows))
-        return self.x
-
-    def table(self, **metadata: str) -> Table:
-        """The finished table."""
-        made_for = fingerprint(self.schedule)
-        return Table(self.solver, self.grid, tuple(self.nodes), tuple(self.rows), metadata, made_for)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """A safetensors file, written completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(save(dict(tensors), dict(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @functools.lru_cache
@@ -277,11 +198,3 @@ def fingerprint(schedule: Schedule) -> str:
     """A short text that tells schedules apart: what the schedule prints, hashed if that is long."""
     text = repr(schedule)
     return text if len(text) <= 100 else f"{type(schedule).__name__}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _falls(grid: tuple[float, ...]) -> bool:
-    return all(a > b for a, b in pairwise(grid))
-
-
-def _scalar(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)

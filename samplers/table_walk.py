@@ -1,13 +1,12 @@
-"""A table walked from outside: somebody else calls the network, one evaluation at a time."""
+"""A table run from outside: the caller evaluates the network, one evaluation at a time."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from midway.samplers.interop import Convention
+from midway.samplers.interop import Parametrisation
 from midway.samplers.prediction import x0_coefficients
-from midway.samplers.sample import Places, Step, plan
+from midway.samplers.rows import Execution
 from midway.samplers.table import Table
 
 
@@ -26,49 +25,35 @@ def leading_factors(table: Table) -> list[float]:
 
 
 class TableWalk:
-    """The loop of `sample`, run from outside: `take`, called after each evaluation, gives the state of the next, or the end."""
+    """The rows of a table for a network of this parametrisation; `take`, called after each evaluation, gives the state of the
+    next, or the end."""
 
-    def __init__(self, table: Table, convention: Convention) -> None:
-        coefficients = x0_coefficients(convention.target, convention.schedule, table.times)
-        if coefficients not in table.plans:
-            table.plans[coefficients] = plan(table, coefficients)
-        self.steps: tuple[Step, ...] = table.plans[coefficients]
+    def __init__(self, table: Table, model: Parametrisation) -> None:
+        self.rows = table.rows_for(x0_coefficients(model.target, model.schedule, table.times))
         self.leading = leading_factors(table)
-        self.row = len(self.leading) - 1
-        self._first = len(table.rows) + 1
-        self._places: Places = [None] * (self._first + table.nfe)
+        self._execution: Execution | None = None
 
     @property
     def begins(self) -> bool:
         """Whether no evaluation was taken yet."""
-        return self.row == len(self.leading) - 1
+        return self._execution is None
 
     @property
     def finished(self) -> bool:
-        return self.row == len(self.steps)
+        return self._execution is not None and self._execution.finished
 
     def start(self, x: Tensor) -> Tensor:
         """The state of the first evaluation, from x (B, *) at the start of the grid."""
-        for j, factor in enumerate(self.leading):
-            self._places[j] = x * factor
-        return self._places[self.row]
+        self._execution = Execution(self.rows, x)
+        for _ in self.leading[1:]:
+            self._execution.advance()
+        return self._execution.state
 
     def take(self, x: Tensor, value: Tensor, draw: Callable[[], Tensor]) -> Tensor:
-        """x (B, *): the state that was evaluated; value (B, *): what the network said; draw: fresh noise (B, *)."""
-        step = self.steps[self.row]
-        assert step.evaluation is not None
-        self._places[self.row], self._places[self._first + step.evaluation] = x, value
-        self._advance(draw)
-        while not self.finished and self.steps[self.row].evaluation is None:
-            self._advance(draw)
-        return self._places[self.row]
-
-    def _advance(self, draw: Callable[[], Tensor]) -> None:
-        step = self.steps[self.row]
-        state = step.form(self._places)
-        if step.noise != 0:
-            state = torch.add(state, draw(), alpha=step.noise)
-        self.row += 1
-        self._places[self.row] = state
-        for j in step.done:
-            self._places[j] = None
+        """x (B, *): the state that was evaluated; value (B, *): the network's output; draw: fresh noise (B, *)."""
+        if self._execution is None:
+            self.start(x)
+        execution = self._execution
+        assert execution is not None
+        execution.buffers[execution.row] = x
+        return execution.evaluated(value, draw)

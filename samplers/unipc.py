@@ -23,8 +23,9 @@ from typing import Literal, get_args
 
 from midway.samplers.exponential import ZERO, adams_weights, begin, log_rho, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
+from midway.samplers.recorder import Combination, Recorder
 from midway.samplers.schedule import Schedule
-from midway.samplers.table import Combination, Recorder, Table
+from midway.samplers.table import Table
 
 Variant = Literal["bh1", "bh2"]
 

@@ -19,16 +19,17 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references
-from midway.gen.evaluation.records import ReportContext
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
 from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.report.likelihood import check_out, text_table, write_likelihood_report
+from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.report.table import ReportContext
+from midway.gen.report.text import text_table
 
 Trained = TrainedBaseline | TrainedModel
 
@@ -79,10 +80,10 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = choose(splits.held_out, task.n)
     levels = check_images(models, splits)
-    plans = PlanConfig(grids=(task.grid,), batch_size=task.batch_size)
+    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
     for trained in models.values():
         if isinstance(trained, TrainedModel):
-            make_plans(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
+            make_samplers(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
     reference = make_features(features, splits, device)
@@ -107,7 +108,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     ]
     rows += references(splits, instruments, levels)
     write_likelihood_report(out, rows, context(task, splits, instruments))
-    print(text_table(rows))
+    print(text_table(likelihood_table(rows)))
     print(f"report: {out / 'report.md'}")
     return rows
 

@@ -1,7 +1,7 @@
 """Draw samples: python scripts/sample.py --model runs/digits-dit --solver ddim --nfe 10 --n 64 --seed 0 --out grid.png"""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,11 @@ from midway.gen.core.errors import DivergedError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.pictures import save_grid
 from midway.gen.diffusion.load import load_model
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
-from midway.gen.diffusion.sampling import Plan, decode, sample_latents
-from midway.samplers.directions import Predictor
-from midway.samplers.learned_solver import LearnedSolver
-from midway.samplers.parallel import ParallelConfig
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
+from midway.gen.diffusion.sampling import decode, sample_latents
+from midway.samplers.parallel import ParallelConfig, ParallelSampler
+from midway.samplers.sampler import Sampler
+from midway.samplers.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,35 +65,34 @@ def run(task: SampleTask) -> None:
         raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")
     if task.label is not None and not 0 <= task.label < classes:
         raise UsageError(f"--label {task.label}", f"the model knows classes 0 to {classes - 1}", "choose one of them")
-    config = PlanConfig(grids=(task.grid,), **task.plan_options(device))
-    plans = make_plans(trained, task.solver, task.nfe, config)
-    plan = plans.get(task.grid) or next(iter(plans.values()))
+    config = SamplerConfig(grids=(task.grid,), **task.sampler_options(device))
+    samplers = make_samplers(trained, task.solver, task.nfe, config)
+    sampler = samplers.get(task.grid) or next(iter(samplers.values()))
+    parallel = None if task.parallel == "no" else in_parallel(task, sampler, trained.model.schedule)
     seeds = torch.arange(task.seed, task.seed + task.n)
     labels = None if task.label is None else torch.full((task.n,), task.label)
-    sampling = replace(config.sampling(), parallel=parallel_config(task, plan))
-    samples = sample_latents(trained, plan, seeds, sampling, labels)
+    samples = sample_latents(trained, parallel or sampler, seeds, config.sampling(), labels)
     if not samples.latents.isfinite().all():
         raise DivergedError(
             "sampling diverged", "the latents stopped being finite", "use more --nfe or less --guidance"
         )
     save_grid(task.out, decode(trained, samples.latents), columns=math.ceil(math.sqrt(task.n)))
-    waves = f" in {samples.waves} waves" if samples.waves else ""
+    waves = f" in {parallel.waves} waves" if parallel else ""
     print(
         f"{task.n} images, {samples.nfe:g} evaluations each{waves}, {samples.seconds:.2f} s; "
         f"weights {trained.weights}; saved {task.out}"
     )
 
 
-def parallel_config(task: SampleTask, plan: Plan) -> ParallelConfig | None:
-    """How to sample in parallel; UsageError for a solver that cannot."""
-    if task.parallel == "no":
-        return None
-    if isinstance(plan, LearnedSolver) and isinstance(plan.rule, Predictor):
+def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> ParallelSampler:
+    """The same in waves; UsageError for a solver without fixed rows."""
+    if sampler.table is None:
         raise UsageError(
             f"--parallel with {task.solver}", "its steps follow from the network's features", "use its -constants form"
         )
+    assert task.parallel != "no"
     try:
-        return ParallelConfig(task.parallel, task.tolerance, task.window)
+        return ParallelSampler(sampler.table, schedule, ParallelConfig(task.parallel, task.tolerance, task.window))
     except ValueError as error:
         raise UsageError("--tolerance or --window", str(error), "change it") from None
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from midway.gen.diffusion.field import EVERYWHERE
 from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.model import EVERYWHERE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class SamplingFlags:
     graph: bool = False
     """On a GPU, run the trajectory of every full batch as one CUDA graph; nothing changes on a CPU."""
 
-    def plan_options(self, device: torch.device) -> dict[str, Any]:
-        """The same as fields of PlanConfig; the guiding model is loaded."""
+    def sampler_options(self, device: torch.device) -> dict[str, Any]:
+        """The same as fields of SamplerConfig; the guiding model is loaded."""
         return {
             "guidance": self.guidance,
             "interval": self.guidance_interval or EVERYWHERE,

@@ -1,4 +1,4 @@
-"""What a training script is told: one dataclass each, whose fields are its flags. recipes.py fills them in."""
+"""Options of the training scripts: one dataclass each, whose fields are its flags. recipes.py has their presets."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,14 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from midway.gen.baselines.flow_config import FlowConfig
-from midway.gen.baselines.tarflow import TarFlowConfig
-from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.online import OnlineConfig
 from midway.gen.tokenizer.loss_config import LossConfig
-from midway.gen.training.config import TrainConfig
+from midway.gen.training.config import OnlineConfig, TrainConfig
 
 Flat = tyro.conf.arg(name="")  # flags without a prefix
 Resume = Literal["no", "auto"]
@@ -49,7 +45,7 @@ class TokenizerConfig:
     attention: bool = False
     """Self-attention among the residual blocks at the lowest resolution."""
     multipliers: tuple[int, ...] = (1,)
-    """Residual blocks at this many resolutions, of so many times the width, the finest first; (1,): at the lowest alone."""
+    """Multiples of width of the residual blocks at each resolution, the finest first; (1,): the lowest resolution only."""
     network: Literal["conv", "vit"] = "conv"
     """vit: a transformer; its patches are `downsample` pixels a side, and width is a multiple of heads."""
     depth: int = 4
@@ -57,9 +53,9 @@ class TokenizerConfig:
     heads: int = 4
     """vit: attention heads."""
     latent_tokens: int | None = None
-    """vit: codes of an image, without places in it; by default one a patch."""
+    """vit: number of codes of an image, without positions; by default one per patch."""
     latent_space: Literal["pre", "post"] = "pre"
-    """What a latent model learns: values before snapping to codes, or the codes."""
+    """Training data of a latent model: values before quantization, or the codes."""
     snap_on_decode: bool = True
     """Snap a latent model's samples to the nearest code before decoding."""
 
@@ -102,7 +98,7 @@ class TokenizerTask:
     overwrite: bool = False
     """Delete a run that is already at --out."""
     resume: Resume = "no"
-    """auto: go on from the newest checkpoint at --out, or start if there is none."""
+    """auto: continue from the newest checkpoint at --out, or start if there is none."""
 
 
 @dataclass(frozen=True)
@@ -114,63 +110,14 @@ class LatentTask:
     tokenizer: Path
     """Run directory of the tokenizer; its data set is used."""
     latents: Path | None = None
-    """Latent cache (default: beside the tokenizer; made if missing)."""
+    """Latent cache (default: next to the tokenizer; created if missing)."""
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)
-    """With --measure-every: what is measured."""
+    """Settings of --measure-every."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     overwrite: bool = False
     """Delete a run that is already at --out."""
     resume: Resume = "no"
-    """auto: go on from the newest checkpoint at --out, or start if there is none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaselineTask:
-    """Train a baseline: a model of images that gives bits per dimension."""
-
-    out: Path
-    """Run directory to create."""
-    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
-    conditional: bool = False
-    """Tell the model the class of each image."""
-    validation_images: int | None = None
-    """Held-out images that a validation looks at (default: all)."""
-    draws: int | None = None
-    """Draws of the bound in validation and of the figure at the end (default: 16 for a VAE, else the model's own)."""
-    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-    overwrite: bool = False
-    """Delete a run that is already at --out."""
-    resume: Resume = "no"
-    """auto: go on from the newest checkpoint at --out, or start if there is none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAETask(BaselineTask):
-    """Train a VAE."""
-
-    model: VAEConfig = field(default_factory=VAEConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowTask(BaselineTask):
-    """Train a flow of couplings: NICE, RealNVP, Glow."""
-
-    model: FlowConfig = field(default_factory=FlowConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TarFlowTask(BaselineTask):
-    """Train a TarFlow."""
-
-    model: TarFlowConfig = field(default_factory=TarFlowConfig)
-
-
-BASELINE_TASKS: dict[str, type[VAETask] | type[FlowTask] | type[TarFlowTask]] = {
-    "vae": VAETask,
-    "flow": FlowTask,
-    "tarflow": TarFlowTask,
-}
-"""By the kind of baseline (gen/baselines/registry.py)."""
+    """auto: continue from the newest checkpoint at --out, or start if there is none."""

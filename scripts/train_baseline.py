@@ -1,8 +1,8 @@
 """Train a baseline: python scripts/train_baseline.py digits-glow
 
-A VAE or a normalizing flow, scored in bits per dimension of held-out images. Where validation is on, the weights that did best in
-it are kept in best/ of the run, and are what other commands load. Its images are the held-out ones: the figure at the end
-then belongs to the best of several looks at them, and is a little too good.
+A VAE or a normalizing flow, scored in bits per dimension of held-out images. With validation, the best weights are stored in
+best/ of the run, and other commands load them. Validation uses the held-out images, so the final score of weights chosen on them
+is slightly optimistic.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from baseline_recipes import BASELINE_RECIPES
+from baseline_tasks import BASELINE_TASKS, BaselineTask, VAETask
 from cli import main, resolve, weights_name
 from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
@@ -25,11 +27,9 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
-from midway.gen.training.batches import ImageBatch
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items
-from recipes import BASELINE_RECIPES
-from tasks import BASELINE_TASKS, BaselineTask, VAETask
+from running import image_items, open_run
 
 PREVIEW = 60
 PAIRS = 8
@@ -39,7 +39,7 @@ VALUES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, on what, and what validation asks."""
+    """The model, its training items, the images, and validation: a step to bits per dimension."""
 
     model: Baseline
     items: Items
@@ -53,17 +53,19 @@ def kind_of(task: BaselineTask) -> str:
 
 
 def task_type(values: dict[str, object]) -> type[BaselineTask]:
-    """The task of a run's configuration; DataError if it names no kind of baseline."""
+    """The task of a run's configuration; DataError for an unknown kind of baseline."""
     kind = values.get("baseline")
     if kind not in BASELINE_TASKS:
         raise DataError(
-            f"unknown baseline {kind!r}", "the configuration names no kind", nearest(str(kind), BASELINE_TASKS)
+            f"unknown baseline {kind!r}",
+            "the configuration has no valid `baseline` key",
+            nearest(str(kind), BASELINE_TASKS),
         )
     return BASELINE_TASKS[str(kind)]
 
 
 def read_task(arguments: list[str]) -> BaselineTask:
-    """`RECIPE | --config FILE` and flags, those of the model being of its kind."""
+    """`RECIPE | --config FILE` and flags; the kind of the recipe or file determines the --model flags."""
     first = arguments[:1]
     if first == ["--config"] and len(arguments) > 1:
         values = read_yaml(Path(arguments[1]))
@@ -72,22 +74,19 @@ def read_task(arguments: list[str]) -> BaselineTask:
         return resolve(type(BASELINE_RECIPES[first[0]]()), BASELINE_RECIPES, arguments)
     if "--help" in arguments or "-h" in arguments or (first and not first[0].startswith("-")):
         return resolve(VAETask, BASELINE_RECIPES, arguments)  # pyright: ignore[reportArgumentType]
-    raise UsageError("no baseline is named", "the first argument is a recipe", f"one of: {', '.join(BASELINE_RECIPES)}")
+    raise UsageError(
+        "no baseline is given", "the first argument must be a recipe", f"one of: {', '.join(BASELINE_RECIPES)}"
+    )
 
 
 def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts:
     """The model and its images; nothing is written."""
     splits = load_splits(task.data)
     model = make_model(task, splits).to(accelerator.device)
-    images, labels = splits.train.images, splits.train.labels
     subject, bounds = choose(splits.held_out, task.validation_images), make_bounds(task)
     return Parts(
         model,
-        Items(
-            lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
-            len(images),
-            splits.train.fingerprint,
-        ),
+        image_items(splits.train, accelerator.device),
         splits,
         lambda step: bits_of(model, subject, bounds).bits,
     )
@@ -99,7 +98,7 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     if task.conditional and len(data.classes) < 2:
         raise UsageError("--conditional", f"{data.name} has no classes", "drop it, or use one folder per class")
     if task.validation_images is not None and task.validation_images < 1:
-        raise UsageError(f"--validation-images {task.validation_images}", "a validation needs images", "give 1 or more")
+        raise UsageError(f"--validation-images {task.validation_images}", "validation needs images", "give 1 or more")
     torch.manual_seed(task.train.seed)
     channels, height, width = data.images.shape[1:]
     classes = len(data.classes) if task.conditional else 0
@@ -111,14 +110,14 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
         raise UsageError(
             f"--validate-every {task.train.validate_every}",
-            "a model of Gaussian noise has no bits per dimension to validate by",
+            "a model of Gaussian noise has no bits per dimension for validation",
             "use --validate-every 0 --patience-validations 0, or --model.noise uniform",
         )
     return model
 
 
 def make_bounds(task: BaselineTask) -> Bounds:
-    """How validation and the last figure bound likelihoods."""
+    """The likelihood bound of validation and of the final score."""
     try:
         return Bounds(task.draws)
     except ValueError as error:
@@ -129,10 +128,10 @@ def train(task: BaselineTask) -> Run | None:
     """Train, score held-out images, save. The run on the main process, None on the others."""
     refuse_unused(task.train, validates=True)
     accelerator = make_accelerator(task.train, task.out)
-    parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
+    parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, weights_name(task.train)
-    run = open_run(task, accelerator.is_main_process, parts)
-    accelerator.wait_for_everyone()
+    config = {"baseline": kind_of(task), **to_dict(task)}
+    run = open_run(task, KIND, config, accelerator, *facts(parts))
     hooks = Hooks(
         preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
         export=lambda folder, _: write_baseline(folder, model),
@@ -145,33 +144,27 @@ def train(task: BaselineTask) -> Run | None:
     return run
 
 
-def open_run(task: BaselineTask, is_main: bool, parts: Parts) -> Run:
-    """Only the main process creates the directory and reports the data."""
-    config = {"baseline": kind_of(task), **to_dict(task)}
-    if not is_main:
-        return Run(task.out, KIND, config)
-    run = Run.create(task.out, KIND, config, task.overwrite, task.resume == "auto")
-    if run.is_new:
-        run.say(describe(parts.splits.train))
-        parameters = sum(p.numel() for p in parts.model.parameters())
-        classes = f"{parts.model.classes} classes" if parts.model.classes else "no classes"
-        run.say(f"{parameters:,} parameters, {parts.model.levels} levels, {classes}")
-    return run
+def facts(parts: Parts) -> tuple[str, str]:
+    """The first log lines of a run: its data and its model."""
+    model = parts.model
+    parameters = sum(p.numel() for p in model.parameters())
+    classes = f"{model.classes} classes" if model.classes else "no classes"
+    return describe(parts.splits.train), f"{parameters:,} parameters, {model.levels} levels, {classes}"
 
 
 def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, device: torch.device) -> None:
-    """Bits per dimension under the weights that other commands load, and pictures."""
+    """Log bits per dimension of the weights that other commands load; write pictures."""
     trained, bounds, subject = load_trained_baseline(run.path, device), make_bounds(task), choose(splits.held_out)
     try:
         score = bits_of(trained.model, subject, bounds)
-    except ValueError as error:  # Gaussian noise, or weights that never saw data
+    except ValueError as error:  # Gaussian noise, or uninitialised ActNorms
         run.say(f"no bits per dimension: {error}")
     else:
         run.log({"step": result.steps, "final": True, "held_out_bits_per_dim": score.bits, "n": score.n})
-        looked = "; validation chose the step on held-out images" if result.best is not None else ""
+        selected = "; validation chose the step on held-out images" if result.best is not None else ""
         run.say(
             f"held-out bits per dimension {score} (n = {score.n}, {bound_name(trained.model, bounds.draws)}, "
-            f"seed {bounds.seed}; weights {trained.weights}{looked})"
+            f"seed {bounds.seed}; weights {trained.weights}{selected})"
         )
     if result.best is not None:
         write_samples(run, trained.model, f"best-{result.best[0]:06d}")
@@ -184,7 +177,7 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
 
 
 def write_samples(run: Run, model: Baseline, name: str) -> None:
-    """Samples of fixed seeds; a line instead if they are not finite."""
+    """Samples of fixed seeds; one log line instead if they are not finite."""
     try:
         images = draw(model, torch.arange(PREVIEW)).images
     except ValueError as error:
@@ -194,7 +187,7 @@ def write_samples(run: Run, model: Baseline, name: str) -> None:
 
 
 def write_latents(run: Run, model: VAE, subject: Subject) -> None:
-    """Reconstructions, interpolations and traversals of held-out images: what the latents of a VAE hold."""
+    """Reconstructions, interpolations and traversals of held-out images."""
     labels = subject.labels if model.classes else None
     shown = subject.images[: 4 * PAIRS]
     again = to_uint8(reconstruct(model, shown, None if labels is None else labels[: len(shown)])).cpu()

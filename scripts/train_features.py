@@ -1,7 +1,7 @@
 """Train the offline feature network of a data set: python scripts/train_features.py --data digits --out runs/digits-features
 
-The classifier stops as soon as it can tell the classes apart. Trained on, its features shrink to one point per class (neural
-collapse, Papyan et al. 2020, arXiv 2008.08186), and a distance between them no longer sees variety within a class: samples
+Training ends as soon as the classifier separates the classes. With more steps the features of a class converge to one point
+(neural collapse, Papyan et al. 2020, arXiv 2008.08186), and their distance no longer measures variety within a class: samples
 with too little of it, such as those of few solver steps, then score better than real images.
 """
 
@@ -17,14 +17,14 @@ from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run
-from midway.gen.data.images import describe
+from midway.gen.data.images import ImageData, describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
-from midway.gen.training.batches import ImageBatch
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
+from running import image_items, open_run
 from tasks import Flat, Resume
 
 
@@ -42,7 +42,7 @@ class FeaturesTask:
     train: Annotated[TrainConfig, Flat] = field(
         default_factory=lambda: TrainConfig(steps=60, lr=2e-3, warmup=50, decay="cosine", ema=0, log_every=20)
     )
-    """Stops early on purpose: see the module's docstring."""
+    """Few steps on purpose: see the module's docstring."""
     overwrite: bool = False
     """Delete a run that is already at --out."""
     resume: Resume = "no"
@@ -51,7 +51,7 @@ class FeaturesTask:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, on what."""
+    """The model, its training items and the images."""
 
     model: FeatureNetwork
     items: Items
@@ -61,15 +61,10 @@ class Parts:
 def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts:
     """The network and its images; nothing is written."""
     splits = load_splits(task.data)
-    images, labels, classes = splits.train.images, splits.train.labels, splits.train.classes
     torch.manual_seed(task.train.seed)
     return Parts(
-        make_network(task, images.shape[1], images.shape[2], len(classes)),
-        Items(
-            lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
-            len(images),
-            splits.train.fingerprint,
-        ),
+        make_network(task, splits.train),
+        image_items(splits.train, accelerator.device),
         splits,
     )
 
@@ -80,12 +75,7 @@ def train(task: FeaturesTask) -> Run | None:
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out
-    run = Run(task.out, "features", to_dict(task))
-    if accelerator.is_main_process:
-        run = Run.create(task.out, "features", to_dict(task), task.overwrite, task.resume == "auto")
-        if run.is_new:
-            run.say(describe(parts.splits.train))
-    accelerator.wait_for_everyone()
+    run = open_run(task, "features", to_dict(task), accelerator, describe(parts.splits.train))
     source = Path(task.data.data).stem
     hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
     result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
@@ -104,16 +94,17 @@ def train(task: FeaturesTask) -> Run | None:
 
 
 def export(folder: Path, network: FeatureNetwork, averaged: dict[str, Tensor], source: str) -> None:
-    """The network with averaged weights, as evaluate.py reads it."""
+    """Write the network with averaged weights, in the format of load_features."""
     copy = FeatureNetwork(network.config)
     copy.load_state_dict(averaged)
     save_features(copy, folder / "features.safetensors", source)
 
 
-def make_network(task: FeaturesTask, channels: int, side: int, classes: int) -> FeatureNetwork:
+def make_network(task: FeaturesTask, data: ImageData) -> FeatureNetwork:
     """The network for these images; UsageError for sizes that do not fit."""
+    channels, side = data.images.shape[1:3]
     try:
-        return FeatureNetwork(FeatureConfig(channels, side, classes, task.width, task.dim))
+        return FeatureNetwork(FeatureConfig(channels, side, len(data.classes), task.width, task.dim))
     except ValueError as error:
         raise UsageError("this feature network cannot be built", str(error), "change the flags or --data") from None
 

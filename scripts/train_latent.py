@@ -17,21 +17,23 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
-from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
-from midway.gen.evaluation.online import OnlineConfig, log_online, online_distances
-from midway.gen.features.classifier import load_features
-from midway.gen.features.open import check_shape, open_features
+from midway.gen.evaluation.online import log_online, online_distances
+from midway.gen.features.classifier import TrainedExtractor, load_features
+from midway.gen.features.open import open_features
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.batches import LatentBatch
+from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import LATENT_RECIPES
+from running import open_run
 from tasks import LatentTask
 
 PREVIEW = 60
@@ -60,7 +62,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
     latents = load_latents(path, images, tokenizer, task.flip)
     set_statistics(tokenizer, latents)
-    set_cells(task, model, tokenizer, images)
+    set_bins(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
     return Parts(model, Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint), tokenizer, data)
 
@@ -86,14 +88,9 @@ def train(task: LatentTask) -> Run | None:
     parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
     config = {**to_dict(task), "data": to_dict(parts.data)}
-    run = Run(task.out, "latent_model", config)
-    if accelerator.is_main_process:
-        run = Run.create(task.out, "latent_model", config, task.overwrite, task.resume == "auto")
-        if run.is_new:
-            parameters = sum(p.numel() for p in model.parameters())
-            shape = (parts.items.size, *model.latent_shape)
-            run.say(f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}")
-    accelerator.wait_for_everyone()
+    parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
+    about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
+    run = open_run(task, "latent_model", config, accelerator, about)
     hooks = Hooks(
         preview=lambda step: write_preview(run, parts, step, weights_name(task.train)),
         export=lambda folder, _: write_model(folder, model, tokenizer),
@@ -112,14 +109,14 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
         return None
     tokenizer, data = load_tokenizer(task.tokenizer)
     run = open_features(task.early.features, [task.tokenizer], data, "the tokenizer")
-    network, name = load_features(run.checkpoint / "features.safetensors")
+    network = TrainedExtractor(*load_features(run.checkpoint / "features.safetensors"))
     train = load_splits(data).train
-    check_shape(network, name, train.images, "the tokenizer makes")
+    network.check(train.images, "the tokenizer makes")
     latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))
-    for nfe in task.early.nfe:  # what cannot be is refused here
+    for nfe in task.early.nfe:  # an unreachable budget raises here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
-        make_table(task.early.solver, task.early.grid, nfe, trained, PlanConfig(grids=(task.early.grid,)))
-    return make_reference(network.to(device), name, train)
+        make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
+    return make_reference(network.to(device), network.name, train)
 
 
 def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
@@ -146,18 +143,18 @@ def set_statistics(tokenizer: ImageTokenizer, latents: Latents) -> None:
         raise DataError("these latents cannot be standardised", str(error), "train the tokenizer longer") from None
 
 
-def set_cells(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
+def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
     """Give a dequantising model the levels of its pixels; UsageError where latents are no pixels."""
     if not task.model.dequantise:
         return
     if not tokenizer.passes_through:
         raise UsageError(
-            "--model.dequantise True",
+            "--model.dequantise",
             "these latents are no pixels: the tokenizer is learned",
             "drop it, or use the tokenizer of the recipe digits-pixels",
         )
     levels = levels_of(torch.cat([part.unique() for part in images.images.split(4096)]))
-    model.set_cells(levels, tokenizer.latent_std)
+    model.set_bins(levels, tokenizer.latent_std)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -> LatentModel:

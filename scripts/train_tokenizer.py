@@ -18,15 +18,15 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.tokenizer.card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
-from midway.gen.tokenizer.latent_statistics import latent_statistics
+from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
-from midway.gen.training.batches import ImageBatch
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
+from running import image_items, open_run
 from tasks import TokenizerTask
 
 SHOWN = 32
@@ -34,7 +34,7 @@ SHOWN = 32
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, on what."""
+    """The objective, its training items and the images."""
 
     model: TokenizerObjective
     items: Items
@@ -46,23 +46,20 @@ def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts:
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
     tokenizer = make_tokenizer(task, splits.train)
-    images, labels = splits.train.images, splits.train.labels
     return Parts(
         make_objective(tokenizer, task).to(accelerator.device),
-        Items(
-            lambda items: ImageBatch(images[items].to(accelerator.device), labels[items].to(accelerator.device)),
-            len(images),
-            splits.train.fingerprint,
-        ),
+        image_items(splits.train, accelerator.device),
         splits,
     )
 
 
 def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerObjective:
-    """What is minimised; UsageError for losses that these images or this machine cannot have."""
+    """The training objective; UsageError for losses unsupported by these images or this machine."""
     if task.loss.adversary != "none" and tokenizer.passes_through:
         raise UsageError(
-            "a critic has nothing to play against", "this tokenizer does not learn", "drop --loss.adversary"
+            "an adversarial loss needs a learned tokenizer",
+            "this tokenizer has no parameters to train",
+            "drop --loss.adversary",
         )
     try:
         return TokenizerObjective(tokenizer, task.flip, task.loss)
@@ -74,10 +71,10 @@ def train(task: TokenizerTask) -> Run | None:
     """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
     refuse_unused(task.train)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
-    parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
+    parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
-    run = open_run(task, accelerator.is_main_process, splits)
-    accelerator.wait_for_everyone()
+    about = (describe(splits.train), describe(splits.held_out))
+    run = open_run(task, "tokenizer", to_dict(task), accelerator, *about)
     steps = 0
     if any(p.requires_grad for p in tokenizer.parameters()):
         hooks = Hooks(
@@ -107,7 +104,7 @@ def train(task: TokenizerTask) -> Run | None:
 def publish(
     task: TokenizerTask, run: Run, objective: TokenizerObjective, splits: Splits, steps: int, quality: dict[str, float]
 ) -> None:
-    """The tokenizer with its latents measured, and its card; nothing but a line if a channel does not vary."""
+    """Write the tokenizer with its latent statistics, and its card; one log line instead if a channel does not vary."""
     tokenizer = objective.tokenizer
     try:
         tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, flip=task.flip))
@@ -125,17 +122,6 @@ def publish(
         training if steps else None,
     )
     run.say(f"card  {finish(run, tokenizer, facts) / 'README.md'}")
-
-
-def open_run(task: TokenizerTask, is_main: bool, splits: Splits) -> Run:
-    """Only the main process creates the directory and reports the data."""
-    if not is_main:
-        return Run(task.out, "tokenizer", to_dict(task))
-    run = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite, task.resume == "auto")
-    if run.is_new:
-        run.say(describe(splits.train))
-        run.say(describe(splits.held_out))
-    return run
 
 
 def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor]) -> None:

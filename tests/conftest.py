@@ -18,11 +18,12 @@ from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, S
 from safetensors.torch import save_file
 from torchvision.models import vgg16
 
+from baseline_tasks import VAETask
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.training.config import TrainConfig
-from tasks import LatentTask, TokenizerConfig, TokenizerTask, VAETask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower

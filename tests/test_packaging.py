@@ -1,9 +1,11 @@
-"""What the folders promise: the mapping, no regular package called `tokenizers`, the direction of imports, no pickle."""
+"""Packaging: the mapping of folders, the wheel, no regular package called `tokenizers`, the order of imports, no pickle."""
 
 import ast
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -127,6 +129,22 @@ def test_the_mapping_lists_every_folder_that_holds_modules() -> None:
     assert {name for name in folders if not name.startswith(".")} - outside == set(PACKAGES)
 
 
+def test_a_wheel_holds_every_file_of_the_folders(tmp_path: Path) -> None:
+    """Modules and package data (styles and scripts of reports), under midway/ and nowhere else."""
+    pytest.importorskip("setuptools", minversion="77")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "tree")
+    held = {path.relative_to(tmp_path / "tree") for path in (tmp_path / "tree").glob("*/**/*") if path.is_file()}
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", *map(str, options), str(tmp_path / "tree")]
+    subprocess.run(command, check=True, timeout=120, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == {f"midway/{path.as_posix()}" for path in held}
+
+
 def test_the_folders_hold_no_init_and_gen_holds_rooms() -> None:
     for path in MODULES:
         assert path.name != "__init__.py", f"{path} would hide an installed package of the same name"
@@ -240,6 +258,18 @@ def f():
     import transformers
 """
     assert set(_on_import(ast.parse(code).body)) == {"lpips", "peft", "sklearn"}
+
+
+def test_training_a_tokenizer_imports_no_baseline() -> None:
+    """Nor evaluation: of all modules that importing the script imports."""
+    files = {_name(path): path for path in MODULES} | {name: ROOT / "scripts" / f"{name}.py" for name in SCRIPTS}
+    found, new = set(), {"train_tokenizer"}
+    while new:
+        found |= new
+        imported = {_module(name, set(files)) for here in new for name in _on_import(_tree(files[here]).body)}
+        new = {name for name in imported if name} - found
+    assert "midway.gen.training.fit" in found
+    assert not [name for name in found if name.startswith(("midway.gen.baselines", "midway.gen.evaluation"))]
 
 
 def test_solvers_import_torch_and_no_framework() -> None:

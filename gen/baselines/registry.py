@@ -14,7 +14,7 @@ from midway.gen.baselines.tarflow import TarFlow
 from midway.gen.baselines.vae import VAE
 from midway.gen.core import checkpoints
 from midway.gen.core.config import from_dict
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, one_line
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
@@ -76,6 +76,7 @@ def _read(folder: Path, device: torch.device) -> tuple[Baseline, str]:
         model = cls(config, tuple(description["image_shape"]), description["levels"], description["classes"])
         model.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise DataError(f"{folder} cannot be read", reason, "train the model again with --overwrite") from error
+        raise DataError(
+            f"{folder} cannot be read", one_line(error), "train the model again with --overwrite"
+        ) from error
     return model.to(device).eval().requires_grad_(False), state_hash(text, state)

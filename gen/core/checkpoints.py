@@ -1,17 +1,16 @@
-"""Checkpoint directories that are whole or absent, and found again only when every byte is as written.
+"""Checkpoint directories that are whole or absent, and used only when every byte is as written.
 
 checkpoints/step-N/manifest.json    format, step, versions, and the size and sha256 of every other file; written last
 checkpoints/step-N/...              whatever the writer put there
 checkpoints/latest                  the name of the newest one, for people and scripts; resume trusts manifests only
 
-Saving: fill a temporary directory, fsync, manifest, fsync, rename, `latest`; older checkpoints go only after that. A killed
-process leaves at most a temporary directory, which the next one removes.
+Saving: fill a temporary directory, fsync, rename, `latest`; older checkpoints are removed only after that. A killed process
+leaves at most a temporary directory, which the next one removes.
 """
 
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from midway.gen.core.environment import versions
-from midway.gen.core.errors import DataError, DiskError
-from midway.gen.core.files import sync, write_atomically
+from midway.gen.core.errors import DataError, DiskError, one_line
+from midway.gen.core.files import file_hash, replacing, write_atomically
 
 FORMAT = "midway-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -47,7 +46,7 @@ class Checkpoint:
         try:
             return {key: value.clone() for key, value in load_file(file).items()}  # else the file stays mapped
         except (OSError, SafetensorError) as error:
-            why = f"it is no safetensors file ({_line(error)})"
+            why = f"it is no safetensors file ({one_line(error)})"
             raise DataError(f"{file} cannot be read", why, "pickles are not loaded; restore the file") from None
 
     def json(self, name: str) -> Any:
@@ -56,7 +55,7 @@ class Checkpoint:
         try:
             return json.loads(file.read_text())
         except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read", _line(error), "restore the file, or train again") from None
+            raise DataError(f"{file} cannot be read", one_line(error), "restore the file, or train again") from None
 
 
 # ---- writing ----
@@ -72,8 +71,8 @@ def save(
 ) -> Checkpoint:
     """Let `write` fill a new directory and make it `root`/step-N; then keep only the newest `keep`.
 
-    needed: bytes that must be free. header: more to say in the manifest. A failing write is tried again after each of BACKOFF
-    seconds, then it is a DiskError; the older checkpoints are untouched by it.
+    needed: bytes that must be free. header: more entries of the manifest. A failing write is tried again after each of BACKOFF
+    seconds, then raises DiskError; it does not touch the older checkpoints.
     """
     for wait in (*BACKOFF, None):
         try:
@@ -91,41 +90,23 @@ def save(
 
 def _save_once(root: Path, step: int, write: Callable[[Path], object], needed: int, header: Mapping[str, Any]) -> Path:
     final = root / f"step-{step}"
-    temporary = root / f".tmp-step-{step}-{os.getpid()}"
-    replaced = root / f".tmp-replaced-{step}-{os.getpid()}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
         _check_space(root, needed)
-        write(temporary)
-        write_manifest(temporary, step, header)
-        if final.exists():  # damaged, or saved by an earlier attempt at this step
-            final.rename(replaced)
-        _rename(temporary, final, replaced)
-        sync(root)
+        with replacing(final) as folder:  # in place of a damaged one, or of an earlier attempt at this step
+            folder.mkdir()
+            write(folder)
+            write_manifest(folder, step, header)
         point_to(root, step)
     except (OSError, SafetensorError, DiskError) as error:
         raise _disk_error(final, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
     return final
-
-
-def _rename(temporary: Path, final: Path, replaced: Path) -> None:
-    """Put the new directory in its place; if that fails, the old one back."""
-    try:
-        temporary.rename(final)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(final)
-        raise
 
 
 def _disk_error(path: Path, error: Exception) -> DiskError:
     return DiskError(
         f"checkpoint {path} was not written",
-        _line(error),
+        one_line(error),
         "free space, then go on with --resume auto; earlier checkpoints are intact",
     )
 
@@ -137,45 +118,27 @@ def _check_space(root: Path, needed: int) -> None:
 
 
 def write_manifest(folder: Path, step: int, header: Mapping[str, Any]) -> None:
-    readable = folder.stat().st_mode & 0o666
-    files = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        file.chmod(readable)  # safetensors lets only the owner read
-        sync(file)
-        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": file_hash(file)}
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        sync(inner)
+    """Describe every file of `folder` in its manifest."""
+    files = {
+        file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": file_hash(file)}
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
     manifest = {"format": FORMAT, "step": step, **header, "versions": versions(), "files": files}
     text = json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=2)
     (folder / MANIFEST).write_text(text + "\n")
-    sync(folder / MANIFEST)
-    sync(folder)
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 of what a manifest says, its own hash aside."""
-    said = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    """sha256 of a manifest, its own hash aside."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _prune(root: Path, keep: int, newest: Path) -> None:
     """Remove all but the newest `keep` checkpoints; `newest`, just written, always stays."""
     older = [path for path in directories(root) if path != newest]
     for path in older[max(keep, 1) - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def put_back(root: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    for path in root.glob(".tmp-replaced-*"):
-        final = root / f"step-{path.name.split('-')[2]}"
-        if not final.exists():
-            path.rename(final)
-
-
-def clear_leftovers(root: Path) -> None:
-    """Remove half-written checkpoints that killed processes left."""
-    for path in root.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -198,11 +161,11 @@ def verify(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["sha256"] != _own_hash(manifest):
-            raise ValueError("it is not what was written")
+            raise ValueError("sha256 differs")
         if manifest["format"] != FORMAT or f"step-{manifest['step']}" != path.name:
             raise ValueError(f"format {manifest['format']!r}, step {manifest['step']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its manifest cannot be used ({_line(error)})") from None
+        raise _damaged(path, f"its manifest cannot be used ({one_line(error)})") from None
     for name, expected in manifest["files"].items():
         _verify_file(path, name, expected)
     return Checkpoint(path, manifest["step"])
@@ -216,7 +179,7 @@ def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
         if file_hash(path / name) != expected["sha256"]:
             raise _damaged(path, f"{name} is not what was written (sha256 differs)")
     except OSError as error:
-        raise _damaged(path, _line(error)) from None
+        raise _damaged(path, one_line(error)) from None
 
 
 def _damaged(path: Path, why: str) -> DataError:
@@ -224,7 +187,7 @@ def _damaged(path: Path, why: str) -> DataError:
 
 
 def newest_valid(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies; `say` hears of those that were passed over. None when there is none."""
+    """The newest checkpoint that verifies, None when there is none; `say` is called for each one skipped."""
     for path in directories(root):
         try:
             return verify(path)
@@ -240,14 +203,3 @@ def set_aside(root: Path, newer_than: int) -> None:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _line(error: Exception) -> str:
-    """The error as one line of at most 200 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

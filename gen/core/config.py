@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from midway.gen.core.errors import UsageError, nearest
+from midway.gen.core.errors import UsageError, nearest, one_line
+from midway.gen.core.files import write_atomically
 
 T = TypeVar("T")
 
@@ -54,10 +55,6 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
         raise UsageError(f"{where} cannot be used", str(error), "correct the value") from None
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type: dataclass, optional, tuple, Path, Literal, or a plain scalar."""
     if dataclasses.is_dataclass(hint):
@@ -89,15 +86,15 @@ def _checked(value: Any, fits: bool, where: str, wanted: str) -> Any:
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
-    """Readable YAML in the order of the fields."""
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    """Readable YAML in the order of the fields, written completely or not at all. DiskError."""
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says; UsageError when it is missing or is not YAML."""
+    """The contents of a YAML file; UsageError when it is missing or is not YAML."""
     try:
         return yaml.load(path.read_text(), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"no file {path}", "it was given as a configuration", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML", str(error).replace("\n", " "), "correct the file") from None
+        raise UsageError(f"{path} is not YAML", one_line(error), "correct the file") from None

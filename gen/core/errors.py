@@ -47,3 +47,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}choose one of: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and text of an error, in one line of at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,9 +1,10 @@
-"""Files that are whole or absent, and hashes of what networks hold."""
+"""Files and directories that are whole or absent, and hashes of files and of the state of networks."""
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,36 +13,86 @@ from torch import Tensor
 from midway.gen.core.errors import DiskError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` completely or not at all: a temporary file beside it, fsync, replace. DiskError if not."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Within the block a free path beside `path`; what is made there, file or directory, then replaces `path` as a whole.
+
+    It is on the disk before it replaces anything. When the block raises, nothing is left of it; OSError also of the disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield temporary
+        _settle(temporary)
+        _put(temporary, path)
+    finally:
+        _remove(temporary)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` completely or not at all. DiskError if not."""
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise DiskError(f"cannot write {path}", str(error), "free disk space or choose another directory") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Remove what `write_atomically` was writing in `folder` when its process was killed."""
-    for path in folder.glob(".*.tmp"):
+    """Undo in `folder` what killed processes left of `replacing`: half-written files, directories moved out of the way."""
+    for old in folder.glob(".*.old"):
+        path = folder / old.name[1:].rsplit(".", 2)[0]
+        old.rename(old if path.exists() else path)
+    for path in (*folder.glob(".*.old"), *folder.glob(".*.tmp")):
+        _remove(path)
+
+
+def _settle(path: Path) -> None:
+    """Put a file or a directory on the disk, its files as readable as itself (safetensors' are the owner's alone)."""
+    for inner in path.rglob("*"):
+        if inner.is_file():
+            inner.chmod(path.stat().st_mode & 0o666)
+        sync(inner)
+    sync(path)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Move it to `path`; a directory that is there goes out of the way before, and back if that fails."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.is_dir() and temporary.is_dir():
+        path.rename(old)
+    try:
+        temporary.replace(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    sync(path.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or directory if there is one; what cannot be removed stays."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Have the operating system put a file or directory on the disk now."""
+    """fsync a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def state_hash(description: str, state: Mapping[str, Tensor]) -> str:

@@ -1,7 +1,7 @@
-"""Whether a source of images can be trained and measured on: what is wrong with it, and what to know of it.
+"""Whether a source of images can be used for training and evaluation: problems and warnings.
 
-A problem is what training refuses, in training's own words; a warning is what it accepts, and what then makes a distance
-between sets of images hard to read: images on both sides of the split, few held-out images (its bias falls as 1 / n), and
+A problem is an error that training would raise; a warning is accepted by training, but makes distances between sets of images
+hard to interpret: images on both sides of the split, few held-out images (its bias falls as 1 / n), and
 images that were saved with loss.
 """
 
@@ -29,9 +29,11 @@ from midway.gen.data.contents import (
     shared,
     sizes,
 )
-from midway.gen.data.files import Undecodable, Unusable, check_bad
-from midway.gen.data.images import SOURCES, check_share, existing_path, held_out_mask, load_images
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.decoding import Undecodable, Unusable, counted
+from midway.gen.data.files import check_bad
+from midway.gen.data.images import load_images
+from midway.gen.data.sources import SOURCES, existing_path
+from midway.gen.data.splits import DataConfig, check_share, held_out_mask
 
 FEW = 1000
 """Held-out images below which a distance is mostly bias."""
@@ -100,7 +102,7 @@ class DataFacts:
 
 
 def check(config: DataConfig, against: str | None = None) -> DataFacts:
-    """Decode everything, and say whether training with these options would take it. Errors as of `read_contents`."""
+    """Decode everything and find all problems of training with these options. Errors as of `read_contents`."""
     check_share(config.held_out)
     if against is not None and against not in SOURCES:
         existing_path(against)  # a wrong path is told before hours of decoding
@@ -263,8 +265,3 @@ def _groups(found: Duplicates) -> str:
 def _pairs(found: Shared) -> str:
     listed = "; ".join(f"{mine} = {other}" for mine, other in found.first)
     return f" ({listed}{'; ...' if found.count > len(found.first) else ''})"
-
-
-def counted(count: int) -> str:
-    """`1 image`, `2 images`."""
-    return f"{count} image" if count == 1 else f"{count} images"

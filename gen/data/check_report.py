@@ -8,8 +8,8 @@ from pathlib import Path
 
 from midway.gen.core.errors import DataError, DiskError
 from midway.gen.core.files import write_atomically
-from midway.gen.data.check import DataFacts, Problem, SplitFacts, counted
-from midway.gen.data.files import Undecodable
+from midway.gen.data.check import DataFacts, Problem, SplitFacts
+from midway.gen.data.decoding import Undecodable, counted
 
 DATA_JSON, BAD_FILES = "data.json", "bad_files.txt"
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.files import Decoded, Undecodable, attempt, class_labels, map_files, open_files
-from midway.gen.data.images import SOURCES, check_options, existing_path, prepared, read_named
+from midway.gen.data.decoding import Decoded, Undecodable, attempt, check_options
+from midway.gen.data.files import class_labels, map_files, open_files
 from midway.gen.data.levels import levels_of
+from midway.gen.data.sources import SOURCES, existing_path, prepared, read_named
 from midway.gen.data.splits import DataConfig
 
 NAMED = 5
@@ -109,7 +110,7 @@ def _named(config: DataConfig) -> Contents:
 
 def _files(path: Path, config: DataConfig) -> Contents:
     with open_files(path) as files:
-        results = map_files(files.names, _examiner(files.read, config))
+        results = list(map_files(files.names, _examiner(files.read, config)))
         others = files.others
         names = files.names
     labels, classes, refusal = _labels(names)

@@ -1,9 +1,14 @@
-"""Which images a run uses, and which it never sees: named in the configuration, so that every later command agrees."""
+"""Training and held-out images: a stratified split by seed, fixed by the configuration, so that every command agrees."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from midway.gen.data.images import ImageData, load_images, split
+import torch
+from torch import Tensor
+
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.randomness import permutation
+from midway.gen.data.images import ImageData, image_data, load_images
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,46 @@ def load_splits(config: DataConfig) -> Splits:
         on_bad_image=config.on_bad_image,
     )
     return Splits(*split(data, config.held_out, config.split_seed))
+
+
+def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
+    """(train, held-out): a function of `seed`, stratified: each class gives its share to within one image.
+
+    Both keep the order of `data`. UsageError unless 0 < held_out < 1; DataError when a side would be empty.
+    """
+    chosen = held_out_mask(data.labels, held_out, seed)
+    return _subset(data, ~chosen, "train"), _subset(data, chosen, "heldout")
+
+
+def held_out_mask(labels: Tensor, held_out: float, seed: int) -> Tensor:
+    """bool (N,): which of the images with these labels, int64 (N,), `split` holds out; errors as there."""
+    check_share(held_out)
+    sizes = torch.bincount(labels)
+    shares = _shares(sizes, held_out)
+    if not 0 < int(shares.sum()) < len(labels):
+        what = f"held_out={held_out} of {len(labels)} images leaves one side of the split empty"
+        raise DataError(what, "both sides need images", "use more images or another share")
+    order = permutation(seed, "split", 0, len(labels))
+    by_class = order[labels[order].argsort(stable=True)].split(sizes.tolist())
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[torch.cat([members[:share] for members, share in zip(by_class, shares.tolist(), strict=True)])] = True
+    return chosen
+
+
+def check_share(held_out: float) -> None:
+    """UsageError unless 0 < held_out < 1."""
+    if not 0 < held_out < 1:
+        raise UsageError(f"held_out={held_out}", "it is the held-out share of the images", "choose between 0 and 1")
+
+
+def _shares(sizes: Tensor, fraction: float) -> Tensor:
+    """int64 (classes,): fraction * sizes rounded so that the sum is right too (largest remainders go up)."""
+    quotas = sizes.double() * fraction
+    floors = quotas.floor().long()
+    missing = round(float(quotas.sum())) - int(floors.sum())
+    up = (floors - quotas).argsort(stable=True)[:missing]
+    return floors.scatter_add(0, up, torch.ones_like(up))
+
+
+def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
+    return image_data(data.images[keep], data.labels[keep], data.classes, f"{data.name}-{suffix}", data.conversions)

@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP with adaLN-zero modulation; `layer` tells its dropout from that of other blocks."""
+    """Attention and MLP with adaLN-zero modulation; `layer` keeps its dropout masks apart from those of other blocks."""
 
     def __init__(self, config: DiTConfig, layer: int) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """(x (B, C, H, W), clock (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
+    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
 
     `gradient_checkpointing` trades time for memory, and changes no bit: the backward pass computes each block again.
     """
@@ -171,22 +171,22 @@ class DiT(nn.Module):
         again = checkpoint(block, h, condition, context, use_reentrant=False, preserve_rng_state=False)
         return cast(Tensor, again)
 
-    def conditions(self, clock: Tensor, labels: Tensor) -> Tensor:
-        """(E, B, W): what time and class say to the layers, for every clock (E,) and every label (B,)."""
-        return F.silu(self.time(sinusoid(1000 * clock, 256))[:, None] + self.label(labels))
+    def conditions(self, noise_angle: Tensor, labels: Tensor) -> Tensor:
+        """(E, B, W): the modulation's input, of time and class, for every noise_angle (E,) and every label (B,)."""
+        return F.silu(self.time(sinusoid(1000 * noise_angle, 256))[:, None] + self.label(labels))
 
     def forward(
         self,
         x: Tensor,
-        clock: Tensor | None = None,
+        noise_angle: Tensor | None = None,
         labels: Tensor | None = None,
         context: Context | None = None,
         condition: Tensor | None = None,
     ) -> DiTOutput:
-        """For clock and labels, or for the condition (B, W) made of them. With a context, as in training, dropout acts."""
+        """For noise_angle and labels, or for the condition (B, W) made of them. With a context, as in training, dropout acts."""
         if condition is None:
-            assert clock is not None and labels is not None
-            condition = F.silu(self.time(sinusoid(1000 * clock, 256)) + self.label(labels))
+            assert noise_angle is not None and labels is not None
+            condition = F.silu(self.time(sinusoid(1000 * noise_angle, 256)) + self.label(labels))
         h = self.embed(self._patches(x)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):

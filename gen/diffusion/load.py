@@ -1,4 +1,4 @@
-"""What runs leave for other commands: tokenizers, latent models (with their tokenizer inside) and learned solvers.
+"""Artefacts of runs: tokenizers, latent models (with their tokenizer inside) and learned solvers.
 
 tokenizer run      checkpoints/step-N/tokenizer/           (save_pretrained: config.json and safetensors)
 latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safetensors (if averaged), tokenizer/
@@ -8,6 +8,7 @@ features run       checkpoints/step-N/features.safetensors
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,13 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from midway.gen.core.config import from_dict, to_dict
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, one_line
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.samplers.learned_solver import LEARNED as AMED
-from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.sampler import Sampler
 from midway.samplers.table import Table
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -45,6 +47,11 @@ class TrainedModel:
     weights: str = ""
     """Which weights these are, for reports: the average and its width, or the newest, and the optimizer step."""
 
+    @cached_property
+    def decoder_hash(self) -> str:
+        """12 hexadecimal digits of the tokenizer's weights."""
+        return state_hash("decoder", self.tokenizer.state_dict())
+
 
 def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:
     """The tokenizer of a run, and the data it was trained on."""
@@ -55,22 +62,17 @@ def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokeniz
 
 
 def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
-    """`from_pretrained`, frozen, with an error that says what to do."""
+    """`from_pretrained`, frozen, with an error that names the fix."""
     try:
         tokenizer = ImageTokenizer.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", _reason(error), "train the tokenizer again") from error
+        raise DataError(f"{folder} cannot be read", one_line(error), "train the tokenizer again") from error
     nn.Module.to(tokenizer, device)  # diffusers' own `to` hides the signature
     return tokenizer.eval().requires_grad_(False)
 
 
-def _reason(error: Exception) -> str:
-    """The error as one line of at most 200 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-
-
 def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> None:
-    """Add to a checkpoint directory what tells how to read its weights, and the tokenizer."""
+    """Add the model's configuration and the tokenizer to a checkpoint directory."""
     description = {"config": to_dict(model.config), "latent_shape": list(model.latent_shape), "classes": model.classes}
     (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -89,7 +91,9 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
         model.load_state_dict(state)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", _reason(error), "train the model again with --overwrite") from error
+        raise DataError(
+            f"{folder} cannot be read", one_line(error), "train the model again with --overwrite"
+        ) from error
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=read_tokenizer(folder / "tokenizer", device),
@@ -112,7 +116,7 @@ def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
     return model_run / "solvers" / f"{name}-{grid}-nfe{nfe}"
 
 
-def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> LearnedSolver | Table | None:
+def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sampler | None:
     """The learned solver of this model, None when it was not trained; DataError when it belongs to other weights."""
     path = solver_path(trained.run.path, name, grid, nfe)
     if not (path / "config.yaml").exists():
@@ -120,10 +124,10 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Learne
     file = Run.open(path, "solver").checkpoint / "solver.safetensors"
     retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
     try:
-        solver = Table.load(file) if name == TABLE else LearnedSolver.load(file)
-        card = card_of(solver)
+        solver = Table.load(file) if name == TABLE else LearnedSolver.load(file, trained.model.schedule)
+        card = solver.card
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{file} cannot be read", _reason(error), retrain) from error
+        raise DataError(f"{file} cannot be read", one_line(error), retrain) from error
     if card is None or card.model_hash != trained.hash:
         raise DataError(
             f"{path} was learned for other weights",
@@ -131,10 +135,3 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Learne
             retrain,
         )
     return solver
-
-
-def card_of(solver: LearnedSolver | Table) -> SolverCard | None:
-    """What a learned solver belongs to and what it cost; None for a table that was not learned."""
-    if isinstance(solver, LearnedSolver):
-        return solver.card
-    return SolverCard(**json.loads(solver.metadata["card"])) if "card" in solver.metadata else None

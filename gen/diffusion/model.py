@@ -1,13 +1,14 @@
 """A diffusion or flow model on standardised latents, for every schedule and every target.
 
-With s = sqrt(alpha^2 + sigma^2) and a target `a x0 + b eps` (prediction.py) the network F sees and says unit-variance numbers:
+With s = sqrt(alpha^2 + sigma^2) and a target `a x0 + b eps` (prediction.py) the input and the output of the network F have unit
+variance:
 
-    F(x_t / s, clock, label)  ~  (a x0 + b eps) / sqrt(a^2 + b^2),      clock = 2/pi atan2(sigma, alpha) in [0, 1]
+    F(x_t / s, angle, label)  ~  (a x0 + b eps) / sqrt(a^2 + b^2),      angle = 2/pi atan2(sigma, alpha) in [0, 1]
     loss = mean square of the difference
 
 On `EDM` with target `v` this is EDM's preconditioning and loss weight for unit-variance data (Karras et al. 2022, arXiv
 2206.00364, Table 1); on `Linear` with `velocity` it is half the rectified-flow loss; on `Cosine` with `v` or `eps` the usual
-ones. The clock is the angle of the noise level, the same on all schedules.
+ones. The angle of the noise level means the same on all schedules.
 
 Time is drawn so that log rho = log(sigma / alpha) is normal (`logit_normal`: on `Linear` exactly SD3's t = sigmoid(N(m, s^2)),
 arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uniform on the sampling range.
@@ -15,21 +16,24 @@ arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uni
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.gen.core.files import state_hash
 from midway.gen.diffusion.dit import DiT, DiTConfig
-from midway.gen.diffusion.field import Guidance, LatentField
+from midway.gen.diffusion.field import LatentField
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
-from midway.samplers.guidance import ConditionalField, classifier_free
+from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
 from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients
 from midway.samplers.schedule import SCHEDULES, Schedule
 
 TIME_BUCKETS = 8
+EVERYWHERE = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -44,16 +48,32 @@ class LatentModelConfig:
     time_std: float = 1.0
     """Standard deviation of log rho for logit_normal."""
     conditional: bool = True
-    """Whether the model is told the class; an unconditional model has to find the modes by itself."""
+    """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
     label_dropout: float = 0.1
     """Share of samples trained without their class, for classifier-free guidance."""
     dequantise: bool = False
-    """Pixel models: spread each level over its cell, so that the density is one of pixels and has bits per dimension."""
+    """Pixel models: spread each level over its bin, so that the density is one of pixels and has bits per dimension."""
     dit: DiTConfig = field(default_factory=DiTConfig)
 
     def make_schedule(self) -> Schedule:
         """The schedule this names."""
         return SCHEDULES[self.schedule]()
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Guidance of a latent model (samplers/guidance.py)."""
+
+    scale: float = 1.0
+    interval: tuple[float, float] = EVERYWHERE
+    """Noise levels rho with low < rho <= high are guided."""
+    weak: "LatentModel | None" = None
+    """The worse model of autoguidance; None for classifier-free guidance."""
+
+    @cached_property
+    def weak_hash(self) -> str | None:
+        """12 hexadecimal digits of the worse model's weights, None without one."""
+        return None if self.weak is None else state_hash("weak", self.weak.state_dict())
 
 
 class LatentModel(nn.Module):
@@ -62,15 +82,15 @@ class LatentModel(nn.Module):
     def __init__(self, config: LatentModelConfig, latent_shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
         self.config, self.latent_shape = config, latent_shape
-        self.classes = classes if config.conditional else 0  # label `classes` says "no class"
+        self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.schedule = config.make_schedule()
         self.network = DiT(config.dit, *latent_shape, self.classes)
         if config.dequantise:
             self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
             self.half_cell: Tensor
 
-    def set_cells(self, levels: int, std: Tensor) -> None:
-        """Tell a dequantising model the cells of its data: levels in [-1, 1], and std (C,) of the pixels by channel."""
+    def set_bins(self, levels: int, std: Tensor) -> None:
+        """Set the bin width of dequantisation, for `levels` levels in [-1, 1] and std (C,) of the pixels by channel."""
         self.half_cell.copy_(1 / ((levels - 1) * std.view(-1, 1, 1)))
 
     def time_of(self, u: Tensor) -> Tensor:
@@ -90,13 +110,13 @@ class LatentModel(nn.Module):
         """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
-        return self.network(x / expand(scale, x), 2 / math.pi * torch.atan2(sigma, alpha), labels, context)
+        return self.network(x / expand(scale, x), self.noise_angle(t), labels, context)
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
 
         Where the batch has mirrored latents, each sample is one or the other, at random. With `dequantise` each pixel is uniform
-        on the cell of its level, value (2 u - 1) / (levels - 1) around it.
+        on the bin of its level, value (2 u - 1) / (levels - 1) around it.
         """
         x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
         if self.config.dequantise:
@@ -112,18 +132,26 @@ class LatentModel(nn.Module):
         target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
         output, _ = self.forward_network(x_t, t, labels, context)
         error = (output.float() - target).square().flatten(1).mean(1)
-        return error.mean(), {"loss_time": _loss_by_time(error.detach(), 2 / math.pi * torch.atan2(sigma, alpha))}
+        return error.mean(), {"loss_time": _loss_by_time(error.detach(), self.noise_angle(t))}
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 
+    @property
+    def target(self) -> Target:
+        return self.config.target
+
+    def noise_angle(self, t: Tensor) -> Tensor:
+        """The network's time, 2/pi atan2(sigma, alpha) in [0, 1], shaped like t."""
+        return 2 / math.pi * torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
+
     def output_scale(self, t: Tensor) -> Tensor:
-        """What the network's output of unit variance is multiplied by to give the target, shaped like t."""
+        """target / F, with F the network's output of unit variance, shaped like t."""
         a, b = target_coefficients(self.config.target, t, self.schedule)
         return (a.square() + b.square()).sqrt()
 
     def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
-        """One forward pass: what the network says about x_t (B, C, H, W) at t (B,) for labels (B,)."""
+        """One forward pass: the prediction for x_t (B, C, H, W) at t (B,) for labels (B,)."""
         output, hidden = self.forward_network(x, t, labels)
         value = output.to(x.dtype) * expand(self.output_scale(t), x)
         prediction = solve(value, self.config.target, x, t, self.schedule)
@@ -144,7 +172,15 @@ class LatentModel(nn.Module):
         self.check_guidance(chosen)
         if network is not None:
             return classifier_free(network, labels, self.null_labels(labels), chosen.scale)
-        return LatentField(self, labels, chosen)  # pyright: ignore[reportArgumentType] (sees this module twice)
+        plain = LatentField(self, labels)
+        if chosen.scale == 1:
+            return plain
+        if chosen.weak is not None:
+            guided = autoguidance(plain, LatentField(chosen.weak, labels), chosen.scale)
+        else:
+            guided = Together(chosen.scale, partial(LatentField, self), labels, self.null_labels(labels))
+        everywhere = chosen.interval == EVERYWHERE
+        return guided if everywhere else interval(guided, plain, self.schedule, *chosen.interval)
 
     def check_guidance(self, guidance: Guidance) -> None:
         """ValueError for guidance that this model cannot have."""
@@ -164,9 +200,9 @@ class LatentModel(nn.Module):
             )
 
 
-def _loss_by_time(error: Tensor, clock: Tensor) -> Tensor:
-    """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the clock (B,), so that intervals and processes add up."""
-    bucket = (clock * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
+def _loss_by_time(error: Tensor, angle: Tensor) -> Tensor:
+    """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the angle (B,), so that intervals and processes add up."""
+    bucket = (angle * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
     pairs = torch.stack([error, torch.ones_like(error)], dim=1)
     return pairs.new_zeros(TIME_BUCKETS, 2).index_put_((bucket,), pairs, accumulate=True)
 

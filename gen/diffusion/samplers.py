@@ -1,31 +1,40 @@
-"""From names to plans: which table, or which learned solver, a solver's name, a grid's name and a budget mean for a model.
+"""From names to samplers: which table, or which learned solver, a solver's name, a grid's name and a budget mean for a model.
 
-Everything that cannot be is refused here, before the first sample is drawn, with what is possible instead.
+Invalid combinations raise UsageError here, before the first sample is drawn, with what is possible instead.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import torch
+from torch import Tensor
+
+from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.diffusion.distill_table import BEST
-from midway.gen.diffusion.field import EVERYWHERE, Guidance
-from midway.gen.diffusion.fitted_grid import gits_grid
-from midway.gen.diffusion.load import LEARNED, TrainedModel, card_of, load_solver
-from midway.gen.diffusion.model import LatentModel
-from midway.gen.diffusion.sampling import Plan, SamplingConfig
-from midway.samplers.gits import GITS
-from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid
-from midway.samplers.learned_solver import SolverCard
+from midway.gen.diffusion.load import LEARNED, TrainedModel, load_solver
+from midway.gen.diffusion.model import EVERYWHERE, Guidance, LatentModel, start_state
+from midway.gen.diffusion.sampling import SamplingConfig
+from midway.samplers.card import SolverCard
+from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
+from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.sample import ForwardCounter
+from midway.samplers.sampler import Sampler
 from midway.samplers.solvers import SOLVERS, ddim, steps_for
 from midway.samplers.table import Table
 
 LEARNED_ON = (*GRIDS, BEST)
 """What a solver may have been learned on; `best`: whichever grid it began nearest to the teacher on."""
 
+WARM_UP = 64
+"""Trajectories that the grid `gits` is fitted to, of noise that no evaluated seed has."""
+_fits: dict[object, "Fit"] = {}
+
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """What a solver's name leaves open."""
+class SamplerConfig:
+    """Everything about a sampler but its solver's name and its budget."""
 
     grids: tuple[str, ...] = ("uniform", "logsnr", "karras")
     analytic_first: bool = False
@@ -42,12 +51,16 @@ class PlanConfig:
     graph: bool = False
 
     def sampling(self) -> SamplingConfig:
-        """How samples are drawn."""
+        """How samples are drawn; one object, which hashes the worse model once."""
+        return self._sampling
+
+    @cached_property
+    def _sampling(self) -> SamplingConfig:
         guidance = Guidance(self.guidance, self.interval, self.weak)
         return SamplingConfig(guidance, self.batch_size, self.precision, self.graph)
 
 
-def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: PlanConfig) -> Table:
+def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: SamplerConfig) -> Table:
     """The table of a named solver at exactly `nfe` evaluations; UsageError for a name or a budget that does not exist."""
     if solver not in SOLVERS:
         raise UsageError(
@@ -67,14 +80,55 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
         raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None
 
 
-def _times(grid: str, steps: int, trained: TrainedModel, config: PlanConfig) -> Grid:
+def _times(grid: str, steps: int, trained: TrainedModel, config: SamplerConfig) -> Grid:
     if grid == GITS:
         return gits_grid(trained, steps, config.sampling().guidance, config.rho_max, config.rho_min)
     return GRIDS[grid](trained.model.schedule, steps, config.rho_max, config.rho_min)
 
 
+def gits_grid(trained: TrainedModel, steps: int, guidance: Guidance, rho_max: float, rho_min: float) -> Grid:
+    """The `steps` steps that Euler's method in rho follows best; ValueError for more steps than the fine grid has."""
+    fit = _fit(trained, guidance, rho_max, rho_min)
+    return tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
+
+
+def fitting_nfe(trained: TrainedModel, config: SamplerConfig) -> int:
+    """Passes of samples through the networks that fitting costs, once per model."""
+    return _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min).nfe
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fine grid, the cost of jumping over parts of it, and the passes through the networks that this took."""
+
+    grid: Grid
+    costs: Tensor
+    nfe: int
+
+
+def _fit(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> Fit:
+    key = (trained.hash, guidance, rho_max, rho_min)
+    if key not in _fits:
+        networks = [model.network for model in (trained.model, guidance.weak) if model is not None]
+        with ForwardCounter(*networks) as counter:
+            grid, costs = _jump_costs(trained, guidance, rho_max, rho_min)
+        _fits[key] = Fit(grid, costs, counter.evaluations)
+    return _fits[key]
+
+
+@torch.no_grad()
+def _jump_costs(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> tuple[Grid, Tensor]:
+    model = trained.model
+    device = next(model.parameters()).device
+    order = torch.arange(WARM_UP)
+    noise = randomness.normal(0, "gits", 0, order, model.latent_shape).to(device)
+    fine = karras(model.schedule, FINE_STEPS, rho_max, rho_min)
+    field = model.field((order % max(model.classes, 1)).to(device), guidance)
+    return fine, jump_costs(field, model.schedule, start_state(model.schedule, fine[0], noise), fine)
+
+
 def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:
-    """Whether the solver can spend exactly `nfe` evaluations. Of a learned solver nothing is said."""
+    """Whether the solver can spend exactly `nfe` evaluations. True for any learned solver."""
     if solver not in SOLVERS:
         return True
     try:
@@ -83,8 +137,8 @@ def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:
         return False
 
 
-def make_plans(trained: TrainedModel, solver: str, nfe: int, config: PlanConfig) -> dict[str, Plan]:
-    """One plan per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
+def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
+    """One sampler per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
     for grid in config.grids:
         if grid not in (*GRIDS, GITS):
             raise UsageError(f"unknown grid '{grid}'", "it is not in the registry", nearest(grid, [*GRIDS, GITS]))
@@ -92,21 +146,21 @@ def make_plans(trained: TrainedModel, solver: str, nfe: int, config: PlanConfig)
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained, config) for grid in config.grids}
     found = {grid: load_solver(trained, solver, grid, nfe) for grid in LEARNED_ON}
-    plans = {grid: plan for grid, plan in found.items() if plan is not None}
-    if not plans:
+    samplers = {grid: sampler for grid, sampler in found.items() if sampler is not None}
+    if not samplers:
         raise UsageError(
             f"{solver} at NFE {nfe} has not been learned for {trained.run.path}",
             "a learned solver belongs to one model, grid and budget",
             f"python scripts/train_solver.py {solver} --model {trained.run.path} --nfe {nfe}",
         )
-    refusals = {grid: _refusal(card_of(plan), solver, grid, config) for grid, plan in plans.items()}
-    fitting = {grid: plan for grid, plan in plans.items() if refusals[grid] is None}
+    refusals = {grid: _refusal(sampler.card, solver, grid, config) for grid, sampler in samplers.items()}
+    fitting = {grid: sampler for grid, sampler in samplers.items() if refusals[grid] is None}
     if not fitting:
         raise next(refusal for refusal in refusals.values() if refusal is not None)
     return fitting
 
 
-def check_guidance(trained: TrainedModel, config: PlanConfig) -> None:
+def check_guidance(trained: TrainedModel, config: SamplerConfig) -> None:
     """UsageError for guidance that this model cannot have."""
     low, high = config.interval
     if config.guidance == 1 and (config.weak is not None or config.interval != EVERYWHERE):
@@ -131,7 +185,7 @@ def check_guidance(trained: TrainedModel, config: PlanConfig) -> None:
         ) from None
 
 
-def _refusal(card: SolverCard | None, solver: str, grid: str, config: PlanConfig) -> UsageError | None:
+def _refusal(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:
     """Why this learned solver cannot serve this sweep, None if it can."""
     assert card is not None
     if config.eta:

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, one_line
 from midway.gen.core.files import state_hash
 from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import CPU
 from midway.gen.evaluation.sources import LATENT_LIMIT
 from midway.samplers.denoisers import field_from_diffusers
-from midway.samplers.interop import convention_of, trained_range
+from midway.samplers.interop import parametrisation_of, trained_range
 from midway.samplers.prediction import NetworkField
 from midway.samplers.schedule import Schedule
 
@@ -84,7 +84,7 @@ def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
     parts = _parts(path)
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
     try:
-        schedule = convention_of(scheduler).schedule
+        schedule = parametrisation_of(scheduler).schedule
     except ValueError as error:
         raise _refusal(path, f"its scheduler is not known here: {error}") from None
     shape, classes = _interface(path, _json(path / "unet" / "config.json"))
@@ -118,7 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _refusal(path.parent, f"{path.name}: {type(error).__name__}: {error}") from None
+        raise _refusal(path.parent, f"{path.name}: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise _refusal(path.parent, f"{path.name} is not an object")
     return found
@@ -156,7 +156,7 @@ def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise _refusal(folder, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]) from None
+        raise _refusal(folder, one_line(error)) from None
     if report["missing_keys"] or report["mismatched_keys"]:
         raise _refusal(
             folder, f"weights are missing, such as {[*report['missing_keys'], *report['mismatched_keys']][0]}"

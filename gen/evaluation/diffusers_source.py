@@ -11,35 +11,35 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError, nearest
-from midway.gen.diffusion.field import EVERYWHERE
 from midway.gen.diffusion.load import LEARNED
-from midway.gen.diffusion.model import start_state
-from midway.gen.diffusion.samplers import PlanConfig
-from midway.gen.diffusion.sampling import Plan, SamplingConfig, labels_of, noise_of, solve
+from midway.gen.diffusion.model import EVERYWHERE, start_state
+from midway.gen.diffusion.samplers import SamplerConfig
+from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
 from midway.gen.evaluation.diffusers_model import DiffusersModel
-from midway.gen.evaluation.sources import SampledBatch, plan_hash
+from midway.gen.evaluation.sources import SampledBatch
 from midway.samplers.grids import GRIDS
 from midway.samplers.interop import trained_range
 from midway.samplers.sample import ForwardCounter
+from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, ddim, steps_for
 from midway.samplers.table import Table
 
-Config = TypeVar("Config", bound=PlanConfig)
+Config = TypeVar("Config", bound=SamplerConfig)
 
 
 @dataclass(frozen=True)
 class DiffusersSource:
-    """Samples of a diffusers model by one plan."""
+    """Samples of a diffusers model by one sampler."""
 
     model: DiffusersModel
-    plan: Plan
+    sampler: Sampler
     sampling: SamplingConfig
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Weights, configurations, plan and precision."""
-        return {"diffusers": self.model.hash, "plan": plan_hash(self.plan), "precision": self.sampling.precision}
+        """Weights, configurations, sampler and precision."""
+        return {"diffusers": self.model.hash, "plan": self.sampler.hash, "precision": self.sampling.precision}
 
     @torch.no_grad()
     def sample(self, seeds: Tensor) -> SampledBatch:
@@ -52,15 +52,15 @@ class DiffusersSource:
 
     def _solved(self, seeds: Tensor) -> Tensor:
         model = self.model
-        x = start_state(model.schedule, self.plan.grid[0], noise_of(seeds, model.shape).to(model.device))
-        return solve(self.plan, model.field(labels_of(seeds, model.classes)), model.schedule, x, seeds).cpu()
+        x = start_state(model.schedule, self.sampler.grid[0], noise_of(seeds, model.shape).to(model.device))
+        return self.sampler.run(model.field(labels_of(seeds, model.classes)), x, SeededNoise(seeds)).cpu()
 
     def images(self, raw: SampledBatch) -> Tensor:
         """Decoded, or in 256 levels."""
         return self.model.decode(raw.values)
 
 
-# ---- plans ----
+# ---- samplers ----
 
 
 def within_training(config: Config, schedule: Schedule) -> Config:
@@ -69,14 +69,14 @@ def within_training(config: Config, schedule: Schedule) -> Config:
     return replace(config, rho_max=min(config.rho_max, highest), rho_min=max(config.rho_min, lowest))
 
 
-def diffusers_plans(model: DiffusersModel, solver: str, nfe: int, config: PlanConfig) -> dict[str, Plan]:
+def diffusers_samplers(model: DiffusersModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
     """One table per grid, on the model's schedule; UsageError for what such a model cannot have."""
     _check(solver, config)
     config = within_training(config, model.schedule)
     return {grid: _table(model.schedule, solver, grid, nfe, config) for grid in config.grids}
 
 
-def _check(solver: str, config: PlanConfig) -> None:
+def _check(solver: str, config: SamplerConfig) -> None:
     for grid in config.grids:
         if grid not in GRIDS:
             raise UsageError(f"grid '{grid}' with --diffusers", "its grids are functions alone", nearest(grid, GRIDS))
@@ -91,7 +91,7 @@ def _check(solver: str, config: PlanConfig) -> None:
         raise UsageError(f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta")
 
 
-def _table(schedule: Schedule, solver: str, grid: str, nfe: int, config: PlanConfig) -> Table:
+def _table(schedule: Schedule, solver: str, grid: str, nfe: int, config: SamplerConfig) -> Table:
     entry = SOLVERS[solver]
     try:
         steps = steps_for(entry.evaluations, nfe, config.analytic_first)

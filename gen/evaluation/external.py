@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, UsageError
-from midway.gen.data.files import Decoded, Undecodable, check_bad, decode_all, open_files, prepare, stack
-from midway.gen.data.images import check_options
+from midway.gen.core.errors import DataError, UsageError, one_line
+from midway.gen.data.decoding import Decoded, Undecodable, check_options, prepare, stack
+from midway.gen.data.files import check_bad, decode_all, open_files
 from midway.gen.evaluation.sources import SampledBatch
 
 EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
@@ -115,13 +115,13 @@ def fingerprint(pixels: Tensor) -> str:
 def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
     with open_files(path) as files:
         names = in_turn(files.names)
-        results = decode_all(replace(files, names=names), options.channels, options.resize)
+        results = list(decode_all(replace(files, names=names), options.channels, options.resize))
     bad = [result for result in results if isinstance(result, Undecodable)]
     skipped = check_bad(bad, len(results), options.on_bad_image)
     good = [result for result in results if isinstance(result, Decoded)]
     lossy = any("JPEG" in note for image in good for note in image.notes) or any(WEBP.search(name) for name in names)
     turns = () if names == files.names else ("folders take turns, so that every block holds every class",)
-    pixels, conversions = stack(good)
+    pixels, conversions = stack(good, len(good))
     return torch.from_numpy(pixels), (*conversions, *((LOSSY,) if lossy else ()), *turns, *skipped)
 
 
@@ -141,7 +141,9 @@ def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, .
         return torch.from_numpy(array).permute(0, 3, 1, 2), ()  # a view: 50,000 images are not held twice
     grey_or_rgb = (pixels[..., 0] if pixels.shape[2] == 1 else pixels for pixels in array)
     named = ((f"{path.name}[{index}]", Image.fromarray(pixels)) for index, pixels in enumerate(grey_or_rgb))
-    pixels, conversions = stack([prepare(name, image, options.channels, options.resize) for name, image in named])
+    pixels, conversions = stack(
+        (prepare(name, image, options.channels, options.resize) for name, image in named), len(array)
+    )
     return torch.from_numpy(pixels), conversions
 
 
@@ -160,7 +162,7 @@ def read_npz(path: Path) -> NDArray[np.uint8]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        why = one_line(error)
         raise DataError(
             f"{path} holds no images that can be read", why, "write it with np.savez(path, images), uint8 (N, H, W, 3)"
         ) from None

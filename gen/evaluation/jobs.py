@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.core.errors import UsageError
-from midway.gen.diffusion.fitted_grid import fitting_nfe
-from midway.gen.diffusion.load import LEARNED, TrainedModel, card_of
-from midway.gen.diffusion.samplers import PlanConfig, is_reachable, make_plans
-from midway.gen.diffusion.sampling import Plan
+from midway.gen.diffusion.load import LEARNED, TrainedModel
+from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, is_reachable, make_samplers
 from midway.gen.evaluation.diffusers_model import DiffusersModel
-from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_plans, within_training
+from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_samplers, within_training
 from midway.gen.evaluation.external import ExternalImages, ImagesSource, check_count
 from midway.gen.evaluation.sources import BaselineSource, SampleSource, SolverSource
 from midway.gen.evaluation.store import PART
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
+from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table
 
 Model = TrainedModel | DiffusersModel
 """What solvers are measured on."""
@@ -30,7 +30,7 @@ Other = TrainedBaseline | ExternalImages
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(PlanConfig):
+class SweepConfig(SamplerConfig):
     """What to measure."""
 
     solvers: tuple[str, ...] = ("euler", "ddim", "heun", "dpm2", "dpmpp2m")
@@ -69,7 +69,7 @@ def asked(config: SweepConfig) -> list[tuple[str, int]]:
     return [(s, k) for s, k in pairs if not config.skip or is_reachable(s, k, config.analytic_first)]
 
 
-def reference_plan(schedule: Schedule, config: SweepConfig) -> Plan:
+def reference_table(schedule: Schedule, config: SweepConfig) -> Table:
     """The fine solution that RMSE is measured against: Heun's method on EDM's grid."""
     times = GRIDS["karras"](schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
     return SOLVERS["heun"].build(schedule, times)
@@ -89,14 +89,14 @@ class Job:
 
 def fine_source(model: Model, config: SweepConfig) -> SampleSource:
     """What RMSE is measured against, as a source of samples."""
-    return _source(model, fine_plan(model, config), config)
+    return _source(model, fine_table(model, config), config)
 
 
-def fine_plan(model: Model, config: SweepConfig) -> Plan:
-    """`reference_plan` on the noise levels that the model was trained on."""
+def fine_table(model: Model, config: SweepConfig) -> Table:
+    """`reference_table` on the noise levels that the model was trained on."""
     if isinstance(model, DiffusersModel):
-        return reference_plan(model.schedule, within_training(config, model.schedule))
-    return reference_plan(model.model.schedule, config)
+        return reference_table(model.schedule, within_training(config, model.schedule))
+    return reference_table(model.model.schedule, config)
 
 
 def all_jobs(model: Model | None, others: Mapping[str, Other], config: SweepConfig, n: int) -> list[Job]:
@@ -107,24 +107,24 @@ def all_jobs(model: Model | None, others: Mapping[str, Other], config: SweepConf
 def solver_jobs(model: Model, config: SweepConfig) -> list[Job]:
     """Every solver on every grid at every budget; UsageError for what cannot be."""
     classes = model.classes if isinstance(model, DiffusersModel) else model.model.classes
-    plans = [(solver, _plans(model, solver, nfe, config)) for solver, nfe in asked(config)]
+    samplers = [(solver, _samplers(model, solver, nfe, config)) for solver, nfe in asked(config)]
     return [
-        Job(solver, grid, _source(model, plan, config), _training_nfe(plan, grid), classes=classes)
-        for solver, by_grid in plans
-        for grid, plan in by_grid.items()
+        Job(solver, grid, _source(model, sampler, config), _training_nfe(model, sampler, grid, config), classes=classes)
+        for solver, by_grid in samplers
+        for grid, sampler in by_grid.items()
     ]
 
 
-def _plans(model: Model, solver: str, nfe: int, config: SweepConfig) -> dict[str, Plan]:
+def _samplers(model: Model, solver: str, nfe: int, config: SweepConfig) -> dict[str, Sampler]:
     if isinstance(model, DiffusersModel):
-        return diffusers_plans(model, solver, nfe, config)
-    return make_plans(model, solver, nfe, config)
+        return diffusers_samplers(model, solver, nfe, config)
+    return make_samplers(model, solver, nfe, config)
 
 
-def _source(model: Model, plan: Plan, config: SweepConfig) -> SampleSource:
+def _source(model: Model, sampler: Sampler, config: SweepConfig) -> SampleSource:
     if isinstance(model, DiffusersModel):
-        return DiffusersSource(model, plan, config.sampling())
-    return SolverSource(model, plan, config.sampling())
+        return DiffusersSource(model, sampler, config.sampling())
+    return SolverSource(model, sampler, config.sampling())
 
 
 def other_jobs(others: Mapping[str, Other], config: SweepConfig, n: int) -> list[Job]:
@@ -140,9 +140,10 @@ def _other_job(name: str, its: Other, config: SweepConfig, n: int) -> Job:
     return Job(f"images: {name}", "", ImagesSource(its, config.first_seed), baseline=True)
 
 
-def _training_nfe(plan: Plan, grid: str) -> int:
-    card = card_of(plan)
-    return card.training_nfe if card is not None else fitting_nfe() if grid == GITS else 0
+def _training_nfe(model: Model, sampler: Sampler, grid: str, config: SweepConfig) -> int:
+    if sampler.card is not None:
+        return sampler.card.training_nfe
+    return fitting_nfe(model, config) if grid == GITS and isinstance(model, TrainedModel) else 0
 
 
 def planned_cells(config: SweepConfig, others: int = 0, model: bool = True) -> Iterator[str]:

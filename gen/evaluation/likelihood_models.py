@@ -10,11 +10,9 @@ from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.baselines.vae import VAE
 from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.data.splits import Splits
-from midway.gen.diffusion.cnf import Cost
-from midway.gen.diffusion.load import TrainedModel, card_of
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig, bits_per_dim
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
-from midway.gen.diffusion.sampling import Plan
+from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import (
     Bounds,
     LikelihoodRow,
@@ -32,6 +30,7 @@ from midway.gen.evaluation.likelihood import (
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.features.reference import FeatureReference
 from midway.gen.training.batches import Context
+from midway.samplers.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Instruments:
     floor: float | None
     levels: int
     """Of the data."""
-    plans: PlanConfig
+    plans: SamplerConfig
     """How latent models are sampled, by `solver` at `nfe` evaluations."""
     solver: str
     nfe: int
@@ -102,8 +101,8 @@ def latent_row(name: str, trained: TrainedModel, instruments: Instruments) -> Li
 
     UsageError for a solver that cannot spend the budget; DivergedError for bad samples.
     """
-    plan = next(iter(make_plans(trained, instruments.solver, instruments.nfe, instruments.plans).values()))
-    source = SolverSource(trained, plan, instruments.plans.sampling())
+    sampler = next(iter(make_samplers(trained, instruments.solver, instruments.nfe, instruments.plans).values()))
+    source = SolverSource(trained, sampler, instruments.plans.sampling())
     pixels = trained.tokenizer.passes_through
     begun = time.perf_counter()
     score, cost = density_score(trained, instruments) if pixels else (None, None)
@@ -135,7 +134,7 @@ def latent_row(name: str, trained: TrainedModel, instruments: Instruments) -> Li
         model=trained.hash,
         seconds=None if score is None else round(seconds, 3),
         sample_nfe=int(raw.nfe),
-        sampler=f"{instruments.solver}, {plan_grid(plan, instruments)}",
+        sampler=f"{instruments.solver}, {grid_of(sampler, instruments)}",
         sample_seconds=round(1000 * sampling / len(images), 3),
         distance=None if reference is None else reference.distance(images),
         floor=instruments.floor,
@@ -151,10 +150,9 @@ def ode_bound(instruments: Instruments, cost: Cost, dims: int) -> str:
     return f"1 draw of u, {ode.solver} with {cost.evaluations} NFE, {trace} trace{probes}"
 
 
-def plan_grid(plan: Plan, instruments: Instruments) -> str:
+def grid_of(sampler: Sampler, instruments: Instruments) -> str:
     """The name of the grid: a learned solver brings its own."""
-    card = card_of(plan)
-    return instruments.plans.grids[0] if card is None else card.grid_name
+    return instruments.plans.grids[0] if sampler.card is None else sampler.card.grid_name
 
 
 def density_score(trained: TrainedModel, instruments: Instruments) -> tuple[Score, Cost]:

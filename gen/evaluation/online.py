@@ -3,41 +3,19 @@
 Small numbers of images make distances that compare with one another alone: every line says how many they were.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import PlanConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.features.reference import FeatureReference
-
-
-@dataclass(frozen=True)
-class OnlineConfig:
-    """What is measured at every `--measure-every` steps."""
-
-    nfe: tuple[int, ...] = (5, 10, 20)
-    """Network evaluations per image."""
-    n: int = 1000
-    """Images of each budget, seeds 0 to n - 1."""
-    solver: str = "dpmpp2m"
-    grid: str = "karras"
-    features: Path | None = None
-    """Run directory of the feature network (default: the one beside the tokenizer that was trained on its images)."""
-
-    def __post_init__(self) -> None:
-        if self.n < 2 or not self.nfe or min(self.nfe) < 1:
-            raise ValueError(
-                f"online evaluation of n {self.n} at NFE {self.nfe}: use 2 images or more, at 1 evaluation or more"
-            )
+from midway.gen.training.config import OnlineConfig
 
 
 def online_distances(trained: TrainedModel, reference: FeatureReference, config: OnlineConfig) -> dict[int, float]:
     """The distance at every budget; infinite where samples are not finite. UsageError for a budget the solver cannot spend."""
-    plans = PlanConfig(grids=(config.grid,))
+    plans = SamplerConfig(grids=(config.grid,))
     found = {}
     for nfe in config.nfe:
         table = make_table(config.solver, config.grid, nfe, trained, plans)

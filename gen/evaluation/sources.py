@@ -4,24 +4,19 @@ A source says what its images depend on (`identity`), and makes those of given s
 that any process may make any part of a cell.
 """
 
-import dataclasses
-import hashlib
-import json
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.core.errors import DivergedError
-from midway.gen.core.files import state_hash
 from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.sampling import Plan, SamplingConfig, decode, labels_of, sample_latents
-from midway.samplers.table import Table
+from midway.gen.diffusion.sampling import SamplingConfig, decode, labels_of, sample_latents
+from midway.samplers.sampler import Sampler
 
 LATENT_LIMIT = 100.0
 """Standard deviations at which a latent is clamped before it is decoded; a cell with latents that are not finite is diverged."""
@@ -58,28 +53,27 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class SolverSource:
-    """Samples of a latent model by one plan: standardised latents, then decoded."""
+    """Samples of a latent model by one sampler: standardised latents, then decoded."""
 
     trained: TrainedModel
-    plan: Plan
+    sampler: Sampler
     sampling: SamplingConfig
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, decoder, plan, guidance and precision; neither batch size nor graph, which change nothing beyond rounding."""
+        """Model, decoder, sampler, guidance and precision; neither batch size nor graph, which change nothing beyond rounding."""
         guidance = self.sampling.guidance
-        weak = None if guidance.weak is None else state_hash("weak", guidance.weak.state_dict())
         return {
             "model": self.trained.hash,
-            "decoder": state_hash("decoder", self.trained.tokenizer.state_dict()),
-            "plan": plan_hash(self.plan),
-            "guidance": [guidance.scale, list(map(str, guidance.interval)), weak],
+            "decoder": self.trained.decoder_hash,
+            "plan": self.sampler.hash,
+            "guidance": [guidance.scale, list(map(str, guidance.interval)), guidance.weak_hash],
             "precision": self.sampling.precision,
         }
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Latents float32 (n, C, h, w)."""
-        samples = sample_latents(self.trained, self.plan, seeds, self.sampling)
+        samples = sample_latents(self.trained, self.sampler, seeds, self.sampling)
         return SampledBatch(samples.latents, samples.nfe, samples.seconds)
 
     def images(self, raw: SampledBatch) -> Tensor:
@@ -117,13 +111,3 @@ class BaselineSource:
     def images(self, raw: SampledBatch) -> Tensor:
         """In 256 levels."""
         return to_uint8(raw.values.nan_to_num())
-
-
-def plan_hash(plan: Plan) -> str:
-    """12 hexadecimal digits of all numbers of a table or a learned solver."""
-    if isinstance(plan, Table):
-        numbers = [plan.grid, plan.nodes, [dataclasses.astuple(row) for row in plan.rows], plan.schedule]
-        return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:12]
-    description = json.dumps([dataclasses.asdict(plan.card), plan.grid])
-    state = {name: value.contiguous() for name, value in plan.rule.state_dict().items()}
-    return hashlib.sha256(description.encode() + save(state)).hexdigest()[:12]

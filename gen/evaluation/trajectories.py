@@ -26,8 +26,9 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError, UsageError
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import start_state
-from midway.gen.diffusion.sampling import Plan, SamplingConfig, SeededNoise, labels_of, noise_of
+from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
 from midway.samplers.sample import trajectory
+from midway.samplers.sampler import Sampler
 from midway.samplers.table import Table
 
 COMPONENTS = 6
@@ -149,14 +150,14 @@ def trajectories(trained: TrainedModel, table: Table, seeds: Tensor, config: Sam
 
 
 def trajectory_geometry(
-    trained: TrainedModel, plan: Plan, seeds: Tensor, config: SamplingConfig | None = None, paths: int = 6
+    trained: TrainedModel, sampler: Sampler, seeds: Tensor, config: SamplingConfig | None = None, paths: int = 6
 ) -> TrajectoryGeometry:
-    """The geometry of the trajectories of `plan` from seeds (S,); a solver of many steps shows the field's own.
+    """The geometry of the trajectories of `sampler` from seeds (S,); a solver of many steps shows the field's own.
 
     Holds S x (N + 1) latents. UsageError for a solver that is learned per sample, which is no table; DivergedError for
     states that are not finite.
     """
-    table = plan if isinstance(plan, Table) else plan.table(trained.model.schedule)
+    table = sampler.table
     if table is None:
         raise UsageError(
             "a solver with steps of its own for each sample",

@@ -1,19 +1,18 @@
-"""A small convolutional classifier whose penultimate layer measures images, and its file format.
+"""A small convolutional classifier whose penultimate layer gives features of images, and its file format.
 
     x = uint8 / 127.5 - 1
     h = 3 x [conv 3x3, group norm, SiLU, conv 3x3 stride 2, group norm, SiLU],   channels width, 2 width, 4 width
     features = SiLU(W1 mean_space(h) + b1)  (dim),     logits = W2 features + b2  (classes)
 
-Retraining changes every distance, so a feature network is named by a hash of its weights: `cnn-digits@3fa2c1ab90de`.
-Features are float32 whatever the caller's autocast or TF32 settings, and are computed in blocks of exactly 256 images
-(the last one padded): libraries choose kernels by batch size, and so a free batch size would change the last bits.
+Retraining changes every distance, so the name of a feature network contains a hash of its weights: `cnn-digits@3fa2c1ab90de`.
+Features are computed in blocks of 256 images (extractor.py).
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,20 +23,12 @@ from torch.nn import functional as F
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import state_hash, write_atomically
 from midway.gen.data.images import to_float
-from midway.gen.features.extractor import Activations, other_label, plain_float32
+from midway.gen.features.extractor import Activations, in_blocks, other_label
+from midway.gen.training.batches import ImageBatch
 
 BLOCK = 256
 FORMAT = "midway-features"
 VERSION = 1
-
-
-class LabelledBatch(Protocol):
-    """What `loss` reads of a batch: `images` uint8 (B, C, H, W), `labels` int64 (B,)."""
-
-    @property
-    def images(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +67,7 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 class FeatureNetwork(nn.Module):
-    """The classifier described above. No layer depends on the mode (train or eval) or on the rest of a batch."""
+    """The classifier above. Results depend neither on the mode (train or eval) nor on other images of the batch."""
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
@@ -101,36 +92,17 @@ class FeatureNetwork(nn.Module):
         """float32 (B, dim) of uint8 images (B, C, H, W); the same bits for any B. ValueError on other images."""
         return self.activations(images).features
 
-    @torch.no_grad()
     def activations(self, images: Tensor) -> Activations:
-        """Features and the class logits made of them; as `features`."""
+        """Features and their class logits; as `features`."""
         _check_images(images, self.config)
-        device = self.classify.weight.device
-        with plain_float32(device):
-            blocks = [self._block(block.to(device)) for block in images.split(BLOCK)]
-            features = torch.cat(blocks) if blocks else torch.empty(0, self.config.dim, device=device)
-            return Activations(features, self._logits(features))
+        return in_blocks(images, BLOCK, self.classify.weight.device, self._block_activations)
 
-    def _block(self, images: Tensor) -> Tensor:
-        count = len(images)
-        padded = F.pad(images, (0, 0, 0, 0, 0, 0, 0, BLOCK - count))
-        return self(to_float(padded))[:count]
+    def _block_activations(self, images: Tensor) -> Activations:
+        features = self(to_float(images))
+        return Activations(features, self.classify(features))
 
-    def _logits(self, features: Tensor) -> Tensor:
-        """float32 (B, classes), in blocks as the features."""
-        parts = [
-            self.classify(F.pad(part, (0, 0, 0, BLOCK - len(part))))[: len(part)] for part in features.split(BLOCK)
-        ]
-        return torch.cat(parts)
-
-    def loss(self, batch: LabelledBatch, context: object) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy (nats) and its logs, with the accuracy in [0, 1]. DataError without labels."""
-        if batch.labels is None:
-            raise DataError(
-                "the images have no labels",
-                "a feature network learns by telling classes apart",
-                "use labelled images, e.g. one folder per class",
-            )
+    def loss(self, batch: ImageBatch, context: object) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy (nats) and its logs, with the accuracy in [0, 1]."""
         logits = self.classify(self(to_float(batch.images)))
         loss = F.cross_entropy(logits.float(), batch.labels)
         accuracy = (logits.argmax(dim=1) == batch.labels).float().mean()
@@ -159,7 +131,7 @@ def feature_hash(network: FeatureNetwork) -> str:
 
 
 def protocol_name(network: FeatureNetwork, data_name: str) -> str:
-    """The name that every number measured with `network` carries: `cnn-digits@3fa2c1ab90de`."""
+    """The name of this protocol in every report: `cnn-digits@3fa2c1ab90de`."""
     return f"cnn-{data_name}@{feature_hash(network)}"
 
 
@@ -193,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise _refuse(path, f"the file cannot be read ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise _refuse(path, "it holds something else: its metadata do not name a feature network")
+        raise _refuse(path, "its metadata are not those of a feature network")
     if metadata.get("version") != str(VERSION):
         raise _refuse(path, f"its format version is {metadata.get('version')}; this program reads {VERSION}")
     return metadata, tensors
@@ -213,7 +185,7 @@ def load_features(path: Path) -> tuple[FeatureNetwork, str]:
 
 
 class TrainedExtractor:
-    """A trained feature network under its protocol name, as an Extractor: it measures images of its own shape."""
+    """A trained feature network with its protocol name, as an Extractor of images of its own shape."""
 
     has_logits = True
 
@@ -227,14 +199,14 @@ class TrainedExtractor:
 
     @property
     def note(self) -> str:
-        """How to read the numbers."""
+        """A sentence for reports: how distances may be compared."""
         return (
-            "The distance uses a feature network trained on this data set; it ranks what is measured on it and cannot "
+            "The distance uses a feature network trained on this data set; it compares models of this data set and cannot "
             "be compared with published figures."
         )
 
     def check(self, images: Tensor, what: str = "the images are") -> None:
-        """DataError unless these are uint8 images (N, C, H, W) of the network's shape, which `what` makes."""
+        """DataError unless these are uint8 images (N, C, H, W) of the network's shape; `what` names their source."""
         try:
             _check_images(images, self.network.config)
         except ValueError:

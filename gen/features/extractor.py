@@ -1,15 +1,13 @@
-"""What turns images into features and logits: one interface to trained and to published feature networks.
+"""Feature networks: one interface to trained and published ones, from images to features and logits.
 
-Every extractor computes in IEEE float32 with deterministic kernels, whatever autocast, TF32 and benchmark settings hold
-outside, and in blocks of one fixed size (the last one padded): libraries choose kernels by batch size, and so a free batch
-size would change the last bits.
+Every extractor computes in IEEE float32 with deterministic kernels, for all autocast, TF32 and benchmark settings, and in blocks
+of one fixed size (the last one padded), because libraries choose kernels by batch size, which would change the last bits.
 """
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol, Self
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +16,29 @@ from torch.nn import functional as F
 from midway.gen.core.errors import DataError
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What a feature network makes of N images: features float32 (N, D), logits (N, K) if it is a classifier."""
+class Activations(NamedTuple):
+    """Outputs of a feature network for N images: features float32 (N, D), and logits (N, K) of a classifier."""
 
     features: Tensor
     logits: Tensor | None
 
 
 class Extractor(Protocol):
-    """A feature network that is ready to measure."""
+    """A feature network with its weights."""
 
     @property
     def name(self) -> str:
-        """The protocol, with a hash of the weights; every number measured carries it."""
+        """The protocol, with a hash of the weights; part of every reported distance."""
         ...
 
     @property
     def label(self) -> str:
-        """What a distance of these features is called: FID, or Fréchet distance (name)."""
+        """The name of distances of these features: FID, or Fréchet distance (name)."""
         ...
 
     @property
     def note(self) -> str:
-        """How to read the numbers: a sentence for reports."""
+        """A sentence for reports: how distances may be compared."""
         ...
 
     @property
@@ -55,7 +52,7 @@ class Extractor(Protocol):
         ...
 
     def check(self, images: Tensor, what: str = "the images are") -> None:
-        """DataError unless it measures images like these uint8 (N, C, H, W), which `what` makes."""
+        """DataError for images unsupported by the network, uint8 (N, C, H, W), whose source `what` names."""
         ...
 
     def features(self, images: Tensor) -> Tensor:
@@ -72,12 +69,12 @@ class Extractor(Protocol):
 
 
 def other_label(name: str) -> str:
-    """What a distance is called that is not FID."""
+    """The name of distances other than FID."""
     return f"Fréchet distance ({name})"
 
 
 class PublishedExtractor(nn.Module, ABC):
-    """A published network for RGB images of any size, which it resizes; grey images are repeated to three channels."""
+    """A published network for RGB images of any size, resized to its own; grey images are repeated to three channels."""
 
     dim: int
     has_logits = False
@@ -89,18 +86,18 @@ class PublishedExtractor(nn.Module, ABC):
 
     @property
     def note(self) -> str:
-        """How to read the numbers."""
+        """A sentence for reports: how distances may be compared."""
         return (
             f"{self.label}: features of {self.name}, which was trained on other images. Distances compare only with those "
             "of the same network, the same number of images and the same reference images."
         )
 
     @abstractmethod
-    def look(self, images: Tensor) -> Activations:
+    def block_activations(self, images: Tensor) -> Activations:
         """Activations of exactly one block of uint8 images (block, 3, H, W)."""
 
     def check(self, images: Tensor, what: str = "the images are") -> None:
-        """DataError unless these are uint8 images (N, 1 or 3, H, W), which `what` makes."""
+        """DataError unless these are uint8 images (N, 1 or 3, H, W); `what` names their source."""
         if not _is_measurable(images):
             raise DataError(
                 f"{self.name} measures uint8 images (N, 1 or 3, height, width)",
@@ -121,17 +118,22 @@ class PublishedExtractor(nn.Module, ABC):
                 "convert floats with midway.gen.data.images"
             )
         device = self.get_buffer("place").device
-        with plain_float32(device):
-            parts = [self._padded(part.to(device)) for part in images.split(self.block)]
-        logits = [part.logits for part in parts if part.logits is not None]
-        return Activations(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
+        return in_blocks(images, self.block, device, lambda part: self.block_activations(part.expand(-1, 3, -1, -1)))
 
-    def _padded(self, images: Tensor) -> Activations:
-        """Of at most one block; of no images too, so that their shapes are known."""
-        count = len(images)
-        whole = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.block - count))
-        seen = self.look(whole.expand(-1, 3, -1, -1))
-        return Activations(seen.features[:count], None if seen.logits is None else seen.logits[:count])
+
+@torch.no_grad()
+def in_blocks(
+    images: Tensor, block: int, device: torch.device, activations: Callable[[Tensor], Activations]
+) -> Activations:
+    """`activations` of every block of exactly `block` images, the last one padded, in IEEE float32; also of no images."""
+    found = []
+    with plain_float32(device):
+        for part in images.split(block):
+            padded = F.pad(part.to(device), (0, 0, 0, 0, 0, 0, 0, block - len(part)))
+            features, logits = activations(padded)
+            found.append((features[: len(part)], None if logits is None else logits[: len(part)]))
+    logits = [rows for _, rows in found if rows is not None]
+    return Activations(torch.cat([rows for rows, _ in found]), torch.cat(logits) if logits else None)
 
 
 def _is_measurable(images: Tensor) -> bool:
@@ -140,7 +142,7 @@ def _is_measurable(images: Tensor) -> bool:
 
 @contextlib.contextmanager
 def plain_float32(device: torch.device) -> Iterator[None]:
-    """IEEE float32 and deterministic kernels inside, whatever autocast, TF32 and benchmark settings hold outside."""
+    """IEEE float32 and deterministic kernels inside, for all autocast, TF32 and benchmark settings outside."""
     backends = torch.backends
     named = (
         (backends.cuda, "matmul"),

@@ -14,9 +14,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from midway.gen.core.files import state_hash
+from midway.gen.core.errors import one_line
+from midway.gen.core.files import file_hash, state_hash
 from midway.gen.features.extractor import Activations, PublishedExtractor, other_label
-from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights, sha256_of
+from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights
 
 INCEPTION = Published(
     "inception",
@@ -38,8 +39,8 @@ class Inception(PublishedExtractor):
         super().__init__(name, label, block)
         self.network = network
 
-    def look(self, images: Tensor) -> Activations:
-        """Of one block of uint8 images (block, 3, H, W)."""
+    def block_activations(self, images: Tensor) -> Activations:
+        """Activations of one block of uint8 images (block, 3, H, W)."""
         return Activations(*self.network(images))
 
 
@@ -47,7 +48,7 @@ def open_inception(given: Path | None = None, block: int = BLOCK) -> Inception:
     """The network with the weights `given`, or found. DataError before anything else if there are none or they are damaged."""
     path = find_weights(INCEPTION, given)
     network = build_inception(read_weights(path), path)
-    digest = sha256_of(path)
+    digest = file_hash(path)
     official = digest.startswith(INCEPTION.digits)
     name = protocol_name(digest[:12] if official else state_hash("inception", network.state_dict()))
     return Inception(network, name, "FID" if official else other_label(name), block)
@@ -75,5 +76,5 @@ def build_inception(state: dict[str, Tensor], path: Path) -> nn.Module:
         ):
             return theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     except RuntimeError as error:
-        why = f"they are not those of Inception-v3 ({' '.join(str(error).split())[:300]})"
+        why = f"they are not those of Inception-v3 ({one_line(error)})"
         raise bad_weights(path, why) from None

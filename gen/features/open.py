@@ -1,7 +1,7 @@
-"""The feature network that measures a data set: a published one by its name, or a trained one.
+"""The feature network of a data set: a published one by name, or a trained one.
 
-A trained one is found beside the runs that it measures, and refused if it is of other images. One of other images, or of
-another split, would know held-out images: a floor measured with it is none.
+A trained one is looked for next to the evaluated runs, and must have the same images and split: one that was trained on held-out
+images would give too low a floor.
 """
 
 import difflib
@@ -9,28 +9,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
-from midway.gen.features.classifier import FeatureNetwork, TrainedExtractor, load_features
+from midway.gen.features.classifier import TrainedExtractor, load_features
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.inception import INCEPTION, open_inception
 from midway.gen.features.vit import ENCODERS, open_vision_transformer
 
 PUBLISHED = (INCEPTION.network, *ENCODERS)
-"""Networks that are known by name."""
+"""Names of published networks."""
 
 
 def data_of(run: Run) -> DataConfig:
-    """The images that a run was trained on."""
+    """The data configuration of a run."""
     return from_dict(DataConfig, run.config["data"], "config.data")
 
 
 def same_images(theirs: DataConfig, ours: DataConfig) -> bool:
-    """Whether two configurations name the same images in the same split."""
+    """Whether two configurations have the same images in the same split."""
     return replace(theirs, download=ours.download, on_bad_image=ours.on_bad_image) == ours
 
 
@@ -94,15 +92,3 @@ def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
             "pass --features RUN, or train features with scripts/train_features.py",
         )
     return found[0]
-
-
-def check_shape(network: FeatureNetwork, name: str, images: Tensor, what: str) -> None:
-    """DataError unless the feature network measures images of the shape that `what` makes, that of uint8 (N, C, H, W)."""
-    config = network.config
-    shape = (config.in_channels, config.image_size, config.image_size)
-    if tuple(images.shape[1:]) != shape:
-        raise DataError(
-            f"{name} measures {shape} images",
-            f"{what} {tuple(images.shape[1:])}",
-            "train features on the same data with scripts/train_features.py",
-        )

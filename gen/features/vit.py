@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from midway.gen.core.errors import one_line
 from midway.gen.core.files import state_hash
 from midway.gen.features.extractor import Activations, PublishedExtractor, other_label
 from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights
@@ -85,8 +86,8 @@ class VisionTransformer(PublishedExtractor):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
-    def look(self, images: Tensor) -> Activations:
-        """Of one block of uint8 images (block, 3, H, W)."""
+    def block_activations(self, images: Tensor) -> Activations:
+        """Activations of one block of uint8 images (block, 3, H, W)."""
         resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention would choose its own precision
             return Activations(self.network((resized / 255 - self.mean) / self.std), None)
@@ -119,7 +120,7 @@ def build_encoder(encoder: Encoder, state: dict[str, Tensor], path: Path) -> Any
     try:
         network.load_state_dict(checkpoint_filter_fn(full, network), assign=True)
     except (RuntimeError, KeyError, ValueError) as error:
-        why = f"they are not those of {encoder.network} ({' '.join(str(error).split())[:300]})"
+        why = f"they are not those of {encoder.network} ({one_line(error)})"
         raise bad_weights(path, why) from None
     return network
 

@@ -5,7 +5,6 @@ cache, and on the internet. A file that was named is used as it is; one from the
 checksum, if there is one. There is no fallback to other weights: without them it is an error, before anything is sampled.
 """
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -20,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DiskError, UsageError
+from midway.gen.core.errors import DataError, DiskError, UsageError, one_line
+from midway.gen.core.files import file_hash, replacing
 
 CHUNK = 1 << 20
 
@@ -72,10 +72,10 @@ def _from_url(published: Published) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / published.file
     if not path.exists():
         download(published, path)
-    elif not sha256_of(path).startswith(published.digits):
+    elif not file_hash(path).startswith(published.digits):
         raise DataError(
             f"the weights {path} are not the published ones",
-            f"their sha256 {sha256_of(path)} does not start with {published.digits}",
+            f"their sha256 {file_hash(path)} does not start with {published.digits}",
             "delete the file and fetch it again; to use other weights, name them with --feature-weights",
         )
     return path
@@ -83,31 +83,24 @@ def _from_url(published: Published) -> Path:
 
 def download(published: Published, path: Path) -> None:
     """Fetch `published` into `path`, all or nothing: a truncated or wrong file never stays. DataError, DiskError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = _receive(published, temporary)
-        if not found.startswith(published.digits):
-            raise missing(published, f"what {published.url} sent has sha256 {found}, not {published.digits}...")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            found = _receive(published, temporary)
+            if not found.startswith(published.digits):
+                raise missing(published, f"what {published.url} sent has sha256 {found}, not {published.digits}...")
     except (URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise missing(published, f"{published.url} cannot be fetched ({error})") from None
     except OSError as error:
         raise DiskError(f"cannot write {path}", str(error), "free disk space, or set TORCH_HOME") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _receive(published: Published, path: Path) -> str:
-    """Write what is sent, synced; its sha256."""
+    """Write what is sent; its sha256."""
     digest = hashlib.sha256()
     with urlopen(published.url, timeout=20) as response, open(path, "wb") as file:
         while chunk := response.read(CHUNK):
             digest.update(chunk)
             file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
     return digest.hexdigest()
 
 
@@ -120,7 +113,7 @@ def _from_repository(published: Published) -> Path:
     try:
         return Path(hf_hub_download(published.repository, published.file))
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such file, offline mode: one remedy for all
-        raise missing(published, f"{published.repository} cannot be fetched ({first_line(error)})") from None
+        raise missing(published, f"{published.repository} cannot be fetched ({one_line(error)})") from None
 
 
 def not_installed(package: str, network: str) -> UsageError:
@@ -132,12 +125,6 @@ def not_installed(package: str, network: str) -> UsageError:
     )
 
 
-def sha256_of(path: Path) -> str:
-    """64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name, on the CPU, of a .safetensors file or of a PyTorch file, none of whose code is run.
 
@@ -146,7 +133,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         read = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except Exception as error:  # damage and code raise many kinds
-        raise bad_weights(path, f"the file cannot be read ({first_line(error)})") from None
+        raise bad_weights(path, f"the file cannot be read ({one_line(error)})") from None
     if not isinstance(read, Mapping) or not read or not all(isinstance(value, Tensor) for value in read.values()):
         raise bad_weights(path, "it is not a dictionary of tensors")
     for name, value in read.items():
@@ -157,11 +144,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)  # refuses code
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def bad_weights(path: Path, why: str) -> DataError:

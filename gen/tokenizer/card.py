@@ -7,8 +7,6 @@ Everything in the card is measured, counted or set by a flag. Latent mean and st
 enough to encode and decode.
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from safetensors import SafetensorError
 
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError
-from midway.gen.core.files import sync
+from midway.gen.core.files import clear_temporaries, replacing
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, Splits
 from midway.tokenizers.base import bits_per_image
@@ -105,8 +103,8 @@ def tokenizer_facts(tokenizer: ImageTokenizer) -> TokenizerFacts:
 def _network(tokenizer: ImageTokenizer) -> str:
     if tokenizer.passes_through:
         return "none, pixels are the latents"
-    foreign = tokenizer.config.get("foreign")
-    return f"{foreign['class']} of diffusers" if foreign else str(tokenizer.config["network"])
+    imported = tokenizer.config.get("foreign")
+    return f"{imported['class']} of diffusers" if imported else str(tokenizer.config["network"])
 
 
 def data_facts(config: DataConfig, splits: Splits, flip: bool = False) -> DataFacts:
@@ -129,21 +127,13 @@ def finish(run: Run, tokenizer: ImageTokenizer, facts: CardFacts) -> Path:
     DiskError if it cannot be written: then the older one is untouched.
     """
     final = run.path / FOLDER
-    temporary, replaced = (run.path / f".tmp-{what}-{FOLDER}-{os.getpid()}" for what in ("new", "replaced"))
-    _clear(run.path, final)
+    clear_temporaries(run.path)
     try:
-        tokenizer.save_pretrained(temporary)
-        write_card(temporary, facts)
-        _settle(temporary)
-        if final.exists():
-            final.rename(replaced)
-        temporary.rename(final)
-        sync(run.path)
+        with replacing(final) as folder:
+            tokenizer.save_pretrained(folder)
+            write_card(folder, facts)
     except (OSError, SafetensorError, DiskError) as error:
         raise DiskError(f"{final} was not written", str(error), "free space and run again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _clear(run.path, final)
     return final
 
 
@@ -247,21 +237,3 @@ def _shape(shape: tuple[int, int, int]) -> str:
 
 def _numbers(values: tuple[float, ...]) -> str:
     return " ".join(f"{value:.6g}" for value in values)
-
-
-def _settle(folder: Path) -> None:
-    """Files that everyone who may read the folder can read (safetensors' are the owner's alone), on the disk."""
-    readable = folder.stat().st_mode & 0o666
-    for file in folder.iterdir():
-        file.chmod(readable)
-        sync(file)
-    sync(folder)
-
-
-def _clear(root: Path, final: Path) -> None:
-    """Undo a replacement that ended between its two renames, and remove what was left half-written."""
-    for path in root.glob(f".tmp-replaced-{FOLDER}-*"):
-        if not final.exists():
-            path.rename(final)
-    for path in root.glob(f".tmp-*-{FOLDER}-*"):
-        shutil.rmtree(path, ignore_errors=True)

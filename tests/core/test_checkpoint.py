@@ -1,44 +1,26 @@
-"""Checkpoints are whole or absent; every damage is found and named; the weight average in them is its closed form."""
+"""Checkpoints are whole or absent; every damage is found and named."""
 
 import errno
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 from midway.gen.core import checkpoints
-from midway.gen.core.checkpoints import Checkpoint, clear_leftovers, directories, newest_valid, save, set_aside, verify
+from midway.gen.core.checkpoints import Checkpoint, directories, newest_valid, save, set_aside, verify
 from midway.gen.core.errors import DataError, DiskError
-from midway.gen.core.runs import Run
-from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context
-from midway.gen.training.config import TrainConfig
-from midway.gen.training.fit import fit
-from midway.gen.training.interface import FitResult, Items
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float64 on the CPU; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
@@ -78,32 +60,6 @@ def test_the_manifest_lists_every_file_with_size_and_sha256(tmp_path: Path) -> N
     }
 
 
-def test_the_manifest_is_written_last_and_everything_is_on_the_disk_before_the_name_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A crash of the machine can leave no step-N whose files are not there."""
-    order: list[str] = []
-    really_sync, really_rename = checkpoints.sync, Path.rename
-
-    def sync(path: Path) -> None:
-        others = {p.name for p in path.parent.iterdir()} if path.name != "manifest.json" else set()
-        assert path.suffix != ".safetensors" or "manifest.json" not in others
-        order.append(f"sync {path.name.split('-')[0]}")
-        really_sync(path)
-
-    def rename(self: Path, target: Path) -> Path:
-        order.append(f"rename to {target.name}")
-        return really_rename(self, target)
-
-    monkeypatch.setattr(checkpoints, "sync", sync)
-    monkeypatch.setattr(Path, "rename", rename)
-    save(tmp_path / "all", 3, write)
-    files, rest = order[:2], order[2:]
-    assert files == ["sync model.safetensors", "sync config.json"]
-    assert set(rest[:2]) == {"sync tokenizer", "sync deep"}
-    assert rest[2:] == ["sync manifest.json", "sync .tmp", "rename to step-3", "sync all"]
-
-
 def test_latest_names_the_newest(tmp_path: Path) -> None:
     for step in (5, 20):
         save(tmp_path, step, write, keep=2)
@@ -121,16 +77,14 @@ def fail_in(name: str) -> Callable[[pytest.MonkeyPatch], Callable[[Path], None]]
             write(folder)
             broken()
 
-        if name == "the rename":
-            monkeypatch.setattr(Path, "rename", broken)
-        elif name != "the writer":
+        if name != "the writer":
             monkeypatch.setattr(checkpoints, name, broken)
         return half if name == "the writer" else write
 
     return patch
 
 
-@pytest.mark.parametrize("point", ["the writer", "file_hash", "sync", "write_manifest", "the rename"])
+@pytest.mark.parametrize("point", ["the writer", "file_hash", "write_manifest"])
 def test_a_failing_save_leaves_older_checkpoints_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -153,7 +107,7 @@ def test_a_failing_pointer_leaves_a_whole_checkpoint_behind(tmp_path: Path, monk
     with monkeypatch.context() as patched, pytest.raises(DiskError):
         save(tmp_path, 2, fail_in("write_atomically")(patched))
     assert [verify(path).step for path in directories(tmp_path)] == [2, 1]
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert not list(tmp_path.glob(".*"))
     assert (tmp_path / "latest").read_text() == "step-1\n"
 
 
@@ -226,34 +180,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     (tmp_path / "step-4" / "model.safetensors").write_bytes(b"")
     verify(save(tmp_path, 4, write).path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-4"]
-
-
-def test_a_failing_replacement_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 4, write)
-    before = tree(tmp_path)
-    really = Path.rename
-
-    def rename(self: Path, target: Path) -> Path:
-        if self.name.startswith(".tmp-step"):
-            raise OSError(errno.EIO, "no luck")
-        return really(self, target)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", rename)
-        with pytest.raises(DiskError):
-            save(tmp_path, 4, write)
-    assert tree(tmp_path) == before
-
-
-def test_a_replacement_killed_between_its_renames_is_undone(tmp_path: Path) -> None:
-    kept = save(tmp_path, 4, write).path
-    before = tree(tmp_path)
-    kept.rename(tmp_path / ".tmp-replaced-4-12345")
-    checkpoints.put_back(tmp_path)
-    assert tree(tmp_path) == before
-    (tmp_path / ".tmp-replaced-4-12345").mkdir()
-    checkpoints.put_back(tmp_path)
-    assert checkpoints.verify(kept).step == 4, "a whole one is never replaced by what it replaced"
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
@@ -340,7 +266,7 @@ def test_a_manifest_that_claims_something_else_is_refused(
     said = {key: value for key, value in {**manifest, **change}.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps({**said, "sha256": digest if signed else manifest["sha256"]}))
-    with pytest.raises(DataError, match=why if signed else "it is not what was written"):
+    with pytest.raises(DataError, match=why if signed else "sha256 differs"):
         verify(path)
 
 
@@ -381,17 +307,6 @@ def test_damaged_ones_are_set_aside_under_a_name_that_nobody_looks_for(tmp_path:
     assert not directories(tmp_path)
 
 
-def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
-    save(tmp_path, 1, write)
-    before = tree(tmp_path)
-    for name in (".tmp-step-2-4711", ".tmp-replaced-1-4711"):
-        (tmp_path / name / "tokenizer").mkdir(parents=True)
-        (tmp_path / name / "tokenizer" / "half").write_text("x")
-    clear_leftovers(tmp_path)
-    assert tree(tmp_path) == before
-    assert not list(tmp_path.glob(".tmp-*"))
-
-
 class Trap:
     """Unpickling it makes a file."""
 
@@ -427,79 +342,3 @@ def test_tensors_and_json_come_back(tmp_path: Path) -> None:
     (found.path / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json"):
         found.json("state.json")
-
-
-# ---- the average in a checkpoint ----
-
-
-class Learner(nn.Module):
-    """A quadratic in float64; a buffer that learns, and a counter. Keeps its state after every step."""
-
-    follower: Tensor
-    updates: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        self.register_buffer("follower", torch.zeros(3, dtype=torch.float64))
-        self.register_buffer("updates", torch.tensor(0))
-        self.states: list[dict[str, Tensor]] = [self.copy()]
-
-    def copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.state_dict().items()}
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        return (batch - self.weight).square().mean(), {}
-
-    def after_step(self, step_ok: Tensor) -> None:
-        self.follower.lerp_(self.weight.detach(), 0.3)
-        self.updates += 1
-        self.states.append(self.copy())
-
-
-@dataclass
-class Fitted:
-    """A model after fit()."""
-
-    model: Learner
-    result: FitResult
-    saved: dict[str, Tensor] = field(default_factory=dict)
-
-
-def fit_learner(folder: Path, config: TrainConfig, resume: bool = False) -> Fitted:
-    """Train on six numbers; the average as its newest checkpoint has it."""
-    folder.mkdir(exist_ok=True)
-    model = Learner()
-    numbers = torch.linspace(-1, 2, 18, dtype=torch.float64).view(6, 3)
-    result = fit(
-        model, Items(numbers.__getitem__, 6), config, Run(folder, "test"), make_accelerator(config), None, resume
-    )
-    return Fitted(model, result, load_file(folder / "checkpoints" / f"step-{result.steps}" / "ema.safetensors"))
-
-
-@pytest.mark.parametrize("decay", [0.999, 0.6])
-def test_the_average_of_a_training_is_its_closed_form_sum(tmp_path: Path, decay: float) -> None:
-    """shadow_n = sum_k w_k value_k, w_k = (1 - d_k) prod_(j > k) d_j, d_s = min(decay, (1 + s) / (10 + s)); buffers too."""
-    steps = 24
-    trained = fit_learner(tmp_path, TrainConfig(steps=steps, batch_size=3, lr=0.1, ema=decay))
-    d = [min(decay, (1 + s) / (10 + s)) for s in range(steps)]
-    terms = [math.prod(d), *((1 - d[k]) * math.prod(d[k + 1 :]) for k in range(steps))]
-    weights = torch.tensor(terms, dtype=torch.float64)
-    assert len(trained.model.states) == steps + 1
-    for name in ("weight", "follower"):
-        expected = weights @ torch.stack([state[name] for state in trained.model.states])
-        torch.testing.assert_close(trained.saved[name], expected, rtol=0, atol=1e-12)
-        assert (trained.saved[name] - trained.model.state_dict()[name]).abs().max() > 1e-3
-    assert trained.saved["updates"].item() == steps, "counters are copied"
-
-
-def test_the_average_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
-    config = TrainConfig(steps=9, batch_size=3, lr=0.1, ema=0.9)
-    whole = fit_learner(tmp_path / "whole", config)
-    fit_learner(tmp_path / "parts", TrainConfig(steps=9, batch_size=3, lr=0.1, ema=0.9, max_steps=4))
-    parts = fit_learner(tmp_path / "parts", config, resume=True)
-    assert len(parts.model.states) == 1 + 5
-    assert parts.result.ema is not None
-    for name, value in whole.saved.items():
-        assert torch.equal(parts.saved[name], value)
-        assert torch.equal(parts.result.ema.shadow[name], value)

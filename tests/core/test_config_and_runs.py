@@ -268,7 +268,7 @@ def test_numbers_order_checkpoints(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r", "solver", {})
     for step in (9, 10):
         checkpoints.save(run.checkpoints, step, lambda folder: None, keep=2)
-    for name in ("step-x", ".tmp-step-99-1"):
+    for name in ("step-x", ".step-99.1.tmp", ".step-99.1.old"):
         (run.checkpoints / name).mkdir()
     assert run.checkpoint.name == "step-10"
 

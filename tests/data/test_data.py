@@ -15,7 +15,10 @@ from PIL import Image
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data import files
 from midway.gen.data import images as data_module
-from midway.gen.data.images import SOURCES, ImageData, describe, load_images, split, to_float, to_uint8
+from midway.gen.data.decoding import Decoded
+from midway.gen.data.images import ImageData, describe, load_images, to_float, to_uint8
+from midway.gen.data.sources import SOURCES, Arrays
+from midway.gen.data.splits import DataConfig, load_splits, split
 
 CIFAR_ZIP = Path(__file__).parents[2] / ".." / "shared" / "data" / "cifar10-train.zip"
 
@@ -621,3 +624,38 @@ def test_conversions_refuse_the_other_side():
         to_float(torch.zeros(2))
     with pytest.raises(ValueError, match="float"):
         to_uint8(torch.zeros(2, dtype=torch.uint8))
+
+
+# ---- memory ----
+
+
+def kilobytes(key: str) -> int:
+    """A line of /proc/self/status, such as VmRSS, the memory in use, and VmHWM, the most there was."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured by Linux")
+@pytest.mark.parametrize("kind", ["named", "files"])
+def test_splitting_holds_the_images_twice_and_not_three_times(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source beside the tensor of all images, then that tensor beside those of both sides."""
+    count, side = (5000, 64) if kind == "named" else (240, 320)
+
+    def source(root: Path, download: bool) -> Arrays:
+        return Arrays(np.full((count, side, side, 3), 7, np.uint8), [i % 2 for i in range(count)], ("a", "b"), "large")
+
+    def decoded(name: str, *_: object) -> Decoded:
+        return Decoded(name, np.full((side, side, 3), 7, np.uint8))
+
+    monkeypatch.setitem(SOURCES, "large", source)
+    for number in range(count if kind == "files" else 0):
+        (tmp_path / f"{number}.png").touch()
+    config = DataConfig("large" if kind == "named" else str(tmp_path))
+    load_splits(DataConfig("digits"))  # imports what a source needs
+    monkeypatch.setattr(files, "decode", decoded)
+    before = kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    splits = load_splits(config)
+    assert len(splits.train.images) + len(splits.held_out.images) == count
+    assert (kilobytes("VmHWM") - before) * 1024 <= 2.1 * count * side * side * 3

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from pipelines import Outcome, Script
+from pipelines import Script
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data import check as checks
 from midway.gen.data import check_report
 from midway.gen.data.check import DataFacts, check
 from midway.gen.data.contents import examine
-from midway.gen.data.files import Decoded
-from midway.gen.data.images import load_images, split
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.decoding import Decoded
+from midway.gen.data.images import load_images
+from midway.gen.data.splits import DataConfig, split
 
 OK, USAGE, DATA, DISK = 0, 2, 3, 5
 
@@ -268,21 +268,6 @@ def test_folders_that_are_no_classes_are_one_problem_beside_others(tmp_path: Pat
     facts = look(tmp_path)
     assert ["lie beside" in facts.problems[0].what, "differ in size" in facts.problems[1].what] == [True, True]
     assert facts.split is None and facts.fingerprint is None and facts.images == 21
-
-
-def test_sources_that_cannot_be_opened(tmp_path: Path, script: Script):
-    def told(*arguments: object) -> Outcome:
-        return script("data", *arguments, "--out", tmp_path / "out")
-
-    (tmp_path / "empty").mkdir()
-    assert told("check", tmp_path / "empty").code == DATA
-    assert told("check", tmp_path / "absent").code == DATA
-    assert told("check", "digit").code == USAGE
-    assert told("check", "digits", "--held-out", 0).code == USAGE
-    assert told("check", "digits", "--channels", 2).code == USAGE
-    assert told("check", "digits", "--against", "digit").code == USAGE
-    assert "did you mean 'check'" in told("chek", "digits").err
-    assert not (tmp_path / "out").exists()
 
 
 # ---- the same pixels ----

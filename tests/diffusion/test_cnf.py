@@ -11,18 +11,33 @@ from oracles import Mixture, exact_solution, mixture, uneven_grid
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
-from midway.gen.diffusion.cnf import Cost, cosine_table, log_likelihood, on_cosine
+from midway.gen.diffusion import likelihood
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.likelihood import COSINE, Cost, cosine_table, on_cosine
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.samplers.grids import Grid, uniform
+from midway.samplers.grids import RHO_MIN, Grid, uniform
 from midway.samplers.prediction import Field, Prediction, expand
 from midway.samplers.sample import EvaluationCounter
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule, Shifted
 from midway.samplers.solvers import SOLVERS
+from midway.samplers.table import Table
 
 ALL = [Linear(), Cosine(), VP(), EDM(), Shifted(Linear(), 3.0), EDM(sigma_max=40.0)]
 names = ["linear", "cosine", "vp", "edm", "shifted", "edm40"]
 IDS = torch.arange(8)
+
+
+def log_likelihood(
+    field: Field, schedule: Schedule, table: Table | tuple[str, int], x: Tensor, *arguments: Any, **options: Any
+) -> tuple[Tensor, Cost]:
+    """Also by (solver, steps), which runs on the cosine schedule from rho = 0.002 on, where the state is x / c."""
+    if isinstance(table, Table):
+        return likelihood.log_likelihood(field, schedule, table, x, *arguments, **options)
+    time = schedule.time_of_rho(number(RHO_MIN))
+    c = torch.hypot(schedule.alpha(time), schedule.sigma(time)).item()
+    carried, solver = on_cosine(field, schedule), cosine_table(schedule, *table)
+    nats, cost = likelihood.log_likelihood(carried, COSINE, solver, x / c, *arguments, **options)
+    return nats - x[0].numel() * math.log(c), cost
 
 
 def number(value: float) -> Tensor:
@@ -276,9 +291,9 @@ RISING = uniform(Linear(), 4)[::-1]
         (lambda: ("rk5", 4), {}, "did you mean 'rk4'"),
         (lambda: ("ddpm", 4), {}, "deterministic"),
         (lambda: _table("rk4", RISING[::-1]), {}, "falls"),
-        (lambda: _table("rk4", RISING, VP()), {}, "made for VP"),
+        (lambda: _table("rk4", RISING, VP()), {}, "its schedule is VP"),
         (lambda: ("rk4", 4), {"trace": "exakt"}, "did you mean 'exact'"),
-        (lambda: ("rk4", 4), {"trace": "hutchinson"}, "ids missing"),
+        (lambda: ("rk4", 4), {"trace": "hutchinson"}, "ids None"),
         (lambda: ("rk4", 4), {"trace": "hutchinson", "ids": torch.arange(3)}, "one int64 id a sample"),
         (lambda: ("rk4", 4), {"trace": "hutchinson", "ids": IDS, "probes": 0}, "probes=0"),
         (lambda: ("rk4", 4), {"trace": "hutchinson", "ids": IDS, "probe": "normal"}, "gaussian"),
@@ -296,8 +311,8 @@ def test_an_unknown_grid_is_refused() -> None:
 
 def test_guided_fields_and_fields_without_gradients_are_refused() -> None:
     model, x, labels = small_model(), torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(UsageError, match="guidance 2"):
+        log_likelihood(model.field(labels, 2.0), model.schedule, _table("rk4", RISING), x)
     for table in (("rk4", 2), _table("rk4", RISING)):
-        with pytest.raises(UsageError, match="guidance 2"):
-            log_likelihood(model.field(labels, 2.0), model.schedule, table, x)
         with pytest.raises(UsageError, match="cannot be differentiated"):
             log_likelihood(torch.no_grad()(model.field(labels).__call__), model.schedule, table, x)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
-from midway.samplers.directions import AMEDConfig, Constants
 from midway.samplers.learned import LearnedTable, rollout
 from midway.samplers.schedule import Cosine, Schedule
+from midway.samplers.step_parameters import AMEDConfig, Constants
 
 STEPS, BATCH = 250, 256
 

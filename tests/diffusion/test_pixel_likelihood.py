@@ -13,11 +13,10 @@ from torch import Tensor
 from midway.gen.core.errors import UsageError
 from midway.gen.data.images import load_images, to_float
 from midway.gen.data.levels import from_levels
-from midway.gen.diffusion.cnf import Cost
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim, dequantised_latents
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig, bits_per_dim, dequantised_latents
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
 from midway.samplers.prediction import Prediction, expand
@@ -54,7 +53,7 @@ def images(levels: int, low: int, high: int, count: int = 4, channels: int = 1) 
 
 @dataclass(frozen=True)
 class Middle(Context):
-    """Draws the middle of every cell."""
+    """Draws the middle of every bin."""
 
     def uniform(self, purpose: str, shape: object = ()) -> Tensor:
         return super().uniform(purpose, shape) * 0 + 0.5  # pyright: ignore
@@ -69,7 +68,7 @@ def test_a_cell_lies_around_its_level() -> None:
 
 
 def test_the_jacobian_is_the_one_of_the_map() -> None:
-    """The volume of one cell, 1 / L^D in x, is the product of what one level more adds to z."""
+    """The volume of one bin, 1 / L^D in x, is the product of what one level more adds to z."""
     tokenizer, levels = pixels((0.2, -0.1, 0.4), (0.3, 0.5, 0.9)), 17
     lower, upper = (from_levels(torch.full((1, 3, 2, 2), k), levels) for k in (3, 4))
     (z, log_det), (above, _) = (dequantised_latents(tokenizer, i, levels, context(1)) for i in (lower, upper))

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_external import npz, task
 
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.diffusion.samplers import PlanConfig
+from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.diffusion.sampling import SamplingConfig, noise_of
 from midway.gen.evaluation.diffusers_model import DiffusersModel, check_images, load_diffusers
-from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_plans
+from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_samplers
 from midway.samplers.discrete import Discrete
 from midway.samplers.grids import logsnr
 from midway.samplers.schedule import Schedule
@@ -208,14 +208,14 @@ def test_damaged_and_pickled_weights_are_refused(ddpm: Path, tmp_path: Path) -> 
 def test_plans_that_cannot_be_are_refused(solver: str, changes: dict[str, Any], words: str, ddpm: Path) -> None:
     nfe = changes.pop("nfe", 4)
     with pytest.raises(UsageError, match=words):
-        diffusers_plans(load_diffusers(ddpm), solver, nfe, PlanConfig(**changes))
+        diffusers_samplers(load_diffusers(ddpm), solver, nfe, SamplerConfig(**changes))
 
 
 def test_grids_stay_on_the_noise_levels_of_training(tmp_path: Path) -> None:
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     model = load_diffusers(saved(tmp_path / "p", scheduler=scheduler))
     levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
-    for plan in diffusers_plans(model, "ddim", 4, PlanConfig()).values():
+    for plan in diffusers_samplers(model, "ddim", 4, SamplerConfig()).values():
         found = model.schedule.rho(torch.tensor([plan.grid[0], plan.grid[-1]], dtype=torch.float64))
         assert found[0] <= levels[-1] * 1.0001 and found[1] >= levels[0] * 0.9999
 
@@ -263,14 +263,14 @@ def test_the_sweep_measures_it_beside_external_images(
         ("images: a.npz", 0),
     ]
     model = load_diffusers(ddpm)
-    (plan,) = diffusers_plans(model, "ddim", 4, PlanConfig(grids=("logsnr",))).values()
+    (plan,) = diffusers_samplers(model, "ddim", 4, SamplerConfig(grids=("logsnr",))).values()
     near = DiffusersSource(model, plan, SamplingConfig()).sample(torch.arange(40)).values
-    (finer,) = diffusers_plans(model, "heun", 16, PlanConfig(grids=("karras",))).values()
+    (finer,) = diffusers_samplers(model, "heun", 16, SamplerConfig(grids=("karras",))).values()
     far = DiffusersSource(model, finer, SamplingConfig()).sample(torch.arange(40)).values
     assert rows[1]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
     assert "diffusers ddpm" in (tmp_path / "out" / "report.md").read_text()
     exported = replace(task(pipeline, tmp_path / "again", tmp_path / "npz" / "ddim-logsnr-nfe4.npz"), n=20)
-    assert list(evaluate.run(exported).cells[1].distances) == rows[1]["distances"]
+    assert list(evaluate.run(exported).measurements[1].distances) == rows[1]["distances"]
     monkeypatch.setattr(DiffusersSource, "sample", None)
     assert script("evaluate", *flags).code == 0, "nothing is sampled twice"
 

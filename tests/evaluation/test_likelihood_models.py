@@ -14,10 +14,10 @@ from pipelines import TINY, TINY_DIT, Pipeline
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import load_splits
+from midway.gen.diffusion.likelihood import LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.pixel_likelihood import LikelihoodConfig, bits_per_dim
-from midway.gen.diffusion.samplers import PlanConfig, make_plans
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.likelihood import choose
 from midway.gen.features.classifier import load_features
@@ -72,7 +72,7 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
         trained.model, trained.tokenizer, subject.images, subject.labels, 17, Context(0, 0, subject.places), FAST
     )
     assert row.bits == pytest.approx(bits.mean().item(), rel=1e-5)
-    (plan,) = make_plans(trained, "dpmpp2m", 4, PlanConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, "dpmpp2m", 4, SamplerConfig(grids=("uniform",))).values()
     images = decode(trained, sample_latents(trained, plan, torch.arange(24)).latents)
     network, _ = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     ours, reference = (FeatureStatistics.of(network.features(part)) for part in (images, splits.train.images))
@@ -110,7 +110,7 @@ def test_the_trace_is_exact_where_that_is_cheap(trace: str, dims: int, used: str
 def test_levels_are_spread_uniformly_over_their_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     model = LatentModel(LatentModelConfig(dequantise=True, dit=replace(TINY_DIT, patch=1)), (1, 2, 2), 0)
     std = torch.tensor([0.5])
-    model.set_cells(17, std)
+    model.set_bins(17, std)
     seen: list[torch.Tensor] = []
 
     def forward(x: torch.Tensor, t: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from pipelines import TINY, TINY_DIT, Pipeline
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.online import OnlineConfig
+from midway.gen.training.config import OnlineConfig
 from tasks import LatentTask, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,7 +41,7 @@ def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(pipelin
     swept = evaluate.EvaluateTask(
         model=run, features=pipeline.features, out=tmp_path / "report", solvers="ddim", nfe="4,6", grids="uniform"
     )
-    cells = evaluate.run(replace(swept, n=24, blocks=1, reference_nfe=0)).cells[1:]
+    cells = evaluate.run(replace(swept, n=24, blocks=1, reference_nfe=0)).measurements[1:]
     assert [answers[-1][f"distance_nfe_{cell.nfe}"] for cell in cells] == [pytest.approx(c.distance) for c in cells]
 
 

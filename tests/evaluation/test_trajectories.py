@@ -10,7 +10,7 @@ from pipelines import Pipeline
 from torch import Tensor
 
 from midway.gen.core.errors import DivergedError, UsageError
-from midway.gen.diffusion.field import Guidance
+from midway.gen.diffusion.model import Guidance
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of, noise_of, sample_latents
 from midway.gen.evaluation.trajectories import (
     TrajectoryGeometry,
@@ -24,11 +24,12 @@ from midway.gen.evaluation.trajectories import (
     trajectory_geometry,
 )
 from midway.gen.report.trajectory_plot import trajectory_figure, trajectory_png
-from midway.samplers.directions import AMEDConfig, Predictor
+from midway.samplers.card import SolverCard
 from midway.samplers.grids import karras
-from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.schedule import VP, Linear, Schedule
 from midway.samplers.solvers import SOLVERS
+from midway.samplers.step_parameters import AMEDConfig, Predictor
 from midway.samplers.table import fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,7 +180,7 @@ def test_a_solver_per_sample_and_states_that_are_not_finite_are_refused(
     grid = karras(schedule, 2)
     card = SolverCard("amed", "karras", fingerprint(schedule), trained.hash, 4, False, 1.0, 0, "")
     with pytest.raises(UsageError, match="learned constants"):
-        trajectory_geometry(trained, LearnedSolver(card, grid, Predictor(4, 2, AMEDConfig())), SEEDS)
+        trajectory_geometry(trained, LearnedSolver(card, grid, Predictor(4, 2, AMEDConfig()), schedule), SEEDS)
     monkeypatch.setattr("midway.gen.evaluation.trajectories.trajectories", lambda *_: torch.full((2, 3, 4), math.nan))
     with pytest.raises(DivergedError, match="euler"):
         trajectory_geometry(trained, SOLVERS["euler"].build(schedule, grid), SEEDS)

@@ -1,7 +1,6 @@
 """Feature networks: the same bits for any batch, a name that follows the weights, files that are whole or refused."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,9 @@ from midway.gen.features.classifier import (
     protocol_name,
     save_features,
 )
+from midway.gen.training.batches import ImageBatch
 
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Batch:
-    images: Tensor
-    labels: Tensor | None
 
 
 def network(channels: int = 1, size: int = 8) -> FeatureNetwork:
@@ -85,7 +79,7 @@ def test_features_of_no_images() -> None:
 def test_features_are_what_the_classifier_reads() -> None:
     net, x = network(), images(5)
     labels = torch.arange(5)
-    loss, logs = net.loss(Batch(x, labels), None)
+    loss, logs = net.loss(ImageBatch(x, labels), None)
     logits = net.classify(net.features(x))
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, labels), rtol=1e-5, atol=1e-6)
     assert logs["accuracy"] == (logits.argmax(dim=1) == labels).float().mean()
@@ -93,7 +87,7 @@ def test_features_are_what_the_classifier_reads() -> None:
 
 def test_every_weight_learns() -> None:
     net = network()
-    net.loss(Batch(images(8), torch.arange(8)), None)[0].backward()
+    net.loss(ImageBatch(images(8), torch.arange(8)), None)[0].backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in net.parameters())
 
 
@@ -104,15 +98,10 @@ def test_training_separates_bright_from_dark() -> None:
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(40):
         optimizer.zero_grad()
-        net.loss(Batch(x, labels), None)[0].backward()
+        net.loss(ImageBatch(x, labels), None)[0].backward()
         optimizer.step()
         net.after_step(torch.tensor(True, device="meta"))  # a value that cannot be waited for
-    assert net.loss(Batch(x, labels), None)[1]["accuracy"] == 1
-
-
-def test_labels_are_needed() -> None:
-    with pytest.raises(DataError, match="no labels"):
-        network().loss(Batch(images(2), None), None)
+    assert net.loss(ImageBatch(x, labels), None)[1]["accuracy"] == 1
 
 
 @pytest.mark.parametrize("bad", [images(2).float(), images(2, 3), images(2, 1, 16), images(2)[0]])
@@ -183,7 +172,7 @@ def test_refuses_every_kind_of_damage(tmp_path: Path) -> None:
 
 def test_refuses_a_foreign_safetensors_file(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match="something else"):
+    with pytest.raises(DataError, match="not those of a feature network"):
         load_features(tmp_path / "other.safetensors")
 
 

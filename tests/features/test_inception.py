@@ -93,7 +93,9 @@ def test_bits_do_not_depend_on_the_batch_or_on_autocast(extractor: Inception) ->
 def test_the_network_always_sees_one_whole_block(extractor: Inception, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     monkeypatch.setattr(
-        extractor, "look", lambda x: seen.append(tuple(x.shape)) or Activations(torch.zeros(len(x), 1), None)
+        extractor,
+        "block_activations",
+        lambda x: seen.append(tuple(x.shape)) or Activations(torch.zeros(len(x), 1), None),
     )
     for count, channels in ((0, 3), (1, 1), (2, 3), (5, 1)):
         assert len(extractor.features(_images(count, channels))) == count

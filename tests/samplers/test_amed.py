@@ -19,12 +19,13 @@ from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.training.batches import Context
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
-from midway.samplers.directions import MARGIN, AMEDConfig, Constants, Predictor
-from midway.samplers.learned_solver import LEARNED, LearnedSolver, SolverCard
+from midway.samplers.card import SolverCard
+from midway.samplers.learned_solver import LEARNED, LearnedSolver
 from midway.samplers.prediction import Prediction
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule, Shifted
 from midway.samplers.solvers import MeanDirection, dpm2
+from midway.samplers.step_parameters import MARGIN, AMEDConfig, Constants, Predictor
 from midway.samplers.table import fingerprint
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
@@ -132,7 +133,7 @@ def _learned(name: str, steps: int = 3) -> LearnedSolver:
     with torch.no_grad():
         for values in rule.parameters():
             values.add_(0.05 * torch.randn(values.shape))
-    return LearnedSolver(replace(CARD, name=name, base=kind.base), grid, rule)
+    return LearnedSolver(replace(CARD, name=name, base=kind.base), grid, rule, Cosine())
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -140,10 +141,10 @@ def test_learned_solvers_survive_the_disk(name: str, tmp_path: Path) -> None:
     schedule, solver = Cosine(), _learned(name)
     path = tmp_path / "solver.safetensors"
     solver.save(path)
-    loaded = LearnedSolver.load(path)
+    loaded = LearnedSolver.load(path, Cosine())
     x, field = _noise(schedule, solver.grid[0]).float(), mixture().field(schedule)
     assert (loaded.card, loaded.grid) == (solver.card, solver.grid)
-    assert torch.equal(loaded.sample(field, schedule, x), solver.sample(field, schedule, x))
+    assert torch.equal(loaded.run(field, x), solver.run(field, x))
     assert [p.name for p in tmp_path.iterdir()] == ["solver.safetensors"]
 
 
@@ -153,8 +154,8 @@ def test_every_learned_solver_is_a_solver_of_its_own() -> None:
     for name in LEARNED:
         solver = _learned(name)
         x = _noise(schedule, solver.grid[0])
-        ends.append(solver.sample(mixture().field(schedule), schedule, x))
-        table = solver.table(schedule)
+        ends.append(solver.run(mixture().field(schedule), x))
+        table = solver.table
         assert (table is not None) == name.endswith("-constants")
         if table is not None:
             assert (table.solver, table.nfe) == (name, 6)
@@ -170,7 +171,7 @@ def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> Non
         header = file.metadata()
     card = {k: v for k, v in json.loads(header["card"]).items() if k not in ("base", "mode")}
     save_file(load_file(path), path, metadata={**header, "card": json.dumps(card)})
-    assert LearnedSolver.load(path).card == replace(solver.card, base="none", mode="per_step")
+    assert LearnedSolver.load(path, Cosine()).card == replace(solver.card, base="none", mode="per_step")
 
 
 # ---- what is refused ----
@@ -180,14 +181,13 @@ def test_a_solver_for_another_schedule_is_refused() -> None:
     for name in ("amed", "amed-plugin-ipndm4-constants"):
         solver = _learned(name)
         for other in (Linear(), VP(), Shifted(Cosine(), 2.0)):
-            x = _noise(other, solver.grid[0])
             with pytest.raises(ValueError, match=r"was learned on schedule cosine, this one is"):
-                solver.sample(mixture().field(other), other, x)
-    odd = LearnedSolver(replace(CARD, schedule="vp"), (0.9, 0.1), Constants(1, AMEDConfig()))
+                replace(solver, schedule=other)
+    odd = LearnedSolver(replace(CARD, schedule="vp"), (0.9, 0.1), Constants(1, AMEDConfig()), VP())
     with pytest.raises(ValueError, match=r"learned on schedule vp, this one is VP\(beta_min=0.1, beta_max=19.0\)"):
-        odd.table(VP(beta_max=19.0))
+        replace(odd, schedule=VP(beta_max=19.0))
     shifted = Shifted(Linear(), 3.0)
-    assert replace(odd, card=replace(CARD, schedule=fingerprint(shifted))).table(shifted) is not None
+    assert replace(odd, card=replace(CARD, schedule=fingerprint(shifted)), schedule=shifted).table is not None
 
 
 def test_a_predictor_of_another_model_is_refused() -> None:
@@ -198,9 +198,9 @@ def test_a_predictor_of_another_model_is_refused() -> None:
         return replace(field(state, t), features=torch.zeros(len(state), 5))
 
     with pytest.raises(ValueError, match="gives 5 features, and the predictor was learned for 2"):
-        solver.sample(other, schedule, x)
+        solver.run(other, x)
     with pytest.raises(ValueError, match="this field gives none: learn constants"):
-        solver.sample(lambda state, t: replace(field(state, t), features=None), schedule, x)
+        solver.run(lambda state, t: replace(field(state, t), features=None), x)
 
 
 def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_are_refused() -> None:
@@ -216,7 +216,7 @@ def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_are_refused() -> Non
 def test_another_file_is_refused(tmp_path: Path) -> None:
     dpm2(Cosine(), grids.karras(Cosine(), 3)).save(tmp_path / "table.safetensors")
     with pytest.raises(ValueError, match="not a learned solver"):
-        LearnedSolver.load(tmp_path / "table.safetensors")
+        LearnedSolver.load(tmp_path / "table.safetensors", Cosine())
 
 
 def _objective_of(**changes: Any) -> SolverObjective:

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from midway.samplers import grids
+from midway.samplers.card import SolverCard
 from midway.samplers.denoisers import conditional_from_diffusers, field_from_diffusers
-from midway.samplers.directions import AMEDConfig, Constants, Predictor
 from midway.samplers.guidance import classifier_free
-from midway.samplers.interop import convention_of, table_from_numbers, trained_range
+from midway.samplers.interop import parametrisation_of, table_from_numbers, trained_range
 from midway.samplers.learned import LearnedTable
-from midway.samplers.learned_solver import LearnedSolver, SolverCard
+from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.rows import Row
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.solvers import SOLVERS, ddim
-from midway.samplers.table import Row, Table, fingerprint
+from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor
+from midway.samplers.table import Table, fingerprint
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -129,7 +131,7 @@ def test_a_guided_dit_pipeline_is_sample(solver: str, analytic_first: bool) -> N
     scheduler = MidwayScheduler(solver=solver, grid="logsnr", analytic_first=analytic_first)
     recorded, pipe = Recorded(scheduler), _dit_pipeline(scheduler)
     pipe([7, 3], guidance_scale=3.0, num_inference_steps=3, generator=_seeded(), output_type="pt")
-    schedule = convention_of({}).schedule
+    schedule = parametrisation_of({}).schedule
     counter = EvaluationCounter(conditional_from_diffusers(pipe.transformer, {}))
     field = classifier_free(counter, torch.tensor([7, 3]), torch.tensor([1000, 1000]), 3.0)
     table = SOLVERS[solver].build(schedule, grids.logsnr(schedule, 3, *trained_range(schedule)), analytic_first)
@@ -158,7 +160,7 @@ def test_a_text_to_image_loop_is_sample(analytic_first: bool) -> None:
         uncond, cond = unet(doubled, t, encoder_hidden_states=torch.cat([null, prompts])).sample.chunk(2)
         x = scheduler.step(uncond + 4.0 * (cond - uncond), t, x, return_dict=False)[0]
     field = classifier_free(conditional_from_diffusers(unet, V, "encoder_hidden_states"), prompts, null, 4.0)
-    schedule = convention_of(V).schedule
+    schedule = parametrisation_of(V).schedule
     grid = grids.uniform(schedule, 5, *trained_range(schedule))
     _close(x, sample(field, SOLVERS["dpmpp2m"].build(schedule, grid, analytic_first), _noise(2, 4, 8, 8)))
 
@@ -200,7 +202,7 @@ def test_ddim_is_their_ddim(prediction_type: str, spacing: str, eta: float) -> N
     expected = _their_run(theirs, unet, _noise(2, 3, 8, 8), 5, eta=eta, generator=_seeded(1))
     if spacing == "leading":
         assert theirs.timesteps.tolist() == [800, 600, 400, 200, 0]
-    schedule: Any = convention_of(config).schedule
+    schedule: Any = parametrisation_of(config).schedule
     ours = MidwayScheduler.from_config(
         theirs.config, solver="ddim", grid=schedule.grid(theirs.timesteps.tolist()), solver_options={"eta": eta}
     )
@@ -214,7 +216,7 @@ def test_ddim_without_terminal_signal_is_their_ddim() -> None:
     unet, config = _unet(), {**V, "rescale_betas_zero_snr": True}
     theirs = diffusers.DDIMScheduler(**config, timestep_spacing="trailing", clip_sample=False)
     expected = _their_run(theirs, unet, _noise(2, 3, 8, 8), 4)
-    schedule: Any = convention_of(config).schedule
+    schedule: Any = parametrisation_of(config).schedule
     ours = MidwayScheduler.from_config(theirs.config, solver="ddim", grid=schedule.grid(theirs.timesteps.tolist()))
     assert ours.config["rescale_betas_zero_snr"]
     _close(_loop(ours, lambda x, t: unet(x, t).sample, _noise(2, 3, 8, 8), 4), expected)
@@ -252,7 +254,7 @@ def _learned_table(analytic_first: bool = False) -> Table:
 
 
 def _learned_table_of(config: dict[str, Any], analytic_first: bool = False, steps: int = 3) -> Table:
-    schedule = convention_of(config).schedule
+    schedule = parametrisation_of(config).schedule
     learned = LearnedTable(
         schedule, grids.karras(schedule, steps, *trained_range(schedule)), analytic_first=analytic_first
     )
@@ -288,24 +290,24 @@ def test_a_learned_table_runs_and_travels_in_the_config(analytic_first: bool, tm
 
 
 def test_constants_are_a_table_and_predictors_are_refused(tmp_path: Path) -> None:
-    schedule = convention_of(V).schedule
+    schedule = parametrisation_of(V).schedule
     grid, path = grids.logsnr(schedule, 3, *trained_range(schedule)), tmp_path / "solver.safetensors"
     constants = Constants(3, AMEDConfig())
     torch.nn.init.normal_(constants.raw, std=0.1, generator=_seeded())
-    solver = LearnedSolver(_card("amed-constants", fingerprint(schedule)), grid, constants)
+    solver = LearnedSolver(_card("amed-constants", fingerprint(schedule)), grid, constants, schedule)
     solver.save(path)
     scheduler = MidwayScheduler.from_config(V, table=str(path))
     scheduler.set_timesteps(3)
     assert scheduler.table is not None
-    assert scheduler.table == solver.table(schedule)
+    assert scheduler.table == solver.table
     assert (scheduler.order, len(scheduler.timesteps)) == (2, 6)
-    LearnedSolver(_card("amed", fingerprint(schedule)), grid, Predictor(4, 3, AMEDConfig())).save(path)
+    LearnedSolver(_card("amed", fingerprint(schedule)), grid, Predictor(4, 3, AMEDConfig()), schedule).save(path)
     with pytest.raises(ValueError, match="distil amed-constants"):
         MidwayScheduler.from_config(V, table=str(path))
 
 
 def test_a_table_of_another_schedule_is_refused() -> None:
-    table = ddim(convention_of({}).schedule, (0.9, 0.1))
+    table = ddim(parametrisation_of({}).schedule, (0.9, 0.1))
     assert table_from_numbers(json.loads(json.dumps(asdict(table)))) == table
     with pytest.raises(ValueError, match="take the config of the scheduler that the model was trained with"):
         MidwayScheduler.from_config(V, table=asdict(table))

@@ -9,14 +9,12 @@ from torch import Tensor
 from midway.samplers import grids
 from midway.samplers.guidance import (
     ConditionalField,
-    TimedField,
-    at_time,
     autoguidance,
     classifier_free,
     conditional,
     interval,
 )
-from midway.samplers.prediction import Field, Prediction, expand
+from midway.samplers.prediction import Field, Prediction, TimedField, acting, expand
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import ddim
@@ -118,17 +116,17 @@ def _timed(schedule: Schedule, low: float, high: float, counter: EvaluationCount
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_an_interval_is_open_below_and_closed_above(schedule: Schedule) -> None:
-    """`at` chooses by the noise level, not by the time; both ends are times of the schedule itself."""
+    """`acting` chooses by the noise level, not by the time; both ends are times of the schedule itself."""
     low, high = (schedule.rho(torch.tensor(t, dtype=torch.float64)).item() for t in (0.25, 0.75))
     guided, plain = _gaussian(schedule, MEANS[LABELS]), _gaussian(schedule, MEANS[NULL])
     field = interval(guided, plain, schedule, low, high)
     assert isinstance(field, TimedField)
-    chosen = [at_time(field, t) is guided for t in (0.1, 0.25, 0.2500001, 0.5, 0.75, 0.7500001, 0.9)]
+    chosen = [acting(field, t) is guided for t in (0.1, 0.25, 0.2500001, 0.5, 0.75, 0.7500001, 0.9)]
     assert chosen == [False, False, True, True, True, False, False]
-    assert all(at_time(field, t) in (guided, plain) for t in (0.1, 0.5))
+    assert all(acting(field, t) in (guided, plain) for t in (0.1, 0.5))
     everywhere = interval(guided, plain, schedule, 0.0, math.inf)
-    assert at_time(everywhere, 1.0) is guided
-    assert at_time(plain, 0.5) is plain
+    assert acting(everywhere, 1.0) is guided
+    assert acting(plain, 0.5) is plain
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
@@ -139,7 +137,7 @@ def test_called_with_tensors_of_times_it_chooses_for_each_sample(schedule: Sched
     field = _timed(schedule, 0.3, 3.0, EvaluationCounter(_network(schedule)))
     got = field(x, t)
     for b in range(4):
-        want = at_time(field, t[b].item())(x, t)
+        want = acting(field, t[b].item())(x, t)
         torch.testing.assert_close(got.x0[b], want.x0[b], rtol=0, atol=0)
         torch.testing.assert_close(got.eps[b], want.eps[b], rtol=0, atol=0)
         assert got.features is not None and want.features is not None
@@ -156,10 +154,10 @@ def test_called_with_tensors_of_times_it_chooses_for_each_sample(schedule: Sched
 
 
 def _loop(field: Field, table: Table, x: Tensor) -> Tensor:
-    """A one-step sampler that asks `at`."""
+    """A one-step sampler that uses `acting`."""
     for row in table.rows:
         assert row.time is not None
-        x0 = at_time(field, row.time)(x, x.new_full((len(x),), row.time)).x0
+        x0 = acting(field, row.time)(x, x.new_full((len(x),), row.time)).x0
         x = row.states[-1] * x + row.predictions[-1] * x0
     return x
 

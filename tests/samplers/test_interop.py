@@ -15,7 +15,7 @@ from midway.samplers import grids
 from midway.samplers.denoisers import conditional_from_diffusers, field_from_diffusers, field_from_edm
 from midway.samplers.discrete import Discrete
 from midway.samplers.guidance import classifier_free
-from midway.samplers.interop import Convention, convention_of, trained_range
+from midway.samplers.interop import Parametrisation, parametrisation_of, trained_range
 from midway.samplers.prediction import expand
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import EDM, Cosine, Linear, Schedule
@@ -36,7 +36,7 @@ PREDICTION_TYPES = ["epsilon", "sample", "v_prediction"]
 
 
 def _discrete(config: Mapping[str, Any]) -> Discrete:
-    schedule = convention_of(config).schedule
+    schedule = parametrisation_of(config).schedule
     assert isinstance(schedule, Discrete)
     return schedule
 
@@ -136,12 +136,12 @@ def test_schedules_that_do_not_rise_are_refused() -> None:
     with pytest.raises(ValueError, match="rising noise"):
         Discrete((-math.inf, 0.0, 1.0))
     with pytest.raises(ValueError, match="unknown beta_schedule 'sigmoid'"):
-        convention_of({"beta_schedule": "sigmoid"})
+        parametrisation_of({"beta_schedule": "sigmoid"})
     with pytest.raises(ValueError, match="unknown prediction_type 'noise'"):
-        convention_of({"prediction_type": "noise"})
+        parametrisation_of({"prediction_type": "noise"})
     for config in ({"_class_name": "EDMEulerScheduler"}, {"sigma_max": 80.0, "sigma_data": 0.5}):
         with pytest.raises(ValueError, match="field_from_edm"):
-            convention_of(config)
+            parametrisation_of(config)
 
 
 def test_the_class_of_a_scheduler_tells_the_process_also_before_it_was_saved() -> None:
@@ -149,7 +149,7 @@ def test_the_class_of_a_scheduler_tells_the_process_also_before_it_was_saved() -
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     multistep = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
     for config in (flow.config, {"_class_name": "FlowMatchHeunDiscreteScheduler"}, multistep.config):
-        assert convention_of(config) == Convention(Linear(), "velocity", 1000.0)
+        assert parametrisation_of(config) == Parametrisation(Linear(), "velocity", 1000.0)
     for name in (
         "DDPMScheduler",
         "DDIMScheduler",
@@ -157,7 +157,7 @@ def test_the_class_of_a_scheduler_tells_the_process_also_before_it_was_saved() -
         "EulerDiscreteScheduler",
         "UniPCMultistepScheduler",
     ):
-        assert convention_of(getattr(diffusers, name)().config) == convention_of({})
+        assert parametrisation_of(getattr(diffusers, name)().config) == parametrisation_of({})
 
 
 def test_a_grid_starts_and_ends_where_the_model_was_trained() -> None:
@@ -265,7 +265,7 @@ def test_learned_variances_are_cut_and_dtypes_kept() -> None:
 def test_noise_predicted_without_signal_is_refused() -> None:
     zero_snr = {**LATENT, "rescale_betas_zero_snr": True}
     table = ddim(_discrete(zero_snr), (1.0, 0.5, 0.0))
-    with pytest.raises(ValueError, match="'eps' does not tell x0"):
+    with pytest.raises(ValueError, match="'eps' does not determine x0"):
         sample(field_from_diffusers(Oracle(zero_snr), zero_snr), table, _normal(3, 2))
     config = {**zero_snr, "prediction_type": "v_prediction"}
     x = _normal(3, 2)
@@ -273,7 +273,7 @@ def test_noise_predicted_without_signal_is_refused() -> None:
 
 
 def test_schedules_are_told_apart() -> None:
-    marks = {fingerprint(convention_of(config).schedule) for config in CONFIGS.values()}
+    marks = {fingerprint(parametrisation_of(config).schedule) for config in CONFIGS.values()}
     assert len(marks) == len(CONFIGS)
     assert all(len(mark) < 60 for mark in marks)
     assert fingerprint(_discrete(LATENT)) == fingerprint(_discrete(dict(LATENT)))

@@ -12,9 +12,10 @@ import torch
 from oracles import Mixture, exact_solution, mixture, uneven_grid
 from torch import Tensor
 
+from midway.samplers.fused import combine
 from midway.samplers.grids import Grid, karras, reversed_grid
 from midway.samplers.prediction import Field
-from midway.samplers.sample import combine, sample
+from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, dpmpp
 from midway.samplers.table import Table

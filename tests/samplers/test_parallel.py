@@ -19,7 +19,8 @@ from midway.samplers.parallel import (
     sample_parallel,
 )
 from midway.samplers.prediction import Field, Prediction, expand
-from midway.samplers.sample import EvaluationCounter, NoiseSource, sample
+from midway.samplers.rows import NoiseSource
+from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, ddim, euler
 from midway.samplers.table import Table

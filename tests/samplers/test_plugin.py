@@ -12,12 +12,12 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
-from midway.samplers.directions import AMEDConfig, Constants, Directions
 from midway.samplers.plugin import BASES, plugin_table
 from midway.samplers.prediction import Prediction, expand
-from midway.samplers.sample import EvaluationCounter, sample, trajectory, walk
+from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, MeanDirection, amed
+from midway.samplers.step_parameters import AMEDConfig, Constants, StepParameters
 from midway.samplers.table import Table
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
@@ -137,7 +137,7 @@ def test_the_direction_scale_multiplies_what_the_predictions_add(base: str) -> N
 
 def _y_before(schedule: Schedule, table: Table, x: Tensor) -> tuple[Tensor, Tensor]:
     """x / alpha at the last step's start and at its inner node."""
-    states = dict(walk(mixture().field(schedule), table, x))
+    states = list(table.states(mixture().field(schedule), x))
     times = [table.grid[0], *(row.arrival for row in table.rows)]
     last = len(table.rows)
     alpha = [schedule.alpha(torch.tensor(times[i], dtype=torch.float64)) for i in (last - 2, last - 1)]
@@ -206,7 +206,7 @@ def test_directions_may_differ_between_samples(base: str) -> None:
     x, field = _start(schedule, grid[0], 4), mixture().field(schedule)
     r = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
     together = nodes(
-        AMEDSolver(schedule, grid, base), field, lambda f, s, t: Directions(r, 1 + 0.1 * r, 1 - 0.1 * r), x
+        AMEDSolver(schedule, grid, base), field, lambda f, s, t: StepParameters(r, 1 + 0.1 * r, 1 - 0.1 * r), x
     )
     for i, own in enumerate(r.tolist()):
         table = plugin_table(schedule, grid, base, [MeanDirection(own, 1 + 0.1 * own, 1 - 0.1 * own)] * 3)
@@ -228,7 +228,7 @@ def test_the_gradient_of_the_end_state_is_right(base: str) -> None:
     assert torch.autograd.gradcheck(end, (raw.requires_grad_(),), eps=1e-6, atol=1e-6, rtol=1e-5)
 
 
-def _called(rule: Constants, values: Tensor) -> Callable[[Tensor, Tensor, Tensor], Directions]:
+def _called(rule: Constants, values: Tensor) -> Callable[[Tensor, Tensor, Tensor], StepParameters]:
     return lambda f, s, t: torch.func.functional_call(rule, {"raw": values}, (f, s, t))
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.prediction import Prediction, expand
+from midway.samplers.recorder import Recorder
+from midway.samplers.rows import Row
 from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, MeanDirection, amed, ddim, dpm2, dpmpp2m_sde, euler, steps_for
-from midway.samplers.table import Recorder, Row, Table
+from midway.samplers.table import Table
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM(sigma_max=5.0)]
 names = [type(s).__name__ for s in SCHEDULES]

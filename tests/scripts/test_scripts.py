@@ -27,19 +27,19 @@ from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, S
 from safetensors.torch import load_file
 from torch import Tensor
 
+from baseline_recipes import BASELINE_RECIPES
 from cli import resolve
 from midway.gen.core.config import from_dict, read_yaml, to_dict
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion import sampling
-from midway.gen.diffusion.field import Guidance
-from midway.gen.diffusion.load import TrainedModel, card_of, load_model, load_tokenizer, solver_path
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.samplers import make_plans
+from midway.gen.diffusion.load import TrainedModel, load_model, load_tokenizer, solver_path
+from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
+from midway.gen.diffusion.samplers import make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.jobs import SweepConfig
-from midway.gen.evaluation.records import FLOOR, Cell
+from midway.gen.evaluation.records import FLOOR, Measurement, to_records
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.tokenizer.objective import evaluate_tokenizer
@@ -47,11 +47,11 @@ from midway.gen.training.config import TrainConfig
 from midway.samplers.grids import GRIDS
 from midway.samplers.prediction import TARGETS
 from midway.samplers.schedule import SCHEDULES
-from midway.samplers.solvers import SOLVERS
+from midway.samplers.solvers import ALIASES, SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
-from recipes import BASELINE_RECIPES, LATENT_RECIPES, TOKENIZER_RECIPES
+from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 
 ROOT = SCRIPTS.parent
@@ -221,7 +221,7 @@ WAYS = {
 
 
 def _draw(trained: TrainedModel, solver: str, nfe: int, seeds: Tensor, config: SweepConfig, batch_size: int) -> Samples:
-    (plan,) = make_plans(trained, solver, nfe, config).values()
+    (plan,) = make_samplers(trained, solver, nfe, config).values()
     return sample_latents(trained, plan, seeds, replace(config.sampling(), batch_size=batch_size))
 
 
@@ -267,7 +267,7 @@ def test_the_network_is_evaluated_as_often_as_asked(solver: str, guidance: float
     calls: list[int] = []
     trained.model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     nfe = 4 if solver in LEARNED else 12  # which every solver of 1, 2, 3 or 4 evaluations a step can spend
-    (plan,) = make_plans(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
     counted = sample_latents(trained, plan, torch.arange(3), SamplingConfig(Guidance(guidance))).nfe
     assert counted == nfe * guidance, "guidance 2 runs the network twice, which here is also the factor"
     assert sum(calls) == 3 * counted
@@ -480,7 +480,7 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
     out, sweep = swept
     assert all((out / name).stat().st_size > 0 for name in REPORT)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert records == [json.loads(json.dumps(vars(cell))) for cell in sweep.cells]
+    assert records == json.loads(json.dumps(to_records(sweep.measurements)))
     assert [r["distance"] for r in records] == [float(row["distance"]) for row in _rows(out)]
     assert _pixels(out / "distance_vs_nfe.png").ndim == 3
     page = (out / "report.html").read_text()
@@ -493,79 +493,89 @@ def test_the_same_sweep_twice_differs_in_seconds_alone(
     again = _task(
         pipeline, tmp_path, solvers="ddim,heun,amed,amed-constants", nfe="4", grids="uniform,logsnr", blocks=3
     )
-    cells = evaluate.run(again).cells
+    cells = evaluate.run(again).measurements
     untimed = {"seconds": 0.0, "decode_seconds": 0.0, "feature_seconds": 0.0}
-    assert [replace(c, **untimed) for c in cells] == [replace(c, **untimed) for c in swept[1].cells]
+    assert [replace(c, **untimed) for c in cells] == [replace(c, **untimed) for c in swept[1].measurements]
 
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", reference_nfe=256, blocks=1))
-    coarse, middle, fine = (cell.rmse for cell in sweep.cells[1:])
+    coarse, middle, fine = (cell.value("rmse") for cell in sweep.measurements[1:])
     assert coarse is not None and middle is not None and fine is not None
     assert fine < 0.1 * coarse and middle < 0.5 * coarse
 
 
 @pytest.fixture(scope="module")
-def base_cell(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Cell:
-    return evaluate.run(_task(pipeline, tmp_path_factory.mktemp("base"))).cells[1]
+def base_cell(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    return evaluate.run(_task(pipeline, tmp_path_factory.mktemp("base"))).measurements[1]
 
 
-EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Cell, Cell], bool]]] = {
-    "solvers": ({"solvers": "euler"}, lambda a, b: b.solver == "euler" and a.rmse != b.rmse),
-    "nfe": ({"nfe": "5"}, lambda a, b: b.nfe == 5 and a.rmse != b.rmse),
-    "grids": ({"grids": "karras"}, lambda a, b: b.grid == "karras" and a.rmse != b.rmse),
+EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bool]]] = {
+    "solvers": ({"solvers": "euler"}, lambda a, b: b.solver == "euler" and a.value("rmse") != b.value("rmse")),
+    "nfe": ({"nfe": "5"}, lambda a, b: b.nfe == 5 and a.value("rmse") != b.value("rmse")),
+    "grids": ({"grids": "karras"}, lambda a, b: b.grid == "karras" and a.value("rmse") != b.value("rmse")),
     "n": ({"n": 30}, lambda a, b: b.n == 30 and b.seeds == "0-59"),
-    "blocks": ({"blocks": 1}, lambda a, b: b.blocks == 1 and b.distance_std is None and a.distance_std is not None),
-    "seed": ({"seed": 100}, lambda a, b: b.seeds == "100-147" and a.rmse != b.rmse),
-    "guidance": ({"guidance": 4.0}, lambda a, b: b.nfe == 2 * a.nfe and a.rmse != b.rmse),
+    "blocks": (
+        {"blocks": 1},
+        lambda a, b: b.blocks == 1 and b.std("distance") is None and a.std("distance") is not None,
+    ),
+    "seed": ({"seed": 100}, lambda a, b: b.seeds == "100-147" and a.value("rmse") != b.value("rmse")),
+    "guidance": ({"guidance": 4.0}, lambda a, b: b.nfe == 2 * a.nfe and a.value("rmse") != b.value("rmse")),
     "guidance_interval": ({"guidance": 4.0, "guidance_interval": (0.1, 5.0)}, lambda a, b: a.nfe < b.nfe < 2 * a.nfe),
-    "precision": ({"precision": "bf16"}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
-    "graph": ({"graph": True}, lambda a, b: a.nfe == b.nfe and a.rmse == b.rmse),
-    "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
-    "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
-    "reference_nfe": ({"reference_nfe": 4}, lambda a, b: a.rmse != b.rmse and a.distance == b.distance),
+    "precision": ({"precision": "bf16"}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
+    "graph": ({"graph": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") == b.value("rmse")),
+    "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
+    "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
+    "reference_nfe": (
+        {"reference_nfe": 4},
+        lambda a, b: a.value("rmse") != b.value("rmse") and a.distance == b.distance,
+    ),
 }
 
 
 @pytest.mark.parametrize("flag", EFFECTS)
 def test_a_flag_of_evaluate_changes_what_is_measured(
-    flag: str, base_cell: Cell, pipeline: Pipeline, tmp_path: Path
+    flag: str, base_cell: Measurement, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     changes, differs = EFFECTS[flag]
     sweep = evaluate.run(_task(pipeline, tmp_path, **changes))
-    assert len(sweep.cells) == 2
-    assert differs(base_cell, sweep.cells[1])
-    assert set(sweep.grids) == {(sweep.cells[1].solver, sweep.cells[1].nfe)}, "the report finds the cell's pictures"
+    assert len(sweep.measurements) == 2
+    assert differs(base_cell, sweep.measurements[1])
+    assert set(sweep.grids) == {(sweep.measurements[1].solver, sweep.measurements[1].nfe)}, (
+        "the report finds the cell's pictures"
+    )
 
 
-def test_a_model_that_guides_itself_is_measured_unguided(base_cell: Cell, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_model_that_guides_itself_is_measured_unguided(
+    base_cell: Measurement, pipeline: Pipeline, tmp_path: Path
+) -> None:
     """At twice the evaluations: both networks are counted."""
     sweep = evaluate.run(_task(pipeline, tmp_path, guidance=4.0, guide=pipeline.model))
-    assert sweep.cells[1].nfe == 2 * base_cell.nfe
-    assert sweep.cells[1].rmse == pytest.approx(base_cell.rmse, rel=1e-3)
+    assert sweep.measurements[1].nfe == 2 * base_cell.nfe
+    assert sweep.measurements[1].value("rmse") == pytest.approx(base_cell.value("rmse"), rel=1e-3)
 
 
 def test_budgets_out_of_reach_are_left_out_if_asked(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4", skip_unreachable=True, blocks=1))
-    assert [(cell.solver, cell.nfe) for cell in sweep.cells[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
+    assert [(cell.solver, cell.nfe) for cell in sweep.measurements[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
     with pytest.raises(UsageError, match="3 network evaluations cannot be reached"):
         evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4"))
 
 
 def test_a_grid_fitted_to_the_model_says_what_that_cost(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
-    fitted, uniform = sweep.cells[1:]
+    fitted, uniform = sweep.measurements[1:]
     assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
-    assert fitted.rmse != uniform.rmse and fitted.nfe == uniform.nfe == 5
+    assert fitted.value("rmse") != uniform.value("rmse") and fitted.nfe == uniform.nfe == 5
 
 
 def test_batch_size_title_and_out_of_evaluate(
-    base_cell: Cell, script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_cell: Measurement, script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 7 of 48 images; the distance may differ in the last bits of the latents alone."""
     sizes: list[int] = []
-    real = sampling.solve
-    monkeypatch.setattr(sampling, "solve", lambda *a: sizes.append(len(a[3])) or real(*a))
+    real = sampling.start_state
+    monkeypatch.setattr(sampling, "start_state", lambda *a: sizes.append(len(a[2])) or real(*a))
     out = tmp_path / "there"
     told = script(
         *("evaluate", "--model", pipeline.model, "--features", pipeline.features, "--solvers", "ddim", "--nfe", 4),
@@ -606,7 +616,7 @@ def test_every_schedule_and_target_trains_and_samples(
     trained = load_model(run.path, torch.device("cpu"))
     pairs = [*zip(SOLVERS, itertools.cycle(GRIDS)), *(("ddim", grid) for grid in GRIDS)]
     for solver, grid in pairs:  # every solver, every grid
-        (plan,) = make_plans(trained, solver, 12, SweepConfig(grids=(grid,))).values()
+        (plan,) = make_samplers(trained, solver, 12, SweepConfig(grids=(grid,))).values()
         latents = sample_latents(trained, plan, torch.arange(4)).latents
         assert latents.isfinite().all() and latents.std() > 1e-3
 
@@ -651,15 +661,8 @@ def test_a_latent_model_learns_from_latent_tokens(script: Script, tmp_path: Path
     assert told.code == 0, told.err
     trained = load_model(tmp_path / "m", torch.device("cpu"))
     assert trained.model.latent_shape == (6, 1, 6)
-    (plan,) = make_plans(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
     assert decode(trained, sample_latents(trained, plan, torch.arange(3)).latents).shape == (3, 1, 8, 8)
-
-
-@pytest.mark.parametrize("options", ["normalize", "[1]", '{"no": 1}'])
-def test_options_that_are_none_are_refused(options: str, script: Script, tmp_path: Path) -> None:
-    told = script("train_tokenizer", "digits-vq", "--model.options", options, "--out", tmp_path / "t")
-    assert told.code == 2 and "this tokenizer cannot be built" in told.err
-    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -791,7 +794,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Scrip
     assert told.code == 0, told.err
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
-        plans = make_plans(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
+        plans = make_samplers(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
         assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
 
 
@@ -845,9 +848,9 @@ def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, scr
 def test_a_learned_table_is_sampled_and_measured_by_name(
     with_a_table: Path, pipeline: Pipeline, script: Script, tmp_path: Path
 ) -> None:
-    (plan,) = make_plans(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
+    (plan,) = make_samplers(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
     assert isinstance(plan, Table) and plan.nfe == 3
-    card = card_of(plan)
+    card = plan.card
     assert card is not None and card.mode == "end_to_end" and card.base.startswith("dpmpp3m on ")
     out = tmp_path / "grid.png"
     told = script("sample", "--model", with_a_table, "--solver", "table", "--nfe", 3, "--n", 4, "--out", out)
@@ -855,25 +858,27 @@ def test_a_learned_table_is_sampled_and_measured_by_name(
     assert "3 evaluations each" in told.out
     solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
     task = replace(_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)
-    cells = evaluate.run(replace(task, solvers="ddim,table")).cells[1:]
+    cells = evaluate.run(replace(task, solvers="ddim,table")).measurements[1:]
     assert [(cell.solver, cell.nfe, cell.training_nfe > 0) for cell in cells] == [
         ("ddim", 3, False),
         ("table", 3, True),
     ]
-    assert cells[1].rmse != cells[0].rmse
+    assert cells[1].value("rmse") != cells[0].value("rmse")
     with pytest.raises(UsageError, match="table at NFE 4 has not been learned"):
         evaluate.run(replace(task, solvers=solvers, nfe="4"))
-    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).cells[1:]
+    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).measurements[1:]
     assert [(cell.nfe, cell.training_nfe > 0) for cell in cells] == [(4, True)]
 
 
 def test_all_names_every_solver_and_what_was_learned_for_every_budget(with_a_table: Path) -> None:
     trained = load_model(with_a_table, torch.device("cpu"))
+    plain = set(SOLVERS) - set(ALIASES)
+    assert evaluate.solver_names("ab1,heun", trained, (4,)) == ("ab1", "heun")
     assert evaluate.solver_names("ddim,heun", trained, (4,)) == ("ddim", "heun")
     everything = evaluate.solver_names("all", trained, (4,))
-    assert set(everything) == {*SOLVERS, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
-    assert set(evaluate.solver_names("all", trained, (3,))) == {*SOLVERS, "table"}
-    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*SOLVERS}
+    assert set(everything) == {*plain, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
+    assert set(evaluate.solver_names("all", trained, (3,))) == {*plain, "table"}
+    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*plain}
 
 
 def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
@@ -881,9 +886,9 @@ def test_a_table_learned_at_another_guidance_or_for_other_weights_is_refused(
 ) -> None:
     trained = load_model(with_a_table, torch.device("cpu"))
     with pytest.raises(UsageError, match=r"learned at guidance 1\.0"):
-        make_plans(trained, "table", 3, SweepConfig(guidance=2.0))
+        make_samplers(trained, "table", 3, SweepConfig(guidance=2.0))
     with pytest.raises(DataError, match="learned for other weights"):
-        make_plans(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
+        make_samplers(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
 
 
 # ---- two processes ----

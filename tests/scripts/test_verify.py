@@ -1,7 +1,6 @@
 """verify_resume.py says yes to every kind of run, no to what is not exact; posthoc_ema.py makes a run that commands take."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -86,12 +85,6 @@ def test_randomness_that_has_a_state_is_found(
     assert not (pipeline.model / ".verify").exists()
 
 
-def test_what_was_never_trained_is_refused(script: Script, tmp_path: Path) -> None:
-    told = script("verify_resume", tmp_path)
-    assert told.code == 3
-    assert "is not a run that was trained" in told.err
-
-
 # ---- averages after training ----
 
 
@@ -120,31 +113,6 @@ def test_a_tracked_width_comes_back_as_it_was_stored(pipeline: Pipeline, script:
     (stored,) = (s for s in find_snapshots(pipeline.model / "posthoc") if (s.step, s.std) == (15, 0.1))
     for name, value in reconstruct([Snapshot(stored.path, 15, 0.1)], 15, 0.1).items():
         torch.testing.assert_close(made[name], value, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "words"),
-    [
-        (("--std", 0.5), 2, "relative width"),
-        (("--std", 0.08, "--step", 26), 2, "step 26"),
-        (("--std", "nan"), 2, "relative width"),
-    ],
-)
-def test_an_average_that_cannot_be_had_is_refused(
-    flags: tuple[object, ...], code: int, words: str, pipeline: Pipeline, script: Script, tmp_path: Path
-) -> None:
-    told = script("posthoc_ema", pipeline.model, *flags, "--out", tmp_path / "m")
-    assert told.code == code
-    assert words in told.err
-    assert not (tmp_path / "m").exists()
-
-
-def test_a_run_without_snapshots_says_what_to_do(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(pipeline.model, model, ignore=shutil.ignore_patterns("posthoc"))
-    told = script("posthoc_ema", model, "--std", 0.1, "--out", tmp_path / "m")
-    assert told.code == 3
-    assert "--posthoc 0.05 0.10" in told.err
 
 
 def test_a_latent_model_is_left_without_averages_when_none_is_asked(

@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from midway.samplers.rows import Row
 from midway.samplers.schedule import VP, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, Solver
-from midway.samplers.table import Row, Table
+from midway.samplers.table import Table
 
 FACTOR = 1.01
 TOLERANCE = 1e-9

@@ -24,6 +24,7 @@ from multiprocess import together
 from safetensors.torch import load_file
 from torch import Tensor
 
+from baseline_tasks import BaselineTask
 from cli import main
 from midway.gen.core import checkpoints
 from midway.gen.core.runs import Run
@@ -31,7 +32,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training import signals
 from midway.gen.training.config import TrainConfig
-from tasks import BaselineTask, LatentTask, TokenizerConfig, TokenizerTask
+from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 Task = TokenizerTask | LatentTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.images import ImageData, load_images, split, to_float, to_uint8
+from midway.gen.data.images import ImageData, load_images, to_float, to_uint8
 from midway.gen.data.pictures import grid_png, save_grid
-from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.data.splits import DataConfig, load_splits, split
 from midway.gen.tokenizer.latents import cache_path, encode, load_latents, save_latents, tokenizer_hash
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, psnr, reconstruct
 from midway.gen.training.batches import Context, ImageBatch

@@ -42,7 +42,7 @@ class AMEDConfig:
 
 
 @dataclass(frozen=True)
-class Directions:
+class StepParameters:
     """r, c, a, each float64 (B,): `MeanDirection` per sample."""
 
     r: Tensor
@@ -50,10 +50,10 @@ class Directions:
     a: Tensor
 
 
-def squash(raw: Tensor, config: AMEDConfig) -> Directions:
-    """raw (B, 3) -> Directions within the config's ranges; raw = 0 is DPM-Solver-2 (r = 1/2, c = a = 1)."""
+def squash(raw: Tensor, config: AMEDConfig) -> StepParameters:
+    """raw (B, 3) -> StepParameters within the config's ranges; raw = 0 is DPM-Solver-2 (r = 1/2, c = a = 1)."""
     unit = torch.sigmoid(raw.double())
-    return Directions(
+    return StepParameters(
         r=unit[:, 0].clamp(MARGIN, 1 - MARGIN),
         c=1 + config.scale_dir * (2 * unit[:, 1] - 1),
         a=1 + config.scale_time * (2 * unit[:, 2] - 1),
@@ -68,7 +68,7 @@ class Constants(nn.Module):
         self.config = config
         self.raw = nn.Parameter(torch.zeros(steps, 3))
 
-    def forward(self, features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
+    def forward(self, features: Tensor, step: Tensor, log_rho: Tensor) -> StepParameters:
         """features (B, 0) and log_rho (B, 2), unused; step int64 (B,)."""
         return squash(GAIN * self.raw[step], self.config)
 
@@ -94,7 +94,7 @@ class Predictor(nn.Module):
         self.raw = nn.Parameter(torch.zeros(steps, 3))
         nn.init.zeros_(self.heads.weight)
 
-    def forward(self, features: Tensor, step: Tensor, log_rho: Tensor) -> Directions:
+    def forward(self, features: Tensor, step: Tensor, log_rho: Tensor) -> StepParameters:
         """features (B, F); step int64 (B,); log_rho float64 (B, 2) at t and s."""
         frequencies = 2.0 ** torch.arange(-2, 2, device=log_rho.device)
         angles = log_rho[:, :, None] * frequencies  # (B, 2, 4)
@@ -103,5 +103,5 @@ class Predictor(nn.Module):
         return squash(GAIN * self.raw[step] + sample, self.config)
 
 
-DirectionRule = Callable[[Tensor, Tensor, Tensor], Directions]
-"""(features (B, F), step int64 (B,), log_rho float64 (B, 2)) -> Directions: a `Constants` or a `Predictor`."""
+StepRule = Callable[[Tensor, Tensor, Tensor], StepParameters]
+"""(features (B, F), step int64 (B,), log_rho float64 (B, 2)) -> StepParameters: a `Constants` or a `Predictor`."""

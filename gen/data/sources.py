@@ -1,0 +1,113 @@
+"""Named sources of images, as they come, and paths that are none."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from midway.gen.core.errors import DataError, UsageError, nearest, one_line
+from midway.gen.data.decoding import Decoded, prepare
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A named source as it comes: uint8 (N, H, W) or (N, H, W, 3), labels (N,)."""
+
+    pixels: NDArray[np.uint8]
+    labels: Sequence[int]
+    classes: tuple[str, ...]
+    name: str
+
+
+def _digits(root: Path, download: bool) -> Arrays:
+    """1797 handwritten digits, 8 x 8; scikit-learn carries them, so `root` and `download` have nothing to do."""
+    from sklearn.datasets import load_digits
+
+    values, labels = load_digits(return_X_y=True)
+    pixels = np.rint(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
+    return Arrays(pixels, labels.tolist(), tuple("0123456789"), "digits")
+
+
+def _cifar10(root: Path, download: bool) -> Arrays:
+    def read() -> Arrays:
+        from torchvision.datasets import CIFAR10
+
+        train = CIFAR10(root, train=True, download=download)
+        return Arrays(train.data, train.targets, tuple(train.classes), "cifar10-train")
+
+    return _torchvision("cifar10", read, f"cifar-10-python.tar.gz in {root}", download)
+
+
+def _mnist(root: Path, download: bool) -> Arrays:
+    def read() -> Arrays:
+        from torchvision.datasets import MNIST
+
+        train = MNIST(root, train=True, download=download)
+        return Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "mnist-train")
+
+    return _torchvision("mnist", read, _four_files(root / "MNIST" / "raw"), download)
+
+
+def _fashion_mnist(root: Path, download: bool) -> Arrays:
+    def read() -> Arrays:
+        from torchvision.datasets import FashionMNIST
+
+        train = FashionMNIST(root, train=True, download=download)
+        return Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "fashion_mnist-train")
+
+    return _torchvision("fashion_mnist", read, _four_files(root / "FashionMNIST" / "raw"), download)
+
+
+def _four_files(folder: Path) -> str:
+    return f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz (four files) in {folder}"
+
+
+def _torchvision(name: str, read: Callable[[], Arrays], place: str, download: bool) -> Arrays:
+    """`read()`, its many kinds of failure turned into one DataError that says where the files belong."""
+    by_hand = f"place {place} and pass --download (files already there are checked, not fetched)"
+    try:
+        return read()
+    except Exception as error:  # network, checksum, archive, disk, or a torchvision that does not fit torch
+        if download:
+            what, fix = f"{name} could not be downloaded or read", f"try again; or {by_hand}"
+        else:
+            what, fix = f"{name} is not on this machine", f"pass --download; without a network: {by_hand}"
+        raise DataError(what, one_line(error), fix) from error
+
+
+SOURCES: dict[str, Callable[[Path, bool], Arrays]] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    "mnist": _mnist,
+    "fashion_mnist": _fashion_mnist,
+}
+
+
+def read_named(source: str, root: Path | None = None, download: bool = False) -> Arrays:
+    """The arrays of a name in `SOURCES`, as they come; `root` as in `load_images`. DataError when they are not there."""
+    return SOURCES[source]((root or _default_root()).expanduser(), download)
+
+
+def prepared(arrays: Arrays, channels: int | None, resize: int | None) -> Iterator[Decoded]:
+    """The images of a named source one by one, each named by its place: `digits[0]`."""
+    for index, pixels in enumerate(arrays.pixels):
+        yield prepare(f"{arrays.name}[{index}]", Image.fromarray(pixels), channels, resize)
+
+
+def _default_root() -> Path:
+    return Path(os.environ.get("MIDWAY_DATA") or "~/.cache/midway/data")
+
+
+def existing_path(source: str) -> Path:
+    """The folder or file of a source that is no name. DataError for a path that does not exist, UsageError for a word."""
+    path = Path(source).expanduser()
+    if source and path.exists():
+        return path
+    if source and (path.suffix or len(path.parts) > 1 or source != path.name):
+        raise DataError(f"{source} does not exist", f"looked for {path.absolute()}", "check the path")
+    hint = nearest(source.lower().replace("-", "_"), SOURCES)
+    raise UsageError(f"unknown data source {source!r}", "neither a named source nor a folder or zip here", hint)

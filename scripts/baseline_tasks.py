@@ -1,0 +1,61 @@
+"""Options of train_baseline.py: one dataclass for each kind of baseline, whose fields are its flags."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from midway.gen.baselines.flow_config import FlowConfig
+from midway.gen.baselines.tarflow import TarFlowConfig
+from midway.gen.baselines.vae import VAEConfig
+from midway.gen.data.splits import DataConfig
+from midway.gen.training.config import TrainConfig
+from tasks import Flat, Resume
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineTask:
+    """Train a baseline: a model of images that gives bits per dimension."""
+
+    out: Path
+    """Run directory to create."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    conditional: bool = False
+    """Train on the class of each image as well."""
+    validation_images: int | None = None
+    """Number of held-out images in validation (default: all)."""
+    draws: int | None = None
+    """Draws of the bound in validation and in the final score (default: 16 for a VAE, else --model.draws)."""
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    overwrite: bool = False
+    """Delete a run that is already at --out."""
+    resume: Resume = "no"
+    """auto: continue from the newest checkpoint at --out, or start if there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAETask(BaselineTask):
+    """Train a VAE."""
+
+    model: VAEConfig = field(default_factory=VAEConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowTask(BaselineTask):
+    """Train a flow of couplings: NICE, RealNVP, Glow."""
+
+    model: FlowConfig = field(default_factory=FlowConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarFlowTask(BaselineTask):
+    """Train a TarFlow."""
+
+    model: TarFlowConfig = field(default_factory=TarFlowConfig)
+
+
+BASELINE_TASKS: dict[str, type[VAETask] | type[FlowTask] | type[TarFlowTask]] = {
+    "vae": VAETask,
+    "flow": FlowTask,
+    "tarflow": TarFlowTask,
+}
+"""By the kind of baseline (gen/baselines/registry.py)."""
