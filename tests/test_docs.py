@@ -12,10 +12,11 @@ from typing import Any
 import mutate_tables
 import pytest
 import torch
+from measurements import measurement
 
 from midway.gen.diffusion.load import LEARNED
-from midway.gen.evaluation.records import Cell
-from midway.gen.report.write import write_csv
+from midway.gen.evaluation.records import Measurement, to_records
+from midway.gen.report.text import csv_text
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, logsnr
 from midway.samplers.plugin import BASES
@@ -36,9 +37,9 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
-def _cells() -> list[Cell]:
-    floor = Cell("floor", "", 0, 0.5, None, None, 64, 1, 0.0, "cnn-x@1", "ref@2", "")
-    one = Cell("ddim", "karras", 4, 1.25, 0.1, 0.2, 64, 2, 0.5, "cnn-x@1", "ref@2", "0-127", 10, True)
+def _cells() -> list[Measurement]:
+    floor = measurement("floor", "", 0, 0.5, None, None, 64, 1, 0.0, "cnn-x@1", "ref@2", "")
+    one = measurement("ddim", "karras", 4, 1.25, 0.1, 0.2, 64, 2, 0.5, "cnn-x@1", "ref@2", "0-127", training_nfe=10)
     return [floor, one]
 
 
@@ -48,9 +49,9 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     report = tmp_path / "report"
     report.mkdir()
-    write_csv(report / "results.csv", _cells())
+    (report / "results.csv").write_text(csv_text(to_records(_cells())))
     (report / "distance_vs_nfe.png").write_bytes(b"png")
-    assert module.read_cells(report / "results.csv") == _cells()
+    assert module.read_results(report / "results.csv") == _cells()
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- begin demo -->\nold\n<!-- end demo -->\nafter\n")
     module.embed(page, "demo", report)
@@ -67,7 +68,7 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
 def test_a_page_without_the_block_is_left_alone(tmp_path: Path) -> None:
     module = _tool("embed")
     module.__file__ = str(tmp_path / "docs" / "embed.py")
-    write_csv(tmp_path / "results.csv", _cells())
+    (tmp_path / "results.csv").write_text(csv_text(to_records(_cells())))
     (tmp_path / "distance_vs_nfe.png").write_bytes(b"png")
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")

@@ -1,4 +1,4 @@
-"""What a reader needs to repeat a run: versions, hardware, git commit and the command."""
+"""The environment of a run: versions, hardware, git commit and the command."""
 
 import os
 import platform
@@ -56,7 +56,7 @@ def command_line() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to repeat a run."""
+    """Everything needed to repeat a run on another machine."""
     return {
         "command": command_line(),
         "python": platform.python_version(),

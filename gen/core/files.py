@@ -81,7 +81,7 @@ def _remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the operating system put a file or directory on the disk now."""
+    """fsync a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

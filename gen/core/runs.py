@@ -1,4 +1,4 @@
-"""Run directories: what a command leaves behind, and how another command finds it again.
+"""Run directories: what a command writes and other commands read.
 
 config.yaml     the resolved configuration, with `kind` (tokenizer, latent_model, features, solver)
 env.json        versions, hardware, git commit, command; effective batch and data fingerprint once training has started
@@ -29,7 +29,7 @@ HALF_CONFIG = ".config.yaml.*tmp"
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and the resolved configuration in it (without `kind`); `quiet` keeps what it says in log.txt."""
+    """A run directory and the resolved configuration in it (without `kind`); `quiet` writes to log.txt only."""
 
     path: Path
     kind: str
@@ -89,7 +89,7 @@ class Run:
         return Run(path, kind, values)
 
     def write_config(self) -> None:
-        """Write config.yaml, by which a directory is known as a run."""
+        """Write config.yaml, which marks a directory as a run."""
         write_yaml(self.path / "config.yaml", {"kind": self.kind, **self.config})
 
     def note(self, facts: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class Run:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing has been said yet."""
+        """Whether nothing has been logged yet."""
         return not (self.path / "log.txt").exists()
 
     def tidy(self) -> None:
@@ -113,7 +113,7 @@ class Run:
             clear_temporaries(folder)
 
     def say(self, line: str) -> None:
-        """Print a line and keep it in log.txt."""
+        """Print a line and append it to log.txt."""
         if not self.quiet:
             print(line, flush=True)
         _append(self.path / "log.txt", line)
@@ -124,7 +124,7 @@ class Run:
         _append(self.path / "metrics.jsonl", json.dumps(strict, allow_nan=False))
 
     def forget_after(self, step: int) -> None:
-        """Drop from metrics.jsonl what a resumed run will say again: later steps, unfinished intervals, final results."""
+        """Drop from metrics.jsonl what a resumed run will log again: later steps, unfinished intervals, final results."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
@@ -156,7 +156,7 @@ class Run:
 
 @contextmanager
 def lock(path: Path, use: str = "trained") -> Iterator[None]:
-    """Within the block no other process may use this folder so; UsageError if one does. A killed process holds nothing."""
+    """Lock this folder against other processes; UsageError if one holds the lock. It ends with its process."""
     try:
         import fcntl
     except ImportError:  # not on this operating system

@@ -1,7 +1,7 @@
-"""Whether a source of images can be trained and measured on: what is wrong with it, and what to know of it.
+"""Whether a source of images can be used for training and evaluation: problems and warnings.
 
-A problem is what training refuses, in training's own words; a warning is what it accepts, and what then makes a distance
-between sets of images hard to read: images on both sides of the split, few held-out images (its bias falls as 1 / n), and
+A problem is an error that training would raise; a warning is accepted by training, but makes distances between sets of images
+hard to interpret: images on both sides of the split, few held-out images (its bias falls as 1 / n), and
 images that were saved with loss.
 """
 
@@ -102,7 +102,7 @@ class DataFacts:
 
 
 def check(config: DataConfig, against: str | None = None) -> DataFacts:
-    """Decode everything, and say whether training with these options would take it. Errors as of `read_contents`."""
+    """Decode everything and find all problems of training with these options. Errors as of `read_contents`."""
     check_share(config.held_out)
     if against is not None and against not in SOURCES:
         existing_path(against)  # a wrong path is told before hours of decoding

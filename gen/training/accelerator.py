@@ -15,8 +15,8 @@ from midway.gen.training.config import TrainConfig
 def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = False) -> Accelerator:
     """An Accelerator whose DDP leaves buffers alone: quantizers keep theirs equal themselves. Trackers write below `out`.
 
-    `idle`: some parameters get no gradient in some steps, which DDP must be told.
-    Without a GPU several processes find each other only when told to use the CPU; else each would train alone.
+    `idle`: some parameters get no gradient in some steps, which DDP must expect.
+    Without a GPU several processes connect only with `cpu=True`; else each would train alone.
     UsageError when the global batch cannot be shared equally, or a tracker is not installed.
     """
     torch.use_deterministic_algorithms(config.deterministic)
@@ -49,8 +49,8 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     return accelerator
 
 
-def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool = False) -> None:
-    """UsageError for flags that this training has no use for; before a run directory is made."""
+def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool = False, sharded: bool = False) -> None:
+    """UsageError for flags that this training does not support."""
     if config.validate_every and not validates:
         raise UsageError(
             f"--validate-every {config.validate_every}", "this training has no validation", "use --validate-every 0"
@@ -60,6 +60,12 @@ def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool =
             f"--measure-every {config.measure_every}",
             "only latent models have online evaluation",
             "use --measure-every 0",
+        )
+    if config.validate_every and sharded:
+        raise UsageError(
+            "FSDP does not support validation",
+            "validation needs the whole model, and every process has a shard of it",
+            "use DDP (accelerate launch --multi_gpu), or --validate-every 0",
         )
 
 

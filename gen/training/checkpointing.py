@@ -1,4 +1,4 @@
-"""When and how a training is saved, gone on with, and taken back: collective calls around gen/core/checkpoints.py."""
+"""Saving, resuming and resetting a training: collective calls around gen/core/checkpoints.py."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ Export = Callable[[Path, dict[str, Tensor]], None]
 
 
 class CheckpointManager:
-    """The checkpoints of one run. Every process calls every method; the main one reads, judges and writes."""
+    """The checkpoints of one run. Every process calls every method; only the main process reads and writes."""
 
     def __init__(
         self, run: Run, config: TrainConfig, state: TrainingState, fingerprint: str, export: Export | None
@@ -37,15 +37,15 @@ class CheckpointManager:
 
     @property
     def is_due(self) -> bool:
-        """Whether this process finds that the last checkpoint is too long ago."""
+        """Whether `save_seconds` have passed since the last checkpoint, by the clock of this process."""
         return 0 < self.config.save_seconds <= self.clock.here - self._saved_seconds
 
-    # ---- going on ----
+    # ---- resuming ----
 
     def resume(self) -> int:
-        """Take over the newest valid checkpoint and tidy up after the process that wrote it; its step, or 0.
+        """Restore the newest valid checkpoint and remove what later steps left; its step, or 0.
 
-        UsageError when the run was started with another configuration; nothing is changed then.
+        UsageError when the run was started with another configuration; the run is not changed then.
         """
         found = self._newest()
         rounding = [] if found is None else self._compare(found)
@@ -83,7 +83,7 @@ class CheckpointManager:
         return None if step < 0 else Checkpoint(self.run.checkpoints / f"step-{step}", step)
 
     def _compare(self, found: Checkpoint) -> list[str]:
-        """What differs by rounding alone; UsageError for what makes it another run."""
+        """Settings that change the result by rounding only; UsageError for any other change."""
         before = found.json("state.json")
         rounding = refuse_changes(before["config"], self.identity, self.config)
         if found.step > self.config.steps:
@@ -100,10 +100,10 @@ class CheckpointManager:
         self.clock.before, self.rolled_back = state["seconds"], state["rolled_back"]
         self._saved_at, self._saved_best = found.step, self.state.validation.step
 
-    # ---- going back ----
+    # ---- resetting ----
 
     def go_back(self, step: int) -> int:
-        """After too many bad steps: the step of the last checkpoint, taken over; DivergedError the second time."""
+        """Restore the last checkpoint after too many bad steps; its step. DivergedError the second time."""
         losses = words_of(self.state.guard.losses())
         found = None if self.rolled_back else self._newest()
         if found is None:
@@ -121,7 +121,7 @@ class CheckpointManager:
         return found.step
 
     def _diverged(self, step: int, losses: str) -> DivergedError:
-        reason = "it had gone back once already" if self.rolled_back else "there is no checkpoint to go back to"
+        reason = "it was reset once already" if self.rolled_back else "there is no checkpoint to return to"
         return DivergedError(
             f"training diverged by step {step}",
             f"loss or gradient was not finite in {self.config.patience} steps in a row, and {reason}; "
@@ -156,7 +156,7 @@ class CheckpointManager:
         self._write_on_main(step, lambda: self._write_best(step, files))
 
     def _write_on_main(self, step: int, write: Callable[[], object]) -> None:
-        """Write on the main process; what goes wrong there is raised by all."""
+        """Write on the main process; an error there is raised on all."""
         failure = None
         if self.accelerator.is_main_process:
             try:

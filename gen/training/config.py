@@ -46,7 +46,7 @@ class TrainConfig:
     deterministic: bool = False
     """On a GPU, only kernels whose sums have a fixed order: exact resume needs it there. CPUs are so by themselves."""
     patience: int = 10
-    """Steps in a row without a finite loss and gradient before the run goes back to its last checkpoint, once."""
+    """Steps in a row without a finite loss and gradient before the run is reset to its last checkpoint, once."""
     max_seconds: float | None = None
     """Stop after this much training time, save, and exit normally; --resume auto goes on."""
     max_steps: int | None = None
@@ -67,7 +67,7 @@ class TrainConfig:
     preview_every: int = 0
     """Optimizer steps between preview grids (0: only at the end)."""
     log_with: tuple[str, ...] = ()
-    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio or any other that Accelerate knows."""
+    """Trackers besides metrics.jsonl: tensorboard, wandb, trackio or any other that Accelerate supports."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ PATHS = (
     "overwrite",
     "resume",
 )
-"""Where things are. What is in them is compared by fingerprint."""
+"""Paths; their contents are compared by fingerprint."""
 BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience", "patience_validations")
 REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
@@ -142,7 +142,7 @@ def may_change(key: str, train: TrainConfig) -> bool:
 
 
 def is_bookkeeping(key: str) -> bool:
-    """Whether a flat key says where things are, when to save or what to tell, and nothing of what is learned beyond rounding."""
+    """Whether a flat key sets paths, budgets or reports, which change the result by rounding at most."""
     last = key.removeprefix("train.")
     return key in PATHS or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
 

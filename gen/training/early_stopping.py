@@ -1,11 +1,11 @@
-"""Validation during training: the best value so far, when to stop for want of a better one, and the folder of the best weights.
+"""Validation during training: the best value so far, early stopping, and the folder of the best weights.
 
     best <- (step, value) if value < best value, else validations since the best <- + 1;      stop once they are `patience`
 
 best/step-N/    as in checkpoints.py: ema.safetensors, or model.safetensors if there is no average, and the exports of the script
 
-The counters are part of every checkpoint. Until the next one is written, the folder that the last one speaks of stays beside a
-better one, so that a run which goes back, or on, finds the folder that it left.
+The counters are part of every checkpoint. The folder that the last checkpoint refers to is kept beside a better one until the
+next checkpoint is written, so that a reset or resumed run finds it.
 """
 
 import math
@@ -28,10 +28,10 @@ class Validation:
         self.patience = patience
         self.step, self.value, self.since = -1, math.inf, 0
         self.active = False
-        """Whether there is anything to remember."""
+        """Whether any validation took place."""
 
     def judge(self, step: int, value: float) -> bool:
-        """Take note of the value of optimizer step `step`; whether it is the best so far."""
+        """Record the value of optimizer step `step`; whether it is the best so far."""
         self.active = True
         better = math.isfinite(value) and value < self.value
         self.step, self.value = (step, value) if better else (self.step, self.value)
@@ -40,7 +40,7 @@ class Validation:
 
     @property
     def is_over(self) -> bool:
-        """Whether so many validations in a row brought nothing better that the run should stop."""
+        """Whether `patience` validations in a row brought no better value."""
         return 0 < self.patience <= self.since
 
     @property
@@ -49,7 +49,7 @@ class Validation:
         return (self.step, self.value) if self.step >= 0 else None
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run goes on with; nothing if nothing was ever validated."""
+        """State for a resumed run; empty before the first validation."""
         counts = {
             "value": torch.tensor(self.value, dtype=torch.float64),
             "steps": torch.tensor([self.step, self.since]),
@@ -57,7 +57,7 @@ class Validation:
         return counts if self.active else {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Restore `state`."""
         self.step, self.since = state["steps"].tolist() if state else (-1, 0)
         self.value = state["value"].item() if state else math.inf
         self.active = bool(state)

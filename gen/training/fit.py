@@ -1,19 +1,18 @@
 """fit(): the one training loop, under Accelerate, for everything that learns.
 
-Step s sees the samples at global positions s B .. (s + 1) B - 1 of an endless stream: the permutations of epochs 0, 1, 2, ...
-laid end to end. Its noise, times, flips and dropped labels are functions of (seed, s, global position). Hence the same run on
-any number of processes, or with any accumulation, sees the same samples with the same noise, and a run that goes on from a
-checkpoint is the run that was never stopped, bit for bit.
+Step s takes the samples at global positions s B .. (s + 1) B - 1 of an endless stream: the permutations of epochs 0, 1, 2, ...
+laid end to end. Its noise, times, flips and dropped labels are functions of (seed, s, global position). Hence training on any
+number of processes, or with any accumulation, uses the same samples with the same noise, and a run resumed from a checkpoint
+equals the uninterrupted run bit for bit.
 
-A step whose loss or gradient is not finite changes nothing. After `patience` of them in a row the run goes back to its last
-checkpoint, once; if that does not help it ends. Every collective is reached by every process in every step.
+A step whose loss or gradient is not finite changes nothing. After `patience` of them in a row the run is reset to its last
+checkpoint, once; the second time it raises DivergedError. Every process calls every collective in every step.
 
-A validation is made before the checkpoint of its step, which then knows of it.
+Validation runs before checkpointing, so the checkpoint includes its result.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -21,11 +20,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run, lock
 from midway.gen.training.accelerator import refuse_unused, share_of
-from midway.gen.training.batches import Context
+from midway.gen.training.batches import Context, Order, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
 from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.early_stopping import Validation
@@ -34,8 +32,8 @@ from midway.gen.training.interface import FitResult, Hooks, Items, Startable, Tr
 from midway.gen.training.nonfinite import NonFiniteGuard, StopFlags
 from midway.gen.training.optim import (
     checkpoint_activations,
+    clip,
     compile_networks,
-    is_on_host,
     make_optimizers,
     parameter_groups,
     set_rate,
@@ -82,26 +80,6 @@ class _Loss(nn.Module):
         return cast(Trainable, self.model).loss(batch, context)
 
 
-@dataclass
-class _Order:
-    """Item indices of stream positions; keeps the permutations of the epochs in use."""
-
-    size: int
-    seed: int
-    epochs: dict[int, Tensor] = field(default_factory=dict)
-
-    def __call__(self, start: int, count: int) -> Tensor:
-        """int64 (count,): the items at positions start .. start + count - 1."""
-        epochs = range(start // self.size, (start + count - 1) // self.size + 1)
-        self.epochs = {e: self.epochs[e] if e in self.epochs else self._permutation(e) for e in epochs}
-        first = start - epochs[0] * self.size
-        table = self.epochs[epochs[0]] if len(epochs) == 1 else torch.cat([self.epochs[e] for e in epochs])
-        return table[first : first + count]
-
-    def _permutation(self, epoch: int) -> Tensor:
-        return randomness.permutation(self.seed, "order", epoch, self.size)
-
-
 class _Training:
     """One call of fit()."""
 
@@ -110,7 +88,7 @@ class _Training:
     ) -> None:
         self.model, self.items, self.config, self.run = model, items, config, run
         self.accelerator, self.hooks = accelerator, hooks
-        self.share, self.order = share_of(config, accelerator), _Order(items.size, config.seed)
+        self.share, self.order = share_of(config, accelerator), Order(items.size, config.seed)
         model.to(accelerator.device).train()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -120,17 +98,17 @@ class _Training:
         self.wrapped, *prepared = accelerator.prepare(_Loss(model), *optimizers)
         self.optimizers = [
             getattr(o, "optimizer", o) for o in prepared
-        ]  # the wrapper looks for a package at every step
+        ]  # the wrapper searches for a package at every step
         self.parameter_groups = parameter_groups(model)
-        self.parameters = [p for side in self.parameter_groups for p in side]
+        self.parameters = [p for group in self.parameter_groups for p in group]
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
         if self.sharded and len(self.parameter_groups) > 1:
             raise UsageError(
-                "FSDP cannot train a tokenizer with a critic",
-                "the critic runs with its parameters held fixed, which FSDP does not see",
+                "FSDP cannot train a tokenizer with a discriminator",
+                "the discriminator is evaluated with fixed parameters, which FSDP does not support",
                 "use DDP (accelerate launch --multi_gpu), or --loss.adversary none",
             )
-        check_validation(config, self.hooks, self.sharded)
+        refuse_unused(config, self.hooks.validate is not None, self.hooks.measure is not None, self.sharded)
         self.ema = EMA(model, config.ema) if config.ema else None
         self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
         self.averages, self.guard = Averages(), NonFiniteGuard(accelerator)
@@ -166,17 +144,19 @@ class _Training:
                 self._show(self.hooks.measure, step)
             self._log(step, report, stop, done)
             due = decision.stop_flags.save or _due(config.save_every, step)
-            if done or stop or (due and not self.guard.streak):  # never between bad steps: one goes back to before them
+            if (
+                done or stop or (due and not self.guard.streak)
+            ):  # not within a streak: a reset goes to the step before it
                 self.checkpointing.save(step)
             report.tick(step)
-            if decision.stop_flags.stop:  # who sent the signal may not wait for more
+            if decision.stop_flags.stop:  # the sender of the signal may not wait for previews
                 report.close()
                 raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
             if _due(config.preview_every, step) or done or stop:
                 self._show(self.hooks.preview, step)
             if stop:
                 break
-        if step == config.steps:  # also a run of no steps
+        if step == config.steps:  # also when there are no steps
             self.checkpointing.save(step)
         report.close()
         return self._result(step)
@@ -185,7 +165,7 @@ class _Training:
         """One optimizer step, and whatever follows each of them."""
         set_rate(self.optimizers, learning_rate(self.config, step))
         losses, logs = zip(*(self._micro(step, i) for i in range(self.config.accumulation)))
-        norms = [self._clip(side) for side in self.parameter_groups]
+        norms = [clip(group, self.config.clip, self.accelerator) for group in self.parameter_groups]
         norm = norms[0] if len(norms) == 1 else norms[0] + norms[1]
         step_ok = self.guard.judge(losses[0] if len(losses) == 1 else torch.stack(losses).mean(), norm, stop_flags)
         step_if(step_ok, self.optimizers)
@@ -198,26 +178,11 @@ class _Training:
             if average is not None:
                 average.update(self.model, step)
 
-    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Limit the norm of these parameters' gradients; the norm before, 0 if there is no gradient yet."""
-        if not self.sharded:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if not gradients:
-                return torch.zeros((), device=self.accelerator.device)
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if (
-                not is_on_host(norm) or norm.item() > 0.999 * self.config.clip
-            ):  # a CPU need not multiply everything by 1
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
-            return norm
-        norm = self.accelerator.clip_grad_norm_(parameters, self.config.clip)  # pyright: ignore[reportArgumentType]
-        return norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
-
     def _micro(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of one micro-batch of this process; its loss and logs."""
         accelerator, config = self.accelerator, self.config
         start = step * config.batch_size + (micro * accelerator.num_processes + accelerator.process_index) * self.share
-        _seed_global(config.seed, start, accelerator.device)
+        seed_global(config.seed, start, accelerator.device)
         context = Context(config.seed, step, torch.arange(start, start + self.share, device=accelerator.device))
         is_last = micro == config.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
@@ -239,7 +204,7 @@ class _Training:
         return StopFlags(stop=bool(interrupts.number), late=late, save=self.checkpointing.is_due)
 
     def _log(self, step: int, report: Reporter, stop: bool, done: bool) -> None:
-        """What a checkpoint of this step takes for granted: its interval logged if over, its snapshots stored if due."""
+        """Log the interval if it is over and store snapshots if due; the checkpoint of this step assumes both."""
         config = self.config
         full = step % config.log_every == 0 or done
         if full or stop:
@@ -269,7 +234,7 @@ class _Training:
         self.model.train()
 
     def _validate(self, step: int, report: Reporter) -> None:
-        """Ask the main process for a value, tell it to all, keep the weights if it is the best."""
+        """Validate on the main process, share the value, and store the weights if it is the best."""
         validate = self.hooks.validate
         if validate is None or not self.config.validate_every:
             return
@@ -303,7 +268,7 @@ class _Training:
         return FitResult(step, self.checkpointing.clock.total, self.ema, self.last, finished, self.validation.best)
 
     def _announce(self, step: int) -> None:
-        """The first line of a training, and what env.json says of it."""
+        """The first line in the log, and the entry in env.json."""
         config, accelerator = self.config, self.accelerator
         if not accelerator.is_main_process:
             return
@@ -325,24 +290,5 @@ class _Training:
         self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
 
 
-def check_validation(config: TrainConfig, hooks: Hooks, sharded: bool) -> None:
-    """UsageError for a validation that cannot be made."""
-    refuse_unused(config, hooks.validate is not None, hooks.measure is not None)
-    if config.validate_every and sharded:
-        raise UsageError(
-            "FSDP cannot validate",
-            "validation needs the whole model, and every process has a shard of it",
-            "use DDP (accelerate launch --multi_gpu), or --validate-every 0",
-        )
-
-
 def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _seed_global(seed: int, start: int, device: torch.device) -> None:
-    """Fix torch's own generators, for modules that draw from them; ours never do."""
-    word = randomness.integer(seed, "global", start)
-    torch.default_generator.manual_seed(word)  # torch.manual_seed asks every kind of device, which takes 0.2 ms
-    if device.type == "cuda":
-        torch.cuda.manual_seed(word)

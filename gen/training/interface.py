@@ -1,4 +1,4 @@
-"""What fit() asks of a model, of data and of a script, and what it gives back."""
+"""Interfaces of fit(): the model, the data and the hooks that it takes, and the result that it returns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from midway.gen.training.ema import EMA
 
 
 class Trainable(Protocol):
-    """What fit() asks of a model (an nn.Module)."""
+    """A model (nn.Module) that fit() can train."""
 
     def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, a mean over the batch, and logs (see progress.Averages) of the same names every time."""
         ...
 
     def after_step(self, step_ok: Tensor) -> None:
-        """Between optimizer steps. When the 0-dim bool `step_ok` is false the step did not count and nothing may be learned."""
+        """Called after each optimizer step. When the 0-dim bool `step_ok` is false the step was skipped: change nothing."""
         ...
 
 
@@ -54,9 +54,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a script adds, on the main process: `preview(step)`, `measure(step)` and `validate(step)`, called with the averaged
-    weights in the model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. Of what
-    `validate` gives (a lower number is better) the best is kept, with its weights, in best/ of the run."""
+    """Callbacks on the main process: `preview(step)`, `measure(step)` and `validate(step)`, called with the averaged
+    weights in the model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. The weights
+    with the lowest value of `validate` are stored in best/ of the run."""
 
     preview: Callable[[int], None] | None = None
     export: Callable[[Path, dict[str, Tensor]], None] | None = None

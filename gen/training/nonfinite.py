@@ -1,7 +1,7 @@
 """Which steps count, and when to stop: decided the same on every process, without the host waiting for the device.
 
 A step counts when the mean loss over all processes and the gradient norm are finite; otherwise the optimizers, the codebooks and
-the logged means are left as they were, by a switch on the device. The host reads what was decided of the step before (on a
+the logged means are left as they were, by a switch on the device. The host reads the decision of the previous step (on a
 GPU) or of this one (on a CPU), so that a device always has work queued.
 """
 
@@ -19,7 +19,7 @@ RECENT = 20
 
 @dataclass(frozen=True)
 class StopFlags:
-    """What this process would like, each 0 or 1: stop (a signal came), the time is over, a checkpoint is due."""
+    """Conditions of one process: a stop signal arrived, the time limit has passed, a checkpoint is due."""
 
     stop: bool = False
     late: bool = False
@@ -28,7 +28,7 @@ class StopFlags:
 
 @dataclass(frozen=True)
 class Decision:
-    """What all processes agreed on: bad steps in a row, and whose stop_flags are granted."""
+    """What holds on all processes: the number of bad steps in a row, and the flags raised by any process."""
 
     streak: int
     stop_flags: StopFlags
@@ -57,7 +57,7 @@ class NonFiniteGuard:
         return step_ok
 
     def _agree(self, loss: Tensor, stop_flags: StopFlags) -> Tensor:
-        """float64 (4,): the sums over all processes of the loss and of the stop_flags."""
+        """float64 (4,): the sums over all processes of the loss and of the flags."""
         flags = torch.tensor(
             [stop_flags.stop, stop_flags.late, stop_flags.save], dtype=torch.float64, device=loss.device
         )
@@ -74,7 +74,7 @@ class NonFiniteGuard:
         self._waiting.append((host, event, stop_flags))
 
     def read(self) -> Decision:
-        """What was decided about the newest step whose decision has had the time to arrive."""
+        """The decision of the newest step that has arrived on the host; no flags before the first."""
         if len(self._waiting) <= self._lag:
             return Decision(0, StopFlags())
         packet, event, stop_flags = self._waiting.popleft()
@@ -100,11 +100,11 @@ class NonFiniteGuard:
         return [loss if math.isfinite(norm) else norm for loss, norm in pairs]
 
     def state(self) -> dict[str, Tensor]:
-        """The counters that a resumed run goes on with."""
+        """The counters that a resumed run restores."""
         return {"counts": self._counts}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`; what was waiting to be read is forgotten."""
+        """Restore `state`; decisions that were not yet read are dropped."""
         self._counts = state["counts"].to(self.accelerator.device)
         self._recent.clear()
         self._waiting.clear()

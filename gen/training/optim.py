@@ -1,14 +1,16 @@
-"""Optimizers, and how a model is made smaller or faster before it is trained.
+"""Optimizers, gradient clipping, activation checkpointing and compilation.
 
 AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), fused where torch can. Muon (Jordan et al. 2024) orthogonalises the momentum
 of a matrix; only hidden matrices get it, with updates scaled to AdamW's root mean square ("match_rms_adamw": Liu et al. 2025,
 arXiv 2502.16982), so that one learning rate serves both.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from midway.gen.core.errors import UsageError
@@ -19,7 +21,7 @@ FUSED = ("cpu", "cuda", "xpu", "mps")
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[Optimizer]:
-    """One or two optimizers in which every trainable parameter is exactly once. UsageError if muon has nothing to do."""
+    """One or two optimizers in which every trainable parameter is exactly once. UsageError for muon without matrices."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [name for name in named if is_hidden_matrix(name, named[name])] if config.optimizer == "muon" else []
     if config.optimizer == "muon" and not hidden:
@@ -61,7 +63,7 @@ def rate_groups(model: nn.Module, named: dict[str, nn.Parameter]) -> list[dict[s
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon may have it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
+    """Whether Muon optimises it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
     return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
 
 
@@ -77,8 +79,22 @@ def is_on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
+def clip(parameters: list[nn.Parameter], limit: float, accelerator: Accelerator) -> Tensor:
+    """Limit the norm of these parameters' gradients; the norm before, 0-dim, 0 if there is no gradient yet."""
+    if not any(isinstance(p, DTensor) for p in parameters):
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=accelerator.device)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not is_on_host(norm) or norm.item() > 0.999 * limit:  # a CPU need not multiply everything by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
+    norm = accelerator.clip_grad_norm_(parameters, limit)  # pyright: ignore[reportArgumentType]
+    return norm.full_tensor() if isinstance(norm, DTensor) else cast(Tensor, norm)
+
+
 def step_if(step_ok: Tensor, optimizers: list[Optimizer]) -> None:
-    """Step every optimizer if the 0-dim bool `step_ok` is true; off the CPU a fused one decides, so that nobody waits for it."""
+    """Step every optimizer if the 0-dim bool `step_ok` is true; fused ones decide on the device, without synchronisation."""
     for optimizer in optimizers:
         if optimizer.defaults.get("fused") and not is_on_host(step_ok):
             step_where(step_ok, optimizer)

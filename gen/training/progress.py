@@ -1,4 +1,4 @@
-"""What a training says: means per interval, a progress bar or plain lines, metrics.jsonl, trackers."""
+"""Progress of a training: means per interval, a progress bar or plain lines, metrics.jsonl, trackers."""
 
 import math
 import time
@@ -126,7 +126,7 @@ class Clock:
 
 
 class Reporter:
-    """A progress bar on a terminal, else one plain line every 30 s; metrics.jsonl always. Only the main process speaks."""
+    """A progress bar on a terminal, else one plain line every 30 s; metrics.jsonl always. Only the main process reports."""
 
     def __init__(self, config: TrainConfig, run: Run, accelerator: Accelerator, step: int) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
@@ -146,7 +146,7 @@ class Reporter:
             self.run.say(line)
 
     def back_to(self, step: int) -> None:
-        """The run went back to an earlier step."""
+        """The run was reset to an earlier step."""
         self.first = self.steps_before = step
         self.started = self.last_interval = time.monotonic()
         self.bar.n = step

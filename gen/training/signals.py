@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish: save after the current step, then end with exit code 128 + the signal's number."""
+"""SIGTERM and SIGINT: save after the current step, then exit with code 128 + the signal's number."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from types import FrameType
 from midway.gen.core.errors import MidwayError
 
 REPEAT_AFTER = 3.0
-"""Seconds within which a second signal is taken for an echo: launchers pass on what the terminal sent already."""
+"""Seconds within which a second signal is ignored: launchers forward signals that the terminal has sent as well."""
 
 
 class Interrupted(MidwayError):
-    """A run that was asked to end and saved its state."""
+    """A run that saved its state after a signal."""
 
     def __init__(self, number: int, step: int, where: object) -> None:
         self.exit_code = 128 + number  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -22,7 +22,7 @@ class Interrupted(MidwayError):
 
 
 class Interrupts:
-    """Within the block the two signals set `number`; a later one (after an echo's time) acts as if there were no block."""
+    """Within the block the two signals set `number`; one that arrives REPEAT_AFTER seconds later has its usual effect."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -32,7 +32,7 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._heard)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,7 +40,7 @@ class Interrupts:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._before = {}
 
-    def _heard(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if not self.number:
             self.number, self._since = number, now

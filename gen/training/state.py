@@ -1,4 +1,4 @@
-"""Everything that a run's next step depends on, as files of a checkpoint and back.
+"""The state of a training as the files of a checkpoint.
 
 model.safetensors        parameters and buffers (codebooks, counters)
 ema.safetensors          their averages; posthoc-<width>.safetensors the power-function ones
@@ -6,8 +6,8 @@ optimizer.safetensors    `<parameter>/<state>`: exp_avg, exp_avg_sq, step, momen
 progress.safetensors     skipped steps, the best validation, and the sums of the open log interval, one row per process
 state.json               step, seconds, configuration, processes
 
-At the end of an optimizer step a quantizer has no pending statistics, and the random numbers of every step follow from its
-number, so there is nothing else. Sharded tensors (FSDP) are gathered, so that any number of processes can go on.
+At the end of an optimizer step a quantizer has no pending statistics, and the random numbers of a step are a function of its
+number, so this is all. Sharded tensors (FSDP) are gathered, so that any number of processes can resume.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ Files = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What learns and what counts in one training."""
+    """Everything that the next step of a training depends on."""
 
     model: nn.Module
     optimizers: list[Optimizer]
@@ -69,7 +69,7 @@ class TrainingState:
         return {name: {key: whole(value) for key, value in tensors.items()} for name, tensors in files.items()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over everything that `capture` gave. DataError for tensors that do not fit."""
+        """Restore what `capture` returned. DataError for tensors that do not fit."""
         try:
             own = self.model.state_dict()
             self.model.load_state_dict(like(own, checkpoint.tensors("model.safetensors")))

@@ -1,44 +1,26 @@
-"""Checkpoints are whole or absent; every damage is found and named; the weight average in them is its closed form."""
+"""Checkpoints are whole or absent; every damage is found and named."""
 
 import errno
 import hashlib
 import json
-import math
 import os
 import pickle
 import shutil
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint, directories, newest_valid, save, set_aside, verify
 from midway.gen.core.errors import DataError, DiskError
-from midway.gen.core.runs import Run
-from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context
-from midway.gen.training.config import TrainConfig
-from midway.gen.training.fit import fit
-from midway.gen.training.interface import FitResult, Items
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float64 on the CPU; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(autouse=True)
@@ -360,79 +342,3 @@ def test_tensors_and_json_come_back(tmp_path: Path) -> None:
     (found.path / "state.json").write_text("{")
     with pytest.raises(DataError, match=r"state\.json"):
         found.json("state.json")
-
-
-# ---- the average in a checkpoint ----
-
-
-class Learner(nn.Module):
-    """A quadratic in float64; a buffer that learns, and a counter. Keeps its state after every step."""
-
-    follower: Tensor
-    updates: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        self.register_buffer("follower", torch.zeros(3, dtype=torch.float64))
-        self.register_buffer("updates", torch.tensor(0))
-        self.states: list[dict[str, Tensor]] = [self.copy()]
-
-    def copy(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.state_dict().items()}
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        return (batch - self.weight).square().mean(), {}
-
-    def after_step(self, step_ok: Tensor) -> None:
-        self.follower.lerp_(self.weight.detach(), 0.3)
-        self.updates += 1
-        self.states.append(self.copy())
-
-
-@dataclass
-class Fitted:
-    """A model after fit()."""
-
-    model: Learner
-    result: FitResult
-    saved: dict[str, Tensor] = field(default_factory=dict)
-
-
-def fit_learner(folder: Path, config: TrainConfig, resume: bool = False) -> Fitted:
-    """Train on six numbers; the average as its newest checkpoint has it."""
-    folder.mkdir(exist_ok=True)
-    model = Learner()
-    numbers = torch.linspace(-1, 2, 18, dtype=torch.float64).view(6, 3)
-    result = fit(
-        model, Items(numbers.__getitem__, 6), config, Run(folder, "test"), make_accelerator(config), None, resume
-    )
-    return Fitted(model, result, load_file(folder / "checkpoints" / f"step-{result.steps}" / "ema.safetensors"))
-
-
-@pytest.mark.parametrize("decay", [0.999, 0.6])
-def test_the_average_of_a_training_is_its_closed_form_sum(tmp_path: Path, decay: float) -> None:
-    """shadow_n = sum_k w_k value_k, w_k = (1 - d_k) prod_(j > k) d_j, d_s = min(decay, (1 + s) / (10 + s)); buffers too."""
-    steps = 24
-    trained = fit_learner(tmp_path, TrainConfig(steps=steps, batch_size=3, lr=0.1, ema=decay))
-    d = [min(decay, (1 + s) / (10 + s)) for s in range(steps)]
-    terms = [math.prod(d), *((1 - d[k]) * math.prod(d[k + 1 :]) for k in range(steps))]
-    weights = torch.tensor(terms, dtype=torch.float64)
-    assert len(trained.model.states) == steps + 1
-    for name in ("weight", "follower"):
-        expected = weights @ torch.stack([state[name] for state in trained.model.states])
-        torch.testing.assert_close(trained.saved[name], expected, rtol=0, atol=1e-12)
-        assert (trained.saved[name] - trained.model.state_dict()[name]).abs().max() > 1e-3
-    assert trained.saved["updates"].item() == steps, "counters are copied"
-
-
-def test_the_average_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
-    config = TrainConfig(steps=9, batch_size=3, lr=0.1, ema=0.9)
-    whole = fit_learner(tmp_path / "whole", config)
-    fit_learner(tmp_path / "parts", TrainConfig(steps=9, batch_size=3, lr=0.1, ema=0.9, max_steps=4))
-    parts = fit_learner(tmp_path / "parts", config, resume=True)
-    assert len(parts.model.states) == 1 + 5
-    assert parts.result.ema is not None
-    for name, value in whole.saved.items():
-        assert torch.equal(parts.saved[name], value)
-        assert torch.equal(parts.result.ema.shadow[name], value)

@@ -22,21 +22,21 @@ from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, load_splits
-from midway.gen.evaluation.records import ReportContext
-from midway.gen.evaluation.sweep import floor_cell
+from midway.gen.evaluation.sweep import measure_floor
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
-from midway.gen.evaluation.tokenizers import Measurement
+from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import make_reference
+from midway.gen.report.table import ReportContext
+from midway.gen.report.text import csv_text, jsonl_text
 from midway.gen.report.tokenizer_plots import noise_png, rate_of, rate_png, usage_png
 from midway.gen.report.tokenizer_tables import tables
 from midway.gen.report.tokenizers import (
     FILES,
     check_out,
-    csv_text,
-    jsonl_text,
+    flat_record,
     markdown_tables,
-    text_table,
+    terminal_text,
     write_tokenizer_report,
 )
 from midway.gen.training.config import TrainConfig
@@ -66,10 +66,10 @@ CONTEXT = ReportContext(
 )
 
 
-def measurements(rows: list[TokenizerRow]) -> list[Measurement]:
+def measurements(rows: list[TokenizerRow]) -> list[TokenizerResult]:
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     shares = torch.arange(50, 0, -1).double()
-    return [Measurement(r, None if r.codebook is None else shares / shares.sum(), images, images) for r in rows]
+    return [TokenizerResult(r, None if r.codebook is None else shares / shares.sum(), images, images) for r in rows]
 
 
 def write(directory: Path, rows: list[TokenizerRow] = ROWS, context: ReportContext = CONTEXT) -> str:
@@ -95,8 +95,8 @@ def test_the_best_is_bold_where_one_direction_is_better() -> None:
 def test_figures_that_no_row_has_are_no_column() -> None:
     bare = replace(ROW, distance=None, interpolated=None, floor=None, features=None, noise=(), psnr_noisy=())
     first, *others = tables([bare])
-    assert first.heads == ("bits per image", "PSNR, dB", "SSIM")
-    assert first.floor == ()
+    assert first.heads == ("tokenizer", "bits per image", "PSNR, dB", "SSIM")
+    assert not any(line.floor for line in first.lines)
     assert FEATURES not in first.note
     assert [table.title for table in others] == ["Codes and latents", "Cost"]
     assert "LPIPS" in tables([ROW, replace(ROW, lpips=0.25)])[0].heads
@@ -104,11 +104,11 @@ def test_figures_that_no_row_has_are_no_column() -> None:
 
 def test_a_single_tokenizer_is_never_the_best() -> None:
     assert "**" not in markdown_tables([ROW])
-    assert "*" not in text_table([ROW]).removesuffix("* best\n")
+    assert "*" not in terminal_text([ROW]).removesuffix("* best\n")
 
 
 def test_the_text_table_is_aligned_and_has_the_floor() -> None:
-    lines = text_table(ROWS).splitlines()
+    lines = terminal_text(ROWS).splitlines()
     first = lines[2:7]
     assert [line.split()[0] for line in first] == ["tokenizer", "-" * len(first[1]), "fsq", "k|l_1", "floor"]
     assert "27.00*" in first[3]
@@ -118,13 +118,13 @@ def test_the_text_table_is_aligned_and_has_the_floor() -> None:
 
 
 def test_csv_and_jsonl_hold_every_figure() -> None:
-    rows = list(csv.DictReader(csv_text(ROWS).splitlines()))
+    rows = list(csv.DictReader(csv_text([flat_record(row) for row in ROWS]).splitlines()))
     assert [row["name"] for row in rows] == ["fsq", "k|l_1"]
     fields = {field.name for field in dataclasses.fields(TokenizerRow)}
     curves = {f"psnr_{kind}_{sigma}" for kind in ("noisy", "snapped") for sigma in ("0", "0.1")}
     assert set(rows[0]) == fields - {"noise", "psnr_noisy", "psnr_snapped"} | curves
     assert (rows[0]["psnr_snapped_0.1"], rows[1]["psnr_snapped_0.1"], rows[1]["codebook"]) == ("24.75", "", "")
-    records = [json.loads(line) for line in jsonl_text(ROWS).splitlines()]
+    records = [json.loads(line) for line in jsonl_text([dataclasses.asdict(row) for row in ROWS]).splitlines()]
     tuples = {"noise", "psnr_noisy", "psnr_snapped"}
     back: list[dict[str, Any]] = [
         {k: tuple(v) if k in tuples and v is not None else v for k, v in record.items()} for record in records
@@ -311,6 +311,6 @@ def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
     shutil.rmtree(runs / "floor")
     splits = load_splits(DataConfig())
     network, name = load_features(Run.open(runs / "features", "features").checkpoint / "features.safetensors")
-    cell = floor_cell(make_reference(network, name, splits.train), splits.held_out, 50)
+    cell = measure_floor(make_reference(network, name, splits.train), splits.held_out, 50)
     assert (found.row.floor, found.row.features, found.row.reference) == (cell.distance, cell.features, cell.reference)
     assert found.row.floor is not None and np.isfinite(found.row.floor)

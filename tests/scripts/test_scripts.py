@@ -41,7 +41,7 @@ from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.jobs import SweepConfig
-from midway.gen.evaluation.records import FLOOR, Cell
+from midway.gen.evaluation.records import FLOOR, Measurement, to_records
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.tokenizer.objective import evaluate_tokenizer
@@ -49,7 +49,7 @@ from midway.gen.training.config import TrainConfig
 from midway.samplers.grids import GRIDS
 from midway.samplers.prediction import TARGETS
 from midway.samplers.schedule import SCHEDULES
-from midway.samplers.solvers import SOLVERS
+from midway.samplers.solvers import ALIASES, SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
@@ -464,7 +464,7 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
     out, sweep = swept
     assert all((out / name).stat().st_size > 0 for name in REPORT)
     records = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert records == [json.loads(json.dumps(vars(cell))) for cell in sweep.cells]
+    assert records == json.loads(json.dumps(to_records(sweep.measurements)))
     assert [r["distance"] for r in records] == [float(row["distance"]) for row in _rows(out)]
     assert _pixels(out / "distance_vs_nfe.png").ndim == 3
     page = (out / "report.html").read_text()
@@ -477,74 +477,84 @@ def test_the_same_sweep_twice_differs_in_seconds_alone(
     again = _task(
         pipeline, tmp_path, solvers="ddim,heun,amed,amed-constants", nfe="4", grids="uniform,logsnr", blocks=3
     )
-    cells = evaluate.run(again).cells
+    cells = evaluate.run(again).measurements
     untimed = {"seconds": 0.0, "decode_seconds": 0.0, "feature_seconds": 0.0}
-    assert [replace(c, **untimed) for c in cells] == [replace(c, **untimed) for c in swept[1].cells]
+    assert [replace(c, **untimed) for c in cells] == [replace(c, **untimed) for c in swept[1].measurements]
 
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", reference_nfe=256, blocks=1))
-    coarse, middle, fine = (cell.rmse for cell in sweep.cells[1:])
+    coarse, middle, fine = (cell.value("rmse") for cell in sweep.measurements[1:])
     assert coarse is not None and middle is not None and fine is not None
     assert fine < 0.1 * coarse and middle < 0.5 * coarse
 
 
 @pytest.fixture(scope="module")
-def base_cell(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Cell:
-    return evaluate.run(_task(pipeline, tmp_path_factory.mktemp("base"))).cells[1]
+def base_cell(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    return evaluate.run(_task(pipeline, tmp_path_factory.mktemp("base"))).measurements[1]
 
 
-EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Cell, Cell], bool]]] = {
-    "solvers": ({"solvers": "euler"}, lambda a, b: b.solver == "euler" and a.rmse != b.rmse),
-    "nfe": ({"nfe": "5"}, lambda a, b: b.nfe == 5 and a.rmse != b.rmse),
-    "grids": ({"grids": "karras"}, lambda a, b: b.grid == "karras" and a.rmse != b.rmse),
+EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bool]]] = {
+    "solvers": ({"solvers": "euler"}, lambda a, b: b.solver == "euler" and a.value("rmse") != b.value("rmse")),
+    "nfe": ({"nfe": "5"}, lambda a, b: b.nfe == 5 and a.value("rmse") != b.value("rmse")),
+    "grids": ({"grids": "karras"}, lambda a, b: b.grid == "karras" and a.value("rmse") != b.value("rmse")),
     "n": ({"n": 30}, lambda a, b: b.n == 30 and b.seeds == "0-59"),
-    "blocks": ({"blocks": 1}, lambda a, b: b.blocks == 1 and b.distance_std is None and a.distance_std is not None),
-    "seed": ({"seed": 100}, lambda a, b: b.seeds == "100-147" and a.rmse != b.rmse),
-    "guidance": ({"guidance": 4.0}, lambda a, b: b.nfe == 2 * a.nfe and a.rmse != b.rmse),
+    "blocks": (
+        {"blocks": 1},
+        lambda a, b: b.blocks == 1 and b.std("distance") is None and a.std("distance") is not None,
+    ),
+    "seed": ({"seed": 100}, lambda a, b: b.seeds == "100-147" and a.value("rmse") != b.value("rmse")),
+    "guidance": ({"guidance": 4.0}, lambda a, b: b.nfe == 2 * a.nfe and a.value("rmse") != b.value("rmse")),
     "guidance_interval": ({"guidance": 4.0, "guidance_interval": (0.1, 5.0)}, lambda a, b: a.nfe < b.nfe < 2 * a.nfe),
-    "precision": ({"precision": "bf16"}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
-    "graph": ({"graph": True}, lambda a, b: a.nfe == b.nfe and a.rmse == b.rmse),
-    "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
-    "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.rmse != b.rmse),
-    "reference_nfe": ({"reference_nfe": 4}, lambda a, b: a.rmse != b.rmse and a.distance == b.distance),
+    "precision": ({"precision": "bf16"}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
+    "graph": ({"graph": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") == b.value("rmse")),
+    "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
+    "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
+    "reference_nfe": (
+        {"reference_nfe": 4},
+        lambda a, b: a.value("rmse") != b.value("rmse") and a.distance == b.distance,
+    ),
 }
 
 
 @pytest.mark.parametrize("flag", EFFECTS)
 def test_a_flag_of_evaluate_changes_what_is_measured(
-    flag: str, base_cell: Cell, pipeline: Pipeline, tmp_path: Path
+    flag: str, base_cell: Measurement, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     changes, differs = EFFECTS[flag]
     sweep = evaluate.run(_task(pipeline, tmp_path, **changes))
-    assert len(sweep.cells) == 2
-    assert differs(base_cell, sweep.cells[1])
-    assert set(sweep.grids) == {(sweep.cells[1].solver, sweep.cells[1].nfe)}, "the report finds the cell's pictures"
+    assert len(sweep.measurements) == 2
+    assert differs(base_cell, sweep.measurements[1])
+    assert set(sweep.grids) == {(sweep.measurements[1].solver, sweep.measurements[1].nfe)}, (
+        "the report finds the cell's pictures"
+    )
 
 
-def test_a_model_that_guides_itself_is_measured_unguided(base_cell: Cell, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_model_that_guides_itself_is_measured_unguided(
+    base_cell: Measurement, pipeline: Pipeline, tmp_path: Path
+) -> None:
     """At twice the evaluations: both networks are counted."""
     sweep = evaluate.run(_task(pipeline, tmp_path, guidance=4.0, guide=pipeline.model))
-    assert sweep.cells[1].nfe == 2 * base_cell.nfe
-    assert sweep.cells[1].rmse == pytest.approx(base_cell.rmse, rel=1e-3)
+    assert sweep.measurements[1].nfe == 2 * base_cell.nfe
+    assert sweep.measurements[1].value("rmse") == pytest.approx(base_cell.value("rmse"), rel=1e-3)
 
 
 def test_budgets_out_of_reach_are_left_out_on_request(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4", skip_unreachable=True, blocks=1))
-    assert [(cell.solver, cell.nfe) for cell in sweep.cells[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
+    assert [(cell.solver, cell.nfe) for cell in sweep.measurements[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
     with pytest.raises(UsageError, match="3 network evaluations cannot be reached"):
         evaluate.run(_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4"))
 
 
 def test_the_training_cost_of_a_fitted_grid_is_reported(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
-    fitted, uniform = sweep.cells[1:]
+    fitted, uniform = sweep.measurements[1:]
     assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
-    assert fitted.rmse != uniform.rmse and fitted.nfe == uniform.nfe == 5
+    assert fitted.value("rmse") != uniform.value("rmse") and fitted.nfe == uniform.nfe == 5
 
 
 def test_batch_size_title_and_out_of_evaluate(
-    base_cell: Cell, script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_cell: Measurement, script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 7 of 48 images; the distance may differ in the last bits of the latents alone."""
     sizes: list[int] = []
@@ -792,25 +802,27 @@ def test_a_learned_table_is_sampled_and_measured_by_name(
     assert "3 evaluations each" in done.out
     solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
     task = replace(_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)
-    cells = evaluate.run(replace(task, solvers="ddim,table")).cells[1:]
+    cells = evaluate.run(replace(task, solvers="ddim,table")).measurements[1:]
     assert [(cell.solver, cell.nfe, cell.training_nfe > 0) for cell in cells] == [
         ("ddim", 3, False),
         ("table", 3, True),
     ]
-    assert cells[1].rmse != cells[0].rmse
+    assert cells[1].value("rmse") != cells[0].value("rmse")
     with pytest.raises(UsageError, match="table at NFE 4 has not been learned"):
         evaluate.run(replace(task, solvers=solvers, nfe="4"))
-    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).cells[1:]
+    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).measurements[1:]
     assert [(cell.nfe, cell.training_nfe > 0) for cell in cells] == [(4, True)]
 
 
 def test_all_names_every_solver_and_what_was_learned_for_every_budget(with_a_table: Path) -> None:
     trained = load_model(with_a_table, torch.device("cpu"))
+    plain = set(SOLVERS) - set(ALIASES)
+    assert evaluate.solver_names("ab1,heun", trained, (4,)) == ("ab1", "heun")
     assert evaluate.solver_names("ddim,heun", trained, (4,)) == ("ddim", "heun")
     everything = evaluate.solver_names("all", trained, (4,))
-    assert set(everything) == {*SOLVERS, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
-    assert set(evaluate.solver_names("all", trained, (3,))) == {*SOLVERS, "table"}
-    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*SOLVERS}
+    assert set(everything) == {*plain, "amed", "amed-constants", "amed-plugin-dpmpp2m-constants"}
+    assert set(evaluate.solver_names("all", trained, (3,))) == {*plain, "table"}
+    assert set(evaluate.solver_names("all", trained, (3, 4))) == {*plain}
 
 
 def test_a_table_serves_one_guidance_and_one_model(with_a_table: Path, pipeline: Pipeline, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_lpips_trains_with_weights_from_a_file_and_is_in_no_checkpoint(
         (("--loss.perceptual-weights", "x.pth"), ("loss.perceptual",)),
         (("--loss.perceptual", "1", "--loss.perceptual-weights", "absent.pth", "--resize", "16"), ("absent.pth",)),
         (("--loss.perceptual", "1", "--loss.perceptual-weights", "VGG"), ("16 x 16",)),
-        (("--loss.adversary", "hinge", "--model.quantizer", "identity", "--model.downsample", "1"), ("critic",)),
+        (("--loss.adversary", "hinge", "--model.quantizer", "identity", "--model.downsample", "1"), ("adversarial",)),
     ],
 )
 def test_losses_that_cannot_be_are_refused(
@@ -337,4 +337,4 @@ def test_sharded_parameters_and_a_critic_are_refused(
     monkeypatch.setattr(fit, "DTensor", torch.nn.Parameter)
     told = call(script, tmp_path / "run", "--loss.adversary", "hinge")
     assert told.code == 2, told.err
-    assert "FSDP cannot train a tokenizer with a critic" in told.err
+    assert "FSDP cannot train a tokenizer with a discriminator" in told.err

@@ -17,10 +17,10 @@ from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
-from midway.gen.training.accelerator import make_accelerator
+from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
-from midway.gen.training.fit import check_validation, fit
+from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items
 
 SIZE = 10
@@ -249,8 +249,12 @@ def test_going_back_from_bad_steps_takes_the_best_back_too(tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
-    "nothing to call": (lambda: check_validation(CONFIG, Hooks(), False), UsageError, "no validation"),
-    "shards": (lambda: check_validation(CONFIG, Hooks(validate=float), True), UsageError, "FSDP cannot validate"),
+    "nothing to call": (lambda: refuse_unused(CONFIG), UsageError, "no validation"),
+    "shards": (
+        lambda: refuse_unused(CONFIG, validates=True, sharded=True),
+        UsageError,
+        "FSDP does not support validation",
+    ),
     "patience alone": (
         lambda: replace(CONFIG, validate_every=0, patience_validations=2) and None,
         ValueError,

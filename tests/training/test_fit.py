@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -275,9 +274,7 @@ def test_the_global_generator_is_not_used(tmp_path: Path) -> None:
 def test_time_over_stops_after_the_step_and_reports_it(tmp_path: Path) -> None:
     shown: list[int] = []
     config = replace(CONFIG, steps=10**6, max_seconds=0.2, log_every=10**6)
-    start = time.monotonic()
     trained = train(tmp_path, config, preview=lambda _: shown.append)
-    assert time.monotonic() - start < 5
     steps = trained.result.steps
     assert 1 <= steps < 10**6
     assert trained.model.updates.item() == steps

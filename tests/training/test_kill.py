@@ -34,7 +34,7 @@ from tasks import TokenizerTask
 pytestmark = pytest.mark.usefixtures("one_thread")  # the other processes have one thread as well
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-KILLS = 20
+KILLS = 12
 LONG = replace(TRAIN, steps=60, log_every=7, save_seconds=0)
 SAVING = replace(LONG, save_every=1)
 SLOW = Conditions(pause=0.02)
@@ -81,7 +81,7 @@ def live(child: Child, rng: random.Random, phase: str) -> None:
         time.sleep(rng.choice([0, rng.uniform(0, 0.03)]))
 
 
-def test_a_run_that_is_killed_twenty_times_is_one_that_was_not(whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_killed_twelve_times_is_one_that_was_not(whole: Path, tmp_path: Path) -> None:
     """SIGKILL while starting, training and saving. What is there afterwards is valid, and never older than before."""
     rng, run, newest_step, halves = random.Random(1), tmp_path / "run", 0, 0
     for i in range(KILLS):
@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_twenty_times_is_one_that_was_not(whole: Path, tmp_
         assert not skipped
         assert (0 if found is None else found.step) >= newest_step
         newest_step = 0 if found is None else found.step
-    assert halves >= 3, "some must have been killed while they saved"
+    assert halves >= 2, "some must have been killed while they saved"
     assert KILLS // 4 < newest_step < LONG.steps
     assert start(task(run, SAVING)).finish() == 0
     assert_same_run(run, whole)

@@ -315,7 +315,7 @@ def test_a_codebook_learns_nothing_from_a_bad_step(tmp_path: Path) -> None:
 def test_a_fault_that_stays_ends_the_run_after_going_back_once(tmp_path: Path) -> None:
     model = Tiny(from_step(5))
     config = replace(CONFIG, save_every=4)
-    with pytest.raises(DivergedError, match="it had gone back once already") as caught:
+    with pytest.raises(DivergedError, match="it was reset once already") as caught:
         train(tmp_path, model, config)
     assert caught.value.exit_code == 4
     assert model.seen == [*range(8), *range(4, 8)], "patience, back to step 4, patience again"
@@ -339,7 +339,7 @@ def test_the_last_losses_are_in_the_message(tmp_path: Path) -> None:
 
 def test_without_a_checkpoint_the_run_ends_at_once(tmp_path: Path) -> None:
     model = Tiny(from_step(2))
-    with pytest.raises(DivergedError, match="there is no checkpoint to go back to") as caught:
+    with pytest.raises(DivergedError, match="there is no checkpoint to return to") as caught:
         train(tmp_path, model)
     assert caught.value.exit_code == 4
     assert model.seen == list(range(5))
@@ -372,7 +372,7 @@ def test_a_resumed_run_remembers_that_it_went_back(tmp_path: Path) -> None:
     config = replace(CONFIG, save_every=4)
     train(tmp_path, Tiny(Once(5, 6, 7)), replace(config, max_steps=9))
     model = Tiny(in_steps(9, 10, 11))
-    with pytest.raises(DivergedError, match="gone back once already"):
+    with pytest.raises(DivergedError, match="reset once already"):
         train(tmp_path, model, replace(config, steps=20), resume=True)
     assert model.seen == [9, 10, 11]
 

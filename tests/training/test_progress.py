@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run
-from midway.gen.training import fit as training
 from midway.gen.training import optim, progress
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context
@@ -449,8 +448,7 @@ def waits(folder: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_step_waits_for_the_device_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
     """The difference between 20 and 40 steps is one reading of the guard per step, however many micro-batches it has;
     logging, saving and ending the run wait as often in both. (As on a device; what a CPU holds may be read at any time.)"""
-    for module in (optim, training):
-        monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
+    monkeypatch.setattr(optim, "is_on_host", lambda tensor: False)
     config = replace(CONFIG, log_every=100, accumulation=accumulation)
     short = waits(tmp_path / "20", replace(config, steps=20), monkeypatch)
     long = waits(tmp_path / "40", replace(config, steps=40), monkeypatch)
