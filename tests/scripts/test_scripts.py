@@ -58,6 +58,7 @@ from tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 
 ALL_SCRIPTS = sorted(p.stem for p in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in p.read_text())
 REPORT = ("results.csv", "results.jsonl", "report.md", "report.html", "distance_vs_nfe.png", "distance_vs_seconds.png")
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_FLAGS = ("--steps", "2", "--batch-size", "16", "--warmup", "0", "--log-every", "1")
 
 
