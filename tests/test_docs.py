@@ -106,7 +106,7 @@ def test_the_page_of_solvers_holds_the_registry() -> None:
     assert _tool("solver_names").filled(text) == text, "run python docs/solver_names.py"
 
 
-def test_the_table_of_names_says_what_the_registry_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_names_agrees_with_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     module = _tool("solver_names")
     plain = Solver(SOLVERS["rk4"].build, evaluations=4, order=3, coordinate="t", pure_noise=False)
     noisy = Solver(SOLVERS["ddpm"].build, evaluations=1, order=2, history_order=5, stochastic=True)
@@ -138,32 +138,32 @@ def test_the_page_of_solvers_names_every_solver_base_and_grid() -> None:
 
 
 def test_the_code_of_the_page_of_solvers_runs_as_printed() -> None:
-    """All blocks in order; what they assert themselves, and what the prose says of their results."""
-    told: dict[str, Any] = {}
+    """All blocks in order; their own assertions, and the results that the prose states."""
+    scope: dict[str, Any] = {}
     for block in _code(SOLVERS_PAGE):
-        exec(block, told)
-    errors = told["errors"]
+        exec(block, scope)
+    errors = scope["errors"]
     assert set(errors) == {name for name, solver in SOLVERS.items() if not solver.stochastic}
     assert max(errors.values()) < 0.1
     assert errors["dpmpp3m"] < errors["dpmpp2m"] < errors["dpmpp1m"]
     assert "ipndm4" in sorted(errors, key=errors.__getitem__)[:3]
-    assert len(told["fitted"]) == 7
-    assert all(end.isfinite().all() for end in (*told["ends"], told["x"]))
-    guided, limited, _ = told["ends"]
+    assert len(scope["fitted"]) == 7
+    assert all(end.isfinite().all() for end in (*scope["ends"], scope["x"]))
+    guided, limited, _ = scope["ends"]
     assert not torch.equal(guided, limited)
-    same = SOLVERS["dpm2"].build(told["schedule"], told["solver"].grid)
-    for ours, row in zip(told["unlearned"].rows, same.rows, strict=True):
+    same = SOLVERS["dpm2"].build(scope["schedule"], scope["solver"].grid)
+    for ours, row in zip(scope["unlearned"].rows, same.rows, strict=True):
         assert (*ours.states, *ours.predictions) == pytest.approx((*row.states, *row.predictions), rel=1e-9)
-    assert told["amed_errors"][1] < told["amed_errors"][0] / 3
-    assert told["learned"].nfe == 5
-    assert told["after"] < told["before"] / 4
+    assert scope["amed_errors"][1] < scope["amed_errors"][0] / 3
+    assert scope["learned"].nfe == 5
+    assert scope["after"] < scope["before"] / 4
 
 
 def test_the_solver_of_the_contributing_page_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what the page says: Heun's method in rho, which keeps every property that a table must have."""
-    told: dict[str, Any] = {}
-    exec(_code(ROOT / "CONTRIBUTING.md")[0], told)
-    entry = Solver(told["heun_in_rho"], evaluations=2, order=2, pure_noise=False)
+    """As the page states: Heun's method in rho, with every property that a table must have."""
+    scope: dict[str, Any] = {}
+    exec(_code(ROOT / "CONTRIBUTING.md")[0], scope)
+    entry = Solver(scope["heun_in_rho"], evaluations=2, order=2, pure_noise=False)
     line = '"heun_in_rho": Solver(heun_in_rho, evaluations=2, order=2, pure_noise=False)'
     assert line in (ROOT / "CONTRIBUTING.md").read_text()
     monkeypatch.setitem(mutate_tables.SOLVERS, "heun_in_rho", entry)
@@ -188,9 +188,9 @@ def test_the_page_of_tokenizers_names_every_quantizer_and_its_code_runs() -> Non
     text = TOKENIZERS_PAGE.read_text()
     for name in QUANTIZERS:
         assert f"| `{name}`" in text, name
-    told: dict[str, Any] = {}
+    scope: dict[str, Any] = {}
     for block in _code(TOKENIZERS_PAGE):
-        exec(block, told)
+        exec(block, scope)
 
 
 def test_the_table_of_tokenizers_is_the_one_that_was_measured() -> None:
