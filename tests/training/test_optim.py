@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from multiprocess import together
+from regression import SIZE, Regression, samples
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,7 +29,7 @@ from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context, ImageBatch, LatentBatch
+from midway.gen.training.batches import ImageBatch, LatentBatch
 from midway.gen.training.config import Decay, TrainConfig, learning_rate
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Items
@@ -36,38 +37,12 @@ from midway.gen.training.optim import make_optimizers, step_if, step_where
 from midway.tokenizers.networks import ResidualBlock
 from midway.tokenizers.tokenizer import ImageTokenizer
 
-SIZE = 16
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 CONFIG = TrainConfig(steps=6, batch_size=8, lr=1e-2, warmup=2, clip=0.5, ema=0.5, log_every=1)
 CPU = torch.device("cpu")
 DECAYS: tuple[Decay, ...] = ("constant", "cosine", "inverse_sqrt")
 RATES = replace(CONFIG, steps=9, warmup=3, plateau=4, lr=2.0, log_every=50)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs that can be compared; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Tiny(nn.Module):
-    """A quadratic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3))
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        return (batch - self.weight).square().mean(), {}
-
-    def after_step(self, step_ok: Tensor) -> None:
-        """Nothing to do."""
-
-
-def numbers(wanted: Tensor) -> Tensor:
-    return torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(0))[wanted]
 
 
 def latents(wanted: Tensor) -> LatentBatch:
@@ -184,7 +159,7 @@ def assert_rates(found: list[set[float]], decay: Decay) -> None:
 def test_each_optimizer_step_uses_the_rate_of_its_number(tmp_path: Path, decay: Decay, accumulation: int) -> None:
     """One step of the optimizer and of the schedule per global batch, however many micro-batches it is cut into."""
     config = replace(RATES, decay=decay, accumulation=accumulation)
-    assert_rates(record_rates(tmp_path, Tiny(), numbers, config), decay)
+    assert_rates(record_rates(tmp_path, Regression(), samples, config), decay)
 
 
 def test_both_optimizers_use_the_same_rate(tmp_path: Path) -> None:
@@ -196,7 +171,10 @@ def one_of_two(rank: int, folder: Path) -> None:
     """Record the rates of every decay and accumulation in this process."""
     rates = {
         f"{decay} {accumulation}": record_rates(
-            folder / f"{decay}{accumulation}", Tiny(), numbers, replace(RATES, decay=decay, accumulation=accumulation)
+            folder / f"{decay}{accumulation}",
+            Regression(),
+            samples,
+            replace(RATES, decay=decay, accumulation=accumulation),
         )
         for decay, accumulation in itertools.product(DECAYS, (1, 2, 4))
     }
