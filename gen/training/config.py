@@ -48,9 +48,9 @@ class TrainConfig:
     patience: int = 10
     """Steps in a row without a finite loss and gradient before the run is reset to its last checkpoint, once."""
     max_seconds: float | None = None
-    """Stop after this much training time, save, and exit normally; --resume auto goes on."""
+    """Stop after this much training time, save, and exit normally; --resume auto continues."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps of this start, save, and exit normally; --resume auto goes on."""
+    """Stop after this many optimizer steps of this start, save, and exit normally; --resume auto continues."""
     save_every: int = 0
     """Optimizer steps between checkpoints (0: only by time and at the end)."""
     save_seconds: float = 600.0

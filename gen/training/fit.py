@@ -257,7 +257,7 @@ class _Training:
         if skipped and self.accelerator.is_main_process:
             self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
         if not finished and self.accelerator.is_main_process:
-            self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto goes on")
+            self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto continues")
         if step < self.config.steps and finished and self.accelerator.is_main_process:
             best, count = self.validation.best, self.validation.since
             known = "none was finite" if best is None else f"the best is {best[1]:.6g}, at step {best[0]}"
@@ -282,7 +282,7 @@ class _Training:
             "parameters": sum(p.numel() for p in self.parameters),
         }
         self.run.note(facts)
-        begin = f"going on from step {step}" if step else "training"
+        begin = f"resuming from step {step}" if step else "training"
         parts = f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.share}"
         self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
 

@@ -63,7 +63,7 @@ def test_missing_keys_keep_their_defaults() -> None:
     assert from_dict(Outer, {"inner": {"width": 5}}) == Outer(inner=Inner(width=5))
 
 
-def test_an_integer_becomes_a_float_where_one_is_asked() -> None:
+def test_an_integer_becomes_a_float_in_a_field_of_floats() -> None:
     config = from_dict(Outer, {"limit": 3, "scales": [1, 2], "inner": {"rate": 1}})
     assert [config.limit, *config.scales, config.inner.rate] == [3.0, 1.0, 2.0, 1.0]
     assert all(type(value) is float for value in (config.limit, *config.scales, config.inner.rate))

@@ -175,7 +175,7 @@ def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> Non
     assert "stopped at step 3 of 6" in first.out
     second = _shell(*command, *EVERY_TRAINING_FLAG, "--resume", "auto")
     assert second.code == 0, second.err
-    assert "going on from step 3" in second.out
+    assert "resuming from step 3" in second.out
     assert "16 samples a step, 1 process(es) x 2 micro-batch(es) of 8" in second.out
     assert [r["step"] for r in _metrics(out)] == [2, 4, 6]
     assert [r["lr"] for r in _metrics(out)] == pytest.approx([1e-3, 1e-3, 1e-3 * math.sqrt(3 / 5)])

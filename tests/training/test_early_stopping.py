@@ -85,7 +85,7 @@ def assert_same(folder: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("ema", [0.5, 0.0])
-def test_the_weights_of_the_best_validation_are_kept(ema: float, tmp_path: Path) -> None:
+def test_the_weights_of_the_best_validation_are_stored(ema: float, tmp_path: Path) -> None:
     job = Job(tmp_path / "run", replace(CONFIG, ema=ema))
     result = job.run()
     assert result.best == (12, 1.5) and result.finished and result.steps == 13
@@ -135,7 +135,7 @@ def test_a_run_stops_after_so_many_validations_without_a_better_one(patience: in
     assert checkpoints.directories(job.folder / "checkpoints")[0].name == f"step-{end}"
     log = (job.folder / "log.txt").read_text()
     assert (f"stopped early at step {end}: {patience} validations without" in log) == (end < 13)
-    assert "--resume auto goes on" not in log
+    assert "--resume auto continues" not in log
     before, said = contents(job.folder / "checkpoints"), records(job.folder)
     again = Job(job.folder, job.config)
     after = again.run(resume=True)
@@ -144,7 +144,7 @@ def test_a_run_stops_after_so_many_validations_without_a_better_one(patience: in
     assert contents(job.folder / "checkpoints") == before and records(job.folder) == said
 
 
-def test_more_patience_goes_on(tmp_path: Path) -> None:
+def test_a_run_can_be_resumed_with_more_patience(tmp_path: Path) -> None:
     whole, run = Job(tmp_path / "whole"), Job(tmp_path / "run", replace(CONFIG, patience_validations=2))
     whole.run()
     run.run()
@@ -170,7 +170,7 @@ def test_a_run_may_stop_after_every_single_step(patience: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fatal", [1, 4, 6, 9, 12])
-def test_a_killed_run_goes_on_from_its_checkpoint_and_the_folder_of_it(fatal: int, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_checkpoint_and_the_best_folder_of_it(fatal: int, tmp_path: Path) -> None:
     """Checkpoints at 5 and 10, so that better folders than theirs are lost, and those that they speak of are not."""
     whole, parts = Job(tmp_path / "whole"), Job(tmp_path / "parts")
     whole.run()
@@ -245,7 +245,7 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_validation_that_cannot_be_made_is_refused(name: str) -> None:
+def test_unsupported_validation_raises(name: str) -> None:
     call, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         call()

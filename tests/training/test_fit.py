@@ -101,7 +101,7 @@ def test_applied_shows_the_average_and_gives_the_weights_back_even_after_an_erro
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
-def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
+def test_a_decay_outside_its_range_raises(decay: float) -> None:
     with pytest.raises(ValueError, match="decay"):
         EMA(Regression(), decay)
 
@@ -194,7 +194,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_with_exit_code_4(tmp_path: Pa
     assert len(records(tmp_path)) == 4
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_shared_raises(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="multiple of 3") as caught:
         train(tmp_path, replace(CONFIG, accumulation=3))
     assert caught.value.exit_code == 2

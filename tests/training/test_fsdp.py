@@ -259,13 +259,13 @@ def test_a_bad_step_of_one_process_is_skipped_under_sharding(two: Sharded, one: 
     assert "2 of 6 steps were skipped" in (two.folder / "skipping" / "log.txt").read_text()
 
 
-def test_a_sharded_run_that_was_stopped_goes_on_bit_for_bit(two: Sharded) -> None:
+def test_a_stopped_sharded_run_resumes_bit_for_bit(two: Sharded) -> None:
     assert two.seen("stopped")[0]["steps"] == 3
     assert_same_bits(two.saved("again"), two.saved("block"))
     assert losses(two.folder / "again") == losses(two.folder / "block")
 
 
-def test_a_sharded_run_goes_on_in_one_process(tmp_path: Path, two: Sharded, one: One) -> None:
+def test_a_sharded_run_resumes_in_one_process(tmp_path: Path, two: Sharded, one: One) -> None:
     """And a plain run goes on sharded: the files do not know how they were written."""
     begun = two.folder / "again" / "checkpoints" / "step-3"
     (tmp_path / "checkpoints").mkdir()

@@ -220,7 +220,7 @@ def test_adamw_alone_has_every_parameter_once(make: Callable[[], nn.Module]) -> 
 
 
 @pytest.mark.parametrize("make", [feature_network, solver, lambda: tokenizer(type="fsq", levels=[5, 5])])
-def test_a_model_without_hidden_matrices_refuses_muon(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+def test_muon_without_hidden_matrices_raises(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     with pytest.raises(UsageError, match="no hidden matrices") as caught:
         train(tmp_path, make(), images, replace(CONFIG, optimizer="muon"))
     assert caught.value.exit_code == 2
@@ -297,7 +297,7 @@ WAYS = pytest.mark.parametrize("step", [step_if, where_fused])
 
 @WAYS
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, 0.0])
-def test_a_step_that_is_not_kept_changes_no_bit(spoil: float, step: Callable[..., None]) -> None:
+def test_a_skipped_step_changes_no_bit(spoil: float, step: Callable[..., None]) -> None:
     """Neither AdamW's nor Muon's, whatever the gradient was; the next step is that of a model that never had it."""
     config = replace(CONFIG, optimizer="muon", weight_decay=0.1)
     models = [latent_model(), latent_model()]
@@ -319,7 +319,7 @@ def test_a_step_that_is_not_kept_changes_no_bit(spoil: float, step: Callable[...
 
 
 @WAYS
-def test_a_first_step_that_is_not_kept_leaves_the_second_to_be_the_first(step: Callable[..., None]) -> None:
+def test_after_a_skipped_first_step_the_second_is_the_first(step: Callable[..., None]) -> None:
     """The bias correction of AdamW counts kept steps only."""
     config = replace(CONFIG, optimizer="muon")
     skipping, plain = latent_model(), latent_model()
@@ -358,7 +358,7 @@ def test_a_compiled_network_trains_the_same_model_under_the_same_names(tmp_path:
         assert not any("_orig_mod" in key for key in compiled)
 
 
-def test_nothing_to_compile_is_said(tmp_path: Path) -> None:
+def test_nothing_to_compile_raises(tmp_path: Path) -> None:
     """A solver objective trains a few numbers; the networks in it are frozen and no part of it."""
     for model in (solver(), solver(constants=True)):
         with pytest.raises(UsageError, match="--compile has nothing to do") as caught:
@@ -367,7 +367,7 @@ def test_nothing_to_compile_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [feature_network, solver])
-def test_nothing_to_compute_again_is_said(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+def test_nothing_to_recompute_raises(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     with pytest.raises(UsageError, match="--gradient-checkpointing has nothing to do") as caught:
         train(tmp_path, make(), images, replace(CONFIG, gradient_checkpointing=True))
     assert caught.value.exit_code == 2

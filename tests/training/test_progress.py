@@ -112,7 +112,7 @@ def test_names_that_come_later_are_averaged_over_what_they_came_with() -> None:
     assert averages.read(share()) == {"a": 3.0, "late": 6.0}
 
 
-def test_a_step_that_is_not_kept_adds_nothing_whatever_it_logged() -> None:
+def test_a_skipped_step_adds_nothing_whatever_it_logged() -> None:
     averages = Averages()
     averages.add([tensors(a=float("nan"), hit=(float("inf"), 1.0))], NO)
     assert averages.read(share()) == {}
@@ -145,7 +145,7 @@ def loaded(index: int, processes: int) -> Averages:
     return averages
 
 
-def test_an_open_interval_goes_on_with_each_processs_own_share() -> None:
+def test_an_open_interval_is_restored_on_each_process() -> None:
     """So that the sums are added up in the same order, and stay equal to the last bit."""
     assert open_interval()["a hit"].shape == (2, 1, 2, 2)
     assert loaded(0, 2).read(share()) == {"a": 1.0, "hit": 1.0}
@@ -153,7 +153,7 @@ def test_an_open_interval_goes_on_with_each_processs_own_share() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 3, 4])
-def test_an_open_interval_goes_on_with_another_number_of_processes(processes: int) -> None:
+def test_an_open_interval_is_restored_on_another_number_of_processes(processes: int) -> None:
     """One takes all, the others nothing: together they are what was saved."""
     first, *others = (loaded(index, processes) for index in range(processes))
     assert first.read(share()) == {"a": 3.0, "hit": 2.5}
@@ -308,7 +308,7 @@ def test_tensorboard_gets_the_numbers_of_metrics_below_the_run_directory(tmp_pat
     assert "step" not in events.Tags()["scalars"]
 
 
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_install_it(tmp_path: Path) -> None:
+def test_a_tracker_that_is_not_installed_raises_with_the_command_to_install_it(tmp_path: Path) -> None:
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     absent = sorted({str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS} - available)
     if not absent:
@@ -319,7 +319,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_command_to_install_
     assert caught.value.exit_code == 2
 
 
-def test_a_tracker_that_nobody_knows_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
+def test_an_unknown_tracker_raises_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="tensorboard") as caught:
         make_accelerator(replace(CONFIG, log_with=("telegraph",)), tmp_path)
     assert "telegraph" in str(caught.value)
@@ -329,7 +329,7 @@ def test_a_tracker_that_nobody_knows_is_refused_with_those_that_are_known(tmp_pa
 # ---- env.json ----
 
 
-def test_env_json_says_what_the_run_was(tmp_path: Path) -> None:
+def test_env_json_describes_the_run(tmp_path: Path) -> None:
     train(tmp_path, replace(CONFIG, accumulation=2))
     known = json.loads((tmp_path / "env.json").read_text())
     assert {"git", "packages", "hardware", "python", "command"} <= known.keys()
@@ -360,7 +360,7 @@ def test_every_start_adds_to_env_json(tmp_path: Path) -> None:
     assert [start["accumulation"] for start in (first, *later)] == [1, 1, 2]
     assert all({"git", "packages", "hardware"} <= start.keys() for start in later)
     log = (tmp_path / "log.txt").read_text()
-    assert "going on from step 4 on cpu: 4 samples a step" in log
+    assert "resuming from step 4 on cpu: 4 samples a step" in log
     assert "note: train.accumulation changed" in log
 
 

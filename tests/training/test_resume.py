@@ -252,7 +252,7 @@ def test_a_run_is_resumed_after_its_time_limit(whole: Path, tmp_path: Path) -> N
     for step in (1, 2, 3):
         train(tokenizer_task(parts, replace(TRAIN, max_seconds=0.0)))
         assert steps_of(parts)[0] == step, "time that is over still does one step"
-    assert "stopped at step 3 of 11; --resume auto goes on" in (parts / "log.txt").read_text()
+    assert "stopped at step 3 of 11; --resume auto continues" in (parts / "log.txt").read_text()
     train(tokenizer_task(parts))
     assert_same_run(parts, whole)
 
@@ -403,7 +403,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     for told in (capsys.readouterr().out, (stopped / "log.txt").read_text()):
         (skipped,) = [line for line in told.splitlines() if line.startswith("skipped")]
         assert skipped.startswith("skipped step-7: ") and damage.words in skipped
-        assert "going on from step 6" in told
+        assert "resuming from step 6" in told
     assert everything(root / "damaged-step-7") == as_found
     assert_same_run(stopped, whole)
 
@@ -416,7 +416,7 @@ def test_two_damaged_checkpoints_are_skipped_and_a_run_without_a_valid_one_start
     worse = Path(shutil.copytree(stopped, tmp_path / "worse"))
     flip(worse / "checkpoints" / "step-4" / "model.safetensors")
     train(tokenizer_task(stopped))
-    assert "going on from step 4" in (stopped / "log.txt").read_text()
+    assert "resuming from step 4" in (stopped / "log.txt").read_text()
     assert_same_run(stopped, whole)
     train(tokenizer_task(worse))
     assert (worse / "log.txt").read_text().count("training on cpu") == 2, "from the beginning, twice"
