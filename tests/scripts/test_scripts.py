@@ -376,6 +376,18 @@ def test_sampling_in_parallel_gives_the_same_images_in_fewer_waves(
     assert 1 < waves < 20
 
 
+def test_one_tile_changes_no_image_and_four_do(
+    grid_of: Callable[..., np.ndarray], script: Script, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """GroupNorm's statistics are those of a tile."""
+    whole = grid_of()
+    assert np.array_equal(whole, grid_of(tile=8, **{"tile-margin": 0}))
+    assert not np.array_equal(whole, grid_of(tile=4, **{"tile-margin": 0}))
+    told = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--tile", 8, "--tile-margin", 4)
+    assert told.code == 2
+    assert "--tile 8 --tile-margin 4" in told.err
+
+
 def test_a_graph_changes_no_image(grid_of: Callable[..., np.ndarray]) -> None:
     """On a CPU there is none, and asking for it is no error."""
     assert np.array_equal(grid_of(), grid_of(graph=True))
