@@ -34,6 +34,7 @@ from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.report.plots import COLOURS, MARKERS
 from midway.gen.training.config import TrainConfig
+from midway.tokenizers.fsq import FSQ_LEVELS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from evaluate_tokenizer import TokenizersTask
@@ -43,7 +44,6 @@ from train_tokenizer import train
 from tasks import TokenizerConfig, TokenizerTask
 
 BITS = (8, 10, 12, 14)
-FSQ_LEVELS = {8: (8, 6, 5), 10: (8, 5, 5, 5), 12: (7, 5, 5, 5, 5), 14: (8, 8, 8, 6, 5)}
 STAGE_LEVELS = {8: (5, 3), 10: (4, 3, 3), 12: (4, 4, 4), 14: (5, 5, 5)}
 """Of one of two stages, whose codes together are L^2 levels a channel: 225, 1296, 4096 and 15625 values."""
 KL_WEIGHTS = {8: 6e-5, 10: 4e-5, 12: 2.5e-5, 14: 1.6e-5}

@@ -33,7 +33,7 @@ from midway.tokenizers.base import Quantizer, histogram
 from midway.tokenizers.clustering import full_precision, nearest_code, rows_per_chunk
 from midway.tokenizers.fsq import FSQ
 from midway.tokenizers.lfq import LFQ
-from midway.tokenizers.residual import Residual
+from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.simvq import SimVQ
 from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.vq import VQ
@@ -113,6 +113,8 @@ def our_forward(quantizer: Quantizer) -> Forward:
 
     def forward(z: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = quantizer(z)
+        if quantizer.training:
+            quantizer.observe(out)
         return out.codes, out.indices, out.loss if out.losses else None
 
     return forward
@@ -240,7 +242,7 @@ def residual_training(batch: int, side: int, size: int, dim: int, device: torch.
     books = random_books(STAGES, size, dim)
     z = clear_maps(batch, side, books).to(device)
     base = {"type": "vq", "codebook_size": size, "dim": dim, "decay": DECAY, "restart_threshold": 0}
-    ours = Residual(base, STAGES)
+    ours = make_quantizer({"type": "residual", "base": base, "depth": STAGES})
     ours.load_state_dict({f"stages.{i}.{k}": v for i, book in enumerate(books) for k, v in vq_state(book).items()})
     options = {"decay": DECAY, "commitment_weight": COMMITMENT, "rotation_trick": False}
     theirs = ResidualVQ(dim=dim, num_quantizers=STAGES, codebook_size=size, **options)
@@ -253,7 +255,7 @@ def residual_training(batch: int, side: int, size: int, dim: int, device: torch.
         return codes.mT.view(x.shape), indices.view(batch, side, side, STAGES), losses.sum()
 
     def our_books() -> dict[str, Tensor]:
-        return {"codebook": torch.stack([stage.get_buffer("codebook") for stage in ours.stages])}
+        return {"codebook": torch.stack([ours.get_buffer(f"stages.{i}.codebook") for i in range(STAGES)])}
 
     def peer_books() -> dict[str, Tensor]:
         return {"codebook": torch.stack([layer.codebook for layer in theirs.layers])}  # pyright: ignore
@@ -304,6 +306,7 @@ def tokenizer_training(
 
     def our_forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = tokenizer(x)
+        tokenizer.observe(out.quantized)
         return out.reconstruction, out.quantized.indices, out.quantized.loss
 
     def peer(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

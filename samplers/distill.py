@@ -6,7 +6,7 @@ of alpha^2 + sigma^2:
     restarted     every step starts from the teacher's node, with the teacher's slope and features (one-step bases, as in the
                   authors' code). The steps are independent, so all of them train in one batch with one evaluation each.
     detached      every step starts from the student's own state and history, cut from the graph (multistep bases).
-    end to end    the gradient runs through the whole trajectory (ours); `checkpointed` keeps one evaluation in memory at a time.
+    end to end    the gradient runs through the whole trajectory (ours); `learned.checkpointed` saves memory.
 
 In the first two a step's error has a gradient in that step's numbers alone, through one evaluation.
 """
@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from midway.samplers.amed import (
     AMEDSolver,
@@ -157,20 +156,6 @@ def _errors(reached: Tensor, wanted: Tensor, at: NoiseLevels) -> Tensor:
 def node_errors(states: Sequence[Tensor], solver: AMEDSolver, teacher: TeacherNodes) -> Tensor:
     """(N,): the error of the student's states (N + 1 of (B, *), from `nodes`) at every node but the first."""
     return _errors(torch.stack(list(states[1:])), teacher.states[1:], noise_levels(solver, teacher.states.device))
-
-
-def checkpointed(field: Field) -> Field:
-    """The same field, whose inner results are computed again for the gradient instead of being kept.
-
-    An evaluation that carries a gradient so runs the network twice, and is counted twice.
-    """
-
-    def evaluate(x: Tensor, t: Tensor) -> Prediction:
-        if not (torch.is_grad_enabled() and (x.requires_grad or t.requires_grad)):
-            return field(x, t)
-        return checkpoint(field, x, t, use_reentrant=False)
-
-    return evaluate
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from midway.samplers.grids import Grid, karras
-from midway.samplers.prediction import Field, Prediction
+from midway.samplers.prediction import Field, Prediction, acting
 from midway.samplers.sample import trajectory
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import ddim
@@ -27,9 +27,10 @@ FINE_STEPS = 60
 def jump_costs(field: Field, schedule: Schedule, x: Tensor, grid: Grid) -> Tensor:
     """float64 (M + 1, M + 1) on the host: cost(i, j) for j > i, infinite elsewhere. x: (B, *) at grid[0]; M evaluations."""
     slopes: list[Tensor] = []
+    fields = (acting(field, time) for time in grid)  # ddim evaluates every time but the last, in order
 
     def remember(state: Tensor, t: Tensor) -> Prediction:
-        prediction = field(state, t)
+        prediction = next(fields)(state, t)
         slopes.append(prediction.eps.double())
         return prediction
 

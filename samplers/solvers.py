@@ -169,6 +169,9 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp2m_sde": Solver(dpmpp2m_sde, evaluations=1, order=2, history_order=2, stochastic=True),
 }
 
+ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}
+"""Solvers of the registry that are another one under a second name: usable by name, and measured once by `--solvers all`."""
+
 
 def steps_for(evaluations: int, nfe: int, analytic_first: bool = False) -> int:
     """Steps of a solver with this many evaluations a step that cost exactly `nfe`; ValueError if no number does."""

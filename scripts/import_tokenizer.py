@@ -18,9 +18,9 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.tokenizer.card import CardFacts, data_facts, finish, tokenizer_facts
-from midway.gen.tokenizer.latent_statistics import latent_statistics
+from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
-from midway.tokenizers.foreign import import_tokenizer, read_model
+from midway.tokenizers.diffusers_import import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
 from tasks import Flat
 

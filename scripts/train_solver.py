@@ -4,23 +4,21 @@
 inside another solver; with `-constants` all samples share its numbers.
 """
 
-import copy
-import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from accelerate import Accelerator
-from torch import Tensor
 
 from cli import main, numbers, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.diffusion.distill_table import BEST, EndPairs, TableConfig, TableObjective, TableTarget, make_distance
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.diffusion.distill_table import BEST, TableConfig, TableObjective, TableTarget, make_distance
+from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import LEARNED, TABLE, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
@@ -30,7 +28,6 @@ from midway.gen.training.interface import Hooks, Items
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
-from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.solvers import SOLVERS
 from tasks import Flat, Resume
 
@@ -75,16 +72,11 @@ def recipes() -> dict[str, object]:
     return {TABLE: lambda: SolverTask(model=tyro.MISSING, solver=TABLE, grid=BEST, train=TABLE_TRAIN), **amed}
 
 
-Objective = SolverObjective | TableObjective
-Shown = dict[TableConfig, tuple[EndPairs, int]]
-"""What a table's teacher showed, which is the same at every budget, and the evaluations that it cost."""
-
-
 @dataclass(frozen=True)
 class Parts:
     """What is trained, on what."""
 
-    model: Objective
+    model: Distillation
     items: Items
 
 
@@ -95,8 +87,8 @@ def train(task: SolverTask) -> list[Run]:
     accelerator = make_accelerator(task.train, task.model)
     trained = load(task, accelerator)
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
-    shown: Shown = {}
-    runs = [train_one(task, nfe, objective, trained, accelerator, shown) for nfe, objective in objectives.items()]
+    shared: dict[Any, Any] = {}
+    runs = [train_one(task, nfe, objective, trained, accelerator, shared) for nfe, objective in objectives.items()]
     return [run for run in runs if run is not None]
 
 
@@ -113,29 +105,20 @@ def make_parts(task: SolverTask, accelerator: Accelerator) -> Parts:
     trained = load(task, accelerator)
     (nfe,) = numbers(task.nfe, "--nfe")
     objective = make_objective(task, nfe, trained)
-    return Parts(objective, run_teacher(objective, trained, accelerator.device, {}))
+    return Parts(objective, run_teacher(task, objective, trained, accelerator.device, {}))
 
 
-def run_teacher(objective: Objective, trained: TrainedModel, device: torch.device, shown: Shown) -> Items:
-    """Compute what the teacher shows, and start from the best of a few. `shown` keeps it for the next budget."""
-    config = objective.config
-    objective.to(device)
-    count = config.pairs if isinstance(config, TableConfig) else config.trajectories
-    labels = labels_of(torch.arange(config.seed, config.seed + count), trained.model.classes).to(device)
-    if isinstance(objective, TableObjective):
-        if objective.config not in shown:
-            shown[objective.config] = (objective.run_teacher(labels), objective.counter.evaluations)
-        pairs, cost = shown[objective.config]
-        objective.counter.evaluations = cost  # every table counts its teacher, as if it were learned alone
-        objective.warm_start(pairs)
-        return Items(lambda items: pairs.take(items.to(device)), count, f"teacher of {trained.hash}")
-    teacher = objective.run_teacher(labels)
-    objective.warm_start(teacher, labels)
-    return Items(
-        lambda items: TrajectoryBatch(teacher.take(items.to(device)), labels[items.to(device)]),
-        count,
-        f"teacher of {trained.hash}",
+def run_teacher(
+    task: SolverTask, objective: Distillation, trained: TrainedModel, device: torch.device, shared: dict[Any, Any]
+) -> Items:
+    """Run the teacher, and start from the best of a few; `shared` keeps what the next budget can use."""
+    count, first = (
+        (task.table.pairs, task.table.seed) if task.solver == TABLE else (task.distill.trajectories, task.distill.seed)
     )
+    objective.to(device)
+    labels = labels_of(torch.arange(first, first + count), trained.model.classes).to(device)
+    take = objective.prepare(labels, shared)
+    return Items(lambda items: take(items.to(device)), count, f"teacher of {trained.hash}")
 
 
 def check(task: SolverTask) -> None:
@@ -149,8 +132,8 @@ def check(task: SolverTask) -> None:
             raise UsageError(f"unknown {what} '{name}'", "it is not in the registry", nearest(name, known))
 
 
-def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Objective:
-    """What is learned at one budget; UsageError for a budget that does not exist."""
+def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distillation:
+    """The objective of one budget; UsageError for a budget that does not exist."""
     torch.manual_seed(task.train.seed)
     try:
         if task.solver == TABLE:
@@ -168,7 +151,12 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Objecti
 
 
 def train_one(
-    task: SolverTask, nfe: int, objective: Objective, trained: TrainedModel, accelerator: Accelerator, shown: Shown
+    task: SolverTask,
+    nfe: int,
+    objective: Distillation,
+    trained: TrainedModel,
+    accelerator: Accelerator,
+    shared: dict[Any, Any],
 ) -> Run | None:
     """Distil at one budget and save."""
     path = solver_path(task.model, task.solver, task.grid, nfe)
@@ -177,9 +165,13 @@ def train_one(
     if accelerator.is_main_process:
         run = Run.create(path, "solver", config, task.overwrite, task.resume == "auto")
     accelerator.wait_for_everyone()
-    items = run_teacher(objective, trained, accelerator.device, shown)
+    items = run_teacher(task, objective, trained, accelerator.device, shared)
     processes = accelerator.num_processes
-    hooks = Hooks(export=lambda folder, averaged: export(folder, task, objective, trained, averaged, processes))
+    hooks = Hooks(
+        export=lambda folder, averaged: objective.save(
+            folder / "solver.safetensors", averaged, card_for(task, nfe, objective, trained, processes)
+        )
+    )
     result = fit(objective, items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:
         return None
@@ -190,41 +182,17 @@ def train_one(
     return run
 
 
-def export(
-    folder: Path,
-    task: SolverTask,
-    objective: Objective,
-    trained: TrainedModel,
-    averaged: dict[str, Tensor],
-    processes: int,
-) -> None:
-    """The learned solver as evaluate.py reads it."""
-    card = card_for(task, objective, trained, processes)
-    file = folder / "solver.safetensors"
-    if isinstance(objective, TableObjective):
-        objective.export(averaged, {"card": json.dumps(asdict(card))}).save(file)
-        return
-    rule = copy.deepcopy(objective.rule).cpu().eval()
-    rule.load_state_dict({k.removeprefix("rule."): v for k, v in averaged.items() if k.startswith("rule.")})
-    LearnedSolver(card, objective.grid, rule, trained.model.schedule).save(file)
-
-
-def card_for(task: SolverTask, objective: Objective, trained: TrainedModel, processes: int) -> SolverCard:
+def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: TrainedModel, processes: int) -> SolverCard:
     """What the learned solver belongs to and what it cost."""
-    is_table = isinstance(objective, TableObjective)
-    teacher = f"{objective.config.teacher}, {len(objective.teacher.grid) - 1} steps"
     return SolverCard(
         name=task.solver,
         grid_name=task.grid,
         schedule=trained.model.config.schedule,
         model_hash=trained.hash,
-        nfe=objective.target.nfe,
-        analytic_first=objective.analytic_first if is_table else objective.solver.analytic_first,
+        nfe=nfe,
         guidance=task.guidance,
         training_nfe=objective.counter.evaluations * processes,
-        teacher=f"{teacher} on {objective.config.teacher_grid}" if is_table else teacher,
-        base=f"dpmpp{objective.config.order}m on {objective.grid_name}" if is_table else objective.target.base,
-        mode="end_to_end" if is_table else objective.config.mode,
+        **objective.facts(),
     )
 
 

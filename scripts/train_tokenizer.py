@@ -18,7 +18,7 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.tokenizer.card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
-from midway.gen.tokenizer.latent_statistics import latent_statistics
+from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.training.accelerator import make_accelerator, refuse_unused

@@ -102,10 +102,10 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(file, run_name="__main__")
-        told = capsys.readouterr()
+        done = capsys.readouterr()
         code = ended.value.code
         assert isinstance(code, int), f"{name} ended with {code!r}"
-        return Outcome(code, told.out, told.err)
+        return Outcome(code, done.out, done.err)
 
     return call
 

@@ -1,4 +1,4 @@
-"""A game between a discriminator D, which tells images x from reconstructions x', and the decoder, which made x'.
+"""Adversarial losses: a discriminator D learns to distinguish images x from reconstructions x', the decoder to prevent it.
 
     kind              discriminator                                     generator
     "hinge"           1/2 E relu(1 - D(x)) + 1/2 E relu(1 + D(x'))      -E D(x')             (Lim & Ye 2017, arXiv 1705.02894)
@@ -27,11 +27,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers.base import float32_island
-from midway.tokenizers.pending import distributed, in_backward
+from midway.tokenizers.base import distributed, float32_island
 
 Kind = Literal["hinge", "non_saturating", "wasserstein"]
-Critic = Callable[[Tensor], Tensor]
+Discriminator = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) -> logits (B, 1, h, w)."""
 
 
@@ -57,11 +56,11 @@ def _checked(kind: Kind) -> Kind:
     return kind
 
 
-def frozen(module: nn.Module) -> Critic:
+def frozen(module: nn.Module) -> Discriminator:
     """`module` with its parameters held constant: only the input has a gradient. Buffers are used as they are.
 
     With it for the generator's loss, and the module itself on reconstructions without a gradient, one backward pass of the sum
-    of both losses gives each side the gradient of its own loss alone.
+    of both losses gives each network the gradient of its own loss alone.
     """
     constants = {name: parameter.detach() for name, parameter in module.named_parameters()}
     return lambda images: torch.func.functional_call(module, constants, (images,))
@@ -70,12 +69,12 @@ def frozen(module: nn.Module) -> Critic:
 # ---- penalties ----
 
 
-def r1_penalty(discriminator: Critic, real: Tensor) -> Tensor:
+def r1_penalty(discriminator: Discriminator, real: Tensor) -> Tensor:
     """Scalar float32 with a gradient to the discriminator, whatever the autocast; real images (B, C, H, W)."""
     return _image_gradient(discriminator, real).square().sum(1).mean() / 2
 
 
-def gradient_penalty(discriminator: Critic, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+def gradient_penalty(discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
     """Scalar float32, as `r1_penalty`, at mix real + (1 - mix) fake; real, fake (B, C, H, W), mix (B,) uniform in (0, 1).
 
     Where the gradient is 0 the penalty is 1, without a gradient of its own. ValueError for shapes that do not fit.
@@ -90,7 +89,7 @@ def gradient_penalty(discriminator: Critic, real: Tensor, fake: Tensor, mix: Ten
     return (norms - 1).square().mean()
 
 
-def _image_gradient(discriminator: Critic, images: Tensor) -> Tensor:
+def _image_gradient(discriminator: Discriminator, images: Tensor) -> Tensor:
     """The gradient (B, C H W) of each image's mean logit, float32 and differentiable."""
     points = images.detach().float().requires_grad_()
     with float32_island(points):
@@ -105,7 +104,7 @@ def lecam(real_logits: Tensor, fake_logits: Tensor, real_average: Tensor, fake_a
     return above + F.relu(real_average - fake_logits.float()).square().mean()
 
 
-# ---- what is remembered from step to step ----
+# ---- running quantities ----
 
 
 class LeCamAverages(nn.Module):
@@ -133,8 +132,8 @@ class LeCamAverages(nn.Module):
 
     @torch.no_grad()
     def gather(self, real_logits: Tensor, fake_logits: Tensor) -> None:
-        """Add a training batch's logits, any shapes; in evaluation mode, and when autograd recomputes forward, nothing."""
-        if not self.training or in_backward():
+        """Add a micro-batch's logits, any shapes; in evaluation mode nothing. Not to be called where autograd recomputes."""
+        if not self.training:
             return
         both = [logits.detach().float() for logits in (real_logits, fake_logits)]
         new = torch.stack([torch.stack([x.sum(), x.new_tensor(x.numel())]) for x in both])
@@ -142,9 +141,9 @@ class LeCamAverages(nn.Module):
 
     @torch.no_grad()
     def update(self, step_ok: Tensor | None = None) -> None:
-        """Once per optimizer step, on every process, whether it has gathered anything or not.
+        """Once per optimizer step, on every process, whether anything was gathered or not.
 
-        Forgotten if `step_ok`, a bool (), is False, if a sum is not finite or if there were no logits.
+        Discarded if `step_ok`, a bool (), is False, if a sum is not finite or if there were no logits.
         """
         if self._pending is None and not distributed():
             return
@@ -194,7 +193,7 @@ class AdaptiveWeight(nn.Module):
     def update(self, step_ok: Tensor | None = None) -> None:
         """Once per optimizer step, on every process; nothing changes if nothing was measured.
 
-        Forgotten if `step_ok`, a bool (), is False, or if a gradient is not finite.
+        Discarded if `step_ok`, a bool (), is False, or if a gradient is not finite.
         """
         if self._pending is None:
             return
@@ -206,6 +205,6 @@ class AdaptiveWeight(nn.Module):
 
 
 def _over_ranks(sums: Tensor) -> Tensor:
-    if distributed():  # asked each time: the process group may be made after the module
+    if distributed():
         dist.all_reduce(sums)
     return sums

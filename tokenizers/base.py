@@ -1,10 +1,14 @@
-"""What every quantizer is: a map from encoder output z to codes, with an exact inverse from indices.
+"""The interface of all quantizers: a map from encoder output z to codes, with an exact inverse from indices.
 
     codes = snap(latents(z))          indices in {0, ..., K - 1}          codes == indices_to_codes(indices), bit for bit
     d codes / d z = d latents / d z   the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432)
 
-Shapes: z (B, in_dim, *S), codes and latents (B, dim, *S), indices (B, *S); channels come first, always. A quantizer that says a
-position by G codes of K each has indices (B, *S, G).
+Shapes: z (B, in_dim, *S), codes and latents (B, dim, *S), indices (B, *S); channels come first, always. A quantizer with G codes
+per position has indices (B, *S, G).
+
+Training: `start(z)` once before the first step; then per micro-batch `out = quantizer(z)` and `quantizer.observe(out)`, and per
+optimizer step, after it, `quantizer.update()`. forward itself changes nothing, so activation checkpointing and torch.compile may
+run it any number of times; `observe` belongs outside of whatever they recompute.
 
 Statistics of one batch of indices, p_k = count_k / sum of counts:
 
@@ -16,19 +20,34 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MAX_COUNTED = 2**20  # beyond this many codes a histogram per batch would cost more than the quantizer
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """What a quantizer made of one batch.
+class Observation:
+    """The vectors of one micro-batch that a codebook learns from, without a gradient.
 
-    codes: (B, D, *S) float32, straight-through: those of `indices`, but for what dropout changes in training.
+    rows: (N, D) float32, the latents. indices: (N,) int64, their codes. priorities: (N,) float32, uniform in [0, 1], by which
+    restarts choose among them; None: drawn by `observe`.
+    """
+
+    rows: Tensor
+    indices: Tensor
+    priorities: Tensor | None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Result of a quantizer for one batch.
+
+    codes: (B, D, *S) float32, straight-through: those of `indices`, except where dropout changes them in training.
     indices: (B, *S) or (B, *S, G) int64; (B, 0) if the quantizer is continuous.
     losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none.
     counts: (K,) int64 histogram of `indices`, (G, K) with several groups, or None for continuous quantizers and K > 2**20.
+    observation: input of `observe` for a codebook that learns from vectors. parts: results of the quantizers inside this one.
     """
 
     codes: Tensor
@@ -36,6 +55,8 @@ class Quantized:
     losses: dict[str, Tensor]
     loss: Tensor
     counts: Tensor | None
+    observation: Observation | None = None
+    parts: "tuple[Quantized, ...]" = ()
 
 
 class Quantizer(nn.Module, ABC):
@@ -44,27 +65,22 @@ class Quantizer(nn.Module, ABC):
     dim: int
     codebook_size: int | None
     groups: int = 1
-    """Codes that say one position, each out of `codebook_size`; if more than one, the last axis of the indices."""
+    """Number of codes per spatial position, each out of `codebook_size`; if more than one, the last axis of the indices."""
     noise_channels: int = 0
-    """Channels of the noise that `forward` draws by."""
+    """Number of channels of the noise that `forward` takes."""
 
     @property
     def in_dim(self) -> int:
-        """Channels that the encoder must give."""
+        """Channels of z."""
         return self.dim
-
-    @property
-    def bits_per_token(self) -> float | None:
-        """G log2 K, or None if continuous."""
-        return None if self.codebook_size is None else self.groups * math.log2(self.codebook_size)
 
     @abstractmethod
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """Quantize z (B, in_dim, *S).
 
-        `noise` (B, noise_channels, *S), standard normal, makes all that a quantizer draws per sample a function of the caller's
-        seeds: KL's posterior, which vectors a codebook restarts from, FSQ's noise dropout and the stages of a residual quantizer.
-        The last two need it in training. A quantizer that draws nothing ignores it.
+        `noise` (B, noise_channels, *S), standard normal, makes every random number per sample a function of the caller's
+        seeds: KL's posterior, which vectors a codebook restarts from, FSQ's noise dropout and the stages of a residual
+        quantizer. The last two need it in training. A quantizer without random numbers ignores it.
         """
 
     @abstractmethod
@@ -81,25 +97,41 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, *S) -> (B, *S) int64, the exact inverse of `indices_to_codes`."""
-
-    def latents_to_indices(self, latents: Tensor) -> Tensor:
-        """The indices of the codes that `snap` gives: (B, D, *S) -> (B, *S) int64."""
-        return self.codes_to_indices(self.snap(latents))
+        """(B, D, *S) -> (B, *S) int64: indices of the codes that `snap` gives, so the exact inverse of `indices_to_codes`."""
 
     def tokens(self, height: int, width: int) -> int:
-        """How many positions of a (height, width) grid of latents have a token."""
+        """Number of positions with a token of a (height, width) grid of latents."""
         return height * width
 
     def start(self, z: Tensor) -> None:
-        """Set what is learned by statistics from z (B, in_dim, *S), once, before the first step, on every process."""
+        """Initialise codebooks from z (B, in_dim, *S), once, before the first step, on every process."""
+
+    def observe(self, quantized: Quantized) -> None:
+        """Add one training micro-batch to the statistics for the next `update`; `quantized` is what `forward` returned for it."""
 
     def update(self, step_ok: Tensor | None = None) -> None:
-        """Apply running statistics: call once per optimizer step, on every process.
+        """Apply the statistics: call once per optimizer step, after it, on every process.
 
-        `step_ok`, a bool () on this module's device and equal on every process, is False if the step was skipped: then
-        nothing gathered since the last update may be learned. It is never read on the host, which would wait.
+        `step_ok`, a bool () on this module's device and equal on every process, is False if the step was skipped: then nothing
+        observed since the last update is learned. It is never read on the host, which would wait.
         """
+
+
+class Composite(Quantizer):
+    """Base of quantizers that consist of others."""
+
+    @property
+    @abstractmethod
+    def members(self) -> list[Quantizer]:
+        """The quantizers inside, in the order of `Quantized.parts`, the same on every process."""
+
+    def observe(self, quantized: Quantized) -> None:
+        for member, part in zip(self.members, quantized.parts, strict=True):
+            member.observe(part)
+
+    def update(self, step_ok: Tensor | None = None) -> None:
+        for member in self.members:
+            member.update(step_ok)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -124,10 +156,27 @@ def float32_island(z: Tensor) -> torch.autocast:
     return torch.autocast(device_type=z.device.type, enabled=False)
 
 
-def discrete(codes: Tensor, indices: Tensor, losses: dict[str, Tensor], loss: Tensor, size: int) -> Quantized:
+def distributed() -> bool:
+    """Whether there is a process group now: it may be made after the quantizer."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if distributed() else 0
+
+
+def discrete(
+    codes: Tensor,
+    indices: Tensor,
+    losses: dict[str, Tensor],
+    loss: Tensor,
+    size: int,
+    observation: Observation | None = None,
+) -> Quantized:
     """A `Quantized` with the histogram of its indices."""
     counts = histogram(indices, size) if size <= MAX_COUNTED else None
-    return Quantized(codes=codes, indices=indices, losses=losses, loss=loss, counts=counts)
+    return Quantized(codes, indices, losses, loss, counts, observation)
 
 
 def histogram(indices: Tensor, size: int) -> Tensor:
@@ -165,7 +214,7 @@ def usage(counts: Tensor) -> float:
 
 
 def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the counts (K,), in [1, K]: the number of equally used codes that would say as much.
+    """exp of the entropy of the counts (K,), in [1, K]: the number of equally used codes with that entropy.
 
     Of counts (G, K) the mean over groups.
     """
@@ -178,7 +227,7 @@ def perplexity(counts: Tensor) -> float:
 
 
 def bits_per_image(length: int, codebook_size: int) -> float:
-    """length log2 K: what `length` tokens can say, in bits."""
+    """length log2 K: the capacity of `length` tokens, in bits."""
     if length < 1 or codebook_size < 1:
         raise ValueError(f"length {length}, codebook size {codebook_size}: both must be at least 1")
     return length * math.log2(codebook_size)

@@ -1,4 +1,4 @@
-"""What all vector quantizers share: the nearest code, its losses, and the gradient through it.
+"""Base of the vector quantizers: the nearest code, its losses, and the gradient through it.
 
     k = argmin_k |z - e_k|^2        codes = e_k exactly        (van den Oord et al. 2017, arXiv 1711.00937)
 
@@ -7,7 +7,7 @@
 
     `normalize`: z and e are unit vectors, in the search, the losses and the output (ViT-VQGAN: Yu et al. 2021, arXiv 2110.04627,
     section 3.2): few channels, 8 say, are then enough. The latents are the unit vectors.
-    `gradient`: what the encoder gets from the codes: "straight_through", or "rotation" (rotation.py).
+    `gradient`: the gradient of the codes to the encoder: "straight_through", or "rotation" (rotation.py).
     `entropy_weight`: weight of "entropy_sample" - "entropy_batch" (code_entropy.py), both computed only if it is not 0. MaskGIT
     has weight 0.1 and temperature 0.01.
 
@@ -18,10 +18,12 @@ import math
 from abc import abstractmethod
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from midway.tokenizers.base import (
+    Observation,
     Quantized,
     Quantizer,
     check_channels,
@@ -39,7 +41,7 @@ Gradient = Literal["straight_through", "rotation"]
 
 
 class Codebook(Quantizer):
-    """Base of the vector quantizers: a subclass says by `raw_codebook` what its codes are."""
+    """Base of the vector quantizers: a subclass defines its codes by `raw_codebook`."""
 
     learns_by_gradient: bool
     """Whether there is a loss that moves the codes."""
@@ -75,23 +77,21 @@ class Codebook(Quantizer):
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> codes, and the losses above. Gradient to z: that of the codes as `gradient` says, and of the losses.
 
-        `noise` (B, 1 or more, *S) decides, by its first channel, which vectors codes restart from; without it a generator
-        of each rank does. A NaN in z or in a code makes the losses NaN, and `update` learns nothing from that step.
+        `noise` (B, 1 or more, *S): its first channel gives the priorities of vectors in restarts; without it a generator of each
+        rank does. A NaN in z or in a code makes the losses NaN, and `update` learns nothing from that step.
         """
         latents = self.latents(z)
-        if noise is not None and self.noise_channels:
-            check_noise(noise[:, :1], latents[:, :1])
         rows = self._rows(latents.detach())
+        priorities = self._priorities(noise, latents)
         with float32_island(z):
-            self._prepare(rows)
             book = self.codes()
             flat = nearest_code(rows, book.detach())
-            self._gather(rows, flat, noise)
             indices = flat.view(z.shape[:1] + z.shape[2:])
             codes = F.embedding(indices, book).movedim(-1, 1)
             losses, loss = self._losses(latents, codes, book)
             through = rotated if self.gradient == "rotation" else straight_through
-            return discrete(through(codes, latents), indices, losses, loss, self._size)
+            observation = Observation(rows, flat, priorities)
+            return discrete(through(codes, latents), indices, losses, loss, self._size, observation)
 
     def latents(self, z: Tensor) -> Tensor:
         check_channels(z, self.dim)
@@ -118,11 +118,12 @@ class Codebook(Quantizer):
         shown += f", gradient={self.gradient!r}" if self.gradient != "straight_through" else ""
         return shown + (f", entropy_weight={self.entropy_weight}" if self.entropy_weight else "")
 
-    def _prepare(self, rows: Tensor) -> None:
-        """Whatever has to happen before the first vectors `rows` (N, D) meet the codebook."""
-
-    def _gather(self, rows: Tensor, indices: Tensor, noise: Tensor | None) -> None:
-        """Count a training batch: `rows` (N, D) with codes `indices` (N,)."""
+    def _priorities(self, noise: Tensor | None, latents: Tensor) -> Tensor | None:
+        """Of each vector in restarts, (N,) float32, uniform in (0, 1): ndtr(noise[:, 0]), the normal distribution function."""
+        if noise is None or not self.noise_channels:
+            return None
+        check_noise(noise[:, :1], latents[:, :1])
+        return torch.special.ndtr(noise[:, 0].to(latents)).flatten()
 
     def _losses(self, latents: Tensor, codes: Tensor, book: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Unweighted losses by name, and their weighted sum; latents and codes (B, D, *S), book (K, D)."""

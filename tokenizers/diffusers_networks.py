@@ -51,25 +51,29 @@ class _FromZero(nn.Module):
         return images.add(1).div(2)
 
 
-def check_foreign(foreign: Mapping[str, Any], in_channels: int, downsample: int, quantizer: Mapping[str, Any]) -> None:
+def check_diffusers_config(
+    diffusers_config: Mapping[str, Any], in_channels: int, downsample: int, quantizer: Mapping[str, Any]
+) -> None:
     """ValueError unless these networks can stand between such images and such a quantizer."""
-    needed = interface_of(foreign)
+    needed = interface_of(diffusers_config)
     given = Interface(in_channels, downsample, dict(quantizer))
     fits = all(quantizer.get(key) == value for key, value in needed.quantizer.items())
     if not fits or (in_channels, downsample) != (needed.in_channels, needed.downsample):
-        raise ValueError(f"the networks of this {foreign['class']} need {needed}, not {given}: use import_tokenizer")
+        raise ValueError(
+            f"the networks of this {diffusers_config['class']} need {needed}, not {given}: use import_tokenizer"
+        )
 
 
-def interface_of(foreign: Mapping[str, Any]) -> Interface:
-    """What `foreign`, {"class": one of CLASSES, ...its options}, is built for; ValueError if that cannot be run here."""
-    options = _options(foreign)
+def interface_of(diffusers_config: Mapping[str, Any]) -> Interface:
+    """What `diffusers_config`, {"class": one of CLASSES, ...its options}, is built for; ValueError if that cannot be run here."""
+    options = _options(diffusers_config)
     if options["in_channels"] != options["out_channels"]:
         raise ValueError(
             f"{options['in_channels']} channels in and {options['out_channels']} out: a tokenizer gives back what it was given"
         )
-    tiny = foreign["class"] == "AutoencoderTiny"
+    tiny = diffusers_config["class"] == "AutoencoderTiny"
     downsample = _tiny_downsample(options) if tiny else _block_downsample(options)
-    return Interface(options["in_channels"], downsample, _quantizer(foreign["class"], options))
+    return Interface(options["in_channels"], downsample, _quantizer(diffusers_config["class"], options))
 
 
 def networks_of(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -87,12 +91,14 @@ def networks_of(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return encoder, decoder
 
 
-def build(foreign: Mapping[str, Any]) -> nn.Module:
-    """The diffusers model that `foreign` describes, with new weights; ValueError if there is no such model."""
+def build(diffusers_config: Mapping[str, Any]) -> nn.Module:
+    """The diffusers model that `diffusers_config` describes, with new weights; ValueError if there is no such model."""
     try:
-        return diffusers_class(foreign["class"])(**_options(foreign))
+        return diffusers_class(diffusers_config["class"])(**_options(diffusers_config))
     except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"diffusers cannot build this {foreign['class']} ({error}): correct its options") from error
+        raise ValueError(
+            f"diffusers cannot build this {diffusers_config['class']} ({error}): correct its options"
+        ) from error
 
 
 def describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,9 +107,10 @@ def describe(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"class": name, **{key: value for key, value in config.items() if key in options}}
 
 
-def completed(foreign: Mapping[str, Any]) -> dict[str, Any]:
-    """`foreign` with the options that it leaves to diffusers' defaults, which may change; ValueError for unknown ones."""
-    return {"class": foreign["class"], **_options(foreign)}
+def completed(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:
+    """`diffusers_config` with the options that it leaves to diffusers' defaults, which may change; ValueError for unknown
+    ones."""
+    return {"class": diffusers_config["class"], **_options(diffusers_config)}
 
 
 def diffusers_class(name: object) -> Any:
@@ -123,15 +130,15 @@ def diffusers_class(name: object) -> Any:
     raise ValueError(f"class is {name!r}; choose one of: {', '.join(CLASSES)}")
 
 
-def _options(foreign: Mapping[str, Any]) -> dict[str, Any]:
+def _options(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:
     """Every option of the class, given or by default."""
-    given = {key: value for key, value in foreign.items() if key != "class"}
-    parameters = inspect.signature(diffusers_class(foreign.get("class")).__init__).parameters
+    given = {key: value for key, value in diffusers_config.items() if key != "class"}
+    parameters = inspect.signature(diffusers_class(diffusers_config.get("class")).__init__).parameters
     known = {key: parameter.default for key, parameter in parameters.items() if key != "self"}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
         raise ValueError(
-            f"the installed diffusers' {foreign['class']} has no option {', '.join(unknown)}: upgrade diffusers"
+            f"the installed diffusers' {diffusers_config['class']} has no option {', '.join(unknown)}: upgrade diffusers"
         )
     return {**known, **given}
 

@@ -1,4 +1,4 @@
-"""A critic of patches, PatchGAN (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2), and spectral normalisation.
+"""A discriminator of patches, PatchGAN (Isola et al. 2017, arXiv 1611.07004, app. 6.1.2), and spectral normalisation.
 
     4x4 convolution of stride 2 to `width` channels, LeakyReLU 0.2
     `layers` - 1 times: the same to twice the channels, up to 8 width, with a norm before the LeakyReLU
@@ -31,7 +31,7 @@ _FIRST_ITERATIONS = 20  # of the power method at construction
 
 
 class PatchDiscriminator(nn.Module):
-    """Images (B, in_channels, H, W) -> logits (B, 1, h, w), h = H // 2^layers - 2; high ones say "real".
+    """Images (B, in_channels, H, W) -> logits (B, 1, h, w), h = H // 2^layers - 2; high for real images.
 
     `layers` is the number of halvings, at least 1; fewer for small images, see `least_size`. Without `spectral_norm`
     `update` has nothing to do.

@@ -29,9 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from midway.tokenizers.base import float32_island, straight_through
+from midway.tokenizers.base import distributed, float32_island, straight_through
 from midway.tokenizers.clustering import full_precision, rows_per_chunk
-from midway.tokenizers.pending import distributed
 
 MAX_BITS = 20  # bits in one group: beyond, E p itself is large, and the tables 2^(d/2) a sample
 

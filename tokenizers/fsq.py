@@ -29,7 +29,6 @@ sign both outermost levels are within reach. Half-way between two codes the even
 for symmetric codes of even L, z = 0 is such a point. There is no loss, no state and no table of codes.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -64,25 +63,6 @@ _MARGIN = 1e-3
 _SLOPE = {"sigmoid": 1.0, "ifsq": 1.6}
 _MAX_LEVEL = 2**16  # beyond it float32 codes of one channel are too close to be told apart safely
 _MAX_SIZE = 2**62  # half of int64, so that a few indices more, such as a mask, still fit
-
-
-def levels_for(size: int) -> tuple[int, ...]:
-    """Levels that make about `size` codes, the largest first: those of the paper for 2**bits with bits in FSQ_LEVELS.
-
-    For any other size the product nearest to it, of any number of levels from 5 to 16, beyond 2**16 codes from 5 to 8, the
-    paper's range. Of equally near ones that with the smallest largest level, then the smaller product. From 25 codes on it
-    is within 8 %, from 1000 on within 4 %. ValueError unless 5 <= size <= 2**62.
-    """
-    recommended = {2**bits: levels for bits, levels in FSQ_LEVELS.items()}
-    if size in recommended:
-        return recommended[size]
-    if not 5 <= size <= _MAX_SIZE:
-        raise ValueError(f"size is {size}; levels of at least 5 make from 5 to 2**62 codes: give levels themselves")
-    descending = range(8 if size > 2**16 else 16, 4, -1)
-    most = next(count for count in itertools.count(1) if 5**count >= size)
-    sets = (levels for n in range(1, most + 1) for levels in itertools.combinations_with_replacement(descending, n))
-    made = ((math.prod(levels), levels) for levels in sets)
-    return min((abs(k - size), levels[0], k, levels) for k, levels in made if k <= _MAX_SIZE)[-1]
 
 
 class FSQ(Quantizer):

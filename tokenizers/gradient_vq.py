@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from midway.tokenizers.base import Quantized
 from midway.tokenizers.codebook import Gradient
 from midway.tokenizers.data_codebook import DataCodebook, Init
-from midway.tokenizers.pending import Pending, distributed, over_ranks
 
 _EVEN_SHARES = 8
 
@@ -26,12 +26,11 @@ _EVEN_SHARES = 8
 class GradientVQ(DataCodebook):
     """`codebook_size` codes of `dim` channels, a parameter of the optimizer, `codebook` (K, D).
 
-    `start` initialises it as in VQ, and without it the first training forward. `update` restarts dead codes
-    (`restart_after` = 0: never); it must follow the optimizer's step. Buffers in the checkpoint: `idle_steps` (K,) and
-    `idle_vectors` (K,) int64, steps and vectors since each code was chosen, and `step`, which counts updates. Start and
-    restart write to the parameter in place, which a sharded one (FSDP) does not allow: ValueError from `update`. For
-    `normalize`, `gradient`, `entropy_weight` and `entropy_temperature` see codebook.py; with `normalize` the parameter keeps
-    whatever length it has, and is normalised on reading.
+    `update` restarts dead codes (`restart_after` = 0: never); it must follow the optimizer's step. Buffers in the checkpoint:
+    `idle_steps` (K,) and `idle_vectors` (K,) int64, steps and vectors since each code was chosen, and `step`. Start and restart
+    write to the parameter in place, which a sharded one (FSDP) does not allow: ValueError from `update`. For `normalize`,
+    `gradient`, `entropy_weight` and `entropy_temperature` see codebook.py; with `normalize` the parameter has any length, and is
+    normalised on reading.
     """
 
     learns_by_gradient = True
@@ -55,45 +54,26 @@ class GradientVQ(DataCodebook):
             raise ValueError(
                 f"restart_after is {restart_after}; give a number of steps >= 0, 100 by default, 0 for never"
             )
-        super().__init__(
-            codebook_size,
-            dim,
-            commitment,
-            init,
-            seed,
-            normalize,
-            gradient,
-            entropy_weight,
-            entropy_temperature,
-        )
+        super().__init__(codebook_size, dim, commitment, normalize, gradient, entropy_weight, entropy_temperature)
         self.restart_after = restart_after
         self.noise_channels = 1 if restart_after else 0
-        self.codebook = nn.Parameter(self._first_codes())
+        self.codebook = nn.Parameter(self._first_codes(init, seed))
         self.register_buffer("idle_steps", torch.zeros(codebook_size, dtype=torch.int64))
         self.register_buffer("idle_vectors", torch.zeros(codebook_size, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(-1))
 
-    @torch.no_grad()
-    def update(self, step_ok: Tensor | None = None) -> None:
-        """Restarts, from all that forward has gathered; without anything gathered, nothing changes.
+    def observe(self, quantized: Quantized) -> None:
+        if self.restart_after:
+            super().observe(quantized)
 
-        Where `step_ok` () is False, or the gathered sums are not finite on any rank, all of it is forgotten. That is decided on
-        the device. Under torch.distributed every rank must call it, as often as the others.
-        """
+    def update(self, step_ok: Tensor | None = None) -> None:
         if isinstance(self.codebook, DTensor):
             raise ValueError(
                 "the codebook of GradientVQ is sharded, and start and restarts write to it in place: keep the quantizer out of "
                 "FSDP, or use VQ or SimVQ"
             )
-        if not self.restart_after or not self.initialised or (self._pending is None and not distributed()):
-            return
-        pending = self._pending or Pending(self._size, self.dim, self.codebook.device)
-        self._pending = None
-        sums, candidates = over_ranks(pending)
-        hits = sums[:, -1]
-        learned = sums.isfinite().all() & (hits.sum() > 0)
-        self._restart(hits, candidates, learned if step_ok is None else learned & step_ok)
-        self._set_step(self._step() + 1)
+        if self.restart_after:
+            super().update(step_ok)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, restart_after={self.restart_after}"
@@ -102,12 +82,9 @@ class GradientVQ(DataCodebook):
         self.idle_steps.zero_()
         self.idle_vectors.zero_()
 
-    def _gather(self, rows: Tensor, indices: Tensor, noise: Tensor | None) -> None:
-        if self.restart_after:
-            super()._gather(rows, indices, noise)
-
-    def _restart(self, hits: Tensor, candidates: Tensor, learned: Tensor) -> None:
-        """Count idleness from `hits` (K,), move dead codes to candidates (R, D + 1), best first; nothing unless `learned` ()."""
+    def _learn(self, sums: Tensor, candidates: Tensor, learned: Tensor) -> None:
+        """Count idleness, and move dead codes to the candidates."""
+        hits = sums[:, -1]
         idle_steps = torch.where(hits > 0, 0, self.idle_steps + 1)
         idle_vectors = torch.where(hits > 0, 0, self.idle_vectors + hits.sum().long())
         longest = idle_vectors.argsort(descending=True, stable=True)[: len(candidates)]

@@ -6,36 +6,13 @@ The squared distance is the sum over groups, so the nearest of all K^G codes is 
 groups: with the mean over elements in each group, that is the mean over all channels, as of one quantizer.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from midway.tokenizers.base import Quantized, Quantizer, check_channels, float32_island
-
-
-def discrete_quantizer(config: Mapping[str, Any], role: str) -> Quantizer:
-    """The quantizer that `config` describes, to serve as `role`. ValueError if it is continuous or no config."""
-    from midway.tokenizers.quantizers import make_quantizer  # which imports this module
-
-    if not isinstance(config, Mapping):
-        raise ValueError(f'{role} is {config!r}; give the config of a quantizer, such as {{"type": "vq", ...}}')
-    quantizer = make_quantizer(config)
-    if quantizer.codebook_size is None:
-        raise ValueError(
-            f"{role} is of type {config['type']!r}, which is continuous and has no codes to combine: "
-            "choose a discrete type, such as 'vq' or 'fsq'"
-        )
-    return quantizer
-
-
-def discrete_quantizers(config: Mapping[str, Any], count: int, role: str) -> list[Quantizer]:
-    """`count` quantizers of one config; where it takes a seed, each has the next, so that codebooks start apart."""
-    first = discrete_quantizer(config, role)
-    seed = getattr(first, "seed", None)
-    apart = [{} if seed is None else {"seed": seed + i} for i in range(1, count)]
-    return [first, *(discrete_quantizer({**config, **options}, role) for options in apart)]
+from midway.tokenizers.base import Composite, Quantized, Quantizer, check_channels, float32_island
 
 
 def added(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -52,19 +29,18 @@ def rows_of_counts(parts: Sequence[Quantized]) -> Tensor | None:
     return torch.cat([each if each.ndim == 2 else each.unsqueeze(0) for each in counts])
 
 
-class Grouped(Quantizer):
-    """`groups` quantizers of the config `base` side by side: in_dim and dim are `groups` times those of the base.
+class Grouped(Composite):
+    """`parts`: equal discrete quantizers side by side; in_dim and dim are their sums.
 
-    The base may be any discrete quantizer; one with several codes a position gives that many for each group, of one group after
-    the other. All groups draw by the same noise. Codebooks travel in the checkpoint as `parts.i`.
+    Parts with several codes per position give that many for each group, of one group after the other. All groups take the same
+    noise. Codebooks travel in the checkpoint as `parts.i`.
     """
 
-    def __init__(self, base: Mapping[str, Any], groups: int) -> None:
+    def __init__(self, parts: Sequence[Quantizer]) -> None:
         super().__init__()
-        if int(groups) != groups or groups < 2:
-            raise ValueError(f"groups is {groups}; give an integer of at least 2: one group is the base itself")
-        self.parts = nn.ModuleList(discrete_quantizers(base, groups, "base"))
-        first = self._parts[0]
+        groups = len(parts)
+        self.parts = nn.ModuleList(parts)
+        first = parts[0]
         self.dim = groups * first.dim
         self.codebook_size = first.codebook_size
         self.groups = groups * first.groups
@@ -86,6 +62,7 @@ class Grouped(Quantizer):
                 losses={name: total / len(outs) for name, total in added([out.losses for out in outs]).items()},
                 loss=torch.stack([out.loss for out in outs]).mean(),
                 counts=rows_of_counts(outs),
+                parts=tuple(outs),
             )
 
     def latents(self, z: Tensor) -> Tensor:
@@ -100,11 +77,10 @@ class Grouped(Quantizer):
         """(B, *S, G) int64 -> (B, D, *S) float32. ValueError if an index is outside {0, ..., K - 1}."""
         if indices.ndim < 2 or indices.shape[-1] != self.groups:
             raise ValueError(f"indices have shape {tuple(indices.shape)}; this quantizer takes (B, *S, {self.groups})")
-        each = indices.unbind(-1) if self._parts[0].groups == 1 else indices.chunk(len(self._parts), -1)
-        return torch.cat([part.indices_to_codes(own) for part, own in zip(self._parts, each, strict=True)], 1)
+        each = indices.unbind(-1) if self.members[0].groups == 1 else indices.chunk(len(self.members), -1)
+        return torch.cat([part.indices_to_codes(own) for part, own in zip(self.members, each, strict=True)], 1)
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, *S) -> (B, *S, G) int64, the exact inverse of `indices_to_codes`."""
         check_channels(codes, self.dim, "codes")
         return self._joined([part.codes_to_indices(share) for part, share in self._shares(codes)])
 
@@ -113,21 +89,17 @@ class Grouped(Quantizer):
         for part, share in self._shares(z):
             part.start(share)
 
-    def update(self, step_ok: Tensor | None = None) -> None:
-        for part in self._parts:  # in this order on every process: they exchange statistics
-            part.update(step_ok)
-
     def extra_repr(self) -> str:
         return f"groups={self.groups}"
 
     @property
-    def _parts(self) -> list[Quantizer]:
+    def members(self) -> list[Quantizer]:
         return cast(list[Quantizer], list(self.parts))
 
     def _shares(self, x: Tensor) -> list[tuple[Quantizer, Tensor]]:
         """Each part with its channels of x (B, C, *S)."""
-        return list(zip(self._parts, x.chunk(len(self._parts), 1), strict=True))
+        return list(zip(self.members, x.chunk(len(self.members), 1), strict=True))
 
     def _joined(self, indices: list[Tensor]) -> Tensor:
         """Indices of the parts, (B, *S) or (B, *S, g) -> (B, *S, G)."""
-        return torch.stack(indices, -1) if self._parts[0].groups == 1 else torch.cat(indices, -1)
+        return torch.stack(indices, -1) if self.members[0].groups == 1 else torch.cat(indices, -1)

@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from midway.tokenizers.base import Quantized, Quantizer
-from midway.tokenizers.diffusers_networks import build, check_foreign, completed, networks_of
+from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
 from midway.tokenizers.quantizers import make_quantizer
@@ -51,7 +51,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     `network` "conv" (networks.py) has `blocks`, `upsample`, `attention` and `multipliers`, [1] by default; "vit" (vit.py) has
     `depth`, `heads` and `latent_tokens`, its patches are `downsample` pixels a side. With L latent tokens there is no grid:
     codes and latents are (B, D, 1, L). "diffusers" (diffusers_networks.py) takes the networks of a diffusers autoencoder from
-    `foreign`, {"class": "AutoencoderKL", ...its options}; `import_tokenizer` (foreign.py) makes such tokenizers, with weights.
+    `foreign`, {"class": "AutoencoderKL", ...its options}; `import_tokenizer` (diffusers_import.py) makes such tokenizers, with
+    weights.
     """
 
     _supports_gradient_checkpointing = True
@@ -100,7 +101,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             _check_pixels(dim, in_channels)
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
         elif foreign is not None:
-            check_foreign(foreign, in_channels, downsample, description)
+            check_diffusers_config(foreign, in_channels, downsample, description)
             self.register_to_config(foreign=_plain(completed(foreign)))
             self.encoder, self.decoder = networks_of(build(foreign))
         elif network == "vit":
@@ -170,7 +171,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def encode_indices(self, images: Tensor) -> Tensor:
         """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
-        return self.quantizer.latents_to_indices(self.quantizer.latents(self.encode(images)))
+        return self.quantizer.codes_to_indices(self.quantizer.latents(self.encode(images)))
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Tokens as `encode_indices` gives them -> images. ValueError if one is outside the codebook."""
@@ -211,12 +212,15 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """The quantizer's `start` from the first images (B, C, H, W): once, before the first step, on every process."""
         self.quantizer.start(self.encode(images))
 
+    def observe(self, quantized: Quantized) -> None:
+        """The quantizer's `observe`: once per training micro-batch, with what `forward` returned as `quantized`."""
+        self.quantizer.observe(quantized)
+
     def update(self, step_ok: Tensor | None = None) -> None:
         """The quantizer's `update`: once per optimizer step, on every process; `step_ok` is False if it was skipped."""
         self.quantizer.update(step_ok)
 
     def _codes(self, images: Tensor) -> Tensor:
-        # Not quantizer.forward: reading codes in training mode must not count as training.
         return self.quantizer.snap(self.quantizer.latents(self.encode(images)))
 
     def _cast(self, x: Tensor) -> Tensor:
@@ -261,10 +265,12 @@ def _check(image_size: int, downsample: int, latent_space: str) -> None:
         raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
 
 
-def _check_network(network: str, latent_tokens: int | None, foreign: Mapping[str, Any] | None) -> None:
+def _check_network(network: str, latent_tokens: int | None, diffusers_config: Mapping[str, Any] | None) -> None:
     if network not in get_args(Network):
         raise ValueError(f"network is {network!r}; choose 'conv' or 'vit', or 'diffusers' with foreign")
-    if (foreign is None) == (network == "diffusers"):
-        raise ValueError(f"network is {network!r} and foreign is {foreign}; 'diffusers', and only it, needs foreign")
+    if (diffusers_config is None) == (network == "diffusers"):
+        raise ValueError(
+            f"network is {network!r} and foreign is {diffusers_config}; 'diffusers', and only it, needs foreign"
+        )
     if latent_tokens is not None and network != "vit":
         raise ValueError(f"latent_tokens is {latent_tokens}; only network='vit' has them")

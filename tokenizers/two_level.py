@@ -7,34 +7,32 @@ A is learned: a 3x3 convolution at the top's resolution with four outputs a posi
 convolution, Shi et al. 2016, arXiv 1609.05158). So the bottom is conditioned on the decoded top as in the paper, which joins the
 two and maps them linearly; a linear map of z_bottom alone would add nothing to the encoder, which ends in one. A starts at zero.
 
-Indices are a sequence, the top level first, each level row by row: length L = H W / 4 + H W. Grids are square, so that L says
-H. Losses are added over levels. Both levels have the same K, so that every token is one of K.
+Indices are a sequence, the top level first, each level row by row: length L = H W / 4 + H W. Grids are square, so that L
+determines H. Losses are added over levels. Both levels have the same K, so that every token is one of K.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers.base import Quantized, Quantizer, check_channels, float32_island, straight_through
-from midway.tokenizers.grouped import added, discrete_quantizer
+from midway.tokenizers.base import Composite, Quantized, Quantizer, check_channels, float32_island, straight_through
+from midway.tokenizers.grouped import added
 
 
-class TwoLevel(Quantizer):
-    """Quantizers of the configs `top` and `bottom` over z (B, top.in_dim + bottom.in_dim, H, H), H even.
+class TwoLevel(Composite):
+    """Discrete quantizers `top` and `bottom` over z (B, top.in_dim + bottom.in_dim, H, H), H even.
 
-    Codes have top.dim + bottom.dim channels, indices the shape (B, 5 H^2 / 4), and (B, 5 H^2 / 4, G) with G codes a position.
-    `counts` are those of both levels together. The levels draw by the same noise, the top by every second row and column of it.
+    Codes have top.dim + bottom.dim channels, indices the shape (B, 5 H^2 / 4), and (B, 5 H^2 / 4, G) with G codes per position.
+    `counts` are those of both levels together. Both levels take the same noise, the top every second row and column of it.
     `condition`, the map A, is trained by the gradient; the levels as each of them is.
     """
 
-    def __init__(self, top: Mapping[str, Any], bottom: Mapping[str, Any]) -> None:
+    def __init__(self, top: Quantizer, bottom: Quantizer) -> None:
         super().__init__()
-        self.top, self.bottom = discrete_quantizer(top, "top"), discrete_quantizer(bottom, "bottom")
-        _check(self.top, self.bottom)
+        _check(top, bottom)
+        self.top, self.bottom = top, bottom
         self.dim = self.top.dim + self.bottom.dim
         self.codebook_size = self.top.codebook_size
         self.groups = self.top.groups
@@ -49,19 +47,20 @@ class TwoLevel(Quantizer):
         return self.top.in_dim + self.bottom.in_dim
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
-        """z (B, in_dim, H, H) -> codes. Gradient: straight-through; to z_top also through what the bottom is told of it."""
+        """z (B, in_dim, H, H) -> codes. Gradient: straight-through; to z_top also through A."""
         _check_grid(z, self.in_dim, "z")
         with float32_island(z):
             above, beside = self._split(z)
             top = self.top(above, None if noise is None else noise[:, : self.top.noise_channels, ::2, ::2])
-            told = beside + self._told(top.codes)
-            bottom = self.bottom(told, None if noise is None else noise[:, : self.bottom.noise_channels])
+            conditioned = beside + self._map(top.codes)
+            bottom = self.bottom(conditioned, None if noise is None else noise[:, : self.bottom.noise_channels])
             return Quantized(
                 codes=torch.cat([_repeated(top.codes), bottom.codes], 1),
                 indices=self._sequence(top.indices, bottom.indices),
                 losses=added([top.losses, bottom.losses]),
                 loss=top.loss + bottom.loss,
                 counts=None if top.counts is None or bottom.counts is None else top.counts + bottom.counts,
+                parts=(top, bottom),
             )
 
     def latents(self, z: Tensor) -> Tensor:
@@ -70,8 +69,8 @@ class TwoLevel(Quantizer):
         with float32_island(z):
             above, beside = self._split(z)
             top = self.top.latents(above)
-            told = beside + self._told(straight_through(self.top.snap(top), top))
-            return torch.cat([_repeated(top), self.bottom.latents(told)], 1)
+            conditioned = beside + self._map(straight_through(self.top.snap(top), top))
+            return torch.cat([_repeated(top), self.bottom.latents(conditioned)], 1)
 
     def snap(self, latents: Tensor) -> Tensor:
         """(B, D, H, H) -> codes: the top's channels are averaged over 2x2 first. The bottom's are not conditioned again."""
@@ -88,33 +87,34 @@ class TwoLevel(Quantizer):
         return torch.cat([_repeated(above), self.bottom.indices_to_codes(bottom.unflatten(1, (2 * side, 2 * side)))], 1)
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, H, H) -> (B, L) int64, the exact inverse; of each four copies of a top code the first is read."""
+        """(B, D, H, H) -> (B, L) int64; the top's channels are averaged over 2x2 first, as in `snap`."""
         _check_grid(codes, self.dim, "codes")
-        top, bottom = codes.split([self.top.dim, self.bottom.dim], 1)
-        return self._sequence(self.top.codes_to_indices(top[..., ::2, ::2]), self.bottom.codes_to_indices(bottom))
+        with float32_island(codes):
+            top, bottom = codes.float().split([self.top.dim, self.bottom.dim], 1)
+            return self._sequence(self.top.codes_to_indices(_pooled(top)), self.bottom.codes_to_indices(bottom))
 
     def tokens(self, height: int, width: int) -> int:
         return height * width * 5 // 4
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """The top from z, then the bottom from what it is told by the top, already started."""
+        """The top from z, then the bottom from its input given the top, already started."""
         _check_grid(z, self.in_dim, "z")
         with float32_island(z):
             above, beside = self._split(z)
             self.top.start(above)
-            self.bottom.start(beside + self._told(self.top.snap(self.top.latents(above))))
+            self.bottom.start(beside + self._map(self.top.snap(self.top.latents(above))))
 
-    def update(self, step_ok: Tensor | None = None) -> None:
-        self.top.update(step_ok)  # in this order on every process: they exchange statistics
-        self.bottom.update(step_ok)
+    @property
+    def members(self) -> list[Quantizer]:
+        return [self.top, self.bottom]
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z -> the top's input at half the resolution, and z_bottom; float32."""
         top, bottom = z.float().split([self.top.in_dim, self.bottom.in_dim], 1)
         return _pooled(top), bottom
 
-    def _told(self, top: Tensor) -> Tensor:
+    def _map(self, top: Tensor) -> Tensor:
         """A t: codes (B, top.dim, h, h) -> (B, bottom.in_dim, 2 h, 2 h) float32, whatever the dtype of the weights."""
         bias = None if self.condition.bias is None else self.condition.bias.float()
         return F.pixel_shuffle(F.conv2d(top, self.condition.weight.float(), bias, padding=1), 2)

@@ -11,18 +11,15 @@ to code k and s_k their sum,
 starting from N_k = 1, m_k = e_k: with N_k = 0 the first step would throw unused codes to infinity.
 
 Restart: a code with N_k < limit moves to a recent encoder vector x, with N_k = limit and m_k = limit x, where
-limit = min(restart_threshold, n / (4 K)) and n is the number of vectors of the step: nothing may be asked to be hit more
-often than a quarter of a perfectly even share, or small batches would restart the whole codebook for ever.
-
-The vectors are drawn by priority, the largest first: ndtr(noise[:, 0]), uniform in (0, 1), where ndtr is the standard
-normal distribution function and `noise` belongs to the sample.
+limit = min(restart_threshold, n / (4 K)) and n is the number of vectors of the step: a code need not be hit more often than a
+quarter of a perfectly even share, or small batches would restart the whole codebook for ever. The vectors are those of the
+largest priority (`Observation`).
 
 With `normalize` vectors and codes have length 1 (codebook.py): s_k sums unit vectors, e_k = m_k / |m_k|, and the start is
 spherical k-means.
 
-`forward` only gathers statistics; `update` applies them. So gradient accumulation, activation checkpointing (which runs
-forward twice) and several processes give the codebook of one large batch. A step that was skipped, or whose sums are
-not finite, is forgotten.
+Statistics are gathered by `observe` and applied by `update`, so gradient accumulation and several processes give the codebook of
+one large batch. A step that was skipped, or whose sums are not finite, is discarded.
 """
 
 import torch
@@ -30,18 +27,14 @@ from torch import Tensor
 
 from midway.tokenizers.codebook import Gradient
 from midway.tokenizers.data_codebook import DataCodebook, Init
-from midway.tokenizers.pending import Pending, distributed, over_ranks
 from midway.tokenizers.rotation import unit
 
 
 class VQ(DataCodebook):
     """`codebook_size` codes of `dim` channels, moved by `update`, never by the gradient.
 
-    `start` initialises the codebook. Without it the first *training* forward does, from that batch of rank 0 (other
-    ranks receive it): then the codebook depends on how the batch is divided, and under torch.distributed every rank has
-    to run its first training forward before its first update. The state is float32 buffers and travels in the
-    checkpoint: `codebook` (K, D), `count` (K,), `total` (K, D), `step`, which counts updates, forgotten ones too (-1
-    before initialisation). For `normalize`, `gradient`, `entropy_weight` and `entropy_temperature` see codebook.py.
+    The state is float32 buffers and travels in the checkpoint: `codebook` (K, D), `count` N (K,), `total` m (K, D), `step`. For
+    `normalize`, `gradient`, `entropy_weight` and `entropy_temperature` see codebook.py.
     """
 
     learns_by_gradient = False
@@ -64,47 +57,15 @@ class VQ(DataCodebook):
         entropy_temperature: float = 0.01,
     ) -> None:
         _check(decay, eps, restart_threshold)
-        super().__init__(
-            codebook_size,
-            dim,
-            commitment,
-            init,
-            seed,
-            normalize,
-            gradient,
-            entropy_weight,
-            entropy_temperature,
-        )
+        super().__init__(codebook_size, dim, commitment, normalize, gradient, entropy_weight, entropy_temperature)
         self.noise_channels = 1
         self.decay, self.eps = decay, eps
         self.restart_threshold = restart_threshold
-        start = self._first_codes()
+        start = self._first_codes(init, seed)
         self.register_buffer("codebook", start)
         self.register_buffer("count", torch.ones(codebook_size, dtype=torch.float32))
         self.register_buffer("total", start.clone())
         self.register_buffer("step", torch.tensor(-1))
-
-    @torch.no_grad()
-    def update(self, step_ok: Tensor | None = None) -> None:
-        """EMA and restarts from all that forward has gathered; without anything gathered, nothing changes.
-
-        Where `step_ok` () is False, or the gathered sums are not finite on any rank, all of it is forgotten: codebook,
-        count and total keep their bits. That is decided on the device, and every rank exchanges its statistics either
-        way. Under torch.distributed every rank must call it, as often as the others.
-        """
-        if not self.initialised or (self._pending is None and not distributed()):
-            return
-        pending = self._pending or Pending(self._size, self.dim, self.codebook.device)
-        self._pending = None
-        sums, candidates = over_ranks(pending)
-        vectors = sums[:, -1].sum()
-        learned = sums.isfinite().all() & (vectors > 0)
-        count = self.count.lerp(sums[:, -1], 1 - self.decay)
-        total = self.total.lerp(sums[:, :-1], 1 - self.decay)
-        limit = (vectors / (4 * self._size)).clamp(max=self.restart_threshold)
-        _restart(count, total, candidates, limit)
-        self._replace(count, total, learned if step_ok is None else learned & step_ok)
-        self._set_step(self._step() + 1)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, decay={self.decay}"
@@ -113,8 +74,11 @@ class VQ(DataCodebook):
         self.total.copy_(self.codebook)
         self.count.fill_(1)
 
-    def _replace(self, count: Tensor, total: Tensor, learned: Tensor) -> None:
-        """Take over count (K,), total (K, D) and the codebook they make where `learned` () is True."""
+    def _learn(self, sums: Tensor, candidates: Tensor, learned: Tensor) -> None:
+        count = self.count.lerp(sums[:, -1], 1 - self.decay)
+        total = self.total.lerp(sums[:, :-1], 1 - self.decay)
+        limit = (sums[:, -1].sum() / (4 * self._size)).clamp(max=self.restart_threshold)
+        _restart(count, total, candidates, limit)
         means = total / laplace(count, self.eps).unsqueeze(1)
         codebook = unit(means) if self.normalize else means
         for buffer, value in ((self.count, count), (self.total, total), (self.codebook, codebook)):

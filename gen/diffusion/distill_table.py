@@ -7,26 +7,26 @@ A fine solver maps the noise of `pairs` seeds to end states once. Every step tak
 with the gradient through all evaluations, as in arXiv 2510.17699. The distance is in latents, or after decoding (`decoded`), or
 any that the caller gives; it must never use the network whose features the result is measured with (LPIPS uses VGG-16).
 
-One learning rate serves all parameters (samplers/learned.py). Evaluations are counted at the network, the teacher's included;
-one with a gradient counts 1, and running it again for gradient checkpointing does not count.
+One learning rate serves all parameters (samplers/learned.py).
 """
 
 import copy
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from midway.gen.core import randomness
-from midway.gen.diffusion.model import LatentModel, start_state
+from midway.gen.diffusion.distillation import Distillation, part
+from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.batches import Context
+from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS, Grid
-from midway.samplers.learned import LearnedTable, checkpointed, rollout
-from midway.samplers.prediction import Field
-from midway.samplers.sample import EvaluationCounter, sample
+from midway.samplers.learned import LearnedTable, rollout
+from midway.samplers.sample import sample
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.perceptual import Perceptual
@@ -135,39 +135,29 @@ def make_distance(config: TableConfig, tokenizer: ImageTokenizer) -> Distance:
     return decoded(tokenizer, lambda student, teacher: perceptual(student, teacher).mean())
 
 
-class TableObjective(nn.Module):
-    """Trains `learned`; the model stays frozen and is kept out of the parameters.
+class TableObjective(Distillation):
+    """Trains `learned`. The buffer `chosen` int64 () holds the number of the grid that learning started from.
 
-    `counter` counts the network evaluations; the buffer `evaluations` int64 () holds its count after the newest step, the buffer
-    `chosen` int64 () the number of the grid that learning started from. `distance` replaces the config's loss. ValueError for a
-    teacher that draws noise.
+    `distance` replaces the config's loss. ValueError for a teacher that draws noise.
     """
 
-    evaluations: Tensor
     chosen: Tensor
 
     def __init__(
         self, model: LatentModel, target: TableTarget, config: TableConfig, distance: Distance | None = None
     ) -> None:
-        super().__init__()
         if distance is None and config.loss not in DISTANCES:
             raise ValueError(f"loss '{config.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)")
-        self.target, self.config = target, config
-        self.analytic_first = config.analytic_first
+        fine = GRIDS[config.teacher_grid](model.schedule, config.teacher_steps)
+        teacher = SOLVERS[config.teacher].build(model.schedule, fine)
+        if teacher.stochastic:
+            raise ValueError(f"the teacher {config.teacher} draws noise: choose a deterministic solver")
+        super().__init__(model, teacher, target.guidance, config.gradient_checkpointing)
+        self.target, self.config, self.schedule = target, config, model.schedule
         self.distance = distance or DISTANCES[config.loss]
-        self.schedule = model.schedule
         self.candidates = tuple(GRIDS) if target.grid == BEST else (target.grid,)
         self.learned = LearnedTable(self.schedule, self._candidate(0), config.order, config.analytic_first)
-        fine = GRIDS[config.teacher_grid](self.schedule, config.teacher_steps)
-        self.teacher: Table = SOLVERS[config.teacher].build(self.schedule, fine)
-        if self.teacher.stochastic:
-            raise ValueError(f"the teacher {config.teacher} draws noise: choose a deterministic solver")
-        self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
-        network = checkpointed(model.conditional_field) if config.gradient_checkpointing else model.conditional_field
-        self.counter = EvaluationCounter(network)
-        self.register_buffer("evaluations", torch.tensor(0))
         self.register_buffer("chosen", torch.tensor(0))
-        self.register_load_state_dict_post_hook(_restore_count)
 
     @property
     def grid_name(self) -> str:
@@ -176,23 +166,36 @@ class TableObjective(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """Its times."""
         return tuple(self.learned.grid.tolist())
 
     def _candidate(self, number: int) -> Grid:
-        return GRIDS[self.candidates[number]](self.schedule, self.target.nfe + self.analytic_first)
+        return GRIDS[self.candidates[number]](self.schedule, self.target.nfe + self.config.analytic_first)
 
-    def _field(self, labels: Tensor) -> Field:
-        return self._model[0].field(labels, self.target.guidance, self.counter)
+    def prepare(self, labels: Tensor, shared: dict[Any, Any]) -> Callable[[Tensor], EndPairs]:
+        """The teacher's pairs are the same at every budget; every table counts them, as if it were learned alone."""
+        if self.config not in shared:
+            shared[self.config] = (self.run_teacher(labels), self.counter.evaluations)
+        pairs, self.counter.evaluations = shared[self.config]
+        self.warm_start(pairs)
+        return pairs.take
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "analytic_first": self.config.analytic_first,
+            "teacher": f"{self.config.teacher}, {len(self.teacher.grid) - 1} steps on {self.config.teacher_grid}",
+            "base": f"dpmpp{self.config.order}m on {self.grid_name}",
+            "mode": "end_to_end",
+        }
+
+    def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
+        self.export(averaged, {"card": json.dumps(asdict(card))}).save(path)
 
     @torch.no_grad()
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> EndPairs:
         """All pairs, for labels (M,), on the labels' device."""
-        seeds = torch.arange(self.config.seed, self.config.seed + len(labels))
-        noise = randomness.normal(0, "distill", 0, seeds, self._model[0].latent_shape).to(labels.device)
-        starts = start_state(self.schedule, self.teacher.grid[0], noise)
+        starts = self.starts(self.config.seed, labels, self.teacher.grid[0])
         parts = zip(labels.split(batch_size), starts.split(batch_size), strict=True)
-        ends = [sample(self._field(some), self.teacher, x) for some, x in parts]
+        ends = [sample(self.field(some), self.teacher, x) for some, x in parts]
         return EndPairs(starts, torch.cat(ends), labels)
 
     @torch.no_grad()
@@ -204,29 +207,18 @@ class TableObjective(nn.Module):
         errors = []
         for number in range(len(self.candidates)):
             self.learned.restart(self._candidate(number))
-            end = sample(self._field(some.labels), self.learned.table(), some.starts)
+            end = sample(self.field(some.labels), self.learned.table(), some.starts)
             errors.append(l2(end, some.ends))
         self.chosen.fill_(int(torch.stack(errors).nan_to_num(nan=torch.inf).argmin()))
         self.learned.restart(self._candidate(int(self.chosen)))
 
     def loss(self, batch: EndPairs, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Distance of the end states; logs their root mean square difference, `rmse`."""
-        end = rollout(self._field(batch.labels), self.learned, batch.starts)
+        end = rollout(self.field(batch.labels), self.learned, batch.starts)
         return self.distance(end, batch.ends), {"rmse": l2(end.detach(), batch.ends).sqrt()}
-
-    def after_step(self, step_ok: Tensor) -> None:
-        """Note the evaluations: those of a skipped step were made as well."""
-        self.evaluations.fill_(self.counter.evaluations)
 
     def export(self, averaged: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Table:
         """The table of `averaged` (named as this module's state), with `metadata`."""
         learned = copy.deepcopy(self.learned).cpu()
-        learned.load_state_dict(
-            {k.removeprefix("learned."): v for k, v in averaged.items() if k.startswith("learned.")}
-        )
+        learned.load_state_dict(part(averaged, "learned."))
         return learned.table(metadata)
-
-
-def _restore_count(module: nn.Module, incompatible_keys: object) -> None:
-    assert isinstance(module, TableObjective)
-    module.counter.evaluations = int(module.evaluations.item())

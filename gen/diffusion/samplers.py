@@ -19,6 +19,7 @@ from midway.gen.diffusion.sampling import SamplingConfig
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.solvers import SOLVERS, ddim, steps_for
 from midway.samplers.table import Table
@@ -28,7 +29,7 @@ LEARNED_ON = (*GRIDS, BEST)
 
 WARM_UP = 64
 """Trajectories that the grid `gits` is fitted to, of noise that no evaluated seed has."""
-_costs: dict[object, tuple[Grid, Tensor]] = {}
+_fits: dict[object, "Fit"] = {}
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,36 @@ def _times(grid: str, steps: int, trained: TrainedModel, config: SamplerConfig) 
 
 def gits_grid(trained: TrainedModel, steps: int, guidance: Guidance, rho_max: float, rho_min: float) -> Grid:
     """The `steps` steps that Euler's method in rho follows best; ValueError for more steps than the fine grid has."""
+    fit = _fit(trained, guidance, rho_max, rho_min)
+    return tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
+
+
+def fitting_nfe(trained: TrainedModel, config: SamplerConfig) -> int:
+    """Passes of samples through the networks that fitting costs, once per model."""
+    return _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min).nfe
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fine grid, the cost of jumping over parts of it, and the passes through the networks that this took."""
+
+    grid: Grid
+    costs: Tensor
+    nfe: int
+
+
+def _fit(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> Fit:
     key = (trained.hash, guidance, rho_max, rho_min)
-    if key not in _costs:
-        _costs[key] = _fit(trained, guidance, rho_max, rho_min)
-    fine, costs = _costs[key]
-    return tuple(fine[i] for i in cheapest_path(costs, steps))
-
-
-def fitting_nfe() -> int:
-    """Evaluations of the field that fitting costs, once per model."""
-    return WARM_UP * FINE_STEPS
+    if key not in _fits:
+        networks = [model.network for model in (trained.model, guidance.weak) if model is not None]
+        with ForwardCounter(*networks) as counter:
+            grid, costs = _jump_costs(trained, guidance, rho_max, rho_min)
+        _fits[key] = Fit(grid, costs, counter.evaluations)
+    return _fits[key]
 
 
 @torch.no_grad()
-def _fit(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> tuple[Grid, Tensor]:
+def _jump_costs(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> tuple[Grid, Tensor]:
     model = trained.model
     device = next(model.parameters()).device
     order = torch.arange(WARM_UP)

@@ -109,7 +109,7 @@ def solver_jobs(model: Model, config: SweepConfig) -> list[Job]:
     classes = model.classes if isinstance(model, DiffusersModel) else model.model.classes
     samplers = [(solver, _samplers(model, solver, nfe, config)) for solver, nfe in asked(config)]
     return [
-        Job(solver, grid, _source(model, sampler, config), _training_nfe(sampler, grid), classes=classes)
+        Job(solver, grid, _source(model, sampler, config), _training_nfe(model, sampler, grid, config), classes=classes)
         for solver, by_grid in samplers
         for grid, sampler in by_grid.items()
     ]
@@ -140,10 +140,10 @@ def _other_job(name: str, its: Other, config: SweepConfig, n: int) -> Job:
     return Job(f"images: {name}", "", ImagesSource(its, config.first_seed), baseline=True)
 
 
-def _training_nfe(sampler: Sampler, grid: str) -> int:
+def _training_nfe(model: Model, sampler: Sampler, grid: str, config: SweepConfig) -> int:
     if sampler.card is not None:
         return sampler.card.training_nfe
-    return fitting_nfe() if grid == GITS else 0
+    return fitting_nfe(model, config) if grid == GITS and isinstance(model, TrainedModel) else 0
 
 
 def planned_cells(config: SweepConfig, others: int = 0, model: bool = True) -> Iterator[str]:

@@ -81,8 +81,7 @@ def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
     """The only feature run of these images beside the runs `measured`; UsageError when there is none or several."""
     folders = dict.fromkeys(path.resolve().parent for path in measured)
     beside = sorted(path.parent for folder in folders for path in folder.glob("*/config.yaml"))
-    kinds = {path: (read_yaml(path / "config.yaml") or {}).get("kind") for path in beside}
-    runs = [Run.open(path, "features") for path, kind in kinds.items() if kind == "features"]
+    runs = [Run.open(path, "features") for path in beside if _is_feature_run(path)]
     found = [run.path for run in runs if same_images(data_of(run), data)]
     if len(found) != 1:
         raise UsageError(
@@ -92,3 +91,8 @@ def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
             "pass --features RUN, or train features with scripts/train_features.py",
         )
     return found[0]
+
+
+def _is_feature_run(path: Path) -> bool:
+    values = read_yaml(path / "config.yaml")
+    return isinstance(values, dict) and values.get("kind") == "features"

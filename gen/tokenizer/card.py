@@ -103,8 +103,8 @@ def tokenizer_facts(tokenizer: ImageTokenizer) -> TokenizerFacts:
 def _network(tokenizer: ImageTokenizer) -> str:
     if tokenizer.passes_through:
         return "none, pixels are the latents"
-    foreign = tokenizer.config.get("foreign")
-    return f"{foreign['class']} of diffusers" if foreign else str(tokenizer.config["network"])
+    imported = tokenizer.config.get("foreign")
+    return f"{imported['class']} of diffusers" if imported else str(tokenizer.config["network"])
 
 
 def data_facts(config: DataConfig, splits: Splits, flip: bool = False) -> DataFacts:

@@ -1,12 +1,11 @@
-"""The critic that a tokenizer's reconstructions play against, in the same optimizer step.
+"""The discriminator of a tokenizer's adversarial loss, trained in the same optimizer step.
 
-    tokenizer minimises    L_rec + weight lambda L_gen(D(x'))           x' = reconstruction of x
-    critic minimises       L_critic(D(x), D(sg[x'])) + r1 R1 + gradient_penalty GP + lecam R_LC
+    tokenizer minimises        L_rec + weight lambda L_gen(D(x'))           x' = reconstruction of x
+    discriminator minimises    L_D(D(x), D(sg[x'])) + r1 R1 + gradient_penalty GP + lecam R_LC
 
-Both are one loss: the first sees the critic with its parameters held fixed, the second sees images without a gradient, so one
-backward pass gives each side its own gradient, taken at the same parameters. The tokenizer therefore runs once a step (not again
-for the critic's turn, which would count codebook statistics twice), and everything fit() promises of a loss holds of both:
-resuming, accumulation, skipped steps. Nothing is added before step `start`.
+Both are one loss: the first holds the parameters of D fixed, the second takes images without a gradient, so one backward pass
+gives each its own gradient, at the same parameters. The tokenizer therefore runs once a step, and fit() treats both as one
+loss when resuming, accumulating and skipping steps. Nothing is added before step `adversary_start`.
 """
 
 from dataclasses import dataclass
@@ -32,22 +31,22 @@ from midway.tokenizers.discriminator import PatchDiscriminator
 
 @dataclass(frozen=True)
 class GANTerms:
-    """What a step adds to the tokenizer's loss, the critic's own loss, and logs: pairs (sum, count), see progress.Averages."""
+    """The term added to the tokenizer's loss, the discriminator's loss, and logs: pairs (sum, count), see progress.Averages."""
 
     generator: Tensor
-    critic: Tensor
+    discriminator: Tensor
     logs: dict[str, Tensor]
 
 
 class Adversary(nn.Module):
-    """The critic of images (B, channels, size, size), and what its game remembers from step to step."""
+    """The discriminator of images (B, channels, size, size), and its running quantities."""
 
     def __init__(self, config: LossConfig, channels: int, image_size: int) -> None:
         super().__init__()
         if config.adversary == "none":
-            raise ValueError("there is no game without loss.adversary: choose hinge, say")
+            raise ValueError("loss.adversary is none: choose hinge, say")
         self.config = config
-        self.game: Kind = config.adversary
+        self.kind: Kind = config.adversary
         self.discriminator = PatchDiscriminator(
             channels, config.critic_width, config.critic_layers, config.spectral_norm
         )
@@ -55,18 +54,18 @@ class Adversary(nn.Module):
         self.averages = LeCamAverages() if config.lecam else None
         self.adaptive = AdaptiveWeight() if config.adaptive else None
 
-    def play(self, reconstruction: Tensor, images: Tensor, error: Tensor, last: Tensor, context: Context) -> GANTerms:
+    def terms(self, reconstruction: Tensor, images: Tensor, error: Tensor, last: Tensor, context: Context) -> GANTerms:
         """`error`: the tokenizer's loss of the reconstruction, of which `last` is the decoder's last layer."""
         if context.step < self.config.adversary_start:
             nothing = error.new_zeros(())
             return GANTerms(nothing, nothing, {name: error.new_zeros(2) for name in self._names()})
-        gain = generator_loss(frozen(self.discriminator)(reconstruction), self.game)
+        gain = generator_loss(frozen(self.discriminator)(reconstruction), self.kind)
         weight = self.config.adversary_weight * self._ratio(error, gain, last)
-        critic, parts = self._critic(reconstruction.detach(), images, context)
-        logs = {"generator": gain, "critic": critic, **parts}
+        own, parts = self._discriminator_loss(reconstruction.detach(), images, context)
+        logs = {"generator": gain, "critic": own, **parts}
         if self.adaptive is not None:
             logs["adaptive_weight"] = self.adaptive.value.clone()
-        return GANTerms(weight * gain, critic, {name: _once(value) for name, value in logs.items()})
+        return GANTerms(weight * gain, own, {name: _once(value) for name, value in logs.items()})
 
     def update(self, step_ok: Tensor) -> None:
         """Once per optimizer step, on every process."""
@@ -82,11 +81,11 @@ class Adversary(nn.Module):
             self.adaptive.measure(error, gain, last)
         return self.adaptive.value.clone()
 
-    def _critic(self, fake: Tensor, real: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's loss, and its parts unweighted."""
+    def _discriminator_loss(self, fake: Tensor, real: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its parts unweighted."""
         config = self.config
         on_real, on_fake = self.discriminator(real), self.discriminator(fake)
-        loss = discriminator_loss(on_real, on_fake, self.game)
+        loss = discriminator_loss(on_real, on_fake, self.kind)
         parts = {"real_logits": on_real.float().mean(), "fake_logits": on_fake.float().mean()}
         weighted: dict[str, float] = {}
         if config.r1:

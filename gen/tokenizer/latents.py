@@ -1,14 +1,20 @@
-"""Encode a data set once: raw latents, labels and per-channel statistics, in one file that knows what it was made from.
+"""Encode a data set once: raw latents, labels and per-channel statistics, in one file keyed by images and tokenizer.
 
-    mean_d, std_d over all items and positions of channel d, in float64;      model sees (latent - mean) / std
+    model input = (latent - mean_d) / std_d,   over all items and positions of channel d
 
-With `flip` the left-right mirrored images are encoded too, since a mirrored latent is not the latent of a mirrored image; mean
-and std are then those of both together.
+Mean and std are streamed in float64. Of n numbers with mean m and sum of squared deviations s, and n', m', s' more (Chan et al.
+1983, equations 2.1 a and b):
 
-A cache is keyed by the fingerprint of the images and the hash of the tokenizer's weights; any other pair refuses it.
+    N = n + n'      M = m + (m' - m) n' / N      S = s + s' + (m' - m)^2 n n' / N      std = sqrt(S / (N - 1))
+
+Unlike sums of squares they lose nothing where the mean is far from 0. With `flip` the left-right mirrored images are encoded too,
+since a mirrored latent is not the latent of a mirrored image; mean and std are then those of both together.
+
+A cache is keyed by the fingerprint of the images and the hash of the tokenizer's weights; with any other pair loading fails.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +35,7 @@ FORMAT = "midway-latents-1"
 class Latents:
     """raw float32 (N, D, h, w) before standardisation, labels int64 (N,), mean and std float32 (D,).
 
-    mirrored: raw latents float32 (N, D, h, w) of the left-right mirrored images, if they were asked for.
+    mirrored: raw latents float32 (N, D, h, w) of the left-right mirrored images, with `flip`.
     """
 
     raw: Tensor
@@ -63,27 +69,66 @@ def tokenizer_hash(tokenizer: ImageTokenizer) -> str:
     return state_hash(json.dumps(config, sort_keys=True), state)
 
 
-@torch.no_grad()
+class ChannelStatistics:
+    """Mean and standard deviation of each of `dim` channels, in float64, batch by batch."""
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean, self.deviations = (torch.zeros(dim, dtype=torch.float64) for _ in range(2))
+
+    def add(self, raw: Tensor) -> None:
+        """raw (N, D, h, w) on the CPU."""
+        rows = raw.double().transpose(0, 1).flatten(1)
+        new, share = rows.mean(1), rows.shape[1] / (self.count + rows.shape[1])
+        self.deviations += (rows - new[:, None]).square().sum(1) + (new - self.mean).square() * self.count * share
+        self.mean += (new - self.mean) * share
+        self.count += rows.shape[1]
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and std (D,) float32."""
+        return self.mean.float(), (self.deviations / (self.count - 1)).sqrt().float()
+
+
+def latent_statistics(
+    tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512, flip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, C, H, W) -> mean and std (D,) float32 on the CPU, those of `encode`, without keeping latents."""
+    statistics = ChannelStatistics(tokenizer.latent_shape[0])
+    for parts in _raw(tokenizer, images, batch_size, flip):
+        for part in parts:
+            statistics.add(part)
+    return statistics.result()
+
+
 def encode(tokenizer: ImageTokenizer, data: ImageData, batch_size: int = 512, flip: bool = False) -> Latents:
     """Encode every image once, in order; with `flip` its mirror image too."""
-    tokenizer.eval()
-    raw = _raw(tokenizer, data.images, batch_size)
-    mirrored = _raw(tokenizer, data.images.flip(-1), batch_size) if flip else None
-    channels = (raw if mirrored is None else torch.cat([raw, mirrored])).double().transpose(0, 1).flatten(1)
+    statistics, batches = ChannelStatistics(tokenizer.latent_shape[0]), []
+    for parts in _raw(tokenizer, data.images, batch_size, flip):
+        for part in parts:
+            statistics.add(part)
+        batches.append(parts)
+    raw, *mirrored = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    mean, std = statistics.result()
     return Latents(
         raw=raw,
         labels=data.labels,
-        mean=channels.mean(1).float(),
-        std=channels.std(1).float(),
+        mean=mean,
+        std=std,
         data_fingerprint=data.fingerprint,
         tokenizer_hash=tokenizer_hash(tokenizer),
-        mirrored=mirrored,
+        mirrored=mirrored[0] if mirrored else None,
     )
 
 
-def _raw(tokenizer: ImageTokenizer, images: Tensor, batch_size: int) -> Tensor:
-    """uint8 (N, C, H, W) -> raw latents float32 (N, D, h, w) on the CPU."""
-    return torch.cat([tokenizer.raw_latents(to_float(p.to(tokenizer.device))).cpu() for p in images.split(batch_size)])
+@torch.no_grad()
+def _raw(tokenizer: ImageTokenizer, images: Tensor, batch_size: int, flip: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Of each batch of uint8 images the raw latents float32 (n, D, h, w) on the CPU; with `flip` those of its mirror images too.
+
+    The tokenizer is in eval mode afterwards."""
+    tokenizer.eval()
+    for part in images.split(batch_size):
+        seen = (part, part.flip(-1)) if flip else (part,)
+        yield tuple(tokenizer.raw_latents(to_float(each.to(tokenizer.device))).cpu() for each in seen)
 
 
 def save_latents(latents: Latents, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a tokenizer's reconstructions are worth: the configuration of its losses."""
+"""Configuration of a tokenizer's losses."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Literal
 
 from midway.tokenizers.losses import Pixel
 
-Game = Literal["none", "hinge", "non_saturating", "wasserstein"]
+Adversary = Literal["none", "hinge", "non_saturating", "wasserstein"]
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What a reconstruction is worth, beside the quantizer's own losses."""
+    """Losses of the reconstruction, beside those of the quantizer."""
 
     pixel: Pixel = "l2"
     """Mean error of a pixel in [-1, 1]: l1, l2 (squared) or charbonnier (sqrt(d^2 + 1e-6))."""
@@ -20,15 +20,15 @@ class LossConfig:
     perceptual_net: Literal["vgg", "alex"] = "vgg"
     perceptual_weights: Path | None = None
     """torchvision's file of that network's weights, or the same as safetensors."""
-    adversary: Game = "none"
-    """The loss of a patch critic and of the tokenizer that plays against it."""
+    adversary: Adversary = "none"
+    """Adversarial loss, against a patch discriminator."""
     adversary_weight: float = 0.1
     adaptive: bool = False
     """Multiply that weight by the ratio of both gradients at the decoder's last layer (VQGAN)."""
     adversary_start: int = 0
-    """The optimizer step from which there is a critic."""
+    """The optimizer step from which it is added."""
     critic_width: int = 64
-    """Channels of its first layer."""
+    """Channels of the discriminator's first layer."""
     critic_layers: int = 2
     """Halvings of the resolution."""
     critic_rate: float = 1.0
@@ -51,9 +51,13 @@ class LossConfig:
             raise ValueError(f"loss.critic_rate must be positive, got {self.critic_rate}")
         unused = [name for name, used in _critic_options(self).items() if used and self.adversary == "none"]
         if unused:
-            raise ValueError(f"loss.{unused[0]} is an option of the critic; choose loss.adversary, hinge say")
+            raise ValueError(
+                f"loss.{unused[0]} is an option of the discriminator (critic); choose loss.adversary, hinge say"
+            )
         if self.adversary == "wasserstein" and not (self.gradient_penalty or self.spectral_norm):
-            raise ValueError("a wasserstein critic must be Lipschitz: give loss.gradient_penalty 10 or spectral_norm")
+            raise ValueError(
+                "a wasserstein discriminator must be Lipschitz: give loss.gradient_penalty 10 or spectral_norm"
+            )
         if self.perceptual_weights is not None and not self.perceptual:
             raise ValueError("loss.perceptual_weights is given but loss.perceptual is 0: give it a weight, 1 say")
 
@@ -70,6 +74,6 @@ def described(config: LossConfig, perceptual: str = "lpips") -> tuple[str, ...]:
 
 
 def _critic_options(config: LossConfig) -> dict[str, bool]:
-    """Whether each option that only a critic has is set."""
+    """Whether each option of the discriminator is set."""
     own = {name: getattr(config, name) > 0 for name in ("adversary_start", "r1", "gradient_penalty", "lecam")}
     return {**own, "adaptive": config.adaptive, "spectral_norm": config.spectral_norm}

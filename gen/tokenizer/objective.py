@@ -1,8 +1,8 @@
-"""What trains a tokenizer: the error of the reconstruction plus the quantizer's own weighted losses.
+"""The objective of a tokenizer: the error of the reconstruction plus the weighted losses of the quantizer.
 
     loss = pixel error + perceptual LPIPS(x', x) + weight lambda L_gen(D(x')) + quantizer losses       x' = reconstruction of x
 
-The first alone unless more is asked for (`LossConfig`); the critic D has its own loss in the same step (adversary.py).
+Terms with weight 0 are not computed (`LossConfig`); the discriminator D has its own loss in the same step (gan.py).
 """
 
 import math
@@ -44,23 +44,23 @@ class TokenizerObjective(nn.Module):
         self.tokenizer.start(self._images(batch, context))
 
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, with the critic's own loss if there is one; logs the parts, mse in [-1, 1] units always."""
+        """The weighted sum, with the discriminator's loss if there is one; logs the parts, mse in [-1, 1] units always."""
         images = self._images(batch, context)
         shape = self.tokenizer.noise_shape
         out = self.tokenizer(images, context.normal("posterior", shape) if shape[0] else None)
+        if self.training:
+            self.tokenizer.observe(out.quantized)
         loss, logs = self._error(out.reconstruction, images)
         logs |= {**out.quantized.losses, **batch_codes(out.quantized.indices, out.quantized.counts)}
-        if isinstance(
-            self.tokenizer.quantizer, FSQ
-        ):  # whose gradients vanish where z has run into the ends of the bound
+        if isinstance(self.tokenizer.quantizer, FSQ):  # its gradients vanish near the ends of the bound
             logs |= saturation(self.tokenizer.quantizer, out.z)
         if self.adversary is not None:
-            play = self.adversary.play(out.reconstruction, images, loss, self.tokenizer.last_layer, context)
-            loss, logs = loss + play.generator + play.critic, {**logs, **play.logs}
+            terms = self.adversary.terms(out.reconstruction, images, loss, self.tokenizer.last_layer, context)
+            loss, logs = loss + terms.generator + terms.discriminator, {**logs, **terms.logs}
         return loss + out.quantized.loss, logs
 
     def _error(self, reconstruction: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a reconstruction lacks, and its parts."""
+        """The error of a reconstruction, and its parts."""
         loss = pixel_loss(reconstruction, images, self.losses.pixel)
         mse = loss if self.losses.pixel == "l2" else pixel_loss(reconstruction, images, "l2")
         logs = {"mse": mse} if mse is loss else {"mse": mse, self.losses.pixel: loss}
@@ -76,7 +76,7 @@ class TokenizerObjective(nn.Module):
             self.adversary.update(step_ok)
 
     def _images(self, batch: ImageBatch, context: Context) -> Tensor:
-        """float32 (B, C, H, W) in [-1, 1], mirrored where the sample's own draw says so."""
+        """float32 (B, C, H, W) in [-1, 1], mirrored by a draw per sample."""
         images = batch.images
         return to_float(context.either(images, images.flip(-1), "flip") if self.flip else images)
 
@@ -84,7 +84,7 @@ class TokenizerObjective(nn.Module):
 def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
     """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens.
 
-    Of several groups the mean. Summed over tokens, of which there are fewer than codes in a large codebook.
+    With several groups the mean. Summed over tokens, of which there are fewer than codes in a large codebook.
     """
     if indices is None or counts is None:
         return {}
@@ -102,7 +102,7 @@ def psnr(mse: float) -> float:
 
 @torch.no_grad()
 def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> Tensor:
-    """uint8 (N, C, H, W) -> what the tokenizer makes of them, uint8 on the CPU."""
+    """uint8 (N, C, H, W) -> reconstructions, uint8 on the CPU."""
     device = tokenizer.device
     parts = [tokenizer(to_float(part.to(device))).reconstruction for part in images.split(batch_size)]
     return torch.cat([to_uint8(part).cpu() for part in parts])

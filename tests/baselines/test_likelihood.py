@@ -51,7 +51,7 @@ def test_the_fewest_levels_that_hold_all_values_are_found() -> None:
     assert levels_of(_u8(0, 85, 1)) == 256
 
 
-def test_values_that_are_no_levels_are_refused() -> None:
+def test_values_that_are_no_levels_raise() -> None:
     with pytest.raises(ValueError, match="value 3, which is none of 17 levels"):
         to_levels(_u8(0, 16, 3, 255), 17)
     assert levels_unchecked(_u8(0, 16, 3, 255), 17).tolist() == [0, 1, -1, 16]
@@ -195,7 +195,7 @@ def test_the_mean_is_the_expectation() -> None:
 
 
 def test_draws_have_the_probabilities() -> None:
-    """By chi-square, for one image's two values; 256 levels in bins of 16 would say no more than 17."""
+    """By chi-square, for one image's two values; 256 levels in bins of 16 would show no more than 17."""
     count = 20000
     one = _mixture(17)
     logits, means, log_scales = (p[7:8].expand(count, -1, -1, -1, -1) for p in (one.logits, one.means, one.log_scales))

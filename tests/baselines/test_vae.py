@@ -163,7 +163,7 @@ def test_an_image_is_a_function_of_its_seed() -> None:
 def test_drawn_images_have_levels_and_the_mean_image_as_their_mean() -> None:
     model, seeds = _model(), torch.arange(3000)
     drawn = model.sample(seeds, temperature=0, mode="draw")
-    k = to_levels(to_uint8(drawn), 17)  # refuses other values
+    k = to_levels(to_uint8(drawn), 17)  # raises for other values
     mean = model.sample(seeds[:1], temperature=0, mode="mean")[0]
     x = 2 * k.double() / 16 - 1
     assert ((x.mean(0) - mean).abs() < 5 * x.std(0) / math.sqrt(3000) + 1e-9).all()

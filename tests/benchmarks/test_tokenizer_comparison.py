@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -68,9 +69,10 @@ def test_the_cells_are_of_the_sizes_they_name(comparison: Any) -> None:
     for bits in comparison.BITS:
         for quantizer in comparison.QUANTIZERS:
             config = comparison.model(quantizer, bits, 8).quantizer_config(3)
-            of_position = make_quantizer(config).bits_per_token
-            assert (of_position is None) == (quantizer == "kl")
-            assert of_position is None or abs(of_position - bits) < 0.5, (quantizer, bits, of_position)
+            made = make_quantizer(config)
+            assert (made.codebook_size is None) == (quantizer == "kl")
+            of_position = made.groups * math.log2(made.codebook_size or 2**bits)
+            assert abs(of_position - bits) < 0.5, (quantizer, bits, of_position)
 
 
 def test_a_page_without_the_block_is_refused(comparison: Any, tmp_path: Path) -> None:

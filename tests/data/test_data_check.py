@@ -221,7 +221,7 @@ def sides(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def test_leaks_between_the_sides_are_distinguished_from_copies_within_one(tmp_path: Path, script: Script):
+def test_a_leak_between_the_sides_is_distinguished_from_copies_within_one(tmp_path: Path, script: Script):
     train, held_out = sides(good(tmp_path), seed=7)
     within, source = [name for name in train if name.startswith("cat")][:2]
     (tmp_path / within).write_bytes((tmp_path / source).read_bytes())
@@ -292,7 +292,7 @@ def test_classes_on_one_side(tmp_path: Path):
     assert warned(look(tmp_path, held_out=0.1), "one side of the split only (1): emu")
 
 
-def test_files_are_written_only_with_out_and_an_old_list_is_removed(tmp_path: Path, script: Script):
+def test_files_are_written_on_request_and_an_old_list_is_removed(tmp_path: Path, script: Script):
     folder, out = good(tmp_path / "set"), tmp_path / "new" / "out"
     before = sorted(tmp_path.rglob("*"))
     assert script("data", "check", folder).code == OK

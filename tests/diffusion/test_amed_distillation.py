@@ -16,6 +16,7 @@ from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, So
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import load_model, load_solver
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, gits_grid
 from midway.gen.diffusion.sampling import sample_latents
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
@@ -26,11 +27,12 @@ from midway.samplers.distill import (
     TeacherNodes,
     best_positions,
     check_teacher,
-    checkpointed,
     node_errors,
     step_errors,
     teacher_nodes,
 )
+from midway.samplers.gits import FINE_STEPS
+from midway.samplers.learned import checkpointed
 from midway.samplers.learned_solver import LEARNED, LearnedSolver
 from midway.samplers.plugin import BASES
 from midway.samplers.prediction import Field, Prediction
@@ -162,7 +164,7 @@ def test_the_gradient_of_every_error_is_right(base: str, mode: str) -> None:
 
 @pytest.mark.parametrize("analytic_first", [False, True])
 @pytest.mark.parametrize("base", BASES)
-def test_checkpointing_changes_no_gradient_and_computes_every_evaluation_twice(base: str, analytic_first: bool) -> None:
+def test_checkpointing_changes_neither_a_gradient_nor_the_count(base: str, analytic_first: bool) -> None:
     torch.manual_seed(0)
     solver = _solver(Cosine(), 3, base, analytic_first, feature_dim=2)
     data = mixture()
@@ -176,16 +178,13 @@ def test_checkpointing_changes_no_gradient_and_computes_every_evaluation_twice(b
         rule.heads.weight.normal_(std=0.3)
     teacher, grads, counts = _taught(solver, x), [], []
     for wrap in (lambda f: f, checkpointed):
-        counted = EvaluationCounter(field)
-        states = nodes(solver, wrap(counted), rule, x)
+        counted = EvaluationCounter(wrap(field))
+        states = nodes(solver, counted, rule, x)
         rule.zero_grad()
         node_errors(states, solver, teacher)[-1].log().backward()
         grads.append([p.grad for p in rule.parameters()])
         counts.append(counted.evaluations // len(x))
-    assert counts == [
-        6 - analytic_first,
-        6 - analytic_first + 5,
-    ]  # the first evaluation of x itself carries no gradient
+    assert counts == [6 - analytic_first] * 2, "computing again is not counted"
     assert all(g is not None and g.abs().sum() > 0 for g in grads[0])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
@@ -308,14 +307,16 @@ def test_five_evaluations_halve_the_endpoint_error(base: str, kind: str, mode: s
 # ---- the objective ----
 
 
-def _objective(base: str, nfe: int, guidance: float, config: DistillConfig) -> tuple[SolverObjective, LatentModel]:
+def _objective(
+    base: str, nfe: int, guidance: float, config: DistillConfig, constants: bool = False
+) -> tuple[SolverObjective, LatentModel]:
     torch.manual_seed(0)
     model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
     with torch.no_grad():
         for values in model.parameters():  # adaLN-zero gives no output to learn from
             values.add_(0.05 * torch.randn(values.shape))
     model = model.eval().requires_grad_(False)
-    return SolverObjective(model, SolverTarget(nfe, "logsnr", guidance, False, base), config), model
+    return SolverObjective(model, SolverTarget(nfe, "logsnr", guidance, constants, base), config), model
 
 
 WAYS = [
@@ -331,9 +332,9 @@ WAYS = [
 def test_every_evaluation_of_the_training_is_counted(
     base: str, config: DistillConfig, nfe: int, guidance: float
 ) -> None:
-    """What the objective reports, what goes through the network, and what a step should cost agree."""
+    """One rule: a pass of a sample through the network is 1, of teacher, warm start and student; constants and predictors."""
     config = replace(config, teacher_steps=6)
-    objective, model = _objective(base, nfe, guidance, config)
+    objective, model = _objective(base, nfe, guidance, config, constants=guidance == 1)
     labels, steps, odd = torch.arange(6) % 4, 3, nfe % 2
     own = 2 * steps - odd  # the student's evaluations
     with ForwardCounter(model.network) as network:
@@ -344,9 +345,9 @@ def test_every_evaluation_of_the_training_is_counted(
         objective.after_step(torch.tensor(True))
     warm_start = 14 * steps + (0 if objective.restarts else steps - odd)
     again = own - (1 - odd) if config.mode == "end_to_end" and config.checkpointing else 0  # all but that of the noise
-    per_sample = objective.teacher.nfe + warm_start + (steps if objective.restarts else own) + again
-    assert network.evaluations == objective.counter.evaluations == objective.evaluations.item()
-    assert network.evaluations == 6 * (2 if guidance != 1 else 1) * per_sample
+    per_sample, passes = objective.teacher.nfe + warm_start + (steps if objective.restarts else own), 6 * guidance
+    assert objective.counter.evaluations == objective.evaluations.item() == passes * per_sample
+    assert network.evaluations == passes * (per_sample + again), "computed again, and not counted"
     assert objective.rule.raw.grad is not None
     assert (objective.rule.raw.grad.abs() > 0).all()
 
@@ -387,3 +388,19 @@ def test_a_plugin_is_learned_saved_and_sampled_like_any_solver(name: str, pipeli
     samples = sample_latents(trained, solver, torch.arange(4))
     assert samples.nfe == 5
     assert samples.latents.isfinite().all()
+
+
+@pytest.mark.parametrize("interval", [(0.0, math.inf), (0.3, 3.0)])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_fitting_a_grid_counts_every_pass_once(scale: float, interval: tuple[float, float], pipeline: Pipeline) -> None:
+    """A guided evaluation is two passes; the fit is shared by all budgets."""
+    trained = replace(pipeline.load(), hash=f"of this test {scale} {interval}")
+    config = SamplerConfig(grids=("gits",), guidance=scale, interval=interval)
+    with ForwardCounter(trained.model.network) as counter:
+        for nfe in (3, 4):
+            gits_grid(trained, nfe, config.sampling().guidance, config.rho_max, config.rho_min)
+        assert fitting_nfe(trained, config) == counter.evaluations
+    schedule = trained.model.schedule
+    rhos = schedule.rho(torch.tensor(grids.karras(schedule, FINE_STEPS)[:-1], dtype=torch.float64)).tolist()
+    guided = sum(interval[0] < rho <= interval[1] for rho in rhos) if scale != 1 else 0
+    assert counter.evaluations == WARM_UP * (FINE_STEPS + guided)

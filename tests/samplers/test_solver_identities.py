@@ -18,6 +18,7 @@ from midway.samplers.runge_kutta import HEUN, RK4, TABLEAUS, Tableau, runge_kutt
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import (
+    ALIASES,
     SOLVERS,
     MeanDirection,
     adams_bashforth,
@@ -454,3 +455,17 @@ def test_options_are_checked() -> None:
     for build in (unipc, dpmpp2m, dpmpp2m_sde):
         with pytest.raises(ValueError, match="sigma > 0 at the grid's end"):
             build(Linear(), (0.9, 0.5, 0.0), lower_order_final=False)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
+@pytest.mark.parametrize("alias", ALIASES)
+def test_an_alias_is_the_table_of_its_solver(alias: str, schedule: Schedule) -> None:
+    """Up to rounding; with an analytic first step, too."""
+    grid = grid_of(schedule)
+    for analytic_first in (False, True):
+        mine, its = (SOLVERS[name].build(schedule, grid, analytic_first) for name in (alias, ALIASES[alias]))
+        assert (mine.grid, mine.nodes, mine.times, mine.nfe) == (its.grid, its.nodes, its.times, its.nfe)
+        for a, b in zip(mine.rows, its.rows, strict=True):
+            assert (*a.states, *a.predictions, a.noise) == pytest.approx(
+                (*b.states, *b.predictions, b.noise), abs=1e-13
+            )

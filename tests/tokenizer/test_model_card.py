@@ -29,8 +29,7 @@ from midway.gen.tokenizer.card import (
     usage_lines,
     write_card,
 )
-from midway.gen.tokenizer.latent_statistics import latent_statistics
-from midway.gen.tokenizer.latents import encode
+from midway.gen.tokenizer.latents import encode, latent_statistics
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

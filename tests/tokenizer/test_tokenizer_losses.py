@@ -271,7 +271,7 @@ def test_lpips_trains_with_weights_from_a_file_and_is_in_no_checkpoint(
         (("--loss.perceptual-weights", "x.pth"), ("loss.perceptual",)),
         (("--loss.perceptual", "1", "--loss.perceptual-weights", "absent.pth", "--resize", "16"), ("absent.pth",)),
         (("--loss.perceptual", "1", "--loss.perceptual-weights", "VGG"), ("16 x 16",)),
-        (("--loss.adversary", "hinge", "--model.quantizer", "identity", "--model.downsample", "1"), ("critic",)),
+        (("--loss.adversary", "hinge", "--model.quantizer", "identity", "--model.downsample", "1"), ("adversarial",)),
     ],
 )
 def test_losses_that_cannot_be_are_refused(

@@ -1,4 +1,4 @@
-"""FSQ's options: symmetric codes, iFSQ, noise dropout, levels for a size, saturation; its peer, and any dtype."""
+"""FSQ's options: symmetric codes, iFSQ, noise dropout, saturation; its peer, and any dtype."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, Form, levels_for, saturation
+from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, Form, saturation
 from midway.tokenizers.quantizers import make_quantizer
 
 VARIANTS: dict[str, tuple[Form, bool]] = {
@@ -226,45 +226,6 @@ def test_recommended_levels_are_those_of_the_paper() -> None:
     }  # fmt: skip
     assert table == FSQ_LEVELS
     assert [math.prod(levels) for levels in table.values()] == [15, 64, 240, 512, 1000, 1920, 4375, 15360, 64000]
-    assert all(levels_for(2**bits) == levels for bits, levels in table.items())
-
-
-def products(size: int, largest: int) -> Iterator[tuple[int, ...]]:
-    """Every falling sequence of levels from 5 to `largest` whose product is at most `size`."""
-    for level in range(5, min(largest, size) + 1):
-        yield (level,)
-        yield from ((level, *rest) for rest in products(size // level, level))
-
-
-def test_levels_for_a_size_are_the_nearest_product() -> None:
-    """Against a search of its own over all products of levels from 5 to 16."""
-    every = [(math.prod(levels), levels) for levels in products(2600, 16)]
-    assert len(every) > 500
-    tabled = {2**bits for bits in FSQ_LEVELS}
-    for size in {*range(5, 1300, 7), 32, 128, 1000, 1023, 1025} - tabled:
-        levels = levels_for(size)
-        assert levels == min(every, key=lambda one: (abs(one[0] - size), max(one[1]), one[0]))[1]
-        assert size < 25 or abs(math.prod(levels) / size - 1) < 0.08
-
-
-@pytest.mark.parametrize("size", [2**13, 2**15, 65535, 65537, 10**6, 2**24, 2**27 - 1, 2**40, 2**61 + 1, 2**62])
-def test_levels_for_large_sizes_make_a_quantizer_within_a_few_percent(size: int) -> None:
-    levels = levels_for(size)
-    assert FSQ(levels).codebook_size == pytest.approx(size, rel=0.03)
-    assert list(levels) == sorted(levels, reverse=True)
-    assert min(levels) >= 5
-    assert max(levels) <= (8 if size > 2**16 else 16)
-
-
-@pytest.mark.parametrize("levels", [(5,) * 7, (5,) * 26, (8,) * 20, (7, 6, 6) + (5,) * 12])
-def test_a_size_that_is_a_product_of_small_levels_is_met_exactly(levels: tuple[int, ...]) -> None:
-    assert levels_for(math.prod(levels)) == levels
-
-
-@pytest.mark.parametrize("size", [-1, 0, 4, 2**62 + 1])
-def test_sizes_without_levels_are_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"size is {size}"):
-        levels_for(size)
 
 
 def test_saturation_counts_edge_bins_and_the_magnitude_of_z() -> None:

@@ -2,13 +2,10 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from midway.tokenizers import lfq as lfq_module
 from midway.tokenizers.lfq import BSQ, LFQ, Binary
@@ -29,14 +26,6 @@ def amplitude(quantizer: Binary) -> float:
     return 1.0 if isinstance(quantizer, LFQ) else 1 / math.sqrt(quantizer.dim)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("bits", range(1, 17))
 def test_indices_and_codes_are_a_bijection_over_the_whole_codebook(make: type[LFQ], bits: int) -> None:
@@ -45,7 +34,6 @@ def test_indices_and_codes_are_a_bijection_over_the_whole_codebook(make: type[LF
     codes = quantizer.indices_to_codes(indices)
     assert torch.equal(quantizer.codes_to_indices(codes), indices)
     assert quantizer.codebook_size == 2**bits
-    assert quantizer.bits_per_token == bits
     assert codes.dtype == torch.float32
     assert torch.equal(codes.abs(), torch.full_like(codes, amplitude(quantizer)))
     assert torch.equal(quantizer.snap(codes), codes)
@@ -77,43 +65,6 @@ def test_zero_of_either_sign_is_rounded_up(make: type[LFQ]) -> None:
     z = torch.tensor([0.0, -0.0, 1e-30, -1e-30]).view(1, 4, 1)
     assert make(4)(z).indices.tolist() == [[0b0111]]
     assert make(4).codes_to_indices(z).tolist() == [[0b0111]]
-
-
-@pytest.mark.parametrize("make", BOTH)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_forward_value_is_bit_equal_to_the_decoded_indices(make: type[LFQ], training: bool, autocast: bool) -> None:
-    quantizer = make(11).train(training)
-    z = (2 * normal(4, 11, 16, 16)).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        out = quantizer(z)
-        assert torch.equal(out.codes, quantizer.indices_to_codes(out.indices))
-    assert torch.equal(out.codes, quantizer.snap(quantizer.latents(z)))
-    assert torch.equal(quantizer.codes_to_indices(quantizer.latents(z)), out.indices)
-
-
-@pytest.mark.parametrize("make", BOTH)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_depends_on_dtypes(make: type[LFQ], dtype: torch.dtype, default: torch.dtype, autocast: bool) -> None:
-    z = normal(2, 7, 8, 8).to(dtype)
-    expected = make(7, commitment=0.25)(z.float())
-    with default_dtype(default), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        quantizer = make(7, commitment=0.25).to(dtype)
-        out = quantizer(z)
-        codes = quantizer.indices_to_codes(out.indices)
-        again = quantizer.codes_to_indices(codes.to(torch.bfloat16))
-    for one in (out.indices, again):
-        assert torch.equal(one, expected.indices)
-    for one in (out.codes, codes):
-        assert torch.equal(one, expected.codes)
-    assert out.losses.keys() == expected.losses.keys()
-    for name, value in {"loss": out.loss, **out.losses}.items():
-        reference = expected.loss if name == "loss" else expected.losses[name]
-        assert value.dtype == torch.float32
-        assert value.shape == ()
-        assert torch.equal(value, reference)
 
 
 def test_latents_of_bsq_are_unit_vectors_and_of_lfq_z_itself() -> None:
@@ -208,37 +159,6 @@ def test_the_entropy_loss_spreads_collapsed_latents_over_the_codes(make: type[LF
     assert used_after(0.0) == 1
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("quantizer", [LFQ(7), BSQ(9, commitment=0.1, entropy_group=4)])
-def test_compiles_whole_forward_and_backward(quantizer: Binary, training: bool) -> None:
-    torch._dynamo.reset()
-    quantizer.train(training)
-    compiled: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = torch.compile(
-        lambda z: (lambda out: (out.codes, out.indices, out.loss))(quantizer(z)),
-        backend="aot_eager",
-        fullgraph=True,
-    )
-    z = normal(3, quantizer.dim, 4, 4).requires_grad_()
-    eager = quantizer(z)
-    codes, indices, loss = compiled(z)
-    assert torch.equal(indices, eager.indices)
-    assert torch.equal(codes, eager.codes)
-    torch.testing.assert_close(loss, eager.loss)
-    (ours,) = torch.autograd.grad(codes.square().sum() + loss, z)
-    (reference,) = torch.autograd.grad(eager.codes.square().sum() + eager.loss, z)
-    torch.testing.assert_close(ours, reference)
-
-
-def test_forward_and_backward_never_wait_for_the_device() -> None:
-    """A fake tensor has no values: whatever asks for one raises."""
-    with FakeTensorMode():
-        for quantizer in (LFQ(8), BSQ(30, entropy_group=9)):
-            out = quantizer(torch.zeros(8, quantizer.dim, 3, requires_grad=True))
-            (out.codes.sum() + out.loss).backward()
-            with pytest.raises(RuntimeError, match="_local_scalar_dense"):
-                out.loss.item()
-
-
 @pytest.mark.parametrize("make", BOTH)
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3), (2, 3, 5), (2, 3, 1, 2, 3), (2, 3, 0)])
 def test_any_number_of_spatial_axes_and_of_samples(make: type[LFQ], shape: tuple[int, ...]) -> None:
@@ -284,16 +204,6 @@ def test_unusable_settings_are_refused(make: type[LFQ], options: dict[str, float
         make(**{"bits": 8, **options})  # pyright: ignore[reportArgumentType]
     assert make(20).codebook_size == 2**20
     assert make(62, diversity_gamma=0).codebook_size == 2**62
-
-
-@pytest.mark.parametrize("make", BOTH)
-def test_foreign_indices_and_shapes_are_refused(make: type[LFQ]) -> None:
-    for indices in (torch.tensor([[8]]), torch.tensor([[-1]]), torch.tensor([[0.0]])):
-        with pytest.raises(ValueError, match="indices"):
-            make(3).indices_to_codes(indices)
-    for call in (make(3), make(3).snap, make(3).latents, make(3).codes_to_indices):
-        with pytest.raises(ValueError, match=r"\(B, 3, \*S\)"):
-            call(torch.zeros(1, 4, 2))
 
 
 def test_the_state_is_empty() -> None:

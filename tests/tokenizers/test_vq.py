@@ -1,23 +1,16 @@
 """VQ: nearest codes, the running-mean codebook in closed form, and its independence of how a batch is cut up."""
 
-import copy
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-import torch.distributed as dist
-from multiprocess import together
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 
 from midway.tokenizers import clustering
 from midway.tokenizers.base import usage
 from midway.tokenizers.clustering import kmeans, nearest_code, squared_distance
-from midway.tokenizers.pending import highest_priority
+from midway.tokenizers.codebook_statistics import highest_priority
 from midway.tokenizers.vq import VQ, laplace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,26 +75,6 @@ def test_reduced_precision_products_are_switched_off_and_on_again() -> None:
 # Forward --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_forward_value_is_bit_equal_to_the_decoded_indices(autocast: bool) -> None:
-    quantizer = VQ(64, 8)
-    z = normal(4, 8, 6, 6).requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        out = quantizer(z)
-    assert torch.equal(out.codes, quantizer.indices_to_codes(out.indices))
-    assert torch.equal(out.codes, quantizer.snap(quantizer.latents(z)))
-    assert torch.equal(quantizer.codes_to_indices(out.codes), out.indices)
-    assert out.counts.sum() == 4 * 36
-    assert not list(quantizer.parameters())
-
-
-def test_bfloat16_input_and_autocast_give_the_indices_of_float32() -> None:
-    quantizer = fixed(256, 8)
-    z = normal(2, 8, 12, 12).bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(quantizer(z).indices, quantizer(z.float()).indices)
-
-
 def test_gradient_is_straight_through_plus_commitment() -> None:
     quantizer = fixed()
     z, weight = normal(2, 4, 5).requires_grad_(), normal(2, 4, 5, seed=1)
@@ -136,7 +109,7 @@ def test_codebook_follows_the_closed_form() -> None:
     start = quantizer.codebook.clone()
     batches = [normal(50 + 10 * i, 4, seed=i) for i in range(6)]
     for batch in batches:
-        quantizer(batch)
+        quantizer.observe(quantizer(batch))
         quantizer.update()
     codes, count = ema_reference(start, batches, 0.9, 1e-5)
     torch.testing.assert_close(quantizer.codebook.double(), codes, atol=1e-5, rtol=1e-5)
@@ -147,7 +120,7 @@ def test_codebook_follows_the_closed_form() -> None:
 def test_total_count_is_a_geometric_series_and_smoothing_keeps_it() -> None:
     quantizer = fixed()
     for _ in range(5):
-        quantizer(normal(40, 4))
+        quantizer.observe(quantizer(normal(40, 4)))
         quantizer.update()
     expected = 0.9**5 * 16 + (1 - 0.9**5) * 40
     assert quantizer.count.sum().item() == pytest.approx(expected, rel=1e-5)
@@ -160,82 +133,20 @@ def test_a_fixed_batch_converges_to_its_cluster_means() -> None:
     quantizer.total.copy_(quantizer.codebook)
     batch = quantizer.codebook.repeat_interleave(20, 0) + normal(60, 2)
     for _ in range(40):
-        quantizer(batch)
+        quantizer.observe(quantizer(batch))
         quantizer.update()
     torch.testing.assert_close(quantizer.codebook, batch.view(3, 20, 2).mean(1), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("cuts", [[32, 32], [16, 16, 16, 16], [1, 63], [64, 0]])
-def test_micro_batches_equal_one_batch(cuts: list[int]) -> None:
-    whole, parts = fixed(), fixed()
-    for step in range(3):
-        batch = normal(64, 4, 3, seed=step)
-        whole(batch)
-        whole.update()
-        for part in batch.split(cuts):
-            parts(part)
-        parts.update()
-    torch.testing.assert_close(parts.codebook, whole.codebook, atol=1e-6, rtol=1e-6)
-
-
-def test_evaluation_changes_nothing_and_initialises_nothing() -> None:
-    for quantizer in (fixed(), VQ(16, 4)):
-        before = copy.deepcopy(quantizer.state_dict())
-        quantizer.eval()(normal(64, 4))
-        quantizer.update()
-        with torch.no_grad():
-            quantizer.snap(normal(64, 4))
-        quantizer.update()
-        assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
-
-
-def test_a_forward_without_gradient_is_not_counted() -> None:
-    """A discriminator's step runs the tokenizer in training mode, under no_grad."""
-    quantizer = fixed()
-    before = quantizer.codebook.clone()
-    with torch.no_grad():
-        quantizer(normal(64, 4))
-    quantizer.update()
-    assert torch.equal(quantizer.codebook, before)
 
 
 def test_the_same_micro_batch_twice_counts_twice() -> None:
     whole, parts = fixed(), fixed()
     batch = normal(32, 4)
-    whole(torch.cat([batch, batch]))
-    parts(batch)
-    parts(batch)
+    whole.observe(whole(torch.cat([batch, batch])))
+    parts.observe(parts(batch))
+    parts.observe(parts(batch))
     for each in (whole, parts):
         each.update()
     torch.testing.assert_close(parts.count, whole.count, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing_changes_neither_codebook_nor_gradient(reentrant: bool) -> None:
-    calls: list[int] = []
-
-    def objective(quantizer: VQ, z: Tensor) -> Tensor:
-        calls.append(1)
-        out = quantizer(z)
-        return out.codes.square().sum() + out.loss
-
-    def checkpointed(quantizer: VQ, z: Tensor) -> Tensor:
-        loss = checkpoint(objective, quantizer, z, use_reentrant=reentrant)
-        assert isinstance(loss, Tensor)
-        return loss
-
-    def run(through: Callable[[VQ, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        quantizer, weight = VQ(16, 4), normal(4, 4).requires_grad_()
-        for step in range(3):
-            for micro in range(2):
-                through(quantizer, normal(64, 4, seed=2 * step + micro) @ weight).backward()
-            quantizer.update()
-        assert weight.grad is not None
-        return quantizer.codebook, weight.grad
-
-    plain, saved = run(objective), run(checkpointed)
-    assert len(calls) == 6 + 2 * 6  # checkpointing did run forward again
-    torch.testing.assert_close(saved, plain, rtol=0, atol=0)
 
 
 # Initialisation and restarts ------------------------------------------------------------------------------------------
@@ -251,23 +162,25 @@ def test_kmeans_is_as_good_as_scikit_learn(count: int, size: int) -> None:
     assert squared_distance(rows, centres).sum().item() < -1.05 * best
 
 
-def test_first_training_batch_initialises_the_codebook() -> None:
+def test_start_initialises_the_codebook_from_data() -> None:
     rows = blobs(8, 4, 50)
     quantizer = VQ(8, 4)
     assert not quantizer.initialised
+    quantizer.start(rows)
     assert quantizer(rows).losses["commitment"] < 1.3
     assert quantizer.initialised
     assert quantizer.count.tolist() == [1.0] * 8
     batch = VQ(8, 4, init="batch")
-    batch(rows)
+    batch.start(rows)
     assert all((code == rows).all(1).any() for code in batch.codebook)
 
 
 def test_fewer_vectors_than_codes_still_initialise() -> None:
     quantizer = VQ(64, 4)
+    quantizer.start(normal(10, 4))
     assert quantizer(normal(10, 4)).losses["commitment"] < 1e-10
     with pytest.raises(ValueError, match="empty"):
-        VQ(4, 4)(torch.zeros(0, 4))
+        VQ(4, 4).start(torch.zeros(0, 4))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
@@ -276,7 +189,7 @@ def test_restart_revives_dead_codes(threshold: float) -> None:
     quantizer.codebook[8:] += 100
     quantizer.total[8:] += 100
     for step in range(30):
-        quantizer(normal(512, 4, seed=step))
+        quantizer.observe(quantizer(normal(512, 4, seed=step)))
         quantizer.update()
     share = usage(quantizer(normal(4096, 4, seed=99)).counts)
     assert share == 0.125 if threshold == 0 else share > 0.9
@@ -290,7 +203,7 @@ def test_restarted_codes_are_vectors_of_the_batch_and_live_ones_stay(threshold: 
         each.codebook[16:] += 100
         each.count[16:] = 0.25
         each.total.copy_(each.codebook * each.count[:, None])
-        each(rows)
+        each.observe(each(rows))
         each.update()
     dead = plain.count < threshold
     assert dead.sum() >= 16
@@ -305,7 +218,7 @@ def test_no_more_codes_restart_than_there_are_vectors() -> None:
     quantizer.count[16:] = 1e-3
     quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
     quantizer.codebook[16:] += 100
-    quantizer(normal(4, 4))
+    quantizer.observe(quantizer(normal(4, 4)))
     quantizer.update()
     limit = 4 / (4 * 32)
     assert (quantizer.count[16:] == limit).sum() == 4
@@ -317,48 +230,14 @@ def test_small_batches_do_not_restart_the_whole_codebook() -> None:
     quantizer = fixed(64, 4, restart_threshold=1.0, decay=0.99)
     before = quantizer.codebook.clone()
     for step in range(20):
-        quantizer(normal(16, 4, seed=step))
+        quantizer.observe(quantizer(normal(16, 4, seed=step)))
         quantizer.update()
     assert (quantizer.codebook - before).norm(dim=1).median() < 0.5
-
-
-def test_a_resumed_run_is_bit_equal() -> None:
-    def steps(quantizer: VQ, first: int, last: int) -> None:
-        for step in range(first, last):
-            quantizer(normal(64, 4, seed=step))
-            quantizer.update()
-
-    straight, early, late = (VQ(32, 4, decay=0.5) for _ in range(3))  # forgets fast, so restarts happen
-    steps(straight, 0, 6)
-    steps(early, 0, 3)
-    late(normal(8, 4))  # so that a stale host copy of the step would show
-    late._pending = None
-    late.load_state_dict(early.state_dict())
-    steps(late, 3, 6)
-    assert torch.equal(late.codebook, straight.codebook)
-    assert late.step == straight.step == 6
-
-
-def test_unusable_settings_are_refused() -> None:
-    for arguments in ({"codebook_size": 0}, {"decay": 1.0}, {"commitment": -1}, {"eps": 0}, {"init": "random"}):
-        with pytest.raises(ValueError, match=next(iter(arguments))):
-            VQ(**{"codebook_size": 8, "dim": 2, **arguments})
-    with pytest.raises(ValueError, match=r"0\.\.7"):
-        VQ(8, 2).indices_to_codes(torch.tensor([8]))
 
 
 # Skipped and broken steps ---------------------------------------------------------------------------------------------
 
 LEARNED = ("codebook", "count", "total")
-
-
-def step_of(quantizer: VQ, step: int, step_ok: bool = True, spoil: float | None = None) -> None:
-    """One step on 64 vectors with its own noise; one coordinate of one vector becomes `spoil`."""
-    z = normal(16, 4, 4, seed=step)
-    if spoil is not None:
-        z[3, 1, 2] = spoil
-    quantizer(z, normal(16, 4, 4, seed=100 + step))
-    quantizer.update(torch.tensor(step_ok))
 
 
 def learned(quantizer: VQ) -> list[Tensor]:
@@ -369,25 +248,10 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("step_ok", "spoil"), [(False, None), (True, math.nan), (True, -math.inf), (False, math.nan)])
-def test_a_step_that_is_skipped_or_broken_might_never_have_been(step_ok: bool, spoil: float | None) -> None:
-    with_it, without_it = (fixed(32, restart_threshold=1.0, decay=0.5) for _ in range(2))
-    for quantizer in (with_it, without_it):
-        step_of(quantizer, 0)
-    before = learned(with_it)
-    step_of(with_it, 1, step_ok, spoil)
-    assert equal(learned(with_it), before)
-    for quantizer in (with_it, without_it):
-        step_of(quantizer, 2)
-    assert equal(learned(with_it), learned(without_it))
-    assert not equal(learned(with_it), before)
-    assert (with_it.count == 0.5).any()  # limit = 64 / (4 * 32): the last step did restart codes
-
-
 def test_a_step_whose_sum_overflows_is_forgotten() -> None:
     quantizer = fixed()
     before = learned(quantizer)
-    quantizer(torch.full((4, 4), 2e38))
+    quantizer.observe(quantizer(torch.full((4, 4), 2e38)))
     quantizer.update()
     assert equal(learned(quantizer), before)
 
@@ -395,21 +259,9 @@ def test_a_step_whose_sum_overflows_is_forgotten() -> None:
 def test_a_step_without_vectors_changes_nothing() -> None:
     quantizer = fixed(restart_threshold=1.0)
     before = learned(quantizer)
-    quantizer(torch.zeros(0, 4, 3), torch.zeros(0, 4, 3))
+    quantizer.observe(quantizer(torch.zeros(0, 4, 3), torch.zeros(0, 4, 3)))
     quantizer.update()
     assert equal(learned(quantizer), before)
-
-
-def test_forward_and_update_never_wait_for_the_device() -> None:
-    """A fake tensor has no values: whatever asks for one raises."""
-    with FakeTensorMode():
-        quantizer = fixed(restart_threshold=1.0)
-        quantizer._host_step = 0
-        for _ in range(2):
-            quantizer(torch.zeros(8, 4, 3), torch.zeros(8, 4, 3))
-            quantizer.update(torch.ones((), dtype=torch.bool))
-        with pytest.raises(RuntimeError, match="_local_scalar_dense"):
-            quantizer.count[0].item()
 
 
 @pytest.mark.parametrize("init", ["kmeans", "batch"])
@@ -419,8 +271,8 @@ def test_initialisation_uses_finite_vectors_only(init: Literal["kmeans", "batch"
     spoilt = rows.repeat_interleave(2, 0)
     spoilt[::2, 1] = spoil
     quantizer, expected = VQ(8, 4, init=init), VQ(8, 4, init=init)
-    quantizer(spoilt)
-    expected(rows)
+    quantizer.start(spoilt)
+    expected.start(rows)
     assert equal(learned(quantizer), learned(expected))
 
 
@@ -443,11 +295,11 @@ def test_start_initialises_once_and_forward_does_not_again() -> None:
     quantizer, expected = VQ(8, 4), VQ(8, 4)
     z = blobs(8, 4, 50).view(25, 16, 4).movedim(-1, 1)
     quantizer.start(z)
-    expected.initialise(z.movedim(1, -1).reshape(-1, 4))
+    expected.start(z.movedim(1, -1).reshape(-1, 4))
     assert quantizer.step == 0
     assert equal(learned(quantizer), learned(expected))
     quantizer.start(-z)
-    quantizer(z + 50)
+    quantizer.observe(quantizer(z + 50))
     assert equal(learned(quantizer), learned(expected))
 
 
@@ -460,12 +312,12 @@ def test_codes_restart_from_the_vectors_of_largest_noise() -> None:
     quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
     quantizer.codebook[24:] += 100
     z, noise = normal(10, 4, 3, 2), normal(10, 4, 3, 2, seed=1)
-    quantizer(z, noise)
+    quantizer.observe(quantizer(z, noise))
     quantizer.update()
     rows = z.movedim(1, -1).reshape(-1, 4)[noise[:, 0].flatten().argsort(descending=True)]
     torch.testing.assert_close(quantizer.total[24:], rows[:8] * quantizer.count[24:, None])
     with pytest.raises(ValueError, match="noise"):
-        quantizer(z, noise[:1])
+        quantizer.observe(quantizer(z, noise[:1]))
 
 
 def test_equal_priorities_are_ordered_by_the_vectors_not_by_their_places() -> None:
@@ -478,33 +330,3 @@ def test_equal_priorities_are_ordered_by_the_vectors_not_by_their_places() -> No
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
-
-
-def shares(step: int) -> tuple[Tensor, Tensor]:
-    """Unequal batches of the two processes; in step 2 the second has none."""
-    batch = normal(64, 4, seed=step)
-    cut = 64 if step == 2 else 40
-    return batch[:cut], batch[cut:]
-
-
-def run_rank(rank: int, folder: str) -> None:
-    even, restarting, fresh = fixed(), fixed(32, 4, restart_threshold=1.0), VQ(16, 4)  # before the group exists
-    dist.init_process_group("gloo")
-    for step in range(4):
-        for quantizer in (even, restarting, fresh):
-            quantizer(shares(step)[rank])
-            quantizer.update()
-    torch.save([q.state_dict() for q in (even, restarting, fresh)], f"{folder}/rank{rank}.pt")
-
-
-def test_two_processes_equal_one_on_the_concatenation(tmp_path: Path) -> None:
-    together(run_rank, 2, str(tmp_path))
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    single = fixed()
-    for step in range(4):
-        single(torch.cat(shares(step)))
-        single.update()
-    torch.testing.assert_close(first[0]["codebook"], single.codebook, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(first[0]["count"], single.count, atol=1e-6, rtol=1e-6)

@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from midway.tokenizers import foreign as module
-from midway.tokenizers.foreign import import_tokenizer, published_statistics, read_model
+from midway.tokenizers import diffusers_import as module
+from midway.tokenizers.diffusers_import import import_tokenizer, published_statistics, read_model
 from midway.tokenizers.kl import KL
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -41,8 +41,8 @@ def import_tokenizer(source: str | Path | nn.Module, image_size: int, subfolder:
     name, config = type(model).__name__, getattr(model, "config", {})
     if name not in CLASSES:
         raise ValueError(f"the model is of class {name}; choose one of: {', '.join(CLASSES)}")
-    foreign = describe(name, config)
-    interface = interface_of(foreign)
+    diffusers_config = describe(name, config)
+    interface = interface_of(diffusers_config)
     if image_size < 1 or image_size % interface.downsample:
         raise ValueError(
             f"image_size is {image_size}; this {name} makes sides {interface.downsample} times smaller: give a multiple of it"
@@ -53,10 +53,10 @@ def import_tokenizer(source: str | Path | nn.Module, image_size: int, subfolder:
         downsample=interface.downsample,
         quantizer=interface.quantizer,
         network="diffusers",
-        foreign=foreign,
+        foreign=diffusers_config,
     )
     _copy_weights(model, tokenizer)
-    published = published_statistics(foreign)
+    published = published_statistics(diffusers_config)
     if published is not None:
         tokenizer.set_latent_statistics(*published)
     return tokenizer.eval()
@@ -87,17 +87,17 @@ def read_model(source: str | Path, subfolder: str | None = None) -> nn.Module:
     return model
 
 
-def published_statistics(foreign: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+def published_statistics(diffusers_config: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
     """Mean and std (D,) of latents by a diffusers configuration; None if it says nothing of them."""
-    scale, shift = foreign.get("scaling_factor"), foreign.get("shift_factor")
-    mean, std = foreign.get("latents_mean"), foreign.get("latents_std")
-    if foreign["class"] == "VQModel":
+    scale, shift = diffusers_config.get("scaling_factor"), diffusers_config.get("shift_factor")
+    mean, std = diffusers_config.get("latents_mean"), diffusers_config.get("latents_std")
+    if diffusers_config["class"] == "VQModel":
         return None
     if mean is not None and std is not None:
         return torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
     if not scale:
         return None
-    channels = interface_of(foreign).quantizer["dim"]
+    channels = interface_of(diffusers_config).quantizer["dim"]
     return torch.full((channels,), float(shift or 0)), torch.full((channels,), 1 / scale)
 
 

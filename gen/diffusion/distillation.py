@@ -1,0 +1,86 @@
+"""What every objective that learns a solver for a trained model shares.
+
+Training NFE is counted at the network, teacher and warm start included: every pass of a sample counts 1, recomputation in a
+backward pass does not. The count is part of the state, so that a resumed run reports what an uninterrupted one does.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from midway.gen.core import randomness
+from midway.gen.diffusion.model import LatentModel, start_state
+from midway.samplers.card import SolverCard
+from midway.samplers.grids import Grid
+from midway.samplers.learned import checkpointed
+from midway.samplers.prediction import Field
+from midway.samplers.sample import EvaluationCounter
+from midway.samplers.table import Table
+
+
+class Distillation(nn.Module):
+    """Learns a solver from `teacher`; the model stays frozen and is kept out of the parameters.
+
+    `counter` counts the network evaluations; the buffer `evaluations` int64 () holds its count after the newest step.
+    recompute: keep the activations of one evaluation at a time, and run each again in the backward pass.
+    """
+
+    evaluations: Tensor
+
+    def __init__(self, model: LatentModel, teacher: Table, guidance: float, recompute: bool) -> None:
+        super().__init__()
+        self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
+        self.teacher, self.guidance = teacher, guidance
+        self.counter = EvaluationCounter(
+            checkpointed(model.conditional_field) if recompute else model.conditional_field
+        )
+        self.register_buffer("evaluations", torch.tensor(0))
+        self.register_load_state_dict_post_hook(_restore_count)
+
+    @property
+    @abstractmethod
+    def grid(self) -> Grid:
+        """The student's times."""
+
+    @abstractmethod
+    def prepare(self, labels: Tensor, shared: dict[Any, Any]) -> Callable[[Tensor], Any]:
+        """Run the teacher for labels (M,), warm-start, and return items int64 (b,) -> batch.
+
+        shared: results of the teacher that objectives of other budgets can use.
+        """
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The fields of a `SolverCard` that the objective decides."""
+
+    @abstractmethod
+    def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
+        """Write the solver of the weights `averaged` (named as this module's state)."""
+
+    def field(self, labels: Tensor) -> Field:
+        """The guided field of labels (B,), counted."""
+        return self._model[0].field(labels, self.guidance, self.counter)
+
+    def starts(self, first: int, labels: Tensor, time: float) -> Tensor:
+        """States (M, *) at `time` of noise drawn for this purpose alone, numbers `first` on."""
+        model, seeds = self._model[0], torch.arange(first, first + len(labels))
+        noise = randomness.normal(0, "distill", 0, seeds, model.latent_shape).to(labels.device)
+        return start_state(model.schedule, time, noise)
+
+    def after_step(self, step_ok: Tensor) -> None:
+        """Store the count: evaluations of a skipped step were made as well."""
+        self.evaluations.fill_(self.counter.evaluations)
+
+
+def part(averaged: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries below `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
+
+
+def _restore_count(module: nn.Module, incompatible_keys: object) -> None:
+    assert isinstance(module, Distillation)
+    module.counter.evaluations = int(module.evaluations.item())
