@@ -192,7 +192,7 @@ def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> Non
     command = ("train_latent", "digits-flow", "--tokenizer", pipeline.tokenizer, "--out", out, *EVERY_TRAINING_FLAG)
     first, second = _fresh((*command, "--max-steps", 3, "--resume", "auto"), (*command, "--resume", "auto"))
     assert first.code == 0 and "stopped at step 3 of 6" in first.out, first.err
-    assert second.code == 0 and "going on from step 3" in second.out, second.err
+    assert second.code == 0 and "resuming from step 3" in second.out, second.err
     assert "16 samples a step, 1 process(es) x 2 micro-batch(es) of 8" in second.out
     assert [r["step"] for r in _metrics(out)] == [2, 4, 6]
     assert [r["lr"] for r in _metrics(out)] == pytest.approx([1e-3, 1e-3, 1e-3 * math.sqrt(3 / 5)])
@@ -377,6 +377,18 @@ def test_sampling_in_parallel_gives_the_same_images_in_fewer_waves(
     )
     waves = int(done.out.split(" waves")[0].split()[-1])
     assert 1 < waves < 20
+
+
+def test_one_tile_changes_no_image_and_four_do(
+    grid_of: Callable[..., np.ndarray], script: Script, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """GroupNorm's statistics are those of a tile."""
+    whole = grid_of()
+    assert np.array_equal(whole, grid_of(tile=8, **{"tile-margin": 0}))
+    assert not np.array_equal(whole, grid_of(tile=4, **{"tile-margin": 0}))
+    told = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--tile", 8, "--tile-margin", 4)
+    assert told.code == 2
+    assert "--tile 8 --tile-margin 4" in told.err
 
 
 def test_sample_draws_the_seeds_that_follow_its_seed(grid_of: Callable[..., np.ndarray]) -> None:
