@@ -9,13 +9,11 @@ Anybody's samples: python scripts/evaluate.py --images samples.npz --data digits
 """
 
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-import tyro
-from sampling_flags import SamplingFlags
+from evaluation_flags import EvaluateTask, blocks, check_flags, folder
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
@@ -26,7 +24,7 @@ from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.samplers import LEARNED_ON
-from midway.gen.evaluation.diffusers_model import check_images, load_diffusers
+from midway.gen.evaluation.diffusers import check_images, load_diffusers
 from midway.gen.evaluation.export import check_folders, export_measurement, to_export
 from midway.gen.evaluation.external import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.evaluation.jobs import Model, Other, SweepConfig, all_jobs, planned_cells
@@ -37,7 +35,6 @@ from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
 from midway.gen.features.extractor import plain_float32
 from midway.gen.features.open import open_extractor, same_images
 from midway.gen.features.reference import make_reference
-from midway.gen.metrics.frechet import Root
 from midway.gen.report.notes import (
     class_notes,
     common_notes,
@@ -53,76 +50,6 @@ from midway.gen.report.sections import CODED, Section, code_section, trajectory_
 from midway.gen.report.sweep import terminal_text, write_report
 from midway.gen.report.table import ReportContext
 from midway.samplers.solvers import ALIASES, SOLVERS
-from tasks import Flat
-
-UNNAMED = DataConfig(data="")
-"""The reference data while none are named."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateTask(SamplingFlags):
-    """Fréchet distance and RMSE of every solver at every budget, of baselines, and of images that somebody else made.
-
-    Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ holds what is measured, also of a sweep that
-    was killed.
-    """
-
-    model: Path | None = None
-    """Run directory of the latent model; its training images are the reference."""
-    diffusers: Path | None = None
-    """In place of --model: folder of a saved diffusers pipeline with a unet and a scheduler, and a vqvae or vae if latent."""
-    images: tuple[Path, ...] = ()
-    """Samples that somebody else made, each a row: folders or zips of image files, or NPZ with arr_0 uint8 (N, H, W, C)."""
-    images_resize: int | None = None
-    """Bring --images to this size: shorter side, then a centre crop. It changes their distance."""
-    images_channels: Literal[1, 3] | None = None
-    """1 converts --images to grey, 3 to RGB."""
-    data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
-    """Without --model: the reference, and its split, as they were given to the training of --features."""
-    features: str | Path | None = None
-    """What measures: run directory of a feature network (default: the one beside the model that was trained on its images), or a
-    published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14."""
-    feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
-    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
-    out: Path | None = None
-    """Directory to write (default: report/ in the model's run; needed without --model)."""
-    repeats: tuple[Path, ...] = ()
-    """Run directories of trainings of the same configuration with other seeds: figures become means over trainings, and error
-    bars their deviation. Learned solvers must have been learned for each."""
-    baselines: tuple[Path, ...] = ()
-    """Run directories of baselines of the same images, each a row at its own number of evaluations."""
-    solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
-    """Comma-separated; learned ones (table, amed, amed-constants, amed-plugin-...) must have been trained for every budget.
-    all: every solver there is, and what was learned for every budget."""
-    nfe: str = "4,6,8,10,20"
-    """Comma-separated budgets of network evaluations."""
-    grids: str = "uniform,logsnr,karras"
-    """Comma-separated; every solver is measured on each, and shown on its best. gits is fitted to the model."""
-    skip_unreachable: bool = False
-    """Leave out budgets that a solver cannot reach (heun at 5), instead of refusing them."""
-    n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
-    """Images per block (default: as many as are held out, so that the floor is measured at the same count; without --model, as
-    many as --images hold). Launchers take --n for a flag of their own; there write --samples."""
-    blocks: int | None = None
-    """Disjoint blocks of seeds, or of consecutive --images, whose spread is the error bar (default: 4; 1 of --images alone)."""
-    seed: int = 0
-    """First seed."""
-    reference_nfe: int = 128
-    """Evaluations of the fine solution behind RMSE and the use of codes; 0 leaves them out."""
-    metrics: str = "kid"
-    """Comma-separated, beside the Fréchet distance: kid, precision (and recall), density (and coverage), is, infinity; empty for
-    none."""
-    root: Root = "eigen"
-    """newton-schulz finds the distance by matrix products alone, on the GPU if there is one; it refuses features it cannot do."""
-    overlap: bool = False
-    """Decode and look at images while the next are sampled. On a GPU more images a second; times overlap, too."""
-    export_npz: Path | None = None
-    """Folder for the images of each best cell (of all, with one solver) as NPZ, for ADM's evaluator; they are sampled again."""
-    save_images: Path | None = None
-    """The same as zips of PNG, in EDM's layout."""
-    fresh: bool = False
-    """Forget what was measured into --out before."""
-    title: str = "Fréchet distance per step budget"
 
 
 def run(task: EvaluateTask) -> Sweep:
@@ -233,49 +160,6 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
             print(f"images: {path}")
-
-
-def check_flags(task: EvaluateTask) -> None:
-    """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
-    named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
-    if task.model and task.diffusers:
-        raise UsageError("--model and --diffusers", "a report is of one model", "pass one of them")
-    if task.model and named != UNNAMED:
-        raise UsageError(
-            "--model and flags of the reference data",
-            "the reference is what the model was trained on",
-            "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
-        )
-    if task.graph and task.overlap:
-        raise UsageError("--graph and --overlap", "nothing else may run while a graph is captured", "pass one of them")
-    if task.repeats and not task.model:
-        raise UsageError("--repeats without --model", "they repeat its training", "pass --model")
-    if not (task.model or task.diffusers or task.images or task.baselines):
-        raise UsageError(
-            "nothing to measure", "no model and no images are named", "pass --model, --diffusers or --images"
-        )
-    if not task.model and not task.data.data:
-        raise UsageError(
-            "--data is not given",
-            "samples are compared with the images that they imitate",
-            "pass --data, --held-out, ... as they were given to the training of --features",
-        )
-
-
-def blocks(task: EvaluateTask) -> int:
-    """Four, unless told otherwise; somebody's images are measured as the one set that they are."""
-    if task.blocks is not None:
-        return task.blocks
-    return 4 if task.model or task.diffusers or task.baselines else 1
-
-
-def folder(task: EvaluateTask) -> Path:
-    """Where the report goes."""
-    if task.out is None and task.model is not None:
-        return task.model / "report"
-    if task.out is None:
-        raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
-    return task.out
 
 
 def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -142,11 +143,16 @@ def map_files(names: Sequence[str], work: Callable[[str], Result]) -> Iterator[R
 
     start = time.perf_counter()
     first = work_chunk(names[:_CHUNK])
-    pool = ThreadPoolExecutor(_threads((time.perf_counter() - start) / len(first)))
+    threads = _threads((time.perf_counter() - start) / len(first))
+    pool, ahead = ThreadPoolExecutor(threads), deque()
     try:
         yield from first
-        for results in pool.map(work_chunk, [names[at : at + _CHUNK] for at in range(_CHUNK, len(names), _CHUNK)]):
-            yield from results
+        for at in range(_CHUNK, len(names), _CHUNK):
+            ahead.append(pool.submit(work_chunk, names[at : at + _CHUNK]))
+            if len(ahead) > threads:  # decoded images must not pile up before they are taken
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -11,8 +11,7 @@ from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.load import LEARNED, TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, is_reachable, make_samplers
-from midway.gen.evaluation.diffusers_model import DiffusersModel
-from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_samplers, within_training
+from midway.gen.evaluation.diffusers import DiffusersModel, DiffusersSource, diffusers_samplers, within_training
 from midway.gen.evaluation.external import ExternalImages, ImagesSource, check_count
 from midway.gen.evaluation.sources import BaselineSource, SampleSource, SolverSource
 from midway.gen.evaluation.store import PART

@@ -38,7 +38,7 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int | None = 1000, seed:
     """Of features (N, D) and (M, D), any float dtype, on their device. ValueError for sets that are not comparable.
 
     A `size` beyond min(N, M) is lowered to it, as the result says; where that is all of both sets, or where `size` is None, the
-    one estimate is `squared_mmd` of them. ValueError for size < 2 or subsets < 1.
+    one estimate is the unbiased MMD^2 of them. ValueError for size < 2 or subsets < 1.
     """
     x, y = comparable(x, y)
     if subsets < 1 or (size is not None and size < 2):
@@ -51,11 +51,6 @@ def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int | None = 1000, seed:
     mean = math.fsum(found) / subsets
     spread = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / subsets)
     return Kid(mean, spread if subsets > 1 else None, subsets, size)
-
-
-def squared_mmd(x: Tensor, y: Tensor) -> float:
-    """The unbiased MMD^2 of all of features (N, D) and (M, D). ValueError for sets that are not comparable."""
-    return _squared_mmd(*comparable(x, y))
 
 
 def _subset(side: str, features: Tensor, index: int, size: int, seed: int) -> Tensor:

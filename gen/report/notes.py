@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from midway.gen.data.splits import Splits
-from midway.gen.evaluation.diffusers_model import DiffusersModel, describe
+from midway.gen.evaluation.diffusers import DiffusersModel, describe
 from midway.gen.evaluation.external import ExternalImages
 from midway.gen.evaluation.jobs import Model, SweepConfig
 from midway.gen.evaluation.records import Measurement, by_solver

@@ -9,7 +9,7 @@ from torch import Tensor
 from midway.gen.data.images import to_float
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.trajectories import random_walk, trajectory_geometry
+from midway.gen.diffusion.trajectories import random_walk, trajectory_geometry
 from midway.gen.metrics.code_usage import CodeUse
 from midway.gen.report.html import image_tag
 from midway.gen.report.trajectory_plot import trajectory_png

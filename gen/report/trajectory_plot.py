@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from midway.gen.evaluation.trajectories import Spread, TrajectoryGeometry, random_walk
+from midway.gen.diffusion.trajectories import Spread, TrajectoryGeometry, random_walk
 from midway.gen.report.plots import COLOURS, HAIR, INK, QUIET
 
 if TYPE_CHECKING:

@@ -590,7 +590,7 @@ def test_splitting_holds_the_images_twice_and_not_three_times(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The source beside the tensor of all images, then that tensor beside those of both sides."""
-    count, side = (5000, 64) if kind == "named" else (240, 320)
+    count, side = (5000, 64) if kind == "named" else (1200, 256)
 
     def source(root: Path, download: bool) -> Arrays:
         return Arrays(np.full((count, side, side, 3), 7, np.uint8), [i % 2 for i in range(count)], ("a", "b"), "large")

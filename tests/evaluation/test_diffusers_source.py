@@ -17,8 +17,13 @@ from test_external import npz, task
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.diffusion.sampling import SamplingConfig, noise_of
-from midway.gen.evaluation.diffusers_model import DiffusersModel, check_images, load_diffusers
-from midway.gen.evaluation.diffusers_source import DiffusersSource, diffusers_samplers
+from midway.gen.evaluation.diffusers import (
+    DiffusersModel,
+    DiffusersSource,
+    check_images,
+    diffusers_samplers,
+    load_diffusers,
+)
 from midway.samplers.discrete import Discrete
 from midway.samplers.grids import logsnr
 from midway.samplers.schedule import Schedule

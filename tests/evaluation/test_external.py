@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import evaluation_flags
 import numpy as np
 import pytest
 import torch
@@ -210,7 +211,14 @@ def task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> evalua
 
 
 def with_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> evaluate.EvaluateTask:
-    few = {"solvers": "ddim", "nfe": "4", "grids": "uniform", "reference_nfe": 0, "n": 20, "data": evaluate.UNNAMED}
+    few = {
+        "solvers": "ddim",
+        "nfe": "4",
+        "grids": "uniform",
+        "reference_nfe": 0,
+        "n": 20,
+        "data": evaluation_flags.UNNAMED,
+    }
     return task(pipeline, out, *images, model=pipeline.model, **{**few, **changes})
 
 
@@ -273,7 +281,7 @@ def test_external_images_join_the_table_of_a_model(pipeline: Pipeline, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data": evaluate.UNNAMED}, "--data is not given"),
+        ({"data": evaluation_flags.UNNAMED}, "--data is not given"),
         ({"data": DataConfig(), "model": True}, "drop --data"),
         ({"data": DataConfig(data="", resize=8), "model": True}, "--images-resize"),
         ({"out": None}, "--out"),

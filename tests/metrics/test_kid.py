@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from midway.gen.metrics import kid as kernel_distance
-from midway.gen.metrics.kid import Kid, kid, squared_mmd
+from midway.gen.metrics.kid import Kid, kid
 
 D = 6
 
 
 def features(seed: int, count: int, shift: float = 0.0, dim: int = D) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+
+
+def mmd(x: Tensor, y: Tensor) -> float:
+    """The estimate from whole sets."""
+    return kid(x, y, size=None).value
 
 
 def by_loops(x: Tensor, y: Tensor) -> float:
@@ -33,9 +38,10 @@ def by_loops(x: Tensor, y: Tensor) -> float:
 def test_the_whole_sets_agree_with_loops(counts: tuple[int, int], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_distance, "_BLOCK", block)
     x, y = features(1, counts[0]), features(2, counts[1], 0.5)
-    assert squared_mmd(x, y) == pytest.approx(by_loops(x, y), rel=1e-12)
-    assert squared_mmd(y, x) == pytest.approx(squared_mmd(x, y), rel=1e-12)
-    assert kid(x, y, size=None) == Kid(squared_mmd(x, y), None, 1, min(counts))
+    whole = kid(x, y, size=None)
+    assert whole.value == pytest.approx(by_loops(x, y), rel=1e-12)
+    assert kid(y, x, size=None).value == pytest.approx(whole.value, rel=1e-12)
+    assert whole == Kid(whole.value, None, 1, min(counts))
 
 
 def test_a_block_is_as_large_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,19 +49,19 @@ def test_a_block_is_as_large_as_promised(monkeypatch: pytest.MonkeyPatch) -> Non
     power = Tensor.pow
     monkeypatch.setattr(Tensor, "pow", lambda x, n: (sizes.append(x.numel()), power(x, n))[1])
     monkeypatch.setattr(kernel_distance, "_BLOCK", 100)
-    squared_mmd(features(1, 40), features(2, 30))
+    mmd(features(1, 40), features(2, 30))
     assert 90 <= max(sizes) <= 100
 
 
 def test_point_masses_in_closed_form() -> None:
     """All x = 1, all y = 2: k(x, x) = 2^3, k(y, y) = 5^3, k(x, y) = 3^3."""
     ones = torch.ones(5, D)
-    assert squared_mmd(ones, 2 * ones[:3]) == pytest.approx(8 + 125 - 2 * 27, rel=1e-14)
+    assert mmd(ones, 2 * ones[:3]) == pytest.approx(8 + 125 - 2 * 27, rel=1e-14)
 
 
 def test_unbiased() -> None:
     """Means over sets of 5 of one distribution are 0 within 3 standard errors; with the diagonal they would be 1 and more."""
-    found = torch.tensor([squared_mmd(features(i, 5), features(10_000 + i, 5)) for i in range(600)])
+    found = torch.tensor([mmd(features(i, 5), features(10_000 + i, 5)) for i in range(600)])
     error = float(found.std()) / len(found) ** 0.5
     assert abs(float(found.mean())) < 3 * error < 0.3
     assert (found < 0).any()
@@ -110,7 +116,7 @@ def test_a_size_beyond_the_sets_is_lowered_and_told() -> None:
     x, y = features(1, 30), features(2, 25, 0.3)
     found = kid(x, y, subsets=5)
     assert (found.size, found.subsets, found.std) == (25, 1, None)
-    assert found.value == squared_mmd(x, y)
+    assert found.value == mmd(x, y)
     some = kid(x, y, subsets=5, size=28)
     assert (some.size, some.subsets) == (25, 5)
     assert some.std is not None
@@ -122,12 +128,12 @@ def test_agrees_with_torch_fidelity() -> None:
     x, y = features(1, 40), features(2, 40, 0.3)
     kernel = {"kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None, "kid_kernel_poly_coef0": 1}
     expected = metric.kernel_mmd(x.numpy(), y.numpy(), kid_kernel="poly", **kernel)
-    assert squared_mmd(x, y) == pytest.approx(expected, rel=1e-11)
+    assert mmd(x, y) == pytest.approx(expected, rel=1e-11)
 
 
 def test_float32_features_are_measured_in_float64() -> None:
     x, y = features(1, 30).float(), features(2, 30).float()
-    assert squared_mmd(x, y) == squared_mmd(x.double(), y.double())
+    assert mmd(x, y) == mmd(x.double(), y.double())
 
 
 @pytest.mark.parametrize(
@@ -140,7 +146,7 @@ def test_float32_features_are_measured_in_float64() -> None:
     ],
 )
 def test_refuses_sets_that_cannot_be_compared(x: Tensor, message: str) -> None:
-    for measure in (kid, squared_mmd):
+    for measure in (kid, mmd):
         with pytest.raises(ValueError, match=message):
             measure(x, features(1, 10))
 

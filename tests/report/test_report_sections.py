@@ -6,7 +6,7 @@ from pipelines import Pipeline
 
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.trajectories import random_walk
+from midway.gen.diffusion.trajectories import random_walk
 from midway.gen.report.sections import code_section, trajectory_section
 
 

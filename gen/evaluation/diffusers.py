@@ -6,26 +6,38 @@
     vqvae/, vae/                         VQModel, AutoencoderKL: images = decode(latents / scaling_factor)
 
 Weights are safetensors alone; nothing is fetched, and no code of a folder is run.
+
+Samples come from our solvers, on tables built for the model's own schedule. A seed gives the noise and the class that it gives
+for our own models; evaluations are counted at the network.
 """
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from midway.gen.core.errors import DataError, one_line
+from midway.gen.core.errors import DataError, UsageError, nearest, one_line
 from midway.gen.core.files import state_hash
 from midway.gen.data.images import to_uint8
-from midway.gen.diffusion.load import CPU
-from midway.gen.evaluation.sources import LATENT_LIMIT
+from midway.gen.diffusion.load import CPU, LEARNED
+from midway.gen.diffusion.model import EVERYWHERE, start_state
+from midway.gen.diffusion.samplers import SamplerConfig
+from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
+from midway.gen.evaluation.sources import LATENT_LIMIT, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
+from midway.samplers.grids import GRIDS
 from midway.samplers.interop import parametrisation_of, trained_range
 from midway.samplers.prediction import NetworkField
+from midway.samplers.sample import ForwardCounter
+from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
+from midway.samplers.solvers import SOLVERS, ddim, steps_for
+from midway.samplers.table import Table
 
 NETWORK = "UNet2DModel"
 DECODERS = {"vqvae": "VQModel", "vae": "AutoencoderKL"}
@@ -190,3 +202,81 @@ def describe(model: DiffusersModel) -> str:
         f"diffusers {model.path.name} ({model.hash}): {NETWORK} of {count:,} parameters{latent}, {model.schedule!r}, "
         f"sampled down to sigma / alpha = {lowest:.3g}"
     )
+
+
+Config = TypeVar("Config", bound=SamplerConfig)
+
+
+@dataclass(frozen=True)
+class DiffusersSource:
+    """Samples of a diffusers model by one sampler."""
+
+    model: DiffusersModel
+    sampler: Sampler
+    sampling: SamplingConfig
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Weights, configurations, sampler and precision."""
+        return {"diffusers": self.model.hash, "plan": self.sampler.hash, "precision": self.sampling.precision}
+
+    @torch.no_grad()
+    def sample(self, seeds: Tensor) -> SampledBatch:
+        """States float32 (n, C, h, w), of noise that is a function of the seed."""
+        model, begun = self.model, time.perf_counter()
+        bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=self.sampling.precision == "bf16")
+        with ForwardCounter(model.network) as counter, bf16:
+            parts = [self._solved(some) for some in seeds.split(self.sampling.batch_size)]
+        return SampledBatch(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - begun)
+
+    def _solved(self, seeds: Tensor) -> Tensor:
+        model = self.model
+        x = start_state(model.schedule, self.sampler.grid[0], noise_of(seeds, model.shape).to(model.device))
+        return self.sampler.run(model.field(labels_of(seeds, model.classes)), x, SeededNoise(seeds)).cpu()
+
+    def images(self, raw: SampledBatch) -> Tensor:
+        """Decoded, or in 256 levels."""
+        return self.model.decode(raw.values)
+
+
+# ---- samplers ----
+
+
+def within_training(config: Config, schedule: Schedule) -> Config:
+    """The same with grids that stay on noise levels that the model was trained on."""
+    highest, lowest = trained_range(schedule)
+    return replace(config, rho_max=min(config.rho_max, highest), rho_min=max(config.rho_min, lowest))
+
+
+def diffusers_samplers(model: DiffusersModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
+    """One table per grid, on the model's schedule; UsageError for what such a model cannot have."""
+    _check(solver, config)
+    config = within_training(config, model.schedule)
+    return {grid: _table(model.schedule, solver, grid, nfe, config) for grid in config.grids}
+
+
+def _check(solver: str, config: SamplerConfig) -> None:
+    for grid in config.grids:
+        if grid not in GRIDS:
+            raise UsageError(f"grid '{grid}' with --diffusers", "its grids are functions alone", nearest(grid, GRIDS))
+    if solver not in SOLVERS:
+        why = "it is learned for a model of ours" if solver in LEARNED else "it is not in the registry"
+        raise UsageError(f"solver '{solver}' with --diffusers", why, nearest(solver, SOLVERS))
+    if config.guidance != 1 or config.weak is not None or config.interval != EVERYWHERE:
+        raise UsageError(
+            "guidance with --diffusers", "these models have no missing class", "drop --guidance and --guide"
+        )
+    if config.eta and solver != "ddim":
+        raise UsageError(f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta")
+
+
+def _table(schedule: Schedule, solver: str, grid: str, nfe: int, config: SamplerConfig) -> Table:
+    entry = SOLVERS[solver]
+    try:
+        steps = steps_for(entry.evaluations, nfe, config.analytic_first)
+        times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
+        if config.eta:
+            return ddim(schedule, times, config.analytic_first, config.eta)
+        return entry.build(schedule, times, config.analytic_first)
+    except ValueError as error:
+        raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None
