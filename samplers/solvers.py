@@ -6,8 +6,7 @@ rho = sigma / alpha, y = x / alpha and lambda = -log rho:
     euler    x_s = x + (s - t) v(x, t)
     ddim     x_s = alpha_s x0 + sqrt(sigma_s^2 - c^2) eps + c z          (eta = 0: Euler of dy / d rho = eps)
     heun     x_s = x + (s - t) (v(x, t) + v(x + (s - t) v(x, t), s)) / 2
-    amed     y_s = y + c (rho_s - rho_t) eps(y_m, a rho_m),  rho_m = rho_s^r rho_t^(1-r),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
-    dpm2     amed at r = 1/2, c = a = 1
+    dpm2     y_s = y + (rho_s - rho_t) eps(y_m, rho_m),  rho_m = sqrt(rho_s rho_t),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
 
 `multistep.py` has DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth, iPNDM and DEIS, `runge_kutta.py` every explicit
 tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by name, with what they cost and how fast they
@@ -73,44 +72,19 @@ def heun(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     return record.table()
 
 
-@dataclass(frozen=True)
-class MeanDirection:
-    """AMED's numbers for one step: inner position r in (0, 1), direction scale c, evaluation-time scale a."""
-
-    r: float = 0.5
-    c: float = 1.0
-    a: float = 1.0
-
-
-def amed(
-    schedule: Schedule,
-    grid: Grid,
-    constants: tuple[MeanDirection, ...],
-    analytic_first: bool = False,
-    name: str = "amed",
-) -> Table:
-    """AMED-Solver with constants per step (Zhou et al. 2024, arXiv 2312.00094, eq. 9).
-
-    rho_m = rho_s^r rho_t^(1-r);  y_m = y + (rho_m - rho_t) eps(y, rho_t);  y_s = y + c (rho_s - rho_t) eps(y_m, a rho_m).
-    Order 2 at r = 1/2, c = a = 1 (that is DPM-Solver-2), order 1 at any other fixed r, no convergence at fixed c != 1:
-    learned constants belong to their grid.
-    """
-    record = begin_in_rho(name, schedule, grid)
+def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
+    """DPM-Solver-2, single step (Lu et al. 2022, arXiv 2206.00927, algorithm 1; r = 1/2). Order 2."""
+    record = begin_in_rho("dpm2", schedule, grid)
     need_noise_at_the_end(record)
-    for (t, s), step in zip(pairwise(grid), constants, strict=True):
+    for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
-        rho_m = record.rho(s) ** step.r * record.rho(t) ** (1 - step.r)
-        inner = record.time_of_rho(step.a * rho_m)
+        rho_m = record.rho(s) ** 0.5 * record.rho(t) ** 0.5
+        inner = record.time_of_rho(rho_m)
         y = now.x / record.alpha(t)
         record.advance(record.alpha(inner) * (y + (rho_m - record.rho(t)) * now.eps), inner, node=False)
         middle = record.evaluate(inner)
-        record.advance(record.alpha(s) * (y + step.c * (record.rho(s) - record.rho(t)) * middle.eps), s)
+        record.advance(record.alpha(s) * (y + (record.rho(s) - record.rho(t)) * middle.eps), s)
     return record.table()
-
-
-def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
-    """DPM-Solver-2, single step (Lu et al. 2022, arXiv 2206.00927, algorithm 1; r = 1/2). Order 2."""
-    return amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1), analytic_first, name="dpm2")
 
 
 @dataclass(frozen=True)

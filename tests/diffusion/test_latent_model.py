@@ -62,7 +62,7 @@ def test_the_first_loss_is_the_targets_variance(schedule: str, target: str) -> N
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_a_network_that_says_its_target_recovers_the_data(schedule: str, target: str, monkeypatch) -> None:
+def test_a_network_that_returns_its_target_recovers_the_data(schedule: str, target: str, monkeypatch) -> None:
     model = _model(schedule, target)
     x0, eps = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = model.schedule.time_of_rho(torch.logspace(-1, 1, 6, dtype=torch.float64))
@@ -250,7 +250,7 @@ def test_a_compiled_network_draws_the_same_masks_and_is_not_compiled_for_every_s
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
-def test_a_dropout_that_cannot_be_is_refused(dropout: float) -> None:
+def test_a_dropout_that_cannot_be_raises_an_error(dropout: float) -> None:
     with pytest.raises(ValueError, match=f"dropout is {dropout}; give a number in"):
         DiTConfig(dropout=dropout)
 

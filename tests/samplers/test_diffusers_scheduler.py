@@ -289,7 +289,7 @@ def test_a_learned_table_runs_and_travels_in_the_config(analytic_first: bool, tm
     assert pipe([1], num_inference_steps=3, output_type="pt").images.isfinite().all()
 
 
-def test_constants_are_a_table_and_predictors_are_refused(tmp_path: Path) -> None:
+def test_constants_are_a_table_and_predictors_raise_an_error(tmp_path: Path) -> None:
     schedule = parametrisation_of(V).schedule
     grid, path = grids.logsnr(schedule, 3, *trained_range(schedule)), tmp_path / "solver.safetensors"
     constants = Constants(3, AMEDConfig())
@@ -306,7 +306,7 @@ def test_constants_are_a_table_and_predictors_are_refused(tmp_path: Path) -> Non
         MidwayScheduler.from_config(V, table=str(path))
 
 
-def test_a_table_of_another_schedule_is_refused() -> None:
+def test_a_table_of_another_schedule_raises_an_error() -> None:
     table = ddim(parametrisation_of({}).schedule, (0.9, 0.1))
     assert table_from_numbers(json.loads(json.dumps(asdict(table)))) == table
     with pytest.raises(ValueError, match="take the config of the scheduler that the model was trained with"):
@@ -381,7 +381,7 @@ def test_a_pipeline_that_does_not_scale_inputs_cannot_skip_the_first_evaluation(
         _ddpm_pipeline(MidwayScheduler(**V, analytic_first=True))(num_inference_steps=3)
 
 
-def test_wrong_names_and_grids_are_refused() -> None:
+def test_wrong_names_and_grids_raise_an_error() -> None:
     with pytest.raises(ValueError, match="unknown solver 'eulr'"):
         MidwayScheduler(solver="eulr")
     with pytest.raises(ValueError, match="unknown grid 'even'"):

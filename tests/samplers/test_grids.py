@@ -93,7 +93,7 @@ def test_the_fitted_grid_beats_the_uniform_one_on_unseen_noise(
     assert errors[0] < share * errors[1]
 
 
-def test_what_cannot_be_fitted_is_refused() -> None:
+def test_what_cannot_be_fitted_raises_an_error() -> None:
     with pytest.raises(ValueError, match="ask for 1 to 3"):
         cheapest_path(torch.zeros(4, 4), 4)
     with pytest.raises(ValueError, match="starts at pure noise"):

@@ -176,7 +176,7 @@ def test_outside_its_interval_guidance_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 1.0), (2.0, 2.0), (3.0, 1.0), (math.nan, 1.0), (0.0, math.nan)])
-def test_an_empty_interval_is_refused(low: float, high: float) -> None:
+def test_an_empty_interval_raises_an_error(low: float, high: float) -> None:
     field = _gaussian(EDM(), MEANS[LABELS])
     with pytest.raises(ValueError, match="0 <= low < high"):
         interval(field, field, EDM(), low, high)

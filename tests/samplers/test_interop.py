@@ -56,8 +56,6 @@ def test_timesteps_have_the_alphas_of_diffusers(config: dict[str, Any]) -> None:
     t = schedule.time(torch.arange(len(theirs), dtype=torch.float64))
     torch.testing.assert_close(schedule.alpha(t).square().float(), theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones_like(t))
-    again = Discrete.from_alphas_cumprod(theirs)
-    torch.testing.assert_close(again.alpha(t), schedule.alpha(t), rtol=0, atol=1e-5)
 
 
 @all_configs
@@ -130,7 +128,7 @@ def test_integer_timesteps_survive_float32_and_times_can_be_learned() -> None:
     assert t.grad.tolist() == [1000, 1000]
 
 
-def test_schedules_that_do_not_rise_are_refused() -> None:
+def test_schedules_that_do_not_rise_raise_an_error() -> None:
     with pytest.raises(ValueError, match="rising noise"):
         Discrete((0.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="rising noise"):
@@ -229,7 +227,7 @@ def test_second_order_survives_to_fine_grids() -> None:
     assert errors[-1] < 1e-5
 
 
-def test_the_network_is_told_floats() -> None:
+def test_the_network_gets_float_timesteps() -> None:
     discrete, flow = Oracle(LATENT), Oracle({"prediction_type": "flow_prediction"})
     x, t = _normal(3, 2).float(), torch.tensor([0.25, 0.50049, 1.0])
     field_from_diffusers(discrete, LATENT)(x, t)
@@ -262,7 +260,7 @@ def test_learned_variances_are_cut_and_dtypes_kept() -> None:
     torch.testing.assert_close(got.eps, 0.5 * x.float(), rtol=0.01, atol=0)
 
 
-def test_noise_predicted_without_signal_is_refused() -> None:
+def test_noise_predicted_without_signal_raises_an_error() -> None:
     zero_snr = {**LATENT, "rescale_betas_zero_snr": True}
     table = ddim(_discrete(zero_snr), (1.0, 0.5, 0.0))
     with pytest.raises(ValueError, match="'eps' does not determine x0"):
@@ -272,7 +270,7 @@ def test_noise_predicted_without_signal_is_refused() -> None:
     assert sample(field_from_diffusers(Oracle(config), config), table, x).isfinite().all()
 
 
-def test_schedules_are_told_apart() -> None:
+def test_schedules_are_distinguished() -> None:
     marks = {fingerprint(parametrisation_of(config).schedule) for config in CONFIGS.values()}
     assert len(marks) == len(CONFIGS)
     assert all(len(mark) < 60 for mark in marks)

@@ -135,7 +135,7 @@ def test_an_evaluation_time_that_left_the_grid_can_come_back() -> None:
     assert torch.autograd.grad(asked[0], learned.shift)[0][0] > 0
 
 
-def test_the_four_parameters_do_what_the_docstring_says() -> None:
+def test_the_four_parameters_act_as_in_the_docstring() -> None:
     """One at a time, in closed form, on a schedule where alpha = 1."""
     schedule, grid = EDM(), grids.karras(EDM(), 4)
     base = LearnedTable(schedule, grid).coefficients()
@@ -284,7 +284,7 @@ def test_running_again_in_the_backward_pass_changes_neither_gradients_nor_counts
         assert torch.equal(one, other)
 
 
-def test_what_cannot_be_learned_is_refused() -> None:
+def test_what_cannot_be_learned_raises_an_error() -> None:
     schedule = Linear()
     for grid in ((0.1, 0.5, 0.9), (1.5, 0.5, 0.1), (0.9,), (0.9, 0.5, 0.5, 0.1), (0.9, math.nan, 0.1)):
         with pytest.raises(ValueError, match="falling grid within"):
@@ -467,7 +467,7 @@ def test_learning_starts_on_the_grid_that_ends_nearest_to_the_teacher() -> None:
         _same_rows(named.learned.table(), SOLVERS[f"dpmpp{order}m"].build(schedule, named.grid))
 
 
-def test_the_export_holds_the_average_and_says_where_it_comes_from() -> None:
+def test_the_export_holds_the_average_and_its_origin() -> None:
     objective, pairs = _objective(TableTarget(3, "logsnr", 2.0))
     average = EMA(objective, 0.9)
     _steps(objective, pairs, 0, 3)
@@ -483,7 +483,7 @@ def test_the_export_holds_the_average_and_says_where_it_comes_from() -> None:
     _same_rows(table, halfway.table(table.metadata))
 
 
-def test_bad_configurations_are_refused() -> None:
+def test_bad_configurations_raise_an_error() -> None:
     for bad, why in (
         ({"pairs": 0}, "pairs 0"),
         ({"seed": -1}, "seed -1"),

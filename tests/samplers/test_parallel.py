@@ -338,7 +338,7 @@ def test_a_state_that_is_not_finite_is_an_error(method: str) -> None:
         sample_parallel(lambda n: field, table, schedule, _start(schedule, table.grid), _config(method, 1e-4))
 
 
-def test_what_cannot_work_is_refused() -> None:
+def test_what_cannot_work_raises_an_error() -> None:
     for arguments, words in [
         ({"method": "newton"}, "choose one of picard, gaussian"),
         ({"tolerance": -1.0}, "at least 0"),

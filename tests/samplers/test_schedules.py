@@ -90,7 +90,7 @@ def test_grid_formulas() -> None:
 
 
 @pytest.mark.parametrize("times", [(0.5,), (0.1, 0.5), (1.5, 0.5), (0.5, 0.5)])
-def test_grids_that_do_not_fall_are_refused(times: tuple[float, ...]) -> None:
+def test_grids_that_do_not_fall_raise_an_error(times: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="falling times"):
         grids.explicit(times)
 

@@ -13,6 +13,7 @@ from midway.samplers import grids
 from midway.samplers.exponential import adams_weights, exponential_moments
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp_weights
+from midway.samplers.plugin import plugin_table
 from midway.samplers.prediction import NetworkField, Prediction, Target, expand, target_value
 from midway.samplers.runge_kutta import HEUN, RK4, TABLEAUS, Tableau, runge_kutta
 from midway.samplers.sample import sample
@@ -20,9 +21,7 @@ from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import (
     ALIASES,
     SOLVERS,
-    MeanDirection,
     adams_bashforth,
-    amed,
     ddim,
     ddpm,
     deis,
@@ -34,6 +33,7 @@ from midway.samplers.solvers import (
     ipndm_v,
     unipc,
 )
+from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
 
 SCHEDULES = [VP(), EDM(sigma_max=5.0), Linear(), Cosine()]
@@ -93,7 +93,11 @@ def test_the_exponential_solvers_of_order_one_are_ddim_on_every_schedule(schedul
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_solvers_under_two_names_are_the_same(schedule: Schedule) -> None:
     grid = grid_of(schedule)
-    assert_same(schedule, SOLVERS["dpm2"].build(schedule, grid), amed(schedule, grid, (MeanDirection(0.5, 1, 1),) * 6))
+    assert_same(
+        schedule,
+        SOLVERS["dpm2"].build(schedule, grid),
+        plugin_table(schedule, grid, "none", [MeanDirection(0.5, 1, 1)] * 6),
+    )
     assert_same(schedule, SOLVERS["heun"].build(schedule, grid), runge_kutta(schedule, grid, tableau=HEUN))
     assert_same(schedule, dpmpp2m(schedule, grid), dpmpp(schedule, grid, order=2), dpmpp2m_sde(schedule, grid, eta=0))
     assert ddpm(schedule, grid).rows == ddim(schedule, grid, eta=1.0).rows
@@ -385,7 +389,7 @@ def test_dpmpp_weights_and_their_gradient_are_finite_at_pure_noise_and_at_data(o
     torch.testing.assert_close(weights, dpmpp_weights(Linear(), near, order)[1], rtol=0, atol=0.03)
 
 
-def test_dpmpp_weights_refuse_what_they_cannot_weigh() -> None:
+def test_dpmpp_weights_raise_an_error_for_invalid_arguments() -> None:
     times = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
     with pytest.raises(ValueError, match="order 1, 2 or 3"):
         dpmpp_weights(Linear(), times, 4)
@@ -423,7 +427,7 @@ def test_every_number_of_every_table_matters(name: str, schedule: Schedule) -> N
 
 
 @pytest.mark.parametrize("name", list(SOLVERS))
-def test_grids_that_a_solver_cannot_serve_are_refused_with_a_remedy(name: str) -> None:
+def test_grids_that_a_solver_cannot_serve_raise_an_error_that_names_the_fix(name: str) -> None:
     solver = SOLVERS[name]
     with pytest.raises(ValueError, match=r"rho = 0\.002|falling grid"):
         solver.build(Linear(), (0.0, 0.3, 0.9))

@@ -12,12 +12,14 @@ from oracles import exact_solution, mixture, uneven_grid
 from torch import Tensor
 
 from midway.samplers import grids
+from midway.samplers.plugin import plugin_table
 from midway.samplers.prediction import Prediction, expand
 from midway.samplers.recorder import Recorder
 from midway.samplers.rows import Row
 from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
-from midway.samplers.solvers import SOLVERS, MeanDirection, amed, ddim, dpm2, dpmpp2m_sde, euler, steps_for
+from midway.samplers.solvers import SOLVERS, ddim, dpm2, dpmpp2m_sde, euler, steps_for
+from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM(sigma_max=5.0)]
@@ -34,7 +36,7 @@ def _points(count: int = 16) -> Tensor:
 
 def _build(name: str, schedule: Schedule, grid: tuple[float, ...]) -> Table:
     if name == "amed":
-        return amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1))
+        return plugin_table(schedule, grid, "none", [MeanDirection()] * (len(grid) - 1))
     return SOLVERS[name].build(schedule, grid)
 
 
@@ -87,7 +89,7 @@ def test_other_constants_lose_the_order() -> None:
     def slope(step: MeanDirection) -> float:
         errors = []
         for steps in (256, 512):
-            table = amed(schedule, uneven_grid(start, end, steps), (step,) * steps)
+            table = plugin_table(schedule, uneven_grid(start, end, steps), "none", [step] * steps)
             errors.append((sample(data.field(schedule), table, x) - exact).square().mean().sqrt().item())
         return math.log2(errors[0] / errors[1])
 
@@ -107,7 +109,7 @@ def test_euler_is_ddim_where_the_schedule_is_straight(schedule: Schedule) -> Non
         assert difference > 1e-3
 
 
-def test_the_registry_says_what_a_table_costs_and_where_it_may_start() -> None:
+def test_the_registry_has_the_cost_of_a_table_and_its_valid_starts() -> None:
     for name, solver in SOLVERS.items():
         grid = (1.0, 0.9, 0.5, 0.3, 0.1) if solver.pure_noise else (0.9, 0.8, 0.5, 0.3, 0.1)
         table = solver.build(Linear(), grid)
@@ -126,7 +128,7 @@ def test_counted_evaluations_are_the_tables(name: str, analytic_first: bool) -> 
     nfe = 12 - analytic_first  # 12 is a number of whole steps for 1, 2, 3 and 4 evaluations a step
     grid = grids.uniform(schedule, steps_for(per_step, nfe, analytic_first))
     if name == "amed":
-        table = amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1), analytic_first)
+        table = plugin_table(schedule, grid, "none", [MeanDirection()] * (len(grid) - 1), analytic_first)
     else:
         table = SOLVERS[name].build(schedule, grid, analytic_first)
     counter = EvaluationCounter(mixture().field(schedule))
@@ -283,7 +285,7 @@ def test_tables_survive_the_disk(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["table.safetensors"]
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
+def test_rows_that_do_not_fit_raise_an_error() -> None:
     with pytest.raises(ValueError, match="needs 1 and 1"):
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (1.0, 0.0), (1.0,)),))
     with pytest.raises(ValueError, match="not finite"):
