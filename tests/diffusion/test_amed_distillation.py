@@ -170,8 +170,8 @@ def test_checkpointing_changes_neither_a_gradient_nor_the_count(base: str, analy
     data = mixture()
 
     def field(x: Tensor, t: Tensor) -> Prediction:
-        said = data.field(solver.schedule)(x, t)
-        return replace(said, features=said.x0)  # features with a gradient, as a network's
+        prediction = data.field(solver.schedule)(x, t)
+        return replace(prediction, features=prediction.x0)  # features with a gradient, as a network's
 
     x, rule = _start(solver), Predictor(2, 3, CONFIG)
     with torch.no_grad():

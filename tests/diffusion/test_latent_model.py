@@ -45,7 +45,7 @@ def _batch(count: int) -> LatentBatch:
 
 
 def test_the_first_output_is_zero() -> None:
-    """adaLN-zero and a zero head: a new network says 0, whatever it sees."""
+    """adaLN-zero and a zero head: a new network's output is 0 for any input."""
     model = _model()
     out, _ = model.forward_network(torch.randn(5, 3, 4, 4), torch.rand(5), torch.arange(5))
     assert not out.any()
@@ -69,9 +69,9 @@ def test_a_network_that_returns_its_target_recovers_the_data(schedule: str, targ
     x = expand(model.schedule.alpha(t), x0) * x0 + expand(model.schedule.sigma(t), x0) * eps
     from midway.samplers.prediction import target_value
 
-    said = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model.output_scale(t), x0)
+    value = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model.output_scale(t), x0)
     hidden = torch.zeros(6, 16, 16)
-    monkeypatch.setattr(model, "forward_network", lambda *_: (said, hidden))
+    monkeypatch.setattr(model, "forward_network", lambda *_: (value, hidden))
     got = model.conditional_field(x, t, torch.zeros(6, dtype=torch.int64))
     torch.testing.assert_close(got.x0, x0, rtol=0, atol=1e-8)
     torch.testing.assert_close(got.eps, eps, rtol=0, atol=1e-8)

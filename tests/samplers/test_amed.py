@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import mixture
+from oracles import mixture, noise_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,17 +33,11 @@ names = [type(s).__name__ for s in SCHEDULES]
 CARD = SolverCard("amed", "karras", "cosine", "0123456789ab", 6, False, 1.0, 100, "heun, 24 steps")
 
 
-def _noise(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tensor:
-    time = torch.tensor(t, dtype=torch.float64)
-    scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
-    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_unlearned_rules_start_at_dpm_solver_2(schedule: Schedule) -> None:
     grid = grids.karras(schedule, 3, rho_max=20.0)
     assert Constants(3, AMEDConfig()).values() == (MeanDirection(0.5, 1.0, 1.0),) * 3
-    x, field = _noise(schedule, grid[0]), mixture().field(schedule)
+    x, field = noise_at(schedule, grid[0]), mixture().field(schedule)
     torch.manual_seed(0)
     for rule, dim in ((Constants(3, AMEDConfig()), 0), (Predictor(2, 3, AMEDConfig()), 2)):
         got = nodes(AMEDSolver(schedule, grid, feature_dim=dim), field, rule, x)[-1]
@@ -142,7 +136,7 @@ def test_learned_solvers_survive_the_disk(name: str, tmp_path: Path) -> None:
     path = tmp_path / "solver.safetensors"
     solver.save(path)
     loaded = LearnedSolver.load(path, Cosine())
-    x, field = _noise(schedule, solver.grid[0]).float(), mixture().field(schedule)
+    x, field = noise_at(schedule, solver.grid[0]).float(), mixture().field(schedule)
     assert (loaded.card, loaded.grid) == (solver.card, solver.grid)
     assert torch.equal(loaded.run(field, x), solver.run(field, x))
     assert [p.name for p in tmp_path.iterdir()] == ["solver.safetensors"]
@@ -153,7 +147,7 @@ def test_every_learned_solver_is_a_solver_of_its_own() -> None:
     schedule, ends = Cosine(), []
     for name in LEARNED:
         solver = _learned(name)
-        x = _noise(schedule, solver.grid[0])
+        x = noise_at(schedule, solver.grid[0])
         ends.append(solver.run(mixture().field(schedule), x))
         table = solver.table
         assert (table is not None) == name.endswith("-constants")
@@ -174,7 +168,7 @@ def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> Non
     assert LearnedSolver.load(path, Cosine()).card == replace(solver.card, base="none", mode="per_step")
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 def test_a_solver_for_another_schedule_raises_an_error() -> None:
@@ -192,7 +186,7 @@ def test_a_solver_for_another_schedule_raises_an_error() -> None:
 
 def test_a_predictor_of_another_model_raises_an_error() -> None:
     schedule, solver = Cosine(), _learned("amed")
-    x, field = _noise(schedule, solver.grid[0]), mixture().field(schedule)
+    x, field = noise_at(schedule, solver.grid[0]), mixture().field(schedule)
 
     def other(state: Tensor, t: Tensor) -> Prediction:
         return replace(field(state, t), features=torch.zeros(len(state), 5))

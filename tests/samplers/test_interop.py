@@ -1,4 +1,4 @@
-"""Foreign models as fields: the discrete schedule against its formulas, every prediction type against exact denoisers,
+"""Models of diffusers and EDM as fields: the discrete schedule against its formulas, prediction types against exact denoisers,
 float times that are never truncated, and tiny diffusers models against their own definition."""
 
 import math
@@ -174,10 +174,10 @@ def test_a_grid_starts_and_ends_where_the_model_was_trained() -> None:
 
 
 class Oracle:
-    """A diffusers-like model that is exact for the mixture, told a float timestep; it knows the betas, not `Discrete`."""
+    """A diffusers-like model that is exact for the mixture at float timesteps; it has the betas, not `Discrete`."""
 
     def __init__(self, config: Mapping[str, Any], channels: int = 1) -> None:
-        self.kind, self.channels, self.told = config.get("prediction_type", "epsilon"), channels, []
+        self.kind, self.channels, self.times = config.get("prediction_type", "epsilon"), channels, []
         self.knots = np.array(_discrete(config).log_rho) if self.kind != "flow_prediction" else np.zeros(1)
 
     def numbers(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ class Oracle:
 
     def __call__(self, x: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
         assert not return_dict
-        self.told.append(timestep)
+        self.times.append(timestep)
         alpha, sigma = (expand(c, x) for c in self.numbers(timestep))
         x0 = mixture().x0(x, alpha, sigma)
         eps = (x - alpha * x0) / sigma
@@ -231,12 +231,12 @@ def test_the_network_gets_float_timesteps() -> None:
     discrete, flow = Oracle(LATENT), Oracle({"prediction_type": "flow_prediction"})
     x, t = _normal(3, 2).float(), torch.tensor([0.25, 0.50049, 1.0])
     field_from_diffusers(discrete, LATENT)(x, t)
-    torch.testing.assert_close(discrete.told[0], torch.tensor([249.0, 499.49, 999.0]))
+    torch.testing.assert_close(discrete.times[0], torch.tensor([249.0, 499.49, 999.0]))
     config = {"num_train_timesteps": 1000, "shift": 3.0}
     field_from_diffusers(flow, config)(x, t)
-    torch.testing.assert_close(flow.told[0], 1000 * t)
+    torch.testing.assert_close(flow.times[0], 1000 * t)
     field_from_diffusers(flow, config, timestep_scale=1.0)(x, t)
-    torch.testing.assert_close(flow.told[1], t)
+    torch.testing.assert_close(flow.times[1], t)
     with pytest.raises(ValueError, match="timestep_scale is for flow-matching"):
         field_from_diffusers(discrete, LATENT, timestep_scale=1.0)
 

@@ -271,7 +271,7 @@ def test_detached_steps_evaluate_their_start_without_a_graph() -> None:
     assert graphs == [False, True] * 3 + [True] * 6
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 def test_what_cannot_be_built_raises_an_error_that_names_the_fix() -> None:

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from oracles import Mixture, mixture
+from oracles import Mixture, mixture, noise_at
 from torch import Tensor
 
 from midway.samplers import fused, grids
@@ -27,7 +27,7 @@ names = [type(s).__name__ for s in SCHEDULES]
 
 
 def _network(data: Mixture, schedule: Schedule, target: Target) -> NetworkField:
-    """The exact denoiser, saying `target`."""
+    """The exact denoiser, with output `target`."""
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
@@ -38,13 +38,8 @@ def _network(data: Mixture, schedule: Schedule, target: Target) -> NetworkField:
 
 
 def _plain(field: NetworkField) -> Field:
-    """The same field, of which the sampler knows nothing."""
+    """The same field without the interface of `TimedField`."""
     return lambda x, t: field(x, t)
-
-
-def _start(schedule: Schedule, t: float, count: int = 6) -> Tensor:
-    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return noise * torch.hypot(*(f(torch.tensor(t, dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma)))
 
 
 # ---- folding ----
@@ -54,10 +49,10 @@ def _start(schedule: Schedule, t: float, count: int = 6) -> Tensor:
 @pytest.mark.parametrize("target", get_args(Target))
 @pytest.mark.parametrize("solver", ["euler", "ddim", "heun", "dpm2", "dpmpp2m"])
 def test_a_networks_own_output_gives_what_its_estimates_give(solver: str, target: Target, schedule: Schedule) -> None:
-    """Every state of the trajectory, whatever the network was trained to say."""
+    """Every state of the trajectory, whatever the network was trained to predict."""
     field = _network(mixture(), schedule, target)
     table = SOLVERS[solver].build(schedule, grids.karras(schedule, 5, rho_max=20.0, rho_min=0.05))
-    x = _start(schedule, table.grid[0])
+    x = noise_at(schedule, table.grid[0])
     for mine, theirs in zip(table.states(field, x), table.states(_plain(field), x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
@@ -101,7 +96,7 @@ def test_a_row_without_weights_gives_zeros() -> None:
     assert sample(lambda x, t: Prediction(x, x), table, torch.ones(2, 2)).eq(0).all()
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
 def test_a_table_of_another_schedule_raises_an_error() -> None:
