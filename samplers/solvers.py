@@ -23,7 +23,7 @@ from midway.samplers.adams import adams_bashforth, deis, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
-from midway.samplers.runge_kutta import TABLEAUS, runge_kutta
+from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
 from midway.samplers.stochastic import ancestral_step, begin_falling, ddpm, dpmpp2m_sde
 from midway.samplers.table import Table
@@ -56,20 +56,12 @@ def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: floa
     return record.table(eta=repr(eta))
 
 
-def heun(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
-    """Heun's method on dx/dt = v (Karras et al. 2022, arXiv 2206.00364, section 3). Order 2.
+heun = partial(runge_kutta, tableau=HEUN)
+"""Heun's method on dx/dt = v (Karras et al. 2022, arXiv 2206.00364, section 3). Order 2.
 
-    EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
-    others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
-    """
-    record = begin("heun", schedule, grid)
-    need_noise_at_the_end(record)
-    for t, s in pairwise(grid):
-        now = record.first(t, analytic_first)
-        record.advance(now.x + (s - t) * now.velocity, s, node=False)
-        then = record.evaluate(s)
-        record.advance(now.x + (s - t) * (now.velocity + then.velocity) / 2, s)
-    return record.table()
+EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
+others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
+"""
 
 
 def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
@@ -116,7 +108,7 @@ def _runge_kutta(name: str) -> Solver:
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, evaluations=1, order=1, coordinate="t"),
     "ddim": Solver(ddim, evaluations=1, order=1),
-    "heun": Solver(heun, evaluations=2, order=2, coordinate="t"),
+    "heun": _runge_kutta("heun"),
     "dpm2": Solver(dpm2, evaluations=2, order=2, pure_noise=False),
     "dpmpp2m": Solver(dpmpp2m, evaluations=1, order=2, history_order=2),
     "dpmpp1m": Solver(partial(dpmpp, order=1), evaluations=1, order=1),

@@ -15,7 +15,7 @@ from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp_weights
 from midway.samplers.plugin import plugin_table
 from midway.samplers.prediction import NetworkField, Prediction, Target, expand, target_value
-from midway.samplers.runge_kutta import HEUN, RK4, TABLEAUS, Tableau, runge_kutta
+from midway.samplers.runge_kutta import RK4, TABLEAUS, Tableau, runge_kutta
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import (
@@ -90,7 +90,6 @@ def test_solvers_under_two_names_are_the_same(schedule: Schedule) -> None:
         SOLVERS["dpm2"].build(schedule, grid),
         plugin_table(schedule, grid, "none", [MeanDirection(0.5, 1, 1)] * 6),
     )
-    assert_same(schedule, SOLVERS["heun"].build(schedule, grid), runge_kutta(schedule, grid, tableau=HEUN))
     assert_same(schedule, dpmpp2m(schedule, grid), dpmpp(schedule, grid, order=2), dpmpp2m_sde(schedule, grid, eta=0))
     assert ddpm(schedule, grid).rows == ddim(schedule, grid, eta=1.0).rows
     final = {"lower_order_final": False}
