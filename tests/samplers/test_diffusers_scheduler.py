@@ -309,7 +309,7 @@ def test_constants_are_a_table_and_predictors_raise_an_error(tmp_path: Path) -> 
 def test_a_table_of_another_schedule_raises_an_error() -> None:
     table = ddim(parametrisation_of({}).schedule, (0.9, 0.1))
     assert table_from_numbers(json.loads(json.dumps(asdict(table)))) == table
-    with pytest.raises(ValueError, match="take the config of the scheduler that the model was trained with"):
+    with pytest.raises(ValueError, match="use the config of the scheduler that the model was trained with"):
         MidwayScheduler.from_config(V, table=asdict(table))
 
 
