@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from tile_flags import TileFlags
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizersTask:
+class TokenizersTask(TileFlags):
     """Reconstruction, codes, latents and robustness of tokenizers of the same images, in one report.
 
     Writes results.csv, results.jsonl, report.md, report.html and three plots.
@@ -86,6 +87,8 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
         check_size(name, tokenizer, subject.images)
     out = task.out or task.tokenizers[0].resolve().parent / "tokenizer-report"
     check_out(out)
+    for tokenizer in compared.tokenizers.values():
+        task.apply_tiles(tokenizer)
     instruments = make_instruments(task, features, splits, subject, device)
     measured = []
     with tqdm(compared.tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:

@@ -254,6 +254,19 @@ def test_the_command_compares_two_tokenizers(runs: Path, succeed: Script, tmp_pa
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-5)
 
 
+def test_one_tile_changes_no_figure_and_four_do(runs: Path, succeed: Script, tmp_path: Path) -> None:
+    call = f"evaluate_tokenizer --tokenizers {runs}/a --out {tmp_path}/out --features none --n 20 --noise 0"
+    figures = []
+    for tile in ("", "--tile 8 --tile-margin 0", "--tile 4 --tile-margin 0"):
+        succeed(f"{call} {tile}")
+        (row,) = csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines())
+        figures.append((row["tokenizer"], row["parameters"], float(row["psnr"])))
+    whole, one_tile, four_tiles = figures
+    assert one_tile == whole
+    assert four_tiles[:2] == whole[:2]
+    assert four_tiles[2] != whole[2]
+
+
 def test_without_features_there_are_no_distances(runs: Path, succeed: Script) -> None:
     """And the report lies beside the tokenizer unless given."""
     done = succeed("evaluate_tokenizer", "--tokenizers", runs / "a", "--features", "none", "--n", 4, "--noise", 0)

@@ -368,6 +368,18 @@ def test_sampling_in_parallel_gives_the_same_images_in_fewer_waves(
     assert 1 < waves < 20
 
 
+def test_one_tile_changes_no_image_and_four_do(
+    grid_of: Callable[..., np.ndarray], script: Script, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """GroupNorm's statistics are those of a tile."""
+    whole = grid_of()
+    assert np.array_equal(whole, grid_of(tile=8, **{"tile-margin": 0}))
+    assert not np.array_equal(whole, grid_of(tile=4, **{"tile-margin": 0}))
+    told = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--tile", 8, "--tile-margin", 4)
+    assert told.code == 2
+    assert "--tile 8 --tile-margin 4" in told.err
+
+
 def test_sample_draws_the_seeds_that_follow_its_seed(grid_of: Callable[..., np.ndarray]) -> None:
     """Image k of `--seed 3` is image k - 1 of `--seed 4`: both rows of two shift by one."""
     cell = grid_of().shape[0] // 2
