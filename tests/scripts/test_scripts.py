@@ -184,7 +184,7 @@ def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> Non
     call = f"train_latent digits-flow --tokenizer {pipeline.tokenizer} --out {out} {EVERY_TRAINING_FLAG} --resume auto"
     first, second = _fresh(f"{call} --max-steps 3", call)
     assert first.code == 0 and "stopped at step 3 of 6" in first.out, first.err
-    assert second.code == 0 and "going on from step 3" in second.out, second.err
+    assert second.code == 0 and "resuming from step 3" in second.out, second.err
     assert "16 samples a step, 1 process(es) x 2 micro-batch(es) of 8" in second.out
     assert [r["step"] for r in _metrics(out)] == [2, 4, 6]
     assert [r["lr"] for r in _metrics(out)] == pytest.approx([1e-3, 1e-3, 1e-3 * math.sqrt(3 / 5)])
