@@ -19,37 +19,41 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from midway.gen.evaluation.likelihood import LikelihoodRow
-from midway.gen.evaluation.records import Cell, number
-from midway.gen.report.likelihood import cells as cells_of_models
-from midway.gen.report.write import markdown_table
+from midway.gen.evaluation.records import Measurement, from_record
+from midway.gen.report.likelihood import likelihood_table
+from midway.gen.report.sweep import markdown_tables
+from midway.gen.report.table import number
+from midway.gen.report.text import markdown_table
 
 READABLE = 12
 """More lines than this cannot be told apart."""
 
 
-def leaders(cells: list[Cell]) -> list[Cell]:
-    """The cells of those solvers that are among the two with the least RMSE at some budget; the floor."""
+def leaders(measurements: list[Measurement]) -> list[Measurement]:
+    """The measurements of those solvers that are among the two with the least RMSE at some budget; the floor."""
     named: set[str] = set()
-    for nfe in {cell.nfe for cell in cells if cell.nfe}:
+    for nfe in {m.nfe for m in measurements if m.nfe}:
         least: dict[str, float] = {}
-        for cell in cells:
-            if cell.nfe == nfe and cell.rmse is not None:
-                least[cell.solver] = min(cell.rmse, least.get(cell.solver, math.inf))
+        for m in measurements:
+            rmse = m.value("rmse")
+            if m.nfe == nfe and rmse is not None:
+                least[m.solver] = min(rmse, least.get(m.solver, math.inf))
         named |= set(sorted(least, key=lambda solver: least[solver])[:2])
-    return [cell for cell in cells if not cell.nfe or cell.baseline or cell.solver in named]
+    return [m for m in measurements if not m.nfe or m.baseline or m.solver in named]
 
 
-def plot_rmse(path: Path, cells: list[Cell]) -> None:
+def plot_rmse(path: Path, measurements: list[Measurement]) -> None:
     """Least RMSE over the grids against NFE, both axes logarithmic."""
     figure = Figure(figsize=(7, 5), dpi=160, facecolor="white", layout="constrained")
     axes = figure.subplots()
-    for solver in dict.fromkeys(cell.solver for cell in cells if cell.nfe and not cell.baseline):
+    for solver in dict.fromkeys(m.solver for m in measurements if m.nfe and not m.baseline):
         least: dict[int, float] = {}
-        for cell in cells:
-            if cell.solver == solver and cell.rmse is not None:
-                least[cell.nfe] = min(cell.rmse, least.get(cell.nfe, math.inf))
+        for m in measurements:
+            rmse = m.value("rmse")
+            if m.solver == solver and rmse is not None:
+                least[m.nfe] = min(rmse, least.get(m.nfe, math.inf))
         axes.plot(list(least), list(least.values()), marker="o", label=solver)
-    budgets = sorted({cell.nfe for cell in cells if cell.nfe and not cell.baseline})
+    budgets = sorted({m.nfe for m in measurements if m.nfe and not m.baseline})
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(budgets, [str(nfe) for nfe in budgets])
@@ -61,32 +65,10 @@ def plot_rmse(path: Path, cells: list[Cell]) -> None:
     figure.savefig(path)
 
 
-def read_cells(path: Path) -> list[Cell]:
-    """The cells of a results.csv."""
+def read_results(path: Path) -> list[Measurement]:
+    """The measurements of a results.csv."""
     with path.open() as file:
-        return [_cell(row) for row in csv.DictReader(file)]
-
-
-def _cell(row: dict[str, str]) -> Cell:
-    optional = {name: float(row[name]) if row[name] else None for name in ("distance_std", "rmse")}
-    return Cell(
-        solver=row["solver"],
-        grid=row["grid"],
-        nfe=int(row["nfe"]),
-        distance=float(row["distance"]),
-        distance_std=optional["distance_std"],
-        rmse=optional["rmse"],
-        n=int(row["n"]),
-        blocks=int(row["blocks"]),
-        seconds=float(row["seconds"]),
-        features=row["features"],
-        reference=row["reference"],
-        seeds=row["seeds"],
-        training_nfe=int(row["training_nfe"]),
-        best=row["best"] == "true",
-        baseline=row.get("baseline") == "true",
-        distances=tuple(map(float, row.get("distances", "").split())),
-    )
+        return [from_record(row) for row in csv.DictReader(file)]
 
 
 def embed(page: Path, name: str, report: Path) -> None:
@@ -99,19 +81,19 @@ def embed(page: Path, name: str, report: Path) -> None:
         return _replace(page, name, models_block(report))
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
-    cells = read_cells(report / "results.csv")
-    if len({cell.solver for cell in cells}) > READABLE:
-        plot_rmse(picture, leaders(cells))
+    measurements = read_results(report / "results.csv")
+    if len({m.solver for m in measurements}) > READABLE:
+        plot_rmse(picture, leaders(measurements))
     else:
         shutil.copyfile(report / "distance_vs_nfe.png", picture)
-    sampled = next(cell for cell in cells if cell.nfe)
+    sampled = next(m for m in measurements if m.nfe)
     facts = (
         f"n = {sampled.n} images per block, {sampled.blocks} block(s), seeds {sampled.seeds}; "
         f"features `{sampled.features}`, reference `{sampled.reference}`."
     )
     link = os.path.relpath(picture, page.parent)
-    shown = "RMSE" if len({cell.solver for cell in cells}) > READABLE else "Fréchet distance"
-    block = f"{markdown_table(cells)}\n{facts}\n\n![{shown} against NFE]({link})\n"
+    shown = "RMSE" if len({m.solver for m in measurements}) > READABLE else "Fréchet distance"
+    block = f"{markdown_tables(measurements)}\n{facts}\n\n![{shown} against NFE]({link})\n"
     return _replace(page, name, block)
 
 
@@ -119,9 +101,7 @@ def models_block(report: Path) -> str:
     """The table of a comparison of models, and what it was measured on and with."""
     result = json.loads((report / "results.json").read_text())
     rows = [LikelihoodRow(**row) for row in result["rows"]]
-    heads, *body = cells_of_models(rows)
-    marks = ["---", *["---:" for _ in heads[1:]]]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in (heads, marks, *body))
+    table = markdown_table(likelihood_table(rows))
     context, models = result["context"], [row for row in rows if row.model]
     measured = next((row for row in models if row.features), None)
     distance = (

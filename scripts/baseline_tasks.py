@@ -1,23 +1,19 @@
 """Options of train_baseline.py: one dataclass for each kind of baseline, whose fields are its flags."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from midway.gen.baselines.flow_config import FlowConfig
 from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
-from midway.gen.training.config import TrainConfig
-from tasks import Flat, Resume
+from tasks import Flat, TrainingTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaselineTask:
+class BaselineTask(TrainingTask):
     """Train a baseline: a model of images that gives bits per dimension."""
 
-    out: Path
-    """Run directory to create."""
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     conditional: bool = False
     """Train on the class of each image as well."""
@@ -25,11 +21,6 @@ class BaselineTask:
     """Number of held-out images in validation (default: all)."""
     draws: int | None = None
     """Draws of the bound in validation and in the final score (default: 16 for a VAE, else --model.draws)."""
-    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-    overwrite: bool = False
-    """Delete a run that is already at --out."""
-    resume: Resume = "no"
-    """auto: continue from the newest checkpoint at --out, or start if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

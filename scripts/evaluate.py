@@ -27,7 +27,7 @@ from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import LEARNED, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.samplers import LEARNED_ON
 from midway.gen.evaluation.diffusers_model import check_images, load_diffusers
-from midway.gen.evaluation.export import cells_to_export, check_folders, export_cell
+from midway.gen.evaluation.export import check_folders, export_measurement, to_export
 from midway.gen.evaluation.external import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
 from midway.gen.evaluation.jobs import Model, Other, SweepConfig, all_jobs, planned_cells
 from midway.gen.evaluation.measure import FineSolution
@@ -50,7 +50,8 @@ from midway.gen.report.notes import (
     timing_notes,
 )
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
-from midway.gen.report.write import ReportContext, text_table, write_report
+from midway.gen.report.sweep import terminal_text, write_report
+from midway.gen.report.table import ReportContext
 from midway.samplers.solvers import ALIASES, SOLVERS
 from tasks import Flat
 
@@ -188,13 +189,15 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             bar.update()
 
         sweep = run_sweep(measured, reference, splits, config, out, progress, others, process)
-        again = [run_sweep(other, reference, splits, config, out, progress, {}, process).cells for other in repeats]
-        missing = left_out([sweep.cells, *again])
-        sweep = with_best(sweep, merge_trainings([sweep.cells, *again])) if again else sweep
+        again = [
+            run_sweep(other, reference, splits, config, out, progress, {}, process).measurements for other in repeats
+        ]
+        missing = left_out([sweep.measurements, *again])
+        sweep = with_best(sweep, merge_trainings([sweep.measurements, *again])) if again else sweep
     if shown:
         facts = context(task, measured, splits, config, externals, sweep, extractor.note, extractor.dim, missing)
-        write_report(out, sweep.cells, facts, sweep.grids, sections(trained, splits, config, sweep.fine))
-        print(text_table(sweep.cells))
+        write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep.fine))
+        print(terminal_text(sweep.measurements))
         if measured is None:
             print(floor_text(sweep))
         print(f"report: {out / 'report.html'}")
@@ -227,8 +230,8 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
     """Write what --export-npz and --save-images ask for."""
     if task.export_npz is None and task.save_images is None:
         return
-    for cell in cells_to_export(sweep):
-        for path in export_cell(sweep, cell, task.seed, task.export_npz, task.save_images):
+    for m in to_export(sweep):
+        for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
             print(f"images: {path}")
 
 
@@ -343,7 +346,7 @@ def context(
             *class_notes(splits, n, model),
             *told,
             *reference_notes(sweep),
-            *timing_notes(sweep.cells),
+            *timing_notes(sweep.measurements),
             *external_notes(externals, n, config.blocks),
         ),
     )

@@ -24,11 +24,12 @@ from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references
-from midway.gen.evaluation.records import ReportContext
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
 from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.report.likelihood import check_out, text_table, write_likelihood_report
+from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.report.table import ReportContext
+from midway.gen.report.text import text_table
 
 Trained = TrainedBaseline | TrainedModel
 
@@ -107,7 +108,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     ]
     rows += references(splits, instruments, levels)
     write_likelihood_report(out, rows, context(task, splits, instruments))
-    print(text_table(rows))
+    print(text_table(likelihood_table(rows)))
     print(f"report: {out / 'report.md'}")
     return rows
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from tile_flags import TileFlags
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,13 +17,12 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import load_tokenizer
-from midway.gen.evaluation.records import ReportContext
 from midway.gen.evaluation.tokenizers import (
     SHOWN,
     EvaluationConfig,
     Instruments,
-    Measurement,
     Subject,
+    TokenizerResult,
     check_size,
     choose,
     measure,
@@ -32,14 +32,15 @@ from midway.gen.features.open import open_extractor, same_images
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.moments import FeatureStatistics
-from midway.gen.report.tokenizers import check_out, text_table, write_tokenizer_report
+from midway.gen.report.table import ReportContext
+from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizersTask:
+class TokenizersTask(TileFlags):
     """Reconstruction, codes, latents and robustness of tokenizers of the same images, in one report.
 
     Writes results.csv, results.jsonl, report.md, report.html and three plots.
@@ -74,7 +75,7 @@ class Compared:
     data: DataConfig
 
 
-def run(task: TokenizersTask) -> list[Measurement]:
+def run(task: TokenizersTask) -> list[TokenizerResult]:
     """Check everything, measure, print the table, write the report."""
     config = EvaluationConfig(task.n, task.batch_size, task.noise, task.seed)
     device = best_device()
@@ -86,6 +87,8 @@ def run(task: TokenizersTask) -> list[Measurement]:
         check_size(name, tokenizer, subject.images)
     out = task.out or task.tokenizers[0].resolve().parent / "tokenizer-report"
     check_out(out)
+    for tokenizer in compared.tokenizers.values():
+        task.apply_tiles(tokenizer)
     instruments = make_instruments(task, features, splits, subject, device)
     measured = []
     with tqdm(compared.tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
@@ -93,7 +96,7 @@ def run(task: TokenizersTask) -> list[Measurement]:
             bar.set_postfix_str(name)
             measured.append(measure(name, tokenizer, subject, instruments, config))
     write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject, features))
-    print(text_table([m.row for m in measured]))
+    print(terminal_text([m.row for m in measured]))
     print(f"report: {out / 'report.html'}")
     return measured
 

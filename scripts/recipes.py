@@ -16,16 +16,16 @@ from tasks import LatentTask, TokenizerConfig, TokenizerTask
 DIGITS_TOKENIZER_TRAIN = TrainConfig(steps=600, batch_size=128, lr=2e-3, decay="cosine", ema=0.99, log_every=50)
 
 
+def _digits_tokenizer(name: str, model: TokenizerConfig) -> TokenizerTask:
+    return TokenizerTask(out=Path(f"runs/digits-{name}"), model=model, train=DIGITS_TOKENIZER_TRAIN)
+
+
 def digits_fsq() -> TokenizerTask:
     """8x8 digits to 4 FSQ codes of 64000 values (64 bits an image). Under 1 min; PSNR about 22 dB on held-out digits.
 
     python scripts/train_tokenizer.py digits-fsq
     """
-    return TokenizerTask(
-        out=Path("runs/digits-fsq"),
-        model=TokenizerConfig(levels=(8, 8, 8, 5, 5, 5), width=64, downsample=4),
-        train=DIGITS_TOKENIZER_TRAIN,
-    )
+    return _digits_tokenizer("fsq", TokenizerConfig(levels=(8, 8, 8, 5, 5, 5), width=64, downsample=4))
 
 
 def digits_vq() -> TokenizerTask:
@@ -33,9 +33,7 @@ def digits_vq() -> TokenizerTask:
 
     python scripts/train_tokenizer.py digits-vq
     """
-    return TokenizerTask(
-        out=Path("runs/digits-vq"), model=TokenizerConfig(quantizer="vq"), train=DIGITS_TOKENIZER_TRAIN
-    )
+    return _digits_tokenizer("vq", TokenizerConfig(quantizer="vq"))
 
 
 def digits_kl() -> TokenizerTask:
@@ -43,11 +41,7 @@ def digits_kl() -> TokenizerTask:
 
     python scripts/train_tokenizer.py digits-kl
     """
-    return TokenizerTask(
-        out=Path("runs/digits-kl"),
-        model=TokenizerConfig(quantizer="kl", dim=6, width=64, downsample=4),
-        train=DIGITS_TOKENIZER_TRAIN,
-    )
+    return _digits_tokenizer("kl", TokenizerConfig(quantizer="kl", dim=6, width=64, downsample=4))
 
 
 def digits_pixels() -> TokenizerTask:
@@ -86,17 +80,18 @@ DIGITS_DIT = DiTConfig(width=96, depth=4, heads=4, patch=1)
 DIGITS_TRAIN = TrainConfig(steps=4000, batch_size=64, lr=3e-3, decay="cosine", log_every=100)
 
 
+def _digits_latent(name: str, model: LatentModelConfig) -> LatentTask:
+    tokenizer = Path("runs/digits-fsq")
+    return LatentTask(out=Path(f"runs/digits-{name}"), tokenizer=tokenizer, model=model, train=DIGITS_TRAIN)
+
+
 def digits_dit() -> LatentTask:
     """A 0.7M-parameter DiT of 4 tokens on the variance-preserving schedule. About 2 min.
 
     python scripts/train_latent.py digits-dit --tokenizer runs/digits-fsq
     """
-    return LatentTask(
-        out=Path("runs/digits-dit"),
-        tokenizer=Path("runs/digits-fsq"),
-        model=LatentModelConfig(schedule="vp", target="v", time_mean=-0.4, time_std=1.2, dit=DIGITS_DIT),
-        train=DIGITS_TRAIN,
-    )
+    model = LatentModelConfig(schedule="vp", target="v", time_mean=-0.4, time_std=1.2, dit=DIGITS_DIT)
+    return _digits_latent("dit", model)
 
 
 def digits_flow() -> LatentTask:
@@ -104,12 +99,8 @@ def digits_flow() -> LatentTask:
 
     python scripts/train_latent.py digits-flow --tokenizer runs/digits-fsq
     """
-    return LatentTask(
-        out=Path("runs/digits-flow"),
-        tokenizer=Path("runs/digits-fsq"),
-        model=LatentModelConfig(schedule="linear", target="velocity", dit=DIGITS_DIT),
-        train=DIGITS_TRAIN,
-    )
+    model = LatentModelConfig(schedule="linear", target="velocity", dit=DIGITS_DIT)
+    return _digits_latent("flow", model)
 
 
 def digits_edm() -> LatentTask:
@@ -117,12 +108,8 @@ def digits_edm() -> LatentTask:
 
     python scripts/train_latent.py digits-edm --tokenizer runs/digits-fsq
     """
-    return LatentTask(
-        out=Path("runs/digits-edm"),
-        tokenizer=Path("runs/digits-fsq"),
-        model=LatentModelConfig(schedule="edm", target="v", time_mean=-1.2, time_std=1.2, dit=DIGITS_DIT),
-        train=DIGITS_TRAIN,
-    )
+    model = LatentModelConfig(schedule="edm", target="v", time_mean=-1.2, time_std=1.2, dit=DIGITS_DIT)
+    return _digits_latent("edm", model)
 
 
 def digits_pixel_flow() -> LatentTask:

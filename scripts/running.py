@@ -1,7 +1,6 @@
 """Shared by the training scripts: images as items of fit(), and run directories."""
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,18 +9,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
-from tasks import Resume
-
-
-class RunTask(Protocol):
-    """The flags of a run directory."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def overwrite(self) -> bool: ...
-    @property
-    def resume(self) -> Resume: ...
+from tasks import TrainingTask
 
 
 def image_items(data: ImageData, device: torch.device) -> Items:
@@ -32,7 +20,7 @@ def image_items(data: ImageData, device: torch.device) -> Items:
     )
 
 
-def open_run(task: RunTask, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str) -> Run:
+def open_run(task: TrainingTask, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str) -> Run:
     """The run, created by the main process, which logs `lines` if it is new; returns when it exists."""
     run = Run(task.out, kind, config)
     if accelerator.is_main_process:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from sampling_flags import SamplingFlags
+from tile_flags import TileFlags
 
 from cli import main, resolve
 from midway.gen.core.errors import DivergedError, UsageError
@@ -21,7 +22,7 @@ from midway.samplers.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleTask(SamplingFlags):
+class SampleTask(SamplingFlags, TileFlags):
     """Sample a grid of images; image k depends on seed + k alone."""
 
     model: Path
@@ -60,6 +61,7 @@ def run(task: SampleTask) -> None:
         raise UsageError(f"--out {task.out}", "the grid is a PNG", "give a name that ends in .png")
     device = best_device()
     trained = load_model(task.model, device)
+    task.apply_tiles(trained.tokenizer)
     classes = trained.model.classes
     if task.label is not None and not classes:
         raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")

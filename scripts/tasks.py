@@ -84,29 +84,33 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
-class TokenizerTask:
-    """Train an image tokenizer."""
+class TrainingTask:
+    """The flags of every training that has a run directory of its own."""
 
     out: Path
     """Run directory to create."""
+    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig, kw_only=True)
+    overwrite: bool = field(default=False, kw_only=True)
+    """Delete a run that is already at --out."""
+    resume: Resume = field(default="no", kw_only=True)
+    """auto: continue from the newest checkpoint at --out, or start if there is none."""
+
+
+@dataclass(frozen=True)
+class TokenizerTask(TrainingTask):
+    """Train an image tokenizer."""
+
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
-    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-    overwrite: bool = False
-    """Delete a run that is already at --out."""
-    resume: Resume = "no"
-    """auto: continue from the newest checkpoint at --out, or start if there is none."""
 
 
 @dataclass(frozen=True)
-class LatentTask:
+class LatentTask(TrainingTask):
     """Train a latent model on a tokenizer's latents."""
 
-    out: Path
-    """Run directory to create."""
     tokenizer: Path
     """Run directory of the tokenizer; its data set is used."""
     latents: Path | None = None
@@ -116,8 +120,3 @@ class LatentTask:
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)
     """Settings of --measure-every."""
-    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-    overwrite: bool = False
-    """Delete a run that is already at --out."""
-    resume: Resume = "no"
-    """auto: continue from the newest checkpoint at --out, or start if there is none."""

@@ -25,11 +25,11 @@ from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from running import image_items, open_run
-from tasks import Flat, Resume
+from tasks import Flat, TrainingTask
 
 
 @dataclass(frozen=True)
-class FeaturesTask:
+class FeaturesTask(TrainingTask):
     """Train a small classifier whose penultimate layer measures images of this data set."""
 
     out: Path = Path("runs/digits-features")
@@ -40,13 +40,10 @@ class FeaturesTask:
     dim: int = 64
     """Features per image."""
     train: Annotated[TrainConfig, Flat] = field(
-        default_factory=lambda: TrainConfig(steps=60, lr=2e-3, warmup=50, decay="cosine", ema=0, log_every=20)
+        default_factory=lambda: TrainConfig(steps=60, lr=2e-3, warmup=50, decay="cosine", ema=0, log_every=20),
+        kw_only=True,
     )
     """Few steps on purpose: see the module's docstring."""
-    overwrite: bool = False
-    """Delete a run that is already at --out."""
-    resume: Resume = "no"
-    """auto: go on from the newest checkpoint at --out, or start if there is none."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,7 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts:
     """The network and its images; nothing is written."""
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
-    return Parts(
-        make_network(task, splits.train),
-        image_items(splits.train, accelerator.device),
-        splits,
-    )
+    return Parts(make_network(task, splits.train), image_items(splits.train, accelerator.device), splits)
 
 
 def train(task: FeaturesTask) -> Run | None:

@@ -12,10 +12,11 @@ from typing import Any
 import mutate_tables
 import pytest
 import torch
+from measurements import measurement
 
 from midway.gen.diffusion.load import LEARNED
-from midway.gen.evaluation.records import Cell
-from midway.gen.report.write import write_csv
+from midway.gen.evaluation.records import Measurement, to_records
+from midway.gen.report.text import csv_text
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, logsnr
 from midway.samplers.plugin import BASES
@@ -36,9 +37,9 @@ def _tool(name: str) -> ModuleType:
     return module
 
 
-def _cells() -> list[Cell]:
-    floor = Cell("floor", "", 0, 0.5, None, None, 64, 1, 0.0, "cnn-x@1", "ref@2", "")
-    one = Cell("ddim", "karras", 4, 1.25, 0.1, 0.2, 64, 2, 0.5, "cnn-x@1", "ref@2", "0-127", 10, True)
+def _cells() -> list[Measurement]:
+    floor = measurement("floor", "", 0, 0.5, None, None, 64, 1, 0.0, "cnn-x@1", "ref@2", "")
+    one = measurement("ddim", "karras", 4, 1.25, 0.1, 0.2, 64, 2, 0.5, "cnn-x@1", "ref@2", "0-127", training_nfe=10)
     return [floor, one]
 
 
@@ -48,9 +49,9 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     report = tmp_path / "report"
     report.mkdir()
-    write_csv(report / "results.csv", _cells())
+    (report / "results.csv").write_text(csv_text(to_records(_cells())))
     (report / "distance_vs_nfe.png").write_bytes(b"png")
-    assert module.read_cells(report / "results.csv") == _cells()
+    assert module.read_results(report / "results.csv") == _cells()
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- begin demo -->\nold\n<!-- end demo -->\nafter\n")
     module.embed(page, "demo", report)
@@ -67,7 +68,7 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
 def test_a_page_without_the_block_is_left_alone(tmp_path: Path) -> None:
     module = _tool("embed")
     module.__file__ = str(tmp_path / "docs" / "embed.py")
-    write_csv(tmp_path / "results.csv", _cells())
+    (tmp_path / "results.csv").write_text(csv_text(to_records(_cells())))
     (tmp_path / "distance_vs_nfe.png").write_bytes(b"png")
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
@@ -105,7 +106,7 @@ def test_the_page_of_solvers_holds_the_registry() -> None:
     assert _tool("solver_names").filled(text) == text, "run python docs/solver_names.py"
 
 
-def test_the_table_of_names_says_what_the_registry_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_names_agrees_with_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     module = _tool("solver_names")
     plain = Solver(SOLVERS["rk4"].build, evaluations=4, order=3, coordinate="t", pure_noise=False)
     noisy = Solver(SOLVERS["ddpm"].build, evaluations=1, order=2, history_order=5, stochastic=True)
@@ -137,32 +138,32 @@ def test_the_page_of_solvers_names_every_solver_base_and_grid() -> None:
 
 
 def test_the_code_of_the_page_of_solvers_runs_as_printed() -> None:
-    """All blocks in order; what they assert themselves, and what the prose says of their results."""
-    told: dict[str, Any] = {}
+    """All blocks in order; their own assertions, and the results that the prose states."""
+    scope: dict[str, Any] = {}
     for block in _code(SOLVERS_PAGE):
-        exec(block, told)
-    errors = told["errors"]
+        exec(block, scope)
+    errors = scope["errors"]
     assert set(errors) == {name for name, solver in SOLVERS.items() if not solver.stochastic}
     assert max(errors.values()) < 0.1
     assert errors["dpmpp3m"] < errors["dpmpp2m"] < errors["dpmpp1m"]
     assert "ipndm4" in sorted(errors, key=errors.__getitem__)[:3]
-    assert len(told["fitted"]) == 7
-    assert all(end.isfinite().all() for end in (*told["ends"], told["x"]))
-    guided, limited, _ = told["ends"]
+    assert len(scope["fitted"]) == 7
+    assert all(end.isfinite().all() for end in (*scope["ends"], scope["x"]))
+    guided, limited, _ = scope["ends"]
     assert not torch.equal(guided, limited)
-    same = SOLVERS["dpm2"].build(told["schedule"], told["solver"].grid)
-    for ours, row in zip(told["unlearned"].rows, same.rows, strict=True):
+    same = SOLVERS["dpm2"].build(scope["schedule"], scope["solver"].grid)
+    for ours, row in zip(scope["unlearned"].rows, same.rows, strict=True):
         assert (*ours.states, *ours.predictions) == pytest.approx((*row.states, *row.predictions), rel=1e-9)
-    assert told["amed_errors"][1] < told["amed_errors"][0] / 3
-    assert told["learned"].nfe == 5
-    assert told["after"] < told["before"] / 4
+    assert scope["amed_errors"][1] < scope["amed_errors"][0] / 3
+    assert scope["learned"].nfe == 5
+    assert scope["after"] < scope["before"] / 4
 
 
 def test_the_solver_of_the_contributing_page_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what the page says: Heun's method in rho, which keeps every property that a table must have."""
-    told: dict[str, Any] = {}
-    exec(_code(ROOT / "CONTRIBUTING.md")[0], told)
-    entry = Solver(told["heun_in_rho"], evaluations=2, order=2, pure_noise=False)
+    """As the page states: Heun's method in rho, with every property that a table must have."""
+    scope: dict[str, Any] = {}
+    exec(_code(ROOT / "CONTRIBUTING.md")[0], scope)
+    entry = Solver(scope["heun_in_rho"], evaluations=2, order=2, pure_noise=False)
     line = '"heun_in_rho": Solver(heun_in_rho, evaluations=2, order=2, pure_noise=False)'
     assert line in (ROOT / "CONTRIBUTING.md").read_text()
     monkeypatch.setitem(mutate_tables.SOLVERS, "heun_in_rho", entry)
@@ -187,9 +188,9 @@ def test_the_page_of_tokenizers_names_every_quantizer_and_its_code_runs() -> Non
     text = TOKENIZERS_PAGE.read_text()
     for name in QUANTIZERS:
         assert f"| `{name}`" in text, name
-    told: dict[str, Any] = {}
+    scope: dict[str, Any] = {}
     for block in _code(TOKENIZERS_PAGE):
-        exec(block, told)
+        exec(block, scope)
 
 
 def test_the_table_of_tokenizers_is_the_one_that_was_measured() -> None:

@@ -55,7 +55,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute, so that they say which package they cross"
+            assert node.level == 0, "imports are absolute, so that the package that they cross is visible"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 

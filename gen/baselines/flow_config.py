@@ -95,9 +95,6 @@ def glow(width: int = 64, scales: int = 1, steps: int = 12) -> FlowConfig:
     return FlowConfig(scales=scales, steps=steps, network=CouplingNetworkConfig("conv", width, positions=True))
 
 
-PRESETS = {"nice": nice, "realnvp": realnvp, "glow": glow}
-
-
 # ---- the layers of a configuration ----
 
 

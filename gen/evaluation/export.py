@@ -25,7 +25,7 @@ from midway.gen.core.errors import DiskError
 from midway.gen.core.files import replacing
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.external import ImagesSource
-from midway.gen.evaluation.records import FLOOR, Cell
+from midway.gen.evaluation.records import FLOOR, Measurement
 from midway.gen.evaluation.sources import SampleSource
 from midway.gen.evaluation.store import part_ranges, seeds_of
 from midway.gen.evaluation.sweep import Sweep
@@ -50,7 +50,7 @@ class ImageSet:
         return self.n * self.blocks
 
     def parts(self) -> Iterator[Tensor]:
-        """uint8 (<= 1024, C, H, W), in the parts in which a cell is measured."""
+        """uint8 (<= 1024, C, H, W), in the parts in which they are measured."""
         for _, first, count in part_ranges(self.first, self.n, self.blocks):
             yield self.source.images(self.source.sample(seeds_of(first, count)))
 
@@ -98,28 +98,28 @@ def _whole_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DiskError(f"cannot write {path}", str(error), "free disk space or choose another directory") from error
 
 
-# ---- which cells ----
+# ---- which measurements ----
 
 
-def cells_to_export(sweep: Sweep) -> list[Cell]:
-    """The best cell of each solver and NFE, all grids of a sweep of one solver, and baselines; none that diverged."""
-    ours = [
-        cell for cell in sweep.cells if cell.solver != FLOOR and not _is_external(sweep, cell) and not cell.nonfinite
-    ]
-    single = len({cell.solver for cell in ours if not cell.baseline}) == 1
-    return [cell for cell in ours if cell.best or single]
+def to_export(sweep: Sweep) -> list[Measurement]:
+    """The best grid of each solver and NFE, all grids of a sweep of one solver, and baselines; none that diverged."""
+    ours = [m for m in sweep.measurements if m.solver != FLOOR and not _is_external(sweep, m) and not m.nonfinite]
+    single = len({m.solver for m in ours if not m.baseline}) == 1
+    return [m for m in ours if m.best or single]
 
 
-def _is_external(sweep: Sweep, cell: Cell) -> bool:
-    return isinstance(sweep.jobs[cell.solver, cell.grid, cell.nfe].source, ImagesSource)
+def _is_external(sweep: Sweep, m: Measurement) -> bool:
+    return isinstance(sweep.jobs[m.solver, m.grid, m.nfe].source, ImagesSource)
 
 
-def export_cell(sweep: Sweep, cell: Cell, first_seed: int, npz: Path | None, archive: Path | None) -> list[Path]:
-    """The files written of a cell into the folders `npz` and `archive`: <solver>-<grid>-nfe<k>."""
-    job = sweep.jobs[cell.solver, cell.grid, cell.nfe]
-    stem = "-".join(part for part in (cell.solver, cell.grid, f"nfe{cell.nfe}") if part)
+def export_measurement(
+    sweep: Sweep, m: Measurement, first_seed: int, npz: Path | None, archive: Path | None
+) -> list[Path]:
+    """The files written of a measurement into the folders `npz` and `archive`: <solver>-<grid>-nfe<k>."""
+    job = sweep.jobs[m.solver, m.grid, m.nfe]
+    stem = "-".join(part for part in (m.solver, m.grid, f"nfe{m.nfe}") if part)
     npz, archive = npz and npz / f"{stem}.npz", archive and archive / f"{stem}.zip"
-    export(ImageSet(job.source, first_seed, cell.n, cell.blocks, job.classes), npz, archive)
+    export(ImageSet(job.source, first_seed, m.n, m.blocks, job.classes), npz, archive)
     return [path for path in (npz, archive) if path is not None]
 
 

@@ -1,23 +1,24 @@
-"""What a cell reports beside its Fréchet distance, of the same features: by name, in `METRICS`.
+"""Metrics beside the Fréchet distance, of the same features, by name in `METRICS`.
 
-    kid         kernel distance, unbiased; subsets of at most 1000                    (kernel_distance.py)
-    precision   precision and recall, k = 3                                           (manifold.py)
-    density     density and coverage, k = 5                                           (manifold.py)
-    is          inception score of the feature network's own class probabilities      (inception_score.py)
-    infinity    Fréchet distance extrapolated to infinitely many images               (extrapolation.py)
+    kid         kernel distance, unbiased; subsets of at most 1000                    (metrics/kid.py)
+    precision   precision and recall, k = 3                                           (metrics/precision_recall.py)
+    density     density and coverage, k = 5                                           (metrics/precision_recall.py)
+    is          inception score of the feature network's own class probabilities      (metrics/inception_score.py)
+    infinity    Fréchet distance extrapolated to infinitely many images               (metrics/frechet_infinity.py)
 
 Each is measured on every block of seeds. The reference of kid, precision and density are training images whose classes take
 turns: at most 10,000 for kid, and for the others, which depend on both counts, as many as a block has images; of a larger block
 the first 10,000 count.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.core.randomness import permutation
+from midway.gen.evaluation.records import Estimate
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.frechet_infinity import frechet_distance_at_infinity
 from midway.gen.metrics.inception_score import inception_score
@@ -29,39 +30,41 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Features:
-    """A block of samples as the feature network sees it: features float32 (n, D), logits (n, K) if it has any."""
+    """Of a block of samples: features float32 (n, D), and class logits (n, K) if the network has any."""
 
     features: Tensor
     logits: Tensor | None
 
 
-def _kid(seen: Features, reference: FeatureReference) -> Values:
-    return {"kid": kid(seen.features, _sample(reference)).value}
+def _kid(features: Features, reference: FeatureReference) -> Values:
+    return {"kid": kid(features.features, _sample(reference)).value}
 
 
-def _precision(seen: Features, reference: FeatureReference) -> Values:
-    found = precision_recall(*_as_many(reference, seen))
+def _precision(features: Features, reference: FeatureReference) -> Values:
+    found = precision_recall(*_as_many(reference, features))
     return {"precision": found.precision, "recall": found.recall}
 
 
-def _density(seen: Features, reference: FeatureReference) -> Values:
-    found = density_coverage(*_as_many(reference, seen))
+def _density(features: Features, reference: FeatureReference) -> Values:
+    found = density_coverage(*_as_many(reference, features))
     return {"density": found.density, "coverage": found.coverage}
 
 
-def _inception(seen: Features, reference: FeatureReference) -> Values:
-    if seen.logits is None:
+def _inception(features: Features, reference: FeatureReference) -> Values:
+    if features.logits is None:
         raise UsageError(
             f"--metrics is with {reference.features}",
-            "it names no class probabilities",
+            "its features have no class probabilities",
             "drop it, or use other --features",
         )
-    mixed = seen.logits[permutation(0, "inception score", 0, len(seen.logits))]  # samples may be sorted by class
+    mixed = features.logits[
+        permutation(0, "inception score", 0, len(features.logits))
+    ]  # samples may be sorted by class
     return {"inception_score": inception_score(mixed, min(10, len(mixed))).value}
 
 
-def _infinity(seen: Features, reference: FeatureReference) -> Values:
-    return {"fd_infinity": frechet_distance_at_infinity(seen.features, reference.statistics).value}
+def _infinity(features: Features, reference: FeatureReference) -> Values:
+    return {"fd_infinity": frechet_distance_at_infinity(features.features, reference.statistics).value}
 
 
 METRICS: dict[str, Callable[[Features, FeatureReference], Values]] = {
@@ -100,20 +103,17 @@ def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> Non
         )
 
 
-def measure_metrics(names: tuple[str, ...], seen: Features, reference: FeatureReference) -> Values:
+def measure_metrics(names: tuple[str, ...], features: Features, reference: FeatureReference) -> Values:
     """Every value of every metric of one block."""
-    return {key: value for name in names for key, value in METRICS[name](seen, reference).items()}
+    return {key: value for name in names for key, value in METRICS[name](features, reference).items()}
 
 
-def mean_std(values: Mapping[str, list[float]], key: str) -> tuple[float | None, float | None]:
-    """Mean and standard deviation over blocks; None where there are none, or only one."""
-    found = values.get(key, [])
-    if not found:
-        return None, None
-    mean = sum(found) / len(found)
-    if len(found) == 1:
-        return mean, None
-    return mean, (sum((value - mean) ** 2 for value in found) / (len(found) - 1)) ** 0.5
+def over_blocks(values: Sequence[float]) -> Estimate:
+    """Mean, standard deviation (None of one block) and values of all blocks."""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return Estimate(mean, None, tuple(values))
+    return Estimate(mean, (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5, tuple(values))
 
 
 def _sample(reference: FeatureReference) -> Tensor:
@@ -121,7 +121,7 @@ def _sample(reference: FeatureReference) -> Tensor:
     return reference.sample
 
 
-def _as_many(reference: FeatureReference, seen: Features) -> tuple[Tensor, Tensor]:
+def _as_many(reference: FeatureReference, features: Features) -> tuple[Tensor, Tensor]:
     """Features of as many training images as samples, and of the samples: both counts matter to these metrics."""
-    real = _sample(reference)[: len(seen.features)]
-    return real, seen.features[: len(real)]
+    real = _sample(reference)[: len(features.features)]
+    return real, features.features[: len(real)]

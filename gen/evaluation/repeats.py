@@ -1,8 +1,8 @@
 """One sweep of several trainings of the same configuration: their seeds are part of the error bar.
 
-Training again moves a Fréchet distance more than drawing samples again, so an error bar over blocks of samples says nothing of
-how well a method does, only how well this one model does. Of T trainings every figure is the mean over trainings of the mean over
-blocks, and its deviation that among the trainings.
+Training again changes a Fréchet distance more than drawing samples again, so an error bar over blocks of samples describes this
+one model, not its method. Of T trainings every figure is the mean over trainings of the mean over blocks, and its deviation that
+among the trainings.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import replace
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.evaluation.records import FLOOR, MEASURES, Cell, mark_best
+from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, by_solver, mark_best
 from midway.gen.features.open import same_images
 from midway.gen.tokenizer.latents import tokenizer_hash
 from midway.gen.training.config import flat, is_bookkeeping
@@ -50,60 +50,47 @@ def _differences(first: TrainedModel, other: TrainedModel) -> list[str]:
     return found + ["its tokenizer"] * (tokenizer_hash(first.tokenizer) != tokenizer_hash(other.tokenizer))
 
 
-def left_out(sweeps: Sequence[Sequence[Cell]]) -> list[str]:
-    """Cells that not all trainings have, which have no mean over them."""
-    keys = [dict.fromkeys(_key(cell) for cell in cells if not _stays(cell)) for cells in sweeps]
+def left_out(sweeps: Sequence[Sequence[Measurement]]) -> list[str]:
+    """Solvers, grids and budgets that not all trainings have, which have no mean over them."""
+    keys = [dict.fromkeys(_key(m) for m in by_solver(measurements)) for measurements in sweeps]
     every, common = dict.fromkeys(key for one in keys for key in one), set.intersection(*map(set, keys))
     return [f"{solver} on {grid} at NFE {nfe}" for solver, grid, nfe in every if (solver, grid, nfe) not in common]
 
 
-def _stays(cell: Cell) -> bool:
-    return cell.solver == FLOOR or cell.baseline
-
-
-def merge_trainings(sweeps: Sequence[Sequence[Cell]]) -> list[Cell]:
-    """The cells of several trainings as one list, without what only some have; the floor and baselines are the first's."""
+def merge_trainings(sweeps: Sequence[Sequence[Measurement]]) -> list[Measurement]:
+    """Several trainings as one list, without what only some have; the floor and baselines are the first's."""
     first, *rest = sweeps
-    found = [{_key(cell): cell for cell in cells} for cells in rest]
+    found = [{_key(m): m for m in measurements} for measurements in rest]
     merged = []
-    for cell in first:
-        others = [cells[_key(cell)] for cells in found if _key(cell) in cells]
-        if _stays(cell):
-            merged.append(cell)
+    for m in first:
+        others = [measurements[_key(m)] for measurements in found if _key(m) in measurements]
+        if m.solver == FLOOR or m.baseline:
+            merged.append(m)
         elif len(others) == len(rest):
-            merged.append(_merged([cell, *others]))
+            merged.append(_merged([m, *others]))
     return mark_best(merged)  # the mean may have another best grid than the first training
 
 
-def _key(cell: Cell) -> tuple[str, str, int]:
-    return (cell.solver, cell.grid, cell.nfe)
+def _key(m: Measurement) -> tuple[str, str, int]:
+    return (m.solver, m.grid, m.nfe)
 
 
-def _merged(cells: Sequence[Cell]) -> Cell:
-    """Means over trainings; the distance's and KID's deviations among them."""
-    distances = tuple(cell.distance for cell in cells)
-    means = {name: _mean([getattr(cell, name) for cell in cells]) for name in MEASURES}
-    times = {name: round(sum(getattr(cell, name) for cell in cells) / len(cells), 3) for name in TIMES}
-    spread = _std(distances)
+def _merged(trainings: Sequence[Measurement]) -> Measurement:
+    """Means over trainings, and the deviation among them, of every metric that all have."""
+    first = trainings[0]
+    common = [name for name in first.metrics if all(name in m.metrics for m in trainings)]
+    times = {name: round(sum(getattr(m, name) for m in trainings) / len(trainings), 3) for name in TIMES}
     return replace(
-        cells[0],
-        distance=sum(distances) / len(distances),
-        distance_std=spread if math.isfinite(spread) else None,
-        kid_std=_std([cell.kid for cell in cells if cell.kid is not None]) if means["kid"] is not None else None,
-        distances=distances,
-        trainings=len(cells),
-        record=" ".join(cell.record for cell in cells if cell.record),
-        nonfinite=sum(cell.nonfinite for cell in cells),
-        **means,
+        first,
+        metrics={name: _over_trainings([m.metrics[name].mean for m in trainings]) for name in common},
+        trainings=len(trainings),
+        record=" ".join(m.record for m in trainings if m.record),
+        nonfinite=sum(m.nonfinite for m in trainings),
         **times,
     )
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _std(values: Sequence[float]) -> float:
+def _over_trainings(values: Sequence[float]) -> Estimate:
     mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    return Estimate(mean, std if math.isfinite(std) else None, tuple(values))

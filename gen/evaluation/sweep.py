@@ -10,7 +10,7 @@ images that somebody else made, at none.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,27 @@ from midway.gen.data.images import ImageData
 from midway.gen.data.splits import Splits
 from midway.gen.evaluation.jobs import Job, Model, Other, SweepConfig, all_jobs, fine_source
 from midway.gen.evaluation.measure import EvaluationContext, FineSolution, Seeds, extract_features, measure, picture
-from midway.gen.evaluation.metrics import check_metrics, mean_std, measure_metrics, possible
-from midway.gen.evaluation.records import FLOOR, Cell, mark_best
+from midway.gen.evaluation.metrics import check_metrics, measure_metrics, over_blocks, possible
+from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, mark_best
 from midway.gen.evaluation.store import CellStore
 from midway.gen.features.reference import FeatureReference, balanced
 
 
-def floor_cell(reference: FeatureReference, held_out: ImageData, n: int, metrics: tuple[str, ...] = ()) -> Cell:
-    """What real images score: the distance of n held-out images, or all if there are fewer, to the training images."""
+def measure_floor(
+    reference: FeatureReference, held_out: ImageData, n: int, metrics: tuple[str, ...] = ()
+) -> Measurement:
+    """Metrics of real images: n held-out images, or all if there are fewer, against the training images."""
     chosen = balanced(held_out.labels)[:n]
-    seen = extract_features(reference, held_out.images[chosen])
-    cell = Cell(
+    features = extract_features(reference, held_out.images[chosen])
+    found = measure_metrics(possible(metrics, len(chosen), reference.statistics.dim), features, reference)
+    return Measurement(
         solver=FLOOR,
         grid="",
         nfe=0,
-        distance=reference.distance_of(seen.features),
-        distance_std=None,
-        rmse=None,
+        metrics={
+            "distance": Estimate(reference.distance_of(features.features)),
+            **{name: Estimate(value) for name, value in found.items()},
+        },
         n=len(chosen),
         blocks=1,
         seconds=0.0,
@@ -46,15 +50,13 @@ def floor_cell(reference: FeatureReference, held_out: ImageData, n: int, metrics
         reference=reference.name,
         seeds="",
     )
-    found = measure_metrics(possible(metrics, len(chosen), reference.statistics.dim), seen, reference)
-    return _with_metrics(cell, {name: [value] for name, value in found.items()})
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All cells, the floor first, a PNG of the same seeds for each best cell, and what made each cell: (solver, grid, NFE)."""
+    """All measurements, the floor first, a PNG of the same seeds for each best one, and the job of each: (solver, grid, NFE)."""
 
-    cells: list[Cell]
+    measurements: list[Measurement]
     grids: dict[tuple[str, int], bytes]
     pictures: dict[tuple[str, str, int], bytes | None] = field(default_factory=dict)
     """Of every cell, best or not."""
@@ -111,29 +113,30 @@ def _run(
         progress("reference")
         fine = FineSolution(fine_source(model, config), seeds, context.store, context.process)
         fine.make()
-    cells, pictures, made = [floor_cell(context.reference, splits.held_out, seeds.n, config.metrics)], {}, {}
+    measurements, pictures, made = [measure_floor(context.reference, splits.held_out, seeds.n, config.metrics)], {}, {}
     for job in jobs:
         progress(f"{job.solver} {job.grid}")
         its = None if job.baseline else fine
-        cell = _cell(job, measure(job.source, context, its), context, context.record(job.source, its))
-        cells.append(cell)
-        made[job.solver, job.grid, cell.nfe] = job
-        pictures[job.solver, job.grid, cell.nfe] = picture(job.source, context, its)
-    return with_best(Sweep(cells, {}, pictures, made, fine), cells)
+        found = _measurement(job, measure(job.source, context, its), context, context.record(job.source, its))
+        measurements.append(found)
+        made[job.solver, job.grid, found.nfe] = job
+        pictures[job.solver, job.grid, found.nfe] = picture(job.source, context, its)
+    return with_best(Sweep(measurements, {}, pictures, made, fine), measurements)
 
 
-def _cell(job: Job, numbers: Mapping[str, Any], context: EvaluationContext, record: str) -> Cell:
-    """A record of the store as a line of the report."""
-    blocks = tuple(math.inf if value is None else float(value) for value in numbers["distances"])
-    values = torch.tensor(blocks, dtype=torch.float64)
+def _measurement(job: Job, numbers: Mapping[str, Any], context: EvaluationContext, record: str) -> Measurement:
+    """A record of the store as a measurement."""
     seeds, seconds = context.seeds, numbers["seconds"]
-    cell = Cell(
+    single = {name: Estimate(numbers[name]) for name in ("rmse", "psnr") if numbers[name] is not None}
+    return Measurement(
         solver=job.solver,
         grid=job.grid,
         nfe=numbers["nfe"],
-        distance=values.mean().item(),
-        distance_std=values.std().item() if len(blocks) > 1 and not numbers["nonfinite"] else None,
-        rmse=numbers["rmse"],
+        metrics={
+            "distance": _distance(numbers),
+            **single,
+            **{name: over_blocks(values) for name, values in numbers["metrics"].items()},
+        },
         n=seeds.n,
         blocks=seeds.blocks,
         seconds=round(seconds["solver"] / seeds.blocks, 3),
@@ -142,28 +145,24 @@ def _cell(job: Job, numbers: Mapping[str, Any], context: EvaluationContext, reco
         seeds=f"{seeds.first}-{seeds.last}",
         training_nfe=job.training_nfe,
         baseline=job.baseline,
-        distances=blocks,
-        psnr=numbers["psnr"],
         nonfinite=numbers["nonfinite"],
         record=record,
         timing=numbers["timing"],
         decode_seconds=round(seconds["decode"] / seeds.blocks, 3),
         feature_seconds=round(seconds["features"] / seeds.blocks, 3),
     )
-    return _with_metrics(cell, numbers["metrics"])
 
 
-def _with_metrics(cell: Cell, metrics: Mapping[str, list[float]]) -> Cell:
-    """A cell with the means over blocks of what cell_metrics.py measured, and the deviation where a cell has one."""
-    places = {place.name for place in fields(Cell)}
-    found = {name: mean_std(metrics, name) for name in metrics}
-    means = {name: mean for name, (mean, _) in found.items()}
-    deviations = {f"{name}_std": std for name, (_, std) in found.items() if f"{name}_std" in places}
-    return replace(cell, **means, **deviations)
+def _distance(numbers: Mapping[str, Any]) -> Estimate:
+    """Over blocks; infinite without a deviation if any sample is not finite."""
+    blocks = tuple(math.inf if value is None else float(value) for value in numbers["distances"])
+    values = torch.tensor(blocks, dtype=torch.float64)
+    std = values.std().item() if len(blocks) > 1 and not numbers["nonfinite"] else None
+    return Estimate(values.mean().item(), std, blocks)
 
 
-def with_best(sweep: Sweep, cells: Sequence[Cell]) -> Sweep:
-    """The sweep with these cells, the best grid of each (solver, NFE) marked, and its picture."""
-    marked = mark_best(cells)
+def with_best(sweep: Sweep, measurements: Sequence[Measurement]) -> Sweep:
+    """The sweep with these measurements, the best grid of each (solver, NFE) marked, and its picture."""
+    marked = mark_best(measurements)
     found = {(c.solver, c.nfe): sweep.pictures.get((c.solver, c.grid, c.nfe)) for c in marked if c.best}
-    return replace(sweep, cells=marked, grids={key: png for key, png in found.items() if png is not None})
+    return replace(sweep, measurements=marked, grids={key: png for key, png in found.items() if png is not None})

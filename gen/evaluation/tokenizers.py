@@ -57,7 +57,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class TokenizerResult:
     """A row, and what is plotted and shown of it: `frequencies`, None without codes; the first images, uint8, on the CPU."""
 
     row: TokenizerRow
@@ -136,7 +136,7 @@ class _Gathered:
 @torch.no_grad()
 def measure(
     name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, config: EvaluationConfig
-) -> Measurement:
+) -> TokenizerResult:
     """Everything about one tokenizer in evaluation mode. DivergedError if it decodes to values that are not finite."""
     found = _reconstruct(name, tokenizer, subject, instruments, config)
     latents = torch.cat(found.latents)
@@ -167,7 +167,7 @@ def measure(
         psnr_noisy=curves[False],
         psnr_snapped=curves.get(True),
     )
-    return Measurement(row, None if use is None else use.frequencies, torch.cat(found.shown)[:SHOWN], shown)
+    return TokenizerResult(row, None if use is None else use.frequencies, torch.cat(found.shown)[:SHOWN], shown)
 
 
 def _reconstruct(

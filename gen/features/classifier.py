@@ -152,7 +152,7 @@ def save_features(network: FeatureNetwork, path: Path, data_name: str) -> None:
     write_atomically(path, save(tensors, metadata))
 
 
-def _refuse(path: Path, why: str) -> DataError:
+def _bad_file(path: Path, why: str) -> DataError:
     return DataError(f"cannot use the feature network {path}", why, "train it again with scripts/train_features.py")
 
 
@@ -163,11 +163,11 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise _refuse(path, f"the file cannot be read ({error})") from error
+        raise _bad_file(path, f"the file cannot be read ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise _refuse(path, "its metadata are not those of a feature network")
+        raise _bad_file(path, "its metadata are not those of a feature network")
     if metadata.get("version") != str(VERSION):
-        raise _refuse(path, f"its format version is {metadata.get('version')}; this program reads {VERSION}")
+        raise _bad_file(path, f"its format version is {metadata.get('version')}; this program reads {VERSION}")
     return metadata, tensors
 
 
@@ -178,9 +178,9 @@ def load_features(path: Path) -> tuple[FeatureNetwork, str]:
         network = FeatureNetwork(FeatureConfig(**json.loads(metadata["config"])))
         network.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _refuse(path, f"its configuration and weights do not fit ({error})") from error
+        raise _bad_file(path, f"its configuration and weights do not fit ({error})") from error
     if feature_hash(network) != metadata.get("hash"):
-        raise _refuse(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
+        raise _bad_file(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
     return network.eval().requires_grad_(False), protocol_name(network, metadata.get("data", "unknown"))
 
 
@@ -225,6 +225,6 @@ class TrainedExtractor:
         return self.network.activations(images)
 
     def to(self, device: torch.device) -> Self:
-        """Itself, moved."""
+        """Move to `device`; self."""
         self.network.to(device)
         return self

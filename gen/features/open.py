@@ -1,7 +1,7 @@
 """The feature network of a data set: a published one by name, or a trained one.
 
-A trained one is looked for next to the evaluated runs, and must have the same images and split: one that was trained on held-out
-images would give too low a floor.
+A trained one is searched for beside the evaluated runs, and must have the same images and split: one trained on held-out images
+would underestimate the floor.
 """
 
 import difflib
@@ -81,14 +81,18 @@ def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
     """The only feature run of these images beside the runs `measured`; UsageError when there is none or several."""
     folders = dict.fromkeys(path.resolve().parent for path in measured)
     beside = sorted(path.parent for folder in folders for path in folder.glob("*/config.yaml"))
-    kinds = {path: (read_yaml(path / "config.yaml") or {}).get("kind") for path in beside}
-    runs = [Run.open(path, "features") for path, kind in kinds.items() if kind == "features"]
+    runs = [Run.open(path, "features") for path in beside if _is_feature_run(path)]
     found = [run.path for run in runs if same_images(data_of(run), data)]
     if len(found) != 1:
         raise UsageError(
             "--features is not given",
-            f"beside what is measured one feature run of its images is needed, found: "
+            f"exactly one feature run of the same images must be beside the measured runs, found: "
             f"{', '.join(path.name for path in found) or 'none'}",
             "pass --features RUN, or train features with scripts/train_features.py",
         )
     return found[0]
+
+
+def _is_feature_run(path: Path) -> bool:
+    values = read_yaml(path / "config.yaml")
+    return isinstance(values, dict) and values.get("kind") == "features"

@@ -1,53 +1,16 @@
 """Sample grids of the same seeds to look through: a slider over NFE, two panes with a list of solvers each.
 
-All panels are in one table, which readers without JavaScript and printers see; `report_script.EXPLORER_SCRIPT` folds it up
-and shows two of its images, so that each is in the page once. The caller puts `EXPLORER_STYLE` after the report's own style,
-whose colours it takes, and the script at the end of the body.
+All panels are in one table, which readers without JavaScript and printers see; page.js folds it up and shows two of its images,
+so that each is in the page once.
 """
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from midway.gen.report.html import image_tag
+
 Panel = tuple[str, int]
 """(solver, NFE)."""
-
-EXPLORER_STYLE = """
-.explorer [hidden] { display: none; }
-.chooser { background: var(--card); border: 1px solid var(--hair); border-radius: 10px; padding: 1rem 1.1rem 1.1rem; }
-.chooser label { font-size: .85rem; font-weight: 600; color: var(--quiet); }
-.budget label { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: baseline; gap: 0 1rem; }
-.budget b { color: var(--ink); font-size: 1.05rem; font-variant-numeric: tabular-nums; }
-.budget input { display: block; width: 100%; margin: .5rem 0 0; height: 1.5rem; accent-color: var(--accent);
-  cursor: pointer; }
-.ticks { display: flex; justify-content: space-between; padding: 0 8px; font-size: .8rem; color: var(--quiet);
-  font-variant-numeric: tabular-nums; }
-.ticks span { width: 0; display: flex; justify-content: center; }
-.ticks .chosen { color: var(--accent); font-weight: 700; }
-.panes { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.1rem; margin-top: 1.1rem; }
-.pane select { display: block; width: 100%; margin: .3rem 0 .6rem; padding: .45rem .5rem; font: inherit;
-  font-weight: 600; color: var(--ink); background: var(--paper); border: 1px solid var(--edge); border-radius: 7px;
-  text-overflow: ellipsis; }
-.explorer :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.pane img, .missing { display: block; width: 100%; border-radius: 6px; }
-.pane img { height: auto; background: #fff; image-rendering: pixelated; }
-.missing { aspect-ratio: 1; border: 1.5px dashed var(--edge); }
-.pane figcaption { min-height: 1.5em; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.explorer { --edge: #8a919e; }
-.explorer details { margin-top: 1rem; border: 0; padding: 0; }
-.explorer summary { margin-bottom: .6rem; }
-@media (prefers-color-scheme: dark) { .explorer { --edge: #6b7382; } }
-@media (max-width: 600px) { .chooser { padding: .8rem; } .panes { gap: .7rem; } }
-.explorer .samples small { white-space: normal; }
-@media print { .explorer .chooser, .explorer summary { display: none; }
-  .explorer .samples { table-layout: fixed; font-size: .85em; }
-  .explorer .samples th, .explorer .samples td { padding: .3rem .2rem; min-width: 0; overflow-wrap: anywhere; } }
-"""
-
-
-def image_tag(png: bytes, alt: str) -> str:
-    """An image inside the page."""
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{escape(alt)}">'
 
 
 def explorer(grids: Mapping[Panel, bytes], captions: Mapping[Panel, str]) -> str:

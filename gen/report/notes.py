@@ -6,8 +6,9 @@ from midway.gen.data.splits import Splits
 from midway.gen.evaluation.diffusers_model import DiffusersModel, describe
 from midway.gen.evaluation.external import ExternalImages
 from midway.gen.evaluation.jobs import Model, SweepConfig
-from midway.gen.evaluation.records import FLOOR, Cell, number
+from midway.gen.evaluation.records import Measurement, by_solver
 from midway.gen.evaluation.sweep import Sweep
+from midway.gen.report.table import number
 
 
 def model_text(model: Model | None) -> str:
@@ -34,7 +35,7 @@ def external_notes(externals: dict[str, ExternalImages], n: int, blocks: int) ->
 
 def floor_text(sweep: Sweep) -> str:
     """The floor in a line, for a table without solvers."""
-    floor = sweep.cells[0]
+    floor = sweep.measurements[0]
     return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
@@ -101,7 +102,7 @@ def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
 def reference_notes(sweep: Sweep) -> tuple[str, ...]:
     """A warning where the fine solution is none."""
     if sweep.fine is None or not any(
-        cell.rmse is None and not cell.nonfinite and not cell.baseline for cell in sweep.cells if cell.solver != FLOOR
+        m.value("rmse") is None and not m.nonfinite for m in by_solver(sweep.measurements)
     ):
         return ()
     return (
@@ -109,9 +110,9 @@ def reference_notes(sweep: Sweep) -> tuple[str, ...]:
     )
 
 
-def timing_notes(cells: Sequence[Cell]) -> tuple[str, ...]:
+def timing_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     """A warning where seconds were not measured alike."""
-    kinds = dict.fromkeys(cell.timing for cell in cells if cell.timing)
+    kinds = dict.fromkeys(m.timing for m in measurements if m.timing)
     if len(kinds) < 2:
         return ()
     return (f"Seconds compare only where they were measured alike; here they were measured on {' / '.join(kinds)}.",)

@@ -7,21 +7,18 @@ well, so that a grey print still tells the lines apart. Solvers that needed trai
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from midway.gen.core.files import write_atomically
 from midway.gen.evaluation.records import (
-    Cell,
+    Measurement,
     baselines_of,
+    distance_name,
+    feature_names,
     floor_name,
     floor_of,
-    measure_name,
     shown,
-    solvers_of,
     training_costs,
 )
-from midway.gen.report.pareto import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,14 +31,27 @@ DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)))
 INK, QUIET, HAIR = "#1f2430", "#5b6270", "#e3e6ea"
 
 
-def _plottable(cells: Sequence[Cell], x: Cost) -> list[Cell]:
-    """The shown cells that a logarithmic plot can hold."""
-    points = [*shown(cells).values(), *baselines_of(cells)]
-    return [cell for cell in points if math.isfinite(cell.distance) and cell.distance > 0 and _cost(cell, x) > 0]
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the non-dominated (cost, value), both lower is better, by rising cost; ties keep their order.
+
+    Points of equal cost and value are on the front together. Those with an infinite or undefined number are left out.
+    """
+    finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
+    front: list[int] = []
+    for i in sorted(finite, key=lambda i: points[i]):
+        if not front or points[i][1] < points[front[-1]][1] or points[i] == points[front[-1]]:
+            front.append(i)
+    return front
 
 
-def _cost(cell: Cell, x: Cost) -> float:
-    return float(cell.nfe if x == "nfe" else cell.image_seconds)
+def _plottable(measurements: Sequence[Measurement], x: Cost) -> list[Measurement]:
+    """The shown measurements that a logarithmic plot can hold."""
+    points = [*shown(measurements).values(), *baselines_of(measurements)]
+    return [m for m in points if math.isfinite(m.distance) and m.distance > 0 and _cost(m, x) > 0]
+
+
+def _cost(m: Measurement, x: Cost) -> float:
+    return float(m.nfe if x == "nfe" else m.image_seconds)
 
 
 def plain_tick(value: float, _position: object = None) -> str:
@@ -49,13 +59,13 @@ def plain_tick(value: float, _position: object = None) -> str:
     return f"{value:.10f}".rstrip("0").rstrip(".") if value < 1 else f"{value:g}"
 
 
-def _line(axes: "Axes", cells: Sequence[Cell], x: Cost, index: int, label: str, hollow: bool) -> None:
+def _line(axes: "Axes", measurements: Sequence[Measurement], x: Cost, index: int, label: str, hollow: bool) -> None:
     """One solver's line with error bars; a bar that would reach 0 stops just above it."""
-    points = sorted(cells, key=lambda cell: _cost(cell, x))
+    points = sorted(measurements, key=lambda m: _cost(m, x))
     colour = COLOURS[index % len(COLOURS)]
-    spread = [cell.distance_std or 0.0 for cell in points]
-    below = [min(std, 0.9 * cell.distance) for std, cell in zip(spread, points, strict=True)]
-    costs, distances = [_cost(cell, x) for cell in points], [cell.distance for cell in points]
+    spread = [m.std("distance") or 0.0 for m in points]
+    below = [min(std, 0.9 * m.distance) for std, m in zip(spread, points, strict=True)]
+    costs, distances = [_cost(m, x) for m in points], [m.distance for m in points]
     axes.errorbar(
         costs, distances, yerr=[below, spread], fmt="none", ecolor=colour, elinewidth=1.1, capsize=3, zorder=2.5
     )
@@ -74,17 +84,17 @@ def _line(axes: "Axes", cells: Sequence[Cell], x: Cost, index: int, label: str, 
     )
 
 
-def _star(axes: "Axes", cell: Cell, x: Cost, index: int) -> None:
+def _star(axes: "Axes", m: Measurement, x: Cost, index: int) -> None:
     """A baseline: one star, in another order of colours than the lines."""
     colour = COLOURS[-1 - index % len(COLOURS)]
     at = {"color": colour, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
-    axes.plot([_cost(cell, x)], [cell.distance], **at, label=f"{cell.solver} (baseline)", zorder=4)
+    axes.plot([_cost(m, x)], [m.distance], **at, label=f"{m.solver} (baseline)", zorder=4)
 
 
-def _front(axes: "Axes", points: Sequence[Cell]) -> None:
+def _front(axes: "Axes", points: Sequence[Measurement]) -> None:
     """A grey line through what nothing else beats in both time and distance."""
-    front = [points[i] for i in pareto_front([(_cost(cell, "seconds"), cell.distance) for cell in points])]
-    costs, distances = [_cost(cell, "seconds") for cell in front], [cell.distance for cell in front]
+    front = [points[i] for i in pareto_front([(_cost(m, "seconds"), m.distance) for m in points])]
+    costs, distances = [_cost(m, "seconds") for m in front], [m.distance for m in front]
     axes.plot(
         costs, distances, color=QUIET, linewidth=6, alpha=0.25, solid_capstyle="round", label="Pareto front", zorder=2
     )
@@ -96,7 +106,7 @@ def _floor(axes: "Axes", distance: float, name: str) -> None:
     axes.axhline(distance, color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, label=label, zorder=2)
 
 
-def _ticks(axes: "Axes", cells: Sequence[Cell], x: Cost) -> None:
+def _ticks(axes: "Axes", measurements: Sequence[Measurement], x: Cost) -> None:
     """Plain numbers on both axes; the budgets themselves as ticks of the NFE axis, as far as they fit."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
@@ -105,7 +115,7 @@ def _ticks(axes: "Axes", cells: Sequence[Cell], x: Cost) -> None:
         axis.set_major_formatter(FuncFormatter(plain_tick))
         axis.set_minor_locator(NullLocator())
     if x == "nfe":
-        axes.xaxis.set_major_locator(FixedLocator(_spaced(sorted({cell.nfe for cell in cells}))))
+        axes.xaxis.set_major_locator(FixedLocator(_spaced(sorted({m.nfe for m in measurements}))))
 
 
 def _spaced(budgets: Sequence[int]) -> list[int]:
@@ -150,8 +160,8 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
     )
 
 
-def distance_figure(cells: Sequence[Cell], x: Cost = "nfe") -> "Figure":
-    """Distance against `x` for the best cell of each (solver, nfe), 7 x 6 inches. ValueError for another `x`."""
+def distance_figure(measurements: Sequence[Measurement], x: Cost = "nfe") -> "Figure":
+    """Distance against `x` for the best m of each (solver, nfe), 7 x 6 inches. ValueError for another `x`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -159,43 +169,38 @@ def distance_figure(cells: Sequence[Cell], x: Cost = "nfe") -> "Figure":
         raise ValueError(f"x is {x!r}: a distance is plotted against 'nfe' or 'seconds'")
     figure = Figure(figsize=(7, 6), dpi=200, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    _draw(figure, figure.add_subplot(), cells, x)
+    _draw(figure, figure.add_subplot(), measurements, x)
     return figure
 
 
-def distance_png(cells: Sequence[Cell], x: Cost = "nfe") -> bytes:
-    """`distance_figure` as PNG (1400 x 1200), the same bytes for the same cells."""
+def distance_png(measurements: Sequence[Measurement], x: Cost = "nfe") -> bytes:
+    """`distance_figure` as PNG (1400 x 1200), the same bytes for the same measurements."""
     buffer = io.BytesIO()
-    distance_figure(cells, x).savefig(buffer, format="png", metadata={"Software": None})
+    distance_figure(measurements, x).savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _draw(figure: "Figure", axes: "Axes", cells: Sequence[Cell], x: Cost) -> None:
-    points = _plottable(cells, x)
-    floor = floor_of(cells)
-    _dress(axes, measure_name(cells), x, sorted({cell.n for cell in points}))
+def _draw(figure: "Figure", axes: "Axes", measurements: Sequence[Measurement], x: Cost) -> None:
+    points = _plottable(measurements, x)
+    floor = floor_of(measurements)
+    _dress(axes, f"{distance_name(measurements)} ({feature_names(measurements)})", x, sorted({m.n for m in points}))
     if not points:
         axes.text(0.5, 0.5, "no finite distance to plot", transform=axes.transAxes, ha="center", color=QUIET)
         return
     axes.set_xscale("log")
     axes.set_yscale("log")
-    learned = training_costs(cells)
-    for index, solver in enumerate(solvers_of(cells)):
-        line = [cell for cell in points if cell.solver == solver and not cell.baseline]
+    learned = training_costs(measurements)
+    for index, solver in enumerate(dict.fromkeys(solver for solver, _ in shown(measurements))):
+        line = [m for m in points if m.solver == solver and not m.baseline]
         if line:
             _line(axes, line, x, index, f"{solver} (trained)" if solver in learned else solver, solver in learned)
-    for index, cell in enumerate(cell for cell in points if cell.baseline):
-        _star(axes, cell, x, index)
+    for index, m in enumerate(m for m in points if m.baseline):
+        _star(axes, m, x, index)
     if x == "seconds":
         _front(axes, points)
     floors = [floor.distance] if floor and math.isfinite(floor.distance) and floor.distance > 0 else []
     for distance in floors:
-        _floor(axes, distance, floor_name(cells))
-    _limits(axes, [cell.distance for cell in points] + floors, [_cost(cell, x) for cell in points])
+        _floor(axes, distance, floor_name(measurements))
+    _limits(axes, [m.distance for m in points] + floors, [_cost(m, x) for m in points])
     _ticks(axes, points, x)
     _legend(figure, axes)
-
-
-def plot_distance(path: Path, cells: Sequence[Cell], x: Cost = "nfe") -> None:
-    """Write `distance_png(cells, x)` to `path`, all or nothing. DiskError."""
-    write_atomically(path, distance_png(cells, x))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
-from midway.gen.evaluation.tokenizers import Measurement
+from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.report.plots import COLOURS, DASHES, HAIR, INK, MARKERS, QUIET, plain_tick
 from midway.tokenizers.base import MAX_COUNTED
 
@@ -33,17 +33,17 @@ def rate_of(row: TokenizerRow) -> tuple[float, float] | None:
     return None if row.rate is None or row.psnr_sampled is None else (row.rate, row.psnr_sampled)
 
 
-def usage_png(measurements: Sequence[Measurement]) -> bytes:
+def usage_png(results: Sequence[TokenizerResult]) -> bytes:
     """Frequency of every code, times K, against its rank as a share of K; codebooks beyond `MAX_COUNTED` are left out."""
     figure, axes = _figure("codes by frequency, as a share of the codebook", "frequency of a code, even use = 1")
-    drawn = [(i, m) for i, m in enumerate(measurements) if m.frequencies is not None and _size(m.row) <= MAX_COUNTED]
+    drawn = [(i, m) for i, m in enumerate(results) if m.frequencies is not None and _size(m.row) <= MAX_COUNTED]
     if not drawn:
         return _empty(figure, axes, "no codebook to plot")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.axhline(1, color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, zorder=2)
-    for index, measurement in drawn:
-        _ranked(axes, measurement, index)
+    for index, result in drawn:
+        _ranked(axes, result, index)
     _name_line(axes, 1, "all codes alike")
     _plain_ticks(axes, "both")
     _legend(figure, axes)
@@ -54,11 +54,11 @@ def _size(row: TokenizerRow) -> int:
     return row.codebook or 0
 
 
-def _ranked(axes: "Axes", measurement: Measurement, index: int) -> None:
+def _ranked(axes: "Axes", result: TokenizerResult, index: int) -> None:
     """One tokenizer's line, ending at the last code used."""
-    frequencies = measurement.frequencies
+    frequencies = result.frequencies
     assert frequencies is not None
-    size = _size(measurement.row)
+    size = _size(result.row)
     ranks = _spread(len(frequencies))
     axes.plot(
         ((ranks + 1) / size).tolist(),
@@ -69,7 +69,7 @@ def _ranked(axes: "Axes", measurement: Measurement, index: int) -> None:
         markevery=[-1],
         markersize=7,
         linewidth=1.8,
-        label=measurement.row.name,
+        label=result.row.name,
         zorder=3,
     )
 
@@ -176,7 +176,7 @@ def noise_png(rows: Sequence[TokenizerRow]) -> bytes:
     figure, axes = _figure("noise on the latents, in standard deviations", "PSNR, dB")
     drawn = [(i, row) for i, row in enumerate(rows) if row.noise]
     if not drawn:
-        return _empty(figure, axes, "no noise asked for")
+        return _empty(figure, axes, "no noise measured")
     for index, row in drawn:
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         if row.psnr_snapped is not None:

@@ -1,72 +1,44 @@
-"""What the report of tokenizers says, before it is text, Markdown or HTML: tables with their notes, and the provenance."""
+"""Tables of the tokenizer report: which columns and notes it has."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
 
-from midway.gen.evaluation.records import Entry, ReportContext, number
+from midway.gen.evaluation.records import FLOOR
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
-
-Better = Literal["low", "high", "neither"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One figure: how it is headed, found in a row and written, and which direction is better; `small` print below it."""
-
-    head: str
-    value: Callable[[TokenizerRow], float | None]
-    write: Callable[[float], str] = number
-    better: Better = "neither"
-    small: Callable[[TokenizerRow], str] = lambda _: ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, what to know of it, headings, and per tokenizer one entry, or None, for each of them; the floor if it has one."""
-
-    title: str
-    note: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[TokenizerRow, tuple[Entry | None, ...]], ...]
-    floor: tuple[str, ...] = ()
+from midway.gen.report.table import Column, Entry, Line, ReportContext, Table, columns_table, joined, number
 
 
 def tables(rows: Sequence[TokenizerRow]) -> list[Table]:
-    """All tables; columns that no tokenizer has are left out, and tables without columns."""
-    made = [
-        _table(title, note, [c for c in columns if any(c.value(row) is not None for row in rows)], rows)
+    """All tables; columns without any value are left out, and tables without columns."""
+    made = (
+        columns_table(title, note, "tokenizer", [row.name for row in rows], rows, columns)
         for title, note, columns in (
             ("Reconstruction", _reconstruction_note(rows), _RECONSTRUCTION),
             ("Codes and latents", _CODES_NOTE, _CODES),
             ("Noise on the latents", _NOISE_NOTE, _noise_columns(rows)),
             ("Cost", "Seconds are for 1000 images on the machine named below, in batches.", _COST),
         )
-    ]
-    return [table for table in made if table.heads]
+    )
+    return [_with_floor(table, rows) for table in made if table.heads[1:]]
 
 
-def _table(title: str, note: str, columns: Sequence[Column], rows: Sequence[TokenizerRow]) -> Table:
-    entries = [_entries(column, rows) for column in columns]
-    by_row = tuple(zip(rows, zip(*entries, strict=True) if entries else [()] * len(rows), strict=True))
-    floors = {row.floor for row in rows} if any(c.head in _DISTANCES for c in columns) else set()
-    floor = number(next(iter(floors))) if len(floors) == 1 and None not in floors else ""  # pyright: ignore[reportArgumentType]
-    foot = tuple(floor if c.head in _DISTANCES else "" for c in columns) if floor else ()
-    return Table(title, note, tuple(c.head for c in columns), by_row, foot)
+def _with_floor(table: Table, rows: Sequence[TokenizerRow]) -> Table:
+    """The floor of the distances as the last line, if all rows have the same."""
+    floors = {row.floor for row in rows}
+    floor = floors.pop() if len(floors) == 1 else None
+    if floor is None or not any(head in _DISTANCES for head in table.heads):
+        return table
+    entries = tuple(Entry(number(floor)) if head in _DISTANCES else None for head in table.heads[1:])
+    return replace(table, lines=(*table.lines, Line(FLOOR, entries, floor=True)))
 
 
-def _entries(column: Column, rows: Sequence[TokenizerRow]) -> list[Entry | None]:
-    """One column; all that are written like the best are best."""
-    values = [column.value(row) for row in rows]
-    there = [v for v in values if v is not None and math.isfinite(v)]
-    best = None
-    if column.better != "neither" and len(there) > 1:
-        best = column.write(min(there) if column.better == "low" else max(there))
-    return [
-        None if value is None else Entry(text := column.write(value), column.small(row), text == best)
-        for value, row in zip(values, rows, strict=True)
-    ]
+def terse(table: Table, heads: Sequence[str] | None = None) -> Table:
+    """Some columns, or all, without small print: what fits on a terminal."""
+    wanted = [i for i, head in enumerate(table.heads[1:]) if heads is None or head in heads]
+    plain = [[replace(e, small="") if (e := line.entries[i]) else None for i in wanted] for line in table.lines]
+    lines = tuple(replace(line, entries=tuple(some)) for line, some in zip(table.lines, plain, strict=True))
+    return replace(table, heads=(table.heads[0], *(table.heads[i + 1] for i in wanted)), lines=lines)
 
 
 def _fixed(decimals: int) -> Callable[[float], str]:
@@ -98,9 +70,9 @@ def _unsnapped(row: TokenizerRow, index: int) -> str:
     return "" if row.psnr_snapped is None else f"{row.psnr_noisy[index]:.2f} not snapped"
 
 
-def _noise_columns(rows: Sequence[TokenizerRow]) -> list[Column]:
-    def column(index: int, sigma: float) -> Column:
-        return Column(
+def _noise_columns(rows: Sequence[TokenizerRow]) -> list[Column[TokenizerRow]]:
+    def column(index: int, sigma: float) -> Column[TokenizerRow]:
+        return Column[TokenizerRow](
             f"sigma {sigma:g}",
             lambda row: (row.psnr_snapped or row.psnr_noisy)[index],
             _fixed(2),
@@ -111,7 +83,7 @@ def _noise_columns(rows: Sequence[TokenizerRow]) -> list[Column]:
     return [column(index, sigma) for index, sigma in enumerate(rows[0].noise)] if rows else []
 
 
-_RECONSTRUCTION = (
+_RECONSTRUCTION: tuple[Column[TokenizerRow], ...] = (
     Column("bits per image", lambda row: row.bits if row.bits is not None else row.rate, number),
     Column("PSNR, dB", lambda row: row.psnr, _fixed(2), "high", _of_draws),
     Column("SSIM", lambda row: row.ssim, _fixed(4), "high"),
@@ -120,7 +92,7 @@ _RECONSTRUCTION = (
     Column("interpolated", lambda row: row.interpolated, number, "low"),
 )
 _DISTANCES = ("distance", "interpolated")
-_CODES = (
+_CODES: tuple[Column[TokenizerRow], ...] = (
     Column("codebook", lambda row: row.codebook, _whole, small=_groups),
     Column("tokens", lambda row: row.tokens, _whole, small=lambda row: row.latent_shape),
     Column("usage", lambda row: row.usage, _percent, "high"),
@@ -130,7 +102,7 @@ _CODES = (
     Column("code rank", lambda row: row.code_rank, _fixed(2), small=lambda row: _stable(row.code_stable_rank)),
     Column("latent rank", lambda row: row.latent_rank, _fixed(2), small=lambda row: _stable(row.latent_stable_rank)),
 )
-_COST = (
+_COST: tuple[Column[TokenizerRow], ...] = (
     Column("parameters", lambda row: row.parameters, _whole, "low"),
     Column("encoding, s", lambda row: row.encode_seconds, number, "low"),
     Column("decoding, s", lambda row: row.decode_seconds, number, "low"),
@@ -146,11 +118,11 @@ def _stable(rank: float | None) -> str:
 
 
 def _reconstruction_note(rows: Sequence[TokenizerRow]) -> str:
-    features = _joined(row.features for row in rows)
+    features = joined(row.features for row in rows)
     distances = (
         f" Distance: Fréchet distance ({features}) of the reconstructions to all training images; interpolated: of latents "
-        "half-way to their nearest neighbour, which says more about a latent model's samples (iFID). The floor: the same "
-        "held-out images themselves."
+        "half-way to their nearest neighbour, which predicts a latent model's samples better (iFID). The floor: the "
+        "same held-out images themselves."
         if features
         else ""
     )
@@ -161,18 +133,14 @@ def _reconstruction_note(rows: Sequence[TokenizerRow]) -> str:
 
 
 _CODES_NOTE = (
-    "Usage: share of the codebook seen at least once. Perplexity: how many equally used codes would say as much. Entropy: what "
-    "an image's tokens cost an entropy coder without context. Rank: effective rank of the codes as used and of the latents, at "
-    "most their channels."
+    "Usage: share of the codebook seen at least once. Perplexity: the number of equally used codes of the same entropy. Entropy: "
+    "what an image's tokens cost an entropy coder without context. Rank: effective rank of the codes as used and of the latents, "
+    "at most their channels."
 )
 _NOISE_NOTE = (
     "PSNR when Gaussian noise of this many standard deviations of each channel is added to the latents, decoded as samples are. "
-    "Few solver steps leave such noise; what a tokenizer forgives here, a latent model need not get right."
+    "Few solver steps leave such noise; a latent model need not remove what a tokenizer tolerates here."
 )
-
-
-def _joined(values: Any) -> str:
-    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
 
 def provenance(rows: Sequence[TokenizerRow], context: ReportContext) -> list[tuple[str, str]]:
@@ -180,13 +148,13 @@ def provenance(rows: Sequence[TokenizerRow], context: ReportContext) -> list[tup
     facts = [
         *((row.name, f"{row.quantizer}; tokenizer@{row.tokenizer}") for row in rows),
         ("data", context.data),
-        ("images", f"{_joined(row.n for row in rows)} of {_joined(row.images for row in rows)}"),
-        ("features", _joined(row.features for row in rows)),
-        ("reference", _joined(row.reference for row in rows)),
-        ("perceptual distance", _joined(row.perceptual for row in rows)),
+        ("images", f"{joined(row.n for row in rows)} of {joined(row.images for row in rows)}"),
+        ("features", joined(row.features for row in rows)),
+        ("reference", joined(row.reference for row in rows)),
+        ("perceptual distance", joined(row.perceptual for row in rows)),
         ("seed", context.seeds),
         ("hardware", context.hardware),
-        ("versions", ", ".join(f"{name} {version}" for name, version in context.versions.items())),
+        ("versions", context.version_text),
         ("command", context.command),
     ]
     return [(name, value) for name, value in facts if value]

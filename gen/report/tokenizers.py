@@ -1,29 +1,34 @@
-"""From measured tokenizers to files: results.csv, results.jsonl, report.md, three plots and one self-contained report.html.
+"""The report of tokenizers: results.csv, results.jsonl, report.md, three plots and one self-contained report.html.
 
-Four tables, a row a tokenizer: reconstruction, codes and latents, noise on the latents, cost. The best of a column is bold where
-one direction is better; a codebook, a rate or a rank is neither good nor bad by itself. The directory is written whole or not at
-all.
+Four tables, a line per tokenizer: reconstruction, codes and latents, noise on the latents, cost. The best of a column is bold
+where one direction is better. The directory is written whole or not at all.
 """
 
-import csv
 import dataclasses
-import io
-import json
-import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.files import replacing, write_atomically
-from midway.gen.evaluation.records import Entry, ReportContext
+from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
-from midway.gen.evaluation.tokenizers import Measurement
+from midway.gen.evaluation.tokenizers import TokenizerResult
+from midway.gen.report.html import facts_list, figure, image_tag, notes_list, page, titled_table
+from midway.gen.report.table import ReportContext, number
+from midway.gen.report.text import (
+    csv_text,
+    escape_markdown,
+    jsonl_text,
+    markdown_facts,
+    markdown_notes,
+    markdown_table,
+    text_table,
+)
 from midway.gen.report.tokenizer_plots import noise_png, rate_png, usage_png
-from midway.gen.report.tokenizer_tables import TERSE, Table, provenance, tables
-from midway.gen.report.tokenizers_html import PLOTS, page
-from midway.gen.report.write import ABSENT, aligned, escape_markdown
+from midway.gen.report.tokenizer_tables import TERSE, provenance, tables, terse
 
 FILES = (
     "results.csv",
@@ -36,98 +41,124 @@ FILES = (
 )
 
 
-def text_table(rows: Sequence[TokenizerRow]) -> str:
-    """Reconstruction and codes for a terminal: aligned, `*` at each column's best."""
+_STRIP = 1280  # pixels: large images are shown fewer, or the page would be slow to open
+PLOTS: Mapping[str, tuple[str, str]] = {
+    "rate_distortion.png": (
+        "PSNR against bits per image",
+        "Upper left is better. Filled: tokens of equal length; the thin line leads to what an entropy coder would spend. "
+        "Hollow: a posterior's rate and the PSNR of its draws.",
+    ),
+    "codebook_usage.png": (
+        "Frequency of codes by rank",
+        "A codebook used evenly is the dashed line up to 1. Where a line ends, the codes beyond were never used. Codebooks of "
+        "more than a million codes are left out.",
+    ),
+    "noise.png": (
+        "PSNR against noise on the latents",
+        "Filled markers: snapped to the nearest code before decoding, as samples are; the thin dashed line of the same colour is "
+        "without snapping. Hollow: never snapped.",
+    ),
+}
+
+
+def terminal_text(rows: Sequence[TokenizerRow]) -> str:
+    """Reconstruction and codes for a terminal."""
     first, second = tables(rows)[:2]
-    terse = [second.heads.index(head) for head in TERSE if head in second.heads]
-    return f"{_text(first, range(len(first.heads)))}\n\n{_text(second, terse)}\n\n* best\n"
-
-
-def _text(table: Table, columns: Sequence[int]) -> str:
-    """Some columns of a table."""
-    body = [[row.name, *(_text_entry(entries[i]) for i in columns)] for row, entries in table.rows]
-    if table.floor:
-        body.append(["floor", *(f"{table.floor[i]} " for i in columns)])
-    header, *lines = aligned([["tokenizer", *(f"{table.heads[i]} " for i in columns)], *body])
-    return "\n".join([table.title, "", header, "-" * max(map(len, [header, *lines])), *lines])
-
-
-def _text_entry(entry: Entry | None) -> str:
-    return f"{ABSENT} " if entry is None else f"{entry.value}{'*' if entry.best else ' '}"
+    return "\n\n".join(f"{t.title}\n\n{text_table(t)}" for t in (terse(first), terse(second, TERSE))) + "\n"
 
 
 def markdown_tables(rows: Sequence[TokenizerRow]) -> str:
     """All tables under their headings."""
-    return "\n".join(line for table in tables(rows) for line in _markdown(table)) + "\n"
+    return "\n".join(f"## {t.title}\n\n{escape_markdown(t.note)}\n\n{markdown_table(t)}\n" for t in tables(rows))
 
 
-def _markdown(table: Table) -> list[str]:
-    body = [[escape_markdown(row.name), *map(_markdown_entry, entries)] for row, entries in table.rows]
-    if table.floor:
-        body.append(["*floor*", *(f"*{text}*" if text else "" for text in table.floor)])
-    rule = ["---", *("---:" for _ in table.heads)]
-    lines = [f"| {' | '.join(row)} |" for row in (["tokenizer", *table.heads], rule, *body)]
-    return [f"## {table.title}", "", escape_markdown(table.note), "", *lines, ""]
-
-
-def _markdown_entry(entry: Entry | None) -> str:
-    if entry is None:
-        return ABSENT
-    value = f"**{entry.value}**" if entry.best else entry.value
-    return f"{value} ({escape_markdown(entry.grid)})" if entry.grid else value
-
-
-def _report_md(rows: Sequence[TokenizerRow], context: ReportContext) -> str:
+def report_md(rows: Sequence[TokenizerRow], context: ReportContext) -> str:
+    """Tables, plots by relative name, notes and provenance."""
     plots = [f"![{words}]({name})\n" for name, (words, _) in PLOTS.items()]
-    notes = ["## Notes", "", *(f"- {escape_markdown(note)}" for note in context.notes), ""] if context.notes else []
-    facts = [f"- **{escape_markdown(name)}**: {escape_markdown(value)}" for name, value in provenance(rows, context)]
-    return "\n".join(
+    parts = [f"# {escape_markdown(context.title)}", "", markdown_tables(rows), *plots, *markdown_notes(context.notes)]
+    return "\n".join([*parts, *markdown_facts(provenance(rows, context))]) + "\n"
+
+
+# ---- page ----
+
+
+def _lead(rows: Sequence[TokenizerRow]) -> str:
+    """The result in a sentence."""
+    if len(rows) < 2:
+        return ""
+    best = max(rows, key=lambda row: row.psnr)
+    parts = [f"<b>{escape(best.name)}</b> reconstructs best ({best.psnr:.2f} dB)"]
+    for name, head in (("distance", "is nearest to the training images"), ("interpolated", "interpolates best")):
+        found = [(value, row.name) for row in rows if (value := getattr(row, name)) is not None]
+        if found:
+            value, winner = min(found)
+            parts.append(f"<b>{escape(winner)}</b> {head} ({number(value)})")
+    return f'<p class="lead">{"; ".join(parts)}.</p>'
+
+
+def _strip(name: str, small: str, images: Tensor, kind: str = "") -> str:
+    few = images[: max(4, _STRIP // images.shape[-1])]
+    picture = image_tag(grid_png(few, columns=len(few)), f"{name}, {small}" if small else name)
+    return f'<div class="{kind}"><p>{escape(name)}<small>{escape(small)}</small></p>{picture}</div>'
+
+
+def _strips(results: Sequence[TokenizerResult], originals: Tensor) -> str:
+    """The same images as every tokenizer reconstructs them, then half-way to their neighbours."""
+    first = _strip("held-out images", "", originals, "first")
+    rows = "".join(_strip(m.row.name, f"{m.row.psnr:.2f} dB", m.reconstructions) for m in results)
+    text = (
+        "<h2>Reconstructions</h2><p>The same held-out images, as every tokenizer reconstructs them.</p>"
+        f'<div class="strips">{first}{rows}</div>'
+    )
+    between = [
+        _strip(m.row.name, f"distance {number(m.row.interpolated)}", m.interpolations)
+        for m in results
+        if m.interpolations is not None and m.row.interpolated is not None
+    ]
+    if not between:
+        return text
+    return (
+        f"{text}<h2>Half-way to the nearest neighbour</h2><p>The latent of each of these images mixed in equal parts with that "
+        "of its nearest neighbour. Where the result is no plausible image, a latent model that interpolates between training "
+        f'images is unlikely to make one.</p><div class="strips">{first}{"".join(between)}</div>'
+    )
+
+
+def report_html(
+    results: Sequence[TokenizerResult], originals: Tensor, context: ReportContext, plots: Mapping[str, bytes]
+) -> str:
+    """One self-contained page."""
+    rows = [result.row for result in results]
+    first, codes, *others = map(titled_table, tables(rows))
+    rate, usage, noise = (figure(plots[name], words, caption) for name, (words, caption) in PLOTS.items())
+    return page(
+        context,
+        _lead(rows),
         [
-            f"# {escape_markdown(context.title)}",
-            "",
-            markdown_tables(rows),
-            *plots,
-            *notes,
-            "## Provenance",
-            "",
-            *facts,
-            "",
-        ]
+            first,
+            f'<div class="plots">{rate}{noise}</div>',
+            _strips(results, originals),
+            codes,
+            f'<div class="plots single">{usage}</div>',
+            *others,
+            notes_list(context.notes),
+            facts_list(provenance(rows, context)),
+        ],
     )
 
 
 # ---- files ----
 
 
-def flat(row: TokenizerRow) -> dict[str, object]:
-    """A row of the CSV: a column for each sigma instead of the curves; None is empty."""
+def flat_record(row: TokenizerRow) -> dict[str, object]:
+    """A row of the CSV: a column for each sigma instead of the curves."""
     values = dataclasses.asdict(row)
     for name in ("noise", "psnr_noisy", "psnr_snapped"):
         del values[name]
     snapped = row.psnr_snapped or (None,) * len(row.noise)
     for sigma, noisy, after in zip(row.noise, row.psnr_noisy, snapped, strict=True):
         values |= {f"psnr_noisy_{sigma:g}": noisy, f"psnr_snapped_{sigma:g}": after}
-    return {name: "" if value is None else value for name, value in values.items()}
-
-
-def csv_text(rows: Sequence[TokenizerRow]) -> str:
-    """Every figure, one line a tokenizer, floats in full precision."""
-    buffer = io.StringIO()
-    records = [flat(row) for row in rows]
-    writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return buffer.getvalue()
-
-
-def jsonl_text(rows: Sequence[TokenizerRow]) -> str:
-    """Every figure, one JSON object a tokenizer; a number that is not finite becomes null."""
-    records = [{key: _finite(value) for key, value in dataclasses.asdict(row).items()} for row in rows]
-    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-
-
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return values
 
 
 def check_out(directory: Path) -> None:
@@ -137,21 +168,21 @@ def check_out(directory: Path) -> None:
 
 
 def write_tokenizer_report(
-    directory: Path, measurements: Sequence[Measurement], originals: Tensor, context: ReportContext
+    directory: Path, results: Sequence[TokenizerResult], originals: Tensor, context: ReportContext
 ) -> None:
     """All seven files, replacing an earlier report; `originals` uint8 are the images shown. DiskError, UsageError."""
     check_out(directory)
-    rows = [m.row for m in measurements]
+    rows = [m.row for m in results]
     plots = {
         "rate_distortion.png": rate_png(rows),
-        "codebook_usage.png": usage_png(measurements),
+        "codebook_usage.png": usage_png(results),
         "noise.png": noise_png(rows),
     }
     texts = {
-        "results.csv": csv_text(rows),
-        "results.jsonl": jsonl_text(rows),
-        "report.md": _report_md(rows, context),
-        "report.html": page(measurements, originals, context, plots),
+        "results.csv": csv_text([flat_record(row) for row in rows]),
+        "results.jsonl": jsonl_text([dataclasses.asdict(row) for row in rows]),
+        "report.md": report_md(rows, context),
+        "report.html": report_html(results, originals, context, plots),
     }
     _replace_directory(directory, plots | {name: text.encode() for name, text in texts.items()})
 

@@ -100,7 +100,7 @@ def test_a_new_layer_is_the_identity(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [CheckerboardCoupling, ChannelCoupling])
 @pytest.mark.parametrize("network", [CONV, MLP], ids=["conv", "mlp"])
-def test_two_couplings_move_both_halves_and_each_keeps_one(kind: type, network: CouplingNetworkConfig) -> None:
+def test_two_couplings_change_both_halves_and_each_fixes_one(kind: type, network: CouplingNetworkConfig) -> None:
     x = images()
     moved = []
     for parity in (0, 1):
@@ -115,8 +115,8 @@ def test_two_couplings_move_both_halves_and_each_keeps_one(kind: type, network: 
 
 
 @pytest.mark.parametrize("name", ["checkerboard 0", "channel 1"])
-def test_the_network_sees_kept_places_alone(name: str) -> None:
-    """The moved places' Jacobian is diagonal among themselves, and all kept ones act on some."""
+def test_the_network_depends_on_the_fixed_half_alone(name: str) -> None:
+    """The moved places' Jacobian is diagonal among themselves, and all fixed ones act on some."""
     layer, x = _layer(name), images(1)
     jacobian = torch.autograd.functional.jacobian(lambda v: layer(v[None], _cond(1))[0][0], x[0]).reshape(32, 32)  # pyright: ignore
     moved = (layer(x, _cond(1))[0] != x).flatten()
@@ -157,7 +157,7 @@ def test_conditions_change_the_output_and_may_not_be_forgotten(network: Coupling
 
 
 def test_positions_tell_places_apart() -> None:
-    """On a constant image a convolution says the same in the whole interior, unless it has positions."""
+    """On a constant image a convolution is constant in the whole interior, unless it has positions."""
     x = torch.zeros(1, 1, 12, 12)
     for positions in (False, True):
         config = CouplingNetworkConfig("conv", 8, positions=positions)
@@ -189,7 +189,7 @@ def test_factoring_out_leaves_the_second_half() -> None:
     torch.testing.assert_close(log_det, layer.inner.log_scale.sum().expand(3))  # pyright: ignore
 
 
-def test_what_cannot_be_halved_is_refused() -> None:
+def test_shapes_that_cannot_be_halved_raise() -> None:
     with pytest.raises(ValueError, match="5x4 cannot be squeezed"):
         Squeezed(ActNorm(4), (1, 5, 4))
     with pytest.raises(ValueError, match="4x3 cannot be squeezed"):
@@ -225,9 +225,9 @@ def test_a_chain_initialises_each_layer_with_what_arrives_there() -> None:
     inner.flows[2].inner.flows[1].log_scale.data.fill_(1)  # pyright: ignore
     y = squeeze(chain.initialise(x))
     torch.testing.assert_close(y, squeeze(chain(x)[0]))
-    kept = y[:, :4]
-    torch.testing.assert_close(kept.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
-    torch.testing.assert_close(kept.var((0, 2, 3), correction=0), torch.ones(4, dtype=torch.float64))
+    fixed = y[:, :4]
+    torch.testing.assert_close(fixed.mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(fixed.var((0, 2, 3), correction=0), torch.ones(4, dtype=torch.float64))
 
 
 def test_a_resumed_actnorm_does_not_start_again() -> None:

@@ -169,8 +169,8 @@ def test_a_network_of_float32_sees_float32_and_sums_are_float64() -> None:
 
     def field(x: Tensor, t: Tensor) -> Prediction:
         seen.append((x.dtype, t.dtype))
-        said = data.field(schedule)(x.double(), t.double())
-        return Prediction(said.x0.to(x.dtype), said.eps.to(x.dtype))
+        prediction = data.field(schedule)(x.double(), t.double())
+        return Prediction(prediction.x0.to(x.dtype), prediction.eps.to(x.dtype))
 
     x = points(data)
     for given in (("rk4", 10), SOLVERS["rk4"].build(schedule, uniform(schedule, 10)[::-1])):
@@ -257,9 +257,9 @@ def test_evaluations_and_products_are_counted(options: dict[str, Any], products:
     backward = []
 
     def field(x: Tensor, t: Tensor) -> Prediction:
-        said = counter(x, t)
-        said.x0.register_hook(lambda gradient: backward.append(len(gradient)))
-        return said
+        prediction = counter(x, t)
+        prediction.x0.register_hook(lambda gradient: backward.append(len(gradient)))
+        return prediction
 
     x = torch.zeros(8, 3, dtype=torch.float64)
     _, cost = log_likelihood(field, Linear(), ("heun", 5), x, **options)
@@ -299,17 +299,17 @@ RISING = uniform(Linear(), 4)[::-1]
         (lambda: ("rk4", 4), {"trace": "hutchinson", "ids": IDS, "probe": "normal"}, "gaussian"),
     ],
 )
-def test_what_has_no_density_is_refused(table: Callable[[], Any], options: dict[str, Any], why: str) -> None:
+def test_solvers_without_a_density_raise(table: Callable[[], Any], options: dict[str, Any], why: str) -> None:
     with pytest.raises(UsageError, match=why):
         log_likelihood(mixture().field(Linear()), Linear(), table(), points(mixture()), **options)
 
 
-def test_an_unknown_grid_is_refused() -> None:
+def test_an_unknown_grid_raises() -> None:
     with pytest.raises(UsageError, match="did you mean 'karras'"):
         cosine_table(Linear(), "rk4", 4, grid="karas")
 
 
-def test_guided_fields_and_fields_without_gradients_are_refused() -> None:
+def test_guided_fields_and_fields_without_gradients_raise() -> None:
     model, x, labels = small_model(), torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(UsageError, match="guidance 2"):
         log_likelihood(model.field(labels, 2.0), model.schedule, _table("rk4", RISING), x)

@@ -158,7 +158,7 @@ def test_a_trained_pixel_model_has_bits(run: Path) -> None:
     )
 
 
-def test_what_a_model_is_told_counts() -> None:
+def test_labels_change_the_likelihood() -> None:
     """Of the class, if it is conditional; an unconditional one ignores it."""
     given, labels, config = images(17, 0, 17), torch.tensor([0, 1, 2, 0]), LikelihoodConfig(steps=2)
     for classes in (3, 0):
@@ -190,11 +190,11 @@ def test_a_learned_tokenizer_has_no_pixel_density() -> None:
         (torch.tensor([0, 1, 3, 0]), "labels 0 to 3"),
     ],
 )
-def test_labels_that_a_model_does_not_have_are_refused(labels: Tensor | None, why: str) -> None:
+def test_labels_that_a_model_does_not_have_raise(labels: Tensor | None, why: str) -> None:
     with pytest.raises(UsageError, match=why):
         bits_per_dim(model(classes=3), pixels((0.0,), (1.0,)), images(17, 0, 17), labels, 17, context(4))
 
 
-def test_values_that_are_no_levels_are_refused() -> None:
+def test_values_that_are_no_levels_raise() -> None:
     with pytest.raises(ValueError, match="none of 17 levels"):
         bits_per_dim(model(), pixels((0.0,), (1.0,)), images(256, 1, 2), None, 17, context(4))

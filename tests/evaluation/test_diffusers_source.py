@@ -270,7 +270,7 @@ def test_the_sweep_measures_it_beside_external_images(
     assert rows[1]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
     assert "diffusers ddpm" in (tmp_path / "out" / "report.md").read_text()
     exported = replace(task(pipeline, tmp_path / "again", tmp_path / "npz" / "ddim-logsnr-nfe4.npz"), n=20)
-    assert list(evaluate.run(exported).cells[1].distances) == rows[1]["distances"]
+    assert list(evaluate.run(exported).measurements[1].distances) == rows[1]["distances"]
     monkeypatch.setattr(DiffusersSource, "sample", None)
     assert script("evaluate", *flags).code == 0, "nothing is sampled twice"
 

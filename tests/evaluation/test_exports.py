@@ -130,14 +130,14 @@ def test_the_exports_of_a_cell_have_its_distance_to_the_last_digit(
     exported: tuple[Path, Sweep], pipeline: Pipeline, tmp_path: Path, small_parts: None
 ) -> None:
     out, sweep = exported
-    best = {f"{c.solver}-{c.grid}-nfe{c.nfe}": c for c in sweep.cells if c.best and c.grid}
-    best["baseline-nfe1"] = next(cell for cell in sweep.cells if cell.baseline)
+    best = {f"{c.solver}-{c.grid}-nfe{c.nfe}": c for c in sweep.measurements if c.best and c.grid}
+    best["baseline-nfe1"] = next(cell for cell in sweep.measurements if cell.baseline)
     assert len(best) == 3
     assert {path.name for path in (out / "npz").iterdir()} == {f"{name}.npz" for name in best}
     assert {path.name for path in (out / "zips").iterdir()} == {f"{name}.zip" for name in best}
     paths = [*(out / "npz").iterdir(), *(out / "zips").iterdir()]
     again = evaluate.run(task(pipeline, tmp_path / "again", *paths, n=20))
-    found = {cell.solver.removeprefix("images: "): cell.distances for cell in again.cells[1:]}
+    found = {cell.solver.removeprefix("images: "): cell.distances for cell in again.measurements[1:]}
     assert found == {f"{name}{end}": cell.distances for name, cell in best.items() for end in (".npz", ".zip")}
 
 

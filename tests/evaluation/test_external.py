@@ -227,7 +227,7 @@ def test_each_block_is_the_distance_of_consecutive_images(pipeline: Pipeline, tm
     sweep = evaluate.run(task(pipeline, tmp_path / "out", path, seed=5))
     network, _ = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     reference = network.features(load_splits(DataConfig()).train.images).double().numpy()
-    floor, cell = sweep.cells
+    floor, cell = sweep.measurements
     assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.baseline) == ("images: samples.npz", 0, 30, 2, True)
     assert (floor.solver, floor.n) == ("floor", 30)
     seen = network.features(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
@@ -245,10 +245,14 @@ def test_several_sets_are_rows_of_the_same_count_and_nothing_is_measured_twice(
     paths = [npz(tmp_path / "a.npz", noise(40)), files(tmp_path / "b", noise(50, seed=1))]
     asked = task(pipeline, tmp_path / "out", *paths, blocks=1, baselines=(pipeline.baseline,))
     first = evaluate.run(asked)
-    assert [(c.solver, c.n) for c in first.cells[1:]] == [("baseline", 40), ("images: a.npz", 40), ("images: b", 40)]
+    assert [(c.solver, c.n) for c in first.measurements[1:]] == [
+        ("baseline", 40),
+        ("images: a.npz", 40),
+        ("images: b", 40),
+    ]
     assert first.grids["images: a.npz", 0] != first.grids["images: b", 0]
     monkeypatch.setattr(ImagesSource, "sample", None)
-    assert evaluate.run(asked).cells == first.cells
+    assert evaluate.run(asked).measurements == first.measurements
     npz(paths[0], noise(40, seed=2))
     with pytest.raises(TypeError):
         evaluate.run(asked)
@@ -257,9 +261,9 @@ def test_several_sets_are_rows_of_the_same_count_and_nothing_is_measured_twice(
 def test_external_images_join_the_table_of_a_model(pipeline: Pipeline, tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", noise(45))
     sweep = evaluate.run(with_model(pipeline, tmp_path / "out", path, seed=3))
-    assert [(c.solver, c.nfe, c.n) for c in sweep.cells[1:]] == [("ddim", 4, 20), ("images: a.npz", 0, 20)]
+    assert [(c.solver, c.nfe, c.n) for c in sweep.measurements[1:]] == [("ddim", 4, 20), ("images: a.npz", 0, 20)]
     alone = evaluate.run(task(pipeline, tmp_path / "alone", path, n=20))
-    assert alone.cells[1].distances == sweep.cells[2].distances
+    assert alone.measurements[1].distances == sweep.measurements[2].distances
     assert load_model(pipeline.model, torch.device("cpu")).data == DataConfig()
     with pytest.raises(DataError, match="45 images, 46"):
         evaluate.run(with_model(pipeline, tmp_path / "more", path, n=23))

@@ -8,6 +8,7 @@ from typing import Any
 import evaluate
 import pytest
 import torch
+from measurements import measurement
 from pipelines import Pipeline, Script
 
 from midway.gen.core.errors import DataError, DivergedError, UsageError
@@ -20,10 +21,9 @@ from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation import measure
 from midway.gen.evaluation.measure import EvaluationContext, Seeds
 from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
-from midway.gen.evaluation.records import Cell
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.evaluation.store import CellStore, Part
-from midway.gen.evaluation.sweep import floor_cell
+from midway.gen.evaluation.sweep import measure_floor
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.inception_score import inception_score
@@ -63,7 +63,7 @@ def test_a_second_sweep_into_the_same_folder_is_refused(pipeline: Pipeline, scri
         flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
         told = script("evaluate", *flags, "--nfe", 4, "--n", 20, "--reference-nfe", 0)
         assert told.code == 2 and "is being written by another process" in told.err
-    assert evaluate.run(task(pipeline, tmp_path)).cells
+    assert evaluate.run(task(pipeline, tmp_path)).measurements
 
 
 # ---- times ----
@@ -80,7 +80,7 @@ def test_seconds_of_other_circumstances_are_told(pipeline: Pipeline, tmp_path: P
 
 
 def test_times_alike_need_no_note() -> None:
-    cell = Cell("a", "uniform", 4, 1.0, None, None, 10, 1, 1.0, "cnn@1", "digits@1", "0-9", timing="a machine")
+    cell = measurement(timing="a machine")
     assert timing_notes([cell, cell]) == ()
     assert "a machine / another" in timing_notes([cell, dataclasses.replace(cell, timing="another")])[0]
 
@@ -164,8 +164,8 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
     )
     held_out = load_splits(trained.data).held_out
     assert reference.statistics.dim == 8
-    found = [floor_cell(reference, held_out, n, ("kid", "infinity")) for n in (20, 40)]
-    assert [cell.fd_infinity is None for cell in found] == [True, False] and found[0].kid is not None
+    found = [measure_floor(reference, held_out, n, ("kid", "infinity")) for n in (20, 40)]
+    assert [cell.value("fd_infinity") is None for cell in found] == [True, False] and found[0].value("kid") is not None
 
 
 # ---- the reference's file ----
@@ -202,8 +202,8 @@ def test_quality_of_a_diverged_cell_is_not_told(
         return raw
 
     monkeypatch.setattr(SolverSource, "sample", sample)
-    cell = evaluate.run(task(pipeline, tmp_path)).cells[1]
-    assert cell.nonfinite and cell.psnr is None and cell.distance == float("inf")
+    cell = evaluate.run(task(pipeline, tmp_path)).measurements[1]
+    assert cell.nonfinite and cell.value("psnr") is None and cell.distance == float("inf")
 
 
 def test_a_fine_solution_that_diverged_is_told(
@@ -218,8 +218,8 @@ def test_a_fine_solution_that_diverged_is_told(
         return raw
 
     monkeypatch.setattr(SolverSource, "sample", sample)
-    cell = evaluate.run(task(pipeline, tmp_path)).cells[1]
-    assert cell.rmse is None and cell.distance < float("inf")
+    cell = evaluate.run(task(pipeline, tmp_path)).measurements[1]
+    assert cell.value("rmse") is None and cell.distance < float("inf")
     assert "fine solution diverged" in (tmp_path / "report.md").read_text()
 
 

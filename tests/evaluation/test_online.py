@@ -41,7 +41,7 @@ def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(pipelin
     swept = evaluate.EvaluateTask(
         model=run, features=pipeline.features, out=tmp_path / "report", solvers="ddim", nfe="4,6", grids="uniform"
     )
-    cells = evaluate.run(replace(swept, n=24, blocks=1, reference_nfe=0)).cells[1:]
+    cells = evaluate.run(replace(swept, n=24, blocks=1, reference_nfe=0)).measurements[1:]
     assert [answers[-1][f"distance_nfe_{cell.nfe}"] for cell in cells] == [pytest.approx(c.distance) for c in cells]
 
 

@@ -2,36 +2,38 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
 import pytest
 import torch
 import train_latent
+from measurements import changed, measurement
 from pipelines import TINY_DIT, TINY_LATENT, Pipeline
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.records import Cell, paired
+from midway.gen.evaluation.records import Measurement, differences
 from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
 from tasks import LatentTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def cell(solver: str, grid: str, distance: float, rmse: float | None = 0.5, **changes: object) -> Cell:
-    made = Cell(solver, grid, 4, distance, 0.1, rmse, 100, 2, 1.0, "cnn@1", "digits@1", "0-199", kid=distance / 10)
-    return replace(made, distances=(distance - 0.1, distance + 0.1), **changes)  # pyright: ignore
+def cell(solver: str, grid: str, distance: float, rmse: float | None = 0.5, **more: Any) -> Measurement:
+    made = measurement(solver, grid, 4, distance, 0.1, rmse, kid=distance / 10)
+    return changed(made, **({"distances": (distance - 0.1, distance + 0.1)} | more))
 
 
 def test_figures_are_means_over_trainings_and_deviations_among_them() -> None:
     sweeps = [[cell("ddim", "karras", d, rmse=r)] for d, r in ((1.0, 0.1), (2.0, 0.3), (4.5, 0.2))]
     (merged,) = merge_trainings(sweeps)
     assert merged.distance == pytest.approx(2.5)
-    assert merged.distance_std == pytest.approx(np.std([1, 2, 4.5], ddof=1))
-    assert merged.rmse == pytest.approx(0.2) and merged.kid == pytest.approx(0.25)
-    assert merged.kid_std == pytest.approx(np.std([0.1, 0.2, 0.45], ddof=1))
+    assert merged.std("distance") == pytest.approx(np.std([1, 2, 4.5], ddof=1))
+    assert merged.value("rmse") == pytest.approx(0.2) and merged.value("kid") == pytest.approx(0.25)
+    assert merged.std("kid") == pytest.approx(np.std([0.1, 0.2, 0.45], ddof=1))
     assert merged.distances == (1.0, 2.0, 4.5) and merged.trainings == 3
 
 
@@ -46,12 +48,12 @@ def test_what_is_not_of_all_trainings_is_left_out_and_named() -> None:
     """Its blocks would be taken for trainings, in differences with the others."""
     stay = [cell("floor", "", 0.5, None, nfe=0), cell("vae", "", 3.0, None, baseline=True)]
     first = [*stay, cell("ddim", "karras", 1.0), cell("table", "karras", 0.8)]
-    second = [replace(stay[0], distance=0.6), cell("ddim", "karras", 1.4), cell("table", "uniform", 0.9)]
+    second = [changed(stay[0], distance=0.6), cell("ddim", "karras", 1.4), cell("table", "uniform", 0.9)]
     merged = merge_trainings([first, second])
     assert [(c.solver, c.trainings) for c in merged] == [("floor", 1), ("vae", 1), ("ddim", 2)]
     assert merged[:2] == stay
     assert left_out([first, second]) == ["table on karras at NFE 4", "table on uniform at NFE 4"]
-    assert paired(merged).rows[0][0] == "ddim"
+    assert list(differences(merged)) == [("ddim", 4)]
 
 
 def test_records_of_all_trainings_are_named() -> None:
@@ -91,8 +93,10 @@ def task(pipeline: Pipeline, out: Path, *repeats: Path) -> evaluate.EvaluateTask
 
 
 def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: Path) -> None:
-    alone = [evaluate.run(replace(task(pipeline, tmp_path / m.name), model=m)).cells for m in (pipeline.model, again)]
-    both = evaluate.run(task(pipeline, tmp_path / "both", again)).cells
+    alone = [
+        evaluate.run(replace(task(pipeline, tmp_path / m.name), model=m)).measurements for m in (pipeline.model, again)
+    ]
+    both = evaluate.run(task(pipeline, tmp_path / "both", again)).measurements
     for a, b, merged in zip(*alone, both, strict=True):
         if merged.solver != "floor":
             assert merged.distances == (a.distance, b.distance) and a.distance != b.distance

@@ -16,6 +16,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from measurements import measurement
 from multiprocess import launch
 from pipelines import SCRIPTS, Pipeline, Script
 
@@ -28,13 +29,9 @@ from midway.gen.data.splits import load_splits
 from midway.gen.evaluation import measure, store
 from midway.gen.evaluation.likelihood import draw
 from midway.gen.evaluation.records import (
-    Cell,
+    Measurement,
     check_comparable,
-    decisive,
-    difference_note,
-    paired,
-    pivot,
-    rivals,
+    critical_t,
     shown,
 )
 from midway.gen.evaluation.sources import SolverSource
@@ -44,7 +41,9 @@ from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_f
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
-from midway.gen.report.write import markdown_table, text_table
+from midway.gen.report.sweep import markdown_tables, report_html, terminal_text
+from midway.gen.report.sweep_tables import difference_table, distance_table
+from midway.gen.report.table import Entry, ReportContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = ("seconds", "decode_seconds", "feature_seconds", "timing")
@@ -321,9 +320,10 @@ def test_neither_batches_nor_overlap_change_a_distance(
 ) -> None:
     first = evaluate.run(task(pipeline, tmp_path / "a", solvers="ddim,heun"))
     other = evaluate.run(task(pipeline, tmp_path / "b", solvers="ddim,heun", **change))
-    for a, b in zip(first.cells, other.cells, strict=True):
-        assert (a.solver, a.nfe, a.distances, a.kid) == (b.solver, b.nfe, b.distances, b.kid)
-        assert a.rmse is None or b.rmse == pytest.approx(a.rmse, rel=1e-5)  # a matrix product's last bits
+    for a, b in zip(first.measurements, other.measurements, strict=True):
+        assert (a.solver, a.nfe, a.distances, a.value("kid")) == (b.solver, b.nfe, b.distances, b.value("kid"))
+        rmse = a.value("rmse")
+        assert rmse is None or b.value("rmse") == pytest.approx(rmse, rel=1e-5)  # a matrix product's last bits
 
 
 # ---- numbers ----
@@ -331,12 +331,12 @@ def test_neither_batches_nor_overlap_change_a_distance(
 
 def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: Path, small_parts: None) -> None:
     sweep = evaluate.run(task(pipeline, tmp_path, solvers="ddim", metrics="kid,precision,density,is", n=24))
-    cell = sweep.cells[1]
+    cell = sweep.measurements[1]
     assert len(cell.distances) == cell.blocks == 2
     assert cell.distance == pytest.approx(sum(cell.distances) / 2)
-    assert cell.precision is not None and 0 <= cell.precision <= 1 and cell.coverage is not None
-    assert cell.inception_score is not None and 1 <= cell.inception_score <= 10
-    assert cell.psnr is not None and cell.psnr > 5 and cell.kid_std is not None
+    bounds = {"precision": (0, 1), "coverage": (0, 1), "inception_score": (1, 10), "psnr": (5, 100)}
+    assert all(least <= (cell.value(name) or -1) <= most for name, (least, most) in bounds.items())
+    assert cell.std("kid") is not None
     assert cell.decode_seconds > 0 or cell.feature_seconds > 0
 
 
@@ -363,7 +363,11 @@ def test_what_cannot_be_measured_is_refused_before_sampling(
 
 def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0))
-    assert sweep.cells[1].rmse is None and sweep.cells[1].psnr is None and sweep.fine is None
+    assert (
+        sweep.measurements[1].value("rmse") is None
+        and sweep.measurements[1].value("psnr") is None
+        and sweep.fine is None
+    )
     assert "Use of the codes" not in (tmp_path / "report.md").read_text()
     assert "RMSE compares" not in (tmp_path / "report.md").read_text()
 
@@ -379,8 +383,8 @@ def test_a_sample_that_is_not_finite_makes_the_cell_diverged(
         return raw
 
     monkeypatch.setattr(SolverSource, "sample", sample)
-    cell = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)).cells[1]
-    assert cell.distance == float("inf") and cell.kid is None and cell.nonfinite == 2  # of two parts
+    cell = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)).measurements[1]
+    assert cell.distance == float("inf") and cell.value("kid") is None and cell.nonfinite == 2  # of two parts
     assert "diverged" in (tmp_path / "report.md").read_text()
 
 
@@ -394,8 +398,8 @@ def with_baseline(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep], pipeline: Pipeline) -> None:
-    (cell,) = (cell for cell in with_baseline[1].cells if cell.baseline)
-    assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.rmse) == ("baseline", 1, 20, 2, None)
+    (cell,) = (cell for cell in with_baseline[1].measurements if cell.baseline)
+    assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.value("rmse")) == ("baseline", 1, 20, 2, None)
     trained = load_trained_baseline(pipeline.baseline)
     file = Run.open(pipeline.features, "features").checkpoint / "features.safetensors"
     network, _ = load_features(file)
@@ -408,9 +412,13 @@ def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep],
 
 def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tuple[Path, Sweep]) -> None:
     out, sweep = with_baseline
-    assert all(solver != "baseline" for solver, _ in pivot(sweep.cells, "distance").rows)
-    assert ("baseline", 1) not in shown(sweep.cells)
-    for text in (markdown_table(sweep.cells), text_table(sweep.cells), (out / "report.html").read_text()):
+    assert all(line.name != "baseline" for line in distance_table(sweep.measurements).lines)
+    assert ("baseline", 1) not in shown(sweep.measurements)
+    for text in (
+        markdown_tables(sweep.measurements),
+        terminal_text(sweep.measurements),
+        (out / "report.html").read_text(),
+    ):
         assert "baseline" in text and "s / 1000 images" in text
     assert ("baseline", 1) in sweep.grids
 
@@ -425,18 +433,21 @@ def test_baselines_that_do_not_belong_are_refused(pipeline: Pipeline, tmp_path: 
 # ---- what a table may hold ----
 
 
-def line(solver: str, nfe: int, distances: tuple[float, ...], n: int = 100, features: str = "cnn@1") -> Cell:
+def line(solver: str, nfe: int, distances: tuple[float, ...], n: int = 100, features: str = "cnn@1") -> Measurement:
     mean = sum(distances) / len(distances)
-    cell = Cell(solver, "uniform", nfe, mean, 0.1, None, n, len(distances), 1.0, features, "digits@1", "0-199")
-    return replace(cell, distances=distances)
+    return measurement(solver, "uniform", nfe, mean, n=n, blocks=len(distances), features=features, distances=distances)
+
+
+def to_best(cells: list[Measurement]) -> dict[str, Entry | None]:
+    return {line.name: line.entries[0] for line in difference_table(cells).lines}
 
 
 @pytest.mark.parametrize(
     "other", [line("b", 4, (1.0, 2.0), n=200), line("b", 4, (1.0, 2.0), features="cnn@2")], ids=str
 )
-def test_cells_that_do_not_compare_are_kept_out_of_one_table(other: Cell) -> None:
+def test_cells_that_do_not_compare_are_kept_out_of_one_table(other: Measurement) -> None:
     cells = [line("a", 4, (1.0, 2.0)), other]
-    for show in (check_comparable, markdown_table, text_table):
+    for show in (check_comparable, markdown_tables, terminal_text):
         with pytest.raises(ValueError, match="do not compare"):
             show(cells)
     check_comparable([cells[0], replace(other, solver="floor")])
@@ -450,28 +461,27 @@ def test_paired_differences_by_hand() -> None:
         line("c", 4, (9.0,)),
         line("a", 8, (1.0, 1.0)),
     ]
-    found = dict(paired(cells).rows)
-    assert found["a"][0] is not None and found["a"][0].value == "best" and found["a"][0].best
+    found = to_best(cells)
+    assert found["a"] == Entry("best", "uniform", True)
+    assert found["b"] is not None
+    mean, error = found["b"].value.removeprefix("+").split(" ± ")
     differences = np.array([0.5, 0.7, 0.3])
-    assert found["b"][0] is not None
-    mean, error = found["b"][0].value.removeprefix("+").split(" ± ")
     assert float(mean) == pytest.approx(differences.mean(), abs=5e-3)
     assert float(error) == pytest.approx(differences.std(ddof=1) / 3**0.5, abs=5e-3)
-    assert not found["b"][0].near
     assert "c" not in found, "one block has no difference of blocks"
 
 
-def test_a_difference_that_decides_nothing_is_marked() -> None:
+def test_differences_that_are_not_significant_are_marked() -> None:
     """Of 0.5, 0.71, 0.29 the mean is 4.12 errors, of 0.4 and 0.6 five: too few for 3 and 2 blocks."""
-    assert [round(decisive(blocks), 3) for blocks in (2, 3, 4)] == [12.706, 4.303, 3.182]
+    assert [round(critical_t(blocks), 3) for blocks in (2, 3, 4)] == [12.706, 4.303, 3.182]
     cells = [line("a", 4, (1.0, 3.0, 2.0)), line("b", 4, (1.5, 3.71, 2.29)), line("c", 4, (3.0, 5.1, 4.05))]
-    rows = dict(paired(cells).rows)
-    assert rows["b"][0] is not None and rows["b"][0].near and rows["b"][0].value.startswith("≈ +0.50 ± 0.12")
-    assert rows["c"][0] is not None and not rows["c"][0].near
-    assert rivals(cells) == {4: 1}
-    two = dict(paired([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))]).rows)
-    assert two["b"][0] is not None and two["b"][0].near
-    assert "12.7 errors" in difference_note([line("a", 4, (1.0, 3.0))])
+    found = to_best(cells)
+    assert found["b"] is not None and found["b"].value.startswith("≈ +0.50 ± 0.12")
+    assert found["c"] is not None and "≈" not in found["c"].value
+    assert "1 other not significantly worse" in report_html(cells, ReportContext("", "", "", "", "", {}, ""), {})
+    two = to_best([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))])
+    assert two["b"] is not None and two["b"].value.startswith("≈")
+    assert "12.7 errors" in difference_table([line("a", 4, (1.0, 3.0))]).note
 
 
 # ---- the reference ----

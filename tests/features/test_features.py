@@ -1,4 +1,4 @@
-"""Feature networks: the same bits for any batch, a name that follows the weights, files that are whole or refused."""
+"""Feature networks: the same bits for any batch, a name that follows the weights, files that are whole or raise."""
 
 import os
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_training_separates_bright_from_dark() -> None:
 
 
 @pytest.mark.parametrize("bad", [images(2).float(), images(2, 3), images(2, 1, 16), images(2)[0]])
-def test_refuses_other_images(bad: Tensor) -> None:
+def test_other_images_raise(bad: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8 images"):
         network().features(bad)
 
@@ -113,7 +113,7 @@ def test_refuses_other_images(bad: Tensor) -> None:
 @pytest.mark.parametrize(
     "bad", [{"image_size": 4}, {"width": 12}, {"width": 0}, {"classes": 1}, {"dim": 1}, {"in_channels": 0}]
 )
-def test_refuses_impossible_configs(bad: dict[str, int]) -> None:
+def test_impossible_configs_raise(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(bad))}.*{next(iter(bad.values()))}"):
         FeatureConfig(**{"in_channels": 1, "image_size": 8, "classes": 10, **bad})
 
@@ -124,10 +124,10 @@ def test_hash_follows_every_weight_and_the_config() -> None:
     assert original == feature_hash(network())
     assert len(original) == 12
     for weight in net.state_dict().values():
-        kept = weight.flatten()[0].clone()
-        weight.view(-1)[0] = torch.nextafter(kept, torch.tensor(9.0))
+        stored = weight.flatten()[0].clone()
+        weight.view(-1)[0] = torch.nextafter(stored, torch.tensor(9.0))
         assert feature_hash(net) != original
-        weight.view(-1)[0] = kept
+        weight.view(-1)[0] = stored
     assert feature_hash(net) == original
     resized = FeatureNetwork(FeatureConfig(1, 16, classes=10, width=8, dim=6))
     resized.load_state_dict(net.state_dict())
@@ -149,12 +149,12 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_refuses_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train it again"):
         load_features(tmp_path / "absent.safetensors")
 
 
-def test_refuses_every_kind_of_damage(tmp_path: Path) -> None:
+def test_every_kind_of_damage_raises(tmp_path: Path) -> None:
     path = tmp_path / "features.safetensors"
     save_features(network(), path, "digits")
     whole = path.read_bytes()
@@ -170,13 +170,13 @@ def test_refuses_every_kind_of_damage(tmp_path: Path) -> None:
             load_features(path)
 
 
-def test_refuses_a_foreign_safetensors_file(tmp_path: Path) -> None:
+def test_another_safetensors_file_raises(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(DataError, match="not those of a feature network"):
         load_features(tmp_path / "other.safetensors")
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     write_atomically(path, b"old")
 

@@ -110,7 +110,7 @@ def test_no_images(extractor: Inception) -> None:
 
 
 @pytest.mark.parametrize("bad", [_images(2).float(), _images(2, 2), _images(2)[0], _images(2, 4)])
-def test_other_images_are_refused(bad: Tensor, extractor: Inception) -> None:
+def test_other_images_raise(bad: Tensor, extractor: Inception) -> None:
     with pytest.raises(ValueError, match="needs uint8 images"):
         extractor.features(bad)
     with pytest.raises(DataError, match=r"the model makes torch\."):
@@ -158,7 +158,7 @@ def test_safetensors_have_the_same_name_and_other_weights_another(
 
 
 @pytest.mark.parametrize("how", ["missing", "surplus", "shape"])
-def test_other_networks_weights_are_refused(how: str, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_weights_of_other_networks_raise(how: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     bad = dict(state)
     if how == "missing":
         del bad["fc.bias"]

@@ -1,4 +1,4 @@
-"""Features are found beside the model that they measure, and refuses features of another split."""
+"""Features are found beside the model that they measure; features of another split raise DataError."""
 
 import shutil
 from pathlib import Path
@@ -27,6 +27,8 @@ def test_the_only_feature_run_of_the_models_images_is_found(pipeline, tmp_path: 
     values = read_yaml(config)
     values["data"]["split_seed"] = 7
     write_yaml(config, values)
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "no-run" / "config.yaml").write_text("- a list\n")
     data = load_model(model, CPU).data
     assert find_features([model], data) == tmp_path.resolve() / "a"
     assert open_features(None, [model], data, "the model").path == tmp_path.resolve() / "a"
@@ -61,7 +63,7 @@ def test_a_run_is_an_extractor_of_its_own_images(pipeline, tmp_path: Path) -> No
                 found.check(other, "the model makes")
 
 
-def test_what_is_no_extractor_is_refused(pipeline, tmp_path: Path) -> None:
+def test_names_of_no_extractor_raise(pipeline, tmp_path: Path) -> None:
     model = _beside(pipeline, tmp_path, "a")
     data = load_model(model, CPU).data
     assert PUBLISHED == ("inception", "dinov2-vitb14", "dinov2-vitl14", "clip-vitb32", "clip-vitl14")

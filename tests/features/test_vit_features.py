@@ -126,7 +126,7 @@ def test_the_name_follows_the_weights(clip: VisionTransformer, clip_file: Path, 
 
 
 @pytest.mark.parametrize("name", ["clip-vitl14", "dinov2-vitb14"])
-def test_other_networks_weights_are_refused(name: str, clip_file: Path) -> None:
+def test_weights_of_other_networks_raise(name: str, clip_file: Path) -> None:
     with pytest.raises(DataError, match=f"(?s)model.safetensors.*not those of {name}"):
         open_vision_transformer(name, clip_file)
 
@@ -166,11 +166,11 @@ def test_dinov2_gives_the_class_token_after_the_last_norm(tmp_path: Path) -> Non
     state = dict(_random_state("dinov2-vitb14"))
     state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], _dinov2_positions(state["pos_embed"]).float()], dim=1)
     network = _filled("vit_base_patch14_dinov2", state, img_size=224, num_classes=0, global_pool="")
-    kept: list[Tensor] = []
-    network.norm.register_forward_hook(lambda _, __, output: kept.append(output[:, 0]))
+    normed: list[Tensor] = []
+    network.norm.register_forward_hook(lambda _, __, output: normed.append(output[:, 0]))
     network(_prepared(_images(1), *IMAGENET))
-    torch.testing.assert_close(extractor.features(_images(1)), kept[0], rtol=1e-3, atol=1e-3)
-    assert kept[0].std() > 0.1
+    torch.testing.assert_close(extractor.features(_images(1)), normed[0], rtol=1e-3, atol=1e-3)
+    assert normed[0].std() > 0.1
     publishers = {
         **_random_state("dinov2-vitb14"),
         "mask_token": torch.zeros(1, 768),

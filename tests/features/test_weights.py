@@ -67,7 +67,7 @@ def test_a_named_file_that_is_not_there_is_an_error(
         find_weights(KNOWN)
 
 
-def test_a_cached_file_of_another_checksum_is_refused(cache: Path) -> None:
+def test_a_cached_file_of_another_checksum_raises(cache: Path) -> None:
     path = _written(cache / KNOWN.file, CONTENT[:-1])
     with pytest.raises(DataError, match=f"does not start with {KNOWN.digits}") as error:
         find_weights(KNOWN)
@@ -82,7 +82,7 @@ def _served(path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
     return replace(KNOWN, url=path.as_uri())
 
 
-def test_a_download_is_checked_and_kept(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_is_verified_and_cached(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = _served(_written(tmp_path / "server"), monkeypatch)
     assert find_weights(published).read_bytes() == CONTENT
     (tmp_path / "server").unlink()
@@ -140,7 +140,7 @@ def test_without_weights_there_are_three_remedies(published: Published, monkeypa
     )
 
 
-def test_the_hub_is_asked_for_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_receives_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, file: f"/hub/{repository}/{file}")
     found = find_weights(ENCODERS["clip-vitl14"].published)
     assert found == Path("/hub/timm/vit_large_patch14_clip_224.openai/model.safetensors")
@@ -163,7 +163,7 @@ def test_every_format_is_read(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 @pytest.mark.parametrize("length", [-1, 100, 0])
-def test_truncated_files_are_refused(name: str, length: int, tmp_path: Path) -> None:
+def test_truncated_files_raise(name: str, length: int, tmp_path: Path) -> None:
     path = tmp_path / name
     (save_file if name.endswith("safetensors") else torch.save)(STATE, path)
     path.write_bytes(path.read_bytes()[:length])
@@ -200,7 +200,7 @@ def test_code_in_a_file_is_not_run(legacy: bool, tmp_path: Path) -> None:
         ({"a": torch.tensor([float("inf")])}, "not finite"),
     ],
 )
-def test_other_contents_are_refused(state: Any, why: str, tmp_path: Path) -> None:
+def test_other_contents_raise(state: Any, why: str, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(DataError, match=why):
         read_weights(tmp_path / "weights.pth")
@@ -210,16 +210,16 @@ def test_the_sweep_stops_before_sampling(
     pipeline: Pipeline, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--model", pipeline.model, "--out", tmp_path / "report")
-    told = script("evaluate", *flags, "--features", "inception")
-    assert told.code == 3
-    assert "the weights of inception are not on this machine" in told.err
+    done = script("evaluate", *flags, "--features", "inception")
+    assert done.code == 3
+    assert "the weights of inception are not on this machine" in done.err
     torch.save({"trap": Trap(tmp_path / "mark")}, tmp_path / "bad.pth")
-    told = script("evaluate", *flags, "--features", "inception", "--feature-weights", tmp_path / "bad.pth")
-    assert (told.code, "cannot use the weights" in told.err) == (3, True)
-    told = script("evaluate", *flags, "--features", "incepton")
-    assert (told.code, "did you mean 'inception'" in told.err) == (2, True)
-    told = script("evaluate", *flags, "--features", pipeline.features, "--feature-weights", tmp_path / "bad.pth")
-    assert (told.code, "a run has its own weights" in told.err) == (2, True)
+    done = script("evaluate", *flags, "--features", "inception", "--feature-weights", tmp_path / "bad.pth")
+    assert (done.code, "cannot use the weights" in done.err) == (3, True)
+    done = script("evaluate", *flags, "--features", "incepton")
+    assert (done.code, "did you mean 'inception'" in done.err) == (2, True)
+    done = script("evaluate", *flags, "--features", pipeline.features, "--feature-weights", tmp_path / "bad.pth")
+    assert (done.code, "a run has its own weights" in done.err) == (2, True)
     assert not (tmp_path / "report").exists()
     assert not (tmp_path / "mark").exists()
 
@@ -228,8 +228,8 @@ def test_weights_are_fetched_by_a_script(script: Script, tmp_path: Path, monkeyp
     monkeypatch.setenv("MIDWAY_CLIP_VITB32_WEIGHTS", str(_written(tmp_path / "clip")))
     assert script("download_weights", "clip-vitb32").out == f"{tmp_path / 'clip'}\n"
     assert script("download_weights", "inception").code == 3
-    told = script("download_weights", "clip-vitb23")
-    assert (told.code, "did you mean 'clip-vitb32'" in told.err) == (2, True)
+    done = script("download_weights", "clip-vitb23")
+    assert (done.code, "did you mean 'clip-vitb32'" in done.err) == (2, True)
 
 
 @pytest.mark.parametrize(("network", "package"), [("inception", "torch_fidelity"), ("clip-vitb32", "timm")])

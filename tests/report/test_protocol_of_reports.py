@@ -9,6 +9,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from measurements import changed, measurement
 from pipelines import Pipeline, Script
 
 from midway.gen.core.errors import UsageError
@@ -17,7 +18,7 @@ from midway.gen.data.images import ImageData
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation.measure import EvaluationContext, FineSolution, Seeds
-from midway.gen.evaluation.records import FID, Cell, ReportContext, distance_name, floor_name, measure_rows
+from midway.gen.evaluation.records import FID, Measurement, distance_name, floor_name
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
 from midway.gen.evaluation.store import CellStore
 from midway.gen.features import reference as references
@@ -25,23 +26,23 @@ from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import psnr
-from midway.gen.report.html import write_html
 from midway.gen.report.notes import few_note
 from midway.gen.report.plots import distance_figure
-from midway.gen.report.write import markdown_table, text_table, write_markdown, write_report
+from midway.gen.report.sweep import markdown_tables, report_html, report_md, terminal_text, write_report
+from midway.gen.report.sweep_tables import all_figures
+from midway.gen.report.table import ReportContext
 
 CONTEXT = ReportContext("Budgets", "flow", "digits", "python x.py", "2 cores", {"torch": "2"}, "0-199")
 
 
-def cell(solver: str = "euler", nfe: int = 4, distance: float = 2.0, n: int = 100, **more: Any) -> Cell:
-    made = Cell(
-        solver, "uniform", nfe, distance, 0.1, 0.3, n, 2, 1.0, "cnn-digits@1", "digits@1", "0-199", decode_seconds=3.0
-    )
-    return dataclasses.replace(made, distances=(distance - 0.1, distance + 0.1), feature_seconds=0.5, **more)
+def one(solver: str = "euler", nfe: int = 4, distance: float = 2.0, n: int = 100, **more: Any) -> Measurement:
+    blocks = (distance - 0.1, distance + 0.1)
+    like = measurement(solver, "uniform", nfe, distance, 0.1, 0.3, n, decode_seconds=3.0, feature_seconds=0.5)
+    return changed(like, **({"distances": blocks} | more))
 
 
-def floor(n: int) -> Cell:
-    return dataclasses.replace(cell("floor", 0, 1.0, n), grid="", rmse=None, distances=(), distance_std=None)
+def floor(n: int) -> Measurement:
+    return one("floor", 0, 1.0, n, grid="", rmse=None, distances=(), distance_std=None)
 
 
 # ---- identities ----
@@ -82,7 +83,7 @@ def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pi
     )
     sweep = evaluate.run(dataclasses.replace(task, reference_nfe=8, baselines=(pipeline.baseline,)))
     names = {path.stem for path in tmp_path.glob("cells/*.json")}
-    assert {c.record for c in sweep.cells if c.solver != "floor"} == names and len(names) == 4
+    assert {c.record for c in sweep.measurements if c.solver != "floor"} == names and len(names) == 4
 
 
 def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,37 +129,34 @@ def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
 # ---- names ----
 
 
-def test_only_the_published_inception_network_makes_a_fid(tmp_path: Path) -> None:
-    inception = [dataclasses.replace(c, features=f"{FID}, float32") for c in (floor(100), cell())]
-    assert distance_name(inception) == "FID" and distance_name([floor(100), cell()]) == "Fréchet distance"
-    mixed = [inception[0], cell()]
+def test_only_the_published_inception_network_makes_a_fid() -> None:
+    inception = [changed(c, features=f"{FID}, float32") for c in (floor(100), one())]
+    assert distance_name(inception) == "FID" and distance_name([floor(100), one()]) == "Fréchet distance"
+    mixed = [inception[0], one()]
     assert distance_name(mixed) == "Fréchet distance"
-    write_html(tmp_path / "a.html", inception, CONTEXT, {})
-    write_html(tmp_path / "b.html", [floor(100), cell()], CONTEXT, {})
-    assert "<h2>FID by step budget</h2>" in (tmp_path / "a.html").read_text()
-    assert "FID" not in (tmp_path / "b.html").read_text()
-    other = [dataclasses.replace(c, features="inception-v3-2015-12-05@ffffffff") for c in inception]
-    assert "FID" not in text_table(other)
+    assert "<h2>FID by step budget</h2>" in report_html(inception, CONTEXT, {})
+    assert "FID" not in report_html([floor(100), one()], CONTEXT, {})
+    other = [changed(c, features="inception-v3-2015-12-05@ffffffff") for c in inception]
+    assert "FID" not in terminal_text(other)
 
 
-def test_a_floor_of_another_count_is_named_with_it_everywhere(tmp_path: Path) -> None:
-    alike, other = [floor(100), cell()], [floor(40), cell()]
+def test_a_floor_of_another_count_is_named_with_it_everywhere() -> None:
+    alike, other = [floor(100), one()], [floor(40), one()]
     assert (floor_name(alike), floor_name(other)) == ("floor", "floor (n = 40)")
-    write_html(tmp_path / "report.html", other, CONTEXT, {})
-    page = (tmp_path / "report.html").read_text()
+    page = report_html(other, CONTEXT, {})
     assert '<th scope="row">floor (n = 40)</th>' in page and "against real images (floor (n = 40))" in page
-    for text in (markdown_table(other), text_table(other)):
+    for text in (markdown_tables(other), terminal_text(other)):
         assert "floor (n = 40)" in text
     assert distance_figure(other).axes[0].get_legend_handles_labels()[1][-1] == "floor (n = 40) 1 (real images)"
-    assert "(n = " not in text_table(alike)
+    assert "(n = " not in terminal_text(alike)
 
 
 def test_a_refused_report_writes_nothing(tmp_path: Path) -> None:
-    cells = [floor(100), cell(), cell("heun", n=200)]
+    cells = [floor(100), one(), one("heun", n=200)]
     with pytest.raises(ValueError, match="do not compare"):
         write_report(tmp_path / "out", cells, CONTEXT, {})
     with pytest.raises(ValueError, match="do not compare"):
-        write_html(tmp_path / "report.html", cells, CONTEXT, {})
+        report_html(cells, CONTEXT, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -179,29 +177,28 @@ def test_few_images_are_warned_about_in_the_report(pipeline: Pipeline, tmp_path:
 # ---- all figures ----
 
 
-def test_all_figures_and_the_split_of_the_time_are_in_the_report(tmp_path: Path) -> None:
-    cells = [floor(100), cell(precision=0.75, psnr=31.5), cell("heun", 8, 1.5), cell("vae", 1, 3.0, baseline=True)]
-    heads, *rows = measure_rows(cells)
-    assert heads == ("solver", "NFE", "RMSE", "PSNR (dB)", "precision", "solver s", "decode s", "features s")
+def test_all_figures_and_the_split_of_the_time_are_in_the_report() -> None:
+    cells = [floor(100), one(precision=0.75, psnr=31.5), one("heun", 8, 1.5), one("vae", 1, 3.0, baseline=True)]
+    table = all_figures(cells)
+    rows = [(line.name, *("–" if e is None else e.value for e in line.entries)) for line in table.lines]
+    assert table.heads == ("solver", "NFE", "RMSE", "PSNR (dB)", "precision", "solver s", "decode s", "features s")
     assert rows[0] == ("euler", "4", "0.300", "31.5", "0.750", "10.0", "30.0", "5.00")
     assert rows[-1] == ("floor", *"–" * 7)
-    write_html(tmp_path / "report.html", cells, CONTEXT, {})
-    write_markdown(tmp_path / "report.md", cells, CONTEXT)
-    page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+    page, text = report_html(cells, CONTEXT, {}), report_md(cells, CONTEXT)
     assert "<td>31.5</td>" in page and "| euler | 4 | 0.300 | 31.5 | 0.750 | 10.0 | 30.0 | 5.00 |" in text
     assert "Difference from the best" in page and "Difference from the best" in text
 
 
-def test_the_box_says_what_learned_solvers_cost(tmp_path: Path) -> None:
-    write_html(tmp_path / "report.html", [floor(100), cell(), cell("table", training_nfe=12345)], CONTEXT, {})
-    assert "<dt>training of solvers</dt><dd>table 12,345 evaluations</dd>" in (tmp_path / "report.html").read_text()
+def test_the_box_says_what_learned_solvers_cost() -> None:
+    page = report_html([floor(100), one(), one("table", training_nfe=12345)], CONTEXT, {})
+    assert "<dt>training of solvers</dt><dd>table 12,345 evaluations</dd>" in page
 
 
 def test_the_front_is_drawn_against_the_time_to_make_images() -> None:
     cells = [
-        cell("a", 4, 3.0),
-        dataclasses.replace(cell("a", 8, 1.0), seconds=2.0),
-        dataclasses.replace(cell("b", 8, 2.0), seconds=9.0),
+        one("a", 4, 3.0),
+        one("a", 8, 1.0, seconds=2.0),
+        one("b", 8, 2.0, seconds=9.0),
     ]
     lines = {line.get_label(): line for line in distance_figure(cells, "seconds").axes[0].lines}
     front = lines["Pareto front"]

@@ -2,32 +2,32 @@
 
 import base64
 import csv
-import dataclasses
+import io
 import json
 import math
 import os
+import random
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from measurements import changed, measurement
 
 from midway.gen.core.errors import DiskError
-from midway.gen.evaluation.records import number, training_costs
-from midway.gen.report.plots import Cost, distance_figure
-from midway.gen.report.script import EXPLORER_SCRIPT
-from midway.gen.report.write import (
-    Cell,
-    ReportContext,
-    distance_png,
-    markdown_table,
-    text_table,
-    write_csv,
-    write_html,
-    write_jsonl,
-    write_markdown,
-    write_report,
-)
+from midway.gen.evaluation.metrics import METRICS, Features, measure_metrics, over_blocks
+from midway.gen.evaluation.records import Measurement, from_record, to_records, training_costs
+from midway.gen.features.reference import FeatureReference
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.report import sweep_tables
+from midway.gen.report.html import SCRIPT
+from midway.gen.report.plots import Cost, distance_figure, distance_png, pareto_front
+from midway.gen.report.sweep import markdown_tables, report_html, report_md, terminal_text, write_report
+from midway.gen.report.sweep_tables import metric
+from midway.gen.report.table import ReportContext, number
+from midway.gen.report.text import csv_text, jsonl_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
@@ -46,30 +46,29 @@ CONTEXT = ReportContext(
 )
 
 
-def cell(solver: str, nfe: int, distance: float, grid: str = "karras", rmse: float | None = 0.25) -> Cell:
-    return Cell(solver, grid, nfe, distance, 0.12, rmse, 1024, 4, 0.1 * nfe, FEATURES, "digits-train@9b1e", "0-1023")
+def cell(solver: str, nfe: int, distance: float, grid: str = "karras", rmse: float | None = 0.25) -> Measurement:
+    like = measurement(solver, grid, nfe, distance, 0.12, rmse, 1024, 4, 0.1 * nfe, FEATURES)
+    return changed(like, reference="digits-train@9b1e", seeds="0-1023")
 
 
-FLOOR = dataclasses.replace(cell("floor", 0, 2.61, "", None), distance_std=0.08, seconds=0.0)
-LOSER = dataclasses.replace(cell("euler", 4, 1.99, "uniform"), best=False)
-LEARNED = dataclasses.replace(cell("amed", 4, 17.3, "learned", 0.125), training_nfe=128000)
+FLOOR = changed(cell("floor", 0, 2.61, "", None), distance_std=0.08, seconds=0.0)
+LOSER = changed(cell("euler", 4, 1.99, "uniform"), best=False)
+LEARNED = changed(cell("amed", 4, 17.3, "learned", 0.125), training_nfe=128000)
 CELLS = [FLOOR, cell("euler", 4, 66.0), LOSER, cell("euler", 8, 5.0), LEARNED, cell("amed", 8, 5.55, "learned")]
 
 
-def html(cells: list[Cell], tmp_path: Path, context: ReportContext = CONTEXT) -> str:
+def html(cells: list[Measurement], context: ReportContext = CONTEXT) -> str:
     """The page's text, its images cut out."""
-    write_html(tmp_path / "report.html", cells, context, {("euler", 4): PNG, ("amed", 8): PNG})
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert text.count(f"<script>{EXPLORER_SCRIPT}</script>") == 1, "our own script, and in the page itself"
-    text = text.replace(f"<script>{EXPLORER_SCRIPT}</script>", "")
+    text = report_html(cells, context, {("euler", 4): PNG, ("amed", 8): PNG})
+    assert text.count(f"<script>{SCRIPT}</script>") == 1, "our own script, and in the page itself"
+    text = text.replace(f"<script>{SCRIPT}</script>", "")
     return re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", text)
 
 
-def test_csv_holds_every_cell_in_full_precision(tmp_path: Path) -> None:
-    odd = dataclasses.replace(cell('a,"b"', 6, 1 / 3), distance_std=None, rmse=None)
-    write_csv(tmp_path / "results.csv", [*CELLS, odd])
-    with open(tmp_path / "results.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+def test_csv_holds_every_cell_in_full_precision() -> None:
+    odd = changed(cell('a,"b"', 6, 1 / 3), distance_std=None, rmse=None)
+    rows = list(csv.DictReader(io.StringIO(csv_text(to_records([*CELLS, odd])), newline="")))
+    assert [from_record(row) for row in rows] == [*CELLS, odd]
     assert ",".join(rows[0]) == f"{COLUMNS},{MORE},{LAST}"
     assert len(rows) == len(CELLS) + 1
     assert float(rows[-1]["distance"]) == 1 / 3
@@ -79,15 +78,13 @@ def test_csv_holds_every_cell_in_full_precision(tmp_path: Path) -> None:
     assert rows[4]["training_nfe"] == "128000"
 
 
-def test_jsonl_gives_the_cells_back(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "results.jsonl", CELLS)
-    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [Cell(**{**json.loads(line), "distances": ()}) for line in lines] == CELLS
+def test_jsonl_gives_the_cells_back() -> None:
+    lines = jsonl_text(to_records(CELLS)).splitlines()
+    assert [from_record(json.loads(line)) for line in lines] == CELLS
 
 
-def test_jsonl_stays_json_when_a_solver_diverged(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "results.jsonl", [cell("heun", 4, math.nan)])
-    text = (tmp_path / "results.jsonl").read_text(encoding="utf-8")
+def test_jsonl_stays_json_when_a_solver_diverged() -> None:
+    text = jsonl_text(to_records([cell("heun", 4, math.nan)]))
     assert json.loads(text)["distance"] is None
     assert "NaN" not in text
 
@@ -111,7 +108,7 @@ def test_numbers_have_three_digits(value: float, std: float | None, expected: st
 
 
 def test_markdown_bolds_the_best_of_each_column() -> None:
-    distance, rmse = markdown_table(CELLS).split("RMSE")
+    distance, rmse = markdown_tables(CELLS).split("RMSE")
     assert re.findall(r"\*\*(.*?)\*\*", distance) == ["5.00 ± 0.12", "17.3 ± 0.1"]
     assert "| euler | 66.0 ± 0.1 (karras) | **5.00 ± 0.12** (karras) |" in distance
     assert "| amed | **17.3 ± 0.1** (learned) | 5.55 ± 0.12 (learned) |" in distance
@@ -121,34 +118,34 @@ def test_markdown_bolds_the_best_of_each_column() -> None:
 
 
 def test_only_the_best_grid_is_shown() -> None:
-    for text in (markdown_table(CELLS), text_table(CELLS)):
+    for text in (markdown_tables(CELLS), terminal_text(CELLS)):
         assert "1.99" not in text
         assert "uniform" not in text
 
 
 def test_of_two_cells_marked_best_the_nearer_is_shown() -> None:
     twice = [cell("euler", 4, 7.0, "karras"), cell("euler", 4, 6.0, "logsnr")]
-    assert "**6.00 ± 0.12** (logsnr)" in markdown_table(twice)
-    assert "7.00" not in markdown_table(twice)
-    assert "diverged" not in markdown_table([cell("euler", 4, math.nan), *twice])
+    assert "**6.00 ± 0.12** (logsnr)" in markdown_tables(twice)
+    assert "7.00" not in markdown_tables(twice)
+    assert "diverged" not in markdown_tables([cell("euler", 4, math.nan), *twice])
 
 
-def test_a_diverged_solver_is_named_and_never_best(tmp_path: Path) -> None:
+def test_a_diverged_solver_is_named_and_never_best() -> None:
     cells = [cell("heun", 4, math.nan, rmse=math.inf), cell("euler", 4, 66.0)]
-    assert "| heun | diverged (karras) |" in markdown_table(cells)
-    assert "**66.0 ± 0.1**" in markdown_table(cells)
+    assert "| heun | diverged (karras) |" in markdown_tables(cells)
+    assert "**66.0 ± 0.1**" in markdown_tables(cells)
     assert distance_png(cells).startswith(PNG)
-    assert "diverged" in html(cells, tmp_path)
+    assert "diverged" in html(cells)
 
 
-def test_no_rmse_no_second_table(tmp_path: Path) -> None:
+def test_no_rmse_no_second_table() -> None:
     cells = [FLOOR, cell("euler", 4, 66.0, rmse=None)]
-    assert "RMSE" not in markdown_table(cells)
-    assert "Root-mean-square" not in html(cells, tmp_path)
+    assert "RMSE" not in markdown_tables(cells)
+    assert "Root-mean-square" not in html(cells)
 
 
 def test_text_table_is_aligned() -> None:
-    lines = text_table(CELLS).splitlines()
+    lines = terminal_text(CELLS).splitlines()
     rows = [line for line in lines if "±" in line]
     assert [row.split()[0] for row in rows] == ["euler", "amed", "floor"]
     assert len({row.rindex("±") for row in rows}) == 1
@@ -157,19 +154,19 @@ def test_text_table_is_aligned() -> None:
 
 
 def test_markdown_text_cannot_break_the_table() -> None:
-    assert r"| a\|b\_c |" in markdown_table([cell("a|b_c", 4, 1.0)])
+    assert r"| a\|b\_c |" in markdown_tables([cell("a|b_c", 4, 1.0)])
 
 
-def test_page_bolds_the_best_and_shows_the_floor(tmp_path: Path) -> None:
-    page = html(CELLS, tmp_path)
+def test_page_bolds_the_best_and_shows_the_floor() -> None:
+    page = html(CELLS)
     assert re.findall(r'class="best"><b>([\d.]+)</b>', page) == ["5.00", "17.3", "0.250", "0.125", "0.250"]
     assert page.count('<tr class="floor">') == 1
     assert "1.99" not in page
     assert "trained, 128,000 evaluations" in page
 
 
-def test_page_is_self_contained(tmp_path: Path) -> None:
-    page = html(CELLS, tmp_path)
+def test_page_is_self_contained() -> None:
+    page = html(CELLS)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(|href=", page)
     sources = re.findall(r'src="([^"]*)"', page)
     assert sources == ["data:image/png;base64,"] * 4
@@ -177,19 +174,17 @@ def test_page_is_self_contained(tmp_path: Path) -> None:
     assert "<details open>" in page
 
 
-def test_the_name_of_another_metric_is_never_used(tmp_path: Path) -> None:
-    write_markdown(tmp_path / "report.md", CELLS, CONTEXT)
-    for text in (html(CELLS, tmp_path), (tmp_path / "report.md").read_text(encoding="utf-8"), text_table(CELLS)):
+def test_the_name_of_another_metric_is_never_used() -> None:
+    for text in (html(CELLS), report_md(CELLS, CONTEXT), terminal_text(CELLS)):
         assert "FID" not in text.upper()
         assert FEATURES in text.replace("\\", "")
 
 
-def test_page_escapes_all_text(tmp_path: Path) -> None:
+def test_page_escapes_all_text() -> None:
     evil = "<script>alert('1')</script>\"&"
     context = ReportContext(evil, evil, evil, evil, evil, {evil: evil}, evil, (evil,))
-    nasty = dataclasses.replace(cell(evil, 4, 1.0, evil), features=evil, reference=evil)
-    write_html(tmp_path / "evil.html", [nasty], context, {(evil, 4): PNG})
-    page = (tmp_path / "evil.html").read_text(encoding="utf-8")
+    nasty = changed(cell(evil, 4, 1.0, evil), features=evil, reference=evil)
+    page = report_html([nasty], context, {(evil, 4): PNG})
     assert page.count("<script") == 1, "our own"
     assert page.count("&lt;script&gt;") > 10
 
@@ -244,19 +239,66 @@ def test_report_directory(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_csv(tmp_path / "results.csv", CELLS)
-    old = (tmp_path / "results.csv").read_bytes()
+    write_report(tmp_path, CELLS, CONTEXT, {})
+    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
     def refuse(_source: Path, _target: Path) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(DiskError, match="Read-only"):
-        write_csv(tmp_path / "results.csv", [])
-    assert (tmp_path / "results.csv").read_bytes() == old
-    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+        write_report(tmp_path, CELLS[:2], CONTEXT, {})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
 
 
 def test_a_fitted_grid_makes_no_learned_solver() -> None:
-    fitted = dataclasses.replace(cell("euler", 4, 1.9, "gits"), training_nfe=3840)
+    fitted = changed(cell("euler", 4, 1.9, "gits"), training_nfe=3840)
     assert training_costs([*CELLS, fitted]) == {"amed": 128000}
+
+
+# ---- Pareto front ----
+
+
+def dominated(p: tuple[float, float], points: list[tuple[float, float]]) -> bool:
+    return any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_front_is_what_no_point_dominates(seed: int) -> None:
+    draw = random.Random(seed)
+    points = [(float(draw.randint(0, 6)), float(draw.randint(0, 6))) for _ in range(12)]
+    front = pareto_front(points)
+    assert sorted(front) == [i for i, p in enumerate(points) if not dominated(p, points)]
+    assert front == sorted(front, key=lambda i: points[i])
+
+
+def test_equal_points_are_on_it_together_in_their_order() -> None:
+    assert pareto_front([(2, 1), (1, 3), (2, 1), (2, 2), (1, 4)]) == [1, 0, 2]
+
+
+def test_what_is_not_finite_is_neither_on_it_nor_beats_others() -> None:
+    points = [(1, math.nan), (math.nan, 0), (-math.inf, 5), (0, -math.inf), (2, 3), (1, math.inf)]
+    assert pareto_front(points) == [4]
+    assert pareto_front([]) == []
+
+
+# ---- another metric ----
+
+
+def test_a_metric_is_one_function_and_one_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    def brightness(features: Features, _reference: FeatureReference) -> dict[str, float]:
+        return {"brightness": features.features.mean().item()}
+
+    monkeypatch.setitem(METRICS, "brightness", brightness)
+    monkeypatch.setattr(sweep_tables, "METRIC_COLUMNS", [*sweep_tables.METRIC_COLUMNS, metric("brightness", "light")])
+    network: Any = None
+    samples = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    reference = FeatureReference(network, "a", FeatureStatistics.of(samples), "r")
+    found = measure_metrics(("brightness",), Features(samples, None), reference)
+    cells = [changed(cell("euler", 4, 1.0), **{name: over_blocks([value, 3.5]).mean for name, value in found.items()})]
+    assert csv_text(to_records(cells)).splitlines()[0].endswith(",timing,brightness")
+    assert csv_text(to_records(cells)).splitlines()[1].endswith(",3.0")
+    assert json.loads(jsonl_text(to_records(cells)))["brightness"] == 3.0
+    assert "| light |" in report_md(cells, CONTEXT) and "| 3.00 |" in report_md(cells, CONTEXT)
+    assert '<th scope="col">light</th>' in html(cells) and "<td>3.00</td>" in html(cells)
+    assert "brightness" not in csv_text(to_records(CELLS))

@@ -1,20 +1,19 @@
 """The report as Chromium shows it: controls by keyboard, no error, nothing fetched, at any width, light, dark, in print."""
 
-import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from browser import Browser, Page, needs_browser
+from measurements import changed, measurement
 from PIL import Image
 
-from midway.gen.evaluation.records import Cell, ReportContext
-from midway.gen.report.explorer import EXPLORER_STYLE, explorer
-from midway.gen.report.html import write_html
-from midway.gen.report.script import EXPLORER_SCRIPT
+from midway.gen.report.explorer import explorer
+from midway.gen.report.html import SCRIPT, STYLE
 from midway.gen.report.sections import Section
-from midway.gen.report.style import STYLE
+from midway.gen.report.sweep import report_html
+from midway.gen.report.table import ReportContext
 
 pytestmark = needs_browser
 SOLVERS = ("euler", "heun", "amed-plugin-dpmpp3m-constants")
@@ -46,8 +45,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>t</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}{EXPLORER_STYLE}</style></head><body><main>{explorer(GRIDS, CAPTIONS)}</main>"
-        f"<script>{EXPLORER_SCRIPT}</script></body></html>",
+        f"<style>{STYLE}</style></head><body><main>{explorer(GRIDS, CAPTIONS)}</main>"
+        f"<script>{SCRIPT}</script></body></html>",
         encoding="utf-8",
     )
     return path
@@ -56,22 +55,21 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole report of made-up cells."""
-    like = Cell(
+    like = measurement(
         "euler", "karras", 4, 5.0, 0.1, 0.2, 1024, 2, 1.5, "cnn-digits@3fa2c1ab90de", "digits-train@9b1e", "0-2047"
     )
-    like = dataclasses.replace(
-        like, kid=0.01, kid_std=0.002, precision=0.8, recall=0.7, density=0.9, coverage=0.8, psnr=30
-    )
-    cells = [dataclasses.replace(like, solver=s, nfe=k, distance=60 / k + i, distances=(60 / k + i - 0.1, 60 / k + i + 0.1),
+    like = changed(like, kid=0.01, kid_std=0.002, precision=0.8, recall=0.7, density=0.9, coverage=0.8, psnr=30)
+    cells = [changed(like, solver=s, nfe=k, distance=60 / k + i, distances=(60 / k + i - 0.1, 60 / k + i + 0.1),
                                  training_nfe=99999 * (i == 2)) for i, s in enumerate(SOLVERS) for k in NFES]  # fmt: skip
-    floor = dataclasses.replace(like, solver="floor", grid="", nfe=0, distance=1.5, distance_std=None, rmse=None)
-    baseline = dataclasses.replace(like, solver="vae", grid="", nfe=1, rmse=None, baseline=True)
+    floor = changed(like, solver="floor", grid="", nfe=0, distance=1.5, distance_std=None, rmse=None)
+    baseline = changed(like, solver="vae", grid="", nfe=1, rmse=None, baseline=True)
     context = ReportContext(
         "Budgets", "flow", "digits", "python evaluate.py " + "x" * 90, "2 cores", {"torch": "2"}, "0-2047"
     )
     path = tmp_path_factory.mktemp("report") / "report.html"
     section = Section("Shape of something", "Its <text>.", _png(99), "a picture")
-    write_html(path, [floor, *cells, baseline], context, {**GRIDS, ("vae", 1): _png(200)}, [section])
+    page = report_html([floor, *cells, baseline], context, {**GRIDS, ("vae", 1): _png(200)}, [section])
+    path.write_text(page, encoding="utf-8")
     return path
 
 

@@ -4,8 +4,8 @@ import base64
 import re
 from html.parser import HTMLParser
 
-from midway.gen.report.explorer import EXPLORER_STYLE, explorer, image_tag
-from midway.gen.report.script import EXPLORER_SCRIPT
+from midway.gen.report.explorer import explorer
+from midway.gen.report.html import SCRIPT, STYLE, image_tag
 
 GRIDS = {("heun", 8): b"h8", ("heun", 4): b"h4", ("<b>euler", 4): b"e4", ("ddim", 20): b"d20"}
 CAPTIONS = {("heun", 8): "3.2 & <i>", ("<b>euler", 4): "66 · karras"}
@@ -91,6 +91,6 @@ def test_it_starts_where_both_panes_have_a_picture() -> None:
 
 
 def test_script_and_style_stay_in_their_elements_and_fetch_nothing() -> None:
-    for text in (EXPLORER_SCRIPT, EXPLORER_STYLE):
+    for text in (SCRIPT, STYLE):
         assert "</" not in text
         assert not re.search(r"https?:|url\(|@import|\beval\b|HTML|document\.write|fetch|Function|import\(", text)

@@ -1,16 +1,14 @@
-"""evaluate_tokenizer.py as a user calls it, and the report it writes: whole files, the best in bold, refusals before any work."""
+"""evaluate_tokenizer.py as a user calls it, and the report it writes: whole files, with the best in bold."""
 
 import base64
 import csv
 import dataclasses
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import evaluate_tokenizer
 import numpy as np
@@ -18,22 +16,27 @@ import pytest
 import torch
 import train_features
 import train_tokenizer
-from pipelines import Outcome, Script
+from pipelines import Script
 
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DiskError, UsageError
-from midway.gen.evaluation.records import ReportContext
+from midway.gen.core.runs import Run
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.evaluation.sweep import measure_floor
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
-from midway.gen.evaluation.tokenizers import Measurement
+from midway.gen.evaluation.tokenizers import TokenizerResult
+from midway.gen.features.classifier import load_features
+from midway.gen.features.reference import make_reference
+from midway.gen.report.table import ReportContext
+from midway.gen.report.text import csv_text, jsonl_text
 from midway.gen.report.tokenizer_plots import noise_png, rate_of, rate_png, usage_png
 from midway.gen.report.tokenizer_tables import tables
 from midway.gen.report.tokenizers import (
     FILES,
     check_out,
-    csv_text,
-    jsonl_text,
+    flat_record,
     markdown_tables,
-    text_table,
+    terminal_text,
     write_tokenizer_report,
 )
 from midway.gen.training.config import TrainConfig
@@ -45,90 +48,28 @@ TINY = TrainConfig(steps=20, batch_size=32, lr=1e-2, warmup=2, ema=0, log_every=
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
 ROW = TokenizerRow(
-    name="fsq",
-    tokenizer="0123456789ab",
-    quantizer="fsq levels 8,5,5,5",
-    parameters=1000,
-    latent_shape="4x4x4",
-    tokens=16,
-    groups=1,
-    codebook=1000,
-    mse=0.01,
-    psnr=26.02,
-    ssim=0.95,
-    lpips=None,
-    distance=0.5,
-    interpolated=0.75,
-    floor=0.25,
-    usage=0.9,
-    used=900,
-    dead=100,
-    counted=6400,
-    perplexity=500.0,
-    bits=159.4,
-    entropy_bits=143.5,
-    rate=None,
-    psnr_sampled=None,
-    code_rank=3.9,
-    code_stable_rank=3.1,
-    latent_rank=3.8,
-    latent_stable_rank=3.0,
-    noise=(0.0, 0.1),
-    psnr_noisy=(27.5, 25.0),
-    psnr_snapped=(26.02, 24.75),
-    encode_seconds=0.5,
-    decode_seconds=0.25,
-    n=400,
-    seed=0,
-    images="digits-heldout@f9b5a420bc3a",
-    features=FEATURES,
-    reference="digits-train@fb9e2564f104",
-    perceptual=None,
+    *("fsq", "0123456789ab", "fsq levels 8,5,5,5", 1000, "4x4x4", 16, 1, 1000),  # name to codebook
+    *(0.01, 26.02, 0.95, None, 0.5, 0.75, 0.25),  # mse, psnr, ssim, lpips, distance, interpolated, floor
+    *(0.9, 900, 100, 6400, 500.0, 159.4, 143.5),  # usage, used, dead, counted, perplexity, bits, entropy_bits
+    *(None, None, 3.9, 3.1, 3.8, 3.0),  # rate, psnr_sampled, ranks of codes and of latents
+    *((0.0, 0.1), (27.5, 25.0), (26.02, 24.75)),  # noise, psnr_noisy, psnr_snapped
+    *(0.5, 0.25, 400, 0),  # encode_seconds, decode_seconds, n, seed
+    *("digits-heldout@f9b5a420bc3a", FEATURES, "digits-train@fb9e2564f104", None),  # images to perceptual
 )
-CONTINUOUS = dict.fromkeys(
-    (
-        "codebook",
-        "usage",
-        "used",
-        "dead",
-        "counted",
-        "perplexity",
-        "bits",
-        "entropy_bits",
-        "code_rank",
-        "code_stable_rank",
-    )
-)
-KL = replace(
-    ROW,
-    name="k|l_1",
-    psnr=27.0,
-    distance=0.625,
-    interpolated=0.5,
-    rate=200.0,
-    psnr_sampled=25.5,
-    psnr_noisy=(27.0, 26.0),
-    psnr_snapped=None,
-    decode_seconds=0.125,
-    **cast(dict[str, Any], CONTINUOUS),
-)
+OF_CODES = "codebook usage used dead counted perplexity bits entropy_bits code_rank code_stable_rank psnr_snapped"
+BOUND: dict[str, Any] = {"rate": 200.0, "psnr_sampled": 25.5, "psnr_noisy": (27.0, 26.0), "decode_seconds": 0.125}
+KL = replace(ROW, name="k|l_1", psnr=27.0, distance=0.625, interpolated=0.5, **BOUND, **dict.fromkeys(OF_CODES.split()))
 ROWS = [ROW, KL]
+COMMAND = "python scripts/evaluate_tokenizer.py"
 CONTEXT = ReportContext(
-    title="Compared",
-    model="2 tokenizers",
-    data="digits",
-    command="python scripts/evaluate_tokenizer.py",
-    hardware="2 cores",
-    versions={"torch": "2.15"},
-    seeds="0",
-    notes=("rounded to 8 bits",),
+    "Compared", "2 tokenizers", "digits", COMMAND, "2 cores", {"torch": "2.15"}, "0", ("rounded to 8 bits",)
 )
 
 
-def measurements(rows: list[TokenizerRow]) -> list[Measurement]:
+def measurements(rows: list[TokenizerRow]) -> list[TokenizerResult]:
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     shares = torch.arange(50, 0, -1).double()
-    return [Measurement(r, None if r.codebook is None else shares / shares.sum(), images, images) for r in rows]
+    return [TokenizerResult(r, None if r.codebook is None else shares / shares.sum(), images, images) for r in rows]
 
 
 def write(directory: Path, rows: list[TokenizerRow] = ROWS, context: ReportContext = CONTEXT) -> str:
@@ -143,32 +84,19 @@ def write(directory: Path, rows: list[TokenizerRow] = ROWS, context: ReportConte
 
 def test_the_best_is_bold_where_one_direction_is_better() -> None:
     text = markdown_tables(ROWS)
-    bold = re.findall(r"\*\*(.*?)\*\*", text)
-    assert bold == [
-        "0.9500",
-        "0.500",
-        "27.00",
-        "0.9500",
-        "0.500",
-        "27.00",
-        "26.00",
-        "1,000",
-        "0.500",
-        "1,000",
-        "0.500",
-        "0.125",
-    ]
+    best = "0.9500 0.500 27.00 0.9500 0.500 27.00 26.00 1,000 0.500 1,000 0.500 0.125"
+    assert re.findall(r"\*\*(.*?)\*\*", text) == best.split()
     assert "| fsq | 159 | 26.02 | **0.9500** | **0.500** | 0.750 |" in text
     assert r"| k\|l\_1 | 200 | **27.00** (25.50 of draws) | **0.9500** | 0.625 | **0.500** |" in text
     assert "| *floor* |  |  |  | *0.250* | *0.250* |" in text
     assert "24.75 (25.00 not snapped)" in text
 
 
-def test_what_nobody_has_is_no_column() -> None:
+def test_figures_that_no_row_has_are_no_column() -> None:
     bare = replace(ROW, distance=None, interpolated=None, floor=None, features=None, noise=(), psnr_noisy=())
     first, *others = tables([bare])
-    assert first.heads == ("bits per image", "PSNR, dB", "SSIM")
-    assert first.floor == ()
+    assert first.heads == ("tokenizer", "bits per image", "PSNR, dB", "SSIM")
+    assert not any(line.floor for line in first.lines)
     assert FEATURES not in first.note
     assert [table.title for table in others] == ["Codes and latents", "Cost"]
     assert "LPIPS" in tables([ROW, replace(ROW, lpips=0.25)])[0].heads
@@ -176,11 +104,11 @@ def test_what_nobody_has_is_no_column() -> None:
 
 def test_a_single_tokenizer_is_never_the_best() -> None:
     assert "**" not in markdown_tables([ROW])
-    assert "*" not in text_table([ROW]).removesuffix("* best\n")
+    assert "*" not in terminal_text([ROW]).removesuffix("* best\n")
 
 
 def test_the_text_table_is_aligned_and_has_the_floor() -> None:
-    lines = text_table(ROWS).splitlines()
+    lines = terminal_text(ROWS).splitlines()
     first = lines[2:7]
     assert [line.split()[0] for line in first] == ["tokenizer", "-" * len(first[1]), "fsq", "k|l_1", "floor"]
     assert "27.00*" in first[3]
@@ -190,13 +118,13 @@ def test_the_text_table_is_aligned_and_has_the_floor() -> None:
 
 
 def test_csv_and_jsonl_hold_every_figure() -> None:
-    rows = list(csv.DictReader(csv_text(ROWS).splitlines()))
+    rows = list(csv.DictReader(csv_text([flat_record(row) for row in ROWS]).splitlines()))
     assert [row["name"] for row in rows] == ["fsq", "k|l_1"]
     fields = {field.name for field in dataclasses.fields(TokenizerRow)}
     curves = {f"psnr_{kind}_{sigma}" for kind in ("noisy", "snapped") for sigma in ("0", "0.1")}
     assert set(rows[0]) == fields - {"noise", "psnr_noisy", "psnr_snapped"} | curves
     assert (rows[0]["psnr_snapped_0.1"], rows[1]["psnr_snapped_0.1"], rows[1]["codebook"]) == ("24.75", "", "")
-    records = [json.loads(line) for line in jsonl_text(ROWS).splitlines()]
+    records = [json.loads(line) for line in jsonl_text([dataclasses.asdict(row) for row in ROWS]).splitlines()]
     tuples = {"noise", "psnr_noisy", "psnr_snapped"}
     back: list[dict[str, Any]] = [
         {k: tuple(v) if k in tuples and v is not None else v for k, v in record.items()} for record in records
@@ -221,36 +149,23 @@ def test_the_report_is_whole_and_replaces_an_earlier_one(tmp_path: Path) -> None
         assert f"({name})" in (out / "report.md").read_text()
 
 
-def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", [4, len(FILES) + 1])
+def test_a_failed_write_leaves_the_old_report(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one of the files, or of the whole directory."""
     write(tmp_path / "report")
     old = (tmp_path / "report" / "results.csv").read_bytes()
-    real, calls = os.replace, []
+    real, calls = Path.replace, list[Path]()
 
-    def refuse(source: Path, target: Path) -> None:
+    def fail(source: Path, target: Path) -> Path:
         calls.append(target)
-        if len(calls) == 4:
+        if len(calls) == call:
             raise OSError(28, "No space left on device")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(DiskError, match="No space"):
-        write(tmp_path / "report", [KL])
-    assert (tmp_path / "report" / "results.csv").read_bytes() == old
-    assert [path.name for path in tmp_path.iterdir()] == ["report"]
-
-
-def test_a_failed_exchange_brings_the_old_report_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "report")
-    old, real = (tmp_path / "report" / "results.csv").read_bytes(), Path.rename
-
-    def refuse(source: Path, target: Path) -> Path:
-        if source.name.endswith(".new"):
-            raise OSError(5, "Input/output error")
         return real(source, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(DiskError, match="Input/output"):
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(DiskError, match="No space"):
         write(tmp_path / "report", [KL])
+    assert calls[-1].name == ("report" if call > 4 else "results.csv")
     assert (tmp_path / "report" / "results.csv").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
@@ -275,7 +190,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert page.count('src="data:image/png;base64,"') == 3 + 2 * 3
 
 
-def test_the_page_says_who_is_best_and_how_it_was_measured(tmp_path: Path) -> None:
+def test_the_page_names_the_best_and_the_protocol(tmp_path: Path) -> None:
     page = write(tmp_path / "report")
     lead = re.sub(r"<.*?>", "", re.search(r'class="lead">(.*?)</p>', page)[1])  # pyright: ignore[reportOptionalSubscript]
     assert lead == (
@@ -321,24 +236,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def copies(runs: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
-    shutil.copytree(runs, tmp_path / "runs")
-    return tmp_path / "runs"
-
-
-def change_data(run: Path, **values: object) -> None:
-    config = read_yaml(run / "config.yaml")
-    config["data"].update(values)
-    write_yaml(run / "config.yaml", config)
-
-
-def test_the_command_compares_two_tokenizers(runs: Path, script: Script, tmp_path: Path) -> None:
+def test_the_command_compares_two_tokenizers(runs: Path, succeed: Script, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--tokenizers", runs / "a", runs / "b", "--out", out, "--n", 60, "--noise", 0, 0.4, "--seed", 3)
-    told = script("evaluate_tokenizer", *arguments)
-    assert told.code == 0, told.err
+    done = succeed("evaluate_tokenizer", *arguments)
     assert {path.name for path in out.iterdir()} == set(FILES)
     a, b = csv.DictReader((out / "results.csv").read_text().splitlines())
     assert (a["name"], b["name"], a["n"], a["seed"]) == ("a", "b", "60", "3")
@@ -346,27 +247,38 @@ def test_the_command_compares_two_tokenizers(runs: Path, script: Script, tmp_pat
     assert a["features"].startswith("cnn-digits@") and a["reference"].startswith("digits-train@")
     assert float(a["psnr_snapped_0"]) == pytest.approx(float(a["psnr"]))
     assert float(a["bits"]) > 0 and b["bits"] == "" and float(b["rate"]) > 0
-    assert "PSNR, dB" in told.out and f"report: {out / 'report.html'}" in told.out
-    again = script("evaluate_tokenizer", *arguments, "--batch-size", 7)
-    assert again.code == 0, again.err
+    assert "PSNR, dB" in done.out and f"report: {out / 'report.html'}" in done.out
+    succeed("evaluate_tokenizer", *arguments, "--batch-size", 7)
     for old, new in zip((a, b), csv.DictReader((out / "results.csv").read_text().splitlines()), strict=True):
         for name in ("psnr", "ssim", "distance", "interpolated", "psnr_noisy_0.4", "latent_rank"):
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-5)
 
 
-def test_without_features_there_are_no_distances(runs: Path, script: Script) -> None:
-    """And the report lies beside the tokenizer unless told otherwise."""
-    told = script("evaluate_tokenizer", "--tokenizers", runs / "a", "--features", "none", "--n", 4, "--noise", 0)
-    assert told.code == 0, told.err
+def test_one_tile_changes_no_figure_and_four_do(runs: Path, succeed: Script, tmp_path: Path) -> None:
+    call = f"evaluate_tokenizer --tokenizers {runs}/a --out {tmp_path}/out --features none --n 20 --noise 0"
+    figures = []
+    for tile in ("", "--tile 8 --tile-margin 0", "--tile 4 --tile-margin 0"):
+        succeed(f"{call} {tile}")
+        (row,) = csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines())
+        figures.append((row["tokenizer"], row["parameters"], float(row["psnr"])))
+    whole, one_tile, four_tiles = figures
+    assert one_tile == whole
+    assert four_tiles[:2] == whole[:2]
+    assert four_tiles[2] != whole[2]
+
+
+def test_without_features_there_are_no_distances(runs: Path, succeed: Script) -> None:
+    """And the report lies beside the tokenizer unless given."""
+    done = succeed("evaluate_tokenizer", "--tokenizers", runs / "a", "--features", "none", "--n", 4, "--noise", 0)
     out = runs / "tokenizer-report"
     page = (out / "report.html").read_text()
     shutil.rmtree(out)
-    assert "distance" not in told.out and "Fréchet" not in page
+    assert "distance" not in done.out and "Fréchet" not in page
     assert "nearest neighbour" not in page
 
 
 def test_lpips_is_measured_when_weights_are_given(
-    runs: Path, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, succeed: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Distance(torch.nn.Module):
         protocol = "LPIPS-vgg@1234"
@@ -380,86 +292,21 @@ def test_lpips_is_measured_when_weights_are_given(
 
     monkeypatch.setattr(perceptual, "Perceptual", Distance)
     flags = ("--tokenizers", runs / "a", "--n", 4, "--lpips-weights", tmp_path / "vgg.pth", "--out", tmp_path / "out")
-    told = script("evaluate_tokenizer", *flags)
-    assert told.code == 0, told.err
+    succeed("evaluate_tokenizer", *flags)
     (row,) = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
     assert float(row["lpips"]) > 0.125
     assert row["perceptual"] == "LPIPS-vgg@1234"
 
 
-Refuse = Callable[..., str]
-
-
-@pytest.fixture
-def refuse(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Refuse:
-    """The message of a call that must end with `code` before anything is measured or written."""
-    from midway.gen.evaluation import tokenizers
-
-    def never(*_: object) -> None:
-        raise AssertionError("measured before all was checked")
-
-    monkeypatch.setattr(tokenizers, "measure", never)
-    monkeypatch.setattr(evaluate_tokenizer, "measure", never)
-
-    def call(code: int, *arguments: object) -> str:
-        told: Outcome = script("evaluate_tokenizer", *arguments, "--out", tmp_path / "out")
-        assert told.code == code, told.err + told.out
-        assert told.err.startswith("error: ") and "fix: " in told.err
-        assert not (tmp_path / "out").exists()
-        return told.err
-
-    return call
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "what"),
-    [
-        (("--n", 1), 2, "--n 1"),
-        (("--n", 100000), 2, "359 images are held out"),
-        (("--noise", 0.1, -1), 2, "sigma is finite and >= 0"),
-        (("--batch-size", 0), 2, "--batch-size 0"),
-        (("--features", "nowhere"), 3, "nowhere is not a run directory"),
-        (("--lpips-weights", "nowhere.pth"), 2, "LPIPS cannot be measured"),
-    ],
-)
-def test_flags_that_cannot_be_used(flags: tuple[object, ...], code: int, what: str, runs: Path, refuse: Refuse) -> None:
-    assert what in refuse(code, "--tokenizers", runs / "a", *flags)
-
-
-def test_runs_that_cannot_be_compared(copies: Path, refuse: Refuse) -> None:
-    a, b = copies / "a", copies / "b"
-    assert "named twice" in refuse(2, "--tokenizers", a, b, copies / "b" / ".." / "a")
-    assert "is not a run directory" in refuse(3, "--tokenizers", a, copies / "c")
-    assert "kind 'features'" in refuse(3, "--tokenizers", copies / "features")
-    change_data(b, split_seed=7)
-    assert "trained on other images" in refuse(3, "--tokenizers", a, b)
-    assert "trained on other images than the tokenizers" in refuse(
-        3, "--tokenizers", b, "--features", copies / "features"
-    )
-    assert "found: none" in refuse(2, "--tokenizers", b)
-    for run in (a, copies / "features"):
-        change_data(run, resize=16)
-    message = refuse(3, "--tokenizers", a, "--features", "none")
-    assert "takes (1, 8, 8) images" in message
-
-
-def test_how_images_were_fetched_makes_no_difference(copies: Path) -> None:
-    change_data(copies / "b", download=True, on_bad_image="skip")
-    compared = evaluate_tokenizer.load((copies / "a", copies / "b"), torch.device("cpu"))
+def test_how_images_were_fetched_makes_no_difference(runs: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(runs / "b", tmp_path / "b"))
+    config = read_yaml(other / "config.yaml")
+    write_yaml(other / "config.yaml", {**config, "data": {**config["data"], "download": True, "on_bad_image": "skip"}})
+    compared = evaluate_tokenizer.load((runs / "a", other), torch.device("cpu"))
     assert list(compared.tokenizers) == ["a", "b"]
 
 
-def test_features_of_another_size_or_several_are_refused(copies: Path, refuse: Refuse) -> None:
-    other = train_features.FeaturesTask(
-        copies / "large", data=replace(train_features.FeaturesTask().data, resize=16), width=8, dim=8, train=TINY
-    )
-    train_features.train(other)
-    change_data(copies / "large", resize=None)
-    assert "found: features, large" in refuse(2, "--tokenizers", copies / "a")
-    assert "measures (1, 16, 16) images" in refuse(3, "--tokenizers", copies / "a", "--features", copies / "large")
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_of_one_name_are_reported_by_path(tmp_path: Path) -> None:
     paths = (tmp_path / "x" / "fsq", tmp_path / "y" / "fsq", tmp_path / "y" / "vq")
     names = evaluate_tokenizer.report_names(paths)
     assert list(names) == [str(paths[0]), str(paths[1]), "vq"]
@@ -471,14 +318,8 @@ def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
     task = evaluate_tokenizer.TokenizersTask(tokenizers=(runs / "a",), n=50, noise=(), out=runs / "floor")
     (found,) = evaluate_tokenizer.run(task)
     shutil.rmtree(runs / "floor")
-    from midway.gen.core.runs import Run
-    from midway.gen.data.splits import DataConfig, load_splits
-    from midway.gen.evaluation.sweep import floor_cell
-    from midway.gen.features.classifier import load_features
-    from midway.gen.features.reference import make_reference
-
     splits = load_splits(DataConfig())
     network, name = load_features(Run.open(runs / "features", "features").checkpoint / "features.safetensors")
-    cell = floor_cell(make_reference(network, name, splits.train), splits.held_out, 50)
+    cell = measure_floor(make_reference(network, name, splits.train), splits.held_out, 50)
     assert (found.row.floor, found.row.features, found.row.reference) == (cell.distance, cell.features, cell.reference)
     assert found.row.floor is not None and np.isfinite(found.row.floor)

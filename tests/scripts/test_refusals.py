@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import import_tokenizer
 import numpy as np
 import pytest
+import torch
 import train_baseline
 import train_features
 import train_latent
 import train_tokenizer
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vq_model import VQModel
 from PIL import Image
 from pipelines import TINY, TINY_DIT, Pipeline, Script
 
@@ -23,6 +27,7 @@ from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.evaluation import tokenizers
 from midway.gen.tokenizer.latents import encode, save_latents
 from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
@@ -31,66 +36,59 @@ from tasks import LatentTask, TokenizerConfig, TokenizerTask
 Maker = Callable[[Pipeline, Path], Path]
 
 
-def seal(run: Path) -> None:
+def seal(checkpoint: Path) -> None:
     """A manifest that agrees with the files, as if they had been saved so."""
-    (folder,) = (run / "checkpoints").glob("step-*")
-    (folder / checkpoints.MANIFEST).unlink()
-    checkpoints.write_manifest(folder, int(folder.name[5:]), {})
+    (checkpoint / checkpoints.MANIFEST).unlink()
+    checkpoints.write_manifest(checkpoint, int(checkpoint.name[5:]), {})
+
+
+def changed(kind: str, change: Callable[[Path], object]) -> Maker:
+    """A copy of a run of the pipeline, changed in place."""
+
+    def make(pipeline: Pipeline, folder: Path) -> Path:
+        run = Path(shutil.copytree(getattr(pipeline, kind), folder / "run"))
+        change(run)
+        return run
+
+    return make
+
+
+def edit_checkpoint(pattern: str, edit: Callable[[bytes], bytes], sealed: bool) -> Callable[[Path], None]:
+    """Edit one file of a checkpoint; `sealed`: its manifest agrees with that."""
+
+    def change(run: Path) -> None:
+        (file,) = run.glob(pattern)
+        file.write_bytes(edit(file.read_bytes()))
+        if sealed:
+            seal(next(parent for parent in file.parents if parent.name.startswith("step-")))
+
+    return change
 
 
 def cut(kind: str, pattern: str, sealed: bool = False) -> Maker:
-    """A copy of a run of the pipeline in which half of a file of its checkpoint is missing."""
-
-    def make(pipeline: Pipeline, folder: Path) -> Path:
-        run = Path(shutil.copytree(getattr(pipeline, kind), folder / "run", ignore=shutil.ignore_patterns("solvers")))
-        (file,) = (run / "checkpoints").glob(f"step-*/{pattern}")
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        if sealed:
-            seal(run)
-        return run
-
-    return make
+    """A run in which half of a file of a checkpoint is missing."""
+    return changed(kind, edit_checkpoint(pattern, lambda data: data[: len(data) // 2], sealed))
 
 
-def cut_solver(sealed: bool) -> Maker:
-    """The latent model with a damaged learned solver."""
+def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Another model.json, in a checkpoint that agrees with its manifest."""
 
-    def make(pipeline: Pipeline, folder: Path) -> Path:
-        model = Path(shutil.copytree(pipeline.model, folder / "run"))
-        solver = model / "solvers/amed-uniform-nfe4"
-        (file,) = solver.glob("checkpoints/step-*/solver.safetensors")
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-        if sealed:
-            seal(solver)
-        return model
+    def edit(data: bytes) -> bytes:
+        description = json.loads(data)
+        change(description)
+        return json.dumps(description).encode()
 
-    return make
+    return edit_checkpoint("checkpoints/step-*/model.json", edit, sealed=True)
 
 
-def unfinished(kind: str) -> Maker:
-    def make(pipeline: Pipeline, folder: Path) -> Path:
-        run = Path(shutil.copytree(getattr(pipeline, kind), folder / "run"))
-        shutil.rmtree(run / "checkpoints")
-        return run
+def with_data(kind: str, **values: object) -> Maker:
+    """A run trained on other data, as its config.yaml has it."""
 
-    return make
+    def change(run: Path) -> None:
+        config = read_yaml(run / "config.yaml")
+        write_yaml(run / "config.yaml", {**config, "data": {**config["data"], **values}})
 
-
-def unfinished_solver(pipeline: Pipeline, folder: Path) -> Path:
-    model = Path(shutil.copytree(pipeline.model, folder / "run"))
-    shutil.rmtree(model / "solvers/amed-uniform-nfe4/checkpoints")
-    return model
-
-
-def other_width(pipeline: Pipeline, folder: Path) -> Path:
-    """A model whose description does not fit its weights."""
-    run = Path(shutil.copytree(pipeline.model, folder / "run"))
-    (file,) = run.glob("checkpoints/step-*/model.json")
-    description = json.loads(file.read_text())
-    description["config"]["dit"]["width"] = 64
-    file.write_text(json.dumps(description))
-    seal(run)
-    return run
+    return changed(kind, change)
 
 
 def config_text(text: str | bytes) -> Maker:
@@ -135,6 +133,26 @@ def photos(*sizes: tuple[int, int], classes: str = "ab", broken: bool = False) -
     return make
 
 
+def samples(damage: Callable[[bytearray], bytes]) -> Maker:
+    """30 images of 8x8 pixels, one of them damaged."""
+
+    def make(pipeline: Pipeline, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        for index, image in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
+            Image.fromarray(image).save(folder / f"{index:03d}.png")
+        file = folder / "007.png"
+        file.write_bytes(damage(bytearray(file.read_bytes())))
+        return folder
+
+    return make
+
+
+def flipped(data: bytearray) -> bytes:
+    """The data with the byte in the middle inverted."""
+    data[len(data) // 2] ^= 0xFF
+    return bytes(data)
+
+
 def cache(change: str) -> Maker:
     """Latents of another tokenizer, or of another split."""
 
@@ -174,8 +192,45 @@ def with_foreign_solvers(pipeline: Pipeline, folder: Path) -> Path:
     return folder
 
 
-def without_snapshots(pipeline: Pipeline, folder: Path) -> Path:
-    return Path(shutil.copytree(pipeline.model, folder, ignore=shutil.ignore_patterns("posthoc")))
+def two_feature_runs(pipeline: Pipeline, folder: Path) -> Path:
+    """A tokenizer `a` beside two feature runs of its images, of which `large` takes larger ones."""
+    for name, run in (("a", pipeline.tokenizer), ("features", pipeline.features)):
+        shutil.copytree(run, folder / name)
+    task = train_features.FeaturesTask(
+        folder / "large", DataConfig(resize=16), width=8, dim=8, train=replace(TINY, steps=1)
+    )
+    config = train_features.train(task).path / "config.yaml"  # pyright: ignore[reportOptionalMemberAccess]
+    write_yaml(config, {**read_yaml(config), "data": read_yaml(pipeline.features / "config.yaml")["data"]})
+    return folder
+
+
+BLOCKS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+}
+
+
+def rgb_autoencoder(pipeline: Pipeline, folder: Path) -> Path:
+    AutoencoderKL(**BLOCKS, latent_channels=2).save_pretrained(folder)
+    return folder
+
+
+def constant_autoencoder(pipeline: Pipeline, folder: Path) -> Path:
+    """A VQ model of grey images whose latents are the same for all images."""
+    model = VQModel(**BLOCKS, in_channels=1, out_channels=1, num_vq_embeddings=16)
+    torch.nn.init.zeros_(model.quant_conv.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def imported(pipeline: Pipeline, folder: Path) -> Path:
+    """The run of an imported VQ model."""
+    VQModel(**BLOCKS, in_channels=1, out_channels=1, num_vq_embeddings=16).save_pretrained(folder / "source")
+    data = DataConfig(held_out=0.9)
+    import_tokenizer.run(import_tokenizer.ImportTask(str(folder / "source"), folder / "run", data=data))
+    return folder / "run"
 
 
 def flow(**options: Any) -> Maker:
@@ -189,12 +244,12 @@ def flow(**options: Any) -> Maker:
     return make
 
 
-def other_levels(levels: int) -> Maker:
+def of_levels(levels: int) -> Maker:
+    """A flow of this number of grey levels."""
+
     def make(pipeline: Pipeline, folder: Path) -> Path:
         run = flow()(pipeline, folder)
-        file = next((run / "checkpoints").glob("step-*/model.json"))
-        file.write_text(json.dumps({**json.loads(file.read_text()), "levels": levels}))
-        seal(run)
+        rewritten(lambda description: description.update(levels=levels))(run)
         return run
 
     return make
@@ -211,25 +266,40 @@ def empty(pipeline: Pipeline, folder: Path) -> Path:
     return folder
 
 
+STEP, SOLVER_RUN = "checkpoints/step-*", "solvers/amed-uniform-nfe4"
 MODEL_FILES = {
     "ema": "ema.safetensors",
     "json": "model.json",
     "inner": "tokenizer/*.safetensors",
     "config": "tokenizer/config.json",
 }
+CUT: dict[str, tuple[str, str]] = {
+    **{name: ("model", f"{STEP}/{pattern}") for name, pattern in MODEL_FILES.items()},
+    **{f"tokenizer_{name}": ("tokenizer", f"{STEP}/{MODEL_FILES[name]}") for name in ("inner", "config")},
+    "features": ("features", f"{STEP}/features.safetensors"),
+    "solver": ("model", f"{SOLVER_RUN}/{STEP}/solver.safetensors"),
+}
 PLACES: dict[str, Maker] = {
-    **{f"cut_{name}": cut("model", pattern) for name, pattern in MODEL_FILES.items()},
-    **{f"sealed_{name}": cut("model", pattern, True) for name, pattern in MODEL_FILES.items()},
-    "cut_optimizer": cut("model", "optimizer.safetensors"),
-    **{f"cut_tokenizer_{name}": cut("tokenizer", MODEL_FILES[name]) for name in ("inner", "config")},
-    **{f"sealed_tokenizer_{name}": cut("tokenizer", MODEL_FILES[name], True) for name in ("inner", "config")},
-    "cut_features": cut("features", "features.safetensors"),
-    "sealed_features": cut("features", "features.safetensors", True),
-    "cut_solver": cut_solver(False),
-    "sealed_solver": cut_solver(True),
-    **{f"unfinished_{kind}": unfinished(kind) for kind in ("model", "tokenizer", "features")},
-    "unfinished_solver": unfinished_solver,
-    "other_width": other_width,
+    **{f"cut_{name}": cut(*where) for name, where in CUT.items()},
+    **{f"sealed_{name}": cut(*where, sealed=True) for name, where in CUT.items()},
+    "cut_optimizer": cut("model", f"{STEP}/optimizer.safetensors"),
+    "cut_best": cut("baseline", "best/step-*/ema.safetensors"),
+    **{
+        f"unfinished_{kind}": changed(kind, lambda run: shutil.rmtree(run / "checkpoints"))
+        for kind in ("model", "tokenizer", "features")
+    },
+    "unfinished_solver": changed("model", lambda run: shutil.rmtree(run / SOLVER_RUN / "checkpoints")),
+    "no_snapshots": changed("model", lambda run: shutil.rmtree(run / "posthoc")),
+    "other_width": changed("model", rewritten(lambda description: description["config"]["dit"].update(width=64))),
+    "tokenizer_of_another_split": with_data("tokenizer", split_seed=7),
+    "tokenizer_of_another_size": with_data("tokenizer", resize=16),
+    "two_feature_runs": two_feature_runs,
+    "rgb": rgb_autoencoder,
+    "constant": constant_autoencoder,
+    "imported": imported,
+    "empty_sample": samples(lambda data: b""),
+    "flipped_sample": samples(flipped),
+    "halved_sample": samples(lambda data: bytes(data[: len(data) // 2])),
     "no_kind": config_text(""),
     "list_kind": config_text("- a\n- b\n"),
     "number_kind": config_text("kind: 3\n"),
@@ -255,12 +325,11 @@ PLACES: dict[str, Maker] = {
     "weights_of_features": weights_of_features,
     "other_features": other_features,
     "foreign_solvers": with_foreign_solvers,
-    "no_snapshots": without_snapshots,
     "new_flow": flow(model=glow(8, 1, 2), train={"steps": 0}),
     "flow": flow(),
     "flow_of_other_images": flow(data=DataConfig(held_out=0.3)),
-    "flow_of_256_levels": other_levels(256),
-    "flow_of_4_levels": other_levels(4),
+    "flow_of_256_levels": of_levels(256),
+    "flow_of_4_levels": of_levels(4),
 }
 
 
@@ -297,6 +366,9 @@ CONFIG = "train_latent --config"
 ENCODE = "encode --tokenizer"
 BASELINE = "train_baseline vae --out {out} --steps 1"
 LIKELIHOOD = "evaluate_likelihood --out {out} --n 20 --models"
+TOKENIZERS = "evaluate_tokenizer --out {out} --tokenizers"
+IMAGES = "evaluate --data digits --features {features} --out {out} --blocks 1 --images"
+IMPORT = "import_tokenizer --data digits --held-out 0.9 --out {out} --source"
 USAGE, DATA, DIVERGED = 2, 3, 4
 TABLE: dict[int, dict[str, list[tuple[str, str]]]] = {
     # exit code: what is tested: (arguments, words separated by |)
@@ -448,6 +520,24 @@ TABLE: dict[int, dict[str, list[tuple[str, str]]]] = {
             (f"{LIKELIHOOD} {{baseline}} --draws 0", "draws is 0"),
             (f"{LIKELIHOOD} {{baseline}} --iwae -1", "--iwae -1"),
         ],
+        "tokenizers": [
+            *[
+                (f"{TOKENIZERS} {{tokenizer}} {flags}", words)
+                for flags, words in (
+                    ("--n 1", "--n 1"),
+                    ("--n 100000", "359 images are held out"),
+                    ("--noise 0.1 -1", "sigma is finite and >= 0"),
+                    ("--batch-size 0", "--batch-size 0"),
+                    ("--lpips-weights nowhere.pth", "LPIPS cannot be measured"),
+                    ("{model}/../tokenizer", "named twice"),
+                )
+            ],
+            (f"{TOKENIZERS} {{tokenizer_of_another_split}}", "found: none"),
+            (f"{TOKENIZERS} {{two_feature_runs}}/a", "found: features, large"),
+            (f"{IMPORT} {{rgb}} --resize 16", "this takes 3|pass --channels 3"),
+            (f"{IMPORT} {{rgb}} --channels 3 --resize 9", "image_size is 9"),
+            (f"{IMPORT} {{rgb}} --batch-size 0", "--batch-size 0"),
+        ],
         "averages": [
             ("posthoc_ema {model} --out {out} --std 0.5", "width"),
             ("posthoc_ema {model} --out {out} --std nan", "width"),
@@ -472,6 +562,9 @@ TABLE: dict[int, dict[str, list[tuple[str, str]]]] = {
             ("train_solver amed --model {gone}", "{gone}|config.yaml|latent_model"),
             (f"{LIKELIHOOD} {{empty}}", "{empty}"),
             ("verify_resume {empty}", "{empty}"),
+            (f"{TOKENIZERS} {{tokenizer}} --features {{gone}}", "{gone} is not a run directory"),
+            (f"{TOKENIZERS} {{tokenizer}} {{gone}}", "{gone} is not a run directory"),
+            (f"{IMPORT} {{gone}}/vae", "has no configuration"),
         ],
         "other kinds": [
             (f"{SAMPLE} --model {{tokenizer}}", "'tokenizer'|'latent_model'"),
@@ -481,6 +574,9 @@ TABLE: dict[int, dict[str, list[tuple[str, str]]]] = {
             (f"{ENCODE} {{features}}", "'features'|'tokenizer'"),
             (f"{LATENT} --tokenizer {{features}}", "'features'|'tokenizer'"),
             (f"{LIKELIHOOD} {{features}}", "'features'"),
+            (f"{TOKENIZERS} {{features}}", "kind 'features'"),
+            ("verify_resume {imported}", "imported, not trained"),
+            ("train_tokenizer --config {imported}/config.yaml --out {out}", "imported, not trained"),
             *[
                 (f"{SAMPLE} --model {{{name}}}", "of kind|'latent_model'")
                 for name in ("no_kind", "list_kind", "number_kind")
@@ -504,6 +600,7 @@ TABLE: dict[int, dict[str, list[tuple[str, str]]]] = {
             (f"{EVALUATE} --features {{cut_features}}", "damaged|features.safetensors"),
             (f"{EVALUATE} --features {{sealed_features}}", "features.safetensors|cannot be read|train_features"),
             (f"{SAMPLE} --model {{cut_solver}} --solver amed", "damaged|solver.safetensors"),
+            (f"{LIKELIHOOD} {{cut_best}}", "damaged|ema.safetensors"),
             (
                 f"{SAMPLE} --model {{sealed_solver}} --solver amed",
                 "solver.safetensors|cannot be read|train_solver.py amed|--nfe 4|--overwrite",
@@ -528,8 +625,21 @@ TABLE: dict[int, dict[str, list[tuple[str, str]]]] = {
             (f"{LIKELIHOOD} {{flow_of_4_levels}} --features none", "none of 4 levels"),
             (f"{LIKELIHOOD} {{flow}} {{flow_of_other_images}}", "trained on other images"),
             ("posthoc_ema {no_snapshots} --std 0.1 --out {out}", "--posthoc 0.05 0.10"),
+            (f"{TOKENIZERS} {{tokenizer}} {{tokenizer_of_another_split}}", "trained on other images"),
+            (
+                f"{TOKENIZERS} {{tokenizer_of_another_split}} --features {{features}}",
+                "trained on other images than the tokenizers",
+            ),
+            (f"{TOKENIZERS} {{tokenizer_of_another_size}} --features none", "takes (1, 8, 8) images"),
+            (
+                f"{TOKENIZERS} {{two_feature_runs}}/a --features {{two_feature_runs}}/large",
+                "measures (1, 16, 16) images",
+            ),
+            (f"{IMPORT} {{constant}}", "cannot be standardised"),
         ],
         "images": [
+            *[(f"{IMAGES} {{{damage}_sample}}", "007.png") for damage in ("empty", "flipped", "halved")],
+            (f"{IMAGES} {{images}}", "12|--images-resize"),
             ("data check {empty}", "empty"),
             ("data check {empty}/nowhere", "does not exist"),
             (f"{TOKENIZER} --held-out 0.5 --data {{empty}}/nowhere", "does not exist"),
@@ -557,8 +667,16 @@ def files(*roots: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.mark.parametrize(("code", "arguments", "words"), ROWS)
 def test_an_invalid_call_exits_with_three_lines_and_writes_nothing(
-    code: int, arguments: str, words: str, script: Script, places: Places, tmp_path: Path
+    code: int,
+    arguments: str,
+    words: str,
+    script: Script,
+    places: Places,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Nor does it measure a tokenizer first."""
+    monkeypatch.setattr(tokenizers, "measure", None)
     places["out"] = tmp_path / "out"
     call = [part.format_map(places) for part in arguments.split(" ")]
     roots = (places.pipeline.root, places.root, tmp_path)

@@ -1,4 +1,4 @@
-"""Tiles: equal to the whole where the network sees no further than the margin, blended where it does, one tile at a time."""
+"""Tiles: equal to the whole image where the receptive field is within the margin, blended otherwise, one tile at a time."""
 
 from itertools import pairwise
 
@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from midway.tokenizers.networks import Decoder, Encoder
-from midway.tokenizers.tiling import decode_tiled, encode_tiled, tile_starts, tile_weights
+from midway.tokenizers.tiling import apply_tiled, tile_networks, tile_starts, tile_weights
 from midway.tokenizers.tokenizer import ImageTokenizer
-from midway.tokenizers.vit import ViTDecoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,42 +39,34 @@ def small_encoder() -> nn.Module:
 # Equal to the whole ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("doublings", [0, 2])
 @pytest.mark.parametrize(("height", "width", "tile", "overlap"), LAYOUTS)
-def test_decoding_in_tiles_is_decoding_the_whole(
-    height: int, width: int, tile: int, overlap: int, doublings: int, batch: int
+def test_decoding_in_tiles_equals_decoding_the_whole(
+    height: int, width: int, tile: int, overlap: int, doublings: int
 ) -> None:
     decoder, codes = small_decoder(doublings), normal(2, 4, height, width).double()
-    out = decode_tiled(decoder, codes, tile, overlap, margin=2 if doublings else 1, batch=batch)
+    out = apply_tiled(decoder, codes, 1, tile, overlap, 2 if doublings else 1)
     torch.testing.assert_close(out, decoder(codes), atol=1e-12, rtol=0)
 
 
-def test_the_margin_is_a_quarter_of_the_overlap_unless_given() -> None:
-    decoder, codes = small_decoder(2), normal(1, 4, 25, 30).double()
-    torch.testing.assert_close(decode_tiled(decoder, codes, 12, 8), decoder(codes), atol=1e-12, rtol=0)
-    encoder, images = small_encoder(), normal(1, 3, 100, 84).double()
-    torch.testing.assert_close(encode_tiled(encoder, images, 12, 8, 4), encoder(images), atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("margin", [0, 1])
-def test_a_network_that_sees_further_than_the_margin_differs_near_seams_only(margin: int) -> None:
+def test_a_receptive_field_beyond_the_margin_changes_only_seams(margin: int) -> None:
     decoder, codes = small_decoder(2), normal(1, 4, 12, 12).double()
-    error = (decode_tiled(decoder, codes, 8, 4, margin) - decoder(codes)).abs().amax((0, 1))
+    error = (apply_tiled(decoder, codes, 1, 8, 4, margin) - decoder(codes)).abs().amax((0, 1))
     assert error.max() > 1e-4
     outside = torch.cat([error[:16, :16].flatten(), error[32:, 32:].flatten()])  # covered by one tile
     assert outside.max() < 1e-12
 
 
 @pytest.mark.parametrize(("height", "width", "tile", "overlap"), LAYOUTS)
-def test_encoding_in_tiles_is_encoding_the_whole(height: int, width: int, tile: int, overlap: int) -> None:
+def test_encoding_in_tiles_equals_encoding_the_whole(height: int, width: int, tile: int, overlap: int) -> None:
     encoder, images = small_encoder(), normal(2, 3, 4 * height, 4 * width).double()
-    out = encode_tiled(encoder, images, tile, overlap, 4, margin=2, batch=2)
+    out = apply_tiled(encoder, images, 4, tile, overlap, 2)
     torch.testing.assert_close(out, encoder(images), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("upsample", ["pixel_shuffle", "nearest", "bilinear", "transposed"])
-def test_our_own_pair_without_its_norms_is_exact_too(upsample: str) -> None:
+def test_convolutional_networks_without_norms_are_exact(upsample: str) -> None:
     """Radius: of the encoder 4 codes, of the decoder 4 + 1/2 + 1/4 + ..., less than 6. Norms over the map see all of it."""
     torch.manual_seed(0)
     encoder, decoder = Encoder(3, 8, 4, 1, 4), Decoder(4, 8, 4, 1, 3, upsample)  # pyright: ignore[reportArgumentType]
@@ -88,19 +79,19 @@ def test_our_own_pair_without_its_norms_is_exact_too(upsample: str) -> None:
             nn.init.normal_(parameter, std=0.2)
     images = normal(1, 3, 100, 80).double()
     z = encoder(images)
-    torch.testing.assert_close(encode_tiled(encoder, images, 16, 12, 4, 5), z, atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(decode_tiled(decoder, z, 16, 12, 6), decoder(z), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(apply_tiled(encoder, images, 4, 16, 12, 5), z, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(apply_tiled(decoder, z, 1, 16, 12, 6), decoder(z), atol=1e-10, rtol=1e-10)
 
 
-def test_a_tokenizer_decodes_more_than_its_own_size() -> None:
-    """At the start it is its shortcut, which is local: tiles are exact."""
+def test_a_tiled_tokenizer_is_near_the_whole_one() -> None:
+    """At initialisation it is its shortcut, which is local: then tiles are exact. Trained, GroupNorm depends on the tile."""
     torch.manual_seed(0)
-    tokenizer = ImageTokenizer(1, 8, 8, 2, 1)
-    images = normal(2, 1, 20, 26)
-    z = encode_tiled(tokenizer.encode, images, tile=4, overlap=2, downsample=2)
-    torch.testing.assert_close(z, tokenizer.encoder(images))
-    codes = tokenizer.quantizer(z).codes
-    torch.testing.assert_close(decode_tiled(tokenizer.decode, codes, 4, 2), tokenizer.decoder(codes))
+    tokenizer, tiled = ImageTokenizer(1, 32, 8, 2, 1), ImageTokenizer(1, 32, 8, 2, 1)
+    tiled.load_state_dict(tokenizer.state_dict())
+    tile_networks(tiled, 16, 2)
+    images = normal(2, 1, 32, 32)
+    assert torch.equal(tiled.encode_indices(images), tokenizer.encode_indices(images))
+    torch.testing.assert_close(tiled(images).reconstruction, tokenizer(images).reconstruction)
 
 
 # Blending -------------------------------------------------------------------------------------------------------------
@@ -147,33 +138,32 @@ def test_the_ramp_is_linear() -> None:
     torch.testing.assert_close(second[:8], torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]).double())
 
 
-def test_the_ramp_is_in_the_middle_of_all_that_two_tiles_share() -> None:
-    """Tiles of 8 at 0 and 1 share 1 to 8, more than the 4 asked for: the ramp goes from 2.5 to 6.5."""
+def test_the_ramp_is_in_the_middle_of_the_shared_part() -> None:
+    """Tiles of 8 at 0 and 1 share 1 to 8, more than the required 4: the ramp goes from 2.5 to 6.5."""
     _, second = tile_weights(9, 8, 4, 0, 1)
     torch.testing.assert_close(second, torch.tensor([0, 0, 0.25, 0.5, 0.75, 1, 1, 1]).double())
 
 
-def test_two_answers_are_blended_by_their_weights() -> None:
-    answers = iter([0.0, 1.0])
-    out = decode_tiled(lambda tile: torch.full_like(tile, next(answers)), normal(1, 1, 4, 6), 4, 2, margin=0)
+def test_two_outputs_are_blended_by_their_weights() -> None:
+    outputs = iter([0.0, 1.0])
+    out = apply_tiled(lambda tile: torch.full_like(tile, next(outputs)), normal(1, 1, 4, 6), 1, 4, 2, 0)
     torch.testing.assert_close(out, torch.tensor([0, 0, 0.25, 0.75, 1, 1]).expand(1, 1, 4, 6))
 
 
 # One tile at a time ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch", "calls"), [(1, [2] * 12), (5, [10, 10, 4]), (100, [24])])
-def test_the_network_sees_tiles_of_one_size_and_so_many_at_once(batch: int, calls: list[int]) -> None:
-    seen = []
+def test_the_network_is_applied_to_one_tile_at_a_time_without_gradient() -> None:
+    shapes = []
     decoder, codes = small_decoder(1), normal(2, 4, 16, 20).double()
 
     def decode(tile: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
-        seen.append(tuple(tile.shape))
+        shapes.append(tuple(tile.shape))
         return decoder(tile)
 
-    assert not decode_tiled(decode, codes.requires_grad_(), 8, 4, batch=batch).requires_grad
-    assert seen == [(count, 4, 8, 8) for count in calls]
+    assert not apply_tiled(decode, codes.requires_grad_(), 1, 8, 4, 1).requires_grad
+    assert shapes == [(2, 4, 8, 8)] * 12
 
 
 @pytest.mark.parametrize(
@@ -181,47 +171,51 @@ def test_the_network_sees_tiles_of_one_size_and_so_many_at_once(batch: int, call
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_blending_is_float32_or_wider(dtype: torch.dtype, expected: torch.dtype) -> None:
-    out = decode_tiled(lambda tile: tile, normal(1, 2, 9, 9).to(dtype), 4, 2)
+    out = apply_tiled(lambda tile: tile, normal(1, 2, 9, 9).to(dtype), 1, 4, 2, 0)
     assert out.dtype == expected
     torch.testing.assert_close(out, normal(1, 2, 9, 9).to(dtype).to(expected))
 
 
-def test_an_empty_batch_is_one() -> None:
-    assert decode_tiled(small_decoder(1), normal(0, 4, 9, 9).double(), 4, 2).shape == (0, 3, 18, 18)
+def test_an_empty_batch_gives_an_empty_batch() -> None:
+    assert apply_tiled(small_decoder(1), normal(0, 4, 9, 9).double(), 1, 4, 2, 0).shape == (0, 3, 18, 18)
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tile", "overlap", "margin", "batch", "message"),
+    ("tile", "overlap", "margin", "message"),
     [
-        (4, 4, None, 1, "larger than"),
-        (4, -1, None, 1, "larger than"),
-        (0, 0, None, 1, "larger than"),
-        (8, 4, 3, 1, "two margins"),
-        (8, 4, -1, 1, "two margins"),
-        (8, 4, None, 0, "batch 0"),
+        (4, 4, 0, "larger than"),
+        (4, -1, 0, "larger than"),
+        (0, 0, 0, "larger than"),
+        (8, 4, 3, "two margins"),
+        (8, 4, -1, "two"),
     ],
 )
-def test_unusable_tiles_are_refused(tile: int, overlap: int, margin: int | None, batch: int, message: str) -> None:
+def test_invalid_tiles_raise(tile: int, overlap: int, margin: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        decode_tiled(small_decoder(1), normal(1, 4, 9, 9).double(), tile, overlap, margin, batch)
+        apply_tiled(small_decoder(1), normal(1, 4, 9, 9).double(), 1, tile, overlap, margin)
 
 
-def test_images_that_are_not_whole_codes_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("shape", "pixels"), [((1, 3, 18, 16), 4), ((1, 3, 16, 16), 0), ((3, 16, 16), 1), ((1, 3, 0, 4), 4)]
+)
+def test_images_that_are_not_whole_codes_raise(shape: tuple[int, ...], pixels: int) -> None:
     with pytest.raises(ValueError, match="pad or crop"):
-        encode_tiled(small_encoder(), normal(1, 3, 18, 16).double(), 4, 2, 4)
-    with pytest.raises(ValueError, match="downsample 0"):
-        encode_tiled(small_encoder(), normal(1, 3, 16, 16).double(), 4, 2, 0)
-    with pytest.raises(ValueError, match="pad or crop"):
-        decode_tiled(small_decoder(1), normal(1, 4, 9).double(), 4, 2)
+        apply_tiled(small_encoder(), normal(*shape).double(), pixels, 4, 2, 0)
 
 
-def test_networks_that_keep_no_place_for_a_code_are_refused() -> None:
-    with pytest.raises(ValueError, match="keep a place"):
-        encode_tiled(lambda tile: tile.flatten(2), normal(1, 3, 16, 16), 4, 2, 1)
-    with pytest.raises(ValueError, match="keep a place"):
-        encode_tiled(nn.AvgPool2d(4), normal(1, 3, 16, 16), 4, 2, 2)
-    with pytest.raises(ValueError, match=r"\(B, 4, 3, 3\)"):
-        decode_tiled(ViTDecoder(4, 12, 4, 8, 1, 2, None, 1), normal(1, 4, 6, 6), 4, 2)
+def test_networks_without_a_proportional_output_grid_raise() -> None:
+    for network, pixels in ((lambda tile: tile.flatten(2), 1), (nn.AvgPool2d(4), 2)):
+        with pytest.raises(ValueError, match="proportional"):
+            apply_tiled(network, normal(1, 3, 16, 16), pixels, 4, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("network", "tile", "margin", "message"),
+    [("vit", 16, 2, "ViT"), ("conv", 15, 2, "factor 2"), ("conv", 16, 1, "factor 2"), ("conv", 16, 4, "larger than")],
+)
+def test_a_tokenizer_that_cannot_be_tiled_so_raises(network: str, tile: int, margin: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tile_networks(ImageTokenizer(1, 32, 8, 2, 1, network=network), tile, margin)

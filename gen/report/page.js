@@ -1,10 +1,4 @@
-"""The script of a report: it shows the panels of a table two at a time, chosen by a slider and two lists.
-
-It reads a section that `report_explorer.explorer` wrote, in which every panel is in the table already. It writes text and
-attributes only, never markup, asks for nothing from anywhere, and leaves the table to readers without JavaScript.
-"""
-
-EXPLORER_SCRIPT = """
+// Shows two panels of a report's sample table at a time; without it the whole table is visible.
 "use strict";
 for (const section of document.querySelectorAll("section.explorer")) {
   const slider = section.querySelector("input[type=range]");
@@ -49,4 +43,3 @@ for (const section of document.querySelectorAll("section.explorer")) {
   table.open = false;
   show();
 }
-"""

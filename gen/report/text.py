@@ -1,0 +1,105 @@
+"""Tables as terminal text and Markdown, and records as CSV and JSON lines."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from midway.gen.report.table import ABSENT, Entry, Line, Table
+
+# ---- terminal ----
+
+
+def text_table(table: Table) -> str:
+    """Aligned, names flush left and figures flush right, small print before a figure, `*` after the best of each column."""
+    marked = table.has_best
+    rows = [[line.name, *(_plain(entry, marked, line.floor) for entry in line.entries)] for line in table.lines]
+    heads = [table.heads[0], *(f"{head} " if marked else head for head in table.heads[1:])]
+    header, *body = _aligned([heads, *rows])
+    return "\n".join([header, "-" * max(map(len, [header, *body])), *body, *(["* best"] if marked else [])])
+
+
+def _plain(entry: Entry | None, marked: bool, floor: bool) -> str:
+    if entry is None:
+        return "" if floor else ABSENT
+    return f"{entry.small} {entry.value}{'*' if entry.best else ' ' if marked else ''}".removeprefix(" ")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
+
+
+# ---- Markdown ----
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is, also inside a table."""
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in " ".join(text.split()))
+
+
+def markdown_table(table: Table) -> str:
+    """The best of each column in bold, the floor in italics, small print in brackets."""
+    heads = [escape_markdown(head) for head in table.heads]
+    rows = [[_name(line), *(_markdown(entry, line.floor) for entry in line.entries)] for line in table.lines]
+    rule = ["---", *("---:" for _ in heads[1:])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
+
+
+def _name(line: Line) -> str:
+    return f"*{line.name}*" if line.floor else escape_markdown(line.name)
+
+
+def _markdown(entry: Entry | None, floor: bool) -> str:
+    if entry is None:
+        return "" if floor else ABSENT
+    mark = "**" if entry.best else "*" if floor else ""
+    small = f" ({escape_markdown(entry.small)})" if entry.small else ""
+    return f"{mark}{entry.value}{mark}{small}"
+
+
+def markdown_notes(notes: Sequence[str]) -> list[str]:
+    """A section of notes as lines, none without notes."""
+    return ["## Notes", "", *(f"- {escape_markdown(note)}" for note in notes), ""] if notes else []
+
+
+def markdown_facts(facts: Sequence[tuple[str, str]]) -> list[str]:
+    """The section on provenance as lines."""
+    return ["## Provenance", "", *(f"- **{escape_markdown(n)}**: {escape_markdown(v)}" for n, v in facts)]
+
+
+# ---- files for programs ----
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """One line per record, floats in full precision; None is empty, booleans are true or false, tuples have spaces."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(records[0] if records else [])
+    writer.writerows([_csv_value(value) for value in record.values()] for record in records)
+    return buffer.getvalue()
+
+
+def _csv_value(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def jsonl_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """One JSON object per line; a number that is not finite becomes null, as JSON requires."""
+    clean = ({key: _json_value(value) for key, value in record.items()} for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in clean)
+
+
+def _json_value(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_json_value(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
