@@ -110,6 +110,18 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     return call
 
 
+@pytest.fixture
+def succeed(script: Script) -> Script:
+    """`succeed("sample --nfe 4 --out", path)` runs a command line as `script` does; it must exit with 0."""
+
+    def call(line: str, *arguments: object) -> Outcome:
+        done = script(*line.split(), *arguments)
+        assert done.code == 0, done.err
+        return done
+
+    return call
+
+
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages in boxes are not wrapped, whatever terminal runs the tests."""
