@@ -329,9 +329,9 @@ def latency_row(model: LatentModel, device: torch.device, repeats: int) -> Resul
         scheduler.set_timesteps(5, device=device)
         state = x
         for t in scheduler.timesteps:
-            clock = (t / 1000).expand(1)
-            said = model.network(state, clock, labels).value
-            state = scheduler.step(said, t, state).prev_sample  # pyright: ignore
+            angle = (t / 1000).expand(1)
+            value = model.network(state, angle, labels).value
+            state = scheduler.step(value, t, state).prev_sample  # pyright: ignore
         return state
 
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
     python docs/solver_names.py
 
-replaces what stands between `<!-- begin names -->` and `<!-- end names -->`.
+replaces the lines between `<!-- begin names -->` and `<!-- end names -->`.
 """
 
 import sys

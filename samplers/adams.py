@@ -1,12 +1,12 @@
-"""Explicit Adams methods: one evaluation a step, the slope continued as a polynomial through its last values.
+"""Explicit Adams methods: one evaluation a step, the slope extrapolated by the polynomial through its last values.
 
     ab p        dx / dt   = v      polynomial in t                         (Adams-Bashforth, true variable-step weights)
     ipndm_v p   dy / drho = eps    polynomial in rho                       (y = x / alpha, rho = sigma / alpha)
     deis p      dy / drho = eps    polynomial in log rho, integrated exactly  (DEIS-rhoAB's integral in the variable log rho)
     ipndm p     dy / drho = eps    the weights of equal steps: 1; 3/2, -1/2; 23/12, -16/12, 5/12; 55/24, -59/24, 37/24, -9/24
 
-The first steps have fewer values and so a lower order: 1, 2, ... Where rho is infinite (pure noise, alpha = 0) the three in rho
-take a DDIM step, and the value there supports no other one.
+The first steps have fewer values and so order 1, 2, ... Where rho is infinite (pure noise, alpha = 0) the three in rho
+take a DDIM step, and the value there enters no other step.
 
 iPNDM: Liu et al. 2022, arXiv 2202.09778, eq. 12; Zhang & Chen 2022, arXiv 2204.13902, section 3.3. DEIS: the same, eq. 14 and 15.
 """

@@ -148,7 +148,7 @@ def analytic_prediction(x: Tensor, alpha: Tensor, rho: Tensor, feature_dim: int)
 def choose(
     solver: AMEDSolver, rule: StepRule, start: NoiseLevels, end: NoiseLevels, step: Tensor, features: Tensor
 ) -> StepParameters:
-    """What the rule says about steps number `step` int64 (B,), given features (B, F)."""
+    """The rule's parameters of steps number `step` int64 (B,), given features (B, F)."""
     return rule(features, step, torch.stack([start.rho.log(), end.rho.log()], dim=1))
 
 
@@ -175,7 +175,7 @@ def nodes(solver: AMEDSolver, field: Field, rule: StepRule, x: Tensor, detached:
 
 
 def features_of(prediction: Prediction, feature_dim: int) -> Tensor:
-    """The network's features (B, feature_dim), empty if none are asked for; ValueError if it has none of that length."""
+    """The network's features (B, feature_dim), empty for length 0; ValueError if it has none of that length."""
     if feature_dim == 0:
         return prediction.x0.new_zeros(prediction.x0.shape[0], 0)
     if prediction.features is None:

@@ -1,9 +1,9 @@
-"""Networks that were trained elsewhere, as fields.
+"""Fields of networks that other libraries trained.
 
     diffusers   value = model(x_t, timestep), a x0 + b eps by its scheduler's prediction type   (interop.py)
-    EDM         D(y; rho) = E[x0 | x0 + rho eps = y], asked at y = x_t / alpha, rho = sigma / alpha on any schedule
+    EDM         D(y; rho) = E[x0 | x0 + rho eps = y], evaluated at y = x_t / alpha, rho = sigma / alpha on any schedule
 
-A field asks at float timesteps, never truncated, and gives tensors of the dtype of its input; the network keeps its own.
+Timesteps are floats, never truncated. A field returns tensors of the dtype of its input; the network runs in its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,13 +29,13 @@ def _parametrisation(scheduler_config: Mapping[str, Any], timestep_scale: float 
         return parametrisation
     if not isinstance(parametrisation.schedule, Linear):
         raise ValueError(
-            "timestep_scale is for flow-matching models; this config is of a model of discrete timesteps, which is told "
-            "their numbers: leave it out"
+            "timestep_scale is for flow-matching models; this config is of a model of discrete timesteps, whose "
+            "input is the timestep itself: leave it out"
         )
     return replace(parametrisation, timestep_scale=timestep_scale)
 
 
-def _ask(
+def _evaluate(
     model: Callable[..., Any], parametrisation: Parametrisation, x: Tensor, t: Tensor, given: Mapping[str, Any]
 ) -> Tensor:
     """The model's output (B, C, *) at x (B, C, *), t (B,), in the dtype of x."""
@@ -54,11 +54,11 @@ def field_from_diffusers(
 
     scheduler_config: the config of the scheduler that the model was trained with, `pipe.scheduler.config`. conditioning: further
     arguments of the model by name, such as class_labels (B,) or encoder_hidden_states (B, L, D). timestep_scale: factor from t
-    to the time a flow-matching model is told, by default num_train_timesteps; 1 for those that expect sigma (Flux).
+    to the time input of a flow-matching model, by default num_train_timesteps; 1 for those that expect sigma (Flux).
     """
     parametrisation, given = _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {})
     return NetworkField(
-        lambda x, t: _ask(model, parametrisation, x, t, given), parametrisation.target, parametrisation.schedule
+        lambda x, t: _evaluate(model, parametrisation, x, t, given), parametrisation.target, parametrisation.schedule
     )
 
 
@@ -76,7 +76,7 @@ def conditional_from_diffusers(
     parametrisation, given = _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {})
 
     def conditional(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
-        value = _ask(model, parametrisation, x, t, {**given, argument: labels})
+        value = _evaluate(model, parametrisation, x, t, {**given, argument: labels})
         return solve(value, parametrisation.target, x, t, parametrisation.schedule)
 
     return conditional

@@ -1,6 +1,6 @@
 """Our tables as a diffusers scheduler: `pipe.scheduler = MidwayScheduler.from_config(pipe.scheduler.config, solver="dpmpp2m")`.
 
-A pipeline calls the network at every entry of `timesteps` and hands what it says to `step`, which runs that row of the table
+A pipeline calls the network at every entry of `timesteps` and passes its output to `step`, which runs that row of the table
 and any rows without an evaluation that follow: the same steps, in the same arithmetic, as `sample` on `field_from_diffusers`.
 Which row is next is a count of calls, so nothing waits for the device. The state has the scaling of the model's own schedule,
 x_t = alpha x0 + sigma eps.
@@ -34,7 +34,7 @@ except ImportError as error:
 class MidwayScheduler(SchedulerMixin, ConfigMixin):
     """A solver of the registry, or a learned table, for any pipeline that calls `set_timesteps` and `step`.
 
-    The first six arguments say how the model was trained and have diffusers' names and defaults (interop.py).
+    The first seven arguments describe how the model was trained, with diffusers' names and defaults (interop.py).
 
     prediction_type: epsilon, sample, v_prediction or flow_prediction. solver, solver_options: a name of `SOLVERS` and further
     arguments of its builder. grid, grid_options: a name of `GRIDS` and further arguments, or falling times in [0, 1] that fix the
@@ -84,8 +84,8 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         own = fingerprint(self.parametrisation.schedule)
         if table.schedule not in ("", own):
             raise ValueError(
-                f"table '{table.solver}' was made for {table.schedule}, the config says {own}: take the config of the scheduler "
-                "that the model was trained with"
+                f"table '{table.solver}' was made for {table.schedule}, the config describes {own}: use the config of the "
+                "scheduler that the model was trained with"
             )
         self._learned = table
         self.register_to_config(table=asdict(table), solver=table.solver, grid=list(table.grid))
@@ -155,7 +155,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take the model's output (B, C or 2 C, *) at `sample` (B, C, *) and give the next input of the model, in its dtype.
 
-        timestep is not read: the count of calls since `set_timesteps` says which evaluation this is.
+        timestep is not read: the number of calls since `set_timesteps` is the number of the evaluation.
         """
         walk = self._walk_now()
         x = self._state(walk, sample)
@@ -193,7 +193,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
             )
         grid = explicit(name)
         if steps != len(grid) - 1:
-            raise ValueError(f"the grid has {len(grid) - 1} steps, not {steps}: ask for as many, or name a grid")
+            raise ValueError(f"the grid has {len(grid) - 1} steps, not {steps}: pass as many, or name a grid")
         return grid
 
     def _solve_on(self, grid: tuple[float, ...], analytic_first: bool) -> Table:

@@ -1,7 +1,7 @@
-"""The forward process of a model of discrete timesteps, as a continuous schedule.
+"""Forward processes of discrete timesteps as continuous schedules.
 
 A model trained on timesteps k = 0 .. N - 1 with betas beta_k is variance preserving with alpha_k^2 = prod_{j <= k} (1 - beta_j)
-(Ho et al. 2020, arXiv 2006.11239, eq. 4). `Discrete` makes that a continuous schedule at t = (k + 1) / N:
+(Ho et al. 2020, arXiv 2006.11239, eq. 4). `Discrete` extends that to a continuous schedule with timestep k at t = (k + 1) / N:
 
     log rho(t)  is piecewise linear between the timesteps,
     rho(t)      is linear from data (t = 0) to the first timestep,
@@ -33,7 +33,7 @@ def cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
 
 
 def betas_of(config: Mapping[str, Any]) -> Tensor:
-    """float64 (N,): the noise variances of a config. ValueError for a beta schedule that is not known here."""
+    """float64 (N,): the noise variances of a config. ValueError for an unknown beta schedule."""
     if config.get("trained_betas") is not None:
         return torch.tensor(list(config["trained_betas"]), dtype=torch.float64)
     steps, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
@@ -45,8 +45,8 @@ def betas_of(config: Mapping[str, Any]) -> Tensor:
     if name == "squaredcos_cap_v2":
         return cosine_betas(steps)
     raise ValueError(
-        f"unknown beta_schedule {name!r}: linear, scaled_linear and squaredcos_cap_v2 are known; pass the numbers of any "
-        "other as trained_betas"
+        f"unknown beta_schedule {name!r}: supported are linear, scaled_linear and squaredcos_cap_v2; pass "
+        "the betas of any other as trained_betas"
     )
 
 
@@ -61,8 +61,8 @@ def without_terminal_signal(log_alpha_bar: Tensor) -> Tensor:
 class Discrete(Schedule):
     """The forward process of N discrete timesteps, continued to t in [0, 1] (module docstring).
 
-    log_rho: log(sigma / alpha) at timesteps 0 .. N - 1, strictly rising; the last may be infinite. The kinks at the timesteps
-    show only to solvers of dx/dt with about N steps; exponential solvers do not see them.
+    log_rho: log(sigma / alpha) at timesteps 0 .. N - 1, strictly rising; the last may be infinite. The kinks at the
+    timesteps affect only solvers of dx/dt with about N steps, not exponential solvers.
     """
 
     log_rho: tuple[float, ...]
@@ -81,11 +81,6 @@ class Discrete(Schedule):
         log_sigma_squared = (-torch.expm1(log_alpha_bar)).log()
         return Discrete(tuple(((log_sigma_squared - log_alpha_bar) / 2).tolist()))
 
-    @staticmethod
-    def from_alphas_cumprod(alphas_cumprod: Tensor) -> "Discrete":
-        """alpha^2 (N,), as the schedulers of diffusers hold it; computed there in float32, so less exact than betas."""
-        return Discrete.from_log_alpha_bar(alphas_cumprod.double().log())
-
     @cached_property
     def _hash(self) -> int:
         return hash(self.log_rho)
@@ -94,7 +89,7 @@ class Discrete(Schedule):
         return self._hash
 
     def __repr__(self) -> str:
-        """Tells schedules apart, as `table.fingerprint` asks for."""
+        """Unique to the schedule: `table.fingerprint` uses it."""
         digest = hashlib.sha256(",".join(f"{value:.6f}" for value in self.log_rho).encode()).hexdigest()[:12]
         return f"Discrete({self.steps} timesteps, {digest})"
 
@@ -112,7 +107,7 @@ class Discrete(Schedule):
         return {}
 
     def _knots(self, like: Tensor) -> Tensor:
-        """The finite entries of `log_rho`, kept on every device that asked, so that no later call waits for a copy."""
+        """The finite entries of `log_rho`, cached for each device and dtype, so that no later call waits for a copy."""
         key = (like.device, like.dtype)
         if key not in self._copies:
             finite = self.log_rho[:-1] if self.zero_terminal_snr else self.log_rho
@@ -164,8 +159,8 @@ class Discrete(Schedule):
         return (p / self.steps).clamp(max=1)
 
     def timestep(self, t: Tensor) -> Tensor:
-        """The float timestep k = N t - 1 that the network is told, at least 0. A time that its dtype cannot tell from an integer
-        timestep is that timestep."""
+        """The float timestep k = N t - 1 that is the network's input, at least 0; rounded where t differs from an
+        integer timestep by no more than its dtype resolves."""
         k = (self.steps * t - 1).clamp(min=0)
         to_integer = (k.round() - k).detach()
         return k + torch.where(to_integer.abs() < 2 * self.steps * torch.finfo(t.dtype).eps, to_integer, 0)

@@ -13,8 +13,6 @@ In the first two a step's error has a gradient in that step's numbers alone, thr
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import field as initial
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -67,29 +65,6 @@ def check_teacher(solver: AMEDSolver, table: Table, stride: int) -> None:
         )
 
 
-@dataclass
-class _Listener:
-    """A field that keeps what some of its evaluations said."""
-
-    listened: Field
-    wanted: frozenset[int]
-    heard: dict[int, Prediction] = initial(default_factory=dict)
-    calls: int = 0
-
-    def __call__(self, x: Tensor, t: Tensor) -> Prediction:
-        return self._listen(self.listened, x, t)
-
-    def at(self, time: float) -> Field:
-        return partial(self._listen, acting(self.listened, time))
-
-    def _listen(self, field: Field, x: Tensor, t: Tensor) -> Prediction:
-        prediction = field(x, t)
-        if self.calls in self.wanted:
-            self.heard[self.calls] = prediction
-        self.calls += 1
-        return prediction
-
-
 def _evaluations_at(table: Table, stride: int) -> list[int | None]:
     """For the student's nodes but the last, the number of the teacher's evaluation of that state at that time, if it made one."""
     evaluated = [i for i, row in enumerate(table.rows) if row.time is not None]
@@ -108,13 +83,20 @@ def teacher_nodes(
     """
     check_teacher(solver, table, stride)
     numbers = _evaluations_at(table, stride) if slopes else []
-    listener = _Listener(field, frozenset(n for n in numbers if n is not None))
-    states = trajectory(listener, table, x)[::stride]
+    fields, wanted = enumerate(acting(field, time) for time in table.times), {n for n in numbers if n is not None}
+    found: dict[int, Prediction] = {}
+
+    def remember(state: Tensor, t: Tensor) -> Prediction:
+        number, now = next(fields)
+        prediction = now(state, t)
+        if number in wanted:
+            found[number] = prediction
+        return prediction
+
+    states = trajectory(remember, table, x)[::stride]
     at = noise_levels(solver, x.device)
     kept = [
-        observe(solver, field, at, i, states[i])
-        if n is None or (i == 0 and solver.analytic_first)
-        else listener.heard[n]
+        observe(solver, field, at, i, states[i]) if n is None or (i == 0 and solver.analytic_first) else found[n]
         for i, n in enumerate(numbers)
     ]
     return TeacherNodes(

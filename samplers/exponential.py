@@ -24,7 +24,7 @@ ZERO = Combination({}, {})
 
 
 def begin(solver: str, schedule: Schedule, grid: Grid) -> Recorder:
-    """A recorder; ValueError for a grid that starts without noise, where the state says nothing about eps."""
+    """A recorder; ValueError for a grid that starts without noise, where the state does not determine eps."""
     record = Recorder(solver, schedule, grid)
     if not record.sigma(grid[0]) > 0:
         raise ValueError(

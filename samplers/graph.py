@@ -47,7 +47,7 @@ class Graphs:
         """`sample(make_field(*conditions), table, x)`, from a graph on a CUDA device.
 
         key: whatever else the field depends on (guidance, autocast, which model): it must be equal for equal fields only.
-        counter: told the evaluations of every replay, since a replay runs no Python. ValueError for a table that draws noise.
+        counter: incremented by the evaluations of every replay, which runs no Python. ValueError for a table that draws noise.
         """
         if table.stochastic:
             raise ValueError(f"table '{table.solver}' draws noise, which a graph cannot: sample it without")

@@ -1,6 +1,6 @@
 """Time grids: (schedule, steps) -> `steps + 1` falling times, from noise to data.
 
-All grids run between two noise-to-signal ratios, 80 and 0.002 unless told otherwise (EDM's range, arXiv 2206.00364, Table 1),
+All grids run between two noise-to-signal ratios, by default 80 and 0.002 (EDM's range, arXiv 2206.00364, Table 1),
 so that every schedule and every spacing starts and ends at the same noise level. The end is not 0: a geometric inner node
 would collapse there, and 0.002 is half of one grey level of 8-bit images.
 """

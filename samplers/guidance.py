@@ -139,7 +139,7 @@ class Apart(_Guided):
 def classifier_free(network: ConditionalField, labels: Tensor, null: Tensor, scale: float) -> Field:
     """Guided field; both branches in one batch of 2 B. At scale 1 it is `conditional`, at half the evaluations.
 
-    labels, null: int64 (B,), the classes asked for and the "no class" label. Features are the conditional branch's.
+    labels, null: int64 (B,), the classes and the "no class" label. Features are the conditional branch's.
     """
     if scale == 1:
         return conditional(network, labels)

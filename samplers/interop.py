@@ -1,8 +1,8 @@
-"""What the config of a diffusers scheduler says of a model: its forward process, its target and how it is told the time.
+"""Forward process, target and time input of a model, read from the config of its diffusers scheduler.
 
 A model of discrete timesteps k = 0 .. N - 1 lives on `Discrete` (discrete.py) with t = (k + 1) / N.
-The network is asked at the float timestep k = N t - 1.
-Flow-matching models live on `Linear` and are told N t. Their `shift` is a matter of the grid (`grids.shift`).
+The network's time input is the float timestep k = N t - 1.
+Flow-matching models live on `Linear` with time input N t. Their `shift` is a matter of the grid (`grids.shift`).
 """
 
 import math
@@ -30,14 +30,14 @@ TARGET_OF: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction"
 
 @dataclass(frozen=True)
 class Parametrisation:
-    """A model's forward process, its target, and the factor from t to the time it is told (flow matching only)."""
+    """A model's forward process, its target, and the factor from t to its time input (flow matching only)."""
 
     schedule: Schedule
     target: Target
     timestep_scale: float = 1.0
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network is told at t, elementwise."""
+        """The network's time input at t, elementwise."""
         return self.schedule.timestep(t) if isinstance(self.schedule, Discrete) else self.timestep_scale * t
 
     def time(self, timestep: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ class Parametrisation:
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler's config belongs to a flow-matching model; one that was never saved does not name its class."""
-    told = config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
+    declared = config.get("prediction_type") == "flow_prediction" or bool(config.get("use_flow_sigmas"))
     named = str(config.get("_class_name", "")).startswith("FlowMatch")
-    return told or named or ("shift" in config and "beta_start" not in config)
+    return declared or named or ("shift" in config and "beta_start" not in config)
 
 
 def parametrisation_of(config: Mapping[str, Any]) -> Parametrisation:

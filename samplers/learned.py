@@ -43,8 +43,8 @@ REACH = 4.0
 class Coefficients(NamedTuple):
     """A learned table's numbers, float64, differentiable.
 
-    times (N + 1,): the grid. evaluations (E,): where the field is asked; E = N, or N - 1 if the first row is analytic, which then
-    asks at no time. states (N, N), predictions (N, E): the rows' weights, zero on what a row does not have yet.
+    times (N + 1,): the grid. evaluations (E,): where the field is evaluated; E = N, or N - 1 if the first row is
+    analytic, without an evaluation. states (N, N), predictions (N, E): the rows' weights, zero on what a row does not have yet.
     """
 
     times: Tensor
@@ -77,7 +77,7 @@ class LearnedTable(nn.Module):
         self.shift = nn.Parameter(torch.zeros(steps))
         self.states = nn.Parameter(torch.zeros(steps, steps))
         self.predictions = nn.Parameter(torch.zeros(steps, steps))
-        dpmpp_weights(schedule, times, order)  # refuses an order that does not exist, and an end that it cannot reach
+        dpmpp_weights(schedule, times, order)  # ValueError for an unsupported order or end
 
     def restart(self, grid: Grid) -> None:
         """Forget what was learned and start from DPM-Solver++ on another grid of as many steps."""
@@ -100,10 +100,10 @@ class LearnedTable(nn.Module):
         return torch.cat([self.grid[:1], inner, self.grid[-1:]])
 
     def evaluation_times(self, times: Tensor) -> Tensor:
-        """Where the estimate of the state at each of `times` (N,) is asked for."""
+        """The evaluation time of the state at each of `times` (N,)."""
         alpha, sigma = self.schedule.alpha(times), self.schedule.sigma(times)
-        asked = time_of_angle(self.schedule, torch.atan2(sigma * _bounded(self.shift).exp(), alpha))
-        return _clamp_straight(asked, self.grid[-1], self.grid[0])
+        evaluations = time_of_angle(self.schedule, torch.atan2(sigma * _bounded(self.shift).exp(), alpha))
+        return _clamp_straight(evaluations, self.grid[-1], self.grid[0])
 
     def coefficients(self) -> Coefficients:
         """Everything a solver needs, as differentiable functions of the parameters."""
@@ -113,21 +113,21 @@ class LearnedTable(nn.Module):
         ratio, weights = dpmpp_weights(self.schedule, times, self.order)
         states = torch.diag(ratio) + (sigma[1:, None] * self.states.double() / norm[:-1]).tril()
         predictions = weights + (alpha[1:, None] * self.predictions.double()).tril()
-        asked = self.evaluation_times(times[:-1])
+        evaluations = self.evaluation_times(times[:-1])
         if self.analytic_first:  # D_0 = x_0 alpha / (s (s + sigma)), from eps = x / s
             share = alpha[0] / (norm[0] * (norm[0] + sigma[0]))
             states = torch.cat([states[:, :1] + share * predictions[:, :1], states[:, 1:]], dim=1)
-            predictions, asked = predictions[:, 1:], asked[1:]
-        return Coefficients(times, asked, states, predictions)
+            predictions, evaluations = predictions[:, 1:], evaluations[1:]
+        return Coefficients(times, evaluations, states, predictions)
 
     @torch.no_grad()
     def table(self, metadata: Mapping[str, str] | None = None) -> Table:
         """The solver as plain numbers, for `sample`. ValueError when a parameter is not finite."""
-        times, asked, states, predictions = (c.tolist() for c in self.coefficients())
+        times, evaluations, states, predictions = (c.tolist() for c in self.coefficients())
         first = int(self.analytic_first)
         rows = tuple(
             Row(
-                time=asked[n - first] if n >= first else None,
+                time=evaluations[n - first] if n >= first else None,
                 arrival=times[n + 1],
                 states=tuple(states[n][: n + 1]),
                 predictions=tuple(predictions[n][: n + 1 - first]),
@@ -140,11 +140,11 @@ class LearnedTable(nn.Module):
 
 def rollout(field: Field, learned: LearnedTable, x: Tensor) -> Tensor:
     """What `sample` gives for the table of `learned`, differentiable. x (B, *) at `grid[0]` -> (B, *) at `grid[-1]`."""
-    _, asked, states, predictions = (c.to(x) for c in learned.coefficients())
+    _, evaluations, states, predictions = (c.to(x) for c in learned.coefficients())
     execution = Execution([_row(learned, n, states[n], predictions[n]) for n in range(len(states))], x)
     for row in execution.rows:
         number = row.evaluation
-        execution.advance(None if number is None else field(execution.state, asked[number].expand(x.shape[0])).x0)
+        execution.advance(None if number is None else field(execution.state, evaluations[number].expand(x.shape[0])).x0)
     return execution.state
 
 

@@ -53,7 +53,7 @@ def _gaps(alpha: Tensor, sigma: Tensor) -> _Gaps:
 
 
 def _orders(steps: int, order: int, lower_order_final: bool) -> Tensor:
-    """int64 (N,): the order of every step; 1, 2, ... at the start, and ..., 2, 1 at the end if asked."""
+    """int64 (N,): the order of every step; 1, 2, ... at the start, and ..., 2, 1 at the end with `lower_order_final`."""
     number = torch.arange(steps)
     rising = (number + 1).clamp(max=order)
     return torch.minimum(rising, steps - number) if lower_order_final else rising

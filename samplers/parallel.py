@@ -270,7 +270,7 @@ class _Mixing:
         zero = torch.zeros_like(next(iter(after.values())))
         past = {i: [wave.get(i, (zero, zero)) for wave in self.waves] for i in residuals}
         sides = [_normal_equations([dr for dr, _ in past[i]], r, norms[i]) for i, r in residuals.items()]
-        gram = torch.stack([g for g, _ in sides]).cumsum(0)  # (states, B, M, M): row i knows the states up to i
+        gram = torch.stack([g for g, _ in sides]).cumsum(0)  # (states, B, M, M): row i sums the states up to i
         target = torch.stack([b for _, b in sides]).cumsum(0)
         gamma = torch.linalg.solve_ex(gram + _ridge(gram), target)[0].squeeze(-1)  # (states, B, M)
         mixed = {}
@@ -288,6 +288,6 @@ def _normal_equations(differences: list[Tensor], residual: Tensor, norm: float) 
 
 
 def _ridge(gram: Tensor) -> Tensor:
-    """A small multiple of the identity, which leaves a direction alone that no difference tells about."""
+    """A small multiple of the identity, which leaves directions without differences unchanged."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-100)
     return RIDGE * trace[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)

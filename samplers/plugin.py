@@ -34,7 +34,7 @@ from midway.samplers.grids import Grid
 from midway.samplers.multistep import difference_weights
 from midway.samplers.recorder import Combination, Recorder, Symbols
 from midway.samplers.schedule import Schedule
-from midway.samplers.solvers import MeanDirection
+from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
 
 

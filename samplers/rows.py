@@ -109,10 +109,10 @@ def _sum(weights: tuple[float, ...], sources: tuple[int, ...]) -> Callable[[Buff
 class Execution:
     """Compiled rows being run from x (B, *): `state` is the newest, `row` the number of the next row."""
 
-    __slots__ = ("_first", "buffers", "row", "rows")
+    __slots__ = ("_dtype", "_first", "buffers", "row", "rows")
 
     def __init__(self, rows: Sequence[CompiledRow], x: Tensor) -> None:
-        self.rows, self.row, self._first = rows, 0, len(rows) + 1
+        self.rows, self.row, self._first, self._dtype = rows, 0, len(rows) + 1, x.dtype
         self.buffers: Buffers = [None] * (2 * len(rows) + 1)
         self.buffers[0] = x
 
@@ -126,16 +126,16 @@ class Execution:
 
     def advance(self, value: Tensor | None = None, draw: Callable[[], Tensor] | None = None) -> Tensor:
         """Form the next state from the value (B, *) of this row's evaluation, if it has one, and fresh noise (B, *)."""
-        row, buffers = self.rows[self.row], self.buffers
-        if row.evaluation is not None and value is not None:
-            dtype = buffers[self.row].dtype
-            buffers[self._first + row.evaluation] = value if value.dtype == dtype else value.to(dtype)
-        if row.noise != 0 and draw is not None:
-            state = combine((*row.weights, row.noise), [*[buffers[j] for j in row.sources], draw()])
-        else:
+        number, buffers, dtype = self.row, self.buffers, self._dtype
+        row = self.rows[number]
+        if value is not None:
+            buffers[self._first + row.evaluation] = value if value.dtype is dtype else value.to(dtype)  # pyright: ignore
+        if draw is None or not row.noise:
             state = row.combine(buffers)
-        self.row += 1
-        buffers[self.row] = state
+        else:
+            state = combine((*row.weights, row.noise), [*[buffers[j] for j in row.sources], draw()])
+        self.row = number = number + 1
+        buffers[number] = state
         for j in row.last_use:
             buffers[j] = None
         return state
@@ -155,8 +155,9 @@ def run_rows(
     noise: NoiseSource | None = None,
 ) -> Iterator[Tensor]:
     """Yield every state, the start included. values: what evaluates, one for each evaluation; noise: for rows that draw some."""
-    execution, draw = Execution(rows, x), None if noise is None else partial(noise, x)
+    advance, draw = Execution(rows, x).advance, None if noise is None else partial(noise, x)
     yield x
     for row in rows:
-        x = execution.advance(None if row.evaluation is None else values[row.evaluation](x), draw)
+        number = row.evaluation
+        x = advance(None if number is None else values[number](x), draw)
         yield x

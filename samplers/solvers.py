@@ -6,8 +6,7 @@ rho = sigma / alpha, y = x / alpha and lambda = -log rho:
     euler    x_s = x + (s - t) v(x, t)
     ddim     x_s = alpha_s x0 + sqrt(sigma_s^2 - c^2) eps + c z          (eta = 0: Euler of dy / d rho = eps)
     heun     x_s = x + (s - t) (v(x, t) + v(x + (s - t) v(x, t), s)) / 2
-    amed     y_s = y + c (rho_s - rho_t) eps(y_m, a rho_m),  rho_m = rho_s^r rho_t^(1-r),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
-    dpm2     amed at r = 1/2, c = a = 1
+    dpm2     y_s = y + (rho_s - rho_t) eps(y_m, rho_m),  rho_m = sqrt(rho_s rho_t),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
 
 `multistep.py` has DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth, iPNDM and DEIS, `runge_kutta.py` every explicit
 tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by name, with what they cost and how fast they
@@ -24,7 +23,7 @@ from midway.samplers.adams import adams_bashforth, deis, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
-from midway.samplers.runge_kutta import TABLEAUS, runge_kutta
+from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
 from midway.samplers.stochastic import ancestral_step, begin_falling, ddpm, dpmpp2m_sde
 from midway.samplers.table import Table
@@ -57,60 +56,27 @@ def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: floa
     return record.table(eta=repr(eta))
 
 
-def heun(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
-    """Heun's method on dx/dt = v (Karras et al. 2022, arXiv 2206.00364, section 3). Order 2.
+heun = partial(runge_kutta, tableau=HEUN)
+"""Heun's method on dx/dt = v (Karras et al. 2022, arXiv 2206.00364, section 3). Order 2.
 
-    EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
-    others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
-    """
-    record = begin("heun", schedule, grid)
-    need_noise_at_the_end(record)
-    for t, s in pairwise(grid):
-        now = record.first(t, analytic_first)
-        record.advance(now.x + (s - t) * now.velocity, s, node=False)
-        then = record.evaluate(s)
-        record.advance(now.x + (s - t) * (now.velocity + then.velocity) / 2, s)
-    return record.table()
-
-
-@dataclass(frozen=True)
-class MeanDirection:
-    """AMED's numbers for one step: inner position r in (0, 1), direction scale c, evaluation-time scale a."""
-
-    r: float = 0.5
-    c: float = 1.0
-    a: float = 1.0
-
-
-def amed(
-    schedule: Schedule,
-    grid: Grid,
-    constants: tuple[MeanDirection, ...],
-    analytic_first: bool = False,
-    name: str = "amed",
-) -> Table:
-    """AMED-Solver with constants per step (Zhou et al. 2024, arXiv 2312.00094, eq. 9).
-
-    rho_m = rho_s^r rho_t^(1-r);  y_m = y + (rho_m - rho_t) eps(y, rho_t);  y_s = y + c (rho_s - rho_t) eps(y_m, a rho_m).
-    Order 2 at r = 1/2, c = a = 1 (that is DPM-Solver-2), order 1 at any other fixed r, no convergence at fixed c != 1:
-    learned constants belong to their grid.
-    """
-    record = begin_in_rho(name, schedule, grid)
-    need_noise_at_the_end(record)
-    for (t, s), step in zip(pairwise(grid), constants, strict=True):
-        now = record.first(t, analytic_first)
-        rho_m = record.rho(s) ** step.r * record.rho(t) ** (1 - step.r)
-        inner = record.time_of_rho(step.a * rho_m)
-        y = now.x / record.alpha(t)
-        record.advance(record.alpha(inner) * (y + (rho_m - record.rho(t)) * now.eps), inner, node=False)
-        middle = record.evaluate(inner)
-        record.advance(record.alpha(s) * (y + step.c * (record.rho(s) - record.rho(t)) * middle.eps), s)
-    return record.table()
+EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
+others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
+"""
 
 
 def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     """DPM-Solver-2, single step (Lu et al. 2022, arXiv 2206.00927, algorithm 1; r = 1/2). Order 2."""
-    return amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1), analytic_first, name="dpm2")
+    record = begin_in_rho("dpm2", schedule, grid)
+    need_noise_at_the_end(record)
+    for t, s in pairwise(grid):
+        now = record.first(t, analytic_first)
+        rho_m = record.rho(s) ** 0.5 * record.rho(t) ** 0.5
+        inner = record.time_of_rho(rho_m)
+        y = now.x / record.alpha(t)
+        record.advance(record.alpha(inner) * (y + (rho_m - record.rho(t)) * now.eps), inner, node=False)
+        middle = record.evaluate(inner)
+        record.advance(record.alpha(s) * (y + (record.rho(s) - record.rho(t)) * middle.eps), s)
+    return record.table()
 
 
 @dataclass(frozen=True)
@@ -142,7 +108,7 @@ def _runge_kutta(name: str) -> Solver:
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, evaluations=1, order=1, coordinate="t"),
     "ddim": Solver(ddim, evaluations=1, order=1),
-    "heun": Solver(heun, evaluations=2, order=2, coordinate="t"),
+    "heun": _runge_kutta("heun"),
     "dpm2": Solver(dpm2, evaluations=2, order=2, pure_noise=False),
     "dpmpp2m": Solver(dpmpp2m, evaluations=1, order=2, history_order=2),
     "dpmpp1m": Solver(partial(dpmpp, order=1), evaluations=1, order=1),

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from midway.samplers.solvers import MeanDirection
-
 GAIN = 10.0
 """Constants are stored divided by this: Adam moves every parameter by about the learning rate, and they have further to go
 than the predictor's weights."""
@@ -39,6 +37,15 @@ class AMEDConfig:
         for name in ("scale_dir", "scale_time"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MeanDirection:
+    """AMED's numbers for one step: inner position r in (0, 1), direction scale c, evaluation-time scale a."""
+
+    r: float = 0.5
+    c: float = 1.0
+    a: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,10 @@ class Table:
 
     def rows_for(self, coefficients: Coefficients) -> tuple[CompiledRow, ...]:
         """The rows compiled for values with these coefficients, once for each."""
-        if coefficients not in self._compiled:
-            self._compiled[coefficients] = compile_rows(self.rows, coefficients)
-        return self._compiled[coefficients]
+        compiled = self._compiled.get(coefficients)
+        if compiled is None:
+            compiled = self._compiled[coefficients] = compile_rows(self.rows, coefficients)
+        return compiled
 
     @functools.cached_property
     def _compiled(self) -> dict[Coefficients, tuple[CompiledRow, ...]]:

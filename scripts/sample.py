@@ -46,7 +46,7 @@ class SampleTask(SamplingFlags, TileFlags):
     tolerance: float = 1e-3
     """With --parallel: a state has settled when it changes by less, in standard deviations."""
     window: int | None = None
-    """With --parallel: evaluations of a wave, per image; the whole trajectory unless told."""
+    """With --parallel: evaluations of a wave, per image; by default the whole trajectory."""
 
 
 def run(task: SampleTask) -> None:
@@ -66,7 +66,7 @@ def run(task: SampleTask) -> None:
     if task.label is not None and not classes:
         raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")
     if task.label is not None and not 0 <= task.label < classes:
-        raise UsageError(f"--label {task.label}", f"the model knows classes 0 to {classes - 1}", "choose one of them")
+        raise UsageError(f"--label {task.label}", f"the model has classes 0 to {classes - 1}", "choose one of them")
     config = SamplerConfig(grids=(task.grid,), **task.sampler_options(device))
     samplers = make_samplers(trained, task.solver, task.nfe, config)
     sampler = samplers.get(task.grid) or next(iter(samplers.values()))

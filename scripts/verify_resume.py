@@ -1,4 +1,4 @@
-"""Check on your own run that going on from a checkpoint is exact: python scripts/verify_resume.py runs/digits-dit
+"""Check on your own run that resuming from a checkpoint is exact: python scripts/verify_resume.py runs/digits-dit
 
 Steps are replayed from a checkpoint of the run, once in one go and once stopped halfway and resumed by new objects; every
 tensor of the two ends must be equal bit for bit: weights, averages, optimizer, codebooks, the sums of the open log interval.
@@ -117,7 +117,7 @@ def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
         except DataError as error:
             print(f"skipped {path.name}: {error.why}")
     if not valid:
-        raise DataError(f"{run.path} has no valid checkpoint", "there is nothing to go on from", "train it first")
+        raise DataError(f"{run.path} has no valid checkpoint", "nothing to resume from", "train it first")
     for later, earlier in pairwise(valid):
         if later.step - earlier.step <= steps:
             return earlier, later

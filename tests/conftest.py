@@ -14,6 +14,7 @@ import train_features
 import train_latent
 import train_solver
 import train_tokenizer
+from accelerate.state import AcceleratorState
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import save_file
 from torchvision.models import vgg16
@@ -38,6 +39,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs that can be compared, also on a machine with a GPU; Accelerate keeps one state per process."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +106,18 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         code = ended.value.code
         assert isinstance(code, int), f"{name} ended with {code!r}"
         return Outcome(code, done.out, done.err)
+
+    return call
+
+
+@pytest.fixture
+def succeed(script: Script) -> Script:
+    """`succeed("sample --nfe 4 --out", path)` runs a command line as `script` does; it must exit with 0."""
+
+    def call(line: str, *arguments: object) -> Outcome:
+        done = script(*line.split(), *arguments)
+        assert done.code == 0, done.err
+        return done
 
     return call
 

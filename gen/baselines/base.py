@@ -6,7 +6,6 @@ are the ones loaded (registry.py).
 """
 
 import json
-import math
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -63,7 +62,7 @@ class Baseline(nn.Module, ABC):
         """
 
     @abstractmethod
-    def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    def sample(self, seeds: Tensor, labels: Tensor | None = None) -> Tensor:
         """Float images (n, C, H, W) in [-1, 1] on the model's device, one for each int64 seed, with labels if conditional."""
 
     # ---- optional hooks ----
@@ -110,12 +109,6 @@ class Baseline(nn.Module, ABC):
                 "use the labels of the training data"
             )
         return labels.to(self.device)
-
-
-def check_temperature(temperature: float) -> None:
-    """ValueError unless it is finite and at least 0."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; give a finite number that is not negative")
 
 
 def write_baseline(folder: Path, model: Baseline) -> None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.baselines.base import check_temperature
 from midway.gen.baselines.couplings import CheckerboardCoupling, CouplingNetworkConfig
 from midway.gen.baselines.density import DensityBaseline, finite
 from midway.gen.baselines.flow_config import FlowConfig, build_flow
@@ -125,12 +124,11 @@ class CouplingFlow(DensityBaseline):
         return uniform_dequantise(k, u, self.levels), log_q
 
     @torch.no_grad()
-    def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Images (n, C, H, W), each a function of its seed; `temperature` multiplies the prior's standard deviation."""
-        check_temperature(temperature)
+    def sample(self, seeds: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (n, C, H, W), each a function of its seed."""
         require_initialised(self)
         labels = self.labels_in(labels, len(seeds))
-        z = temperature * self._noise(seeds.cpu())
+        z = self._noise(seeds.cpu())
         z = z if self.prior is None or labels is None else self.prior.restore(z, labels)
         return self.images_of(finite(self.leave(self.flow.inverse(z, self._condition(labels)))))
 

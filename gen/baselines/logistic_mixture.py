@@ -71,14 +71,6 @@ class LogisticMixture:
             total += (weights * torch.sigmoid(-self._below(torch.tensor(k, device=total.device)))).sum(1)
         return 2 / (self.levels - 1) * total - 1
 
-    def draw(self, u: Tensor) -> Tensor:
-        """int64 levels (B, C, H, W) for u (2, B, C, H, W) on (0, 1): one chooses the component, one the place in it."""
-        chosen = (self.logits.softmax(1).cumsum(1) < u[0, :, None]).sum(1, keepdim=True)
-        chosen = chosen.clamp(max=self.logits.shape[1] - 1)  # the sum of the weights may round to less than 1
-        mean, log_scale = (t.gather(1, chosen)[:, 0] for t in (self.means, self._log_scales))
-        x = mean + log_scale.exp() * torch.logit(u[1]).to(mean)
-        return ((x + 1) / 2 * (self.levels - 1)).round().clamp(0, self.levels - 1).long()
-
     @property
     def _log_scales(self) -> Tensor:
         return self.log_scales.clamp(_FLOOR - math.log(self.levels - 1), _CEILING)

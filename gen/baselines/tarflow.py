@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.baselines.base import check_temperature
 from midway.gen.baselines.density import DensityBaseline, check_margin, finite
 from midway.gen.baselines.tarflow_blocks import AutoregressiveFlow
 from midway.gen.core import randomness
@@ -116,11 +115,10 @@ class TarFlow(DensityBaseline):
         return super().log_likelihood(images, labels, context)
 
     @torch.no_grad()
-    def sample(self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """Images (n, C, H, W), each a function of its seed; `temperature` multiplies the standard deviation of z."""
-        check_temperature(temperature)
+    def sample(self, seeds: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (n, C, H, W), each a function of its seed."""
         labels = self.labels_in(labels, len(seeds))
-        z = temperature * randomness.normal(0, "sample", 0, seeds.cpu(), self.image_shape)
+        z = randomness.normal(0, "sample", 0, seeds.cpu(), self.image_shape)
         y = self.inverse(z.to(self.device, self.dtype), labels)
         if not self.gaussian:
             return self.images_of(self.leave(finite(y)))

@@ -1,4 +1,4 @@
-"""A convolutional VAE whose bound counts the bits of integers (Kingma and Welling 2013, arXiv 1312.6114).
+"""A convolutional VAE with a likelihood bound for integer pixel values (Kingma and Welling 2013, arXiv 1312.6114).
 
     q(z | x, y) = N(mu, s^2),  (mu, ln s^2) = encoder(x) + embedding(y)        p(z) = N(0, 1), whatever the label y
     p(x | z, y) = discretised logistic mixture of decoder(z + embedding'(y))   (logistic_mixture.py)
@@ -15,22 +15,19 @@ maximum would depend on how a batch is divided. `bits_per_dim` in the logs is th
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from midway.gen.baselines.base import Baseline, check_temperature
+from midway.gen.baselines.base import Baseline
 from midway.gen.baselines.logistic_mixture import PARAMETERS, LogisticMixture
 from midway.gen.core import randomness
 from midway.gen.data.images import to_float
-from midway.gen.data.levels import bits_per_dim, from_levels
+from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
 from midway.tokenizers.kl import LOG_VARIANCE_RANGE, gaussian_kl
 from midway.tokenizers.networks import Decoder, Encoder
-
-Mode = Literal["mean", "draw"]
-"""A sample given the likelihood: the expectation of every value, or one draw of levels."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class VAEConfig:
     latent_dim: int = 8
     """Latent channels at each position."""
     downsample: int = 4
-    """Pixels a side of a latent position: a power of two."""
+    """Side of a latent position in pixels: a power of two."""
     width: int = 64
     """Channels at the lowest resolution."""
     blocks: int = 2
@@ -159,24 +156,10 @@ class VAE(Baseline):
     # ---- images ----
 
     @torch.no_grad()
-    def sample(
-        self, seeds: Tensor, labels: Tensor | None = None, temperature: float = 1.0, mode: Mode = "mean"
-    ) -> Tensor:
-        """Images (n, C, H, W) in [-1, 1] for int64 seeds (n,): latents from N(0, temperature^2), then `mode`.
-
-        "mean", the default, is the expectation of every value, without noise that is independent given z; "draw" is a draw from
-        the model whose likelihood is bounded.
-        """
-        if mode not in get_args(Mode):
-            raise ValueError(f"mode is {mode!r}; choose one of: {', '.join(get_args(Mode))}")
-        check_temperature(temperature)
+    def sample(self, seeds: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images (n, C, H, W) in [-1, 1] for int64 seeds (n,): the expectation of every value, given latents from N(0, 1)."""
         noise = randomness.normal(0, "vae-latents", 0, seeds.cpu(), self.latent_shape)
-        latents = temperature * noise.to(next(self.parameters()))
-        if mode == "mean":
-            return self.decode(latents, labels)
-        u = randomness.uniform(0, "vae-values", 0, seeds.cpu(), (2, *self.image_shape)).to(self.device)
-        k = self.likelihood(latents, labels).draw(u.transpose(0, 1))
-        return to_float(from_levels(k, self.levels))
+        return self.decode(noise.to(next(self.parameters())), labels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -107,7 +107,7 @@ def _disk_error(path: Path, error: Exception) -> DiskError:
     return DiskError(
         f"checkpoint {path} was not written",
         one_line(error),
-        "free space, then go on with --resume auto; earlier checkpoints are intact",
+        "free space, then resume with --resume auto; earlier checkpoints are intact",
     )
 
 
@@ -183,7 +183,9 @@ def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
 
 
 def _damaged(path: Path, why: str) -> DataError:
-    return DataError(f"checkpoint {path} is damaged", why, "go on from an older one with --resume auto, or train again")
+    return DataError(
+        f"checkpoint {path} is damaged", why, "resume from an older one with --resume auto, or train again"
+    )
 
 
 def newest_valid(root: Path, say: Callable[[str], None]) -> Checkpoint | None:

@@ -38,16 +38,12 @@ def hardware() -> str:
     """One line: the GPU if torch sees one, else the processor and the threads used."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
-    cpu = next(
-        (x.split(":")[1].strip() for x in _cpuinfo() if x.startswith("model name")), platform.processor() or "CPU"
-    )
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    cpu = next(names, platform.processor() or "CPU")
     threads = torch.get_num_threads()
     return f"{cpu}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def command_line() -> str:

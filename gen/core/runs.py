@@ -50,7 +50,7 @@ class Run:
                 raise UsageError(
                     f"{path} already holds a run",
                     "a second run would mix with its metrics and checkpoints",
-                    "go on with it by --resume auto, choose another --out, or pass --overwrite to delete it",
+                    "continue it with --resume auto, choose another --out, or pass --overwrite to delete it",
                 )
             Run.open(path, kind)
             if resume:
@@ -149,7 +149,7 @@ class Run:
             raise DataError(
                 f"{self.path} has no checkpoint",
                 "its training did not reach the end",
-                "go on with it by --resume auto, or train it again with --overwrite",
+                "continue it with --resume auto, or train it again with --overwrite",
             )
         return checkpoints.verify(found[0]).path
 
@@ -177,7 +177,7 @@ def _append(path: Path, line: str) -> None:
         with path.open("a") as file:
             file.write(line + "\n")
     except OSError as error:
-        raise DiskError(f"{path} cannot be written", str(error), "free space, then go on with --resume auto") from None
+        raise DiskError(f"{path} cannot be written", str(error), "free space, then resume with --resume auto") from None
 
 
 def _remove(path: Path) -> None:

@@ -18,6 +18,7 @@ from midway.gen.data.contents import (
     ChannelStatistics,
     Contents,
     Duplicates,
+    Picture,
     Shared,
     channel_statistics,
     conversions,
@@ -31,16 +32,15 @@ from midway.gen.data.contents import (
 )
 from midway.gen.data.decoding import Undecodable, Unusable, counted
 from midway.gen.data.files import check_bad
-from midway.gen.data.images import load_images
 from midway.gen.data.sources import SOURCES, existing_path
-from midway.gen.data.splits import DataConfig, check_share, held_out_mask
+from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
 
 FEW = 1000
 """Held-out images below which a distance is mostly bias."""
 LEAST = 2
 """Images that a covariance needs."""
 
-_LOSSY = "lossy"  # how a note begins that tells of loss
+_LOSSY = "lossy"  # the beginning of notes about loss
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DataFacts:
     conversions: dict[str, int]
     levels: int | None
     statistics: tuple[ChannelStatistics, ...]
-    fingerprint: str | None  # as of training; None when it refuses the images
+    fingerprint: str | None  # as in training; None when the images cannot be used
     duplicates: Duplicates
     other_label: Duplicates  # those groups that have more than one label
     split: SplitFacts | None
@@ -105,30 +105,19 @@ def check(config: DataConfig, against: str | None = None) -> DataFacts:
     """Decode everything and find all problems of training with these options. Errors as of `read_contents`."""
     check_share(config.held_out)
     if against is not None and against not in SOURCES:
-        existing_path(against)  # a wrong path is told before hours of decoding
+        existing_path(against)  # before hours of decoding
     contents = read_contents(config)
     other = None if against is None else read_contents(replace(config, data=against))
-    refusals = list(_refusals(contents, config))
-    fingerprint = None if refusals else _fingerprint(config)
-    chosen = _held_out(contents, config, refusals)
+    errors = list(_errors(contents, config))
+    fingerprint = None if errors else load(config).fingerprint  # by the function that training calls
+    chosen = _held_out(contents, config, errors)
     facts = _facts(contents, other, chosen, config)
-    problems = tuple(Problem(error.what, error.why, error.fix) for error in refusals)
+    problems = tuple(Problem(error.what, error.why, error.fix) for error in errors)
     return replace(facts, fingerprint=fingerprint, problems=problems, warnings=tuple(_warnings(facts)))
 
 
-def _fingerprint(config: DataConfig) -> str:
-    """Read once more by the function that training calls, so that what is said is what it will see."""
-    return load_images(
-        config.data,
-        download=config.download,
-        channels=config.channels,
-        resize=config.resize,
-        on_bad_image=config.on_bad_image,
-    ).fingerprint
-
-
-def _refusals(contents: Contents, config: DataConfig) -> Iterator[DataError]:
-    """What `load_images` stops at, all of it rather than the first."""
+def _errors(contents: Contents, config: DataConfig) -> Iterator[DataError]:
+    """All errors of `load_images`, not only the first."""
     unusable = [item for item in contents.bad if isinstance(item, Unusable)]
     broken = [item for item in contents.bad if not isinstance(item, Unusable)]
     total = len(contents.pictures) + len(contents.bad)
@@ -140,27 +129,27 @@ def _refusals(contents: Contents, config: DataConfig) -> Iterator[DataError]:
         what = f"{len(unusable)} of {counted(total)} are intact but cannot be used"
         why = "; ".join(f"{item.name} ({item.reason})" for item in unusable[:NAMED])
         yield DataError(what, why, "convert or remove these files; --on-bad-image skip does not cover them")
-    if contents.refusal is not None:
-        yield contents.refusal
+    if contents.error is not None:
+        yield contents.error
     if len({picture.size for picture in contents.pictures}) > 1:
         smallest = min(min(picture.size) for picture in contents.pictures)
         fix = f"pass --resize N to bring all to N x N (the smallest side here is {smallest})"
         yield DataError("images differ in size", "all images of a set are stacked to one tensor", fix)
 
 
-def _held_out(contents: Contents, config: DataConfig, refusals: list[DataError]) -> Tensor | None:
-    """bool (N,) of the held-out side; None, with its refusal added, when there is none. Without classes there is no split."""
-    if contents.refusal is not None:
+def _held_out(contents: Contents, config: DataConfig, errors: list[DataError]) -> Tensor | None:
+    """bool (N,) of the held-out side; None, with an error added, when there is none. Without classes there is no split."""
+    if contents.error is not None:
         return None
     try:
         chosen = held_out_mask(contents.labels, config.held_out, config.split_seed)
     except DataError as error:
-        refusals.append(error)
+        errors.append(error)
         return None
     for side, count in (("held-out", int(chosen.sum())), ("training", int((~chosen).sum()))):
         if count < LEAST:
             what = f"the {side} side of the split has {count} image, a covariance needs {LEAST}"
-            refusals.append(DataError(what, "no distance can be measured", "use more images or another --held-out"))
+            errors.append(DataError(what, "no distance can be measured", "use more images or another --held-out"))
     return chosen
 
 
@@ -190,9 +179,12 @@ def _facts(contents: Contents, other: Contents | None, chosen: Tensor | None, co
     )
 
 
+def _side(contents: Contents, chosen: Tensor) -> list[Picture]:
+    return [picture for picture, wanted in zip(contents.pictures, chosen.tolist(), strict=True) if wanted]
+
+
 def _split_facts(contents: Contents, chosen: Tensor) -> SplitFacts:
-    held_out = [picture for picture, out in zip(contents.pictures, chosen.tolist(), strict=True) if out]
-    train = [picture for picture, out in zip(contents.pictures, chosen.tolist(), strict=True) if not out]
+    held_out, train = _side(contents, chosen), _side(contents, ~chosen)
     counts = [torch.bincount(contents.labels[side], minlength=len(contents.classes)) for side in (chosen, ~chosen)]
     one_sided = ((counts[0] == 0) != (counts[1] == 0)).tolist()
     names = tuple(name for name, alone in zip(contents.classes, one_sided, strict=True) if alone)
@@ -201,24 +193,21 @@ def _split_facts(contents: Contents, chosen: Tensor) -> SplitFacts:
 
 def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -> AgainstFacts:
     found = shared(contents.pictures, other.pictures)
-    held_out = None
-    if chosen is not None:
-        mine = [picture for picture, out in zip(contents.pictures, chosen.tolist(), strict=True) if out]
-        held_out = shared(mine, other.pictures).count
+    held_out = None if chosen is None else shared(_side(contents, chosen), other.pictures).count
     return AgainstFacts(other.source, len(other.pictures), len(other.bad), sizes(other.pictures), found, held_out)
 
 
-# ---- what to know ----
+# ---- warnings ----
 
 
 def _warnings(facts: DataFacts) -> Iterator[str]:
     if facts.bad:
-        yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; all figures are of the rest"
+        yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; the figures do not include them"
     if facts.other_files:
         listed = ", ".join(f"{ending} ({count})" for ending, count in facts.other_files.items())
-        yield f"files that do not end like images are left out: {listed}"
+        yield f"files without an image extension are ignored: {listed}"
     if any(note.startswith(_LOSSY) for note in facts.conversions):
-        yield "lossy files: their loss is part of the data; save samples as PNG, as JPEG their distance changes"
+        yield "lossy files: their loss is part of the data; save samples as PNG, since JPEG would change their distance"
     yield from _copies_warnings(facts)
     if facts.split is not None:
         yield from _split_warnings(facts.split)
@@ -237,10 +226,10 @@ def _copies_warnings(facts: DataFacts) -> Iterator[str]:
 def _split_warnings(split: SplitFacts) -> Iterator[str]:
     if split.leak.count:
         what = f"{split.leak.count} of {split.held_out} held-out images have the pixels of a training image"
-        yield f"{what}{_pairs(split.leak)}: what is measured on them is not of unseen images; remove the copies"
+        yield f"{what}{_pairs(split.leak)}: these are not unseen images; remove the copies"
     if split.held_out < FEW:
         what = f"{counted(split.held_out)} held out, fewer than {FEW}: the metric is bias-dominated"
-        yield f"{what}; compare distances at this number only, beside the floor"
+        yield f"{what}; compare distances at this number of images only, and with the floor"
     if split.one_sided:
         listed = ", ".join(split.one_sided[:NAMED]) + (", ..." if len(split.one_sided) > NAMED else "")
         yield f"classes on one side of the split only ({len(split.one_sided)}): {listed}"
@@ -258,10 +247,12 @@ def _against_warnings(facts: DataFacts, against: AgainstFacts) -> Iterator[str]:
 
 
 def _groups(found: Duplicates) -> str:
-    listed = "; ".join(" = ".join(group[:NAMED]) for group in found.first)
-    return f" ({listed}{'; ...' if found.groups > len(found.first) else ''})"
+    return _listed([" = ".join(group[:NAMED]) for group in found.first], found.groups)
 
 
 def _pairs(found: Shared) -> str:
-    listed = "; ".join(f"{mine} = {other}" for mine, other in found.first)
-    return f" ({listed}{'; ...' if found.count > len(found.first) else ''})"
+    return _listed([f"{mine} = {other}" for mine, other in found.first], found.count)
+
+
+def _listed(first: list[str], count: int) -> str:
+    return f" ({'; '.join(first)}{'; ...' if count > len(first) else ''})"

@@ -1,4 +1,4 @@
-"""What a check of images found, as text for the terminal, and as data.json with bad_files.txt beside it."""
+"""The result of a check of images as text, and as data.json with bad_files.txt beside it."""
 
 import json
 import os
@@ -9,11 +9,9 @@ from pathlib import Path
 from midway.gen.core.errors import DataError, DiskError
 from midway.gen.core.files import write_atomically
 from midway.gen.data.check import DataFacts, Problem, SplitFacts
-from midway.gen.data.decoding import Undecodable, counted
+from midway.gen.data.decoding import Undecodable, counted, listed_counts
 
 DATA_JSON, BAD_FILES = "data.json", "bad_files.txt"
-
-_SHOWN = 12  # classes and sizes written out; data.json has all
 
 
 # ---- text ----
@@ -22,19 +20,19 @@ _SHOWN = 12  # classes and sizes written out; data.json has all
 def text(facts: DataFacts) -> str:
     """One fact a line, then every bad file, warnings and problems."""
     lines = [f"{head:<13}{body}" for head, body in _lines(facts)]
-    return "\n".join(lines).encode(errors="backslashreplace").decode() + "\n"  # names need not be valid Unicode
+    return "\n".join(lines).encode(errors="backslashreplace").decode() + "\n"  # names may be invalid Unicode
 
 
 def _lines(facts: DataFacts) -> Iterator[tuple[str, str]]:
     yield "data", f"{facts.options['data']}: {counted(facts.images)}, {_channels(facts.channels)}"
-    yield "sizes", _counts(facts.sizes)
-    yield "classes", f"{len(facts.classes)}: {_counts(facts.classes)}{_extremes(facts.classes)}"
+    yield "sizes", listed_counts(facts.sizes)
+    yield "classes", f"{len(facts.classes)}: {listed_counts(facts.classes)}{_extremes(facts.classes)}"
     yield from (("conversion", f"{counted(count)}: {note}") for note, count in facts.conversions.items())
     yield "levels", str(facts.levels or "none")
     for channel, of in enumerate(facts.statistics):
         levels = f"mean {of.mean_level:.4f}, std {of.std_level:.4f} of 255"
         yield f"channel {channel}", f"mean {of.mean:+.6f}, std {of.std:.6f} in [-1, 1]; {levels}"
-    yield "fingerprint", facts.fingerprint or "none: training would refuse these images"
+    yield "fingerprint", facts.fingerprint or "none: these images cannot be used for training"
     yield "duplicates", f"{counted(facts.duplicates.copies)} with the pixels of another"
     yield "split", "none" if facts.split is None else _split(facts.split)
     if facts.against is not None:
@@ -51,12 +49,6 @@ def _channels(counts: Mapping[int, int]) -> str:
     if len(counts) < 2:
         return "".join(names[channels] for channels in counts) or "none decoded"
     return ", ".join(f"{count} {names[channels]}" for channels, count in counts.items())
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    listed = [f"{name} ({count})" for name, count in counts.items()]
-    more = f", ... and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return (", ".join(listed[:_SHOWN]) or "none") + more
 
 
 def _extremes(counts: Mapping[str, int]) -> str:
@@ -93,7 +85,7 @@ def _bad_line(item: Undecodable) -> str:
     return f"{item.name}\t{' '.join(item.reason.split())}\n"
 
 
-def refusal(source: str, problems: tuple[Problem, ...]) -> DataError:
+def error_of(source: str, problems: tuple[Problem, ...]) -> DataError:
     """All problems as the one error that the command ends with."""
     why = "; ".join(problem.what for problem in problems)
     return DataError(f"{source} cannot be used as it is", why, "; ".join(problem.fix for problem in problems))

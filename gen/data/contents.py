@@ -1,11 +1,11 @@
-"""What a source of images holds, found by decoding every file once, whether or not it can be trained on.
+"""Contents of a source of images, from decoding every file once, whether or not it can be used for training.
 
-Pixels are integers v in 0 .. 255, so sums over a channel are exact, and are rounded only as the figures are made:
+Pixels are integers v in 0 .. 255, so sums over a channel are exact, and are rounded only in the final division:
 
     mean = S1 / n,   std = sqrt(n S2 - S1^2) / n,   S1 = sum v, S2 = sum v^2 over the n pixels of all images (no n - 1)
 
 in grey levels; in [-1, 1], where networks see them, mean / 127.5 - 1 and std / 127.5. Two images are the same when they have
-the same size and the same pixels as training sees them; grey equals RGB of three equal channels. Copies that differ in a
+the same size and the same pixels after all conversions; grey equals RGB of three equal channels. Copies that differ in a
 single pixel are not found. `Image.verify()` misses truncated JPEGs, hence the full decode; no decoder notices a JPEG whose
 bytes were changed but still decode.
 """
@@ -36,7 +36,7 @@ _VALUES = np.arange(256, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Picture:
-    """What is kept of one decoded image: enough for every figure, and small."""
+    """Statistics of one decoded image, without its pixels."""
 
     name: str
     size: tuple[int, int]  # width, height
@@ -50,7 +50,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Contents:
-    """A source as it is. `labels` int64 (N,) and `classes` are those of training, or one class where it is refused."""
+    """A source as it is. `labels` int64 (N,) and `classes` are those of training, or one class with an `error`."""
 
     source: str
     pictures: tuple[Picture, ...]
@@ -58,7 +58,7 @@ class Contents:
     classes: tuple[str, ...]
     bad: tuple[Undecodable, ...] = ()
     others: tuple[str, ...] = ()  # files that do not end like images
-    refusal: DataError | None = None  # why the folders are not classes
+    error: DataError | None = None  # why the folders are not classes
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images of one source with the same pixels: `copies` is how many could go with no picture lost."""
+    """Images of one source with the same pixels: `copies` counts all but one of each group."""
 
     groups: int
     copies: int
@@ -92,7 +92,7 @@ class Shared:
 
 
 def read_contents(config: DataConfig) -> Contents:
-    """Decode all images of `config.data`; bad files are listed, the first does not stop it, nor do folders that are no classes.
+    """Decode all images of `config.data`; bad files and folders that are no classes are recorded, not raised.
 
     Only a source that cannot be opened, or has no images, raises: DataError, UsageError as of `load_images`.
     """
@@ -113,17 +113,17 @@ def _files(path: Path, config: DataConfig) -> Contents:
         results = list(map_files(files.names, _examiner(files.read, config)))
         others = files.others
         names = files.names
-    labels, classes, refusal = _labels(names)
+    labels, classes, error = _labels(names)
     good = [(result, label) for result, label in zip(results, labels, strict=True) if isinstance(result, Picture)]
     bad = tuple(result for result in results if isinstance(result, Undecodable))
     kept = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Contents(config.data, tuple(picture for picture, _ in good), kept, classes, bad, others, refusal)
+    return Contents(config.data, tuple(picture for picture, _ in good), kept, classes, bad, others, error)
 
 
 def _examiner(read: Callable[[str], bytes], config: DataConfig) -> Callable[[str], Picture | Undecodable]:
     def work(name: str) -> Picture | Undecodable:
         result = attempt(name, read, config.channels, config.resize)
-        return examine(result) if isinstance(result, Decoded) else result  # the pixels are let go here
+        return examine(result) if isinstance(result, Decoded) else result  # the pixels are freed here
 
     return work
 
@@ -187,7 +187,7 @@ def levels(pictures: Sequence[Picture]) -> int | None:
 
 
 def conversions(pictures: Sequence[Picture]) -> dict[str, int]:
-    """How many images each step that changes pixels, or tells of a loss, was stated for."""
+    """Number of images of each conversion and of each note about loss."""
     counts = Counter(note for picture in pictures for note in picture.notes)
     grey = sum(picture.channels == 1 for picture in pictures)
     if 0 < grey < len(pictures):
@@ -223,7 +223,7 @@ def duplicates(pictures: Sequence[Picture], groups: Sequence[Sequence[int]]) -> 
 
 
 def shared(mine: Iterable[Picture], others: Sequence[Picture]) -> Shared:
-    """Those of `mine` whose pixels occur among `others`."""
+    """Images of `mine` whose pixels occur among `others`."""
     known = {picture.content: picture.name for picture in reversed(others)}  # the first of equals is named
     pairs = [(picture.name, known[picture.content]) for picture in mine if picture.content in known]
     return Shared(len(pairs), tuple(pairs[:NAMED]))

@@ -6,7 +6,7 @@ raises DataError. `Image.verify()` misses truncated JPEGs, hence the full decode
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -204,3 +204,10 @@ def _size(image: Decoded) -> str:
 def counted(count: int) -> str:
     """`1 image`, `2 images`."""
     return f"{count} image" if count == 1 else f"{count} images"
+
+
+def listed_counts(counts: Mapping[str, int], most: int = 12) -> str:
+    """`cat (2), dog (1), ... and 3 more`: the first `most` of them."""
+    listed = [f"{name} ({count})" for name, count in counts.items()]
+    more = f", ... and {len(listed) - most} more" if len(listed) > most else ""
+    return (", ".join(listed[:most]) or "none") + more

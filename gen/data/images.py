@@ -14,11 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, stack
+from midway.gen.data.decoding import Decoded, Undecodable, check_options, listed_counts, stack
 from midway.gen.data.files import check_bad, class_labels, decode_all, open_files
 from midway.gen.data.sources import SOURCES, Arrays, existing_path, prepared, read_named
-
-_SHOWN_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,8 @@ def describe(data: ImageData) -> str:
 
 def _class_counts(data: ImageData) -> str:
     counts = torch.bincount(data.labels, minlength=len(data.classes)).tolist()
-    shown = [f"{name} ({count})" for name, count in zip(data.classes, counts, strict=True)][:_SHOWN_CLASSES]
-    more = len(counts) - len(shown)
-    tail = f", ... and {more} more; {min(counts)} to {max(counts)} images each" if more else ""
-    return ", ".join(shown) + tail
+    text = listed_counts(dict(zip(data.classes, counts, strict=True)))
+    return f"{text}; {min(counts)} to {max(counts)} images each" if len(counts) > 12 else text
 
 
 # ---- the two conversions ----

@@ -1,4 +1,4 @@
-"""What a likelihood of images is here, so that the bits of all models can be compared.
+"""Definition of the likelihood of images, with which the bits of all models can be compared.
 
 Images are uint8; a data set has L levels, of which level k = 0 .. L - 1 is stored as round(k 255 / (L - 1)). All models give
 nats per image of the integers k, or a lower bound, over the D = C H W values of an image:
@@ -27,7 +27,7 @@ def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
 
 
 def dequantised_bound(log_density: Tensor, dims: int, levels: int) -> Tensor:
-    """ln p(x) - D ln L: nats of the integers k for which the density p of x = (k + u) / L in (0, 1)^D vouches."""
+    """ln p(x) - D ln L: lower bound in nats of ln P(k), from the density p of x = (k + u) / L in (0, 1)^D."""
     return log_density - dims * math.log(levels)
 
 

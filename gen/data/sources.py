@@ -1,11 +1,13 @@
 """Named sources of images, as they come, and paths that are none."""
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -32,58 +34,31 @@ def _digits(root: Path, download: bool) -> Arrays:
     return Arrays(pixels, labels.tolist(), tuple("0123456789"), "digits")
 
 
-def _cifar10(root: Path, download: bool) -> Arrays:
-    def read() -> Arrays:
-        from torchvision.datasets import CIFAR10
+def _torchvision(name: str, kind: str, place: str) -> Callable[[Path, bool], Arrays]:
+    """The training images of a data set of torchvision; any of its many failures is a DataError with the place of the files."""
 
-        train = CIFAR10(root, train=True, download=download)
-        return Arrays(train.data, train.targets, tuple(train.classes), "cifar10-train")
+    def read(root: Path, download: bool) -> Arrays:
+        by_hand = f"place {place.format(root=root)} and pass --download (files already there are checked, not fetched)"
+        try:
+            train = getattr(importlib.import_module("torchvision.datasets"), kind)(root, train=True, download=download)
+            labels = torch.as_tensor(train.targets).tolist()
+            return Arrays(np.asarray(train.data), labels, tuple(train.classes), f"{name}-train")
+        except Exception as error:  # network, checksum, archive, disk, or a torchvision that does not fit torch
+            if download:
+                what, fix = f"{name} could not be downloaded or read", f"try again; or {by_hand}"
+            else:
+                what, fix = f"{name} is not on this machine", f"pass --download; without a network: {by_hand}"
+            raise DataError(what, one_line(error), fix) from error
 
-    return _torchvision("cifar10", read, f"cifar-10-python.tar.gz in {root}", download)
-
-
-def _mnist(root: Path, download: bool) -> Arrays:
-    def read() -> Arrays:
-        from torchvision.datasets import MNIST
-
-        train = MNIST(root, train=True, download=download)
-        return Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "mnist-train")
-
-    return _torchvision("mnist", read, _four_files(root / "MNIST" / "raw"), download)
-
-
-def _fashion_mnist(root: Path, download: bool) -> Arrays:
-    def read() -> Arrays:
-        from torchvision.datasets import FashionMNIST
-
-        train = FashionMNIST(root, train=True, download=download)
-        return Arrays(train.data.numpy(), train.targets.tolist(), tuple(train.classes), "fashion_mnist-train")
-
-    return _torchvision("fashion_mnist", read, _four_files(root / "FashionMNIST" / "raw"), download)
+    return read
 
 
-def _four_files(folder: Path) -> str:
-    return f"{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz (four files) in {folder}"
-
-
-def _torchvision(name: str, read: Callable[[], Arrays], place: str, download: bool) -> Arrays:
-    """`read()`, its many kinds of failure turned into one DataError that says where the files belong."""
-    by_hand = f"place {place} and pass --download (files already there are checked, not fetched)"
-    try:
-        return read()
-    except Exception as error:  # network, checksum, archive, disk, or a torchvision that does not fit torch
-        if download:
-            what, fix = f"{name} could not be downloaded or read", f"try again; or {by_hand}"
-        else:
-            what, fix = f"{name} is not on this machine", f"pass --download; without a network: {by_hand}"
-        raise DataError(what, one_line(error), fix) from error
-
-
+_FOUR_FILES = "{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz (four files) in {root}/"
 SOURCES: dict[str, Callable[[Path, bool], Arrays]] = {
     "digits": _digits,
-    "cifar10": _cifar10,
-    "mnist": _mnist,
-    "fashion_mnist": _fashion_mnist,
+    "cifar10": _torchvision("cifar10", "CIFAR10", "cifar-10-python.tar.gz in {root}"),
+    "mnist": _torchvision("mnist", "MNIST", _FOUR_FILES + "MNIST/raw"),
+    "fashion_mnist": _torchvision("fashion_mnist", "FashionMNIST", _FOUR_FILES + "FashionMNIST/raw"),
 }
 
 

@@ -38,16 +38,20 @@ class Splits:
     held_out: ImageData
 
 
-def load_splits(config: DataConfig) -> Splits:
-    """Load and split; the same images in the same order for the same configuration."""
-    data = load_images(
+def load(config: DataConfig) -> ImageData:
+    """All images of the source."""
+    return load_images(
         config.data,
         download=config.download,
         channels=config.channels,
         resize=config.resize,
         on_bad_image=config.on_bad_image,
     )
-    return Splits(*split(data, config.held_out, config.split_seed))
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """Load and split; the same images in the same order for the same configuration."""
+    return Splits(*split(load(config), config.held_out, config.split_seed))
 
 
 def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:

@@ -21,6 +21,7 @@ from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
+from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, ddim, steps_for
 from midway.samplers.table import Table
 
@@ -70,26 +71,26 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
         raise UsageError(
             f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta, or use ddim alone"
         )
-    entry, schedule = SOLVERS[solver], trained.model.schedule
+    return build_table(trained.model.schedule, solver, nfe, config, grid, trained)
+
+
+def build_table(
+    schedule: Schedule, solver: str, nfe: int, config: SamplerConfig, grid: str, trained: TrainedModel | None = None
+) -> Table:
+    """The table of a solver of the registry; only a fitted grid needs the model. UsageError for a budget that does not exist."""
+    entry = SOLVERS[solver]
     try:
-        times = _times(grid, steps_for(entry.evaluations, nfe, config.analytic_first), trained, config)
+        steps = steps_for(entry.evaluations, nfe, config.analytic_first)
+        if grid == GITS and trained is not None:
+            fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
+            times = tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
+        else:
+            times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
         if config.eta:
             return ddim(schedule, times, config.analytic_first, config.eta)
         return entry.build(schedule, times, config.analytic_first)
     except ValueError as error:
         raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None
-
-
-def _times(grid: str, steps: int, trained: TrainedModel, config: SamplerConfig) -> Grid:
-    if grid == GITS:
-        return gits_grid(trained, steps, config.sampling().guidance, config.rho_max, config.rho_min)
-    return GRIDS[grid](trained.model.schedule, steps, config.rho_max, config.rho_min)
-
-
-def gits_grid(trained: TrainedModel, steps: int, guidance: Guidance, rho_max: float, rho_min: float) -> Grid:
-    """The `steps` steps that Euler's method in rho follows best; ValueError for more steps than the fine grid has."""
-    fit = _fit(trained, guidance, rho_max, rho_min)
-    return tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
 
 
 def fitting_nfe(trained: TrainedModel, config: SamplerConfig) -> int:

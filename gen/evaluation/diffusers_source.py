@@ -13,7 +13,7 @@ from torch import Tensor
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.diffusion.load import LEARNED
 from midway.gen.diffusion.model import EVERYWHERE, start_state
-from midway.gen.diffusion.samplers import SamplerConfig
+from midway.gen.diffusion.samplers import SamplerConfig, build_table
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
 from midway.gen.evaluation.diffusers_model import DiffusersModel
 from midway.gen.evaluation.sources import SampledBatch
@@ -22,8 +22,7 @@ from midway.samplers.interop import trained_range
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
-from midway.samplers.solvers import SOLVERS, ddim, steps_for
-from midway.samplers.table import Table
+from midway.samplers.solvers import SOLVERS
 
 Config = TypeVar("Config", bound=SamplerConfig)
 
@@ -73,7 +72,7 @@ def diffusers_samplers(model: DiffusersModel, solver: str, nfe: int, config: Sam
     """One table per grid, on the model's schedule; UsageError for what such a model cannot have."""
     _check(solver, config)
     config = within_training(config, model.schedule)
-    return {grid: _table(model.schedule, solver, grid, nfe, config) for grid in config.grids}
+    return {grid: build_table(model.schedule, solver, nfe, config, grid) for grid in config.grids}
 
 
 def _check(solver: str, config: SamplerConfig) -> None:
@@ -89,15 +88,3 @@ def _check(solver: str, config: SamplerConfig) -> None:
         )
     if config.eta and solver != "ddim":
         raise UsageError(f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta")
-
-
-def _table(schedule: Schedule, solver: str, grid: str, nfe: int, config: SamplerConfig) -> Table:
-    entry = SOLVERS[solver]
-    try:
-        steps = steps_for(entry.evaluations, nfe, config.analytic_first)
-        times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
-        if config.eta:
-            return ddim(schedule, times, config.analytic_first, config.eta)
-        return entry.build(schedule, times, config.analytic_first)
-    except ValueError as error:
-        raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None

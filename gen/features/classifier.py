@@ -225,6 +225,6 @@ class TrainedExtractor:
         return self.network.activations(images)
 
     def to(self, device: torch.device) -> Self:
-        """Itself, moved."""
+        """Move to `device`; self."""
         self.network.to(device)
         return self

@@ -43,7 +43,7 @@ class Extractor(Protocol):
 
     @property
     def dim(self) -> int:
-        """D."""
+        """D, the number of features."""
         ...
 
     @property
@@ -64,7 +64,7 @@ class Extractor(Protocol):
         ...
 
     def to(self, device: torch.device) -> Self:
-        """Itself, moved."""
+        """Move to `device`; self."""
         ...
 
 

@@ -4,8 +4,8 @@
     logits   = features W^T, without the bias                      (1008)      Salimans et al., arXiv:1606.03498
 
 resize_299 is TensorFlow 1's bilinear: source = target * in / out, without half-pixel centres or antialiasing. Network and
-resize are torch-fidelity's. The distance is called FID only with the published file, known by the first 32 bits of its sha256,
-which are in its name; with any other weights it has their hash and is a Fréchet distance.
+resize are torch-fidelity's. The distance is called FID only with the published file, identified by the first 32 bits of its
+sha256, which are in its name; with other weights it is called a Fréchet distance, with their hash.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ INCEPTION = Published(
     digits="6726825d",
 )
 BLOCK = 64
-"""Images at once: 0.4 GB on their way through the network."""
+"""Images per block: 0.4 GB of activations."""
 
 
 class Inception(PublishedExtractor):
@@ -45,7 +45,7 @@ class Inception(PublishedExtractor):
 
 
 def open_inception(given: Path | None = None, block: int = BLOCK) -> Inception:
-    """The network with the weights `given`, or found. DataError before anything else if there are none or they are damaged."""
+    """The network with the weights `given`, or found. DataError if there are none or they are damaged."""
     path = find_weights(INCEPTION, given)
     network = build_inception(read_weights(path), path)
     digest = file_hash(path)
@@ -62,8 +62,8 @@ def protocol_name(digits: str) -> str:
 def build_inception(state: dict[str, Tensor], path: Path) -> nn.Module:
     """torch-fidelity's network, frozen, with these tensors; DataError naming their file if they do not fit.
 
-    Its constructor fetches weights itself and loads them from a file, code included. So its module's download is replaced,
-    for the time of the construction, by these tensors, which were read without running code.
+    The constructor of torch-fidelity downloads weights and unpickles them, which can run code. During construction its download
+    function is therefore replaced by one that returns these tensors.
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as theirs
@@ -71,7 +71,7 @@ def build_inception(state: dict[str, Tensor], path: Path) -> nn.Module:
         raise not_installed("torch-fidelity", INCEPTION.network) from None
     try:
         with (
-            torch.random.fork_rng(devices=[]),  # it draws initial weights, which these replace
+            torch.random.fork_rng(devices=[]),  # the constructor draws initial weights
             patch.object(theirs, "load_state_dict_from_url", lambda *_, **__: state),
         ):
             return theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])

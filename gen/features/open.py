@@ -1,7 +1,7 @@
 """The feature network of a data set: a published one by name, or a trained one.
 
-A trained one is looked for next to the evaluated runs, and must have the same images and split: one that was trained on held-out
-images would give too low a floor.
+A trained one is searched for beside the evaluated runs, and must have the same images and split: one trained on held-out images
+would underestimate the floor.
 """
 
 import difflib
@@ -86,7 +86,7 @@ def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
     if len(found) != 1:
         raise UsageError(
             "--features is not given",
-            f"beside what is measured one feature run of its images is needed, found: "
+            f"exactly one feature run of the same images must be beside the measured runs, found: "
             f"{', '.join(path.name for path in found) or 'none'}",
             "pass --features RUN, or train features with scripts/train_features.py",
         )

@@ -5,7 +5,7 @@
 
 resize_224 is bicubic with antialiasing, without rounding, as in EDM2's FD-DINOv2 (Karras et al., arXiv:2312.02696); other
 aspect ratios are stretched. DINOv2 was trained at 518 pixels: its 37 x 37 position embedding is resampled to 16 x 16 as the
-authors' own code does it (bicubic without antialiasing, at scale 16.1 / 37), not as timm does (antialiased, at 16 / 37), which
+authors' code does (bicubic without antialiasing, at scale 16.1 / 37), not as timm does (antialiased, at 16 / 37), which
 would change every feature. CLIP's weights are OpenAI's, whose activation is x sigmoid(1.702 x).
 """
 
@@ -26,7 +26,7 @@ from midway.gen.features.weights import Published, bad_weights, find_weights, no
 
 SIZE = 224
 BLOCK = 32
-"""Images at once."""
+"""Images per block."""
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 OFFSET = 0.1
@@ -35,7 +35,7 @@ OFFSET = 0.1
 
 @dataclass(frozen=True)
 class Encoder:
-    """A network of timm: `size` pixels in training, `dim` features; `projected` if a head makes them of the class token."""
+    """A network of timm: `size` pixels in training, `dim` features; `projected` by a linear head from the class token."""
 
     network: str
     architecture: str
@@ -89,12 +89,12 @@ class VisionTransformer(PublishedExtractor):
     def block_activations(self, images: Tensor) -> Activations:
         """Activations of one block of uint8 images (block, 3, H, W)."""
         resized = F.interpolate(images.float(), (SIZE, SIZE), mode="bicubic", antialias=True)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention would choose its own precision
+        with sdpa_kernel(SDPBackend.MATH):  # fused kernels have a precision of their own
             return Activations(self.network((resized / 255 - self.mean) / self.std), None)
 
 
 def open_vision_transformer(name: str, given: Path | None = None, block: int = BLOCK) -> VisionTransformer:
-    """The encoder with the weights `given`, or found. DataError before anything else if there are none or they do not fit."""
+    """The encoder with the weights `given`, or found. DataError if there are none or they do not fit."""
     encoder = ENCODERS[name]
     path = find_weights(encoder.published, given)
     network = build_encoder(encoder, read_weights(path), path)

@@ -1,8 +1,8 @@
-"""Weights of published networks: where they are found, how they are fetched, and how they are read without running code.
+"""Weights of published networks: search, download, and reading without running code.
 
-They are looked for, in this order, at the path given, at the path in the environment variable MIDWAY_<NETWORK>_WEIGHTS, in the
-cache, and on the internet. A file that was named is used as it is; one from the cache or the internet must have the published
-checksum, if there is one. There is no fallback to other weights: without them it is an error, before anything is sampled.
+Order of search: the path given, the path in the environment variable MIDWAY_<NETWORK>_WEIGHTS, the cache, the internet. A file
+given by its path is used as it is; one from the cache or the internet must have the published checksum, if there is one. Missing
+weights raise DataError before anything is sampled; there is no fallback to others.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Published:
     """A file of weights: at `url` with a sha256 that starts with `digits`, or `file` of a Hugging Face repository."""
 
     network: str
-    """As --features names it."""
+    """Its name as a value of --features."""
     file: str
     url: str = ""
     digits: str = ""
@@ -87,7 +87,7 @@ def download(published: Published, path: Path) -> None:
         with replacing(path) as temporary:
             found = _receive(published, temporary)
             if not found.startswith(published.digits):
-                raise missing(published, f"what {published.url} sent has sha256 {found}, not {published.digits}...")
+                raise missing(published, f"the file at {published.url} has sha256 {found}, not {published.digits}...")
     except (URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise missing(published, f"{published.url} cannot be fetched ({error})") from None
     except OSError as error:
@@ -95,7 +95,7 @@ def download(published: Published, path: Path) -> None:
 
 
 def _receive(published: Published, path: Path) -> str:
-    """Write what is sent; its sha256."""
+    """Write the response to `path`; its sha256."""
     digest = hashlib.sha256()
     with urlopen(published.url, timeout=20) as response, open(path, "wb") as file:
         while chunk := response.read(CHUNK):
@@ -143,7 +143,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)  # refuses code
+    return torch.load(path, map_location="cpu", weights_only=True)  # without code
 
 
 def bad_weights(path: Path, why: str) -> DataError:

@@ -23,9 +23,8 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS
         torch.backends.cudnn.benchmark = False
-    warnings.filterwarnings(
-        "ignore", message=".*broadcast_buffers.*"
-    )  # its successor is not in older versions of torch
+    # its successor is not in older versions of torch
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         accelerator = Accelerator(
@@ -51,22 +50,17 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
 
 def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool = False, sharded: bool = False) -> None:
     """UsageError for flags that this training does not support."""
+    validation, measures_every = f"--validate-every {config.validate_every}", f"--measure-every {config.measure_every}"
     if config.validate_every and not validates:
-        raise UsageError(
-            f"--validate-every {config.validate_every}", "this training has no validation", "use --validate-every 0"
-        )
+        raise UsageError(validation, "this training has no validation", "use --validate-every 0")
     if config.measure_every and not measures:
-        raise UsageError(
-            f"--measure-every {config.measure_every}",
-            "only latent models have online evaluation",
-            "use --measure-every 0",
-        )
+        raise UsageError(measures_every, "only latent models have online evaluation", "use --measure-every 0")
     if config.validate_every and sharded:
-        raise UsageError(
+        what, why = (
             "FSDP does not support validation",
             "validation needs the whole model, and every process has a shard of it",
-            "use DDP (accelerate launch --multi_gpu), or --validate-every 0",
         )
+        raise UsageError(what, why, "use DDP (accelerate launch --multi_gpu), or --validate-every 0")
 
 
 def share_of(config: TrainConfig, accelerator: Accelerator) -> int:

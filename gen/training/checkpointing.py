@@ -16,7 +16,7 @@ from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, flat, refuse_changes
 from midway.gen.training.early_stopping import MANY, keep_only
 from midway.gen.training.progress import Clock, words_of
-from midway.gen.training.state import Files, TrainingState, config_hash, not_finite, save_tensors, size_of, write_files
+from midway.gen.training.state import Files, TrainingState, config_hash, not_finite, size_of, write_files
 
 Export = Callable[[Path, dict[str, Tensor]], None]
 
@@ -144,7 +144,7 @@ class CheckpointManager:
         if bad:
             why = f"not finite: {', '.join(bad[:5])}"
             raise DivergedError(f"step {step} cannot be saved", why, "lower --lr, raise --warmup, or check the data")
-        self._write_on_main(step, lambda: self._write(step, files))
+        self._write(self.run.checkpoints, step, files, self.config.keep, self._facts(step), {})
         self._saved_at, self._saved_seconds = step, self.clock.here
         self._saved_best = self.state.validation.step
         if self.accelerator.is_main_process:
@@ -152,34 +152,35 @@ class CheckpointManager:
 
     def save_best(self, step: int) -> None:
         """Write the averaged weights and the exports to best/. All processes fail if the main one does. DiskError."""
-        files = self.state.averaged()
-        self._write_on_main(step, lambda: self._write_best(step, files))
+        files, header = self.state.averaged(), {"validation": self.state.validation.value}
+        self._write(self.run.best, step, files, MANY, None, header)
+        if self.accelerator.is_main_process:
+            keep_only(self.run.best, self._saved_best, step)
 
-    def _write_on_main(self, step: int, write: Callable[[], object]) -> None:
-        """Write on the main process; an error there is raised on all."""
+    def _write(
+        self, root: Path, step: int, files: Files, keep: int, state: dict[str, Any] | None, header: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint below `root` on the main process; an error there is raised on all."""
+
+        def write(folder: Path) -> None:
+            write_files(folder, files, state)
+            if self.export is not None:
+                self.export(folder, files.get("ema.safetensors") or files["model.safetensors"])
+
         failure = None
         if self.accelerator.is_main_process:
+            header = {"config_hash": config_hash(self.identity), **header}
             try:
-                write()
+                checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
             except Exception as error:
                 failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
         if cast(Tensor, self.accelerator.reduce(failed, "sum")).item():
             raise failure or DiskError(f"checkpoint step-{step} was not written", "see the main process", "free space")
 
-    def _write_best(self, step: int, files: Files) -> None:
-        def write(folder: Path) -> None:
-            save_tensors(folder, files)
-            if self.export is not None:
-                self.export(folder, *files.values())
-
-        header = {"config_hash": config_hash(self.identity), "validation": self.state.validation.value}
-        checkpoints.save(self.run.best, step, write, MANY, int(1.2 * size_of(files)), header)
-        keep_only(self.run.best, self._saved_best, step)
-
-    def _write(self, step: int, files: Files) -> None:
-        """The checkpoint of `step`."""
-        state = {
+    def _facts(self, step: int) -> dict[str, Any]:
+        """state.json of the checkpoint of `step`."""
+        return {
             "step": step,
             "steps": self.config.steps,
             "seconds": round(self.clock.total, 3),
@@ -187,11 +188,3 @@ class CheckpointManager:
             "processes": self.accelerator.num_processes,
             "config": self.identity,
         }
-
-        def write(folder: Path) -> None:
-            write_files(folder, files, state)
-            if self.export is not None:
-                self.export(folder, files.get("ema.safetensors", files["model.safetensors"]))
-
-        header = {"config_hash": config_hash(self.identity)}
-        checkpoints.save(self.run.checkpoints, step, write, self.config.keep, int(1.2 * size_of(files)), header)

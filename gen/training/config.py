@@ -48,9 +48,9 @@ class TrainConfig:
     patience: int = 10
     """Steps in a row without a finite loss and gradient before the run is reset to its last checkpoint, once."""
     max_seconds: float | None = None
-    """Stop after this much training time, save, and exit normally; --resume auto goes on."""
+    """Stop after this much training time, save, and exit normally; --resume auto continues."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps of this start, save, and exit normally; --resume auto goes on."""
+    """Stop after this many optimizer steps of this start, save, and exit normally; --resume auto continues."""
     save_every: int = 0
     """Optimizer steps between checkpoints (0: only by time and at the end)."""
     save_seconds: float = 600.0
@@ -81,9 +81,7 @@ class TrainConfig:
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be 1 or more, got {self.max_steps}")
         if self.patience_validations and not self.validate_every:
-            raise ValueError(
-                f"patience_validations is {self.patience_validations} and nothing is validated: give validate_every too"
-            )
+            raise ValueError(f"patience_validations is {self.patience_validations}: it needs validate_every too")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be in [0, 1), got {self.ema}; 0 keeps the newest weights")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -106,18 +104,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 # ---- what a resumed run may change ----
 
-PATHS = (
-    "out",
-    "tokenizer",
-    "latents",
-    "model",
-    "data.data",
-    "data.download",
-    "loss.perceptual_weights",
-    "overwrite",
-    "resume",
-)
-"""Paths; their contents are compared by fingerprint."""
+PATHS = ("out", "tokenizer", "latents", "model", "data.data", "data.download", "loss.perceptual_weights")
+COMMANDS = ("overwrite", "resume")
+"""Neither changes results; the contents of paths are compared by fingerprint."""
 BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience", "patience_validations")
 REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
@@ -135,16 +124,13 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def may_change(key: str, train: TrainConfig) -> bool:
     """Whether a resumed run may have another value of this flat key."""
-    last = key.removeprefix("train.")
-    if last == "steps":
-        return train.decay != "cosine"
-    return is_bookkeeping(key)
+    return train.decay != "cosine" if key.removeprefix("train.") == "steps" else is_bookkeeping(key)
 
 
 def is_bookkeeping(key: str) -> bool:
     """Whether a flat key sets paths, budgets or reports, which change the result by rounding at most."""
     last = key.removeprefix("train.")
-    return key in PATHS or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
+    return key in (*PATHS, *COMMANDS) or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:
@@ -178,6 +164,4 @@ class OnlineConfig:
 
     def __post_init__(self) -> None:
         if self.n < 2 or not self.nfe or min(self.nfe) < 1:
-            raise ValueError(
-                f"online evaluation of n {self.n} at NFE {self.nfe}: use 2 images or more, at 1 evaluation or more"
-            )
+            raise ValueError(f"online evaluation of n {self.n} at NFE {self.nfe}: use n >= 2 and NFE >= 1")

@@ -33,9 +33,8 @@ class EMA:
         places = _places(model)
         self._model = model
         averaged = [(s, *places[name]) for name, s in self.shadow.items() if s.is_floating_point()]
-        kinds = {
-            isinstance(shadow, DTensor) for shadow, *_ in averaged
-        }  # one operation takes sharded tensors or others
+        # one operation takes sharded tensors or others
+        kinds = {isinstance(shadow, DTensor) for shadow, *_ in averaged}
         groups = [[place for place in averaged if isinstance(place[0], DTensor) == kind] for kind in kinds]
         self._averaged = [([s for s, _, _ in group], [(holder, key) for _, holder, key in group]) for group in groups]
         self._copied = [(s, *places[name]) for name, s in self.shadow.items() if not s.is_floating_point()]
@@ -57,9 +56,8 @@ class EMA:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over an average of the same model; KeyError when names differ."""
-        if state.keys() != self.shadow.keys():
-            raise KeyError(f"an average of other tensors: {sorted(state.keys() ^ self.shadow.keys())[:5]}")
+        """Restore a stored average. ValueError unless its names, dtypes and shapes are those of the model."""
+        check_layout(state, self.shadow)
         for name, shadow in self.shadow.items():
             shadow.copy_(state[name])
 
@@ -72,6 +70,14 @@ class EMA:
             yield
         finally:
             model.load_state_dict(own)
+
+
+def check_layout(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """ValueError naming the tensors whose presence, dtype or shape differ."""
+    ours, theirs = ({(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()} for tensors in (expected, state))
+    if ours != theirs:
+        names = ", ".join(sorted({name for name, _, _ in ours ^ theirs})[:3])
+        raise ValueError(f"the averages belong to different models: see {names}; use those of one run")
 
 
 def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

@@ -96,9 +96,8 @@ class _Training:
             compile_networks(model)
         optimizers = make_optimizers(model, config, accelerator.device)
         self.wrapped, *prepared = accelerator.prepare(_Loss(model), *optimizers)
-        self.optimizers = [
-            getattr(o, "optimizer", o) for o in prepared
-        ]  # the wrapper searches for a package at every step
+        # the wrapper searches for a package at every step
+        self.optimizers = [getattr(o, "optimizer", o) for o in prepared]
         self.parameter_groups = parameter_groups(model)
         self.parameters = [p for group in self.parameter_groups for p in group]
         self.sharded = any(isinstance(p, DTensor) for p in self.parameters)
@@ -144,9 +143,7 @@ class _Training:
                 self._show(self.hooks.measure, step)
             self._log(step, report, stop, done)
             due = decision.stop_flags.save or _due(config.save_every, step)
-            if (
-                done or stop or (due and not self.guard.streak)
-            ):  # not within a streak: a reset goes to the step before it
+            if done or stop or (due and not self.guard.streak):  # a reset goes to the step before a streak
                 self.checkpointing.save(step)
             report.tick(step)
             if decision.stop_flags.stop:  # the sender of the signal may not wait for previews
@@ -260,7 +257,7 @@ class _Training:
         if skipped and self.accelerator.is_main_process:
             self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
         if not finished and self.accelerator.is_main_process:
-            self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto goes on")
+            self.run.say(f"stopped at step {step} of {self.config.steps}; --resume auto continues")
         if step < self.config.steps and finished and self.accelerator.is_main_process:
             best, count = self.validation.best, self.validation.since
             known = "none was finite" if best is None else f"the best is {best[1]:.6g}, at step {best[0]}"
@@ -285,7 +282,7 @@ class _Training:
             "parameters": sum(p.numel() for p in self.parameters),
         }
         self.run.note(facts)
-        begin = f"going on from step {step}" if step else "training"
+        begin = f"resuming from step {step}" if step else "training"
         parts = f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.share}"
         self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
 

@@ -44,7 +44,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
 
 def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
     """Trainable parameters: all of them, or those of an `Adversarial` model and then its discriminator's."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return _split(model, {name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def _split(model: nn.Module, named: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
     if not isinstance(model, Adversarial) or not model.discriminator_prefix:
         return [list(named.values())]
     theirs = [p for name, p in named.items() if name.startswith(model.discriminator_prefix)]
@@ -53,13 +56,8 @@ def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def rate_groups(model: nn.Module, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Parameter groups of an optimizer; `scale` is what `set_rate` multiplies the learning rate by."""
-    if not isinstance(model, Adversarial) or not model.discriminator_prefix:
-        return [{"params": list(named.values())}]
-    theirs = {name: p for name, p in named.items() if name.startswith(model.discriminator_prefix)}
-    return [
-        {"params": [p for name, p in named.items() if name not in theirs]},
-        {"params": list(theirs.values()), "scale": model.discriminator_rate},
-    ]
+    own, *theirs = _split(model, named)
+    return [{"params": own}, *({"params": p, "scale": cast(Adversarial, model).discriminator_rate} for p in theirs)]
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:

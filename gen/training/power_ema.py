@@ -6,13 +6,13 @@ After t optimizer steps the average weighs the weights of time tau in [0, t] wit
 
 and follows from shadow <- beta shadow + (1 - beta) value with beta = (1 - 1/t)^(gamma + 1): the weights of step k then count
 with exactly the integral of p over [k - 1, k], the initial ones not at all. Its width grows with the run, so one sigma_rel
-suits every length. Stored averages p_i of any times t_i and exponents g_i approximate an average p by least squares,
+suits runs of every length. Stored averages p_i of times t_i and exponents g_i approximate an average p by least squares,
 
     A x + lambda = b,   sum x = 1,   A_ij = <p_i, p_j>,   b_i = <p_i, p>,
     <p_1, p_2> = (g_1 + 1)(g_2 + 1) / ((g_1 + g_2 + 1) t_2) (t_1 / t_2)^g_2    for t_1 <= t_2,
 
 where g_2 is the exponent of the later one. The source has no sum: its networks do not depend on the size of their weights.
-Here a combination with the sum 0.98 would shrink the whole network by 2%; with the sum 1, weights at rest are met exactly.
+Here a combination with the sum 0.98 would shrink the whole network by 2%; with the sum 1, constant weights are exact.
 Source: Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import write_atomically
-from midway.gen.training.ema import EMA
+from midway.gen.training.ema import EMA, check_layout
 
 FORMAT = "midway-posthoc-1"
 WIDEST = 12**-0.5  # gamma = 0: all steps count alike
@@ -39,7 +39,7 @@ def gamma_of(std: float) -> float:
 
     The largest real root of gamma^3 + 7 gamma^2 + (16 - std^-2) gamma + 12 - std^-2 = 0 (Karras et al. 2024, appendix C).
     """
-    if not 1e-6 <= std <= WIDEST:  # no run has the million steps that a narrower average would tell apart
+    if not 1e-6 <= std <= WIDEST:  # a narrower average needs more than a million steps
         raise ValueError(f"the relative width of an average must be in [1e-6, 0.2886], got {std}; try 0.05 to 0.15")
     inverse = std**-2
     return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
@@ -61,13 +61,6 @@ class PowerAverage(EMA):
         """The decay used after optimizer step `step` (counted from 0); 0 at the first, where it becomes `model`."""
         return power_decay(step, self.gamma)
 
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a stored average. ValueError unless its names, dtypes and shapes are those of the model."""
-        _check_layout(state, self.shadow)
-        for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -84,7 +77,7 @@ class Snapshot:
 
 
 def width_name(std: float) -> str:
-    """A width in a file's name: three decimals if they say it exactly, else all of them."""
+    """A width in a file's name: three decimals if these are exact, else all."""
     return f"{std:.3f}" if float(f"{std:.3f}") == std else str(std)
 
 
@@ -105,7 +98,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
     return sorted(map(_read_header, folder.glob("*.safetensors")), key=lambda snapshot: (snapshot.step, snapshot.std))
 
 
-def _refuse(path: Path, why: str) -> DataError:
+def _unusable(path: Path, why: str) -> DataError:
     return DataError(f"cannot use the weight average {path}", why, "move it elsewhere, or copy it again from its run")
 
 
@@ -114,28 +107,20 @@ def _read_header(path: Path) -> Snapshot:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise _refuse(path, f"the file cannot be read ({error})") from error
+        raise _unusable(path, f"the file cannot be read ({error})") from error
     if header.get("format") != FORMAT:
-        raise _refuse(path, f"its format is {header.get('format')!r}, not {FORMAT!r}")
+        raise _unusable(path, f"its format is {header.get('format')!r}, not {FORMAT!r}")
     try:
         return Snapshot(path, int(header["step"]), float(header["std"]))
     except (KeyError, ValueError) as error:
-        raise _refuse(path, f"its step and width cannot be used ({error})") from error
+        raise _unusable(path, f"its step and width cannot be used ({error})") from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _refuse(path, f"the file cannot be read ({error})") from error
-
-
-def _check_layout(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """ValueError naming the tensors whose presence, dtype or shape differ."""
-    ours, theirs = ({(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()} for tensors in (expected, state))
-    if ours != theirs:
-        names = ", ".join(sorted({name for name, _, _ in ours ^ theirs})[:3])
-        raise ValueError(f"the averages belong to different models: see {names}; use those of one run")
+        raise _unusable(path, f"the file cannot be read ({error})") from error
 
 
 def inner_products(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor:
@@ -173,8 +158,8 @@ def reconstruct(snapshots: Sequence[Snapshot], step: int, std: float) -> dict[st
     """The average of width `std` after `step` optimizer steps (counted from 1), from stored ones, on the CPU.
 
     Floating-point tensors are combined in float64 and returned in their dtype; others come from the newest snapshot at or
-    before `step`. The files are read one at a time. Later snapshots take part: without them nothing is known of the steps
-    since the last one. Exact at a stored (step, std), good where `step` has snapshots of widths on both sides of `std`,
+    before `step`. The files are read one at a time. Later snapshots contribute: without them there is no information on the
+    steps since the last one. Exact at a stored (step, std), good where `step` has snapshots of widths on both sides of `std`,
     poor between two steps with snapshots. DataError without snapshots, for damaged files and for those of different models;
     ValueError outside [first, last stored step] and for a width out of range. Source: Karras et al. 2024, appendix C.
     """
@@ -188,15 +173,11 @@ def reconstruct(snapshots: Sequence[Snapshot], step: int, std: float) -> dict[st
     layout = _read_state(newest.path)
     sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in layout.items() if t.is_floating_point()}
     for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
-        _add(sums, snapshot, weight, layout)
+        state = _read_state(snapshot.path)
+        try:
+            check_layout(state, layout)
+        except ValueError as error:
+            raise _unusable(snapshot.path, str(error)) from error
+        for name, total in sums.items():
+            total.add_(state[name].double(), alpha=weight)
     return {name: sums[name].to(t.dtype) if name in sums else t for name, t in layout.items()}
-
-
-def _add(sums: dict[str, Tensor], snapshot: Snapshot, weight: float, layout: Mapping[str, Tensor]) -> None:
-    state = _read_state(snapshot.path)
-    try:
-        _check_layout(state, layout)
-    except ValueError as error:
-        raise _refuse(snapshot.path, str(error)) from error
-    for name, total in sums.items():
-        total.add_(state[name].double(), alpha=weight)

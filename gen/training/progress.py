@@ -23,7 +23,7 @@ class Averages:
     A log is a scalar, averaged over the interval, or a pair (sum, count), added up over interval and processes before dividing,
     or several pairs (n, 2), which are named with their numbers: loss_time_0, loss_time_1, ...
 
-    Values are kept as they are and put into tables many steps at a time: a step pays for no arithmetic on small tensors.
+    Values are collected and put into tables many steps at a time, which saves arithmetic on small tensors in every step.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Averages:
             self._fill()
 
     def _fill(self) -> None:
-        """Put what waits into the tables; those do not depend on when this is done."""
+        """Put collected logs into the tables, which do not depend on when this is done."""
         groups: dict[tuple[str, ...], list[tuple[dict[str, Tensor], float, Tensor]]] = {}
         for entry in self._waiting:
             groups.setdefault(_names(entry[0]), []).append(entry)
@@ -52,7 +52,7 @@ class Averages:
             self.tables[names] = torch.cat([self.tables[names], table]) if names in self.tables else table
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means of everything added since the last `clear`; a bucket that nothing fell into is left out."""
+        """Means of everything added since the last `clear`; empty buckets are left out."""
         self._fill()
         if not self.tables:
             return {}
@@ -77,7 +77,7 @@ class Averages:
         }
 
     def load(self, state: dict[str, Tensor], accelerator: Accelerator) -> None:
-        """Go on with an open interval; with another number of processes the first one takes everything."""
+        """Continue an open interval; with another number of processes the first one takes all sums."""
         mine, several = accelerator.process_index, accelerator.num_processes
         self.clear()
         for names, shares in state.items():
@@ -141,7 +141,7 @@ class Reporter:
             accelerator.init_trackers("midway", _scalars(run.config))
 
     def say(self, line: str) -> None:
-        """A line of its own, from the main process."""
+        """Print and log a line, from the main process."""
         if self.main:
             self.run.say(line)
 
@@ -201,7 +201,7 @@ class Reporter:
 
 
 def _scalars(config: dict[str, Any]) -> dict[str, int | float | str | bool]:
-    """A flat configuration as trackers take it."""
+    """A flat configuration with the types that trackers support."""
     pairs = flat(config)
     return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in pairs.items()}
 

@@ -18,7 +18,9 @@ class Interrupted(MidwayError):
     def __init__(self, number: int, step: int, where: object) -> None:
         self.exit_code = 128 + number  # pyright: ignore[reportIncompatibleVariableOverride]
         name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} at step {step}", f"the state is saved in {where}", "--resume auto goes on")
+        super().__init__(
+            f"stopped by {name} at step {step}", f"the state is saved in {where}", "--resume auto continues"
+        )
 
 
 class Interrupts:

@@ -131,16 +131,12 @@ def posthoc_file(average: PowerAverage) -> str:
     return f"posthoc-{width_name(average.std)}.safetensors"
 
 
-def write_files(folder: Path, files: Files, state: dict[str, Any]) -> None:
-    """Fill a checkpoint directory."""
-    save_tensors(folder, files)
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-
-
-def save_tensors(folder: Path, files: Files) -> None:
-    """Write the safetensors files of a checkpoint directory."""
+def write_files(folder: Path, files: Files, state: dict[str, Any] | None = None) -> None:
+    """Fill a checkpoint directory; `state` is state.json."""
     for name, tensors in files.items():
         save_file({key: value.contiguous() for key, value in tensors.items()}, folder / name)
+    if state is not None:
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
 
 def size_of(files: Files) -> int:

@@ -235,16 +235,13 @@ def test_start_normalises_once_and_survives_saving(tmp_path: Path) -> None:
 # ---- sampling and conditions ----
 
 
-def test_temperature_multiplies_the_priors_deviation() -> None:
-    """On the identity flow: x = sigmoid(mean + T std e)."""
+def test_samples_of_a_class_have_its_mean_and_deviation() -> None:
+    """On the identity flow: x = sigmoid(mean + std e)."""
     model = make(replace(ADDITIVE, logit_margin=0.0), classes=2, levels=256)
     assert model.prior is not None
     model.prior.mean.data[1] = 1.0
     model.prior.log_std.data[1] = math.log(0.5)
     seeds, labels = torch.arange(8), torch.ones(8, dtype=torch.int64)
     e = randomness.normal(0, "sample", 0, seeds, SHAPE)
-    for temperature in (0.0, 0.7, 1.0):
-        expected = (torch.sigmoid(1 + temperature * 0.5 * e) * 256).floor()
-        assert torch.equal(to_uint8(model.sample(seeds, labels, temperature)).float(), expected)
-    with pytest.raises(ValueError, match="temperature"):
-        model.sample(seeds, labels, -1.0)
+    expected = (torch.sigmoid(1 + 0.5 * e) * 256).floor()
+    assert torch.equal(to_uint8(model.sample(seeds, labels)).float(), expected)

@@ -10,7 +10,6 @@ from scipy import stats
 from torch import Tensor
 
 from midway.gen.baselines.logistic_mixture import LogisticMixture
-from midway.gen.core import randomness
 from midway.gen.data.images import load_images
 from midway.gen.data.levels import (
     bits_per_dim,
@@ -192,33 +191,6 @@ def test_the_mean_is_the_expectation() -> None:
     mixture = _mixture(17)
     x = (2 * torch.arange(17, dtype=torch.float64) / 16 - 1).view(-1, 1, 1, 1, 1)
     torch.testing.assert_close(mixture.mean(), (_all_probabilities(mixture) * x).sum(0))
-
-
-def test_draws_have_the_probabilities() -> None:
-    """By chi-square, for one image's two values; 256 levels in bins of 16 would show no more than 17."""
-    count = 20000
-    one = _mixture(17)
-    logits, means, log_scales = (p[7:8].expand(count, -1, -1, -1, -1) for p in (one.logits, one.means, one.log_scales))
-    mixture = LogisticMixture(logits, means, log_scales, 17)
-    u = randomness.uniform(0, "test", 0, torch.arange(count), (2, 1, 1, 2)).transpose(0, 1)
-    drawn = mixture.draw(u).flatten(1)
-    expected = _all_probabilities(one)[:, 7].flatten(1) * count
-    for value in range(2):
-        counts, wanted = torch.bincount(drawn[:, value], minlength=17), expected[:, value]
-        often = wanted > 5
-        statistic = ((counts - wanted)[often].square() / wanted[often]).sum().item()
-        assert stats.chi2(int(often.sum()) - 1).sf(statistic) > 0.001
-
-
-def test_a_draw_from_one_component_is_its_quantile() -> None:
-    mixture = _mixture(17, mixtures=1)
-    below = _all_probabilities(mixture).cumsum(0)[:-1]  # P(level <= k) for k = 0 .. 15
-    for k in (0, 5, 15):
-        edge = below[k].clamp(1e-9, 1 - 1e-9)
-        inside = (below[k] > 1e-6) & (below[k] < 1 - 1e-6)
-        for nudge, largest in ((-1e-8, True), (1e-8, False)):
-            drawn = mixture.draw(torch.stack([torch.full_like(edge, 0.5), edge + nudge]))
-            assert ((drawn <= k) == largest)[inside].all()
 
 
 def test_a_networks_output_is_split_by_parameter_component_and_channel() -> None:

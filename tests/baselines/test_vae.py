@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.baselines.vae import VAE, VAEConfig, channel_kl, coordinate_kl, interpolate, reconstruct, traverse
-from midway.gen.data.images import load_images, to_float, to_uint8
-from midway.gen.data.levels import bits_per_dim, from_levels, to_levels
+from midway.gen.data.images import load_images, to_float
+from midway.gen.data.levels import bits_per_dim, from_levels
 from midway.gen.training.batches import Context, ImageBatch
 
 TINY = VAEConfig(latent_dim=3, downsample=4, width=8, blocks=1, mixtures=2)
@@ -150,25 +150,10 @@ def _score(model: VAE) -> Tensor:
 
 def test_an_image_is_a_function_of_its_seed() -> None:
     model, seeds = _model(), torch.tensor([5, 1, 9])
-    for mode in ("mean", "draw"):
-        images = model.sample(seeds, mode=mode)
-        assert images.shape == (3, 1, 8, 8)
-        torch.testing.assert_close(model.sample(seeds[1:2], mode=mode), images[1:2])
-        assert not torch.isclose(images[0], images[1]).all()
-    assert torch.equal(model.sample(seeds), model.sample(seeds, mode="mean"))
-    cold = model.sample(seeds, temperature=0)
-    torch.testing.assert_close(cold[0], cold[1])
-
-
-def test_drawn_images_have_levels_and_the_mean_image_as_their_mean() -> None:
-    model, seeds = _model(), torch.arange(3000)
-    drawn = model.sample(seeds, temperature=0, mode="draw")
-    k = to_levels(to_uint8(drawn), 17)  # raises for other values
-    mean = model.sample(seeds[:1], temperature=0, mode="mean")[0]
-    x = 2 * k.double() / 16 - 1
-    assert ((x.mean(0) - mean).abs() < 5 * x.std(0) / math.sqrt(3000) + 1e-9).all()
-    assert mean.std() > 0.05
-    assert model.sample(seeds[:50]).std() > mean.std()
+    images = model.sample(seeds)
+    assert images.shape == (3, 1, 8, 8)
+    torch.testing.assert_close(model.sample(seeds[1:2]), images[1:2])
+    assert not torch.isclose(images[0], images[1]).all()
 
 
 def test_reconstructions_interpolations_and_traversals_decode_posterior_means() -> None:
@@ -210,7 +195,6 @@ def test_labels_matter_to_a_conditional_model_alone() -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: _model().sample(torch.arange(3), mode="median"), "mode is 'median'.*mean, draw"),  # pyright: ignore
         (lambda: _model().iwae(IMAGES, None, _context(8), 0), "at least one draw"),
         (lambda: interpolate(_model(), IMAGES, IMAGES, steps=1), "at least its two ends"),
         (lambda: traverse(_model(), IMAGES, [12], [0.0]), "0 to 11"),

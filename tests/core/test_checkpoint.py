@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from midway.gen.core import checkpoints
@@ -66,25 +67,29 @@ def test_latest_names_the_newest(tmp_path: Path) -> None:
         assert (tmp_path / "latest").read_text() == f"step-{step}\n"
 
 
+SHORT = "a file of safetensors"
+
+
 def fail_in(name: str) -> Callable[[pytest.MonkeyPatch], Callable[[Path], None]]:
     """Break one point of saving; the writer to save with."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
         def broken(*_: object, **__: object) -> Any:
-            raise OSError(errno.EIO, f"no luck with {name}")
+            raise (SafetensorError if name == SHORT else OSError)(errno.EIO, f"no luck with {name}")
 
         def half(folder: Path) -> None:
             write(folder)
             broken()
 
-        if name != "the writer":
-            monkeypatch.setattr(checkpoints, name, broken)
-        return half if name == "the writer" else write
+        if name in ("the writer", SHORT):
+            return half
+        monkeypatch.setattr(checkpoints, name, broken)
+        return write
 
     return patch
 
 
-@pytest.mark.parametrize("point", ["the writer", "file_hash", "write_manifest"])
+@pytest.mark.parametrize("point", ["the writer", SHORT, "file_hash", "write_manifest"])
 def test_a_failing_save_leaves_older_checkpoints_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -111,7 +116,7 @@ def test_a_failing_pointer_leaves_a_whole_checkpoint_behind(tmp_path: Path, monk
     assert (tmp_path / "latest").read_text() == "step-1\n"
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyboardInterrupt])
 def test_a_writer_that_fails_otherwise_leaves_nothing_and_is_not_called_again(
     tmp_path: Path, waits: list[float], error: type[BaseException]
 ) -> None:
@@ -183,7 +188,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_few_are_kept(tmp_path: Path, keep: int) -> None:
+def test_the_newest_few_stay(tmp_path: Path, keep: int) -> None:
     """By number, not by name: 100 is newer than 9."""
     for step in (8, 9, 99, 100):
         save(tmp_path, step, write, keep)
@@ -257,7 +262,7 @@ CLAIMS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "why"), CLAIMS)
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_manifest_that_claims_something_else_is_refused(
+def test_a_manifest_of_another_checkpoint_raises(
     tmp_path: Path, change: dict[str, Any], why: str, signed: bool
 ) -> None:
     """It holds a hash of itself, and is about the directory it is in. With a hash that fits, what it claims is compared."""
@@ -270,8 +275,8 @@ def test_a_manifest_that_claims_something_else_is_refused(
         verify(path)
 
 
-def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
-    """Its step is the name's, so that a run never goes on from a step that it is not at."""
+def test_a_checkpoint_under_another_name_raises(tmp_path: Path) -> None:
+    """Its step is the name's, so that a run is never resumed from a step that it is not at."""
     path = save(tmp_path, 1, write).path
     path.rename(tmp_path / "step-8")
     with pytest.raises(DataError, match="step 1"):
@@ -294,7 +299,7 @@ def test_the_newest_valid_one_is_found_and_the_others_are_named(tmp_path: Path) 
     assert newest_valid(tmp_path / "nowhere", said.append) is None
 
 
-def test_damaged_ones_are_set_aside_under_a_name_that_nobody_looks_for(tmp_path: Path) -> None:
+def test_damaged_ones_are_renamed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, write, keep=3)
     (tmp_path / "damaged-step-3").mkdir()
@@ -317,7 +322,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+def test_a_pickle_raises_and_never_runs(tmp_path: Path) -> None:
     """Also when it comes as torch.save writes it, and even when its hash is in the manifest."""
     trap = tmp_path / "sprung"
 

@@ -142,7 +142,7 @@ def test_the_extreme_words_give_numbers_inside_the_open_interval() -> None:
 
 
 @pytest.mark.parametrize("probability", [2.0**-64, 0.1, 0.5, 0.9, 1 - 2.0**-53, 1.0])
-def test_a_mask_keeps_the_lowest_words_and_as_many_as_its_probability_says(probability: float) -> None:
+def test_a_mask_selects_the_lowest_words_in_a_share_of_its_probability(probability: float) -> None:
     """As a threshold on signed words in plain integers: a share of exactly `probability` of all 2^64."""
     share = int(probability * 2**64)
     expected = [[w + 2**63 < share for w in _reference(5, "drop", 2, i, 60)] for i in range(40)]
@@ -169,7 +169,7 @@ def test_the_mask_of_a_sample_is_the_same_in_any_batch_and_in_any_order() -> Non
 
 
 @pytest.mark.parametrize("probability", [0.0, -0.1, 1.5, math.nan])
-def test_a_mask_that_cannot_be_is_refused(probability: float) -> None:
+def test_an_invalid_probability_raises(probability: float) -> None:
     with pytest.raises(ValueError, match=f"probability is {probability}; give a number in"):
         keep(0, "drop", 0, _ids(2), (3,), probability)
 

@@ -1,15 +1,18 @@
-"""Images in: what is decoded, what is stated, what is refused, and that the fingerprint is the content's alone."""
+"""Images in: decoding, stated conversions, errors, and that the fingerprint is the content's alone."""
 
 import io
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from pictures import PIXEL_LIMIT, UNDECODABLE, UNUSABLE, Fault, deep_colour_png, noise, save
 from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError
@@ -21,17 +24,6 @@ from midway.gen.data.sources import SOURCES, Arrays
 from midway.gen.data.splits import DataConfig, load_splits, split
 
 CIFAR_ZIP = Path(__file__).parents[2] / ".." / "shared" / "data" / "cifar10-train.zip"
-
-
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save(path: Path, pixels: np.ndarray, mode: str | None = None) -> np.ndarray:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(pixels)
-    (image if mode is None else image.convert(mode)).save(path)
-    return pixels
 
 
 def zip_folder(folder: Path, target: Path, prefix: str = "", compression: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -171,54 +163,45 @@ def test_cifar_zip_sample(tmp_path: Path):
 # ---- conversions, each stated ----
 
 
-@pytest.mark.parametrize("alpha", [0, 128, 255])
-def test_alpha_is_composited_on_white(tmp_path: Path, alpha: int):
-    save(tmp_path / "a.png", np.full((2, 2, 4), (200, 0, 100, alpha), np.uint8))
+def palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    return image
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An image of 2 x 1 pixels as it is saved, the values of its pixels when loaded, and how that is stated."""
+
+    image: Image.Image
+    expected: Sequence[float]
+    note: str = "alpha composited on white"
+    ending: str = "png"
+    transparency: int | tuple[int, int, int] | None = None
+
+
+CONVERSIONS = {
+    "alpha 0": Conversion(Image.new("RGBA", (2, 1), (200, 0, 100, 0)), 2 * [255, 255, 255]),
+    "alpha 128": Conversion(Image.new("RGBA", (2, 1), (200, 0, 100, 128)), 2 * [227.4, 127, 177.2]),
+    "alpha 255": Conversion(Image.new("RGBA", (2, 1), (200, 0, 100, 255)), 2 * [200, 0, 100]),
+    "grey with alpha": Conversion(Image.new("LA", (2, 1), (40, 0)), [255, 255]),
+    "palette": Conversion(palette(), [10, 20, 30, 40, 50, 60], "palette expanded to RGB"),
+    "palette with transparency": Conversion(palette(), [255, 255, 255, 40, 50, 60], transparency=0),
+    "a transparent colour": Conversion(Image.new("RGB", (2, 1), (9, 8, 7)), 6 * [255], transparency=(9, 8, 7)),
+    "one bit": Conversion(Image.fromarray(np.array([[True, False]])), [255, 0], "1-bit expanded to 8-bit grey"),
+    "CMYK": Conversion(Image.new("CMYK", (2, 1), (255, 0, 0, 0)), 2 * [0, 255, 255], "CMYK converted to RGB", "tif"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversions_are_right_and_stated(tmp_path: Path, name: str):
+    case = CONVERSIONS[name]
+    options: dict[str, Any] = {} if case.transparency is None else {"transparency": case.transparency}
+    case.image.save(tmp_path / f"a.{case.ending}", **options)
     image, stated = only(tmp_path)
-    expected = [(c * alpha + 255 * (255 - alpha)) / 255 for c in (200, 0, 100)]
-    assert image[:, 0, 0].tolist() == pytest.approx(expected, abs=1)
-    assert stated == ("1 image: alpha composited on white",)
-
-
-def test_grey_with_alpha_stays_grey(tmp_path: Path):
-    Image.new("LA", (2, 2), (40, 0)).save(tmp_path / "a.png")
-    image, stated = only(tmp_path)
-    assert image.shape == (1, 2, 2) and image.unique().tolist() == [255]
-    assert stated == ("1 image: alpha composited on white",)
-
-
-def test_palette_with_and_without_transparency(tmp_path: Path):
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putdata([0, 1])
-    (tmp_path / "opaque").mkdir()
-    (tmp_path / "clear").mkdir()
-    palette.save(tmp_path / "opaque" / "a.png")
-    palette.save(tmp_path / "clear" / "a.png", transparency=0)
-    image, stated = only(tmp_path / "opaque")
-    assert image[:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
-    assert stated == ("1 image: palette expanded to RGB",)
-    image, stated = only(tmp_path / "clear")
-    assert image[:, 0].T.tolist() == [[255, 255, 255], [40, 50, 60]]
-    assert stated == ("1 image: alpha composited on white",)
-
-
-def test_transparent_colour_of_an_rgb_png(tmp_path: Path):
-    Image.new("RGB", (2, 2), (9, 8, 7)).save(tmp_path / "a.png", transparency=(9, 8, 7))
-    image, stated = only(tmp_path)
-    assert image.unique().tolist() == [255] and stated == ("1 image: alpha composited on white",)
-
-
-def test_one_bit(tmp_path: Path):
-    Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
-    image, stated = only(tmp_path)
-    assert image.tolist() == [[[255, 0]]] and stated == ("1 image: 1-bit expanded to 8-bit grey",)
-
-
-def test_cmyk(tmp_path: Path):
-    Image.new("CMYK", (2, 2), (255, 0, 0, 0)).save(tmp_path / "a.tif")
-    image, stated = only(tmp_path)
-    assert image[:, 0, 0].tolist() == [0, 255, 255] and stated == ("1 image: CMYK converted to RGB",)
+    assert image[:, 0].T.flatten().tolist() == pytest.approx(case.expected, abs=0.5)
+    assert stated == (f"1 image: {case.note}",)
 
 
 def test_exif_rotation(tmp_path: Path):
@@ -269,12 +252,8 @@ def test_resize_is_antialiased(tmp_path: Path):
     save(tmp_path / "a.png", (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
     image, _ = only(tmp_path, resize=8)
     assert (image.float() - 127.5).abs().max() < 4
-
-
-def test_resize_to_the_same_size_changes_nothing(tmp_path: Path):
-    save(tmp_path / "a.png", noise(4, 4))
-    image, stated = only(tmp_path, resize=4)
-    assert torch.equal(image[0], torch.from_numpy(noise(4, 4))) and stated == ()
+    unchanged, stated = only(tmp_path, resize=64)
+    assert unchanged.unique().tolist() == [0, 255] and stated == ()
 
 
 def test_jpeg_and_animation_are_stated(tmp_path: Path):
@@ -286,7 +265,7 @@ def test_jpeg_and_animation_are_stated(tmp_path: Path):
     assert {"1 image: lossy JPEG source", "1 image: first of several frames"} <= set(data.conversions)
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
 def refused(source: Path | str, *fragments: str, on_bad_image: Literal["error", "skip"] = "error") -> DataError:
@@ -347,47 +326,18 @@ def test_mixed_sizes_name_two_files(animals: Path):
     assert load_images(str(animals), resize=4).images.shape == (4, 3, 4, 4)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_more_than_eight_bits(tmp_path: Path, dtype: type):
-    Image.fromarray(np.array([[0, 1000]], dtype)).save(tmp_path / "deep.tiff")
-    refused(tmp_path, "deep.tiff is not an 8-bit image", "8-bit", on_bad_image="skip")
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("fault", UNDECODABLE + UNUSABLE, ids=lambda fault: fault.name)
+def test_bad_files_raise_with_their_name_and_reason(tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXEL_LIMIT)
+    flat(tmp_path, 2)
+    fault.make(tmp_path / fault.name)
+    refused(tmp_path, fault.name, fault.word, on_bad_image="skip")
 
 
-def test_sixteen_bit_png_in_grey_and_colour(tmp_path: Path):
-    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(tmp_path / "deep.png")
-    refused(tmp_path, "deep.png is not an 8-bit image")
-    (tmp_path / "deep.png").write_bytes(colour_png_of_16_bits())
-    assert Image.open(tmp_path / "deep.png").mode == "RGB"  # Pillow drops the low byte and says nothing
-    refused(tmp_path, "deep.png is not an 8-bit image")
-
-
-def colour_png_of_16_bits() -> bytes:
-    """One RGB pixel, written by hand because Pillow cannot."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    pixel = zlib.compress(b"\0" + struct.pack(">HHH", 1, 2, 3))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixel) + chunk(b"IEND", b"")
-
-
-def test_colour_mode_without_a_conversion(tmp_path: Path):
-    Image.new("LAB", (2, 2)).save(tmp_path / "a.tif")
-    refused(tmp_path, "a.tif has colour mode LAB")
-
-
-def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    save(tmp_path / "huge.png", noise(8, 8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    refused(tmp_path, "huge.png has too many pixels", on_bad_image="skip")
-
-
-def test_postscript_under_an_image_name_is_not_run(tmp_path: Path):
-    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EOF\n")
-    refused(tmp_path, "a.png (empty or not an image)")
+def test_pillow_drops_the_low_byte_of_a_deep_colour_png():
+    """Its mode does not show the depth, which must be read from the file."""
+    assert Image.open(io.BytesIO(deep_colour_png())).mode == "RGB"
 
 
 def test_sources_without_images(tmp_path: Path):
@@ -576,13 +526,13 @@ def test_split_of_digits_by_seed_zero():
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
-def test_split_refuses_a_share_outside_the_unit_interval(share: float):
+def test_a_share_outside_the_unit_interval_raises(share: float):
     with pytest.raises(UsageError, match="held_out"):
         split(numbered([5]), share)
 
 
 @pytest.mark.parametrize(("count", "share"), [(1, 0.5), (2, 0.1), (2, 0.9)])
-def test_split_refuses_an_empty_side(count: int, share: float):
+def test_an_empty_side_raises(count: int, share: float):
     with pytest.raises(DataError, match="empty"):
         split(numbered([count]), share)
 
@@ -614,12 +564,12 @@ def test_to_uint8_rounds_to_nearest_and_clamps():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_to_uint8_refuses_non_finite(value: float):
+def test_to_uint8_raises_for_values_that_are_not_finite(value: float):
     with pytest.raises(ValueError, match="1 of 3 values"):
         to_uint8(torch.tensor([0.0, value, 1.0]))
 
 
-def test_conversions_refuse_the_other_side():
+def test_conversions_raise_for_the_other_type():
     with pytest.raises(ValueError, match="uint8"):
         to_float(torch.zeros(2))
     with pytest.raises(ValueError, match="float"):

@@ -1,10 +1,7 @@
-"""`data.py check`: every fault is found and named, every figure is what a plain computation gives, and codes say which."""
+"""`data.py check`: every fault is found and named, every figure equals a plain computation, and exit codes distinguish them."""
 
 import json
-import struct
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import data as data_script
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pictures import PIXEL_LIMIT, UNDECODABLE, UNUSABLE, Fault, noise, save
 from PIL import Image
 from pipelines import Script
 
@@ -25,16 +23,7 @@ from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig, split
 
 OK, USAGE, DATA, DISK = 0, 2, 3, 5
-
-
-def noise(*shape: int, seed: int = 0) -> NDArray[np.uint8]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def save(path: Path, pixels: NDArray[Any], **options: Any) -> NDArray[Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, **options)
-    return pixels
+FAULTS = UNDECODABLE + UNUSABLE
 
 
 def good(folder: Path, count: int = 10) -> Path:
@@ -55,59 +44,10 @@ def warned(facts: DataFacts, *words: str) -> bool:
 # ---- bad files ----
 
 
-def deep_colour_png() -> bytes:
-    """One RGB pixel of 16 bits a channel, by hand because Pillow writes none."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(7))) + chunk(b"IEND", b"")
-
-
-def truncated_jpeg(path: Path) -> None:
-    save(path, noise(24, 24, 3))
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) * 3 // 4])
-
-
-def flipped_png(path: Path) -> None:
-    save(path, noise(16, 16, 3))
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-
-
-def lab_tiff(path: Path) -> None:
-    Image.new("LAB", (6, 4)).save(path)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """How a bad file is made, and a word of the reason that must be given."""
-
-    name: str
-    make: Callable[[Path], object]
-    word: str
-
-
-FAULTS = (
-    Fault("cut.jpg", truncated_jpeg, "runcated"),
-    Fault("flipped.png", flipped_png, ":"),
-    Fault("zero.png", lambda path: path.write_bytes(b""), "empty or not an image"),
-    Fault("text.png", lambda path: path.write_text("hello"), "empty or not an image"),
-    Fault("deep.png", lambda path: save(path, np.full((4, 6), 1000, np.uint16)), "16-bit"),
-    Fault("deep_colour.png", lambda path: path.write_bytes(deep_colour_png()), "16-bit"),
-    Fault("float.tif", lambda path: save(path, np.zeros((4, 6), np.float32)), "float"),
-    Fault("lab.tif", lab_tiff, "colour mode LAB"),
-    Fault("huge.png", lambda path: save(path, np.zeros((40, 40), np.uint8)), "too many pixels"),
-)
-
-
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """What 179 million pixels are otherwise, 1000 are here: an error above twice the limit."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXEL_LIMIT)
 
 
 @pytest.mark.usefixtures("small_limit")
@@ -125,11 +65,11 @@ def test_all_bad_files_are_listed_and_the_rest_is_measured(tmp_path: Path, scrip
         assert fault.word in reason and name not in reason
         assert f"bad          {name}: {reason}" in told.out
     facts = json.loads((out / "data.json").read_text())
-    assert (facts["files"], facts["images"], facts["fingerprint"]) == (29, 20, None)
+    assert (facts["files"], facts["images"], facts["fingerprint"]) == (32, 20, None)
     assert facts["classes"] == {"cat": 10, "dog": 10} and facts["sizes"] == {"6x4": 20}
     assert [problem["what"] for problem in facts["problems"]] == [
-        "4 of 29 images cannot be decoded",
-        "5 of 29 images are intact but cannot be used",
+        "5 of 32 images cannot be decoded",
+        "7 of 32 images are intact but cannot be used",
     ]
     assert told.err.startswith(f"error: {folder} cannot be used") and "  fix: " in told.err
     assert facts["statistics"] == clean_statistics(tmp_path)
@@ -139,7 +79,7 @@ def clean_statistics(tmp_path: Path) -> Any:
     return json.loads(json.dumps([vars(one) for one in look(good(tmp_path / "clean")).statistics]))
 
 
-@pytest.mark.parametrize("fault", FAULTS[:4], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", UNDECODABLE, ids=lambda fault: fault.name)
 def test_skip_is_a_warning_and_the_fingerprint_that_of_training(tmp_path: Path, script: Script, fault: Fault):
     good(tmp_path, 60)
     fault.make(tmp_path / "dog" / fault.name)

@@ -16,7 +16,7 @@ from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, So
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import load_model, load_solver
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, gits_grid
+from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, make_table
 from midway.gen.diffusion.sampling import sample_latents
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
@@ -98,7 +98,7 @@ def test_a_node_that_the_teacher_did_not_evaluate_is_evaluated() -> None:
     torch.testing.assert_close(kept.eps[0], slope, rtol=0, atol=1e-12)
 
 
-def test_a_teacher_of_other_nodes_or_with_noise_is_refused() -> None:
+def test_a_teacher_of_other_nodes_or_with_noise_raises_an_error() -> None:
     schedule = Cosine()
     solver = _solver(schedule, 2)
     for fine, stride in ((grids.karras(schedule, 6), 3), (grids.uniform(schedule, 6, RHO), 3), (solver.grid, 2)):
@@ -170,8 +170,8 @@ def test_checkpointing_changes_neither_a_gradient_nor_the_count(base: str, analy
     data = mixture()
 
     def field(x: Tensor, t: Tensor) -> Prediction:
-        said = data.field(solver.schedule)(x, t)
-        return replace(said, features=said.x0)  # features with a gradient, as a network's
+        prediction = data.field(solver.schedule)(x, t)
+        return replace(prediction, features=prediction.x0)  # features with a gradient, as a network's
 
     x, rule = _start(solver), Predictor(2, 3, CONFIG)
     with torch.no_grad():
@@ -398,7 +398,7 @@ def test_fitting_a_grid_counts_every_pass_once(scale: float, interval: tuple[flo
     config = SamplerConfig(grids=("gits",), guidance=scale, interval=interval)
     with ForwardCounter(trained.model.network) as counter:
         for nfe in (3, 4):
-            gits_grid(trained, nfe, config.sampling().guidance, config.rho_max, config.rho_min)
+            make_table("ddim", "gits", nfe, trained, config)
         assert fitting_nfe(trained, config) == counter.evaluations
     schedule = trained.model.schedule
     rhos = schedule.rho(torch.tensor(grids.karras(schedule, FINE_STEPS)[:-1], dtype=torch.float64)).tolist()

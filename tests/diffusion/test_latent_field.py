@@ -124,7 +124,7 @@ def test_both_models_of_autoguidance_are_counted() -> None:
     assert other.evaluations == guided * len(LABELS)
 
 
-def test_a_model_that_cannot_guide_is_refused() -> None:
+def test_a_model_that_cannot_guide_raises_an_error() -> None:
     made = model()
     for other in (model("linear"), model(target="eps")):
         with pytest.raises(ValueError, match="guide with one trained alike"):

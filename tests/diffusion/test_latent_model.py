@@ -45,7 +45,7 @@ def _batch(count: int) -> LatentBatch:
 
 
 def test_the_first_output_is_zero() -> None:
-    """adaLN-zero and a zero head: a new network says 0, whatever it sees."""
+    """adaLN-zero and a zero head: a new network's output is 0 for any input."""
     model = _model()
     out, _ = model.forward_network(torch.randn(5, 3, 4, 4), torch.rand(5), torch.arange(5))
     assert not out.any()
@@ -62,16 +62,16 @@ def test_the_first_loss_is_the_targets_variance(schedule: str, target: str) -> N
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
-def test_a_network_that_says_its_target_recovers_the_data(schedule: str, target: str, monkeypatch) -> None:
+def test_a_network_that_returns_its_target_recovers_the_data(schedule: str, target: str, monkeypatch) -> None:
     model = _model(schedule, target)
     x0, eps = torch.randn(2, 6, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = model.schedule.time_of_rho(torch.logspace(-1, 1, 6, dtype=torch.float64))
     x = expand(model.schedule.alpha(t), x0) * x0 + expand(model.schedule.sigma(t), x0) * eps
     from midway.samplers.prediction import target_value
 
-    said = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model.output_scale(t), x0)
+    value = target_value(model.config.target, x0, eps, t, model.schedule) / expand(model.output_scale(t), x0)
     hidden = torch.zeros(6, 16, 16)
-    monkeypatch.setattr(model, "forward_network", lambda *_: (said, hidden))
+    monkeypatch.setattr(model, "forward_network", lambda *_: (value, hidden))
     got = model.conditional_field(x, t, torch.zeros(6, dtype=torch.int64))
     torch.testing.assert_close(got.x0, x0, rtol=0, atol=1e-8)
     torch.testing.assert_close(got.eps, eps, rtol=0, atol=1e-8)
@@ -250,7 +250,7 @@ def test_a_compiled_network_draws_the_same_masks_and_is_not_compiled_for_every_s
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, math.nan])
-def test_a_dropout_that_cannot_be_is_refused(dropout: float) -> None:
+def test_a_dropout_that_cannot_be_raises_an_error(dropout: float) -> None:
     with pytest.raises(ValueError, match=f"dropout is {dropout}; give a number in"):
         DiTConfig(dropout=dropout)
 

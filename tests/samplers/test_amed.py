@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import mixture
+from oracles import mixture, noise_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,8 +24,8 @@ from midway.samplers.learned_solver import LEARNED, LearnedSolver
 from midway.samplers.prediction import Prediction
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule, Shifted
-from midway.samplers.solvers import MeanDirection, dpm2
-from midway.samplers.step_parameters import MARGIN, AMEDConfig, Constants, Predictor
+from midway.samplers.solvers import dpm2
+from midway.samplers.step_parameters import MARGIN, AMEDConfig, Constants, MeanDirection, Predictor
 from midway.samplers.table import fingerprint
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
@@ -33,24 +33,18 @@ names = [type(s).__name__ for s in SCHEDULES]
 CARD = SolverCard("amed", "karras", "cosine", "0123456789ab", 6, False, 1.0, 100, "heun, 24 steps")
 
 
-def _noise(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tensor:
-    time = torch.tensor(t, dtype=torch.float64)
-    scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
-    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_unlearned_rules_start_at_dpm_solver_2(schedule: Schedule) -> None:
     grid = grids.karras(schedule, 3, rho_max=20.0)
     assert Constants(3, AMEDConfig()).values() == (MeanDirection(0.5, 1.0, 1.0),) * 3
-    x, field = _noise(schedule, grid[0]), mixture().field(schedule)
+    x, field = noise_at(schedule, grid[0]), mixture().field(schedule)
     torch.manual_seed(0)
     for rule, dim in ((Constants(3, AMEDConfig()), 0), (Predictor(2, 3, AMEDConfig()), 2)):
         got = nodes(AMEDSolver(schedule, grid, feature_dim=dim), field, rule, x)[-1]
         torch.testing.assert_close(got, sample(field, dpm2(schedule, grid), x), rtol=1e-10, atol=1e-10)
 
 
-def test_ranges_are_what_the_config_says() -> None:
+def test_ranges_are_those_of_the_config() -> None:
     config = AMEDConfig(scale_dir=0.3, scale_time=0.0)
     rule = Constants(2, config)
     with torch.no_grad():
@@ -142,7 +136,7 @@ def test_learned_solvers_survive_the_disk(name: str, tmp_path: Path) -> None:
     path = tmp_path / "solver.safetensors"
     solver.save(path)
     loaded = LearnedSolver.load(path, Cosine())
-    x, field = _noise(schedule, solver.grid[0]).float(), mixture().field(schedule)
+    x, field = noise_at(schedule, solver.grid[0]).float(), mixture().field(schedule)
     assert (loaded.card, loaded.grid) == (solver.card, solver.grid)
     assert torch.equal(loaded.run(field, x), solver.run(field, x))
     assert [p.name for p in tmp_path.iterdir()] == ["solver.safetensors"]
@@ -153,7 +147,7 @@ def test_every_learned_solver_is_a_solver_of_its_own() -> None:
     schedule, ends = Cosine(), []
     for name in LEARNED:
         solver = _learned(name)
-        x = _noise(schedule, solver.grid[0])
+        x = noise_at(schedule, solver.grid[0])
         ends.append(solver.run(mixture().field(schedule), x))
         table = solver.table
         assert (table is not None) == name.endswith("-constants")
@@ -174,10 +168,10 @@ def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> Non
     assert LearnedSolver.load(path, Cosine()).card == replace(solver.card, base="none", mode="per_step")
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
-def test_a_solver_for_another_schedule_is_refused() -> None:
+def test_a_solver_for_another_schedule_raises_an_error() -> None:
     for name in ("amed", "amed-plugin-ipndm4-constants"):
         solver = _learned(name)
         for other in (Linear(), VP(), Shifted(Cosine(), 2.0)):
@@ -190,9 +184,9 @@ def test_a_solver_for_another_schedule_is_refused() -> None:
     assert replace(odd, card=replace(CARD, schedule=fingerprint(shifted)), schedule=shifted).table is not None
 
 
-def test_a_predictor_of_another_model_is_refused() -> None:
+def test_a_predictor_of_another_model_raises_an_error() -> None:
     schedule, solver = Cosine(), _learned("amed")
-    x, field = _noise(schedule, solver.grid[0]), mixture().field(schedule)
+    x, field = noise_at(schedule, solver.grid[0]), mixture().field(schedule)
 
     def other(state: Tensor, t: Tensor) -> Prediction:
         return replace(field(state, t), features=torch.zeros(len(state), 5))
@@ -203,7 +197,7 @@ def test_a_predictor_of_another_model_is_refused() -> None:
         solver.run(lambda state, t: replace(field(state, t), features=None), x)
 
 
-def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_are_refused() -> None:
+def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_raise_an_error() -> None:
     solver = _learned("amed-constants")
     with pytest.raises(ValueError, match="numbers for 3 steps, the grid has 2"):
         replace(solver, grid=solver.grid[:-1])
@@ -213,7 +207,7 @@ def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_are_refused() -> Non
         replace(solver)
 
 
-def test_another_file_is_refused(tmp_path: Path) -> None:
+def test_another_file_raises_an_error(tmp_path: Path) -> None:
     dpm2(Cosine(), grids.karras(Cosine(), 3)).save(tmp_path / "table.safetensors")
     with pytest.raises(ValueError, match="not a learned solver"):
         LearnedSolver.load(tmp_path / "table.safetensors", Cosine())
@@ -240,12 +234,12 @@ def _objective_of(**changes: Any) -> SolverObjective:
         ({"teacher_steps": 0}, "must be 1 or more"),
     ],
 )
-def test_an_objective_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+def test_an_objective_that_cannot_be_raises_an_error(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         _objective_of(**changes)
 
 
-def test_a_teacher_that_diverges_is_refused() -> None:
+def test_a_teacher_that_diverges_raises_an_error() -> None:
     objective = _objective_of()
     model = objective._model[0]
     with torch.no_grad():

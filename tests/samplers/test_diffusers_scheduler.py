@@ -62,15 +62,15 @@ def _ddpm_pipeline(scheduler: Any) -> Any:
 
 
 class Recorded:
-    """What the scheduler's `step` returned, call by call, and the times the network was told."""
+    """What the scheduler's `step` returned, call by call, and the network's time inputs."""
 
     def __init__(self, scheduler: Any) -> None:
-        self.states, self.told = [], []
+        self.states, self.times = [], []
         step = scheduler.step
 
         def recording(output: Tensor, timestep: Tensor, *arguments: Any, **named: Any) -> Any:
             result = step(output, timestep, *arguments, **named)
-            self.told.append(timestep)
+            self.times.append(timestep)
             self.states.append(result.prev_sample)
             return result
 
@@ -120,8 +120,8 @@ def test_a_ddpm_pipeline_is_sample(solver: str, prediction_type: str) -> None:
     expected = sample(field, table, x, lambda x: torch.randn(x.shape, generator=generator))
     _close(recorded.states[-1], expected)
     sample(counter, table, x, lambda x: x)
-    assert len(recorded.told) == table.nfe == counter.evaluations / 2
-    assert len(recorded.told) == 4 * scheduler.order
+    assert len(recorded.times) == table.nfe == counter.evaluations / 2
+    assert len(recorded.times) == 4 * scheduler.order
 
 
 @pytest.mark.parametrize("analytic_first", [False, True])
@@ -136,7 +136,7 @@ def test_a_guided_dit_pipeline_is_sample(solver: str, analytic_first: bool) -> N
     field = classifier_free(counter, torch.tensor([7, 3]), torch.tensor([1000, 1000]), 3.0)
     table = SOLVERS[solver].build(schedule, grids.logsnr(schedule, 3, *trained_range(schedule)), analytic_first)
     _close(recorded.states[-1][:2], sample(field, table, _noise(2, 4, 4, 4)))
-    assert len(recorded.told) == table.nfe == counter.evaluations / 4
+    assert len(recorded.times) == table.nfe == counter.evaluations / 4
     assert table.nfe == 3 * SOLVERS[solver].evaluations - analytic_first
 
 
@@ -289,7 +289,7 @@ def test_a_learned_table_runs_and_travels_in_the_config(analytic_first: bool, tm
     assert pipe([1], num_inference_steps=3, output_type="pt").images.isfinite().all()
 
 
-def test_constants_are_a_table_and_predictors_are_refused(tmp_path: Path) -> None:
+def test_constants_are_a_table_and_predictors_raise_an_error(tmp_path: Path) -> None:
     schedule = parametrisation_of(V).schedule
     grid, path = grids.logsnr(schedule, 3, *trained_range(schedule)), tmp_path / "solver.safetensors"
     constants = Constants(3, AMEDConfig())
@@ -306,10 +306,10 @@ def test_constants_are_a_table_and_predictors_are_refused(tmp_path: Path) -> Non
         MidwayScheduler.from_config(V, table=str(path))
 
 
-def test_a_table_of_another_schedule_is_refused() -> None:
+def test_a_table_of_another_schedule_raises_an_error() -> None:
     table = ddim(parametrisation_of({}).schedule, (0.9, 0.1))
     assert table_from_numbers(json.loads(json.dumps(asdict(table)))) == table
-    with pytest.raises(ValueError, match="take the config of the scheduler that the model was trained with"):
+    with pytest.raises(ValueError, match="use the config of the scheduler that the model was trained with"):
         MidwayScheduler.from_config(V, table=asdict(table))
 
 
@@ -381,7 +381,7 @@ def test_a_pipeline_that_does_not_scale_inputs_cannot_skip_the_first_evaluation(
         _ddpm_pipeline(MidwayScheduler(**V, analytic_first=True))(num_inference_steps=3)
 
 
-def test_wrong_names_and_grids_are_refused() -> None:
+def test_wrong_names_and_grids_raise_an_error() -> None:
     with pytest.raises(ValueError, match="unknown solver 'eulr'"):
         MidwayScheduler(solver="eulr")
     with pytest.raises(ValueError, match="unknown grid 'even'"):
@@ -468,10 +468,10 @@ def test_without_diffusers_only_the_scheduler_is_missing() -> None:
         "try:\n    import midway.samplers.diffusers_scheduler\n"
         "except ImportError as error:\n    print(error)\n"
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
     )
-    assert told.stdout == "MidwayScheduler needs diffusers: pip install 'diffusers>=0.35'\n"
+    assert done.stdout == "MidwayScheduler needs diffusers: pip install 'diffusers>=0.35'\n"
 
 
 # ---- the page ----
@@ -489,12 +489,12 @@ def test_the_code_of_the_page_runs_as_printed(tmp_path: Path, monkeypatch: pytes
     dit = _dit_pipeline(diffusers.DDIMScheduler())
     dit.save_pretrained("facebook/DiT-XL-2-256")
     _learned_table_of({}).save(Path("table.safetensors"))
-    told: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     blocks = _blocks()
     assert len(blocks[0].strip().splitlines()) <= 10, "our solver in a pipeline takes ten lines"
     for block in blocks:
-        exec(block, told)
-    assert len(told["images"]) == 4
-    assert told["errors"]["heun"] > 0
-    assert set(told["errors"]) == {name for name, solver in SOLVERS.items() if not solver.stochastic}
-    assert told["latents"].isfinite().all()
+        exec(block, names)
+    assert len(names["images"]) == 4
+    assert names["errors"]["heun"] > 0
+    assert set(names["errors"]) == {name for name, solver in SOLVERS.items() if not solver.stochastic}
+    assert names["latents"].isfinite().all()

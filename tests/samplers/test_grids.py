@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import exact_solution, mixture
-from torch import Tensor
+from oracles import exact_solution, mixture, noise_at
 
 from midway.samplers import grids
 from midway.samplers.gits import cheapest_path, gits_grid, jump_costs
@@ -15,12 +14,6 @@ from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import EDM, VP, Linear, Schedule
 from midway.samplers.solvers import ddim, dpmpp2m
 from midway.samplers.table import Table
-
-
-def _noise(schedule: Schedule, t: float, count: int, seed: int) -> Tensor:
-    time = torch.tensor(t, dtype=torch.float64)
-    scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
-    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("schedule", [VP(), EDM(), Linear()])
@@ -60,7 +53,7 @@ def test_dynamic_programming_finds_the_least_of_all_paths(steps: int, seed: int)
 def test_a_jumps_cost_is_where_one_euler_step_in_rho_lands(schedule: Schedule) -> None:
     """Against ddim from the trajectory's own node; a jump to the next node costs nothing, there the trajectory is that step."""
     fine = grids.karras(schedule, 6, rho_max=5.0, rho_min=0.05)
-    field, x = mixture().field(schedule), _noise(schedule, fine[0], 8, 0)
+    field, x = mixture().field(schedule), noise_at(schedule, fine[0], 8, 0)
     costs = jump_costs(field, schedule, x, fine)
     at_two = sample(field, ddim(schedule, fine[:3]), x)
     alpha = schedule.alpha(torch.tensor(fine[5], dtype=torch.float64))
@@ -80,11 +73,11 @@ def test_the_fitted_grid_beats_the_uniform_one_on_unseen_noise(
     """Equal steps of t are good on the linear schedule, so there is little to win there."""
     field = EvaluationCounter(mixture().field(schedule))
     start = grids.karras(schedule, 1)[0]
-    fitted = gits_grid(field, schedule, _noise(schedule, start, 32, 1), None, 6)
+    fitted = gits_grid(field, schedule, noise_at(schedule, start, 32, 1), None, 6)
     assert field.evaluations == 32 * 60
     assert len(fitted) == 7
     assert set(fitted) <= set(grids.karras(schedule, 60))
-    x = _noise(schedule, start, 64, 2)
+    x = noise_at(schedule, start, 64, 2)
     exact = exact_solution(mixture(), schedule, x, fitted[0], fitted[-1])
     errors = [
         (sample(field, build(schedule, grid), x) - exact).square().mean().sqrt().item()
@@ -93,7 +86,7 @@ def test_the_fitted_grid_beats_the_uniform_one_on_unseen_noise(
     assert errors[0] < share * errors[1]
 
 
-def test_what_cannot_be_fitted_is_refused() -> None:
+def test_what_cannot_be_fitted_raises_an_error() -> None:
     with pytest.raises(ValueError, match="ask for 1 to 3"):
         cheapest_path(torch.zeros(4, 4), 4)
     with pytest.raises(ValueError, match="starts at pure noise"):

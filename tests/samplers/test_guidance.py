@@ -87,14 +87,21 @@ def test_a_network_without_features_has_none_under_guidance() -> None:
     x, t = _state(schedule, 0.4)
 
     def network(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
-        said = _network(schedule)(x, t, labels)
-        return Prediction(said.x0, said.eps)
+        prediction = _network(schedule)(x, t, labels)
+        return Prediction(prediction.x0, prediction.eps)
 
     bare = conditional(network, LABELS)
     assert classifier_free(network, LABELS, NULL, 2.0)(x, t).features is None
     assert autoguidance(bare, conditional(_network(schedule), NULL), 2.0)(x, t).features is None
     timed = interval(conditional(_network(schedule), LABELS), bare, schedule, 0.1, 1.0)
     assert timed(x, t).features is None
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, 4), (2.5, 8)])
+def test_classifier_free_guidance_counts_twice_and_at_scale_one_once(scale: float, passes: int) -> None:
+    counter = EvaluationCounter(_network(EDM()))
+    classifier_free(counter, LABELS, NULL, scale)(*_state(EDM(), 0.5))
+    assert counter.evaluations == passes
 
 
 def test_autoguidance_counts_at_both_networks_and_at_scale_one_only_at_its_own() -> None:
@@ -176,7 +183,7 @@ def test_outside_its_interval_guidance_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 1.0), (2.0, 2.0), (3.0, 1.0), (math.nan, 1.0), (0.0, math.nan)])
-def test_an_empty_interval_is_refused(low: float, high: float) -> None:
+def test_an_empty_interval_raises_an_error(low: float, high: float) -> None:
     field = _gaussian(EDM(), MEANS[LABELS])
     with pytest.raises(ValueError, match="0 <= low < high"):
         interval(field, field, EDM(), low, high)

@@ -1,4 +1,4 @@
-"""Foreign models as fields: the discrete schedule against its formulas, every prediction type against exact denoisers,
+"""Models of diffusers and EDM as fields: the discrete schedule against its formulas, prediction types against exact denoisers,
 float times that are never truncated, and tiny diffusers models against their own definition."""
 
 import math
@@ -56,8 +56,6 @@ def test_timesteps_have_the_alphas_of_diffusers(config: dict[str, Any]) -> None:
     t = schedule.time(torch.arange(len(theirs), dtype=torch.float64))
     torch.testing.assert_close(schedule.alpha(t).square().float(), theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(schedule.alpha(t).square() + schedule.sigma(t).square(), torch.ones_like(t))
-    again = Discrete.from_alphas_cumprod(theirs)
-    torch.testing.assert_close(again.alpha(t), schedule.alpha(t), rtol=0, atol=1e-5)
 
 
 @all_configs
@@ -130,7 +128,7 @@ def test_integer_timesteps_survive_float32_and_times_can_be_learned() -> None:
     assert t.grad.tolist() == [1000, 1000]
 
 
-def test_schedules_that_do_not_rise_are_refused() -> None:
+def test_schedules_that_do_not_rise_raise_an_error() -> None:
     with pytest.raises(ValueError, match="rising noise"):
         Discrete((0.0, 1.0, 1.0))
     with pytest.raises(ValueError, match="rising noise"):
@@ -176,10 +174,10 @@ def test_a_grid_starts_and_ends_where_the_model_was_trained() -> None:
 
 
 class Oracle:
-    """A diffusers-like model that is exact for the mixture, told a float timestep; it knows the betas, not `Discrete`."""
+    """A diffusers-like model that is exact for the mixture at float timesteps; it has the betas, not `Discrete`."""
 
     def __init__(self, config: Mapping[str, Any], channels: int = 1) -> None:
-        self.kind, self.channels, self.told = config.get("prediction_type", "epsilon"), channels, []
+        self.kind, self.channels, self.times = config.get("prediction_type", "epsilon"), channels, []
         self.knots = np.array(_discrete(config).log_rho) if self.kind != "flow_prediction" else np.zeros(1)
 
     def numbers(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +188,7 @@ class Oracle:
 
     def __call__(self, x: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
         assert not return_dict
-        self.told.append(timestep)
+        self.times.append(timestep)
         alpha, sigma = (expand(c, x) for c in self.numbers(timestep))
         x0 = mixture().x0(x, alpha, sigma)
         eps = (x - alpha * x0) / sigma
@@ -229,16 +227,16 @@ def test_second_order_survives_to_fine_grids() -> None:
     assert errors[-1] < 1e-5
 
 
-def test_the_network_is_told_floats() -> None:
+def test_the_network_gets_float_timesteps() -> None:
     discrete, flow = Oracle(LATENT), Oracle({"prediction_type": "flow_prediction"})
     x, t = _normal(3, 2).float(), torch.tensor([0.25, 0.50049, 1.0])
     field_from_diffusers(discrete, LATENT)(x, t)
-    torch.testing.assert_close(discrete.told[0], torch.tensor([249.0, 499.49, 999.0]))
+    torch.testing.assert_close(discrete.times[0], torch.tensor([249.0, 499.49, 999.0]))
     config = {"num_train_timesteps": 1000, "shift": 3.0}
     field_from_diffusers(flow, config)(x, t)
-    torch.testing.assert_close(flow.told[0], 1000 * t)
+    torch.testing.assert_close(flow.times[0], 1000 * t)
     field_from_diffusers(flow, config, timestep_scale=1.0)(x, t)
-    torch.testing.assert_close(flow.told[1], t)
+    torch.testing.assert_close(flow.times[1], t)
     with pytest.raises(ValueError, match="timestep_scale is for flow-matching"):
         field_from_diffusers(discrete, LATENT, timestep_scale=1.0)
 
@@ -262,7 +260,7 @@ def test_learned_variances_are_cut_and_dtypes_kept() -> None:
     torch.testing.assert_close(got.eps, 0.5 * x.float(), rtol=0.01, atol=0)
 
 
-def test_noise_predicted_without_signal_is_refused() -> None:
+def test_noise_predicted_without_signal_raises_an_error() -> None:
     zero_snr = {**LATENT, "rescale_betas_zero_snr": True}
     table = ddim(_discrete(zero_snr), (1.0, 0.5, 0.0))
     with pytest.raises(ValueError, match="'eps' does not determine x0"):
@@ -272,7 +270,7 @@ def test_noise_predicted_without_signal_is_refused() -> None:
     assert sample(field_from_diffusers(Oracle(config), config), table, x).isfinite().all()
 
 
-def test_schedules_are_told_apart() -> None:
+def test_schedules_are_distinguished() -> None:
     marks = {fingerprint(parametrisation_of(config).schedule) for config in CONFIGS.values()}
     assert len(marks) == len(CONFIGS)
     assert all(len(mark) < 60 for mark in marks)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import exact_solution, mixture
+from oracles import exact_solution, mixture, noise_at
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
@@ -33,12 +33,6 @@ class Bisected(Cosine):
 
     rates = Schedule.rates
     time_of_logsnr = Schedule.time_of_logsnr
-
-
-def _start(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tensor:
-    time = torch.tensor(t, dtype=torch.float64)
-    scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
-    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def _scrambled(learned: LearnedTable, size: float = 0.2, seed: int = 0) -> LearnedTable:
@@ -92,7 +86,7 @@ def test_a_flow_may_start_at_pure_noise(start: float, analytic_first: bool) -> N
     grid = grids.explicit((start, 0.9, 0.6, 0.3, 0.01))
     learned = LearnedTable(Linear(), grid, analytic_first=analytic_first)
     _same_rows(learned.table(), SOLVERS["dpmpp3m"].build(Linear(), grid, analytic_first))
-    x = _start(Linear(), start)
+    x = noise_at(Linear(), start)
     rollout(mixture().field(Linear()), _scrambled(learned), x).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in learned.parameters())
     assert learned.times()[0] == start
@@ -119,23 +113,23 @@ def test_the_grid_falls_between_its_ends_whatever_the_parameters(schedule: Sched
         times = learned.times()
         assert (times.diff() < 0).all()
         assert (times[0].item(), times[-1].item()) == (grid[0], grid[-1])
-        asked = learned.evaluation_times(times[:-1])
-        assert asked.isfinite().all()
-        assert (asked <= grid[0]).all()
-        assert (asked >= grid[-1]).all()
+        evaluations = learned.evaluation_times(times[:-1])
+        assert evaluations.isfinite().all()
+        assert (evaluations <= grid[0]).all()
+        assert (evaluations >= grid[-1]).all()
 
 
 def test_an_evaluation_time_that_left_the_grid_can_come_back() -> None:
-    """Asked for beyond the start it is asked for at the start, and its gradient is not lost."""
+    """An evaluation time beyond the start is clamped to it, and its gradient is not lost."""
     learned = LearnedTable(Cosine(), grids.karras(Cosine(), 3))
     with torch.no_grad():
         learned.shift[0] = 0.5
-    asked = learned.evaluation_times(learned.times()[:-1])
-    assert asked[0].item() == pytest.approx(learned.grid[0].item(), rel=1e-15)
-    assert torch.autograd.grad(asked[0], learned.shift)[0][0] > 0
+    evaluations = learned.evaluation_times(learned.times()[:-1])
+    assert evaluations[0].item() == pytest.approx(learned.grid[0].item(), rel=1e-15)
+    assert torch.autograd.grad(evaluations[0], learned.shift)[0][0] > 0
 
 
-def test_the_four_parameters_do_what_the_docstring_says() -> None:
+def test_the_four_parameters_act_as_in_the_docstring() -> None:
     """One at a time, in closed form, on a schedule where alpha = 1."""
     schedule, grid = EDM(), grids.karras(EDM(), 4)
     base = LearnedTable(schedule, grid).coefficients()
@@ -157,9 +151,9 @@ def test_the_four_parameters_do_what_the_docstring_says() -> None:
     ).coefficients()  # a row cannot weigh an estimate that it does not have yet
     assert torch.equal(later.predictions, base.predictions)
     shift = changed("shift", (2,), 0.1)
-    asked = shift.coefficients().evaluations
+    evaluations = shift.coefficients().evaluations
     bounded = 4 * math.tanh(0.1 / 4)
-    assert (schedule.rho(asked[2]) / sigma[2]).item() == pytest.approx(math.exp(bounded), rel=1e-6)
+    assert (schedule.rho(evaluations[2]) / sigma[2]).item() == pytest.approx(math.exp(bounded), rel=1e-6)
     assert torch.equal(shift.times(), base.times)
     angle = angle_of(schedule, changed("gap", (1,), 0.1).times())
     start = angle_of(schedule, base.times)
@@ -220,7 +214,7 @@ def test_gradients_are_those_of_finite_differences(schedule: Schedule, analytic_
     with torch.no_grad():
         learned.shift.copy_(-learned.shift.abs() - 0.05)  # within the grid, where clamping does not hide a difference
     rolled = _Rolled(mixture().field(schedule), learned)
-    x = _start(schedule, learned.grid[0].item(), 3)
+    x = noise_at(schedule, learned.grid[0].item(), 3)
     keys = list(dict(learned.named_parameters()))
 
     def ends(*values: Tensor) -> Tensor:
@@ -246,7 +240,7 @@ def test_the_exported_table_is_the_rollout(schedule: Schedule, analytic_first: b
     assert (table.solver, table.nfe, dict(table.metadata)) == ("table", 5, {"nfe": "5"})
     field = mixture().field(schedule)
     counter = EvaluationCounter(field)
-    x = _start(schedule, table.grid[0])
+    x = noise_at(schedule, table.grid[0])
     exact = rollout(counter, learned, x)
     assert counter.evaluations == 5 * len(x)
     torch.testing.assert_close(sample(field, table, x), exact, rtol=0, atol=1e-12)
@@ -276,7 +270,7 @@ def test_running_again_in_the_backward_pass_changes_neither_gradients_nor_counts
     for wrapped in (network, checkpointed(network)):
         learned = _scrambled(LearnedTable(VP(), grids.karras(VP(), 3)))
         counter = EvaluationCounter(wrapped)
-        rollout(counter, learned, _start(VP(), learned.grid[0].item())).square().sum().backward()
+        rollout(counter, learned, noise_at(VP(), learned.grid[0].item())).square().sum().backward()
         gradients.append([p.grad for p in learned.parameters()])
         assert counter.evaluations == 3 * 8
     assert len(calls) == 3 + 6
@@ -284,7 +278,7 @@ def test_running_again_in_the_backward_pass_changes_neither_gradients_nor_counts
         assert torch.equal(one, other)
 
 
-def test_what_cannot_be_learned_is_refused() -> None:
+def test_what_cannot_be_learned_raises_an_error() -> None:
     schedule = Linear()
     for grid in ((0.1, 0.5, 0.9), (1.5, 0.5, 0.1), (0.9,), (0.9, 0.5, 0.5, 0.1), (0.9, math.nan, 0.1)):
         with pytest.raises(ValueError, match="falling grid within"):
@@ -309,7 +303,7 @@ def test_five_evaluations_learn_to_end_three_times_nearer_than_dpm_solver_on_its
     data = mixture()
     field = data.field(schedule)
     start, end = (grids.uniform(schedule, 1)[i] for i in (0, 1))
-    x, unseen = _start(schedule, start, 256, seed=1), _start(schedule, start, 256, seed=2)
+    x, unseen = noise_at(schedule, start, 256, seed=1), noise_at(schedule, start, 256, seed=2)
     ends, exact = (exact_solution(data, schedule, z, start, end) for z in (x, unseen))
 
     def error(table: Table) -> float:
@@ -337,7 +331,7 @@ def _model(schedule: str = "linear", classes: int = 4) -> LatentModel:
     config = LatentModelConfig(schedule=schedule, dit=DiTConfig(width=16, depth=1, heads=2))  # pyright: ignore[reportArgumentType]
     model = LatentModel(config, (2, 2, 2), classes)
     with torch.no_grad():
-        for parameter in model.parameters():  # an untrained backbone says 0, whatever it sees
+        for parameter in model.parameters():  # an untrained network's output is 0 for any input
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return model.eval().requires_grad_(False)
 
@@ -467,7 +461,7 @@ def test_learning_starts_on_the_grid_that_ends_nearest_to_the_teacher() -> None:
         _same_rows(named.learned.table(), SOLVERS[f"dpmpp{order}m"].build(schedule, named.grid))
 
 
-def test_the_export_holds_the_average_and_says_where_it_comes_from() -> None:
+def test_the_export_holds_the_average_and_its_origin() -> None:
     objective, pairs = _objective(TableTarget(3, "logsnr", 2.0))
     average = EMA(objective, 0.9)
     _steps(objective, pairs, 0, 3)
@@ -483,7 +477,7 @@ def test_the_export_holds_the_average_and_says_where_it_comes_from() -> None:
     _same_rows(table, halfway.table(table.metadata))
 
 
-def test_bad_configurations_are_refused() -> None:
+def test_bad_configurations_raise_an_error() -> None:
     for bad, why in (
         ({"pairs": 0}, "pairs 0"),
         ({"seed": -1}, "seed -1"),

@@ -198,7 +198,7 @@ def test_evaluations_are_counted_and_a_window_bounds_the_batch(method: str) -> N
 
 @pytest.mark.parametrize("schedule", [Linear(), EDM()], ids=["Linear", "EDM"])
 def test_states_that_enter_a_window_start_from_the_latest_prediction(schedule: Schedule) -> None:
-    """A point mass off 0: once the field has said where it is, every window is right at once."""
+    """A point mass off 0: after one evaluation, every window is right at once."""
     table = ddim(schedule, _grid(schedule, 40))
     x = _start(schedule, table.grid)
 
@@ -310,7 +310,7 @@ def test_mixing_takes_states_that_enter_late_and_waves_that_do_not_change() -> N
 
 
 def test_a_float32_state_stays_one() -> None:
-    """Also where the network says another dtype, and where the last row weighs that alone (sigma = 0)."""
+    """Also where the network returns another dtype, and where the last row weighs that alone (sigma = 0)."""
     schedule = EDM()
     table = ddim(schedule, (*_grid(schedule, 20), 0.0))
     field, x = mixture().field(schedule), _start(schedule, table.grid)
@@ -331,14 +331,14 @@ def test_a_state_that_is_not_finite_is_an_error(method: str) -> None:
     good = mixture().field(schedule)
 
     def field(x: Tensor, t: Tensor) -> Prediction:
-        said = good(x, t)
-        return Prediction(torch.where(expand(t < 0.01, x), math.nan, said.x0), said.eps)
+        prediction = good(x, t)
+        return Prediction(torch.where(expand(t < 0.01, x), math.nan, prediction.x0), prediction.eps)
 
     with pytest.raises(FloatingPointError, match=r"t = .* in wave 1: if `sample` gives finite"):
         sample_parallel(lambda n: field, table, schedule, _start(schedule, table.grid), _config(method, 1e-4))
 
 
-def test_what_cannot_work_is_refused() -> None:
+def test_what_cannot_work_raises_an_error() -> None:
     for arguments, words in [
         ({"method": "newton"}, "choose one of picard, gaussian"),
         ({"tolerance": -1.0}, "at least 0"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
+from midway.samplers.exponential import begin_in_rho
 from midway.samplers.plugin import BASES, plugin_table
 from midway.samplers.prediction import Prediction, expand
 from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
-from midway.samplers.solvers import SOLVERS, MeanDirection, amed
-from midway.samplers.step_parameters import AMEDConfig, Constants, StepParameters
+from midway.samplers.solvers import SOLVERS
+from midway.samplers.step_parameters import AMEDConfig, Constants, MeanDirection, StepParameters
 from midway.samplers.table import Table
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
@@ -69,8 +71,15 @@ def _with_inner_nodes(schedule: Schedule, grid: grids.Grid, r: list[float]) -> g
 def test_without_a_base_it_is_amed_solver(schedule: Schedule, analytic_first: bool) -> None:
     grid, constants = grids.logsnr(schedule, 4), _rule(4).values()
     x, field = _start(schedule, grid[0]), mixture().field(schedule)
+    record = begin_in_rho("amed", schedule, grid)  # arXiv 2312.00094, eq. 9
+    for (t, s), step in zip(pairwise(grid), constants, strict=True):
+        now, rho_t, rho_s = record.first(t, analytic_first), record.rho(t), record.rho(s)
+        rho_m, y = rho_s**step.r * rho_t ** (1 - step.r), now.x / record.alpha(t)
+        inner = record.time_of_rho(step.a * rho_m)
+        record.advance(record.alpha(inner) * (y + (rho_m - rho_t) * now.eps), inner, node=False)
+        record.advance(record.alpha(s) * (y + step.c * (rho_s - rho_t) * record.evaluate(inner).eps), s)
     ours = trajectory(field, plugin_table(schedule, grid, "none", constants, analytic_first), x)
-    for got, want in zip(ours, trajectory(field, amed(schedule, grid, constants, analytic_first), x), strict=True):
+    for got, want in zip(ours, trajectory(field, record.table(), x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -262,10 +271,10 @@ def test_detached_steps_evaluate_their_start_without_a_graph() -> None:
     assert graphs == [False, True] * 3 + [True] * 6
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
-def test_what_cannot_be_built_is_refused_with_a_remedy() -> None:
+def test_what_cannot_be_built_raises_an_error_that_names_the_fix() -> None:
     schedule, steps = Linear(), [MeanDirection()] * 2
     grid = grids.karras(schedule, 2)
     with pytest.raises(ValueError, match=r"unknown base 'unipc': choose one of none, .*dpmpp3m"):

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from oracles import Mixture, mixture
+from oracles import Mixture, mixture, noise_at
 from torch import Tensor
 
 from midway.samplers import fused, grids
@@ -27,24 +27,19 @@ names = [type(s).__name__ for s in SCHEDULES]
 
 
 def _network(data: Mixture, schedule: Schedule, target: Target) -> NetworkField:
-    """The exact denoiser, saying `target`."""
+    """The exact denoiser, with output `target`."""
 
-    def say(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
         x0 = data.x0(x, alpha, sigma)
         return target_value(target, x0, (x - alpha * x0) / sigma, t, schedule)
 
-    return NetworkField(say, target, schedule)
+    return NetworkField(predict, target, schedule)
 
 
 def _plain(field: NetworkField) -> Field:
-    """The same field, of which the sampler knows nothing."""
+    """The same field without the interface of `TimedField`."""
     return lambda x, t: field(x, t)
-
-
-def _start(schedule: Schedule, t: float, count: int = 6) -> Tensor:
-    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return noise * torch.hypot(*(f(torch.tensor(t, dtype=torch.float64)) for f in (schedule.alpha, schedule.sigma)))
 
 
 # ---- folding ----
@@ -54,10 +49,10 @@ def _start(schedule: Schedule, t: float, count: int = 6) -> Tensor:
 @pytest.mark.parametrize("target", get_args(Target))
 @pytest.mark.parametrize("solver", ["euler", "ddim", "heun", "dpm2", "dpmpp2m"])
 def test_a_networks_own_output_gives_what_its_estimates_give(solver: str, target: Target, schedule: Schedule) -> None:
-    """Every state of the trajectory, whatever the network was trained to say."""
+    """Every state of the trajectory, whatever the network was trained to predict."""
     field = _network(mixture(), schedule, target)
     table = SOLVERS[solver].build(schedule, grids.karras(schedule, 5, rho_max=20.0, rho_min=0.05))
-    x = _start(schedule, table.grid[0])
+    x = noise_at(schedule, table.grid[0])
     for mine, theirs in zip(table.states(field, x), table.states(_plain(field), x), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
@@ -84,15 +79,15 @@ def test_places_are_emptied_after_their_last_use(plain: bool) -> None:
     schedule, alive, most = Cosine(), weakref.WeakSet(), 0
     table = ddim(schedule, grids.uniform(schedule, 12))
 
-    def say(x: Tensor, t: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor) -> Tensor:
         nonlocal most
         out = torch.zeros_like(x)
         alive.add(out)
         most = max(most, len(alive))
         return out
 
-    network = NetworkField(say, "x0", schedule)
-    sample((lambda x, t: Prediction(say(x, t), x)) if plain else network, table, torch.ones(2, 2))
+    network = NetworkField(predict, "x0", schedule)
+    sample((lambda x, t: Prediction(predict(x, t), x)) if plain else network, table, torch.ones(2, 2))
     assert most == 1
 
 
@@ -101,10 +96,10 @@ def test_a_row_without_weights_gives_zeros() -> None:
     assert sample(lambda x, t: Prediction(x, x), table, torch.ones(2, 2)).eq(0).all()
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
-def test_a_table_of_another_schedule_is_refused() -> None:
+def test_a_table_of_another_schedule_raises_an_error() -> None:
     table = ddim(VP(), grids.karras(VP(), 3))
     with pytest.raises(ValueError, match=r"made for VP.*field is of Cosine"):
         sample(NetworkField(lambda x, t: x, "eps", Cosine()), table, torch.ones(2, 2))
@@ -114,12 +109,12 @@ def test_a_table_of_another_schedule_is_refused() -> None:
 
 
 @pytest.mark.parametrize("grid", [(0.9,), (0.9, 0.9), (0.9, 0.5, 0.7), (1.1, 0.5), (0.5, -0.1)])
-def test_a_grid_that_does_not_fall_is_refused(grid: tuple[float, ...]) -> None:
+def test_a_grid_that_does_not_fall_raises_an_error(grid: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="falls all the way"):
         Recorder("probe", VP(), grid)
 
 
-def test_a_target_that_does_not_tell_x0_is_refused() -> None:
+def test_a_target_that_does_not_determine_x0_raises_an_error() -> None:
     table = ddim(Linear(), (1.0, 0.5))
     with pytest.raises(ValueError, match="does not determine x0"):
         sample(NetworkField(lambda x, t: x, "eps", Linear()), table, torch.ones(2, 2))
@@ -129,7 +124,7 @@ def test_a_target_that_does_not_tell_x0_is_refused() -> None:
 # ---- dtype, counting, graphs ----
 
 
-def test_the_state_keeps_its_dtype_when_the_network_says_less() -> None:
+def test_the_state_keeps_its_dtype_when_the_network_returns_a_narrower_one() -> None:
     """As under autocast."""
     for solver in ("ddim", "dpmpp2m"):
         table = SOLVERS[solver].build(Cosine(), grids.uniform(Cosine(), 4))

@@ -2,7 +2,7 @@
 
 Diffusers' loops feed a model with rounded times. Here their schedulers get our noise levels as `sigmas`, and the network is
 an exact function of the level, so that only the formulas are compared: to 1e-12 in float64 where the peer computes in it, to
-1e-5 in float32. Where a peer differs, its test says why.
+1e-5 in float32. Where a peer differs, its test states the reason.
 """
 
 import math
@@ -71,7 +71,7 @@ def run_ours(table: Table, schedule: Schedule = VPS, x: Tensor | None = None) ->
 
 
 def assert_agree(ours: Tensor, theirs: Tensor, atol: float | None = None) -> None:
-    """In the peer's dtype: to 1e-12 in float64 and 1e-5 in float32, unless told otherwise."""
+    """In the peer's dtype: to 1e-12 in float64 and 1e-5 in float32, by default."""
     atol = atol or (1e-12 if theirs.dtype == torch.float64 else 1e-5)
     torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=0, atol=atol)
 

@@ -12,12 +12,14 @@ from oracles import exact_solution, mixture, uneven_grid
 from torch import Tensor
 
 from midway.samplers import grids
+from midway.samplers.plugin import plugin_table
 from midway.samplers.prediction import Prediction, expand
 from midway.samplers.recorder import Recorder
 from midway.samplers.rows import Row
 from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
-from midway.samplers.solvers import SOLVERS, MeanDirection, amed, ddim, dpm2, dpmpp2m_sde, euler, steps_for
+from midway.samplers.solvers import SOLVERS, ddim, dpm2, dpmpp2m_sde, euler, steps_for
+from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM(sigma_max=5.0)]
@@ -32,12 +34,6 @@ def _points(count: int = 16) -> Tensor:
     return torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def _build(name: str, schedule: Schedule, grid: tuple[float, ...]) -> Table:
-    if name == "amed":
-        return amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1))
-    return SOLVERS[name].build(schedule, grid)
-
-
 def _order(name: str, schedule: Schedule) -> float:
     """Slope of log error on log steps over the last three doublings."""
     data, (start, end) = mixture(), _times(schedule)
@@ -47,16 +43,15 @@ def _order(name: str, schedule: Schedule) -> float:
     counts = [64, 128, 256, 512]
     errors = []
     for steps in counts:
-        table = _build(name, schedule, uneven_grid(start, end, steps))
+        table = SOLVERS[name].build(schedule, uneven_grid(start, end, steps))
         errors.append((sample(data.field(schedule), table, x) - exact).square().mean().sqrt().item())
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
-@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpm2", "dpmpp2m", "amed"])
+@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpm2", "dpmpp2m"])
 def test_order_over_a_wide_range_of_noise_on_uneven_steps(name: str, schedule: Schedule) -> None:
-    nominal = 2 if name == "amed" else SOLVERS[name].order
-    assert _order(name, schedule) == pytest.approx(nominal, abs=0.15)
+    assert _order(name, schedule) == pytest.approx(SOLVERS[name].order, abs=0.15)
 
 
 def test_the_order_test_sees_a_wrong_coefficient() -> None:
@@ -78,7 +73,7 @@ def test_the_order_test_sees_a_wrong_coefficient() -> None:
 
 
 def test_other_constants_lose_the_order() -> None:
-    """r != 1/2 is of order 1, c != 1 does not converge (formula note of the AMED builder)."""
+    """r != 1/2 is of order 1, c != 1 does not converge (module docstring of plugin.py)."""
     schedule = VP()
     data, (start, end) = mixture(), _times(schedule)
     x = _points()
@@ -87,7 +82,7 @@ def test_other_constants_lose_the_order() -> None:
     def slope(step: MeanDirection) -> float:
         errors = []
         for steps in (256, 512):
-            table = amed(schedule, uneven_grid(start, end, steps), (step,) * steps)
+            table = plugin_table(schedule, uneven_grid(start, end, steps), "none", [step] * steps)
             errors.append((sample(data.field(schedule), table, x) - exact).square().mean().sqrt().item())
         return math.log2(errors[0] / errors[1])
 
@@ -107,7 +102,7 @@ def test_euler_is_ddim_where_the_schedule_is_straight(schedule: Schedule) -> Non
         assert difference > 1e-3
 
 
-def test_the_registry_says_what_a_table_costs_and_where_it_may_start() -> None:
+def test_the_registry_has_the_cost_of_a_table_and_its_valid_starts() -> None:
     for name, solver in SOLVERS.items():
         grid = (1.0, 0.9, 0.5, 0.3, 0.1) if solver.pure_noise else (0.9, 0.8, 0.5, 0.3, 0.1)
         table = solver.build(Linear(), grid)
@@ -119,16 +114,12 @@ def test_the_registry_says_what_a_table_costs_and_where_it_may_start() -> None:
 
 
 @pytest.mark.parametrize("analytic_first", [False, True])
-@pytest.mark.parametrize("name", [*SOLVERS, "amed"])
+@pytest.mark.parametrize("name", list(SOLVERS))
 def test_counted_evaluations_are_the_tables(name: str, analytic_first: bool) -> None:
     schedule = Cosine()
-    per_step = 2 if name == "amed" else SOLVERS[name].evaluations
     nfe = 12 - analytic_first  # 12 is a number of whole steps for 1, 2, 3 and 4 evaluations a step
-    grid = grids.uniform(schedule, steps_for(per_step, nfe, analytic_first))
-    if name == "amed":
-        table = amed(schedule, grid, (MeanDirection(),) * (len(grid) - 1), analytic_first)
-    else:
-        table = SOLVERS[name].build(schedule, grid, analytic_first)
+    grid = grids.uniform(schedule, steps_for(SOLVERS[name].evaluations, nfe, analytic_first))
+    table = SOLVERS[name].build(schedule, grid, analytic_first)
     counter = EvaluationCounter(mixture().field(schedule))
     sample(counter, table, _points(5), torch.randn_like if table.stochastic else None)
     assert counter.evaluations == 5 * nfe == 5 * table.nfe
@@ -219,21 +210,6 @@ def test_noise_is_added_as_much_as_is_taken_away(build: Callable[..., Table], et
         assert row.states[-1] * alpha[i] + sum(row.predictions) == pytest.approx(alpha[i + 1], rel=1e-10)
 
 
-def test_samples_of_ancestral_sampling_have_the_datas_variance() -> None:
-    """The same with drawn noise: N(0, 1) stays N(0, 1) on a variance-preserving schedule, within five standard errors."""
-    schedule, count = Cosine(), 4000
-
-    def field(x: Tensor, t: Tensor) -> Prediction:
-        alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
-        return Prediction(alpha * x, sigma * x)
-
-    generator = torch.Generator().manual_seed(0)
-    noise = lambda x: torch.randn(x.shape, dtype=x.dtype, generator=generator)  # noqa: E731
-    table = SOLVERS["ddpm"].build(schedule, grids.uniform(schedule, 200))
-    end = sample(field, table, noise(torch.empty(count, 2, dtype=torch.float64)), noise)
-    assert end.var().item() == pytest.approx(1, abs=5 / math.sqrt(count))
-
-
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_ancestral_euler_in_rho_is_ddim_with_the_same_eta(eta: float) -> None:
     """Euler's method in y = x / alpha down to rho_down, noise back up to rho_s, rho_s^2 = rho_down^2 + rho_up^2."""
@@ -283,7 +259,7 @@ def test_tables_survive_the_disk(tmp_path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["table.safetensors"]
 
 
-def test_rows_that_do_not_fit_are_refused() -> None:
+def test_rows_that_do_not_fit_raise_an_error() -> None:
     with pytest.raises(ValueError, match="needs 1 and 1"):
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (1.0, 0.0), (1.0,)),))
     with pytest.raises(ValueError, match="not finite"):

@@ -236,11 +236,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_command_compares_two_tokenizers(runs: Path, script: Script, tmp_path: Path) -> None:
+def test_the_command_compares_two_tokenizers(runs: Path, succeed: Script, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--tokenizers", runs / "a", runs / "b", "--out", out, "--n", 60, "--noise", 0, 0.4, "--seed", 3)
-    done = script("evaluate_tokenizer", *arguments)
-    assert done.code == 0, done.err
+    done = succeed("evaluate_tokenizer", *arguments)
     assert {path.name for path in out.iterdir()} == set(FILES)
     a, b = csv.DictReader((out / "results.csv").read_text().splitlines())
     assert (a["name"], b["name"], a["n"], a["seed"]) == ("a", "b", "60", "3")
@@ -249,19 +248,17 @@ def test_the_command_compares_two_tokenizers(runs: Path, script: Script, tmp_pat
     assert float(a["psnr_snapped_0"]) == pytest.approx(float(a["psnr"]))
     assert float(a["bits"]) > 0 and b["bits"] == "" and float(b["rate"]) > 0
     assert "PSNR, dB" in done.out and f"report: {out / 'report.html'}" in done.out
-    again = script("evaluate_tokenizer", *arguments, "--batch-size", 7)
-    assert again.code == 0, again.err
+    succeed("evaluate_tokenizer", *arguments, "--batch-size", 7)
     for old, new in zip((a, b), csv.DictReader((out / "results.csv").read_text().splitlines()), strict=True):
         for name in ("psnr", "ssim", "distance", "interpolated", "psnr_noisy_0.4", "latent_rank"):
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-5)
 
 
-def test_one_tile_changes_no_figure_and_four_do(runs: Path, script: Script, tmp_path: Path) -> None:
-    arguments = ("--tokenizers", runs / "a", "--out", tmp_path / "out", "--features", "none", "--n", 20, "--noise", 0)
+def test_one_tile_changes_no_figure_and_four_do(runs: Path, succeed: Script, tmp_path: Path) -> None:
+    call = f"evaluate_tokenizer --tokenizers {runs}/a --out {tmp_path}/out --features none --n 20 --noise 0"
     figures = []
-    for tile in ((), ("--tile", 8, "--tile-margin", 0), ("--tile", 4, "--tile-margin", 0)):
-        told = script("evaluate_tokenizer", *arguments, *tile)
-        assert told.code == 0, told.err
+    for tile in ("", "--tile 8 --tile-margin 0", "--tile 4 --tile-margin 0"):
+        succeed(f"{call} {tile}")
         (row,) = csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines())
         figures.append((row["tokenizer"], row["parameters"], float(row["psnr"])))
     whole, one_tile, four_tiles = figures
@@ -270,10 +267,9 @@ def test_one_tile_changes_no_figure_and_four_do(runs: Path, script: Script, tmp_
     assert four_tiles[2] != whole[2]
 
 
-def test_without_features_there_are_no_distances(runs: Path, script: Script) -> None:
+def test_without_features_there_are_no_distances(runs: Path, succeed: Script) -> None:
     """And the report lies beside the tokenizer unless given."""
-    done = script("evaluate_tokenizer", "--tokenizers", runs / "a", "--features", "none", "--n", 4, "--noise", 0)
-    assert done.code == 0, done.err
+    done = succeed("evaluate_tokenizer", "--tokenizers", runs / "a", "--features", "none", "--n", 4, "--noise", 0)
     out = runs / "tokenizer-report"
     page = (out / "report.html").read_text()
     shutil.rmtree(out)
@@ -282,7 +278,7 @@ def test_without_features_there_are_no_distances(runs: Path, script: Script) -> 
 
 
 def test_lpips_is_measured_when_weights_are_given(
-    runs: Path, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: Path, succeed: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Distance(torch.nn.Module):
         protocol = "LPIPS-vgg@1234"
@@ -296,8 +292,7 @@ def test_lpips_is_measured_when_weights_are_given(
 
     monkeypatch.setattr(perceptual, "Perceptual", Distance)
     flags = ("--tokenizers", runs / "a", "--n", 4, "--lpips-weights", tmp_path / "vgg.pth", "--out", tmp_path / "out")
-    done = script("evaluate_tokenizer", *flags)
-    assert done.code == 0, done.err
+    succeed("evaluate_tokenizer", *flags)
     (row,) = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
     assert float(row["lpips"]) > 0.125
     assert row["perceptual"] == "LPIPS-vgg@1234"

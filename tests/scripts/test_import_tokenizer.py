@@ -41,12 +41,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_imported_autoencoder_is_a_run_that_everything_works_on(
-    source: Path, tmp_path: Path, script: Script
+    source: Path, tmp_path: Path, script: Script, succeed: Script
 ) -> None:
     out = tmp_path / "run"
     flags = ("--source", source, "--subfolder", "vae", "--out", out, *DIGITS, "--channels", 3, "--resize", 16)
-    done = script("import_tokenizer", *flags)
-    assert done.code == 0, done.err
+    done = succeed("import_tokenizer", *flags)
     assert "published: mean 0 0, std 5.49 5.49" in done.out
     tokenizer, data = load_tokenizer(out)
     splits = load_splits(data)
@@ -71,11 +70,10 @@ def test_an_imported_autoencoder_is_a_run_that_everything_works_on(
     assert all(torch.equal(value, finished[key]) for key, value in tokenizer.state_dict().items())
 
     assert script("import_tokenizer", *flags).code == 2, "a second time only with --overwrite"
-    assert script("import_tokenizer", *flags, "--overwrite").code == 0
-    assert script("encode", "--tokenizer", out).code == 0
+    succeed("import_tokenizer", *flags, "--overwrite")
+    succeed("encode", "--tokenizer", out)
     model = tmp_path / "model"
-    trained = script("train_latent", "digits-flow", "--tokenizer", out, "--out", model, *TINY_FLAGS, *SMALL)
-    assert trained.code == 0, trained.err
+    succeed("train_latent", "digits-flow", "--tokenizer", out, "--out", model, *TINY_FLAGS, *SMALL)
     inside = load_model(model, torch.device("cpu"))
     assert inside.model.latent_shape == (2, 8, 8)
     with torch.no_grad():
@@ -83,9 +81,8 @@ def test_an_imported_autoencoder_is_a_run_that_everything_works_on(
         assert torch.equal(again, original.decode(latents.mean.view(1, 2, 1, 1).expand(1, 2, 8, 8)).sample)
 
 
-def test_a_vq_model_has_its_codes_in_the_run(source: Path, tmp_path: Path, script: Script) -> None:
-    done = script("import_tokenizer", "--source", source / "vq", "--out", tmp_path / "run", *DIGITS)
-    assert done.code == 0, done.err
+def test_a_vq_model_has_its_codes_in_the_run(source: Path, tmp_path: Path, succeed: Script) -> None:
+    done = succeed("import_tokenizer", "--source", source / "vq", "--out", tmp_path / "run", *DIGITS)
     assert "published: none" in done.out and "bits_per_image 64" in done.out
     codes = load_file(source / "vq" / "diffusion_pytorch_model.safetensors")["quantize.embedding.weight"]
     assert torch.equal(load_tokenizer(tmp_path / "run")[0].state_dict()["bottleneck.codebook"], codes)

@@ -24,11 +24,12 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_features_and_out_are_found_beside_and_in_the_model(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_features_and_out_are_found_beside_and_in_the_model(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
+) -> None:
     for name in ("model", "features"):
         shutil.copytree(getattr(pipeline, name), tmp_path / name)
-    done = script("evaluate", "--model", tmp_path / "model", "--solvers", "euler,ddim,dpmpp2m", *SMALL)
-    assert done.code == 0, done.err
+    done = succeed("evaluate", "--model", tmp_path / "model", "--solvers", "euler,ddim,dpmpp2m", *SMALL)
     report = tmp_path / "model" / "report"
     assert {row["solver"] for row in rows(report)} == {"floor", "euler", "ddim", "dpmpp2m"}
     plots = ("distance_vs_nfe.png", "distance_vs_seconds.png")
@@ -36,9 +37,9 @@ def test_features_and_out_are_found_beside_and_in_the_model(pipeline: Pipeline, 
     assert all(word in done.out for word in ("euler", "floor", "report.html"))
 
 
-def test_the_defaults_are_four_blocks_and_one_set(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_the_defaults_are_four_blocks_and_one_set(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path / "a", "--solvers", "ddim")
-    assert script("evaluate", *flags, *SMALL[:2], *SMALL[4:]).code == 0
+    succeed("evaluate", *flags, *SMALL[:2], *SMALL[4:])
     assert [row["blocks"] for row in rows(tmp_path / "a")] == [1, 4]
     np.savez(tmp_path / "a.npz", np.random.default_rng(0).integers(0, 256, (45, 8, 8, 1), dtype=np.uint8))
     flags = (
@@ -51,7 +52,7 @@ def test_the_defaults_are_four_blocks_and_one_set(pipeline: Pipeline, script: Sc
         "--out",
         tmp_path / "b",
     )
-    assert script("evaluate", *flags, "--metrics", "").code == 0
+    succeed("evaluate", *flags, "--metrics", "")
     assert [(row["n"], row["blocks"]) for row in rows(tmp_path / "b")][1] == (45, 1)
     report = (tmp_path / "b" / "report.md").read_text()
     assert "without an error bar" in report and "consecutive" not in report
@@ -67,18 +68,17 @@ def test_images_are_saved_as_zip_and_npz(pipeline: Pipeline, script: Script, tmp
         assert arrays["arr_0"].shape == (48, 8, 8, 3) and arrays["arr_0"].dtype == np.uint8
 
 
-def test_trainings_are_repeated_on_the_command_line(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_trainings_are_repeated_on_the_command_line(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
     other = LatentTask(tmp_path / "again", pipeline.tokenizer, model=config, train=replace(TINY_LATENT, seed=1))
     train_latent.train(other)
     flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path / "out")
-    done = script("evaluate", *flags, "--repeats", tmp_path / "again", "--solvers", "ddim", *SMALL)
-    assert done.code == 0, done.err
+    succeed("evaluate", *flags, "--repeats", tmp_path / "again", "--solvers", "ddim", *SMALL)
     assert [row["trainings"] for row in rows(tmp_path / "out")] == [1, 2]
 
 
 def test_samples_of_another_size_are_brought_to_the_references(
-    pipeline: Pipeline, script: Script, tmp_path: Path
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
     (tmp_path / "samples").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 12, 16), dtype=np.uint8)
@@ -86,19 +86,17 @@ def test_samples_of_another_size_are_brought_to_the_references(
         Image.fromarray(image).save(tmp_path / "samples" / f"{index:03d}.jpg")
     flags = ("--data", "digits", "--features", pipeline.features, "--images", tmp_path / "samples")
     more = ("--out", tmp_path / "out", "--blocks", 1, "--metrics", "")
-    done = script("evaluate", *flags, *more, "--images-resize", 8)
-    assert done.code == 0, done.err
+    done = succeed("evaluate", *flags, *more, "--images-resize", 8)
     assert rows(tmp_path / "out")[1]["n"] == 40
     assert "lossy" in done.out and "lossy" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_online_evaluation_as_documented(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_online_evaluation_as_documented(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     shutil.copytree(pipeline.features, tmp_path / "features")
     dit = ("--model.dit.width", 32, "--model.dit.depth", 2, "--model.dit.heads", 2)
     early = ("--measure-every", 2, "--early.nfe", 4, 5, "--early.n", 24, "--early.features", tmp_path / "features")
     train = ("--steps", 4, "--batch-size", 32, "--warmup", 0, "--out", tmp_path / "run")
-    done = script("train_latent", "digits-dit", "--tokenizer", pipeline.tokenizer, *dit, *early, *train)
-    assert done.code == 0, done.err
+    succeed("train_latent", "digits-dit", "--tokenizer", pipeline.tokenizer, *dit, *early, *train)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     answers = [record for record in records if record.get("early")]
     assert [answer["step"] for answer in answers] == [2, 4]

@@ -62,23 +62,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TINY_FLAGS = ("--steps", "2", "--batch-size", "16", "--warmup", "0", "--log-every", "1")
 
 
-def _fresh(*calls: tuple[object, ...]) -> list[Outcome]:
+def _fresh(*calls: str) -> list[Outcome]:
     """Run scripts, each given as its name and flags, one after another in one new process with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     if not torch.cuda.is_available():
         environment.pop("ACCELERATE_USE_CPU", None)  # scripts find the device themselves
-    lines = [[str(SCRIPTS / f"{name}.py"), *map(str, flags)] for name, *flags in calls]
-    command = [sys.executable, str(SCRIPTS.parent / "tests/support/run_scripts.py")]
-    done = subprocess.run(
-        command,
-        cwd=SCRIPTS.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        input=json.dumps(lines),
+    lines = json.dumps(
+        [f"{SCRIPTS}/{name}.py {flags}".split() for name, flags in (call.split(" ", 1) for call in calls)]
     )
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, SCRIPTS.parent / "tests/support/run_scripts.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, input=lines)
     return [Outcome(*outcome) for outcome in json.loads(done.stdout.splitlines()[-1])]
 
 
@@ -108,29 +101,30 @@ TOKENIZER_FILE = "tokenizer/diffusion_pytorch_model.safetensors"
 # ---- command lines ----
 
 
-def _commands(pipeline: Pipeline, out: Path) -> dict[str, tuple[object, ...]]:
-    model = ("--model", pipeline.model)
-    distill = ("--distill.analytic-first", "True", "--distill.trajectories", 16, "--distill.teacher-steps", 4)
+def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
+    """Flags of every script, which writes to the folder of its name in `root`."""
+    model, features, tokenizer = pipeline.model, pipeline.features, pipeline.tokenizer
     vae = pipeline.root / "vae"
     AutoencoderTiny(1, 1, (8, 8), (8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(vae)
-    sweep = ("--solvers", "euler,heun", "--nfe", "4", "--n", 16, "--reference-nfe", 8)
-    return {
-        "train_tokenizer": ("digits-fsq", *TINY_FLAGS, "--model.levels", "5", "5", "--model.width", 16, "--out", out),
-        "encode": ("--tokenizer", pipeline.tokenizer, "--out", out / "latents.safetensors"),
-        "import_tokenizer": ("--source", vae, "--out", out),
-        "evaluate_tokenizer": (
-            *("--tokenizers", pipeline.tokenizer, "--features", pipeline.features, "--n", 16, "--out", out),
-        ),
-        "train_latent": ("digits-flow", *TINY_FLAGS, "--tokenizer", pipeline.tokenizer, "--out", out),
-        "train_features": (*TINY_FLAGS, "--width", 8, "--out", out),
-        "train_baseline": ("digits-vae", *TINY_FLAGS, "--model.width", 8, "--validation-images", 20, "--out", out),
-        "evaluate_likelihood": ("--models", pipeline.baseline, "--n", 16, "--iwae", 2, "--draws", 2, "--out", out),
-        "train_solver": ("amed", *model, "--nfe", "5", "--grid", "shift", *TINY_FLAGS, *distill),
-        "sample": (*model, "--solver", "ddim", "--nfe", 3, "--n", 4, "--seed", 0, "--out", out / "grid.png"),
-        "evaluate": (*model, "--features", pipeline.features, *sweep, "--out", out),
-        "posthoc_ema": (pipeline.model, "--std", 0.08, "--out", out),
-        "verify_resume": (pipeline.model, "--steps", 4),
-        "data": ("check", "digits", "--out", out),
+    tiny = " ".join(TINY_FLAGS)
+    distill = "--distill.analytic-first True --distill.trajectories 16 --distill.teacher-steps 4"
+    flags = {
+        "train_tokenizer": f"digits-fsq {tiny} --model.levels 5 5 --model.width 16",
+        "import_tokenizer": f"--source {vae}",
+        "evaluate_tokenizer": f"--tokenizers {tokenizer} --features {features} --n 16",
+        "train_latent": f"digits-flow {tiny} --tokenizer {tokenizer}",
+        "train_features": f"{tiny} --width 8",
+        "train_baseline": f"digits-vae {tiny} --model.width 8 --validation-images 20",
+        "evaluate_likelihood": f"--models {pipeline.baseline} --n 16 --iwae 2 --draws 2",
+        "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --reference-nfe 8",
+        "posthoc_ema": f"{model} --std 0.08",
+        "data": "check digits",
+    }
+    return {name: f"{words} --out {root}/{name}" for name, words in flags.items()} | {
+        "encode": f"--tokenizer {tokenizer} --out {root}/encode/latents.safetensors",
+        "train_solver": f"amed --model {model} --nfe 5 --grid shift {tiny} {distill}",
+        "sample": f"--model {model} --solver ddim --nfe 3 --n 4 --seed 0 --out {root}/sample/grid.png",
+        "verify_resume": f"{model} --steps 4",
     }
 
 
@@ -142,8 +136,8 @@ ELSEWHERE = {"demo", "download_weights"}
 def called(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Outcome, Path]]:
     """Every script as a command line, with the directory that it was given."""
     root = tmp_path_factory.mktemp("called")
-    calls = {name: _commands(pipeline, root / name)[name] for name in _commands(pipeline, root)}
-    outcomes = _fresh(*((name, *flags) for name, flags in calls.items()))
+    calls = _commands(pipeline, root)
+    outcomes = _fresh(*(f"{name} {flags}" for name, flags in calls.items()))
     return {name: (outcome, root / name) for name, outcome in zip(calls, outcomes, strict=True)}
 
 
@@ -176,12 +170,10 @@ def test_a_script_works_as_a_command_line(
 
 
 EVERY_TRAINING_FLAG = (
-    *("--steps", 6, "--batch-size", 16, "--optimizer", "muon", "--lr", 1e-3, "--warmup", 1),
-    *("--decay", "inverse_sqrt", "--plateau", 3, "--weight-decay", 0.01, "--betas", 0.9, 0.95, "--clip", 0.5),
-    *("--ema", 0.9, "--posthoc", 0.05, 0.1, "--posthoc-every", 2, "--accumulation", 2, "--precision", "bf16"),
-    *("--gradient-checkpointing", "--deterministic", "--patience", 3, "--max-seconds", 100, "--save-every", 2),
-    *("--save-seconds", 50, "--keep", 1, "--log-every", 2, "--preview-every", 3, "--log-with", "tensorboard"),
-    *("--seed", 3, "--flip", "--model.dit.dropout", 0.1, "--model.dit.depth", 2),
+    "--steps 6 --batch-size 16 --optimizer muon --lr 1e-3 --warmup 1 --decay inverse_sqrt --plateau 3 --weight-decay 0.01 "
+    "--betas 0.9 0.95 --clip 0.5 --ema 0.9 --posthoc 0.05 0.1 --posthoc-every 2 --accumulation 2 --precision bf16 "
+    "--gradient-checkpointing --deterministic --patience 3 --max-seconds 100 --save-every 2 --save-seconds 50 --keep 1 "
+    "--log-every 2 --preview-every 3 --log-with tensorboard --seed 3 --flip --model.dit.dropout 0.1 --model.dit.depth 2"
 )
 
 
@@ -189,10 +181,10 @@ def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> Non
     """A run with all of them stops at --max-steps, resumes, and writes all files."""
     pytest.importorskip("tensorboard", reason="a tracker to log with")
     out = tmp_path / "out"
-    command = ("train_latent", "digits-flow", "--tokenizer", pipeline.tokenizer, "--out", out, *EVERY_TRAINING_FLAG)
-    first, second = _fresh((*command, "--max-steps", 3, "--resume", "auto"), (*command, "--resume", "auto"))
+    call = f"train_latent digits-flow --tokenizer {pipeline.tokenizer} --out {out} {EVERY_TRAINING_FLAG} --resume auto"
+    first, second = _fresh(f"{call} --max-steps 3", call)
     assert first.code == 0 and "stopped at step 3 of 6" in first.out, first.err
-    assert second.code == 0 and "going on from step 3" in second.out, second.err
+    assert second.code == 0 and "resuming from step 3" in second.out, second.err
     assert "16 samples a step, 1 process(es) x 2 micro-batch(es) of 8" in second.out
     assert [r["step"] for r in _metrics(out)] == [2, 4, 6]
     assert [r["lr"] for r in _metrics(out)] == pytest.approx([1e-3, 1e-3, 1e-3 * math.sqrt(3 / 5)])
@@ -302,7 +294,7 @@ def drawn() -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def grid_of(
-    script: Script, pipeline: Pipeline, tmp_path: Path, drawn: dict[str, np.ndarray]
+    succeed: Script, pipeline: Pipeline, tmp_path: Path, drawn: dict[str, np.ndarray]
 ) -> Callable[..., np.ndarray]:
     """Pixels of a grid of 4 by sample.py with these flags over a base call."""
 
@@ -311,8 +303,7 @@ def grid_of(
         if str(values) not in drawn:
             words = {k: v if isinstance(v, tuple) else () if v is True else (v,) for k, v in values.items()}
             arguments = [word for k, v in words.items() for word in (f"--{k}", *v)]
-            done = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", *arguments)
-            assert done.code == 0, done.err
+            done = succeed("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", *arguments)
             assert f"{values['n']} images" in done.out
             drawn[str(values)] = _pixels(tmp_path / "grid.png")
         return drawn[str(values)]
@@ -367,14 +358,12 @@ def test_bf16_reaches_the_network_and_nothing_else(
 
 @pytest.mark.parametrize("method", ["gaussian", "picard"])
 def test_sampling_in_parallel_gives_the_same_images_in_fewer_waves(
-    method: str, grid_of: Callable[..., np.ndarray], script: Script, pipeline: Pipeline, tmp_path: Path
+    method: str, grid_of: Callable[..., np.ndarray], succeed: Script, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     flags = {"nfe": 20, "grid": "logsnr"}
     assert np.array_equal(grid_of(flags), grid_of({**flags, "parallel": method, "tolerance": 1e-4, "window": 15}))
-    done = script(
-        *("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--solver", "ddim", "--nfe", 20),
-        *("--n", 4, "--parallel", method),
-    )
+    call = f"sample --model {pipeline.model} --out {tmp_path}/grid.png --solver ddim --nfe 20 --n 4 --parallel {method}"
+    done = succeed(call)
     waves = int(done.out.split(" waves")[0].split()[-1])
     assert 1 < waves < 20
 
@@ -567,19 +556,15 @@ def test_the_training_cost_of_a_fitted_grid_is_reported(pipeline: Pipeline, tmp_
 
 
 def test_batch_size_title_and_out_of_evaluate(
-    base_cell: Measurement, script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base_cell: Measurement, succeed: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of 7 of 48 images; the distance may differ in the last bits of the latents alone."""
     sizes: list[int] = []
     real = sampling.start_state
     monkeypatch.setattr(sampling, "start_state", lambda *a: sizes.append(len(a[2])) or real(*a))
     out = tmp_path / "there"
-    done = script(
-        *("evaluate", "--model", pipeline.model, "--features", pipeline.features, "--solvers", "ddim", "--nfe", 4),
-        *("--grids", "uniform", "--n", 24, "--reference-nfe", 16, "--batch-size", 7, "--title", "Sieben", "--out", out),
-        *("--blocks", 2),
-    )
-    assert done.code == 0, done.err
+    flags = "--solvers ddim --nfe 4 --grids uniform --n 24 --blocks 2 --reference-nfe 16 --batch-size 7 --title Sieben"
+    succeed(f"evaluate --model {pipeline.model} --features {pipeline.features} --out {out} {flags}")
     assert sizes == 4 * [7, 7, 7, 3], "two blocks of the fine solution and of ddim"
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
     assert float(_rows(out)[1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
@@ -640,12 +625,10 @@ def test_every_quantizer_is_trained_here() -> None:
     assert {config.quantizer for config in TOKENIZERS.values()} == set(QUANTIZERS) == set(get_args(QuantizerName))
 
 
-def test_a_latent_model_learns_from_latent_tokens(script: Script, tmp_path: Path) -> None:
-    tokens = ("--model.network", "vit", "--model.downsample", 4, "--model.latent-tokens", 6, "--model.depth", 1)
-    done = script("train_tokenizer", "digits-fsq", *TINY_FLAGS, *tokens, "--out", tmp_path / "t")
-    assert done.code == 0, done.err
-    done = script("train_latent", "digits-dit", *TINY_FLAGS, "--tokenizer", tmp_path / "t", "--out", tmp_path / "m")
-    assert done.code == 0, done.err
+def test_a_latent_model_learns_from_latent_tokens(succeed: Script, tmp_path: Path) -> None:
+    flags = "--model.network vit --model.downsample 4 --model.latent-tokens 6 --model.depth 1"
+    succeed(f"train_tokenizer digits-fsq {flags} --out {tmp_path}/t", *TINY_FLAGS)
+    succeed("train_latent", "digits-dit", *TINY_FLAGS, "--tokenizer", tmp_path / "t", "--out", tmp_path / "m")
     trained = load_model(tmp_path / "m", torch.device("cpu"))
     assert trained.model.latent_shape == (6, 1, 6)
     (plan,) = make_samplers(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
@@ -709,27 +692,25 @@ def test_flags_override_a_recipe() -> None:
     [("tokenizer", TOKENIZER_FILE), ("features", "features.safetensors"), ("model", "ema.safetensors")],
 )
 def test_the_config_of_a_run_repeats_it(
-    kind: str, file: str, pipeline: Pipeline, script: Script, tmp_path: Path
+    kind: str, file: str, pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
     name = {"tokenizer": "train_tokenizer", "features": "train_features", "model": "train_latent"}[kind]
     first, second = getattr(pipeline, kind), tmp_path / "second"
-    done = script(name, "--config", first / "config.yaml", "--out", second)
-    assert done.code == 0, done.err
+    succeed(name, "--config", first / "config.yaml", "--out", second)
     assert read_yaml(second / "config.yaml") == {**read_yaml(first / "config.yaml"), "out": str(second)}
     assert _equal(_weights(first, file), _weights(second, file))
 
 
 @pytest.mark.parametrize("solver", LEARNED)
 def test_the_config_of_a_learned_solver_repeats_it(
-    solver: str, pipeline: Pipeline, script: Script, tmp_path: Path
+    solver: str, pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
     """Whatever random numbers were drawn before in the process: first weights come from the seed."""
     model = Path(shutil.copytree(pipeline.model, tmp_path / "model"))
     run = model / "solvers" / f"{solver}-uniform-nfe4"
     before = _weights(run, "solver.safetensors")
     torch.manual_seed(12345)
-    done = script("train_solver", "--config", run / "config.yaml", "--model", model, "--overwrite")
-    assert done.code == 0, done.err
+    succeed("train_solver", "--config", run / "config.yaml", "--model", model, "--overwrite")
     assert _equal(before, _weights(run, "solver.safetensors"))
 
 
@@ -740,35 +721,28 @@ def test_flags_override_a_config_file(pipeline: Pipeline) -> None:
     assert (task.out, task.tokenizer) == (Path("elsewhere"), pipeline.tokenizer)
 
 
-def test_overwrite_replaces_a_run_and_its_learned_solvers(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_run_and_its_learned_solvers(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     model = Path(shutil.copytree(pipeline.model, tmp_path / "model"))
-    done = script("train_latent", "--config", model / "config.yaml", "--out", model, "--steps", 2, "--overwrite")
-    assert done.code == 0, done.err
+    succeed("train_latent", "--config", model / "config.yaml", "--out", model, "--steps", 2, "--overwrite")
     assert [p.name for p in (model / "checkpoints").glob("step-*")] == ["step-2"]
     assert not (model / "solvers").exists()
 
 
-def test_encode_writes_what_train_latent_reads(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_encode_writes_what_train_latent_reads(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     cache = tmp_path / "latents.safetensors"
-    assert script("encode", "--tokenizer", pipeline.tokenizer, "--out", cache, "--batch-size", 100).code == 0
+    succeed("encode", "--tokenizer", pipeline.tokenizer, "--out", cache, "--batch-size", 100)
     (own,) = (p for p in pipeline.tokenizer.glob("latents-*.safetensors") if not p.stem.endswith("-flip"))
     made, stored = load_file(cache), load_file(own)
     assert torch.equal(made["labels"], stored["labels"])
     torch.testing.assert_close(made["raw"], stored["raw"], rtol=1e-5, atol=1e-5)
-    done = script(
-        *("train_latent", "--config", pipeline.model / "config.yaml", "--latents", cache, "--steps", 2),
-        *("--out", tmp_path / "m"),
-    )
-    assert done.code == 0, done.err
+    config = pipeline.model / "config.yaml"
+    succeed(f"train_latent --config {config} --latents {cache} --steps 2 --out {tmp_path}/m")
 
 
-def test_several_budgets_train_one_solver_each(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_several_budgets_train_one_solver_each(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     model = Path(shutil.copytree(pipeline.model, tmp_path / "model"))
-    done = script(
-        *("train_solver", "amed-constants", "--model", model, "--nfe", "2,6", "--guidance", 2.0, *TINY_FLAGS),
-        *("--distill.trajectories", 16, "--distill.teacher-steps", 4),
-    )
-    assert done.code == 0, done.err
+    distill = "--guidance 2 --distill.trajectories 16 --distill.teacher-steps 4"
+    succeed(f"train_solver amed-constants --model {model} --nfe 2,6 {distill}", *TINY_FLAGS)
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
         plans = make_samplers(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
@@ -788,14 +762,13 @@ def with_a_table(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -
     return model
 
 
-def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
     """The second budget takes the teacher's end states from the first, and counts their evaluations as its own."""
     model = Path(shutil.copytree(pipeline.model, tmp_path / "model"))
     flags = ("--steps", 2, "--batch-size", 4, "--table.pairs", 8, "--table.teacher-steps", 6)
     written = []
     for budgets in ("2,3", "3"):
-        done = script("train_solver", "table", "--model", model, "--nfe", budgets, "--overwrite", *flags)
-        assert done.code == 0, done.err
+        done = succeed("train_solver", "table", "--model", model, "--nfe", budgets, "--overwrite", *flags)
         folder = Run.open(solver_path(model, "table", "best", 3), "solver").checkpoint
         written.append(Table.load(folder / "solver.safetensors"))
         assert f"{8 * 6 + len(GRIDS) * 8 * 3 + 2 * 4 * 3:,} evaluations of training" in done.out
@@ -803,15 +776,14 @@ def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, scr
 
 
 def test_a_learned_table_is_sampled_and_measured_by_name(
-    with_a_table: Path, pipeline: Pipeline, script: Script, tmp_path: Path
+    with_a_table: Path, pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
     (plan,) = make_samplers(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
     assert isinstance(plan, Table) and plan.nfe == 3
     card = plan.card
     assert card is not None and card.mode == "end_to_end" and card.base.startswith("dpmpp3m on ")
     out = tmp_path / "grid.png"
-    done = script("sample", "--model", with_a_table, "--solver", "table", "--nfe", 3, "--n", 4, "--out", out)
-    assert done.code == 0, done.err
+    done = succeed("sample", "--model", with_a_table, "--solver", "table", "--nfe", 3, "--n", 4, "--out", out)
     assert "3 evaluations each" in done.out
     solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
     task = replace(_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)

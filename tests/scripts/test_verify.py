@@ -25,40 +25,37 @@ def _runs(pipeline: Pipeline) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "features", "model", "solver", "baseline"])
-def test_every_kind_of_run_resumes_exactly_and_is_left_alone(kind: str, pipeline: Pipeline, script: Script) -> None:
+def test_every_kind_of_run_resumes_exactly_and_is_left_alone(kind: str, pipeline: Pipeline, succeed: Script) -> None:
     run = _runs(pipeline)[kind]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    done = script("verify_resume", run, "--steps", 5)
-    assert done.code == 0, done.err
+    done = succeed("verify_resume", run, "--steps", 5)
     assert "5 steps from step" in done.out
     assert "equal, straight and stopped-and-resumed" in done.out
     assert done.out.endswith("resume is exact\n")
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-def _with_two_checkpoints(pipeline: Pipeline, script: Script, out: Path) -> Path:
+def _with_two_checkpoints(pipeline: Pipeline, succeed: Script, out: Path) -> Path:
     """A latent model with checkpoints at steps 4 and 8, logged at 6 and 8."""
-    done = script(
-        *("train_latent", "--config", pipeline.model / "config.yaml", "--out", out, "--steps", 8),
-        *("--save-every", 4, "--log-every", 2),
-    )
-    assert done.code == 0, done.err
+    flags = "--steps 8 --save-every 4 --log-every 2"
+    succeed(f"train_latent --config {pipeline.model}/config.yaml --out {out} {flags}")
     return out
 
 
 def test_a_later_checkpoint_and_logged_losses_are_compared_too(
-    pipeline: Pipeline, script: Script, tmp_path: Path
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
-    run = _with_two_checkpoints(pipeline, script, tmp_path / "m")
-    done = script("verify_resume", run)
-    assert done.code == 0, done.err
+    run = _with_two_checkpoints(pipeline, succeed, tmp_path / "m")
+    done = succeed("verify_resume", run)
     assert "4 steps from step 4" in done.out
     assert "the run's own step-8" in done.out
     assert "logged means of 2 interval(s)" in done.out
 
 
-def test_another_loss_than_the_logged_one_is_named(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
-    run = _with_two_checkpoints(pipeline, script, tmp_path / "m")
+def test_another_loss_than_the_logged_one_is_named(
+    pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path
+) -> None:
+    run = _with_two_checkpoints(pipeline, succeed, tmp_path / "m")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines[2]["loss"] += 1e-9
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -89,26 +86,22 @@ def test_randomness_that_has_a_state_is_found(
 
 
 def test_a_posthoc_run_holds_the_reconstructed_average_and_samples(
-    pipeline: Pipeline, script: Script, tmp_path: Path
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
     out = tmp_path / "wide"
-    done = script("posthoc_ema", pipeline.model, "--std", 0.08, "--out", out)
-    assert done.code == 0, done.err
+    done = succeed("posthoc_ema", pipeline.model, "--std", 0.08, "--out", out)
     trained = load_model(out, torch.device("cpu"))
     expected = reconstruct(find_snapshots(pipeline.model / "posthoc"), 25, 0.08)
     assert all(torch.equal(value, expected[name]) for name, value in trained.model.state_dict().items())
     assert trained.weights == "averaged post hoc, width 0.08, step 25"
-    done = script(
-        "sample", "--model", out, "--solver", "ddim", "--nfe", 2, "--n", 4, "--seed", 0, "--out", out / "a.png"
-    )
-    assert done.code == 0 and "width 0.08" in done.out
+    done = succeed(f"sample --model {out} --solver ddim --nfe 2 --n 4 --seed 0 --out {out}/a.png")
+    assert "width 0.08" in done.out
     own = pipeline.load().model.state_dict()
     assert any(not torch.equal(value, own[name]) for name, value in expected.items())
 
 
-def test_a_tracked_width_comes_back_as_it_was_stored(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
-    done = script("posthoc_ema", pipeline.model, "--std", 0.1, "--step", 15, "--out", tmp_path / "m")
-    assert done.code == 0, done.err
+def test_a_tracked_width_comes_back_as_it_was_stored(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
+    succeed("posthoc_ema", pipeline.model, "--std", 0.1, "--step", 15, "--out", tmp_path / "m")
     made = load_model(tmp_path / "m", torch.device("cpu")).model.state_dict()
     (stored,) = (s for s in find_snapshots(pipeline.model / "posthoc") if (s.step, s.std) == (15, 0.1))
     for name, value in reconstruct([Snapshot(stored.path, 15, 0.1)], 15, 0.1).items():
@@ -116,14 +109,10 @@ def test_a_tracked_width_comes_back_as_it_was_stored(pipeline: Pipeline, script:
 
 
 def test_a_latent_model_without_averages_has_its_newest_weights(
-    pipeline: Pipeline, script: Script, tmp_path: Path
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
     """`--ema 0`: no ema file, the newest weights are loaded, and the names of pictures as well."""
-    done = script(
-        *("train_latent", "--config", pipeline.model / "config.yaml", "--out", tmp_path / "m"),
-        *("--steps", 2, "--ema", 0),
-    )
-    assert done.code == 0, done.err
+    succeed(f"train_latent --config {pipeline.model}/config.yaml --out {tmp_path}/m --steps 2 --ema 0")
     assert not list(tmp_path.glob("m/checkpoints/step-2/ema.safetensors"))
     assert [p.name for p in (tmp_path / "m/samples").iterdir()] == ["newest-000002-nfe20.png"]
     trained = load_model(tmp_path / "m", torch.device("cpu"))

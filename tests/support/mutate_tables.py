@@ -30,7 +30,7 @@ RHO = (3.0, 2.2, 1.0, 0.8, 0.3, 0.2)
 
 @dataclass(frozen=True)
 class Line:
-    """The exact states of one problem: x(t) = value of (alpha, sigma) or t, and the x0 that a network says on it."""
+    """The exact states of one problem: x(t) = value of (alpha, sigma) or t, and the network's x0 on it."""
 
     states: list[float]
     predictions: list[float]

@@ -68,6 +68,13 @@ def exact_solution(data: Mixture, schedule: Schedule, x: Tensor, start: float, e
     return alpha[1] * torch.from_numpy(solution.y[:, -1]).view_as(x)
 
 
+def noise_at(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Tensor:
+    """Normal states (count, 2) at time t, with the standard deviation that data of unit variance have there."""
+    time = torch.tensor(t, dtype=torch.float64)
+    scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
+    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 def uneven_grid(start: float, end: float, steps: int) -> tuple[float, ...]:
     """Steps alternate 1:3: a grid on which a solver that assumes equal steps shows."""
     widths = torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(steps // 2)

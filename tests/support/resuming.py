@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import train_baseline
@@ -21,6 +21,7 @@ import train_latent
 import train_solver
 import train_tokenizer
 from multiprocess import together
+from regression import records
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -42,8 +43,6 @@ TRAIN = TrainConfig(
     steps=11, batch_size=32, lr=1e-2, warmup=2, weight_decay=0.01, ema=0.9, posthoc=(0.1,), posthoc_every=4, log_every=4
 )
 VQ = TokenizerConfig(quantizer="vq", width=8, blocks=1, codebook_size=128, dim=4)
-CLOCK = ("seconds", "images_per_second")
-"""What differs between two equal runs."""
 
 
 def train(task: Task) -> Path:
@@ -62,12 +61,6 @@ def train(task: Task) -> Path:
 
 
 # ---- what makes two runs the same ----
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without their times."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
 
 
 def newest(run: Path) -> Path:

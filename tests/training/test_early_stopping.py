@@ -2,16 +2,16 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from regression import SIZE, Fault, Regression, in_steps, samples
 from resuming import contents, records
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
@@ -23,30 +23,22 @@ from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items
 
-SIZE = 10
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 CONFIG = TrainConfig(steps=13, batch_size=4, lr=0.05, warmup=2, ema=0.5, log_every=4, validate_every=2, save_every=5)
 VALUES = {2: 3.0, 4: 2.0, 6: math.nan, 8: -math.inf, 10: 2.0, 12: 1.5, 13: 1.75}
 """Of these steps 2, 4 and 12 are best, when they come; 10 is only as good as 4."""
 
 
-class Tiny(nn.Module):
-    """Linear regression; a NaN loss in the steps `bad`, and an exception in the step `fatal`."""
+def interrupted_in(fatal: int) -> Fault:
+    """A fault that ends step `fatal` with KeyboardInterrupt."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
-        self.bad: set[int] = set()
-        self.fatal = -1
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        if context.step == self.fatal:
+    def fault(context: Context) -> Tensor:
+        if context.step == fatal:
             raise KeyboardInterrupt
-        x = batch + context.normal("noise", (3,)).double()
-        loss = (x @ self.weight - batch.sum(1).sin()).square().mean()
-        return loss * (math.nan if context.step in self.bad else 1), {}
+        return torch.zeros(len(context.sample_ids), dtype=torch.bool)
 
-    def after_step(self, step_ok: Tensor) -> None:
-        pass
+    return fault
 
 
 @dataclass
@@ -56,7 +48,7 @@ class Job:
     folder: Path
     config: TrainConfig = CONFIG
     values: dict[int, float] = field(default_factory=lambda: VALUES)
-    model: Tiny = field(default_factory=Tiny)
+    model: Regression = field(default_factory=Regression)
     seen: dict[int, Tensor] = field(default_factory=dict)
 
     def validate(self, step: int) -> float:
@@ -66,26 +58,14 @@ class Job:
         return self.values[step]
 
     def run(self, resume: bool = False) -> FitResult:
-        data = torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        accelerator = make_accelerator(self.config)
-        run = Run(self.folder, "test", {"train": to_dict(self.config)}, quiet=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        hooks = Hooks(export=export, validate=self.validate)
-        items = Items(lambda items: data[items], SIZE, "x")
-        return fit(self.model, items, self.config, run, accelerator, hooks, resume)
+        run = Run(self.folder, "test", {"train": to_dict(self.config)}, quiet=True)
+        items, hooks = Items(samples, SIZE, "x"), Hooks(export=export, validate=self.validate)
+        return fit(self.model, items, self.config, run, make_accelerator(self.config), hooks, resume)
 
 
 def export(folder: Path, averaged: dict[str, Tensor]) -> None:
     (folder / "export.json").write_text(json.dumps(averaged["weight"].tolist()))
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float64 to the last digits; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def best_steps(folder: Path) -> list[int]:
@@ -105,7 +85,7 @@ def assert_same(folder: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("ema", [0.5, 0.0])
-def test_the_weights_of_the_best_validation_are_kept(ema: float, tmp_path: Path) -> None:
+def test_the_weights_of_the_best_validation_are_stored(ema: float, tmp_path: Path) -> None:
     job = Job(tmp_path / "run", replace(CONFIG, ema=ema))
     result = job.run()
     assert result.best == (12, 1.5) and result.finished and result.steps == 13
@@ -155,7 +135,7 @@ def test_a_run_stops_after_so_many_validations_without_a_better_one(patience: in
     assert checkpoints.directories(job.folder / "checkpoints")[0].name == f"step-{end}"
     log = (job.folder / "log.txt").read_text()
     assert (f"stopped early at step {end}: {patience} validations without" in log) == (end < 13)
-    assert "--resume auto goes on" not in log
+    assert "--resume auto continues" not in log
     before, said = contents(job.folder / "checkpoints"), records(job.folder)
     again = Job(job.folder, job.config)
     after = again.run(resume=True)
@@ -164,7 +144,7 @@ def test_a_run_stops_after_so_many_validations_without_a_better_one(patience: in
     assert contents(job.folder / "checkpoints") == before and records(job.folder) == said
 
 
-def test_more_patience_goes_on(tmp_path: Path) -> None:
+def test_a_run_can_be_resumed_with_more_patience(tmp_path: Path) -> None:
     whole, run = Job(tmp_path / "whole"), Job(tmp_path / "run", replace(CONFIG, patience_validations=2))
     whole.run()
     run.run()
@@ -190,11 +170,11 @@ def test_a_run_may_stop_after_every_single_step(patience: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fatal", [1, 4, 6, 9, 12])
-def test_a_killed_run_goes_on_from_its_checkpoint_and_the_folder_of_it(fatal: int, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_checkpoint_and_the_best_folder_of_it(fatal: int, tmp_path: Path) -> None:
     """Checkpoints at 5 and 10, so that better folders than theirs are lost, and those that they speak of are not."""
     whole, parts = Job(tmp_path / "whole"), Job(tmp_path / "parts")
     whole.run()
-    parts.model.fatal = fatal
+    parts.model.fault = interrupted_in(fatal)
     with pytest.raises(KeyboardInterrupt):
         parts.run()
     saved = 5 * (fatal // 5)
@@ -207,7 +187,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_the_folder_of_it(fatal: in
 
 def test_until_the_next_checkpoint_the_folder_of_the_last_one_stays(tmp_path: Path) -> None:
     job = Job(tmp_path / "run", values={**VALUES, 6: 1.9, 8: 1.8})
-    job.model.fatal = 9
+    job.model.fault = interrupted_in(9)
     with pytest.raises(KeyboardInterrupt):
         job.run()
     assert best_steps(job.folder) == [8, 4]
@@ -228,13 +208,13 @@ def test_going_back_from_bad_steps_takes_the_best_back_too(tmp_path: Path) -> No
     """At step 10 it goes back to step 5; the value of step 6 is then another, and was best."""
     values = {**VALUES, 6: 1.0}
     job = Job(tmp_path / "run", replace(CONFIG, patience=2), values)
-    job.model.bad = {8, 9}
+    job.model.fault = in_steps(8, 9)
     seen: list[list[int]] = []
 
     def validate(step: int) -> float:
         if step == 6:
             seen.append(best_steps(job.folder))
-            job.model.bad = set() if len(seen) > 1 else job.model.bad
+            job.model.fault = None if len(seen) > 1 else job.model.fault
             return 1.0 if len(seen) == 1 else 5.0
         return VALUES[step]
 
@@ -265,7 +245,7 @@ REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_validation_that_cannot_be_made_is_refused(name: str) -> None:
+def test_unsupported_validation_raises(name: str) -> None:
     call, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         call()

@@ -1,126 +1,32 @@
 """fit() against a plain loop; closed forms of the rate and the average; the same run however it is divided."""
 
-import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import regression
 import torch
-from accelerate.state import AcceleratorState
 from multiprocess import together
+from regression import SIZE, Regression, Trained, assert_near, plain_loop, records, saved
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
-from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DivergedError, UsageError
-from midway.gen.core.runs import Run
-from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.ema import EMA, decay_at
-from midway.gen.training.fit import fit
-from midway.gen.training.interface import FitResult, Hooks, Items
+from midway.gen.training.interface import Hooks
 
-SIZE = 10
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 CONFIG = TrainConfig(steps=5, batch_size=8, lr=0.05, warmup=2, decay="cosine", weight_decay=0.1, clip=0.5, ema=0.5)
 
 
-class Tiny(nn.Module):
-    """Linear regression in float64 on inputs with noise of a random size; a running mean and a counter as buffers."""
-
-    average: Tensor
-    updates: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.weight = nn.Parameter(torch.randn(3, generator=generator, dtype=torch.float64))
-        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.register_buffer("average", torch.zeros(3, dtype=torch.float64))
-        self.register_buffer("updates", torch.tensor(0))
-        self.noise: list[Tensor] = []
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = context.normal("noise", (3,)).double()
-        self.noise.append(noise)
-        x = batch + context.uniform("time")[:, None] * noise
-        errors = (x @ self.weight + self.bias - batch.sum(1).sin()).square()
-        early = context.uniform("time") < 0.25
-        logs = {"early": torch.stack([errors[early].sum(), early.sum()]), "never": torch.zeros(2)}
-        return errors.mean(), {**logs, "largest": errors.max()}
-
-    def after_step(self, step_ok: Tensor) -> None:
-        self.average.lerp_(self.weight.detach(), 0.3 * step_ok)
-        self.updates += step_ok
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """float64 to the last digits, also on a machine with a GPU; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def data() -> Tensor:
-    return torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-@dataclass
-class Trained:
-    """A model after fit(), and the items it was given."""
-
-    model: Tiny
-    result: FitResult
-    run: Run
-    items: list[Tensor] = field(default_factory=list)
-
-    @property
-    def records(self) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (self.run.path / "metrics.jsonl").read_text().splitlines()]
-
-
 def train(
-    folder: Path,
-    config: TrainConfig = CONFIG,
-    model: Tiny | None = None,
-    preview: Callable[[Tiny], Callable[[int], None]] | None = None,
+    folder: Path, config: TrainConfig = CONFIG, model: Regression | None = None, hooks: Hooks | None = None
 ) -> Trained:
-    model, items, images = model or Tiny(), [], data()
-    accelerator = make_accelerator(config)
-    run = Run(folder, "test", {"train": to_dict(config)})
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def fetch(wanted: Tensor) -> Tensor:
-        items.append(wanted)
-        return images[wanted].to(accelerator.device)
-
-    hooks = Hooks(preview=preview(model)) if preview else None
-    return Trained(model, fit(model, Items(fetch, SIZE, "x"), config, run, accelerator, hooks), run, items)
-
-
-def plain_loop(config: TrainConfig) -> tuple[Tiny, list[dict[str, Tensor]], list[float]]:
-    """What fit() should do, in a few lines without Accelerate: the model, its state after each step, the losses."""
-    model, images, states, losses = Tiny(), data(), [], []
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-    stream = torch.cat([randomness.permutation(config.seed, "order", epoch, SIZE) for epoch in range(10)])
-    for step in range(config.steps):
-        ids = torch.arange(step * config.batch_size, (step + 1) * config.batch_size)
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-        optimizer.zero_grad()
-        loss, _ = model.loss(images[stream[ids]], Context(config.seed, step, ids))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        model.after_step(torch.tensor(True))
-        states.append({name: value.detach().clone() for name, value in model.state_dict().items()})
-        losses.append(loss.item())
-    return model, states, losses
+    return regression.train(folder, config, model, hooks)
 
 
 def difference(a: nn.Module, b: nn.Module) -> float:
@@ -152,7 +58,7 @@ def test_the_cosine_starts_at_the_full_rate_is_half_in_the_middle_and_ends_at_ze
 
 def test_the_average_is_its_closed_form_sum() -> None:
     """shadow_n = sum_k w_k value_k, w_k = (1 - d_k) prod_(j > k) d_j; the weights, initial value included, sum to 1."""
-    model, decay, steps = Tiny(), 0.6, 12
+    model, decay, steps = Regression(), 0.6, 12
     values = torch.randn(steps, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     start, ema = model.weight.detach().clone(), EMA(model, decay)
     for step, value in enumerate(values):
@@ -171,7 +77,7 @@ def test_the_decay_warms_up_and_reaches_its_value() -> None:
 
 
 def test_learned_buffers_are_averaged_and_integers_are_copied() -> None:
-    model = Tiny()
+    model = Regression()
     ema = EMA(model, 0.9)
     model.average.fill_(1.0)
     model.updates.fill_(7)
@@ -181,8 +87,8 @@ def test_learned_buffers_are_averaged_and_integers_are_copied() -> None:
 
 
 def test_applied_shows_the_average_and_gives_the_weights_back_even_after_an_error() -> None:
-    model = Tiny()
-    ema, own = EMA(model, 0.9), Tiny()
+    model = Regression()
+    ema, own = EMA(model, 0.9), Regression()
     ema.shadow["weight"].fill_(5.0)
     ema.shadow["updates"].fill_(3)
     with pytest.raises(KeyError), ema.applied(model):
@@ -195,9 +101,9 @@ def test_applied_shows_the_average_and_gives_the_weights_back_even_after_an_erro
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
-def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
+def test_a_decay_outside_its_range_raises(decay: float) -> None:
     with pytest.raises(ValueError, match="decay"):
-        EMA(Tiny(), decay)
+        EMA(Regression(), decay)
 
 
 # ---- fit() ----
@@ -205,18 +111,12 @@ def test_a_decay_outside_its_range_is_refused(decay: float) -> None:
 
 def test_fit_is_the_plain_loop(tmp_path: Path) -> None:
     """Order, noise, clipping, rate, buffers, average: all against ten lines of torch."""
-    expected, states, losses = plain_loop(CONFIG)
-    trained = train(tmp_path, replace(CONFIG, log_every=1))
-    assert difference(trained.model, expected) < 1e-12
-    assert [record["loss"] for record in trained.records] == pytest.approx(losses, rel=1e-6)
-    ema = EMA(Tiny(), CONFIG.ema)
-    average = Tiny()
-    for step, state in enumerate(states):
-        average.load_state_dict(state)
-        ema.update(average, step)
+    config = replace(CONFIG, log_every=1)
+    expected, trained = plain_loop(config), train(tmp_path, config)
+    assert_near(saved(tmp_path), expected.state, atol=1e-12)
+    assert [record["loss"] for record in trained.records] == pytest.approx(expected.losses, rel=1e-6)
     assert trained.result.ema is not None
-    for name, value in trained.result.ema.shadow.items():
-        torch.testing.assert_close(value, ema.shadow[name], rtol=0, atol=1e-12)
+    assert_near(trained.result.ema.shadow, {k[4:]: v for k, v in expected.state.items() if k[:3] == "ema"}, 1e-12)
     assert trained.result.steps == 5
 
 
@@ -252,7 +152,7 @@ def test_accumulation_changes_nothing(tmp_path: Path, accumulation: int) -> None
     assert len(parts.items) == accumulation * len(whole.items)
     assert difference(parts.model, whole.model) < 1e-12
     assert parts.model.updates.item() == CONFIG.steps
-    for name in ("loss", "early", "gradient_norm"):
+    for name in ("loss", "loss_time_0", "gradient_norm"):
         assert parts.result.last[name] == pytest.approx(whole.result.last[name], rel=1e-5)
 
 
@@ -274,7 +174,7 @@ def test_the_global_generator_is_not_used(tmp_path: Path) -> None:
 def test_time_over_stops_after_the_step_and_reports_it(tmp_path: Path) -> None:
     shown: list[int] = []
     config = replace(CONFIG, steps=10**6, max_seconds=0.2, log_every=10**6)
-    trained = train(tmp_path, config, preview=lambda _: shown.append)
+    trained = train(tmp_path, config, hooks=Hooks(preview=shown.append))
     steps = trained.result.steps
     assert 1 <= steps < 10**6
     assert trained.model.updates.item() == steps
@@ -286,62 +186,41 @@ def test_time_over_at_once_still_does_one_step(tmp_path: Path) -> None:
     assert train(tmp_path, replace(CONFIG, max_seconds=0.0)).result.steps == 1
 
 
-class Diverging(Tiny):
-    """The loss is NaN from the fourth step on."""
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logs = super().loss(batch, context)
-        return (loss * math.nan if context.step >= 3 else loss), logs
-
-
 def test_a_loss_that_stays_not_finite_ends_the_run_with_exit_code_4(tmp_path: Path) -> None:
+    model = Regression(lambda context: torch.full((len(context.sample_ids),), context.step >= 3))
     with pytest.raises(DivergedError, match=r"the last losses were .*nan, nan") as caught:
-        train(tmp_path, replace(CONFIG, log_every=1, patience=2), Diverging())
+        train(tmp_path, replace(CONFIG, log_every=1, patience=2), model)
     assert caught.value.exit_code == 4
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert len(records(tmp_path)) == 4
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_shared_raises(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="multiple of 3") as caught:
         train(tmp_path, replace(CONFIG, accumulation=3))
     assert caught.value.exit_code == 2
 
 
 def test_metrics_are_means_over_the_interval_and_pairs_are_added_before_dividing(tmp_path: Path) -> None:
-    """`early` averages over samples, not over batches; a bucket without samples is left out."""
+    """`loss_time_0` averages over samples, not over batches; a bucket without samples is left out."""
     config = replace(CONFIG, log_every=2)
-    records = train(tmp_path, config).records
-    assert [record["step"] for record in records] == [2, 4, 5]
-    _, states, losses = plain_loop(CONFIG)
-    model = Tiny()
-    sums, largest, images = [], [], data()
-    stream = torch.cat([randomness.permutation(0, "order", epoch, SIZE) for epoch in range(4)])
-    for step in range(5):
-        if step:
-            model.load_state_dict(states[step - 1])
-        ids = torch.arange(8 * step, 8 * step + 8)
-        logs = model.loss(images[stream[ids]], Context(0, step, ids))[1]
-        sums.append(logs["early"].detach())
-        largest.append(logs["largest"].item())
-    assert len({int(pair[1]) for pair in sums}) > 1, "unequal counts tell the two means apart"
-    for record, steps in zip(records, ([0, 1], [2, 3], [4]), strict=True):
-        total = torch.stack([sums[s] for s in steps]).sum(0)
-        assert record["early"] == pytest.approx((total[0] / total[1]).item(), rel=1e-5)
-        assert record["loss"] == pytest.approx(sum(losses[s] for s in steps) / len(steps), rel=1e-5)
-        assert record["largest"] == pytest.approx(sum(largest[s] for s in steps) / len(steps), rel=1e-5)
-        assert record["lr"] == learning_rate(CONFIG, int(record["step"]) - 1)
-        assert record["gradient_norm"] > 0
+    expected, found = plain_loop(config), train(tmp_path, config).records
+    assert [record["step"] for record in found] == [2, 4, 5]
+    assert len(set(expected.counts)) > 1, "unequal counts distinguish the two means"
+    for record, means in zip(found, expected.intervals, strict=True):
+        assert {name: record[name] for name in means} == pytest.approx(means, rel=1e-5)
+        assert record["lr"] == learning_rate(CONFIG, record["step"] - 1)
         assert record["images_per_second"] > 0
         assert "never" not in record
 
 
 def test_previews_see_the_average_in_evaluation_mode_and_change_nothing(tmp_path: Path) -> None:
     seen: list[tuple[int, Tensor, bool, bool]] = []
+    model = Regression()
 
-    def preview(model: Tiny) -> Callable[[int], None]:
-        return lambda step: seen.append((step, model.weight.clone(), model.training, torch.is_grad_enabled()))
+    def preview(step: int) -> None:
+        seen.append((step, model.weight.clone(), model.training, torch.is_grad_enabled()))
 
-    trained = train(tmp_path / "a", replace(CONFIG, preview_every=2), preview=preview)
+    trained = train(tmp_path / "a", replace(CONFIG, preview_every=2), model, Hooks(preview))
     assert [step for step, *_ in seen] == [2, 4, 5]
     assert not any(training or gradients for _, _, training, gradients in seen)
     assert trained.result.ema is not None
@@ -353,8 +232,9 @@ def test_previews_see_the_average_in_evaluation_mode_and_change_nothing(tmp_path
 
 def test_without_an_average_previews_see_the_newest_weights(tmp_path: Path) -> None:
     seen: list[Tensor] = []
-    config = replace(CONFIG, ema=0.0)
-    trained = train(tmp_path, config, preview=lambda model: lambda _: seen.append(model.weight.detach().clone()))
+    model = Regression()
+    hooks = Hooks(preview=lambda _: seen.append(model.weight.detach().clone()))
+    trained = train(tmp_path, replace(CONFIG, ema=0.0), model, hooks)
     assert trained.result.ema is None
     assert torch.equal(seen[-1], trained.model.weight)
 
@@ -390,15 +270,14 @@ def test_several_processes_train_the_same_model_as_one(processes: int, tmp_path:
         for name, value in one.model.state_dict().items():
             assert all(torch.equal(ranks[0][name], other[name]) for other in ranks)
             torch.testing.assert_close(ranks[0][name], value, rtol=0, atol=1e-10)
-        for name in ("loss", "early", "gradient_norm"):
+        for name in ("loss", "loss_time_0", "gradient_norm"):
             assert ranks[0][name].item() == pytest.approx(one.result.last[name], rel=1e-5)
         for file in ("model", "ema", "optimizer"):
             alone, shared = (
                 load_file(folder / f"checkpoints/step-5/{file}.safetensors")
-                for folder in (one.run.path, tmp_path / str(accumulation))
+                for folder in (one.folder, tmp_path / str(accumulation))
             )
             assert alone.keys() == shared.keys()
             for name, value in alone.items():
                 torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-10)
-    lines = (tmp_path / "1" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [5], "only the main process writes"
+    assert [record["step"] for record in records(tmp_path / "1")] == [5], "only the main process writes"

@@ -6,7 +6,7 @@ its code for FSDP 2 works on gloo processes when told to.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,11 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.tokenizers.tokenizer import ImageTokenizer
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 SIZE = 20
 CONFIG = TrainConfig(steps=6, batch_size=8, lr=1e-2, warmup=2, clip=0.3, ema=0.8, posthoc=(0.1,), posthoc_every=3)
 CONFIG = replace(CONFIG, weight_decay=0.1, log_every=2, keep=9)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs that can be compared; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Watched(LatentModel):
@@ -266,13 +259,13 @@ def test_a_bad_step_of_one_process_is_skipped_under_sharding(two: Sharded, one: 
     assert "2 of 6 steps were skipped" in (two.folder / "skipping" / "log.txt").read_text()
 
 
-def test_a_sharded_run_that_was_stopped_goes_on_bit_for_bit(two: Sharded) -> None:
+def test_a_stopped_sharded_run_resumes_bit_for_bit(two: Sharded) -> None:
     assert two.seen("stopped")[0]["steps"] == 3
     assert_same_bits(two.saved("again"), two.saved("block"))
     assert losses(two.folder / "again") == losses(two.folder / "block")
 
 
-def test_a_sharded_run_goes_on_in_one_process(tmp_path: Path, two: Sharded, one: One) -> None:
+def test_a_sharded_run_resumes_in_one_process(tmp_path: Path, two: Sharded, one: One) -> None:
     """And a plain run goes on sharded: the files do not know how they were written."""
     begun = two.folder / "again" / "checkpoints" / "step-3"
     (tmp_path / "checkpoints").mkdir()

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from multiprocess import together
+from regression import SIZE, Regression, samples
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,7 +29,7 @@ from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context, ImageBatch, LatentBatch
+from midway.gen.training.batches import ImageBatch, LatentBatch
 from midway.gen.training.config import Decay, TrainConfig, learning_rate
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Items
@@ -36,38 +37,12 @@ from midway.gen.training.optim import make_optimizers, step_if, step_where
 from midway.tokenizers.networks import ResidualBlock
 from midway.tokenizers.tokenizer import ImageTokenizer
 
-SIZE = 16
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 CONFIG = TrainConfig(steps=6, batch_size=8, lr=1e-2, warmup=2, clip=0.5, ema=0.5, log_every=1)
 CPU = torch.device("cpu")
 DECAYS: tuple[Decay, ...] = ("constant", "cosine", "inverse_sqrt")
 RATES = replace(CONFIG, steps=9, warmup=3, plateau=4, lr=2.0, log_every=50)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs that can be compared; Accelerate keeps one state per process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class Tiny(nn.Module):
-    """A quadratic."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3))
-
-    def loss(self, batch: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        return (batch - self.weight).square().mean(), {}
-
-    def after_step(self, step_ok: Tensor) -> None:
-        """Nothing to do."""
-
-
-def numbers(wanted: Tensor) -> Tensor:
-    return torch.randn(SIZE, 3, generator=torch.Generator().manual_seed(0))[wanted]
 
 
 def latents(wanted: Tensor) -> LatentBatch:
@@ -184,7 +159,7 @@ def assert_rates(found: list[set[float]], decay: Decay) -> None:
 def test_each_optimizer_step_uses_the_rate_of_its_number(tmp_path: Path, decay: Decay, accumulation: int) -> None:
     """One step of the optimizer and of the schedule per global batch, however many micro-batches it is cut into."""
     config = replace(RATES, decay=decay, accumulation=accumulation)
-    assert_rates(record_rates(tmp_path, Tiny(), numbers, config), decay)
+    assert_rates(record_rates(tmp_path, Regression(), samples, config), decay)
 
 
 def test_both_optimizers_use_the_same_rate(tmp_path: Path) -> None:
@@ -196,7 +171,10 @@ def one_of_two(rank: int, folder: Path) -> None:
     """Record the rates of every decay and accumulation in this process."""
     rates = {
         f"{decay} {accumulation}": record_rates(
-            folder / f"{decay}{accumulation}", Tiny(), numbers, replace(RATES, decay=decay, accumulation=accumulation)
+            folder / f"{decay}{accumulation}",
+            Regression(),
+            samples,
+            replace(RATES, decay=decay, accumulation=accumulation),
         )
         for decay, accumulation in itertools.product(DECAYS, (1, 2, 4))
     }
@@ -242,7 +220,7 @@ def test_adamw_alone_has_every_parameter_once(make: Callable[[], nn.Module]) -> 
 
 
 @pytest.mark.parametrize("make", [feature_network, solver, lambda: tokenizer(type="fsq", levels=[5, 5])])
-def test_a_model_without_hidden_matrices_refuses_muon(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+def test_muon_without_hidden_matrices_raises(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     with pytest.raises(UsageError, match="no hidden matrices") as caught:
         train(tmp_path, make(), images, replace(CONFIG, optimizer="muon"))
     assert caught.value.exit_code == 2
@@ -319,7 +297,7 @@ WAYS = pytest.mark.parametrize("step", [step_if, where_fused])
 
 @WAYS
 @pytest.mark.parametrize("spoil", [math.nan, math.inf, 0.0])
-def test_a_step_that_is_not_kept_changes_no_bit(spoil: float, step: Callable[..., None]) -> None:
+def test_a_skipped_step_changes_no_bit(spoil: float, step: Callable[..., None]) -> None:
     """Neither AdamW's nor Muon's, whatever the gradient was; the next step is that of a model that never had it."""
     config = replace(CONFIG, optimizer="muon", weight_decay=0.1)
     models = [latent_model(), latent_model()]
@@ -341,7 +319,7 @@ def test_a_step_that_is_not_kept_changes_no_bit(spoil: float, step: Callable[...
 
 
 @WAYS
-def test_a_first_step_that_is_not_kept_leaves_the_second_to_be_the_first(step: Callable[..., None]) -> None:
+def test_after_a_skipped_first_step_the_second_is_the_first(step: Callable[..., None]) -> None:
     """The bias correction of AdamW counts kept steps only."""
     config = replace(CONFIG, optimizer="muon")
     skipping, plain = latent_model(), latent_model()
@@ -380,7 +358,7 @@ def test_a_compiled_network_trains_the_same_model_under_the_same_names(tmp_path:
         assert not any("_orig_mod" in key for key in compiled)
 
 
-def test_nothing_to_compile_is_said(tmp_path: Path) -> None:
+def test_nothing_to_compile_raises(tmp_path: Path) -> None:
     """A solver objective trains a few numbers; the networks in it are frozen and no part of it."""
     for model in (solver(), solver(constants=True)):
         with pytest.raises(UsageError, match="--compile has nothing to do") as caught:
@@ -389,7 +367,7 @@ def test_nothing_to_compile_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [feature_network, solver])
-def test_nothing_to_compute_again_is_said(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
+def test_nothing_to_recompute_raises(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     with pytest.raises(UsageError, match="--gradient-checkpointing has nothing to do") as caught:
         train(tmp_path, make(), images, replace(CONFIG, gradient_checkpointing=True))
     assert caught.value.exit_code == 2

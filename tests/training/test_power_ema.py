@@ -75,7 +75,7 @@ def test_exponents_of_the_paper_and_of_the_uniform_average() -> None:
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, 1e-200, 0.289, 1.0, math.nan, math.inf])
-def test_a_width_out_of_range_is_refused(std: float) -> None:
+def test_a_width_out_of_range_raises(std: float) -> None:
     with pytest.raises(ValueError, match=f"got {std}; try 0.05 to 0.15"):
         gamma_of(std)
 
@@ -129,7 +129,7 @@ def test_integers_are_copied_and_the_average_can_be_shown() -> None:
         assert torch.equal(model.weight, torch.full_like(model.weight, 5.0))
 
 
-def test_a_loaded_average_goes_on_as_if_never_stored(tmp_path: Path) -> None:
+def test_a_loaded_average_continues_as_if_never_stored(tmp_path: Path) -> None:
     model = Tiny(dtype=torch.float32)
     whole, first, second = (PowerAverage(model, 0.1) for _ in range(3))
     for step in range(6):
@@ -205,7 +205,7 @@ def test_equal_averages_share_their_weight() -> None:
     torch.testing.assert_close(weights, vector(0, 0.5, 0.5), rtol=0, atol=1e-12)
 
 
-def test_weights_of_nothing_and_before_the_first_step_are_refused() -> None:
+def test_weights_of_nothing_and_before_the_first_step_raise() -> None:
     for stored, step in ([], 5), ([(5, 0.1)], 0), ([(5, 0.1), (0, 0.1)], 5):
         with pytest.raises(ValueError, match=f"{len(stored)} averages for step {step}: give one or more"):
             weights_of(stored, step, 0.1)
@@ -262,7 +262,7 @@ def assert_refused(error: DataError, path: Path, why: str) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 4, 200, -1])
-def test_a_damaged_snapshot_is_refused(tmp_path: Path, length: int) -> None:
+def test_a_damaged_snapshot_raises(tmp_path: Path, length: int) -> None:
     snapshots = [Snapshot(save_snapshot(tmp_path, 5, std, some_state(0)), 5, std) for std in STORED]
     path = snapshots[1].path
     path.write_bytes(path.read_bytes()[:length])
@@ -285,7 +285,7 @@ def test_a_damaged_snapshot_is_refused(tmp_path: Path, length: int) -> None:
         ({"format": "midway-posthoc-1", "step": "5", "std": "nan"}, "relative width"),
     ],
 )
-def test_a_foreign_file_is_refused(tmp_path: Path, header: dict[str, str] | None, why: str) -> None:
+def test_a_foreign_file_raises(tmp_path: Path, header: dict[str, str] | None, why: str) -> None:
     save_snapshot(tmp_path, 5, 0.05, some_state(0))
     path = tmp_path / "step-5-std-0.100.safetensors"
     save_file({"weight": torch.zeros(3)}, path, header)
@@ -360,7 +360,7 @@ def test_integers_come_from_the_newest_average_at_or_before_the_step(tmp_path: P
         assert rebuilt["used"].tolist() == [k < updates for k in range(3)]
 
 
-def test_what_cannot_be_rebuilt_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_rebuilt_raises(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no stored weight averages"):
         reconstruct([], 5, 0.1)
     snapshots = [Snapshot(save_snapshot(tmp_path, step, 0.1, some_state(step)), step, 0.1) for step in (10, 20)]
@@ -371,7 +371,7 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path: Path) -> None:
         reconstruct(snapshots, 15, 0.3)
 
 
-def test_averages_of_different_models_are_refused(tmp_path: Path) -> None:
+def test_averages_of_different_models_raise(tmp_path: Path) -> None:
     other = some_state(0) | {"half": torch.zeros(6, dtype=torch.bfloat16)}
     states = (10, other), (20, some_state(0))
     snapshots = [Snapshot(save_snapshot(tmp_path, step, 0.1, state), step, 0.1) for step, state in states]
