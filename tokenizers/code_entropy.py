@@ -1,7 +1,7 @@
 """The entropy loss of a codebook (MaskGIT: Chang et al. 2022, arXiv 2202.04200, in its tokenizer's published code).
 
     p_k(z) = softmax_k(-|z - e_k|^2 / temperature)          loss = E[H(p | z)] - H(E[p]),   in nats
-    "entropy_sample" = E[H(p | z)], small if every vector is sure of its code     "entropy_batch" = H(E[p]), large if all are used
+    "entropy_sample" = E[H(p | z)], small if assignments are confident     "entropy_batch" = H(E[p]), large if all codes are used
 
 There are N K probabilities. They are made a chunk at a time (4 MiB of float32, and a few temporaries of that size), forward and
 again in backward, so that autograd keeps nothing but z and e. With s = -|z - e|^2 / temperature and gradients a of the sum of
@@ -11,7 +11,7 @@ entropies and b_k of the sum of probabilities, a chunk gives
 
 in which the terms of z itself cancel, because the derivatives by s sum to 0.
 
-Over processes (`shared`) every sample counts alike, as in entropy.py. Every process must run forward as often.
+Over processes (`shared`) every sample counts alike, as in entropy.py. Every process must run forward equally often.
 """
 
 from collections.abc import Iterator

@@ -11,15 +11,15 @@ probabilities,
 
     d / d l_ni = p_ni (1 - p_ni) (E[g | n, b_i = 1] - E[g | n, b_i = 0])
 
-in this form, whose factors are all small together, because the gradients of sure bits would drown in the rounding of a difference
-of sums. Products of probabilities need no logarithm: what underflows to 0 adds nothing to the mean.
+in this form because a difference of sums would lose the gradients of saturated bits to rounding. Products of probabilities need
+no logarithm: values that underflow to 0 do not contribute to the mean.
 
 By groups of bits H(E p) becomes the sum of the groups' entropies, an upper bound, and exact if the groups are independent over
 the batch (the approximation of BSQ: Zhao et al. 2024, arXiv 2406.07548).
 
 Over processes (`shared`): sums and counts of samples are added up, so every sample counts alike however the batch is divided.
 The value is the same on every process; the gradient flows through each process's own samples, times the number of processes, so
-that DistributedDataParallel's mean is the gradient of the whole. Every process must call it as often.
+that DistributedDataParallel's mean is the gradient of the whole. Every process must call it equally often.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def batch_entropy(
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
-    """-sum p ln p in nats, (): of a code that no sample can have p is exactly 0, where the slope is infinite but here."""
+    """-sum p ln p in nats, (); where p is exactly 0, the gradient is finite."""
     return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum()
 
 

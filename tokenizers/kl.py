@@ -1,4 +1,4 @@
-"""Continuous "quantizers": the Gaussian posterior of a VAE, and nothing at all, behind the one interface.
+"""Continuous bottlenecks with the interface of a quantizer: the Gaussian posterior of a VAE, and the identity.
 
 KL (Kingma and Welling 2013, arXiv 1312.6114; as latent space: Rombach et al. 2021, arXiv 2112.10752):
 
@@ -84,7 +84,7 @@ class KL(Continuous):
 
 
 class Identity(Continuous):
-    """No bottleneck: a plain autoencoder, or pixels."""
+    """The identity: for plain autoencoders and the pixel model."""
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> itself, in float32; `noise` is ignored."""

@@ -5,12 +5,11 @@
     residual block: x + conv(silu(norm(conv(silu(norm(x))))))
     both: plus a linear map from space to depth (or back) around everything
 
-The linear shortcut (after DC-AE, Chen et al. 2024, arXiv 2410.10733, section 3.1) is all there is at initialisation, since the
-last convolutions start at zero: latents begin as local linear functions of the pixels and keep their smooth geometry, which a
-latent model needs more than the decoder does.
+At initialisation only the linear shortcut (after DC-AE, Chen et al. 2024, arXiv 2410.10733, section 3.1) is nonzero, since the
+last convolutions start at zero: latents begin as local linear functions of the pixels, whose smooth geometry helps latent models.
 
-A block costs f^2 times less there than at full resolution; the wide doublings of the decoder end light, never below
-8 channels. Two options buy quality with time:
+A block costs f^2 times less there than at full resolution; the decoder's doublings halve the width, to at least 8 channels.
+Two options trade time for quality:
 
     multipliers (m_1, ..., m_k)   residual blocks at k resolutions too, of width m_i times the width, the finest first, with a
                                   halving (a doubling) between them; space to depth only by f / 2^(k - 1). (1,) is the above

@@ -1,14 +1,13 @@
-"""LPIPS: a distance of images that agrees with people better than pixels do (Zhang et al. 2018, arXiv 1801.03924, eq. 1).
+"""LPIPS: a perceptual distance of images (Zhang et al. 2018, arXiv 1801.03924, eq. 1).
 
     d(a, b) = sum_l mean_{h, w} sum_c w_{l, c} (f_{l, c}(a) - f_{l, c}(b))^2,      f_l(x) = F_l(x) / (|F_l(x)| + 1e-10)
 
 F_l are five activations of an ImageNet classifier (the backbone), |F_l| the norm over channels at a position, w_l the heads.
 The heads, version 0.1, are those of the package `lpips`, the backbone's weights torchvision's; the values are those of
-`lpips.LPIPS`. Its network itself is not used: it asks torchvision for weights by an argument that is about to be removed, and
-its dropout comes back with any `.train()`. Here there are weights and functions, and so no mode.
+`lpips.LPIPS`, whose network is not used: it loads weights through a deprecated torchvision argument, and `.train()` enables its
+dropout.
 
-A network that is never trained need not be in every checkpoint and every weight average: the weights are neither parameters
-nor buffers, but they do follow `.to()`.
+The weights are neither parameters nor buffers, so checkpoints and weight averages leave them out; they do follow `.to()`.
 """
 
 import hashlib
@@ -38,7 +37,7 @@ class _Convolution:
     padding: int
     pool: int | None = None
     stride: int = 1
-    compared: bool = True  # whether the distance looks at what comes out
+    compared: bool = True  # whether the activation is part of the distance
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.pool:
@@ -122,7 +121,7 @@ class Perceptual(nn.Module):
             )
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode, also when a parent trains."""
+        """No effect: there is no training mode."""
         return super().train(False)
 
     def _activations(self, images: Tensor) -> list[Tensor]:
@@ -170,7 +169,7 @@ def _read_heads(net: str) -> list[Tensor]:
 
 
 def _read_backbone(backbone: _Backbone, path: Path) -> list[Tensor]:
-    """Weight and bias of each convolution in turn, float32 on the CPU. ValueError if the file is not what it should be."""
+    """Weight and bias of each convolution in turn, float32 on the CPU. ValueError if the file does not match the backbone."""
     names = [f"features.{c.index}.{kind}" for c in backbone.convolutions for kind in ("weight", "bias")]
     try:
         state = _read_safetensors(path, names) if path.suffix == ".safetensors" else _read_pth(path, backbone.file)
@@ -190,7 +189,7 @@ def _read_safetensors(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 
 def _read_pth(path: Path, expected: str) -> dict[str, Tensor]:
-    """torchvision's file, which is not read before its sha256 is known."""
+    """torchvision's file; its sha256 is verified before it is read."""
     digits = Path(expected).stem.rpartition("-")[2]
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -207,14 +206,14 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _download(file: str) -> Path:
-    """torchvision's `file` in torch.hub's cache, fetched if it is not there."""
+    """torchvision's `file` in torch.hub's cache, downloaded if missing."""
     path, url = Path(torch.hub.get_dir(), "checkpoints", file), f"https://download.pytorch.org/models/{file}"
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), Path(file).stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what came has another hash
+    except (OSError, RuntimeError) as error:  # RuntimeError: the download has another hash
         raise ValueError(
             f"cannot download {url}, the backbone of the perceptual loss\n  why: {error}\n  fix: connect to the network once; or "
             f"copy {file} here and give it with --loss.perceptual-weights FILE; or set the perceptual weight to 0"

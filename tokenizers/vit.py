@@ -3,15 +3,15 @@
     encoder: linear(patches) + positions, [learned latent tokens in front], blocks, norm, linear; of the latent tokens alone
     decoder: linear(codes) + positions, [a mask token + position for every patch behind], blocks, norm, linear to pixels
 
-With `tokens` = L (TiTok, Yu et al. 2024, arXiv 2406.07550, equations 3 and 4) an image is L codes without a place in the image:
-z (B, D, L). The patches serve only to be read from, and to be filled in, by attention. With `tokens` = None every patch has its
+With `tokens` = L (TiTok, Yu et al. 2024, arXiv 2406.07550, equations 3 and 4) an image is L codes without positions:
+z (B, D, L), which attention reads from the patches and decodes into mask tokens. With `tokens` = None every patch has its
 own code (ViT-VQGAN, Yu et al. 2021, arXiv 2110.04627): z (B, D, h, w), as from a convolutional encoder.
 
 Positions of patches are fixed 2-D sinusoids, those of latent tokens are learned; in the encoder they are the latent tokens
-themselves. Blocks: attention.py. The encoder's last layer starts orthogonal, so that latents have about unit variance, which is
-what quantizers want; the decoder's starts near zero, a grey image.
+themselves. Blocks: attention.py. The encoder's last layer starts orthogonal, so that latents have about unit variance, as
+quantizers expect; the decoder's starts near zero, a grey image.
 
-Everything attends to everything, at the one size it was built for: such tokenizers cannot be tiled (tiling.py).
+Attention is global and the image size fixed, so these networks cannot be tiled (tiling.py).
 """
 
 import math

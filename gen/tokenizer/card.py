@@ -1,4 +1,4 @@
-"""A finished tokenizer as one folder to give away: weights, configuration, and a README.md of facts.
+"""A finished tokenizer as one folder to distribute: weights, configuration, and a README.md of facts.
 
 run/tokenizer/    config.json, diffusion_pytorch_model.safetensors      read by ImageTokenizer.from_pretrained
                   README.md                                             a model card: YAML header, then tables
@@ -28,7 +28,7 @@ FOLDER = "tokenizer"
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What a tokenizer says of itself: `tokenizer_facts`. bits_per_image is None if it is continuous."""
+    """Facts of a tokenizer: `tokenizer_facts`. bits_per_image is None if it is continuous."""
 
     network: str
     quantizer: Mapping[str, Any]
@@ -66,7 +66,7 @@ class TrainingFacts:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """All that a card says. weights: averaged, newest or imported; training is None if they were imported, or are none."""
+    """The content of a card. weights: averaged, newest or imported; training is None if they were imported, or are none."""
 
     tokenizer: TokenizerFacts
     data: DataFacts
@@ -80,11 +80,11 @@ class CardFacts:
 
 
 def tokenizer_facts(tokenizer: ImageTokenizer) -> TokenizerFacts:
-    """What there is to say of `tokenizer`; DataError if its latents have not been measured."""
+    """The facts of `tokenizer`; DataError if its latents have not been measured."""
     if not bool(tokenizer.latents_measured):
         raise DataError(
             "this tokenizer's latents have not been measured",
-            "without their mean and std nobody can use them",
+            "their mean and std are needed to standardise them",
             "call set_latent_statistics(*latent_statistics(tokenizer, images)) first",
         )
     size = tokenizer.quantizer.codebook_size
@@ -108,7 +108,7 @@ def _network(tokenizer: ImageTokenizer) -> str:
 
 
 def data_facts(config: DataConfig, splits: Splits, flip: bool = False) -> DataFacts:
-    """What there is to say of the images, if latent statistics are of all training images, and mirrored ones with `flip`."""
+    """The facts of the images; latent statistics are of all training images, and of mirrored ones with `flip`."""
     count = len(splits.train.images)
     return DataFacts(
         name=splits.train.name,

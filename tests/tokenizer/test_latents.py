@@ -180,7 +180,7 @@ def test_a_cache_of_other_images_or_another_tokenizer_is_refused_by_name(tmp_pat
         load_latents(path, images, model)
 
 
-def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_cache_raises(tmp_path: Path) -> None:
     model, images = tokenizer(), data()
     save_file({"raw": torch.zeros(1)}, tmp_path / "other")
     (tmp_path / "text").write_text("not a tensor")

@@ -1,4 +1,4 @@
-"""Model cards say what was measured and nothing else, and what they tell to run runs; latent statistics without the latents."""
+"""Model cards hold the measured facts and code that runs; latent statistics are streamed."""
 
 import os
 import re

@@ -274,7 +274,7 @@ def test_lpips_trains_with_weights_from_a_file_and_is_in_no_checkpoint(
         (("--loss.adversary", "hinge", "--model.quantizer", "identity", "--model.downsample", "1"), ("adversarial",)),
     ],
 )
-def test_losses_that_cannot_be_are_refused(
+def test_losses_that_cannot_be_raise(
     flags: tuple[str, ...], words: tuple[str, ...], script: Script, vgg: Path, tmp_path: Path
 ) -> None:
     told = call(script, tmp_path / "run", *(str(vgg) if flag == "VGG" else flag for flag in flags))
@@ -283,7 +283,7 @@ def test_losses_that_cannot_be_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_images_too_small_for_a_critic_are_refused(script: Script, tmp_path: Path) -> None:
+def test_images_too_small_for_a_critic_raise(script: Script, tmp_path: Path) -> None:
     told = script("train_tokenizer", "--out", str(tmp_path / "run"), *SMALL, "--loss.adversary", "hinge")
     assert told.code == 2, told.err
     assert "8" in told.err
@@ -330,9 +330,7 @@ def test_a_card_says_what_was_minimised(script: Script, vgg: Path, tmp_path: Pat
     assert re.search(r"l2 1, LPIPS-vgg@[0-9a-f]{12} 0.5, hinge 0.1, r1 10, spectral norm", card), card
 
 
-def test_sharded_parameters_and_a_critic_are_refused(
-    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sharded_parameters_and_a_critic_raise(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A critic held fixed is not what FSDP shards; here every parameter counts as sharded."""
     monkeypatch.setattr(fit, "DTensor", torch.nn.Parameter)
     told = call(script, tmp_path / "run", "--loss.adversary", "hinge")

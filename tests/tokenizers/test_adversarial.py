@@ -100,7 +100,7 @@ def test_the_non_saturating_gradient_is_large_where_the_generator_loses() -> Non
     assert generator_loss(fake.detach() + 1, "non_saturating") < loss
 
 
-def test_another_game_is_refused() -> None:
+def test_another_game_raises() -> None:
     for loss in (lambda kind: discriminator_loss(normal(2), normal(2), kind), lambda k: generator_loss(normal(2), k)):
         with pytest.raises(ValueError, match="choose one of: hinge, non_saturating, wasserstein"):
             loss("logistic")

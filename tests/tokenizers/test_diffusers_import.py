@@ -273,14 +273,14 @@ def changed(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+def test_pickled_weights_raise(tmp_path: Path) -> None:
     diffusers_model("tiny").save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))
     with pytest.raises(ValueError, match=r"no \.safetensors file, and pickled weights .* are not loaded.*\n?.*convert"):
         import_tokenizer(tmp_path, 32)
 
 
-def test_what_cannot_be_found_or_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_found_or_read_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = saved(diffusers_model("tiny"), tmp_path / "tiny")
     with pytest.raises(
         ValueError, match="of class 'UNet2DModel'; choose one of: AutoencoderKL, AutoencoderTiny, VQModel"
@@ -305,13 +305,13 @@ def test_what_cannot_be_found_or_read_is_refused(tmp_path: Path, monkeypatch: py
         import_tokenizer("someone/vae", 32)
 
 
-def test_other_modules_are_refused() -> None:
+def test_other_modules_raise() -> None:
     with pytest.raises(ValueError, match="the model is of class Conv2d; choose one of"):
         import_tokenizer(torch.nn.Conv2d(1, 1, 1), 32)
 
 
 @pytest.mark.parametrize("size", [30, 0, 2])
-def test_sizes_that_the_networks_cannot_halve_are_refused(size: int) -> None:
+def test_sizes_that_the_networks_cannot_halve_raise(size: int) -> None:
     with pytest.raises(ValueError, match=f"image_size is {size}; this AutoencoderTiny makes sides 4 times smaller"):
         import_tokenizer(diffusers_model("tiny"), size)
 
@@ -333,7 +333,7 @@ def test_sizes_that_the_networks_cannot_halve_are_refused(size: int) -> None:
         ("kl", {"class": "AutoencoderDC"}, "class is 'AutoencoderDC'; choose one of"),
     ],
 )
-def test_networks_that_cannot_be_run_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+def test_networks_that_cannot_be_run_raise(name: str, options: dict[str, Any], message: str) -> None:
     foreign = {"class": MODELS[name][0].__name__, **MODELS[name][1], **options}
     with pytest.raises(ValueError, match=message):
         ImageTokenizer(3, 32, downsample=2, quantizer={"type": "kl", "dim": 4}, network="diffusers", foreign=foreign)
@@ -350,7 +350,7 @@ def test_networks_that_cannot_be_run_are_refused(name: str, options: dict[str, A
         ({"network": "conv"}, "only it, needs foreign"),
     ],
 )
-def test_a_description_that_does_not_fit_its_networks_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_description_that_does_not_fit_its_networks_raises(options: dict[str, Any], message: str) -> None:
     fitting: dict[str, Any] = {
         "in_channels": 3,
         "image_size": 32,

@@ -112,11 +112,6 @@ def test_tanh_form_matches_the_formula_in_float64() -> None:
         assert torch.equal(digits, (bounded.round() + level // 2).long())
 
 
-def test_zero_is_the_middle_code_of_the_tanh_form() -> None:
-    assert FSQ([8, 5, 6, 7])(torch.zeros(1, 4, 1)).codes.abs().max() == 0
-    assert FSQ([8, 5, 6, 7]).latents(torch.zeros(1, 4, 1)).abs().max() < 1e-7
-
-
 def test_sigmoid_form_matches_the_formula() -> None:
     levels = [2, 5, 8, 17]
     z = 2 * normal(1, 4, 500)
@@ -125,19 +120,6 @@ def test_sigmoid_form_matches_the_formula() -> None:
     expected = torch.round(tops * torch.sigmoid(z))
     torch.testing.assert_close(quantizer(z).codes, 2 * expected / tops - 1, atol=1e-6, rtol=0)
     assert quantizer.indices_to_digits(quantizer(z).indices).amax((0, 2)).tolist() == [1, 4, 7, 16]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_gradient_is_that_of_the_bounded_map(form: Form) -> None:
-    levels = torch.tensor([8.0, 5.0, 6.0]).view(1, 3, 1)
-    z = normal(2, 3, 50).requires_grad_()
-    weight = normal(2, 3, 50, seed=1)
-    (FSQ([8, 5, 6], form)(z).codes * weight).sum().backward()
-    half, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) / 2
-    tanh = torch.tanh(z.detach() + torch.atanh(offset / half))
-    sigmoid = torch.sigmoid(z.detach())
-    slope = (1 - tanh**2) * half / (levels // 2) if form == "tanh" else 2 * sigmoid * (1 - sigmoid)
-    torch.testing.assert_close(z.grad, weight * slope, atol=1e-6, rtol=1e-5)
 
 
 def test_straight_through_is_exact_forward_and_identity_backward() -> None:
@@ -175,16 +157,7 @@ def test_counts_usage_and_perplexity() -> None:
         ([8], "clamp", "choose"),
     ],
 )
-def test_unusable_settings_are_refused(levels: list[int], form: Form, message: str) -> None:
+def test_unusable_settings_raise(levels: list[int], form: Form, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FSQ(levels, form)
     assert FSQ([65536] * 3 + [16384]).codebook_size == 2**62
-
-
-def test_other_indices_and_shapes_are_refused() -> None:
-    quantizer = FSQ([3, 4, 5])
-    for indices in (torch.tensor([[60]]), torch.tensor([[-1]]), torch.tensor([[0.0]])):
-        with pytest.raises(ValueError, match="indices"):
-            quantizer.indices_to_codes(indices)
-    with pytest.raises(ValueError, match=r"\(B, 3, \*S\)"):
-        quantizer(torch.zeros(1, 4, 2))

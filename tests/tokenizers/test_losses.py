@@ -57,7 +57,7 @@ def test_charbonnier_is_smooth_where_nothing_is_wrong() -> None:
     torch.testing.assert_close(3 * a.grad, torch.tensor([0, 0.5**0.5, -1]), rtol=1e-5, atol=0)
 
 
-def test_what_would_broadcast_or_mean_nothing_is_refused() -> None:
+def test_what_would_broadcast_or_mean_nothing_raises() -> None:
     a = torch.zeros(2, 3, 4, 4)
     with pytest.raises(ValueError, match="choose one of: l1, l2, charbonnier"):
         pixel_loss(a, a, "huber")  # type: ignore[arg-type]

@@ -402,7 +402,7 @@ def test_channels_last_gives_the_same_and_stays(upsample: Upsample) -> None:
     assert all(kept)
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_channels_last_gives_the_same_and_stays(upsample: Upsample) -> None:
         ({"width": 0}, "width 0"),
     ],
 )
-def test_unusable_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_unusable_settings_raise(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pair(**arguments)
 

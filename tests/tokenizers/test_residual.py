@@ -288,7 +288,7 @@ VQ = {"type": "vq", "codebook_size": 8, "dim": 2}
         ({**VQ, "normalize": True}, 2, 0.0, "neither normalise"),
     ],
 )
-def test_unusable_settings_are_refused(base: Any, depth: Any, dropout: float, message: str) -> None:
+def test_unusable_settings_raise(base: Any, depth: Any, dropout: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         residual(base, depth, dropout)
 

@@ -241,7 +241,7 @@ def test_unmeasured_latents_are_refused_with_the_remedy() -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_impossible_statistics_are_refused(bad: float) -> None:
+def test_impossible_statistics_raise(bad: float) -> None:
     model = ImageTokenizer(width=8)
     with pytest.raises(ValueError, match="std"):
         model.set_latent_statistics(torch.zeros(4), torch.tensor([1, 1, bad, 1]))
@@ -260,12 +260,12 @@ def test_impossible_statistics_are_refused(bad: float) -> None:
         ({"downsample": 1, "quantizer": {"type": "identity", "dim": 4}}, "1 channels"),
     ],
 )
-def test_unusable_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_unusable_settings_raise(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageTokenizer(**settings)
 
 
-def test_unusable_images_are_refused() -> None:
+def test_unusable_images_raise() -> None:
     model = ImageTokenizer(width=8)
     with pytest.raises(ValueError, match=r"\(B, 1, 8, 8\)"):
         model(images(2, 3))

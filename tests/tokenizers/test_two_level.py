@@ -146,12 +146,12 @@ def test_start_begins_the_bottom_at_what_the_top_leaves_to_it() -> None:
         ({"type": "two_level", "top": VQ, "bottom": VQ}, VQ, "no square grid"),
     ],
 )
-def test_unusable_settings_are_refused(top: dict[str, Any], bottom: dict[str, Any], message: str) -> None:
+def test_unusable_settings_raise(top: dict[str, Any], bottom: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         two_level(top, bottom)
 
 
-def test_other_shapes_are_refused() -> None:
+def test_other_shapes_raise() -> None:
     quantizer = MAKERS["fsq"]()
     calls = (quantizer, quantizer.latents, quantizer.snap, quantizer.codes_to_indices, quantizer.start)
     for shape in ((2, 5, 4, 4), (2, 4, 3, 3), (2, 4, 4, 6), (2, 4, 16), (2, 4, 0, 0)):

@@ -263,7 +263,7 @@ def test_both_compile_as_one_graph(tokens: int | None) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_both_compile_as_one_graph(tokens: int | None) -> None:
         ({"tokens": 0}, "tokens=None"),
     ],
 )
-def test_unusable_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_unusable_settings_raise(arguments: dict[str, Any], message: str) -> None:
     sizes: dict[str, Any] = {"image_size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2, "tokens": 2} | arguments
     for network, ends in (
         (ViTEncoder, {"in_channels": 1, "out_dim": 2}),
@@ -288,7 +288,7 @@ def test_unusable_settings_are_refused(arguments: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("tokens", [None, 5])
-def test_other_sizes_are_refused(tokens: int | None) -> None:
+def test_other_sizes_raise(tokens: int | None) -> None:
     pair = Pair(tokens)
     with pytest.raises(ValueError, match=r"images .* \(B, 3, 12, 12\)"):
         pair.encoder(normal(1, 3, 16, 16))
