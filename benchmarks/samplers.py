@@ -34,7 +34,7 @@ from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.samplers.graph import Graphs
 from midway.samplers.grids import karras, logsnr, uniform
 from midway.samplers.parallel import ParallelConfig, sample_parallel
-from midway.samplers.prediction import NetworkField
+from midway.samplers.prediction import NetworkField, at
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Linear
 from midway.samplers.solvers import SOLVERS
@@ -301,7 +301,7 @@ def overhead_rows(model: LatentModel, table: Table, batch: int, device: torch.de
     times = table.times[:1]
     forward = Table("forward", (table.grid[0], table.grid[1]), (0, 1), table.rows[:1], schedule=table.schedule)
     captured = Graphs()
-    evaluate = model.field(labels).prepare(times, x)[0]  # pyright: ignore[reportFunctionMemberAccess]
+    evaluate = at(model.field(labels), times, x).values[0]
     ways = {
         "graph": lambda which: captured.sample(model.field, which, x, (labels,)),
         "eager": lambda which: evaluate(x) if which is forward else sample(model.field(labels), which, x),

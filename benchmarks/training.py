@@ -41,7 +41,7 @@ from midway.gen.diffusion.model import LatentModel
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch, LatentBatch
 from midway.gen.training.config import TrainConfig, learning_rate
-from midway.gen.training.fit import fit
+from midway.gen.training.fit import START_SAMPLES, fit
 from midway.gen.training.interface import Items
 from midway.gen.training.optim import compile_networks
 from midway.samplers.prediction import expand, target_value
@@ -181,6 +181,9 @@ def tokenizer_row(recipe: str, device: torch.device, precision: str, compiled: b
         blocks=task.model.blocks,
         quantizer=task.model.quantizer_config(images.shape[1]),
     )
+    with torch.no_grad():
+        nn.Module.to(tokenizer, device)  # diffusers hides the signature of its own `to`
+        tokenizer.start(to_float(images[:START_SAMPLES]))
     model = TokenizerObjective(tokenizer)
     config = replace(task.train, precision=precision, compile=compiled)
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
@@ -189,6 +192,7 @@ def tokenizer_row(recipe: str, device: torch.device, precision: str, compiled: b
     def loss_of(net: nn.Module, items: Tensor) -> Tensor:
         x = to_float(images[items.to(device)])
         out = net.tokenizer(x)  # pyright: ignore[reportCallIssue]
+        net.tokenizer.observe(out.quantized)  # pyright: ignore
         net.tokenizer.update()  # pyright: ignore
         return (out.reconstruction - x).square().mean() + out.quantized.loss
 

@@ -63,7 +63,7 @@ def test_rims_belong_to_closed_balls_alone() -> None:
 @pytest.mark.parametrize("block", [2**22, 40, 1])
 def test_agrees_with_loops_where_ties_abound(k: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few whole numbers in three dimensions: many distances are equal, many images are copies."""
-    monkeypatch.setattr(precision_recall, "_BLOCK", block)
+    monkeypatch.setattr(manifold, "_BLOCK", block)
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randint(0, 4, (30, 3), generator=generator)
@@ -125,7 +125,7 @@ def test_a_block_is_as_large_as_promised(monkeypatch: pytest.MonkeyPatch) -> Non
         "_within",
         lambda block, *rest, **more: (sizes.append(block.squares.shape), within(block, *rest, **more))[1],
     )
-    monkeypatch.setattr(precision_recall, "_BLOCK", 100)
+    monkeypatch.setattr(manifold, "_BLOCK", 100)
     density_coverage(features(1, 30), features(2, 40))
     assert sizes == [(3, 30)] * 13 + [(1, 30)]
 
@@ -137,8 +137,8 @@ def test_pairs_and_blocks_have_equal_bits(many: float, monkeypatch: pytest.Monke
     (_, block), *_ = manifold._blocks(x, y)
     where = torch.rand(40, 50, generator=torch.Generator().manual_seed(0)) < 0.3
     expected = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")[where]
-    monkeypatch.setattr(precision_recall, "_MANY", many)
-    monkeypatch.setattr(precision_recall, "_PAIRS", 7 * 16)
+    monkeypatch.setattr(manifold, "_MANY", many)
+    monkeypatch.setattr(manifold, "_PAIRS", 7 * 16)
     assert torch.equal(block.exact(where), expected)
     assert len(block.exact(torch.zeros_like(where))) == 0
 
