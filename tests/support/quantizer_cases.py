@@ -16,6 +16,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsq": {"type": "fsq", "levels": [8, 5, 4]},
     "fsq, symmetric": {"type": "fsq", "levels": [2, 5, 4], "symmetric": True},
     "fsq, sigmoid": {"type": "fsq", "levels": [2, 9, 4], "form": "sigmoid"},
+    "fsq, noise dropout": {"type": "fsq", "levels": [8, 5, 4], "noise_dropout": 0.5},
     "vq": VQ,
     "vq, unit, rotation": {**VQ, "normalize": True, "gradient": "rotation"},
     "gradient": GRADIENT,
