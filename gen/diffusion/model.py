@@ -110,7 +110,7 @@ class LatentModel(nn.Module):
         """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
-        return self.network(x / expand(scale, x), self.noise_angle(t), labels, context)
+        return self.network(x / expand(scale, x), _angle(alpha, sigma), labels, context)
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
@@ -132,7 +132,7 @@ class LatentModel(nn.Module):
         target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
         output, _ = self.forward_network(x_t, t, labels, context)
         error = (output.float() - target).square().flatten(1).mean(1)
-        return error.mean(), {"loss_time": _loss_by_time(error.detach(), self.noise_angle(t))}
+        return error.mean(), {"loss_time": _loss_by_time(error.detach(), _angle(alpha, sigma))}
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
@@ -143,7 +143,7 @@ class LatentModel(nn.Module):
 
     def noise_angle(self, t: Tensor) -> Tensor:
         """The network's time, 2/pi atan2(sigma, alpha) in [0, 1], shaped like t."""
-        return 2 / math.pi * torch.atan2(self.schedule.sigma(t), self.schedule.alpha(t))
+        return _angle(self.schedule.alpha(t), self.schedule.sigma(t))
 
     def output_scale(self, t: Tensor) -> Tensor:
         """target / F, with F the network's output of unit variance, shaped like t."""
@@ -198,6 +198,10 @@ class LatentModel(nn.Module):
                 f"the guiding model has target {weak.config.target}, {weak.schedule}, latents {weak.latent_shape}; this one "
                 f"has {self.config.target}, {self.schedule}, {self.latent_shape}: guide with one trained alike"
             )
+
+
+def _angle(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return 2 / math.pi * torch.atan2(sigma, alpha)
 
 
 def _loss_by_time(error: Tensor, angle: Tensor) -> Tensor:
