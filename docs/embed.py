@@ -26,7 +26,7 @@ from midway.gen.report.table import number
 from midway.gen.report.text import markdown_table
 
 READABLE = 12
-"""More lines than this cannot be told apart."""
+"""More lines than this cannot be distinguished in a plot."""
 
 
 def leaders(measurements: list[Measurement]) -> list[Measurement]:

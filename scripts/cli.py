@@ -103,7 +103,7 @@ def run(command: Callable[[list[str]], None], arguments: list[str], debug: bool 
 
 
 def weights_name(train: TrainConfig) -> str:
-    """What a picture or a figure says about the weights it was made with."""
+    """The weights behind a picture or figure, for its caption."""
     return "averaged" if train.ema else "newest"
 
 

@@ -1,11 +1,11 @@
 """Measure the step budget: python scripts/evaluate.py --model runs/digits-dit --features runs/digits-features
 
-What is measured is kept in cells/ of the report, so a sweep that was killed goes on where it was, and one with more solvers
-measures those alone. Several processes share the work:
+Measurements are stored in cells/ of the report, so an interrupted sweep resumes, and a sweep with more solvers measures only the
+new ones. Several processes divide the work:
 
     accelerate launch --num_processes 4 scripts/evaluate.py --model runs/cifar10-dit --samples 50000
 
-Anybody's samples: python scripts/evaluate.py --images samples.npz --data digits --features runs/digits-features --out report
+External samples: python scripts/evaluate.py --images samples.npz --data digits --features runs/digits-features --out report
 """
 
 import shutil
@@ -101,10 +101,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     config.check(n)
     check_metrics(config.metrics, n, extractor.dim, extractor.has_logits)
     others: dict[str, Other] = {**baselines, **externals}
-    all_jobs(measured, others, config, n)  # what cannot be is refused before anything is written
+    all_jobs(measured, others, config, n)  # raises for impossible combinations before anything is written
     shown = process.rank == 0
-    told = (*class_notes(splits, n, measured), *external_notes(externals, n, config.blocks))
-    for line in told if shown else ():
+    warnings = (*class_notes(splits, n, measured), *external_notes(externals, n, config.blocks))
+    for line in warnings if shown else ():
         print(line)
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     planned = list(planned_cells(config, len(others), measured is not None))
@@ -143,7 +143,7 @@ def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 def sections(
     trained: TrainedModel | None, splits: Splits, config: SweepConfig, fine: FineSolution | None
 ) -> list[Section]:
-    """What the report says of a model of ours beyond its distances; the codes are those of the fine solution."""
+    """Report sections on a latent model: trajectories, and codes of the fine solution."""
     if trained is None:
         return []
     latents = None if fine is None else fine.latents(CODED)
@@ -154,7 +154,7 @@ def sections(
 
 
 def export_images(task: EvaluateTask, sweep: Sweep) -> None:
-    """Write what --export-npz and --save-images ask for."""
+    """Write the images of --export-npz and --save-images."""
     if task.export_npz is None and task.save_images is None:
         return
     for m in to_export(sweep):
@@ -215,7 +215,7 @@ def context(
     """Everything a reader needs beside the numbers."""
     n = len(splits.held_out.images) if config.n is None else config.n
     alone = (*common_notes(n, config, splits, features), floor_text(sweep))
-    told = alone if model is None else notes(n, config, splits, len(task.repeats), features, missing)
+    protocol = alone if model is None else notes(n, config, splits, len(task.repeats), features, missing)
     return ReportContext(
         title=task.title,
         model=model_text(model),
@@ -228,7 +228,7 @@ def context(
         notes=(
             *few_note(n, dim),
             *class_notes(splits, n, model),
-            *told,
+            *protocol,
             *reference_notes(sweep),
             *timing_notes(sweep.measurements),
             *external_notes(externals, n, config.blocks),

@@ -83,7 +83,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
     for trained in models.values():
         if isinstance(trained, TrainedModel):
-            make_samplers(trained, task.solver, task.nfe, plans)  # what cannot be is refused here
+            make_samplers(trained, task.solver, task.nfe, plans)  # raises UsageError for an impossible combination
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
     reference = make_features(features, splits, device)

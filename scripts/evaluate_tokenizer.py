@@ -147,7 +147,7 @@ def make_instruments(
     subject: Subject,
     device: torch.device,
 ) -> Instruments:
-    """The feature network with its reference and floor, and LPIPS, as far as they were asked for."""
+    """The feature network with its reference and floor, and LPIPS, where requested."""
     if features is not None:
         features.check(subject.images, "the tokenizers make")
     perceptual, name = make_perceptual(task.lpips_weights, subject.images, device)

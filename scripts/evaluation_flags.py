@@ -18,10 +18,10 @@ UNNAMED = DataConfig(data="")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateTask(SamplingFlags):
-    """Fréchet distance and RMSE of every solver at every budget, of baselines, and of images that somebody else made.
+    """Fréchet distance and RMSE of every solver at every budget, of baselines, and of external images.
 
-    Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ holds what is measured, also of a sweep that
-    was killed.
+    Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ stores the measurements, also of an
+    interrupted sweep.
     """
 
     model: Path | None = None
@@ -29,16 +29,16 @@ class EvaluateTask(SamplingFlags):
     diffusers: Path | None = None
     """In place of --model: folder of a saved diffusers pipeline with a unet and a scheduler, and a vqvae or vae if latent."""
     images: tuple[Path, ...] = ()
-    """Samples that somebody else made, each a row: folders or zips of image files, or NPZ with arr_0 uint8 (N, H, W, C)."""
+    """External samples, each a row: folders or zips of image files, or NPZ with arr_0 uint8 (N, H, W, C)."""
     images_resize: int | None = None
     """Bring --images to this size: shorter side, then a centre crop. It changes their distance."""
     images_channels: Literal[1, 3] | None = None
     """1 converts --images to grey, 3 to RGB."""
     data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
-    """Without --model: the reference, and its split, as they were given to the training of --features."""
+    """Without --model: the reference, and its split, as in the training of --features."""
     features: str | Path | None = None
-    """What measures: run directory of a feature network (default: the one beside the model that was trained on its images), or a
-    published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14."""
+    """Feature network: its run directory (default: the one beside the model that was trained on its images), or a published one:
+    inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
@@ -56,7 +56,7 @@ class EvaluateTask(SamplingFlags):
     grids: str = "uniform,logsnr,karras"
     """Comma-separated; every solver is measured on each, and shown on its best. gits is fitted to the model."""
     skip_unreachable: bool = False
-    """Leave out budgets that a solver cannot reach (heun at 5), instead of refusing them."""
+    """Leave out budgets that a solver cannot reach (heun at 5), instead of raising an error."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
     """Images per block (default: as many as are held out, so that the floor is measured at the same count; without --model, as
     many as --images hold). Launchers take --n for a flag of their own; there write --samples."""
@@ -70,9 +70,10 @@ class EvaluateTask(SamplingFlags):
     """Comma-separated, beside the Fréchet distance: kid, precision (and recall), density (and coverage), is, infinity; empty for
     none."""
     root: Root = "eigen"
-    """newton-schulz finds the distance by matrix products alone, on the GPU if there is one; it refuses features it cannot do."""
+    """newton-schulz computes the distance by matrix products alone, on the GPU if there is one; an error where it does not
+    converge."""
     overlap: bool = False
-    """Decode and look at images while the next are sampled. On a GPU more images a second; times overlap, too."""
+    """Decode images and compute features while the next are sampled. On a GPU more images a second; times overlap, too."""
     export_npz: Path | None = None
     """Folder for the images of each best cell (of all, with one solver) as NPZ, for ADM's evaluator; they are sampled again."""
     save_images: Path | None = None
@@ -110,7 +111,7 @@ def check_flags(task: EvaluateTask) -> None:
 
 
 def blocks(task: EvaluateTask) -> int:
-    """Four, unless told otherwise; somebody's images are measured as the one set that they are."""
+    """Four by default; external images alone are measured as one set."""
     if task.blocks is not None:
         return task.blocks
     return 4 if task.model or task.diffusers or task.baselines else 1

@@ -52,7 +52,7 @@ def run(task: ImportTask) -> Run:
     if task.batch_size < 1:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     splits = load_splits(task.data)
-    tokenizer = load(task, splits)  # before the run: what cannot be used leaves no directory
+    tokenizer = load(task, splits)  # before the run, so that an invalid source leaves no directory
     published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
     measure(tokenizer, splits, task.batch_size)
     made = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
@@ -65,8 +65,8 @@ def run(task: ImportTask) -> Run:
     finish(made, tokenizer, facts)
     made.log({"step": 0, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
     made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
-    said = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    made.say(f"held-out images ({len(splits.held_out.images) * tokenizer.tokens} tokens, imported weights): {said}")
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    made.say(f"held-out images ({len(splits.held_out.images) * tokenizer.tokens} tokens, imported weights): {measured}")
     made.say(f"saved {made.checkpoint}")
     return made
 

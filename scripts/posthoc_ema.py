@@ -1,7 +1,7 @@
 """Another width of the weight average, after training: python scripts/posthoc_ema.py runs/a --std 0.10 --out runs/b
 
 The run must have tracked power-function averages (--posthoc 0.05 0.10). What comes out is a run directory like the first,
-whose averaged weights have the width asked for, so that sample.py, train_solver.py and evaluate.py take it with --model.
+whose averaged weights have the requested width, so that sample.py, train_solver.py and evaluate.py take it with --model.
 """
 
 import shutil

@@ -85,7 +85,7 @@ def train(task: LatentTask) -> Run | None:
     refuse_unused(task.train, measures=True)
     accelerator = make_accelerator(task.train, task.out)
     reference = make_online_reference(task, accelerator.device)
-    parts = make_parts(task, accelerator)  # before the run: what cannot be built leaves no directory
+    parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
     config = {**to_dict(task), "data": to_dict(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
@@ -166,7 +166,7 @@ def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -
 
 
 def write_preview(run: Run, parts: Parts, step: int, weights: str) -> None:
-    """Fixed seeds, Heun's method at 20 evaluations; the file's name says which weights."""
+    """Fixed seeds, Heun's method at 20 evaluations; the file's name contains the weights."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, "", run)
     table = heun(parts.model.schedule, karras(parts.model.schedule, PREVIEW_STEPS))
     images = decode(trained, sample_latents(trained, table, torch.arange(PREVIEW)).latents)

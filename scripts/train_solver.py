@@ -122,7 +122,7 @@ def run_teacher(
 
 
 def check(task: SolverTask) -> None:
-    """Refuse names that do not exist before anything is loaded."""
+    """UsageError for unknown names, before anything is loaded."""
     for what, name, known in (
         ("solver", task.solver, LEARNED),
         ("grid", task.grid, (*GRIDS, BEST) if task.solver == TABLE else GRIDS),

@@ -160,7 +160,7 @@ def replay_config(train: TrainConfig, start: Checkpoint, total: int, count: int)
 
 
 def compare(what: str, a: Checkpoint, b: Checkpoint) -> str:
-    """A line that says how much was equal; NotExact naming the first tensors that are not."""
+    """A line with the number of equal tensors; NotExact naming the first tensors that are not."""
     names = [name for name in FILES if (a.path / f"{name}.safetensors").exists()]
     names += sorted(path.stem for path in a.path.glob("posthoc-*.safetensors"))
     count = 0

@@ -75,7 +75,7 @@ class Codebook(Quantizer):
         return unit(raw) if self.normalize else raw
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
-        """z (B, D, *S) -> codes, and the losses above. Gradient to z: that of the codes as `gradient` says, and of the losses.
+        """z (B, D, *S) -> codes, and the losses above. Gradient to z: that of the codes, by `gradient`, and of the losses.
 
         `noise` (B, 1 or more, *S): its first channel gives the priorities of vectors in restarts; without it a generator of each
         rank does. A NaN in z or in a code makes the losses NaN, and `update` learns nothing from that step.

@@ -88,7 +88,7 @@ def read_model(source: str | Path, subfolder: str | None = None) -> nn.Module:
 
 
 def published_statistics(diffusers_config: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Mean and std (D,) of latents by a diffusers configuration; None if it says nothing of them."""
+    """Mean and std (D,) of latents by a diffusers configuration; None if it has neither."""
     scale, shift = diffusers_config.get("scaling_factor"), diffusers_config.get("shift_factor")
     mean, std = diffusers_config.get("latents_mean"), diffusers_config.get("latents_std")
     if diffusers_config["class"] == "VQModel":

@@ -61,7 +61,7 @@ FSQ_LEVELS: dict[int, tuple[int, ...]] = {  # by bits; arXiv 2309.15505, Table 1
 }
 _MARGIN = 1e-3
 _SLOPE = {"sigmoid": 1.0, "ifsq": 1.6}
-_MAX_LEVEL = 2**16  # beyond it float32 codes of one channel are too close to be told apart safely
+_MAX_LEVEL = 2**16  # beyond it float32 codes of one channel are too close to be distinguished safely
 _MAX_SIZE = 2**62  # half of int64, so that a few indices more, such as a mask, still fit
 
 

@@ -73,7 +73,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or directory if there is one; what cannot be removed stays."""
+    """Remove a file or directory if there is one; errors of removal are ignored."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):

@@ -9,9 +9,9 @@ holds them: x = alpha x_0 + sigma eps, standardised. Each has a principal compon
                                                             with shares of the variance in place of s_k / sum_j s_j)
     deviation      = max_n dist(x_n, line through x_0 and x_N) / |x_N - x_0|        (Chen et al. 2024, arXiv 2405.11326)
 
-Shares depend on the grid, which says where points lie closely, and on the coordinates: were x_0 and eps constant along a
+Shares depend on the grid, which decides where points are dense, and on the coordinates: were x_0 and eps constant along a
 path, alpha x_0 + sigma eps would be in a plane exactly, on a line only where alpha and sigma are (rectified flow, VE). Large
-shares say little by themselves: a walk of N steps at right angles, which never lies in a plane, has
+shares alone are weak evidence: a walk of N steps at right angles, which never lies in a plane, has
 
     share_k = 1 / sin^2(k pi / (2 (N + 1))) / sum_j 1 / sin^2(j pi / (2 (N + 1))),   k = 1 .. N,
 

@@ -1,6 +1,6 @@
 """Pipelines of diffusers, read from a saved folder: a `unet` and a `scheduler`, and a `vqvae` or `vae` if it is latent.
 
-    model_index.json                     which classes; those below are read, any other is refused
+    model_index.json                     classes; those below are supported, any other raises DataError
     unet/                                UNet2DModel: the network, with class labels if it has num_class_embeds
     scheduler/scheduler_config.json      the forward process and the target (samplers/interop.py); its sampler is not used
     vqvae/, vae/                         VQModel, AutoencoderKL: images = decode(latents / scaling_factor)
@@ -176,7 +176,7 @@ def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
 
 
 def _own(model: nn.Module) -> dict[str, Any]:
-    """A model's configuration without what says where it was read from and by which version."""
+    """A model's configuration without its path and version."""
     config: Any = model.config
     return {name: value for name, value in dict(config).items() if not name.startswith("_")}
 

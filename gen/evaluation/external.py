@@ -94,7 +94,7 @@ def read_all(paths: Sequence[Path], options: ReadingOptions) -> dict[str, Extern
 
 
 def read_external(path: Path, options: ReadingOptions | None = None) -> ExternalImages:
-    """The images of a folder, a zip or an NPZ; DataError for what cannot be used, with the file and the remedy."""
+    """The images of a folder, a zip or an NPZ; DataError naming the unusable file and the remedy."""
     options = options or ReadingOptions()
     check_options(options.channels, options.resize, options.on_bad_image)
     path = path.expanduser()

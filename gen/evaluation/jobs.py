@@ -1,7 +1,7 @@
 """What a sweep measures, before anything is sampled: one `Job` for every (solver, grid, budget), baseline and set of images.
 
-Every solver is built here, so that what cannot be is refused at once. Baselines are cells too, at their own cost, and so are
-images that somebody else made, at none.
+Every sampler is built here, so that an impossible combination raises an error before anything is sampled. Baselines are measured
+at their own number of evaluations, external images at none.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,7 +44,7 @@ class SweepConfig(SamplerConfig):
     overlap: bool = False
     """Decode and look at images while the next are sampled; times then overlap too."""
     skip: bool = False
-    """Leave out budgets that a solver cannot reach, instead of refusing them."""
+    """Leave out budgets that a solver cannot reach, instead of raising an error."""
 
     def check(self, n: int) -> None:
         """UsageError for numbers that measure nothing."""
@@ -104,7 +104,7 @@ def all_jobs(model: Model | None, others: Mapping[str, Other], config: SweepConf
 
 
 def solver_jobs(model: Model, config: SweepConfig) -> list[Job]:
-    """Every solver on every grid at every budget; UsageError for what cannot be."""
+    """Every solver on every grid at every budget; UsageError for an impossible combination."""
     classes = model.classes if isinstance(model, DiffusersModel) else model.model.classes
     samplers = [(solver, _samplers(model, solver, nfe, config)) for solver, nfe in asked(config)]
     return [

@@ -104,7 +104,7 @@ def iwae_of(model: VAE, subject: Subject, bounds: Bounds, draws: int) -> Score:
 
 
 def likelihood_of(model: Baseline, bounds: Bounds) -> Callable[[Tensor, Tensor, Context], Tensor]:
-    """`log_likelihood` with as many draws as asked for."""
+    """`log_likelihood` with the requested number of draws."""
     if isinstance(model, VAE):
         return partial(model.log_likelihood, samples=bounds.draws or VAE_DRAWS)
     if bounds.draws is None:

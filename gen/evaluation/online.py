@@ -1,6 +1,6 @@
 """Online evaluation: the Fréchet distance of a model in training at a few small budgets, of the same seeds every time.
 
-Small numbers of images make distances that compare with one another alone: every line says how many they were.
+Distances of few images compare only at equal counts, so every log line includes the count.
 """
 
 import torch
@@ -30,8 +30,8 @@ def log_online(run: Run, step: int, found: dict[int, float], reference: FeatureR
     facts = {"n": config.n, "solver": config.solver, "grid": config.grid, "seeds": f"0-{config.n - 1}"}
     values = {f"distance_nfe_{nfe}": value for nfe, value in found.items()}
     run.log({"step": step, "early": True, **values, **facts, "features": reference.features})
-    told = ", ".join(f"NFE {nfe}: {value:.3g}" for nfe, value in found.items())
+    distances = ", ".join(f"NFE {nfe}: {value:.3g}" for nfe, value in found.items())
     run.say(
         f"step {step}: Fréchet distance ({reference.features}, n = {config.n}, seeds {facts['seeds']}) by {config.solver} "
-        f"on {config.grid}: {told}"
+        f"on {config.grid}: {distances}"
     )

@@ -1,7 +1,7 @@
-"""What makes the images of a cell: a latent model under a solver, or a baseline.
+"""Sources of samples: a latent model under a sampler, or a baseline.
 
-A source says what its images depend on (`identity`), and makes those of given seeds. An image depends on its seed alone, so
-that any process may make any part of a cell.
+`identity` lists everything that the images of a source depend on. An image depends on its seed alone, so any process can compute
+any part of a measurement.
 """
 
 import time
@@ -84,7 +84,7 @@ class SolverSource:
             raise DivergedError(
                 f"the decoder of model {self.trained.hash} gives no image for some latents",
                 str(error),
-                "train its tokenizer again; evaluate_tokenizer.py says how it does on real images",
+                "train its tokenizer again; evaluate_tokenizer.py measures it on real images",
             ) from None
 
 

@@ -1,10 +1,9 @@
 """The step-budget sweep: every solver on every grid at every budget, on the same seeds, against the same references.
 
-Each cell samples `blocks` disjoint blocks of n seeds, n being the number of held-out images unless told otherwise, so that
-every distance is measured at the same image count as the floor: distance(train images, held-out images). A cell reports the
-mean over blocks and their standard deviation. Beside it stands the root-mean-square distance of the standardised latents to
-a fine solution from the same noise, which sees the solver's error alone. Baselines are cells too, at their own cost, and so are
-images that somebody else made, at none.
+Each measurement samples `blocks` disjoint blocks of n seeds; by default n is the number of held-out images, so that every
+distance has the image count of the floor, distance(training images, held-out images). It reports the mean over blocks and their
+standard deviation, and the root-mean-square distance of the standardised latents to a fine solution from the same noise, which
+contains the solver's error alone. Baselines are measured at their own number of evaluations, external images at none.
 """
 
 import math

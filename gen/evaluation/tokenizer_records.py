@@ -17,7 +17,7 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 
 @dataclass(frozen=True)
 class TokenizerRow:
-    """All figures of one tokenizer, and the protocol they were measured by. None: makes no sense here, or was not asked for.
+    """All figures of one tokenizer, and the protocol they were measured by. None: undefined here, or not requested.
 
     `codebook` is K of each of `groups` codes a position; `used` and `dead` are of all groups together, `counted` the tokens of
     one; `perplexity` is the mean over groups. Seconds are for 1000 images, encoding with quantization. `noise` are the sigmas of

@@ -210,7 +210,7 @@ def _batches(subject: Subject, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _now(tokenizer: ImageTokenizer) -> float:
-    """Seconds, once the device has done what it was told."""
+    """Seconds, after the device has finished its queue."""
     if tokenizer.device.type == "cuda":
         torch.cuda.synchronize(tokenizer.device)
     return time.perf_counter()

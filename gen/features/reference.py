@@ -1,8 +1,8 @@
-"""What turns images into numbers: a feature network and the statistics of the training images under it.
+"""A feature network and the statistics of the training images under it.
 
-Statistics of a reference are kept beside the feature network, named by the images' fingerprint and the network's hash; a file
-of another pair is refused. Moments are those of all training images; features themselves are kept of at most 10,000, in an
-order in which the classes take turns, for what needs them (kernel distance, precision and recall).
+Statistics are cached in a file named by the images' fingerprint and the network's hash; a file of another pair raises DataError.
+Moments are those of all training images; features are stored for at most 10,000 of them, with classes interleaved, for KID,
+precision and recall.
 """
 
 import hashlib

@@ -17,8 +17,8 @@ Matrices", ch. 6),
 
 until |1 - Z Y|_F / sqrt(D) vanishes. An eigenvalue l of A / |A|_F takes about log(1 / l) / log(9 / 4) steps, and rounding grows
 with 1 / sqrt(l). Measured at D = 192 in float64 it agrees with root "eigen" to 1e-10 where S1 and S2 have conditions of 1e7, to
-1e-8 at 1e9, and from about 1e11 on it does not converge, which is refused. Nor does it for a singular A, unless rounding makes
-every 0 positive; then it is as near as root "eigen". (Making Y, Z and W symmetric in every step makes it unstable.)
+1e-8 at 1e9, and from about 1e11 on it does not converge and raises ValueError. Nor does it for a singular A, unless rounding
+makes every 0 positive; then it is as near as root "eigen". (Making Y, Z and W symmetric in every step makes it unstable.)
 
 Of fewer vectors than features, X and Y centred, the same trace has no covariance and loses no digits by squaring:
 
@@ -43,7 +43,7 @@ def frechet_distance(
 ) -> float:
     """Squared distance >= 0, in squared feature units. ValueError if the dimensions differ or a set has < 2 images.
 
-    Biased upwards by about C / N: compare only at equal N. Warns where N < 2 D. `root` says how the trace is found, both in
+    Biased upwards by about C / N: compare only at equal N. Warns where N < 2 D. `root` selects the method of the trace, both in
     float64, on a `device` that has it; ValueError where "newton-schulz" does not converge.
     """
     if a.dim != b.dim:

@@ -4,7 +4,7 @@
 
 A line in 1 / N is fitted by least squares to d at 15 counts, evenly spaced from max(2 D, N / 10) to N (the paper: from 5000 to
 50000), each of a subset drawn without replacement, a function of (seed, point). Its intercept is the estimate. Below 2 D the
-distance is no line in 1 / N, and between N / 2 and N no slope is to be seen: N < 4 D is refused.
+distance is not linear in 1 / N, and between N / 2 and N the slope cannot be estimated: N < 4 D raises ValueError.
 
 Only the generated side is extrapolated: the bias of few reference images stays, the same for all that is compared with them.
 The standard error is that of the fitted line. Subsets share images, so it does not hold what another N images would change.

@@ -44,7 +44,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> InceptionScore:
     size = len(logits) // splits
     if size < _FEW:
         warnings.warn(
-            f"{size} images in a part: below {_FEW} the inception score says little; use fewer splits or more images",
+            f"{size} images in a part: below {_FEW} the inception score is unreliable; use fewer splits or more images",
             stacklevel=2,
         )
     edges = [i * len(logits) // splits for i in range(splits + 1)]

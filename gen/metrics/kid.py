@@ -37,7 +37,7 @@ class Kid:
 def kid(x: Tensor, y: Tensor, subsets: int = 100, size: int | None = 1000, seed: int = 0) -> Kid:
     """Of features (N, D) and (M, D), any float dtype, on their device. ValueError for sets that are not comparable.
 
-    A `size` beyond min(N, M) is lowered to it, as the result says; where that is all of both sets, or where `size` is None, the
+    A `size` beyond min(N, M) is lowered to it, and the result has the size used. For the whole of both sets, or `size` None, the
     one estimate is the unbiased MMD^2 of them. ValueError for size < 2 or subsets < 1.
     """
     x, y = comparable(x, y)

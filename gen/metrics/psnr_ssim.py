@@ -22,7 +22,7 @@ from torch.nn import functional as F
 LEVEL = 2 / 255
 LEAST_MSE = LEVEL**2 / 12
 PSNR_CAP = 10 * math.log10(4 / LEAST_MSE)
-"""58.92 dB: what is said of a perfect reconstruction."""
+"""58.92 dB: the value reported for a perfect reconstruction."""
 WINDOW, SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 

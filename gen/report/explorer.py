@@ -39,7 +39,7 @@ def _first_budget(grids: Mapping[Panel, bytes], solvers: Sequence[str], budgets:
 
 
 def _slider(budgets: Sequence[int], start: int) -> str:
-    """Steps through the budgets, however far apart they are; the script says which one it is at."""
+    """Steps through the budgets, however far apart they are; the script displays the current one."""
     ticks = "".join(f"<span>{nfe}</span>" for nfe in budgets)
     return (
         '<div class="budget"><label><span>evaluations per image</span><b aria-hidden="true"></b>'

@@ -1,4 +1,4 @@
-"""What a report says of itself in sentences: the model, how its numbers were measured, and how to read them."""
+"""Notes of a report: the model, the measurement protocol, and how to read the numbers."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def model_text(model: Model | None) -> str:
 
 
 def external_notes(externals: dict[str, ExternalImages], n: int, blocks: int) -> tuple[str, ...]:
-    """What was done to images that somebody else made, and how many of them count."""
+    """How external images were read and converted, and how many of them count."""
     found = [
         f"images: {name} ({images.fingerprint}): {text}"
         for name, images in externals.items()
