@@ -21,6 +21,7 @@ from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation import measure
 from midway.gen.evaluation.measure import EvaluationContext, Seeds
 from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
+from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.evaluation.store import CellStore, Part
 from midway.gen.evaluation.sweep import measure_floor
@@ -190,36 +191,32 @@ def test_a_reference_whose_numbers_were_changed_is_refused(tmp_path: Path) -> No
         make_reference(network, "pixels@1", data, tmp_path)
 
 
-def test_quality_of_a_diverged_cell_is_not_told(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def with_nan(pipeline: Pipeline, out: Path, nfe: int, patch: pytest.MonkeyPatch) -> Measurement:
+    """The first measurement after the floor of a sweep in which one value of each sampler of this NFE is NaN."""
     real = SolverSource.sample
 
     def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
-        raw = real(self, seeds)
-        if raw.nfe == 4:
-            raw.values[0, 0] = torch.nan
-        return raw
+        batch = real(self, seeds)
+        if batch.nfe == nfe:
+            batch.values[0, 0] = torch.nan
+        return batch
 
-    monkeypatch.setattr(SolverSource, "sample", sample)
-    cell = evaluate.run(task(pipeline, tmp_path)).measurements[1]
-    assert cell.nonfinite and cell.value("psnr") is None and cell.distance == float("inf")
+    patch.setattr(SolverSource, "sample", sample)
+    return evaluate.run(task(pipeline, out)).measurements[1]
 
 
-def test_a_fine_solution_that_diverged_is_told(
+def test_a_diverged_measurement_has_no_psnr(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = SolverSource.sample
+    found = with_nan(pipeline, tmp_path, 4, monkeypatch)
+    assert found.nonfinite and found.value("psnr") is None and found.distance == float("inf")
 
-    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
-        raw = real(self, seeds)
-        if raw.nfe == 8:
-            raw.values[0, 0] = torch.nan
-        return raw
 
-    monkeypatch.setattr(SolverSource, "sample", sample)
-    cell = evaluate.run(task(pipeline, tmp_path)).measurements[1]
-    assert cell.value("rmse") is None and cell.distance < float("inf")
+def test_a_diverged_fine_solution_is_reported(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = with_nan(pipeline, tmp_path, 8, monkeypatch)
+    assert found.value("rmse") is None and found.distance < float("inf")
     assert "fine solution diverged" in (tmp_path / "report.md").read_text()
 
 
