@@ -17,7 +17,7 @@ from midway.gen.core.processes import best_device
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
-from midway.gen.tokenizer.card import CardFacts, data_facts, finish, tokenizer_facts
+from midway.gen.tokenizer.card import finish, model_card
 from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers.diffusers_import import import_tokenizer, read_model
@@ -61,8 +61,8 @@ def run(task: ImportTask) -> Run:
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
     checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
     write_reconstructions(made, tokenizer, splits, 0, "imported")
-    facts = CardFacts(tokenizer_facts(tokenizer), data_facts(task.data, splits), quality, "imported", source=task.place)
-    finish(made, tokenizer, facts)
+    weights = {"weights": "imported", "source": task.place}
+    finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
     made.log({"step": 0, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
     made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
     measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())

@@ -17,7 +17,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.tokenizer.card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
+from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
@@ -113,15 +113,9 @@ def publish(
         return
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
-    training = TrainingFacts(steps, config.batch_size, config.seed, config.precision, losses)
-    facts = CardFacts(
-        tokenizer_facts(tokenizer),
-        data_facts(task.data, splits, task.flip),
-        quality,
-        weights_name(config) if steps else "none were trained",
-        training if steps else None,
-    )
-    run.say(f"card  {finish(run, tokenizer, facts) / 'README.md'}")
+    weights = training_rows(weights_name(config), steps, config, losses) if steps else {"weights": "none were trained"}
+    card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
+    run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 
 
 def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor]) -> None:
