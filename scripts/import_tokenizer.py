@@ -12,7 +12,7 @@ from train_tokenizer import write_reconstructions
 from cli import main, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.processes import best_device
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
@@ -78,17 +78,11 @@ def load(task: ImportTask, splits: Splits) -> ImageTokenizer:
         raise UsageError(
             f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
         )
-    try:
+    fix = "give the directory of a diffusers model as --source, or a Hub id while there is a network"
+    with raising(DataError, f"{task.place} cannot be imported", fix):
         model = read_model(task.source, task.subfolder)
-    except ValueError as error:
-        fix = "give the directory of a diffusers model as --source, or a Hub id while there is a network"
-        raise DataError(f"{task.place} cannot be imported", str(error), fix) from error
-    try:
+    with raising(UsageError, f"{task.place} cannot be used on these images", "change --resize, or --source"):
         tokenizer = import_tokenizer(model, height)
-    except ValueError as error:
-        raise UsageError(
-            f"{task.place} cannot be used on these images", str(error), "change --resize, or --source"
-        ) from None
     takes = tokenizer.image_shape[0]
     if takes != channels:
         raise UsageError(f"images have {channels} channel(s)", f"this takes {takes}", f"pass --channels {takes}")
@@ -97,10 +91,8 @@ def load(task: ImportTask, splits: Splits) -> ImageTokenizer:
 
 def measure(tokenizer: ImageTokenizer, splits: Splits, batch_size: int) -> None:
     """Give it the latent mean and std of the training images; DataError for a channel that does not vary on them."""
-    try:
+    with raising(DataError, "these latents cannot be standardised", "import it on other images"):
         tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, batch_size))
-    except ValueError as error:
-        raise DataError("these latents cannot be standardised", str(error), "import it on other images") from None
 
 
 def words(tokenizer: ImageTokenizer) -> str:

@@ -20,7 +20,7 @@ from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
 from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
 from midway.gen.core.config import read_yaml, to_dict
-from midway.gen.core.errors import DataError, UsageError, nearest
+from midway.gen.core.errors import DataError, UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe, to_uint8
 from midway.gen.data.pictures import save_grid
@@ -103,10 +103,8 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     channels, height, width = data.images.shape[1:]
     classes = len(data.classes) if task.conditional else 0
     cls = BASELINES[kind_of(task)]
-    try:
+    with raising(UsageError, "this model cannot be built", "change the --model flags or --data"):
         model = cls(task.model, (channels, height, width), levels_in_data(splits), classes)  # pyright: ignore
-    except ValueError as error:
-        raise UsageError("this model cannot be built", str(error), "change the --model flags or --data") from None
     if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
         raise UsageError(
             f"--validate-every {task.train.validate_every}",
@@ -118,10 +116,8 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
 
 def make_bounds(task: BaselineTask) -> Bounds:
     """The likelihood bound of validation and of the final score."""
-    try:
+    with raising(UsageError, f"--draws {task.draws}", "correct the value"):
         return Bounds(task.draws)
-    except ValueError as error:
-        raise UsageError(f"--draws {task.draws}", str(error), "correct the value") from None
 
 
 def train(task: BaselineTask) -> Run | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cli import main, resolve
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
@@ -96,10 +96,8 @@ def export(folder: Path, network: FeatureNetwork, averaged: dict[str, Tensor], s
 def make_network(task: FeaturesTask, data: ImageData) -> FeatureNetwork:
     """The network for these images; UsageError for sizes that do not fit."""
     channels, side = data.images.shape[1:3]
-    try:
+    with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
         return FeatureNetwork(FeatureConfig(channels, side, len(data.classes), task.width, task.dim))
-    except ValueError as error:
-        raise UsageError("this feature network cannot be built", str(error), "change the flags or --data") from None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cli import main, resolve, weights_name
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.levels import levels_of
@@ -137,10 +137,8 @@ def make_cache(task: LatentTask, images: ImageData, tokenizer: ImageTokenizer) -
 
 def set_statistics(tokenizer: ImageTokenizer, latents: Latents) -> None:
     """Give the tokenizer its latents' mean and std; DataError for a channel that does not vary."""
-    try:
+    with raising(DataError, "these latents cannot be standardised", "train the tokenizer longer"):
         tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
-    except ValueError as error:
-        raise DataError("these latents cannot be standardised", str(error), "train the tokenizer longer") from None
 
 
 def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
@@ -159,10 +157,8 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -> LatentModel:
     """The model for these latents; UsageError for sizes that do not fit."""
-    try:
+    with raising(UsageError, "this model cannot be built", "change the --model flags"):
         return LatentModel(task.model, tokenizer.latent_shape, len(images.classes))
-    except ValueError as error:
-        raise UsageError("this model cannot be built", str(error), "change the --model flags") from None
 
 
 def write_preview(run: Run, parts: Parts, step: int, weights: str) -> None:

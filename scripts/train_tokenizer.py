@@ -11,7 +11,7 @@ from torch import Tensor
 from cli import main, resolve, weights_name
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
@@ -61,10 +61,8 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
             "this tokenizer has no parameters to train",
             "drop --loss.adversary",
         )
-    try:
+    with raising(UsageError, "these losses cannot be used", "change the --loss flags"):
         return TokenizerObjective(tokenizer, task.flip, task.loss)
-    except ValueError as error:
-        raise UsageError("these losses cannot be used", str(error), "change the --loss flags") from None
 
 
 def train(task: TokenizerTask) -> Run | None:
@@ -134,7 +132,7 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
             f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
         )
     config = task.model
-    try:
+    with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
         return ImageTokenizer(
             in_channels=channels,
             image_size=height,
@@ -152,8 +150,6 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
             heads=config.heads,
             latent_tokens=config.latent_tokens,
         )
-    except ValueError as error:
-        raise UsageError("this tokenizer cannot be built", str(error), "change the --model flags") from None
 
 
 def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from midway.gen.core.environment import environment
-from midway.gen.core.errors import DataError, DiskError
+from midway.gen.core.errors import DataError, DiskError, raising
 from midway.gen.core.files import clear_temporaries, replacing
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, Splits
@@ -43,12 +43,13 @@ def finish(run: Run, tokenizer: ImageTokenizer, card: ModelCard) -> Path:
     """
     final = run.path / FOLDER
     clear_temporaries(run.path)
-    try:
-        with replacing(final) as folder:
-            tokenizer.save_pretrained(folder)
-            card.save(folder / "README.md")
-    except (OSError, SafetensorError, DiskError) as error:
-        raise DiskError(f"{final} was not written", str(error), "free space and run again") from error
+    causes = (OSError, SafetensorError, DiskError)
+    with (
+        raising(DiskError, f"{final} was not written", "free space and run again", *causes),
+        replacing(final) as folder,
+    ):
+        tokenizer.save_pretrained(folder)
+        card.save(folder / "README.md")
     return final
 
 
