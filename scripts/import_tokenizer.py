@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from train_tokenizer import write_reconstructions
+from train_tokenizer import log_quality, square, write_reconstructions
 
 from cli import main, resolve
 from midway.gen.core import checkpoints
@@ -54,7 +54,8 @@ def run(task: ImportTask) -> Run:
     splits = load_splits(task.data)
     tokenizer = load(task, splits)  # before the run, so that an invalid source leaves no directory
     published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
-    measure(tokenizer, splits, task.batch_size)
+    with raising(DataError, "these latents cannot be standardised", "import it on other images"):
+        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, task.batch_size))
     made = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
     made.say(describe(splits.train))
     made.say(describe(splits.held_out))
@@ -63,36 +64,24 @@ def run(task: ImportTask) -> Run:
     write_reconstructions(made, tokenizer, splits, 0, "imported")
     weights = {"weights": "imported", "source": task.place}
     finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
-    made.log({"step": 0, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
     made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    made.say(f"held-out images ({len(splits.held_out.images) * tokenizer.tokens} tokens, imported weights): {measured}")
+    log_quality(made, tokenizer, splits, 0, quality, "imported")
     made.say(f"saved {made.checkpoint}")
     return made
 
 
 def load(task: ImportTask, splits: Splits) -> ImageTokenizer:
     """The tokenizer for these images; DataError if it cannot be read, UsageError if it does not fit them."""
-    channels, height, width = splits.train.images.shape[1:]
-    if height != width:
-        raise UsageError(
-            f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
-        )
+    channels, side = square(splits.train)
     fix = "give the directory of a diffusers model as --source, or a Hub id while there is a network"
     with raising(DataError, f"{task.place} cannot be imported", fix):
         model = read_model(task.source, task.subfolder)
     with raising(UsageError, f"{task.place} cannot be used on these images", "change --resize, or --source"):
-        tokenizer = import_tokenizer(model, height)
+        tokenizer = import_tokenizer(model, side)
     takes = tokenizer.image_shape[0]
     if takes != channels:
         raise UsageError(f"images have {channels} channel(s)", f"this takes {takes}", f"pass --channels {takes}")
     return tokenizer.to(best_device())  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-def measure(tokenizer: ImageTokenizer, splits: Splits, batch_size: int) -> None:
-    """Give it the latent mean and std of the training images; DataError for a channel that does not vary on them."""
-    with raising(DataError, "these latents cannot be standardised", "import it on other images"):
-        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, batch_size))
 
 
 def words(tokenizer: ImageTokenizer) -> str:

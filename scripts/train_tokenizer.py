@@ -1,6 +1,5 @@
 """Train an image tokenizer: python scripts/train_tokenizer.py digits-fsq --model.levels 8 5 5 5"""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -23,34 +22,21 @@ from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import Hooks, Items
+from midway.gen.training.interface import Hooks
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
-from running import image_items, open_run
+from running import Parts, image_parts, open_run
 from tasks import TokenizerTask
 
 SHOWN = 32
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The objective, its training items and the images."""
-
-    model: TokenizerObjective
-    items: Items
-    splits: Splits
-
-
-def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts:
+def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts[TokenizerObjective]:
     """The objective and its data; nothing is written."""
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
-    tokenizer = make_tokenizer(task, splits.train)
-    return Parts(
-        make_objective(tokenizer, task).to(accelerator.device),
-        image_items(splits.train, accelerator.device),
-        splits,
-    )
+    objective = make_objective(make_tokenizer(task, splits.train), task)
+    return image_parts(objective.to(accelerator.device), splits, accelerator.device)
 
 
 def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerObjective:
@@ -90,13 +76,20 @@ def train(task: TokenizerTask) -> Run | None:
         return None
     parts.model.eval()
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
-    run.log({"step": steps, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
-    tokens = len(splits.held_out.images) * tokenizer.tokens
-    words = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    run.say(f"held-out images ({tokens} tokens, {weights_name(task.train)} weights): {words}")
+    log_quality(run, tokenizer, splits, steps, quality, weights_name(task.train))
     publish(task, run, parts.model, splits, steps, quality)
     run.say(f"saved {run.checkpoint}")
     return run
+
+
+def log_quality(
+    run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, quality: dict[str, float], weights: str
+) -> None:
+    """Log and print the metrics on the held-out images."""
+    run.log({"step": step, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
+    tokens = len(splits.held_out.images) * tokenizer.tokens
+    words = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    run.say(f"held-out images ({tokens} tokens, {weights} weights): {words}")
 
 
 def publish(
@@ -124,18 +117,24 @@ def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor])
     copy.save_pretrained(folder / "tokenizer")
 
 
-def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
-    """The tokenizer for these images; UsageError for sizes that do not fit."""
+def square(data: ImageData) -> tuple[int, int]:
+    """Channels and side of square images; UsageError for others."""
     channels, height, width = data.images.shape[1:]
     if height != width:
         raise UsageError(
             f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
         )
+    return channels, height
+
+
+def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
+    """The tokenizer for these images; UsageError for sizes that do not fit."""
+    channels, side = square(data)
     config = task.model
     with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
         return ImageTokenizer(
             in_channels=channels,
-            image_size=height,
+            image_size=side,
             width=config.width,
             downsample=config.downsample,
             blocks=config.blocks,

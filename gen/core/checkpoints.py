@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,14 +176,13 @@ def _damaged(path: Path, why: str) -> DataError:
     )
 
 
-def newest_valid(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None when there is none; `say` is called for each one skipped."""
+def valid(root: Path, say: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, newest first; `say` is called for each one skipped."""
     for path in directories(root):
         try:
-            return verify(path)
+            yield verify(path)
         except DataError as error:
             say(f"skipped {path.name}: {error.why}")
-    return None
 
 
 def set_aside(root: Path, newer_than: int) -> None:
