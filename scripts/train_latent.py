@@ -20,7 +20,7 @@ from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
-from midway.gen.features.classifier import TrainedExtractor, load_features
+from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
@@ -114,7 +114,7 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
         return None
     tokenizer, data = load_tokenizer(task.tokenizer)
     run = open_features(task.early.features, [task.tokenizer], data, "the tokenizer")
-    network = TrainedExtractor(*load_features(run.checkpoint / "features.safetensors"))
+    network = load_features(run.checkpoint / "features.safetensors")
     train = load_splits(data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))

@@ -23,7 +23,19 @@ class Activations(NamedTuple):
     logits: Tensor | None
 
 
-class Extractor(Protocol):
+class ImageFeatures(Protocol):
+    """A function of uint8 images (N, C, H, W)."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
+        ...
+
+    def activations(self, images: Tensor) -> Activations:
+        """Features and logits, as `features`."""
+        ...
+
+
+class Extractor(ImageFeatures, Protocol):
     """A feature network with its weights."""
 
     @property
@@ -53,14 +65,6 @@ class Extractor(Protocol):
 
     def check(self, images: Tensor, what: str = "the images are") -> None:
         """DataError for images unsupported by the network, uint8 (N, C, H, W), whose source `what` names."""
-        ...
-
-    def features(self, images: Tensor) -> Tensor:
-        """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
-        ...
-
-    def activations(self, images: Tensor) -> Activations:
-        """Features and logits, as `features`."""
         ...
 
     def to(self, device: torch.device) -> Self:

@@ -9,7 +9,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -21,28 +20,13 @@ from midway.gen.core.files import DAMAGE, state_hash, write_atomically
 from midway.gen.core.processes import best_device
 from midway.gen.core.randomness import permutation
 from midway.gen.data.images import ImageData
+from midway.gen.features.extractor import ImageFeatures
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 
 FORMAT = "midway-reference-2"
 KEPT = 10_000
 """Reference features that are kept."""
-
-
-class Activations(Protocol):
-    """Of N images: features float32 (N, D), and logits (N, K) of a classifier."""
-
-    @property
-    def features(self) -> Tensor: ...
-    @property
-    def logits(self) -> Tensor | None: ...
-
-
-class ImageFeatures(Protocol):
-    """A feature network for uint8 images (N, C, H, W)."""
-
-    def features(self, images: Tensor) -> Tensor: ...
-    def activations(self, images: Tensor) -> Activations: ...
 
 
 @dataclass(frozen=True)
