@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import state_hash, write_atomically
 from midway.gen.data.images import to_float
-from midway.gen.features.extractor import Activations, in_blocks, other_label
+from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
 
 BLOCK = 256
@@ -66,7 +66,7 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
     )
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(Extractor):
     """The classifier above, an Extractor of images of its own shape.
 
     Results depend neither on the mode (train or eval) nor on other images of the batch. `name` is that of the protocol once
@@ -75,7 +75,7 @@ class FeatureNetwork(nn.Module):
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
-    name = ""
+    name = label = ""
     has_logits = True
     note = (
         "The distance uses a feature network trained on this data set; it compares models of this data set and cannot "
@@ -93,18 +93,9 @@ class FeatureNetwork(nn.Module):
         self.embed = nn.Sequential(nn.Linear(4 * width, config.dim), nn.SiLU())
         self.classify = nn.Linear(config.dim, config.classes)
 
-    @property
-    def label(self) -> str:
-        """The name of distances of these features."""
-        return other_label(self.name)
-
     def forward(self, x: Tensor) -> Tensor:
         """Penultimate features (B, dim) of float images x (B, C, H, W) in [-1, 1]."""
         return self.embed(self.stages(x).mean(dim=(2, 3)))
-
-    def features(self, images: Tensor) -> Tensor:
-        """float32 (B, dim) of uint8 images (B, C, H, W); the same bits for any B. ValueError on other images."""
-        return self.activations(images).features
 
     def activations(self, images: Tensor) -> Activations:
         """Features and their class logits; as `features`."""
@@ -199,4 +190,5 @@ def load_features(path: Path) -> FeatureNetwork:
     if feature_hash(network) != metadata.get("hash"):
         raise _bad_file(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
     network.name = protocol_name(network, metadata.get("data", "unknown"))
+    network.label = other_label(network.name)
     return network.eval().requires_grad_(False)
