@@ -234,7 +234,7 @@ def test_each_block_is_the_distance_of_consecutive_images(pipeline: Pipeline, tm
     images = noise(61)
     path = npz(tmp_path / "samples.npz", images)
     sweep = evaluate.run(task(pipeline, tmp_path / "out", path, seed=5))
-    network, _ = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
+    network = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     reference = network.features(load_splits(DataConfig()).train.images).double().numpy()
     floor, cell = sweep.measurements
     assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.baseline) == ("images: samples.npz", 0, 30, 2, True)

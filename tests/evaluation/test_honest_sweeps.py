@@ -160,7 +160,7 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
     assert possible(("kid", "infinity"), 50, 64) == ("kid",)
     trained = pipeline.load()
     reference = make_reference(
-        load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")[0],
+        load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors"),
         "cnn",
         load_splits(trained.data).train,
     )

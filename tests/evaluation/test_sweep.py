@@ -409,7 +409,7 @@ def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep],
     assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.value("rmse")) == ("baseline", 1, 20, 2, None)
     trained = load_trained_baseline(pipeline.baseline)
     file = Run.open(pipeline.features, "features").checkpoint / "features.safetensors"
-    network, _ = load_features(file)
+    network = load_features(file)
     splits = load_splits(trained.data)
     reference = FeatureStatistics.of(network.features(splits.train.images))
     for block, expected in enumerate(cell.distances):
