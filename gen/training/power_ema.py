@@ -45,11 +45,6 @@ def gamma_of(std: float) -> float:
     return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
 
 
-def power_decay(step: int, gamma: float) -> float:
-    """beta = (1 - 1/t)^(gamma + 1) after optimizer step `step` (counted from 0), t = step + 1 steps done; 0 at t = 1."""
-    return (1 - 1 / (step + 1)) ** (gamma + 1)
-
-
 class PowerAverage(EMA):
     """Averages the floating-point state of `model` with relative width `std`; integer and boolean state is copied."""
 
@@ -58,8 +53,8 @@ class PowerAverage(EMA):
         self.std, self.gamma = std, gamma_of(std)
 
     def decay_after(self, step: int) -> float:
-        """The decay used after optimizer step `step` (counted from 0); 0 at the first, where it becomes `model`."""
-        return power_decay(step, self.gamma)
+        """beta after optimizer step `step` (counted from 0), t = step + 1; 0 at the first, where it becomes `model`."""
+        return (1 - 1 / (step + 1)) ** (self.gamma + 1)
 
 
 @dataclass(frozen=True)

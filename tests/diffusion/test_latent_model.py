@@ -12,6 +12,7 @@ from torch import Tensor
 from midway.gen.diffusion.dit import Block, DiT, DiTConfig, drop, positions_2d
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig, pool, start_state
 from midway.gen.training.batches import Context, LatentBatch
+from midway.gen.training.optim import checkpoint_activations
 from midway.samplers.grids import uniform
 from midway.samplers.prediction import TARGETS, expand
 from midway.samplers.sample import EvaluationCounter, sample
@@ -280,13 +281,13 @@ def test_activation_checkpointing_changes_no_bit(
     plain = _loss_and_gradients(model, autocast)
     assert len(plain) == 1 + len(list(model.parameters()))
     assert len(calls) == 2
-    model.network.gradient_checkpointing = True
+    checkpoint_activations(model)
     torch.manual_seed(1)  # the masks are no function of torch's generators
     again = _loss_and_gradients(model, autocast)
     assert len(calls) == 2 + 4
     for a, b in zip(again, plain, strict=True):
         assert torch.equal(a, b)
-    monkeypatch.delattr("midway.gen.diffusion.dit.checkpoint")
+    monkeypatch.delattr("midway.tokenizers.recomputed.checkpoint")
     with torch.no_grad():
         model.loss(_batch(12), _context(12))
     assert len(calls) == 2 + 4 + 2
