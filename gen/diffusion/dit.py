@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from midway.gen.training.batches import Context
 from midway.tokenizers.recomputed import Recomputed
+from midway.tokenizers.vit import joined, patches
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,6 @@ class DiT(nn.Module):
         for layer in (self.modulation, self.head):
             nn.init.zeros_(layer.weight)
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, tokens, C p p)."""
-        return F.pixel_unshuffle(x, self.config.patch).flatten(2).transpose(1, 2)
-
-    def _image(self, tokens: Tensor) -> Tensor:
-        """(B, tokens, C p p) -> (B, C, H, W)."""
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.config.patch)
-
     def conditions(self, noise_angle: Tensor, labels: Tensor) -> Tensor:
         """(E, B, W): the modulation's input, of time and class, for every noise_angle (E,) and every label (B,)."""
         return F.silu(self.time(sinusoid(1000 * noise_angle, 256))[:, None] + self.label(labels))
@@ -178,11 +171,12 @@ class DiT(nn.Module):
         if condition is None:
             assert noise_angle is not None and labels is not None
             condition = F.silu(self.time(sinusoid(1000 * noise_angle, 256)) + self.label(labels))
-        h = self.embed(self._patches(x)) + self.positions
+        h = self.embed(patches(x, self.config.patch)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):
             h = block(h, condition, context)
             if i == (len(self.blocks) - 1) // 2:
                 hidden = h
         shift, scale = self.modulation(condition).chunk(2, dim=1)
-        return DiTOutput(self._image(self.head(modulate(self.norm(h), shift, scale))), hidden)
+        tokens = self.head(modulate(self.norm(h), shift, scale))
+        return DiTOutput(joined(tokens, self.grid, self.config.patch), hidden)
