@@ -17,9 +17,9 @@ from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
-from midway.gen.diffusion.distill_table import BEST, TableConfig, TableObjective, TableTarget, make_distance
+from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.diffusion.distillation import Distillation
-from midway.gen.diffusion.load import LEARNED, TABLE, TrainedModel, load_model, solver_path
+from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.config import TrainConfig

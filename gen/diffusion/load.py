@@ -30,6 +30,8 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 CPU = torch.device("cpu")
 TABLE = "table"
 """The learned solver that is a table: DPM-Solver++(3M) with learned corrections, times and evaluation times."""
+BEST = "best"
+"""The grid of a learned solver that began on whichever grid was nearest to the teacher."""
 LEARNED = (TABLE, *AMED)
 """Names of all solvers that can be learned."""
 

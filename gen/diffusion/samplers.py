@@ -3,6 +3,7 @@
 Invalid combinations raise UsageError here, before the first sample is drawn, with what is possible instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
-from midway.gen.diffusion.distill_table import BEST
-from midway.gen.diffusion.load import LEARNED, TrainedModel, load_solver
+from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, LatentModel, start_state
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.samplers.card import SolverCard
@@ -157,6 +157,16 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     if not fitting:
         raise next(refusal for refusal in refusals.values() if refusal is not None)
     return fitting
+
+
+def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:
+    """Names of the solvers that were learned for this model at every budget, on any grid."""
+
+    def exists(name: str, nfe: int) -> bool:
+        paths = (solver_path(trained.run.path, name, grid, nfe) for grid in LEARNED_ON)
+        return any((path / "config.yaml").exists() for path in paths)
+
+    return [name for name in LEARNED if all(exists(name, nfe) for nfe in budgets)]
 
 
 def check_guidance(trained: TrainedModel, config: SamplerConfig) -> None:
