@@ -27,7 +27,7 @@ from midway.gen.core.environment import environment, hardware
 
 UNTIMED_TURNS = 1
 Step = Callable[[], dict[str, Tensor]]
-"""Does the work once and tells what came out, by name."""
+"""Does the work once and returns what came out, by name."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 def allocations(work: Callable[[], object]) -> list[tuple[int, int]]:
     """(address, bytes) of all that `work` allocates on the CPU, in order; bytes are negative where memory is released."""
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as told:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
     with tempfile.TemporaryDirectory() as folder, _silent():
         trace = Path(folder) / "trace.json"
-        told.export_chrome_trace(str(trace))
+        profiled.export_chrome_trace(str(trace))
         events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
     return [(e["args"]["Addr"], e["args"]["Bytes"]) for e in sorted(events, key=lambda e: e["ts"])]
 
@@ -129,14 +129,14 @@ def allocations(work: Callable[[], object]) -> list[tuple[int, int]]:
 @contextmanager
 def _silent() -> Iterator[None]:
     """The profiler writes to the standard error of the process between the lines of the table."""
-    kept = os.dup(2)
+    stderr = os.dup(2)
     with open(os.devnull, "w") as nothing:
         os.dup2(nothing.fileno(), 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def differences(ours: dict[str, Tensor], peer: dict[str, Tensor]) -> dict[str, float]:

@@ -111,8 +111,8 @@ def by_torch_fidelity(first: tuple[Array, Array], second: tuple[Array, Array]) -
     """Its metric of statistics."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    told = [{"mu": mean, "sigma": covariance} for mean, covariance in (first, second)]
-    return fid_statistics_to_metric(*told, verbose=False)[KEY_METRIC_FID]
+    statistics = [{"mu": mean, "sigma": covariance} for mean, covariance in (first, second)]
+    return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
 class _Identity(nn.Module):
@@ -132,7 +132,7 @@ def by_torchmetrics(a: FeatureStatistics, b: FeatureStatistics) -> Distance:
 
     metric = FrechetInceptionDistance(_Identity(a.dim), compute_with_cache=False)
     for real, statistics in ((True, a), (False, b)):
-        # So that it knows of an update, and of float64; then its sums are set.
+        # It registers an update, and float64; then its sums are set.
         metric.update(torch.zeros(2, a.dim, dtype=torch.float64), real=real)
         side = "real" if real else "fake"
         setattr(metric, f"{side}_features_sum", statistics.total)

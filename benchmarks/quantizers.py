@@ -67,11 +67,11 @@ def clear_maps(batch: int, side: int, books: list[Tensor]) -> Tensor:
     """Encoder outputs (batch, dim, side, side) of which, in every book, one code is nearest beyond rounding."""
     generator = torch.Generator().manual_seed(3)
     count, dim = batch * side * side, books[0].shape[1]
-    kept = torch.empty(0, dim)
-    while len(kept) < count:
+    clear = torch.empty(0, dim)
+    while len(clear) < count:
         rows = torch.randn(count, dim, generator=generator)
-        kept = torch.cat([kept, rows[is_clear(rows, books)]])
-    return kept[:count].view(batch, side, side, dim).movedim(-1, 1).contiguous()
+        clear = torch.cat([clear, rows[is_clear(rows, books)]])
+    return clear[:count].view(batch, side, side, dim).movedim(-1, 1).contiguous()
 
 
 def is_clear(rows: Tensor, books: list[Tensor]) -> Tensor:
@@ -92,7 +92,7 @@ def training_step(
     state: State = dict,
     gradients: bool = True,
 ) -> Step:
-    """Forward, backward of a fixed gradient of the codes and of the loss, update; tells all of it, and `state()` afterwards."""
+    """Forward, backward of a fixed gradient of the codes and of the loss, update; returns all of it, and `state()` afterwards."""
     z = z.clone().requires_grad_()
     by_codes = torch.randn(z.shape, generator=torch.Generator().manual_seed(4)).to(z)
 
@@ -163,7 +163,7 @@ def vq_training(batch: int, side: int, size: int, dim: int, device: torch.device
 
 
 def search(batch: int, side: int, size: int, dim: int, device: torch.device, **least: float) -> Comparison:
-    """The nearest code alone: what diffusers' quantizer computes, without its losses; its module is asked once."""
+    """The nearest code alone: what diffusers' quantizer computes, without its losses; its module is called once."""
     from diffusers.models.autoencoders.vae import VectorQuantizer
 
     books = random_books(1, size, dim)

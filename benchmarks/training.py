@@ -233,7 +233,7 @@ def make_row(
     config: TrainConfig,
     device: torch.device,
 ) -> Row:
-    """fit() beside the bare loop, both compiled if the configuration says so."""
+    """fit() beside the bare loop, both compiled if the configuration compiles."""
     suffix = "".join(
         f" {word}" for word in (config.precision, "compiled") if word == "bf16" or (config.compile and word != "no")
     )
@@ -327,8 +327,8 @@ def diffusers_recipe(unet: nn.Module, images: Tensor, config: TrainConfig, devic
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             ema.step(net.parameters())
-        said = {"loss": loss.detach().item(), "lr": scheduler.get_last_lr()[0], "step": step}
-        assert said  # the example gives it to its progress bar
+        logged = {"loss": loss.detach().item(), "lr": scheduler.get_last_lr()[0], "step": step}
+        assert logged  # the example gives it to its progress bar
         yield
 
 

@@ -68,7 +68,7 @@ def gits_grid(field: Field, schedule: Schedule, x: Tensor, fine_grid: Grid | Non
     """The `steps`-step part of `fine_grid` (default: 61 times of EDM's spacing) that Euler's method in rho follows best.
 
     x: (B, *) noise at the fine grid's start, a few dozen samples; costs one evaluation per fine step. The fine grid must start
-    where alpha > 0. ValueError if it has fewer steps than asked.
+    where alpha > 0. ValueError if it has fewer steps than requested.
     """
     fine = karras(schedule, FINE_STEPS) if fine_grid is None else fine_grid
     if schedule.alpha(torch.tensor(fine[0], dtype=torch.float64)) <= 0:

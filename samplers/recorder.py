@@ -114,7 +114,7 @@ class Recorder:
         return self._symbols(t, self.x * (alpha / (norm * (norm + sigma))), self.x / norm)
 
     def first(self, t: float, analytic_first: bool) -> Symbols:
-        """`analytic` for the first row of a table that asks for it, else `evaluate`."""
+        """`analytic` for the first row of a table built so, else `evaluate`."""
         return self.analytic(t) if analytic_first and not self.rows else self.evaluate(t)
 
     def advance(self, value: Combination, t: float, node: bool = True) -> Combination:

@@ -164,7 +164,7 @@ def shape_of(trained: Trained) -> tuple[int, ...]:
 
 
 def check_images(models: dict[str, Trained], splits: Splits) -> int:
-    """The number of levels of all models; DataError when they differ, or images are not like those that a model knows."""
+    """The number of levels of all models; DataError when they differ, or images differ from those of a model in shape."""
     levels = {n: t.model.levels for n, t in models.items() if isinstance(t, TrainedBaseline)}
     if len(set(levels.values())) > 1:
         raise DataError(

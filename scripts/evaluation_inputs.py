@@ -1,7 +1,6 @@
 """What the flags of evaluate.py name: the model, its repeats, baselines and external images.
 
-Modules that only some sweeps need are imported where a flag asks for them: the path of a plain sweep stays short, and it starts
-sooner.
+Modules that only some sweeps need are imported in the functions that open them, so that the path of a plain sweep is short.
 """
 
 import torch

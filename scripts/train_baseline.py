@@ -24,7 +24,7 @@ from midway.gen.data.images import describe, to_uint8
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
-from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
 from running import Parts, image_parts, open_run
@@ -105,7 +105,7 @@ def make_bounds(task: BaselineTask) -> Bounds:
 
 def train(task: BaselineTask) -> Run | None:
     """Train, score held-out images, save. The run on the main process, None on the others."""
-    refuse_unused(task.train, validates=True)
+    check_unused(task.train, validates=True)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, weights_name(task.train)

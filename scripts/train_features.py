@@ -20,7 +20,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
-from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
@@ -58,7 +58,7 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
 
 def train(task: FeaturesTask) -> Run | None:
     """Train on the training images, report the held-out accuracy, save. The run on the main process."""
-    refuse_unused(task.train)
+    check_unused(task.train)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out

@@ -24,7 +24,7 @@ from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
-from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
@@ -87,7 +87,7 @@ def fetcher(latents: Latents, device: torch.device):
 
 def train(task: LatentTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
-    refuse_unused(task.train, measures=True)
+    check_unused(task.train, measures=True)
     accelerator = make_accelerator(task.train, task.out)
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory

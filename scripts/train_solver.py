@@ -21,7 +21,7 @@ from midway.gen.diffusion.distill_table import TableConfig, TableObjective, Tabl
 from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.sampling import labels_of
-from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
@@ -83,7 +83,7 @@ class Parts:
 def train(task: SolverTask) -> list[Run]:
     """One run per budget, on the main process."""
     check(task)
-    refuse_unused(task.train)
+    check_unused(task.train)
     accelerator = make_accelerator(task.train, task.model)
     trained = load(task, accelerator)
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run

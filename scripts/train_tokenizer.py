@@ -20,7 +20,7 @@ from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
-from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -53,7 +53,7 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
 
 def train(task: TokenizerTask) -> Run | None:
     """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
-    refuse_unused(task.train)
+    check_unused(task.train)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits

@@ -32,7 +32,7 @@ def nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
     """
     if (
         torch.compiler.is_compiling()
-    ):  # whose tracer knows neither the settings of precision nor kernels to be tried out
+    ):  # whose tracer supports neither the settings of precision nor kernels to be tried out
         return torch.ops.midway.nearest_code(rows, codebook)
     return _nearest_code(rows.detach(), codebook.detach())
 

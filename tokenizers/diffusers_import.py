@@ -68,7 +68,7 @@ def read_model(source: str | Path, subfolder: str | None = None) -> nn.Module:
     name = _config(source, subfolder, place).get("_class_name")
     if name not in CLASSES:
         raise ValueError(f"{place} has a model of class {name!r}; choose one of: {', '.join(CLASSES)}")
-    _refuse_pickles(Path(source) / (subfolder or ""))
+    _check_pickles(Path(source) / (subfolder or ""))
     try:
         model, report = diffusers_class(name).from_pretrained(
             str(source),
@@ -128,7 +128,7 @@ def _config(source: str | Path, subfolder: str | None, place: str) -> dict[str, 
     return found
 
 
-def _refuse_pickles(folder: Path) -> None:
+def _check_pickles(folder: Path) -> None:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"{folder} has no .safetensors file, and pickled weights (.bin, .ckpt, .pt), which can run any code, are not loaded: "

@@ -5,7 +5,7 @@
 SoundStream (Zeghidour et al. 2021, arXiv 2107.03312, section III.C), each stage with a codebook of its own; RQ-VAE (Lee et al.
 2022, arXiv 2203.01941, section 3.1), where the stages share one. As there, losses are added over stages: the commitment is
 sum_i mean((r_i - sg[c_i])^2), whose r_i = r_1 - sg[c_1 + ... + c_{i-1}] hands every term to z. The gradient of the code is that
-of latents(z), once, whatever the depth; or, if the base asks for it, rotated from r_1 to the sum (rotation.py).
+of latents(z), once, whatever the depth; or, if the base is built so, rotated from r_1 to the sum (rotation.py).
 
 VQ: stage i has its own codebook of residuals.
 

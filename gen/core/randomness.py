@@ -1,6 +1,6 @@
 """Counter-based random numbers: every draw is a function of named integers, never of a stream's position.
 
-A training step asks for `normal(seed, "noise", step, sample_ids, shape)` and gets, for each sample, values that depend on
+A training step calls `normal(seed, "noise", step, sample_ids, shape)` and gets, for each sample, values that depend on
 (seed, purpose, step, that sample's id) alone: not on the batch it came in, the number of processes, accumulation or a restart.
 
 Construction: SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"): the words of one

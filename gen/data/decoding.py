@@ -77,7 +77,7 @@ def decode(name: str, read: Callable[[str], bytes], channels: int | None, resize
         raise
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, zlib.error, ... on damaged bytes
         return Undecodable(name, _reason(error))
-    _refuse_deep(name, image, data)
+    _check_depth(name, image, data)
     return prepare(name, upright, channels, resize, notes)
 
 
@@ -117,7 +117,7 @@ def _file_notes(image: Image.Image) -> tuple[str, ...]:
     return lossy + frames
 
 
-def _refuse_deep(name: str, image: Image.Image, data: bytes) -> None:
+def _check_depth(name: str, image: Image.Image, data: bytes) -> None:
     """DataError for more than 8 bits a sample; Pillow clips such values, or drops their low byte without a word."""
     bits = 8
     if data.startswith(_PNG_SIGNATURE):

@@ -55,21 +55,21 @@ def class_labels(names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
     if len(loose) == len(names):
         return [0] * len(names), ("all",)
     classes = tuple(sorted({part[0] for part in parts if len(part) > 1}))
-    _refuse_loose_files(loose, classes)
-    _refuse_splits_as_classes(classes)
+    _check_loose_files(loose, classes)
+    _check_class_names(classes)
     index = {name: label for label, name in enumerate(classes)}
     return [index[part[0]] for part in parts], classes
 
 
 def _walk(folder: Path) -> Iterator[str]:
     """Relative names of all files below `folder`, through links but never back up into a parent."""
-    for here, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         parent = Path(here).resolve()
         folders[:] = [name for name in folders if not parent.is_relative_to((parent / name).resolve())]
         yield from ((Path(here) / name).relative_to(folder).as_posix() for name in files)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be listed", str(error), "check its permissions") from error
 
 
@@ -110,14 +110,14 @@ def _without_wrapper(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return parts
 
 
-def _refuse_loose_files(loose: Sequence[str], classes: Sequence[str]) -> None:
+def _check_loose_files(loose: Sequence[str], classes: Sequence[str]) -> None:
     if loose:
         what = f"{len(loose)} images lie beside the class folders, for example {loose[0]}"
         why = f"with class folders ({', '.join(classes[:_LISTED])}) every image needs a class"
         raise DataError(what, why, "move them into a class folder, or all images into one folder")
 
 
-def _refuse_splits_as_classes(classes: tuple[str, ...]) -> None:
+def _check_class_names(classes: tuple[str, ...]) -> None:
     splits = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
     if len(classes) > 1 and splits.issuperset(name.lower() for name in classes):
         what = f"the folders {', '.join(classes)} look like splits, not classes"

@@ -152,10 +152,10 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
             "a learned solver belongs to one model, grid and budget",
             f"python scripts/train_solver.py {solver} --model {trained.run.path} --nfe {nfe}",
         )
-    refusals = {grid: _refusal(sampler.card, solver, grid, config) for grid, sampler in samplers.items()}
-    fitting = {grid: sampler for grid, sampler in samplers.items() if refusals[grid] is None}
+    mismatches = {grid: _mismatch(sampler.card, solver, grid, config) for grid, sampler in samplers.items()}
+    fitting = {grid: sampler for grid, sampler in samplers.items() if mismatches[grid] is None}
     if not fitting:
-        raise next(refusal for refusal in refusals.values() if refusal is not None)
+        raise next(mismatch for mismatch in mismatches.values() if mismatch is not None)
     return fitting
 
 
@@ -190,7 +190,7 @@ def check_guidance(trained: TrainedModel, config: SamplerConfig) -> None:
         trained.model.check_guidance(Guidance(config.guidance, config.interval, config.weak))
 
 
-def _refusal(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:
+def _mismatch(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:
     """Why this learned solver cannot serve this sweep, None if it can."""
     assert card is not None
     if config.eta:

@@ -138,7 +138,7 @@ def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
     try:
         schedule = parametrisation_of(scheduler).schedule
     except ValueError as error:
-        raise _refusal(path, f"its scheduler is not known here: {error}") from None
+        raise _unsupported(path, f"its scheduler is not known here: {error}") from None
     shape, classes = _interface(path, _json(path / "unet" / "config.json"))
     network = _read(path / "unet", NETWORK, device)
     name = next((name for name in DECODERS if name in parts), None)
@@ -151,7 +151,7 @@ def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
     return DiffusersModel(network, decoder, scheduler, shape, classes, digest, path, schedule)
 
 
-def _refusal(path: Path, why: str) -> DataError:
+def _unsupported(path: Path, why: str) -> DataError:
     return DataError(f"{path} cannot be measured", why, f"give {SUPPORTED}")
 
 
@@ -159,9 +159,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise _refusal(path.parent, f"{path.name}: {one_line(error)}") from None
+        raise _unsupported(path.parent, f"{path.name}: {one_line(error)}") from None
     if not isinstance(found, dict):
-        raise _refusal(path.parent, f"{path.name} is not an object")
+        raise _unsupported(path.parent, f"{path.name} is not an object")
     return found
 
 
@@ -174,9 +174,11 @@ def _parts(path: Path) -> set[str]:
         if not isinstance(its, list) or len(its) != 2:
             continue  # an option of the pipeline
         if name != "scheduler" and (name not in known or its != ["diffusers", known[name]]):
-            raise _refusal(path, f"{index.get('_class_name', 'its pipeline')} has {name}: {' '.join(map(str, its))}")
+            raise _unsupported(
+                path, f"{index.get('_class_name', 'its pipeline')} has {name}: {' '.join(map(str, its))}"
+            )
     if "unet" not in found or "scheduler" not in found or len(set(DECODERS) & set(found)) > 1:
-        raise _refusal(path, f"it has the components {', '.join(found) or 'none'}")
+        raise _unsupported(path, f"it has the components {', '.join(found) or 'none'}")
     return set(found)
 
 
@@ -189,17 +191,17 @@ def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
     kind = {NETWORK: UNet2DModel, "VQModel": VQModel, "AutoencoderKL": AutoencoderKL}[name]
     named = _json(folder / "config.json").get("_class_name")
     if named != name:
-        raise _refusal(folder, f"its configuration is of class {named}, not {name}")
+        raise _unsupported(folder, f"its configuration is of class {named}, not {name}")
     if not list(folder.glob("*.safetensors")):
-        raise _refusal(folder, "it has no safetensors; pickled weights are not loaded")
+        raise _unsupported(folder, "it has no safetensors; pickled weights are not loaded")
     try:
         model, report = kind.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise _refusal(folder, one_line(error)) from None
+        raise _unsupported(folder, one_line(error)) from None
     if report["missing_keys"] or report["mismatched_keys"]:
-        raise _refusal(
+        raise _unsupported(
             folder, f"weights are missing, such as {[*report['missing_keys'], *report['mismatched_keys']][0]}"
         )
     return nn.Module.to(model, device).eval().requires_grad_(False)
@@ -215,9 +217,9 @@ def _interface(path: Path, config: dict[str, Any]) -> tuple[tuple[int, int, int]
     """The shape of a state, and the number of classes."""
     size, kind = config.get("sample_size"), config.get("class_embed_type")
     if size is None:
-        raise _refusal(path, "the configuration of its unet does not say its sample_size")
+        raise _unsupported(path, "the configuration of its unet does not say its sample_size")
     if kind is not None:
-        raise _refusal(path, f"its unet has class_embed_type {kind!r}, not class labels")
+        raise _unsupported(path, f"its unet has class_embed_type {kind!r}, not class labels")
     height, width = (size, size) if isinstance(size, int) else size
     return (config.get("in_channels", 3), height, width), config.get("num_class_embeds") or 0
 

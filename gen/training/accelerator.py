@@ -21,7 +21,7 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     """
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks of cuBLAS
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for determinism
         torch.backends.cudnn.benchmark = False
     # its successor is not in older versions of torch
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
@@ -47,7 +47,7 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     return accelerator
 
 
-def refuse_unused(config: TrainConfig, validates: bool = False, measures: bool = False, sharded: bool = False) -> None:
+def check_unused(config: TrainConfig, validates: bool = False, measures: bool = False, sharded: bool = False) -> None:
     """UsageError for flags that this training does not support."""
     validation, measures_every = f"--validate-every {config.validate_every}", f"--measure-every {config.measure_every}"
     if config.validate_every and not validates:

@@ -83,6 +83,6 @@ class Order:
 def seed_global(seed: int, start: int, device: torch.device) -> None:
     """Fix torch's own generators, for modules that draw from them; ours never do."""
     word = randomness.integer(seed, "global", start)
-    torch.default_generator.manual_seed(word)  # torch.manual_seed asks every kind of device, which takes 0.2 ms
+    torch.default_generator.manual_seed(word)  # torch.manual_seed queries every kind of device, which takes 0.2 ms
     if device.type == "cuda":
         torch.cuda.manual_seed(word)

@@ -13,7 +13,7 @@ from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.errors import DiskError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.runs import Run
-from midway.gen.training.config import TrainConfig, flat, refuse_changes
+from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only
 from midway.gen.training.progress import Clock, words_of
 from midway.gen.training.state import Files, TrainingState, config_hash, not_finite, size_of, write_files
@@ -85,7 +85,7 @@ class CheckpointManager:
     def _compare(self, found: Checkpoint) -> list[str]:
         """Settings that change the result by rounding only; UsageError for any other change."""
         before = found.json("state.json")
-        rounding = refuse_changes(before["config"], self.identity, self.config)
+        rounding = check_resumable(before["config"], self.identity, self.config)
         if found.step > self.config.steps:
             raise UsageError(
                 f"--steps {self.config.steps} is less than was done",

@@ -133,7 +133,7 @@ def is_bookkeeping(key: str) -> bool:
     return key in (*PATHS, *COMMANDS) or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:
+def check_resumable(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:
     """Compare two flat configurations; UsageError naming every key that makes another run of it.
 
     Returns the keys whose change leaves the run the same up to rounding.

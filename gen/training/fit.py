@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run, lock
-from midway.gen.training.accelerator import refuse_unused, share_of
+from midway.gen.training.accelerator import check_unused, share_of
 from midway.gen.training.batches import Context, Order, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
 from midway.gen.training.config import TrainConfig, learning_rate
@@ -107,7 +107,7 @@ class _Training:
                 "the discriminator is evaluated with fixed parameters, which FSDP does not support",
                 "use DDP (accelerate launch --multi_gpu), or --loss.adversary none",
             )
-        refuse_unused(config, self.hooks.validate is not None, self.hooks.measure is not None, self.sharded)
+        check_unused(config, self.hooks.validate is not None, self.hooks.measure is not None, self.sharded)
         self.ema = EMA(model, config.ema) if config.ema else None
         self.posthoc = [PowerAverage(model, std) for std in config.posthoc]
         self.averages, self.guard = Averages(), NonFiniteGuard(accelerator)

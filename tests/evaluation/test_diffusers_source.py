@@ -1,4 +1,4 @@
-"""Pipelines that diffusers saved: the same samples as its own scheduler draws, measured like our models, or refused."""
+"""Pipelines that diffusers saved: the same samples as its own scheduler draws, measured like our models, or an error."""
 
 import json
 import shutil
@@ -145,7 +145,7 @@ def test_the_identity_is_weights_configuration_and_plan(ddpm: Path, tmp_path: Pa
     assert len(keys) == 6
 
 
-# ---- refused ----
+# ---- errors ----
 
 
 def changed(folder: Path, to: Path, file: str, **values: Any) -> Path:
@@ -170,13 +170,13 @@ def changed(folder: Path, to: Path, file: str, **values: Any) -> Path:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_other_pipelines_are_refused(file: str, values: dict[str, Any], words: str, ddpm: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=words) as told:
+def test_other_pipelines_raise(file: str, values: dict[str, Any], words: str, ddpm: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=words) as output:
         load_diffusers(changed(ddpm, tmp_path / "p", file, **values))
-    assert "UNet2DModel" in told.value.fix
+    assert "UNet2DModel" in output.value.fix
 
 
-def test_damaged_and_pickled_weights_are_refused(ddpm: Path, tmp_path: Path) -> None:
+def test_damaged_and_pickled_weights_raise(ddpm: Path, tmp_path: Path) -> None:
     for name in ("pickled", "cut", "none"):
         shutil.copytree(ddpm, tmp_path / name)
     (file,) = (tmp_path / "pickled" / "unet").glob("*.safetensors")
@@ -208,7 +208,7 @@ def test_damaged_and_pickled_weights_are_refused(ddpm: Path, tmp_path: Path) -> 
     ],
     ids=str,
 )
-def test_plans_that_cannot_be_are_refused(solver: str, changes: dict[str, Any], words: str, ddpm: Path) -> None:
+def test_plans_that_cannot_be_raise(solver: str, changes: dict[str, Any], words: str, ddpm: Path) -> None:
     nfe = changes.pop("nfe", 4)
     with pytest.raises(UsageError, match=words):
         load_diffusers(ddpm).samplers(solver, nfe, SamplerConfig(**changes))
@@ -256,8 +256,8 @@ def test_the_sweep_measures_it_beside_external_images(
         "--metrics",
         "",
     )
-    told = script("evaluate", *flags, "--images", images, "--export-npz", tmp_path / "npz")
-    assert told.code == 0, told.err
+    done = script("evaluate", *flags, "--images", images, "--export-npz", tmp_path / "npz")
+    assert done.code == 0, done.err
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["solver"], row["nfe"]) for row in rows] == [
         ("floor", 0),
@@ -278,7 +278,7 @@ def test_the_sweep_measures_it_beside_external_images(
     assert script("evaluate", *flags).code == 0, "nothing is sampled twice"
 
 
-def test_images_of_another_shape_are_refused(latent: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+def test_images_of_another_shape_raise(latent: Path, pipeline: Pipeline, tmp_path: Path) -> None:
     asked = replace(task(pipeline, tmp_path / "out"), diffusers=latent)
     with pytest.raises(DataError, match=r"\(3, 8, 8\)"):
         evaluate.run(asked)

@@ -156,10 +156,10 @@ def test_one_solver_exports_all_its_grids_and_external_images_none(pipeline: Pip
     assert {path.stem for path in (tmp_path / "npz").iterdir()} == {"ddim-uniform-nfe4", "ddim-karras-nfe4"}
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_sampling(
+def test_a_folder_that_cannot_be_made_raises_before_sampling(
     pipeline: Pipeline, script: Script, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path / "out")
-    told = script("evaluate", *flags, "--save-images", tmp_path / "file" / "zips")
-    assert told.code == 5 and "--save-images" in told.err and not (tmp_path / "out").exists()
+    done = script("evaluate", *flags, "--save-images", tmp_path / "file" / "zips")
+    assert done.code == 5 and "--save-images" in done.err and not (tmp_path / "out").exists()

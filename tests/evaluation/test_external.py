@@ -1,4 +1,4 @@
-"""Images that somebody else made: read as they are or refused with the remedy, measured like our own, and resumed."""
+"""Images that somebody else made: read as they are, or an error with the remedy, measured like our own, and resumed."""
 
 import io
 import json
@@ -97,12 +97,12 @@ class Planted:
     ],
     ids=["float", "int64", "channels first", "no channels", "RGBA", "none", "scalar"],
 )
-def test_other_arrays_are_refused_with_the_remedy(array: Any, words: str, tmp_path: Path) -> None:
+def test_other_arrays_raise_with_the_remedy(array: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=words):
         read_external(npz(tmp_path / "a.npz", array))
 
 
-def test_npz_that_cannot_be_read_is_refused_and_nothing_is_unpickled(tmp_path: Path) -> None:
+def test_npz_that_cannot_be_read_raises_and_nothing_is_unpickled(tmp_path: Path) -> None:
     planted = np.empty(1, dtype=object)
     planted[0] = Planted(tmp_path / "ran")
     with pytest.raises(DataError, match="allow_pickle"):
@@ -119,7 +119,7 @@ def test_npz_that_cannot_be_read_is_refused_and_nothing_is_unpickled(tmp_path: P
             read_external(path)
 
 
-def test_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+def test_files_that_cannot_be_used_raise(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         read_external(tmp_path / "empty")
@@ -155,8 +155,8 @@ def test_what_changes_pixels_is_noted(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.fromarray(noise(1, 3)[0]).save(folder / "c.png", exif=exif)
     Image.fromarray(noise(1, 4)[0], mode="CMYK").save(folder / "d.tif")
-    told = " ".join(read_external(folder).notes)
-    assert all(word in told for word in ("alpha composited", "EXIF", "CMYK", "lossy samples"))
+    output = " ".join(read_external(folder).notes)
+    assert all(word in output for word in ("alpha composited", "EXIF", "CMYK", "lossy samples"))
     assert "lossy" not in " ".join(read_external(files(tmp_path / "png", noise(2))).notes)
     small = read_external(files(tmp_path / "large", noise(2, side=16)), ReadingOptions(resize=8))
     assert small.pixels.shape == (2, 1, 8, 8) and "resized" in small.notes[0]
@@ -184,7 +184,7 @@ def test_names_are_those_of_files_or_whole_paths(tmp_path: Path) -> None:
 # ---- against a reference ----
 
 
-def test_rgb_that_is_grey_loses_nothing_and_any_other_is_refused(tmp_path: Path) -> None:
+def test_rgb_that_is_grey_loses_nothing_and_any_other_raises(tmp_path: Path) -> None:
     grey, reference = noise(3), torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     made = fitted(read_external(npz(tmp_path / "grey.npz", grey.repeat(3, axis=3))), reference)
     np.testing.assert_array_equal(made.pixels[:, 0].numpy(), grey[..., 0])
@@ -242,9 +242,9 @@ def test_each_block_is_the_distance_of_consecutive_images(pipeline: Pipeline, tm
     seen = network.features(torch.from_numpy(images).permute(0, 3, 1, 2)).double().numpy()
     for block, distance in enumerate(cell.distances):
         assert distance == pytest.approx(frechet(seen[30 * block : 30 * block + 30], reference), rel=1e-6)
-    told = (tmp_path / "out" / "report.md").read_text()
-    assert f"(n = 30): {floor.distance:.3g}" in told.replace("\\", "")
-    assert "images: samples.npz | – |" in told and "the first 60 of 61 images" in told
+    output = (tmp_path / "out" / "report.md").read_text()
+    assert f"(n = 30): {floor.distance:.3g}" in output.replace("\\", "")
+    assert "images: samples.npz | – |" in output and "the first 60 of 61 images" in output
     assert "images: samples.npz" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -291,7 +291,7 @@ def test_external_images_join_the_table_of_a_model(pipeline: Pipeline, tmp_path:
     ],
     ids=str,
 )
-def test_flags_that_do_not_belong_together_are_refused(
+def test_flags_that_do_not_belong_together_raise(
     changes: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     model = {"model": pipeline.model} if "model" in changes else {}
@@ -304,11 +304,11 @@ def test_the_command_measures_a_zip_and_ends_with_3_for_what_does_not_compare(
 ) -> None:
     folder = files(tmp_path / "samples", noise(40, 3), "{}.jpg".format)
     flags = ("--data", "digits", "--features", pipeline.features, "--out", tmp_path / "out", "--images", folder)
-    told = script("evaluate", *flags)
-    assert told.code == 3 and "--images-channels 1" in told.err
-    told = script("evaluate", *flags, "--images-channels", 1, "--blocks", 1, "--metrics", "")
-    assert told.code == 0, told.err
-    assert "Floor, real images" in told.out and "images: samples" in told.out
+    done = script("evaluate", *flags)
+    assert done.code == 3 and "--images-channels 1" in done.err
+    done = script("evaluate", *flags, "--images-channels", 1, "--blocks", 1, "--metrics", "")
+    assert done.code == 0, done.err
+    assert "Floor, real images" in done.out and "images: samples" in done.out
     record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[1])
     assert (record["solver"], record["nfe"], record["n"], record["blocks"]) == ("images: samples", 0, 40, 1)
     assert "lossy samples" in (tmp_path / "out" / "report.md").read_text()

@@ -61,18 +61,18 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
     assert there() == [0, 1, 3]
 
 
-def test_a_second_sweep_into_the_same_folder_is_refused(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
+def test_a_second_sweep_into_the_same_folder_raises(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
     with CellStore(tmp_path / "cells").claimed():
         flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
-        told = script("evaluate", *flags, "--nfe", 4, "--n", 20, "--reference-nfe", 0)
-        assert told.code == 2 and "is being written by another process" in told.err
+        done = script("evaluate", *flags, "--nfe", 4, "--n", 20, "--reference-nfe", 0)
+        assert done.code == 2 and "is being written by another process" in done.err
     assert evaluate.run(task(pipeline, tmp_path)).measurements
 
 
 # ---- times ----
 
 
-def test_seconds_of_other_circumstances_are_told(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_seconds_of_other_circumstances_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
     evaluate.run(task(pipeline, tmp_path))
     assert "Seconds compare only" not in (tmp_path / "report.md").read_text()
     evaluate.run(dataclasses.replace(task(pipeline, tmp_path), solvers="ddim,euler", batch_size=16))
@@ -173,7 +173,7 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
 # ---- the reference's file ----
 
 
-def test_a_reference_whose_numbers_were_changed_is_refused(tmp_path: Path) -> None:
+def test_a_reference_whose_numbers_were_changed_raises(tmp_path: Path) -> None:
     class Pixels:
         has_logits = False
 

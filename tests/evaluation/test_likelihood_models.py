@@ -84,7 +84,7 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
     [({"nfe": 5, "solver": "heun"}, "heun"), ({"solver": "eulr"}, "euler"), ({"grid": "karas"}, "karras")],
     ids=str,
 )
-def test_a_solver_that_cannot_be_is_refused_before_work(
+def test_a_solver_that_cannot_be_raises_before_work(
     changes: dict[str, object], words: str, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=words):
@@ -92,7 +92,7 @@ def test_a_solver_that_cannot_be_is_refused_before_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_another_kind_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_run_of_another_kind_raises(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="baseline"):
         evaluate_likelihood.run(task(pipeline, tmp_path, pipeline.tokenizer))
 

@@ -26,7 +26,7 @@ def task(pipeline: Pipeline, out: Path, **changes: Any) -> LatentTask:
     return LatentTask(out, pipeline.tokenizer, model=config, train=TRAIN, early=replace(early, **changes))
 
 
-def told(out: Path) -> list[dict[str, Any]]:
+def output(out: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record.get("early")]
 
@@ -34,7 +34,7 @@ def told(out: Path) -> list[dict[str, Any]]:
 def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(pipeline: Pipeline, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_latent.train(task(pipeline, run))
-    answers = told(run)
+    answers = output(run)
     assert [answer["step"] for answer in answers] == [4, 8, 10]
     assert all(answer["n"] == 24 and "@" in answer["features"] and answer["seeds"] == "0-23" for answer in answers)
     assert "n = 24" in (run / "log.txt").read_text()
@@ -72,14 +72,14 @@ def test_what_cannot_be_measured_leaves_no_run(
 
 
 @pytest.mark.parametrize("flag", ["measure_every", "validate_every"])
-def test_a_training_without_a_use_for_a_flag_refuses_it_before_a_run(flag: str, tmp_path: Path) -> None:
+def test_a_training_without_a_use_for_a_flag_raises_before_a_run(flag: str, tmp_path: Path) -> None:
     train = replace(TINY, steps=2, **{flag: 1})
     with pytest.raises(UsageError, match=flag.replace("_", "-")):
         train_tokenizer.train(TokenizerTask(tmp_path / "run", train=train))
     assert not (tmp_path / "run").exists()
 
 
-def test_online_evaluation_of_nothing_are_refused() -> None:
+def test_online_evaluation_of_nothing_raise() -> None:
     wrongs: list[dict[str, Any]] = [{"n": 1}, {"nfe": ()}, {"nfe": (0,)}]
     for wrong in wrongs:
         with pytest.raises(ValueError, match="online evaluation"):

@@ -106,7 +106,7 @@ def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: P
     assert "standard deviation over trainings" in (tmp_path / "both" / "report.html").read_text()
 
 
-def test_what_is_no_repeat_is_refused(pipeline: Pipeline, unconditional: Path, tmp_path: Path) -> None:
+def test_what_is_no_repeat_raises(pipeline: Pipeline, unconditional: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no repeat"):
         evaluate.run(task(pipeline, tmp_path, unconditional))
     with pytest.raises(DataError, match="weights of"):

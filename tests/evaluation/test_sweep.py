@@ -366,7 +366,7 @@ def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: 
     ],
     ids=str,
 )
-def test_what_cannot_be_measured_is_refused_before_sampling(
+def test_what_cannot_be_measured_raises_before_sampling(
     flags: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
 ) -> None:
     with pytest.raises(UsageError, match=words):
@@ -436,7 +436,7 @@ def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tupl
     assert ("baseline", 1) in sweep.grids
 
 
-def test_baselines_that_do_not_belong_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_baselines_that_do_not_belong_raise(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="twice"):
         evaluate.run(task(pipeline, tmp_path, baselines=(pipeline.baseline, pipeline.baseline)))
     with pytest.raises(DataError, match="kind"):
@@ -507,7 +507,7 @@ def images() -> Iterator[ImageData]:
     yield ImageData(pixels, torch.arange(40) % 4, ("a", "b", "c", "d"), "toy", "f" * 64)
 
 
-def test_statistics_of_a_reference_are_kept_and_those_of_another_refused(images: ImageData, tmp_path: Path) -> None:
+def test_statistics_of_a_reference_are_stored_and_those_of_another_raise(images: ImageData, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=4)).eval()
     made = make_reference(network, "cnn-toy@1", images, tmp_path)
@@ -531,20 +531,20 @@ def test_statistics_of_a_reference_are_kept_and_those_of_another_refused(images:
 def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
     flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
     more = ("--nfe", 4, "--grids", "uniform", "--n", 40, "--reference-nfe", 0, "--metrics", "kid,infinity", "--overlap")
-    told = script("evaluate", *flags, *more, "--fresh", "--baselines", pipeline.baseline)
-    assert told.code == 0, told.err
+    done = script("evaluate", *flags, *more, "--fresh", "--baselines", pipeline.baseline)
+    assert done.code == 0, done.err
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])
     assert record["fd_infinity"] is not None and record["kid"] is not None
     assert "overlapped" in (tmp_path / "report.md").read_text()
     assert measure.SHOWN == 8
 
 
-def test_missing_weights_are_told_before_sampling(
+def test_missing_weights_are_named_before_sampling(
     pipeline: Pipeline, script: Script, tmp_path: Path, drawn: list[int]
 ) -> None:
     flags = ("--model", pipeline.model, "--out", tmp_path / "out", "--features", "inception")
-    told = script("evaluate", *flags, "--inception-weights", tmp_path / "none.pth")
-    assert told.code == 3 and "none.pth" in told.err
+    done = script("evaluate", *flags, "--inception-weights", tmp_path / "none.pth")
+    assert done.code == 3 and "none.pth" in done.err
     assert drawn == [] and not (tmp_path / "out").exists()
 
 

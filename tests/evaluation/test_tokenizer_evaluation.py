@@ -1,4 +1,4 @@
-"""What is said of a tokenizer: closed forms on tokenizers whose codes, errors and latents are known."""
+"""Measures of a tokenizer: closed forms on tokenizers whose codes, errors and latents are known."""
 
 import dataclasses
 import math
@@ -115,12 +115,12 @@ def test_the_images_are_balanced_and_carry_their_places(splits: Splits) -> None:
         ({"noise": (math.nan,)}, "--noise nan"),
     ],
 )
-def test_flags_that_cannot_be_used_are_refused(wrong: dict[str, object], flag: str, splits: Splits) -> None:
+def test_flags_that_cannot_be_used_raise(wrong: dict[str, object], flag: str, splits: Splits) -> None:
     with pytest.raises(UsageError, match=flag):
         choose(splits.held_out, dataclasses.replace(EvaluationConfig(), **wrong))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_tokenizer_of_other_images_is_refused(splits: Splits) -> None:
+def test_a_tokenizer_of_other_images_raises(splits: Splits) -> None:
     with pytest.raises(DataError, match=r"it takes \(1, 8, 8\)"):
         check_size("it", pixels(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     check_size("it", pixels(), splits.train.images)

@@ -1,4 +1,4 @@
-"""A figure belongs to how it was measured: identities of cells, names of distances, and what a report refuses or warns of."""
+"""A figure belongs to how it was measured: identities of cells, names of distances, and what a report raises for or warns of."""
 
 import dataclasses
 import math
@@ -151,7 +151,7 @@ def test_a_floor_of_another_count_is_named_with_it_everywhere() -> None:
     assert "(n = " not in terminal_text(alike)
 
 
-def test_a_refused_report_writes_nothing(tmp_path: Path) -> None:
+def test_a_report_that_raises_writes_nothing(tmp_path: Path) -> None:
     cells = [floor(100), one(), one("heun", n=200)]
     with pytest.raises(ValueError, match="do not compare"):
         write_report(tmp_path / "out", cells, CONTEXT, {})
@@ -256,7 +256,7 @@ def test_a_reference_too_large_to_be_kept_loses_no_digits_either(
 # ---- the root by products ----
 
 
-def test_the_root_by_products_agrees_and_refuses_what_it_cannot(
+def test_the_root_by_products_agrees_and_raises_where_it_cannot(
     images: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network: Any = Pixels()
@@ -282,8 +282,8 @@ def test_the_root_is_a_flag(pipeline: Pipeline, script: Script, tmp_path: Path) 
     found = []
     for root in ("eigen", "newton-schulz"):
         more = ("--grids", "uniform", "--reference-nfe", 0, "--root", root, "--out", tmp_path / root)
-        told = script("evaluate", *flags, *more)
-        assert told.code == 0, told.err
+        done = script("evaluate", *flags, *more)
+        assert done.code == 0, done.err
         text = (tmp_path / root / "results.csv").read_text().splitlines()
         found.append(float(text[2].split(",")[3]))
     assert found[1] == pytest.approx(found[0], rel=1e-6) and math.isfinite(found[0])
@@ -299,8 +299,8 @@ def test_weights_with_a_wrong_checksum_end_the_command_with_3(
     path = tmp_path / name
     path.write_bytes(b"not the published weights")
     monkeypatch.setenv("MIDWAY_INCEPTION_WEIGHTS", str(path))
-    told = script("evaluate", "--model", pipeline.model, "--features", "inception", "--out", tmp_path / "out")
-    assert told.code == 3 and name in told.err, told.err
+    done = script("evaluate", "--model", pipeline.model, "--features", "inception", "--out", tmp_path / "out")
+    assert done.code == 3 and name in done.err, done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -310,8 +310,8 @@ def test_features_of_another_resolution_end_the_command_with_3(
     data = ("--data", "digits", "--resize", 16, "--held-out", 0.2)
     np.savez(tmp_path / "a.npz", np.zeros((40, 16, 16, 1), np.uint8))
     flags = ("--images", tmp_path / "a.npz", *data, "--features", pipeline.features, "--out", tmp_path / "out")
-    told = script("evaluate", *flags)
-    assert told.code == 3 and "resize" in told.err.lower(), told.err
+    done = script("evaluate", *flags)
+    assert done.code == 3 and "resize" in done.err.lower(), done.err
     assert not (tmp_path / "out").exists()
 
 
@@ -322,6 +322,6 @@ def test_a_report_that_cannot_be_written_ends_the_command_with_5(
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "out" if deep else tmp_path / "file"
     flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", out, "--n", 20)
-    told = script("evaluate", *flags, "--solvers", "ddim", "--nfe", 4, "--reference-nfe", 0)
-    assert told.code == 5, told.err
+    done = script("evaluate", *flags, "--solvers", "ddim", "--nfe", 4, "--reference-nfe", 0)
+    assert done.code == 5, done.err
     assert (tmp_path / "file").read_text() == ""

@@ -215,7 +215,7 @@ def test_many_solvers_differ_in_colour_and_marker() -> None:
     assert sum(1 for _, marker in looks if marker in "os^DvPX<>h") == 30
 
 
-def test_plot_refuses_another_axis() -> None:
+def test_another_axis_raises() -> None:
     with pytest.raises(ValueError, match="'steps'"):
         distance_png(CELLS, "steps")  # pyright: ignore[reportArgumentType]
 
@@ -242,10 +242,10 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
     write_report(tmp_path, CELLS, CONTEXT, {})
     old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def refuse(_source: Path, _target: Path) -> None:
+    def fail(_source: Path, _target: Path) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(DiskError, match="Read-only"):
         write_report(tmp_path, CELLS[:2], CONTEXT, {})
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old

@@ -86,14 +86,14 @@ def shown(page: Page) -> list[tuple[str, str]]:
     ]
 
 
-def said(solver: str, nfe: int) -> tuple[str, str]:
+def caption(solver: str, nfe: int) -> tuple[str, str]:
     measured = (solver, nfe) in GRIDS
     return (f"samples of {solver} with {nfe} evaluations", CAPTIONS[solver, nfe]) if measured else ("", MISSING)
 
 
 def test_arrow_keys_move_the_slider_and_with_it_both_pictures_and_captions(browser: Browser, page: Path) -> None:
     tab = browser.page(page)
-    assert shown(tab) == [said("euler", 4), said("heun", 4)], "the first budget that both have"
+    assert shown(tab) == [caption("euler", 4), caption("heun", 4)], "the first budget that both have"
     focus(tab, "input")
     for keys, nfe in (
         (["ArrowRight"], 5),
@@ -103,7 +103,7 @@ def test_arrow_keys_move_the_slider_and_with_it_both_pictures_and_captions(brows
         (["Home"], 3),
     ):
         tab.press(*keys)
-        assert shown(tab) == [said("euler", nfe), said("heun", nfe)]
+        assert shown(tab) == [caption("euler", nfe), caption("heun", nfe)]
         assert tab.evaluate("document.querySelector('input').getAttribute('aria-valuetext')") == f"{nfe} evaluations"
         assert tab.evaluate("document.querySelector('.budget b').innerText") == f"{nfe} NFE"
         assert tab.evaluate("[...document.querySelectorAll('.ticks .chosen')].map(e => e.innerText)") == [str(nfe)]
@@ -123,13 +123,13 @@ def test_each_list_chooses_its_panes_solver_by_keyboard(browser: Browser, page: 
     tab = browser.page(page)
     focus(tab, "select", 1)
     tab.press("a")
-    assert shown(tab) == [said("euler", 4), said("amed-plugin-dpmpp3m-constants", 4)]
+    assert shown(tab) == [caption("euler", 4), caption("amed-plugin-dpmpp3m-constants", 4)]
     focus(tab, "select", 0)
     tab.press("h")
-    assert shown(tab) == [said("heun", 4), said("amed-plugin-dpmpp3m-constants", 4)]
+    assert shown(tab) == [caption("heun", 4), caption("amed-plugin-dpmpp3m-constants", 4)]
     focus(tab, "input")
     tab.press("ArrowRight")
-    assert shown(tab) == [said("heun", 5), said("amed-plugin-dpmpp3m-constants", 5)]
+    assert shown(tab) == [caption("heun", 5), caption("amed-plugin-dpmpp3m-constants", 5)]
     assert tab.evaluate("document.querySelector('.missing').getBoundingClientRect().toJSON().width > 50") is True
     ratio = "(box => box.width / box.height)(document.querySelector('.missing').getBoundingClientRect())"
     assert tab.evaluate(ratio) == pytest.approx(2, rel=0.03), "as tall as a picture, so that the page does not jump"

@@ -1,4 +1,4 @@
-"""What a report says of a model beyond its distances."""
+"""Sections of a report on a model, beyond its distances."""
 
 import pytest
 import torch

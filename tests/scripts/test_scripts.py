@@ -376,9 +376,9 @@ def test_one_tile_changes_no_image_and_four_do(
     whole = grid_of()
     assert np.array_equal(whole, grid_of({"tile": 8, "tile-margin": 0}))
     assert not np.array_equal(whole, grid_of({"tile": 4, "tile-margin": 0}))
-    told = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--tile", 8, "--tile-margin", 4)
-    assert told.code == 2
-    assert "--tile 8 --tile-margin 4" in told.err
+    done = script("sample", "--model", pipeline.model, "--out", tmp_path / "grid.png", "--tile", 8, "--tile-margin", 4)
+    assert done.code == 2
+    assert "--tile 8 --tile-margin 4" in done.err
 
 
 def test_sample_draws_the_seeds_that_follow_its_seed(grid_of: Callable[..., np.ndarray]) -> None:

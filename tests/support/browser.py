@@ -1,6 +1,6 @@
 """Pages in Debian's Chromium without a window, driven over its pipe (Chrome DevTools Protocol): real keys, any width.
 
-`Browser.page` opens a local file in a tab of its own. All it asks for over the network, what its console says and errors
+`Browser.page` opens a local file in a tab of its own. All its requests over the network, its console and errors
 of its scripts are kept in `Page.requests` and `Page.complaints`. Names resolve to nowhere, so nothing can be fetched.
 """
 
@@ -68,7 +68,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
-            assert select.select([self.out], [], [], PATIENCE)[0], f"the browser said nothing for {PATIENCE} s"
+            assert select.select([self.out], [], [], PATIENCE)[0], f"the browser wrote nothing for {PATIENCE} s"
             part = os.read(self.out.fileno(), 1 << 20)
             assert part, "the browser ended"
             self.rest += part

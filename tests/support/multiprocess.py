@@ -80,13 +80,13 @@ def run_all(*command: object, processes: int = 2, timeout: float = 300.0) -> lis
     environments = [{**os.environ, **environment(rank, processes, port)} for rank in range(processes)]
     started = [subprocess.Popen(python, env=env, stdout=pipe, stderr=pipe, text=True) for env in environments]
     try:
-        told = [process.communicate(timeout=timeout) for process in started]
+        output = [process.communicate(timeout=timeout) for process in started]
     finally:
         for process in started:
             process.kill()
     return [
         subprocess.CompletedProcess(python, process.returncode, *texts)
-        for process, texts in zip(started, told, strict=True)
+        for process, texts in zip(started, output, strict=True)
     ]
 
 

@@ -121,11 +121,11 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 def unchanged(run: Path) -> Iterator[None]:
     """The block changes nothing in the run directory; its log may only grow."""
     before, log = everything(run), run / "log.txt"
-    said = log.read_text() if log.exists() else ""
+    logged = log.read_text() if log.exists() else ""
     yield
     after = everything(run)
     assert [name for name in {**before, **after} if before.get(name, "") != after.get(name, "")] == []
-    assert not said or log.read_text().startswith(said)
+    assert not logged or log.read_text().startswith(logged)
 
 
 # ---- other processes ----
@@ -144,11 +144,11 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Child:
-    """A training in a process of its own; `told` is what it wrote on its terminal."""
+    """A training in a process of its own; `output` is what it wrote on its terminal."""
 
     process: BaseProcess
     run: Path
-    told: Path
+    output: Path
 
     def finish(self, number: int | None = None, timeout: float = 60.0) -> int:
         """Send it a signal, if any, and wait for its end; the exit code, minus the number of a signal that ended it."""
@@ -158,34 +158,34 @@ class Child:
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
-            raise AssertionError(f"still running after {timeout} s: {self.told.read_text()[-3000:]}")
+            raise AssertionError(f"still running after {timeout} s: {self.output.read_text()[-3000:]}")
         return self.process.exitcode
 
     def wait_for(self, what: Callable[[], object], timeout: float = 60.0) -> None:
         """Until `what()` is true; an AssertionError if the process ends before."""
         end = time.monotonic() + timeout
         while not what():
-            assert self.process.is_alive() and time.monotonic() < end, self.told.read_text()[-3000:]
+            assert self.process.is_alive() and time.monotonic() < end, self.output.read_text()[-3000:]
             time.sleep(0.0005)
 
 
 def start(task: TokenizerTask, conditions: Conditions | None = None) -> Child:
     """Train as the command does, in a process forked from one that has imported everything; returns when it begins."""
-    told, begun = task.out.with_name(f"{task.out.name}.terminal"), task.out.with_name(f"{task.out.name}.begun")
+    output, begun = task.out.with_name(f"{task.out.name}.terminal"), task.out.with_name(f"{task.out.name}.begun")
     begun.unlink(missing_ok=True)
-    told.touch()
-    arguments = (task, conditions or Conditions(), str(told), str(begun))
+    output.touch()
+    arguments = (task, conditions or Conditions(), str(output), str(begun))
     process = multiprocessing.get_context("forkserver").Process(target=_command, args=arguments, daemon=True)
     process.start()
-    child = Child(process, task.out, told)
+    child = Child(process, task.out, output)
     child.wait_for(begun.exists)
     return child
 
 
-def _command(task: TokenizerTask, conditions: Conditions, told: str, begun: str) -> NoReturn:
+def _command(task: TokenizerTask, conditions: Conditions, output: str, begun: str) -> NoReturn:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, whatever started the tests
-    with open(told, "a") as terminal:
+    with open(output, "a") as terminal:
         os.dup2(terminal.fileno(), 1)
         os.dup2(terminal.fileno(), 2)
     checkpoints.BACKOFF = ()

@@ -17,7 +17,7 @@ from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
-from midway.gen.training.accelerator import make_accelerator, refuse_unused
+from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
@@ -136,12 +136,12 @@ def test_a_run_stops_after_so_many_validations_without_a_better_one(patience: in
     log = (job.folder / "log.txt").read_text()
     assert (f"stopped early at step {end}: {patience} validations without" in log) == (end < 13)
     assert "--resume auto continues" not in log
-    before, said = contents(job.folder / "checkpoints"), records(job.folder)
+    before, logged = contents(job.folder / "checkpoints"), records(job.folder)
     again = Job(job.folder, job.config)
     after = again.run(resume=True)
     assert (after.steps, after.finished, after.best) == (result.steps, True, result.best)
     assert not again.seen, "a run that stopped early has ended"
-    assert contents(job.folder / "checkpoints") == before and records(job.folder) == said
+    assert contents(job.folder / "checkpoints") == before and records(job.folder) == logged
 
 
 def test_a_run_can_be_resumed_with_more_patience(tmp_path: Path) -> None:
@@ -225,13 +225,13 @@ def test_going_back_from_bad_steps_takes_the_best_back_too(tmp_path: Path) -> No
     assert [r["step"] for r in records(job.folder) if "validation" in r] == [*VALUES]
 
 
-# ---- refusals ----
+# ---- errors ----
 
 
 REFUSED: dict[str, tuple[Callable[[], None], type[Exception], str]] = {
-    "nothing to call": (lambda: refuse_unused(CONFIG), UsageError, "no validation"),
+    "nothing to call": (lambda: check_unused(CONFIG), UsageError, "no validation"),
     "shards": (
-        lambda: refuse_unused(CONFIG, validates=True, sharded=True),
+        lambda: check_unused(CONFIG, validates=True, sharded=True),
         UsageError,
         "FSDP does not support validation",
     ),

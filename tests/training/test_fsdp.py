@@ -1,7 +1,7 @@
 """Sharded training (FSDP 2) is plain training: the same losses and checkpoints, which go on in either way.
 
 Accelerate offers FSDP for accelerators only;
-its code for FSDP 2 works on gloo processes when told to.
+its code for FSDP 2 works on gloo processes as well.
 """
 
 import json

@@ -58,10 +58,10 @@ def half_saved(run: Path) -> list[Path]:
 
 def lines_of(child: Child) -> list[str]:
     """The error that a child ended with: what, why, fix."""
-    told = child.told.read_text()
-    assert "Traceback" not in told, told[-3000:]
-    lines = told.strip().splitlines()[-3:]
-    assert [line[:7] for line in lines] == ["error: ", "  why: ", "  fix: "], told[-3000:]
+    output = child.output.read_text()
+    assert "Traceback" not in output, output[-3000:]
+    lines = output.strip().splitlines()[-3:]
+    assert [line[:7] for line in lines] == ["error: ", "  why: ", "  fix: "], output[-3000:]
     return lines
 
 
@@ -109,7 +109,7 @@ def test_a_run_that_is_killed_many_times_is_one_that_was_not(whole: Path, tmp_pa
 def test_a_run_is_resumed_after_a_signal(number: int, code: int, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     child = start(task(run), SLOW)
-    child.wait_for(lambda: "training on cpu" in child.told.read_text())
+    child.wait_for(lambda: "training on cpu" in child.output.read_text())
     time.sleep(0.2)
     assert child.finish(number) == code
     (step,) = steps_of(run)
@@ -126,12 +126,12 @@ def test_an_echo_of_the_signal_is_ignored_and_a_later_one_ends_at_once(tmp_path:
     echo = start(task(tmp_path / "echo"), Conditions(pause=0.5))
     again = start(task(tmp_path / "again"), Conditions(pause=30.0, repeat_after=0.1))
     for child in (echo, again):
-        child.wait_for(lambda child=child: "training on cpu" in child.told.read_text())
+        child.wait_for(lambda child=child: "training on cpu" in child.output.read_text())
     time.sleep(0.2)
     for child in (echo, again):
         assert child.process.pid is not None
         os.kill(child.process.pid, signal.SIGTERM)
-        child.wait_for(lambda child=child: "once more to end at once" in child.told.read_text())
+        child.wait_for(lambda child=child: "once more to end at once" in child.output.read_text())
     time.sleep(0.15)
     assert echo.finish(signal.SIGTERM) == 143
     assert len(steps_of(tmp_path / "echo")) == 1
@@ -142,9 +142,9 @@ def test_an_echo_of_the_signal_is_ignored_and_a_later_one_ends_at_once(tmp_path:
 def test_a_second_trainer_raises_and_the_first_continues(whole: Path, tmp_path: Path) -> None:
     run, gate = tmp_path / "run", tmp_path / "gate"
     first = start(task(run), Conditions(gate=gate))
-    first.wait_for(lambda: "training on cpu" in first.told.read_text())
+    first.wait_for(lambda: "training on cpu" in first.output.read_text())
     assert (second := start(task(run))).finish() == 2
-    assert "being trained by another process" in second.told.read_text()
+    assert "being trained by another process" in second.output.read_text()
     with pytest.raises(UsageError, match="being trained by another process"):
         train(task(run))
     gate.touch()
@@ -203,8 +203,8 @@ def test_a_finished_run_ends_with_0_and_is_left_as_it_is(tmp_path: Path) -> None
     run = tmp_path / "run"
     short = task(run, replace(TRAIN, steps=3))
     assert start(short).finish() == 0
-    before, said = everything(run / "checkpoints"), records(run)
+    before, logged = everything(run / "checkpoints"), records(run)
     assert start(short).finish() == 0
-    assert everything(run / "checkpoints") == before and records(run) == said
+    assert everything(run / "checkpoints") == before and records(run) == logged
     with unchanged(run):
         assert start(replace(short, train=replace(short.train, seed=1))).finish() == 2

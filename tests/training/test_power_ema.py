@@ -254,7 +254,7 @@ def test_an_impossible_snapshot_is_not_stored(tmp_path: Path, step: int, std: fl
     assert list(tmp_path.iterdir()) == []
 
 
-def assert_refused(error: DataError, path: Path, why: str) -> None:
+def assert_names(error: DataError, path: Path, why: str) -> None:
     assert str(path) in error.what
     assert why in error.why
     assert error.fix
@@ -268,10 +268,10 @@ def test_a_damaged_snapshot_raises(tmp_path: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(DataError) as found:
         find_snapshots(tmp_path)
-    assert_refused(found.value, path, "cannot be read")
+    assert_names(found.value, path, "cannot be read")
     with pytest.raises(DataError) as rebuilt:
         reconstruct(snapshots, 5, 0.07)
-    assert_refused(rebuilt.value, path, "cannot be read")
+    assert_names(rebuilt.value, path, "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_a_foreign_file_raises(tmp_path: Path, header: dict[str, str] | None, wh
     save_file({"weight": torch.zeros(3)}, path, header)
     with pytest.raises(DataError) as caught:
         find_snapshots(tmp_path)
-    assert_refused(caught.value, path, why)
+    assert_names(caught.value, path, why)
 
 
 # ---- reconstruction ----
@@ -377,4 +377,4 @@ def test_averages_of_different_models_raise(tmp_path: Path) -> None:
     snapshots = [Snapshot(save_snapshot(tmp_path, step, 0.1, state), step, 0.1) for step, state in states]
     with pytest.raises(DataError) as caught:
         reconstruct(snapshots, 20, 0.1)
-    assert_refused(caught.value, snapshots[0].path, "different models: see half;")
+    assert_names(caught.value, snapshots[0].path, "different models: see half;")

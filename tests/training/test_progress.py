@@ -1,4 +1,4 @@
-"""What a training says: means, plain lines, the bar, trackers, env.json; and that saying it does not hold up the device."""
+"""The output of a training: means, plain lines, the bar, trackers, env.json; writing it does not hold up the device."""
 
 import importlib.util
 import io
@@ -266,11 +266,11 @@ def test_without_a_terminal_there_is_no_bar(
     monkeypatch.setattr(progress, "LINE_SECONDS", 1e9)
     trained = train(tmp_path)
     assert "%|" not in capsys.readouterr().err
-    assert [int(match[1]) for match in plain(trained)] == [6], "the end is always said"
+    assert [int(match[1]) for match in plain(trained)] == [6], "the end is always written"
 
 
 def test_every_interval_is_a_line_of_metrics(tmp_path: Path) -> None:
-    """The last one may be short; a run that stops within one says so, and takes it back when it goes on."""
+    """The last one may be short; a run that stops within one logs it, and drops it when it goes on."""
     config = replace(CONFIG, steps=5, decay="cosine")
     stopped = train(tmp_path, replace(config, max_steps=3))
     assert [(record["step"], record.get("partial")) for record in stopped.records] == [(2, None), (3, True)]
@@ -312,7 +312,7 @@ def test_a_tracker_that_is_not_installed_raises_with_the_command_to_install_it(t
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     absent = sorted({str(getattr(name, "value", name)) for name in LOGGER_TYPE_TO_CLASS} - available)
     if not absent:
-        pytest.skip("every tracker that Accelerate knows is installed")
+        pytest.skip("every tracker of Accelerate is installed")
     with pytest.raises(UsageError, match="not installed") as caught:
         make_accelerator(replace(CONFIG, log_with=(absent[0],)), tmp_path)
     assert f"pip install {absent[0]}" in caught.value.fix

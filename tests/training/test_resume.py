@@ -98,7 +98,7 @@ def vae_task(out: Path) -> VAETask:
 
 
 def flow_task(out: Path) -> FlowTask:
-    """A flow that initialises from data, knows classes, and rarely has a better validation: its rate is far too high."""
+    """A conditional flow that initialises from data and rarely has a better validation: its rate is far too high."""
     train = replace(VALIDATED, lr=0.3, patience_validations=6)
     return FlowTask(
         out=out, data=DATA, model=glow(8, 1, 2), conditional=True, validation_images=20, train=train, resume="auto"
@@ -240,10 +240,12 @@ def test_a_stopped_solver_reports_the_evaluations_of_an_unbroken_one(pipeline: P
     parts = solver_task(tmp_path / "parts", pipeline)
     train(shortened(parts, 5))
     train(parts)
-    said = [(solver_path(tmp_path / name, "amed", "uniform", 4) / "log.txt").read_text() for name in ("whole", "parts")]
-    costs = [text[: text.index(" evaluations of training")].rsplit(maxsplit=1)[-1] for text in said]
+    logged = [
+        (solver_path(tmp_path / name, "amed", "uniform", 4) / "log.txt").read_text() for name in ("whole", "parts")
+    ]
+    costs = [text[: text.index(" evaluations of training")].rsplit(maxsplit=1)[-1] for text in logged]
     assert costs[0].replace(",", "").isdigit()
-    first, *_ = said[1].splitlines()[-1].split(" evaluations")
+    first, *_ = logged[1].splitlines()[-1].split(" evaluations")
     assert first.endswith(costs[0])
 
 
@@ -395,15 +397,15 @@ DAMAGES = {
 def test_the_checkpoint_before_a_damaged_one_is_used(
     name: str, whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says which one it skipped and why, on the terminal and in the log, and sets it aside."""
+    """Its name and the reason are on the terminal and in the log, and it is set aside."""
     damage, root = DAMAGES[name], stopped / "checkpoints"
     damage.harm(root / "step-7" / damage.file)
     as_found = everything(root / "step-7")
     train(tokenizer_task(stopped))
-    for told in (capsys.readouterr().out, (stopped / "log.txt").read_text()):
-        (skipped,) = [line for line in told.splitlines() if line.startswith("skipped")]
+    for output in (capsys.readouterr().out, (stopped / "log.txt").read_text()):
+        (skipped,) = [line for line in output.splitlines() if line.startswith("skipped")]
         assert skipped.startswith("skipped step-7: ") and damage.words in skipped
-        assert "resuming from step 6" in told
+        assert "resuming from step 6" in output
     assert everything(root / "damaged-step-7") == as_found
     assert_same_run(stopped, whole)
 
@@ -425,17 +427,17 @@ def test_two_damaged_checkpoints_are_skipped_and_a_run_without_a_valid_one_start
 
 
 def test_no_flipped_bit_of_a_manifest_leads_astray(tmp_path: Path) -> None:
-    """One bit of each byte in turn: the checkpoint is refused, or is still the one that it is (a version may differ)."""
+    """One bit of each byte in turn: the checkpoint is invalid, or is still the one that it is (a version may differ)."""
     saved = checkpoints.save(tmp_path, 12, write_text)
     file = saved.path / checkpoints.MANIFEST
     content = file.read_bytes()
-    refused = 0
+    invalid = 0
     for i in range(len(content)):
         file.write_bytes(content[:i] + bytes([content[i] ^ (1 << i % 7)]) + content[i + 1 :])
         found = next(checkpoints.valid(tmp_path, lambda _: None), None)
         assert found in (None, saved), f"byte {i}"
-        refused += found is None
-    assert refused > 100
+        invalid += found is None
+    assert invalid > 100
 
 
 def test_tensors_of_other_shapes_raise_an_error_of_three_lines(stopped: Path, whole: Path) -> None:
