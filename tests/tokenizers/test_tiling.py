@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor, nn
 
 from midway.tokenizers.networks import Decoder, Encoder
@@ -14,10 +15,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # height, width, tile, overlap
 LAYOUTS = [(12, 12, 8, 4), (13, 21, 8, 5), (9, 30, 8, 4), (16, 7, 8, 7), (5, 6, 8, 4), (8, 8, 8, 4), (20, 20, 9, 6)]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def small_decoder(doublings: int) -> nn.Module:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor
 
 from midway.tokenizers import clustering
@@ -14,10 +15,6 @@ from midway.tokenizers.codebook_statistics import highest_priority
 from midway.tokenizers.vq import VQ, laplace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def fixed(size: int = 16, dim: int = 4, restart_threshold: float = 0.0, decay: float = 0.9) -> VQ:
@@ -72,48 +69,32 @@ def test_reduced_precision_products_are_switched_off_and_on_again() -> None:
         matmul.fp32_precision = before
 
 
-# Forward --------------------------------------------------------------------------------------------------------------
-
-
-def test_gradient_is_straight_through_plus_commitment() -> None:
-    quantizer = fixed()
-    z, weight = normal(2, 4, 5).requires_grad_(), normal(2, 4, 5, seed=1)
-    out = quantizer(z)
-    ((out.codes * weight).sum() + out.loss).backward()
-    expected = weight + 2 * 0.25 * (z.detach() - out.codes.detach()) / z.numel()
-    torch.testing.assert_close(z.grad, expected)
-    assert out.loss.item() == pytest.approx(0.25 * out.losses["commitment"].item())
-
-
 # Running means --------------------------------------------------------------------------------------------------------
 
 
-def ema_reference(codebook: Tensor, batches: list[Tensor], decay: float, eps: float) -> tuple[Tensor, Tensor]:
-    """van den Oord et al. 2017, app. A.1, with Laplace smoothing, in float64, one vector at a time."""
-    codes = codebook.double()
-    count, total = torch.ones(len(codes), dtype=torch.float64), codes.clone()
-    for batch in batches:
-        hits, sums = torch.zeros_like(count), torch.zeros_like(total)
-        for vector in batch.double():
-            nearest = (codes - vector).square().sum(1).argmin()
-            hits[nearest] += 1
-            sums[nearest] += vector
-        count, total = decay * count + (1 - decay) * hits, decay * total + (1 - decay) * sums
-        n = count.sum()
-        codes = total / ((count + eps) / (n + len(count) * eps) * n)[:, None]
-    return codes, count
-
-
-def test_codebook_follows_the_closed_form() -> None:
-    quantizer = fixed()
-    start = quantizer.codebook.clone()
-    batches = [normal(50 + 10 * i, 4, seed=i) for i in range(6)]
-    for batch in batches:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_codebook_follows_the_closed_form(normalize: bool) -> None:
+    """van den Oord et al. 2017, app. A.1, in float64, one vector at a time: smoothed means, or unit vectors along the sums."""
+    quantizer = VQ(16, 4, decay=0.9, eps=1e-5, restart_threshold=0.0, normalize=normalize)
+    quantizer.step.fill_(0)
+    codes = quantizer.codebook.double()
+    count, total = torch.ones(16, dtype=torch.float64), codes.clone()
+    for step in range(6):
+        batch = 3 * normal(50 + 10 * step, 4, seed=step) + 1
         quantizer.observe(quantizer(batch))
         quantizer.update()
-    codes, count = ema_reference(start, batches, 0.9, 1e-5)
+        hits, sums = torch.zeros_like(count), torch.zeros_like(total)
+        for vector in batch.double():
+            latent = vector / vector.norm() if normalize else vector
+            nearest = (codes - latent).square().sum(1).argmin()
+            hits[nearest] += 1
+            sums[nearest] += latent
+        count, total = 0.9 * count + 0.1 * hits, 0.9 * total + 0.1 * sums
+        smoothed = (count + 1e-5) / (count.sum() + 16 * 1e-5) * count.sum()
+        codes = total / (total.norm(dim=1) if normalize else smoothed)[:, None]
     torch.testing.assert_close(quantizer.codebook.double(), codes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(quantizer.count.double(), count, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.codes(), quantizer.codebook)
     assert quantizer.step == 6
 
 
@@ -170,6 +151,10 @@ def test_start_initialises_the_codebook_from_data() -> None:
     assert quantizer(rows).losses["commitment"] < 1.3
     assert quantizer.initialised
     assert quantizer.count.tolist() == [1.0] * 8
+    assert quantizer.step == 0
+    spatial = VQ(8, 4)
+    spatial.start(rows.view(25, 16, 4).movedim(-1, 1))
+    assert equal(learned(spatial), learned(quantizer))
     batch = VQ(8, 4, init="batch")
     batch.start(rows)
     assert all((code == rows).all(1).any() for code in batch.codebook)
@@ -248,18 +233,11 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_step_whose_sum_overflows_is_forgotten() -> None:
-    quantizer = fixed()
-    before = learned(quantizer)
-    quantizer.observe(quantizer(torch.full((4, 4), 2e38)))
-    quantizer.update()
-    assert equal(learned(quantizer), before)
-
-
-def test_a_step_without_vectors_changes_nothing() -> None:
+@pytest.mark.parametrize("z", [torch.full((4, 4), 2e38), torch.zeros(0, 4, 3)], ids=["overflow", "none"])
+def test_a_step_whose_sum_overflows_or_is_of_nothing_changes_nothing(z: Tensor) -> None:
     quantizer = fixed(restart_threshold=1.0)
     before = learned(quantizer)
-    quantizer.observe(quantizer(torch.zeros(0, 4, 3), torch.zeros(0, 4, 3)))
+    quantizer.observe(quantizer(z, z))
     quantizer.update()
     assert equal(learned(quantizer), before)
 
@@ -291,18 +269,6 @@ def test_vectors_whose_sum_overflows_leave_a_finite_codebook() -> None:
     assert all(value.isfinite().all() for value in learned(quantizer))
 
 
-def test_start_initialises_once_and_forward_does_not_again() -> None:
-    quantizer, expected = VQ(8, 4), VQ(8, 4)
-    z = blobs(8, 4, 50).view(25, 16, 4).movedim(-1, 1)
-    quantizer.start(z)
-    expected.start(z.movedim(1, -1).reshape(-1, 4))
-    assert quantizer.step == 0
-    assert equal(learned(quantizer), learned(expected))
-    quantizer.start(-z)
-    quantizer.observe(quantizer(z + 50))
-    assert equal(learned(quantizer), learned(expected))
-
-
 # Which vectors codes restart from -------------------------------------------------------------------------------------
 
 
@@ -327,6 +293,3 @@ def test_equal_priorities_are_ordered_by_the_vectors_not_by_their_places() -> No
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(highest_priority(candidates[order], 35)[:30], best[:30])
     assert best[:, -1].tolist() == [1.0] * 10 + [0.75] * 10 + [0.25] * 10 + [-1.0] * 5
-
-
-# Several processes ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import together
+from tensors import grad, normal
 from torch import Tensor
 
 from midway.tokenizers import clustering, codebook, nearest_kernel
@@ -36,10 +37,6 @@ FORMS: dict[str, tuple[type[Codebook], dict[str, Any]]] = {
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
 def make(form: str, size: int = 32, dim: int = 4, **options: Any) -> Any:
     kind, own = FORMS[form]
     return kind(codebook_size=size, dim=dim, **{**own, **options})
@@ -49,11 +46,6 @@ def started(form: str, size: int = 32, dim: int = 4, **options: Any) -> Any:
     quantizer = make(form, size, dim, **options)
     quantizer.start(normal(300, dim, seed=7))
     return quantizer
-
-
-def grad(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
 
 
 # Codes and indices ----------------------------------------------------------------------------------------------------
@@ -211,6 +203,8 @@ def test_gradient_to_the_encoder_in_closed_form(kind: Any, normalize: bool, thro
     z, weight = normal(30, 4).requires_grad_(), normal(30, 4, seed=1)
     out = quantizer(z)
     ((out.codes * weight).sum() + out.loss).backward()
+    commitment = (quantizer.latents(z) - out.codes).square().mean().item()
+    assert out.losses["commitment"].item() == pytest.approx(commitment, rel=1e-5)
     for row in range(30):
         x, code, g = (each[row].detach().double() for each in (z, out.codes, weight))
         latent = x / x.norm() if normalize else x
@@ -267,27 +261,6 @@ def test_zero_vectors_and_zero_codes_stay_finite(form: str) -> None:
 
 
 # Codebooks on the sphere ----------------------------------------------------------------------------------------------
-
-
-def test_the_codebook_of_unit_vectors_follows_the_closed_form() -> None:
-    quantizer = VQ(16, 4, decay=0.9, restart_threshold=0, normalize=True)
-    quantizer.step.fill_(0)
-    codes = quantizer.codebook.double()
-    count, total = torch.ones(16, dtype=torch.float64), codes.clone()
-    for step in range(6):
-        batch = 5 * normal(60, 4, seed=step) + 1
-        quantizer.observe(quantizer(batch))
-        quantizer.update()
-        hits, sums = torch.zeros_like(count), torch.zeros_like(total)
-        for vector in batch.double():
-            nearest = (codes @ (vector / vector.norm())).argmax()
-            hits[nearest] += 1
-            sums[nearest] += vector / vector.norm()
-        count, total = 0.9 * count + 0.1 * hits, 0.9 * total + 0.1 * sums
-        codes = total / total.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(quantizer.codebook.double(), codes, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(quantizer.count.double(), count, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(quantizer.codes().norm(dim=1), torch.ones(16))
 
 
 def test_spherical_kmeans_finds_directions_whatever_the_lengths() -> None:
