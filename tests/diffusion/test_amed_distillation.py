@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import exact_solution, mixture
+from oracles import exact_solution, mixture, noise_at, rmse
 from pipelines import Pipeline
 from torch import Tensor
 from train_solver import SolverTask, train
@@ -46,9 +46,7 @@ RHO = 20.0
 
 
 def _start(solver: AMEDSolver, count: int = 8, seed: int = 0) -> Tensor:
-    time = torch.tensor(solver.grid[0], dtype=torch.float64)
-    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.hypot(solver.schedule.alpha(time), solver.schedule.sigma(time)) * noise
+    return noise_at(solver.schedule, solver.grid[0], count, seed)
 
 
 def _solver(
@@ -275,8 +273,7 @@ def _end_error(solver: AMEDSolver, rule: StepRule) -> float:
     x = _start(solver, 256, seed=3)
     exact = exact_solution(mixture(), solver.schedule, x, solver.grid[0], solver.grid[-1])
     with torch.no_grad():
-        reached = nodes(solver, mixture().field(solver.schedule), rule, x)[-1]
-    return (reached - exact).square().mean().sqrt().item()
+        return rmse(nodes(solver, mixture().field(solver.schedule), rule, x)[-1], exact)
 
 
 GAINS = [

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import exact_solution, mixture, noise_at
+from oracles import mixture, noise_at
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
@@ -292,35 +292,6 @@ def test_what_cannot_be_learned_raises_an_error() -> None:
         learned.predictions[0, 0] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         learned.table()
-
-
-# ---- what is learned ----
-
-
-def test_five_evaluations_learn_to_end_three_times_nearer_than_dpm_solver_on_its_best_grid() -> None:
-    """Learned on 256 exact pairs, tested on others, against DPM-Solver++(3M) on every grid."""
-    schedule = Linear()
-    data = mixture()
-    field = data.field(schedule)
-    start, end = (grids.uniform(schedule, 1)[i] for i in (0, 1))
-    x, unseen = noise_at(schedule, start, 256, seed=1), noise_at(schedule, start, 256, seed=2)
-    ends, exact = (exact_solution(data, schedule, z, start, end) for z in (x, unseen))
-
-    def error(table: Table) -> float:
-        return (sample(field, table, unseen) - exact).square().mean().sqrt().item()
-
-    base = min(error(SOLVERS["dpmpp3m"].build(schedule, make(schedule, 5))) for make in grids.GRIDS.values())
-    learned = LearnedTable(schedule, grids.uniform(schedule, 5))
-    optimizer = torch.optim.Adam(learned.parameters(), 0.02, betas=(0.9, 0.99))
-    steps = 400
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        items = torch.arange(64 * step, 64 * (step + 1)) % 256
-        loss = l2(rollout(field, learned, x[items]), ends[items])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert error(learned.table()) < base / 3
 
 
 # ---- the objective ----

@@ -100,9 +100,9 @@ def times_of(schedule: Schedule, *rho: float) -> list[float]:
     return schedule.time_of_rho(torch.tensor(rho, dtype=torch.float64)).tolist()
 
 
-def rms(difference: Tensor) -> float:
-    """Root mean square."""
-    return difference.square().mean().sqrt().item()
+def rmse(got: Tensor, want: Tensor | float = 0.0) -> float:
+    """Root mean square of the difference."""
+    return (got - want).square().mean().sqrt().item()
 
 
 def convergence(
@@ -112,7 +112,7 @@ def convergence(
     first = build(counts[0])
     x = noise_at(schedule, first.grid[0], 16)
     exact = exact_solution(mixture(), schedule, x, first.grid[0], first.grid[-1])
-    errors = [rms(sample(field, build(steps), x) - exact) for steps in counts]
+    errors = [rmse(sample(field, build(steps), x), exact) for steps in counts]
     return -np.polyfit(np.log(counts), np.log(errors), 1)[0], errors[-1]
 
 
