@@ -24,6 +24,22 @@ def fixed(size: int = 16, dim: int = 4, restart_threshold: float = 0.0, decay: f
     return quantizer
 
 
+def with_dead_codes(size: int, dead: int, threshold: float = 1.0, count: float = 1e-3) -> VQ:
+    """The last `dead` codes are far away and out of use."""
+    quantizer = fixed(size, restart_threshold=threshold)
+    quantizer.codebook[size - dead :] += 100
+    quantizer.count[size - dead :] = count
+    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
+    return quantizer
+
+
+def learn(quantizer: VQ, *batches: Tensor) -> None:
+    """A step of training on each batch."""
+    for batch in batches:
+        quantizer.observe(quantizer(batch))
+        quantizer.update()
+
+
 def blobs(count: int, dim: int, per_blob: int) -> Tensor:
     return (6 * normal(count, 1, dim, seed=5) + normal(count, per_blob, dim)).reshape(-1, dim)
 
@@ -81,8 +97,7 @@ def test_codebook_follows_the_closed_form(normalize: bool) -> None:
     count, total = torch.ones(16, dtype=torch.float64), codes.clone()
     for step in range(6):
         batch = 3 * normal(50 + 10 * step, 4, seed=step) + 1
-        quantizer.observe(quantizer(batch))
-        quantizer.update()
+        learn(quantizer, batch)
         hits, sums = torch.zeros_like(count), torch.zeros_like(total)
         for vector in batch.double():
             latent = vector / vector.norm() if normalize else vector
@@ -100,9 +115,7 @@ def test_codebook_follows_the_closed_form(normalize: bool) -> None:
 
 def test_total_count_is_a_geometric_series_and_smoothing_keeps_it() -> None:
     quantizer = fixed()
-    for _ in range(5):
-        quantizer.observe(quantizer(normal(40, 4)))
-        quantizer.update()
+    learn(quantizer, *[normal(40, 4)] * 5)
     expected = 0.9**5 * 16 + (1 - 0.9**5) * 40
     assert quantizer.count.sum().item() == pytest.approx(expected, rel=1e-5)
     assert laplace(quantizer.count, 1e-2).sum().item() == pytest.approx(expected, rel=1e-5)
@@ -113,9 +126,7 @@ def test_a_fixed_batch_converges_to_its_cluster_means() -> None:
     quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]))
     quantizer.total.copy_(quantizer.codebook)
     batch = quantizer.codebook.repeat_interleave(20, 0) + normal(60, 2)
-    for _ in range(40):
-        quantizer.observe(quantizer(batch))
-        quantizer.update()
+    learn(quantizer, *[batch] * 40)
     torch.testing.assert_close(quantizer.codebook, batch.view(3, 20, 2).mean(1), atol=1e-4, rtol=1e-4)
 
 
@@ -173,23 +184,17 @@ def test_restart_revives_dead_codes(threshold: float) -> None:
     quantizer = fixed(64, 4, restart_threshold=threshold, decay=0.99)
     quantizer.codebook[8:] += 100
     quantizer.total[8:] += 100
-    for step in range(30):
-        quantizer.observe(quantizer(normal(512, 4, seed=step)))
-        quantizer.update()
+    learn(quantizer, *(normal(512, 4, seed=step) for step in range(30)))
     share = usage(quantizer(normal(4096, 4, seed=99)).counts)
     assert share == 0.125 if threshold == 0 else share > 0.9
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.5])
 def test_restarted_codes_are_vectors_of_the_batch_and_live_ones_stay(threshold: float) -> None:
-    quantizer, plain = fixed(32, 4, restart_threshold=threshold), fixed(32, 4)
+    quantizer, plain = (with_dead_codes(32, 16, each, 0.25) for each in (threshold, 0.0))
     rows = normal(300, 4)
     for each in (quantizer, plain):
-        each.codebook[16:] += 100
-        each.count[16:] = 0.25
-        each.total.copy_(each.codebook * each.count[:, None])
-        each.observe(each(rows))
-        each.update()
+        learn(each, rows)
     dead = plain.count < threshold
     assert dead.sum() >= 16
     torch.testing.assert_close(quantizer.codebook[~dead], plain.codebook[~dead], atol=1e-4, rtol=1e-4)
@@ -199,12 +204,8 @@ def test_restarted_codes_are_vectors_of_the_batch_and_live_ones_stay(threshold: 
 
 
 def test_no_more_codes_restart_than_there_are_vectors() -> None:
-    quantizer = fixed(32, 4, restart_threshold=1.0)
-    quantizer.count[16:] = 1e-3
-    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
-    quantizer.codebook[16:] += 100
-    quantizer.observe(quantizer(normal(4, 4)))
-    quantizer.update()
+    quantizer = with_dead_codes(32, 16)
+    learn(quantizer, normal(4, 4))
     limit = 4 / (4 * 32)
     assert (quantizer.count[16:] == limit).sum() == 4
     assert quantizer.count[16:].max() == limit
@@ -214,9 +215,7 @@ def test_small_batches_do_not_restart_the_whole_codebook() -> None:
     """With 16 vectors for 64 codes every code is hit less than once a step."""
     quantizer = fixed(64, 4, restart_threshold=1.0, decay=0.99)
     before = quantizer.codebook.clone()
-    for step in range(20):
-        quantizer.observe(quantizer(normal(16, 4, seed=step)))
-        quantizer.update()
+    learn(quantizer, *(normal(16, 4, seed=step) for step in range(20)))
     assert (quantizer.codebook - before).norm(dim=1).median() < 0.5
 
 
@@ -273,10 +272,7 @@ def test_vectors_whose_sum_overflows_leave_a_finite_codebook() -> None:
 
 
 def test_codes_restart_from_the_vectors_of_largest_noise() -> None:
-    quantizer = fixed(32, restart_threshold=1.0)
-    quantizer.count[24:] = 1e-3
-    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
-    quantizer.codebook[24:] += 100
+    quantizer = with_dead_codes(32, 8)
     z, noise = normal(10, 4, 3, 2), normal(10, 4, 3, 2, seed=1)
     quantizer.observe(quantizer(z, noise))
     quantizer.update()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -397,35 +398,32 @@ def test_a_code_is_dead_only_after_enough_steps_and_enough_vectors(steps: int, v
     assert not quantizer.idle_steps[used].any()
 
 
-def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01, betas=(0.95, 0.999))
+def train(quantizer: GradientVQ, optimizer: torch.optim.Optimizer, z: Tensor) -> None:
+    """A step on the losses of the quantizer."""
+    optimizer.zero_grad()
+    out = quantizer(z, normal(len(z), 1))
+    out.loss.backward()
+    quantizer.observe(out)
+    optimizer.step()
+    quantizer.update()
 
 
-def heavy_ball(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-
-
-@pytest.mark.parametrize("make_optimizer", [adam, heavy_ball])
-def test_momentum_does_not_undo_a_restart(make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+@pytest.mark.parametrize(
+    "optimizer_of",
+    [partial(torch.optim.Adam, lr=0.01, betas=(0.95, 0.999)), partial(torch.optim.SGD, lr=0.01, momentum=0.9)],
+)
+def test_momentum_does_not_undo_a_restart(optimizer_of: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
     """Codes 4 to 7 learn, are then left alone for as long as it takes to be dead, restart, and stay where they were put."""
     quantizer = GradientVQ(8, 2)
     quantizer.step.fill_(0)
     with torch.no_grad():
         quantizer.codebook.copy_(normal(8, 2, seed=3) + torch.arange(8)[:, None] // 4 * 20)
-    optimizer = make_optimizer([quantizer.codebook])
-
-    def step(z: Tensor) -> None:
-        optimizer.zero_grad()
-        out = quantizer(z, normal(len(z), 1))
-        out.loss.backward()
-        quantizer.observe(out)
-        optimizer.step()
-        quantizer.update()
+    optimizer = optimizer_of([quantizer.codebook])
 
     for _ in range(20):
-        step(torch.cat([normal(40, 2), normal(40, 2) + 20]))
+        train(quantizer, optimizer, torch.cat([normal(40, 2), normal(40, 2) + 20]))
     while not (restarted := quantizer.codebook[4:].norm(dim=1) < 10).any():
-        step(normal(40, 2))
+        train(quantizer, optimizer, normal(40, 2))
         assert quantizer.step < 150
     placed = quantizer.codebook[4:][restarted].detach().clone()
     quantizer.codebook.grad = torch.zeros_like(quantizer.codebook)
@@ -446,12 +444,7 @@ def test_restarts_revive_a_codebook_and_a_codebook_without_them_stays_dead(norma
             quantizer.codebook[4:] = -100 * torch.ones(4) + 1e-3 * normal(28, 4)
         optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-2)
         for step in range(30):
-            optimizer.zero_grad()
-            out = quantizer(normal(256, 4, seed=step).abs())
-            out.loss.backward()
-            quantizer.observe(out)
-            optimizer.step()
-            quantizer.update()
+            train(quantizer, optimizer, normal(256, 4, seed=step).abs())
         shares.append((quantizer(normal(2000, 4).abs()).counts > 0).double().mean().item())
     assert shares[0] <= 5 / 32
     assert shares[1] > 0.9
