@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers_models import conditional_unet, dit, unet
 from oracles import convergence, mixture, times_of, uneven_grid
 from tensors import grad, normal
 from torch import Tensor
@@ -285,26 +286,16 @@ Build = Callable[[Any], tuple[Any, str, tuple[int, ...], dict[str, Tensor]]]
 
 
 def _unet(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
-    blocks = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
-    types = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    model = diffusers.UNet2DModel(sample_size=8, num_class_embeds=5, **blocks, **types)
+    model = unet(diffusers, "AttnDownBlock2D", "AttnUpBlock2D", num_class_embeds=5, attention_head_dim=4)
     return model, "sample", (3, 8, 8), {"class_labels": torch.tensor([0, 3])}
 
 
 def _conditional_unet(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
-    blocks = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
-    types = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    model = diffusers.UNet2DConditionModel(sample_size=8, cross_attention_dim=6, **blocks, **types)
-    return model, "sample", (4, 8, 8), {"encoder_hidden_states": normal(2, 3, 6)}
+    return conditional_unet(diffusers), "sample", (4, 8, 8), {"encoder_hidden_states": normal(2, 3, 6)}
 
 
 def _dit(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
-    size = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4, "patch_size": 2}
-    model = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=8, num_embeds_ada_norm=10, **size)
-    return model, "hidden_states", (4, 4, 4), {"class_labels": torch.tensor([1, 9])}
+    return dit(diffusers, 10), "hidden_states", (4, 4, 4), {"class_labels": torch.tensor([1, 9])}
 
 
 def _flow_transformer(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:

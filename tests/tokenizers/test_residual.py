@@ -111,20 +111,6 @@ def test_fsq_stages_are_one_uniform_quantizer(options: dict[str, Any], depth: in
         assert wrong.double().mean() < 1e-3  # a latent on the border of two cells
 
 
-@pytest.mark.parametrize("options", GRIDS)
-def test_another_fsq_stage_divides_the_error_by_the_number_of_levels(options: dict[str, Any]) -> None:
-    """The same grid again, without a scale, would divide it by 1: every later stage would say zero."""
-    z = normal(64, 3, 32, 32)
-    latents = FSQ(**options).latents(z)
-    error = (FSQ(**options)(z).codes - latents).double().square().mean((0, 2, 3)).sqrt()
-    for depth in (2, 3):
-        finer = (fsq(depth, **options)(z).codes - latents).double().square().mean((0, 2, 3)).sqrt()
-        promised = torch.tensor(options["levels"]).double() ** (depth - 1)
-        assert bool((error / finer > 0.97 * promised).all())
-        indices = fsq(depth, **options)(z).indices
-        assert len(indices[..., -1].unique()) == math.prod(options["levels"])
-
-
 def test_error_falls_with_depth_on_gaussian_data() -> None:
     z = normal(4000, 4, seed=3)
     quantizer = vq(4, 16).eval()
