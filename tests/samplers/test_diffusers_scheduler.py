@@ -186,10 +186,10 @@ def test_ddim_is_their_ddim(prediction_type: str, spacing: str, zero_snr: bool, 
     config = {**LATENT, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
     theirs = diffusers.DDIMScheduler(**config, timestep_spacing=spacing, clip_sample=False)
     theirs.set_timesteps(5)
-    expected = x
+    expected, generator = x, _seeded(1)
     for t in theirs.timesteps:
         scaled = theirs.scale_model_input(expected, t)
-        expected = theirs.step(network(scaled, t).sample, t, expected, eta=eta, generator=_seeded(1)).prev_sample
+        expected = theirs.step(network(scaled, t).sample, t, expected, eta=eta, generator=generator).prev_sample
     if spacing == "leading":
         assert theirs.timesteps.tolist() == [800, 600, 400, 200, 0]
     schedule: Any = parametrisation_of(config).schedule
@@ -221,9 +221,9 @@ def test_a_config_is_read_with_the_defaults_of_its_own_class(name: str) -> None:
     ours = MidwayScheduler.from_config(theirs.config, solver="ddim")
     k = torch.tensor([0, 100, 500, 999])
     x0, noise = normal(4, 3), normal(4, 3, seed=1)
-    expected = diffusers.DDPMScheduler.from_config({**theirs.config, "_use_default_values": []}).addnormal(x0, noise, k)
-    torch.testing.assert_close(ours.addnormal(x0, noise, k), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(ours.addnormal(x0, noise, k.float()), expected, rtol=0, atol=1e-5)
+    expected = diffusers.DDPMScheduler.from_config({**theirs.config, "_use_default_values": []}).add_noise(x0, noise, k)
+    torch.testing.assert_close(ours.add_noise(x0, noise, k), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.add_noise(x0, noise, k.float()), expected, rtol=0, atol=1e-5)
 
 
 # ---- learned tables ----
@@ -374,7 +374,7 @@ def test_image_to_image_is_sample_on_the_rest_of_the_grid(solver: str) -> None:
     timesteps = scheduler.timesteps[2 * scheduler.order :]
     scheduler.set_begin_index(2 * scheduler.order)
     x0, noise = normal(3, 2), normal(3, 2, seed=1)
-    x = start = scheduler.addnormal(x0, noise, timesteps[:1])
+    x = start = scheduler.add_noise(x0, noise, timesteps[:1])
     for t in timesteps:
         x = scheduler.step(_sine(x, t)[0], t, x).prev_sample
 
