@@ -48,7 +48,8 @@ def _with_inner_nodes(schedule: Schedule, grid: grids.Grid, r: list[float]) -> g
     """Every step cut at rho_s^r rho_t^(1-r)."""
     times = [grid[0]]
     for t, s, position in zip(grid[:-1], grid[1:], r, strict=True):
-        times += [*times_of(schedule, _rho(schedule, s) ** position * _rho(schedule, t) ** (1 - position)), s]
+        rho = torch.tensor(_rho(schedule, s) ** position * _rho(schedule, t) ** (1 - position), dtype=torch.float64)
+        times += [schedule.time_of_rho(rho).item(), s]
     return tuple(times)
 
 

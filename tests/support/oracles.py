@@ -95,9 +95,10 @@ def noise_at(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Ten
     return scale * normal(count, 2, seed=seed, dtype=torch.float64)
 
 
-def times_of(schedule: Schedule, *rho: float) -> list[float]:
+def times_of(schedule: Schedule, rho_start: float, rho_end: float) -> tuple[float, float]:
     """The times at which sigma / alpha has these values."""
-    return schedule.time_of_rho(torch.tensor(rho, dtype=torch.float64)).tolist()
+    start, end = schedule.time_of_rho(torch.tensor([rho_start, rho_end], dtype=torch.float64)).tolist()
+    return start, end
 
 
 def rmse(got: Tensor, want: Tensor | float = 0.0) -> float:
