@@ -228,16 +228,6 @@ def _labelled(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
     return Prediction(x0, (x - x0) / sigma)
 
 
-def test_labels_repeat_once_for_every_copy() -> None:
-    schedule = EDM()
-    table, labels = ddim(schedule, _grid(schedule, 10)), torch.arange(8) % 3
-    x = noise_at(schedule, table.grid[0])
-    found = sample_parallel(
-        lambda copies: conditional(_labelled, labels.repeat(copies)), table, schedule, x, ParallelConfig(tolerance=1e-9)
-    )
-    torch.testing.assert_close(found.x, sample(conditional(_labelled, labels), table, x), rtol=0, atol=1e-7)
-
-
 def test_guidance_in_an_interval_is_paid_for_where_it_acts() -> None:
     schedule = EDM()
     table, labels = ddim(schedule, _grid(schedule, 12)), torch.arange(8) % 3

@@ -90,14 +90,6 @@ def test_with_unit_scales_it_is_its_base_on_the_grid_with_the_inner_nodes(
     assert table.nfe == fine.nfe
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
-def test_in_the_middle_the_second_order_base_is_dpm_solver_2(schedule: Schedule) -> None:
-    grid = grids.karras(schedule, 4)
-    x, field = noise_at(schedule, grid[0]), mixture().field(schedule)
-    got = sample(field, plugin_table(schedule, grid, "dpm2", [MeanDirection()] * 4), x)
-    torch.testing.assert_close(got, sample(field, SOLVERS["dpm2"].build(schedule, grid), x), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("r", [0.25, 0.75])
 @pytest.mark.parametrize("schedule", [VP(), EDM(sigma_max=5.0)], ids=["VP", "EDM"])
 def test_the_second_order_base_is_of_order_two_for_any_r(schedule: Schedule, r: float) -> None:

@@ -84,11 +84,8 @@ def unipc_without_correction(schedule: Schedule, grid: Grid) -> Table:
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_solvers_under_two_names_are_the_same(schedule: Schedule) -> None:
     grid = grid_of(schedule)
-    assert_same(
-        schedule,
-        SOLVERS["dpm2"].build(schedule, grid),
-        plugin_table(schedule, grid, "none", [MeanDirection(0.5, 1, 1)] * 6),
-    )
+    in_the_middle = (plugin_table(schedule, grid, base, [MeanDirection(0.5, 1, 1)] * 6) for base in ("none", "dpm2"))
+    assert_same(schedule, SOLVERS["dpm2"].build(schedule, grid), *in_the_middle)
     assert_same(schedule, dpmpp2m(schedule, grid), dpmpp(schedule, grid, order=2), dpmpp2m_sde(schedule, grid, eta=0))
     assert ddpm(schedule, grid).rows == ddim(schedule, grid, eta=1.0).rows
     final = {"lower_order_final": False}

@@ -50,7 +50,17 @@ def test_every_registered_quantizer_has_a_case() -> None:
         ({"type": "grouped", "base": CASES["fsq"], "groups": 1}, "groups is 1.*the base itself"),
         ({"type": "grouped", "base": CASES["kl"], "groups": 2}, "'kl', which is continuous"),
         ({"type": "two_level", "top": CASES["kl"], "bottom": CASES["vq"]}, "top is of type 'kl', which is continuous"),
+        ({"type": "residual", "base": CASES["vq"], "depth": 2, "dropout": 1.5}, "dropout is 1.5"),
+        ({"type": "residual", "base": {"type": "fsq", "levels": [9, 8]}, "depth": 6}, "531441 levels of one channel"),
+        ({"type": "residual", "base": CASES["fsq, noise dropout"], "depth": 2}, "noise_dropout in the base"),
+        ({"type": "residual", "base": CASES["vq, unit, rotation"], "depth": 2}, "neither normalise"),
         ({"type": "two_level", "top": CASES["vq"], "bottom": CASES["identity"]}, "bottom is of type 'identity', which"),
+        (
+            {"type": "two_level", "top": CASES["vq"], "bottom": {"type": "fsq", "levels": [3, 5]}},
+            "codebook_size is 12 of top and 15 of bottom.*equal",
+        ),
+        ({"type": "two_level", "top": CASES["vq"], "bottom": CASES["grouped"]}, "groups is 1 of top and 2 of bottom"),
+        ({"type": "two_level", "top": CASES["two_level"], "bottom": CASES["vq"]}, "no square grid"),
     ],
 )
 def test_invalid_configs_name_the_remedy(config: dict[str, Any], message: str) -> None:

@@ -225,22 +225,3 @@ def test_codebooks_are_drawn_apart() -> None:
         assert not torch.equal(one, other)
     single = residual({"type": "vq", "codebook_size": 8, "dim": 4, "seed": 5}, 2)
     assert torch.equal(books(single)[0], books(quantizer)[0])
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
-
-VQ = {"type": "vq", "codebook_size": 8, "dim": 2}
-
-
-@pytest.mark.parametrize(
-    ("base", "depth", "dropout", "message"),
-    [
-        (VQ, 2, 1.5, "dropout is 1.5"),
-        ({"type": "fsq", "levels": [9, 8]}, 6, 0.0, "531441 levels of one channel"),
-        ({"type": "fsq", "levels": [9, 8], "noise_dropout": 0.5}, 2, 0.0, "noise_dropout in the base"),
-        ({**VQ, "normalize": True}, 2, 0.0, "neither normalise"),
-    ],
-)
-def test_unusable_settings_raise(base: Any, depth: Any, dropout: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        residual(base, depth, dropout)

@@ -1,7 +1,9 @@
 """ImageTokenizer and the continuous quantizers: closed forms, round trips, bit-equal artefacts, useful refusals."""
 
+import copy
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,9 +27,14 @@ def images(count: int = 6, channels: int = 1, size: int = 8, seed: int = 0) -> T
     return 2 * torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(seed)) - 1
 
 
-def tokenizer(name: str, latent_space: str = "pre", upsample: str = "nearest", seed: int = 1) -> ImageTokenizer:
+def tokenizer(name: str, latent_space: str = "pre", upsample: str = "nearest") -> ImageTokenizer:
     """A small tokenizer after a few training steps, in evaluation mode, with measured latents."""
-    torch.manual_seed(seed)
+    return copy.deepcopy(_trained(name, latent_space, upsample))
+
+
+@cache
+def _trained(name: str, latent_space: str, upsample: str) -> ImageTokenizer:
+    torch.manual_seed(1)
     model = ImageTokenizer(
         width=16, blocks=1, quantizer=CASES[name], latent_space=latent_space, upsample=upsample
     ).train()

@@ -104,19 +104,6 @@ def test_start_begins_the_bottom_at_what_the_top_leaves_to_it() -> None:
     assert torch.equal(quantizer.state_dict()["bottom.codebook"], alone.state_dict()["codebook"])
 
 
-@pytest.mark.parametrize(
-    ("top", "bottom", "message"),
-    [
-        (VQ, FSQ | {"levels": [3, 5]}, "codebook_size is 12 of top and 15 of bottom.*equal"),
-        (VQ, {"type": "grouped", "base": VQ, "groups": 2}, "groups is 1 of top and 2 of bottom"),
-        ({"type": "two_level", "top": VQ, "bottom": VQ}, VQ, "no square grid"),
-    ],
-)
-def test_unusable_settings_raise(top: dict[str, Any], bottom: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        two_level(top, bottom)
-
-
 def test_other_shapes_raise() -> None:
     quantizer = two_levels("two_level, mixed")
     calls = (quantizer, quantizer.latents, quantizer.snap, quantizer.codes_to_indices, quantizer.start)
