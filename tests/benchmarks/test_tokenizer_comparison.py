@@ -25,7 +25,7 @@ def test_every_quantizer_ends_in_the_table_the_json_and_the_page(comparison: Any
         steps=2,
         width=8,
         bits=(8, 10),
-        quantizers=("vq", "residual_fsq", "kl"),
+        quantizers=("vq", "fsq", "residual_fsq", "kl"),
         repeats=1,
         n=20,
         json=tmp_path / "result.json",
@@ -34,8 +34,9 @@ def test_every_quantizer_ends_in_the_table_the_json_and_the_page(comparison: Any
     comparison.main(wanted)
     facts = json.loads(wanted.json.read_text())
     found = {(c["quantizer"], c["target"], c["seed"]): c for c in facts["cells"]}
-    assert len(found) == 3 * 2 + 2
+    assert len(found) == 4 * 2 + 2
     assert found["vq", 8, 0]["bits"] == 8
+    assert found["fsq", 10, 1]["bits"] == pytest.approx(9.966, abs=1e-3)
     assert found["residual_fsq", 10, 0]["bits"] == pytest.approx(10.34, abs=1e-2)
     assert found["kl", 8, 0]["bits"] > 0
     assert facts["spread"]["vq-10"]["seeds"] == 2
