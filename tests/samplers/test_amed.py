@@ -43,27 +43,20 @@ def test_unlearned_rules_start_at_dpm_solver_2(schedule: Schedule) -> None:
         torch.testing.assert_close(got, sample(field, dpm2(schedule, grid), x), rtol=1e-10, atol=1e-10)
 
 
-def test_ranges_are_those_of_the_config() -> None:
-    config = AMEDConfig(scale_dir=0.3, scale_time=0.0)
-    rule = Constants(2, config)
+def test_each_number_is_learned_on_its_own_in_the_range_of_the_config() -> None:
+    rule = Constants(6, AMEDConfig(scale_dir=0.3, scale_time=0.2))
     with torch.no_grad():
-        rule.raw.copy_(torch.tensor([[50.0, 50.0, 50.0], [-50.0, -50.0, -50.0]]))
-    high, low = rule.values()
-    assert (high.r, low.r) == pytest.approx((1 - MARGIN, MARGIN))
-    assert (high.c, low.c) == pytest.approx((1.3, 0.7))
-    assert (high.a, low.a) == (1, 1)
+        rule.raw.copy_(50 * torch.cat([torch.eye(3), -torch.eye(3)]))
+    ends = {"r": (1 - MARGIN, MARGIN), "c": (1.3, 0.7), "a": (1.2, 0.8)}
+    for i, step in enumerate(rule.values()):
+        moved = "rca"[i % 3]
+        expected = {"r": 0.5, "c": 1.0, "a": 1.0} | {moved: ends[moved][i // 3]}
+        assert (step.r, step.c, step.a) == pytest.approx(tuple(expected.values()))
+    still = Constants(1, AMEDConfig(scale_time=0.0))
+    torch.nn.init.constant_(still.raw, 50.0)
+    assert still.values()[0].a == 1
     with pytest.raises(ValueError, match="scale_dir must be in"):
         AMEDConfig(scale_dir=1.5)
-
-
-def test_each_number_is_learned_on_its_own() -> None:
-    rule = Constants(3, AMEDConfig(scale_dir=0.3, scale_time=0.2))
-    with torch.no_grad():
-        rule.raw.copy_(50 * torch.eye(3))
-    only_r, only_c, only_a = rule.values()
-    assert (only_r.r, only_r.c, only_r.a) == pytest.approx((1 - MARGIN, 1, 1))
-    assert (only_c.r, only_c.c, only_c.a) == pytest.approx((0.5, 1.3, 1))
-    assert (only_a.r, only_a.c, only_a.a) == pytest.approx((0.5, 1, 1.2))
 
 
 def test_the_predictor_has_about_nine_thousand_parameters() -> None:

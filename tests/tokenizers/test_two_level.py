@@ -1,4 +1,4 @@
-"""Two levels of codes: exact inverses, a snap that agrees with forward, and a bottom that is told the top."""
+"""Two levels of codes: their order, a snap that agrees with forward, and a bottom that is told the top."""
 
 import itertools
 from typing import Any, cast
