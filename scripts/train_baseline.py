@@ -25,7 +25,8 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import describe, to_uint8
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
+from midway.gen.diffusion.sampling import labels_of
+from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, levels_in_data
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items
@@ -178,8 +179,10 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
 
 def write_samples(run: Run, model: Baseline, name: str) -> None:
     """Samples of fixed seeds; one log line instead if they are not finite."""
+    seeds = torch.arange(PREVIEW)
+    labels = labels_of(seeds, model.classes) if model.classes else None
     try:
-        images = draw(model, torch.arange(PREVIEW)).images
+        images = to_uint8(model.sample(seeds, labels)).cpu()
     except ValueError as error:
         run.say(f"no samples {name}: {error}")
         return

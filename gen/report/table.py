@@ -6,11 +6,18 @@ adding one `Column`.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
+
+from midway.gen.core.environment import command_line, environment, hardware
 
 ABSENT = "–"
 Row = TypeVar("Row")
+
+
+def _versions() -> dict[str, str]:
+    known = environment()
+    return {**known["packages"], "git": known["git"]}
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,10 @@ class ReportContext:
     title: str
     model: str
     data: str
-    command: str
-    hardware: str
-    versions: dict[str, str]
-    seeds: str
+    command: str = field(default_factory=command_line)
+    hardware: str = field(default_factory=hardware)
+    versions: dict[str, str] = field(default_factory=_versions)
+    seeds: str = ""
     notes: tuple[str, ...] = ()
     guidance: float = 1.0
 

@@ -28,12 +28,12 @@ from midway.gen.evaluation.likelihood import (
     Bounds,
     bits_of,
     choose,
-    draw,
     histogram_score,
     iwae_of,
     levels_in_data,
     uniform_score,
 )
+from midway.gen.evaluation.sources import BaselineSource
 from midway.gen.report.likelihood import FILES
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
@@ -209,9 +209,10 @@ def test_the_standard_error_is_that_of_the_mean(runs: Runs, splits: Splits) -> N
 
 
 def test_samples_have_the_class_of_their_seed(runs: Runs) -> None:
-    model, seeds = load_baseline(runs.vae), torch.arange(3, 16)
-    expected = model.sample(seeds, seeds % 10)
-    images = draw(model, seeds, batch_size=4).images
+    trained, seeds = load_trained_baseline(runs.vae), torch.arange(3, 16)
+    expected = trained.model.sample(seeds, seeds % 10)
+    source = BaselineSource(trained, batch_size=4)
+    images = source.images(source.sample(seeds))
     assert images.dtype == torch.uint8 and images.shape == (13, 1, 8, 8)
     assert (images.float() - (expected + 1) * 127.5).abs().max() < 0.51
 
