@@ -94,13 +94,13 @@ def decimals_for(value: float, digits: int) -> int:
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """One figure: its heading, its value in a row (None: absent), its text, which direction is better, its small print."""
+    """One figure: its heading, its value in a row (None: absent), its text, which direction is better, small print."""
 
     head: str
     value: Callable[[Row], Any]
     write: Callable[[Any], str] = number
     better: Literal["low", "high", "neither"] = "neither"
-    small: Callable[[Row], str] = lambda _: ""
+    small: Callable[[Row], Any] = lambda _: ""
 
     def entries(self, rows: Sequence[Row]) -> list[Entry | None]:
         """One per row; all that are written like the best are best, if there are two or more."""
@@ -111,7 +111,7 @@ class Column(Generic[Row]):
             if len(there) > 1:
                 best = self.write(min(there) if self.better == "low" else max(there))
         return [
-            None if value is None else Entry(text := self.write(value), self.small(row), text == best)
+            None if value is None else Entry(text := self.write(value), self.small(row) or "", text == best)
             for value, row in zip(values, rows, strict=True)
         ]
 

@@ -1,6 +1,7 @@
 """Tokenizers beside one another, as PNG bytes: use of their codes, rate against distortion, damage by noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,15 @@ if TYPE_CHECKING:
 _POINTS = 200  # of a line over ranks: as many as a plot can tell apart
 _PLACES = tuple((14, y) for y in (0, -6, 6, -12, 12, -18, -24, -30, -36, 18, 24, -42, -48))
 """Offsets of a label from its point, in print points, the best first: on the right, where no line is."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """How a plot is drawn, as PNG, what it shows and how to read it."""
+
+    draw: Callable[[Sequence[TokenizerResult]], bytes]
+    title: str
+    caption: str
 
 
 def rate_of(row: TokenizerRow) -> tuple[float, float] | None:
@@ -80,9 +90,10 @@ def _spread(count: int) -> Tensor:
     return ends.round().long().clamp(1, count).unique() - 1
 
 
-def rate_png(rows: Sequence[TokenizerRow]) -> bytes:
+def rate_png(results: Sequence[TokenizerResult]) -> bytes:
     """PSNR against bits per image, a labelled point a tokenizer; a thin line leads left to the entropy of its codes."""
     figure, axes = _figure("bits per image", "PSNR, dB")
+    rows = [result.row for result in results]
     points = [(i, row, rate) for i, row in enumerate(rows) if (rate := rate_of(row)) is not None and rate[0] > 0]
     if not points:
         return _empty(figure, axes, "no tokenizer with a rate")
@@ -143,10 +154,10 @@ def _box(axes: "Axes", left: float, right: float, height: float) -> "Bbox":
     return Bbox.from_extents(x0 - radius, y - radius, x1 + radius, y + radius)
 
 
-def noise_png(rows: Sequence[TokenizerRow]) -> bytes:
+def noise_png(results: Sequence[TokenizerResult]) -> bytes:
     """PSNR against sigma: as samples are decoded, and, thin, without snapping where that differs."""
     figure, axes = _figure("noise on the latents, in standard deviations", "PSNR, dB")
-    for index, row in enumerate(rows):
+    for index, row in enumerate(result.row for result in results):
         if not row.noise:
             continue
         if row.psnr_snapped is not None:
@@ -194,3 +205,25 @@ def _legend(figure: "Figure", axes: "Axes") -> None:
 def _empty(figure: "Figure", axes: "Axes", why: str) -> bytes:
     without_data(axes, why)
     return png(figure)
+
+
+PLOTS: dict[str, Plot] = {
+    "rate_distortion.png": Plot(
+        rate_png,
+        "PSNR against bits per image",
+        "Upper left is better. Filled: tokens of equal length; the thin line leads to what an entropy coder would spend. "
+        "Hollow: a posterior's rate and the PSNR of its draws.",
+    ),
+    "codebook_usage.png": Plot(
+        usage_png,
+        "Frequency of codes by rank",
+        "A codebook used evenly is the dashed line up to 1. Where a line ends, the codes beyond were never used. Codebooks of "
+        "more than a million codes are left out.",
+    ),
+    "noise.png": Plot(
+        noise_png,
+        "PSNR against noise on the latents",
+        "Filled markers: snapped to the nearest code before decoding, as samples are; the thin dashed line of the same colour is "
+        "without snapping. Hollow: never snapped.",
+    ),
+}
