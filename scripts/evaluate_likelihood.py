@@ -19,10 +19,10 @@ from midway.gen.core.processes import best_device
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
-from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
+from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
-from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references
+from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import make_reference
@@ -78,9 +78,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     subject = choose(splits.held_out, task.n)
     levels = check_images(models, splits)
     plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
-    for trained in models.values():
-        if isinstance(trained, TrainedModel):
-            make_samplers(trained, task.solver, task.nfe, plans)  # raises UsageError for an impossible combination
+    sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
     reference = None
@@ -95,12 +93,9 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
         reference,
         None if reference is None else reference.distance(subject.images),
         levels,
-        plans,
-        task.solver,
-        task.nfe,
         task.ode,
     )
-    rows = [model_row(name, trained, instruments) for name, trained in models.items()]
+    rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
     rows += references(splits, instruments)
     write_likelihood_report(out, rows, context(task, splits, instruments))
     print(text_table(likelihood_table(rows)))

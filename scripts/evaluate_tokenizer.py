@@ -174,18 +174,6 @@ def make_perceptual(
 
 def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> ReportContext:
     """Everything a reader needs beside the numbers."""
-    count = len(task.tokenizers)
-    return ReportContext(
-        title=task.title,
-        model=f"{count} tokenizer{'s' if count > 1 else ''}",
-        data=f"{subject.name}, {len(subject.images)} images",
-        seeds=str(task.seed),
-        notes=notes(task, splits, subject, features),
-    )
-
-
-def notes(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> tuple[str, ...]:
-    """How to read the numbers."""
     n, train = len(subject.images), len(splits.train.images)
     distances = (
         f"Every distance is measured on {n} images against all {train} training images, and depends on the number of images. "
@@ -193,13 +181,20 @@ def notes(task: TokenizersTask, splits: Splits, subject: Subject, features: Extr
         "The interpolated distance follows iFID (arXiv 2603.05630): spherical interpolation at 1/2 with the neighbour of least "
         f"angle, here among the {n} images themselves and in latents standardised per channel.",
     )
-    return (
-        "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "
-        "the figure is the mean over images.",
-        "SSIM is that of Wang et al. 2004: 11 x 11 Gaussian window, or the largest odd one that fits, inside the image, the mean "
-        "over channels.",
-        *(() if task.features == NONE else distances),
-        f"Codes are counted over {n} images; a codebook cannot show more codes than there were tokens.",
+    count = len(task.tokenizers)
+    return ReportContext(
+        title=task.title,
+        model=f"{count} tokenizer{'s' if count > 1 else ''}",
+        data=f"{subject.name}, {len(subject.images)} images",
+        seeds=str(task.seed),
+        notes=(
+            "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "
+            "the figure is the mean over images.",
+            "SSIM is that of Wang et al. 2004: 11 x 11 Gaussian window, or the largest odd one that fits, inside the image, the "
+            "mean over channels.",
+            *(() if task.features == NONE else distances),
+            f"Codes are counted over {n} images; a codebook cannot show more codes than there were tokens.",
+        ),
     )
 
 

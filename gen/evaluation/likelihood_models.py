@@ -27,7 +27,7 @@ from midway.gen.evaluation.likelihood import (
     score_of,
     uniform_score,
 )
-from midway.gen.evaluation.sources import BaselineSource, SolverSource
+from midway.gen.evaluation.sources import BaselineSource, SampledBatch, SampleSource, SolverSource
 from midway.gen.features.reference import FeatureReference
 from midway.gen.training.batches import Context
 
@@ -46,29 +46,23 @@ class Instruments:
     floor: float | None
     levels: int
     """Of the data."""
-    plans: SamplerConfig
-    """How latent models are sampled, by `solver` at `nfe` evaluations."""
-    solver: str
-    nfe: int
     ode: LikelihoodConfig
     """How likelihoods of pixel models are integrated."""
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Images uint8 (n, C, H, W) on the CPU, seconds of all, evaluations of one; solver and grid of models that need one."""
+def source_of(trained: Trained, solver: str, nfe: int, config: SamplerConfig) -> tuple[SampleSource, str]:
+    """How a model is sampled; solver and grid of models that need one. UsageError for a solver that cannot spend the budget."""
+    if isinstance(trained, TrainedBaseline):
+        return BaselineSource(trained, config.batch_size), ""
+    sampler = next(iter(make_samplers(trained, solver, nfe, config).values()))
+    grid = config.grids[0] if sampler.card is None else sampler.card.grid_name  # a learned solver brings its own
+    return SolverSource(trained, sampler, config.sampling()), f"{solver}, {grid}"
 
-    images: Tensor
-    seconds: float
-    nfe: int
-    sampler: str = ""
 
-
-def model_row(name: str, trained: Trained, instruments: Instruments) -> LikelihoodRow:
-    """One model. DataError for a baseline that was never initialised or has no likelihood, DivergedError for bad samples.
-
-    UsageError for a solver that cannot spend the budget.
-    """
+def model_row(
+    name: str, trained: Trained, source: SampleSource, sampler: str, instruments: Instruments
+) -> LikelihoodRow:
+    """One model. DataError for a baseline that was never initialised or has no likelihood, DivergedError for bad samples."""
     model, reference, tight = trained.model, instruments.reference, None
     kind, networks = _kind(trained)
     begun = time.perf_counter()
@@ -76,11 +70,10 @@ def model_row(name: str, trained: Trained, instruments: Instruments) -> Likeliho
     seconds = round(time.perf_counter() - begun, 3)
     if isinstance(model, VAE) and instruments.iwae:
         tight = iwae_of(model, instruments.subject, instruments.bounds, instruments.iwae).bits
-    samples = (
-        _baseline_samples(name, trained, instruments)
-        if isinstance(trained, TrainedBaseline)
-        else _solver_samples(name, trained, instruments)
-    )
+    raw = _sample(name, source, instruments.seeds)
+    begun = time.perf_counter()
+    images = source.images(raw)
+    sampling = raw.seconds + time.perf_counter() - begun
     return replace(
         _row(name, kind, score, bound, instruments),
         iwae_bits=tight,
@@ -90,13 +83,29 @@ def model_row(name: str, trained: Trained, instruments: Instruments) -> Likeliho
         weights=trained.weights,
         model=trained.hash,
         seconds=None if score is None else seconds,
-        sample_nfe=samples.nfe,
-        sampler=samples.sampler,
-        sample_seconds=round(1000 * samples.seconds / len(samples.images), 3),
-        distance=None if reference is None else reference.distance(samples.images),
+        sample_nfe=int(raw.nfe),
+        sampler=sampler,
+        sample_seconds=round(1000 * sampling / len(images), 3),
+        distance=None if reference is None else reference.distance(images),
         floor=instruments.floor,
         features=None if reference is None else reference.features,
     )
+
+
+def _sample(name: str, source: SampleSource, seeds: Tensor) -> SampledBatch:
+    """DivergedError unless all samples are finite."""
+    what = f"{name} cannot be sampled"
+    if isinstance(source, BaselineSource):
+        try:
+            raw = source.sample(seeds)
+            to_uint8(raw.values)  # raises for values that are not finite
+        except ValueError as error:
+            raise DivergedError(what, str(error), "leave it out, or train it again") from error
+        return raw
+    raw = source.sample(seeds)
+    if not raw.finite.all():
+        raise DivergedError(what, "its latents are not finite", "use more --nfe, or another --solver")
+    return raw
 
 
 def references(splits: Splits, instruments: Instruments) -> list[LikelihoodRow]:
@@ -111,19 +120,10 @@ def references(splits: Splits, instruments: Instruments) -> list[LikelihoodRow]:
 
 def _row(name: str, kind: str, score: Score | None, bound: str, instruments: Instruments) -> LikelihoodRow:
     """A row without a network."""
-    subject = instruments.subject
-    return LikelihoodRow(
-        name,
-        kind,
-        None if score is None else score.bits,
-        None if score is None else score.error,
-        len(subject.images),
-        instruments.levels,
-        subject.images[0].numel(),
-        bound,
-        instruments.bounds.seed,
-        subject.name,
-    )
+    subject, seed = instruments.subject, instruments.bounds.seed
+    bits, error = (None, None) if score is None else (score.bits, score.error)
+    n, dims = len(subject.images), subject.images[0].numel()
+    return LikelihoodRow(name, kind, bits, error, n, instruments.levels, dims, bound, seed, subject.name)
 
 
 def _kind(trained: Trained) -> tuple[str, list[nn.Module]]:
@@ -161,27 +161,3 @@ def density_score(trained: TrainedModel, instruments: Instruments) -> tuple[Scor
     trace = ode.trace_for(instruments.subject.images[0].numel())
     probes = f" of {ode.probes} probe(s)" if trace == "hutchinson" else ""
     return score, f"1 draw of u, {ode.solver} with {costs[0].evaluations} NFE, {trace} trace{probes}"
-
-
-def _baseline_samples(name: str, trained: TrainedBaseline, instruments: Instruments) -> Samples:
-    try:
-        raw = BaselineSource(trained, instruments.bounds.batch_size).sample(instruments.seeds)
-        return Samples(to_uint8(raw.values), raw.seconds, trained.model.sample_nfe)
-    except ValueError as error:
-        raise DivergedError(f"{name} cannot be sampled", str(error), "leave it out, or train it again") from error
-
-
-def _solver_samples(name: str, trained: TrainedModel, instruments: Instruments) -> Samples:
-    plans, solver = instruments.plans, instruments.solver
-    sampler = next(iter(make_samplers(trained, solver, instruments.nfe, plans).values()))
-    source = SolverSource(trained, sampler, plans.sampling())
-    raw = source.sample(instruments.seeds)
-    if not raw.finite.all():
-        raise DivergedError(
-            f"{name} cannot be sampled", "its latents are not finite", "use more --nfe, or another --solver"
-        )
-    begun = time.perf_counter()
-    images = source.images(raw)
-    seconds = raw.seconds + time.perf_counter() - begun
-    grid = plans.grids[0] if sampler.card is None else sampler.card.grid_name  # a learned solver brings its own
-    return Samples(images, seconds, int(raw.nfe), f"{solver}, {grid}")

@@ -6,7 +6,7 @@ adding one `Column`.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from midway.gen.core.environment import command_line, environment, hardware
@@ -124,6 +124,11 @@ def columns_table(
     found = {name: entries for name, entries in found.items() if any(entry is not None for entry in entries)}
     lines = (Line(name, tuple(entries[i] for entries in found.values())) for i, name in enumerate(names))
     return Table(title, note, (head, *found), tuple(lines))
+
+
+def with_floor(table: Table, name: str, entries: Iterable[Entry | None]) -> Table:
+    """The table with the floor as its last line."""
+    return replace(table, lines=(*table.lines, Line(name, tuple(entries), floor=True)))
 
 
 def joined(values: Iterable[object]) -> str:

@@ -20,7 +20,7 @@ from midway.gen.evaluation.records import FLOOR
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.report.html import facts_list, figure, image_tag, notes_list, page, titled_table
-from midway.gen.report.table import Column, Entry, Line, ReportContext, Table, columns_table, joined, number
+from midway.gen.report.table import Column, Entry, ReportContext, Table, columns_table, joined, number, with_floor
 from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table
 from midway.gen.report.tokenizer_plots import PLOTS
 
@@ -136,8 +136,7 @@ def _table(rows: Sequence[TokenizerRow], title: str, columns: Iterable[Column[To
     floor = floors.pop() if len(floors) == 1 else None
     if floor is None or not any(head in _DISTANCES for head in table.heads):
         return table
-    entries = tuple(Entry(number(floor)) if head in _DISTANCES else None for head in table.heads[1:])
-    return replace(table, lines=(*table.lines, Line(FLOOR, entries, floor=True)))
+    return with_floor(table, FLOOR, (Entry(number(floor)) if head in _DISTANCES else None for head in table.heads[1:]))
 
 
 # ---- text ----
