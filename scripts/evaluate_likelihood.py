@@ -9,7 +9,7 @@ from typing import Annotated
 
 import torch
 import tyro
-from evaluate_tokenizer import NONE, load_alike
+from evaluate_tokenizer import NONE, load_alike, open_reference
 
 from cli import main, resolve
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
@@ -25,7 +25,6 @@ from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, leve
 from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor
-from midway.gen.features.reference import make_reference
 from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table
@@ -81,20 +80,9 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
-    reference = None
-    if features is not None:
-        features.check(splits.train.images, "the models make")
-        reference = make_reference(features.to(device), features.name, splits.train)
-    instruments = Instruments(
-        subject,
-        bounds,
-        task.iwae,
-        torch.arange(task.first_seed, task.first_seed + len(subject.images)),
-        reference,
-        None if reference is None else reference.distance(subject.images),
-        levels,
-        task.ode,
-    )
+    seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))
+    reference = open_reference(features, splits, subject.images, device, "the models make")
+    instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
     rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
     rows += references(splits, instruments)
     write_likelihood_report(out, rows, context(task, splits, instruments))

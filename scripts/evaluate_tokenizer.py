@@ -28,7 +28,7 @@ from midway.gen.evaluation.tokenizers import (
 )
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import make_reference
+from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -79,7 +79,9 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     check_out(out)
     for tokenizer in tokenizers.values():
         task.apply_tiles(tokenizer)
-    instruments = make_instruments(task, features, splits, subject, device)
+    perceptual = make_perceptual(task.lpips_weights, subject.images, device)
+    reference = open_reference(features, splits, subject.images, device, "the tokenizers make")
+    instruments = Instruments(*reference, *perceptual)
     measured = []
     with tqdm(tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
         for name, tokenizer in bar:
@@ -138,21 +140,15 @@ def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
         raise UsageError(error.what, error.why, f"{error.fix}, or --features none to leave out the distances") from None
 
 
-def make_instruments(
-    task: TokenizersTask,
-    features: Extractor | None,
-    splits: Splits,
-    subject: Subject,
-    device: torch.device,
-) -> Instruments:
-    """The feature network with its reference and floor, and LPIPS, where requested."""
-    if features is not None:
-        features.check(subject.images, "the tokenizers make")
-    perceptual, name = make_perceptual(task.lpips_weights, subject.images, device)
+def open_reference(
+    features: Extractor | None, splits: Splits, images: Tensor, device: torch.device, what: str
+) -> tuple[FeatureReference | None, float | None]:
+    """The feature network with its reference, and what the held-out `images` score; DataError if it takes no such images."""
     if features is None:
-        return Instruments(perceptual=perceptual, perceptual_name=name)
+        return None, None
+    features.check(images, what)
     reference = make_reference(features.to(device), features.name, splits.train)
-    return Instruments(reference, reference.distance(subject.images), perceptual, name)
+    return reference, reference.distance(images)
 
 
 def make_perceptual(

@@ -21,12 +21,6 @@ def _bits(row: LikelihoodRow) -> str | None:
     return f"{row.bits:.4f} ± {row.error:.4f}" if row.error else f"{row.bits:.4f}"
 
 
-def _nfe(row: LikelihoodRow) -> str | None:
-    if row.sample_nfe is None:
-        return None
-    return f"{row.sample_nfe} ({row.sampler})" if row.sampler else str(row.sample_nfe)
-
-
 _COLUMNS: tuple[Column[LikelihoodRow], ...] = (
     Column("bits/dim", _bits, str),
     Column("estimator", lambda row: row.bound or None, str),
@@ -34,7 +28,7 @@ _COLUMNS: tuple[Column[LikelihoodRow], ...] = (
     Column("parameters", lambda row: row.parameters, lambda v: f"{v:,}"),
     Column("classes", lambda row: row.conditional, lambda v: "given" if v else "not given"),
     Column("distance", lambda row: row.distance),
-    Column("NFE", _nfe, str),
+    Column("NFE", lambda row: row.sample_nfe and f"{row.sample_nfe} {row.sampler and f'({row.sampler})'}".strip(), str),
     Column("s / 1000 samples", lambda row: row.sample_seconds),
     Column("s of bits", lambda row: row.seconds),
 )

@@ -17,7 +17,6 @@ from midway.gen.report.axes import COLOURS, INK, REFERENCE, colour, dress, new_f
 from midway.gen.report.html import image_tag
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
-from midway.tokenizers.tokenizer import ImageTokenizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,30 +69,18 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
     if tokenizer.quantizer.codebook_size is None:
         return None
     images = to_float(held_out[:CODED].to(tokenizer.device))
-    raw = latents[:CODED].to(tokenizer.device) * _channelwise(tokenizer.latent_std) + _channelwise(
-        tokenizer.latent_mean
+    mean, std = tokenizer.latent_mean.view(-1, 1, 1), tokenizer.latent_std.view(-1, 1, 1)
+    raw = latents[:CODED].to(tokenizer.device) * std + mean
+    real, drawn = (
+        CodeUse.of(indices.reshape(-1, tokenizer.quantizer.groups).cpu(), tokenizer.quantizer.codebook_size)
+        for indices in (tokenizer.encode_indices(images), tokenizer.quantizer.codes_to_indices(raw))
     )
-    real = _use(tokenizer, tokenizer.encode_indices(images))
-    drawn = _use(tokenizer, tokenizer.quantizer.codes_to_indices(raw))
     text = (
         f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_text(real, len(images))} "
         f"held-out images; {_text(drawn, min(CODED, len(latents)))} samples (the fine solution, snapped to codes). "
         "Perplexity is the number of equally used codes of the same entropy; it cannot exceed the number of tokens."
     )
     return Section("Use of the codes", text)
-
-
-def _channelwise(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1)
-
-
-def _use(tokenizer: ImageTokenizer, indices: Tensor) -> CodeUse:
-    """Counts of the codes that occur in indices (N, *S) or (N, *S, G)."""
-    size = tokenizer.quantizer.codebook_size
-    assert size is not None
-    tokens = indices.reshape(-1, tokenizer.quantizer.groups).cpu().T
-    counts = [row.unique(return_counts=True)[1].sort(descending=True).values for row in tokens]
-    return CodeUse(size, tuple(counts))
 
 
 def _text(use: CodeUse, images: int) -> str:
