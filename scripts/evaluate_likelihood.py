@@ -21,10 +21,11 @@ from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
-from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
+from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor
+from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table
@@ -74,7 +75,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     first = next(iter(models.values()))
     features = find_features(task, first.data)
     splits = load_splits(first.data)
-    subject = choose(splits.held_out, task.n)
+    subject = balanced_subject(splits.held_out, task.n)
     levels = check_images(models, splits)
     plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
@@ -165,12 +166,11 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
 def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(instruments.subject.images)
-    last = task.first_seed + n - 1
     return ReportContext(
         title=task.title,
         model=f"{len(task.models)} model(s)",
         data=f"{instruments.subject.name}, {n} of {len(splits.held_out.images)} held-out images",
-        seeds=f"bounds {task.seed}; samples {task.first_seed}-{last}",
+        seeds=f"bounds {task.seed}; samples {task.first_seed}-{task.first_seed + n - 1}",
         notes=(
             f"Bits per dimension of the integers, lower is better: mean and standard error over {n} held-out images. Figures "
             "of models are upper bounds of the bits, and those of different bounds do not quite compare.",
@@ -181,10 +181,5 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> R
     )
 
 
-def command(arguments: list[str]) -> None:
-    """The command line."""
-    run(resolve(LikelihoodTask, {}, arguments))
-
-
 if __name__ == "__main__":
-    main(command)
+    main(lambda arguments: run(resolve(LikelihoodTask, {}, arguments)))

@@ -20,7 +20,6 @@ from midway.gen.evaluation.tokenizers import (
     SHOWN,
     EvaluationConfig,
     Instruments,
-    Subject,
     TokenizerResult,
     check_size,
     choose,
@@ -28,7 +27,7 @@ from midway.gen.evaluation.tokenizers import (
 )
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import FeatureReference, make_reference
+from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -194,10 +193,5 @@ def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Ex
     )
 
 
-def command(arguments: list[str]) -> None:
-    """The command line."""
-    run(resolve(TokenizersTask, {}, arguments))
-
-
 if __name__ == "__main__":
-    main(command)
+    main(lambda arguments: run(resolve(TokenizersTask, {}, arguments)))

@@ -26,7 +26,8 @@ from midway.gen.data.images import describe, to_uint8
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.sampling import labels_of
-from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, levels_in_data
+from midway.gen.evaluation.likelihood import Bounds, bits_of, bound_name, levels_in_data
+from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items
@@ -84,7 +85,7 @@ def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts:
     """The model and its images; nothing is written."""
     splits = load_splits(task.data)
     model = make_model(task, splits).to(accelerator.device)
-    subject, bounds = choose(splits.held_out, task.validation_images), make_bounds(task)
+    subject, bounds = balanced_subject(splits.held_out, task.validation_images), make_bounds(task)
     return Parts(
         model,
         image_items(splits.train, accelerator.device),
@@ -155,7 +156,11 @@ def facts(parts: Parts) -> tuple[str, str]:
 
 def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, device: torch.device) -> None:
     """Log bits per dimension of the weights that other commands load; write pictures."""
-    trained, bounds, subject = load_trained_baseline(run.path, device), make_bounds(task), choose(splits.held_out)
+    trained, bounds, subject = (
+        load_trained_baseline(run.path, device),
+        make_bounds(task),
+        balanced_subject(splits.held_out),
+    )
     try:
         score = bits_of(trained.model, subject, bounds)
     except ValueError as error:  # Gaussian noise, or uninitialised ActNorms

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from midway.gen.baselines.base import Baseline
 from midway.gen.baselines.vae import VAE
-from midway.gen.data.images import ImageData
 from midway.gen.data.levels import bits_per_dim, levels_of, to_levels
 from midway.gen.data.splits import Splits
-from midway.gen.features.reference import balanced
+from midway.gen.features.reference import Subject
 from midway.gen.training.batches import Context
 
 VAE_DRAWS = 16
@@ -43,16 +42,6 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Held-out images uint8 (N, C, H, W) with their labels and places in the split, int64 (N,)."""
-
-    images: Tensor
-    labels: Tensor
-    places: Tensor
-    name: str
-
-
-@dataclass(frozen=True)
 class Score:
     """Bits per dimension, and the standard error of that mean over n images."""
 
@@ -62,13 +51,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.bits:.4f} ± {self.error:.4f}"
-
-
-def choose(held_out: ImageData, n: int | None = None) -> Subject:
-    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns."""
-    chosen = balanced(held_out.labels)[:n]
-    name = f"{held_out.name}@{held_out.fingerprint[:12]}"
-    return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)
 
 
 def levels_in_data(splits: Splits) -> int:

@@ -18,7 +18,6 @@ from midway.gen.evaluation.likelihood import (
     Bounds,
     LikelihoodRow,
     Score,
-    Subject,
     bits_of,
     bound_name,
     histogram_score,
@@ -28,7 +27,7 @@ from midway.gen.evaluation.likelihood import (
     uniform_score,
 )
 from midway.gen.evaluation.sources import BaselineSource, SampledBatch, SampleSource, SolverSource
-from midway.gen.features.reference import FeatureReference
+from midway.gen.features.reference import FeatureReference, Subject
 from midway.gen.training.batches import Context
 
 Trained = TrainedBaseline | TrainedModel

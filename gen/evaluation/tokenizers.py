@@ -34,7 +34,7 @@ from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.randomness import normal
 from midway.gen.data.images import ImageData, to_float, to_uint8
 from midway.gen.evaluation.tokenizer_records import TokenizerRow, figures_of
-from midway.gen.features.reference import FeatureReference, balanced
+from midway.gen.features.reference import FeatureReference, Subject, balanced_subject
 from midway.gen.metrics.code_usage import CodeCounter
 from midway.gen.metrics.latent_rank import channel_moments, interpolated, moments
 from midway.gen.metrics.moments import FeatureStatistics
@@ -66,15 +66,6 @@ class TokenizerResult:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The images that every tokenizer is measured on: uint8 (n, C, H, W), their places among the held-out images, their name."""
-
-    images: Tensor
-    ids: Tensor
-    name: str
-
-
-@dataclass(frozen=True)
 class Instruments:
     """What measures images: a feature network with its reference and the floor, and LPIPS; each may be missing."""
 
@@ -94,8 +85,7 @@ def choose(held_out: ImageData, config: EvaluationConfig) -> Subject:
         raise UsageError(f"--batch-size {config.batch_size}", "a batch has images", "raise it")
     if not all(0 <= sigma < math.inf for sigma in config.noise):
         raise UsageError(f"--noise {' '.join(map(str, config.noise))}", "sigma is finite and >= 0", "correct the list")
-    ids = balanced(held_out.labels)[:n]
-    return Subject(held_out.images[ids], ids, f"{held_out.name}@{held_out.fingerprint[:12]}")
+    return balanced_subject(held_out, n)
 
 
 def check_size(name: str, tokenizer: ImageTokenizer, images: Tensor) -> None:
@@ -216,7 +206,7 @@ def _reconstruct(
 
 
 def _batches(subject: Subject, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(subject.images.split(size), subject.ids.split(size), strict=True)
+    return zip(subject.images.split(size), subject.places.split(size), strict=True)
 
 
 def _now(tokenizer: ImageTokenizer) -> float:

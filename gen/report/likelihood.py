@@ -68,11 +68,8 @@ def check_out(out: Path) -> None:
 
 def write_likelihood_report(out: Path, rows: Sequence[LikelihoodRow], context: ReportContext) -> None:
     """results.json, results.csv and report.md, each whole or not at all."""
-    result = {"rows": [dataclasses.asdict(row) for row in rows], "context": dataclasses.asdict(context)}
-    texts = (
-        json.dumps(result, indent=2) + "\n",
-        csv_text([dataclasses.asdict(row) for row in rows]),
-        report_md(rows, context),
-    )
+    records = [dataclasses.asdict(row) for row in rows]
+    result = {"rows": records, "context": dataclasses.asdict(context)}
+    texts = (json.dumps(result, indent=2) + "\n", csv_text(records), report_md(rows, context))
     for name, text in zip(FILES, texts, strict=True):
         write_atomically(out / name, text.encode())
