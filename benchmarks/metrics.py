@@ -40,9 +40,9 @@ from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.measure import EvaluationContext, Seeds, measure
+from midway.gen.evaluation.measure import EvaluationContext, measure
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.evaluation.store import CellStore
+from midway.gen.evaluation.store import CellStore, Seeds
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features

@@ -11,7 +11,7 @@ import tyro
 
 from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
-from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest
+from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
 from midway.gen.core.processes import leave_processes
 from midway.gen.training.config import TrainConfig
 
@@ -23,12 +23,10 @@ def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], argumen
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
     default, rest = _starting_point(task, recipes, arguments)
     description = (task.__doc__ or "") + _recipe_help(recipes)
-    try:
+    with raising(UsageError, "these flags cannot be used", "correct the value"):  # the configuration's own checks
         if default is None:
             return tyro.cli(task, args=rest, description=description)
         return tyro.cli(task, args=rest, default=default, description=description)
-    except ValueError as error:  # raised by a configuration's own checks
-        raise UsageError("these flags cannot be used", str(error), "correct the value") from None
 
 
 def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:

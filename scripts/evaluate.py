@@ -9,39 +9,40 @@ External samples: python scripts/evaluate.py --images samples.npz --data digits 
 """
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from evaluation_flags import EvaluateTask, blocks, check_flags, folder
+from evaluation_inputs import (
+    baseline_jobs,
+    external_images,
+    image_jobs,
+    image_notes,
+    open_model,
+    open_repeats,
+    solver_names,
+)
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.environment import command_line, environment, hardware
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.processes import ProcessInfo, device_and_process
-from midway.gen.data.splits import DataConfig, Splits, load_splits
-from midway.gen.diffusion.load import LEARNED, TrainedModel, load_model, solver_path
-from midway.gen.diffusion.samplers import LEARNED_ON
-from midway.gen.evaluation.diffusers import check_images, load_diffusers
-from midway.gen.evaluation.export import check_folders, export_measurement, to_export
-from midway.gen.evaluation.external import ExternalImages, ReadingOptions, fitted, images_per_block, read_all
-from midway.gen.evaluation.jobs import Model, Other, SweepConfig, all_jobs, planned_cells
-from midway.gen.evaluation.measure import FineSolution
+from midway.gen.data.external import ExternalImages, images_per_block
+from midway.gen.data.splits import Splits, load_splits
+from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.evaluation.jobs import Job, SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
-from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
+from midway.gen.evaluation.sources import EvaluatedModel, SampleSource
 from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
-from midway.gen.features.extractor import plain_float32
-from midway.gen.features.open import open_extractor, same_images
+from midway.gen.features.extractor import Extractor, plain_float32
+from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import make_reference
 from midway.gen.report.notes import (
     class_notes,
     common_notes,
-    external_notes,
     few_note,
     floor_text,
-    model_text,
     notes,
     reference_notes,
     timing_notes,
@@ -49,7 +50,6 @@ from midway.gen.report.notes import (
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
 from midway.gen.report.sweep import terminal_text, write_report
 from midway.gen.report.table import ReportContext
-from midway.samplers.solvers import ALIASES, SOLVERS
 
 
 def run(task: EvaluateTask) -> Sweep:
@@ -61,22 +61,74 @@ def run(task: EvaluateTask) -> Sweep:
 
 
 def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
-    """`run` on this device, as this share of the processes."""
-    model = load_diffusers(task.diffusers, device) if task.diffusers else None
+    """`run` on this device, as this share of the processes; everything is checked before anything is written."""
     trained = load_model(task.model, device) if task.model else None
-    repeats = load_repeats(task, trained, device)
-    measured: Model | None = trained or model
+    model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
     data, out = trained.data if trained else task.data, folder(task)
-    baselines = load_baselines(task.baselines, data, device)
-    budgets = numbers(task.nfe, "--nfe")
+    whose, beside = ("the model", [trained.run.path]) if trained else ("the reference", [])
+    extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
+    splits = load_splits(data)
+    extractor.check(splits.train.images, "the reference has")
+    if model is not None:
+        model.check_images(splits.train.images)
+    externals = external_images(task, splits)
+    config = sweep_config(task, trained, model, externals, splits, device)
+    check_metrics(config.metrics, config.n, extractor.dim, extractor.has_logits)
+    jobs = [*plan(model, config), *baseline_jobs(task, data, config, device), *image_jobs(externals, config)]
+    trainings = [(model, jobs), *((repeat, plan(repeat, config)) for repeat in repeats)]
+
+    make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
+    shown = process.rank == 0
+    if shown:
+        if task.fresh:
+            shutil.rmtree(out / "cells", ignore_errors=True)
+        warnings = (*class_notes(splits, config.n, model.classes if model else 0), *image_notes(externals, config))
+        print(*warnings, sep="\n", end="\n" * bool(warnings))
+    reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
+    total = sum(len(its) + bool(one and config.reference_nfe) for one, its in trainings)
+    with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
+
+        def progress(cell: str) -> None:
+            bar.set_postfix_str(cell)
+            bar.update()
+
+        sweeps = [
+            run_sweep(its, fine(one, config), reference, splits.held_out, config, out, progress, process)
+            for one, its in trainings
+        ]
+    sweep, missing = merged(sweeps)
+    if shown:
+        facts = context(task, model, splits, config, externals, sweep, extractor, missing)
+        write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
+        print(terminal_text(sweep.measurements))
+        if model is None:
+            print(floor_text(sweep))
+        print(f"report: {out / 'report.html'}")
+        export_images(task, sweep)
+    return sweep
+
+
+def sweep_config(
+    task: EvaluateTask,
+    trained: TrainedModel | None,
+    model: EvaluatedModel | None,
+    externals: dict[str, ExternalImages],
+    splits: Splits,
+    device: torch.device,
+) -> SweepConfig:
+    """What to measure; UsageError for nothing, and for numbers that measure nothing."""
+    budgets, count = numbers(task.nfe, "--nfe"), blocks(task)
+    n = len(splits.held_out.images) if task.n is None else task.n
+    if task.n is None and model is None and externals and count > 0:
+        n = images_per_block(list(externals.values()), count)
     config = SweepConfig(
         solvers=solver_names(task.solvers, trained, budgets),
         nfe=budgets,
         grids=names(task.grids),
-        n=task.n,
-        blocks=blocks(task),
+        n=n,
+        blocks=count,
         first_seed=task.seed,
-        reference_nfe=task.reference_nfe if measured else 0,
+        reference_nfe=task.reference_nfe if model else 0,
         metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
@@ -84,69 +136,46 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
-    whose = "the model" if trained else "the reference"
-    beside = [trained.run.path] if trained else []
-    extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
-    splits = load_splits(data)
-    extractor.check(splits.train.images, "the reference has")
-    if model is not None:
-        check_images(model, splits.train.images)
-    externals = external_images(task, splits)
-    if measured is None and externals and config.n is None and config.blocks > 0:
-        config = replace(config, n=images_per_block(list(externals.values()), config.blocks))
-    check_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
-    if process.rank == 0 and task.fresh:
-        shutil.rmtree(out / "cells", ignore_errors=True)
-    n = len(splits.held_out.images) if config.n is None else config.n
-    config.check(n)
-    check_metrics(config.metrics, n, extractor.dim, extractor.has_logits)
-    others: dict[str, Other] = {**baselines, **externals}
-    all_jobs(measured, others, config, n)  # raises for impossible combinations before anything is written
-    shown = process.rank == 0
-    warnings = (*class_notes(splits, n, measured), *external_notes(externals, n, config.blocks))
-    for line in warnings if shown else ():
-        print(line)
-    reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
-    planned = list(planned_cells(config, len(others), measured is not None))
-    planned += [cell for _ in repeats for cell in planned_cells(config)]
-    with tqdm(planned, desc="sweep", disable=None if shown else True, leave=False) as bar:
-
-        def progress(cell: str) -> None:
-            bar.set_postfix_str(cell)
-            bar.update()
-
-        sweep = run_sweep(measured, reference, splits, config, out, progress, others, process)
-        again = [
-            run_sweep(other, reference, splits, config, out, progress, {}, process).measurements for other in repeats
-        ]
-        missing = left_out([sweep.measurements, *again])
-        sweep = with_best(sweep, merge_trainings([sweep.measurements, *again])) if again else sweep
-    if shown:
-        facts = context(task, measured, splits, config, externals, sweep, extractor.note, extractor.dim, missing)
-        write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep.fine))
-        print(terminal_text(sweep.measurements))
-        if measured is None:
-            print(floor_text(sweep))
-        print(f"report: {out / 'report.html'}")
-        export_images(task, sweep)
-    return sweep
+    config.check()
+    return config
 
 
-def load_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch.device) -> list[TrainedModel]:
-    """What --repeats names; DataError for other configurations."""
-    found = [load_model(path, device) for path in task.repeats]
-    if trained is not None:
-        check_repeats(trained, found)
-    return found
+def plan(model: EvaluatedModel | None, config: SweepConfig) -> list[Job]:
+    """Jobs of solvers; UsageError for an impossible combination."""
+    return [] if model is None else solver_jobs(model, config)
 
 
-def sections(
-    trained: TrainedModel | None, splits: Splits, config: SweepConfig, fine: FineSolution | None
-) -> list[Section]:
+def fine(model: EvaluatedModel | None, config: SweepConfig) -> SampleSource | None:
+    """The fine solution, if RMSE is measured."""
+    return fine_source(model, config) if model and config.reference_nfe else None
+
+
+def make_folders(folders: dict[str, Path | None]) -> None:
+    """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag."""
+    for flag, path in folders.items():
+        if path is not None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
+
+
+def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
+    """Several trainings as one sweep, the pictures of the first, and what not all of them have."""
+    first, *rest = sweeps
+    if not rest:
+        return first, []
+    from midway.gen.evaluation.repeats import left_out, merge_trainings
+
+    trainings = [sweep.measurements for sweep in sweeps]
+    return with_best(first, merge_trainings(trainings)), left_out(trainings)
+
+
+def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig, sweep: Sweep) -> list[Section]:
     """Report sections on a latent model: trajectories, and codes of the fine solution."""
     if trained is None:
         return []
-    latents = None if fine is None else fine.latents(CODED)
+    latents = None if sweep.fine is None else sweep.fine.latents(CODED)
     sound = latents is not None and bool(latents.isfinite().all())
     codes = code_section(trained, splits.held_out.images, latents) if latents is not None and sound else None
     found = [trajectory_section(trained, config.sampling()), codes]
@@ -157,81 +186,42 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
     """Write the images of --export-npz and --save-images."""
     if task.export_npz is None and task.save_images is None:
         return
+    from midway.gen.evaluation.export import export_measurement, to_export
+
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
             print(f"images: {path}")
 
 
-def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:
-    """What --images names, in the channels of the reference; DataError for what does not compare with it."""
-    options = ReadingOptions(task.images_channels, task.images_resize, task.data.on_bad_image)
-    found = read_all(task.images, options)
-    return {name: fitted(images, splits.train.images) for name, images in found.items()}
-
-
-def load_baselines(paths: tuple[Path, ...], data: DataConfig, device: torch.device) -> dict[str, TrainedBaseline]:
-    """By the names of their runs; UsageError for one name twice, DataError for other images than the reference."""
-    found: dict[str, TrainedBaseline] = {}
-    for path in paths:
-        name, baseline = path.resolve().name, load_trained_baseline(path, device)
-        if name in found:
-            raise UsageError(f"--baselines names {name} twice", "rows need different names", "rename one of the runs")
-        if not same_images(baseline.data, data):
-            raise DataError(
-                f"{path} was trained on other images than the reference",
-                f"its data are {baseline.data}, the reference is {data}",
-                "train it on the same --data, --held-out, --split-seed, --channels and --resize",
-            )
-        found[name] = baseline
-    return found
-
-
-def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
-    """The solvers that --solvers names."""
-    if words != "all":
-        return names(words)
-    plain = tuple(name for name in SOLVERS if name not in ALIASES)
-    if trained is None:
-        return plain
-    learned = [name for name in LEARNED if all(_is_learned(name, trained, nfe) for nfe in budgets)]
-    return (*plain, *learned)
-
-
-def _is_learned(name: str, trained: TrainedModel, nfe: int) -> bool:
-    return any((solver_path(trained.run.path, name, grid, nfe) / "config.yaml").exists() for grid in LEARNED_ON)
-
-
 def context(
     task: EvaluateTask,
-    model: Model | None,
+    model: EvaluatedModel | None,
     splits: Splits,
     config: SweepConfig,
     externals: dict[str, ExternalImages],
     sweep: Sweep,
-    features: str,
-    dim: int,
+    extractor: Extractor,
     missing: list[str],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
-    n = len(splits.held_out.images) if config.n is None else config.n
-    alone = (*common_notes(n, config, splits, features), floor_text(sweep))
-    protocol = alone if model is None else notes(n, config, splits, len(task.repeats), features, missing)
+    alone = (*common_notes(config, splits, extractor.note), floor_text(sweep))
+    protocol = notes(config, splits, len(task.repeats), extractor.note, missing) if model else alone
     return ReportContext(
         title=task.title,
-        model=model_text(model),
+        model=model.description if model else "no model of ours",
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         command=command_line(),
         hardware=hardware(),
         versions={**environment()["packages"], "git": environment()["git"]},
-        seeds=f"{config.first_seed}-{config.first_seed + n * config.blocks - 1}",
+        seeds=str(config.seeds),
         guidance=config.guidance,
         notes=(
-            *few_note(n, dim),
-            *class_notes(splits, n, model),
+            *few_note(config.n, extractor.dim),
+            *class_notes(splits, config.n, model.classes if model else 0),
             *protocol,
             *reference_notes(sweep),
             *timing_notes(sweep.measurements),
-            *external_notes(externals, n, config.blocks),
+            *image_notes(externals, config),
         ),
     )
 

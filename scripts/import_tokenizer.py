@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from train_tokenizer import write_reconstructions
+from train_tokenizer import log_quality, square, write_reconstructions
 
 from cli import main, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.processes import best_device
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
-from midway.gen.tokenizer.card import CardFacts, data_facts, finish, tokenizer_facts
+from midway.gen.tokenizer.card import finish, model_card
 from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers.diffusers_import import import_tokenizer, read_model
@@ -54,53 +54,34 @@ def run(task: ImportTask) -> Run:
     splits = load_splits(task.data)
     tokenizer = load(task, splits)  # before the run, so that an invalid source leaves no directory
     published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
-    measure(tokenizer, splits, task.batch_size)
+    with raising(DataError, "these latents cannot be standardised", "import it on other images"):
+        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, task.batch_size))
     made = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
     made.say(describe(splits.train))
     made.say(describe(splits.held_out))
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
     checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
     write_reconstructions(made, tokenizer, splits, 0, "imported")
-    facts = CardFacts(tokenizer_facts(tokenizer), data_facts(task.data, splits), quality, "imported", source=task.place)
-    finish(made, tokenizer, facts)
-    made.log({"step": 0, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
+    weights = {"weights": "imported", "source": task.place}
+    finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
     made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    made.say(f"held-out images ({len(splits.held_out.images) * tokenizer.tokens} tokens, imported weights): {measured}")
+    log_quality(made, tokenizer, splits, 0, quality, "imported")
     made.say(f"saved {made.checkpoint}")
     return made
 
 
 def load(task: ImportTask, splits: Splits) -> ImageTokenizer:
     """The tokenizer for these images; DataError if it cannot be read, UsageError if it does not fit them."""
-    channels, height, width = splits.train.images.shape[1:]
-    if height != width:
-        raise UsageError(
-            f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
-        )
-    try:
+    channels, side = square(splits.train)
+    fix = "give the directory of a diffusers model as --source, or a Hub id while there is a network"
+    with raising(DataError, f"{task.place} cannot be imported", fix):
         model = read_model(task.source, task.subfolder)
-    except ValueError as error:
-        fix = "give the directory of a diffusers model as --source, or a Hub id while there is a network"
-        raise DataError(f"{task.place} cannot be imported", str(error), fix) from error
-    try:
-        tokenizer = import_tokenizer(model, height)
-    except ValueError as error:
-        raise UsageError(
-            f"{task.place} cannot be used on these images", str(error), "change --resize, or --source"
-        ) from None
+    with raising(UsageError, f"{task.place} cannot be used on these images", "change --resize, or --source"):
+        tokenizer = import_tokenizer(model, side)
     takes = tokenizer.image_shape[0]
     if takes != channels:
         raise UsageError(f"images have {channels} channel(s)", f"this takes {takes}", f"pass --channels {takes}")
     return tokenizer.to(best_device())  # pyright: ignore[reportArgumentType, reportReturnType]
-
-
-def measure(tokenizer: ImageTokenizer, splits: Splits, batch_size: int) -> None:
-    """Give it the latent mean and std of the training images; DataError for a channel that does not vary on them."""
-    try:
-        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, batch_size))
-    except ValueError as error:
-        raise DataError("these latents cannot be standardised", str(error), "import it on other images") from None
 
 
 def words(tokenizer: ImageTokenizer) -> str:

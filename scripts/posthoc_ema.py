@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from cli import main, resolve
 from midway.gen.core import checkpoints
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.runs import Run
 from midway.gen.training.power_ema import find_snapshots, reconstruct
 
@@ -47,12 +47,8 @@ def make(task: PosthocTask) -> Run:
             "train with --posthoc 0.05 0.10",
         )
     step = snapshots[-1].step if task.step is None else task.step
-    try:
+    with raising(UsageError, f"no average of width {task.std} at step {step}", "change --std or --step"):
         averaged = reconstruct(snapshots, step, task.std)
-    except ValueError as error:
-        raise UsageError(
-            f"no average of width {task.std} at step {step}", str(error), "change --std or --step"
-        ) from None
     config = {**source.config, "posthoc": {"source": str(task.run), "std": task.std, "step": step}}
     run = Run.create(task.out, "latent_model", config, task.overwrite)
 

@@ -1,23 +1,41 @@
-"""Shared by the training scripts: images as items of fit(), and run directories."""
+"""Shared by the training scripts: models with their images as items of fit(), and run directories."""
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 
 from midway.gen.core.runs import Run
-from midway.gen.data.images import ImageData
+from midway.gen.data.splits import Splits
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
 from tasks import TrainingTask
 
+Model = TypeVar("Model")
 
-def image_items(data: ImageData, device: torch.device) -> Items:
-    """Images and labels, moved to `device` batch by batch."""
-    images, labels = data.images, data.labels
-    return Items(
-        lambda items: ImageBatch(images[items].to(device), labels[items].to(device)), len(images), data.fingerprint
-    )
+
+@dataclass(frozen=True)
+class Parts(Generic[Model]):
+    """What is trained on images: the model, its items, the images, and validation of a step if there is one."""
+
+    model: Model
+    items: Items
+    splits: Splits
+    validate: Callable[[int], float] | None = None
+
+
+def image_parts(
+    model: Model, splits: Splits, device: torch.device, validate: Callable[[int], float] | None = None
+) -> Parts[Model]:
+    """With the training images and labels, moved to `device` batch by batch."""
+    images, labels = splits.train.images, splits.train.labels
+
+    def fetch(items: torch.Tensor) -> ImageBatch:
+        return ImageBatch(images[items].to(device), labels[items].to(device))
+
+    return Parts(model, Items(fetch, len(images), splits.train.fingerprint), splits, validate)
 
 
 def open_run(task: TrainingTask, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str) -> Run:

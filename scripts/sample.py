@@ -10,7 +10,7 @@ from sampling_flags import SamplingFlags
 from tile_flags import TileFlags
 
 from cli import main, resolve
-from midway.gen.core.errors import DivergedError, UsageError
+from midway.gen.core.errors import DivergedError, UsageError, raising
 from midway.gen.core.processes import best_device
 from midway.gen.data.pictures import save_grid
 from midway.gen.diffusion.load import load_model
@@ -93,10 +93,8 @@ def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> Paral
             f"--parallel with {task.solver}", "its steps follow from the network's features", "use its -constants form"
         )
     assert task.parallel != "no"
-    try:
+    with raising(UsageError, "--tolerance or --window", "change it"):
         return ParallelSampler(sampler.table, schedule, ParallelConfig(task.parallel, task.tolerance, task.window))
-    except ValueError as error:
-        raise UsageError("--tolerance or --window", str(error), "change it") from None
 
 
 if __name__ == "__main__":

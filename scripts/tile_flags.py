@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, raising
 from midway.tokenizers.tiling import tile_networks
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -20,8 +20,6 @@ class TileFlags:
         """Tile the networks of `tokenizer` if --tile is given; UsageError if they cannot be tiled."""
         if self.tile is None:
             return
-        try:
+        flags = f"--tile {self.tile} --tile-margin {self.tile_margin}"
+        with raising(UsageError, flags, "change or drop these flags"):
             tile_networks(tokenizer, self.tile, self.tile_margin)
-        except ValueError as error:
-            flags = f"--tile {self.tile} --tile-margin {self.tile_margin}"
-            raise UsageError(flags, str(error), "change or drop these flags") from None

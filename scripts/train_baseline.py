@@ -5,8 +5,6 @@ best/ of the run, and other commands load them. Validation uses the held-out ima
 is slightly optimistic.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
 from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
 from midway.gen.core.config import read_yaml, to_dict
-from midway.gen.core.errors import DataError, UsageError, nearest
+from midway.gen.core.errors import DataError, UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe, to_uint8
 from midway.gen.data.pictures import save_grid
@@ -30,23 +28,13 @@ from midway.gen.evaluation.likelihood import Bounds, bits_of, bound_name, levels
 from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import FitResult, Hooks, Items
-from running import image_items, open_run
+from midway.gen.training.interface import FitResult, Hooks
+from running import Parts, image_parts, open_run
 
 PREVIEW = 60
 PAIRS = 8
 COORDINATES = 8
 VALUES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The model, its training items, the images, and validation: a step to bits per dimension."""
-
-    model: Baseline
-    items: Items
-    splits: Splits
-    validate: Callable[[int], float]
 
 
 def kind_of(task: BaselineTask) -> str:
@@ -81,17 +69,12 @@ def read_task(arguments: list[str]) -> BaselineTask:
     )
 
 
-def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts:
-    """The model and its images; nothing is written."""
+def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts[Baseline]:
+    """The model and its images; nothing is written. Validation gives bits per dimension."""
     splits = load_splits(task.data)
     model = make_model(task, splits).to(accelerator.device)
     subject, bounds = balanced_subject(splits.held_out, task.validation_images), make_bounds(task)
-    return Parts(
-        model,
-        image_items(splits.train, accelerator.device),
-        splits,
-        lambda step: bits_of(model, subject, bounds).bits,
-    )
+    return image_parts(model, splits, accelerator.device, lambda step: bits_of(model, subject, bounds).bits)
 
 
 def make_model(task: BaselineTask, splits: Splits) -> Baseline:
@@ -105,10 +88,8 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     channels, height, width = data.images.shape[1:]
     classes = len(data.classes) if task.conditional else 0
     cls = BASELINES[kind_of(task)]
-    try:
+    with raising(UsageError, "this model cannot be built", "change the --model flags or --data"):
         model = cls(task.model, (channels, height, width), levels_in_data(splits), classes)  # pyright: ignore
-    except ValueError as error:
-        raise UsageError("this model cannot be built", str(error), "change the --model flags or --data") from None
     if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
         raise UsageError(
             f"--validate-every {task.train.validate_every}",
@@ -120,10 +101,8 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
 
 def make_bounds(task: BaselineTask) -> Bounds:
     """The likelihood bound of validation and of the final score."""
-    try:
+    with raising(UsageError, f"--draws {task.draws}", "correct the value"):
         return Bounds(task.draws)
-    except ValueError as error:
-        raise UsageError(f"--draws {task.draws}", str(error), "correct the value") from None
 
 
 def train(task: BaselineTask) -> Run | None:
@@ -146,7 +125,7 @@ def train(task: BaselineTask) -> Run | None:
     return run
 
 
-def facts(parts: Parts) -> tuple[str, str]:
+def facts(parts: Parts[Baseline]) -> tuple[str, str]:
     """The first log lines of a run: its data and its model."""
     model = parts.model
     parameters = sum(p.numel() for p in model.parameters())

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from cli import main, resolve
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.runs import Run
-from midway.gen.data.images import ImageData, describe
-from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.data.images import describe
+from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import Hooks, Items
-from running import image_items, open_run
+from midway.gen.training.interface import Hooks
+from running import Parts, image_parts, open_run
 from tasks import Flat, TrainingTask
 
 
@@ -46,20 +46,14 @@ class FeaturesTask(TrainingTask):
     """Few steps on purpose: see the module's docstring."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The model, its training items and the images."""
-
-    model: FeatureNetwork
-    items: Items
-    splits: Splits
-
-
-def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts:
-    """The network and its images; nothing is written."""
+def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNetwork]:
+    """The network and its images; nothing is written. UsageError for sizes that do not fit."""
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
-    return Parts(make_network(task, splits.train), image_items(splits.train, accelerator.device), splits)
+    channels, side = splits.train.images.shape[1:3]
+    with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
+        network = FeatureNetwork(FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim))
+    return image_parts(network, splits, accelerator.device)
 
 
 def train(task: FeaturesTask) -> Run | None:
@@ -91,15 +85,6 @@ def export(folder: Path, network: FeatureNetwork, averaged: dict[str, Tensor], s
     copy = FeatureNetwork(network.config)
     copy.load_state_dict(averaged)
     save_features(copy, folder / "features.safetensors", source)
-
-
-def make_network(task: FeaturesTask, data: ImageData) -> FeatureNetwork:
-    """The network for these images; UsageError for sizes that do not fit."""
-    channels, side = data.images.shape[1:3]
-    try:
-        return FeatureNetwork(FeatureConfig(channels, side, len(data.classes), task.width, task.dim))
-    except ValueError as error:
-        raise UsageError("this feature network cannot be built", str(error), "change the flags or --data") from None
 
 
 if __name__ == "__main__":

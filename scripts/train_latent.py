@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cli import main, resolve, weights_name
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.levels import levels_of
@@ -20,7 +20,7 @@ from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
-from midway.gen.features.classifier import TrainedExtractor, load_features
+from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
@@ -51,17 +51,22 @@ class Parts:
 
 
 def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
-    """The model and its latents, which are encoded if they are not there."""
+    """The model and its latents, which are encoded if they are not there.
+
+    UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
+    """
     tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
     images = load_splits(data).train
     torch.manual_seed(task.train.seed)
-    model = make_model(task, tokenizer, images)
-    if accelerator.is_main_process:
-        make_cache(task, images, tokenizer)
-    accelerator.wait_for_everyone()
+    with raising(UsageError, "this model cannot be built", "change the --model flags"):
+        model = LatentModel(task.model, tokenizer.latent_shape, len(images.classes))
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
+    if accelerator.is_main_process and task.latents is None and not path.exists():
+        save_latents(encode(tokenizer, images, flip=task.flip), path)
+    accelerator.wait_for_everyone()
     latents = load_latents(path, images, tokenizer, task.flip)
-    set_statistics(tokenizer, latents)
+    with raising(DataError, "these latents cannot be standardised", "train the tokenizer longer"):
+        tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
     set_bins(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
     return Parts(model, Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint), tokenizer, data)
@@ -109,7 +114,7 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
         return None
     tokenizer, data = load_tokenizer(task.tokenizer)
     run = open_features(task.early.features, [task.tokenizer], data, "the tokenizer")
-    network = TrainedExtractor(*load_features(run.checkpoint / "features.safetensors"))
+    network = load_features(run.checkpoint / "features.safetensors")
     train = load_splits(data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))
@@ -125,24 +130,6 @@ def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference,
     log_online(run, step, online_distances(trained, reference, config), reference, config)
 
 
-def make_cache(task: LatentTask, images: ImageData, tokenizer: ImageTokenizer) -> Latents | None:
-    """Encode the images unless a cache is there or was named."""
-    path = cache_path(task.tokenizer, images, tokenizer, task.flip)
-    if task.latents is not None or path.exists():
-        return None
-    latents = encode(tokenizer, images, flip=task.flip)
-    save_latents(latents, path)
-    return latents
-
-
-def set_statistics(tokenizer: ImageTokenizer, latents: Latents) -> None:
-    """Give the tokenizer its latents' mean and std; DataError for a channel that does not vary."""
-    try:
-        tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
-    except ValueError as error:
-        raise DataError("these latents cannot be standardised", str(error), "train the tokenizer longer") from None
-
-
 def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
     """Give a dequantising model the levels of its pixels; UsageError where latents are no pixels."""
     if not task.model.dequantise:
@@ -155,14 +142,6 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
         )
     levels = levels_of(torch.cat([part.unique() for part in images.images.split(4096)]))
     model.set_bins(levels, tokenizer.latent_std)
-
-
-def make_model(task: LatentTask, tokenizer: ImageTokenizer, images: ImageData) -> LatentModel:
-    """The model for these latents; UsageError for sizes that do not fit."""
-    try:
-        return LatentModel(task.model, tokenizer.latent_shape, len(images.classes))
-    except ValueError as error:
-        raise UsageError("this model cannot be built", str(error), "change the --model flags") from None
 
 
 def write_preview(run: Run, parts: Parts, step: int, weights: str) -> None:

@@ -14,12 +14,12 @@ from accelerate import Accelerator
 
 from cli import main, numbers, resolve
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError, nearest
+from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
-from midway.gen.diffusion.distill_table import BEST, TableConfig, TableObjective, TableTarget, make_distance
+from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.diffusion.distillation import Distillation
-from midway.gen.diffusion.load import LEARNED, TABLE, TrainedModel, load_model, solver_path
+from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_model, solver_path
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.config import TrainConfig
@@ -135,19 +135,14 @@ def check(task: SolverTask) -> None:
 def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distillation:
     """The objective of one budget; UsageError for a budget that does not exist."""
     torch.manual_seed(task.train.seed)
-    try:
+    fix = "change --nfe, --distill.analytic-first or --distill.teacher"
+    with raising(UsageError, f"{task.solver} at NFE {nfe} is not possible", fix):
         if task.solver == TABLE:
             distance = make_distance(task.table, trained.tokenizer)
             return TableObjective(trained.model, TableTarget(nfe, task.grid, task.guidance), task.table, distance)
         learned = AMED[task.solver]
         target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
         return SolverObjective(trained.model, target, task.distill)
-    except ValueError as error:
-        raise UsageError(
-            f"{task.solver} at NFE {nfe} is not possible",
-            str(error),
-            "change --nfe, --distill.analytic-first or --distill.teacher",
-        ) from None
 
 
 def train_one(

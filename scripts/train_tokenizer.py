@@ -1,6 +1,5 @@
 """Train an image tokenizer: python scripts/train_tokenizer.py digits-fsq --model.levels 8 5 5 5"""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -11,46 +10,33 @@ from torch import Tensor
 from cli import main, resolve, weights_name
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.tokenizer.card import CardFacts, TrainingFacts, data_facts, finish, tokenizer_facts
+from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.training.accelerator import make_accelerator, refuse_unused
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import Hooks, Items
+from midway.gen.training.interface import Hooks
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
-from running import image_items, open_run
+from running import Parts, image_parts, open_run
 from tasks import TokenizerTask
 
 SHOWN = 32
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The objective, its training items and the images."""
-
-    model: TokenizerObjective
-    items: Items
-    splits: Splits
-
-
-def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts:
+def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts[TokenizerObjective]:
     """The objective and its data; nothing is written."""
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
-    tokenizer = make_tokenizer(task, splits.train)
-    return Parts(
-        make_objective(tokenizer, task).to(accelerator.device),
-        image_items(splits.train, accelerator.device),
-        splits,
-    )
+    objective = make_objective(make_tokenizer(task, splits.train), task)
+    return image_parts(objective.to(accelerator.device), splits, accelerator.device)
 
 
 def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerObjective:
@@ -61,10 +47,8 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
             "this tokenizer has no parameters to train",
             "drop --loss.adversary",
         )
-    try:
+    with raising(UsageError, "these losses cannot be used", "change the --loss flags"):
         return TokenizerObjective(tokenizer, task.flip, task.loss)
-    except ValueError as error:
-        raise UsageError("these losses cannot be used", str(error), "change the --loss flags") from None
 
 
 def train(task: TokenizerTask) -> Run | None:
@@ -92,13 +76,20 @@ def train(task: TokenizerTask) -> Run | None:
         return None
     parts.model.eval()
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
-    run.log({"step": steps, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
-    tokens = len(splits.held_out.images) * tokenizer.tokens
-    words = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    run.say(f"held-out images ({tokens} tokens, {weights_name(task.train)} weights): {words}")
+    log_quality(run, tokenizer, splits, steps, quality, weights_name(task.train))
     publish(task, run, parts.model, splits, steps, quality)
     run.say(f"saved {run.checkpoint}")
     return run
+
+
+def log_quality(
+    run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, quality: dict[str, float], weights: str
+) -> None:
+    """Log and print the metrics on the held-out images."""
+    run.log({"step": step, "final": True, **{f"held_out_{name}": value for name, value in quality.items()}})
+    tokens = len(splits.held_out.images) * tokenizer.tokens
+    words = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    run.say(f"held-out images ({tokens} tokens, {weights} weights): {words}")
 
 
 def publish(
@@ -113,15 +104,9 @@ def publish(
         return
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
-    training = TrainingFacts(steps, config.batch_size, config.seed, config.precision, losses)
-    facts = CardFacts(
-        tokenizer_facts(tokenizer),
-        data_facts(task.data, splits, task.flip),
-        quality,
-        weights_name(config) if steps else "none were trained",
-        training if steps else None,
-    )
-    run.say(f"card  {finish(run, tokenizer, facts) / 'README.md'}")
+    weights = training_rows(weights_name(config), steps, config, losses) if steps else {"weights": "none were trained"}
+    card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
+    run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 
 
 def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor]) -> None:
@@ -132,18 +117,24 @@ def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor])
     copy.save_pretrained(folder / "tokenizer")
 
 
-def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
-    """The tokenizer for these images; UsageError for sizes that do not fit."""
+def square(data: ImageData) -> tuple[int, int]:
+    """Channels and side of square images; UsageError for others."""
     channels, height, width = data.images.shape[1:]
     if height != width:
         raise UsageError(
             f"images are {height}x{width}", "tokenizers take square images", f"pass --resize {min(height, width)}"
         )
+    return channels, height
+
+
+def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
+    """The tokenizer for these images; UsageError for sizes that do not fit."""
+    channels, side = square(data)
     config = task.model
-    try:
+    with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
         return ImageTokenizer(
             in_channels=channels,
-            image_size=height,
+            image_size=side,
             width=config.width,
             downsample=config.downsample,
             blocks=config.blocks,
@@ -158,8 +149,6 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
             heads=config.heads,
             latent_tokens=config.latent_tokens,
         )
-    except ValueError as error:
-        raise UsageError("this tokenizer cannot be built", str(error), "change the --model flags") from None
 
 
 def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:

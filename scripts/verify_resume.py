@@ -110,12 +110,7 @@ def open_any(path: Path) -> tuple[Run, Any]:
 
 def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
     """The newest checkpoint with another at most `steps` after it, and that one; else the newest and None."""
-    valid = []
-    for path in checkpoints.directories(run.checkpoints):
-        try:
-            valid.append(checkpoints.verify(path))
-        except DataError as error:
-            print(f"skipped {path.name}: {error.why}")
+    valid = list(checkpoints.valid(run.checkpoints, print))
     if not valid:
         raise DataError(f"{run.path} has no valid checkpoint", "nothing to resume from", "train it first")
     for later, earlier in pairwise(valid):

@@ -94,19 +94,29 @@ def checkerboard(height: int, width: int, parity: int) -> Tensor:
 
 
 class Coupling(Flow):
-    """x exp(s) + t for the moved part of x: `visible` selects the network's input, `place` positions its outputs.
+    """x exp(s) + t for the moved part of images (C, H, W): `visible` selects the network's input, `place` positions its outputs.
 
-    `seen` (C', H, W) is the shape of the input, `moved` the number of channels that are moved.
+    `parity` 0 or 1 chooses which part is fixed. As many channels are moved as the network's input has.
     """
 
     def __init__(
-        self, transform: Transform, network: CouplingNetworkConfig, seen: Shape, moved: int, cond: Shape | None
+        self,
+        shape: Shape,
+        parity: int,
+        transform: Transform,
+        network: CouplingNetworkConfig,
+        cond: Shape | None = None,
     ) -> None:
         super().__init__()
-        self.transform = transform
+        self.transform, self.parity = transform, parity % 2
+        moved = self.split(shape)
         outputs = 2 * moved if transform == "affine" else moved
-        self.network = CouplingNetwork(network, seen, outputs, cond)
+        self.network = CouplingNetwork(network, (moved, *shape[1:]), outputs, cond)
         self.bound = nn.Parameter(torch.ones(moved, 1, 1)) if transform == "affine" else None
+
+    @abstractmethod
+    def split(self, shape: Shape) -> int:
+        """Choose the fixed values of images (C, H, W); the number of channels of the network's input."""
 
     @abstractmethod
     def visible(self, x: Tensor) -> Tensor:
@@ -138,16 +148,9 @@ class CheckerboardCoupling(Coupling):
 
     mask: Tensor
 
-    def __init__(
-        self,
-        shape: Shape,
-        parity: int,
-        transform: Transform,
-        network: CouplingNetworkConfig,
-        cond: Shape | None = None,
-    ) -> None:
-        super().__init__(transform, network, shape, shape[0], cond)
-        self.register_buffer("mask", checkerboard(*shape[1:], parity), persistent=False)
+    def split(self, shape: Shape) -> int:
+        self.register_buffer("mask", checkerboard(*shape[1:], self.parity), persistent=False)
+        return shape[0]
 
     def visible(self, x: Tensor) -> Tensor:
         return x * self.mask
@@ -159,17 +162,8 @@ class CheckerboardCoupling(Coupling):
 class ChannelCoupling(Coupling):
     """Fixes the first half of the channels, or with `parity` 1 the second. ValueError for an odd number of channels."""
 
-    def __init__(
-        self,
-        shape: Shape,
-        parity: int,
-        transform: Transform,
-        network: CouplingNetworkConfig,
-        cond: Shape | None = None,
-    ) -> None:
-        half = half_of(shape[0], "split into a fixed and a moved half")
-        super().__init__(transform, network, (half, *shape[1:]), half, cond)
-        self.parity = parity % 2
+    def split(self, shape: Shape) -> int:
+        return half_of(shape[0], "split into a fixed and a moved half")
 
     def visible(self, x: Tensor) -> Tensor:
         return x.chunk(2, dim=1)[self.parity]

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from midway.gen.baselines.base import CPU, KIND, Baseline
@@ -14,8 +13,7 @@ from midway.gen.baselines.tarflow import TarFlow
 from midway.gen.baselines.vae import VAE
 from midway.gen.core import checkpoints
 from midway.gen.core.config import from_dict
-from midway.gen.core.errors import DataError, one_line
-from midway.gen.core.files import state_hash
+from midway.gen.core.files import reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 
@@ -67,7 +65,7 @@ def _weights(folder: Path) -> Path:
 
 def _read(folder: Path, device: torch.device) -> tuple[Baseline, str]:
     """The model in `folder` and the hash of its description and weights."""
-    try:
+    with reading(folder, "train the model again with --overwrite"):
         text = (folder / "model.json").read_text()
         state = load_file(_weights(folder))
         description = json.loads(text)
@@ -75,8 +73,4 @@ def _read(folder: Path, device: torch.device) -> tuple[Baseline, str]:
         config = from_dict(cls.config_type, description["config"], "model.json")
         model = cls(config, tuple(description["image_shape"]), description["levels"], description["classes"])
         model.load_state_dict(state)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(
-            f"{folder} cannot be read", one_line(error), "train the model again with --overwrite"
-        ) from error
     return model.to(device).eval().requires_grad_(False), state_hash(text, state)

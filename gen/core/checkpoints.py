@@ -8,12 +8,13 @@ Saving: fill a temporary directory, fsync, rename, `latest`; older checkpoints a
 leaves at most a temporary directory, which the next one removes.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from midway.gen.core.environment import versions
-from midway.gen.core.errors import DataError, DiskError, one_line
-from midway.gen.core.files import file_hash, replacing, write_atomically
+from midway.gen.core.errors import DataError, DiskError, one_line, raising
+from midway.gen.core.files import file_hash, reading, replacing, write_atomically
 
 FORMAT = "midway-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -52,10 +53,8 @@ class Checkpoint:
     def json(self, name: str) -> Any:
         """A JSON file; DataError for anything else."""
         file = self.path / name
-        try:
+        with reading(file, "restore the file, or train again"):
             return json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read", one_line(error), "restore the file, or train again") from None
 
 
 # ---- writing ----
@@ -74,23 +73,22 @@ def save(
     needed: bytes that must be free. header: more entries of the manifest. A failing write is tried again after each of BACKOFF
     seconds, then raises DiskError; it does not touch the older checkpoints.
     """
-    for wait in (*BACKOFF, None):
-        try:
+    for wait in BACKOFF:
+        with contextlib.suppress(DiskError):
             path = _save_once(root, step, write, needed, header or {})
             break
-        except DiskError:
-            if wait is None:
-                raise
-            time.sleep(wait)
+        time.sleep(wait)
     else:
-        raise AssertionError("the last attempt returns or raises")
+        path = _save_once(root, step, write, needed, header or {})
     _prune(root, keep, path)
     return Checkpoint(path, step)
 
 
 def _save_once(root: Path, step: int, write: Callable[[Path], object], needed: int, header: Mapping[str, Any]) -> Path:
     final = root / f"step-{step}"
-    try:
+    fix = "free space, then resume with --resume auto; earlier checkpoints are intact"
+    causes = (OSError, SafetensorError, DiskError)
+    with raising(DiskError, f"checkpoint {final} was not written", fix, *causes, why=one_line):
         root.mkdir(parents=True, exist_ok=True)
         _check_space(root, needed)
         with replacing(final) as folder:  # in place of a damaged one, or of an earlier attempt at this step
@@ -98,17 +96,7 @@ def _save_once(root: Path, step: int, write: Callable[[Path], object], needed: i
             write(folder)
             write_manifest(folder, step, header)
         point_to(root, step)
-    except (OSError, SafetensorError, DiskError) as error:
-        raise _disk_error(final, error) from error
     return final
-
-
-def _disk_error(path: Path, error: Exception) -> DiskError:
-    return DiskError(
-        f"checkpoint {path} was not written",
-        one_line(error),
-        "free space, then resume with --resume auto; earlier checkpoints are intact",
-    )
 
 
 def _check_space(root: Path, needed: int) -> None:
@@ -188,14 +176,13 @@ def _damaged(path: Path, why: str) -> DataError:
     )
 
 
-def newest_valid(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that verifies, None when there is none; `say` is called for each one skipped."""
+def valid(root: Path, say: Callable[[str], None]) -> Iterator[Checkpoint]:
+    """The checkpoints that verify, newest first; `say` is called for each one skipped."""
     for path in directories(root):
         try:
-            return verify(path)
+            yield verify(path)
         except DataError as error:
             say(f"skipped {path.name}: {error.why}")
-    return None
 
 
 def set_aside(root: Path, newer_than: int) -> None:

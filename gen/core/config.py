@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from midway.gen.core.errors import UsageError, nearest, one_line
+from midway.gen.core.errors import UsageError, nearest, one_line, raising
 from midway.gen.core.files import write_atomically
 
 T = TypeVar("T")
@@ -49,10 +49,8 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
                 f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), names)
             )
     typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()}
-    try:
+    with raising(UsageError, f"{where} cannot be used", "correct the value"):
         return cls(**typed)
-    except ValueError as error:
-        raise UsageError(f"{where} cannot be used", str(error), "correct the value") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -3,8 +3,9 @@
 Exit codes: 0 ok, 1 runtime, 2 usage, 3 data, 4 diverged, 5 disk, 130 and 143 interrupted (128 + the signal).
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class MidwayError(Exception):
@@ -52,3 +53,19 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """Kind and text of an error, in one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+@contextlib.contextmanager
+def raising(
+    kind: type[MidwayError],
+    what: str,
+    fix: str,
+    *causes: type[Exception],
+    why: Callable[[Exception], str] = str,
+) -> Iterator[None]:
+    """Within the block an error of `causes` (ValueError by default) becomes one of `kind`, with its text as the reason."""
+    expected = causes or (ValueError,)
+    try:
+        yield
+    except expected as error:
+        raise kind(what, why(error), fix) from error

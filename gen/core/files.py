@@ -8,9 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError
+from midway.gen.core.errors import DataError, DiskError, one_line, raising
+
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
+"""Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
 
 
 @contextlib.contextmanager
@@ -32,11 +36,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to `path` completely or not at all. DiskError if not."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise DiskError(f"cannot write {path}", str(error), "free disk space or choose another directory") from error
+    fix = "free disk space or choose another directory"
+    with raising(DiskError, f"cannot write {path}", fix, OSError), replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def reading(path: Path, fix: str) -> contextlib.AbstractContextManager[None]:
+    """Within the block an error of `DAMAGE` becomes a DataError that names `path`."""
+    return raising(DataError, f"{path} cannot be read", fix, *DAMAGE, why=one_line)
 
 
 def clear_temporaries(folder: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.environment import environment
-from midway.gen.core.errors import DataError, DiskError, UsageError
+from midway.gen.core.errors import DataError, DiskError, UsageError, raising
 from midway.gen.core.files import clear_temporaries, write_atomically
 
 HALF_CONFIG = ".config.yaml.*tmp"
@@ -64,13 +64,11 @@ class Run:
             raise UsageError(
                 f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
             )
-        try:
+        with raising(DiskError, f"{path} cannot be written", "choose another --out, or free space", OSError):
             path.mkdir(parents=True, exist_ok=True)
             run.write_config()  # first, so that a run killed right now can be resumed
             (path / "samples").mkdir()
             write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
-        except OSError as error:
-            raise DiskError(f"{path} cannot be written", str(error), "choose another --out, or free space") from None
         return run
 
     @staticmethod
@@ -173,18 +171,14 @@ def lock(path: Path, use: str = "trained") -> Iterator[None]:
 
 
 def _append(path: Path, line: str) -> None:
-    try:
-        with path.open("a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise DiskError(f"{path} cannot be written", str(error), "free space, then resume with --resume auto") from None
+    fix = "free space, then resume with --resume auto"
+    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a") as file:
+        file.write(line + "\n")
 
 
 def _remove(path: Path) -> None:
-    try:
+    with raising(DiskError, f"{path} cannot be removed", "remove it by hand, or choose another --out", OSError):
         shutil.rmtree(path)
-    except OSError as error:
-        raise DiskError(f"{path} cannot be removed", str(error), "remove it by hand, or choose another --out") from None
 
 
 def _stays(line: str, step: int) -> bool:

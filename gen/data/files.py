@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 from PIL import Image
 
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, raising
 from midway.gen.data.decoding import Decoded, Undecodable, counted, decode
 
 Result = TypeVar("Result")
@@ -74,11 +74,9 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
+    fix = "give a folder of images or a complete .zip; if this was downloaded, download it again"
+    with raising(DataError, f"{path} cannot be read as a zip of images", fix, zipfile.BadZipFile, OSError):
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        fix = "give a folder of images or a complete .zip; if this was downloaded, download it again"
-        raise DataError(f"{path} cannot be read as a zip of images", str(error), fix) from error
 
 
 def _locked_read(archive: zipfile.ZipFile) -> Callable[[str], bytes]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from midway.gen.core.errors import DataError, UsageError, nearest, one_line
+from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
 from midway.gen.data.decoding import Decoded, prepare
 
 
@@ -39,16 +39,15 @@ def _torchvision(name: str, kind: str, place: str) -> Callable[[Path, bool], Arr
 
     def read(root: Path, download: bool) -> Arrays:
         by_hand = f"place {place.format(root=root)} and pass --download (files already there are checked, not fetched)"
-        try:
+        if download:
+            what, fix = f"{name} could not be downloaded or read", f"try again; or {by_hand}"
+        else:
+            what, fix = f"{name} is not on this machine", f"pass --download; without a network: {by_hand}"
+        # network, checksum, archive, disk, or a torchvision that does not fit torch
+        with raising(DataError, what, fix, Exception, why=one_line):
             train = getattr(importlib.import_module("torchvision.datasets"), kind)(root, train=True, download=download)
             labels = torch.as_tensor(train.targets).tolist()
             return Arrays(np.asarray(train.data), labels, tuple(train.classes), f"{name}-train")
-        except Exception as error:  # network, checksum, archive, disk, or a torchvision that does not fit torch
-            if download:
-                what, fix = f"{name} could not be downloaded or read", f"try again; or {by_hand}"
-            else:
-                what, fix = f"{name} is not on this machine", f"pass --download; without a network: {by_hand}"
-            raise DataError(what, one_line(error), fix) from error
 
     return read
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.diffusion.distillation import Distillation, part
+from midway.gen.diffusion.load import BEST
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
@@ -32,8 +33,6 @@ from midway.samplers.table import Table
 from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
 
-BEST = "best"
-"""Instead of a grid's name: the one of grids.GRIDS on which the unlearned table ends nearest to the teacher."""
 CHOOSING = 128  # pairs that the choice looks at
 
 Distance = Callable[[Tensor, Tensor], Tensor]

@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from midway.gen.core.config import from_dict, to_dict
-from midway.gen.core.errors import DataError, one_line
-from midway.gen.core.files import state_hash
+from midway.gen.core.errors import DataError
+from midway.gen.core.files import reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
@@ -31,6 +30,8 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 CPU = torch.device("cpu")
 TABLE = "table"
 """The learned solver that is a table: DPM-Solver++(3M) with learned corrections, times and evaluation times."""
+BEST = "best"
+"""The grid of a learned solver that began on whichever grid was nearest to the teacher."""
 LEARNED = (TABLE, *AMED)
 """Names of all solvers that can be learned."""
 
@@ -63,10 +64,8 @@ def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokeniz
 
 def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
     """`from_pretrained`, frozen, with an error that names the fix."""
-    try:
+    with reading(folder, "train the tokenizer again"):
         tokenizer = ImageTokenizer.from_pretrained(folder)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise DataError(f"{folder} cannot be read", one_line(error), "train the tokenizer again") from error
     nn.Module.to(tokenizer, device)  # diffusers' own `to` hides the signature
     return tokenizer.eval().requires_grad_(False)
 
@@ -83,17 +82,13 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     run = Run.open(path, "latent_model")
     folder = run.checkpoint
     averaged = folder / "ema.safetensors"  # absent if the run kept no average
-    try:
+    with reading(folder, "train the model again with --overwrite"):
         text = (folder / "model.json").read_text()
         state = load_file(averaged if averaged.exists() else folder / "model.safetensors")
         description = json.loads(text)
         config = from_dict(LatentModelConfig, description["config"], "model.json")
         model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
         model.load_state_dict(state)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(
-            f"{folder} cannot be read", one_line(error), "train the model again with --overwrite"
-        ) from error
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=read_tokenizer(folder / "tokenizer", device),
@@ -123,11 +118,9 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sample
         return None
     file = Run.open(path, "solver").checkpoint / "solver.safetensors"
     retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
-    try:
+    with reading(file, retrain):
         solver = Table.load(file) if name == TABLE else LearnedSolver.load(file, trained.model.schedule)
         card = solver.card
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DataError(f"{file} cannot be read", one_line(error), retrain) from error
     if card is None or card.model_hash != trained.hash:
         raise DataError(
             f"{path} was learned for other weights",

@@ -15,7 +15,8 @@ arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uni
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal
 
@@ -25,11 +26,21 @@ from torch.nn import functional as F
 
 from midway.gen.core.files import state_hash
 from midway.gen.diffusion.dit import DiT, DiTConfig
-from midway.gen.diffusion.field import LatentField
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
-from midway.samplers.prediction import Field, Prediction, Target, expand, solve, target_coefficients
+from midway.samplers.prediction import (
+    Evaluations,
+    Field,
+    Prediction,
+    Target,
+    TimedField,
+    expand,
+    on_device,
+    solve,
+    target_coefficients,
+    x0_coefficients,
+)
 from midway.samplers.schedule import SCHEDULES, Schedule
 
 TIME_BUCKETS = 8
@@ -137,14 +148,6 @@ class LatentModel(nn.Module):
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 
-    @property
-    def target(self) -> Target:
-        return self.config.target
-
-    def noise_angle(self, t: Tensor) -> Tensor:
-        """The network's time, 2/pi atan2(sigma, alpha) in [0, 1], shaped like t."""
-        return _angle(self.schedule.alpha(t), self.schedule.sigma(t))
-
     def output_scale(self, t: Tensor) -> Tensor:
         """target / F, with F the network's output of unit variance, shaped like t."""
         a, b = target_coefficients(self.config.target, t, self.schedule)
@@ -200,7 +203,51 @@ class LatentModel(nn.Module):
             )
 
 
+@dataclass(frozen=True, eq=False)
+class LatentField(TimedField):
+    """The field of `model` for labels (B,).
+
+    A sampler knows the times of all evaluations: `at` embeds them all at once, beside the labels, and leaves each evaluation
+    the network and one scaling of its input (none where alpha^2 + sigma^2 = 1).
+    """
+
+    model: LatentModel
+    labels: Tensor
+
+    @property
+    def schedule(self) -> Schedule:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.model.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
+        return self.model.conditional_field(x, t, self.labels)
+
+    def copies(self, count: int) -> Field:
+        return replace(self, labels=self.labels.repeat(count))
+
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        """In terms of F, the network's output of unit variance."""
+        model, t = self.model, torch.tensor(times, dtype=torch.float64)
+        alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
+        pairs = x0_coefficients(model.config.target, model.schedule, times)
+        coefficients = tuple(
+            (p, q * scale) for (p, q), scale in zip(pairs, model.output_scale(t).tolist(), strict=True)
+        )
+        angles = on_device(tuple(_angle(alpha, sigma).tolist()), torch.float32, self.labels.device)
+        conditions = model.network.conditions(angles, self.labels)
+        scales = torch.hypot(alpha, sigma).tolist()
+        values = [_evaluation(model.network, *pair) for pair in zip(scales, conditions, strict=True)]
+        return Evaluations(coefficients, values)
+
+
+def _evaluation(network: DiT, scale: float, condition: Tensor) -> Callable[[Tensor], Tensor]:
+    def evaluate(x: Tensor) -> Tensor:
+        return network(x if abs(scale - 1) < 1e-12 else x / scale, condition=condition).value
+
+    return evaluate
+
+
 def _angle(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The network's time, 2/pi atan2(sigma, alpha) in [0, 1]."""
     return 2 / math.pi * torch.atan2(sigma, alpha)
 
 

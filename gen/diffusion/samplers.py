@@ -3,6 +3,7 @@
 Invalid combinations raise UsageError here, before the first sample is drawn, with what is possible instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,9 +12,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.core import randomness
-from midway.gen.core.errors import UsageError, nearest
-from midway.gen.diffusion.distill_table import BEST
-from midway.gen.diffusion.load import LEARNED, TrainedModel, load_solver
+from midway.gen.core.errors import UsageError, nearest, raising
+from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, LatentModel, start_state
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.samplers.card import SolverCard
@@ -79,7 +79,7 @@ def build_table(
 ) -> Table:
     """The table of a solver of the registry; only a fitted grid needs the model. UsageError for a budget that does not exist."""
     entry = SOLVERS[solver]
-    try:
+    with raising(UsageError, f"{solver} on grid {grid} at NFE {nfe} is not possible", "change --nfe"):
         steps = steps_for(entry.evaluations, nfe, config.analytic_first)
         if grid == GITS and trained is not None:
             fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
@@ -89,8 +89,6 @@ def build_table(
         if config.eta:
             return ddim(schedule, times, config.analytic_first, config.eta)
         return entry.build(schedule, times, config.analytic_first)
-    except ValueError as error:
-        raise UsageError(f"{solver} on grid {grid} at NFE {nfe} is not possible", str(error), "change --nfe") from None
 
 
 def fitting_nfe(trained: TrainedModel, config: SamplerConfig) -> int:
@@ -161,6 +159,16 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     return fitting
 
 
+def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:
+    """Names of the solvers that were learned for this model at every budget, on any grid."""
+
+    def exists(name: str, nfe: int) -> bool:
+        paths = (solver_path(trained.run.path, name, grid, nfe) for grid in LEARNED_ON)
+        return any((path / "config.yaml").exists() for path in paths)
+
+    return [name for name in LEARNED if all(exists(name, nfe) for nfe in budgets)]
+
+
 def check_guidance(trained: TrainedModel, config: SamplerConfig) -> None:
     """UsageError for guidance that this model cannot have."""
     low, high = config.interval
@@ -178,12 +186,8 @@ def check_guidance(trained: TrainedModel, config: SamplerConfig) -> None:
         )
     if config.guidance != 1 and config.weak is None and not trained.model.classes:
         raise UsageError(f"--guidance {config.guidance}", "this model was trained without classes", "drop --guidance")
-    try:
+    with raising(UsageError, "--guide names a model that cannot guide this one", "give a model of the same recipe"):
         trained.model.check_guidance(Guidance(config.guidance, config.interval, config.weak))
-    except ValueError as error:
-        raise UsageError(
-            "--guide names a model that cannot guide this one", str(error), "give a model of the same recipe"
-        ) from None
 
 
 def _refusal(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:

@@ -15,7 +15,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ from midway.gen.diffusion.load import CPU, LEARNED
 from midway.gen.diffusion.model import EVERYWHERE, start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
-from midway.gen.evaluation.sources import LATENT_LIMIT, SampledBatch
+from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
 from midway.samplers.grids import GRIDS
 from midway.samplers.interop import parametrisation_of, trained_range
@@ -73,6 +73,47 @@ class DiffusersModel:
         given = {"class_labels": labels.to(self.device)} if self.classes else {}
         return field_from_diffusers(self.network, self.scheduler, given)
 
+    @property
+    def description(self) -> str:
+        """The model in a line."""
+        count = sum(value.numel() for value in self.network.parameters())
+        latent = "" if self.decoder is None else f" in latents of {type(self.decoder).__name__}"
+        lowest = trained_range(self.schedule)[1]
+        return (
+            f"diffusers {self.path.name} ({self.hash}): {NETWORK} of {count:,} parameters{latent}, {self.schedule!r}, "
+            f"sampled down to sigma / alpha = {lowest:.3g}"
+        )
+
+    def within(self, config: Config) -> Config:
+        """The same with grids that stay on noise levels that the model was trained on."""
+        highest, lowest = trained_range(self.schedule)
+        return replace(config, rho_max=min(config.rho_max, highest), rho_min=max(config.rho_min, lowest))
+
+    def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
+        """One table per grid; UsageError for what such a model cannot have."""
+        _check(solver, config)
+        config = self.within(config)
+        return {grid: build_table(self.schedule, solver, nfe, config, grid) for grid in config.grids}
+
+    def source(self, sampler: Sampler, sampling: SamplingConfig) -> "DiffusersSource":
+        """Samples by this sampler."""
+        return DiffusersSource(self, sampler, sampling)
+
+    def fitting_nfe(self, config: SamplerConfig) -> int:
+        """None of its grids is fitted."""
+        del config
+        return 0
+
+    def check_images(self, reference: Tensor) -> None:
+        """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
+        made = tuple(self.decode(torch.zeros(1, *self.shape)).shape[1:])
+        if made != tuple(reference.shape[1:]):
+            raise DataError(
+                f"{self.path} makes images of shape {made} (C, H, W)",
+                f"the reference has {tuple(reference.shape[1:])}",
+                f"name the images it imitates: --data, with --resize {made[1]} and --channels {made[0]} if need be",
+            )
+
     @torch.no_grad()
     def decode(self, values: Tensor) -> Tensor:
         """States float32 (n, C, h, w) on the CPU -> uint8 images on the CPU."""
@@ -108,17 +149,6 @@ def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
     process = {name: value for name, value in scheduler.items() if name != "_diffusers_version"}
     digest = state_hash(json.dumps([configs, process], sort_keys=True, default=str), states)
     return DiffusersModel(network, decoder, scheduler, shape, classes, digest, path, schedule)
-
-
-def check_images(model: DiffusersModel, reference: Tensor) -> None:
-    """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
-    made = tuple(model.decode(torch.zeros(1, *model.shape)).shape[1:])
-    if made != tuple(reference.shape[1:]):
-        raise DataError(
-            f"{model.path} makes images of shape {made} (C, H, W)",
-            f"the reference has {tuple(reference.shape[1:])}",
-            f"name the images it imitates: --data, with --resize {made[1]} and --channels {made[0]} if need be",
-        )
 
 
 def _refusal(path: Path, why: str) -> DataError:
@@ -192,18 +222,7 @@ def _interface(path: Path, config: dict[str, Any]) -> tuple[tuple[int, int, int]
     return (config.get("in_channels", 3), height, width), config.get("num_class_embeds") or 0
 
 
-def describe(model: DiffusersModel) -> str:
-    """The model in a line, for reports."""
-    count = sum(value.numel() for value in model.network.parameters())
-    latent = "" if model.decoder is None else f" in latents of {type(model.decoder).__name__}"
-    lowest = trained_range(model.schedule)[1]
-    return (
-        f"diffusers {model.path.name} ({model.hash}): {NETWORK} of {count:,} parameters{latent}, {model.schedule!r}, "
-        f"sampled down to sigma / alpha = {lowest:.3g}"
-    )
-
-
-Config = TypeVar("Config", bound=SamplerConfig)
+# ---- samples ----
 
 
 @dataclass(frozen=True)
@@ -236,22 +255,6 @@ class DiffusersSource:
     def images(self, raw: SampledBatch) -> Tensor:
         """Decoded, or in 256 levels."""
         return self.model.decode(raw.values)
-
-
-# ---- samplers ----
-
-
-def within_training(config: Config, schedule: Schedule) -> Config:
-    """The same with grids that stay on noise levels that the model was trained on."""
-    highest, lowest = trained_range(schedule)
-    return replace(config, rho_max=min(config.rho_max, highest), rho_min=max(config.rho_min, lowest))
-
-
-def diffusers_samplers(model: DiffusersModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
-    """One table per grid, on the model's schedule; UsageError for what such a model cannot have."""
-    _check(solver, config)
-    config = within_training(config, model.schedule)
-    return {grid: build_table(model.schedule, solver, nfe, config, grid) for grid in config.grids}
 
 
 def _check(solver: str, config: SamplerConfig) -> None:

@@ -1,15 +1,16 @@
-"""One cell of a sweep: sample its seeds part by part, look at them through the feature network, and sum up.
+"""One measurement of a sweep: sample its seeds part by part, extract their features, and sum up.
 
-Parts are shared among processes by number and kept in the store, and so are the blocks that are measured of them; each is read in
-the order of the seeds, so the numbers are the same bits for any number of processes, and after any number of kills.
+Parts are shared among processes by number and written to the store, and so are the figures of each block; both are read in the
+order of the seeds, so the numbers are the same bits for any number of processes, and after any number of kills.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
-from midway.gen.evaluation.store import CellStore, Part, cell_id, part_ranges, seeds_of
+from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.psnr_ssim import psnr
 
@@ -30,51 +31,32 @@ TIMES = ("solver", "decode", "features")
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """`blocks` disjoint blocks of n seeds from `first` on."""
-
-    first: int
-    n: int
-    blocks: int
-
-    @property
-    def parts(self) -> list[tuple[int, int, int]]:
-        """(block, first seed, seeds) of every part."""
-        return part_ranges(self.first, self.n, self.blocks)
-
-    @property
-    def last(self) -> int:
-        """The last seed."""
-        return self.first + self.n * self.blocks - 1
-
-
-@dataclass(frozen=True)
 class FineSolution:
-    """The fine solution of every seed, kept in the store as parts of the same seeds."""
+    """The fine solution of every seed, stored as parts of the same seeds."""
 
     source: SampleSource
     seeds: Seeds
     store: CellStore
     process: ProcessInfo
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Of its parts."""
-        return {"fine solution": self.source.identity, "first": self.seeds.first, "n": self.seeds.n}
+    @cached_property
+    def cell(self) -> Cell:
+        """Where the parts are; it is never finished."""
+        return self.store.cell({"fine solution": self.source.identity, "first": self.seeds.first, "n": self.seeds.n})
 
     def make(self) -> None:
-        """Make the parts of this process that are not there."""
-        for number, (_, first, count) in self.process.mine(self.seeds.parts):
-            if self.store.part(self.identity, number) is None:
-                raw = self.source.sample(seeds_of(first, count))
-                tensors = {"latents": raw.values, "images": self.source.images(raw)}
-                self.store.write_part(self.identity, number, Part(tensors, {"nfe": raw.nfe}))
+        """Make the missing parts of this process."""
+        for number, (_, seeds) in self.process.mine(self.seeds.parts):
+            if self.cell.part(number) is None:
+                batch = self.source.sample(seeds)
+                tensors = {"latents": batch.values, "images": self.source.images(batch)}
+                self.cell.write(number, Part(tensors, {"nfe": batch.nfe}))
 
     def latents(self, most: int) -> Tensor:
         """The fine solution of the first seeds, at most so many."""
         found: list[Tensor] = []
         for number in range(len(self.seeds.parts)):
-            part = self.store.part(self.identity, number)
+            part = self.cell.part(number)
             if part is None or sum(map(len, found)) >= most:
                 break
             found.append(part.tensors["latents"])
@@ -82,16 +64,14 @@ class FineSolution:
 
     def errors(self, number: int, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
         """float64 (n,) twice: mean square distance of latents (n, C, h, w), and PSNR in dB of images, to the fine solution."""
-        part = self.store.part(self.identity, number)
-        if part is None:
-            raise RuntimeError(f"the fine solution of part {number} is gone: run again")
+        (part,) = self.cell.parts([number])
         errors = (latents.double() - part.tensors["latents"].double()).square().flatten(1).mean(1)
         return {"errors": errors, "psnr": psnr(images, part.tensors["images"])}
 
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """What every cell of a sweep is measured with."""
+    """What every measurement of a sweep is made with."""
 
     reference: FeatureReference
     seeds: Seeds
@@ -100,13 +80,13 @@ class EvaluationContext:
     metrics: tuple[str, ...] = ()
     """Beside the Fréchet distance, by their names in METRICS."""
     overlap: bool = False
-    """Decode and look at a part while the next one is sampled."""
+    """Decode a part and extract its features while the next one is sampled."""
     timing: str = ""
     """What seconds depend on."""
 
-    def identity(self, source: SampleSource, fine: "FineSolution | None" = None) -> dict[str, Any]:
-        """Everything that the numbers of a cell depend on."""
-        found = {
+    def cell(self, source: SampleSource, fine: FineSolution | None = None) -> Cell:
+        """The source's place in the store, named by everything that its numbers depend on."""
+        identity = {
             "source": source.identity,
             "seeds": [self.seeds.first, self.seeds.n, self.seeds.blocks],
             "features": self.reference.features,
@@ -114,79 +94,62 @@ class EvaluationContext:
             "root": self.reference.root,
             "metrics": sorted(self.metrics),
         }
-        return found | ({"fine": fine.identity} if fine is not None else {})
-
-    def record(self, source: SampleSource, fine: "FineSolution | None" = None) -> str:
-        """Name of the cell's record in the store."""
-        return cell_id(self.identity(source, fine))
+        return self.store.cell(identity | ({"fine": fine.cell.identity} if fine is not None else {}))
 
 
-def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> dict[str, Any]:
-    """The numbers of one cell: from the store if it is finished, else measured. With `fine`, RMSE too."""
-    identity = context.identity(source, fine)
-    numbers = context.store.record(identity)
-    context.process.wait()  # all have looked before the first process writes
-    if numbers is None:
-        _make_parts(source, context, identity, fine)
-        context.process.wait()
-        _make_blocks(context, identity)
-        context.process.wait()
-        if context.process.rank == 0:
-            numbers, png = _summary(context, identity)
-            context.store.finish(identity, numbers, png)
-        context.process.wait()
-        numbers = numbers or context.store.record(identity)
-    assert numbers is not None
-    return numbers
-
-
-def picture(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> bytes | None:
-    """The PNG of a finished cell."""
-    return context.store.png(context.identity(source, fine))
+def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> Cell:
+    """The finished cell of a source, read from the store or measured now. With `fine`, RMSE too."""
+    cell, process = context.cell(source, fine), context.process
+    finished = cell.numbers() is not None
+    process.wait()  # all have read before the first process writes
+    if not finished:
+        _sample(source, cell, context, fine)
+        process.wait()
+        _sum_blocks(cell, context)
+        process.wait()
+        if process.rank == 0:
+            blocks = cell.parts(_block_places(context.seeds))
+            cell.finish(_summary(blocks), grid_png(blocks[0].tensors["shown"], columns=SHOWN // 2))
+        process.wait()
+    return cell
 
 
 # ---- parts ----
 
 
-def _make_parts(
-    source: SampleSource, context: EvaluationContext, identity: dict[str, Any], fine: FineSolution | None
-) -> None:
+def _sample(source: SampleSource, cell: Cell, context: EvaluationContext, fine: FineSolution | None) -> None:
+    """Write the missing parts of this process."""
     with _worker(context.overlap) as run:
-        for number, (_, first, count) in context.process.mine(context.seeds.parts):
-            if context.store.part(identity, number) is None:
-                raw = source.sample(seeds_of(first, count))
-                run(lambda raw=raw, number=number: _keep(source, raw, number, context, identity, fine))
+        for number, (_, seeds) in context.process.mine(context.seeds.parts):
+            if cell.part(number) is None:
+                batch = source.sample(seeds)
+                run(lambda batch=batch, number=number: cell.write(number, _part(source, batch, number, context, fine)))
+
+
+def _part(
+    source: SampleSource, batch: SampledBatch, number: int, context: EvaluationContext, fine: FineSolution | None
+) -> Part:
+    """Decode a batch and extract its features."""
+    begun = time.perf_counter()
+    images = source.images(batch)
+    decoded = time.perf_counter()
+    found = extract_features(context.reference, images)
+    costs = {"nfe": batch.nfe, "solver": batch.seconds, "decode": decoded - begun, "timing": context.timing}
+    costs["features"] = time.perf_counter() - decoded
+    tensors = {"features": found.features, "finite": batch.finite}
+    if found.logits is not None:
+        tensors["logits"] = found.logits
+    if fine is not None:
+        tensors |= fine.errors(number, batch.values, images)
+    if number == 0:
+        tensors["shown"] = images[:SHOWN]
+    return Part(tensors, costs)
 
 
 def extract_features(reference: FeatureReference, images: Tensor) -> Features:
     """Features and logits of uint8 images, on the CPU."""
     found = reference.network.activations(images)
     return Features(found.features.cpu(), None if found.logits is None else found.logits.cpu())
-
-
-def _keep(
-    source: SampleSource,
-    raw: SampledBatch,
-    number: int,
-    context: EvaluationContext,
-    identity: dict[str, Any],
-    fine: FineSolution | None,
-) -> None:
-    """Decode, look, and write a part."""
-    begun = time.perf_counter()
-    images = source.images(raw)
-    decoded = time.perf_counter()
-    seen = extract_features(context.reference, images)
-    costs = {"nfe": raw.nfe, "solver": raw.seconds, "decode": decoded - begun, "timing": context.timing}
-    costs["features"] = time.perf_counter() - decoded
-    tensors = {"features": seen.features, "finite": raw.finite}
-    if seen.logits is not None:
-        tensors["logits"] = seen.logits
-    if fine is not None:
-        tensors |= fine.errors(number, raw.values, images)
-    if number == 0:
-        tensors["shown"] = images[:SHOWN]
-    context.store.write_part(identity, number, Part(tensors, costs))
 
 
 @contextmanager
@@ -208,64 +171,55 @@ def _worker(overlap: bool) -> Iterator[Callable[[Callable[[], None]], None]]:
             pending.pop().result()
 
 
-# ---- summing up ----
+# ---- blocks ----
 
 
-def _make_blocks(context: EvaluationContext, identity: dict[str, Any]) -> None:
-    """Measure the blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
-    for block, _ in context.process.mine(range(context.seeds.blocks)):
-        if context.store.part(identity, _place(context, block)) is None:
-            context.store.write_part(identity, _place(context, block), _block(context, identity, block))
+def _block_places(seeds: Seeds) -> range:
+    """The numbers in the store of the figures of blocks, after all parts of samples."""
+    return range(len(seeds.parts), len(seeds.parts) + seeds.blocks)
 
 
-def _place(context: EvaluationContext, block: int) -> int:
-    """The number of a block's figures in the store, after all parts of samples."""
-    return len(context.seeds.parts) + block
+def _sum_blocks(cell: Cell, context: EvaluationContext) -> None:
+    """Write the missing blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
+    for block, place in context.process.mine(_block_places(context.seeds)):
+        if cell.part(place) is None:
+            numbers = [number for number, (its, _) in enumerate(context.seeds.parts) if its == block]
+            cell.write(place, _block(cell.parts(numbers), context))
 
 
-def _block(context: EvaluationContext, identity: dict[str, Any], block: int) -> Part:
+def _block(parts: Sequence[Part], context: EvaluationContext) -> Part:
     """The figures of one block from its parts; `errors` and `psnr` of each sample, if there was a fine solution."""
-    numbers = [number for number, (its, _, _) in enumerate(context.seeds.parts) if its == block]
-    parts = [part for number in numbers if (part := context.store.part(identity, number)) is not None]
-    if len(parts) < len(numbers):
-        raise RuntimeError(f"parts of block {block} are gone: run again")
     found = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors if name != "shown"}
-    seen, sound = Features(found["features"], found.get("logits")), bool(found["finite"].all())
+    features, finite = Features(found["features"], found.get("logits")), bool(found["finite"].all())
     figures = {
-        "distance": context.reference.distance_of(seen.features) if sound else None,
-        "metrics": measure_metrics(context.metrics, seen, context.reference) if sound else {},
+        "distance": context.reference.distance_of(features.features) if finite else None,
+        "metrics": measure_metrics(context.metrics, features, context.reference) if finite else {},
         "nonfinite": int((~found["finite"]).sum()),
         "nfe": [part.costs["nfe"] for part in parts],
         "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
         "timing": [part.costs["timing"] for part in parts],
     }
-    kept = {name: found[name] for name in ("errors", "psnr") if name in found}
-    return Part(kept | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
+    tensors = {name: found[name] for name in ("errors", "psnr") if name in found}
+    return Part(tensors | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
 
 
-def _summary(context: EvaluationContext, identity: dict[str, Any]) -> tuple[dict[str, Any], bytes | None]:
-    """Numbers of all blocks, in the order of the seeds, and a picture of the first."""
-    blocks = [context.store.part(identity, _place(context, block)) for block in range(context.seeds.blocks)]
-    found = [block for block in blocks if block is not None]
-    if len(found) < len(blocks):
-        raise RuntimeError("the figures of a block are gone: run again")
-    figures = [block.costs for block in found]
+def _summary(blocks: Sequence[Part]) -> dict[str, Any]:
+    """Numbers of all blocks, in the order of the seeds."""
+    figures = [block.costs for block in blocks]
     nonfinite = sum(its["nonfinite"] for its in figures)
-    errors = [block.tensors["errors"] for block in found if "errors" in block.tensors]
-    quality = [block.tensors["psnr"] for block in found if "psnr" in block.tensors]
-    numbers: dict[str, Any] = {
+    errors = [block.tensors["errors"] for block in blocks if "errors" in block.tensors]
+    quality = [block.tensors["psnr"] for block in blocks if "psnr" in block.tensors]
+    names = () if nonfinite else figures[0]["metrics"]
+    return {
         "nfe": _whole([nfe for its in figures for nfe in its["nfe"]]),
         "distances": [None if nonfinite else its["distance"] for its in figures],
         "nonfinite": nonfinite,
-        "metrics": {}
-        if nonfinite
-        else {name: [its["metrics"][name] for its in figures] for name in figures[0]["metrics"]},
+        "metrics": {name: [its["metrics"][name] for its in figures] for name in names},
         "rmse": _rmse(torch.cat(errors)) if errors else None,
         "psnr": torch.cat(quality).mean().item() if quality and not nonfinite else None,
         "seconds": {name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES},
         "timing": " + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
     }
-    return numbers, grid_png(found[0].tensors["shown"], columns=SHOWN // 2)
 
 
 def _rmse(errors: Tensor) -> float | None:

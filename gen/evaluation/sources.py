@@ -1,25 +1,24 @@
-"""Sources of samples: a latent model under a sampler, or a baseline.
+"""What a sweep measures: sources of samples, and models that solvers are measured on.
 
 `identity` lists everything that the images of a source depend on. An image depends on its seed alone, so any process can compute
 any part of a measurement.
 """
 
-import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
-from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.core.errors import DivergedError
-from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.sampling import SamplingConfig, decode, labels_of, sample_latents
+from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, make_samplers
+from midway.gen.diffusion.sampling import SamplingConfig, decode, sample_latents
 from midway.samplers.sampler import Sampler
+from midway.samplers.schedule import Schedule
 
 LATENT_LIMIT = 100.0
 """Standard deviations at which a latent is clamped before it is decoded; a cell with latents that are not finite is diverged."""
+Config = TypeVar("Config", bound=SamplerConfig)
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,85 @@ class SampleSource(Protocol):
     def images(self, raw: SampledBatch) -> Tensor:
         """uint8 (n, C, H, W) on the CPU, also of samples that are not finite."""
         ...
+
+
+class EvaluatedModel(Protocol):
+    """A model that solvers are measured on."""
+
+    @property
+    def classes(self) -> int:
+        """0 if it is unconditional."""
+        ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def description(self) -> str:
+        """The model in a line."""
+        ...
+
+    def check_images(self, reference: Tensor) -> None:
+        """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
+        ...
+
+    def within(self, config: Config) -> Config:
+        """The same with grids that stay on noise levels of the model's training."""
+        ...
+
+    def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
+        """One sampler per grid; UsageError for what this model cannot have."""
+        ...
+
+    def source(self, sampler: Sampler, sampling: SamplingConfig) -> SampleSource: ...
+
+    def fitting_nfe(self, config: SamplerConfig) -> int:
+        """Passes of samples through the network that fitting a grid costs."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvaluatedLatentModel:
+    """A latent model of ours with everything it can be sampled by."""
+
+    trained: TrainedModel
+
+    @property
+    def classes(self) -> int:
+        """0 if it is unconditional."""
+        return self.trained.model.classes
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of the model."""
+        return self.trained.model.schedule
+
+    @property
+    def description(self) -> str:
+        """The model in a line."""
+        config = self.trained.model.config
+        network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+        return f"{self.trained.hash}: {network}; weights {self.trained.weights}"
+
+    def check_images(self, reference: Tensor) -> None:
+        """Its training images are the reference."""
+        del reference
+
+    def within(self, config: Config) -> Config:
+        """As it is: the model was trained on all noise levels."""
+        return config
+
+    def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
+        """One per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
+        return make_samplers(self.trained, solver, nfe, config)
+
+    def source(self, sampler: Sampler, sampling: SamplingConfig) -> "SolverSource":
+        """Samples by this sampler."""
+        return SolverSource(self.trained, sampler, sampling)
+
+    def fitting_nfe(self, config: SamplerConfig) -> int:
+        """Once per model, whatever the number of grids."""
+        return fitting_nfe(self.trained, config)
 
 
 @dataclass(frozen=True)
@@ -86,28 +164,3 @@ class SolverSource:
                 str(error),
                 "train its tokenizer again; evaluate_tokenizer.py measures it on real images",
             ) from None
-
-
-@dataclass(frozen=True)
-class BaselineSource:
-    """Samples of a VAE or a flow: `sample_nfe` evaluations each."""
-
-    trained: TrainedBaseline
-    batch_size: int = 256
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The model."""
-        return {"baseline": self.trained.hash}
-
-    def sample(self, seeds: Tensor) -> SampledBatch:
-        """Float images (n, C, H, W) in [-1, 1], with the class of each seed."""
-        model, begun, parts = self.trained.model, time.perf_counter(), []
-        for some in seeds.split(self.batch_size):
-            labels = labels_of(some, model.classes) if model.classes else None
-            parts.append(model.sample(some, labels).cpu())
-        return SampledBatch(torch.cat(parts), model.sample_nfe, time.perf_counter() - begun)
-
-    def images(self, raw: SampledBatch) -> Tensor:
-        """In 256 levels."""
-        return to_uint8(raw.values.nan_to_num())

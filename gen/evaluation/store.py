@@ -13,8 +13,9 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,27 @@ class Part:
     costs: dict[str, Any]
 
 
-def cell_id(identity: dict[str, Any]) -> str:
-    """16 hexadecimal digits of an identity."""
-    return hashlib.sha256(_canonical({"schema": SCHEMA, **identity})).hexdigest()[:16]
+@dataclass(frozen=True)
+class Seeds:
+    """`blocks` disjoint blocks of n seeds from `first` on."""
+
+    first: int
+    n: int
+    blocks: int
+
+    @property
+    def parts(self) -> list[tuple[int, Tensor]]:
+        """(block, its seeds int64 (<= PART,)) of every part; no part spans two blocks."""
+        ends = [(block, self.first + block * self.n) for block in range(self.blocks)]
+        return [(block, part) for block, first in ends for part in torch.arange(first, first + self.n).split(PART)]
+
+    @property
+    def all(self) -> Tensor:
+        """int64 (n * blocks,)."""
+        return torch.arange(self.first, self.first + self.n * self.blocks)
+
+    def __str__(self) -> str:
+        return f"{self.first}-{self.first + self.n * self.blocks - 1}"
 
 
 def _canonical(value: object) -> bytes:
@@ -51,16 +70,23 @@ def _canonical(value: object) -> bytes:
 
 
 @dataclass(frozen=True)
-class CellStore:
-    """The folder `cells/` of a sweep."""
+class Cell:
+    """One measurement in the store: parts while it is measured, numbers and a picture when it is finished."""
 
     folder: Path
+    identity: dict[str, Any]
+    """Everything that the numbers depend on, as JSON takes it."""
 
-    # ---- finished cells ----
+    @cached_property
+    def id(self) -> str:
+        """16 hexadecimal digits of the identity."""
+        return hashlib.sha256(_canonical({"schema": SCHEMA, **self.identity})).hexdigest()[:16]
 
-    def record(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """The numbers of a finished cell; None if it is not there. A damaged one is renamed and counts as not there."""
-        path = self._path(identity)
+    # ---- finished ----
+
+    def numbers(self) -> dict[str, Any] | None:
+        """None if the cell is not finished. A damaged file is renamed and counts as absent."""
+        path = self._path
         try:
             text = path.read_text()
         except FileNotFoundError:
@@ -77,26 +103,26 @@ class CellStore:
             return None
         return content["numbers"]
 
-    def finish(self, identity: dict[str, Any], numbers: dict[str, Any], png: bytes | None) -> None:
-        """Write a cell's numbers, then drop its parts."""
-        body = {"identity": identity, "numbers": numbers}
+    def finish(self, numbers: dict[str, Any], png: bytes | None) -> None:
+        """Write the numbers, then drop the parts."""
+        body = {"identity": self.identity, "numbers": numbers}
         content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
         if png is not None:
-            write_atomically(self._path(identity).with_suffix(".png"), png)
-        write_atomically(self._path(identity), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        shutil.rmtree(self._parts(identity), ignore_errors=True)
+            write_atomically(self._path.with_suffix(".png"), png)
+        write_atomically(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        shutil.rmtree(self._parts, ignore_errors=True)
 
-    def png(self, identity: dict[str, Any]) -> bytes | None:
+    def png(self) -> bytes | None:
         """The picture of a finished cell."""
-        path = self._path(identity).with_suffix(".png")
+        path = self._path.with_suffix(".png")
         return path.read_bytes() if path.exists() else None
 
     # ---- parts ----
 
-    def part(self, identity: dict[str, Any], number: int) -> Part | None:
-        """One part, None if it is not there or damaged."""
+    def part(self, number: int) -> Part | None:
+        """None if it is absent or damaged."""
         try:
-            with safe_open(self._part(identity, number), framework="pt") as file:
+            with safe_open(self._part(number), framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             if header["hash"] != state_hash(header["costs"], tensors):
@@ -105,12 +131,42 @@ class CellStore:
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
-    def write_part(self, identity: dict[str, Any], number: int, part: Part) -> None:
-        """Keep one part, whole or not at all."""
+    def parts(self, numbers: Iterable[int]) -> list[Part]:
+        """Parts that were written before. RuntimeError if one is gone."""
+        found = {number: self.part(number) for number in numbers}
+        missing = [number for number, part in found.items() if part is None]
+        if missing:
+            raise RuntimeError(f"parts {missing} of {self._parts} are gone: run again")
+        return [part for part in found.values() if part is not None]
+
+    def write(self, number: int, part: Part) -> None:
+        """Write one part, whole or not at all."""
         tensors = {name: value.contiguous() for name, value in part.tensors.items()}
         costs = json.dumps(part.costs)
         header = {"costs": costs, "hash": state_hash(costs, tensors)}
-        write_atomically(self._part(identity, number), save(tensors, header))
+        write_atomically(self._part(number), save(tensors, header))
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.id}.json"
+
+    @property
+    def _parts(self) -> Path:
+        return self.folder / f"{self.id}.parts"
+
+    def _part(self, number: int) -> Path:
+        return self._parts / f"part-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class CellStore:
+    """The folder `cells/` of a sweep."""
+
+    folder: Path
+
+    def cell(self, identity: dict[str, Any]) -> Cell:
+        """The cell of this identity, finished or not."""
+        return Cell(self.folder, identity)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -131,26 +187,3 @@ class CellStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DiskError(f"{self.folder} cannot be made", str(error), "choose another --out") from None
-
-    def _path(self, identity: dict[str, Any]) -> Path:
-        return self.folder / f"{cell_id(identity)}.json"
-
-    def _parts(self, identity: dict[str, Any]) -> Path:
-        return self.folder / f"{cell_id(identity)}.parts"
-
-    def _part(self, identity: dict[str, Any], number: int) -> Path:
-        return self._parts(identity) / f"part-{number:05d}.safetensors"
-
-
-def part_ranges(first: int, n: int, blocks: int) -> list[tuple[int, int, int]]:
-    """(block, first seed, seeds) of every part of `blocks` blocks of n seeds; no part spans two blocks."""
-    return [
-        (block, first + block * n + start, min(PART, n - start))
-        for block in range(blocks)
-        for start in range(0, n, PART)
-    ]
-
-
-def seeds_of(first: int, count: int) -> Tensor:
-    """int64 (count,): the seeds from `first` on."""
-    return torch.arange(first, first + count)

@@ -18,12 +18,12 @@ import torch
 from midway.gen.core.environment import hardware
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
-from midway.gen.data.splits import Splits
-from midway.gen.evaluation.jobs import Job, Model, Other, SweepConfig, all_jobs, fine_source
-from midway.gen.evaluation.measure import EvaluationContext, FineSolution, Seeds, extract_features, measure, picture
-from midway.gen.evaluation.metrics import check_metrics, measure_metrics, over_blocks, possible
+from midway.gen.evaluation.jobs import Job, SweepConfig
+from midway.gen.evaluation.measure import EvaluationContext, FineSolution, extract_features, measure
+from midway.gen.evaluation.metrics import measure_metrics, over_blocks, possible
 from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, mark_best
-from midway.gen.evaluation.store import CellStore
+from midway.gen.evaluation.sources import SampleSource
+from midway.gen.evaluation.store import Cell, CellStore
 from midway.gen.features.reference import FeatureReference, balanced
 
 
@@ -65,31 +65,39 @@ class Sweep:
 
 
 def run_sweep(
-    model: Model | None,
+    jobs: Sequence[Job],
+    fine: SampleSource | None,
     reference: FeatureReference,
-    splits: Splits,
+    held_out: ImageData,
     config: SweepConfig,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
-    others: Mapping[str, Other] | None = None,
     process: ProcessInfo | None = None,
 ) -> Sweep:
-    """Measure every cell; those that are finished in folder/cells are read. All is checked before the first sample is drawn.
+    """Measure every job, with RMSE to `fine` of those that are solvers; what is finished in folder/cells is read.
 
-    Without a model only `others`, baselines and external images, are measured.
+    UsageError while another sweep writes there.
     """
-    n = len(splits.held_out.images) if config.n is None else config.n
-    config.check(n)
-    check_metrics(config.metrics, n, reference.statistics.dim, reference.has_logits)
-    jobs = all_jobs(model, others or {}, config, n)
-    process, seeds = process or ProcessInfo(), Seeds(config.first_seed, n, config.blocks)
-    store = CellStore(folder / "cells")
+    process, seeds, store = process or ProcessInfo(), config.seeds, CellStore(folder / "cells")
     context = EvaluationContext(
         reference, seeds, store, process, config.metrics, config.overlap, timing(config, process)
     )
     with store.claimed() if process.rank == 0 else nullcontext():
         process.wait()
-        return _run(model, jobs, context, splits, config, progress)
+        solution = None
+        if fine is not None:
+            progress("reference")
+            solution = FineSolution(fine, seeds, store, process)
+            solution.make()
+        sweep = Sweep([measure_floor(reference, held_out, seeds.n, config.metrics)], {}, fine=solution)
+        for job in jobs:
+            progress(f"{job.solver} {job.grid}")
+            cell = measure(job.source, context, None if job.baseline else solution)
+            found = _measurement(job, cell, context)
+            sweep.measurements.append(found)
+            key = (job.solver, job.grid, found.nfe)
+            sweep.jobs[key], sweep.pictures[key] = job, cell.png()
+    return with_best(sweep, sweep.measurements)
 
 
 def timing(config: SweepConfig, process: ProcessInfo) -> str:
@@ -99,33 +107,11 @@ def timing(config: SweepConfig, process: ProcessInfo) -> str:
     return f"{hardware()}; {process.world_size} process(es), batches of {config.batch_size}{graphs}{overlapped}"
 
 
-def _run(
-    model: Model | None,
-    jobs: Sequence[Job],
-    context: EvaluationContext,
-    splits: Splits,
-    config: SweepConfig,
-    progress: Callable[[str], None],
-) -> Sweep:
-    fine, seeds = None, context.seeds
-    if model is not None and config.reference_nfe:
-        progress("reference")
-        fine = FineSolution(fine_source(model, config), seeds, context.store, context.process)
-        fine.make()
-    measurements, pictures, made = [measure_floor(context.reference, splits.held_out, seeds.n, config.metrics)], {}, {}
-    for job in jobs:
-        progress(f"{job.solver} {job.grid}")
-        its = None if job.baseline else fine
-        found = _measurement(job, measure(job.source, context, its), context, context.record(job.source, its))
-        measurements.append(found)
-        made[job.solver, job.grid, found.nfe] = job
-        pictures[job.solver, job.grid, found.nfe] = picture(job.source, context, its)
-    return with_best(Sweep(measurements, {}, pictures, made, fine), measurements)
-
-
-def _measurement(job: Job, numbers: Mapping[str, Any], context: EvaluationContext, record: str) -> Measurement:
-    """A record of the store as a measurement."""
-    seeds, seconds = context.seeds, numbers["seconds"]
+def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measurement:
+    """A finished cell as a measurement."""
+    seeds, numbers = context.seeds, cell.numbers()
+    assert numbers is not None
+    seconds = {name: round(value / seeds.blocks, 3) for name, value in numbers["seconds"].items()}
     single = {name: Estimate(numbers[name]) for name in ("rmse", "psnr") if numbers[name] is not None}
     return Measurement(
         solver=job.solver,
@@ -138,17 +124,17 @@ def _measurement(job: Job, numbers: Mapping[str, Any], context: EvaluationContex
         },
         n=seeds.n,
         blocks=seeds.blocks,
-        seconds=round(seconds["solver"] / seeds.blocks, 3),
+        seconds=seconds["solver"],
         features=context.reference.features,
         reference=context.reference.name,
-        seeds=f"{seeds.first}-{seeds.last}",
+        seeds=str(seeds),
         training_nfe=job.training_nfe,
         baseline=job.baseline,
         nonfinite=numbers["nonfinite"],
-        record=record,
+        record=cell.id,
         timing=numbers["timing"],
-        decode_seconds=round(seconds["decode"] / seeds.blocks, 3),
-        feature_seconds=round(seconds["features"] / seeds.blocks, 3),
+        decode_seconds=seconds["decode"],
+        feature_seconds=seconds["features"],
     )
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import state_hash, write_atomically
 from midway.gen.data.images import to_float
-from midway.gen.features.extractor import Activations, in_blocks, other_label
+from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
 
 BLOCK = 256
@@ -66,15 +66,26 @@ def _stage(channels_in: int, channels_out: int) -> nn.Sequential:
     )
 
 
-class FeatureNetwork(nn.Module):
-    """The classifier above. Results depend neither on the mode (train or eval) nor on other images of the batch."""
+class FeatureNetwork(Extractor):
+    """The classifier above, an Extractor of images of its own shape.
+
+    Results depend neither on the mode (train or eval) nor on other images of the batch. `name` is that of the protocol once
+    the network has been loaded.
+    """
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
+    name = label = ""
+    has_logits = True
+    note = (
+        "The distance uses a feature network trained on this data set; it compares models of this data set and cannot "
+        "be compared with published figures."
+    )
 
     def __init__(self, config: FeatureConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.dim = config, config.dim
+        self.image_shape = (config.in_channels, config.image_size, config.image_size)
         width = config.width
         self.stages = nn.Sequential(
             _stage(config.in_channels, width), _stage(width, 2 * width), _stage(2 * width, 4 * width)
@@ -86,16 +97,26 @@ class FeatureNetwork(nn.Module):
         """Penultimate features (B, dim) of float images x (B, C, H, W) in [-1, 1]."""
         return self.embed(self.stages(x).mean(dim=(2, 3)))
 
-    has_logits = True
-
-    def features(self, images: Tensor) -> Tensor:
-        """float32 (B, dim) of uint8 images (B, C, H, W); the same bits for any B. ValueError on other images."""
-        return self.activations(images).features
-
     def activations(self, images: Tensor) -> Activations:
         """Features and their class logits; as `features`."""
-        _check_images(images, self.config)
+        if not self._takes(images):
+            raise ValueError(
+                f"features need uint8 images (B, {', '.join(map(str, self.image_shape))}), not {images.dtype} "
+                f"{tuple(images.shape)}: convert floats with midway.gen.data.images, and use a feature network of this size"
+            )
         return in_blocks(images, BLOCK, self.classify.weight.device, self._block_activations)
+
+    def check(self, images: Tensor, what: str = "the images are") -> None:
+        """DataError unless these are uint8 images (N, C, H, W) of the network's shape; `what` names their source."""
+        if not self._takes(images):
+            raise DataError(
+                f"{self.name} measures {self.image_shape} images",
+                f"{what} {tuple(images.shape[1:])}" + ("" if images.dtype == torch.uint8 else f" of {images.dtype}"),
+                "train features on the same data with scripts/train_features.py",
+            )
+
+    def _takes(self, images: Tensor) -> bool:
+        return images.dtype == torch.uint8 and images.shape[1:] == self.image_shape
 
     def _block_activations(self, images: Tensor) -> Activations:
         features = self(to_float(images))
@@ -110,19 +131,6 @@ class FeatureNetwork(nn.Module):
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to update between steps."""
-
-
-def _shape(config: FeatureConfig) -> tuple[int, int, int]:
-    return config.in_channels, config.image_size, config.image_size
-
-
-def _check_images(images: Tensor, config: FeatureConfig) -> None:
-    expected = _shape(config)
-    if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
-        raise ValueError(
-            f"features need uint8 images (B, {', '.join(map(str, expected))}), not {images.dtype} "
-            f"{tuple(images.shape)}: convert floats with midway.gen.data.images, and use a feature network of this size"
-        )
 
 
 def feature_hash(network: FeatureNetwork) -> str:
@@ -171,8 +179,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def load_features(path: Path) -> tuple[FeatureNetwork, str]:
-    """The network (CPU, eval, frozen) and its protocol name. DataError unless the weights match the stored hash."""
+def load_features(path: Path) -> FeatureNetwork:
+    """The network (CPU, eval, frozen) with its protocol name. DataError unless the weights match the stored hash."""
     metadata, tensors = _read(path)
     try:
         network = FeatureNetwork(FeatureConfig(**json.loads(metadata["config"])))
@@ -181,50 +189,6 @@ def load_features(path: Path) -> tuple[FeatureNetwork, str]:
         raise _bad_file(path, f"its configuration and weights do not fit ({error})") from error
     if feature_hash(network) != metadata.get("hash"):
         raise _bad_file(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
-    return network.eval().requires_grad_(False), protocol_name(network, metadata.get("data", "unknown"))
-
-
-class TrainedExtractor:
-    """A trained feature network with its protocol name, as an Extractor of images of its own shape."""
-
-    has_logits = True
-
-    def __init__(self, network: FeatureNetwork, name: str) -> None:
-        self.network, self.name, self.label = network, name, other_label(name)
-
-    @property
-    def dim(self) -> int:
-        """Features."""
-        return self.network.config.dim
-
-    @property
-    def note(self) -> str:
-        """A sentence for reports: how distances may be compared."""
-        return (
-            "The distance uses a feature network trained on this data set; it compares models of this data set and cannot "
-            "be compared with published figures."
-        )
-
-    def check(self, images: Tensor, what: str = "the images are") -> None:
-        """DataError unless these are uint8 images (N, C, H, W) of the network's shape; `what` names their source."""
-        try:
-            _check_images(images, self.network.config)
-        except ValueError:
-            raise DataError(
-                f"{self.name} measures {_shape(self.network.config)} images",
-                f"{what} {tuple(images.shape[1:])}" + ("" if images.dtype == torch.uint8 else f" of {images.dtype}"),
-                "train features on the same data with scripts/train_features.py",
-            ) from None
-
-    def features(self, images: Tensor) -> Tensor:
-        """As FeatureNetwork."""
-        return self.network.features(images)
-
-    def activations(self, images: Tensor) -> Activations:
-        """As FeatureNetwork."""
-        return self.network.activations(images)
-
-    def to(self, device: torch.device) -> Self:
-        """Move to `device`; self."""
-        self.network.to(device)
-        return self
+    network.name = protocol_name(network, metadata.get("data", "unknown"))
+    network.label = other_label(network.name)
+    return network.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ of one fixed size (the last one padded), because libraries choose kernels by bat
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,37 +23,8 @@ class Activations(NamedTuple):
     logits: Tensor | None
 
 
-class Extractor(Protocol):
-    """A feature network with its weights."""
-
-    @property
-    def name(self) -> str:
-        """The protocol, with a hash of the weights; part of every reported distance."""
-        ...
-
-    @property
-    def label(self) -> str:
-        """The name of distances of these features: FID, or Fréchet distance (name)."""
-        ...
-
-    @property
-    def note(self) -> str:
-        """A sentence for reports: how distances may be compared."""
-        ...
-
-    @property
-    def dim(self) -> int:
-        """D, the number of features."""
-        ...
-
-    @property
-    def has_logits(self) -> bool:
-        """Whether there are logits."""
-        ...
-
-    def check(self, images: Tensor, what: str = "the images are") -> None:
-        """DataError for images unsupported by the network, uint8 (N, C, H, W), whose source `what` names."""
-        ...
+class ImageFeatures(Protocol):
+    """A function of uint8 images (N, C, H, W)."""
 
     def features(self, images: Tensor) -> Tensor:
         """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
@@ -63,9 +34,32 @@ class Extractor(Protocol):
         """Features and logits, as `features`."""
         ...
 
-    def to(self, device: torch.device) -> Self:
-        """Move to `device`; self."""
-        ...
+
+class Extractor(nn.Module, ABC):
+    """A feature network with its weights."""
+
+    name: str
+    """The protocol, with a hash of the weights; part of every reported distance."""
+    label: str
+    """The name of distances of these features: FID, or Fréchet distance (name)."""
+    note: str
+    """A sentence for reports: how distances may be compared."""
+    dim: int
+    """D, the number of features."""
+    has_logits: bool = False
+    """Whether there are logits."""
+
+    @abstractmethod
+    def check(self, images: Tensor, what: str = "the images are") -> None:
+        """DataError for images unsupported by the network, uint8 (N, C, H, W), whose source `what` names."""
+
+    @abstractmethod
+    def activations(self, images: Tensor) -> Activations:
+        """Features and logits, as `features`."""
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
+        return self.activations(images).features
 
 
 def other_label(name: str) -> str:
@@ -73,24 +67,17 @@ def other_label(name: str) -> str:
     return f"Fréchet distance ({name})"
 
 
-class PublishedExtractor(nn.Module, ABC):
+class PublishedExtractor(Extractor):
     """A published network for RGB images of any size, resized to its own; grey images are repeated to three channels."""
-
-    dim: int
-    has_logits = False
 
     def __init__(self, name: str, label: str, block: int) -> None:
         super().__init__()
         self.name, self.label, self.block = name, label, block
-        self.register_buffer("place", torch.empty(0), persistent=False)
-
-    @property
-    def note(self) -> str:
-        """A sentence for reports: how distances may be compared."""
-        return (
-            f"{self.label}: features of {self.name}, which was trained on other images. Distances compare only with those "
+        self.note = (
+            f"{label}: features of {name}, which was trained on other images. Distances compare only with those "
             "of the same network, the same number of images and the same reference images."
         )
+        self.register_buffer("place", torch.empty(0), persistent=False)
 
     @abstractmethod
     def block_activations(self, images: Tensor) -> Activations:
@@ -104,10 +91,6 @@ class PublishedExtractor(nn.Module, ABC):
                 f"{what} {images.dtype} {tuple(images.shape)}",
                 "train on images of 1 or 3 channels (--channels 3), or use another feature network",
             )
-
-    def features(self, images: Tensor) -> Tensor:
-        """float32 (N, dim) of uint8 images (N, C, H, W), C 1 or 3; the same bits for any N. ValueError on other images."""
-        return self.activations(images).features
 
     @torch.no_grad()
     def activations(self, images: Tensor) -> Activations:

@@ -13,7 +13,7 @@ from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
-from midway.gen.features.classifier import TrainedExtractor, load_features
+from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.inception import INCEPTION, open_inception
 from midway.gen.features.vit import ENCODERS, open_vision_transformer
@@ -54,7 +54,7 @@ def open_extractor(
             f"--features {name}", "there is neither a network nor a run of this name", nearest(name, PUBLISHED)
         )
     run = open_features(None if name is None else Path(name), measured, data, what)
-    return TrainedExtractor(*load_features(run.checkpoint / "features.safetensors"))
+    return load_features(run.checkpoint / "features.safetensors")
 
 
 def open_published(name: str, weights: Path | None = None) -> Extractor:

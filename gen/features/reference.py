@@ -9,40 +9,24 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, UsageError
-from midway.gen.core.files import state_hash, write_atomically
+from midway.gen.core.errors import DataError, UsageError, raising
+from midway.gen.core.files import DAMAGE, state_hash, write_atomically
 from midway.gen.core.processes import best_device
 from midway.gen.core.randomness import permutation
 from midway.gen.data.images import ImageData
+from midway.gen.features.extractor import ImageFeatures
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 
 FORMAT = "midway-reference-2"
 KEPT = 10_000
 """Reference features that are kept."""
-
-
-class Activations(Protocol):
-    """Of N images: features float32 (N, D), and logits (N, K) of a classifier."""
-
-    @property
-    def features(self) -> Tensor: ...
-    @property
-    def logits(self) -> Tensor | None: ...
-
-
-class ImageFeatures(Protocol):
-    """A feature network for uint8 images (N, C, H, W)."""
-
-    def features(self, images: Tensor) -> Tensor: ...
-    def activations(self, images: Tensor) -> Activations: ...
 
 
 @dataclass(frozen=True)
@@ -87,10 +71,8 @@ class FeatureReference:
         statistics = FeatureStatistics.of(features)
         if self.root == "eigen":
             return frechet_distance(statistics, self.statistics)
-        try:
+        with raising(UsageError, f"--root {self.root}", "drop it: the default always works"):
             return frechet_distance(statistics, self.statistics, self.root, best_device())
-        except ValueError as error:
-            raise UsageError(f"--root {self.root}", str(error), "drop it: the default always works") from None
 
 
 def make_reference(
@@ -120,7 +102,7 @@ def _short(text: str) -> str:
 
 def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor]:
     remedy = "delete the file; the statistics are computed again"
-    try:
+    with raising(DataError, f"the reference statistics {path} cannot be read", remedy, *DAMAGE):
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -128,8 +110,6 @@ def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tens
             raise ValueError("its contents do not match their hash")
         statistics = FeatureStatistics.from_tensors(tensors)
         sample = tensors["sample"]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"the reference statistics {path} cannot be read", str(error), remedy) from None
     if found != expected:
         differing = [key for key in expected if found.get(key) != expected[key]]
         what = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differing)

@@ -1,36 +1,12 @@
-"""Notes of a report: the model, the measurement protocol, and how to read the numbers."""
+"""Notes of a report: the measurement protocol, and how to read the numbers."""
 
 from collections.abc import Sequence
 
 from midway.gen.data.splits import Splits
-from midway.gen.evaluation.diffusers import DiffusersModel, describe
-from midway.gen.evaluation.external import ExternalImages
-from midway.gen.evaluation.jobs import Model, SweepConfig
+from midway.gen.evaluation.jobs import SweepConfig
 from midway.gen.evaluation.records import Measurement, by_solver
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report.table import number
-
-
-def model_text(model: Model | None) -> str:
-    """The model in a line."""
-    if model is None:
-        return "no model of ours"
-    if isinstance(model, DiffusersModel):
-        return describe(model)
-    config = model.model.config
-    network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
-    return f"{model.hash}: {network}; weights {model.weights}"
-
-
-def external_notes(externals: dict[str, ExternalImages], n: int, blocks: int) -> tuple[str, ...]:
-    """How external images were read and converted, and how many of them count."""
-    found = [
-        f"images: {name} ({images.fingerprint}): {text}"
-        for name, images in externals.items()
-        for text in (f"the first {n * blocks} of {len(images.pixels)} images", *images.notes)
-    ]
-    sorting = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
-    return (*((sorting,) if externals and blocks > 1 else ()), *found)
 
 
 def floor_text(sweep: Sweep) -> str:
@@ -52,11 +28,11 @@ def repeats_note(repeats: int, left_out: Sequence[str]) -> tuple[str, ...]:
 
 
 def notes(
-    n: int, config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
+    config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """How to read the numbers of a model."""
     return (
-        *common_notes(n, config, splits, features, repeats),
+        *common_notes(config, splits, features, repeats),
         "Blocks are of seeds, and the same seeds serve every cell.",
         "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
         *rmse_note(config),
@@ -81,7 +57,7 @@ MANY = 20
 """Images of a class in a block from which on one more or less does not matter."""
 
 
-def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
+def class_notes(splits: Splits, n: int, classes: int) -> tuple[str, ...]:
     """Warnings where seeds, which take turns through the classes, have other classes than the images they are compared with."""
     counts = splits.train.labels.bincount(minlength=len(splits.train.classes))
     counts, found = counts[counts > 0], []
@@ -91,7 +67,6 @@ def class_notes(splits: Splits, n: int, model: Model | None) -> tuple[str, ...]:
             "seeds and the floor have every class equally often. That difference is part of every distance, and of the floor "
             "unless all held-out images are measured."
         )
-    classes = 0 if model is None else model.classes if isinstance(model, DiffusersModel) else model.model.classes
     if classes and n % classes and n < MANY * classes:
         found.append(
             f"Blocks of {n} seeds do not hold each of {classes} classes equally often: part of the error bar is that."
@@ -118,9 +93,9 @@ def timing_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     return (f"Seconds compare only where they were measured alike; here they were measured on {' / '.join(kinds)}.",)
 
 
-def common_notes(n: int, config: SweepConfig, splits: Splits, features: str, repeats: int = 0) -> tuple[str, ...]:
+def common_notes(config: SweepConfig, splits: Splits, features: str, repeats: int = 0) -> tuple[str, ...]:
     """How to read any distance."""
-    held_out = min(n, len(splits.held_out.images))
+    n, held_out = config.n, min(config.n, len(splits.held_out.images))
     return (
         f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
         + (

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, raising
 from midway.gen.core.files import state_hash, write_atomically
 from midway.gen.data.images import ImageData, to_float
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -147,13 +147,13 @@ def load_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
     """
     encoding = f"scripts/encode.py{' --flip' if flip else ''}"
     remake = f"make it again with {encoding} --overwrite"
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            names = [name for name in file.keys() if flip or name != "mirrored"]  # noqa: SIM118 (safe_open has no iter)
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"no latents at {path}", str(error), f"make them with {encoding}") from None
+    with (
+        raising(DataError, f"no latents at {path}", f"make them with {encoding}", OSError, SafetensorError),
+        safe_open(path, framework="pt") as file,
+    ):
+        header = file.metadata() or {}
+        names = [name for name in file.keys() if flip or name != "mirrored"]  # noqa: SIM118 (safe_open has no iter)
+        tensors = {name: file.get_tensor(name) for name in names}
     if header.get("format") != FORMAT:
         raise DataError(f"{path} is not a latent cache", f"its format is {header.get('format')!r}", remake)
     wanted = {"data": data.fingerprint, "tokenizer": tokenizer_hash(tokenizer)}

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, raising
 from midway.gen.training.config import TrainConfig
 
 
@@ -26,7 +26,8 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     # its successor is not in older versions of torch
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
+    fix = "change --log-with or --precision"
+    with raising(UsageError, "the accelerator cannot be set up", fix, ValueError, ImportError):
         accelerator = Accelerator(
             mixed_precision=config.precision,
             cpu=several and not torch.cuda.is_available(),
@@ -34,8 +35,6 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
             project_dir=out,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)],
         )
-    except (ValueError, ImportError) as error:
-        raise UsageError("the accelerator cannot be set up", str(error), "change --log-with or --precision") from None
     missing = set(config.log_with) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
     if missing:
         names = ", ".join(sorted(missing))

@@ -77,7 +77,7 @@ class CheckpointManager:
         main = self.accelerator.is_main_process
         if main:
             clear_temporaries(self.run.checkpoints)
-        found = checkpoints.newest_valid(self.run.checkpoints, self.run.say) if main else None
+        found = next(checkpoints.valid(self.run.checkpoints, self.run.say), None) if main else None
         mine = torch.tensor(0 if found is None else found.step + 1, device=self.accelerator.device)
         step = int(cast(Tensor, self.accelerator.reduce(mine, "sum"))) - 1
         return None if step < 0 else Checkpoint(self.run.checkpoints / f"step-{step}", step)

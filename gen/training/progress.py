@@ -140,11 +140,6 @@ class Reporter:
         if config.log_with:
             accelerator.init_trackers("midway", _scalars(run.config))
 
-    def say(self, line: str) -> None:
-        """Print and log a line, from the main process."""
-        if self.main:
-            self.run.say(line)
-
     def back_to(self, step: int) -> None:
         """The run was reset to an earlier step."""
         self.first = self.steps_before = step

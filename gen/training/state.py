@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from midway.gen.core.checkpoints import Checkpoint
-from midway.gen.core.errors import DataError, one_line
+from midway.gen.core.errors import DataError, one_line, raising
 from midway.gen.training.early_stopping import Validation
 from midway.gen.training.ema import EMA
 from midway.gen.training.nonfinite import NonFiniteGuard
@@ -70,7 +70,8 @@ class TrainingState:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore what `capture` returned. DataError for tensors that do not fit."""
-        try:
+        what = f"{checkpoint.path} does not fit this model"
+        with raising(DataError, what, "use the code that wrote it", RuntimeError, KeyError, ValueError, why=one_line):
             own = self.model.state_dict()
             self.model.load_state_dict(like(own, checkpoint.tensors("model.safetensors")))
             if self.ema is not None:
@@ -78,9 +79,6 @@ class TrainingState:
             for average in self.posthoc:
                 average.load(like(average.shadow, checkpoint.tensors(posthoc_file(average))))
             self._load_optimizers(checkpoint.tensors("optimizer.safetensors"))
-        except (RuntimeError, KeyError, ValueError) as error:
-            what = f"{checkpoint.path} does not fit this model"
-            raise DataError(what, one_line(error), "use the code that wrote it") from error
         self._load_progress(checkpoint.tensors("progress.safetensors"))
 
     def _named_states(self) -> list[tuple[str, Optimizer, nn.Parameter]]:

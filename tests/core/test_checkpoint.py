@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from midway.gen.core import checkpoints
-from midway.gen.core.checkpoints import Checkpoint, directories, newest_valid, save, set_aside, verify
+from midway.gen.core.checkpoints import Checkpoint, directories, save, set_aside, valid, verify
 from midway.gen.core.errors import DataError, DiskError
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
@@ -290,13 +290,13 @@ def test_the_newest_valid_one_is_found_and_the_others_are_named(tmp_path: Path) 
     (tmp_path / "step-10" / "manifest.json").unlink()
     (tmp_path / "step-x").mkdir()
     said: list[str] = []
-    assert newest_valid(tmp_path, said.append) == Checkpoint(tmp_path / "step-2", 2)
+    assert next(valid(tmp_path, said.append), None) == Checkpoint(tmp_path / "step-2", 2)
     assert len(said) == 2
     assert said[0].startswith("skipped step-30") and "model.safetensors" in said[0]
     assert said[1].startswith("skipped step-10") and "manifest" in said[1]
     truncate(tmp_path / "step-2" / "model.safetensors")
-    assert newest_valid(tmp_path, said.append) is None
-    assert newest_valid(tmp_path / "nowhere", said.append) is None
+    assert next(valid(tmp_path, said.append), None) is None
+    assert next(valid(tmp_path / "nowhere", said.append), None) is None
 
 
 def test_damaged_ones_are_renamed(tmp_path: Path) -> None:

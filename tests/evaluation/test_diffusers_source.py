@@ -20,8 +20,6 @@ from midway.gen.diffusion.sampling import SamplingConfig, noise_of
 from midway.gen.evaluation.diffusers import (
     DiffusersModel,
     DiffusersSource,
-    check_images,
-    diffusers_samplers,
     load_diffusers,
 )
 from midway.samplers.discrete import Discrete
@@ -213,14 +211,14 @@ def test_damaged_and_pickled_weights_are_refused(ddpm: Path, tmp_path: Path) -> 
 def test_plans_that_cannot_be_are_refused(solver: str, changes: dict[str, Any], words: str, ddpm: Path) -> None:
     nfe = changes.pop("nfe", 4)
     with pytest.raises(UsageError, match=words):
-        diffusers_samplers(load_diffusers(ddpm), solver, nfe, SamplerConfig(**changes))
+        load_diffusers(ddpm).samplers(solver, nfe, SamplerConfig(**changes))
 
 
 def test_grids_stay_on_the_noise_levels_of_training(tmp_path: Path) -> None:
     scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     model = load_diffusers(saved(tmp_path / "p", scheduler=scheduler))
     levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
-    for plan in diffusers_samplers(model, "ddim", 4, SamplerConfig()).values():
+    for plan in model.samplers("ddim", 4, SamplerConfig()).values():
         found = model.schedule.rho(torch.tensor([plan.grid[0], plan.grid[-1]], dtype=torch.float64))
         assert found[0] <= levels[-1] * 1.0001 and found[1] >= levels[0] * 0.9999
 
@@ -268,9 +266,9 @@ def test_the_sweep_measures_it_beside_external_images(
         ("images: a.npz", 0),
     ]
     model = load_diffusers(ddpm)
-    (plan,) = diffusers_samplers(model, "ddim", 4, SamplerConfig(grids=("logsnr",))).values()
+    (plan,) = model.samplers("ddim", 4, SamplerConfig(grids=("logsnr",))).values()
     near = DiffusersSource(model, plan, SamplingConfig()).sample(torch.arange(40)).values
-    (finer,) = diffusers_samplers(model, "heun", 16, SamplerConfig(grids=("karras",))).values()
+    (finer,) = model.samplers("heun", 16, SamplerConfig(grids=("karras",))).values()
     far = DiffusersSource(model, finer, SamplingConfig()).sample(torch.arange(40)).values
     assert rows[1]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
     assert "diffusers ddpm" in (tmp_path / "out" / "report.md").read_text()
@@ -284,6 +282,6 @@ def test_images_of_another_shape_are_refused(latent: Path, pipeline: Pipeline, t
     asked = replace(task(pipeline, tmp_path / "out"), diffusers=latent)
     with pytest.raises(DataError, match=r"\(3, 8, 8\)"):
         evaluate.run(asked)
-    check_images(load_diffusers(latent), torch.zeros(2, 3, 8, 8))
+    load_diffusers(latent).check_images(torch.zeros(2, 3, 8, 8))
     with pytest.raises(UsageError, match="--model and --diffusers"):
         evaluate.run(replace(asked, model=pipeline.model))

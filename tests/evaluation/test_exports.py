@@ -16,9 +16,11 @@ from test_external import task, with_model
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError
+from midway.gen.data.archives import png_name
 from midway.gen.evaluation import store
-from midway.gen.evaluation.export import ImageSet, export, png_name
+from midway.gen.evaluation.export import ImageSet, export
 from midway.gen.evaluation.sources import SampledBatch
+from midway.gen.evaluation.store import Seeds
 from midway.gen.evaluation.sweep import Sweep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,13 +59,13 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_npz_is_what_adm_reads(tmp_path: Path, small_parts: None) -> None:
     source = Coloured()
-    export(ImageSet(source, 30, 10, 2, classes=4), tmp_path / "a.npz")
+    export(ImageSet(source, Seeds(30, 10, 2), classes=4), tmp_path / "a.npz")
     assert source.asked == [8, 2, 8, 2], "part by part"
     with np.load(tmp_path / "a.npz", allow_pickle=False) as arrays:
         assert arrays.files == ["arr_0", "arr_1"] and arrays["arr_1"].dtype == np.int64
         np.testing.assert_array_equal(arrays["arr_0"], of(range(30, 50)))
         np.testing.assert_array_equal(arrays["arr_1"], np.arange(30, 50) % 4)
-    export(ImageSet(Coloured(1), 0, 3, 1), tmp_path / "grey.npz")
+    export(ImageSet(Coloured(1), Seeds(0, 3, 1)), tmp_path / "grey.npz")
     with np.load(tmp_path / "grey.npz", allow_pickle=False) as arrays:
         assert arrays.files == ["arr_0"] and arrays["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(arrays["arr_0"], of(range(3), 1).repeat(3, axis=3))
@@ -71,7 +73,7 @@ def test_npz_is_what_adm_reads(tmp_path: Path, small_parts: None) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_zip_is_edms_layout(channels: int, tmp_path: Path) -> None:
-    export(ImageSet(Coloured(channels), 5, 1001, 1, classes=3), archive=tmp_path / "a.zip")
+    export(ImageSet(Coloured(channels), Seeds(5, 1001, 1), classes=3), archive=tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         names = archive.namelist()
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
@@ -84,7 +86,7 @@ def test_zip_is_edms_layout(channels: int, tmp_path: Path) -> None:
 
 
 def test_labels_are_null_without_classes_and_files_are_the_same_bytes_again(tmp_path: Path) -> None:
-    images = ImageSet(Coloured(), 0, 4, 2)
+    images = ImageSet(Coloured(), Seeds(0, 4, 2))
     for folder in ("a", "b"):
         export(images, tmp_path / folder / "x.npz", tmp_path / folder / "x.zip")
     with zipfile.ZipFile(tmp_path / "a" / "x.zip") as archive:
@@ -104,11 +106,11 @@ class FullDisk(Coloured):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_parts: None) -> None:
-    before = ImageSet(Coloured(), 0, 4, 1)
+    before = ImageSet(Coloured(), Seeds(0, 4, 1))
     export(before, tmp_path / "a.npz", tmp_path / "a.zip")
     kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(DiskError, match=r"a\.zip"):
-        export(ImageSet(FullDisk(), 0, 20, 1), tmp_path / "a.npz", tmp_path / "a.zip")
+        export(ImageSet(FullDisk(), Seeds(0, 20, 1)), tmp_path / "a.npz", tmp_path / "a.zip")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 

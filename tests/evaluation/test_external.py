@@ -19,9 +19,10 @@ from pipelines import Pipeline, Script
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
+from midway.gen.data.external import ReadingOptions, fitted, in_turn, read_all, read_external
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_model
-from midway.gen.evaluation.external import ImagesSource, ReadingOptions, fitted, in_turn, read_all, read_external
+from midway.gen.evaluation.others import ImagesSource
 from midway.gen.features.classifier import load_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,7 +234,7 @@ def test_each_block_is_the_distance_of_consecutive_images(pipeline: Pipeline, tm
     images = noise(61)
     path = npz(tmp_path / "samples.npz", images)
     sweep = evaluate.run(task(pipeline, tmp_path / "out", path, seed=5))
-    network, _ = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
+    network = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     reference = network.features(load_splits(DataConfig()).train.images).double().numpy()
     floor, cell = sweep.measurements
     assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.baseline) == ("images: samples.npz", 0, 30, 2, True)

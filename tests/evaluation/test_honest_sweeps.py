@@ -19,11 +19,11 @@ from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation import measure
-from midway.gen.evaluation.measure import EvaluationContext, Seeds
+from midway.gen.evaluation.measure import EvaluationContext
 from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
 from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.evaluation.store import CellStore, Part
+from midway.gen.evaluation.store import CellStore, Part, Seeds
 from midway.gen.evaluation.sweep import measure_floor
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import FeatureReference, make_reference
@@ -44,18 +44,20 @@ def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask
 
 def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, four blocks: the second one measures the second alone, and nothing that is there already."""
-    monkeypatch.setattr(measure, "_block", lambda context, identity, block: Part({}, {"block": block}))
-    store, identity = CellStore(tmp_path), {"a": 1}
+    monkeypatch.setattr(measure, "_block", lambda parts, context: Part({}, {"block": parts[0].costs["block"]}))
+    store = CellStore(tmp_path)
+    cell = store.cell({"a": 1})
     context = EvaluationContext(None, Seeds(0, 5, 4), store, ProcessInfo(0, 3))  # pyright: ignore[reportArgumentType]
+    for block in range(4):
+        cell.write(block, Part({}, {"block": block}))
 
     def there() -> list[int]:
-        places = [measure._place(context, block) for block in range(4)]
-        found = [store.part(identity, place) for place in places]
+        found = [cell.part(place) for place in measure._block_places(context.seeds)]
         return [part.costs["block"] for part in found if part is not None]
 
-    measure._make_blocks(dataclasses.replace(context, process=ProcessInfo(1, 3)), identity)
+    measure._sum_blocks(cell, dataclasses.replace(context, process=ProcessInfo(1, 3)))
     assert there() == [1]
-    measure._make_blocks(context, identity)
+    measure._sum_blocks(cell, context)
     assert there() == [0, 1, 3]
 
 
@@ -96,14 +98,13 @@ def splits(counts: list[int]) -> Splits:
     return Splits(data, data)
 
 
-def test_unequal_classes_are_warned_about(pipeline: Pipeline) -> None:
-    assert class_notes(splits([100, 110, 120]), 30, None) == ()
-    assert "from 100 to 130 of a class" in class_notes(splits([100, 130]), 30, None)[0]
-    assert class_notes(splits([100]), 30, None) == ()
-    trained = pipeline.load()
-    assert class_notes(splits([50] * 10), 20, trained) == ()
-    assert class_notes(splits([50] * 10), 359, trained) == ()
-    assert "Blocks of 25 seeds" in class_notes(splits([50] * 10), 25, trained)[0]
+def test_unequal_classes_are_warned_about() -> None:
+    assert class_notes(splits([100, 110, 120]), 30, 0) == ()
+    assert "from 100 to 130 of a class" in class_notes(splits([100, 130]), 30, 0)[0]
+    assert class_notes(splits([100]), 30, 0) == ()
+    assert class_notes(splits([50] * 10), 20, 10) == ()
+    assert class_notes(splits([50] * 10), 359, 10) == ()
+    assert "Blocks of 25 seeds" in class_notes(splits([50] * 10), 25, 10)[0]
 
 
 # ---- float settings ----
@@ -159,7 +160,7 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
     assert possible(("kid", "infinity"), 50, 64) == ("kid",)
     trained = pipeline.load()
     reference = make_reference(
-        load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")[0],
+        load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors"),
         "cnn",
         load_splits(trained.data).train,
     )

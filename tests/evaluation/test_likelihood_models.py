@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
     assert row.bits == pytest.approx(bits.mean().item(), rel=1e-5)
     (plan,) = make_samplers(trained, "dpmpp2m", 4, SamplerConfig(grids=("uniform",))).values()
     images = decode(trained, sample_latents(trained, plan, torch.arange(24)).latents)
-    network, _ = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
+    network = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     ours, reference = (FeatureStatistics.of(network.features(part)) for part in (images, splits.train.images))
     assert row.distance == pytest.approx(frechet_distance(ours, reference), rel=1e-6)
 

@@ -34,7 +34,7 @@ from midway.gen.evaluation.records import (
     shown,
 )
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.evaluation.store import CellStore, Part, cell_id, part_ranges
+from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
 from midway.gen.features.reference import make_reference
@@ -104,10 +104,10 @@ def whole(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_parts_cover_every_seed_once_and_no_part_spans_two_blocks(small_parts: None) -> None:
-    parts = part_ranges(100, 20, 3)
-    assert [s for _, first, count in parts for s in range(first, first + count)] == list(range(100, 160))
-    assert all((first - 100) // 20 == (first + count - 101) // 20 == block for block, first, count in parts)
-    assert max(count for _, _, count in parts) == 8
+    seeds = Seeds(100, 20, 3)
+    assert torch.cat([part for _, part in seeds.parts]).tolist() == seeds.all.tolist() == list(range(100, 160))
+    assert all(set(((part - 100) // 20).tolist()) == {block} for block, part in seeds.parts)
+    assert max(len(part) for _, part in seeds.parts) == 8
 
 
 # ---- killed and resumed ----
@@ -167,13 +167,13 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second of two processes made its parts of the first cell; the first was killed at its start."""
-    real, cut = measure._make_parts, pytest.MonkeyPatch()
+    real, cut = measure._sample, pytest.MonkeyPatch()
 
-    def second(source: Any, context: Any, *rest: Any) -> None:
-        real(source, replace(context, process=ProcessInfo(1, 2)), *rest)
+    def second(source: Any, cell: Any, context: Any, fine: Any) -> None:
+        real(source, cell, replace(context, process=ProcessInfo(1, 2)), fine)
         raise Killed
 
-    cut.setattr(measure, "_make_parts", second)
+    cut.setattr(measure, "_sample", second)
     with pytest.raises(Killed):
         evaluate.run(task(pipeline, tmp_path))
     cut.undo()
@@ -269,21 +269,28 @@ def test_a_damaged_cell_is_kept_aside_and_measured_again(
 
 
 def test_a_damaged_part_counts_as_not_there(tmp_path: Path) -> None:
-    store, identity = CellStore(tmp_path), {"a": 1}
-    store.write_part(identity, 0, Part({"x": torch.arange(4.0)}, {"nfe": 1}))
-    assert store.part(identity, 0) is not None
+    store = CellStore(tmp_path)
+    cell = store.cell({"a": 1})
+    cell.write(0, Part({"x": torch.arange(4.0)}, {"nfe": 1}))
+    assert cell.part(0) is not None and len(cell.parts([0])) == 1
     (path,) = tmp_path.glob("*.parts/*")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    assert store.part(identity, 0) is None
+    assert cell.part(0) is None
     path.write_bytes(bytes(data[:-5]))
-    assert store.part(identity, 0) is None
-    assert store.part({"a": 2}, 0) is None, "another cell's parts are not taken"
+    assert cell.part(0) is None
+    assert store.cell({"a": 2}).part(0) is None, "another cell's parts are not taken"
+    with pytest.raises(RuntimeError, match="gone"):
+        cell.parts([0])
 
 
 def test_an_id_is_a_function_of_the_identity_alone() -> None:
-    assert cell_id({"a": 1, "b": [2, None]}) == cell_id({"b": [2, None], "a": 1}) != cell_id({"a": 1, "b": [2, 0]})
+    ids = [
+        Cell(Path(), identity).id
+        for identity in ({"a": 1, "b": [2, None]}, {"b": [2, None], "a": 1}, {"a": 1, "b": [2, 0]})
+    ]
+    assert ids[0] == ids[1] != ids[2]
 
 
 # ---- processes, batches, overlap ----
@@ -401,7 +408,7 @@ def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep],
     assert (cell.solver, cell.nfe, cell.n, cell.blocks, cell.value("rmse")) == ("baseline", 1, 20, 2, None)
     trained = load_trained_baseline(pipeline.baseline)
     file = Run.open(pipeline.features, "features").checkpoint / "features.safetensors"
-    network, _ = load_features(file)
+    network = load_features(file)
     splits = load_splits(trained.data)
     reference = FeatureStatistics.of(network.features(splits.train.images))
     for block, expected in enumerate(cell.distances):

@@ -142,8 +142,8 @@ def test_protocol_name() -> None:
 def test_file_round_trip(tmp_path: Path) -> None:
     net, path = network(), tmp_path / "new" / "features.safetensors"
     save_features(net, path, "digits")
-    loaded, name = load_features(path)
-    assert name == protocol_name(net, "digits")
+    loaded = load_features(path)
+    assert loaded.name == protocol_name(net, "digits")
     assert loaded.config == net.config
     assert torch.equal(loaded.features(images(9)), net.features(images(9)))
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -48,11 +48,11 @@ def test_a_run_is_an_extractor_of_its_own_images(pipeline, tmp_path: Path) -> No
     model = _beside(pipeline, tmp_path, "a")
     data = load_model(model, CPU).data
     images = load_splits(data).train.images[:5]
-    network, name = load_features(open_features(tmp_path / "a", [model], data, "").checkpoint / "features.safetensors")
+    network = load_features(open_features(tmp_path / "a", [model], data, "").checkpoint / "features.safetensors")
     for words in (None, tmp_path / "a", str(tmp_path / "a")):
         found = open_extractor(words, [model], data, "the model")
-        assert (found.name, found.dim, found.has_logits) == (name, network.config.dim, True)
-        assert found.label == f"Fréchet distance ({name})"
+        assert (found.name, found.dim, found.has_logits) == (network.name, network.config.dim, True)
+        assert found.label == f"Fréchet distance ({network.name})"
         assert torch.equal(found.features(images), network.features(images))
         logits, expected = found.activations(images).logits, network.activations(images).logits
         assert logits is not None and expected is not None and torch.equal(logits, expected)

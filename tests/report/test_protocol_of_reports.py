@@ -17,10 +17,10 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.measure import EvaluationContext, FineSolution, Seeds
+from midway.gen.evaluation.measure import EvaluationContext, FineSolution
 from midway.gen.evaluation.records import FID, Measurement, distance_name, floor_name
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
-from midway.gen.evaluation.store import CellStore
+from midway.gen.evaluation.store import CellStore, Seeds
 from midway.gen.features import reference as references
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_distance_to
@@ -72,7 +72,7 @@ def test_a_cell_seen_otherwise_is_another_cell(change: dict[str, Any], pipeline:
     seen = FeatureReference(None, "a", FeatureStatistics.of(torch.randn(9, 2)), "digits@1", fingerprint="0")  # pyright: ignore
 
     def record(reference: FeatureReference) -> str:
-        return EvaluationContext(reference, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).record(source)
+        return EvaluationContext(reference, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).cell(source).id
 
     assert record(seen) == record(seen) != record(dataclasses.replace(seen, **change))
 
@@ -87,8 +87,8 @@ def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pi
 
 
 def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = CellStore(tmp_path)
-    store.finish({"a": 1}, {"nfe": 4}, None)
+    cell = CellStore(tmp_path).cell({"a": 1})
+    cell.finish({"nfe": 4}, None)
     (path,) = tmp_path.glob("*.json")
     path.write_text("{")
     real = Path.replace
@@ -98,7 +98,7 @@ def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monk
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", late)
-    assert store.record({"a": 1}) is None
+    assert cell.numbers() is None
 
 
 # ---- errors to the fine solution ----

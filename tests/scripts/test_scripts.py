@@ -38,9 +38,8 @@ from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.distill_table import TableConfig
 from midway.gen.diffusion.load import TrainedModel, load_model, load_tokenizer, solver_path
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
-from midway.gen.diffusion.samplers import make_samplers
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
-from midway.gen.evaluation.jobs import SweepConfig
 from midway.gen.evaluation.records import FLOOR, Measurement, to_records
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report import likelihood, tokenizers
@@ -211,15 +210,17 @@ LEARNED = ("amed", "amed-constants")
 # ---- an image depends on its seed alone ----
 
 WAYS = {
-    "heun": ("heun", SweepConfig(grids=("karras",))),
-    "dpmpp2m guided": ("dpmpp2m", SweepConfig(grids=("uniform",), guidance=2.0)),
-    "ddim with noise": ("ddim", SweepConfig(grids=("uniform",), eta=0.8)),
-    "amed": ("amed", SweepConfig(grids=("uniform",))),
-    "amed-constants": ("amed-constants", SweepConfig(grids=("uniform",))),
+    "heun": ("heun", SamplerConfig(grids=("karras",))),
+    "dpmpp2m guided": ("dpmpp2m", SamplerConfig(grids=("uniform",), guidance=2.0)),
+    "ddim with noise": ("ddim", SamplerConfig(grids=("uniform",), eta=0.8)),
+    "amed": ("amed", SamplerConfig(grids=("uniform",))),
+    "amed-constants": ("amed-constants", SamplerConfig(grids=("uniform",))),
 }
 
 
-def _draw(trained: TrainedModel, solver: str, nfe: int, seeds: Tensor, config: SweepConfig, batch_size: int) -> Samples:
+def _draw(
+    trained: TrainedModel, solver: str, nfe: int, seeds: Tensor, config: SamplerConfig, batch_size: int
+) -> Samples:
     (plan,) = make_samplers(trained, solver, nfe, config).values()
     return sample_latents(trained, plan, seeds, replace(config.sampling(), batch_size=batch_size))
 
@@ -251,7 +252,7 @@ def test_the_seed_test_sees_noise_that_follows_the_batch(pipeline: Pipeline, mon
 
 def test_the_predictor_gives_samples_of_their_own(pipeline: Pipeline) -> None:
     """The learned solvers are neither each other nor DPM-Solver-2, which both start from."""
-    trained, seeds, config = pipeline.load(), torch.arange(4), SweepConfig(grids=("uniform",))
+    trained, seeds, config = pipeline.load(), torch.arange(4), SamplerConfig(grids=("uniform",))
     found = [_draw(trained, solver, 4, seeds, config, 4).latents for solver in ("dpm2", *LEARNED)]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(found) for b in found[:i])
 
@@ -266,7 +267,7 @@ def test_the_network_is_evaluated_as_often_as_the_budget(solver: str, guidance: 
     calls: list[int] = []
     trained.model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     nfe = 4 if solver in LEARNED else 12  # which every solver of 1, 2, 3 or 4 evaluations a step can spend
-    (plan,) = make_samplers(trained, solver, nfe, SweepConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, solver, nfe, SamplerConfig(grids=("uniform",))).values()
     counted = sample_latents(trained, plan, torch.arange(3), SamplingConfig(Guidance(guidance))).nfe
     assert counted == nfe * guidance, "guidance 2 runs the network twice, which here is also the factor"
     assert sum(calls) == 3 * counted
@@ -275,7 +276,7 @@ def test_the_network_is_evaluated_as_often_as_the_budget(solver: str, guidance: 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_analytic_first_step_saves_one_evaluation(solver: str, pipeline: Pipeline) -> None:
     trained, seeds = pipeline.load(), torch.arange(3)
-    plain, analytic = SweepConfig(grids=("uniform",)), SweepConfig(grids=("uniform",), analytic_first=True)
+    plain, analytic = SamplerConfig(grids=("uniform",)), SamplerConfig(grids=("uniform",), analytic_first=True)
     with_it = _draw(trained, solver, 11, seeds, analytic, 3)
     assert with_it.nfe == 11
     assert with_it.latents.isfinite().all()
@@ -340,7 +341,7 @@ def test_bf16_reaches_the_network_and_nothing_else(
     grid_of: Callable[..., np.ndarray], pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The states stay float32: only a little changes, too little for the pixels of these codes."""
-    trained, config = pipeline.load(), SweepConfig(grids=("uniform",))
+    trained, config = pipeline.load(), SamplerConfig(grids=("uniform",))
     whole, half = (
         _draw(trained, "ddim", 4, torch.arange(4), replace(config, precision=precision), 4).latents
         for precision in ("no", "bf16")
@@ -588,7 +589,7 @@ def test_every_schedule_and_target_trains_and_samples(
     trained = load_model(run.path, torch.device("cpu"))
     pairs = [*zip(SOLVERS, itertools.cycle(GRIDS)), *(("ddim", grid) for grid in GRIDS)]
     for solver, grid in pairs[list(TARGETS).index(target) :: len(TARGETS)]:  # over its targets, a schedule has them all
-        (plan,) = make_samplers(trained, solver, 12, SweepConfig(grids=(grid,))).values()
+        (plan,) = make_samplers(trained, solver, 12, SamplerConfig(grids=(grid,))).values()
         latents = sample_latents(trained, plan, torch.arange(4)).latents
         assert latents.isfinite().all() and latents.std() > 1e-3
 
@@ -631,7 +632,7 @@ def test_a_latent_model_learns_from_latent_tokens(succeed: Script, tmp_path: Pat
     succeed("train_latent", "digits-dit", *TINY_FLAGS, "--tokenizer", tmp_path / "t", "--out", tmp_path / "m")
     trained = load_model(tmp_path / "m", torch.device("cpu"))
     assert trained.model.latent_shape == (6, 1, 6)
-    (plan,) = make_samplers(trained, "ddim", 4, SweepConfig(grids=("uniform",))).values()
+    (plan,) = make_samplers(trained, "ddim", 4, SamplerConfig(grids=("uniform",))).values()
     assert decode(trained, sample_latents(trained, plan, torch.arange(3)).latents).shape == (3, 1, 8, 8)
 
 
@@ -745,7 +746,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, succeed: Scri
     succeed(f"train_solver amed-constants --model {model} --nfe 2,6 {distill}", *TINY_FLAGS)
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
-        plans = make_samplers(trained, "amed-constants", nfe, SweepConfig(guidance=2.0))
+        plans = make_samplers(trained, "amed-constants", nfe, SamplerConfig(guidance=2.0))
         assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
 
 
@@ -778,7 +779,7 @@ def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, suc
 def test_a_learned_table_is_sampled_and_measured_by_name(
     with_a_table: Path, pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
-    (plan,) = make_samplers(load_model(with_a_table, torch.device("cpu")), "table", 3, SweepConfig()).values()
+    (plan,) = make_samplers(load_model(with_a_table, torch.device("cpu")), "table", 3, SamplerConfig()).values()
     assert isinstance(plan, Table) and plan.nfe == 3
     card = plan.card
     assert card is not None and card.mode == "end_to_end" and card.base.startswith("dpmpp3m on ")
@@ -813,9 +814,9 @@ def test_all_names_every_solver_and_what_was_learned_for_every_budget(with_a_tab
 def test_a_table_serves_one_guidance_and_one_model(with_a_table: Path, pipeline: Pipeline, tmp_path: Path) -> None:
     trained = load_model(with_a_table, torch.device("cpu"))
     with pytest.raises(UsageError, match=r"learned at guidance 1\.0"):
-        make_samplers(trained, "table", 3, SweepConfig(guidance=2.0))
+        make_samplers(trained, "table", 3, SamplerConfig(guidance=2.0))
     with pytest.raises(DataError, match="learned for other weights"):
-        make_samplers(replace(trained, hash="0" * 12), "table", 3, SweepConfig())
+        make_samplers(replace(trained, hash="0" * 12), "table", 3, SamplerConfig())
 
 
 # ---- two processes ----

@@ -2,13 +2,16 @@
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,20 +19,11 @@ from midway.gen.core import files
 from midway.gen.core.errors import DataError, DiskError
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, load_images
-from midway.gen.data.splits import DataConfig, load_splits
-from midway.gen.tokenizer import card as model_card
-from midway.gen.tokenizer.card import (
-    CardFacts,
-    DataFacts,
-    TrainingFacts,
-    card,
-    data_facts,
-    finish,
-    tokenizer_facts,
-    usage_lines,
-    write_card,
-)
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.tokenizer import card
+from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.latents import encode, latent_statistics
+from midway.gen.training.config import TrainConfig
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,8 +50,8 @@ def tokenizer(name: str = "fsq", measured: bool = True) -> ImageTokenizer:
     return model.eval()
 
 
-DATA = DataFacts("dig|its", "f" * 64, 1438, 359, 0.2, 7, 2876)
-TRAINING = TrainingFacts(1234, 256, 5, "bf16", ("mse 1", "lpips 0.1"))
+DATA = DataConfig(held_out=0.25, split_seed=7)
+TRAINING = TrainConfig(batch_size=256, seed=5, precision="bf16")
 ENVIRONMENT = {
     "command": "python scripts/train_tokenizer.py x | tee <log>",
     "python": "3.11.9",
@@ -67,10 +61,21 @@ ENVIRONMENT = {
 }
 
 
-def facts(model: ImageTokenizer, **changes: Any) -> CardFacts:
-    held_out = {"mse": 0.0123456, "psnr": 25.125}
-    made = CardFacts(tokenizer_facts(model), DATA, held_out, "averaged", TRAINING, environment=ENVIRONMENT)
-    return replace(made, **changes)
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "environment", lambda: ENVIRONMENT)
+
+
+@cache
+def splits() -> Splits:
+    made = load_splits(DATA)
+    return replace(made, train=replace(made.train, name="dig|its"))
+
+
+def make_card(model: ImageTokenizer, weights: Mapping[str, object] | None = None, flip: bool = True) -> ModelCard:
+    quality = {"mse": 0.0123456, "psnr": 25.125}
+    trained = training_rows("averaged", 1234, TRAINING, ("mse 1", "lpips 0.1"))
+    return model_card(model, DATA, splits(), quality, weights or trained, flip)
 
 
 # ---- statistics ----
@@ -104,14 +109,13 @@ def test_statistics_lose_nothing_far_from_zero(monkeypatch: pytest.MonkeyPatch) 
 # ---- the card ----
 
 
-def rows_of(text: str) -> dict[str, str]:
-    pairs = re.findall(r"^\| (.+?) \| (.*) \|$", text, re.MULTILINE)
-    return dict(pairs)
+def rows_of(made: ModelCard) -> dict[str, str]:
+    return dict(re.findall(r"^\| (.+?) \| (.*) \|$", str(made), re.MULTILINE))
 
 
 def test_every_fact_is_in_the_card() -> None:
     model = tokenizer()
-    rows = rows_of(card(facts(model)))
+    rows = rows_of(make_card(model))
     assert rows == {
         "network": "conv",
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
@@ -121,12 +125,12 @@ def test_every_fact_is_in_the_card() -> None:
         "bits per image": "57.3594",
         "latent mean": "0.25 -1.5",
         "latent std": "0.5 3",
-        "mean and std of": "2876 training images, mirrored ones counted",
+        "mean and std of": "2696 training images, mirrored ones counted",
         "name": "dig\\|its",
-        "fingerprint of the training images": "f" * 64,
-        "training images": "1438",
-        "held-out images": "359",
-        "split": "share 0.2 held out, seed 7",
+        "fingerprint of the training images": splits().train.fingerprint,
+        "training images": "1348",
+        "held-out images": "449",
+        "split": "share 0.25 held out, seed 7",
         "weights": "averaged",
         "optimizer steps": "1234",
         "effective batch": "256",
@@ -144,32 +148,24 @@ def test_every_fact_is_in_the_card() -> None:
 
 
 def test_the_header_is_yaml_and_the_licence_is_named() -> None:
-    text = card(facts(tokenizer()))
-    _, header, body = text.split("---\n", 2)
+    _, header, body = str(make_card(tokenizer())).split("---\n", 2)
     assert yaml.safe_load(header) == {"library_name": "midway", "tags": ["image-tokenizer", "fsq"]}
     assert "# Image tokenizer: fsq, 8x8, dig\\|its\n" in body
-    assert "## Quality on 359 held-out images\n" in body
+    assert "## Quality on 449 held-out images\n" in body
     assert body.endswith("weights: the licence of the data and of the trainer applies\n")
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_bits_per_image_count_every_group(name: str) -> None:
-    assert rows_of(card(facts(tokenizer(name))))["bits per image"] == BITS[name]
+    assert rows_of(make_card(tokenizer(name)))["bits per image"] == BITS[name]
 
 
 def test_imported_weights_have_a_source_and_no_training() -> None:
-    rows = rows_of(card(facts(tokenizer(), weights="imported", training=None, source="someone/vae")))
+    rows = rows_of(make_card(tokenizer(), {"weights": "imported", "source": "someone/vae"}, flip=False))
     assert (rows["weights"], rows["source"]) == ("imported", "someone/vae")
+    assert rows["mean and std of"] == "1348 training images, mirrored ones counted"
     assert not {"seed", "losses", "effective batch"} & rows.keys()
-    assert rows_of(card(facts(tokenizer(), training=replace(TRAINING, precision="no"))))["precision"] == "float32"
-
-
-def test_facts_of_the_data_are_those_of_its_splits() -> None:
-    config = DataConfig(held_out=0.25, split_seed=3)
-    splits = load_splits(config)
-    made = data_facts(config, splits)
-    assert made == DataFacts("digits-train", splits.train.fingerprint, 1348, 449, 0.25, 3, 1348)
-    assert data_facts(config, splits, flip=True) == replace(made, statistics_images=2696)
+    assert training_rows("newest", 1, replace(TRAINING, precision="no"), ())["precision"] == "float32"
 
 
 def test_the_networks_are_named() -> None:
@@ -182,13 +178,13 @@ def test_the_networks_are_named() -> None:
     for model in (pixels, theirs):
         dim = model.quantizer.dim
         model.set_latent_statistics(torch.zeros(dim), torch.ones(dim))
-    networks = [tokenizer_facts(model).network for model in (tokenizer(), pixels, theirs)]
+    networks = [rows_of(make_card(model))["network"] for model in (tokenizer(), pixels, theirs)]
     assert networks == ["conv", "none, pixels are the latents", "AutoencoderTiny of diffusers"]
 
 
 def test_an_unmeasured_tokenizer_gets_no_card() -> None:
     with pytest.raises(DataError, match=r"have not been measured.*\n.*\n.*set_latent_statistics"):
-        tokenizer_facts(tokenizer(measured=False))
+        make_card(tokenizer(measured=False))
 
 
 # ---- the folder ----
@@ -202,14 +198,14 @@ def run(tmp_path: Path) -> Run:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_lines_of_the_card_load_the_artefact(name: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tokenizer(name)
-    folder = finish(run, model, facts(model))
+    folder = finish(run, model, make_card(model))
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
     block = re.findall(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)
-    assert block == [usage_lines(tokenizer_facts(model))]
+    assert len(block) == 1
     assert len(block[0].splitlines()) == 5
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
@@ -226,8 +222,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_a_newer_tokenizer_replaces_an_older_one_and_leaves_nothing_else(run: Run) -> None:
     before = sorted(run.path.iterdir())
     first, second = tokenizer("fsq"), tokenizer("kl")
-    (finish(run, first, facts(first)) / "extra").write_text("of the older one")
-    folder = finish(run, second, facts(second))
+    (finish(run, first, make_card(first)) / "extra").write_text("of the older one")
+    folder = finish(run, second, make_card(second))
     assert folder == run.path / "tokenizer"
     assert sorted(run.path.iterdir()) == sorted([*before, folder])
     assert "type kl" in (folder / "README.md").read_text()
@@ -247,32 +243,27 @@ def test_a_failing_disk_leaves_the_older_one_or_nothing(
 ) -> None:
     first, second = tokenizer("fsq"), tokenizer("kl")
     if older:
-        finish(run, first, facts(first))
+        finish(run, first, make_card(first))
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     with monkeypatch.context() as patched:
         if where == "save":
             patched.setattr(second, "save_pretrained", fail)
         else:
-            patched.setattr(*((model_card, "write_card") if where == "card" else (files, "sync")), fail)
+            patched.setattr(*((ModelCard, "save") if where == "card" else (files, "sync")), fail)
         with pytest.raises(DiskError, match=r"tokenizer was not written.*\n.*No space.*\n.*free space"):
-            finish(run, second, facts(second))
+            finish(run, second, make_card(second))
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     assert not list(run.path.glob(".*"))
-    finish(run, second, facts(second))
+    finish(run, second, make_card(second))
 
 
 def test_a_replacement_that_was_killed_between_its_renames_is_undone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tokenizer("fsq"), tokenizer("kl")
-    folder = finish(run, first, facts(first))
+    folder = finish(run, first, make_card(first))
     folder.rename(run.path / f".tokenizer.{os.getpid() + 1}.old")
     (run.path / ".tokenizer.1.tmp").mkdir()
     monkeypatch.setattr(second, "save_pretrained", fail)
     with pytest.raises(DiskError):
-        finish(run, second, facts(second))
+        finish(run, second, make_card(second))
     assert weights(folder).keys() == first.state_dict().keys()
     assert not list(run.path.glob(".*"))
-
-
-def test_a_card_alone_is_the_same_text(tmp_path: Path) -> None:
-    made = facts(tokenizer())
-    assert write_card(tmp_path, made).read_text() == card(made)

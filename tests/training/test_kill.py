@@ -90,7 +90,7 @@ def test_a_run_that_is_killed_many_times_is_one_that_was_not(whole: Path, tmp_pa
         assert child.finish(signal.SIGKILL) == -signal.SIGKILL, "the run must be longer than its attempts"
         halves += bool(half_saved(run))
         skipped: list[str] = []
-        found = checkpoints.newest_valid(run / "checkpoints", skipped.append)
+        found = next(checkpoints.valid(run / "checkpoints", skipped.append), None)
         assert not skipped
         assert (0 if found is None else found.step) >= newest_step
         newest_step = 0 if found is None else found.step

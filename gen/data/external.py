@@ -1,6 +1,6 @@
-"""Images that somebody else made, to be measured like our own: a folder or zip of image files, or an NPZ as ADM writes them.
+"""Images that somebody else made, for comparison with a reference: a folder or zip of image files, or an NPZ as ADM writes them.
 
-    folder, zip     image files, decoded as training images are (image_files.py); every conversion is noted
+    folder, zip     image files, decoded as training images are (files.py); every conversion is noted
     NPZ             arr_0, uint8 (N, H, W, C) with C 1 or 3; arr_1, the labels, is not read; nothing is unpickled
 
 Images keep the order of their names, so that consecutive blocks of them are what consecutive seeds are to a model. Class folders
@@ -27,7 +27,6 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError, one_line
 from midway.gen.data.decoding import Decoded, Undecodable, check_options, prepare, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
-from midway.gen.evaluation.sources import SampledBatch
 
 EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
@@ -55,27 +54,6 @@ class ExternalImages:
     fingerprint: str
     """12 hexadecimal digits of the pixels and their shape."""
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class ImagesSource:
-    """External images as the source of a cell: seed `first` is the first image; no evaluation is counted."""
-
-    external: ExternalImages
-    first: int = 0
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The pixels, wherever they lie."""
-        return {"images": self.external.fingerprint}
-
-    def sample(self, seeds: Tensor) -> SampledBatch:
-        """The images themselves."""
-        return SampledBatch(self.external.pixels[seeds - self.first].contiguous(), 0.0, 0.0)
-
-    def images(self, raw: SampledBatch) -> Tensor:
-        """As they are."""
-        return raw.values
 
 
 # ---- reading ----
@@ -218,16 +196,5 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def images_per_block(externals: Sequence[ExternalImages], blocks: int) -> int:
-    """The most images that all of them can give to each of `blocks` blocks; cells of different counts do not compare."""
+    """The most images that all of them can give to each of `blocks` blocks; different counts do not compare."""
     return min(len(external.pixels) for external in externals) // blocks
-
-
-def check_count(external: ExternalImages, n: int, blocks: int) -> None:
-    """DataError unless there are n images for each of `blocks` blocks."""
-    count = len(external.pixels)
-    if count < n * blocks:
-        raise DataError(
-            f"{external.name} has {count} images, {n * blocks} are needed",
-            f"{blocks} blocks of {n} images each are measured",
-            f"make more samples, or pass --n {max(count // blocks, 1)}, or fewer --blocks",
-        )

@@ -1,0 +1,79 @@
+"""What is measured beside solvers: baselines at their own number of evaluations, and external images at none."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midway.gen.baselines.registry import TrainedBaseline
+from midway.gen.core.errors import DataError
+from midway.gen.data.external import ExternalImages
+from midway.gen.data.images import to_uint8
+from midway.gen.diffusion.sampling import labels_of
+from midway.gen.evaluation.jobs import Job, SweepConfig
+from midway.gen.evaluation.sources import SampledBatch
+
+
+@dataclass(frozen=True)
+class BaselineSource:
+    """Samples of a VAE or a flow: `sample_nfe` evaluations each."""
+
+    trained: TrainedBaseline
+    batch_size: int = 256
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The model."""
+        return {"baseline": self.trained.hash}
+
+    def sample(self, seeds: Tensor) -> SampledBatch:
+        """Float images (n, C, H, W) in [-1, 1], with the class of each seed."""
+        model, begun, parts = self.trained.model, time.perf_counter(), []
+        for some in seeds.split(self.batch_size):
+            labels = labels_of(some, model.classes) if model.classes else None
+            parts.append(model.sample(some, labels).cpu())
+        return SampledBatch(torch.cat(parts), model.sample_nfe, time.perf_counter() - begun)
+
+    def images(self, raw: SampledBatch) -> Tensor:
+        """In 256 levels."""
+        return to_uint8(raw.values.nan_to_num())
+
+
+@dataclass(frozen=True)
+class ImagesSource:
+    """External images as a source of samples: seed `first` is the first image; no evaluation is counted."""
+
+    external: ExternalImages
+    first: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The pixels, wherever they lie."""
+        return {"images": self.external.fingerprint}
+
+    def sample(self, seeds: Tensor) -> SampledBatch:
+        """The images themselves."""
+        return SampledBatch(self.external.pixels[seeds - self.first].contiguous(), 0.0, 0.0)
+
+    def images(self, raw: SampledBatch) -> Tensor:
+        """As they are."""
+        return raw.values
+
+
+def baseline_job(name: str, trained: TrainedBaseline, batch_size: int) -> Job:
+    """Its samples, in batches."""
+    return Job(name, "", BaselineSource(trained, batch_size), baseline=True, classes=trained.model.classes)
+
+
+def image_job(name: str, external: ExternalImages, config: SweepConfig) -> Job:
+    """The images in their order; DataError for fewer than the blocks hold."""
+    count, needed = len(external.pixels), config.n * config.blocks
+    if count < needed:
+        raise DataError(
+            f"{external.name} has {count} images, {needed} are needed",
+            f"{config.blocks} blocks of {config.n} images each are measured",
+            f"make more samples, or pass --n {max(count // config.blocks, 1)}, or fewer --blocks",
+        )
+    return Job(f"images: {name}", "", ImagesSource(external, config.first_seed), baseline=True)

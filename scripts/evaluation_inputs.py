@@ -1,0 +1,101 @@
+"""What the flags of evaluate.py name: the model, its repeats, baselines and external images.
+
+Modules that only some sweeps need are imported where a flag asks for them: the path of a plain sweep stays short, and it starts
+sooner.
+"""
+
+import torch
+from evaluation_flags import EvaluateTask
+
+from cli import names
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
+from midway.gen.data.splits import DataConfig, Splits
+from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.samplers import learned_for
+from midway.gen.evaluation.jobs import Job, SweepConfig
+from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
+from midway.gen.features.open import same_images
+from midway.samplers.solvers import ALIASES, SOLVERS
+
+
+def open_model(task: EvaluateTask, trained: TrainedModel | None, device: torch.device) -> EvaluatedModel | None:
+    """What solvers are measured on: the model `trained`, or that of --diffusers."""
+    if trained is not None:
+        return EvaluatedLatentModel(trained)
+    if task.diffusers is None:
+        return None
+    from midway.gen.evaluation.diffusers import load_diffusers
+
+    return load_diffusers(task.diffusers, device)
+
+
+def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch.device) -> list[EvaluatedModel]:
+    """The models of --repeats; DataError for other configurations."""
+    if not task.repeats or trained is None:
+        return []
+    from midway.gen.evaluation.repeats import check_repeats
+
+    found = [load_model(path, device) for path in task.repeats]
+    check_repeats(trained, found)
+    return [EvaluatedLatentModel(repeat) for repeat in found]
+
+
+def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
+    """The solvers that --solvers names; of `all`, the learned ones that were trained for every budget."""
+    if words != "all":
+        return names(words)
+    plain = tuple(name for name in SOLVERS if name not in ALIASES)
+    return plain if trained is None else (*plain, *learned_for(trained, budgets))
+
+
+def baseline_jobs(task: EvaluateTask, data: DataConfig, config: SweepConfig, device: torch.device) -> list[Job]:
+    """Jobs of --baselines, by the names of their runs.
+
+    UsageError for one name twice, DataError for other images than the reference.
+    """
+    if not task.baselines:
+        return []
+    from midway.gen.baselines.registry import load_trained_baseline
+    from midway.gen.evaluation.others import baseline_job
+
+    found: dict[str, Job] = {}
+    for path in task.baselines:
+        name, baseline = path.resolve().name, load_trained_baseline(path, device)
+        if name in found:
+            raise UsageError(f"--baselines names {name} twice", "rows need different names", "rename one of the runs")
+        if not same_images(baseline.data, data):
+            raise DataError(
+                f"{path} was trained on other images than the reference",
+                f"its data are {baseline.data}, the reference is {data}",
+                "train it on the same --data, --held-out, --split-seed, --channels and --resize",
+            )
+        found[name] = baseline_job(name, baseline, config.batch_size)
+    return list(found.values())
+
+
+def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:
+    """What --images names, in the channels of the reference; DataError for what does not compare with it."""
+    options = ReadingOptions(task.images_channels, task.images_resize, task.data.on_bad_image)
+    found = read_all(task.images, options)
+    return {name: fitted(images, splits.train.images) for name, images in found.items()}
+
+
+def image_jobs(externals: dict[str, ExternalImages], config: SweepConfig) -> list[Job]:
+    """Jobs of --images; DataError for fewer images than the blocks hold."""
+    if not externals:
+        return []
+    from midway.gen.evaluation.others import image_job
+
+    return [image_job(name, images, config) for name, images in externals.items()]
+
+
+def image_notes(externals: dict[str, ExternalImages], config: SweepConfig) -> tuple[str, ...]:
+    """How external images were read and converted, and how many of them count."""
+    found = [
+        f"images: {name} ({images.fingerprint}): {text}"
+        for name, images in externals.items()
+        for text in (f"the first {config.n * config.blocks} of {len(images.pixels)} images", *images.notes)
+    ]
+    sorting = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
+    return (*((sorting,) if externals and config.blocks > 1 else ()), *found)
