@@ -26,7 +26,8 @@ from midway.gen.evaluation.likelihood import (
     score_of,
     uniform_score,
 )
-from midway.gen.evaluation.sources import BaselineSource, SampledBatch, SampleSource, SolverSource
+from midway.gen.evaluation.others import BaselineSource
+from midway.gen.evaluation.sources import SampledBatch, SampleSource, SolverSource
 from midway.gen.features.reference import FeatureReference, Subject
 from midway.gen.training.batches import Context
 

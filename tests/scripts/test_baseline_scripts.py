@@ -32,7 +32,7 @@ from midway.gen.evaluation.likelihood import (
     levels_in_data,
     uniform_score,
 )
-from midway.gen.evaluation.sources import BaselineSource
+from midway.gen.evaluation.others import BaselineSource
 from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import FILES
 from midway.gen.training.batches import Context
