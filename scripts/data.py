@@ -42,23 +42,15 @@ def run(task: CheckTask) -> DataFacts:
     return facts
 
 
-def check_command(arguments: list[str]) -> None:
-    """`check SOURCE [flags]`."""
-    run(resolve(CheckTask, {}, arguments))
-
-
-COMMANDS = {"check": check_command}
-
-
 def command(arguments: list[str]) -> None:
-    """The command line: a subcommand and its flags."""
+    """The command line: `check SOURCE [flags]`."""
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(f"usage: python scripts/data.py {'|'.join(COMMANDS)} ...\n\n{__doc__}\n\nEach has its own --help.")
+        print(f"usage: python scripts/data.py check ...\n\n{__doc__}\n\nEach has its own --help.")
         return
-    if name not in COMMANDS:
-        raise UsageError(f"unknown command '{name}'", "it is none of scripts/data.py", nearest(name, COMMANDS))
-    COMMANDS[name](rest)
+    if name != "check":
+        raise UsageError(f"unknown command '{name}'", "it is none of scripts/data.py", nearest(name, ["check"]))
+    run(resolve(CheckTask, {}, rest))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def load_one(path: Path, device: torch.device) -> Trained:
 
 
 def check_images(models: dict[str, Trained], splits: Splits) -> int:
-    """The number of levels of all models; DataError when they differ, or images are not like those that a model knows."""
+    """The number of levels of all models; DataError when they differ, or images have another shape than a model's."""
     levels = {n: t.model.levels for n, t in models.items() if isinstance(t, TrainedBaseline)}
     if len(set(levels.values())) > 1:
         raise DataError(

@@ -32,13 +32,7 @@ class SamplingFlags:
 
     def sampler_options(self, device: torch.device) -> dict[str, Any]:
         """The same as fields of SamplerConfig; the guiding model is loaded."""
-        return {
-            "guidance": self.guidance,
-            "interval": self.guidance_interval or EVERYWHERE,
-            "weak": load_model(self.guide, device).model if self.guide else None,
-            "analytic_first": self.analytic_first,
-            "eta": self.eta,
-            "batch_size": self.batch_size,
-            "precision": self.precision,
-            "graph": self.graph,
-        }
+        same = ("guidance", "analytic_first", "eta", "batch_size", "precision", "graph")
+        weak = load_model(self.guide, device).model if self.guide else None
+        own = {name: getattr(self, name) for name in same}
+        return {**own, "interval": self.guidance_interval or EVERYWHERE, "weak": weak}

@@ -1,9 +1,9 @@
 """Options of the training scripts: one dataclass each, whose fields are its flags. recipes.py has their presets."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,6 +17,8 @@ Resume = Literal["no", "auto"]
 QuantizerName = Literal[
     "fsq", "vq", "vq_gradient", "simvq", "lfq", "bsq", "residual", "grouped", "two_level", "kl", "identity"
 ]
+QUANTIZER_FIELDS = ("quantizer", "levels", "form", "codebook_size", "dim", "options", "kl_weight")
+"""Those of TokenizerConfig that only the quantizer reads."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class TokenizerConfig:
             "identity": {"dim": channels if self.downsample == 1 else self.dim},
         }
         return {"type": self.quantizer, **own.get(self.quantizer, {}), **more}
+
+    def network_config(self) -> dict[str, Any]:
+        """The fields that are arguments of ImageTokenizer."""
+        networks = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in QUANTIZER_FIELDS}
+        return {**networks, "multipliers": list(self.multipliers)}
 
 
 @dataclass(frozen=True)

@@ -130,25 +130,9 @@ def square(data: ImageData) -> tuple[int, int]:
 def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
     """The tokenizer for these images; UsageError for sizes that do not fit."""
     channels, side = square(data)
-    config = task.model
     with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
-        return ImageTokenizer(
-            in_channels=channels,
-            image_size=side,
-            width=config.width,
-            downsample=config.downsample,
-            blocks=config.blocks,
-            quantizer=config.quantizer_config(channels),
-            upsample=config.upsample,
-            latent_space=config.latent_space,
-            snap_on_decode=config.snap_on_decode,
-            attention=config.attention,
-            multipliers=list(config.multipliers),
-            network=config.network,
-            depth=config.depth,
-            heads=config.heads,
-            latent_tokens=config.latent_tokens,
-        )
+        quantizer = task.model.quantizer_config(channels)
+        return ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **task.model.network_config())
 
 
 def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:

@@ -23,6 +23,7 @@ from baseline_tasks import VAETask
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.report import sections
 from midway.gen.training.config import TrainConfig
 from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
@@ -30,6 +31,15 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, w
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_trajectories() -> Iterator[None]:
+    """A report's section on trajectories costs more than all the rest of a test's sweep."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sections, "SEEDS", 4)
+        patch.setattr(sections, "STEPS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")

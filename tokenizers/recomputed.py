@@ -1,7 +1,7 @@
 """Blocks whose activations may be computed again in the backward pass instead of being kept."""
 
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ class Recomputed(nn.Module, ABC):
 
     gradient_checkpointing: bool = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *more: Any) -> Tensor:
         """`compute`, its activations kept or not."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # Nothing in it draws random numbers, so no generator has to be put back.
-            return cast(Tensor, checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False))
-        return self.compute(x)
+            return cast(Tensor, checkpoint(self.compute, x, *more, use_reentrant=False, preserve_rng_state=False))
+        return self.compute(x, *more)
 
     @abstractmethod
     def compute(self, x: Tensor) -> Tensor:

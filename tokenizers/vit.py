@@ -64,7 +64,7 @@ class ViTEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         _check_shape(images, self.image_shape, "images")
         positions = self.positions.to(self.embed.weight.dtype)  # from_pretrained(torch_dtype=) converts parameters only
-        x = self.embed(F.pixel_unshuffle(images, self.patch).flatten(2).transpose(1, 2)) + positions
+        x = self.embed(patches(images, self.patch)) + positions
         if self.latents is not None:
             x = torch.cat([self.latents.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
@@ -117,8 +117,17 @@ class ViTDecoder(nn.Module):
             x = torch.cat([x, (self.mask + positions).expand(len(x), -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
-        pixels = self.head(self.norm(x[:, -len(positions) :])).transpose(1, 2)
-        return F.pixel_shuffle(pixels.unflatten(2, self.grid), self.patch)
+        return joined(self.head(self.norm(x[:, -len(positions) :])), self.grid, self.patch)
+
+
+def patches(images: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C p p): the patches of p pixels a side, row by row."""
+    return F.pixel_unshuffle(images, patch).flatten(2).transpose(1, 2)
+
+
+def joined(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patches`, for a `grid` of (H / p, W / p) patches."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
 
 
 def positions_2d(side: int, width: int) -> Tensor:

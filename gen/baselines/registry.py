@@ -32,20 +32,11 @@ class TrainedBaseline:
     """For reports: averaged or newest, and the optimizer step."""
 
 
-def load_baseline(path: Path, device: torch.device = CPU) -> Baseline:
-    """The model of a baseline run (best weights if there are any) or of one checkpoint directory: averaged, eval mode, frozen.
-
-    DataError for files that are missing or do not fit.
-    """
-    folder = path if (path / "model.json").exists() else _chosen(Run.open(path, KIND))
-    return _read(folder, device)[0]
-
-
 def load_trained_baseline(path: Path, device: torch.device = CPU) -> TrainedBaseline:
-    """The model of a baseline run with its data, hash and step; errors as `load_baseline`."""
+    """The model of a baseline run, with its best weights if there are any, and its data; errors as `read_baseline`."""
     run = Run.open(path, KIND)
     folder = _chosen(run)
-    model, digest = _read(folder, device)
+    model, digest = read_baseline(folder, device)
     averaged = "averaged" if _weights(folder).name == "ema.safetensors" else "newest"
     data = from_dict(DataConfig, run.config["data"], "config.data")
     best = ", the best in validation" if folder.parent == run.best else ""
@@ -63,8 +54,11 @@ def _weights(folder: Path) -> Path:
     return averaged if averaged.exists() else folder / "model.safetensors"
 
 
-def _read(folder: Path, device: torch.device) -> tuple[Baseline, str]:
-    """The model in `folder` and the hash of its description and weights."""
+def read_baseline(folder: Path, device: torch.device = CPU) -> tuple[Baseline, str]:
+    """The model of a checkpoint directory, averaged, in eval mode and frozen, and the hash of its description and weights.
+
+    DataError for files that are missing or do not fit.
+    """
     with reading(folder, "train the model again with --overwrite"):
         text = (folder / "model.json").read_text()
         state = load_file(_weights(folder))

@@ -19,7 +19,6 @@ from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from midway.gen.baselines.density import DensityBaseline, check_margin, finite
 from midway.gen.baselines.tarflow_blocks import AutoregressiveFlow
@@ -27,6 +26,7 @@ from midway.gen.core import randomness
 from midway.gen.data.images import to_float
 from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
+from midway.tokenizers.vit import joined, patches
 
 DENOISING_EVALUATIONS = 2  # a forward pass and its gradient
 
@@ -129,19 +129,19 @@ class TarFlow(DensityBaseline):
 
     def forward(self, y: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z (B, C, H, W) and ln|det dz/dy| (B,) of y (B, C, H, W), with labels (B,) if conditional, `classes` for no class."""
-        tokens, total = self.tokens(y), y.new_zeros(len(y))
+        tokens, total = patches(y, self.config.patch), y.new_zeros(len(y))
         for flow in self.flows:
             tokens, log_det = flow(tokens, labels)
             total = total + log_det
-        return self.image(tokens), total
+        return joined(tokens, self.grid, self.config.patch), total
 
     @torch.no_grad()
     def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """y (B, C, H, W) of z (B, C, H, W)."""
-        tokens = self.tokens(z)
+        tokens = patches(z, self.config.patch)
         for flow in reversed(self.flows):
             tokens = cast(AutoregressiveFlow, flow).inverse(tokens, labels)
-        return self.image(tokens)
+        return joined(tokens, self.grid, self.config.patch)
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """ln p(x) (B,) of x (B, C, H, W) in (0, 1), with labels (B,) on the model's device if conditional."""
@@ -152,14 +152,6 @@ class TarFlow(DensityBaseline):
         """ln p(y) (B,) of the input y (B, C, H, W) of the flows."""
         z, log_det = self(y, labels)
         return log_det - 0.5 * z.square().flatten(1).sum(1) - self.dims / 2 * math.log(2 * math.pi)
-
-    def tokens(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, C p p)."""
-        return F.pixel_unshuffle(image, self.config.patch).flatten(2).transpose(1, 2)
-
-    def image(self, tokens: Tensor) -> Tensor:
-        """(B, N, C p p) -> (B, C, H, W)."""
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.config.patch)
 
     def _noisy(self, images: Tensor, context: Context) -> Tensor:
         """Images in [-1, 1] plus noise."""

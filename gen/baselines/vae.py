@@ -127,23 +127,16 @@ class VAE(Baseline):
         """ln w in nats, float64 (B, draws), draw d with the context's normals named `posterior-d`."""
         if draws < 1:
             raise ValueError(f"the bound needs at least one draw of the latents, got {draws}")
-        k = self.levels_in(images)
+        k, columns = self.levels_in(images), []
         mean, log_variance = self.posterior(images, labels)
-        columns = [
-            self._log_weight(k, labels, mean, log_variance, context.normal(f"posterior-{draw}", self.latent_shape))
-            for draw in range(draws)
-        ]
+        for draw in range(draws):
+            noise = context.normal(f"posterior-{draw}", self.latent_shape).to(mean)
+            latents = mean + torch.exp(log_variance / 2) * noise
+            fit = self.likelihood(latents, labels).log_prob(k)
+            # the 2 pi of p(z) and q(z | x) cancel
+            prior_over_posterior = (noise.double().square() + log_variance.double() - latents.double().square()) / 2
+            columns.append(fit.double().flatten(1).sum(1) + prior_over_posterior.flatten(1).sum(1))
         return torch.stack(columns, dim=1)
-
-    def _log_weight(
-        self, k: Tensor, labels: Tensor | None, mean: Tensor, log_variance: Tensor, noise: Tensor
-    ) -> Tensor:
-        """ln w, float64 (B,), at z = mu + s noise; the 2 pi of p(z) and q(z | x) cancel."""
-        noise = noise.to(mean)
-        latents = mean + torch.exp(log_variance / 2) * noise
-        fit = self.likelihood(latents, labels).log_prob(k)
-        prior_over_posterior = (noise.double().square() + log_variance.double() - latents.double().square()) / 2
-        return fit.double().flatten(1).sum(1) + prior_over_posterior.flatten(1).sum(1)
 
     def log_likelihood(self, images: Tensor, labels: Tensor | None, context: Context, samples: int = 16) -> Tensor:
         """The ELBO (beta = 1), averaged over `samples` draws of the latents: nats (B,) float64."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from midway.gen.core.environment import versions
 from midway.gen.core.errors import DataError, DiskError, one_line, raising
-from midway.gen.core.files import file_hash, reading, replacing, write_atomically
+from midway.gen.core.files import DAMAGE, file_hash, reading, replacing, write_atomically
 
 FORMAT = "midway-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -44,11 +44,8 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a safetensors file, on the CPU; DataError for anything else. Pickles are never loaded."""
         file = self.path / name
-        try:
+        with reading(file, "pickles are not loaded; restore the file", "it is no safetensors file ({})"):
             return {key: value.clone() for key, value in load_file(file).items()}  # else the file stays mapped
-        except (OSError, SafetensorError) as error:
-            why = f"it is no safetensors file ({one_line(error)})"
-            raise DataError(f"{file} cannot be read", why, "pickles are not loaded; restore the file") from None
 
     def json(self, name: str) -> Any:
         """A JSON file; DataError for anything else."""
@@ -146,34 +143,21 @@ def directories(root: Path) -> list[Path]:
 
 def verify(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file has the size and sha256 of its manifest; DataError naming what is wrong."""
-    try:
+    what, fix = f"checkpoint {path} is damaged", "resume from an older one with --resume auto, or train again"
+    with raising(DataError, what, fix, *DAMAGE, why=lambda error: f"its manifest cannot be used ({one_line(error)})"):
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["sha256"] != _own_hash(manifest):
             raise ValueError("sha256 differs")
         if manifest["format"] != FORMAT or f"step-{manifest['step']}" != path.name:
             raise ValueError(f"format {manifest['format']!r}, step {manifest['step']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"its manifest cannot be used ({one_line(error)})") from None
     for name, expected in manifest["files"].items():
-        _verify_file(path, name, expected)
+        with raising(DataError, what, fix, OSError, why=one_line):
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                raise DataError(what, f"{name} has {size} bytes, {expected['size']} were written", fix)
+            if file_hash(path / name) != expected["sha256"]:
+                raise DataError(what, f"{name} is not what was written (sha256 differs)", fix)
     return Checkpoint(path, manifest["step"])
-
-
-def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
-    try:
-        size = (path / name).stat().st_size
-        if size != expected["size"]:
-            raise _damaged(path, f"{name} has {size} bytes, {expected['size']} were written")
-        if file_hash(path / name) != expected["sha256"]:
-            raise _damaged(path, f"{name} is not what was written (sha256 differs)")
-    except OSError as error:
-        raise _damaged(path, one_line(error)) from None
-
-
-def _damaged(path: Path, why: str) -> DataError:
-    return DataError(
-        f"checkpoint {path} is damaged", why, "resume from an older one with --resume auto, or train again"
-    )
 
 
 def valid(root: Path, say: Callable[[str], None]) -> Iterator[Checkpoint]:

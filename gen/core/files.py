@@ -41,9 +41,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def reading(path: Path, fix: str) -> contextlib.AbstractContextManager[None]:
-    """Within the block an error of `DAMAGE` becomes a DataError that names `path`."""
-    return raising(DataError, f"{path} cannot be read", fix, *DAMAGE, why=one_line)
+def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:
+    """Within the block an error of `DAMAGE` becomes a DataError that names `path`; `why` holds its text."""
+    return raising(DataError, f"{path} cannot be read", fix, *DAMAGE, why=lambda error: why.format(one_line(error)))
 
 
 def clear_temporaries(folder: Path) -> None:

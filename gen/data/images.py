@@ -37,7 +37,6 @@ class ImageData:
 def load_images(
     source: str,
     *,
-    root: Path | None = None,
     download: bool = False,
     channels: int | None = None,
     resize: int | None = None,
@@ -46,13 +45,13 @@ def load_images(
     """The images of a name in `SOURCES`, of a folder or of a .zip (read in place); class folders are the labels.
 
     A name wins over a path; write `./digits` for a folder of that name. Files are taken in the order of their names.
-    `root` holds the files of named sources (default: $MIDWAY_DATA or ~/.cache/midway/data). `channels` 1 or 3 and
-    `resize` (pixels; shorter side, then centre crop) apply to every image. `skip` leaves out at most 1 % bad files.
+    $MIDWAY_DATA (default: ~/.cache/midway/data) holds the files of named sources. `channels` 1 or 3 and `resize` (pixels;
+    shorter side, then centre crop) apply to every image. `skip` leaves out at most 1 % bad files.
     UsageError: an unknown name or option. DataError: a source that cannot be used, with the file and the remedy.
     """
     check_options(channels, resize, on_bad_image)
     if source in SOURCES:
-        return _load_named(read_named(source, root, download), channels, resize)
+        return _load_named(read_named(source, download), channels, resize)
     return _load_path(existing_path(source), channels, resize, on_bad_image)
 
 

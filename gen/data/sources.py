@@ -61,19 +61,19 @@ SOURCES: dict[str, Callable[[Path, bool], Arrays]] = {
 }
 
 
-def read_named(source: str, root: Path | None = None, download: bool = False) -> Arrays:
-    """The arrays of a name in `SOURCES`, as they come; `root` as in `load_images`. DataError when they are not there."""
-    return SOURCES[source]((root or _default_root()).expanduser(), download)
+def read_named(source: str, download: bool = False) -> Arrays:
+    """The arrays of a name in `SOURCES`, as they come, from $MIDWAY_DATA or ~/.cache/midway/data.
+
+    DataError when they are not there.
+    """
+    root = Path(os.environ.get("MIDWAY_DATA") or "~/.cache/midway/data")
+    return SOURCES[source](root.expanduser(), download)
 
 
 def prepared(arrays: Arrays, channels: int | None, resize: int | None) -> Iterator[Decoded]:
     """The images of a named source one by one, each named by its place: `digits[0]`."""
     for index, pixels in enumerate(arrays.pixels):
         yield prepare(f"{arrays.name}[{index}]", Image.fromarray(pixels), channels, resize)
-
-
-def _default_root() -> Path:
-    return Path(os.environ.get("MIDWAY_DATA") or "~/.cache/midway/data")
 
 
 def existing_path(source: str) -> Path:

@@ -17,9 +17,10 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from midway.gen.training.batches import Context
+from midway.tokenizers.recomputed import Recomputed
+from midway.tokenizers.vit import joined, patches
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Attention and MLP with adaLN-zero modulation; `layer` keeps its dropout masks apart from those of other blocks."""
 
     def __init__(self, config: DiTConfig, layer: int) -> None:
@@ -106,7 +107,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, context: Context | None = None) -> Tensor:
+    def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, condition: Tensor, context: Context | None = None
+    ) -> Tensor:
         """x (B, N, W) and condition (B, W) -> (B, N, W); with a context, under dropout."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=1)
         mixed = self.attention(modulate(self.norm_1(x), shift_1, scale_1))
@@ -116,10 +119,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
-
-    `gradient_checkpointing` trades time for memory, and changes no bit: the backward pass computes each block again.
-    """
+    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class"."""
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
@@ -133,7 +133,6 @@ class DiT(nn.Module):
                 f"latents of {height}x{width} cannot be cut into patches of {config.patch}: choose a divisor"
             )
         self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
-        self.gradient_checkpointing = False
         self.embed = nn.Linear(channels * config.patch**2, config.width)
         self.register_buffer("positions", positions_2d(*self.grid, config.width), persistent=False)
         self.time = nn.Sequential(nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
@@ -156,21 +155,6 @@ class DiT(nn.Module):
         for layer in (self.modulation, self.head):
             nn.init.zeros_(layer.weight)
 
-    def _patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, tokens, C p p)."""
-        return F.pixel_unshuffle(x, self.config.patch).flatten(2).transpose(1, 2)
-
-    def _image(self, tokens: Tensor) -> Tensor:
-        """(B, tokens, C p p) -> (B, C, H, W)."""
-        return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, self.grid), self.config.patch)
-
-    def _run(self, block: nn.Module, h: Tensor, condition: Tensor, context: Context | None) -> Tensor:
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return block(h, condition, context)
-        # a block draws nothing from torch's generators, so their state need not be kept
-        again = checkpoint(block, h, condition, context, use_reentrant=False, preserve_rng_state=False)
-        return cast(Tensor, again)
-
     def conditions(self, noise_angle: Tensor, labels: Tensor) -> Tensor:
         """(E, B, W): the modulation's input, of time and class, for every noise_angle (E,) and every label (B,)."""
         return F.silu(self.time(sinusoid(1000 * noise_angle, 256))[:, None] + self.label(labels))
@@ -187,11 +171,12 @@ class DiT(nn.Module):
         if condition is None:
             assert noise_angle is not None and labels is not None
             condition = F.silu(self.time(sinusoid(1000 * noise_angle, 256)) + self.label(labels))
-        h = self.embed(self._patches(x)) + self.positions
+        h = self.embed(patches(x, self.config.patch)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):
-            h = self._run(block, h, condition, context)
+            h = block(h, condition, context)
             if i == (len(self.blocks) - 1) // 2:
                 hidden = h
         shift, scale = self.modulation(condition).chunk(2, dim=1)
-        return DiTOutput(self._image(self.head(modulate(self.norm(h), shift, scale))), hidden)
+        tokens = self.head(modulate(self.norm(h), shift, scale))
+        return DiTOutput(joined(tokens, self.grid, self.config.patch), hidden)

@@ -70,13 +70,12 @@ def sample_latents(
     seeds: Tensor,
     config: SamplingConfig | None = None,
     labels: Tensor | None = None,
-    graphs: Graphs | None = None,
 ) -> Samples:
-    """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes. `graphs` keeps captured trajectories."""
+    """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes."""
     config, model = config or SamplingConfig(), trained.model
     device = next(model.parameters()).device
     labels = labels_of(seeds, model.classes) if labels is None else labels
-    graphs, table, guidance = graphs or Graphs(), sampler.table, config.guidance
+    graphs, table, guidance = Graphs(), sampler.table, config.guidance
     make_field = partial(model.field, guidance=guidance)
     networks = [model.network, *([guidance.weak.network] if guidance.weak is not None else [])]
     start, parts = time.perf_counter(), []

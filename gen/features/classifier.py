@@ -20,8 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.core.errors import DataError
-from midway.gen.core.files import state_hash, write_atomically
+from midway.gen.core.errors import DataError, raising
+from midway.gen.core.files import DAMAGE, state_hash, write_atomically
 from midway.gen.data.images import to_float
 from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
@@ -160,35 +160,30 @@ def save_features(network: FeatureNetwork, path: Path, data_name: str) -> None:
     write_atomically(path, save(tensors, metadata))
 
 
-def _bad_file(path: Path, why: str) -> DataError:
-    return DataError(f"cannot use the feature network {path}", why, "train it again with scripts/train_features.py")
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and weights of a safetensors file. DataError if it is missing, damaged or another kind of file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise _bad_file(path, f"the file cannot be read ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise _bad_file(path, "its metadata are not those of a feature network")
-    if metadata.get("version") != str(VERSION):
-        raise _bad_file(path, f"its format version is {metadata.get('version')}; this program reads {VERSION}")
-    return metadata, tensors
-
-
 def load_features(path: Path) -> FeatureNetwork:
-    """The network (CPU, eval, frozen) with its protocol name. DataError unless the weights match the stored hash."""
-    metadata, tensors = _read(path)
-    try:
+    """The network (CPU, eval, frozen) with its protocol name.
+
+    DataError if the file is missing, damaged or of another kind, and unless the weights match the stored hash.
+    """
+    what, fix = f"cannot use the feature network {path}", "train it again with scripts/train_features.py"
+    unread, unfit = "the file cannot be read ({})", "its configuration and weights do not fit ({})"
+    with (
+        raising(DataError, what, fix, OSError, SafetensorError, why=unread.format),
+        safe_open(path, framework="pt") as file,
+    ):
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    if metadata.get("format") != FORMAT:
+        raise DataError(what, "its metadata are not those of a feature network", fix)
+    if metadata.get("version") != str(VERSION):
+        found = metadata.get("version")
+        raise DataError(what, f"its format version is {found}; this program reads {VERSION}", fix)
+    with raising(DataError, what, fix, *DAMAGE, why=unfit.format):
         network = FeatureNetwork(FeatureConfig(**json.loads(metadata["config"])))
         network.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise _bad_file(path, f"its configuration and weights do not fit ({error})") from error
     if feature_hash(network) != metadata.get("hash"):
-        raise _bad_file(path, f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}")
+        why = f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}"
+        raise DataError(what, why, fix)
     network.name = protocol_name(network, metadata.get("data", "unknown"))
     network.label = other_label(network.name)
     return network.eval().requires_grad_(False)

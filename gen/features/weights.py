@@ -15,6 +15,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import huggingface_hub
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -107,11 +108,7 @@ def _receive(published: Published, path: Path) -> str:
 def _from_repository(published: Published) -> Path:
     """From the Hugging Face cache, or downloaded into it; the hub's library checks sizes and writes all or nothing."""
     try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise not_installed("huggingface_hub", published.network) from None
-    try:
-        return Path(hf_hub_download(published.repository, published.file))
+        return Path(huggingface_hub.hf_hub_download(published.repository, published.file))
     except (OSError, ValueError, RuntimeError) as error:  # no network, no such file, offline mode: one remedy for all
         raise missing(published, f"{published.repository} cannot be fetched ({one_line(error)})") from None
 
@@ -131,7 +128,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     DataError if it is damaged, holds anything else than tensors, or values that are not finite.
     """
     try:
-        read = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+        if path.suffix == ".safetensors":
+            read: Any = load_file(path)
+        else:
+            read = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
     except Exception as error:  # damage and code raise many kinds
         raise bad_weights(path, f"the file cannot be read ({one_line(error)})") from None
     if not isinstance(read, Mapping) or not read or not all(isinstance(value, Tensor) for value in read.values()):
@@ -140,10 +140,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not torch.isfinite(value).all():
             raise bad_weights(path, f"{name} holds values that are not finite")
     return dict(read)
-
-
-def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)  # without code
 
 
 def bad_weights(path: Path, why: str) -> DataError:

@@ -14,11 +14,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def decay_at(step: int, decay: float) -> float:
-    """The decay used after optimizer step `step` (counted from 0)."""
-    return min(decay, (1 + step) / (10 + step))
-
-
 class EMA:
     """Averages the floating-point state of `model`; integer and boolean state is copied."""
 
@@ -41,7 +36,7 @@ class EMA:
 
     def decay_after(self, step: int) -> float:
         """The decay used after optimizer step `step` (counted from 0)."""
-        return decay_at(step, self.decay)
+        return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -16,18 +16,19 @@ Here a combination with the sum 0.98 would shrink the whole network by 2%; with 
 Source: Karras et al. 2024, arXiv 2312.02696, section 3 and appendix C.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from midway.gen.core.errors import DataError
-from midway.gen.core.files import write_atomically
+from midway.gen.core.errors import DataError, raising
+from midway.gen.core.files import DAMAGE, write_atomically
 from midway.gen.training.ema import EMA, check_layout
 
 FORMAT = "midway-posthoc-1"
@@ -45,11 +46,6 @@ def gamma_of(std: float) -> float:
     return max(0.0, float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max()))
 
 
-def power_decay(step: int, gamma: float) -> float:
-    """beta = (1 - 1/t)^(gamma + 1) after optimizer step `step` (counted from 0), t = step + 1 steps done; 0 at t = 1."""
-    return (1 - 1 / (step + 1)) ** (gamma + 1)
-
-
 class PowerAverage(EMA):
     """Averages the floating-point state of `model` with relative width `std`; integer and boolean state is copied."""
 
@@ -58,8 +54,8 @@ class PowerAverage(EMA):
         self.std, self.gamma = std, gamma_of(std)
 
     def decay_after(self, step: int) -> float:
-        """The decay used after optimizer step `step` (counted from 0); 0 at the first, where it becomes `model`."""
-        return power_decay(step, self.gamma)
+        """beta after optimizer step `step` (counted from 0), t = step + 1; 0 at the first, where it becomes `model`."""
+        return (1 - 1 / (step + 1)) ** (self.gamma + 1)
 
 
 @dataclass(frozen=True)
@@ -98,29 +94,25 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
     return sorted(map(_read_header, folder.glob("*.safetensors")), key=lambda snapshot: (snapshot.step, snapshot.std))
 
 
-def _unusable(path: Path, why: str) -> DataError:
-    return DataError(f"cannot use the weight average {path}", why, "move it elsewhere, or copy it again from its run")
+def _using(path: Path, why: str = "{}") -> contextlib.AbstractContextManager[None]:
+    """Within the block an error of `DAMAGE` becomes a DataError that names the snapshot; `why` holds its text."""
+    fix = "move it elsewhere, or copy it again from its run"
+    return raising(DataError, f"cannot use the weight average {path}", fix, *DAMAGE, why=why.format)
 
 
 def _read_header(path: Path) -> Snapshot:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise _unusable(path, f"the file cannot be read ({error})") from error
-    if header.get("format") != FORMAT:
-        raise _unusable(path, f"its format is {header.get('format')!r}, not {FORMAT!r}")
-    try:
+    with _using(path, "the file cannot be read ({})"), safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+    with _using(path):
+        if header.get("format") != FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
+    with _using(path, "its step and width cannot be used ({})"):
         return Snapshot(path, int(header["step"]), float(header["std"]))
-    except (KeyError, ValueError) as error:
-        raise _unusable(path, f"its step and width cannot be used ({error})") from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
+    with _using(path, "the file cannot be read ({})"):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _unusable(path, f"the file cannot be read ({error})") from error
 
 
 def inner_products(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor:
@@ -174,10 +166,8 @@ def reconstruct(snapshots: Sequence[Snapshot], step: int, std: float) -> dict[st
     sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in layout.items() if t.is_floating_point()}
     for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
         state = _read_state(snapshot.path)
-        try:
+        with _using(snapshot.path):
             check_layout(state, layout)
-        except ValueError as error:
-            raise _unusable(snapshot.path, str(error)) from error
         for name, total in sums.items():
             total.add_(state[name].double(), alpha=weight)
     return {name: sums[name].to(t.dtype) if name in sums else t for name, t in layout.items()}

@@ -16,7 +16,7 @@ from midway.gen.baselines.base import Baseline, write_baseline
 from midway.gen.baselines.density import DensityBaseline
 from midway.gen.baselines.flow import CouplingFlow
 from midway.gen.baselines.flow_config import glow, nice, realnvp
-from midway.gen.baselines.registry import load_baseline
+from midway.gen.baselines.registry import load_trained_baseline, read_baseline
 from midway.gen.baselines.tarflow import TarFlow, TarFlowConfig
 from midway.gen.baselines.vae import VAE, VAEConfig
 from midway.gen.core.errors import DataError
@@ -124,7 +124,7 @@ def test_a_model_is_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     model = make(name)
     write_baseline(tmp_path, model)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    loaded = load_baseline(tmp_path)
+    loaded, _ = read_baseline(tmp_path)
     assert (loaded.config, loaded.image_shape, loaded.levels, loaded.classes) == (model.config, SHAPE, 17, 3)
     assert not loaded.training
     assert loaded.state_dict().keys() == model.state_dict().keys()
@@ -134,18 +134,18 @@ def test_a_model_is_read_back_bit_for_bit(name: str, tmp_path: Path) -> None:
 
 def test_files_that_do_not_fit_raise_data_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a run directory"):
-        load_baseline(tmp_path)
+        load_trained_baseline(tmp_path)
     model = make("vae")
     write_baseline(tmp_path, model)
     with pytest.raises(DataError, match="cannot be read"):
-        load_baseline(tmp_path)
+        read_baseline(tmp_path)
     other = VAE(replace(model.config, mixtures=1), SHAPE, 17, 3)
     save_file(other.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(DataError, match=r"(?s)size mismatch.*train the model again"):
-        load_baseline(tmp_path)
+        read_baseline(tmp_path)
     (tmp_path / "model.json").write_text((tmp_path / "model.json").read_text().replace('"vae"', '"gan"'))
     with pytest.raises(DataError, match="KeyError: 'gan'"):
-        load_baseline(tmp_path)
+        read_baseline(tmp_path)
 
 
 @pytest.mark.parametrize("classes", [0, 10])

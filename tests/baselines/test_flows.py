@@ -15,7 +15,7 @@ from midway.gen.baselines.couplings import CouplingNetworkConfig
 from midway.gen.baselines.flow import CouplingFlow, Dequantiser
 from midway.gen.baselines.flow_config import FlowConfig, build_flow, glow, nice, realnvp
 from midway.gen.baselines.flow_layers import ActNorm
-from midway.gen.baselines.registry import load_baseline
+from midway.gen.baselines.registry import read_baseline
 from midway.gen.core import randomness
 from midway.gen.data.images import to_uint8
 from midway.gen.data.levels import bits_per_dim, from_levels
@@ -227,7 +227,7 @@ def test_start_normalises_once_and_survives_saving(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     write_baseline(tmp_path, model)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
-    loaded = load_baseline(tmp_path)
+    loaded, _ = read_baseline(tmp_path)
     loaded.train().start(batch(7, SHAPE), context(7, step=5))
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
 

@@ -11,7 +11,7 @@ import torch
 
 from midway.gen.core import checkpoints
 from midway.gen.core.config import from_dict, read_yaml, to_dict, write_yaml
-from midway.gen.core.errors import DataError, DiskError, UsageError, nearest
+from midway.gen.core.errors import DataError, DiskError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
 
@@ -139,6 +139,17 @@ def test_a_yaml_file_cannot_build_objects(tmp_path: Path) -> None:
 def test_nearest_lists_every_choice_and_guesses_only_what_is_close() -> None:
     assert nearest("dim", ["euler", "ddim"]) == "did you mean 'ddim'? choose one of: ddim, euler"
     assert nearest("xyz", ["euler", "ddim"]) == "choose one of: ddim, euler"
+
+
+def test_only_the_named_errors_become_errors_for_users() -> None:
+    with pytest.raises(DataError) as caught, raising(DataError, "a file is damaged", "train again", OSError, KeyError):
+        raise KeyError("width")
+    assert str(caught.value) == "a file is damaged\n  why: 'width'\n  fix: train again"
+    assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(UsageError, match="why: ValueError: width 3"), raising(UsageError, "a", "b", why=one_line):
+        raise ValueError("width\n3")
+    with pytest.raises(ZeroDivisionError), raising(DataError, "a", "b", OSError):
+        print(1 / 0)
 
 
 # ---- run directories ----

@@ -416,9 +416,10 @@ def test_absent_named_source(name: str, tmp_path: Path, no_network: None, monkey
 
 
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits"}))
-def test_failed_download(name: str, tmp_path: Path, no_network: None):
+def test_failed_download(name: str, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MIDWAY_DATA", str(tmp_path))
     with pytest.raises(DataError, match="could not be downloaded") as caught:
-        load_images(name, root=tmp_path, download=True)
+        load_images(name, download=True)
     assert "try again" in caught.value.fix and str(tmp_path) in caught.value.fix
     assert "no network" in caught.value.why
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from midway.gen.diffusion.dit import Block, DiT, DiTConfig, drop, positions_2d
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig, pool, start_state
 from midway.gen.training.batches import Context, LatentBatch
+from midway.gen.training.optim import checkpoint_activations
 from midway.samplers.grids import uniform
 from midway.samplers.prediction import TARGETS, expand
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import SCHEDULES
 from midway.samplers.solvers import heun
+from midway.tokenizers.vit import joined, patches
 
 TINY = DiTConfig(width=16, depth=2, heads=2, patch=1)
 
@@ -280,13 +282,13 @@ def test_activation_checkpointing_changes_no_bit(
     plain = _loss_and_gradients(model, autocast)
     assert len(plain) == 1 + len(list(model.parameters()))
     assert len(calls) == 2
-    model.network.gradient_checkpointing = True
+    checkpoint_activations(model)
     torch.manual_seed(1)  # the masks are no function of torch's generators
     again = _loss_and_gradients(model, autocast)
     assert len(calls) == 2 + 4
     for a, b in zip(again, plain, strict=True):
         assert torch.equal(a, b)
-    monkeypatch.delattr("midway.gen.diffusion.dit.checkpoint")
+    monkeypatch.delattr("midway.tokenizers.recomputed.checkpoint")
     with torch.no_grad():
         model.loss(_batch(12), _context(12))
     assert len(calls) == 2 + 4 + 2
@@ -296,9 +298,10 @@ def test_positions_and_patches() -> None:
     positions = positions_2d(3, 5, 32)
     assert positions.shape == (15, 32)
     assert len(torch.unique(positions, dim=0)) == 15
-    dit = DiT(DiTConfig(width=16, depth=1, heads=2, patch=2), 3, 4, 6, 10)
     x = torch.randn(2, 3, 4, 6)
-    assert torch.equal(dit._image(dit._patches(x)), x)
+    tokens = patches(x, 2)
+    assert torch.equal(tokens[:, 4].view(2, 3, 2, 2), x[:, :, 2:, 2:4]), "row by row"
+    assert torch.equal(joined(tokens, (2, 3), 2), x)
     with pytest.raises(ValueError, match="patches of 3"):
         DiT(DiTConfig(width=16, depth=1, heads=2, patch=3), 3, 4, 4, 10)
     with pytest.raises(ValueError, match="divisible by heads"):

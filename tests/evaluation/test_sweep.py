@@ -1,11 +1,10 @@
 """The sweep's store: nothing is measured twice, nothing is lost, and no number depends on kills, processes or batches."""
 
+import contextlib
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from measurements import measurement
-from multiprocess import launch
-from pipelines import SCRIPTS, Pipeline, Script
+from multiprocess import together
+from pipelines import Pipeline, Script
 
 from midway.gen.baselines.registry import load_trained_baseline
 from midway.gen.core.errors import DataError, UsageError
@@ -33,7 +32,7 @@ from midway.gen.evaluation.records import (
     critical_t,
     shown,
 )
-from midway.gen.evaluation.sources import SolverSource
+from midway.gen.evaluation.sources import SampledBatch, SolverSource
 from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
@@ -184,25 +183,40 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     assert drawn == [0, 16, 28, 0, 8, 16, 20, 28, 36], "what is missing of the first cell, and the second"
 
 
-def test_kill_9_costs_the_part_in_work(pipeline: Pipeline, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--model", str(pipeline.model), "--features"]
-    command += [str(pipeline.features), "--solvers", "ddim", "--nfe", "4", "--grids", "uniform", "--n", "2400"]
-    command += ["--blocks", "1", "--reference-nfe", "0", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _sweep(rank: int, task: evaluate.EvaluateTask, pause: float = 0.0) -> None:
+    """In a process of its own, in parts of 8, each with a pause before it; stdout goes to a file beside the report."""
+    store.PART = 8
+    real = SolverSource.sample
+
+    def slower(self: SolverSource, seeds: torch.Tensor) -> SampledBatch:
+        time.sleep(pause)
+        return real(self, seeds)
+
+    SolverSource.sample = slower
+    assert task.out is not None
+    with task.out.with_name(f"{task.out.name}.{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        evaluate.run(task)
+
+
+def test_kill_9_costs_the_part_in_work(
+    pipeline: Pipeline, whole: Path, tmp_path: Path, small_parts: None, drawn: list[int]
+) -> None:
+    out = tmp_path / "out"
+    process = multiprocessing.get_context("forkserver").Process(target=_sweep, args=(0, task(pipeline, out), 0.1))
+    process.start()
     patience = time.monotonic() + 120
-    while not list(tmp_path.glob("cells/*.parts/part-00001.safetensors")) and time.monotonic() < patience:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = list(tmp_path.glob("cells/*.parts/*.safetensors"))
-    assert kept, "a part was written before the kill"
-    resumed = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    assert resumed.returncode == 0, resumed.stderr
-    assert not list(tmp_path.glob("cells/*.parts")), "parts of finished cells are gone"
-    whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], env=environment, check=False, capture_output=True)
-    assert whole.returncode == 0
-    assert table(tmp_path) == table(tmp_path / "whole")
+    while len(list(out.glob("cells/*.parts/*.safetensors"))) < 8 and time.monotonic() < patience:
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    written = list(out.glob("cells/*.parts/*.safetensors"))
+    assert written and not (out / "results.csv").exists(), "it was killed among its parts"
+    evaluate.run(task(pipeline, out))
+    assert len(drawn) == 18 - len(written), (
+        "of three parts in each of two blocks, for two solvers and the fine solution"
+    )
+    assert table(out) == table(whole)
+    assert not list(out.glob("cells/*.parts/part-*.tmp"))
 
 
 def test_a_second_run_samples_nothing_and_more_solvers_only_themselves(
@@ -217,11 +231,19 @@ def test_a_second_run_samples_nothing_and_more_solvers_only_themselves(
     assert table(whole) == before
 
 
-def test_fresh_forgets(pipeline: Pipeline, tmp_path: Path, drawn: list[int]) -> None:
-    evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0))
-    once = len(drawn)
-    evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0, fresh=True))
-    assert len(drawn) == 2 * once > 0
+@pytest.fixture(scope="module")
+def one_solver(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    evaluate.run(task(pipeline, out, solvers="ddim"))
+    return out
+
+
+def test_fresh_forgets(one_solver: Path, pipeline: Pipeline, tmp_path: Path, drawn: list[int]) -> None:
+    out = Path(shutil.copytree(one_solver, tmp_path / "out"))
+    evaluate.run(task(pipeline, out, solvers="ddim"))
+    assert drawn == []
+    evaluate.run(task(pipeline, out, solvers="ddim", fresh=True))
+    assert drawn == [0, 20] * 2
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -238,12 +260,10 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_the_numbers_is_measured_anew(
-    name: str, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
+    name: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
 ) -> None:
-    first = task(pipeline, tmp_path, solvers="ddim")
-    evaluate.run(first)
-    drawn.clear()
-    evaluate.run(replace(first, **CHANGES[name]))
+    out = Path(shutil.copytree(one_solver, tmp_path / "out"))
+    evaluate.run(task(pipeline, out, solvers="ddim", **CHANGES[name]))
     assert drawn
 
 
@@ -252,20 +272,18 @@ def test_what_changes_the_numbers_is_measured_anew(
 
 @pytest.mark.parametrize("damage", ["flipped", "halved", "empty"])
 def test_a_damaged_cell_is_kept_aside_and_measured_again(
-    damage: str, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    damage: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)
-    evaluate.run(asked)
-    before = table(tmp_path)
-    (path,) = tmp_path.glob("cells/*.json")
+    asked = task(pipeline, Path(shutil.copytree(one_solver, tmp_path / "out")), solvers="ddim")
+    (path,) = (tmp_path / "out").glob("cells/*.json")
     text = path.read_text()
     digit = text.index("distances") + 20
     flipped = text[:digit] + str((int(text[digit]) + 1) % 10 if text[digit].isdigit() else 1) + text[digit + 1 :]
     path.write_text({"flipped": flipped, "halved": text[: len(text) // 2], "empty": ""}[damage])
     evaluate.run(asked)
     assert "damaged" in capsys.readouterr().out
-    assert list(tmp_path.glob("cells/*.damaged"))
-    assert table(tmp_path) == before
+    assert list((tmp_path / "out").glob("cells/*.damaged"))
+    assert table(tmp_path / "out") == table(one_solver)
 
 
 def test_a_damaged_part_counts_as_not_there(tmp_path: Path) -> None:
@@ -296,36 +314,24 @@ def test_an_id_is_a_function_of_the_identity_alone() -> None:
 # ---- processes, batches, overlap ----
 
 
-def test_two_processes_give_the_table_of_one(pipeline: Pipeline, tmp_path: Path) -> None:
-    """n = 2100 makes three parts a block, which two processes share unequally."""
-    flags = ["--model", str(pipeline.model), "--features", str(pipeline.features), "--solvers", "ddim", "--nfe"]
-    flags += [
-        "4",
-        "--grids",
-        "uniform",
-        "--samples",
-        "2100",
-        "--blocks",
-        "1",
-        "--reference-nfe",
-        "8",
-        "--metrics",
-        "kid,is",
-    ]
-    told = [
-        launch(SCRIPTS / "evaluate.py", *flags, "--out", tmp_path / name, processes=count)
-        for name, count in (("one", 1), ("two", 2))
-    ]
-    assert table(tmp_path / "one") == table(tmp_path / "two")
-    assert "".join(told[1]).count("report: ") == 1, "one process reports"
+def test_two_processes_give_the_table_of_one(pipeline: Pipeline, whole: Path, tmp_path: Path) -> None:
+    """Three parts a block, which two processes share unequally."""
+    together(_sweep, 2, task(pipeline, tmp_path / "out"))
+    assert table(tmp_path / "out") == table(whole)
+    texts = [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]
+    assert "".join(texts).count("report: ") == 1, "one process reports"
+
+
+@pytest.fixture(scope="module")
+def two_solvers(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return evaluate.run(task(pipeline, tmp_path_factory.mktemp("two"), solvers="ddim,heun"))
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 7}, {"batch_size": 64}, {"overlap": True}], ids=str)
 def test_neither_batches_nor_overlap_change_a_distance(
-    change: dict[str, Any], pipeline: Pipeline, tmp_path: Path
+    change: dict[str, Any], two_solvers: Sweep, pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    first = evaluate.run(task(pipeline, tmp_path / "a", solvers="ddim,heun"))
-    other = evaluate.run(task(pipeline, tmp_path / "b", solvers="ddim,heun", **change))
+    first, other = two_solvers, evaluate.run(task(pipeline, tmp_path, solvers="ddim,heun", **change))
     for a, b in zip(first.measurements, other.measurements, strict=True):
         assert (a.solver, a.nfe, a.distances, a.value("kid")) == (b.solver, b.nfe, b.distances, b.value("kid"))
         rmse = a.value("rmse")

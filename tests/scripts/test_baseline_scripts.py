@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from baseline_recipes import BASELINE_RECIPES
 from baseline_tasks import BASELINE_TASKS, FlowTask, VAETask
 from midway.gen.baselines.flow_config import nice
-from midway.gen.baselines.registry import load_baseline, load_trained_baseline
+from midway.gen.baselines.registry import load_trained_baseline, read_baseline
 from midway.gen.baselines.vae import VAE, VAEConfig
 from midway.gen.core.config import read_yaml
 from midway.gen.data.levels import bits_per_dim, to_levels
@@ -86,7 +86,7 @@ def test_the_best_weights_are_what_is_loaded(kind: str, runs: Runs) -> None:
     trained = load_trained_baseline(run)
     assert all(torch.equal(value, weights[name]) for name, value in trained.model.state_dict().items())
     assert trained.weights == f"averaged, step {best}, the best in validation"
-    newest = load_baseline(next((run / "checkpoints").glob("step-*")))
+    newest, _ = read_baseline(next((run / "checkpoints").glob("step-*")))
     differ = any(not torch.equal(value, weights[name]) for name, value in newest.state_dict().items())
     assert differ == (best != max(values))
     if kind == "flow":
@@ -154,7 +154,7 @@ def test_a_recipe_is_a_task_of_its_kind(recipe: str) -> None:
 
 def test_bits_depend_on_neither_batches_nor_the_other_images(runs: Runs, splits: Splits) -> None:
     for run in (runs.vae, runs.flow):
-        model = load_baseline(run)
+        model = load_trained_baseline(run).model
         subject = balanced_subject(splits.held_out, 17)
         together, apart = (bits_of(model, subject, Bounds(3, 5, size)) for size in (17, 4))
         assert apart.bits == pytest.approx(together.bits, rel=1e-5)
@@ -166,14 +166,14 @@ def test_bits_depend_on_neither_batches_nor_the_other_images(runs: Runs, splits:
 
 
 def test_more_draws_are_given_to_flows_for_the_time_of_a_figure(runs: Runs, splits: Splits) -> None:
-    model, subject = load_baseline(runs.flow), balanced_subject(splits.held_out, 20)
+    model, subject = load_trained_baseline(runs.flow).model, balanced_subject(splits.held_out, 20)
     one, eight = (bits_of(model, subject, Bounds(draws)).bits for draws in (None, 8))
     assert eight < one, "averaging inside the logarithm tightens the bound"
     assert model.config.draws == 1
 
 
 def test_iwae_of_one_draw_is_the_bound_and_more_are_tighter(runs: Runs, splits: Splits) -> None:
-    model, subject = load_baseline(runs.vae), balanced_subject(splits.held_out, 20)
+    model, subject = load_trained_baseline(runs.vae).model, balanced_subject(splits.held_out, 20)
     assert isinstance(model, VAE)
     assert iwae_of(model, subject, Bounds(), 1).bits == pytest.approx(bits_of(model, subject, Bounds(1)).bits, rel=1e-9)
     assert iwae_of(model, subject, Bounds(), 32).bits < bits_of(model, subject, Bounds(32)).bits
@@ -201,7 +201,7 @@ def test_levels_are_those_of_both_sides_of_the_split(tmp_path: Path) -> None:
 
 
 def test_the_standard_error_is_that_of_the_mean(runs: Runs, splits: Splits) -> None:
-    model, subject = load_baseline(runs.flow), balanced_subject(splits.held_out, 25)
+    model, subject = load_trained_baseline(runs.flow).model, balanced_subject(splits.held_out, 25)
     each = bits_per_dim(model.log_likelihood(subject.images, None, Context(0, 0, subject.places)), 64)
     found = bits_of(model, subject, Bounds())
     assert found.bits == pytest.approx(each.mean().item(), rel=1e-6)
@@ -229,7 +229,7 @@ def test_the_report(runs: Runs, tmp_path: Path, splits: Splits) -> None:
     assert list(rows) == ["vae", "flow", "per-pixel histogram", "uniform"]
     subject = balanced_subject(splits.held_out, 20)
     for name in ("vae", "flow"):
-        model = load_baseline(getattr(runs, name))
+        model = load_trained_baseline(getattr(runs, name)).model
         assert rows[name].bits == bits_of(model, subject, Bounds(2, 4)).bits
         assert rows[name].parameters == sum(p.numel() for p in model.parameters())
         assert rows[name].conditional == (name == "vae")

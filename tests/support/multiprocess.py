@@ -1,12 +1,16 @@
 """Work of several gloo processes in tests: functions in forked processes, or commands; every exit code is checked."""
 
+import contextlib
 import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +22,7 @@ LOADED = (
     "midway.gen.training.fit",
     "midway.gen.tokenizer.objective",
     "midway.gen.diffusion.load",
+    "midway.gen.evaluation.sweep",
     "sklearn.datasets",
     "tyro",
 )
@@ -53,11 +58,20 @@ def _work(rank: int, function: Callable[..., object], processes: int, port: int,
         leave_processes(code)
 
 
-def launch(*command: object, processes: int = 2) -> list[str]:
-    """Run `python command` in several processes at once; what each wrote to stdout. AssertionError unless all exit with 0."""
-    ended = run_all(*command, processes=processes)
-    assert not any(process.returncode for process in ended), [p.stderr[-3000:] for p in ended if p.returncode]
-    return [process.stdout for process in ended]
+def launch(script: Path, *flags: object, processes: int = 2) -> list[str]:
+    """Run a script in several forked processes at once; what each wrote to stdout. AssertionError unless all exit with 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        together(_script, processes, [str(script), *map(str, flags)], folder)
+        return [Path(folder, str(rank)).read_text() for rank in range(processes)]
+
+
+def _script(rank: int, line: list[str], folder: str) -> None:
+    sys.argv, sys.path[0:0] = line, [str(Path(line[0]).parent)]
+    with Path(folder, str(rank)).open("w") as out, contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(line[0], run_name="__main__")
+        except SystemExit as ended:
+            assert not ended.code, f"exit code {ended.code}"
 
 
 def run_all(*command: object, processes: int = 2, timeout: float = 300.0) -> list[subprocess.CompletedProcess[str]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from midway.gen.core import randomness
 from midway.gen.core.errors import DivergedError, UsageError
 from midway.gen.training.config import TrainConfig, learning_rate
-from midway.gen.training.ema import EMA, decay_at
+from midway.gen.training.ema import EMA
 from midway.gen.training.interface import Hooks
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -71,9 +71,10 @@ def test_the_average_is_its_closed_form_sum() -> None:
 
 
 def test_the_decay_warms_up_and_reaches_its_value() -> None:
-    assert [decay_at(s, 0.999) for s in (0, 1, 8, 90)] == pytest.approx([0.1, 2 / 11, 0.5, 0.91])
-    assert decay_at(8990, 0.999) == decay_at(10**6, 0.999) == 0.999
-    assert decay_at(8980, 0.999) < 0.999
+    decay_after = EMA(Regression(), 0.999).decay_after
+    assert [decay_after(s) for s in (0, 1, 8, 90)] == pytest.approx([0.1, 2 / 11, 0.5, 0.91])
+    assert decay_after(8990) == decay_after(10**6) == 0.999
+    assert decay_after(8980) < 0.999
 
 
 def test_learned_buffers_are_averaged_and_integers_are_copied() -> None:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -389,7 +389,8 @@ def test_computing_activations_again_changes_no_bit(tmp_path: Path, name: str, a
     blocks = 0
     for again in (False, True):
         model = make()
-        inner = [m.branch if isinstance(m, ResidualBlock) else m for m in model.modules() if isinstance(m, block)]
+        parts = [m for m in model.modules() if isinstance(m, block)]
+        inner = [m.branch if isinstance(m, ResidualBlock) else cast(Block, m).attention for m in parts]
         for module in inner:
             module.register_forward_pre_hook(lambda *_, again=again: runs.update([again]))
         train(tmp_path / str(again), model, fetch, replace(config, gradient_checkpointing=again))

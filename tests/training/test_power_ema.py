@@ -18,7 +18,6 @@ from midway.gen.training.power_ema import (
     find_snapshots,
     gamma_of,
     inner_products,
-    power_decay,
     reconstruct,
     save_snapshot,
     weights_of,
@@ -99,10 +98,11 @@ def test_the_average_is_its_closed_form_sum(std: float) -> None:
 
 
 def test_the_first_update_takes_the_weights_and_later_ones_move_less_and_less() -> None:
-    assert power_decay(0, 6.94) == 0
-    assert power_decay(1, 1.0) == 0.25
-    assert power_decay(9, 2.0) == pytest.approx(0.9**3)
-    assert 0 < 1 - power_decay(10**9, 16.97) < 1e-7
+    averages = [PowerAverage(Tiny(), std) for std in (0.05, 0.1, width(1.0), width(2.0))]
+    assert [average.decay_after(0) for average in averages] == [0, 0, 0, 0]
+    assert averages[2].decay_after(1) == pytest.approx(0.25)
+    assert averages[3].decay_after(9) == pytest.approx(0.9**3)
+    assert 0 < 1 - averages[0].decay_after(10**9) < 1e-7
 
 
 def test_the_relative_width_of_a_long_average_is_its_std() -> None:
