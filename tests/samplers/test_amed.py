@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from distillation import tiny_model, train_steps
 from oracles import mixture, noise_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -14,12 +15,10 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.training.batches import Context
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard
+from midway.samplers.distill import TeacherNodes
 from midway.samplers.learned_solver import LEARNED, LearnedSolver
 from midway.samplers.prediction import Prediction
 from midway.samplers.sample import sample
@@ -71,46 +70,41 @@ def test_the_predictor_has_about_nine_thousand_parameters() -> None:
     assert 8000 < sum(p.numel() for p in Predictor(64, 3, AMEDConfig()).parameters()) < 10000
 
 
-def _objective(guidance: float, constants: bool) -> tuple[SolverObjective, TrajectoryBatch]:
+def _objective_of(**changes: Any) -> SolverObjective:
+    """The objective at NFE 4 of a tiny model, with these fields of target or configuration changed."""
+    target, config = SolverTarget(4, "uniform", 1.0, True), DistillConfig(teacher_steps=4, trajectories=6)
+    mine = {k: v for k, v in changes.items() if hasattr(target, k)}
+    rest = {k: v for k, v in changes.items() if k not in mine}
+    return SolverObjective(tiny_model(), replace(target, **mine), replace(config, **rest))
+
+
+def _prepared(guidance: float, constants: bool) -> tuple[SolverObjective, TeacherNodes]:
     """An objective after its teacher run and warm start, as scripts/train_solver.py prepares it, and all trajectories."""
-    torch.manual_seed(0)
-    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
-    target = SolverTarget(4, "uniform", guidance, constants)
-    objective = SolverObjective(
-        model.eval().requires_grad_(False), target, DistillConfig(teacher_steps=4, trajectories=6)
-    )
-    labels = torch.arange(6) % 4
+    objective, labels = _objective_of(guidance=guidance, constants=constants), torch.arange(6) % 4
     teacher = objective.run_teacher(labels)
     objective.warm_start(teacher, labels)
-    return objective, TrajectoryBatch(teacher, labels)
+    return objective, teacher
 
 
-def _steps(objective: SolverObjective, all_of_it: TrajectoryBatch, first: int, last: int) -> None:
-    """Steps first .. last - 1 of training, of which number 1 is skipped as fit() would skip it."""
-    optimizer = torch.optim.Adam(objective.parameters(), 1e-2)
-    for step in range(first, last):
-        items = torch.arange(step, step + 3) % 6
-        batch = TrajectoryBatch(all_of_it.nodes.take(items), all_of_it.labels[items])
-        loss, _ = objective.loss(batch, Context(0, step, items))
-        optimizer.zero_grad()
-        loss.backward()
-        if step != 1:
-            optimizer.step()
-        objective.after_step(torch.tensor(step != 1, device="meta"))  # a value that cannot be waited for
+def _steps(objective: SolverObjective, teacher: TeacherNodes, first: int, last: int) -> None:
+    def batch_of(items: Tensor) -> TrajectoryBatch:
+        return TrajectoryBatch(teacher.take(items), items % 4)
+
+    train_steps(objective, batch_of, torch.optim.Adam(objective.parameters(), 1e-2), first, last)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("constants", [True, False], ids=["constants", "predictor"])
 def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(constants: bool, guidance: float) -> None:
     """Teacher run and warm start, done again by the resumed process, are not counted twice; a skipped step is counted."""
-    whole, data = _objective(guidance, constants)
+    whole, data = _prepared(guidance, constants)
     prepared = whole.counter.evaluations
     _steps(whole, data, 0, 5)
     a_step = 3 * 2 * (2 if guidance != 1 else 1)  # three trajectories, two steps of the student, guidance
     assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * a_step
-    broken, _ = _objective(guidance, constants)
+    broken, _ = _prepared(guidance, constants)
     _steps(broken, data, 0, 2)
-    resumed, data = _objective(guidance, constants)
+    resumed, data = _prepared(guidance, constants)
     resumed.load_state_dict(broken.state_dict())
     assert resumed.counter.evaluations == prepared + 2 * a_step
     _steps(resumed, data, 2, 5)
@@ -211,16 +205,6 @@ def test_another_file_raises_an_error(tmp_path: Path) -> None:
     dpm2(Cosine(), grids.karras(Cosine(), 3)).save(tmp_path / "table.safetensors")
     with pytest.raises(ValueError, match="not a learned solver"):
         LearnedSolver.load(tmp_path / "table.safetensors", Cosine())
-
-
-def _objective_of(**changes: Any) -> SolverObjective:
-    """The objective at NFE 4 of a tiny model, with these fields of target or configuration changed."""
-    torch.manual_seed(0)
-    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
-    target, config = SolverTarget(4, "uniform", 1.0, True), DistillConfig(teacher_steps=4, trajectories=6)
-    mine = {k: v for k, v in changes.items() if hasattr(target, k)}
-    rest = {k: v for k, v in changes.items() if k not in mine}
-    return SolverObjective(model.eval().requires_grad_(False), replace(target, **mine), replace(config, **rest))
 
 
 @pytest.mark.parametrize(
