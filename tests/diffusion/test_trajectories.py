@@ -23,7 +23,7 @@ from midway.gen.diffusion.trajectories import (
     trajectories,
     trajectory_geometry,
 )
-from midway.gen.report.trajectory_plot import trajectory_figure, trajectory_png
+from midway.gen.report.sections import trajectory_figure, trajectory_png
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import karras
 from midway.samplers.learned_solver import LearnedSolver
