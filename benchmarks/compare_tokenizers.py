@@ -32,7 +32,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
-from midway.gen.report.plots import COLOURS, MARKERS
+from midway.gen.report.axes import COLOURS, MARKERS
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers.fsq import FSQ_LEVELS
 

@@ -64,7 +64,7 @@ def own_fields(task: type, values: Any) -> Any:
     return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
 
 
-def main(command: Callable[[list[str]], None]) -> NoReturn:
+def main(command: Callable[[list[str]], object]) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
     try:
@@ -74,7 +74,7 @@ def main(command: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(code)
 
 
-def run(command: Callable[[list[str]], None], arguments: list[str], debug: bool = False) -> int:
+def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False) -> int:
     """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); Ctrl-C: 130; other errors: 1.
 
     A full or failing disk is a DiskError wherever it shows.

@@ -9,29 +9,26 @@ from typing import Annotated
 
 import torch
 import tyro
-from evaluate_tokenizer import NONE, report_names
+from evaluate_tokenizer import NONE, load_alike, open_reference
 
 from cli import main, resolve
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.config import read_yaml
-from midway.gen.core.environment import command_line, environment, hardware
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
-from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
-from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, choose, levels_in_data
-from midway.gen.evaluation.likelihood_models import Instruments, baseline_row, latent_row, references
+from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.samplers import SamplerConfig
+from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, levels_in_data
+from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
-from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import FeatureReference, make_reference
+from midway.gen.features.open import open_extractor
+from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table
-
-Trained = TrainedBaseline | TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,39 +71,21 @@ class LikelihoodTask:
 def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     """Check everything, measure, print the table, write the report."""
     bounds, device = check(task), best_device()
-    models = load(task.models, device)
+    models = load_alike(task.models, "--models", lambda path: load_one(path, device), lambda found: found.data)
     first = next(iter(models.values()))
     features = find_features(task, first.data)
     splits = load_splits(first.data)
-    subject = choose(splits.held_out, task.n)
+    subject = balanced_subject(splits.held_out, task.n)
     levels = check_images(models, splits)
     plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
-    for trained in models.values():
-        if isinstance(trained, TrainedModel):
-            make_samplers(trained, task.solver, task.nfe, plans)  # raises UsageError for an impossible combination
+    sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     check_out(out)
-    reference = make_features(features, splits, device)
-    instruments = Instruments(
-        subject,
-        bounds,
-        task.iwae,
-        torch.arange(task.first_seed, task.first_seed + len(subject.images)),
-        reference,
-        None if reference is None else reference.distance(subject.images),
-        levels,
-        plans,
-        task.solver,
-        task.nfe,
-        task.ode,
-    )
-    rows = [
-        baseline_row(name, trained, instruments)
-        if isinstance(trained, TrainedBaseline)
-        else latent_row(name, trained, instruments)
-        for name, trained in models.items()
-    ]
-    rows += references(splits, instruments, levels)
+    seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))
+    reference = open_reference(features, splits, subject.images, device, "the models make")
+    instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
+    rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
+    rows += references(splits, instruments)
     write_likelihood_report(out, rows, context(task, splits, instruments))
     print(text_table(likelihood_table(rows)))
     print(f"report: {out / 'report.md'}")
@@ -132,21 +111,6 @@ def check(task: LikelihoodTask) -> Bounds:
 # ---- what is compared ----
 
 
-def load(paths: tuple[Path, ...], device: torch.device) -> dict[str, Trained]:
-    """All models by name; DataError when one is of another kind, damaged, or was trained on other images than the first."""
-    names = report_names(paths, "--models")
-    loaded = {name: load_one(path, device) for name, path in names.items()}
-    first, *others = names
-    for name in others:
-        if not same_images(loaded[name].data, loaded[first].data):
-            raise DataError(
-                f"{names[name]} was trained on other images than {names[first]}",
-                f"its data are {loaded[name].data}, the first's are {loaded[first].data}",
-                "compare models of the same --data, --held-out, --split-seed, --channels and --resize",
-            )
-    return loaded
-
-
 def load_one(path: Path, device: torch.device) -> Trained:
     """A latent model, or else a baseline; DataError for any other run."""
     config = path / "config.yaml"
@@ -156,15 +120,8 @@ def load_one(path: Path, device: torch.device) -> Trained:
     return load_trained_baseline(path, device)
 
 
-def shape_of(trained: Trained) -> tuple[int, ...]:
-    """(C, H, W) of the images that a model makes."""
-    if isinstance(trained, TrainedBaseline):
-        return tuple(trained.model.image_shape)
-    return tuple(trained.tokenizer.image_shape)
-
-
 def check_images(models: dict[str, Trained], splits: Splits) -> int:
-    """The number of levels of all models; DataError when they differ, or images differ from those of a model in shape."""
+    """The number of levels of all models; DataError when they differ, or images have another shape than a model's."""
     levels = {n: t.model.levels for n, t in models.items() if isinstance(t, TrainedBaseline)}
     if len(set(levels.values())) > 1:
         raise DataError(
@@ -175,9 +132,10 @@ def check_images(models: dict[str, Trained], splits: Splits) -> int:
     count = next(iter(levels.values()), levels_in_data(splits))
     for name, trained in models.items():
         shape = tuple(splits.held_out.images.shape[1:])
-        if shape != shape_of(trained):
+        own = tuple((trained.model if isinstance(trained, TrainedBaseline) else trained.tokenizer).image_shape)
+        if shape != own:
             raise DataError(
-                f"{name} is a model of {shape_of(trained)} images",
+                f"{name} is a model of {own} images",
                 f"the data are {shape}",
                 "train it again on these images",
             )
@@ -202,29 +160,17 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
         return None
 
 
-def make_features(features: Extractor | None, splits: Splits, device: torch.device) -> FeatureReference | None:
-    """The feature network with its reference."""
-    if features is None:
-        return None
-    features.check(splits.train.images, "the models make")
-    return make_reference(features.to(device), features.name, splits.train)
-
-
 # ---- the report ----
 
 
 def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> ReportContext:
     """Everything a reader needs beside the numbers."""
-    known, n = environment(), len(instruments.subject.images)
-    last = task.first_seed + n - 1
+    n = len(instruments.subject.images)
     return ReportContext(
         title=task.title,
         model=f"{len(task.models)} model(s)",
         data=f"{instruments.subject.name}, {n} of {len(splits.held_out.images)} held-out images",
-        command=command_line(),
-        hardware=hardware(),
-        versions={**known["packages"], "git": known["git"]},
-        seeds=f"bounds {task.seed}; samples {task.first_seed}-{last}",
+        seeds=f"bounds {task.seed}; samples {task.first_seed}-{task.first_seed + n - 1}",
         notes=(
             f"Bits per dimension of the integers, lower is better: mean and standard error over {n} held-out images. Figures "
             "of models are upper bounds of the bits, and those of different bounds do not quite compare.",
@@ -235,10 +181,5 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> R
     )
 
 
-def command(arguments: list[str]) -> None:
-    """The command line."""
-    run(resolve(LikelihoodTask, {}, arguments))
-
-
 if __name__ == "__main__":
-    main(command)
+    main(lambda arguments: run(resolve(LikelihoodTask, {}, arguments)))

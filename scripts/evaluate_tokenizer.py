@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import tyro
@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import main, resolve
-from midway.gen.core.environment import command_line, environment, hardware
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.splits import DataConfig, Splits, load_splits
@@ -21,7 +20,6 @@ from midway.gen.evaluation.tokenizers import (
     SHOWN,
     EvaluationConfig,
     Instruments,
-    Subject,
     TokenizerResult,
     check_size,
     choose,
@@ -29,13 +27,12 @@ from midway.gen.evaluation.tokenizers import (
 )
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
-from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.metrics.frechet import frechet_distance
-from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
 
+Loaded = TypeVar("Loaded")
 NONE = "none"
 
 
@@ -67,31 +64,25 @@ class TokenizersTask(TileFlags):
     title: str = "Tokenizers compared"
 
 
-@dataclass(frozen=True)
-class Compared:
-    """The tokenizers by the name they have in the report, and the data they share."""
-
-    tokenizers: dict[str, ImageTokenizer]
-    data: DataConfig
-
-
 def run(task: TokenizersTask) -> list[TokenizerResult]:
     """Check everything, measure, print the table, write the report."""
     config = EvaluationConfig(task.n, task.batch_size, task.noise, task.seed)
     device = best_device()
-    compared = load(task.tokenizers, device)
-    features = read_features(task, compared.data)
-    splits = load_splits(compared.data)
+    tokenizers, data = load(task.tokenizers, device)
+    features = read_features(task, data)
+    splits = load_splits(data)
     subject = choose(splits.held_out, config)
-    for name, tokenizer in compared.tokenizers.items():
+    for name, tokenizer in tokenizers.items():
         check_size(name, tokenizer, subject.images)
     out = task.out or task.tokenizers[0].resolve().parent / "tokenizer-report"
     check_out(out)
-    for tokenizer in compared.tokenizers.values():
+    for tokenizer in tokenizers.values():
         task.apply_tiles(tokenizer)
-    instruments = make_instruments(task, features, splits, subject, device)
+    perceptual = make_perceptual(task.lpips_weights, subject.images, device)
+    reference = open_reference(features, splits, subject.images, device, "the tokenizers make")
+    instruments = Instruments(*reference, *perceptual)
     measured = []
-    with tqdm(compared.tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
+    with tqdm(tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
         for name, tokenizer in bar:
             bar.set_postfix_str(name)
             measured.append(measure(name, tokenizer, subject, instruments, config))
@@ -101,20 +92,28 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     return measured
 
 
-def load(paths: tuple[Path, ...], device: torch.device) -> Compared:
-    """All tokenizers; DataError when one is missing, damaged or was trained on other images than the first."""
-    names = report_names(paths)
-    loaded = {name: load_tokenizer(path, device) for name, path in names.items()}
+def load(paths: tuple[Path, ...], device: torch.device) -> tuple[dict[str, ImageTokenizer], DataConfig]:
+    """All tokenizers by name, and the data that they share; errors as `load_alike`."""
+    loaded = load_alike(paths, "--tokenizers", lambda path: load_tokenizer(path, device), lambda found: found[1])
+    return {name: tokenizer for name, (tokenizer, _) in loaded.items()}, next(iter(loaded.values()))[1]
+
+
+def load_alike(
+    paths: tuple[Path, ...], flag: str, load: Callable[[Path], Loaded], data: Callable[[Loaded], DataConfig]
+) -> dict[str, Loaded]:
+    """What `load` makes of each run, by name; DataError for one that was trained on other images than the first."""
+    names = report_names(paths, flag)
+    loaded = {name: load(path) for name, path in names.items()}
     first, *others = names
-    data = loaded[first][1]
     for name in others:
-        if not same_images(loaded[name][1], data):
+        theirs, ours = data(loaded[name]), data(loaded[first])
+        if not same_images(theirs, ours):
             raise DataError(
                 f"{names[name]} was trained on other images than {names[first]}",
-                f"its data are {loaded[name][1]}, the first's are {data}",
-                "compare tokenizers of the same --data, --held-out, --split-seed, --channels and --resize",
+                f"its data are {theirs}, the first's are {ours}",
+                f"compare {flag.removeprefix('--')} of the same --data, --held-out, --split-seed, --channels and --resize",
             )
-    return Compared({name: tokenizer for name, (tokenizer, _) in loaded.items()}, data)
+    return loaded
 
 
 def report_names(paths: tuple[Path, ...], flag: str = "--tokenizers") -> dict[str, Path]:
@@ -140,26 +139,15 @@ def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
         raise UsageError(error.what, error.why, f"{error.fix}, or --features none to leave out the distances") from None
 
 
-def make_instruments(
-    task: TokenizersTask,
-    features: Extractor | None,
-    splits: Splits,
-    subject: Subject,
-    device: torch.device,
-) -> Instruments:
-    """The feature network with its reference and floor, and LPIPS, where requested."""
-    if features is not None:
-        features.check(subject.images, "the tokenizers make")
-    perceptual, name = make_perceptual(task.lpips_weights, subject.images, device)
+def open_reference(
+    features: Extractor | None, splits: Splits, images: Tensor, device: torch.device, what: str
+) -> tuple[FeatureReference | None, float | None]:
+    """The feature network with its reference, and what the held-out `images` score; DataError if it takes no such images."""
     if features is None:
-        return Instruments(perceptual=perceptual, perceptual_name=name)
+        return None, None
+    features.check(images, what)
     reference = make_reference(features.to(device), features.name, splits.train)
-    return Instruments(reference, floor(reference, subject), perceptual, name)
-
-
-def floor(reference: FeatureReference, subject: Subject) -> float:
-    """What the held-out images themselves score."""
-    return frechet_distance(FeatureStatistics.of(reference.network.features(subject.images)), reference.statistics)
+    return reference, reference.distance(images)
 
 
 def make_perceptual(
@@ -181,22 +169,6 @@ def make_perceptual(
 
 def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> ReportContext:
     """Everything a reader needs beside the numbers."""
-    known = environment()
-    count = len(task.tokenizers)
-    return ReportContext(
-        title=task.title,
-        model=f"{count} tokenizer{'s' if count > 1 else ''}",
-        data=f"{subject.name}, {len(subject.images)} images",
-        command=command_line(),
-        hardware=hardware(),
-        versions={**known["packages"], "git": known["git"]},
-        seeds=str(task.seed),
-        notes=notes(task, splits, subject, features),
-    )
-
-
-def notes(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> tuple[str, ...]:
-    """How to read the numbers."""
     n, train = len(subject.images), len(splits.train.images)
     distances = (
         f"Every distance is measured on {n} images against all {train} training images, and depends on the number of images. "
@@ -204,20 +176,22 @@ def notes(task: TokenizersTask, splits: Splits, subject: Subject, features: Extr
         "The interpolated distance follows iFID (arXiv 2603.05630): spherical interpolation at 1/2 with the neighbour of least "
         f"angle, here among the {n} images themselves and in latents standardised per channel.",
     )
-    return (
-        "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "
-        "the figure is the mean over images.",
-        "SSIM is that of Wang et al. 2004: 11 x 11 Gaussian window, or the largest odd one that fits, inside the image, the mean "
-        "over channels.",
-        *(() if task.features == NONE else distances),
-        f"Codes are counted over {n} images; a codebook cannot show more codes than there were tokens.",
+    count = len(task.tokenizers)
+    return ReportContext(
+        title=task.title,
+        model=f"{count} tokenizer{'s' if count > 1 else ''}",
+        data=f"{subject.name}, {len(subject.images)} images",
+        seeds=str(task.seed),
+        notes=(
+            "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "
+            "the figure is the mean over images.",
+            "SSIM is that of Wang et al. 2004: 11 x 11 Gaussian window, or the largest odd one that fits, inside the image, the "
+            "mean over channels.",
+            *(() if task.features == NONE else distances),
+            f"Codes are counted over {n} images; a codebook cannot show more codes than there were tokens.",
+        ),
     )
 
 
-def command(arguments: list[str]) -> None:
-    """The command line."""
-    run(resolve(TokenizersTask, {}, arguments))
-
-
 if __name__ == "__main__":
-    main(command)
+    main(lambda arguments: run(resolve(TokenizersTask, {}, arguments)))

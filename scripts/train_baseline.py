@@ -23,7 +23,9 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import describe, to_uint8
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.evaluation.likelihood import Bounds, Subject, bits_of, bound_name, choose, draw, levels_in_data
+from midway.gen.diffusion.sampling import labels_of
+from midway.gen.evaluation.likelihood import Bounds, bits_of, bound_name, levels_in_data
+from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
@@ -71,7 +73,7 @@ def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts[Baseline]:
     """The model and its images; nothing is written. Validation gives bits per dimension."""
     splits = load_splits(task.data)
     model = make_model(task, splits).to(accelerator.device)
-    subject, bounds = choose(splits.held_out, task.validation_images), make_bounds(task)
+    subject, bounds = balanced_subject(splits.held_out, task.validation_images), make_bounds(task)
     return image_parts(model, splits, accelerator.device, lambda step: bits_of(model, subject, bounds).bits)
 
 
@@ -133,7 +135,11 @@ def facts(parts: Parts[Baseline]) -> tuple[str, str]:
 
 def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, device: torch.device) -> None:
     """Log bits per dimension of the weights that other commands load; write pictures."""
-    trained, bounds, subject = load_trained_baseline(run.path, device), make_bounds(task), choose(splits.held_out)
+    trained, bounds, subject = (
+        load_trained_baseline(run.path, device),
+        make_bounds(task),
+        balanced_subject(splits.held_out),
+    )
     try:
         score = bits_of(trained.model, subject, bounds)
     except ValueError as error:  # Gaussian noise, or uninitialised ActNorms
@@ -157,8 +163,10 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
 
 def write_samples(run: Run, model: Baseline, name: str) -> None:
     """Samples of fixed seeds; one log line instead if they are not finite."""
+    seeds = torch.arange(PREVIEW)
+    labels = labels_of(seeds, model.classes) if model.classes else None
     try:
-        images = draw(model, torch.arange(PREVIEW)).images
+        images = to_uint8(model.sample(seeds, labels)).cpu()
     except ValueError as error:
         run.say(f"no samples {name}: {error}")
         return

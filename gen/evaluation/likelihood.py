@@ -1,4 +1,4 @@
-"""Bits per dimension of held-out images under baselines, beside what needs no network, and what their samples cost.
+"""Bits per dimension of held-out images under baselines, beside what needs no network.
 
     uniform      log2 L
     histogram    every value on its own:  P(k at a place) = (count in training images + 1) / (N + L)
@@ -8,7 +8,6 @@ images change a figure beyond rounding. The standard error is that of the mean o
 """
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from midway.gen.baselines.base import Baseline
 from midway.gen.baselines.vae import VAE
-from midway.gen.data.images import ImageData, to_uint8
 from midway.gen.data.levels import bits_per_dim, levels_of, to_levels
 from midway.gen.data.splits import Splits
-from midway.gen.diffusion.sampling import labels_of
-from midway.gen.features.reference import balanced
+from midway.gen.features.reference import Subject
 from midway.gen.training.batches import Context
 
 VAE_DRAWS = 16
@@ -45,16 +42,6 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Held-out images uint8 (N, C, H, W) with their labels and places in the split, int64 (N,)."""
-
-    images: Tensor
-    labels: Tensor
-    places: Tensor
-    name: str
-
-
-@dataclass(frozen=True)
 class Score:
     """Bits per dimension, and the standard error of that mean over n images."""
 
@@ -64,13 +51,6 @@ class Score:
 
     def __str__(self) -> str:
         return f"{self.bits:.4f} ± {self.error:.4f}"
-
-
-def choose(held_out: ImageData, n: int | None = None) -> Subject:
-    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns."""
-    chosen = balanced(held_out.labels)[:n]
-    name = f"{held_out.name}@{held_out.fingerprint[:12]}"
-    return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)
 
 
 def levels_in_data(splits: Splits) -> int:
@@ -154,27 +134,6 @@ def histogram_score(train: Tensor, subject: Subject, levels: int) -> Score:
         counts.scatter_add_(1, theirs, torch.ones(theirs.shape, dtype=torch.float64))
     log_p = counts.log() - math.log(len(train) + levels)
     return score(log_p.gather(1, k.T).sum(0), k.shape[1])
-
-
-# ---- samples ----
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Images uint8 (n, C, H, W) on the CPU, and the seconds that they took."""
-
-    images: Tensor
-    seconds: float
-
-
-def draw(model: Baseline, seeds: Tensor, batch_size: int = 256) -> Drawn:
-    """One sample for each int64 seed, with the class of the seed. ValueError if they are not finite."""
-    begun, parts = time.perf_counter(), []
-    for some in seeds.split(batch_size):
-        labels = labels_of(some, model.classes) if model.classes else None
-        parts.append(model.sample(some, labels).cpu())
-    seconds = time.perf_counter() - begun
-    return Drawn(to_uint8(torch.cat(parts)), seconds)
 
 
 @dataclass(frozen=True)

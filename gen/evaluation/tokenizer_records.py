@@ -77,7 +77,13 @@ def _words(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def identity_figures(name: str, tokenizer: ImageTokenizer) -> dict[str, Any]:
+def figures_of(
+    name: str, tokenizer: ImageTokenizer, use: CodeUse | None, codes: FeatureStatistics | None, latents: Tensor
+) -> dict[str, Any]:
+    """Size, use of codes and ranks, by the fields of `TokenizerRow`; `codes`: moments of the codes as used."""
+    quantizer, perplexities = tokenizer.quantizer, [] if use is None else use.perplexities
+    code, code_stable = (None, None) if codes is None else ranks(codes)
+    latent, latent_stable = ranks(moments(latents))
     return {
         "name": name,
         "tokenizer": tokenizer_hash(tokenizer),
@@ -85,30 +91,15 @@ def identity_figures(name: str, tokenizer: ImageTokenizer) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "latent_shape": "x".join(map(str, tokenizer.latent_shape)),
         "tokens": tokenizer.tokens,
-        "groups": tokenizer.quantizer.groups,
-        "codebook": tokenizer.quantizer.codebook_size,
-    }
-
-
-def code_figures(tokenizer: ImageTokenizer, use: CodeUse | None) -> dict[str, Any]:
-    if use is None:
-        return dict.fromkeys(("usage", "used", "dead", "counted", "perplexity", "bits", "entropy_bits"))
-    perplexities = use.perplexities
-    return {
-        "usage": use.used / (use.used + use.dead),
-        "used": use.used,
-        "dead": use.dead,
-        "counted": use.counted,
-        "perplexity": sum(perplexities) / len(perplexities),
-        "bits": bits_per_image(tokenizer.tokens * tokenizer.quantizer.groups, use.size),
-        "entropy_bits": tokenizer.tokens * sum(map(math.log2, perplexities)),
-    }
-
-
-def rank_figures(codes: FeatureStatistics | None, latents: Tensor) -> dict[str, float | None]:
-    code, code_stable = (None, None) if codes is None else ranks(codes)
-    latent, latent_stable = ranks(moments(latents))
-    return {
+        "groups": quantizer.groups,
+        "codebook": quantizer.codebook_size,
+        "usage": use and use.used / (use.used + use.dead),
+        "used": use and use.used,
+        "dead": use and use.dead,
+        "counted": use and use.counted,
+        "perplexity": use and sum(perplexities) / len(perplexities),
+        "bits": use and bits_per_image(tokenizer.tokens * quantizer.groups, use.size),
+        "entropy_bits": use and tokenizer.tokens * sum(map(math.log2, perplexities)),
         "code_rank": code,
         "code_stable_rank": code_stable,
         "latent_rank": latent,

@@ -23,9 +23,9 @@ Every image draws by its own seed, its place among the held-out images; batches 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +33,9 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.randomness import normal
 from midway.gen.data.images import ImageData, to_float, to_uint8
-from midway.gen.evaluation.tokenizer_records import TokenizerRow, code_figures, identity_figures, rank_figures
-from midway.gen.features.reference import FeatureReference, balanced
+from midway.gen.evaluation.tokenizer_records import TokenizerRow, figures_of
+from midway.gen.features.reference import FeatureReference, Subject, balanced_subject
 from midway.gen.metrics.code_usage import CodeCounter
-from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.latent_rank import channel_moments, interpolated, moments
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import mse, psnr, ssim
@@ -67,15 +66,6 @@ class TokenizerResult:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The images that every tokenizer is measured on: uint8 (n, C, H, W), their places among the held-out images, their name."""
-
-    images: Tensor
-    ids: Tensor
-    name: str
-
-
-@dataclass(frozen=True)
 class Instruments:
     """What measures images: a feature network with its reference and the floor, and LPIPS; each may be missing."""
 
@@ -95,8 +85,7 @@ def choose(held_out: ImageData, config: EvaluationConfig) -> Subject:
         raise UsageError(f"--batch-size {config.batch_size}", "a batch has images", "raise it")
     if not all(0 <= sigma < math.inf for sigma in config.noise):
         raise UsageError(f"--noise {' '.join(map(str, config.noise))}", "sigma is finite and >= 0", "correct the list")
-    ids = balanced(held_out.labels)[:n]
-    return Subject(held_out.images[ids], ids, f"{held_out.name}@{held_out.fingerprint[:12]}")
+    return balanced_subject(held_out, n)
 
 
 def check_size(name: str, tokenizer: ImageTokenizer, images: Tensor) -> None:
@@ -117,20 +106,23 @@ class _Gathered:
     """What one pass over the images leaves, in their order."""
 
     counter: CodeCounter | None
-    scores: dict[str, list[Tensor]] = field(default_factory=dict)
+    scores: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     latents: list[Tensor] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     shown: list[Tensor] = field(default_factory=list)
     codes: FeatureStatistics | None = None
-    seconds: dict[str, float] = field(default_factory=lambda: {"encode": 0.0, "decode": 0.0})
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
-    def mean(self, name: str) -> float | None:
-        """Of a score over all images, None if it was not measured."""
-        return torch.cat(self.scores[name]).mean().item() if name in self.scores else None
+    def see(self, images: Tensor, reference: FeatureReference | None) -> None:
+        """Features of uint8 images, if there is a network, and the first of them to be shown."""
+        if reference is not None:
+            self.features.append(reference.network.features(images).cpu())
+        if sum(map(len, self.shown)) < SHOWN:
+            self.shown.append(images)
 
-    def add_scores(self, scores: Mapping[str, Tensor]) -> None:
-        for name, values in scores.items():
-            self.scores.setdefault(name, []).append(values.double().cpu())
+    def distance(self, reference: FeatureReference | None) -> float | None:
+        return None if reference is None else reference.distance_of(torch.cat(self.features))
 
 
 @torch.no_grad()
@@ -138,35 +130,39 @@ def measure(
     name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, config: EvaluationConfig
 ) -> TokenizerResult:
     """Everything about one tokenizer in evaluation mode. DivergedError if it decodes to values that are not finite."""
-    found = _reconstruct(name, tokenizer, subject, instruments, config)
+    found, reference = _reconstruct(name, tokenizer, subject, instruments, config), instruments.reference
     latents = torch.cat(found.latents)
+    means = {score: torch.cat(values).mean().item() for score, values in found.scores.items()}
     curves = _noise_curves(name, tokenizer, latents, subject, config)
-    distance, between, shown = None, None, None
-    if instruments.reference is not None:
-        distance = _distance(instruments.reference, found.features)
-        midpoints = interpolated(latents)
-        decoded = _decoded_parts(name, tokenizer, midpoints, config)
-        shown, features = _seen(instruments.reference, decoded)
-        between = _distance(instruments.reference, features)
+    between = _Gathered(None)
+    if reference is not None:
+        for part in interpolated(latents).split(config.batch_size):
+            between.see(_decode_raw(name, tokenizer, part, tokenizer.snap_on_decode), reference)
     use = None if found.counter is None else found.counter.use()
-    figures = {
-        **identity_figures(name, tokenizer),
-        **{score: found.mean(score) for score in ("mse", "psnr", "ssim", "lpips", "psnr_sampled")},
-        **code_figures(tokenizer, use),
-        **rank_figures(found.codes, latents),
-        **{f"{step}_seconds": 1000 * seconds / len(latents) for step, seconds in found.seconds.items()},
-        **_protocol(subject, instruments, config),
-    }
-    kl = found.mean("kl")
     row = TokenizerRow(
-        **figures,
-        distance=distance,
-        interpolated=between,
-        rate=None if kl is None else kl / math.log(2),
+        **figures_of(name, tokenizer, use, found.codes, latents),
+        mse=means["mse"],
+        psnr=means["psnr"],
+        ssim=means["ssim"],
+        lpips=means.get("lpips"),
+        psnr_sampled=means.get("psnr_sampled"),
+        distance=found.distance(reference),
+        interpolated=between.distance(reference),
+        floor=instruments.floor,
+        rate=means["kl"] / math.log(2) if "kl" in means else None,
         noise=config.noise,
         psnr_noisy=curves[False],
         psnr_snapped=curves.get(True),
+        encode_seconds=1000 * found.encode_seconds / len(latents),
+        decode_seconds=1000 * found.decode_seconds / len(latents),
+        n=len(subject.images),
+        seed=config.seed,
+        images=subject.name,
+        features=None if reference is None else reference.features,
+        reference=None if reference is None else reference.name,
+        perceptual=instruments.perceptual_name,
     )
+    shown = torch.cat(between.shown)[:SHOWN] if between.shown else None
     return TokenizerResult(row, None if use is None else use.frequencies, torch.cat(found.shown)[:SHOWN], shown)
 
 
@@ -187,26 +183,30 @@ def _reconstruct(
         quantized = quantizer(z)
         encoded = _now(tokenizer)
         decoded = tokenizer.decode(quantized.codes)
-        found.seconds["decode"] += _now(tokenizer) - encoded
-        found.seconds["encode"] += encoded - started
+        found.decode_seconds += _now(tokenizer) - encoded
+        found.encode_seconds += encoded - started
         shown = _to_8_bits(name, decoded)
-        found.add_scores(_errors(part, shown, instruments, tokenizer.device))
-        found.add_scores(_posterior(name, tokenizer, z, part, ids, config.seed))
+        found.see(shown, instruments.reference)
+        scores = {"mse": mse(part, shown), "psnr": psnr(part, shown), "ssim": ssim(part, shown)}
+        if instruments.perceptual is not None:
+            scores["lpips"] = instruments.perceptual(to_float(shown.to(tokenizer.device)), x)
+        if isinstance(quantizer, KL):  # in nats, and the PSNR of a draw
+            draw = quantizer(z, normal(config.seed, "posterior", 0, ids, tokenizer.noise_shape).to(z.device)).codes
+            scores["kl"] = gaussian_kl(*quantizer.moments(z))
+            scores["psnr_sampled"] = psnr(part, _to_8_bits(name, tokenizer.decode(draw)))
+        for score, values in scores.items():
+            found.scores[score].append(values.double().cpu())
         if found.counter is not None:
             found.counter.add(quantized)
             statistics = moments(quantized.codes)
             found.codes = statistics if found.codes is None else found.codes + statistics
         # as `raw_latents`, without encoding again
         found.latents.append((quantized.codes if tokenizer.latent_space == "post" else quantizer.latents(z)).cpu())
-        if instruments.reference is not None:
-            found.features.append(instruments.reference.network.features(shown).cpu())
-        if sum(map(len, found.shown)) < SHOWN:
-            found.shown.append(shown)
     return found
 
 
 def _batches(subject: Subject, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(subject.images.split(size), subject.ids.split(size), strict=True)
+    return zip(subject.images.split(size), subject.places.split(size), strict=True)
 
 
 def _now(tokenizer: ImageTokenizer) -> float:
@@ -223,36 +223,10 @@ def _to_8_bits(name: str, decoded: Tensor) -> Tensor:
     return to_uint8(decoded).cpu()
 
 
-def _errors(part: Tensor, shown: Tensor, instruments: Instruments, device: torch.device) -> dict[str, Tensor]:
-    """Of each of uint8 images (B, C, H, W) and what is shown of them, both on the CPU."""
-    errors = {"mse": mse(part, shown), "psnr": psnr(part, shown), "ssim": ssim(part, shown)}
-    if instruments.perceptual is not None:
-        errors["lpips"] = instruments.perceptual(to_float(shown.to(device)), to_float(part.to(device)))
-    return errors
-
-
-def _posterior(
-    name: str, tokenizer: ImageTokenizer, z: Tensor, part: Tensor, ids: Tensor, seed: int
-) -> dict[str, Tensor]:
-    """KL in nats and the PSNR of a draw, each (B,); nothing of other quantizers."""
-    quantizer = tokenizer.quantizer
-    if not isinstance(quantizer, KL):
-        return {}
-    draw = quantizer(z, normal(seed, "posterior", 0, ids, tokenizer.noise_shape).to(z.device)).codes
-    shown = _to_8_bits(name, tokenizer.decode(draw))
-    return {"kl": gaussian_kl(*quantizer.moments(z)), "psnr_sampled": psnr(part, shown)}
-
-
 def _decode_raw(name: str, tokenizer: ImageTokenizer, latents: Tensor, snap: bool) -> Tensor:
-    """SampledBatch latents (B, D, *S) on any device -> images, uint8 on the CPU."""
+    """Raw latents (B, D, *S) on any device -> images, uint8 on the CPU."""
     latents = latents.to(tokenizer.device)
     return _to_8_bits(name, tokenizer.decode(tokenizer.quantizer.snap(latents) if snap else latents))
-
-
-def _decoded_parts(name: str, tokenizer: ImageTokenizer, latents: Tensor, config: EvaluationConfig) -> Iterator[Tensor]:
-    """Images of raw latents as a latent model's samples are decoded, batch by batch."""
-    for part in latents.split(config.batch_size):
-        yield _decode_raw(name, tokenizer, part, tokenizer.snap_on_decode)
 
 
 def _noise_curves(
@@ -267,30 +241,3 @@ def _noise_curves(
         for (snap, sigma), found in scores.items():
             found.append(psnr(part, _decode_raw(name, tokenizer, raw + sigma * noise, snap)))
     return {snap: tuple(torch.cat(scores[snap, sigma]).mean().item() for sigma in config.noise) for snap in snaps}
-
-
-def _seen(reference: FeatureReference, parts: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The first images, and the features of all."""
-    shown, features = [], []
-    for part in parts:
-        features.append(reference.network.features(part).cpu())
-        if sum(map(len, shown)) < SHOWN:
-            shown.append(part)
-    return torch.cat(shown)[:SHOWN], features
-
-
-def _distance(reference: FeatureReference, features: list[Tensor]) -> float:
-    return frechet_distance(FeatureStatistics.of(torch.cat(features)), reference.statistics)
-
-
-def _protocol(subject: Subject, instruments: Instruments, config: EvaluationConfig) -> dict[str, Any]:
-    reference = instruments.reference
-    return {
-        "floor": instruments.floor,
-        "n": len(subject.images),
-        "seed": config.seed,
-        "images": subject.name,
-        "features": None if reference is None else reference.features,
-        "reference": None if reference is None else reference.name,
-        "perceptual": instruments.perceptual_name,
-    }

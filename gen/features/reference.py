@@ -126,3 +126,20 @@ def balanced(labels: Tensor) -> Tensor:
     mine = labels[order]
     turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
     return order[torch.argsort(turn, stable=True)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Held-out images uint8 (N, C, H, W) with their labels and places in the split, int64 (N,), and their name."""
+
+    images: Tensor
+    labels: Tensor
+    places: Tensor
+    name: str
+
+
+def balanced_subject(held_out: ImageData, n: int | None = None) -> Subject:
+    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns."""
+    chosen = balanced(held_out.labels)[:n]
+    name = f"{held_out.name}@{held_out.fingerprint[:12]}"
+    return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)

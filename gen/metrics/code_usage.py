@@ -15,6 +15,12 @@ class CodeUse:
     size: int
     counts: tuple[Tensor, ...]
 
+    @staticmethod
+    def of(tokens: Tensor, size: int) -> "CodeUse":
+        """Of indices (N, G) on the CPU, a column per group."""
+        counts = (column.unique(return_counts=True)[1] for column in tokens.T)
+        return CodeUse(size, tuple(found.sort(descending=True).values for found in counts))
+
     @property
     def used(self) -> int:
         """Codes of all groups that occur."""
@@ -59,8 +65,7 @@ class CodeCounter:
 
     def use(self) -> CodeUse:
         """All batches."""
-        if self.histogram is not None:
-            rows = [counts[counts > 0] for counts in self.histogram.cpu().view(-1, self.size)]
-        else:
-            rows = [tokens.unique(return_counts=True)[1] for tokens in torch.cat(self.tokens).T]
+        if self.histogram is None:
+            return CodeUse.of(torch.cat(self.tokens), self.size)
+        rows = [counts[counts > 0] for counts in self.histogram.cpu().view(-1, self.size)]
         return CodeUse(self.size, tuple(counts.sort(descending=True).values for counts in rows))

@@ -59,18 +59,13 @@ def html_table(table: Table, pictures: Sequence[str] | None = None, kind: str = 
     return f'<div class="scroll"><table{attribute}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def titled_table(table: Table) -> str:
-    """The table under its title and note; nothing without lines."""
-    note = f"<p>{escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{escape(table.title)}</h2>{note}{html_table(table)}" if table.lines else ""
-
-
-def folded_table(table: Table) -> str:
-    """The same, unfolded by a click."""
-    note = f"<p>{escape(table.note)}</p>"
-    return (
-        f"<details><summary>{escape(table.title)}</summary>{note}{html_table(table)}</details>" if table.lines else ""
-    )
+def titled_table(table: Table, folded: bool = False) -> str:
+    """The table under its title and note, unfolded by a click if `folded`; nothing without lines."""
+    if not table.lines:
+        return ""
+    title, note = escape(table.title), f"<p>{escape(table.note)}</p>" if table.note else ""
+    body = f"{note}{html_table(table)}"
+    return f"<details><summary>{title}</summary>{body}</details>" if folded else f"<h2>{title}</h2>{body}"
 
 
 def notes_list(notes: Sequence[str]) -> str:

@@ -21,12 +21,6 @@ def _bits(row: LikelihoodRow) -> str | None:
     return f"{row.bits:.4f} ± {row.error:.4f}" if row.error else f"{row.bits:.4f}"
 
 
-def _nfe(row: LikelihoodRow) -> str | None:
-    if row.sample_nfe is None:
-        return None
-    return f"{row.sample_nfe} ({row.sampler})" if row.sampler else str(row.sample_nfe)
-
-
 _COLUMNS: tuple[Column[LikelihoodRow], ...] = (
     Column("bits/dim", _bits, str),
     Column("estimator", lambda row: row.bound or None, str),
@@ -34,7 +28,7 @@ _COLUMNS: tuple[Column[LikelihoodRow], ...] = (
     Column("parameters", lambda row: row.parameters, lambda v: f"{v:,}"),
     Column("classes", lambda row: row.conditional, lambda v: "given" if v else "not given"),
     Column("distance", lambda row: row.distance),
-    Column("NFE", _nfe, str),
+    Column("NFE", lambda row: row.sample_nfe and f"{row.sample_nfe} {row.sampler and f'({row.sampler})'}".strip(), str),
     Column("s / 1000 samples", lambda row: row.sample_seconds),
     Column("s of bits", lambda row: row.seconds),
 )
@@ -74,11 +68,8 @@ def check_out(out: Path) -> None:
 
 def write_likelihood_report(out: Path, rows: Sequence[LikelihoodRow], context: ReportContext) -> None:
     """results.json, results.csv and report.md, each whole or not at all."""
-    result = {"rows": [dataclasses.asdict(row) for row in rows], "context": dataclasses.asdict(context)}
-    texts = (
-        json.dumps(result, indent=2) + "\n",
-        csv_text([dataclasses.asdict(row) for row in rows]),
-        report_md(rows, context),
-    )
+    records = [dataclasses.asdict(row) for row in rows]
+    result = {"rows": records, "context": dataclasses.asdict(context)}
+    texts = (json.dumps(result, indent=2) + "\n", csv_text(records), report_md(rows, context))
     for name, text in zip(FILES, texts, strict=True):
         write_atomically(out / name, text.encode())

@@ -1,10 +1,8 @@
 """Distance against cost, on two logarithmic axes, as PNG bytes: one line per solver, the floor dashed.
 
-Colours are Okabe & Ito's eight (2008, readable by colour-blind people; yellow left out), markers and dashes differ as
-well, so that a grey print still tells the lines apart. Solvers that needed training have hollow markers.
+Solvers that needed training have hollow markers.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -19,16 +17,25 @@ from midway.gen.evaluation.records import (
     shown,
     training_costs,
 )
+from midway.gen.report.axes import (
+    COLOURS,
+    QUIET,
+    REFERENCE,
+    colour,
+    dress,
+    legend_below,
+    look,
+    new_figure,
+    plain_ticks,
+    png,
+    without_data,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Cost = Literal["nfe", "seconds"]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
-DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)))
-INK, QUIET, HAIR = "#1f2430", "#5b6270", "#e3e6ea"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -54,40 +61,22 @@ def _cost(m: Measurement, x: Cost) -> float:
     return float(m.nfe if x == "nfe" else m.image_seconds)
 
 
-def plain_tick(value: float, _position: object = None) -> str:
-    """A tick without an exponent: 0.05, 2, 500."""
-    return f"{value:.10f}".rstrip("0").rstrip(".") if value < 1 else f"{value:g}"
-
-
 def _line(axes: "Axes", measurements: Sequence[Measurement], x: Cost, index: int, label: str, hollow: bool) -> None:
     """One solver's line with error bars; a bar that would reach 0 stops just above it."""
     points = sorted(measurements, key=lambda m: _cost(m, x))
-    colour = COLOURS[index % len(COLOURS)]
     spread = [m.std("distance") or 0.0 for m in points]
     below = [min(std, 0.9 * m.distance) for std, m in zip(spread, points, strict=True)]
     costs, distances = [_cost(m, x) for m in points], [m.distance for m in points]
-    axes.errorbar(
-        costs, distances, yerr=[below, spread], fmt="none", ecolor=colour, elinewidth=1.1, capsize=3, zorder=2.5
-    )
-    axes.plot(
-        costs,
-        distances,
-        color=colour,
-        marker=MARKERS[index % len(MARKERS)],
-        linestyle=DASHES[index // len(COLOURS) % len(DASHES)],
-        markerfacecolor="white" if hollow else colour,
-        markersize=7,
-        markeredgewidth=1.6,
-        linewidth=1.8,
-        label=label,
-        zorder=3,
-    )
+    bars = {"fmt": "none", "ecolor": colour(index), "elinewidth": 1.1, "capsize": 3}
+    axes.errorbar(costs, distances, yerr=[below, spread], **bars, zorder=2.5)
+    face = {"markerfacecolor": "white" if hollow else colour(index), "markeredgewidth": 1.6, "markersize": 7}
+    axes.plot(costs, distances, **look(index), **face, label=label, zorder=3)
 
 
 def _star(axes: "Axes", m: Measurement, x: Cost, index: int) -> None:
     """A baseline: one star, in another order of colours than the lines."""
-    colour = COLOURS[-1 - index % len(COLOURS)]
-    at = {"color": colour, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
+    tone = COLOURS[-1 - index % len(COLOURS)]
+    at = {"color": tone, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
     axes.plot([_cost(m, x)], [m.distance], **at, label=f"{m.solver} (baseline)", zorder=4)
 
 
@@ -100,22 +89,13 @@ def _front(axes: "Axes", points: Sequence[Measurement]) -> None:
     )
 
 
-def _floor(axes: "Axes", distance: float, name: str) -> None:
-    """A dashed line, named in the legend: a label on it would lie across the curves that end there."""
-    label = f"{name} {distance:.3g} (real images)"
-    axes.axhline(distance, color=QUIET, linestyle=(0, (5, 3)), linewidth=1.2, label=label, zorder=2)
-
-
 def _ticks(axes: "Axes", measurements: Sequence[Measurement], x: Cost) -> None:
     """Plain numbers on both axes; the budgets themselves as ticks of the NFE axis, as far as they fit."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, LogLocator
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(FuncFormatter(plain_tick))
-        axis.set_minor_locator(NullLocator())
-    if x == "nfe":
-        axes.xaxis.set_major_locator(FixedLocator(_spaced(sorted({m.nfe for m in measurements}))))
+    budgets = _spaced(sorted({m.nfe for m in measurements}))
+    plain_ticks(axes.xaxis, FixedLocator(budgets) if x == "nfe" else LogLocator(subs=(1, 2, 5)))
+    plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
 
 
 def _spaced(budgets: Sequence[int]) -> list[int]:
@@ -127,65 +107,29 @@ def _spaced(budgets: Sequence[int]) -> list[int]:
     return kept
 
 
-def _dress(axes: "Axes", name: str, x: Cost, counts: Sequence[int]) -> None:
-    """Labels, grid and a frame that recedes behind the data."""
-    images = f"{counts[0]} images" if len(counts) == 1 else "all images"
-    label = "NFE, network evaluations per image" if x == "nfe" else f"seconds to make {images}"
-    axes.set_xlabel(label, color=INK, labelpad=8, fontsize=12)
-    axes.set_ylabel(name, color=INK, labelpad=8, fontsize=12)
-    axes.grid(True, color=HAIR, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=QUIET, labelsize=11)
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _limits(axes: "Axes", distances: Sequence[float], costs: Sequence[float]) -> None:
-    """A margin around all values: error bars may be cut, points never."""
-    axes.set_ylim(min(distances) / 1.35, max(distances) * 1.35)
-    axes.set_xlim(min(costs) / 1.15, max(costs) * 1.15)
-
-
-def _legend(figure: "Figure", axes: "Axes") -> None:
-    """The solvers below the plot, in up to three columns, so that the plot keeps its width on a phone."""
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=3,
-        frameon=False,
-        labelcolor=INK,
-        fontsize=11,
-        handlelength=2.4,
-        columnspacing=1.6,
-    )
-
-
 def distance_figure(measurements: Sequence[Measurement], x: Cost = "nfe") -> "Figure":
     """Distance against `x` for the best m of each (solver, nfe), 7 x 6 inches. ValueError for another `x`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if x not in ("nfe", "seconds"):
         raise ValueError(f"x is {x!r}: a distance is plotted against 'nfe' or 'seconds'")
-    figure = Figure(figsize=(7, 6), dpi=200, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure()
     _draw(figure, figure.add_subplot(), measurements, x)
     return figure
 
 
 def distance_png(measurements: Sequence[Measurement], x: Cost = "nfe") -> bytes:
     """`distance_figure` as PNG (1400 x 1200), the same bytes for the same measurements."""
-    buffer = io.BytesIO()
-    distance_figure(measurements, x).savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(distance_figure(measurements, x))
 
 
 def _draw(figure: "Figure", axes: "Axes", measurements: Sequence[Measurement], x: Cost) -> None:
     points = _plottable(measurements, x)
     floor = floor_of(measurements)
-    _dress(axes, f"{distance_name(measurements)} ({feature_names(measurements)})", x, sorted({m.n for m in points}))
+    counts = {m.n for m in points}
+    images = f"{counts.pop()} images" if len(counts) == 1 else "all images"
+    across = "NFE, network evaluations per image" if x == "nfe" else f"seconds to make {images}"
+    dress(axes, across, f"{distance_name(measurements)} ({feature_names(measurements)})")
     if not points:
-        axes.text(0.5, 0.5, "no finite distance to plot", transform=axes.transAxes, ha="center", color=QUIET)
+        without_data(axes, "no finite distance to plot")
         return
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -199,8 +143,11 @@ def _draw(figure: "Figure", axes: "Axes", measurements: Sequence[Measurement], x
     if x == "seconds":
         _front(axes, points)
     floors = [floor.distance] if floor and math.isfinite(floor.distance) and floor.distance > 0 else []
-    for distance in floors:
-        _floor(axes, distance, floor_name(measurements))
-    _limits(axes, [m.distance for m in points] + floors, [_cost(m, x) for m in points])
+    for distance in floors:  # named in the legend: a label on the line would lie across the curves that end there
+        label = f"{floor_name(measurements)} {distance:.3g} (real images)"
+        axes.axhline(distance, **REFERENCE, label=label, zorder=2)
+    distances, costs = [m.distance for m in points] + floors, [_cost(m, x) for m in points]
+    axes.set_ylim(min(distances) / 1.35, max(distances) * 1.35)  # error bars may be cut, points never
+    axes.set_xlim(min(costs) / 1.15, max(costs) * 1.15)
     _ticks(axes, points, x)
-    _legend(figure, axes)
+    legend_below(figure, axes)

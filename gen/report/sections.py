@@ -1,7 +1,9 @@
 """Sections of a report beyond its tables: how flat the model's trajectories are, and which codes its samples use."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -9,13 +11,16 @@ from torch import Tensor
 from midway.gen.data.images import to_float
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.diffusion.trajectories import random_walk, trajectory_geometry
+from midway.gen.diffusion.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
 from midway.gen.metrics.code_usage import CodeUse
+from midway.gen.report.axes import COLOURS, INK, REFERENCE, colour, dress, new_figure, png
 from midway.gen.report.html import image_tag
-from midway.gen.report.trajectory_plot import trajectory_png
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
-from midway.tokenizers.tokenizer import ImageTokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SEEDS = 64
 STEPS = 32
@@ -64,11 +69,12 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
     if tokenizer.quantizer.codebook_size is None:
         return None
     images = to_float(held_out[:CODED].to(tokenizer.device))
-    raw = latents[:CODED].to(tokenizer.device) * _channelwise(tokenizer.latent_std) + _channelwise(
-        tokenizer.latent_mean
+    mean, std = tokenizer.latent_mean.view(-1, 1, 1), tokenizer.latent_std.view(-1, 1, 1)
+    raw = latents[:CODED].to(tokenizer.device) * std + mean
+    real, drawn = (
+        CodeUse.of(indices.reshape(-1, tokenizer.quantizer.groups).cpu(), tokenizer.quantizer.codebook_size)
+        for indices in (tokenizer.encode_indices(images), tokenizer.quantizer.codes_to_indices(raw))
     )
-    real = _use(tokenizer, tokenizer.encode_indices(images))
-    drawn = _use(tokenizer, tokenizer.quantizer.codes_to_indices(raw))
     text = (
         f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_text(real, len(images))} "
         f"held-out images; {_text(drawn, min(CODED, len(latents)))} samples (the fine solution, snapped to codes). "
@@ -77,19 +83,84 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
     return Section("Use of the codes", text)
 
 
-def _channelwise(vector: Tensor) -> Tensor:
-    return vector.view(-1, 1, 1)
-
-
-def _use(tokenizer: ImageTokenizer, indices: Tensor) -> CodeUse:
-    """Counts of the codes that occur in indices (N, *S) or (N, *S, G)."""
-    size = tokenizer.quantizer.codebook_size
-    assert size is not None
-    tokens = indices.reshape(-1, tokenizer.quantizer.groups).cpu().T
-    counts = [row.unique(return_counts=True)[1].sort(descending=True).values for row in tokens]
-    return CodeUse(size, tuple(counts))
-
-
 def _text(use: CodeUse, images: int) -> str:
     perplexity = sum(use.perplexities) / len(use.perplexities)
     return f"{use.used:,} different ones (perplexity {perplexity:,.0f}) in {use.counted:,} tokens of {images:,}"
+
+
+# ---- the picture of trajectories ----
+
+
+def trajectory_png(geometry: TrajectoryGeometry) -> bytes:
+    """`trajectory_figure` as PNG (1760 x 800), the same bytes for the same geometry."""
+    return png(trajectory_figure(geometry))
+
+
+def trajectory_figure(geometry: TrajectoryGeometry) -> "Figure":
+    """Two panels, 11 x 5 inches: variance explained by the first components, and the first trajectories.
+
+    On the left the mean over trajectories with the standard deviation as bars, and for comparison a random walk of as many
+    steps; on the right each trajectory is in its own plane, since two samples move in nearly orthogonal directions where
+    there are many.
+    """
+    figure = new_figure(11, 5, dpi=160, gap=0.06)
+    left, right = figure.subplots(1, 2)
+    _explained(left, geometry)
+    _paths(right, geometry)
+    return figure
+
+
+def _explained(axes: "Axes", geometry: TrajectoryGeometry) -> None:
+    """Cumulative shares in per cent, cut at 100; the random walk dashed."""
+    components = range(1, len(geometry.explained) + 1)
+    walk = (100 * random_walk(geometry.steps, len(components)).cumsum(0)).tolist()
+    axes.plot(components, walk, **REFERENCE, label="random walk of as many steps")
+    axes.errorbar(
+        components,
+        [100 * spread.mean for spread in geometry.explained],
+        yerr=_bars(geometry.explained),
+        color=COLOURS[0],
+        marker="o",
+        markersize=7,
+        linewidth=1.8,
+        elinewidth=1.1,
+        capsize=3,
+        label=f"{geometry.solver}, {geometry.steps} steps, {geometry.count} trajectories",
+        zorder=3,
+    )
+    low = min(walk[0], *(100 * (spread.mean - spread.std) for spread in geometry.explained))
+    axes.set_ylim(max(low - 5, 0), 101.5)
+    axes.set_xlim(0.75, len(components) + 0.25)
+    axes.set_xticks(components)
+    title = f"effective rank {_pair(geometry.effective_rank)}, deviation {_pair(geometry.deviation)}"
+    dress(axes, "principal components of each trajectory", "variance explained, %", title)
+    axes.legend(loc="lower right", frameon=False, labelcolor=INK, fontsize=11)
+
+
+def _bars(explained: Sequence[Spread]) -> list[list[float]]:
+    """Lengths below and above in per cent; none reaches over 100."""
+    below = [100 * spread.std for spread in explained]
+    above = [100 * min(spread.std, 1 - spread.mean) for spread in explained]
+    return [below, above]
+
+
+def _pair(spread: Spread) -> str:
+    return f"{spread.mean:.2f} ± {spread.std:.2f}"
+
+
+def _paths(axes: "Axes", geometry: TrajectoryGeometry) -> None:
+    """Lines from noise (hollow) to image (filled), on axes of one scale."""
+    noise: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "white"}
+    image: dict[str, Any] = {"marker": "o", "markersize": 8}
+    for index, path in enumerate(geometry.paths.tolist()):
+        across, up = zip(*path, strict=True)
+        axes.plot(across, up, color=colour(index), linewidth=1.6, zorder=3)
+        axes.plot(*path[0], **noise, markeredgecolor=colour(index), zorder=4)
+        axes.plot(*path[-1], **image, color=colour(index), zorder=5)
+    axes.plot([], [], **noise, linestyle="none", markeredgecolor=INK, label="noise")
+    axes.plot([], [], **image, linestyle="none", color=INK, label="image")
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.08)
+    title = f"{len(geometry.paths)} trajectories, each on its own two components"
+    dress(axes, "first component", "second component", title)
+    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=11, handletextpad=0.2)

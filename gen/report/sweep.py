@@ -1,6 +1,7 @@
 """The report of a sweep: results.csv, results.jsonl, report.md, two plots and one self-contained report.html."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from midway.gen.report.html import (
     SCRIPT,
     facts_list,
     figure,
-    folded_table,
     html_table,
     image_tag,
     notes_list,
@@ -45,8 +45,7 @@ from midway.gen.report.text import (
     csv_text,
     escape_markdown,
     jsonl_text,
-    markdown_facts,
-    markdown_notes,
+    markdown_page,
     markdown_table,
     text_table,
 )
@@ -68,23 +67,21 @@ def terminal_text(ms: Measurements) -> str:
 def markdown_tables(ms: Measurements) -> str:
     """Distance, baselines, RMSE, KID and differences. ValueError for measurements that do not compare."""
     check_comparable(ms)
-    captions = [
-        (distance_table(ms), "{title}, {note}"),
+    distance, difference = distance_table(ms), difference_table(ms)
+    captioned = [
+        (distance, f"{distance.title}, {distance.note}"),
         (baseline_table(ms), "Baselines, measured alike, each at its own number of evaluations"),
         (
             rmse_table(ms),
             "RMSE to the same seeds' reference solution, lower is better; best grid of each solver and NFE",
         ),
         (kid_table(ms), f"Kernel distance, KID ({feature_names(ms)}), lower is better; the grids of the first table"),
-        (difference_table(ms), "{title}. {note}"),
-    ]
-    shown_parts = [
-        (table, text.replace("{title}", table.title).replace("{note}", table.note)) for table, text in captions
+        (difference, f"{difference.title}. {difference.note}"),
     ]
     return "\n".join(
-        f"{escape_markdown(text)}\n\n{markdown_table(table)}\n" if table.lines else f"{escape_markdown(text)}\n"
-        for i, (table, text) in enumerate(shown_parts)
-        if table.lines or not i
+        f"{escape_markdown(text)}\n" + (f"\n{markdown_table(table)}\n" if table.lines else "")
+        for table, text in captioned
+        if table.lines or table is distance
     )
 
 
@@ -115,19 +112,14 @@ def report_md(ms: Measurements, context: ReportContext, sections: Sequence[Secti
     """The tables, both plots by relative name, notes and provenance."""
     figures = all_figures(ms)
     costs = [f"{solver}: {cost:,} evaluations of training" for solver, cost in training_costs(ms).items()]
-    lines = [f"# {escape_markdown(context.title)}", "", markdown_tables(ms)]
-    lines += [
-        "![distance against NFE](distance_vs_nfe.png)",
-        "",
-        "![distance against time](distance_vs_seconds.png)",
-        "",
+    parts = [
+        markdown_tables(ms),
+        "![distance against NFE](distance_vs_nfe.png)\n",
+        "![distance against time](distance_vs_seconds.png)\n",
+        f"## {figures.title}\n\nSeconds are for 1000 images.\n\n{markdown_table(figures)}\n",
+        *(f"## {escape_markdown(section.title)}\n\n{escape_markdown(section.text)}\n" for section in sections),
     ]
-    lines += [f"## {figures.title}", "", "Seconds are for 1000 images.", "", markdown_table(figures), ""]
-    for section in sections:
-        lines += [f"## {escape_markdown(section.title)}", "", escape_markdown(section.text), ""]
-    return (
-        "\n".join([*lines, *markdown_notes([*context.notes, *costs]), *markdown_facts(provenance(ms, context))]) + "\n"
-    )
+    return markdown_page(replace(context, notes=(*context.notes, *costs)), parts, provenance(ms, context))
 
 
 # ---- page ----
@@ -151,14 +143,18 @@ def _lead(ms: Measurements) -> str:
     return f'<p class="lead">Lowest distance: {", ".join(winners)}.{ground}</p>' if winners else ""
 
 
-def _plot(ms: Measurements, kind: Cost) -> str:
+def _plots(ms: Measurements) -> dict[Cost, bytes]:
+    return {"nfe": distance_png(ms, "nfe"), "seconds": distance_png(ms, "seconds")}
+
+
+def _plot(ms: Measurements, kind: Cost, png: bytes) -> str:
     spread = "trainings" if any(m.trainings > 1 for m in ms) else "seed blocks"
     caption = {
         "seconds": "The same measurements against the time to make the images, sampling and decoding, on the hardware below. "
         "Grey: the Pareto front, better than all others in distance or time.",
         "nfe": f"Both axes are logarithmic. Bars: standard deviation over {spread}. Hollow markers: trained solvers.",
     }[kind]
-    return figure(distance_png(ms, kind), f"distance against {'time' if kind == 'seconds' else 'NFE'}", caption)
+    return figure(png, f"distance against {'time' if kind == 'seconds' else 'NFE'}", caption)
 
 
 def _baselines(ms: Measurements, grids: Grids) -> str:
@@ -176,9 +172,16 @@ def _samples(ms: Measurements, grids: Grids) -> str:
     return explorer({key: png for key, png in grids.items() if key not in others}, captions)
 
 
-def report_html(ms: Measurements, context: ReportContext, grids: Grids, sections: Sequence[Section] = ()) -> str:
+def report_html(
+    ms: Measurements,
+    context: ReportContext,
+    grids: Grids,
+    sections: Sequence[Section] = (),
+    plots: Mapping[Cost, bytes] | None = None,
+) -> str:
     """One self-contained page; `grids` may be empty. ValueError for measurements that do not compare."""
     check_comparable(ms)
+    plots = plots or _plots(ms)
     name, features = distance_name(ms), escape(feature_names(ms))
     return page(
         context,
@@ -188,13 +191,13 @@ def report_html(ms: Measurements, context: ReportContext, grids: Grids, sections
             "per image. Small print: the time grid of least distance. Comparable only with numbers of the same feature name, "
             f"<code>{features}</code>.</p>",
             html_table(distance_table(ms)) if shown(ms) else "",
-            f'<div class="plots">{_plot(ms, "nfe")}{_plot(ms, "seconds")}</div>',
+            f'<div class="plots">{"".join(_plot(ms, kind, png) for kind, png in plots.items())}</div>',
             _baselines(ms, grids),
             *map(titled_table, (kid_table(ms), difference_table(ms), rmse_table(ms))),
             _samples(ms, grids),
             *map(section_html, sections),
             notes_list(context.notes),
-            folded_table(all_figures(ms)),
+            titled_table(all_figures(ms), folded=True),
             facts_list(provenance(ms, context)),
         ],
         SCRIPT,
@@ -206,10 +209,10 @@ def write_report(
 ) -> None:
     """Write all six files into `directory`. DiskError; ValueError, and no file, for measurements that do not compare."""
     check_comparable(ms)
-    records = to_records(ms)
+    records, plots = to_records(ms), _plots(ms)
     write_atomically(directory / "results.csv", csv_text(records).encode())
     write_atomically(directory / "results.jsonl", jsonl_text(records).encode())
-    write_atomically(directory / "distance_vs_nfe.png", distance_png(ms, "nfe"))
-    write_atomically(directory / "distance_vs_seconds.png", distance_png(ms, "seconds"))
+    for kind, png in plots.items():
+        write_atomically(directory / f"distance_vs_{kind}.png", png)
     write_atomically(directory / "report.md", report_md(ms, context, sections).encode())
-    write_atomically(directory / "report.html", report_html(ms, context, grids, sections).encode())
+    write_atomically(directory / "report.html", report_html(ms, context, grids, sections, plots).encode())

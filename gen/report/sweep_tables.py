@@ -22,7 +22,7 @@ from midway.gen.evaluation.records import (
     shown,
     training_costs,
 )
-from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, decimals_for, number
+from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, decimals_for, number, with_floor
 
 Measurements = Sequence[Measurement]
 
@@ -57,11 +57,13 @@ _TIMES = (
 # ---- tables ----
 
 
-def _by_budget(title: str, note: str, entries: Mapping[tuple[str, int], Entry]) -> Table:
-    """A line per solver, in the order of first appearance, and a column per NFE."""
+def _by_budget(
+    title: str, note: str, entries: Mapping[tuple[str, int], Entry], small: Mapping[str, str] | None = None
+) -> Table:
+    """A line per solver, in the order of first appearance, with small print by its name, and a column per NFE."""
     nfes = sorted({nfe for _, nfe in entries})
     solvers = dict.fromkeys(solver for solver, _ in entries)
-    lines = (Line(solver, tuple(entries.get((solver, nfe)) for nfe in nfes)) for solver in solvers)
+    lines = (Line(s, tuple(entries.get((s, nfe)) for nfe in nfes), (small or {}).get(s, "")) for s in solvers)
     return Table(title, note, ("solver", *(f"NFE {nfe}" for nfe in nfes)), tuple(lines))
 
 
@@ -77,17 +79,12 @@ def metric_table(ms: Measurements, name: str, title: str, note: str) -> Table:
         key: Entry(number(value, chosen[key].std(name)), chosen[key].grid, value == least[key[1]])
         for key, value in values.items()
     }
-    table, floor = _by_budget(title, note, entries), floor_of(ms)
-    costs = training_costs(ms)
-    lines = [
-        Line(x.name, x.entries, f"trained, {costs[x.name]:,} evaluations" if x.name in costs else "")
-        for x in table.lines
-    ]
+    small = {solver: f"trained, {cost:,} evaluations" for solver, cost in training_costs(ms).items()}
+    table, floor = _by_budget(title, note, entries, small), floor_of(ms)
     score = None if floor is None else floor.value(name)
-    if floor is not None and score is not None and lines:
-        entry = Entry(number(score, floor.std(name)))
-        lines.append(Line(floor_name(ms), (entry,) * len(lines[0].entries), floor=True))
-    return Table(title, note, table.heads, tuple(lines))
+    if floor is None or score is None or not table.lines:
+        return table
+    return with_floor(table, floor_name(ms), [Entry(number(score, floor.std(name)))] * len(table.heads[1:]))
 
 
 def distance_table(ms: Measurements) -> Table:

@@ -6,11 +6,18 @@ adding one `Column`.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
+
+from midway.gen.core.environment import command_line, environment, hardware
 
 ABSENT = "–"
 Row = TypeVar("Row")
+
+
+def _versions() -> dict[str, str]:
+    known = environment()
+    return {**known["packages"], "git": known["git"]}
 
 
 @dataclass(frozen=True)
@@ -20,10 +27,10 @@ class ReportContext:
     title: str
     model: str
     data: str
-    command: str
-    hardware: str
-    versions: dict[str, str]
-    seeds: str
+    command: str = field(default_factory=command_line)
+    hardware: str = field(default_factory=hardware)
+    versions: dict[str, str] = field(default_factory=_versions)
+    seeds: str = ""
     notes: tuple[str, ...] = ()
     guidance: float = 1.0
 
@@ -87,13 +94,13 @@ def decimals_for(value: float, digits: int) -> int:
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """One figure: its heading, its value in a row (None: absent), its text, which direction is better, its small print."""
+    """One figure: its heading, its value in a row (None: absent), its text, which direction is better, small print."""
 
     head: str
     value: Callable[[Row], Any]
     write: Callable[[Any], str] = number
     better: Literal["low", "high", "neither"] = "neither"
-    small: Callable[[Row], str] = lambda _: ""
+    small: Callable[[Row], Any] = lambda _: ""
 
     def entries(self, rows: Sequence[Row]) -> list[Entry | None]:
         """One per row; all that are written like the best are best, if there are two or more."""
@@ -104,7 +111,7 @@ class Column(Generic[Row]):
             if len(there) > 1:
                 best = self.write(min(there) if self.better == "low" else max(there))
         return [
-            None if value is None else Entry(text := self.write(value), self.small(row), text == best)
+            None if value is None else Entry(text := self.write(value), self.small(row) or "", text == best)
             for value, row in zip(values, rows, strict=True)
         ]
 
@@ -117,6 +124,11 @@ def columns_table(
     found = {name: entries for name, entries in found.items() if any(entry is not None for entry in entries)}
     lines = (Line(name, tuple(entries[i] for entries in found.values())) for i, name in enumerate(names))
     return Table(title, note, (head, *found), tuple(lines))
+
+
+def with_floor(table: Table, name: str, entries: Iterable[Entry | None]) -> Table:
+    """The table with the floor as its last line."""
+    return replace(table, lines=(*table.lines, Line(name, tuple(entries), floor=True)))
 
 
 def joined(values: Iterable[object]) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from midway.gen.report.table import ABSENT, Entry, Line, Table
+from midway.gen.report.table import ABSENT, Entry, Line, ReportContext, Table
 
 # ---- terminal ----
 
@@ -63,14 +63,16 @@ def _markdown(entry: Entry | None, floor: bool) -> str:
     return f"{mark}{entry.value}{mark}{small}"
 
 
-def markdown_notes(notes: Sequence[str]) -> list[str]:
-    """A section of notes as lines, none without notes."""
-    return ["## Notes", "", *(f"- {escape_markdown(note)}" for note in notes), ""] if notes else []
+def markdown_section(table: Table) -> str:
+    """The table under its title and note."""
+    return f"## {table.title}\n\n{escape_markdown(table.note)}\n\n{markdown_table(table)}\n"
 
 
-def markdown_facts(facts: Sequence[tuple[str, str]]) -> list[str]:
-    """The section on provenance as lines."""
-    return ["## Provenance", "", *(f"- **{escape_markdown(n)}**: {escape_markdown(v)}" for n, v in facts)]
+def markdown_page(context: ReportContext, parts: Sequence[str], facts: Sequence[tuple[str, str]]) -> str:
+    """A whole report: its title, `parts` (Markdown, each ending a line), notes if there are any, and provenance."""
+    notes = ["## Notes", "", *(f"- {escape_markdown(note)}" for note in context.notes), ""] if context.notes else []
+    listed = [f"- **{escape_markdown(name)}**: {escape_markdown(value)}" for name, value in facts]
+    return "\n".join([f"# {escape_markdown(context.title)}", "", *parts, *notes, "## Provenance", "", *listed]) + "\n"
 
 
 # ---- files for programs ----

@@ -5,7 +5,9 @@ where one direction is better. The directory is written whole or not at all.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -14,69 +16,163 @@ from torch import Tensor
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.files import replacing, write_atomically
 from midway.gen.data.pictures import grid_png
+from midway.gen.evaluation.records import FLOOR
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.report.html import facts_list, figure, image_tag, notes_list, page, titled_table
-from midway.gen.report.table import ReportContext, number
-from midway.gen.report.text import (
-    csv_text,
-    escape_markdown,
-    jsonl_text,
-    markdown_facts,
-    markdown_notes,
-    markdown_table,
-    text_table,
-)
-from midway.gen.report.tokenizer_plots import noise_png, rate_png, usage_png
-from midway.gen.report.tokenizer_tables import TERSE, provenance, tables, terse
-
-FILES = (
-    "results.csv",
-    "results.jsonl",
-    "report.md",
-    "report.html",
-    "codebook_usage.png",
-    "rate_distortion.png",
-    "noise.png",
-)
-
+from midway.gen.report.table import Column, Entry, ReportContext, Table, columns_table, joined, number, with_floor
+from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table
+from midway.gen.report.tokenizer_plots import PLOTS
 
 _STRIP = 1280  # pixels: large images are shown fewer, or the page would be slow to open
-PLOTS: Mapping[str, tuple[str, str]] = {
-    "rate_distortion.png": (
-        "PSNR against bits per image",
-        "Upper left is better. Filled: tokens of equal length; the thin line leads to what an entropy coder would spend. "
-        "Hollow: a posterior's rate and the PSNR of its draws.",
+FILES = ("results.csv", "results.jsonl", "report.md", "report.html", *PLOTS)
+
+# ---- columns ----
+
+
+def _fixed(decimals: int) -> Callable[[float], str]:
+    return lambda value: f"{value:.{decimals}f}"
+
+
+def _whole(value: float) -> str:
+    """`64,000`, and powers beyond a billion as such."""
+    return f"{int(value):,}" if value < 1e9 else f"2^{math.log2(value):.4g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %" if value >= 0.001 or value == 0 else f"{100 * value:.2g} %"
+
+
+def _stable(rank: float | None) -> str:
+    return "" if rank is None else f"{rank:.2f} stable"
+
+
+Columns = Sequence[Column[TokenizerRow]]
+_DISTANCES = ("distance", "interpolated")
+_RECONSTRUCTION: Columns = (
+    Column("bits per image", lambda row: row.bits if row.bits is not None else row.rate),
+    Column(
+        "PSNR, dB",
+        lambda row: row.psnr,
+        _fixed(2),
+        "high",
+        lambda row: row.psnr_sampled and f"{row.psnr_sampled:.2f} of draws",
     ),
-    "codebook_usage.png": (
-        "Frequency of codes by rank",
-        "A codebook used evenly is the dashed line up to 1. Where a line ends, the codes beyond were never used. Codebooks of "
-        "more than a million codes are left out.",
-    ),
-    "noise.png": (
-        "PSNR against noise on the latents",
-        "Filled markers: snapped to the nearest code before decoding, as samples are; the thin dashed line of the same colour is "
-        "without snapping. Hollow: never snapped.",
-    ),
-}
+    Column("SSIM", lambda row: row.ssim, _fixed(4), "high"),
+    Column("LPIPS", lambda row: row.lpips, _fixed(4), "low"),
+    Column("distance", lambda row: row.distance, better="low"),
+    Column("interpolated", lambda row: row.interpolated, better="low"),
+)
+_CODES: Columns = (
+    Column("codebook", lambda row: row.codebook, _whole, small=lambda r: r.groups > 1 and f"{r.groups} a position"),
+    Column("tokens", lambda row: row.tokens, _whole, small=lambda row: row.latent_shape),
+    Column("usage", lambda row: row.usage, _percent, "high"),
+    Column("dead codes", lambda row: row.dead, _whole, small=lambda r: r.counted and f"of {r.counted:,} tokens"),
+    Column("perplexity", lambda row: row.perplexity),
+    Column("entropy, bits", lambda row: row.entropy_bits),
+    Column("code rank", lambda row: row.code_rank, _fixed(2), small=lambda row: _stable(row.code_stable_rank)),
+    Column("latent rank", lambda row: row.latent_rank, _fixed(2), small=lambda row: _stable(row.latent_stable_rank)),
+)
+_COST: Columns = (
+    Column("parameters", lambda row: row.parameters, _whole, "low"),
+    Column("encoding, s", lambda row: row.encode_seconds, better="low"),
+    Column("decoding, s", lambda row: row.decode_seconds, better="low"),
+)
+
+
+def _noise(index: int, sigma: float) -> Column[TokenizerRow]:
+    """PSNR at one of the sigmas."""
+    return Column(
+        f"sigma {sigma:g}",
+        lambda row: (row.psnr_snapped or row.psnr_noisy)[index],
+        _fixed(2),
+        "high",
+        lambda row: row.psnr_snapped and f"{row.psnr_noisy[index]:.2f} not snapped",
+    )
+
+
+def _reconstruction_note(rows: Sequence[TokenizerRow]) -> str:
+    features = joined(row.features for row in rows)
+    distances = (
+        f" Distance: Fréchet distance ({features}) of the reconstructions to all training images; interpolated: of latents "
+        "half-way to their nearest neighbour, which predicts a latent model's samples better (iFID). The floor: the "
+        "same held-out images themselves."
+        if features
+        else ""
+    )
+    return (
+        "PSNR is the mean over images; bits of a continuous tokenizer are the rate of its posterior. "
+        f"Higher is better for PSNR and SSIM, lower for LPIPS and distances.{distances}"
+    )
+
+
+_CODES_NOTE = (
+    "Usage: share of the codebook seen at least once. Perplexity: the number of equally used codes of the same entropy. Entropy: "
+    "what an image's tokens cost an entropy coder without context. Rank: effective rank of the codes as used and of the latents, "
+    "at most their channels."
+)
+_NOISE_NOTE = (
+    "PSNR when Gaussian noise of this many standard deviations of each channel is added to the latents, decoded as samples are. "
+    "Few solver steps leave such noise; a latent model need not remove what a tokenizer tolerates here."
+)
+
+
+def tables(rows: Sequence[TokenizerRow]) -> list[Table]:
+    """All tables; columns without any value are left out, and tables without columns."""
+    noise = [_noise(index, sigma) for index, sigma in enumerate(rows[0].noise)] if rows else []
+    made = (
+        _table(rows, "Reconstruction", _RECONSTRUCTION, _reconstruction_note(rows)),
+        _table(rows, "Codes and latents", _CODES, _CODES_NOTE),
+        _table(rows, "Noise on the latents", noise, _NOISE_NOTE),
+        _table(rows, "Cost", _COST, "Seconds are for 1000 images on the machine named below, in batches."),
+    )
+    return [table for table in made if table.heads[1:]]
+
+
+def _table(rows: Sequence[TokenizerRow], title: str, columns: Iterable[Column[TokenizerRow]], note: str) -> Table:
+    """One table; the floor of the distances is the last line, if all rows have the same."""
+    table = columns_table(title, note, "tokenizer", [row.name for row in rows], rows, columns)
+    floors = {row.floor for row in rows}
+    floor = floors.pop() if len(floors) == 1 else None
+    if floor is None or not any(head in _DISTANCES for head in table.heads):
+        return table
+    return with_floor(table, FLOOR, (Entry(number(floor)) if head in _DISTANCES else None for head in table.heads[1:]))
+
+
+# ---- text ----
 
 
 def terminal_text(rows: Sequence[TokenizerRow]) -> str:
-    """Reconstruction and codes for a terminal."""
-    first, second = tables(rows)[:2]
-    return "\n\n".join(f"{t.title}\n\n{text_table(t)}" for t in (terse(first), terse(second, TERSE))) + "\n"
+    """Reconstruction and codes for a terminal: the columns that it has room for, without small print."""
+    codes = [column for column in _CODES if column.head not in ("tokens", "dead codes")]
+    made = [
+        _table(rows, title, [replace(column, small=lambda _: "") for column in columns], "")
+        for title, columns in (("Reconstruction", _RECONSTRUCTION), ("Codes and latents", codes))
+    ]
+    return "\n\n".join(f"{table.title}\n\n{text_table(table)}" for table in made) + "\n"
 
 
-def markdown_tables(rows: Sequence[TokenizerRow]) -> str:
-    """All tables under their headings."""
-    return "\n".join(f"## {t.title}\n\n{escape_markdown(t.note)}\n\n{markdown_table(t)}\n" for t in tables(rows))
+def provenance(rows: Sequence[TokenizerRow], context: ReportContext) -> list[tuple[str, str]]:
+    """(name, value) of all that is needed to repeat the measurement."""
+    facts = [
+        *((row.name, f"{row.quantizer}; tokenizer@{row.tokenizer}") for row in rows),
+        ("data", context.data),
+        ("images", f"{joined(row.n for row in rows)} of {joined(row.images for row in rows)}"),
+        ("features", joined(row.features for row in rows)),
+        ("reference", joined(row.reference for row in rows)),
+        ("perceptual distance", joined(row.perceptual for row in rows)),
+        ("seed", context.seeds),
+        ("hardware", context.hardware),
+        ("versions", context.version_text),
+        ("command", context.command),
+    ]
+    return [(name, value) for name, value in facts if value]
 
 
 def report_md(rows: Sequence[TokenizerRow], context: ReportContext) -> str:
     """Tables, plots by relative name, notes and provenance."""
-    plots = [f"![{words}]({name})\n" for name, (words, _) in PLOTS.items()]
-    parts = [f"# {escape_markdown(context.title)}", "", markdown_tables(rows), *plots, *markdown_notes(context.notes)]
-    return "\n".join([*parts, *markdown_facts(provenance(rows, context))]) + "\n"
+    plots = [f"![{plot.title}]({name})\n" for name, plot in PLOTS.items()]
+    return markdown_page(context, [*map(markdown_section, tables(rows)), *plots], provenance(rows, context))
 
 
 # ---- page ----
@@ -130,7 +226,7 @@ def report_html(
     """One self-contained page."""
     rows = [result.row for result in results]
     first, codes, *others = map(titled_table, tables(rows))
-    rate, usage, noise = (figure(plots[name], words, caption) for name, (words, caption) in PLOTS.items())
+    rate, usage, noise = (figure(plots[name], plot.title, plot.caption) for name, plot in PLOTS.items())
     return page(
         context,
         _lead(rows),
@@ -173,22 +269,13 @@ def write_tokenizer_report(
     """All seven files, replacing an earlier report; `originals` uint8 are the images shown. DiskError, UsageError."""
     check_out(directory)
     rows = [m.row for m in results]
-    plots = {
-        "rate_distortion.png": rate_png(rows),
-        "codebook_usage.png": usage_png(results),
-        "noise.png": noise_png(rows),
+    plots = {name: plot.draw(results) for name, plot in PLOTS.items()}
+    files = plots | {
+        "results.csv": csv_text([flat_record(row) for row in rows]).encode(),
+        "results.jsonl": jsonl_text([dataclasses.asdict(row) for row in rows]).encode(),
+        "report.md": report_md(rows, context).encode(),
+        "report.html": report_html(results, originals, context, plots).encode(),
     }
-    texts = {
-        "results.csv": csv_text([flat_record(row) for row in rows]),
-        "results.jsonl": jsonl_text([dataclasses.asdict(row) for row in rows]),
-        "report.md": report_md(rows, context),
-        "report.html": report_html(results, originals, context, plots),
-    }
-    _replace_directory(directory, plots | {name: text.encode() for name, text in texts.items()})
-
-
-def _replace_directory(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Put these files, and no others, at `directory`: written beside it, then moved there."""
     try:
         with replacing(directory) as new:
             for name, content in files.items():

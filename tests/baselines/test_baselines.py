@@ -15,7 +15,7 @@ from torch import Tensor
 from midway.gen.baselines.base import Baseline, write_baseline
 from midway.gen.baselines.density import DensityBaseline
 from midway.gen.baselines.flow import CouplingFlow
-from midway.gen.baselines.flow_config import glow, nice, realnvp
+from midway.gen.baselines.flow_config import FlowConfig, glow, nice, realnvp
 from midway.gen.baselines.registry import load_trained_baseline, read_baseline
 from midway.gen.baselines.tarflow import TarFlow, TarFlowConfig
 from midway.gen.baselines.vae import VAE, VAEConfig
@@ -80,6 +80,17 @@ def test_draws_of_u_are_averaged_inside_the_logarithm(name: str) -> None:
     draws = torch.stack([model.bound(k, BATCH.labels, context(8), draw).double() for draw in range(5)])
     torch.testing.assert_close(score(model), draws.exp().mean(0).log(), rtol=1e-10, atol=0)
     assert draws.std(0).min() > 0.01
+
+
+IDENTITY_FLOW = FlowConfig("additive", 0, checkerboards=2, actnorm=False, entry="symmetric")
+
+
+@pytest.mark.parametrize("new", [CouplingFlow(IDENTITY_FLOW, SHAPE, 17), TarFlow(TAR, SHAPE, 17)])
+def test_a_new_identity_has_the_density_of_its_normal_prior(new: Baseline) -> None:
+    """Entry "symmetric": -1/2 (2x - 1)^2 - 1/2 ln 2 pi + ln 2 - ln L a dimension, by hand."""
+    x = (to_levels(BATCH.images, 17) + context(8).uniform("dequantise 0", SHAPE)) / 17
+    by_hand = -0.5 * (2 * x - 1) ** 2 - 0.5 * math.log(2 * math.pi) + math.log(2) - math.log(17)
+    torch.testing.assert_close(score(new.eval()), by_hand.flatten(1).sum(1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

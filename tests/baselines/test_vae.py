@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensors import randomised
 from torch import Tensor
 
 from midway.gen.baselines.vae import VAE, VAEConfig, channel_kl, coordinate_kl, interpolate, reconstruct, traverse
@@ -20,11 +21,7 @@ IMAGES, LABELS = DIGITS.images[:8], DIGITS.labels[:8]
 
 def _perturbed(model: VAE, size: float = 0.3) -> VAE:
     """Networks start as linear maps; this makes every layer matter. In float64."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-    return model.double()
+    return randomised(model, seed=1, std=size).double()
 
 
 def _model(classes: int = 0, **options: object) -> VAE:

@@ -3,22 +3,18 @@
 How fast anything is depends on the machine and is no test's business: where speed matters here, the clock is one of our own.
 """
 
-import contextlib
-import importlib.util
-import io
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from benchmark_modules import Report, as_before, benchmark, run_main
 from pipelines import Pipeline
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -34,57 +30,14 @@ from midway.samplers.plugin import BASES
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.solvers import SOLVERS
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Benchmarks set threads and seeds, and add to the path; the next test finds all of it as it was."""
-    path, threads, state = list(sys.path), torch.get_num_threads(), torch.get_rng_state()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        torch.set_num_threads(threads)
-        torch.set_rng_state(state)
-        AcceleratorState._reset_state(reset_partial_state=True)
+ON_CPU = ("--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    with _as_before():
+def restored() -> Iterator[None]:
+    with as_before():
         yield
-
-
-def _benchmark(name: str) -> ModuleType:
-    """benchmarks/<name>.py under another name, for `samplers` and `training` are parts of Midway too."""
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _as_before():
-        spec.loader.exec_module(module)
-    return module
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a benchmark's main() left: exit code, printed lines, JSON."""
-
-    code: int
-    lines: list[str]
-    json: dict[str, Any]
-
-
-def _main(module: ModuleType, out: Path, *flags: object) -> Report:
-    printed = io.StringIO()
-    command = [f"{module.__name__}.py", "--out", str(out), "--device", "cpu", *map(str, flags)]
-    with pytest.MonkeyPatch.context() as patch, _as_before(), contextlib.redirect_stdout(printed):
-        patch.setattr(sys, "argv", command)
-        code = module.main()
-    return Report(code, printed.getvalue().splitlines(), json.loads(out.read_text()))
 
 
 # ---- samplers.py ----
@@ -94,13 +47,13 @@ def _main(module: ModuleType, out: Path, *flags: object) -> Report:
 def samplers() -> ModuleType:
     pytest.importorskip("diffusers", reason="the peer that solvers are measured beside")
     pytest.importorskip("torchdiffeq", reason="the peer that Runge-Kutta methods are measured beside")
-    return _benchmark("samplers")
+    return benchmark("samplers")
 
 
 @pytest.fixture(scope="module")
 def report(samplers: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """All rows that need no GPU, three turns each."""
-    return _main(samplers, tmp_path_factory.mktemp("samplers") / "made" / "samplers.json", "--turns", 3)
+    return run_main(samplers, tmp_path_factory.mktemp("samplers") / "made" / "samplers.json", *ON_CPU, "--turns", 3)
 
 
 def test_every_solver_has_a_row_that_is_judged_and_printed(samplers: ModuleType, report: Report) -> None:
@@ -136,7 +89,7 @@ def test_a_missed_target_is_an_exit_code(
     rows = [samplers.Result("a", "us", 2.0, "b", 4.0, 2.0, "peer / ours >= 1", one) for one in held]
     monkeypatch.setattr(samplers, "host_rows", lambda turns: rows)
     monkeypatch.setattr(samplers, "wave_rows", list)
-    told = _main(samplers, tmp_path / "samplers.json")
+    told = run_main(samplers, tmp_path / "samplers.json", *ON_CPU)
     assert told.code == code
     assert [row["held"] for row in told.json["rows"]] == list(held)
 
@@ -245,7 +198,7 @@ def test_both_sides_of_a_gpu_row_make_as_many_forward_passes(samplers: ModuleTyp
 
 @pytest.fixture(scope="module")
 def training() -> ModuleType:
-    return _benchmark("training")
+    return benchmark("training")
 
 
 @pytest.fixture
@@ -374,7 +327,7 @@ def test_the_training_benchmark_prints_and_writes_its_rows(
 ) -> None:
     rows = [clock.row(training, "slow", 2.0, 1.0, 1.0), clock.row(training, "fast", 1.0, 2.0, 1.0)]
     monkeypatch.setattr(training, "rows_for", lambda device: [lambda row=row: row for row in rows])
-    told = _main(training, tmp_path / "made" / "training.json", "--seconds", 0, "--only", only)
+    told = run_main(training, tmp_path / "made" / "training.json", *ON_CPU, "--seconds", 0, "--only", only)
     assert told.code == code
     assert [(row["name"], row["held"]) for row in told.json["rows"]] == [(name, name == "fast") for name in names]
     assert {"device", "environment"} <= set(told.json)
@@ -389,7 +342,7 @@ def test_the_training_benchmark_refuses_a_name_that_no_row_has(
 ) -> None:
     monkeypatch.setattr(training, "rows_for", lambda device: [])
     with pytest.raises(SystemExit) as caught:
-        _main(training, tmp_path / "training.json", "--only", "nothing")
+        run_main(training, tmp_path / "training.json", *ON_CPU, "--only", "nothing")
     assert caught.value.code == 2
     assert not (tmp_path / "training.json").exists()
 
@@ -399,7 +352,7 @@ def test_the_training_benchmark_refuses_a_name_that_no_row_has(
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    return _benchmark("amed_ablation")
+    return benchmark("amed_ablation")
 
 
 def _task(ablation: ModuleType, pipeline: Pipeline, out: Path) -> Any:

@@ -1,15 +1,12 @@
 """benchmarks/metrics.py: that all sides find the same distance, what is judged, printed and written. No test looks at a time."""
 
-import importlib
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import benchmark, run_main
 
 for peer in ("torchmetrics", "torch_fidelity"):
     pytest.importorskip(peer, reason="the peers that distances are measured beside")
@@ -19,12 +16,8 @@ TIME, ERROR = "Fréchet distance, D = 24, N = 200", "its error, N = 10 and 15 < 
 
 
 @pytest.fixture(scope="module")
-def metrics() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-        module = importlib.import_module("metrics")
-    yield module
-    del sys.modules["metrics"]
+def metrics() -> ModuleType:
+    return benchmark("metrics")
 
 
 @pytest.fixture
@@ -45,27 +38,19 @@ def clock(metrics: ModuleType, monkeypatch: pytest.MonkeyPatch, seconds: dict[st
     monkeypatch.setattr(metrics, "process_seconds", process_seconds)
 
 
-def run(metrics: ModuleType, out: Path, small: Any, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(metrics, "Sizes", lambda: small)
-    monkeypatch.setattr(sys, "argv", ["metrics.py", "--out", str(out), "--turns", "2"])
-    threads = torch.get_num_threads()
-    try:
-        return metrics.main()
-    finally:
-        torch.set_num_threads(threads)
-
-
 def seconds(ours: float) -> dict[str, float]:
     return {"ours": ours, "scipy.linalg.sqrtm": 6.0, "torchmetrics": 0.5, "torch-fidelity": 0.25}
 
 
 @pytest.mark.parametrize(("ours", "code"), [(2.0, 0), (2.01, 1)])
 def test_rows_are_judged_printed_and_written(
-    ours: float, code: int, metrics: ModuleType, small: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+    ours: float, code: int, metrics: ModuleType, small: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     clock(metrics, monkeypatch, seconds(ours))
-    assert run(metrics, tmp_path / "out.json", small, monkeypatch) == code
-    report = json.loads((tmp_path / "out.json").read_text())
+    monkeypatch.setattr(metrics, "Sizes", lambda: small)
+    told = run_main(metrics, tmp_path / "out.json", "--turns", 2)
+    assert told.code == code
+    report = told.json
     rows = {(row["name"], row["peer_name"]): row for row in report["rows"]}
     (sweep,) = (key for key in rows if key[0].startswith("sweep of 40 images"))
     assert set(rows) - {sweep} == {(name, peer) for name in (TIME, ERROR) for peer in PEERS}
@@ -82,7 +67,7 @@ def test_rows_are_judged_printed_and_written(
         assert (error["ours"], error["target"], error["held"]) == (1, "peer / ours >= 10", True)
         assert error["peer"] > 1e3
     assert set(report["peers"]) == {"scipy", *PEERS[1:]}
-    printed = capsys.readouterr().out
+    printed = "\n".join(told.lines)
     assert all(printed.count(f"{name} beside {peer}") == 1 for name, peer in rows)
 
 

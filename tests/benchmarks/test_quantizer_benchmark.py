@@ -3,8 +3,6 @@
 How fast anything is depends on the machine and is no test's business: where speed matters here, the clock is one of our own.
 """
 
-import importlib
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import as_before, benchmark, run_main
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -37,21 +36,14 @@ INFORMATION = ("residual VQ step, 4 stages, K = 16", "SimVQ step, N = 32, K = 16
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    """Benchmarks set threads and seeds; the next test finds all of it as it was."""
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    yield
-    torch.set_num_threads(threads)
-    torch.set_rng_state(state)
+def restored() -> Iterator[None]:
+    with as_before():
+        yield
 
 
 @pytest.fixture(scope="module")
-def quantizers() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-        module = importlib.import_module("quantizers")
-    yield module
-    del sys.modules["quantizers"]
+def quantizers() -> ModuleType:
+    return benchmark("quantizers")
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +58,6 @@ def sizes(quantizers: ModuleType) -> Any:
     return quantizers.Sizes(**small, levels=(5, 4), batch=4, image_size=8, width=8, images=300, tokens=2)
 
 
-def _main(
-    quantizers: ModuleType, out: Path, capsys: pytest.CaptureFixture[str], *flags: object
-) -> tuple[int, Any, str]:
-    """Exit code, JSON, printed text."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["quantizers.py", "--out", str(out), "--device", "cpu", *map(str, flags)])
-        code = quantizers.main()
-    return code, json.loads(out.read_text()), capsys.readouterr().out
-
-
 # ---- the rows ----
 
 
@@ -84,11 +66,12 @@ def test_every_row_runs_is_checked_and_judged_by_its_target(
     common: ModuleType,
     sizes: Any,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(quantizers, "Sizes", lambda: sizes)
-    code, found, out = _main(quantizers, tmp_path / "made" / "q.json", capsys, "--turns", 2, "--seconds", 0)
+    flags = ("--device", "cpu", "--turns", 2, "--seconds", 0)
+    told = run_main(quantizers, tmp_path / "made" / "q.json", *flags)
+    found, out = told.json, "\n".join(told.lines)
     assert {"device", "hardware", "environment", "peers", "load"} <= set(found)
     assert set(found["peers"]) == {"vector-quantize-pytorch", "diffusers"} and "absent" not in found["peers"].values()
     rows = {row["name"]: row for row in found["rows"]}
@@ -119,25 +102,7 @@ def test_every_row_runs_is_checked_and_judged_by_its_target(
         step | {"gradients of the map"},
         set(),
     ]
-    assert code == int(any(row["held"] is False for row in rows.values()))
-
-
-@pytest.mark.parametrize(("held", "code"), [((), 0), ((None, True), 0), ((True, False, None), 1)])
-def test_a_missed_target_is_an_exit_code(
-    held: tuple[bool | None, ...],
-    code: int,
-    quantizers: ModuleType,
-    common: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-) -> None:
-    rows = [common.Measured("a", "ms", 2.0, "b", 4.0, 2.0, "peer / ours >= 1", one) for one in held]
-    monkeypatch.setattr(quantizers, "comparisons", lambda sizes, device: [lambda: None])
-    monkeypatch.setattr(quantizers, "measure", lambda *arguments: iter(rows))
-    told, found, _ = _main(quantizers, tmp_path / "q.json", capsys)
-    assert told == code
-    assert [row["held"] for row in found["rows"]] == list(held)
+    assert told.code == int(any(row["held"] is False for row in rows.values()))
 
 
 def test_a_vq_step_learns_the_running_means_of_the_vectors(quantizers: ModuleType) -> None:

@@ -1,27 +1,18 @@
 """benchmarks/compare_tokenizers.py on digits: every quantizer trains, is measured, and ends in table, JSON and page."""
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
+from benchmark_modules import benchmark
 
 
 @pytest.fixture(scope="module")
 def comparison() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tokenizer_comparison", ROOT / "benchmarks" / "compare_tokenizers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("compare_tokenizers")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from traps import Trap
 
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint, directories, save, set_aside, valid, verify
@@ -310,16 +311,6 @@ def test_damaged_ones_are_renamed(tmp_path: Path) -> None:
     assert (tmp_path / "damaged-step-2").is_dir()
     set_aside(tmp_path, -1)
     assert not directories(tmp_path)
-
-
-class Trap:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 def test_a_pickle_raises_and_never_runs(tmp_path: Path) -> None:

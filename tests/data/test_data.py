@@ -204,20 +204,17 @@ def test_conversions_are_right_and_stated(tmp_path: Path, name: str):
     assert stated == (f"1 image: {case.note}",)
 
 
-def test_exif_rotation(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("orientation", "quarters", "note"), [(6, -1, ("1 image: EXIF rotation applied",)), (1, 0, ())]
+)
+def test_exif_rotation(tmp_path: Path, orientation: int, quarters: int, note: tuple[str, ...]):
+    """6 is to be shown turned clockwise by 90 degrees, 1 as it is."""
     pixels, exif = noise(2, 3, 3), Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     image, stated = only(tmp_path)
-    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, -1).copy()))
-    assert stated == ("1 image: EXIF rotation applied",)
-
-
-def test_upright_exif_states_nothing(tmp_path: Path):
-    exif = Image.Exif()
-    exif[0x0112] = 1
-    Image.fromarray(noise(2, 3, 3)).save(tmp_path / "a.png", exif=exif)
-    assert only(tmp_path)[1] == ()
+    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(np.rot90(pixels, quarters).copy()))
+    assert stated == note
 
 
 def test_grey_among_rgb_is_promoted(tmp_path: Path):

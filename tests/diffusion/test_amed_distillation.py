@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import exact_solution, mixture
+from distillation import tiny_model
+from oracles import exact_solution, mixture, noise_at, rmse
 from pipelines import Pipeline
+from tensors import grad
 from torch import Tensor
 from train_solver import SolverTask, train
 
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import load_model, load_solver
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, make_table
 from midway.gen.diffusion.sampling import sample_latents
 from midway.gen.training.batches import Context
@@ -46,9 +47,7 @@ RHO = 20.0
 
 
 def _start(solver: AMEDSolver, count: int = 8, seed: int = 0) -> Tensor:
-    time = torch.tensor(solver.grid[0], dtype=torch.float64)
-    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return torch.hypot(solver.schedule.alpha(time), solver.schedule.sigma(time)) * noise
+    return noise_at(solver.schedule, solver.grid[0], count, seed)
 
 
 def _solver(
@@ -275,8 +274,7 @@ def _end_error(solver: AMEDSolver, rule: StepRule) -> float:
     x = _start(solver, 256, seed=3)
     exact = exact_solution(mixture(), solver.schedule, x, solver.grid[0], solver.grid[-1])
     with torch.no_grad():
-        reached = nodes(solver, mixture().field(solver.schedule), rule, x)[-1]
-    return (reached - exact).square().mean().sqrt().item()
+        return rmse(nodes(solver, mixture().field(solver.schedule), rule, x)[-1], exact)
 
 
 GAINS = [
@@ -310,12 +308,7 @@ def test_five_evaluations_halve_the_endpoint_error(base: str, kind: str, mode: s
 def _objective(
     base: str, nfe: int, guidance: float, config: DistillConfig, constants: bool = False
 ) -> tuple[SolverObjective, LatentModel]:
-    torch.manual_seed(0)
-    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
-    with torch.no_grad():
-        for values in model.parameters():  # adaLN-zero gives no output to learn from
-            values.add_(0.05 * torch.randn(values.shape))
-    model = model.eval().requires_grad_(False)
+    model = tiny_model(0.05)
     return SolverObjective(model, SolverTarget(nfe, "logsnr", guidance, constants, base), config), model
 
 
@@ -348,8 +341,7 @@ def test_every_evaluation_of_the_training_is_counted(
     per_sample, passes = objective.teacher.nfe + warm_start + (steps if objective.restarts else own), 6 * guidance
     assert objective.counter.evaluations == objective.evaluations.item() == passes * per_sample
     assert network.evaluations == passes * (per_sample + again), "computed again, and not counted"
-    assert objective.rule.raw.grad is not None
-    assert (objective.rule.raw.grad.abs() > 0).all()
+    assert (grad(objective.rule.raw).abs() > 0).all()
 
 
 @pytest.mark.parametrize("all_nodes", [False, True])

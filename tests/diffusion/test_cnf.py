@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import Mixture, exact_solution, mixture, uneven_grid
+from oracles import Mixture, exact_solution, gaussian, mixture, rmse, times_of, uneven_grid
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
@@ -67,8 +67,7 @@ def expected(data: Mixture, schedule: Schedule, x: Tensor, start: float, end: fl
     times = torch.tensor([start, end], dtype=torch.float64)
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     last = exact_solution(data, schedule, x, start, end)
-    one = torch.ones(1, dtype=torch.float64)
-    prior = density(Mixture(one, 0 * data.means[:1], one), last, alpha[1], sigma[1])
+    prior = density(gaussian(0.0, 0.0, std=1.0), last, alpha[1], sigma[1])
     return density(data, x, alpha[0], sigma[0]) - density(data, last, alpha[1], sigma[1]) + prior
 
 
@@ -100,9 +99,7 @@ CORRELATED = Correlated(
 @pytest.mark.parametrize("schedule", ALL, ids=names)
 def test_a_mixture_has_its_own_density_on_every_schedule(schedule: Schedule) -> None:
     data = mixture()
-    start, end = schedule.time_of_rho(
-        torch.tensor([0.002, min(80.0, schedule.rho(number(1)).item())]).double()
-    ).tolist()
+    start, end = times_of(schedule, 0.002, min(80.0, schedule.rho(number(1)).item()))
     x = schedule.alpha(number(start)) * points(data)
     got, cost = log_likelihood(data.field(schedule), schedule, ("rk4", 20), x)
     assert got.dtype == torch.float64
@@ -114,15 +111,13 @@ def test_a_mixture_has_its_own_density_on_every_schedule(schedule: Schedule) -> 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("heun", 2), ("dpmpp2m", 2), ("rk4", 4)])
 def test_a_table_carries_the_density_at_its_order(schedule: Schedule, solver: str, order: int) -> None:
     data = mixture()
-    low, high = schedule.time_of_rho(torch.tensor([0.4, 4.0], dtype=torch.float64)).tolist()
+    low, high = times_of(schedule, 0.4, 4.0)
     x = schedule.alpha(number(low)) * points(data)
     want = expected(data, schedule, x, low, high)
     errors = []
     for steps in (32, 64):
         table = SOLVERS[solver].build(schedule, uneven_grid(low, high, steps))
-        errors.append(
-            (log_likelihood(data.field(schedule), schedule, table, x)[0] - want).square().mean().sqrt().item()
-        )
+        errors.append(rmse(log_likelihood(data.field(schedule), schedule, table, x)[0], want))
     assert math.log2(errors[0] / errors[1]) > order - 0.3, errors
     assert errors[1] < {1: 1e-1, 2: 2e-2, 4: 3e-4}[order]
 
@@ -224,14 +219,13 @@ def test_probes_average_to_the_exact_trace(probe: str, probes: int) -> None:
 
 
 def test_rademacher_is_exact_for_a_diagonal_jacobian_and_gaussian_is_not() -> None:
-    one = torch.ones(1, dtype=torch.float64)
-    field = Mixture(one, torch.zeros(1, 3, dtype=torch.float64), 0.5 * one).field(VP())
+    field = gaussian(0.0, 0.0, 0.0, std=0.5).field(VP())
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact, _ = log_likelihood(field, VP(), ("heun", 6), x)
     rademacher, _ = log_likelihood(field, VP(), ("heun", 6), x, "hutchinson", ids=IDS)
-    gaussian, _ = log_likelihood(field, VP(), ("heun", 6), x, "hutchinson", ids=IDS, probe="gaussian")
+    drawn, _ = log_likelihood(field, VP(), ("heun", 6), x, "hutchinson", ids=IDS, probe="gaussian")
     torch.testing.assert_close(rademacher, exact, rtol=0, atol=1e-10)
-    assert bool(((gaussian - exact).abs() > 1e-3).all())
+    assert bool(((drawn - exact).abs() > 1e-3).all())
 
 
 def test_a_sample_depends_on_its_id_and_the_seed_alone() -> None:
@@ -252,8 +246,7 @@ def test_a_sample_depends_on_its_id_and_the_seed_alone() -> None:
 
 @pytest.mark.parametrize(("options", "products"), [({}, 3), ({"trace": "hutchinson", "probes": 2, "ids": IDS}, 2)])
 def test_evaluations_and_products_are_counted(options: dict[str, Any], products: int) -> None:
-    one = torch.ones(1, dtype=torch.float64)
-    counter = EvaluationCounter(Mixture(one, torch.zeros(1, 3, dtype=torch.float64), one).field(Linear()))
+    counter = EvaluationCounter(gaussian(0.0, 0.0, 0.0, std=1.0).field(Linear()))
     backward = []
 
     def field(x: Tensor, t: Tensor) -> Prediction:

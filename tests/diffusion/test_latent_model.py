@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 from scipy import stats
+from tensors import normal, randomised
 from torch import Tensor
 
 from midway.gen.diffusion.dit import Block, DiT, DiTConfig, drop, positions_2d
@@ -30,11 +31,8 @@ def _model(schedule: str = "linear", target: str = "velocity", dropout: float = 
     return LatentModel(config, (3, 4, 4), 10)
 
 
-def _perturb(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+def _perturbed(model: LatentModel) -> LatentModel:
+    return randomised(model, seed=1, std=0.2)
 
 
 def _context(count: int, step: int = 0) -> Context:
@@ -42,8 +40,7 @@ def _context(count: int, step: int = 0) -> Context:
 
 
 def _batch(count: int) -> LatentBatch:
-    latents = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    return LatentBatch(latents, torch.arange(count) % 10)
+    return LatentBatch(normal(count, 3, 4, 4), torch.arange(count) % 10)
 
 
 def test_the_first_output_is_zero() -> None:
@@ -81,8 +78,7 @@ def test_a_network_that_returns_its_target_recovers_the_data(schedule: str, targ
 
 def test_edm_with_v_is_edms_preconditioning() -> None:
     """x0 = c_skip x + c_out F(c_in x), Karras et al. 2022, equation 7, with data std 1."""
-    model = _model("edm", "v")
-    _perturb(model)
+    model = _perturbed(_model("edm", "v"))
     x, t = 5 * torch.randn(4, 3, 4, 4), torch.tensor([0.001, 0.01, 0.1, 0.5])
     labels = torch.arange(4)
     s = expand(80 * t, x)
@@ -92,16 +88,15 @@ def test_edm_with_v_is_edms_preconditioning() -> None:
     torch.testing.assert_close(got, x / (s**2 + 1) - s / (s**2 + 1).sqrt() * network, rtol=1e-4, atol=1e-4)
 
 
-def test_logit_normal_is_sd3s_on_the_linear_schedule() -> None:
-    model = _model(time_mean=0.5, time_std=0.8)
+@pytest.mark.parametrize(
+    ("schedule", "target", "mean", "std"), [("linear", "velocity", 0.5, 0.8), ("edm", "v", -1.2, 1.2)]
+)
+def test_logit_normal_is_sd3s_on_linear_and_edms_on_edm(schedule: str, target: str, mean: float, std: float) -> None:
+    """Normal are logit t, and ln sigma."""
+    model = _model(schedule, target, time_mean=mean, time_std=std)
     t = model.time_of(_context(20000).uniform("time")).double()
-    assert stats.kstest(torch.logit(t).numpy(), "norm", args=(0.5, 0.8)).pvalue > 0.01
-
-
-def test_logit_normal_is_edms_on_the_edm_schedule() -> None:
-    model = _model("edm", "v", time_mean=-1.2, time_std=1.2)
-    sigma = model.schedule.sigma(model.time_of(_context(20000).uniform("time")).double())
-    assert stats.kstest(sigma.log().numpy(), "norm", args=(-1.2, 1.2)).pvalue > 0.01
+    found = torch.logit(t) if schedule == "linear" else model.schedule.sigma(t).log()
+    assert stats.kstest(found.numpy(), "norm", args=(mean, std)).pvalue > 0.01
 
 
 def test_uniform_time_covers_the_sampled_range() -> None:
@@ -112,8 +107,7 @@ def test_uniform_time_covers_the_sampled_range() -> None:
 
 
 def test_every_label_is_dropped_at_its_rate_and_only_then() -> None:
-    model = _model(label_dropout=0.3)
-    _perturb(model)
+    model = _perturbed(_model(label_dropout=0.3))
     seen: list[Tensor] = []
     model.network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[2]))
     batch = _batch(2000)
@@ -124,8 +118,7 @@ def test_every_label_is_dropped_at_its_rate_and_only_then() -> None:
 
 
 def test_labels_change_the_output_and_an_unconditional_model_has_none() -> None:
-    model = _model()
-    _perturb(model)
+    model = _perturbed(_model())
     x, t = torch.randn(2, 3, 4, 4), torch.full((2,), 0.5)
     a, b = (model.conditional_field(x, t, torch.full((2,), label)).x0 for label in (1, 2))
     assert (a - b).abs().max() > 1e-3
@@ -137,8 +130,7 @@ def test_labels_change_the_output_and_an_unconditional_model_has_none() -> None:
 
 
 def test_loss_by_time_adds_up_to_the_loss() -> None:
-    model = _model()
-    _perturb(model)
+    model = _perturbed(_model())
     loss, logs = model.loss(_batch(256), _context(256))
     assert logs["loss_time"].shape == (8, 2)
     sums = logs["loss_time"].sum(0)
@@ -148,8 +140,7 @@ def test_loss_by_time_adds_up_to_the_loss() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch(dropout: float) -> None:
-    model = _model(dropout=dropout)
-    _perturb(model)
+    model = _perturbed(_model(dropout=dropout))
     batch = _batch(12)
     whole, _ = model.loss(batch, _context(12))
     halves = [
@@ -160,8 +151,7 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch(dropout: float) -> No
 
 
 def test_each_sample_is_its_latents_or_those_of_its_mirror_image() -> None:
-    model = _model()
-    _perturb(model)
+    model = _perturbed(_model())
     batch, context = _batch(64), _context(64, step=3)
     mirrored = batch.latents.flip(-1) + 1
     other = context.uniform("flip") < 0.5
@@ -218,9 +208,7 @@ def test_every_layer_and_step_has_masks_of_its_own(monkeypatch: pytest.MonkeyPat
 
 def test_dropout_acts_in_training_only() -> None:
     """In the field that solvers see there is none, in whatever mode the model is."""
-    plain, model = _model(), _model(dropout=0.5)
-    _perturb(plain)
-    _perturb(model)
+    plain, model = _perturbed(_model()), _perturbed(_model(dropout=0.5))
     x, t, labels = torch.randn(6, 3, 4, 4), torch.full((6,), 0.5), torch.arange(6)
     for mode in (True, False):
         model.train(mode)
@@ -241,9 +229,7 @@ def test_without_dropout_no_mask_is_drawn(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_compiled_network_draws_the_same_masks_and_is_not_compiled_for_every_step() -> None:
-    model, compiled, graphs = _model(dropout=0.3), _model(dropout=0.3), []
-    _perturb(model)
-    _perturb(compiled)
+    model, compiled, graphs = _perturbed(_model(dropout=0.3)), _perturbed(_model(dropout=0.3)), []
     compiled.network.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
     for step in range(4):
         context = _context(6, step)
@@ -274,8 +260,7 @@ def test_activation_checkpointing_changes_no_bit(
     dropout: float, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And computes every block once more, in the backward pass; without gradients it does nothing."""
-    model = _model(dropout=dropout)
-    _perturb(model)
+    model = _perturbed(_model(dropout=dropout))
     calls: list[int] = []
     for block in model.network.blocks:
         block.attention.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
@@ -309,8 +294,7 @@ def test_positions_and_patches() -> None:
 
 
 def test_features_are_normalised_and_guidance_counts_at_the_network() -> None:
-    model = _model()
-    _perturb(model)
+    model = _perturbed(_model())
     counter = EvaluationCounter(model.conditional_field)
     labels = torch.arange(4)
     with torch.no_grad():
@@ -328,7 +312,7 @@ def test_a_model_trained_on_one_gaussian_samples_it() -> None:
     data = (torch.randn(4096, 2, generator=torch.Generator().manual_seed(0)) @ root.T).view(-1, 2, 1, 1)
     model = LatentModel(LatentModelConfig(dit=TINY, conditional=False), (2, 1, 1), 1)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.99))
-    for step in range(300):
+    for step in range(200):
         items = torch.randint(0, len(data), (256,), generator=torch.Generator().manual_seed(step))
         loss, _ = model.loss(LatentBatch(data[items], torch.zeros(256, dtype=torch.int64)), _context(256, step))
         optimizer.zero_grad()

@@ -19,8 +19,8 @@ from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
-from midway.gen.evaluation.likelihood import choose
 from midway.gen.features.classifier import load_features
+from midway.gen.features.reference import balanced_subject
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.training.batches import Context, LatentBatch
@@ -67,7 +67,7 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
     (row, *_) = evaluate_likelihood.run(task(pipeline, tmp_path, pixels, batch_size=10))
     trained = load_model(pixels, torch.device("cpu"))
     splits = load_splits(trained.data)
-    subject = choose(splits.held_out, 24)
+    subject = balanced_subject(splits.held_out, 24)
     bits, _ = bits_per_dim(
         trained.model, trained.tokenizer, subject.images, subject.labels, 17, Context(0, 0, subject.places), FAST
     )

@@ -13,9 +13,9 @@ from midway.gen.core.randomness import normal
 from midway.gen.data.images import ImageData, to_float, to_uint8
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.evaluation.tokenizer_records import TokenizerRow, description
-from midway.gen.evaluation.tokenizers import EvaluationConfig, Instruments, Subject, check_size, choose, measure
+from midway.gen.evaluation.tokenizers import EvaluationConfig, Instruments, check_size, choose, measure
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
-from midway.gen.features.reference import FeatureReference, make_reference
+from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.metrics import latent_rank
 from midway.gen.metrics.code_usage import CodeCounter
 from midway.gen.metrics.frechet import frechet_distance
@@ -98,8 +98,8 @@ def plain(row: TokenizerRow) -> dict[str, object]:
 
 def test_the_images_are_balanced_and_carry_their_places(splits: Splits) -> None:
     subject = choose(splits.held_out, EvaluationConfig(n=30))
-    assert torch.equal(subject.images, splits.held_out.images[subject.ids])
-    assert torch.bincount(splits.held_out.labels[subject.ids]).tolist() == [3] * 10
+    assert torch.equal(subject.images, splits.held_out.images[subject.places])
+    assert torch.bincount(splits.held_out.labels[subject.places]).tolist() == [3] * 10
     assert subject.name == f"digits-heldout@{splits.held_out.fingerprint[:12]}"
     assert len(choose(splits.held_out, EvaluationConfig()).images) == len(splits.held_out.images)
 
@@ -396,9 +396,8 @@ def test_noise_has_the_standard_deviation_of_its_channel() -> None:
     """Pixels as latents, far from black and white: the error is sigma times their deviation."""
     generator = torch.Generator().manual_seed(0)
     images = (torch.randn(40, 1, 8, 8, generator=generator) * 12 + 128).clamp(90, 166).to(torch.uint8)
-    row = row_of(
-        pixels(), Subject(images, torch.arange(40), "grey"), config=dataclasses.replace(CONFIG, noise=(0.5, 1))
-    )
+    grey = Subject(images, torch.zeros(40), torch.arange(40), "grey")
+    row = row_of(pixels(), grey, config=dataclasses.replace(CONFIG, noise=(0.5, 1)))
     std = to_float(images).double().std().item()
     for sigma, found in zip(row.noise, row.psnr_noisy, strict=True):
         assert found == pytest.approx(10 * math.log10(4 / (sigma * std) ** 2), abs=0.15)
@@ -417,7 +416,7 @@ def test_snapping_forgives_noise_below_half_a_cell(splits: Splits) -> None:
 def test_an_image_has_its_own_noise(splits: Splits) -> None:
     """The mean over images does not know their order, and another seed gives other noise."""
     subject, made = choose(splits.held_out, CONFIG), tokenizer(FSQ)
-    turned = Subject(subject.images.flip(0), subject.ids.flip(0), subject.name)
+    turned = dataclasses.replace(subject, images=subject.images.flip(0), places=subject.places.flip(0))
     first, second = row_of(made, subject), row_of(made, turned)
     assert second.psnr_noisy == pytest.approx(first.psnr_noisy, rel=1e-6)
     other = row_of(made, subject, config=dataclasses.replace(CONFIG, seed=1))
@@ -435,7 +434,7 @@ def test_the_rate_of_a_posterior_and_its_draws(splits: Splits) -> None:
     mean, log_variance = made.encode(x).double().chunk(2, 1)
     nats = ((mean**2 + log_variance.exp() - 1 - log_variance) / 2).sum((1, 2, 3)).mean().item()
     assert row.rate == pytest.approx(nats / math.log(2), rel=1e-6)
-    noise = normal(CONFIG.seed, "posterior", 0, subject.ids, made.noise_shape)
+    noise = normal(CONFIG.seed, "posterior", 0, subject.places, made.noise_shape)
     drawn = to_uint8(made.decode((mean + (log_variance / 2).exp() * noise).float()))
     assert row.psnr_sampled == pytest.approx(psnr(subject.images, drawn).mean().item(), rel=1e-6)
     assert row.psnr_sampled != pytest.approx(row.psnr, rel=1e-4)

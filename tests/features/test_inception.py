@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensors import pixels
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
@@ -60,15 +61,10 @@ def extractor(file: Path) -> Inception:
     return open_inception(file, block=BLOCK)
 
 
-def _images(count: int, channels: int = 3, size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
-
-
 def test_numbers_are_torch_fidelitys_bit_for_bit(extractor: Inception, file: Path) -> None:
     theirs = fidelity.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], feature_extractor_weights_path=file)
-    features, logits = theirs(_images(BLOCK))
-    found = extractor.activations(_images(BLOCK))
+    features, logits = theirs(pixels(BLOCK, 3, 32))
+    found = extractor.activations(pixels(BLOCK, 3, 32))
     assert found.logits is not None
     assert torch.equal(found.features, features)
     assert torch.equal(found.logits, logits)
@@ -80,7 +76,7 @@ def test_numbers_are_torch_fidelitys_bit_for_bit(extractor: Inception, file: Pat
 
 
 def test_bits_do_not_depend_on_the_batch_or_on_autocast(extractor: Inception) -> None:
-    images = _images(3, channels=1)
+    images = pixels(3, 1, 32)
     whole = extractor.activations(images)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         last = extractor.activations(images[2:].expand(-1, 3, -1, -1))
@@ -98,24 +94,24 @@ def test_the_network_always_sees_one_whole_block(extractor: Inception, monkeypat
         lambda x: seen.append(tuple(x.shape)) or Activations(torch.zeros(len(x), 1), None),
     )
     for count, channels in ((0, 3), (1, 1), (2, 3), (5, 1)):
-        assert len(extractor.features(_images(count, channels))) == count
+        assert len(extractor.features(pixels(count, channels, 32))) == count
     assert seen == [(BLOCK, 3, 32, 32)] * 6
 
 
 def test_no_images(extractor: Inception) -> None:
-    found = extractor.activations(_images(0))
+    found = extractor.activations(pixels(0, 3, 32))
     assert found.features.shape == (0, 2048)
     assert found.logits is not None
     assert found.logits.shape == (0, 1008)
 
 
-@pytest.mark.parametrize("bad", [_images(2).float(), _images(2, 2), _images(2)[0], _images(2, 4)])
+@pytest.mark.parametrize("bad", [pixels(2, 3, 32).float(), pixels(2, 2, 32), pixels(2, 3, 32)[0], pixels(2, 4, 32)])
 def test_other_images_raise(bad: Tensor, extractor: Inception) -> None:
     with pytest.raises(ValueError, match="needs uint8 images"):
         extractor.features(bad)
     with pytest.raises(DataError, match=r"the model makes torch\."):
         extractor.check(bad, "the model makes")
-    extractor.check(_images(2), "the model makes")
+    extractor.check(pixels(2, 3, 32), "the model makes")
 
 
 def test_random_weights_are_never_called_fid(extractor: Inception) -> None:

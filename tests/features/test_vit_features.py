@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensors import pixels
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -72,11 +73,6 @@ def clip(clip_file: Path) -> VisionTransformer:
     return open_vision_transformer("clip-vitb32", clip_file, block=BLOCK)
 
 
-def _images(count: int, channels: int = 3, size: int = 32) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (count, channels, size, size), generator=generator, dtype=torch.uint8)
-
-
 def _prepared(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Images as the encoders want them, written again."""
     resized = (
@@ -89,18 +85,18 @@ def test_clip_projects_the_class_token(clip: VisionTransformer, clip_file: Path)
     state = _random_state("clip-vitb32")
     headless = {key: value for key, value in state.items() if "head" not in key}
     network = _filled("vit_base_patch32_clip_quickgelu_224", headless, num_classes=0)
-    tokens = network.forward_features(_prepared(_images(BLOCK), *OPENAI))
+    tokens = network.forward_features(_prepared(pixels(BLOCK, 3, 32), *OPENAI))
     expected = tokens[:, 0] @ state["head.weight"].T + state["head.bias"]
-    found = clip.features(_images(BLOCK))
+    found = clip.features(pixels(BLOCK, 3, 32))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert found.shape == (BLOCK, clip.dim) == (BLOCK, 512)
     assert found.std() > 0.05
     plain = _filled("vit_base_patch32_clip_224", state, num_classes=512)  # GELU: not what OpenAI trained
-    assert (plain(_prepared(_images(BLOCK), *OPENAI)) - expected).abs().max() > 1e-3
+    assert (plain(_prepared(pixels(BLOCK, 3, 32), *OPENAI)) - expected).abs().max() > 1e-3
 
 
 def test_bits_do_not_depend_on_the_batch_autocast_or_grey(clip: VisionTransformer) -> None:
-    images = _images(7, channels=1)  # four blocks, of which the last is padded
+    images = pixels(7, 1, 32)  # four blocks, of which the last is padded
     whole = clip.features(images)
     assert torch.equal(clip.features(images[:3]), whole[:3])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -168,8 +164,8 @@ def test_dinov2_gives_the_class_token_after_the_last_norm(tmp_path: Path) -> Non
     network = _filled("vit_base_patch14_dinov2", state, img_size=224, num_classes=0, global_pool="")
     normed: list[Tensor] = []
     network.norm.register_forward_hook(lambda _, __, output: normed.append(output[:, 0]))
-    network(_prepared(_images(1), *IMAGENET))
-    torch.testing.assert_close(extractor.features(_images(1)), normed[0], rtol=1e-3, atol=1e-3)
+    network(_prepared(pixels(1, 3, 32), *IMAGENET))
+    torch.testing.assert_close(extractor.features(pixels(1, 3, 32)), normed[0], rtol=1e-3, atol=1e-3)
     assert normed[0].std() > 0.1
     publishers = {
         **_random_state("dinov2-vitb14"),

@@ -1,7 +1,6 @@
 """Weights of published networks: where they are found, that wrong ones never stay, and that no file runs code."""
 
 import hashlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from pipelines import Pipeline, Script
 from safetensors.torch import save_file
+from traps import Trap
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.features import weights
@@ -169,16 +169,6 @@ def test_truncated_files_raise(name: str, length: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(DataError, match=f"cannot use the weights .*{name}"):
         read_weights(path)
-
-
-class Trap:
-    """A pickle that runs code."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

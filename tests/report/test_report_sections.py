@@ -7,12 +7,17 @@ from pipelines import Pipeline
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.diffusion.trajectories import random_walk
+from midway.gen.report import sections
 from midway.gen.report.sections import code_section, trajectory_section
 
 
-def test_the_shape_of_the_trajectories_stands_beside_a_random_walks(pipeline: Pipeline) -> None:
+def test_the_shape_of_the_trajectories_stands_beside_a_random_walks(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sections, "SEEDS", 10)
+    monkeypatch.setattr(sections, "STEPS", 8)
     section = trajectory_section(pipeline.load(), SamplingConfig())
-    assert "64 trajectories" in section.text and f"{100 * random_walk(32)[:2].sum():.0f} %" in section.text
+    assert "10 trajectories" in section.text and f"{100 * random_walk(8)[:2].sum():.0f} %" in section.text
     assert section.png is not None and section.png.startswith(b"\x89PNG")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from distillation import tiny_model, train_steps
 from oracles import mixture, noise_at
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -14,12 +15,10 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.training.batches import Context
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard
+from midway.samplers.distill import TeacherNodes
 from midway.samplers.learned_solver import LEARNED, LearnedSolver
 from midway.samplers.prediction import Prediction
 from midway.samplers.sample import sample
@@ -44,73 +43,61 @@ def test_unlearned_rules_start_at_dpm_solver_2(schedule: Schedule) -> None:
         torch.testing.assert_close(got, sample(field, dpm2(schedule, grid), x), rtol=1e-10, atol=1e-10)
 
 
-def test_ranges_are_those_of_the_config() -> None:
-    config = AMEDConfig(scale_dir=0.3, scale_time=0.0)
-    rule = Constants(2, config)
+def test_each_number_is_learned_on_its_own_in_the_range_of_the_config() -> None:
+    rule = Constants(6, AMEDConfig(scale_dir=0.3, scale_time=0.2))
     with torch.no_grad():
-        rule.raw.copy_(torch.tensor([[50.0, 50.0, 50.0], [-50.0, -50.0, -50.0]]))
-    high, low = rule.values()
-    assert (high.r, low.r) == pytest.approx((1 - MARGIN, MARGIN))
-    assert (high.c, low.c) == pytest.approx((1.3, 0.7))
-    assert (high.a, low.a) == (1, 1)
+        rule.raw.copy_(50 * torch.cat([torch.eye(3), -torch.eye(3)]))
+    ends = {"r": (1 - MARGIN, MARGIN), "c": (1.3, 0.7), "a": (1.2, 0.8)}
+    for i, step in enumerate(rule.values()):
+        moved = "rca"[i % 3]
+        expected = {"r": 0.5, "c": 1.0, "a": 1.0} | {moved: ends[moved][i // 3]}
+        assert (step.r, step.c, step.a) == pytest.approx(tuple(expected.values()))
+    still = Constants(1, AMEDConfig(scale_time=0.0))
+    torch.nn.init.constant_(still.raw, 50.0)
+    assert still.values()[0].a == 1
     with pytest.raises(ValueError, match="scale_dir must be in"):
         AMEDConfig(scale_dir=1.5)
-
-
-def test_each_number_is_learned_on_its_own() -> None:
-    rule = Constants(3, AMEDConfig(scale_dir=0.3, scale_time=0.2))
-    with torch.no_grad():
-        rule.raw.copy_(50 * torch.eye(3))
-    only_r, only_c, only_a = rule.values()
-    assert (only_r.r, only_r.c, only_r.a) == pytest.approx((1 - MARGIN, 1, 1))
-    assert (only_c.r, only_c.c, only_c.a) == pytest.approx((0.5, 1.3, 1))
-    assert (only_a.r, only_a.c, only_a.a) == pytest.approx((0.5, 1, 1.2))
 
 
 def test_the_predictor_has_about_nine_thousand_parameters() -> None:
     assert 8000 < sum(p.numel() for p in Predictor(64, 3, AMEDConfig()).parameters()) < 10000
 
 
-def _objective(guidance: float, constants: bool) -> tuple[SolverObjective, TrajectoryBatch]:
+def _objective_of(**changes: Any) -> SolverObjective:
+    """The objective at NFE 4 of a tiny model, with these fields of target or configuration changed."""
+    target, config = SolverTarget(4, "uniform", 1.0, True), DistillConfig(teacher_steps=4, trajectories=6)
+    mine = {k: v for k, v in changes.items() if hasattr(target, k)}
+    rest = {k: v for k, v in changes.items() if k not in mine}
+    return SolverObjective(tiny_model(), replace(target, **mine), replace(config, **rest))
+
+
+def _prepared(guidance: float, constants: bool) -> tuple[SolverObjective, TeacherNodes]:
     """An objective after its teacher run and warm start, as scripts/train_solver.py prepares it, and all trajectories."""
-    torch.manual_seed(0)
-    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
-    target = SolverTarget(4, "uniform", guidance, constants)
-    objective = SolverObjective(
-        model.eval().requires_grad_(False), target, DistillConfig(teacher_steps=4, trajectories=6)
-    )
-    labels = torch.arange(6) % 4
+    objective, labels = _objective_of(guidance=guidance, constants=constants), torch.arange(6) % 4
     teacher = objective.run_teacher(labels)
     objective.warm_start(teacher, labels)
-    return objective, TrajectoryBatch(teacher, labels)
+    return objective, teacher
 
 
-def _steps(objective: SolverObjective, all_of_it: TrajectoryBatch, first: int, last: int) -> None:
-    """Steps first .. last - 1 of training, of which number 1 is skipped as fit() would skip it."""
-    optimizer = torch.optim.Adam(objective.parameters(), 1e-2)
-    for step in range(first, last):
-        items = torch.arange(step, step + 3) % 6
-        batch = TrajectoryBatch(all_of_it.nodes.take(items), all_of_it.labels[items])
-        loss, _ = objective.loss(batch, Context(0, step, items))
-        optimizer.zero_grad()
-        loss.backward()
-        if step != 1:
-            optimizer.step()
-        objective.after_step(torch.tensor(step != 1, device="meta"))  # a value that cannot be waited for
+def _steps(objective: SolverObjective, teacher: TeacherNodes, first: int, last: int) -> None:
+    def batch_of(items: Tensor) -> TrajectoryBatch:
+        return TrajectoryBatch(teacher.take(items), items % 4)
+
+    train_steps(objective, batch_of, torch.optim.Adam(objective.parameters(), 1e-2), first, last)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 @pytest.mark.parametrize("constants", [True, False], ids=["constants", "predictor"])
 def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(constants: bool, guidance: float) -> None:
     """Teacher run and warm start, done again by the resumed process, are not counted twice; a skipped step is counted."""
-    whole, data = _objective(guidance, constants)
+    whole, data = _prepared(guidance, constants)
     prepared = whole.counter.evaluations
     _steps(whole, data, 0, 5)
     a_step = 3 * 2 * (2 if guidance != 1 else 1)  # three trajectories, two steps of the student, guidance
     assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * a_step
-    broken, _ = _objective(guidance, constants)
+    broken, _ = _prepared(guidance, constants)
     _steps(broken, data, 0, 2)
-    resumed, data = _objective(guidance, constants)
+    resumed, data = _prepared(guidance, constants)
     resumed.load_state_dict(broken.state_dict())
     assert resumed.counter.evaluations == prepared + 2 * a_step
     _steps(resumed, data, 2, 5)
@@ -211,16 +198,6 @@ def test_another_file_raises_an_error(tmp_path: Path) -> None:
     dpm2(Cosine(), grids.karras(Cosine(), 3)).save(tmp_path / "table.safetensors")
     with pytest.raises(ValueError, match="not a learned solver"):
         LearnedSolver.load(tmp_path / "table.safetensors", Cosine())
-
-
-def _objective_of(**changes: Any) -> SolverObjective:
-    """The objective at NFE 4 of a tiny model, with these fields of target or configuration changed."""
-    torch.manual_seed(0)
-    model = LatentModel(LatentModelConfig(dit=DiTConfig(width=16, depth=1, heads=2)), (2, 2, 2), 4)
-    target, config = SolverTarget(4, "uniform", 1.0, True), DistillConfig(teacher_steps=4, trajectories=6)
-    mine = {k: v for k, v in changes.items() if hasattr(target, k)}
-    rest = {k: v for k, v in changes.items() if k not in mine}
-    return SolverObjective(model.eval().requires_grad_(False), replace(target, **mine), replace(config, **rest))
 
 
 @pytest.mark.parametrize(

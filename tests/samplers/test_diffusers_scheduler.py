@@ -1,18 +1,20 @@
 """Pipelines of diffusers with our tables: what `sample` gives, for every solver; equal to diffusers' own DDIM and Euler where
 those are the same method; learned tables, analytic first steps, image to image, saving; the page's code."""
 
+import itertools
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers_models import conditional_unet, dit, unet
+from tensors import normal
 from torch import Tensor
 
 from midway.samplers import grids
@@ -37,26 +39,16 @@ V = {**LATENT, "prediction_type": "v_prediction"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@cache
-def _unet() -> Any:
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
-    types = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
-    return diffusers.UNet2DModel(sample_size=8, **blocks, **types).eval()
-
-
 def _dit_pipeline(scheduler: Any) -> Any:
-    torch.manual_seed(0)
-    size = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4, "patch_size": 2}
-    transformer = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=8, num_embeds_ada_norm=1000, **size)
+    transformer = dit(diffusers, 1000)
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), latent_channels=4, norm_num_groups=2, sample_size=4)
-    pipe = diffusers.DiTPipeline(transformer.eval(), vae.eval(), scheduler)
+    pipe = diffusers.DiTPipeline(transformer, vae.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def _ddpm_pipeline(scheduler: Any) -> Any:
-    pipe = diffusers.DDPMPipeline(_unet(), scheduler)
+    pipe = diffusers.DDPMPipeline(unet(diffusers), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -81,10 +73,6 @@ def _seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=_seeded(seed))
-
-
 def _loop(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor, steps: int, **named: Any) -> Tensor:
     """The loop of a latent pipeline, from `init_noise_sigma` to the last step."""
     scheduler.set_timesteps(steps)
@@ -92,6 +80,11 @@ def _loop(scheduler: Any, network: Callable[[Tensor, Tensor], Tensor], x: Tensor
     for t in scheduler.timesteps:
         x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, return_dict=False, **named)[0]
     return x
+
+
+def _sine(x: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+    """A network."""
+    return (x.sin() + timestep.reshape(-1, 1) / 1000,)
 
 
 def _close(got: Tensor, expected: Tensor) -> None:
@@ -135,7 +128,7 @@ def test_a_guided_dit_pipeline_is_sample(solver: str, analytic_first: bool) -> N
     counter = EvaluationCounter(conditional_from_diffusers(pipe.transformer, {}))
     field = classifier_free(counter, torch.tensor([7, 3]), torch.tensor([1000, 1000]), 3.0)
     table = SOLVERS[solver].build(schedule, grids.logsnr(schedule, 3, *trained_range(schedule)), analytic_first)
-    _close(recorded.states[-1][:2], sample(field, table, _noise(2, 4, 4, 4)))
+    _close(recorded.states[-1][:2], sample(field, table, normal(2, 4, 4, 4)))
     assert len(recorded.times) == table.nfe == counter.evaluations / 4
     assert table.nfe == 3 * SOLVERS[solver].evaluations - analytic_first
 
@@ -144,25 +137,19 @@ def test_a_guided_dit_pipeline_is_sample(solver: str, analytic_first: bool) -> N
 @torch.no_grad()
 def test_a_text_to_image_loop_is_sample(analytic_first: bool) -> None:
     """The loop of the latent pipelines, where the scaled input is a batch of 2 B and `step` gets the state itself."""
-    torch.manual_seed(0)
-    blocks = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
-    types = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    unet = diffusers.UNet2DConditionModel(sample_size=8, cross_attention_dim=6, **blocks, **types).eval()
-    prompts, null = _noise(2, 3, 6, seed=1), torch.zeros(2, 3, 6)
+    network = conditional_unet(diffusers)
+    prompts, null = normal(2, 3, 6, seed=1), torch.zeros(2, 3, 6)
     scheduler = MidwayScheduler(**V, solver="dpmpp2m", analytic_first=analytic_first)
     scheduler.set_timesteps(5)
-    x = _noise(2, 4, 8, 8) * scheduler.init_noise_sigma
+    x = normal(2, 4, 8, 8) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         doubled = scheduler.scale_model_input(torch.cat([x, x]), t)
-        uncond, cond = unet(doubled, t, encoder_hidden_states=torch.cat([null, prompts])).sample.chunk(2)
+        uncond, cond = network(doubled, t, encoder_hidden_states=torch.cat([null, prompts])).sample.chunk(2)
         x = scheduler.step(uncond + 4.0 * (cond - uncond), t, x, return_dict=False)[0]
-    field = classifier_free(conditional_from_diffusers(unet, V, "encoder_hidden_states"), prompts, null, 4.0)
+    field = classifier_free(conditional_from_diffusers(network, V, "encoder_hidden_states"), prompts, null, 4.0)
     schedule = parametrisation_of(V).schedule
     grid = grids.uniform(schedule, 5, *trained_range(schedule))
-    _close(x, sample(field, SOLVERS["dpmpp2m"].build(schedule, grid, analytic_first), _noise(2, 4, 8, 8)))
+    _close(x, sample(field, SOLVERS["dpmpp2m"].build(schedule, grid, analytic_first), normal(2, 4, 8, 8)))
 
 
 @torch.no_grad()
@@ -173,7 +160,7 @@ def test_a_flow_loop_is_sample() -> None:
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler = MidwayScheduler.from_config(theirs.config, solver="heun", grid="shift", grid_options={"factor": 3.0})
     assert scheduler.config["prediction_type"] == "flow_prediction"
-    x = _noise(4, 2)
+    x = normal(4, 2)
     got = _loop(scheduler, lambda x, t: network(x, t)[0], x, 6)
     field = field_from_diffusers(network, theirs.config)
     grid = grids.shift(field.schedule, 6, factor=3.0)
@@ -185,48 +172,41 @@ def test_a_flow_loop_is_sample() -> None:
 # ---- diffusers' own schedulers ----
 
 
-def _their_run(scheduler: Any, unet: Any, x: Tensor, steps: int, **named: Any) -> Tensor:
-    scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps:
-        x = scheduler.step(unet(scheduler.scale_model_input(x, t), t).sample, t, x, **named).prev_sample
-    return x
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("prediction_type", "spacing", "zero_snr"),
+    [
+        *itertools.product(["epsilon", "sample", "v_prediction"], ["leading", "trailing"], [False]),
+        ("v_prediction", "trailing", True),
+    ],
+)
 @torch.no_grad()
-def test_ddim_is_their_ddim(prediction_type: str, spacing: str, eta: float) -> None:
-    unet, config = _unet(), {**LATENT, "prediction_type": prediction_type}
+def test_ddim_is_their_ddim(prediction_type: str, spacing: str, zero_snr: bool, eta: float) -> None:
+    network, x = unet(diffusers), normal(2, 3, 8, 8)
+    config = {**LATENT, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_snr}
     theirs = diffusers.DDIMScheduler(**config, timestep_spacing=spacing, clip_sample=False)
-    expected = _their_run(theirs, unet, _noise(2, 3, 8, 8), 5, eta=eta, generator=_seeded(1))
+    theirs.set_timesteps(5)
+    expected, generator = x, _seeded(1)
+    for t in theirs.timesteps:
+        scaled = theirs.scale_model_input(expected, t)
+        expected = theirs.step(network(scaled, t).sample, t, expected, eta=eta, generator=generator).prev_sample
     if spacing == "leading":
         assert theirs.timesteps.tolist() == [800, 600, 400, 200, 0]
     schedule: Any = parametrisation_of(config).schedule
     ours = MidwayScheduler.from_config(
         theirs.config, solver="ddim", grid=schedule.grid(theirs.timesteps.tolist()), solver_options={"eta": eta}
     )
-    got = _loop(ours, lambda x, t: unet(x, t).sample, _noise(2, 3, 8, 8), 5, generator=_seeded(1))
+    assert ours.config["rescale_betas_zero_snr"] == zero_snr
+    got = _loop(ours, lambda x, t: network(x, t).sample, x, 5, generator=_seeded(1))
     assert torch.equal(ours.timesteps, theirs.timesteps.float())
     _close(got, expected)
-
-
-@torch.no_grad()
-def test_ddim_without_terminal_signal_is_their_ddim() -> None:
-    unet, config = _unet(), {**V, "rescale_betas_zero_snr": True}
-    theirs = diffusers.DDIMScheduler(**config, timestep_spacing="trailing", clip_sample=False)
-    expected = _their_run(theirs, unet, _noise(2, 3, 8, 8), 4)
-    schedule: Any = parametrisation_of(config).schedule
-    ours = MidwayScheduler.from_config(theirs.config, solver="ddim", grid=schedule.grid(theirs.timesteps.tolist()))
-    assert ours.config["rescale_betas_zero_snr"]
-    _close(_loop(ours, lambda x, t: unet(x, t).sample, _noise(2, 3, 8, 8), 4), expected)
 
 
 @torch.no_grad()
 def test_euler_is_their_flow_matching_euler() -> None:
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
     theirs.set_timesteps(6)
-    x = expected = _noise(4, 2)
+    x = expected = normal(4, 2)
     for t in theirs.timesteps:
         expected = theirs.step(expected.tanh() * (1 + t / 1000), t, expected).prev_sample
     ours = MidwayScheduler.from_config(theirs.config, solver="euler", grid=theirs.sigmas.tolist())
@@ -240,17 +220,13 @@ def test_a_config_is_read_with_the_defaults_of_its_own_class(name: str) -> None:
     theirs = getattr(diffusers, name)()
     ours = MidwayScheduler.from_config(theirs.config, solver="ddim")
     k = torch.tensor([0, 100, 500, 999])
-    x0, noise = _noise(4, 3), _noise(4, 3, seed=1)
+    x0, noise = normal(4, 3), normal(4, 3, seed=1)
     expected = diffusers.DDPMScheduler.from_config({**theirs.config, "_use_default_values": []}).add_noise(x0, noise, k)
     torch.testing.assert_close(ours.add_noise(x0, noise, k), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.add_noise(x0, noise, k.float()), expected, rtol=0, atol=1e-5)
 
 
 # ---- learned tables ----
-
-
-def _learned_table(analytic_first: bool = False) -> Table:
-    return _learned_table_of(V, analytic_first)
 
 
 def _learned_table_of(config: dict[str, Any], analytic_first: bool = False, steps: int = 3) -> Table:
@@ -270,7 +246,7 @@ def _card(name: str, schedule: str) -> SolverCard:
 @pytest.mark.parametrize("analytic_first", [False, True])
 @torch.no_grad()
 def test_a_learned_table_runs_and_travels_in_the_config(analytic_first: bool, tmp_path: Path) -> None:
-    table = _learned_table(analytic_first=analytic_first)
+    table = _learned_table_of(V, analytic_first)
     table.save(tmp_path / "table.safetensors")
     scheduler = MidwayScheduler.from_config(V, table=str(tmp_path / "table.safetensors"))
     (tmp_path / "table.safetensors").unlink()
@@ -278,10 +254,10 @@ def test_a_learned_table_runs_and_travels_in_the_config(analytic_first: bool, tm
     assert [p.name for p in (tmp_path / "scheduler").iterdir()] == ["scheduler_config.json"]
     again: Any = MidwayScheduler.from_pretrained(tmp_path / "scheduler")
     copied = MidwayScheduler.from_config(scheduler.config)
-    unet, x = _unet(), _noise(2, 3, 8, 8)
-    expected = sample(field_from_diffusers(unet, V), table, x)
+    network, x = unet(diffusers), normal(2, 3, 8, 8)
+    expected = sample(field_from_diffusers(network, V), table, x)
     for each in (scheduler, again, copied):
-        _close(_loop(each, lambda x, t: unet(x, t).sample, x, 3), expected)
+        _close(_loop(each, lambda x, t: network(x, t).sample, x, 3), expected)
         assert each.table == table
         with pytest.raises(ValueError, match="has 3 steps, not 4"):
             each.set_timesteps(4)
@@ -325,12 +301,9 @@ def test_rows_without_an_evaluation_run_inside_step() -> None:
     table = Table("rows", (0.95, 0.9, 0.7, 0.6, 0.3, 0.1), tuple(range(6)), rows)
     scheduler = MidwayScheduler.from_config(V, table=asdict(table))
 
-    def network(x: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        return (x.sin() + timestep.reshape(-1, 1) / 1000,)
-
-    x, generator = _noise(4, 2), _seeded(3)
-    got = _loop(scheduler, lambda x, t: network(x, t)[0], x, 5, generator=_seeded(3))
-    field = field_from_diffusers(network, V)
+    x, generator = normal(4, 2), _seeded(3)
+    got = _loop(scheduler, lambda x, t: _sine(x, t)[0], x, 5, generator=_seeded(3))
+    field = field_from_diffusers(_sine, V)
     _close(got, sample(field, table, x, lambda x: torch.randn(x.shape, generator=generator)))
     noisy = Table(
         "noisy", (0.9, 0.5, 0.1), (0, 1, 2), (Row(None, 0.5, (1.0,), (), 0.1), Row(0.5, 0.1, (0.0, 1.0), (1.0,)))
@@ -362,7 +335,7 @@ def test_a_pipeline_is_saved_and_loaded_with_its_solver(tmp_path: Path) -> None:
 
 
 def test_runs_begin_with_set_timesteps_and_end_with_the_table() -> None:
-    scheduler, x = MidwayScheduler(**V), _noise(2, 2)
+    scheduler, x = MidwayScheduler(**V), normal(2, 2)
     with pytest.raises(ValueError, match="call set_timesteps"):
         scheduler.step(x, 0, x)
     first = _loop(scheduler, lambda x, t: x.sin(), x, 4)
@@ -400,30 +373,25 @@ def test_image_to_image_is_sample_on_the_rest_of_the_grid(solver: str) -> None:
     scheduler.set_timesteps(6)
     timesteps = scheduler.timesteps[2 * scheduler.order :]
     scheduler.set_begin_index(2 * scheduler.order)
-    x0, noise = _noise(3, 2), _noise(3, 2, seed=1)
+    x0, noise = normal(3, 2), normal(3, 2, seed=1)
     x = start = scheduler.add_noise(x0, noise, timesteps[:1])
     for t in timesteps:
-        x = scheduler.step(x.sin() + t / 1000, t, x).prev_sample
+        x = scheduler.step(_sine(x, t)[0], t, x).prev_sample
 
-    def network(x: Tensor, timestep: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        return (x.sin() + timestep.reshape(-1, 1) / 1000,)
-
-    field = field_from_diffusers(network, V)
+    field = field_from_diffusers(_sine, V)
     grid = grids.uniform(field.schedule, 6, *trained_range(field.schedule))[2:]
     at = torch.tensor(grid[0])
     torch.testing.assert_close(start, field.schedule.alpha(at) * x0 + field.schedule.sigma(at) * noise)
     _close(x, sample(field, SOLVERS[solver].build(field.schedule, grid), start))
     scheduler.set_begin_index(0)
-    assert torch.equal(_rest(scheduler, noise), _loop(MidwayScheduler(**V, solver=solver), _sine, noise, 6))
-
-
-def _sine(x: Tensor, t: Tensor) -> Tensor:
-    return x.sin() + t / 1000
+    assert torch.equal(
+        _rest(scheduler, noise), _loop(MidwayScheduler(**V, solver=solver), lambda x, t: _sine(x, t)[0], noise, 6)
+    )
 
 
 def _rest(scheduler: Any, x: Tensor) -> Tensor:
     for t in scheduler.timesteps:
-        x = scheduler.step(_sine(x, t), t, x).prev_sample
+        x = scheduler.step(_sine(x, t)[0], t, x).prev_sample
     return x
 
 
@@ -434,7 +402,7 @@ def test_image_to_image_cannot_begin_inside_a_step() -> None:
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match="cannot begin at evaluation 1"):
         scheduler.set_begin_index(1)
-    learned = MidwayScheduler.from_config(V, table=asdict(_learned_table()))
+    learned = MidwayScheduler.from_config(V, table=asdict(_learned_table_of(V)))
     learned.set_timesteps(3)
     with pytest.raises(ValueError, match="cannot begin at evaluation 1"):
         learned.set_begin_index(1)
@@ -454,7 +422,7 @@ def test_step_never_reads_a_tensor(solver: str) -> None:
 def test_the_dtype_of_the_pipeline_is_kept_and_half_precision_is_not_computed_in(dtype: torch.dtype) -> None:
     scheduler = MidwayScheduler(**V, solver="ddim", grid=[0.9, 0.1])
     exact, narrow = (
-        _loop(scheduler, lambda x, t: torch.cat([x, x], dim=1), _noise(64, 2).to(dtype).to(into), 1)
+        _loop(scheduler, lambda x, t: torch.cat([x, x], dim=1), normal(64, 2).to(dtype).to(into), 1)
         for into in (torch.float64, dtype)
     )
     assert narrow.dtype == dtype

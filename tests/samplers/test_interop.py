@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles import exact_solution, mixture, uneven_grid
+from diffusers_models import conditional_unet, dit, unet
+from oracles import convergence, mixture, times_of, uneven_grid
+from tensors import grad, normal
 from torch import Tensor
 
 from midway.samplers import grids
@@ -20,7 +22,7 @@ from midway.samplers.prediction import expand
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import EDM, Cosine, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, ddim
-from midway.samplers.table import fingerprint
+from midway.samplers.table import Table, fingerprint
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 400}
@@ -39,10 +41,6 @@ def _discrete(config: Mapping[str, Any]) -> Discrete:
     schedule = parametrisation_of(config).schedule
     assert isinstance(schedule, Discrete)
     return schedule
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- the discrete schedule ----
@@ -124,8 +122,7 @@ def test_integer_timesteps_survive_float32_and_times_can_be_learned() -> None:
     assert schedule.timestep(torch.tensor(0.0003)) == 0
     t = torch.tensor([0.5, 0.50037], dtype=torch.float64, requires_grad=True)
     schedule.timestep(t).sum().backward()
-    assert t.grad is not None
-    assert t.grad.tolist() == [1000, 1000]
+    assert grad(t).tolist() == [1000, 1000]
 
 
 def test_schedules_that_do_not_rise_raise_an_error() -> None:
@@ -206,7 +203,10 @@ def test_every_prediction_type_gives_the_exact_denoiser(kind: str) -> None:
     config = {**LATENT, "prediction_type": kind}
     field = field_from_diffusers(Oracle(config), config)
     assert isinstance(field.schedule, Linear if kind == "flow_prediction" else Discrete)
-    x, t = 2 * _normal(6, 2), torch.tensor([0.0023, 0.1, 0.2501, 0.50049, 0.9, 0.9995], dtype=torch.float64)
+    x, t = (
+        2 * normal(6, 2, dtype=torch.float64),
+        torch.tensor([0.0023, 0.1, 0.2501, 0.50049, 0.9, 0.9995], dtype=torch.float64),
+    )
     exact = mixture().field(field.schedule)(x, t)
     got = field(x, t)
     torch.testing.assert_close(got.x0, exact.x0, rtol=0, atol=1e-8)
@@ -216,20 +216,19 @@ def test_every_prediction_type_gives_the_exact_denoiser(kind: str) -> None:
 def test_second_order_survives_to_fine_grids() -> None:
     """A model of discrete timesteps is a continuous one: with truncated timesteps the error would stall."""
     field = field_from_diffusers(Oracle(LATENT), LATENT)
-    start, end = field.schedule.time_of_rho(torch.tensor([3.0, 0.1], dtype=torch.float64)).tolist()
-    x = _normal(8, 2)
-    exact = exact_solution(mixture(), field.schedule, x, start, end)
-    counts, errors = [64, 128, 256, 512], []
-    for steps in counts:
-        table = SOLVERS["dpm2"].build(field.schedule, uneven_grid(start, end, steps))
-        errors.append((sample(field, table, x) - exact).square().mean().sqrt().item())
-    assert -np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(2, abs=0.15)
-    assert errors[-1] < 1e-5
+    start, end = times_of(field.schedule, 3.0, 0.1)
+
+    def build(steps: int) -> Table:
+        return SOLVERS["dpm2"].build(field.schedule, uneven_grid(start, end, steps))
+
+    order, error = convergence(field, field.schedule, build, (64, 128, 256))
+    assert order == pytest.approx(2, abs=0.15)
+    assert error < 5e-5
 
 
 def test_the_network_gets_float_timesteps() -> None:
     discrete, flow = Oracle(LATENT), Oracle({"prediction_type": "flow_prediction"})
-    x, t = _normal(3, 2).float(), torch.tensor([0.25, 0.50049, 1.0])
+    x, t = normal(3, 2), torch.tensor([0.25, 0.50049, 1.0])
     field_from_diffusers(discrete, LATENT)(x, t)
     torch.testing.assert_close(discrete.times[0], torch.tensor([249.0, 499.49, 999.0]))
     config = {"num_train_timesteps": 1000, "shift": 3.0}
@@ -243,7 +242,7 @@ def test_the_network_gets_float_timesteps() -> None:
 
 def test_learned_variances_are_cut_and_dtypes_kept() -> None:
     plain, both = Oracle(LATENT), Oracle(LATENT, channels=2)
-    x, t = _normal(3, 2), torch.full((3,), 0.3, dtype=torch.float64)
+    x, t = normal(3, 2, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
     one, other = (field_from_diffusers(model, LATENT)(x, t) for model in (plain, both))
     assert torch.equal(one.x0, other.x0)
 
@@ -264,9 +263,9 @@ def test_noise_predicted_without_signal_raises_an_error() -> None:
     zero_snr = {**LATENT, "rescale_betas_zero_snr": True}
     table = ddim(_discrete(zero_snr), (1.0, 0.5, 0.0))
     with pytest.raises(ValueError, match="'eps' does not determine x0"):
-        sample(field_from_diffusers(Oracle(zero_snr), zero_snr), table, _normal(3, 2))
+        sample(field_from_diffusers(Oracle(zero_snr), zero_snr), table, normal(3, 2, dtype=torch.float64))
     config = {**zero_snr, "prediction_type": "v_prediction"}
-    x = _normal(3, 2)
+    x = normal(3, 2, dtype=torch.float64)
     assert sample(field_from_diffusers(Oracle(config), config), table, x).isfinite().all()
 
 
@@ -276,40 +275,34 @@ def test_schedules_are_distinguished() -> None:
     assert all(len(mark) < 60 for mark in marks)
     assert fingerprint(_discrete(LATENT)) == fingerprint(_discrete(dict(LATENT)))
     with pytest.raises(ValueError, match="build the table with the field's schedule"):
-        sample(field_from_diffusers(Oracle(LATENT), LATENT), ddim(_discrete({}), (0.9, 0.1)), _normal(3, 2))
+        sample(
+            field_from_diffusers(Oracle(LATENT), LATENT),
+            ddim(_discrete({}), (0.9, 0.1)),
+            normal(3, 2, dtype=torch.float64),
+        )
 
 
 Build = Callable[[Any], tuple[Any, str, tuple[int, ...], dict[str, Tensor]]]
 
 
 def _unet(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
-    blocks = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
-    types = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    model = diffusers.UNet2DModel(sample_size=8, num_class_embeds=5, **blocks, **types)
+    model = unet(diffusers, "AttnDownBlock2D", "AttnUpBlock2D", num_class_embeds=5, attention_head_dim=4)
     return model, "sample", (3, 8, 8), {"class_labels": torch.tensor([0, 3])}
 
 
 def _conditional_unet(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
-    blocks = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4}
-    types = {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }
-    model = diffusers.UNet2DConditionModel(sample_size=8, cross_attention_dim=6, **blocks, **types)
-    return model, "sample", (4, 8, 8), {"encoder_hidden_states": _normal(2, 3, 6).float()}
+    return conditional_unet(diffusers), "sample", (4, 8, 8), {"encoder_hidden_states": normal(2, 3, 6)}
 
 
 def _dit(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
-    size = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "sample_size": 4, "patch_size": 2}
-    model = diffusers.DiTTransformer2DModel(in_channels=4, out_channels=8, num_embeds_ada_norm=10, **size)
-    return model, "hidden_states", (4, 4, 4), {"class_labels": torch.tensor([1, 9])}
+    return dit(diffusers, 10), "hidden_states", (4, 4, 4), {"class_labels": torch.tensor([1, 9])}
 
 
 def _flow_transformer(diffusers: Any) -> tuple[Any, str, tuple[int, ...], dict[str, Tensor]]:
     size = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4, "patch_size": 2}
     widths = {"joint_attention_dim": 6, "caption_projection_dim": 16, "pooled_projection_dim": 5}
     model = diffusers.SD3Transformer2DModel(in_channels=4, out_channels=4, pos_embed_max_size=4, **size, **widths)
-    given = {"encoder_hidden_states": _normal(2, 3, 6).float(), "pooled_projections": _normal(2, 5).float()}
+    given = {"encoder_hidden_states": normal(2, 3, 6), "pooled_projections": normal(2, 5)}
     return model, "hidden_states", (4, 4, 4), given
 
 
@@ -323,7 +316,7 @@ def test_models_of_diffusers_become_fields(build: Build) -> None:
     flow = build is _flow_transformer
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler() if flow else diffusers.DDIMScheduler()
     field = field_from_diffusers(model, scheduler.config, given)
-    x, t = _normal(2, *shape).float(), torch.tensor([0.25, 0.50049])
+    x, t = normal(2, *shape), torch.tensor([0.25, 0.50049])
     timestep = torch.tensor([250.0, 500.49]) if flow else torch.tensor([249.0, 499.49])
     value = model(**{first: x}, timestep=timestep, **given).sample[:, : shape[0]]
     got = field(x, t)
@@ -347,7 +340,7 @@ def test_guidance_runs_on_labels_of_any_shape() -> None:
     prompts = given["encoder_hidden_states"]
     counter = EvaluationCounter(conditional_from_diffusers(model, LATENT, "encoder_hidden_states"))
     guided = classifier_free(counter, prompts, torch.zeros_like(prompts), 3.0)
-    x, t = _normal(2, *shape).float(), torch.tensor([0.25, 0.75])
+    x, t = normal(2, *shape), torch.tensor([0.25, 0.75])
     with_prompt, without = (
         model(x, torch.tensor([249.0, 749.0]), encoder_hidden_states=p).sample
         for p in (prompts, torch.zeros_like(prompts))
@@ -367,7 +360,10 @@ def test_an_edm_network_serves_every_schedule(schedule: Schedule) -> None:
         return mixture().x0(x - shift, torch.ones_like(x[:, :1]), sigma[:, None]) + shift
 
     labels = torch.tensor([0, 0, 2, 0])
-    x, t = _normal(4, 2), schedule.time_of_rho(torch.tensor([0.05, 0.7, 1.0, 9.0], dtype=torch.float64))
+    x, t = (
+        normal(4, 2, dtype=torch.float64),
+        schedule.time_of_rho(torch.tensor([0.05, 0.7, 1.0, 9.0], dtype=torch.float64)),
+    )
     got = field_from_edm(net, schedule, labels)(x, t)
     alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
     shift = labels.to(x)[:, None]

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import exact_solution, mixture, noise_at
+from distillation import tiny_model, train_steps
+from oracles import mixture, noise_at
+from tensors import grad, normal
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
 from midway.gen.diffusion.distill_table import BEST, EndPairs, TableConfig, TableObjective, TableTarget, decoded, l1, l2
-from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import noise_of
 from midway.gen.training.batches import Context
 from midway.gen.training.ema import EMA
@@ -38,9 +38,8 @@ class Bisected(Cosine):
 def _scrambled(learned: LearnedTable, size: float = 0.2, seed: int = 0) -> LearnedTable:
     """Every parameter drawn at random."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in learned.parameters():
-            parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+    for parameter in learned.parameters():
+        torch.nn.init.normal_(parameter, std=size, generator=generator)
     return learned
 
 
@@ -164,7 +163,7 @@ def test_the_four_parameters_act_as_in_the_docstring() -> None:
 
 def test_the_same_numbers_are_the_same_solver_on_every_schedule() -> None:
     """The same noise levels, corrections and lengths of steps give the same y = x / alpha."""
-    y = 80 * torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = 80 * normal(6, 2, dtype=torch.float64)
     ends = []
     for schedule in SCHEDULES:
         learned = _scrambled(LearnedTable(schedule, grids.karras(schedule, 5)))
@@ -294,46 +293,7 @@ def test_what_cannot_be_learned_raises_an_error() -> None:
         learned.table()
 
 
-# ---- what is learned ----
-
-
-def test_five_evaluations_learn_to_end_three_times_nearer_than_dpm_solver_on_its_best_grid() -> None:
-    """Learned on 256 exact pairs, tested on others, against DPM-Solver++(3M) on every grid."""
-    schedule = Linear()
-    data = mixture()
-    field = data.field(schedule)
-    start, end = (grids.uniform(schedule, 1)[i] for i in (0, 1))
-    x, unseen = noise_at(schedule, start, 256, seed=1), noise_at(schedule, start, 256, seed=2)
-    ends, exact = (exact_solution(data, schedule, z, start, end) for z in (x, unseen))
-
-    def error(table: Table) -> float:
-        return (sample(field, table, unseen) - exact).square().mean().sqrt().item()
-
-    base = min(error(SOLVERS["dpmpp3m"].build(schedule, make(schedule, 5))) for make in grids.GRIDS.values())
-    learned = LearnedTable(schedule, grids.uniform(schedule, 5))
-    optimizer = torch.optim.Adam(learned.parameters(), 0.02, betas=(0.9, 0.99))
-    steps = 400
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.02 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        items = torch.arange(64 * step, 64 * (step + 1)) % 256
-        loss = l2(rollout(field, learned, x[items]), ends[items])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert error(learned.table()) < base / 3
-
-
 # ---- the objective ----
-
-
-def _model(schedule: str = "linear", classes: int = 4) -> LatentModel:
-    torch.manual_seed(0)
-    config = LatentModelConfig(schedule=schedule, dit=DiTConfig(width=16, depth=1, heads=2))  # pyright: ignore[reportArgumentType]
-    model = LatentModel(config, (2, 2, 2), classes)
-    with torch.no_grad():
-        for parameter in model.parameters():  # an untrained network's output is 0 for any input
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    return model.eval().requires_grad_(False)
 
 
 CONFIG = TableConfig(teacher="dpmpp2m", teacher_steps=8, pairs=6, analytic_first=False)
@@ -341,28 +301,19 @@ CONFIG = TableConfig(teacher="dpmpp2m", teacher_steps=8, pairs=6, analytic_first
 
 def _objective(target: TableTarget | None = None, config: TableConfig = CONFIG) -> tuple[TableObjective, EndPairs]:
     """An objective after its teacher run and warm start, and all its pairs."""
-    objective = TableObjective(_model(), target or TableTarget(3, "karras"), config)
+    objective = TableObjective(tiny_model(0.1), target or TableTarget(3, "karras"), config)
     pairs = objective.run_teacher(torch.arange(6) % 4)
     objective.warm_start(pairs)
     return objective, pairs
 
 
 def _steps(objective: TableObjective, pairs: EndPairs, first: int, last: int) -> None:
-    """Steps first .. last - 1 of training, of which number 1 is skipped as fit() would skip it."""
-    optimizer = torch.optim.SGD(objective.parameters(), 1e-2)
-    for step in range(first, last):
-        items = torch.arange(step, step + 3) % 6
-        loss, _ = objective.loss(pairs.take(items), Context(0, step, items))
-        optimizer.zero_grad()
-        loss.backward()
-        if step != 1:
-            optimizer.step()
-        objective.after_step(torch.tensor(step != 1, device="meta"))  # a value that cannot be waited for
+    train_steps(objective, pairs.take, torch.optim.SGD(objective.parameters(), 1e-2), first, last)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_the_teachers_ends_are_those_of_its_table_from_noise_of_this_purpose_alone(guidance: float) -> None:
-    model = _model()
+    model = tiny_model(0.1)
     objective, pairs = _objective(TableTarget(3, "karras", guidance))
     grid = grids.logsnr(model.schedule, 8)
     table = SOLVERS["dpmpp2m"].build(model.schedule, grid)
@@ -388,7 +339,7 @@ def test_the_loss_is_the_distance_of_the_exported_table_to_the_teacher(analytic_
         before = objective.counter.evaluations
         loss, logs = objective.loss(pairs, Context(0, 0, torch.arange(6)))
         assert objective.counter.evaluations - before == 3 * 6
-        end = sample(_model().field(pairs.labels), table, pairs.starts)
+        end = sample(tiny_model(0.1).field(pairs.labels), table, pairs.starts)
         torch.testing.assert_close(loss, distance(end, pairs.ends), rtol=1e-4, atol=0)
         torch.testing.assert_close(logs["rmse"], l2(end, pairs.ends).sqrt(), rtol=1e-4, atol=0)
     assert [name for name, _ in objective.named_parameters()] == [
@@ -408,20 +359,19 @@ def test_a_distance_after_decoding_reaches_the_table_through_the_decoder() -> No
     tokenizer.set_latent_statistics(torch.zeros(2), torch.ones(2))
     tokenizer.eval().requires_grad_(False)
     distance = decoded(tokenizer, l2)
-    objective = TableObjective(_model(), TableTarget(3, "karras"), CONFIG, distance)
+    objective = TableObjective(tiny_model(0.1), TableTarget(3, "karras"), CONFIG, distance)
     pairs = objective.run_teacher(torch.arange(6) % 4)
     loss, _ = objective.loss(pairs, Context(0, 0, torch.arange(6)))
-    end = rollout(_model().field(pairs.labels), objective.learned, pairs.starts)
+    end = rollout(tiny_model(0.1).field(pairs.labels), objective.learned, pairs.starts)
     images = [tokenizer.decode_latents(z, snap=False) for z in (end, pairs.ends)]
     torch.testing.assert_close(loss, (images[0] - images[1]).square().mean())
     loss.backward()
-    assert objective.learned.predictions.grad is not None
-    assert objective.learned.predictions.grad.tril().count_nonzero() == 6
+    assert grad(objective.learned.predictions).tril().count_nonzero() == 6
 
 
 def test_a_perceptual_distance_needs_a_decoder() -> None:
     with pytest.raises(ValueError, match="make_distance"):
-        TableObjective(_model(), TableTarget(3, "karras"), replace(CONFIG, loss="lpips"))
+        TableObjective(tiny_model(0.1), TableTarget(3, "karras"), replace(CONFIG, loss="lpips"))
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -435,7 +385,7 @@ def test_a_resumed_objective_is_the_uninterrupted_one(gradient_checkpointing: bo
     assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * 3 * 3
     broken, _ = _objective(target, config)
     _steps(broken, pairs, 0, 2)
-    resumed = TableObjective(_model(), target, config)  # no warm start: the state alone
+    resumed = TableObjective(tiny_model(0.1), target, config)  # no warm start: the state alone
     resumed.load_state_dict(broken.state_dict())
     _steps(resumed, pairs, 2, 5)
     assert resumed.counter.evaluations == whole.counter.evaluations
@@ -447,7 +397,7 @@ def test_a_resumed_objective_is_the_uninterrupted_one(gradient_checkpointing: bo
 
 def test_learning_starts_on_the_grid_that_ends_nearest_to_the_teacher() -> None:
     objective, pairs = _objective(TableTarget(4, BEST))
-    schedule, field = _model().schedule, _model().field(pairs.labels)
+    schedule, field = tiny_model(0.1).schedule, tiny_model(0.1).field(pairs.labels)
     errors = {}
     for name, make in grids.GRIDS.items():
         end = sample(field, SOLVERS["dpmpp3m"].build(schedule, make(schedule, 4)), pairs.starts)
@@ -492,4 +442,4 @@ def test_bad_configurations_raise_an_error() -> None:
     with pytest.raises(ValueError, match="at least 1 evaluation"):
         TableTarget(0)
     with pytest.raises(ValueError, match="draws noise"):
-        TableObjective(_model(), TableTarget(3, "karras"), replace(CONFIG, teacher="ddpm"))
+        TableObjective(tiny_model(0.1), TableTarget(3, "karras"), replace(CONFIG, teacher="ddpm"))

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from oracles import Mixture, exact_solution, mixture, noise_at, uneven_grid
+from oracles import Mixture, exact_solution, gaussian, mixture, noise_at, rmse, times_of, uneven_grid
 from torch import Tensor
 
 from midway.samplers.fused import combine
@@ -28,12 +28,6 @@ ONE_STEP = [name for name in DETERMINISTIC if SOLVERS[name].history_order is Non
 MULTISTEP = [name for name in DETERMINISTIC if SOLVERS[name].history_order is not None]
 
 
-def gaussian() -> Mixture:
-    """One component: the solution is known in closed form."""
-    one = torch.ones(1, dtype=torch.float64)
-    return Mixture(one, torch.tensor([[0.4, -0.7]], dtype=torch.float64), 0.5 * one)
-
-
 def closed_form(data: Mixture, schedule: Schedule, x: Tensor, start: float, end: float) -> Tensor:
     """y_s = m + sqrt((s^2 + rho_s^2) / (s^2 + rho_t^2)) (y_t - m) for one component with mean m and deviation s."""
     times = torch.tensor([start, end], dtype=torch.float64)
@@ -42,20 +36,12 @@ def closed_form(data: Mixture, schedule: Schedule, x: Tensor, start: float, end:
     return alpha[1] * (data.means + spread[1] / spread[0] * (x / alpha[0] - data.means))
 
 
-DATA = {"gaussian": (gaussian(), closed_form), "mixture": (mixture(), exact_solution)}
-
-
-def ends(schedule: Schedule, rho_start: float = 1.6, rho_end: float = 0.6) -> list[float]:
-    return schedule.time_of_rho(torch.tensor([rho_start, rho_end], dtype=torch.float64)).tolist()
+DATA = {"gaussian": (gaussian(0.4, -0.7, std=0.5), closed_form), "mixture": (mixture(), exact_solution)}
 
 
 def slope(errors: list[float]) -> float:
     """Order of convergence between the two step counts."""
     return math.log(errors[0] / errors[1]) / math.log(COUNTS[1] / COUNTS[0])
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).square().mean().sqrt().item()
 
 
 def build(name: str, schedule: Schedule, grid: Grid, history: bool = False) -> Table:
@@ -86,7 +72,7 @@ def known_states(kind: str, schedule: Schedule, grid: Grid) -> tuple[Tensor, ...
 
 
 def grids_of(schedule: Schedule) -> list[Grid]:
-    start, end = ends(schedule)
+    start, end = times_of(schedule, 1.6, 0.6)
     return [uneven_grid(start, end, steps) for steps in COUNTS]
 
 
@@ -97,7 +83,7 @@ def test_one_step_solvers_have_their_order(name: str, kind: str, schedule: Sched
     data, errors = DATA[kind][0], []
     for grid in grids_of(schedule):
         x, *_, end = known_states(kind, schedule, grid)
-        errors.append(difference(sample(data.field(schedule), build(name, schedule, grid), x), end))
+        errors.append(rmse(sample(data.field(schedule), build(name, schedule, grid), x), end))
     straight = (name, kind) == ("midpoint", "gaussian") and not isinstance(schedule, VP)
     order = (
         3 if straight else SOLVERS[name].order
@@ -110,7 +96,7 @@ def _history_errors(name: str, schedule: Schedule, kind: str = "mixture") -> lis
     for grid in grids_of(schedule):
         *known, end = known_states(kind, schedule, grid)
         table = build(name, schedule, grid, history=True)
-        errors.append(difference(sample_from_history(DATA[kind][0].field(schedule), table, known), end))
+        errors.append(rmse(sample_from_history(DATA[kind][0].field(schedule), table, known), end))
     return errors
 
 
@@ -129,7 +115,7 @@ def test_first_and_last_steps_of_lower_order_leave_an_error_of_order_two(name: s
     for grid in grids_of(schedule):
         *known, _ = known_states("mixture", schedule, grid)
         exact_start = sample_from_history(field, build(name, schedule, grid, history=True), known)
-        errors.append(difference(sample(field, build(name, schedule, grid), known[0]), exact_start))
+        errors.append(rmse(sample(field, build(name, schedule, grid), known[0]), exact_start))
     assert slope(errors) == pytest.approx(2, abs=0.3)  # between two and three: the steps themselves shrink unevenly
     assert SOLVERS[name].order == 2
 
@@ -141,7 +127,7 @@ def test_the_published_third_order_dpm_solver_is_of_order_two_and_twice_the_curv
         *known, end = known_states("mixture", schedule, grid)
         for curvature, errors in ((1.0, published), (2.0, corrected)):
             table = dpmpp(schedule, grid, order=3, lower_order_final=False, curvature=curvature)
-            errors.append(difference(sample_from_history(field, table, known), end))
+            errors.append(rmse(sample_from_history(field, table, known), end))
     assert slope(published) == pytest.approx(2, abs=0.15)
     assert slope(corrected) == pytest.approx(3, abs=0.15)
 
@@ -153,7 +139,7 @@ def test_ipndm_needs_smooth_steps_for_order_two(order: int) -> None:
     for steps in COUNTS:
         grid = karras(schedule, steps, rho_max=1.6, rho_min=0.6)
         *known, end = known_states("mixture", schedule, grid)
-        errors.append(difference(sample_from_history(field, build(f"ipndm{order}", schedule, grid), known), end))
+        errors.append(rmse(sample_from_history(field, build(f"ipndm{order}", schedule, grid), known), end))
     assert slope(errors) == pytest.approx(2, abs=0.15)
 
 
@@ -164,7 +150,7 @@ def test_encoding_finds_the_exact_noise_and_decoding_comes_back_at_the_solvers_o
     for grid in grids_of(schedule):
         exact, *_, start = known_states("mixture", schedule, grid)  # start: a point at the data's end
         encoded = sample(field, build(name, schedule, reversed_grid(grid)), start)
-        encoded_errors.append(difference(encoded, exact))
-        errors.append(difference(sample(field, build(name, schedule, grid), encoded), start))
+        encoded_errors.append(rmse(encoded, exact))
+        errors.append(rmse(sample(field, build(name, schedule, grid), encoded), start))
     assert min(slope(encoded_errors), slope(errors)) > SOLVERS[name].order - 0.15
     assert errors[1] < 2e-2

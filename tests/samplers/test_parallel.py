@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import Mixture, mixture
+from oracles import gaussian, mixture, noise_at, rmse
 from torch import Tensor
 
 from midway.samplers import grids
@@ -39,24 +39,18 @@ def _config(method: str, tolerance: float, window: int | None = None) -> Paralle
     return ParallelConfig(METHODS[method].method, tolerance, window, METHODS[method].memory)
 
 
-def _start(schedule: Schedule, grid: grids.Grid, count: int = 8) -> Tensor:
-    noise = torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    time = torch.tensor(grid[0], dtype=torch.float64)
-    return noise * torch.hypot(schedule.alpha(time), schedule.sigma(time))
-
-
 def _grid(schedule: Schedule, steps: int) -> grids.Grid:
     return grids.karras(schedule, steps, rho_max=80, rho_min=0.01)
 
 
 def _relative_rmse(got: Tensor, want: Tensor) -> float:
-    return ((got - want).square().mean() / want.square().mean()).sqrt().item()
+    return rmse(got, want) / rmse(want)
 
 
 def _run(schedule: Schedule, steps: int, config: ParallelConfig) -> tuple[ParallelSample, float]:
     """DDIM on the mixture: what was found, and its distance from the sequential end."""
     field, grid = mixture().field(schedule), _grid(schedule, steps)
-    table, x = ddim(schedule, grid), _start(schedule, grid)
+    table, x = ddim(schedule, grid), noise_at(schedule, grid[0])
     found = sample_parallel(lambda copies: field, table, schedule, x, config)
     return found, _relative_rmse(found.x, sample(field, table, x))
 
@@ -73,7 +67,7 @@ def test_after_as_many_waves_as_evaluations_the_end_is_the_sequential_one(name: 
     """Multi-stage, multistep and stochastic tables, too; with no tolerance nothing settles before it is exact."""
     for schedule, analytic_first, window in [(EDM(), False, None), (Cosine(), True, None), (Cosine(), False, 3)]:
         field, grid = mixture().field(schedule), _grid(schedule, 6)
-        table, x = SOLVERS[name].build(schedule, grid, analytic_first), _start(schedule, grid)
+        table, x = SOLVERS[name].build(schedule, grid, analytic_first), noise_at(schedule, grid[0])
         want = sample(field, table, x, _source(table))
         config = _config(method, 0.0, window)
         found = sample_parallel(lambda copies, f=field: f, table, schedule, x, config, _source(table))
@@ -84,10 +78,9 @@ def test_after_as_many_waves_as_evaluations_the_end_is_the_sequential_one(name: 
 @pytest.mark.parametrize("schedule", [Linear(), EDM()], ids=["Linear", "EDM"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_gaussian_data_take_one_wave_with_their_own_slope(name: str, schedule: Schedule) -> None:
-    one = torch.ones(1, dtype=torch.float64)
-    field = Mixture(one, torch.zeros(1, 2, dtype=torch.float64), 0.7 * one).field(schedule)
+    field = gaussian(0.0, 0.0, std=0.7).field(schedule)
     table = SOLVERS[name].build(schedule, _grid(schedule, 8))
-    x = _start(schedule, table.grid)
+    x = noise_at(schedule, table.grid[0])
 
     def run(variance: float) -> ParallelSample:
         config = ParallelConfig("gaussian", 1e-9, variance=variance)
@@ -104,8 +97,7 @@ def test_slopes_are_what_they_say(schedule: Schedule) -> None:
     """gaussian: autodiff of the exact denoiser; picard: the velocity does not move, and a = 1 on Euler's table."""
     grid = _grid(schedule, 5)
     times = torch.tensor(grid[:-1], dtype=torch.float64)
-    one = torch.ones(1, dtype=torch.float64)
-    field = Mixture(one, torch.full((1, 1), 0.4, dtype=torch.float64), 0.7 * one).field(schedule)
+    field = gaussian(0.4, std=0.7).field(schedule)
     x = torch.zeros(len(times), 1, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(field(x, times).x0.sum(), x)
     torch.testing.assert_close(gaussian_slopes(schedule, times, 0.49), slope[:, 0], rtol=1e-10, atol=0)
@@ -158,7 +150,7 @@ def test_the_tolerance_holds_for_the_worst_sample() -> None:
     """One sample of the mixture among 31 of a Gaussian, which settle at once, takes the waves that it takes alone."""
     schedule, data = EDM(), mixture()
     table = ddim(schedule, _grid(schedule, 30))
-    x, config = _start(schedule, table.grid, 32), ParallelConfig(tolerance=1e-4)
+    x, config = noise_at(schedule, table.grid[0], 32), ParallelConfig(tolerance=1e-4)
 
     def field(x: Tensor, t: Tensor) -> Prediction:
         sigma = expand(schedule.sigma(t), x)
@@ -181,7 +173,7 @@ def test_a_smaller_tolerance_takes_more_waves() -> None:
 def test_evaluations_are_counted_and_a_window_bounds_the_batch(method: str) -> None:
     schedule, steps, window = EDM(), 30, 7
     grid = _grid(schedule, steps)
-    table, x = ddim(schedule, grid), _start(schedule, grid)
+    table, x = ddim(schedule, grid), noise_at(schedule, grid[0])
     sizes, counter = [], EvaluationCounter(mixture().field(schedule))
 
     def field(x: Tensor, t: Tensor) -> Prediction:
@@ -200,7 +192,7 @@ def test_evaluations_are_counted_and_a_window_bounds_the_batch(method: str) -> N
 def test_states_that_enter_a_window_start_from_the_latest_prediction(schedule: Schedule) -> None:
     """A point mass off 0: after one evaluation, every window is right at once."""
     table = ddim(schedule, _grid(schedule, 40))
-    x = _start(schedule, table.grid)
+    x = noise_at(schedule, table.grid[0])
 
     def field(x: Tensor, t: Tensor) -> Prediction:
         return Prediction(torch.full_like(x, 3.0), x)
@@ -228,16 +220,6 @@ def test_a_table_without_evaluations_takes_no_wave() -> None:
     torch.testing.assert_close(found.x, 0.9 * x, rtol=0, atol=1e-12)
 
 
-def test_noise_is_drawn_as_the_sequential_sampler_draws_it() -> None:
-    schedule = Cosine()
-    table = ddim(schedule, _grid(schedule, 8), eta=0.7)
-    field, x = mixture().field(schedule), _start(schedule, table.grid)
-    found = sample_parallel(lambda n: field, table, schedule, x, ParallelConfig(tolerance=0), _source(table))
-    torch.testing.assert_close(found.x, sample(field, table, x, _source(table)), rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="pass a noise source"):
-        sample_parallel(lambda n: field, table, schedule, x)
-
-
 def _labelled(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
     """N(label, 1/4) on EDM; label 9 is no class."""
     sigma = expand(EDM().sigma(t), x)
@@ -246,20 +228,10 @@ def _labelled(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
     return Prediction(x0, (x - x0) / sigma)
 
 
-def test_labels_repeat_once_for_every_copy() -> None:
-    schedule = EDM()
-    table, labels = ddim(schedule, _grid(schedule, 10)), torch.arange(8) % 3
-    x = _start(schedule, table.grid)
-    found = sample_parallel(
-        lambda copies: conditional(_labelled, labels.repeat(copies)), table, schedule, x, ParallelConfig(tolerance=1e-9)
-    )
-    torch.testing.assert_close(found.x, sample(conditional(_labelled, labels), table, x), rtol=0, atol=1e-7)
-
-
 def test_guidance_in_an_interval_is_paid_for_where_it_acts() -> None:
     schedule = EDM()
     table, labels = ddim(schedule, _grid(schedule, 12)), torch.arange(8) % 3
-    x, counter = _start(schedule, table.grid), EvaluationCounter(_labelled)
+    x, counter = noise_at(schedule, table.grid[0]), EvaluationCounter(_labelled)
 
     def fields(copies: int) -> Field:
         these = labels.repeat(copies)
@@ -313,7 +285,7 @@ def test_a_float32_state_stays_one() -> None:
     """Also where the network returns another dtype, and where the last row weighs that alone (sigma = 0)."""
     schedule = EDM()
     table = ddim(schedule, (*_grid(schedule, 20), 0.0))
-    field, x = mixture().field(schedule), _start(schedule, table.grid)
+    field, x = mixture().field(schedule), noise_at(schedule, table.grid[0])
 
     def in_double(x: Tensor, t: Tensor) -> Prediction:
         assert x.dtype == t.dtype == torch.float32
@@ -335,7 +307,7 @@ def test_a_state_that_is_not_finite_is_an_error(method: str) -> None:
         return Prediction(torch.where(expand(t < 0.01, x), math.nan, prediction.x0), prediction.eps)
 
     with pytest.raises(FloatingPointError, match=r"t = .* in wave 1: if `sample` gives finite"):
-        sample_parallel(lambda n: field, table, schedule, _start(schedule, table.grid), _config(method, 1e-4))
+        sample_parallel(lambda n: field, table, schedule, noise_at(schedule, table.grid[0]), _config(method, 1e-4))
 
 
 def test_what_cannot_work_raises_an_error() -> None:
@@ -353,3 +325,5 @@ def test_what_cannot_work_raises_an_error() -> None:
     assert isinstance(table, Table)
     with pytest.raises(ValueError, match="was made for EDM"):
         sample_parallel(lambda n: mixture().field(EDM()), table, Cosine(), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="pass a noise source"):
+        sample_parallel(lambda n: mixture().field(EDM()), ddim(EDM(), (0.9, 0.5), eta=0.7), EDM(), torch.zeros(1, 2))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import mixture
+from tensors import normal
 from torch import Tensor
 
 from midway.samplers.grids import Grid
@@ -25,14 +26,11 @@ RHO = (12.0, 7.0, 5.5, 3.0, 1.7, 1.2, 0.6, 0.25, 0.1, 0.03)
 STEPS = len(RHO) - 1
 VPS = VP()
 VE = EDM(sigma_max=20.0)
+NOISE = normal(16, 2, dtype=torch.float64)
 
 
 def grid_of(schedule: Schedule, dtype: torch.dtype = torch.float64) -> Grid:
     return tuple(schedule.time_of_rho(torch.tensor(RHO, dtype=dtype).double()).tolist())
-
-
-def noise(seed: int = 0) -> Tensor:
-    return torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def eps_at(x: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -67,7 +65,7 @@ def run_peer(scheduler: Any, x: Tensor) -> Tensor:
 
 
 def run_ours(table: Table, schedule: Schedule = VPS, x: Tensor | None = None) -> Tensor:
-    return sample(mixture().field(schedule), table, noise() if x is None else x)
+    return sample(mixture().field(schedule), table, NOISE if x is None else x)
 
 
 def assert_agree(ours: Tensor, theirs: Tensor, atol: float | None = None) -> None:
@@ -85,7 +83,7 @@ def test_dpmpp_is_diffusers_dpm_solver_multistep(order: int) -> None:
     peers = pytest.importorskip("diffusers")
     theirs = peers.DPMSolverMultistepScheduler(solver_order=order, final_sigmas_type="sigma_min")
     ours = run_ours(dpmpp(VPS, grid_of(VPS, torch.float32), order=order))
-    assert_agree(ours, run_peer(with_our_levels(theirs), noise()))
+    assert_agree(ours, run_peer(with_our_levels(theirs), NOISE))
     if order == 2:
         assert_agree(run_ours(SOLVERS["dpmpp2m"].build(VPS, grid_of(VPS, torch.float32))), ours)
 
@@ -100,7 +98,7 @@ def test_unipc_is_diffusers_unipc(order: int, variant, final: bool, dtype: torch
         solver_order=order, solver_type=variant, lower_order_final=final, final_sigmas_type="sigma_min"
     )
     table = unipc(VPS, grid_of(VPS, dtype), order=order, variant=variant, lower_order_final=final)
-    assert_agree(run_ours(table), run_peer(with_our_levels(theirs, dtype), noise()))
+    assert_agree(run_ours(table), run_peer(with_our_levels(theirs, dtype), NOISE))
 
 
 @DTYPES
@@ -110,7 +108,7 @@ def test_deis_is_diffusers_deis(order: int, dtype: torch.dtype) -> None:
     peers = pytest.importorskip("diffusers")
     theirs = with_our_levels(peers.DEISMultistepScheduler(solver_order=order, lower_order_final=False), dtype)
     atol = 2e-5 if dtype == torch.float32 else None
-    assert_agree(run_ours(deis(VPS, grid_of(VPS, dtype), order=order)), run_peer(theirs, noise()), atol)
+    assert_agree(run_ours(deis(VPS, grid_of(VPS, dtype), order=order)), run_peer(theirs, NOISE), atol)
 
 
 @DTYPES
@@ -122,7 +120,7 @@ def test_ipndm4_is_diffusers_ipndm(dtype: torch.dtype) -> None:
     theirs.set_begin_index(0)
     alpha, sigma = (torch.tensor(v, dtype=dtype) for v in zip(*(levels(rho) for rho in RHO), strict=True))
     theirs.alphas, theirs.betas = alpha, sigma
-    x = noise().to(dtype)
+    x = NOISE.to(dtype)
     for i in range(STEPS):
         eps = eps_at(x, alpha[i].item(), sigma[i].item())
         v = alpha[i] * eps - sigma[i] * (x - sigma[i] * eps) / alpha[i]
@@ -131,7 +129,7 @@ def test_ipndm4_is_diffusers_ipndm(dtype: torch.dtype) -> None:
 
 
 def _ve_start() -> Tensor:
-    return RHO[0] * noise()
+    return RHO[0] * NOISE
 
 
 def test_euler_is_diffusers_euler_discrete() -> None:
@@ -173,14 +171,14 @@ def test_ddim_is_diffusers_ddim(eta: float, dtype: torch.dtype) -> None:
     theirs.alphas_cumprod = theirs.alphas_cumprod.to(dtype)
     squares = theirs.alphas_cumprod[theirs.timesteps].double()
     grid = tuple(VPS.time_of_rho(((1 - squares) / squares).sqrt()).tolist())
-    draws = [noise(seed) for seed in range(1, 10)]
-    x = noise().to(dtype)
+    draws = [normal(16, 2, seed=seed, dtype=torch.float64) for seed in range(1, 10)]
+    x = NOISE.to(dtype)
     for i, t in enumerate(theirs.timesteps[:-1]):
         eps = eps_at(x, squares[i].sqrt().item(), (1 - squares[i]).sqrt().item()).to(dtype)
         given = draws[i].to(dtype) if eta else None
         x = theirs.step(eps, t, x, eta=eta, variance_noise=given).prev_sample
     fresh = iter(draws)
-    ours = sample(mixture().field(VPS), ddim(VPS, grid, eta=eta), noise(), lambda x: next(fresh))
+    ours = sample(mixture().field(VPS), ddim(VPS, grid, eta=eta), NOISE, lambda x: next(fresh))
     assert_agree(ours, x, atol=2e-5 if dtype == torch.float32 else None)
 
 
@@ -220,7 +218,7 @@ def assert_odes_agree(torchdiffeq: Any, method: str, schedule: Schedule, grid: G
         return d_alpha * prediction.x0 + d_sigma * prediction.eps
 
     start = torch.tensor(grid[0], dtype=torch.float64)
-    x = noise() * torch.hypot(schedule.alpha(start), schedule.sigma(start))
+    x = NOISE * torch.hypot(schedule.alpha(start), schedule.sigma(start))
     times = torch.tensor(grid, dtype=torch.float64)
     assert all(a > b for a, b in pairwise(grid))
     theirs = torchdiffeq.odeint(velocity, x, times, method=method)

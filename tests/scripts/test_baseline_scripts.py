@@ -27,13 +27,13 @@ from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.evaluation.likelihood import (
     Bounds,
     bits_of,
-    choose,
-    draw,
     histogram_score,
     iwae_of,
     levels_in_data,
     uniform_score,
 )
+from midway.gen.evaluation.others import BaselineSource
+from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import FILES
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
@@ -105,7 +105,7 @@ def test_validation_is_the_bits_of_its_images(runs: Runs, splits: Splits) -> Non
     """Of the best step: by the loaded weights, image by image."""
     trained = load_trained_baseline(runs.vae)
     assert isinstance(trained.model, VAE)
-    subject = choose(splits.held_out, 30)
+    subject = balanced_subject(splits.held_out, 30)
     nats = [
         trained.model.log_likelihood(
             splits.held_out.images[place, None], splits.held_out.labels[place, None], Context(0, 0, place[None]), 2
@@ -119,7 +119,7 @@ def test_validation_is_the_bits_of_its_images(runs: Runs, splits: Splits) -> Non
 def test_the_last_figure_is_of_all_held_out_images(runs: Runs, splits: Splits) -> None:
     final = records(runs.vae)[-1]
     trained = load_trained_baseline(runs.vae)
-    expected = bits_of(trained.model, choose(splits.held_out), Bounds(2))
+    expected = bits_of(trained.model, balanced_subject(splits.held_out), Bounds(2))
     assert final["final"] and final["n"] == len(splits.held_out.images) == expected.n
     assert final["held_out_bits_per_dim"] == pytest.approx(expected.bits, rel=1e-6)
     log = (runs.vae / "log.txt").read_text()
@@ -155,32 +155,32 @@ def test_a_recipe_is_a_task_of_its_kind(recipe: str) -> None:
 def test_bits_depend_on_neither_batches_nor_the_other_images(runs: Runs, splits: Splits) -> None:
     for run in (runs.vae, runs.flow):
         model = load_trained_baseline(run).model
-        subject = choose(splits.held_out, 17)
+        subject = balanced_subject(splits.held_out, 17)
         together, apart = (bits_of(model, subject, Bounds(3, 5, size)) for size in (17, 4))
         assert apart.bits == pytest.approx(together.bits, rel=1e-5)
         assert apart.error == pytest.approx(together.error, rel=1e-4)
         assert bits_of(model, subject, Bounds(3, 5, 17)) == together
         assert bits_of(model, subject, Bounds(3, 6, 17)).bits != together.bits
-        first = choose(splits.held_out, 5)
+        first = balanced_subject(splits.held_out, 5)
         assert torch.equal(first.places, subject.places[:5])
 
 
 def test_more_draws_are_given_to_flows_for_the_time_of_a_figure(runs: Runs, splits: Splits) -> None:
-    model, subject = load_trained_baseline(runs.flow).model, choose(splits.held_out, 20)
+    model, subject = load_trained_baseline(runs.flow).model, balanced_subject(splits.held_out, 20)
     one, eight = (bits_of(model, subject, Bounds(draws)).bits for draws in (None, 8))
     assert eight < one, "averaging inside the logarithm tightens the bound"
     assert model.config.draws == 1
 
 
 def test_iwae_of_one_draw_is_the_bound_and_more_are_tighter(runs: Runs, splits: Splits) -> None:
-    model, subject = load_trained_baseline(runs.vae).model, choose(splits.held_out, 20)
+    model, subject = load_trained_baseline(runs.vae).model, balanced_subject(splits.held_out, 20)
     assert isinstance(model, VAE)
     assert iwae_of(model, subject, Bounds(), 1).bits == pytest.approx(bits_of(model, subject, Bounds(1)).bits, rel=1e-9)
     assert iwae_of(model, subject, Bounds(), 32).bits < bits_of(model, subject, Bounds(32)).bits
 
 
 def test_references_by_hand(splits: Splits) -> None:
-    subject = choose(splits.held_out, 3)
+    subject = balanced_subject(splits.held_out, 3)
     train, mine = to_levels(splits.train.images, 17), to_levels(subject.images, 17)
     total = 0.0
     for image in mine:
@@ -201,7 +201,7 @@ def test_levels_are_those_of_both_sides_of_the_split(tmp_path: Path) -> None:
 
 
 def test_the_standard_error_is_that_of_the_mean(runs: Runs, splits: Splits) -> None:
-    model, subject = load_trained_baseline(runs.flow).model, choose(splits.held_out, 25)
+    model, subject = load_trained_baseline(runs.flow).model, balanced_subject(splits.held_out, 25)
     each = bits_per_dim(model.log_likelihood(subject.images, None, Context(0, 0, subject.places)), 64)
     found = bits_of(model, subject, Bounds())
     assert found.bits == pytest.approx(each.mean().item(), rel=1e-6)
@@ -209,9 +209,10 @@ def test_the_standard_error_is_that_of_the_mean(runs: Runs, splits: Splits) -> N
 
 
 def test_samples_have_the_class_of_their_seed(runs: Runs) -> None:
-    model, seeds = load_trained_baseline(runs.vae).model, torch.arange(3, 16)
-    expected = model.sample(seeds, seeds % 10)
-    images = draw(model, seeds, batch_size=4).images
+    trained, seeds = load_trained_baseline(runs.vae), torch.arange(3, 16)
+    expected = trained.model.sample(seeds, seeds % 10)
+    source = BaselineSource(trained, batch_size=4)
+    images = source.images(source.sample(seeds))
     assert images.dtype == torch.uint8 and images.shape == (13, 1, 8, 8)
     assert (images.float() - (expected + 1) * 127.5).abs().max() < 0.51
 
@@ -226,7 +227,7 @@ def task(runs: Runs, **changes: Any) -> LikelihoodTask:
 def test_the_report(runs: Runs, tmp_path: Path, splits: Splits) -> None:
     rows = {row.name: row for row in evaluate_likelihood.run(task(runs, out=tmp_path, seed=4, first_seed=9))}
     assert list(rows) == ["vae", "flow", "per-pixel histogram", "uniform"]
-    subject = choose(splits.held_out, 20)
+    subject = balanced_subject(splits.held_out, 20)
     for name in ("vae", "flow"):
         model = load_trained_baseline(getattr(runs, name)).model
         assert rows[name].bits == bits_of(model, subject, Bounds(2, 4)).bits

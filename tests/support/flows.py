@@ -40,6 +40,26 @@ def jacobian_log_det(function: Callable[..., Tensor], x: Tensor, *others: Tensor
     return torch.stack(found)
 
 
+def assert_bijection(
+    forward: Callable[..., tuple[Tensor, Tensor]], inverse: Callable[..., Tensor], x: Tensor, *others: Tensor | None
+) -> None:
+    """In float64: the inverse undoes forward, and forward returns the log-determinant of its Jacobian."""
+    y, log_det = forward(x, *others)
+    assert y.shape == x.shape
+    assert log_det.shape == (len(x),)
+    torch.testing.assert_close(inverse(y, *others), x, rtol=0, atol=1e-9)
+    expected = jacobian_log_det(lambda v, *rest: forward(v, *rest)[0], x, *others)
+    torch.testing.assert_close(log_det, expected, rtol=0, atol=1e-6)
+
+
+def assert_undone_in_float32(
+    forward: Callable[..., tuple[Tensor, Tensor]], inverse: Callable[..., Tensor], x: Tensor, *others: Tensor | None
+) -> None:
+    """Up to its rounding."""
+    x, *others = (value.float() if value is not None and value.is_floating_point() else value for value in (x, *others))  # pyright: ignore
+    torch.testing.assert_close(inverse(forward(x, *others)[0], *others), x, rtol=0, atol=1e-5)
+
+
 def context(count: int, step: int = 0, first: int = 0) -> Context:
     """Of samples first .. first + count - 1."""
     return Context(0, step, torch.arange(first, first + count))

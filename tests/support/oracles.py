@@ -1,15 +1,19 @@
 """Problems with known answers: fields whose ODE has an exact solution, or one that scipy solves to 1e-12."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
+from tensors import normal
 from torch import Tensor
 
 from midway.samplers.prediction import Field, Prediction, expand
+from midway.samplers.sample import sample
 from midway.samplers.schedule import Schedule
+from midway.samplers.table import Table
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,22 @@ def mixture() -> Mixture:
     )
 
 
+def gaussian(*mean: float, std: float) -> Mixture:
+    """One component."""
+    one = torch.ones(1, dtype=torch.float64)
+    return Mixture(one, torch.tensor([mean], dtype=torch.float64), std * one)
+
+
+def point_mass(schedule: Schedule, point: Tensor) -> Field:
+    """The field of data that is one point."""
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        x0 = point.expand_as(x)
+        return Prediction(x0, (x - expand(schedule.alpha(t), x) * x0) / expand(schedule.sigma(t), x))
+
+    return predict
+
+
 def exact_solution(data: Mixture, schedule: Schedule, x: Tensor, start: float, end: float) -> Tensor:
     """The probability-flow ODE from `start` to `end` by DOP853 at 1e-12, solved as dy / d log rho = rho eps."""
 
@@ -72,7 +92,29 @@ def noise_at(schedule: Schedule, t: float, count: int = 8, seed: int = 0) -> Ten
     """Normal states (count, 2) at time t, with the standard deviation that data of unit variance have there."""
     time = torch.tensor(t, dtype=torch.float64)
     scale = torch.hypot(schedule.alpha(time), schedule.sigma(time))
-    return scale * torch.randn(count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return scale * normal(count, 2, seed=seed, dtype=torch.float64)
+
+
+def times_of(schedule: Schedule, rho_start: float, rho_end: float) -> tuple[float, float]:
+    """The times at which sigma / alpha has these values."""
+    start, end = schedule.time_of_rho(torch.tensor([rho_start, rho_end], dtype=torch.float64)).tolist()
+    return start, end
+
+
+def rmse(got: Tensor, want: Tensor | float = 0.0) -> float:
+    """Root mean square of the difference."""
+    return (got - want).square().mean().sqrt().item()
+
+
+def convergence(
+    field: Field, schedule: Schedule, build: Callable[[int], Table], counts: Sequence[int]
+) -> tuple[float, float]:
+    """Order of tables with these numbers of steps on the mixture (slope of log error on log steps), and the last error."""
+    first = build(counts[0])
+    x = noise_at(schedule, first.grid[0], 16)
+    exact = exact_solution(mixture(), schedule, x, first.grid[0], first.grid[-1])
+    errors = [rmse(sample(field, build(steps), x), exact) for steps in counts]
+    return -np.polyfit(np.log(counts), np.log(errors), 1)[0], errors[-1]
 
 
 def uneven_grid(start: float, end: float, steps: int) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from tensors import normal
 from torch import Tensor
 
 from midway.tokenizers.base import Quantizer
@@ -11,25 +12,21 @@ from midway.tokenizers.two_level import TwoLevel
 
 VQ = {"type": "vq", "codebook_size": 12, "dim": 3, "decay": 0.5}
 GRADIENT = {"type": "vq_gradient", "codebook_size": 12, "dim": 3, "restart_after": 2}
+SIMVQ = {"type": "simvq", "codebook_size": 12, "dim": 3}
 
 CASES: dict[str, dict[str, Any]] = {
     "fsq": {"type": "fsq", "levels": [8, 5, 4]},
     "fsq, symmetric": {"type": "fsq", "levels": [2, 5, 4], "symmetric": True},
     "fsq, sigmoid": {"type": "fsq", "levels": [2, 9, 4], "form": "sigmoid"},
     "fsq, noise dropout": {"type": "fsq", "levels": [8, 5, 4], "noise_dropout": 0.5},
+    "fsq, ifsq": {"type": "fsq", "levels": [5, 9, 3], "form": "ifsq", "noise_dropout": 0.5},
     "vq": VQ,
     "vq, unit, rotation": {**VQ, "normalize": True, "gradient": "rotation"},
     "gradient": GRADIENT,
     "gradient, unit, rotation": {**GRADIENT, "normalize": True, "gradient": "rotation"},
     "gradient, entropy": {**GRADIENT, "entropy_weight": 0.1, "entropy_temperature": 0.5},
-    "simvq": {"type": "simvq", "codebook_size": 12, "dim": 3},
-    "simvq, unit, rotation": {
-        "type": "simvq",
-        "codebook_size": 12,
-        "dim": 3,
-        "normalize": True,
-        "gradient": "rotation",
-    },
+    "simvq": SIMVQ,
+    "simvq, unit, rotation": {**SIMVQ, "normalize": True, "gradient": "rotation"},
     "lfq": {"type": "lfq", "bits": 5},
     "bsq": {"type": "bsq", "bits": 5, "commitment": 0.1, "entropy_group": 4},
     "residual": {"type": "residual", "base": VQ, "depth": 3, "dropout": 0.5},
@@ -64,13 +61,9 @@ LEARNING = [name for name in LEARNING if not name.startswith("simvq") and name !
 """Those with a codebook that learns from statistics."""
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
-def started(name: str) -> Quantizer:
-    """The quantizer of a case in training mode, its codebooks from Gaussian data, the conditioning of two levels not zero."""
-    quantizer = make_quantizer(CASES[name])
+def started(case: str | dict[str, Any]) -> Quantizer:
+    """Of a case or a config, in training mode, codebooks from Gaussian data, the conditioning of two levels not zero."""
+    quantizer = make_quantizer(CASES[case] if isinstance(case, str) else case)
     if isinstance(quantizer, TwoLevel):
         with torch.no_grad():
             for parameter in quantizer.condition.parameters():

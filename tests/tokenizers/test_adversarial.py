@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import together
+from tensors import grad, normal
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,10 +31,6 @@ from midway.tokenizers.discriminator import PatchDiscriminator, PlainConv2d, Spe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS: tuple[Kind, ...] = ("hinge", "non_saturating", "wasserstein")
-
-
-def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def discriminator(layers: int = 1, spectral_norm: bool = False, seed: int = 0) -> PatchDiscriminator:
@@ -95,8 +92,7 @@ def test_the_non_saturating_gradient_is_large_where_the_generator_loses() -> Non
     fake = torch.linspace(-20, 20, 9).requires_grad_()
     loss = generator_loss(fake, "non_saturating")
     loss.backward()
-    assert fake.grad is not None
-    torch.testing.assert_close(fake.grad, -torch.sigmoid(-fake.detach()) / 9)
+    torch.testing.assert_close(grad(fake), -torch.sigmoid(-fake.detach()) / 9)
     assert generator_loss(fake.detach() + 1, "non_saturating") < loss
 
 
@@ -241,12 +237,6 @@ def test_averages_weigh_the_steps_that_count_by_powers_of_the_decay() -> None:
     assert averages.updates == 3
 
 
-@pytest.mark.parametrize("shares", [[[7, 5]], [[1, 2, 9]]])
-def test_micro_batches_give_the_averages_of_the_whole_batch(shares: list[list[int]]) -> None:
-    for name, expected in averages_of([[12]]).state_dict().items():
-        torch.testing.assert_close(averages_of(shares).state_dict()[name], expected, rtol=1e-6, atol=0)
-
-
 def test_averages_keep_their_bits_where_nothing_is_to_be_learned() -> None:
     averages = averages_of([[12]])
     before = {name: value.clone() for name, value in averages.state_dict().items()}
@@ -299,11 +289,6 @@ def test_the_weight_is_the_ratio_of_both_gradients_of_the_step_before() -> None:
     assert torch.equal(values[2], values[1])
 
 
-@pytest.mark.parametrize("shares", [[[7, 5]], [[1, 2, 9]]])
-def test_micro_batches_give_the_weight_of_the_whole_batch(shares: list[list[int]]) -> None:
-    torch.testing.assert_close(adaptive_of(shares), adaptive_of([[12]]), rtol=1e-5, atol=0)
-
-
 def test_tiny_gradients_are_weighed_alike_by_any_number_of_micro_batches() -> None:
     """1e-6 is added to the norm of the mean, not of a sum that grows with the number of its parts."""
     weight = normal(2, 3).requires_grad_()
@@ -332,7 +317,14 @@ def test_the_weight_is_finite_without_an_adversary_and_forgets_what_is_not() -> 
     assert set(adaptive.state_dict()) == {"value"}
 
 
-# ---- processes ----
+# ---- micro-batches and processes ----
+
+
+@pytest.mark.parametrize("shares", [[[7, 5]], [[1, 2, 9]]])
+def test_micro_batches_give_the_averages_and_the_weight_of_the_whole_batch(shares: list[list[int]]) -> None:
+    torch.testing.assert_close(averages_of(shares).state_dict(), averages_of([[12]]).state_dict(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(adaptive_of(shares), adaptive_of([[12]]), rtol=1e-5, atol=0)
+
 
 SHARES = {2: [[5, 3], [4]], 3: [[2], [1, 1], [8]]}
 IDLE = {2: [[5, 7], []], 3: [[], [11], [1]]}

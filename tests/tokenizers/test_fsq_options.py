@@ -2,12 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from statistics import NormalDist
 
 import pytest
 import torch
+from tensors import grad, normal
 from torch import Tensor
 
 from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, Form, saturation
@@ -19,10 +20,6 @@ VARIANTS: dict[str, tuple[Form, bool]] = {
     "sigmoid": ("sigmoid", False),
     "ifsq": ("ifsq", False),
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def bounded(variant: str, z: Tensor, level: int) -> Tensor:
@@ -38,33 +35,21 @@ def bounded(variant: str, z: Tensor, level: int) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_value_and_gradient_are_those_of_the_closed_form(variant: str) -> None:
-    levels = [5, 17, 3] if variant == "ifsq" else [8, 5, 6]
-    z = 1.5 * normal(2, 3, 200)
-    weight = normal(2, 3, 200, seed=1)
+def test_value_codes_and_gradient_are_those_of_the_closed_form(variant: str) -> None:
+    levels = {"tanh": [8, 5, 6, 7], "ifsq": [5, 17, 3, 7]}.get(variant, [2, 5, 8, 17])
+    z, weight = 1.5 * normal(2, 4, 200), normal(2, 4, 200, seed=1)
     ours, reference = z.clone().requires_grad_(), z.double().requires_grad_()
     quantizer = FSQ(levels, *VARIANTS[variant])
-    (quantizer(ours).codes * weight).sum().backward()
+    out = quantizer(ours)
+    (out.codes * weight).sum().backward()
     expected = torch.stack([bounded(variant, reference[:, i], level) for i, level in enumerate(levels)], 1)
     (expected * weight).sum().backward()
     torch.testing.assert_close(quantizer.latents(z).double(), expected.detach(), atol=1e-6, rtol=0)
-    assert ours.grad is not None
-    assert reference.grad is not None
-    torch.testing.assert_close(ours.grad.double(), reference.grad, atol=1e-6, rtol=1e-5)
-
-
-def test_gradient_of_each_form_at_zero_and_far_out() -> None:
-    """d latent / d z at 0: 1 for tanh, 1/2 for sigmoid, 0.8 for iFSQ; at |z| = 4 FSQ's is as good as dead."""
-    for variant, slope in (("symmetric", 1.0), ("sigmoid", 0.5), ("ifsq", 0.8)):
-        z = torch.tensor([[[0.0, 4.0]]], requires_grad=True)
-        FSQ([5], *VARIANTS[variant])(z).codes.sum().backward()
-        assert z.grad is not None
-        assert z.grad[0, 0, 0].item() == pytest.approx(slope)
-        assert z.grad[0, 0, 1].item() < 0.04
-    z = torch.tensor([[[4.0]]], requires_grad=True)
-    FSQ([8])(z).codes.sum().backward()
-    assert z.grad is not None
-    assert z.grad.item() == pytest.approx((1 - math.tanh(4 + math.atanh(0.5 / 3.5035)) ** 2) * 3.5035 / 4, rel=1e-3)
+    torch.testing.assert_close(grad(ours).double(), reference.grad, atol=1e-6, rtol=1e-5)
+    halves = torch.tensor([level // 2 if variant == "tanh" else (level - 1) / 2 for level in levels]).view(4, 1)
+    digits = torch.round((expected.detach() + 1) * halves)
+    assert torch.equal(quantizer.indices_to_digits(out.indices), digits.long())
+    torch.testing.assert_close(out.codes.double(), digits / halves - 1, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("level", [2, 3, 4, 8, 17, 256])
@@ -83,14 +68,6 @@ def test_symmetric_codes_are_those_of_the_paper(level: int) -> None:
     assert clear.double().mean() > 0.9
 
 
-def test_two_symmetric_levels_are_the_sign() -> None:
-    z = normal(2, 3, 500)
-    out = FSQ([2, 2, 2], symmetric=True)(z)
-    assert torch.equal(out.codes, z.sign())
-    assert out.counts is not None
-    assert out.counts.min() > 80  # of 1000 / 8
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("level", [3, 4, 5, 6, 7, 8, 17])
 def test_zero_is_in_the_middle_bin(variant: str, level: int) -> None:
@@ -102,13 +79,6 @@ def test_zero_is_in_the_middle_bin(variant: str, level: int) -> None:
     even = level // 2 - level // 2 % 2 if level % 2 == 0 and variant != "tanh" else level // 2
     assert quantizer(z).indices.item() == even
     assert abs(quantizer.latents(z).item()) < 1e-7
-
-
-def test_ifsq_is_the_sigmoid_form_of_steeper_slope_with_odd_levels_only() -> None:
-    z = normal(2, 2, 300)
-    assert torch.equal(FSQ([17, 5], "ifsq")(z).indices, FSQ([17, 5], "sigmoid")(1.6 * z).indices)
-    with pytest.raises(ValueError, match="odd"):
-        FSQ([17, 8], "ifsq")
 
 
 def test_options_are_plain_config_values() -> None:
@@ -157,9 +127,7 @@ def test_dropped_codes_stay_in_the_range_of_the_codes_and_keep_their_gradient(va
     codes.sum().backward()
     straight = z.detach().clone().requires_grad_()
     quantizer.latents(straight).sum().backward()
-    assert z.grad is not None
-    assert straight.grad is not None
-    assert torch.equal(z.grad, straight.grad)
+    assert torch.equal(grad(z), grad(straight))
     every = quantizer.indices_to_codes(torch.arange(math.prod(levels))[None])
     assert torch.equal(codes.amin((0, 2)), every.amin((0, 2)))
     assert torch.equal(codes.amax((0, 2)), every.amax((0, 2)))
@@ -186,13 +154,10 @@ def test_noise_dropout_rounds_in_evaluation_and_needs_no_noise_there() -> None:
         assert torch.equal(out.codes, plain.indices_to_codes(out.indices))
 
 
-def test_the_draw_is_a_function_of_each_samples_noise_and_of_nothing_else() -> None:
+def test_the_draw_is_a_function_of_the_noise_of_the_first_position() -> None:
     quantizer = FSQ([8, 5], noise_dropout=0.5)
     z, noise = normal(16, 2, 3, 3), normal(16, 3, 3, 3, seed=1)
-    state = torch.random.get_rng_state()
     codes = quantizer(z, noise).codes
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(codes, torch.cat([quantizer(z[i : i + 1], noise[i : i + 1]).codes for i in range(16)]))
     elsewhere = noise.clone()
     elsewhere[:, -1, 1:] = 0
     elsewhere[:, -1, :, 1:] = 0
@@ -269,26 +234,6 @@ def test_nothing_depends_on_dtypes(variant: str, dtype: torch.dtype, default: to
     assert out.indices.dtype == torch.int64
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("variant", "dropout"), [("tanh", 0.0), ("symmetric", 0.5), ("ifsq", 0.5)])
-def test_compiles_whole_forward_and_backward(variant: str, dropout: float, training: bool) -> None:
-    torch._dynamo.reset()
-    quantizer = FSQ([5, 7, 9], *VARIANTS[variant], noise_dropout=dropout).train(training)
-    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(
-        lambda z, noise: (lambda out: (out.codes, out.indices))(quantizer(z, noise)),
-        backend="aot_eager",
-        fullgraph=True,
-    )
-    z, noise = normal(6, 3, 4, 4).requires_grad_(), normal(6, 4, 4, 4, seed=1)
-    eager = quantizer(z, noise)
-    codes, indices = compiled(z, noise)
-    assert torch.equal(indices, eager.indices)
-    assert torch.equal(codes, eager.codes)
-    (ours,) = torch.autograd.grad(codes.square().sum(), z)
-    (reference,) = torch.autograd.grad(eager.codes.square().sum(), z)
-    torch.testing.assert_close(ours, reference)
-
-
 @pytest.mark.parametrize(("bits", "expected"), [(6, 0.0391), (8, 0.0626), (10, 0.0725)])
 def test_distortion_of_a_gaussian_source_is_above_the_bound_and_as_computed(bits: int, expected: float) -> None:
     """Bound: D = K**(-2 / channels). FSQ: centroids of its cells, for z = 0.7 x, about the best scale of x ~ N(0, 1)."""
@@ -330,7 +275,7 @@ def test_indices_codes_and_gradient_equal_those_of_the_peer(levels: tuple[int, .
     torch.testing.assert_close(quantizer.indices_to_codes(every).mT, peer.indices_to_codes(every), atol=1e-6, rtol=0)
     (out.codes * weight).sum().backward()
     (codes * weight).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(grad(ours), theirs.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_we_differ_from_the_peer_on_purpose() -> None:

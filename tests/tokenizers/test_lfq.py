@@ -5,16 +5,13 @@ import random
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor
 
 from midway.tokenizers import lfq as lfq_module
 from midway.tokenizers.lfq import BSQ, LFQ, Binary
 
 BOTH: list[type[LFQ] | type[BSQ]] = [LFQ, BSQ]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def plain(quantizer: type[LFQ] | type[BSQ], bits: int) -> Binary:

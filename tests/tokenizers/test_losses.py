@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tensors import grad, normal
 from torch import Tensor, nn
 
 from midway.tokenizers import perceptual
@@ -26,10 +27,6 @@ FORMULAS: dict[Pixel, Callable[[float], float]] = {
     "l2": lambda d: d * d,
     "charbonnier": lambda d: math.hypot(d, 0.25),
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -53,8 +50,7 @@ def test_pixel_losses_are_means_over_all_elements(kind: Pixel) -> None:
 def test_charbonnier_is_smooth_where_nothing_is_wrong() -> None:
     a = torch.tensor([0.0, 1e-3, -4.0], requires_grad=True)
     pixel_loss(a, torch.zeros(3), "charbonnier").backward()
-    assert a.grad is not None
-    torch.testing.assert_close(3 * a.grad, torch.tensor([0, 0.5**0.5, -1]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(3 * grad(a), torch.tensor([0, 0.5**0.5, -1]), rtol=1e-5, atol=0)
 
 
 def test_what_would_broadcast_or_mean_nothing_raises() -> None:
@@ -124,9 +120,8 @@ def test_distances_are_those_of_lpips(
     for loss in (expected, found):
         (weights * loss).sum().backward()
     for theirs, mine in zip(*leaves, strict=True):
-        assert theirs.grad is not None
-        assert theirs.grad.abs().max() > 0
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-7)
+        assert grad(theirs).abs().max() > 0
+        torch.testing.assert_close(mine.grad, grad(theirs), rtol=1e-3, atol=1e-7)
     grey = reference(a[:, :1].repeat(1, 3, 1, 1), b[:, :1].repeat(1, 3, 1, 1)).flatten()
     torch.testing.assert_close(ours(a[:, :1], b[:, :1]), grey, rtol=1e-5, atol=0)
 
@@ -138,8 +133,7 @@ def test_flat_images_are_at_distance_0_with_finite_gradients(net: Net, files: di
     assert distance(a, a).tolist() == [0]
     assert distance(b, b).tolist() == [0, 0]
     distance(b, b.detach() + 1e-7).sum().backward()
-    assert b.grad is not None
-    assert b.grad.isfinite().all()
+    assert grad(b).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,14 +1,15 @@
 """The convolutional pair: its default architecture, what it starts as, its options, and that they change nothing else."""
 
 import itertools
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, cast
 
 import pytest
 import torch
+from networks import OPTIONS, UPSAMPLES, conv_pair
+from tensors import gradients, normal, randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers import recomputed
 from midway.tokenizers.attention import AttentionBlock, SelfAttention
 from midway.tokenizers.networks import (
     Decoder,
@@ -22,53 +23,6 @@ from midway.tokenizers.networks import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-M = TypeVar("M", bound=nn.Module)
-UPSAMPLES = get_args(Upsample)
-OPTIONS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "attention": {"attention": True},
-    "multipliers": {"multipliers": (1, 2)},
-    "both": {"attention": True, "multipliers": (1, 2, 3)},
-}
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomised(module: M, seed: int = 0) -> M:
-    """`module` with a little noise on every parameter, so that nothing is zero or equal by initialisation."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-class Pair(nn.Module):
-    """Encoder and decoder, one after the other."""
-
-    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
-        super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(self.encoder(images))
-
-
-def pair(upsample: Upsample = "nearest", factor: int = 4, width: int = 32, blocks: int = 1, **options: Any) -> Pair:
-    """Of RGB images and 4 code channels."""
-    torch.manual_seed(0)
-    encoder = Encoder(3, width, factor, blocks, 4, **options)
-    return Pair(encoder, Decoder(4, width, factor, blocks, 3, upsample, **options))
-
-
-def gradients(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output, then the gradient of its mean square with respect to every parameter."""
-    out = network(x)
-    return [out.detach(), *torch.autograd.grad(out.float().square().mean(), list(network.parameters()))]
-
 
 # The default architecture ---------------------------------------------------------------------------------------------
 
@@ -177,7 +131,7 @@ def test_every_size_channel_count_and_factor(channels: int, upsample: Upsample) 
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_pair_starts_as_its_shortcuts(options: str, upsample: Upsample) -> None:
-    network = pair(upsample, **OPTIONS[options])
+    network = conv_pair(upsample, **OPTIONS[options])
     encoder, decoder = network.encoder, network.decoder
     images = normal(2, 3, 16, 16)
     z = encoder(images)
@@ -203,7 +157,7 @@ def middle_of_constant(decoder: Decoder, codes: int = 16, factor: int = 4) -> Te
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_there_is_no_checkerboard_at_the_start(options: str, upsample: Upsample) -> None:
-    middle = middle_of_constant(pair(upsample, **OPTIONS[options]).decoder)
+    middle = middle_of_constant(conv_pair(upsample, **OPTIONS[options]).decoder)
     assert middle.shape[-1] == 16
     assert middle.abs().max() > 0.01
     assert (middle - middle[..., :1, :1]).abs().max() < 1e-5
@@ -211,7 +165,7 @@ def test_there_is_no_checkerboard_at_the_start(options: str, upsample: Upsample)
 
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 def test_after_training_only_resizing_is_free_of_it(upsample: Upsample) -> None:
-    middle = middle_of_constant(randomised(pair(upsample).decoder))
+    middle = middle_of_constant(randomised(conv_pair(upsample).decoder))
     free = (middle - middle[..., :1, :1]).abs().max() < 1e-5
     assert free == (upsample in ("nearest", "bilinear"))
 
@@ -249,7 +203,7 @@ def test_a_doubling_is_normalised_and_activated_before_it_grows(upsample: Upsamp
 
 
 def test_attention_is_softmax_attention_of_normalised_heads() -> None:
-    layer = cast(SelfAttention, randomised(SelfAttention(8, 2)))
+    layer = randomised(SelfAttention(8, 2))
     x = normal(2, 5, 8)
     w, state = x.double(), {name: value.double() for name, value in layer.state_dict().items()}
     q, k, v = (w @ state["qkv.weight"].T + state["qkv.bias"]).split(8, dim=-1)
@@ -263,7 +217,7 @@ def test_attention_is_softmax_attention_of_normalised_heads() -> None:
 
 
 def test_an_attention_block_adds_attention_over_all_positions() -> None:
-    block = cast(AttentionBlock, randomised(AttentionBlock(16)))
+    block = randomised(AttentionBlock(16))
     x = normal(2, 16, 3, 5)
     rows = F.group_norm(x, 8, block.norm.weight, block.norm.bias).permute(0, 2, 3, 1).reshape(2, 15, 16)
     expected = x + block.attention(rows).reshape(2, 3, 5, 16).permute(0, 3, 1, 2)
@@ -293,12 +247,12 @@ def visited(network: nn.Module, x: Tensor) -> list[tuple[str, int, int]]:
 
 
 def test_where_blocks_run() -> None:
-    network = pair(factor=8, width=8, blocks=3, attention=True, multipliers=(1, 2, 3))
+    network = conv_pair(factor=8, width=8, blocks=3, attention=True, multipliers=(1, 2, 3))
     fine, middle = [("ResidualBlock", 8, 16)] * 3, [("ResidualBlock", 16, 8)] * 3
     lowest = [("ResidualBlock", 24, 4)] * 2 + [("AttentionBlock", 24, 4), ("ResidualBlock", 24, 4)]
     assert visited(network.encoder, normal(1, 3, 32, 32)) == [*fine, *middle, *lowest]
     assert visited(network.decoder, normal(1, 4, 4, 4)) == [*lowest, *middle, *fine]
-    assert visited(pair(factor=8, width=8, blocks=3), normal(1, 3, 32, 32)) == [("ResidualBlock", 8, 4)] * 6
+    assert visited(conv_pair(factor=8, width=8, blocks=3), normal(1, 3, 32, 32)) == [("ResidualBlock", 8, 4)] * 6
 
 
 def test_the_decoder_ends_light() -> None:
@@ -307,21 +261,10 @@ def test_the_decoder_ends_light() -> None:
     assert widths == [3 * 256, 64, 64, 64, 32, 32, 32, 16, 8, 8, 3]
 
 
-@pytest.mark.parametrize("upsample", UPSAMPLES)
-@pytest.mark.parametrize("options", OPTIONS)
-def test_the_gradient_reaches_every_parameter(options: str, upsample: Upsample) -> None:
-    network = randomised(pair(upsample, **OPTIONS[options]))
-    for (name, _), gradient in zip(
-        network.named_parameters(), gradients(network, normal(2, 3, 16, 16))[1:], strict=True
-    ):
-        assert gradient.isfinite().all(), name
-        assert gradient.abs().max() > 0, name
-
-
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_first_step_wakes_what_starts_at_zero(options: str) -> None:
     """Zero layers get a gradient at once, or nothing behind them ever would."""
-    network = pair(**OPTIONS[options])
+    network = conv_pair(**OPTIONS[options])
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     for step in range(3):
         optimizer.zero_grad()
@@ -330,63 +273,9 @@ def test_the_first_step_wakes_what_starts_at_zero(options: str) -> None:
     assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters() if parameter.grad is not None)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_gradient_checkpointing_computes_again_and_changes_no_bit(
-    options: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = randomised(pair("transposed", **OPTIONS[options]))
-    calls: list[int] = []
-    compute = AttentionBlock.compute
-    monkeypatch.setattr(AttentionBlock, "compute", lambda block, x: (calls.append(1), compute(block, x))[1])
-    records, counts = [], []
-    for switch in (False, True):
-        able = [module for module in network.modules() if hasattr(module, "gradient_checkpointing")]
-        for module in able:
-            module.gradient_checkpointing = switch  # pyright: ignore[reportArgumentType]
-        calls.clear()
-        records.append(gradients(network, normal(2, 3, 16, 16)))
-        counts.append(len(calls))
-    assert all(torch.equal(a, b) for a, b in zip(*records, strict=True))
-    blocks = 2 if OPTIONS[options].get("attention") else 0
-    assert counts == [blocks, 2 * blocks]
-
-
-def test_without_gradients_attention_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = AttentionBlock(8)
-    block.gradient_checkpointing = True
-    monkeypatch.setattr(recomputed, "checkpoint", None)  # calling it would raise
-    with torch.no_grad():
-        assert torch.equal(block(torch.ones(1, 8, 2, 2)), torch.ones(1, 8, 2, 2))
-
-
-@pytest.mark.parametrize("upsample", UPSAMPLES)
-def test_bfloat16_runs_and_is_near(upsample: Upsample) -> None:
-    network = randomised(pair(upsample, **OPTIONS["both"]))
-    x = normal(2, 3, 16, 16)
-    expected = gradients(network, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast_inside = gradients(network, x)
-    with torch.no_grad():
-        cast_outside = network.to(torch.bfloat16)(x.bfloat16())
-    assert cast_outside.dtype == torch.bfloat16
-    assert all(gradient.isfinite().all() for gradient in cast_inside)
-    for out in (cast_inside[0].float(), cast_outside.float()):
-        assert (out - expected[0]).std() < 0.05 * expected[0].std()
-
-
-@pytest.mark.parametrize("upsample", UPSAMPLES)
-def test_both_compile_as_one_graph(upsample: Upsample) -> None:
-    network = randomised(pair(upsample, factor=2, width=8, attention=True, multipliers=(1, 2)))
-    x = normal(1, 3, 8, 8)
-    torch.compiler.reset()
-    compiled = cast(nn.Module, torch.compile(network, fullgraph=True, backend="eager"))
-    for a, b in zip(gradients(compiled, x), gradients(network, x), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("upsample", UPSAMPLES)
 def test_channels_last_gives_the_same_and_stays(upsample: Upsample) -> None:
-    network = randomised(pair(upsample, **OPTIONS["both"]))
+    network = randomised(conv_pair(upsample, **OPTIONS["both"]))
     x = normal(2, 3, 16, 16)
     expected = gradients(network, x)
     network = network.to(memory_format=torch.channels_last)
@@ -418,7 +307,7 @@ def test_channels_last_gives_the_same_and_stays(upsample: Upsample) -> None:
 )
 def test_unusable_settings_raise(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pair(**arguments)
+        conv_pair(**arguments)
 
 
 @pytest.mark.parametrize("heads", [0, 3])

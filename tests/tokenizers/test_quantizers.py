@@ -1,6 +1,7 @@
 """Contracts of all quantizers: exact inverses, dtypes, and statistics that do not depend on how a batch is divided."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import together
-from quantizer_cases import CASES, CONTINUOUS, DISCRETE, INEXACT, LEARNING, inputs, normal, started
+from quantizer_cases import CASES, CONTINUOUS, DISCRETE, INEXACT, LEARNING, inputs, started
+from tensors import grad, normal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -48,7 +50,17 @@ def test_every_registered_quantizer_has_a_case() -> None:
         ({"type": "grouped", "base": CASES["fsq"], "groups": 1}, "groups is 1.*the base itself"),
         ({"type": "grouped", "base": CASES["kl"], "groups": 2}, "'kl', which is continuous"),
         ({"type": "two_level", "top": CASES["kl"], "bottom": CASES["vq"]}, "top is of type 'kl', which is continuous"),
+        ({"type": "residual", "base": CASES["vq"], "depth": 2, "dropout": 1.5}, "dropout is 1.5"),
+        ({"type": "residual", "base": {"type": "fsq", "levels": [9, 8]}, "depth": 6}, "531441 levels of one channel"),
+        ({"type": "residual", "base": CASES["fsq, noise dropout"], "depth": 2}, "noise_dropout in the base"),
+        ({"type": "residual", "base": CASES["vq, unit, rotation"], "depth": 2}, "neither normalise"),
         ({"type": "two_level", "top": CASES["vq"], "bottom": CASES["identity"]}, "bottom is of type 'identity', which"),
+        (
+            {"type": "two_level", "top": CASES["vq"], "bottom": {"type": "fsq", "levels": [3, 5]}},
+            "codebook_size is 12 of top and 15 of bottom.*equal",
+        ),
+        ({"type": "two_level", "top": CASES["vq"], "bottom": CASES["grouped"]}, "groups is 1 of top and 2 of bottom"),
+        ({"type": "two_level", "top": CASES["two_level"], "bottom": CASES["vq"]}, "no square grid"),
     ],
 )
 def test_invalid_configs_name_the_remedy(config: dict[str, Any], message: str) -> None:
@@ -78,6 +90,35 @@ def test_every_code_round_trips(name: str) -> None:
     assert torch.equal(quantizer.codes_to_indices(codes), indices)
     assert torch.equal(quantizer.snap(codes), codes)
     assert len(codes[:-7].flatten(1).unique(dim=0)) == quantizer.codebook_size
+
+
+GRIDS: list[dict[str, Any]] = [
+    {"type": "fsq", "levels": [8, 5, 6]},
+    {"type": "fsq", "levels": [8, 5, 6], "symmetric": True},
+    {"type": "fsq", "levels": [4, 3, 2], "form": "sigmoid"},
+]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"type": "residual", "base": grid, "depth": 2} for grid in GRIDS),
+        {"type": "residual", "base": {"type": "fsq", "levels": [3, 4]}, "depth": 3},
+        {"type": "grouped", "base": {**CASES["vq"], "codebook_size": 5}, "groups": 3},
+        {"type": "grouped", "base": {"type": "fsq", "levels": [3, 4]}, "groups": 2},
+        {"type": "two_level", "top": {"type": "fsq", "levels": [3]}, "bottom": {"type": "fsq", "levels": [3]}},
+    ],
+)
+def test_indices_and_codes_are_a_bijection_over_all_tuples(config: dict[str, Any]) -> None:
+    quantizer = make_quantizer(config)
+    quantizer.start(normal(30, quantizer.in_dim, 4, 4))
+    sequence = isinstance(quantizer, TwoLevel)  # of one code of the top and four of the bottom
+    tuples = itertools.product(range(quantizer.codebook_size or 0), repeat=5 if sequence else quantizer.groups)
+    indices = torch.tensor(list(tuples)).unsqueeze(1 if not sequence else -1).squeeze(-1)
+    codes = quantizer.indices_to_codes(indices)
+    assert torch.equal(quantizer.codes_to_indices(codes), indices)
+    assert torch.equal(quantizer.snap(codes), codes)
+    assert len(codes.flatten(1).unique(dim=0)) == len(indices)
 
 
 @of_discrete
@@ -247,8 +288,7 @@ def test_recomputed_activations_change_nothing(name: str, reentrant: bool) -> No
                 quantizer.observe(out)
                 loss.backward()
             quantizer.update()
-        assert weight.grad is not None
-        return quantizer.state_dict(), weight.grad
+        return quantizer.state_dict(), grad(weight)
 
     plain, gradient = run(lambda call, *arguments: call(*arguments))
     saved, also = run(lambda *arguments: checkpoint(*arguments, use_reentrant=reentrant))
@@ -279,6 +319,7 @@ def test_forward_learns_nothing(name: str) -> None:
         quantizer.train(training)(*inputs(quantizer))
         quantizer.update()
     quantizer.start(-inputs(quantizer)[0])  # the second time
+    quantizer.observe(quantizer(*inputs(quantizer)))  # without an update
     assert_equal(quantizer.state_dict(), before)
 
 
@@ -374,10 +415,10 @@ def test_training_never_waits_for_the_device(name: str) -> None:
             z[z > 0].sum()
 
 
-COMPILED = ["fsq", "vq, unit, rotation", "gradient, entropy", "simvq", "lfq", "residual", "residual, fsq"]
+FLAT = ["fsq", "fsq, symmetric", "fsq, ifsq", "vq, unit, rotation", "gradient, entropy", "simvq", "lfq"]
 
 
-@pytest.mark.parametrize("name", [*COMPILED, "grouped", "two_level, parts"])
+@pytest.mark.parametrize("name", [*FLAT, "residual", "residual, fsq", "grouped", "two_level, parts"])
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_compiles_into_one_graph(name: str, training: bool) -> None:
     torch._dynamo.reset()

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor, nn
 
 from midway.tokenizers.networks import Decoder, Encoder
@@ -14,10 +15,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # height, width, tile, overlap
 LAYOUTS = [(12, 12, 8, 4), (13, 21, 8, 5), (9, 30, 8, 4), (16, 7, 8, 7), (5, 6, 8, 4), (8, 8, 8, 4), (20, 20, 9, 6)]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def small_decoder(doublings: int) -> nn.Module:
@@ -39,14 +36,17 @@ def small_encoder() -> nn.Module:
 # Equal to the whole ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("doublings", [0, 2])
+@pytest.mark.parametrize("network", ["decoder", "decoder of the same size", "encoder"])
 @pytest.mark.parametrize(("height", "width", "tile", "overlap"), LAYOUTS)
-def test_decoding_in_tiles_equals_decoding_the_whole(
-    height: int, width: int, tile: int, overlap: int, doublings: int
-) -> None:
-    decoder, codes = small_decoder(doublings), normal(2, 4, height, width).double()
-    out = apply_tiled(decoder, codes, 1, tile, overlap, 2 if doublings else 1)
-    torch.testing.assert_close(out, decoder(codes), atol=1e-12, rtol=0)
+def test_tiles_equal_the_whole(height: int, width: int, tile: int, overlap: int, network: str) -> None:
+    codes, images = normal(2, 4, height, width).double(), normal(2, 3, 4 * height, 4 * width).double()
+    function, x, pixels, margin = {
+        "decoder": (small_decoder(2), codes, 1, 2),
+        "decoder of the same size": (small_decoder(0), codes, 1, 1),
+        "encoder": (small_encoder(), images, 4, 2),
+    }[network]
+    out = apply_tiled(function, x, pixels, tile, overlap, margin)
+    torch.testing.assert_close(out, function(x), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("margin", [0, 1])
@@ -56,13 +56,6 @@ def test_a_receptive_field_beyond_the_margin_changes_only_seams(margin: int) -> 
     assert error.max() > 1e-4
     outside = torch.cat([error[:16, :16].flatten(), error[32:, 32:].flatten()])  # covered by one tile
     assert outside.max() < 1e-12
-
-
-@pytest.mark.parametrize(("height", "width", "tile", "overlap"), LAYOUTS)
-def test_encoding_in_tiles_equals_encoding_the_whole(height: int, width: int, tile: int, overlap: int) -> None:
-    encoder, images = small_encoder(), normal(2, 3, 4 * height, 4 * width).double()
-    out = apply_tiled(encoder, images, 4, tile, overlap, 2)
-    torch.testing.assert_close(out, encoder(images), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("upsample", ["pixel_shuffle", "nearest", "bilinear", "transposed"])

@@ -1,53 +1,21 @@
 """The transformer pair: where patches and tokens go, positions, reach of attention, and independence of how it is run."""
 
 import math
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import pytest
 import torch
+from networks import vit_pair
+from tensors import normal, randomised
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers import recomputed
 from midway.tokenizers.attention import TransformerBlock
 from midway.tokenizers.vit import ViTDecoder, ViTEncoder, positions_2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-M = TypeVar("M", bound=nn.Module)
 MODES = [None, 1, 5]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomised(module: M) -> M:
-    """`module` with a little noise on every parameter, so that nothing is zero or equal by initialisation."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return module
-
-
-class Pair(nn.Module):
-    """Encoder and decoder of 12x12 RGB images in 3x3 patches of 4 and codes of 6 channels."""
-
-    def __init__(self, tokens: int | None, width: int = 16, depth: int = 2, heads: int = 2) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder = ViTEncoder(3, 12, 4, width, depth, heads, tokens, 6)
-        self.decoder = ViTDecoder(6, 12, 4, width, depth, heads, tokens, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.decoder(self.encoder(images))
-
-
-def gradients(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output, then the gradient of its mean square with respect to every parameter."""
-    out = network(x)
-    return [out.detach(), *torch.autograd.grad(out.float().square().mean(), list(network.parameters()))]
 
 
 # Layout ---------------------------------------------------------------------------------------------------------------
@@ -62,7 +30,7 @@ def test_shapes(tokens: int | None, channels: int, size: int, patch: int) -> Non
 
 
 def test_without_blocks_a_code_is_that_of_its_own_patch() -> None:
-    pair = Pair(None)
+    pair = vit_pair(None)
     pair.encoder.blocks, pair.decoder.blocks = nn.ModuleList(), nn.ModuleList()
     images = normal(1, 3, 12, 12).requires_grad_()
     z = pair.encoder(images)
@@ -77,7 +45,7 @@ def test_without_blocks_a_code_is_that_of_its_own_patch() -> None:
 
 def test_a_patch_is_read_and_written_in_the_same_order() -> None:
     """With inverse linear maps alone the pair is the identity, up to the norms, which these images do not change."""
-    pair = Pair(None, width=48)
+    pair = vit_pair(None, width=48)
     pair.encoder.blocks, pair.decoder.blocks = nn.ModuleList(), nn.ModuleList()
     encoder, decoder = pair.encoder, pair.decoder
     encoder.head, decoder.embed = nn.Linear(48, 48), nn.Linear(48, 48)
@@ -104,7 +72,7 @@ def test_positions_are_sinusoids_of_row_and_column() -> None:
 
 
 def test_positions_are_no_part_of_an_artefact() -> None:
-    assert not any("positions" in name for name in Pair(5).state_dict())
+    assert not any("positions" in name for name in vit_pair(5).state_dict())
 
 
 # What sees what -------------------------------------------------------------------------------------------------------
@@ -112,7 +80,7 @@ def test_positions_are_no_part_of_an_artefact() -> None:
 
 @pytest.mark.parametrize("tokens", MODES)
 def test_every_code_depends_on_every_pixel_and_every_pixel_on_every_code(tokens: int | None) -> None:
-    pair = randomised(Pair(tokens))
+    pair = randomised(vit_pair(tokens))
     images = normal(1, 3, 12, 12).requires_grad_()
     z = pair.encoder(images)
     for code in z.flatten(2).unbind(2):
@@ -126,12 +94,12 @@ def test_every_code_depends_on_every_pixel_and_every_pixel_on_every_code(tokens:
 
 @pytest.mark.parametrize("tokens", MODES)
 def test_images_of_a_batch_do_not_see_one_another(tokens: int | None) -> None:
-    pair, images = randomised(Pair(tokens)), normal(3, 3, 12, 12)
+    pair, images = randomised(vit_pair(tokens)), normal(3, 3, 12, 12)
     torch.testing.assert_close(pair(images)[1:2], pair(images[1:2]), atol=1e-5, rtol=1e-5)
 
 
 def test_permuted_latent_tokens_give_permuted_codes() -> None:
-    encoder, images, order = randomised(Pair(5).encoder), normal(2, 3, 12, 12), torch.tensor([3, 0, 4, 1, 2])
+    encoder, images, order = randomised(vit_pair(5).encoder), normal(2, 3, 12, 12), torch.tensor([3, 0, 4, 1, 2])
     before = encoder(images)
     assert (before.unsqueeze(3) - before.unsqueeze(2)).abs().amax((0, 1)).fill_diagonal_(1).min() > 1e-3
     with torch.no_grad():
@@ -141,7 +109,7 @@ def test_permuted_latent_tokens_give_permuted_codes() -> None:
 
 
 def test_the_order_of_codes_matters_because_each_has_a_position() -> None:
-    decoder, codes, order = randomised(Pair(5).decoder), normal(2, 6, 5), torch.tensor([3, 0, 4, 1, 2])
+    decoder, codes, order = randomised(vit_pair(5).decoder), normal(2, 6, 5), torch.tensor([3, 0, 4, 1, 2])
     before = decoder(codes)
     assert (decoder(codes[:, :, order]) - before).abs().max() > 1e-3
     with torch.no_grad():
@@ -153,13 +121,13 @@ def test_the_order_of_codes_matters_because_each_has_a_position() -> None:
 @pytest.mark.parametrize("tokens", [None, 5])
 def test_shifted_images_are_told_apart_by_position(tokens: int | None) -> None:
     """Attention alone would give permuted patches the same set of codes."""
-    encoder, images = randomised(Pair(tokens).encoder), normal(1, 3, 12, 12)
+    encoder, images = randomised(vit_pair(tokens).encoder), normal(1, 3, 12, 12)
     before, after = encoder(images).flatten(2), encoder(images.roll(4, 3)).flatten(2)
     assert torch.cdist(before[0].T, after[0].T).min() > 1e-3
 
 
 def test_one_code_everywhere_still_gives_different_patches() -> None:
-    patches = F.pixel_unshuffle(randomised(Pair(1).decoder)(normal(1, 6, 1)), 4).flatten(2)[0].T
+    patches = F.pixel_unshuffle(randomised(vit_pair(1).decoder)(normal(1, 6, 1)), 4).flatten(2)[0].T
     assert torch.cdist(patches, patches).fill_diagonal_(1).min() > 1e-3
 
 
@@ -192,75 +160,13 @@ def test_at_the_start_latents_have_about_unit_variance_and_images_are_near_grey(
         assert 0.05 < decoder(z).square().mean().sqrt() < 0.35
 
 
-@pytest.mark.parametrize("tokens", MODES)
-@pytest.mark.parametrize("start", [False, True])
-def test_the_gradient_reaches_every_parameter(tokens: int | None, start: bool) -> None:
-    network = Pair(tokens) if start else randomised(Pair(tokens))
-    for (name, _), gradient in zip(
-        network.named_parameters(), gradients(network, normal(2, 3, 12, 12))[1:], strict=True
-    ):
-        assert gradient.isfinite().all(), name
-        assert gradient.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("tokens", [None, 5])
-def test_gradient_checkpointing_computes_again_and_changes_no_bit(
-    tokens: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = randomised(Pair(tokens))
-    calls: list[int] = []
-    compute = TransformerBlock.compute
-    monkeypatch.setattr(TransformerBlock, "compute", lambda block, x: (calls.append(1), compute(block, x))[1])
-    records, counts = [], []
-    for switch in (False, True):
-        for module in network.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = switch  # pyright: ignore[reportArgumentType]
-        calls.clear()
-        records.append(gradients(network, normal(2, 3, 12, 12)))
-        counts.append(len(calls))
-    assert counts == [4, 8]
-    assert all(torch.equal(a, b) for a, b in zip(*records, strict=True))
-
-
-def test_without_gradients_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = TransformerBlock(8, 2)
-    block.gradient_checkpointing = True
-    monkeypatch.setattr(recomputed, "checkpoint", None)  # calling it would raise
-    with torch.no_grad():
-        assert block(normal(1, 3, 8)).shape == (1, 3, 8)
-
-
-@pytest.mark.parametrize("tokens", [None, 5])
-def test_bfloat16_runs_and_is_near(tokens: int | None) -> None:
-    network, x = randomised(Pair(tokens)), normal(2, 3, 12, 12)
-    expected = gradients(network, x)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast_inside = gradients(network, x)
-    with torch.no_grad():
-        cast_outside = network.to(torch.bfloat16)(x.bfloat16())
-    assert cast_outside.dtype == torch.bfloat16
-    assert all(gradient.isfinite().all() for gradient in cast_inside)
-    for out in (cast_inside[0].float(), cast_outside.float()):
-        assert (out - expected[0]).std() < 0.05 * expected[0].std()
-
-
 @pytest.mark.parametrize("tokens", [None, 5])
 def test_positions_may_stay_in_float32_when_parameters_are_converted(tokens: int | None) -> None:
     """As `from_pretrained(torch_dtype=torch.bfloat16)` leaves them."""
-    network, x = randomised(Pair(tokens)).to(torch.bfloat16), normal(2, 3, 12, 12).bfloat16()
+    network, x = randomised(vit_pair(tokens)).to(torch.bfloat16), normal(2, 3, 12, 12).bfloat16()
     for half in (network.encoder, network.decoder):
         half.positions = positions_2d(3, 16)
     assert network(x).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("tokens", [None, 5])
-def test_both_compile_as_one_graph(tokens: int | None) -> None:
-    network, x = randomised(Pair(tokens, width=8, depth=1)), normal(1, 3, 12, 12)
-    torch.compiler.reset()
-    compiled = cast(nn.Module, torch.compile(network, fullgraph=True, backend="eager"))
-    for a, b in zip(gradients(compiled, x), gradients(network, x), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
@@ -289,7 +195,7 @@ def test_unusable_settings_raise(arguments: dict[str, Any], message: str) -> Non
 
 @pytest.mark.parametrize("tokens", [None, 5])
 def test_other_sizes_raise(tokens: int | None) -> None:
-    pair = Pair(tokens)
+    pair = vit_pair(tokens)
     with pytest.raises(ValueError, match=r"images .* \(B, 3, 12, 12\)"):
         pair.encoder(normal(1, 3, 16, 16))
     with pytest.raises(ValueError, match=r"codes .* \(B, 6, "):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from tensors import normal
 from torch import Tensor
 
 from midway.tokenizers import clustering
@@ -16,15 +17,27 @@ from midway.tokenizers.vq import VQ, laplace
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def fixed(size: int = 16, dim: int = 4, restart_threshold: float = 0.0, decay: float = 0.9) -> VQ:
     """A VQ whose codebook counts as initialised, so that the data does not choose it."""
     quantizer = VQ(size, dim, decay=decay, restart_threshold=restart_threshold)
     quantizer.step.fill_(0)
     return quantizer
+
+
+def with_dead_codes(size: int, dead: int, threshold: float = 1.0, count: float = 1e-3) -> VQ:
+    """The last `dead` codes are far away and out of use."""
+    quantizer = fixed(size, restart_threshold=threshold)
+    quantizer.codebook[size - dead :] += 100
+    quantizer.count[size - dead :] = count
+    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
+    return quantizer
+
+
+def learn(quantizer: VQ, *batches: Tensor) -> None:
+    """A step of training on each batch."""
+    for batch in batches:
+        quantizer.observe(quantizer(batch))
+        quantizer.update()
 
 
 def blobs(count: int, dim: int, per_blob: int) -> Tensor:
@@ -72,56 +85,37 @@ def test_reduced_precision_products_are_switched_off_and_on_again() -> None:
         matmul.fp32_precision = before
 
 
-# Forward --------------------------------------------------------------------------------------------------------------
-
-
-def test_gradient_is_straight_through_plus_commitment() -> None:
-    quantizer = fixed()
-    z, weight = normal(2, 4, 5).requires_grad_(), normal(2, 4, 5, seed=1)
-    out = quantizer(z)
-    ((out.codes * weight).sum() + out.loss).backward()
-    expected = weight + 2 * 0.25 * (z.detach() - out.codes.detach()) / z.numel()
-    torch.testing.assert_close(z.grad, expected)
-    assert out.loss.item() == pytest.approx(0.25 * out.losses["commitment"].item())
-
-
 # Running means --------------------------------------------------------------------------------------------------------
 
 
-def ema_reference(codebook: Tensor, batches: list[Tensor], decay: float, eps: float) -> tuple[Tensor, Tensor]:
-    """van den Oord et al. 2017, app. A.1, with Laplace smoothing, in float64, one vector at a time."""
-    codes = codebook.double()
-    count, total = torch.ones(len(codes), dtype=torch.float64), codes.clone()
-    for batch in batches:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_codebook_follows_the_closed_form(normalize: bool) -> None:
+    """van den Oord et al. 2017, app. A.1, in float64, one vector at a time: smoothed means, or unit vectors along the sums."""
+    quantizer = VQ(16, 4, decay=0.9, eps=1e-5, restart_threshold=0.0, normalize=normalize)
+    quantizer.step.fill_(0)
+    codes = quantizer.codebook.double()
+    count, total = torch.ones(16, dtype=torch.float64), codes.clone()
+    for step in range(6):
+        batch = 3 * normal(50 + 10 * step, 4, seed=step) + 1
+        learn(quantizer, batch)
         hits, sums = torch.zeros_like(count), torch.zeros_like(total)
         for vector in batch.double():
-            nearest = (codes - vector).square().sum(1).argmin()
+            latent = vector / vector.norm() if normalize else vector
+            nearest = (codes - latent).square().sum(1).argmin()
             hits[nearest] += 1
-            sums[nearest] += vector
-        count, total = decay * count + (1 - decay) * hits, decay * total + (1 - decay) * sums
-        n = count.sum()
-        codes = total / ((count + eps) / (n + len(count) * eps) * n)[:, None]
-    return codes, count
-
-
-def test_codebook_follows_the_closed_form() -> None:
-    quantizer = fixed()
-    start = quantizer.codebook.clone()
-    batches = [normal(50 + 10 * i, 4, seed=i) for i in range(6)]
-    for batch in batches:
-        quantizer.observe(quantizer(batch))
-        quantizer.update()
-    codes, count = ema_reference(start, batches, 0.9, 1e-5)
+            sums[nearest] += latent
+        count, total = 0.9 * count + 0.1 * hits, 0.9 * total + 0.1 * sums
+        smoothed = (count + 1e-5) / (count.sum() + 16 * 1e-5) * count.sum()
+        codes = total / (total.norm(dim=1) if normalize else smoothed)[:, None]
     torch.testing.assert_close(quantizer.codebook.double(), codes, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(quantizer.count.double(), count, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantizer.codes(), quantizer.codebook)
     assert quantizer.step == 6
 
 
 def test_total_count_is_a_geometric_series_and_smoothing_keeps_it() -> None:
     quantizer = fixed()
-    for _ in range(5):
-        quantizer.observe(quantizer(normal(40, 4)))
-        quantizer.update()
+    learn(quantizer, *[normal(40, 4)] * 5)
     expected = 0.9**5 * 16 + (1 - 0.9**5) * 40
     assert quantizer.count.sum().item() == pytest.approx(expected, rel=1e-5)
     assert laplace(quantizer.count, 1e-2).sum().item() == pytest.approx(expected, rel=1e-5)
@@ -132,9 +126,7 @@ def test_a_fixed_batch_converges_to_its_cluster_means() -> None:
     quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]]))
     quantizer.total.copy_(quantizer.codebook)
     batch = quantizer.codebook.repeat_interleave(20, 0) + normal(60, 2)
-    for _ in range(40):
-        quantizer.observe(quantizer(batch))
-        quantizer.update()
+    learn(quantizer, *[batch] * 40)
     torch.testing.assert_close(quantizer.codebook, batch.view(3, 20, 2).mean(1), atol=1e-4, rtol=1e-4)
 
 
@@ -170,6 +162,10 @@ def test_start_initialises_the_codebook_from_data() -> None:
     assert quantizer(rows).losses["commitment"] < 1.3
     assert quantizer.initialised
     assert quantizer.count.tolist() == [1.0] * 8
+    assert quantizer.step == 0
+    spatial = VQ(8, 4)
+    spatial.start(rows.view(25, 16, 4).movedim(-1, 1))
+    assert equal(learned(spatial), learned(quantizer))
     batch = VQ(8, 4, init="batch")
     batch.start(rows)
     assert all((code == rows).all(1).any() for code in batch.codebook)
@@ -188,23 +184,17 @@ def test_restart_revives_dead_codes(threshold: float) -> None:
     quantizer = fixed(64, 4, restart_threshold=threshold, decay=0.99)
     quantizer.codebook[8:] += 100
     quantizer.total[8:] += 100
-    for step in range(30):
-        quantizer.observe(quantizer(normal(512, 4, seed=step)))
-        quantizer.update()
+    learn(quantizer, *(normal(512, 4, seed=step) for step in range(30)))
     share = usage(quantizer(normal(4096, 4, seed=99)).counts)
     assert share == 0.125 if threshold == 0 else share > 0.9
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.5])
 def test_restarted_codes_are_vectors_of_the_batch_and_live_ones_stay(threshold: float) -> None:
-    quantizer, plain = fixed(32, 4, restart_threshold=threshold), fixed(32, 4)
+    quantizer, plain = (with_dead_codes(32, 16, each, 0.25) for each in (threshold, 0.0))
     rows = normal(300, 4)
     for each in (quantizer, plain):
-        each.codebook[16:] += 100
-        each.count[16:] = 0.25
-        each.total.copy_(each.codebook * each.count[:, None])
-        each.observe(each(rows))
-        each.update()
+        learn(each, rows)
     dead = plain.count < threshold
     assert dead.sum() >= 16
     torch.testing.assert_close(quantizer.codebook[~dead], plain.codebook[~dead], atol=1e-4, rtol=1e-4)
@@ -214,12 +204,8 @@ def test_restarted_codes_are_vectors_of_the_batch_and_live_ones_stay(threshold: 
 
 
 def test_no_more_codes_restart_than_there_are_vectors() -> None:
-    quantizer = fixed(32, 4, restart_threshold=1.0)
-    quantizer.count[16:] = 1e-3
-    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
-    quantizer.codebook[16:] += 100
-    quantizer.observe(quantizer(normal(4, 4)))
-    quantizer.update()
+    quantizer = with_dead_codes(32, 16)
+    learn(quantizer, normal(4, 4))
     limit = 4 / (4 * 32)
     assert (quantizer.count[16:] == limit).sum() == 4
     assert quantizer.count[16:].max() == limit
@@ -229,9 +215,7 @@ def test_small_batches_do_not_restart_the_whole_codebook() -> None:
     """With 16 vectors for 64 codes every code is hit less than once a step."""
     quantizer = fixed(64, 4, restart_threshold=1.0, decay=0.99)
     before = quantizer.codebook.clone()
-    for step in range(20):
-        quantizer.observe(quantizer(normal(16, 4, seed=step)))
-        quantizer.update()
+    learn(quantizer, *(normal(16, 4, seed=step) for step in range(20)))
     assert (quantizer.codebook - before).norm(dim=1).median() < 0.5
 
 
@@ -248,18 +232,11 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_step_whose_sum_overflows_is_forgotten() -> None:
-    quantizer = fixed()
-    before = learned(quantizer)
-    quantizer.observe(quantizer(torch.full((4, 4), 2e38)))
-    quantizer.update()
-    assert equal(learned(quantizer), before)
-
-
-def test_a_step_without_vectors_changes_nothing() -> None:
+@pytest.mark.parametrize("z", [torch.full((4, 4), 2e38), torch.zeros(0, 4, 3)], ids=["overflow", "none"])
+def test_a_step_whose_sum_overflows_or_is_of_nothing_changes_nothing(z: Tensor) -> None:
     quantizer = fixed(restart_threshold=1.0)
     before = learned(quantizer)
-    quantizer.observe(quantizer(torch.zeros(0, 4, 3), torch.zeros(0, 4, 3)))
+    quantizer.observe(quantizer(z, z))
     quantizer.update()
     assert equal(learned(quantizer), before)
 
@@ -291,26 +268,11 @@ def test_vectors_whose_sum_overflows_leave_a_finite_codebook() -> None:
     assert all(value.isfinite().all() for value in learned(quantizer))
 
 
-def test_start_initialises_once_and_forward_does_not_again() -> None:
-    quantizer, expected = VQ(8, 4), VQ(8, 4)
-    z = blobs(8, 4, 50).view(25, 16, 4).movedim(-1, 1)
-    quantizer.start(z)
-    expected.start(z.movedim(1, -1).reshape(-1, 4))
-    assert quantizer.step == 0
-    assert equal(learned(quantizer), learned(expected))
-    quantizer.start(-z)
-    quantizer.observe(quantizer(z + 50))
-    assert equal(learned(quantizer), learned(expected))
-
-
 # Which vectors codes restart from -------------------------------------------------------------------------------------
 
 
 def test_codes_restart_from_the_vectors_of_largest_noise() -> None:
-    quantizer = fixed(32, restart_threshold=1.0)
-    quantizer.count[24:] = 1e-3
-    quantizer.total.copy_(quantizer.codebook * quantizer.count[:, None])
-    quantizer.codebook[24:] += 100
+    quantizer = with_dead_codes(32, 8)
     z, noise = normal(10, 4, 3, 2), normal(10, 4, 3, 2, seed=1)
     quantizer.observe(quantizer(z, noise))
     quantizer.update()
@@ -327,6 +289,3 @@ def test_equal_priorities_are_ordered_by_the_vectors_not_by_their_places() -> No
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(highest_priority(candidates[order], 35)[:30], best[:30])
     assert best[:, -1].tolist() == [1.0] * 10 + [0.75] * 10 + [0.25] * 10 + [-1.0] * 5
-
-
-# Several processes ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import together
+from tensors import grad, normal
 from torch import Tensor
 
 from midway.tokenizers import clustering, codebook, nearest_kernel
@@ -36,10 +38,6 @@ FORMS: dict[str, tuple[type[Codebook], dict[str, Any]]] = {
 every_form = pytest.mark.parametrize("form", FORMS)
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
 def make(form: str, size: int = 32, dim: int = 4, **options: Any) -> Any:
     kind, own = FORMS[form]
     return kind(codebook_size=size, dim=dim, **{**own, **options})
@@ -49,11 +47,6 @@ def started(form: str, size: int = 32, dim: int = 4, **options: Any) -> Any:
     quantizer = make(form, size, dim, **options)
     quantizer.start(normal(300, dim, seed=7))
     return quantizer
-
-
-def grad(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad
 
 
 # Codes and indices ----------------------------------------------------------------------------------------------------
@@ -211,6 +204,8 @@ def test_gradient_to_the_encoder_in_closed_form(kind: Any, normalize: bool, thro
     z, weight = normal(30, 4).requires_grad_(), normal(30, 4, seed=1)
     out = quantizer(z)
     ((out.codes * weight).sum() + out.loss).backward()
+    commitment = (quantizer.latents(z) - out.codes).square().mean().item()
+    assert out.losses["commitment"].item() == pytest.approx(commitment, rel=1e-5)
     for row in range(30):
         x, code, g = (each[row].detach().double() for each in (z, out.codes, weight))
         latent = x / x.norm() if normalize else x
@@ -267,27 +262,6 @@ def test_zero_vectors_and_zero_codes_stay_finite(form: str) -> None:
 
 
 # Codebooks on the sphere ----------------------------------------------------------------------------------------------
-
-
-def test_the_codebook_of_unit_vectors_follows_the_closed_form() -> None:
-    quantizer = VQ(16, 4, decay=0.9, restart_threshold=0, normalize=True)
-    quantizer.step.fill_(0)
-    codes = quantizer.codebook.double()
-    count, total = torch.ones(16, dtype=torch.float64), codes.clone()
-    for step in range(6):
-        batch = 5 * normal(60, 4, seed=step) + 1
-        quantizer.observe(quantizer(batch))
-        quantizer.update()
-        hits, sums = torch.zeros_like(count), torch.zeros_like(total)
-        for vector in batch.double():
-            nearest = (codes @ (vector / vector.norm())).argmax()
-            hits[nearest] += 1
-            sums[nearest] += vector / vector.norm()
-        count, total = 0.9 * count + 0.1 * hits, 0.9 * total + 0.1 * sums
-        codes = total / total.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(quantizer.codebook.double(), codes, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(quantizer.count.double(), count, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(quantizer.codes().norm(dim=1), torch.ones(16))
 
 
 def test_spherical_kmeans_finds_directions_whatever_the_lengths() -> None:
@@ -424,35 +398,32 @@ def test_a_code_is_dead_only_after_enough_steps_and_enough_vectors(steps: int, v
     assert not quantizer.idle_steps[used].any()
 
 
-def adam(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.01, betas=(0.95, 0.999))
+def train(quantizer: GradientVQ, optimizer: torch.optim.Optimizer, z: Tensor) -> None:
+    """A step on the losses of the quantizer."""
+    optimizer.zero_grad()
+    out = quantizer(z, normal(len(z), 1))
+    out.loss.backward()
+    quantizer.observe(out)
+    optimizer.step()
+    quantizer.update()
 
 
-def heavy_ball(parameters: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
-
-
-@pytest.mark.parametrize("make_optimizer", [adam, heavy_ball])
-def test_momentum_does_not_undo_a_restart(make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+@pytest.mark.parametrize(
+    "optimizer_of",
+    [partial(torch.optim.Adam, lr=0.01, betas=(0.95, 0.999)), partial(torch.optim.SGD, lr=0.01, momentum=0.9)],
+)
+def test_momentum_does_not_undo_a_restart(optimizer_of: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
     """Codes 4 to 7 learn, are then left alone for as long as it takes to be dead, restart, and stay where they were put."""
     quantizer = GradientVQ(8, 2)
     quantizer.step.fill_(0)
     with torch.no_grad():
         quantizer.codebook.copy_(normal(8, 2, seed=3) + torch.arange(8)[:, None] // 4 * 20)
-    optimizer = make_optimizer([quantizer.codebook])
-
-    def step(z: Tensor) -> None:
-        optimizer.zero_grad()
-        out = quantizer(z, normal(len(z), 1))
-        out.loss.backward()
-        quantizer.observe(out)
-        optimizer.step()
-        quantizer.update()
+    optimizer = optimizer_of([quantizer.codebook])
 
     for _ in range(20):
-        step(torch.cat([normal(40, 2), normal(40, 2) + 20]))
+        train(quantizer, optimizer, torch.cat([normal(40, 2), normal(40, 2) + 20]))
     while not (restarted := quantizer.codebook[4:].norm(dim=1) < 10).any():
-        step(normal(40, 2))
+        train(quantizer, optimizer, normal(40, 2))
         assert quantizer.step < 150
     placed = quantizer.codebook[4:][restarted].detach().clone()
     quantizer.codebook.grad = torch.zeros_like(quantizer.codebook)
@@ -473,12 +444,7 @@ def test_restarts_revive_a_codebook_and_a_codebook_without_them_stays_dead(norma
             quantizer.codebook[4:] = -100 * torch.ones(4) + 1e-3 * normal(28, 4)
         optimizer = torch.optim.Adam(quantizer.parameters(), lr=1e-2)
         for step in range(30):
-            optimizer.zero_grad()
-            out = quantizer(normal(256, 4, seed=step).abs())
-            out.loss.backward()
-            quantizer.observe(out)
-            optimizer.step()
-            quantizer.update()
+            train(quantizer, optimizer, normal(256, 4, seed=step).abs())
         shares.append((quantizer(normal(2000, 4).abs()).counts > 0).double().mean().item())
     assert shares[0] <= 5 / 32
     assert shares[1] > 0.9
