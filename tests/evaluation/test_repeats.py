@@ -11,6 +11,7 @@ import torch
 import train_latent
 from measurements import changed, measurement
 from pipelines import TINY_DIT, TINY_LATENT, Pipeline
+from sweeps import sweep_task
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.load import load_model
@@ -19,7 +20,7 @@ from midway.gen.evaluation.records import Measurement, differences
 from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
 from tasks import LatentTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 def cell(solver: str, grid: str, distance: float, rmse: float | None = 0.5, **more: Any) -> Measurement:
@@ -88,8 +89,7 @@ def again(pipeline: Pipeline) -> Path:
 
 
 def task(pipeline: Pipeline, out: Path, *repeats: Path) -> evaluate.EvaluateTask:
-    base = evaluate.EvaluateTask(model=pipeline.model, features=pipeline.features, out=out, solvers="ddim,euler", n=24)
-    return replace(base, blocks=2, nfe="4", grids="uniform", reference_nfe=8, repeats=repeats)
+    return sweep_task(pipeline, out, solvers="ddim,euler", repeats=repeats)
 
 
 def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: Path) -> None:
