@@ -269,18 +269,18 @@ def test_flags_that_do_not_belong_together_raise(
         evaluate.run(replace(images_task(pipeline, tmp_path / "out", tmp_path / "none"), **{**changes, **model}))
 
 
-def test_the_command_measures_a_zip_and_ends_with_3_for_what_does_not_compare(
-    pipeline: Pipeline, script: Script, tmp_path: Path
+def test_the_command_measures_other_images_and_ends_with_3_for_what_does_not_compare(
+    pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path
 ) -> None:
-    folder = files(tmp_path / "samples", noise(40, 3), "{}.jpg".format)
-    flags = ("--data", "digits", "--features", pipeline.features, "--out", tmp_path / "out", "--images", folder)
-    done = script("evaluate", *flags)
+    """JPEG files of 16x16 RGB pixels, against 8x8 grey ones."""
+    folder, out = files(tmp_path / "samples", noise(40, 3, side=16), "{}.jpg".format), tmp_path / "out"
+    line = f"evaluate --data digits --features {pipeline.features} --out {out} --images {folder} --images-resize 8"
+    done = script(*line.split())
     assert done.code == 3 and "--images-channels 1" in done.err
-    done = script("evaluate", *flags, "--images-channels", 1, "--blocks", 1, "--metrics", "")
-    assert done.code == 0, done.err
-    assert "Floor, real images" in done.out and "images: samples" in done.out
-    record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[1])
+    done = succeed(f"{line} --images-channels 1 --blocks 1 --metrics", "")
+    assert all(words in done.out for words in ("Floor, real images", "images: samples", "lossy"))
+    record = json.loads((out / "results.jsonl").read_text().splitlines()[1])
     assert (record["solver"], record["nfe"], record["n"], record["blocks"]) == ("images: samples", 0, 40, 1)
-    assert "lossy samples" in (tmp_path / "out" / "report.md").read_text()
-    assert script("evaluate", *flags, "--images-channels", 1, "--n", 41).code == 3
-    assert script("evaluate", *flags, "--held-out", 0.3, "--images-channels", 1).code == 3
+    assert "lossy samples" in (out / "report.md").read_text()
+    for flags in ("--n 41", "--held-out 0.3"):
+        assert script(*f"{line} --images-channels 1 {flags}".split()).code == 3

@@ -9,7 +9,7 @@ import evaluate
 import pytest
 import train_latent
 import train_tokenizer
-from pipelines import TINY, TINY_DIT, Pipeline
+from pipelines import TINY, TINY_DIT, Pipeline, Script
 from sweeps import sweep_task
 
 from midway.gen.core.errors import UsageError
@@ -32,9 +32,15 @@ def output(out: Path) -> list[dict[str, Any]]:
     return [record for record in records if record.get("early")]
 
 
-def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    train_latent.train(task(pipeline, run))
+    early = (
+        f"--early.nfe 4 6 --early.n 24 --early.grid uniform --early.solver ddim --early.features {pipeline.features}"
+    )
+    train = "--steps 10 --batch-size 64 --model.dit.width 32 --model.dit.depth 2 --model.dit.heads 2 --measure-every 4"
+    succeed(f"train_latent digits-dit --tokenizer {pipeline.tokenizer} --out {run} {train} {early}")
     answers = output(run)
     assert [answer["step"] for answer in answers] == [4, 8, 10]
     assert all(answer["n"] == 24 and "@" in answer["features"] and answer["seeds"] == "0-23" for answer in answers)

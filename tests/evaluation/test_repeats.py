@@ -1,5 +1,6 @@
 """Several trainings of one configuration in one table: means and deviations over trainings."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import pytest
 import torch
 import train_latent
 from measurements import changed, measurement
-from pipelines import TINY_DIT, TINY_LATENT, Pipeline
+from pipelines import TINY_DIT, TINY_LATENT, Pipeline, Script
 from sweeps import sweep_task
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.records import Measurement, differences
+from midway.gen.evaluation.records import Measurement, differences, from_record
 from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
 from tasks import LatentTask
 
@@ -92,11 +93,14 @@ def task(pipeline: Pipeline, out: Path, *repeats: Path) -> evaluate.EvaluateTask
     return sweep_task(pipeline, out, solvers="ddim,euler", repeats=repeats)
 
 
-def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: Path) -> None:
+def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, succeed: Script, tmp_path: Path) -> None:
     alone = [
         evaluate.run(replace(task(pipeline, tmp_path / m.name), model=m)).measurements for m in (pipeline.model, again)
     ]
-    both = evaluate.run(task(pipeline, tmp_path / "both", again)).measurements
+    runs = f"--model {pipeline.model} --repeats {again} --features {pipeline.features} --out {tmp_path}/both"
+    flags = "--solvers ddim,euler --nfe 4 --grids uniform --n 20 --blocks 2 --reference-nfe 8 --batch-size 8"
+    succeed(f"evaluate {runs} {flags}")
+    both = [from_record(json.loads(line)) for line in (tmp_path / "both/results.jsonl").read_text().splitlines()]
     for a, b, merged in zip(*alone, both, strict=True):
         if merged.solver != "floor":
             assert merged.distances == (a.distance, b.distance) and a.distance != b.distance
