@@ -13,9 +13,9 @@ from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
 from midway.gen.core.processes import leave_processes
-from midway.gen.training.config import TrainConfig
 
 Task = TypeVar("Task")
+Flat = tyro.conf.arg(name="")  # flags without a prefix
 RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
@@ -98,11 +98,6 @@ def run(command: Callable[[list[str]], object], arguments: list[str], debug: boo
         traceback.print_exc()
         return 1
     return 0
-
-
-def weights_name(train: TrainConfig) -> str:
-    """The weights behind a picture or figure, for its caption."""
-    return "averaged" if train.ema else "newest"
 
 
 def names(text: str) -> tuple[str, ...]:

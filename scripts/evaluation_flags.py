@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import tyro
 from sampling_flags import SamplingFlags
 
+from cli import Flat
 from midway.gen.core.errors import UsageError
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
-from tasks import Flat
 
 UNNAMED = DataConfig(data="")
 """The reference data while none are named."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from train_tokenizer import log_quality, square, write_reconstructions
 
-from cli import main, resolve
+from cli import Flat, main, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
@@ -22,7 +22,6 @@ from midway.gen.tokenizer.latents import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers.diffusers_import import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
-from tasks import Flat
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
+from cli import Flat
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import OnlineConfig, TrainConfig
 
-Flat = tyro.conf.arg(name="")  # flags without a prefix
 Resume = Literal["no", "auto"]
 QuantizerName = Literal[
     "fsq", "vq", "vq_gradient", "simvq", "lfq", "bsq", "residual", "grouped", "two_level", "kl", "identity"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from baseline_recipes import BASELINE_RECIPES
 from baseline_tasks import BASELINE_TASKS, BaselineTask, VAETask
-from cli import main, resolve, weights_name
+from cli import main, resolve
 from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
 from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
@@ -110,7 +110,7 @@ def train(task: BaselineTask) -> Run | None:
     check_unused(task.train, validates=True)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
-    model, weights = parts.model, weights_name(task.train)
+    model, weights = parts.model, task.train.weights_name
     config = {"baseline": kind_of(task), **to_dict(task)}
     run = open_run(task, KIND, config, accelerator, *facts(parts))
     hooks = Hooks(

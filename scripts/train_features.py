@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cli import main, resolve
+from cli import Flat, main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.runs import Run
@@ -25,7 +25,7 @@ from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from running import Parts, image_parts, open_run
-from tasks import Flat, TrainingTask
+from tasks import TrainingTask
 
 
 @dataclass(frozen=True)

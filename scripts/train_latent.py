@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cli import main, resolve, weights_name
+from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.runs import Run
@@ -97,7 +97,7 @@ def train(task: LatentTask) -> Run | None:
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
     run = open_run(task, "latent_model", config, accelerator, about)
     hooks = Hooks(
-        preview=lambda step: write_preview(run, parts, step, weights_name(task.train)),
+        preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
         export=lambda folder, _: write_model(folder, model, tokenizer),
         measure=None if reference is None else lambda step: write_online(run, parts, step, reference, task.early),
     )

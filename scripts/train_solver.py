@@ -12,7 +12,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 
-from cli import main, numbers, resolve
+from cli import Flat, main, numbers, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
@@ -29,7 +29,7 @@ from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.solvers import SOLVERS
-from tasks import Flat, Resume
+from tasks import Resume
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cli import main, resolve, weights_name
+from cli import main, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
@@ -62,7 +62,7 @@ def train(task: TokenizerTask) -> Run | None:
     steps = 0
     if any(p.requires_grad for p in tokenizer.parameters()):
         hooks = Hooks(
-            preview=lambda step: write_reconstructions(run, tokenizer, splits, step, weights_name(task.train)),
+            preview=lambda step: write_reconstructions(run, tokenizer, splits, step, task.train.weights_name),
             export=lambda folder, averaged: export(folder, tokenizer, averaged),
         )
         result = fit(parts.model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
@@ -76,7 +76,7 @@ def train(task: TokenizerTask) -> Run | None:
         return None
     parts.model.eval()
     quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
-    log_quality(run, tokenizer, splits, steps, quality, weights_name(task.train))
+    log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)
     publish(task, run, parts.model, splits, steps, quality)
     run.say(f"saved {run.checkpoint}")
     return run
@@ -104,7 +104,7 @@ def publish(
         return
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
-    weights = training_rows(weights_name(config), steps, config, losses) if steps else {"weights": "none were trained"}
+    weights = training_rows(config.weights_name, steps, config, losses) if steps else {"weights": "none were trained"}
     card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 

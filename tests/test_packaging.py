@@ -260,16 +260,30 @@ def f():
     assert set(_on_import(ast.parse(code).body)) == {"lpips", "peft", "sklearn"}
 
 
-def test_training_a_tokenizer_imports_no_baseline() -> None:
-    """Nor evaluation: of all modules that importing the script imports."""
+@pytest.mark.parametrize(
+    ("script", "needed", "others"),
+    [
+        ("train_tokenizer", "training.fit", "baselines evaluation report"),
+        (
+            "evaluate",
+            "evaluation.sweep",
+            "baselines training.fit tokenizer evaluation.others evaluation.diffusers evaluation.export evaluation.repeats "
+            "diffusion.distill_table diffusion.distill_amed",
+        ),
+    ],
+)
+def test_a_script_imports_what_its_main_path_needs(script: str, needed: str, others: str) -> None:
+    """Of all modules that importing the script imports; the others are imported where a flag needs them."""
     files = {_name(path): path for path in MODULES} | {name: ROOT / "scripts" / f"{name}.py" for name in SCRIPTS}
-    found, new = set(), {"train_tokenizer"}
+    found, new = set(), {script}
     while new:
         found |= new
         imported = {_module(name, set(files)) for here in new for name in _on_import(_tree(files[here]).body)}
         new = {name for name in imported if name} - found
-    assert "midway.gen.training.fit" in found
-    assert not [name for name in found if name.startswith(("midway.gen.baselines", "midway.gen.evaluation"))]
+    assert f"midway.gen.{needed}" in found
+    rooms = tuple(f"midway.gen.{name}" for name in others.split())
+    assert not [name for name in found if name.startswith(rooms)]
+    assert len([name for name in found if name.startswith("midway.gen")]) <= 60
 
 
 def test_solvers_import_torch_and_no_framework() -> None:

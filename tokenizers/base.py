@@ -197,6 +197,21 @@ def check_noise(noise: Tensor, latents: Tensor) -> None:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; the latents have {tuple(latents.shape)}")
 
 
+def dropout_noise(noise: Tensor | None, latents: Tensor, channels: int, option: str) -> Tensor:
+    """The noise that dropout takes in training; ValueError unless it is (B, channels, *S) for latents (B, D, *S)."""
+    expected = (len(latents), channels, *latents.shape[2:])
+    if noise is None or noise.shape != expected:
+        given = "none was given" if noise is None else f"it has shape {tuple(noise.shape)}"
+        name = option.replace("_", " ")
+        raise ValueError(f"{name} in training takes noise {expected}, but {given}; or set {option} to 0")
+    return noise
+
+
+def one_a_sample(noise: Tensor) -> Tensor:
+    """The last channel's first position, (B, 1, ..., 1), of noise (B, C, *S)."""
+    return noise[(slice(None), slice(-1, None), *[slice(1)] * (noise.ndim - 2))]
+
+
 def check_indices(indices: Tensor, size: int) -> None:
     """ValueError unless indices are integers in {0, ..., size - 1}; reads the data, so a GPU synchronises."""
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:

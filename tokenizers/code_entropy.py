@@ -26,7 +26,7 @@ from midway.tokenizers.entropy import entropy_of, mean_over_samples
 
 def code_entropy(rows: Tensor, codebook: Tensor, temperature: float, shared: bool = False) -> tuple[Tensor, Tensor]:
     """(E[H(p | z)], H(E[p])) of rows (N, D) over codebook (K, D), differentiable in both; `shared`: E over all processes."""
-    mean = mean_over_samples(soft_assignment(rows, codebook, temperature), rows.new_ones(len(rows)), shared)
+    mean = mean_over_samples(soft_assignment(rows, codebook, temperature), len(rows), shared)
     return mean[0], entropy_of(mean[1:])
 
 

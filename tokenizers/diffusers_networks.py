@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,19 +116,9 @@ def completed(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def diffusers_class(name: object) -> Any:
     """The class of this name; ValueError unless it is one of CLASSES. The first import takes seconds."""
-    if name == "AutoencoderKL":
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-        return AutoencoderKL
-    if name == "AutoencoderTiny":
-        from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
-
-        return AutoencoderTiny
-    if name == "VQModel":
-        from diffusers.models.autoencoders.vq_model import VQModel
-
-        return VQModel
-    raise ValueError(f"class is {name!r}; choose one of: {', '.join(CLASSES)}")
+    if name not in CLASSES:
+        raise ValueError(f"class is {name!r}; choose one of: {', '.join(CLASSES)}")
+    return getattr(diffusers, str(name))
 
 
 def _options(diffusers_config: Mapping[str, Any]) -> dict[str, Any]:

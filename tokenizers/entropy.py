@@ -35,29 +35,29 @@ from midway.tokenizers.clustering import full_precision, rows_per_chunk
 MAX_BITS = 20  # bits in one group: beyond, E p itself is large, and the tables 2^(d/2) a sample
 
 
-def sample_entropy(logits: Tensor, weights: Tensor | None = None, shared: bool = False) -> Tensor:
+def sample_entropy(logits: Tensor, shared: bool = False) -> Tensor:
     """E[H(p | z)] in nats, (), in [0, d ln 2]: logits (N, d) float32 or float64, any d; 0 if there are no samples.
 
-    `weights` (N,) >= 0 weigh the mean; a mask is weights of 0 and 1. They get no gradient. `shared`: the mean over all processes.
+    `shared`: the mean over all processes.
     """
-    weights = _weights(logits, weights)
+    _check(logits)
     size = logits.abs()
     entropy = F.softplus(-size) + size * torch.sigmoid(-size)
-    return mean_over_samples((entropy.sum(1) * weights).sum().view(1), weights, shared).sum()
+    ones = logits.new_ones(
+        len(logits)
+    )  # a factor for its gradient's layout, on which the rounding of torch's kernels depends
+    return mean_over_samples((entropy.sum(1) * ones).sum().view(1), len(logits), shared).sum()
 
 
-def batch_entropy(
-    logits: Tensor, group: int | None = None, weights: Tensor | None = None, shared: bool = False
-) -> Tensor:
+def batch_entropy(logits: Tensor, group: int | None = None, shared: bool = False) -> Tensor:
     """H(E p) in nats, (), in [0, d ln 2], or the sum over groups of `group` bits each, the last one of what is left.
 
-    `logits`, `weights` and `shared` as in `sample_entropy`. ValueError if a group has more than 20 bits.
+    `logits` and `shared` as in `sample_entropy`. ValueError if a group has more than 20 bits.
     """
-    weights = _weights(logits, weights)
+    _check(logits)
     group = check_group(logits.shape[1], group)
-    sums = [_ProbabilitySum.apply(part, weights) for part in logits.split(group, 1)]
-    mean = mean_over_samples(torch.cat(sums), weights, shared)
-    return entropy_of(mean)
+    sums = [_ProbabilitySum.apply(part) for part in logits.split(group, 1)]
+    return entropy_of(mean_over_samples(torch.cat(sums), len(logits), shared))
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:
@@ -65,19 +65,18 @@ def entropy_of(probabilities: Tensor) -> Tensor:
     return -(probabilities * probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()).sum()
 
 
-def mean_over_samples(sums: Tensor, weights: Tensor, shared: bool) -> Tensor:
-    """Sums (M,) over the samples divided by the sum of their weights (N,), (M,); `shared`: both over all processes.
+def mean_over_samples(sums: Tensor, count: int, shared: bool) -> Tensor:
+    """Sums (M,) over `count` samples divided by that number, (M,); `shared`: both over all processes.
 
     The gradient reaches this process's own sums, times the number of processes, as DistributedDataParallel averages it. Without
     samples the mean is 0.
     """
-    packed = torch.cat([sums, weights.sum().view(1)])
+    packed = torch.cat([sums, sums.new_full((1,), count)])
     if shared and distributed():
         everywhere = packed.detach().clone()
         dist.all_reduce(everywhere)
         packed = straight_through(everywhere, packed * dist.get_world_size())
-    count = packed[-1].detach()
-    return packed[:-1] / torch.where(count > 0, count, 1)
+    return packed[:-1] / packed[-1].detach().clamp(min=1)
 
 
 def check_group(bits: int, group: int | None) -> int:
@@ -92,49 +91,44 @@ def check_group(bits: int, group: int | None) -> int:
     return bits if group is None else group
 
 
-def _weights(logits: Tensor, weights: Tensor | None) -> Tensor:
+def _check(logits: Tensor) -> None:
     if logits.ndim != 2 or not logits.shape[1] or logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"logits are {tuple(logits.shape)} {logits.dtype}; give (N, d) float32 or float64, d >= 1")
-    if weights is None:
-        return logits.new_ones(len(logits))
-    if weights.shape != logits.shape[:1]:
-        raise ValueError(f"weights have shape {tuple(weights.shape)}; give one a sample, ({len(logits)},)")
-    return weights.detach().to(logits)
 
 
 class _ProbabilitySum(torch.autograd.Function):
-    """sum_n w_n p(c | n) for all codes c, index sum_i b_i 2^i: logits (N, d), weights (N,) -> (2^d,)."""
+    """sum_n p(c | n) for all codes c, index sum_i b_i 2^i: logits (N, d) -> (2^d,)."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, weights)
+    def forward(ctx: torch.autograd.function.FunctionCtx, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
         half = logits.shape[1] // 2
         total = logits.new_zeros(2 ** (logits.shape[1] - half), 2**half)
         with float32_island(logits), full_precision():
-            for low, high, weight in _chunks(logits, weights):
-                total = torch.addmm(total, _prefixes(high)[-1].T, _prefixes(low)[-1] * weight)
+            for low, high in _chunks(logits):
+                total = torch.addmm(total, _prefixes(high)[-1].T, _prefixes(low)[-1])
         return total.flatten()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, weights = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
         by_sum = gradients[0].view(-1, 2 ** (logits.shape[1] // 2))
         by_logits = []
         with float32_island(logits), full_precision():
-            for low, high, weight in _chunks(logits, weights):
+            for low, high in _chunks(logits):
                 lows, highs = _prefixes(low), _prefixes(high)
                 by_low = _by_logits(low, lows, highs[-1] @ by_sum)
                 by_high = _by_logits(high, highs, lows[-1] @ by_sum.T)
-                by_logits.append(torch.cat([by_low, by_high], 1) * weight)
-        return torch.cat(by_logits), None
+                by_logits.append(torch.cat([by_low, by_high], 1))
+        return torch.cat(by_logits)
 
 
-def _chunks(logits: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Chunks of samples: the logits of the low and of the high half of the bits, and weights (n, 1)."""
+def _chunks(logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of samples: the logits of the low and of the high half of the bits."""
     half = logits.shape[1] // 2
     step = rows_per_chunk(2 ** (logits.shape[1] - half))
-    for chunk, weight in zip(logits.split(step), weights.split(step), strict=True):
-        yield chunk[:, :half], chunk[:, half:], weight.unsqueeze(1)
+    for chunk in logits.split(step):
+        yield chunk[:, :half], chunk[:, half:]
 
 
 def _prefixes(logits: Tensor) -> list[Tensor]:

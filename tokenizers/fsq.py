@@ -42,7 +42,9 @@ from midway.tokenizers.base import (
     check_channels,
     check_indices,
     discrete,
+    dropout_noise,
     float32_island,
+    one_a_sample,
     straight_through,
 )
 
@@ -115,8 +117,8 @@ class FSQ(Quantizer):
                 return 2 * torch.sigmoid(z.float() * _SLOPE[self.form]) - 1
             if self.symmetric:
                 return torch.tanh(z.float())
-            half, offset, shift = (_channelwise(v, z) for v in tanh_constants(self.levels))
-            return (torch.tanh(z.float() + shift) * half - offset) / _channelwise(self._centre(), z)
+            half, offset, shift = (channelwise(v, z) for v in tanh_constants(self.levels))
+            return (torch.tanh(z.float() + shift) * half - offset) / channelwise(self._centre(), z)
 
     def snap(self, latents: Tensor) -> Tensor:
         """The nearest code: rounds in the bounded space, with no second tanh."""
@@ -132,24 +134,24 @@ class FSQ(Quantizer):
         """(B, D, *S) -> int64 digits (B, D, *S), digit i in {0, ..., L_i - 1}."""
         check_channels(latents, self.dim, "latents")
         with float32_island(latents):
-            centre = _channelwise(self._centre(), latents)
+            centre = channelwise(self._centre(), latents)
             digits = torch.round(latents.float() * centre + centre).to(torch.int64)
-            return digits.clamp(min=0).minimum(_channelwise(self.levels - 1, latents))
+            return digits.clamp(min=0).minimum(channelwise(self.levels - 1, latents))
 
     def digits_to_codes(self, digits: Tensor) -> Tensor:
         """int64 digits (B, D, *S) -> codes, the same shape, float32."""
-        centre = _channelwise(self._centre(), digits)
+        centre = channelwise(self._centre(), digits)
         return (digits - centre) / centre
 
     def digits_to_indices(self, digits: Tensor) -> Tensor:
         """int64 digits (B, D, *S) -> indices (B, *S); the first channel is the least significant."""
-        return (digits * _channelwise(self.basis, digits)).sum(1)
+        return (digits * channelwise(self.basis, digits)).sum(1)
 
     def indices_to_digits(self, indices: Tensor) -> Tensor:
         """Indices (B, *S) int64 -> digits (B, D, *S): the tokens of a factorised prior."""
         check_indices(indices, self._size)
         expanded = indices.to(torch.int64).unsqueeze(1)
-        basis, levels = _channelwise(self.basis, expanded), _channelwise(self.levels, expanded)
+        basis, levels = channelwise(self.basis, expanded), channelwise(self.levels, expanded)
         return torch.div(expanded, basis, rounding_mode="floor") % levels
 
     def extra_repr(self) -> str:
@@ -162,11 +164,10 @@ class FSQ(Quantizer):
 
     def _drop(self, codes: Tensor, latents: Tensor, noise: Tensor | None) -> Tensor:
         """`codes`, but latents with uniform noise of one step in the samples that `noise` picks."""
-        uniform = torch.special.ndtr(_checked(noise, latents).to(latents))
-        centre, tops = _channelwise(self._centre(), latents), _channelwise(self.levels - 1, latents)
+        uniform = torch.special.ndtr(dropout_noise(noise, latents, self.noise_channels, "noise_dropout").to(latents))
+        centre, tops = channelwise(self._centre(), latents), channelwise(self.levels - 1, latents)
         noisy = latents + (uniform[:, :-1] - 0.5) / centre
-        first_position = [slice(1)] * (latents.ndim - 2)
-        dropped = uniform[(slice(None), slice(-1, None), *first_position)] <= self.noise_dropout
+        dropped = one_a_sample(uniform) <= self.noise_dropout
         return torch.where(dropped, noisy.clamp(min=-1).minimum((tops - centre) / centre), codes)
 
 
@@ -178,7 +179,7 @@ def saturation(quantizer: FSQ, z: Tensor) -> dict[str, Tensor]:
     """
     z = z.detach()
     digits = quantizer.latents_to_digits(quantizer.latents(z))
-    edge = (digits == 0) | (digits == _channelwise(quantizer.levels - 1, z))
+    edge = (digits == 0) | (digits == channelwise(quantizer.levels - 1, z))
     return {"edge_mass": edge.float().mean(), "mean_abs_z": z.float().abs().mean()}
 
 
@@ -189,18 +190,9 @@ def tanh_constants(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return half, offset, torch.atanh(offset / half)
 
 
-def _channelwise(vector: Tensor, like: Tensor) -> Tensor:
+def channelwise(vector: Tensor, like: Tensor) -> Tensor:
     """(D,) -> (D, 1, ..., 1), to broadcast over (B, D, *S)."""
     return vector.view(-1, *[1] * (like.ndim - 2))
-
-
-def _checked(noise: Tensor | None, latents: Tensor) -> Tensor:
-    batch, channels, *spatial = latents.shape
-    expected = (batch, channels + 1, *spatial)
-    if noise is None or noise.shape != expected:
-        given = "none was given" if noise is None else f"it has shape {tuple(noise.shape)}"
-        raise ValueError(f"noise dropout in training takes noise {expected}, but {given}; or set noise_dropout to 0")
-    return noise
 
 
 def _check(levels: Sequence[int], form: str, symmetric: bool, noise_dropout: float) -> None:

@@ -44,20 +44,24 @@ from midway.tokenizers.rotation import unit
 MAX_BITS = 62  # half of int64, so that a few indices more, such as a mask, still fit
 
 
-class Binary(Quantizer):
-    """Base of both: `bits` channels, K = 2^bits codes. float32 inside, whatever the caller's autocast."""
+class LFQ(Quantizer):
+    """Codes {-1, 1}^bits of unbounded latents. Weights and tau by default as in Open-MAGVIT2.
 
-    amplitude: float
+    bits: 1 to 62, one a channel. Weights are finite and >= 0, inverse_temperature > 0. `entropy_group`: bits in a group of the
+    batch entropy, at most 20; None for all at once, which is exact. float32 inside, whatever the caller's autocast.
+    """
+
+    amplitude: float = 1.0
     """a: codes are +a or -a in every channel."""
 
     def __init__(
         self,
         bits: int,
-        commitment: float,
-        entropy_weight: float,
-        diversity_gamma: float,
-        inverse_temperature: float,
-        entropy_group: int | None,
+        commitment: float = 0.25,
+        entropy_weight: float = 0.1,
+        diversity_gamma: float = 1.0,
+        inverse_temperature: float = 100.0,
+        entropy_group: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
@@ -80,6 +84,11 @@ class Binary(Quantizer):
             codes = self.bits_to_codes(bits)
             losses, loss = self._losses(latents, codes)
             return discrete(straight_through(codes, latents), self.bits_to_indices(bits), losses, loss, self._size)
+
+    def latents(self, z: Tensor) -> Tensor:
+        """z itself in float32."""
+        check_channels(z, self.dim)
+        return z.float()
 
     def snap(self, latents: Tensor) -> Tensor:
         check_channels(latents, self.dim, "latents")
@@ -133,33 +142,8 @@ class Binary(Quantizer):
         return losses, loss
 
 
-class LFQ(Binary):
-    """Codes {-1, 1}^bits of unbounded latents. Weights and tau by default as in Open-MAGVIT2.
-
-    bits: 1 to 62. Weights are finite and >= 0, inverse_temperature > 0. `entropy_group`: bits in a group of the batch entropy,
-    at most 20; None for all at once, which is exact.
-    """
-
-    def __init__(
-        self,
-        bits: int,
-        commitment: float = 0.25,
-        entropy_weight: float = 0.1,
-        diversity_gamma: float = 1.0,
-        inverse_temperature: float = 100.0,
-        entropy_group: int | None = None,
-    ) -> None:
-        super().__init__(bits, commitment, entropy_weight, diversity_gamma, inverse_temperature, entropy_group)
-        self.amplitude = 1.0
-
-    def latents(self, z: Tensor) -> Tensor:
-        """z itself in float32."""
-        check_channels(z, self.dim)
-        return z.float()
-
-
-class BSQ(Binary):
-    """Codes {-1, 1}^bits / sqrt(bits) of unit vectors. Weights and tau by default as in the authors' code; options as in LFQ.
+class BSQ(LFQ):
+    """LFQ of unit vectors: codes {-1, 1}^bits / sqrt(bits). Weights and tau by default as in the authors' code.
 
     No latent is further than sqrt(2) from its code, so the commitment is off by default.
     """

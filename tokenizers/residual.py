@@ -36,11 +36,12 @@ from midway.tokenizers.base import (
     Quantized,
     Quantizer,
     check_channels,
-    discrete,
+    dropout_noise,
     float32_island,
+    one_a_sample,
     straight_through,
 )
-from midway.tokenizers.fsq import FSQ
+from midway.tokenizers.fsq import FSQ, channelwise
 from midway.tokenizers.grouped import added, rows_of_counts
 from midway.tokenizers.rotation import rotated
 
@@ -100,12 +101,8 @@ class Residual(Composite):
 
     def depths(self, noise: Tensor | None, latents: Tensor) -> Tensor:
         """Number of stages of each sample in training, (B, 1, ..., 1) int64 in {1, ..., depth}: a function of its noise."""
-        expected = (len(latents), self.noise_channels, *latents.shape[2:])
-        if noise is None or noise.shape != expected:
-            given = "none was given" if noise is None else f"it has shape {tuple(noise.shape)}"
-            raise ValueError(f"dropout in training takes noise {expected}, but {given}; or set dropout to 0")
-        first_position = [slice(1)] * (noise.ndim - 2)
-        draw = torch.special.ndtr(noise[(slice(None), slice(-1, None), *first_position)].float())
+        chosen = one_a_sample(dropout_noise(noise, latents, self.noise_channels, "dropout"))
+        draw = torch.special.ndtr(chosen.float())
         cut = 1 + (draw * (self.groups / self.dropout)).to(torch.int64).clamp(max=self.groups - 1)
         return torch.where(draw < self.dropout, cut, self.groups)
 
@@ -125,7 +122,7 @@ class Residual(Composite):
             )
         with float32_island(indices):
             codes = [stage.indices_to_codes(own) for stage, own in zip(self.members, indices.unbind(-1), strict=False)]
-            return _added_in_order(codes)
+            return sum(codes[1:], codes[0])  # added from the left
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """(B, D, *S) -> (B, *S, depth) int64: the nearest code of each stage, as in `forward`.
@@ -159,65 +156,42 @@ class Residual(Composite):
                 codes.append(stage.snap(residual))
                 indices.append(stage.codes_to_indices(residual))
                 residual = residual - codes[-1]
-            return _added_in_order(codes), torch.stack(indices, -1)
+            return sum(codes[1:], codes[0]), torch.stack(indices, -1)
 
 
-class Finer(Quantizer):
+class Finer(FSQ):
     """The grid of an FSQ, L^power times finer in each channel, for residuals of stage `power`: latents are the input itself."""
 
     origin: Tensor
 
     def __init__(self, base: FSQ, power: int) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base.levels.tolist(), base.form, base.symmetric)
         self.power = power
-        self.dim = base.dim
-        self.codebook_size = self._size = cast(int, base.codebook_size)
         ends = base.indices_to_codes(torch.tensor([[0, self._size - 1]]))
         # Integers, because `module.to(torch.bfloat16)` leaves them alone: m = origin / L, and origin is 0 or -1.
         origin = (ends.double().mean((0, 2)) * base.levels).round().to(torch.int64)
         self.register_buffer("origin", origin, persistent=False)
 
-    def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
-        latents = self.latents(z)
-        codes = straight_through(self.snap(latents), latents)
-        return discrete(codes, self.codes_to_indices(latents), {}, codes.new_zeros(()), self._size)
-
     def latents(self, z: Tensor) -> Tensor:
         check_channels(z, self.dim)
         return z.float()
 
-    def snap(self, latents: Tensor) -> Tensor:
-        return self._shrunk(self.base.snap(self._magnified(latents.detach())))
+    def latents_to_digits(self, latents: Tensor) -> Tensor:
+        check_channels(latents, self.dim, "latents")
+        scale, middle = self._map(latents)
+        return super().latents_to_digits(latents.float() * scale + middle)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        return self._shrunk(self.base.indices_to_codes(indices))
-
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        return self.base.codes_to_indices(self._magnified(codes))
+    def digits_to_codes(self, digits: Tensor) -> Tensor:
+        scale, middle = self._map(digits)
+        return (super().digits_to_codes(digits) - middle) / scale
 
     def extra_repr(self) -> str:
         return f"power={self.power}"
 
-    def _magnified(self, x: Tensor) -> Tensor:
-        scale, middle = self._map(x)
-        return x.float() * scale + middle
-
-    def _shrunk(self, x: Tensor) -> Tensor:
-        scale, middle = self._map(x)
-        return (x - middle) / scale
-
     def _map(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """L^power and m, float32, to broadcast over (B, D, *S)."""
-        levels, origin = (v.view(-1, *[1] * (like.ndim - 2)) for v in (self.base.levels, self.origin))
+        levels, origin = (channelwise(v, like) for v in (self.levels, self.origin))
         return (levels**self.power).float(), origin.float() / levels.float()
-
-
-def _added_in_order(codes: list[Tensor]) -> Tensor:
-    total = codes[0]
-    for code in codes[1:]:
-        total = total + code
-    return total
 
 
 def _check(first: Quantizer, depth: int, dropout: float) -> None:

@@ -25,7 +25,7 @@ from midway.tokenizers.diffusers_networks import build, check_diffusers_config, 
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
 from midway.tokenizers.quantizers import make_quantizer
-from midway.tokenizers.vit import ViTDecoder, ViTEncoder
+from midway.tokenizers.vit import Sizes, ViTDecoder, ViTEncoder
 
 LatentSpace = Literal["pre", "post"]
 Network = Literal["conv", "vit", "diffusers"]
@@ -105,9 +105,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             self.register_to_config(foreign=_plain(completed(foreign)))
             self.encoder, self.decoder = networks_of(build(foreign))
         elif network == "vit":
-            sizes = (image_size, downsample, width, depth, heads, latent_tokens)
-            self.encoder = ViTEncoder(in_channels, *sizes, in_dim)
-            self.decoder = ViTDecoder(dim, *sizes, in_channels)
+            sizes = Sizes(image_size, downsample, width, depth, heads, latent_tokens)
+            self.encoder, self.decoder = ViTEncoder(in_channels, sizes, in_dim), ViTDecoder(dim, sizes, in_channels)
         else:
             stages = multipliers or [1]
             self.encoder = Encoder(in_channels, width, downsample, blocks, in_dim, attention, stages)

@@ -15,6 +15,7 @@ Attention is global and the image size fixed, so these networks cannot be tiled 
 """
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,39 +27,64 @@ from midway.tokenizers.attention import TransformerBlock, check_heads, linear
 _SPREAD = 0.5**0.5  # root mean square of a sinusoid
 
 
-class ViTEncoder(nn.Module):
-    """Images (B, in_channels, image_size, image_size) -> z (B, out_dim, L), or (B, out_dim, h, w) without latent tokens.
+@dataclass(frozen=True)
+class Sizes:
+    """Of encoder and decoder: `patch` pixels a side make one patch; `width` is a multiple of 4 and of `heads`.
 
-    `patch` pixels a side make one patch, h = w = image_size / patch; `width` is a multiple of 4 and of `heads`.
+    tokens: the number L of latent tokens, None for one code a patch. ValueError for sizes that do not fit.
     """
+
+    image_size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.patch < 1 or self.image_size < 1 or self.image_size % self.patch:
+            raise ValueError(
+                f"image_size {self.image_size} cannot be cut into patches of {self.patch}: choose a divisor"
+            )
+        check_heads(self.width, self.heads)
+        if self.width % 4:
+            raise ValueError(f"width is {self.width}; give a multiple of 4, since 2-D positions have four parts")
+        if self.depth < 1 or (self.tokens is not None and self.tokens < 1):
+            raise ValueError(
+                f"depth {self.depth}, tokens {self.tokens}: give at least 1 of each, or tokens=None for one a patch"
+            )
+
+
+class _Transformer(nn.Module):
+    """The layers of encoder and decoder: linear, blocks, norm, linear; latent tokens, if any, and a mask token if `masked`."""
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
 
     positions: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        image_size: int,
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
-        tokens: int | None,
-        out_dim: int,
-    ) -> None:
+    def __init__(self, in_features: int, sizes: Sizes, out_features: int, masked: bool) -> None:
         super().__init__()
-        side = patches_a_side(image_size, patch)
-        _check(width, depth, heads, tokens)
-        self.image_shape = (in_channels, image_size, image_size)
-        self.patch, self.tokens, self.grid = patch, tokens, (side, side)
-        self.embed = linear(in_channels * patch**2, width)
+        width, side = sizes.width, sizes.image_size // sizes.patch
+        self.patch, self.tokens, self.grid = sizes.patch, sizes.tokens, (side, side)
+        self.embed = linear(in_features, width)
         self.register_buffer("positions", positions_2d(side, width), persistent=False)
-        self.latents = None if tokens is None else _learned(tokens, width)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
+        self.latents = None if sizes.tokens is None else _learned(sizes.tokens, width)
+        self.mask = None if sizes.tokens is None or not masked else _learned(1, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, sizes.heads) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(width)
-        self.head = linear(width, out_dim)
+        self.head = linear(width, out_features)
+
+
+class ViTEncoder(_Transformer):
+    """Images (B, in_channels, image_size, image_size) -> z (B, out_dim, L), or (B, out_dim, h, w) without latent tokens.
+
+    h = w = image_size / patch.
+    """
+
+    def __init__(self, in_channels: int, sizes: Sizes, out_dim: int) -> None:
+        super().__init__(in_channels * sizes.patch**2, sizes, out_dim, masked=False)
+        self.image_shape = (in_channels, sizes.image_size, sizes.image_size)
         nn.init.orthogonal_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,40 +99,15 @@ class ViTEncoder(nn.Module):
         return z.unflatten(2, self.grid) if self.tokens is None else z
 
 
-class ViTDecoder(nn.Module):
+class ViTDecoder(_Transformer):
     """Codes (B, in_dim, L), or (B, in_dim, h, w) without latent tokens -> images (B, out_channels, image_size, image_size).
 
-    Images are unbounded, meant for [-1, 1]. The sizes are those of `ViTEncoder`.
+    Images are unbounded, meant for [-1, 1].
     """
 
-    compilable: ClassVar[bool] = True
-    """A function of tensors alone, which torch.compile can take whole."""
-
-    positions: Tensor
-
-    def __init__(
-        self,
-        in_dim: int,
-        image_size: int,
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
-        tokens: int | None,
-        out_channels: int,
-    ) -> None:
-        super().__init__()
-        side = patches_a_side(image_size, patch)
-        _check(width, depth, heads, tokens)
-        self.patch, self.grid = patch, (side, side)
-        self.code_shape = (in_dim, *self.grid) if tokens is None else (in_dim, tokens)
-        self.embed = linear(in_dim, width)
-        self.register_buffer("positions", positions_2d(side, width), persistent=False)
-        self.latents = None if tokens is None else _learned(tokens, width)
-        self.mask = None if tokens is None else _learned(1, width)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.head = linear(width, out_channels * patch**2)
+    def __init__(self, in_dim: int, sizes: Sizes, out_channels: int) -> None:
+        super().__init__(in_dim, sizes, out_channels * sizes.patch**2, masked=True)
+        self.code_shape = (in_dim, *self.grid) if sizes.tokens is None else (in_dim, sizes.tokens)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -142,23 +143,8 @@ def positions_2d(side: int, width: int) -> Tensor:
     return torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], dim=1)
 
 
-def patches_a_side(image_size: int, patch: int) -> int:
-    """image_size / patch. ValueError unless `patch` divides it."""
-    if patch < 1 or image_size < 1 or image_size % patch:
-        raise ValueError(f"image_size {image_size} cannot be cut into patches of {patch}: choose a divisor")
-    return image_size // patch
-
-
 def _learned(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(_SPREAD * torch.randn(count, width))
-
-
-def _check(width: int, depth: int, heads: int, tokens: int | None) -> None:
-    check_heads(width, heads)
-    if width % 4:
-        raise ValueError(f"width is {width}; give a multiple of 4, since 2-D positions have four parts")
-    if depth < 1 or (tokens is not None and tokens < 1):
-        raise ValueError(f"depth {depth}, tokens {tokens}: give at least 1 of each, or tokens=None for one a patch")
 
 
 def _check_shape(x: Tensor, shape: tuple[int, ...], name: str) -> None:

@@ -70,6 +70,11 @@ class TrainConfig:
     """Trackers besides metrics.jsonl: tensorboard, wandb, trackio or any other that Accelerate supports."""
     seed: int = 0
 
+    @property
+    def weights_name(self) -> str:
+        """The weights behind a picture or figure, for its caption."""
+        return "averaged" if self.ema else "newest"
+
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "log_every", "plateau", "posthoc_every", "patience", "keep"):
             if getattr(self, name) < 1:

@@ -89,28 +89,28 @@ def test_a_missed_target_is_an_exit_code(
     rows = [samplers.Result("a", "us", 2.0, "b", 4.0, 2.0, "peer / ours >= 1", one) for one in held]
     monkeypatch.setattr(samplers, "host_rows", lambda turns: rows)
     monkeypatch.setattr(samplers, "wave_rows", list)
-    told = run_main(samplers, tmp_path / "samplers.json", *ON_CPU)
-    assert told.code == code
-    assert [row["held"] for row in told.json["rows"]] == list(held)
+    done = run_main(samplers, tmp_path / "samplers.json", *ON_CPU)
+    assert done.code == code
+    assert [row["held"] for row in done.json["rows"]] == list(held)
 
 
 def test_the_cost_of_a_step_is_the_lower_decile_of_turns(samplers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock of our own: first turns and slow ones do not count, and each side is timed right after itself, ready again."""
-    told: list[str] = []
+    done: list[str] = []
 
     def seconds(trajectory: Callable[[], str]) -> float:
-        turn = (told.count("ours") - 1) // 2
+        turn = (done.count("ours") - 1) // 2
         scale = 1e-3 if turn < 3 else 50 if turn % 2 else 1
         return {"ours": 80e-6, "peer": 800e-6}[trajectory()] * scale
 
     def side(name: str) -> Callable[[], str]:
-        return lambda: told.append(name) or name
+        return lambda: done.append(name) or name
 
     monkeypatch.setattr(samplers, "process_seconds", seconds)
     for ratio, most, held in ((9.0, None, True), (11.0, None, False), (9.0, 5.0, True), (9.0, 3.0, False)):
-        told.clear()
-        row = samplers.host_cost("a", side("ours"), "b", side("peer"), lambda: told.append("ready"), ratio, most, 20)
-        assert told[: 6 * 23] == ["ours", "ours", "ready", "peer", "ready", "peer"] * 23
+        done.clear()
+        row = samplers.host_cost("a", side("ours"), "b", side("peer"), lambda: done.append("ready"), ratio, most, 20)
+        assert done[: 6 * 23] == ["ours", "ours", "ready", "peer", "ready", "peer"] * 23
         assert (row.ours, row.peer, row.ratio, row.held) == (4.0, 40.0, 10.0, held)
 
 
@@ -136,11 +136,11 @@ def test_both_sides_walk_as_many_steps(samplers: ModuleType, monkeypatch: pytest
     import diffusers
     import torchdiffeq
 
-    told: Counter[str] = Counter()
+    done: Counter[str] = Counter()
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            told[name] += 1
+            done[name] += 1
             return function(*arguments, **named)
 
         return call
@@ -156,14 +156,14 @@ def test_both_sides_walk_as_many_steps(samplers: ModuleType, monkeypatch: pytest
     sides += [("euler", *samplers.flow_trajectory())]
     sides += [(name, None, samplers.torchdiffeq_trajectory(method)) for name, method in samplers.FIXED_GRID.items()]
     for name, ready, peer in sides:
-        told.clear()
+        done.clear()
         if ready is not None:
             ready()
         ends = samplers.our_trajectory(name)(), peer()
         assert all(end.shape == (1, samplers.STATE) and end.isfinite().all() for end in ends)
         stages = SOLVERS[name].evaluations
         shorter = name == "heun" and ready is not None
-        assert told == {"ours": 20 * stages, "peer": 20 * stages - shorter}, name
+        assert done == {"ours": 20 * stages, "peer": 20 * stages - shorter}, name
 
 
 # ---- samplers.py: the rows of a GPU, on the CPU ----
@@ -204,9 +204,9 @@ def training() -> ModuleType:
 @pytest.fixture
 def stepped() -> Iterator[Counter[torch.optim.Optimizer]]:
     """How many steps every optimizer of this process takes."""
-    told: Counter[torch.optim.Optimizer] = Counter()
-    hook = register_optimizer_step_post_hook(lambda optimizer, arguments, named: told.update([optimizer]))
-    yield told
+    done: Counter[torch.optim.Optimizer] = Counter()
+    hook = register_optimizer_step_post_hook(lambda optimizer, arguments, named: done.update([optimizer]))
+    yield done
     hook.remove()
 
 
@@ -268,7 +268,7 @@ def test_batches_of_the_bare_loop_go_through_all_items(training: ModuleType) -> 
 
 
 class Clock:
-    """Moves only when it is told to, so that a ratio of speeds is known beforehand."""
+    """Moves only on demand, so that a ratio of speeds is known beforehand."""
 
     def __init__(self) -> None:
         self.now, self.peers = 0.0, 0
@@ -327,17 +327,17 @@ def test_the_training_benchmark_prints_and_writes_its_rows(
 ) -> None:
     rows = [clock.row(training, "slow", 2.0, 1.0, 1.0), clock.row(training, "fast", 1.0, 2.0, 1.0)]
     monkeypatch.setattr(training, "rows_for", lambda device: [lambda row=row: row for row in rows])
-    told = run_main(training, tmp_path / "made" / "training.json", *ON_CPU, "--seconds", 0, "--only", only)
-    assert told.code == code
-    assert [(row["name"], row["held"]) for row in told.json["rows"]] == [(name, name == "fast") for name in names]
-    assert {"device", "environment"} <= set(told.json)
-    _, *lines, last = told.lines
+    done = run_main(training, tmp_path / "made" / "training.json", *ON_CPU, "--seconds", 0, "--only", only)
+    assert done.code == code
+    assert [(row["name"], row["held"]) for row in done.json["rows"]] == [(name, name == "fast") for name in names]
+    assert {"device", "environment"} <= set(done.json)
+    _, *lines, last = done.lines
     assert last.startswith("wrote ")
     assert [line.split()[0] for line in lines] == names
     assert [("yes" in line, "NO" in line) for line in lines] == [(n == "fast", n == "slow") for n in names]
 
 
-def test_the_training_benchmark_refuses_a_name_that_no_row_has(
+def test_the_training_benchmark_raises_for_a_name_that_no_row_has(
     training: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(training, "rows_for", lambda device: [])

@@ -26,7 +26,7 @@ def small(metrics: ModuleType) -> Any:
 
 
 def clock(metrics: ModuleType, monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> None:
-    """Each side takes what it is told to, the second turn a tenth more."""
+    """Each side takes a given time, the second turn a tenth more."""
     turns: list[str] = []
 
     def process_seconds(work: Any) -> float:
@@ -48,9 +48,9 @@ def test_rows_are_judged_printed_and_written(
 ) -> None:
     clock(metrics, monkeypatch, seconds(ours))
     monkeypatch.setattr(metrics, "Sizes", lambda: small)
-    told = run_main(metrics, tmp_path / "out.json", "--turns", 2)
-    assert told.code == code
-    report = told.json
+    done = run_main(metrics, tmp_path / "out.json", "--turns", 2)
+    assert done.code == code
+    report = done.json
     rows = {(row["name"], row["peer_name"]): row for row in report["rows"]}
     (sweep,) = (key for key in rows if key[0].startswith("sweep of 40 images"))
     assert set(rows) - {sweep} == {(name, peer) for name in (TIME, ERROR) for peer in PEERS}
@@ -67,11 +67,11 @@ def test_rows_are_judged_printed_and_written(
         assert (error["ours"], error["target"], error["held"]) == (1, "peer / ours >= 10", True)
         assert error["peer"] > 1e3
     assert set(report["peers"]) == {"scipy", *PEERS[1:]}
-    printed = "\n".join(told.lines)
+    printed = "\n".join(done.lines)
     assert all(printed.count(f"{name} beside {peer}") == 1 for name, peer in rows)
 
 
-def test_sides_that_do_not_agree_are_refused(metrics: ModuleType, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sides_that_do_not_agree_raise(metrics: ModuleType, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock(metrics, monkeypatch, seconds(1.0))
     true = metrics.by_sqrtm
     monkeypatch.setattr(metrics, "by_sqrtm", lambda *sides: true(*sides) * (1 + 2e-6))

@@ -70,8 +70,8 @@ def test_every_row_runs_is_checked_and_judged_by_its_target(
 ) -> None:
     monkeypatch.setattr(quantizers, "Sizes", lambda: sizes)
     flags = ("--device", "cpu", "--turns", 2, "--seconds", 0)
-    told = run_main(quantizers, tmp_path / "made" / "q.json", *flags)
-    found, out = told.json, "\n".join(told.lines)
+    done = run_main(quantizers, tmp_path / "made" / "q.json", *flags)
+    found, out = done.json, "\n".join(done.lines)
     assert {"device", "hardware", "environment", "peers", "load"} <= set(found)
     assert set(found["peers"]) == {"vector-quantize-pytorch", "diffusers"} and "absent" not in found["peers"].values()
     rows = {row["name"]: row for row in found["rows"]}
@@ -102,7 +102,7 @@ def test_every_row_runs_is_checked_and_judged_by_its_target(
         step | {"gradients of the map"},
         set(),
     ]
-    assert told.code == int(any(row["held"] is False for row in rows.values()))
+    assert done.code == int(any(row["held"] is False for row in rows.values()))
 
 
 def test_a_vq_step_learns_the_running_means_of_the_vectors(quantizers: ModuleType) -> None:
@@ -117,11 +117,11 @@ def test_a_vq_step_learns_the_running_means_of_the_vectors(quantizers: ModuleTyp
     loss = 0.25 * (rows - book[nearest]).square().mean()
     by_codes = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     by_loss = (rows - book[nearest]).mul(0.5 / rows.numel()).view(2, 8, 8, 3).movedim(-1, 1).float()
-    for told in (comparison.ours(), comparison.peer()):
-        torch.testing.assert_close(told["codebook"].double(), total / smoothed[:, None], rtol=1e-5, atol=1e-6)
-        assert torch.equal(told["indices"].flatten(), nearest)
-        assert told["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
-        torch.testing.assert_close(told["gradients"], by_codes + by_loss)
+    for done in (comparison.ours(), comparison.peer()):
+        torch.testing.assert_close(done["codebook"].double(), total / smoothed[:, None], rtol=1e-5, atol=1e-6)
+        assert torch.equal(done["indices"].flatten(), nearest)
+        assert done["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(done["gradients"], by_codes + by_loss)
 
 
 @pytest.mark.parametrize("side", ["ours", "peer"])
@@ -153,18 +153,18 @@ def test_both_tokenizers_train_alike(quantizers: ModuleType) -> None:
     comparison = quantizers.tokenizer_training(4, 8, 8, 16, 3, CPU)
     taken: Counter[torch.optim.Optimizer] = Counter()
     hook = register_optimizer_step_post_hook(lambda optimizer, arguments, named: taken.update([optimizer]))
-    told = [
+    done = [
         [{k: v.clone() for k, v in side().items()} for _ in range(4)] for side in (comparison.ours, comparison.peer)
     ]
     hook.remove()
-    losses = [[step["loss"].item() for step in steps] for steps in told]
+    losses = [[step["loss"].item() for step in steps] for steps in done]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len({round(loss, 6) for loss in losses[0]}) == 4
     assert list(taken.values()) == [4, 4]
     ours, peer = (sum(p.numel() for group in each.param_groups for p in group["params"]) for each in taken)
     assert ours == peer > 0
-    torch.testing.assert_close(told[0][-1]["codebook"], told[1][-1]["codebook"], rtol=0, atol=1e-5)
-    assert (told[0][-1]["codebook"] - told[0][0]["codebook"]).abs().max() > 1e-4
+    torch.testing.assert_close(done[0][-1]["codebook"], done[1][-1]["codebook"], rtol=0, atol=1e-5)
+    assert (done[0][-1]["codebook"] - done[0][0]["codebook"]).abs().max() > 1e-4
 
 
 def test_the_search_is_that_of_diffusers_module(quantizers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,8 +226,8 @@ def test_rows_of_a_gpu_are_shown_and_not_judged(
 # ---- checking and measuring ----
 
 
-def _told(told: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    return lambda: told
+def _returning(done: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    return lambda: done
 
 
 @pytest.mark.parametrize(
@@ -239,35 +239,35 @@ def _told(told: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
         ("codes", lambda v: v[:2], "different things"),
     ],
 )
-def test_sides_that_do_not_agree_are_refused(
+def test_sides_that_do_not_agree_raise(
     name: str, change: Callable[[Tensor], Tensor], match: str, common: ModuleType
 ) -> None:
-    told = {"indices": torch.arange(4), "codes": torch.tensor([0.0, 1.0, -1.0, 100.0])}
-    fair = common.Comparison("a", "b", _told(told), _told({**told, "codes": told["codes"] * (1 + 5e-6)}))
+    done = {"indices": torch.arange(4), "codes": torch.tensor([0.0, 1.0, -1.0, 100.0])}
+    fair = common.Comparison("a", "b", _returning(done), _returning({**done, "codes": done["codes"] * (1 + 5e-6)}))
     assert common.checked(fair)["codes"] == pytest.approx(5e-6, rel=0.1)
     with pytest.raises(ValueError, match=match):
-        common.checked(replace(fair, ours=_told({**told, name: change(told[name])})))
+        common.checked(replace(fair, ours=_returning({**done, name: change(done[name])})))
     with pytest.raises(ValueError, match="different things"):
-        common.checked(replace(fair, peer=_told({"codes": told["codes"]})))
+        common.checked(replace(fair, peer=_returning({"codes": done["codes"]})))
 
 
 def test_time_is_the_lower_decile_of_turns_and_scaled_to_all_the_work(common: ModuleType) -> None:
     """On a clock of our own, ours and peer in turns; the first turn is not counted."""
-    told: list[str] = []
+    done: list[str] = []
 
     def seconds(work: Callable[[], dict[str, Tensor]]) -> float:
         work()
-        turn = (len(told) - 1) // 2
-        return (1 if told[-1] == "ours" else 4) * (1e-6 if turn == 0 else 1.0 if turn % 2 else 2.0)
+        turn = (len(done) - 1) // 2
+        return (1 if done[-1] == "ours" else 4) * (1e-6 if turn == 0 else 1.0 if turn % 2 else 2.0)
 
     def side(name: str) -> Callable[[], dict[str, Tensor]]:
-        return lambda: told.append(name) or {}
+        return lambda: done.append(name) or {}
 
     for share, least, held in ((1.0, 4.0, True), (1.0, 4.1, False), (0.5, 8.0, True), (1.0, None, None)):
-        told.clear()
+        done.clear()
         comparison = common.Comparison("a", "b", side("ours"), side("peer"), time=least, share=share)
         pairs = common.take_turns(comparison, 0, 12, seconds)
-        assert told == ["ours", "peer"] * 13
+        assert done == ["ours", "peer"] * 13
         assert len(pairs) == 12
         row = common.time_row(comparison, {"codes": 0.5}, pairs)
         assert (row.ours, row.peer, row.ratio) == (1000.0, 4000.0 / share, 4.0 / share)

@@ -66,7 +66,7 @@ def test_the_cells_are_of_the_sizes_they_name(comparison: Any) -> None:
             assert abs(of_position - bits) < 0.5, (quantizer, bits, of_position)
 
 
-def test_a_page_without_the_block_is_refused(comparison: Any, tmp_path: Path) -> None:
+def test_a_page_without_the_block_raises(comparison: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("nothing\n")
     with pytest.raises(SystemExit, match="no block"):

@@ -269,9 +269,9 @@ def test_a_manifest_of_another_checkpoint_raises(
     """It holds a hash of itself, and is about the directory it is in. With a hash that fits, what it claims is compared."""
     path = save(tmp_path, 1, write).path
     manifest = json.loads((path / "manifest.json").read_text())
-    said = {key: value for key, value in {**manifest, **change}.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    (path / "manifest.json").write_text(json.dumps({**said, "sha256": digest if signed else manifest["sha256"]}))
+    logged = {key: value for key, value in {**manifest, **change}.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(logged, sort_keys=True).encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps({**logged, "sha256": digest if signed else manifest["sha256"]}))
     with pytest.raises(DataError, match=why if signed else "sha256 differs"):
         verify(path)
 
@@ -290,14 +290,14 @@ def test_the_newest_valid_one_is_found_and_the_others_are_named(tmp_path: Path) 
     flip(tmp_path / "step-30" / "model.safetensors")
     (tmp_path / "step-10" / "manifest.json").unlink()
     (tmp_path / "step-x").mkdir()
-    said: list[str] = []
-    assert next(valid(tmp_path, said.append), None) == Checkpoint(tmp_path / "step-2", 2)
-    assert len(said) == 2
-    assert said[0].startswith("skipped step-30") and "model.safetensors" in said[0]
-    assert said[1].startswith("skipped step-10") and "manifest" in said[1]
+    logged: list[str] = []
+    assert next(valid(tmp_path, logged.append), None) == Checkpoint(tmp_path / "step-2", 2)
+    assert len(logged) == 2
+    assert logged[0].startswith("skipped step-30") and "model.safetensors" in logged[0]
+    assert logged[1].startswith("skipped step-10") and "manifest" in logged[1]
     truncate(tmp_path / "step-2" / "model.safetensors")
-    assert next(valid(tmp_path, said.append), None) is None
-    assert next(valid(tmp_path / "nowhere", said.append), None) is None
+    assert next(valid(tmp_path, logged.append), None) is None
+    assert next(valid(tmp_path / "nowhere", logged.append), None) is None
 
 
 def test_damaged_ones_are_renamed(tmp_path: Path) -> None:

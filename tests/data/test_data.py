@@ -265,7 +265,7 @@ def test_jpeg_and_animation_are_stated(tmp_path: Path):
 # ---- errors ----
 
 
-def refused(source: Path | str, *fragments: str, on_bad_image: Literal["error", "skip"] = "error") -> DataError:
+def assert_raises(source: Path | str, *fragments: str, on_bad_image: Literal["error", "skip"] = "error") -> DataError:
     with pytest.raises(DataError) as caught:
         load_images(str(source), on_bad_image=on_bad_image)
     for fragment in fragments:
@@ -280,7 +280,7 @@ def test_truncated_and_empty_files_are_named(tmp_path: Path, ending: str, keep: 
     path = tmp_path / f"hurt.{ending}"
     save(path, noise(64, 64, 3))
     path.write_bytes(path.read_bytes()[:keep])
-    error = refused(tmp_path, f"1 of 3 images cannot be decoded\n  why: hurt.{ending} (")
+    error = assert_raises(tmp_path, f"1 of 3 images cannot be decoded\n  why: hurt.{ending} (")
     assert "0x" not in error.why
 
 
@@ -289,7 +289,7 @@ def test_damaged_member_of_a_zip(animals: Path, tmp_path: Path):
     content = bytearray(target.read_bytes())
     content[content.index((animals / "dog/0.png").read_bytes()) + 60] ^= 255
     target.write_bytes(content)
-    refused(target, "dog/0.png", "CRC")
+    assert_raises(target, "dog/0.png", "CRC")
 
 
 def test_skip_leaves_out_up_to_one_percent(tmp_path: Path):
@@ -300,7 +300,7 @@ def test_skip_leaves_out_up_to_one_percent(tmp_path: Path):
     assert torch.equal(data.images[51], torch.from_numpy(noise(4, 4, 3, seed=51)).permute(2, 0, 1))
     assert data.conversions == ("1 image: skipped, cannot be decoded (first: a/050x.png)",)
     (tmp_path / "a" / "051x.png").write_bytes(b"not an image")
-    refused(tmp_path, "2 of 101 images", "a/050x.png", "a/051x.png", "1 %", on_bad_image="skip")
+    assert_raises(tmp_path, "2 of 101 images", "a/050x.png", "a/051x.png", "1 %", on_bad_image="skip")
 
 
 def test_skip_keeps_labels_with_their_images(tmp_path: Path):
@@ -314,12 +314,12 @@ def test_skip_keeps_labels_with_their_images(tmp_path: Path):
 def test_many_bad_files_are_listed_in_part(tmp_path: Path):
     for index in range(8):
         (tmp_path / f"{index}.png").write_bytes(b"")
-    refused(tmp_path, "8 of 8 images", "4.png", "and 3 more", "--on-bad-image skip")
+    assert_raises(tmp_path, "8 of 8 images", "4.png", "and 3 more", "--on-bad-image skip")
 
 
 def test_mixed_sizes_name_two_files(animals: Path):
     save(animals / "dog" / "1.png", noise(5, 9, 3))
-    refused(animals, "cat/0.png is 6x4", "dog/1.png is 9x5", "--resize N", "smallest side here is 4")
+    assert_raises(animals, "cat/0.png is 6x4", "dog/1.png is 9x5", "--resize N", "smallest side here is 4")
     assert load_images(str(animals), resize=4).images.shape == (4, 3, 4, 4)
 
 
@@ -329,7 +329,7 @@ def test_bad_files_raise_with_their_name_and_reason(tmp_path: Path, fault: Fault
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXEL_LIMIT)
     flat(tmp_path, 2)
     fault.make(tmp_path / fault.name)
-    refused(tmp_path, fault.name, fault.word, on_bad_image="skip")
+    assert_raises(tmp_path, fault.name, fault.word, on_bad_image="skip")
 
 
 def test_pillow_drops_the_low_byte_of_a_deep_colour_png():
@@ -338,19 +338,19 @@ def test_pillow_drops_the_low_byte_of_a_deep_colour_png():
 
 
 def test_sources_without_images(tmp_path: Path):
-    refused(tmp_path, f"no images in {tmp_path}", "it is empty")
+    assert_raises(tmp_path, f"no images in {tmp_path}", "it is empty")
     (tmp_path / "a.npz").write_bytes(b"x")
-    refused(tmp_path, "1 other files (.npz)", ".png")
-    refused(zip_folder(tmp_path, tmp_path.parent / "none.zip"), "no images in", ".npz")
+    assert_raises(tmp_path, "1 other files (.npz)", ".png")
+    assert_raises(zip_folder(tmp_path, tmp_path.parent / "none.zip"), "no images in", ".npz")
 
 
 def test_missing_and_broken_paths(animals: Path, tmp_path: Path):
-    refused(tmp_path / "absent", "does not exist")
-    refused("absent.zip", "absent.zip does not exist")
-    refused(animals / "cat" / "0.png", "cannot be read as a zip of images")
+    assert_raises(tmp_path / "absent", "does not exist")
+    assert_raises("absent.zip", "absent.zip does not exist")
+    assert_raises(animals / "cat" / "0.png", "cannot be read as a zip of images")
     target = zip_folder(animals, tmp_path / "cut.zip")
     target.write_bytes(target.read_bytes()[:-30])
-    refused(target, "cut.zip cannot be read as a zip", "download it again")
+    assert_raises(target, "cut.zip cannot be read as a zip", "download it again")
 
 
 def test_a_folder_that_cannot_be_listed(animals: Path, monkeypatch: pytest.MonkeyPatch):
@@ -362,18 +362,18 @@ def test_a_folder_that_cannot_be_listed(animals: Path, monkeypatch: pytest.Monke
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", forbidding)
-    refused(animals, "dog cannot be listed", "permissions")
+    assert_raises(animals, "dog cannot be listed", "permissions")
 
 
 def test_loose_images_beside_class_folders(animals: Path):
     save(animals / "x.png", noise(4, 6, 3))
-    refused(animals, "1 images lie beside the class folders, for example x.png", "cat, dog")
+    assert_raises(animals, "1 images lie beside the class folders, for example x.png", "cat, dog")
 
 
 def test_split_folders_are_not_classes(tmp_path: Path):
     for name in ("Train/cat", "Train/dog", "test/cat"):
         flat(tmp_path / name, 1)
-    refused(tmp_path, "Train, test look like splits")
+    assert_raises(tmp_path, "Train, test look like splits")
     assert load_images(str(tmp_path / "Train")).classes == ("cat", "dog")
 
 
@@ -398,16 +398,16 @@ def test_an_empty_name_is_not_the_working_folder(animals: Path, monkeypatch: pyt
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **options: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise ConnectionError("the test has no network")
 
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
 
 
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"digits"}))
 def test_absent_named_source(name: str, tmp_path: Path, no_network: None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MIDWAY_DATA", str(tmp_path))
-    error = refused(name, f"{name} is not on this machine")
+    error = assert_raises(name, f"{name} is not on this machine")
     assert "pass --download" in error.fix and str(tmp_path) in error.fix and ".gz" in error.fix
     assert list(tmp_path.iterdir()) == []
 

@@ -56,14 +56,14 @@ def test_all_bad_files_are_listed_and_the_rest_is_measured(tmp_path: Path, scrip
     folder, out = good(tmp_path / "set"), tmp_path / "out"
     for fault in FAULTS:
         fault.make(folder / "cat" / fault.name)
-    told = script("data", "check", folder, "--out", out)
-    assert told.code == DATA
+    done = script("data", "check", folder, "--out", out)
+    assert done.code == DATA
     lines = dict(line.split("\t") for line in (out / "bad_files.txt").read_text().splitlines())
     assert set(lines) == {f"cat/{fault.name}" for fault in FAULTS}
     for fault in FAULTS:
         name, reason = f"cat/{fault.name}", lines[f"cat/{fault.name}"]
         assert fault.word in reason and name not in reason
-        assert f"bad          {name}: {reason}" in told.out
+        assert f"bad          {name}: {reason}" in done.out
     facts = json.loads((out / "data.json").read_text())
     assert (facts["files"], facts["images"], facts["fingerprint"]) == (32, 20, None)
     assert facts["classes"] == {"cat": 10, "dog": 10} and facts["sizes"] == {"6x4": 20}
@@ -71,7 +71,7 @@ def test_all_bad_files_are_listed_and_the_rest_is_measured(tmp_path: Path, scrip
         "5 of 32 images cannot be decoded",
         "7 of 32 images are intact but cannot be used",
     ]
-    assert told.err.startswith(f"error: {folder} cannot be used") and "  fix: " in told.err
+    assert done.err.startswith(f"error: {folder} cannot be used") and "  fix: " in done.err
     assert facts["statistics"] == clean_statistics(tmp_path)
 
 
@@ -83,9 +83,9 @@ def clean_statistics(tmp_path: Path) -> Any:
 def test_skip_is_a_warning_and_the_fingerprint_that_of_training(tmp_path: Path, script: Script, fault: Fault):
     good(tmp_path, 60)
     fault.make(tmp_path / "dog" / fault.name)
-    told = script("data", "check", tmp_path, "--on-bad-image", "skip")
-    assert told.code == OK and "1 image of 121 cannot be decoded" in told.out and f"dog/{fault.name}: " in told.out
-    assert load_images(str(tmp_path), on_bad_image="skip").fingerprint in told.out
+    done = script("data", "check", tmp_path, "--on-bad-image", "skip")
+    assert done.code == OK and "1 image of 121 cannot be decoded" in done.out and f"dog/{fault.name}: " in done.out
+    assert load_images(str(tmp_path), on_bad_image="skip").fingerprint in done.out
     assert script("data", "check", tmp_path).code == DATA
 
 
@@ -100,8 +100,8 @@ def test_skip_does_not_cover_deep_images_as_in_training(tmp_path: Path):
 
 def test_nothing_decodes(tmp_path: Path, script: Script):
     (tmp_path / "a.png").write_bytes(b"")
-    told = script("data", "check", tmp_path)
-    assert told.code == DATA and "0 images, none decoded" in told.out and "levels       none" in told.out
+    done = script("data", "check", tmp_path)
+    assert done.code == DATA and "0 images, none decoded" in done.out and "levels       none" in done.out
 
 
 # ---- facts ----
@@ -129,10 +129,10 @@ def test_sums_do_not_overflow():
 
 
 def test_digits_by_name(script: Script):
-    told = script("data", "check", "digits", "--against", "digits", "--held-out", "0.1", "--split-seed", 3)
-    assert told.code == OK and load_images("digits").fingerprint in told.out and "levels       17\n" in told.out
-    assert "1797 images (180 held out) with the pixels of an image in digits (digits[0] = digits[0]; " in told.out
-    assert "174 to 183 images each" in told.out and "duplicates   0 images" in told.out
+    done = script("data", "check", "digits", "--against", "digits", "--held-out", "0.1", "--split-seed", 3)
+    assert done.code == OK and load_images("digits").fingerprint in done.out and "levels       17\n" in done.out
+    assert "1797 images (180 held out) with the pixels of an image in digits (digits[0] = digits[0]; " in done.out
+    assert "174 to 183 images each" in done.out and "duplicates   0 images" in done.out
 
 
 def test_options_are_those_of_training(tmp_path: Path):
@@ -178,21 +178,21 @@ def test_conversions_are_counted(tmp_path: Path):
 
 def test_mixed_sizes_state_the_remedy(tmp_path: Path, script: Script):
     save(good(tmp_path) / "dog" / "tall.png", noise(9, 5, 3))
-    told = script("data", "check", tmp_path)
-    assert told.code == DATA and "6x4 (20), 5x9 (1)" in told.out
-    assert "pass --resize N" in told.err and "smallest side here is 4" in told.err and "Traceback" not in told.err
-    told = script("data", "check", tmp_path, "--resize", 4)
-    assert told.code == OK and "4x4 (21)" in told.out
+    done = script("data", "check", tmp_path)
+    assert done.code == DATA and "6x4 (20), 5x9 (1)" in done.out
+    assert "pass --resize N" in done.err and "smallest side here is 4" in done.err and "Traceback" not in done.err
+    done = script("data", "check", tmp_path, "--resize", 4)
+    assert done.code == OK and "4x4 (21)" in done.out
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_too_few_images_for_a_split(tmp_path: Path, script: Script, count: int):
     for index in range(count):
         save(tmp_path / f"{index}.png", noise(4, 4, seed=index))
-    told = script("data", "check", tmp_path, "--held-out", 0.5)
-    assert told.code == DATA
-    assert ("leaves one side of the split empty" if count == 1 else "side of the split has 1 image") in told.err
-    assert load_images(str(tmp_path)).fingerprint in told.out  # it can be loaded, though not split
+    done = script("data", "check", tmp_path, "--held-out", 0.5)
+    assert done.code == DATA
+    assert ("leaves one side of the split empty" if count == 1 else "side of the split has 1 image") in done.err
+    assert load_images(str(tmp_path)).fingerprint in done.out  # it can be loaded, though not split
 
 
 def test_both_sides_need_two(tmp_path: Path):
@@ -214,7 +214,7 @@ def test_folders_that_are_no_classes_are_one_problem_beside_others(tmp_path: Pat
 
 
 def sides(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Names in the training and held-out side of `split`, told by the pixels of a set of different images."""
+    """Names in the training and held-out side of `split`, found by the pixels of a set of different images."""
     names = {noise(4, 6, 3, seed=index).tobytes(): f"{('cat', 'dog')[index % 2]}/{index:03}.png" for index in range(20)}
     parts = split(load_images(str(folder)), 0.2, seed)
     train, held_out = [[names[i.permute(1, 2, 0).numpy().tobytes()] for i in part.images] for part in parts]
@@ -309,11 +309,11 @@ def test_files_are_written_on_request_and_an_old_list_is_removed(tmp_path: Path,
 def test_an_out_that_cannot_be_written(tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").write_text("mine")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        told = script("data", "check", "digits", "--out", out)
-        assert told.code == DISK and "choose another --out" in told.err and told.out == ""  # before any decoding
+        done = script("data", "check", "digits", "--out", out)
+        assert done.code == DISK and "choose another --out" in done.err and done.out == ""  # before any decoding
     (tmp_path / "out" / "data.json").mkdir(parents=True)
-    told = script("data", "check", "digits", "--out", tmp_path / "out")
-    assert told.code == DISK and [path.name for path in (tmp_path / "out").iterdir()] == ["data.json"]
+    done = script("data", "check", "digits", "--out", tmp_path / "out")
+    assert done.code == DISK and [path.name for path in (tmp_path / "out").iterdir()] == ["data.json"]
     monkeypatch.setattr(check_report.os, "access", lambda path, mode: False)
     assert script("data", "check", "digits", "--out", tmp_path / "new").code == DISK and not (tmp_path / "new").exists()
 
@@ -328,11 +328,11 @@ def test_names_that_are_not_unicode(tmp_path: Path):
 
 def test_help_and_every_flag(script: Script, tmp_path: Path):
     assert "check" in script("data").out and script("data", "--help").code == OK
-    told = script("data", "check", "--help")
+    done = script("data", "check", "--help")
     flags = ("against", "held-out", "split-seed", "channels", "resize", "on-bad-image", "download", "out")
-    assert told.code == OK and all(f"--{flag} " in told.out or f"--{flag}," in told.out for flag in flags)
-    assert "%%" not in told.out
-    told = script("data", "check", good(tmp_path), "--channels", 3, "--resize", 4, "--download", "--held-out", "0.4")
-    assert told.code == OK and "12 training, 8 held out" in told.out
+    assert done.code == OK and all(f"--{flag} " in done.out or f"--{flag}," in done.out for flag in flags)
+    assert "%%" not in done.out
+    done = script("data", "check", good(tmp_path), "--channels", 3, "--resize", 4, "--download", "--held-out", "0.4")
+    assert done.code == OK and "12 training, 8 held out" in done.out
     with pytest.raises(UsageError):
         data_script.run(data_script.CheckTask("digits", held_out=1.0))

@@ -93,7 +93,7 @@ def test_a_long_walk_has_three_quarters_in_two_components() -> None:
     assert random_walk(2000, 3).tolist() == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_cannot_be_said_is_refused() -> None:
+def test_a_geometry_of_nothing_raises() -> None:
     with pytest.raises(ValueError, match="does not move"):
         shares(torch.ones(4, 3))
     with pytest.raises(ValueError, match="where it began"):
@@ -168,7 +168,7 @@ def test_the_geometry_of_a_model_is_that_of_its_trajectories(pipeline: Pipeline)
     assert (found.solver, found.steps, found.count, len(found.paths)) == ("euler", 8, 5, 3)
 
 
-def test_a_solver_per_sample_and_states_that_are_not_finite_are_refused(
+def test_a_solver_per_sample_and_states_that_are_not_finite_raise(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained = pipeline.load()

@@ -118,7 +118,7 @@ def test_small_eigenvalues_are_not_lost(root: Root, condition: float, error: flo
     ("counts", "message"),
     [((9, 400), r"residual .* \d\.\de"), ((400, 9), r"residual .* \d\.\de"), ((9, 9), "both covariances are singular")],
 )
-def test_an_iteration_without_end_is_refused(counts: tuple[int, int], message: str) -> None:
+def test_an_iteration_without_end_raises(counts: tuple[int, int], message: str) -> None:
     a, b = (FeatureStatistics.of(features(seed, count, 48)) for seed, count in zip((1, 2), counts, strict=True))
     with pytest.raises(ValueError, match=message) as caught:
         frechet_distance(a, b, "newton-schulz")
@@ -128,7 +128,7 @@ def test_an_iteration_without_end_is_refused(counts: tuple[int, int], message: s
 
 @pytest.mark.filterwarnings("ignore:.*images for")
 def test_an_iteration_that_ends_is_right() -> None:
-    """Rounding may make a singular matrix regular: then the root is as near as that of eigenvalues, or refused."""
+    """Rounding may make a singular matrix regular: then the root is as near as that of eigenvalues, or it raises."""
     ended = 0
     for dim in range(2, 14):
         few, many = features(dim, dim), features(2)
@@ -142,7 +142,7 @@ def test_an_iteration_that_ends_is_right() -> None:
     assert ended
 
 
-def test_refuses_an_unknown_root() -> None:
+def test_raises_for_an_unknown_root() -> None:
     a = FeatureStatistics.of(features(1))
     with pytest.raises(ValueError, match="'newton-schulz'"):
         frechet_distance(a, a, cast(Root, "sqrtm"))
@@ -203,15 +203,15 @@ def test_half_precision_features_are_measured_in_float64() -> None:
 def test_agrees_with_torch_fidelity(dim: int) -> None:
     metric = pytest.importorskip("torch_fidelity.metric_fid", reason="a peer")
     x, y = features(1, dim=dim), features(2, dim=dim)
-    told = [{"mu": z.mean(0).numpy(), "sigma": np.cov(z.numpy(), rowvar=False)} for z in (x, y)]
-    expected = metric.fid_statistics_to_metric(*told, verbose=False)["frechet_inception_distance"]
+    done = [{"mu": z.mean(0).numpy(), "sigma": np.cov(z.numpy(), rowvar=False)} for z in (x, y)]
+    expected = metric.fid_statistics_to_metric(*done, verbose=False)["frechet_inception_distance"]
     assert distance(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 def test_agrees_with_torchmetrics() -> None:
     fid = pytest.importorskip("torchmetrics.image.fid", reason="a peer")
     network = torch.nn.Identity()
-    network.register_buffer("num_features", torch.tensor(D))  # it asks
+    network.register_buffer("num_features", torch.tensor(D))  # which it reads
     metric = fid.FrechetInceptionDistance(network)
     for real, seed in ((True, 1), (False, 2)):
         for part in features(seed).split(90):
@@ -283,7 +283,7 @@ def test_tensors_round_trip() -> None:
         (torch.tensor([[0.0, float("inf")]]), "1 of 1 feature vectors are not finite"),
     ],
 )
-def test_refuses_unusable_features(bad: Tensor, message: str) -> None:
+def test_raises_for_unusable_features(bad: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureStatistics.of(bad)
     for pair in ((bad, torch.zeros(5, 2)), (torch.zeros(5, 2), bad)):
@@ -296,19 +296,19 @@ def test_refuses_unusable_features(bad: Tensor, message: str) -> None:
     [(features(1, count=1), "at least 2"), (features(2, dim=D + 1), "one feature network")],
     ids=["a single image", "other dimensions"],
 )
-def test_refuses_sets_that_cannot_be_compared(bad: Tensor, message: str) -> None:
+def test_raises_for_sets_that_cannot_be_compared(bad: Tensor, message: str) -> None:
     for measure in (distance, frechet_distance_of_features):
         for pair in ((bad, features(2)), (features(2), bad)):
             with pytest.raises(ValueError, match=message):
                 measure(*pair)
 
 
-def test_refuses_to_add_different_dimensions() -> None:
+def test_raises_for_adding_different_dimensions() -> None:
     with pytest.raises(ValueError, match="one feature network"):
         _ = FeatureStatistics.of(features(1)) + FeatureStatistics.of(features(2, dim=D + 1))
 
 
-def test_refuses_incomplete_or_misshapen_tensors() -> None:
+def test_raises_for_incomplete_or_misshapen_tensors() -> None:
     tensors = FeatureStatistics.of(features(1)).to_tensors()
     with pytest.raises(ValueError, match="lack outer"):
         FeatureStatistics.from_tensors({name: tensor for name, tensor in tensors.items() if name != "outer"})

@@ -97,7 +97,7 @@ def test_subsets_are_drawn_by_the_seed_without_replacement(monkeypatch: pytest.M
     assert set(seen[0]) != set(map(float, range(len(seen[0]))))
 
 
-def test_refuses_too_few_images_and_points() -> None:
+def test_raises_for_too_few_images_and_points() -> None:
     with pytest.raises(ValueError, match=r"31 images for 8 features.* 32 images"):
         frechet_distance_at_infinity(features(1, 31), unit_gaussian(D))
     with pytest.raises(ValueError, match="points is 2"):

@@ -77,10 +77,10 @@ def test_float32_logits_are_scored_in_float64() -> None:
 
 def test_agrees_with_torch_fidelity() -> None:
     metric = pytest.importorskip("torch_fidelity.metric_isc", reason="a peer")
-    told = metric.isc_features_to_metric(logits(1, 203), 10, False, 2020)
+    done = metric.isc_features_to_metric(logits(1, 203), 10, False, 2020)
     found = inception_score(logits(1, 203))
-    assert found.value == pytest.approx(told["inception_score_mean"], rel=1e-12)
-    assert found.std == pytest.approx(told["inception_score_std"], rel=1e-9)
+    assert found.value == pytest.approx(done["inception_score_mean"], rel=1e-12)
+    assert found.std == pytest.approx(done["inception_score_std"], rel=1e-9)
 
 
 def test_warns_of_parts_of_few_images() -> None:
@@ -101,6 +101,6 @@ def test_warns_of_parts_of_few_images() -> None:
         (torch.zeros(20, 3), 21, "splits is 21 for 20 images"),
     ],
 )
-def test_refuses_what_has_no_score(bad: Tensor, splits: int, message: str) -> None:
+def test_raises_for_what_has_no_score(bad: Tensor, splits: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         inception_score(bad, splits)

@@ -145,13 +145,13 @@ def test_float32_features_are_measured_in_float64() -> None:
         (torch.zeros(9, D + 1), "one feature network"),
     ],
 )
-def test_refuses_sets_that_cannot_be_compared(x: Tensor, message: str) -> None:
+def test_raises_for_sets_that_cannot_be_compared(x: Tensor, message: str) -> None:
     for measure in (kid, mmd):
         with pytest.raises(ValueError, match=message):
             measure(x, features(1, 10))
 
 
 @pytest.mark.parametrize(("subsets", "size"), [(0, 5), (3, 1), (3, -1)])
-def test_refuses_subsets_of_nothing(subsets: int, size: int) -> None:
+def test_raises_for_subsets_of_nothing(subsets: int, size: int) -> None:
     with pytest.raises(ValueError, match=f"subsets={subsets}, size={size}"):
         kid(features(1, 10), features(2, 10), subsets, size)

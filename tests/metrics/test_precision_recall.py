@@ -175,7 +175,7 @@ def test_agrees_with_torch_fidelity() -> None:
     assert 0 < recall < 1
 
 
-def test_refuses_more_neighbours_than_there_are() -> None:
+def test_raises_for_more_neighbours_than_there_are() -> None:
     x = features(1, 20)
     for k in (0, 20, 21):
         with pytest.raises(ValueError, match=f"k is {k} for 20 images"):
@@ -189,7 +189,7 @@ def test_refuses_more_neighbours_than_there_are() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(9), torch.full((9, 16), math.inf), torch.zeros(9, 5)])
-def test_refuses_sets_that_cannot_be_compared(bad: Tensor) -> None:
+def test_raises_for_sets_that_cannot_be_compared(bad: Tensor) -> None:
     for measure in (precision_recall, density_coverage):
         with pytest.raises(ValueError, match=r"expected \(N, D\)|9 of 9 feature vectors|one feature network"):
             measure(features(1, 20), bad)

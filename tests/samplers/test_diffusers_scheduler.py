@@ -330,7 +330,7 @@ def test_a_pipeline_is_saved_and_loaded_with_its_solver(tmp_path: Path) -> None:
     one, other = (p(num_inference_steps=3, generator=_seeded(), output_type="pt").images for p in (pipe, again))
     _close(one, other)
     back = diffusers.DDIMScheduler.from_config(again.scheduler.config)
-    assert back.config.clip_sample is False, "what is not ours to read is kept for the scheduler it came from"
+    assert back.config.clip_sample is False, "what is not ours to read stays for the scheduler it came from"
     assert back.config.prediction_type == "v_prediction"
 
 
@@ -410,7 +410,7 @@ def test_image_to_image_cannot_begin_inside_a_step() -> None:
 
 @pytest.mark.parametrize("solver", ["heun", "dpmpp3m", "unipc3"])
 def test_step_never_reads_a_tensor(solver: str) -> None:
-    """Tensors without storage: whatever asks for a value fails."""
+    """Tensors without storage: reading a value fails."""
     scheduler, x = MidwayScheduler(**V, solver=solver), torch.empty(2, 4, device="meta")
     scheduler.set_timesteps(5, device="meta")
     for t in scheduler.timesteps:

@@ -1,4 +1,4 @@
-"""Sampling in parallel over time: exact after enough waves, the tolerance kept, and how many waves that takes."""
+"""Sampling in parallel over time: exact after enough waves, within the tolerance, and how many waves that takes."""
 
 import math
 

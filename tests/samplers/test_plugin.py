@@ -1,4 +1,4 @@
-"""AMED-Plugin: what it equals, its order, its two forms, and what it refuses."""
+"""AMED-Plugin: what it equals, its order, its two forms, and what it raises for."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Latents and tokenizer quality: statistics by definition, caches that refuse other data, numbers, grids of pixels."""
+"""Latents and tokenizer quality: statistics by definition, caches that raise for other data, numbers, grids of pixels."""
 
 import io
 import json
@@ -120,18 +120,18 @@ def test_a_cache_gives_back_every_bit_and_mirrored_latents_to_those_who_ask(flip
     model, images = tokenizer(), data()
     latents, path = encode(model, images, flip=flip), cache_path(tmp_path / "new", images, model, flip=flip)
     save_latents(latents, path)
-    asked, plain = load_latents(path, images, model, flip=flip), load_latents(path, images, model)
+    found, plain = load_latents(path, images, model, flip=flip), load_latents(path, images, model)
     assert plain.mirrored is None
     for name in ("raw", "labels", "mean", "std", "standardised"):
-        assert torch.equal(getattr(asked, name), getattr(latents, name))
+        assert torch.equal(getattr(found, name), getattr(latents, name))
         assert torch.equal(getattr(plain, name), getattr(latents, name))
     for name in ("mirrored", "standardised_mirrored") if flip else ():
-        assert torch.equal(getattr(asked, name), getattr(latents, name))
-    assert (asked.data_fingerprint, asked.tokenizer_hash) == (images.fingerprint, tokenizer_hash(model))
+        assert torch.equal(getattr(found, name), getattr(latents, name))
+    assert (found.data_fingerprint, found.tokenizer_hash) == (images.fingerprint, tokenizer_hash(model))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_cache_without_mirrored_latents_is_refused_to_those_who_ask(tmp_path: Path) -> None:
+def test_a_cache_without_mirrored_latents_raises_where_they_are_needed(tmp_path: Path) -> None:
     model, images, path = tokenizer(), data(), tmp_path / "cache"
     save_latents(encode(model, images), path)
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_the_script_encodes_mirrored_images_into_a_file_of_their_own(
 # ---- the cache ----
 
 
-def test_a_cache_of_other_images_or_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_cache_of_other_images_or_another_tokenizer_raises_by_name(tmp_path: Path) -> None:
     model, images, path = tokenizer(), data(), tmp_path / "cache"
     save_latents(encode(model, images), path)
     with pytest.raises(DataError, match=r"stale.*\n.*its data is") as caught:
@@ -286,7 +286,7 @@ def opened(png: bytes) -> np.ndarray:
 
 
 def numbered(count: int, channels: int, height: int, width: int) -> Tensor:
-    """Images of which every byte says where it belongs."""
+    """Images of which every byte is a function of its place."""
     values = torch.arange(count * channels * height * width) * 7 % 251
     return values.to(torch.uint8).view(count, channels, height, width)
 

@@ -238,8 +238,8 @@ def call(script: Script, out: Path, *flags: str) -> Outcome:
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_loss_runs_from_the_command_line(name: str, script: Script, tmp_path: Path) -> None:
-    told = call(script, tmp_path / "run", *FLAGS[name])
-    assert told.code == 0, told.err
+    done = call(script, tmp_path / "run", *FLAGS[name])
+    assert done.code == 0, done.err
     record = records(tmp_path / "run")[0]
     assert "mse" in record
     assert (name in record) == (name in ("l1", "charbonnier"))
@@ -252,8 +252,8 @@ def test_lpips_trains_with_weights_from_a_file_and_is_in_no_checkpoint(
 ) -> None:
     pytest.importorskip("lpips")
     weights = ("--loss.perceptual-weights", str(vgg))
-    told = call(script, tmp_path / "run", "--resize", "16", "--loss.perceptual", "0.5", *weights)
-    assert told.code == 0, told.err
+    done = call(script, tmp_path / "run", "--resize", "16", "--loss.perceptual", "0.5", *weights)
+    assert done.code == 0, done.err
     record = records(tmp_path / "run")[0]
     assert record["loss"] == pytest.approx(record["mse"] + 0.5 * record["lpips"], rel=1e-4)
     state = load_file(newest(tmp_path / "run") / "model.safetensors")
@@ -277,16 +277,16 @@ def test_lpips_trains_with_weights_from_a_file_and_is_in_no_checkpoint(
 def test_losses_that_cannot_be_raise(
     flags: tuple[str, ...], words: tuple[str, ...], script: Script, vgg: Path, tmp_path: Path
 ) -> None:
-    told = call(script, tmp_path / "run", *(str(vgg) if flag == "VGG" else flag for flag in flags))
-    assert told.code == 2, told.err
-    assert all(word in told.err for word in words), told.err
+    done = call(script, tmp_path / "run", *(str(vgg) if flag == "VGG" else flag for flag in flags))
+    assert done.code == 2, done.err
+    assert all(word in done.err for word in words), done.err
     assert not (tmp_path / "run").exists()
 
 
 def test_images_too_small_for_a_critic_raise(script: Script, tmp_path: Path) -> None:
-    told = script("train_tokenizer", "--out", str(tmp_path / "run"), *SMALL, "--loss.adversary", "hinge")
-    assert told.code == 2, told.err
-    assert "8" in told.err
+    done = script("train_tokenizer", "--out", str(tmp_path / "run"), *SMALL, "--loss.adversary", "hinge")
+    assert done.code == 2, done.err
+    assert "8" in done.err
     assert not (tmp_path / "run").exists()
 
 
@@ -298,13 +298,13 @@ def test_a_table_is_learned_by_lpips_of_decoded_images(script: Script, vgg: Path
     assert script("train_latent", "--out", model, "--tokenizer", tokenizer, "--steps", "2", *latent).code == 0
     flags = ("--table.loss", "lpips", "--table.pairs", "4", "--table.teacher-steps", "4", "--batch-size", "4")
     table = ("table", "--model", model, "--nfe", "3", "--grid", "uniform", "--steps", "2", *flags)
-    told = script("train_solver", *table, "--table.perceptual-weights", str(vgg))
-    assert told.code == 0, told.err
+    done = script("train_solver", *table, "--table.perceptual-weights", str(vgg))
+    assert done.code == 0, done.err
     (run,) = (tmp_path / "model" / "solvers").iterdir()
     assert run.name.startswith("table-")
-    told = script("train_solver", *table, "--overwrite", "--table.perceptual-weights", "absent.pth")
-    assert told.code == 2
-    assert "absent.pth" in told.err
+    done = script("train_solver", *table, "--overwrite", "--table.perceptual-weights", "absent.pth")
+    assert done.code == 2
+    assert "absent.pth" in done.err
 
 
 def test_the_distance_by_lpips_is_the_one_of_decoded_images(vgg: Path) -> None:
@@ -333,6 +333,6 @@ def test_a_card_says_what_was_minimised(script: Script, vgg: Path, tmp_path: Pat
 def test_sharded_parameters_and_a_critic_raise(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A critic held fixed is not what FSDP shards; here every parameter counts as sharded."""
     monkeypatch.setattr(fit, "DTensor", torch.nn.Parameter)
-    told = call(script, tmp_path / "run", "--loss.adversary", "hinge")
-    assert told.code == 2, told.err
-    assert "FSDP cannot train a tokenizer with a discriminator" in told.err
+    done = call(script, tmp_path / "run", "--loss.adversary", "hinge")
+    assert done.code == 2, done.err
+    assert "FSDP cannot train a tokenizer with a discriminator" in done.err

@@ -33,16 +33,14 @@ def table(logits: Tensor) -> Tensor:
     return (logits @ all_codes(logits.shape[1]).T / 2).softmax(1)
 
 
-def naive(logits: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def naive(logits: Tensor) -> tuple[Tensor, Tensor]:
     """(E[H(p | n)], H(E p)) from the table."""
     p = table(logits)
-    weights = torch.ones(len(p), dtype=p.dtype) if weights is None else weights
-    entropies, mean = torch.special.entr(p).sum(1), (p * weights[:, None]).sum(0) / weights.sum()
-    return (entropies * weights).sum() / weights.sum(), torch.special.entr(mean).sum()
+    return torch.special.entr(p).sum(1).mean(), torch.special.entr(p.mean(0)).sum()
 
 
-def both(logits: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return sample_entropy(logits, weights), batch_entropy(logits, None, weights)
+def both(logits: Tensor) -> tuple[Tensor, Tensor]:
+    return sample_entropy(logits), batch_entropy(logits)
 
 
 def gradient(value: Tensor, of: Tensor) -> Tensor:
@@ -50,27 +48,18 @@ def gradient(value: Tensor, of: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8, 11, 12])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_both_are_those_of_the_table_of_all_codes(bits: int, weighted: bool) -> None:
+def test_both_are_those_of_the_table_of_all_codes(bits: int) -> None:
     logits = (3 * normal(37, bits)).requires_grad_()
-    weights = normal(37, seed=1).clamp(min=0) if weighted else None
-    for ours, reference in zip(both(logits, weights), naive(logits, weights), strict=True):
+    for ours, reference in zip(both(logits), naive(logits), strict=True):
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-10)
         torch.testing.assert_close(gradient(ours, logits), gradient(reference, logits), rtol=0, atol=1e-10)
 
 
-def test_a_mask_leaves_samples_out() -> None:
-    logits, mask = normal(20, 5), torch.arange(20) % 3 > 0
-    for masked, kept in zip(both(logits, mask), both(logits[mask]), strict=True):
-        torch.testing.assert_close(masked, kept, rtol=0, atol=1e-12)
-
-
 def test_nothing_to_average_is_zero_with_a_zero_gradient() -> None:
-    for logits, weights in ((normal(0, 4), None), (normal(3, 4), torch.zeros(3))):
-        logits.requires_grad_()
-        for value in both(logits, weights):
-            assert value.item() == 0
-            assert gradient(value, logits).abs().sum() == 0
+    logits = normal(0, 4).requires_grad_()
+    for value in both(logits):
+        assert value.item() == 0
+        assert gradient(value, logits).abs().sum() == 0
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
@@ -113,10 +102,10 @@ def test_groups_that_are_independent_over_the_batch_lose_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 36])
 def test_chunks_of_any_size_agree(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
-    logits, weights = normal(37, 9).requires_grad_(), normal(37, seed=1).abs()
-    whole = batch_entropy(logits, None, weights)
+    logits = normal(37, 9).requires_grad_()
+    whole = batch_entropy(logits)
     monkeypatch.setattr(entropy_module, "rows_per_chunk", lambda size: rows)
-    chunked = batch_entropy(logits, None, weights)
+    chunked = batch_entropy(logits)
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient(chunked, logits), gradient(whole, logits), rtol=0, atol=1e-12)
 
@@ -185,8 +174,6 @@ def test_unusable_arguments_raise() -> None:
         sample_entropy(normal(2, 3).bfloat16())
     with pytest.raises(ValueError, match=r"\(N, d\)"):
         batch_entropy(normal(2, 3, 4))
-    with pytest.raises(ValueError, match=r"one a sample, \(2,\)"):
-        sample_entropy(normal(2, 3), torch.ones(3))
 
 
 # Several processes ----------------------------------------------------------------------------------------------------

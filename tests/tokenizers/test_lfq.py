@@ -9,18 +9,18 @@ from tensors import normal
 from torch import Tensor
 
 from midway.tokenizers import lfq as lfq_module
-from midway.tokenizers.lfq import BSQ, LFQ, Binary
+from midway.tokenizers.lfq import BSQ, LFQ
 
 BOTH: list[type[LFQ] | type[BSQ]] = [LFQ, BSQ]
 
 
-def plain(quantizer: type[LFQ] | type[BSQ], bits: int) -> Binary:
+def plain(quantizer: type[LFQ] | type[BSQ], bits: int) -> LFQ:
     """Without entropies, so that any number of bits will do."""
     return quantizer(bits, entropy_weight=0)
 
 
-def amplitude(quantizer: Binary) -> float:
-    return 1.0 if isinstance(quantizer, LFQ) else 1 / math.sqrt(quantizer.dim)
+def amplitude(quantizer: LFQ) -> float:
+    return 1 / math.sqrt(quantizer.dim) if isinstance(quantizer, BSQ) else 1.0
 
 
 @pytest.mark.parametrize("make", BOTH)
