@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pipelines import Pipeline, Script
-from sweeps import beside_model, images_task
+from sweeps import beside_model, images_task, npz
 from traps import Trap
 
 from midway.gen.core.errors import DataError, UsageError
@@ -33,11 +33,6 @@ Pixels = NDArray[np.uint8]
 
 def noise(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
-
-
-def npz(path: Path, images: Any, **more: Any) -> Path:
-    np.savez(path, images, **more)
-    return path
 
 
 def encoded(image: Pixels, kind: str = "PNG", **options: Any) -> bytes:

@@ -657,7 +657,7 @@ def test_a_recipe_builds_and_its_configuration_survives_yaml(name: str) -> None:
 
 def test_flags_override_a_recipe() -> None:
     flags = "digits-fsq --model.levels 8 6 5 --steps 7 --held-out 0.3 --out x"
-    task = resolve(TokenizerTask, TOKENIZER_RECIPES, flags.split())
+    task = resolve(TokenizerTask, TOKENIZER_RECIPES, [*map(str, flags.split())])
     assert (task.model.levels, task.train.steps, task.data.held_out) == ((8, 6, 5), 7, 0.3)
     assert task.train.lr == TOKENIZER_RECIPES["digits-fsq"]().train.lr
 

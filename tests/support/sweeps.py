@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from evaluate import EvaluateTask
 from pipelines import Pipeline
@@ -31,6 +32,12 @@ def images_task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) ->
 def beside_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
     """External images beside ddim at 4 evaluations."""
     return sweep_task(pipeline, out, **{"images": images, "metrics": "", "reference_nfe": 0, **changes})
+
+
+def npz(path: Path, images: Any, **more: Any) -> Path:
+    """Images as NPZ, which is `path`."""
+    np.savez(path, images, **more)
+    return path
 
 
 def watch_samples(patch: pytest.MonkeyPatch, see: Callable[[Tensor, SampledBatch], object]) -> None:
