@@ -1,5 +1,6 @@
 """One tiny run of the whole path, shared by all tests, and scripts called as a user calls them."""
 
+import io
 import os
 import runpy
 import sys
@@ -15,6 +16,7 @@ import train_latent
 import train_solver
 import train_tokenizer
 from accelerate.state import AcceleratorState
+from PIL import Image
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import save_file
 from torchvision.models import vgg16
@@ -23,7 +25,7 @@ from baseline_tasks import VAETask
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.report import sections
+from midway.gen.report import plots, sections, tokenizer_plots
 from midway.gen.training.config import TrainConfig
 from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
@@ -39,6 +41,17 @@ def few_trajectories() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sections, "SEEDS", 4)
         patch.setattr(sections, "STEPS", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """For reports whose plots are not looked at: to draw them takes longer than a small sweep."""
+    empty = io.BytesIO()
+    Image.new("L", (1, 1)).save(empty, "png")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plots, sections, tokenizer_plots):
+            patch.setattr(module, "png", lambda figure: empty.getvalue())
         yield
 
 

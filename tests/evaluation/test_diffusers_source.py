@@ -12,7 +12,7 @@ import pytest
 import torch
 from pipelines import Pipeline, Script
 from safetensors.torch import load_file, save_file
-from test_external import npz, task
+from sweeps import images_task, npz
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -28,7 +28,7 @@ from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
 
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 SMALL = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
 TYPES = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
 
@@ -272,14 +272,14 @@ def test_the_sweep_measures_it_beside_external_images(
     far = DiffusersSource(model, finer, SamplingConfig()).sample(torch.arange(40)).values
     assert rows[1]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
     assert "diffusers ddpm" in (tmp_path / "out" / "report.md").read_text()
-    exported = replace(task(pipeline, tmp_path / "again", tmp_path / "npz" / "ddim-logsnr-nfe4.npz"), n=20)
+    exported = replace(images_task(pipeline, tmp_path / "again", tmp_path / "npz" / "ddim-logsnr-nfe4.npz"), n=20)
     assert list(evaluate.run(exported).measurements[1].distances) == rows[1]["distances"]
     monkeypatch.setattr(DiffusersSource, "sample", None)
     assert script("evaluate", *flags).code == 0, "nothing is sampled twice"
 
 
 def test_images_of_another_shape_raise(latent: Path, pipeline: Pipeline, tmp_path: Path) -> None:
-    asked = replace(task(pipeline, tmp_path / "out"), diffusers=latent)
+    asked = replace(images_task(pipeline, tmp_path / "out"), diffusers=latent)
     with pytest.raises(DataError, match=r"\(3, 8, 8\)"):
         evaluate.run(asked)
     load_diffusers(latent).check_images(torch.zeros(2, 3, 8, 8))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import Pipeline, Script
-from test_external import task, with_model
+from sweeps import beside_model, images_task
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError
@@ -23,7 +23,7 @@ from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.evaluation.store import Seeds
 from midway.gen.evaluation.sweep import Sweep
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 class Coloured:
@@ -124,7 +124,7 @@ def exported(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tu
     more = {"solvers": "ddim,euler", "grids": "uniform,karras", "baselines": (pipeline.baseline,), "batch_size": 8}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "PART", 8)
-        asked = with_model(pipeline, out, seed=7, **more)
+        asked = beside_model(pipeline, out, seed=7, **more)
         return out, evaluate.run(replace(asked, export_npz=out / "npz", save_images=out / "zips"))
 
 
@@ -138,7 +138,7 @@ def test_the_exports_of_a_cell_have_its_distance_to_the_last_digit(
     assert {path.name for path in (out / "npz").iterdir()} == {f"{name}.npz" for name in best}
     assert {path.name for path in (out / "zips").iterdir()} == {f"{name}.zip" for name in best}
     paths = [*(out / "npz").iterdir(), *(out / "zips").iterdir()]
-    again = evaluate.run(task(pipeline, tmp_path / "again", *paths, n=20))
+    again = evaluate.run(images_task(pipeline, tmp_path / "again", *paths, n=20))
     found = {cell.solver.removeprefix("images: "): cell.distances for cell in again.measurements[1:]}
     assert found == {f"{name}{end}": cell.distances for name, cell in best.items() for end in (".npz", ".zip")}
 
@@ -151,7 +151,7 @@ def test_labels_are_those_the_seeds_were_sampled_with(exported: tuple[Path, Swee
 
 def test_one_solver_exports_all_its_grids_and_external_images_none(pipeline: Pipeline, tmp_path: Path) -> None:
     np.savez(tmp_path / "theirs.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8) + np.arange(8, dtype=np.uint8)[:, None])
-    asked = with_model(pipeline, tmp_path / "out", tmp_path / "theirs.npz", grids="uniform,karras", n=5)
+    asked = beside_model(pipeline, tmp_path / "out", tmp_path / "theirs.npz", grids="uniform,karras", n=5)
     evaluate.run(replace(asked, export_npz=tmp_path / "npz"))
     assert {path.stem for path in (tmp_path / "npz").iterdir()} == {"ddim-uniform-nfe4", "ddim-karras-nfe4"}
 

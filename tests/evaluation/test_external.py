@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pipelines import Pipeline, Script
+from sweeps import beside_model, images_task, npz
+from traps import Trap
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
@@ -25,17 +27,12 @@ from midway.gen.diffusion.load import load_model
 from midway.gen.evaluation.others import ImagesSource
 from midway.gen.features.classifier import load_features
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 Pixels = NDArray[np.uint8]
 
 
 def noise(count: int, channels: int = 1, side: int = 8, seed: int = 0) -> Pixels:
     return np.random.default_rng(seed).integers(0, 256, (count, side, side, channels), dtype=np.uint8)
-
-
-def npz(path: Path, images: Any, **more: Any) -> Path:
-    np.savez(path, images, **more)
-    return path
 
 
 def encoded(image: Pixels, kind: str = "PNG", **options: Any) -> bytes:
@@ -74,16 +71,6 @@ def test_folder_zip_and_npz_of_the_same_pixels_are_the_same_images(tmp_path: Pat
     assert read_external(npz(tmp_path / "other.npz", other)).fingerprint != found[0].fingerprint
 
 
-class Planted:
-    """Its unpickling would write a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.path,))
-
-
 @pytest.mark.parametrize(
     ("array", "words"),
     [
@@ -104,7 +91,7 @@ def test_other_arrays_raise_with_the_remedy(array: Any, words: str, tmp_path: Pa
 
 def test_npz_that_cannot_be_read_raises_and_nothing_is_unpickled(tmp_path: Path) -> None:
     planted = np.empty(1, dtype=object)
-    planted[0] = Planted(tmp_path / "ran")
+    planted[0] = Trap(tmp_path / "ran")
     with pytest.raises(DataError, match="allow_pickle"):
         read_external(npz(tmp_path / "object.npz", planted))
     assert not (tmp_path / "ran").exists()
@@ -204,25 +191,6 @@ def test_rgb_that_is_grey_loses_nothing_and_any_other_raises(tmp_path: Path) -> 
 # ---- measured ----
 
 
-def task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> evaluate.EvaluateTask:
-    base = evaluate.EvaluateTask(
-        features=pipeline.features, out=out, images=images, data=DataConfig(), metrics="", blocks=2
-    )
-    return replace(base, **changes)
-
-
-def with_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> evaluate.EvaluateTask:
-    few = {
-        "solvers": "ddim",
-        "nfe": "4",
-        "grids": "uniform",
-        "reference_nfe": 0,
-        "n": 20,
-        "data": evaluation_flags.UNNAMED,
-    }
-    return task(pipeline, out, *images, model=pipeline.model, **{**few, **changes})
-
-
 def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     """By the eigenvalues of the product of covariances, which the program does not use."""
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
@@ -233,7 +201,7 @@ def frechet(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 def test_each_block_is_the_distance_of_consecutive_images(pipeline: Pipeline, tmp_path: Path) -> None:
     images = noise(61)
     path = npz(tmp_path / "samples.npz", images)
-    sweep = evaluate.run(task(pipeline, tmp_path / "out", path, seed=5))
+    sweep = evaluate.run(images_task(pipeline, tmp_path / "out", path, seed=5))
     network = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     reference = network.features(load_splits(DataConfig()).train.images).double().numpy()
     floor, cell = sweep.measurements
@@ -252,13 +220,10 @@ def test_several_sets_are_rows_of_the_same_count_and_nothing_is_measured_twice(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [npz(tmp_path / "a.npz", noise(40)), files(tmp_path / "b", noise(50, seed=1))]
-    asked = task(pipeline, tmp_path / "out", *paths, blocks=1, baselines=(pipeline.baseline,))
+    asked = images_task(pipeline, tmp_path / "out", *paths, blocks=1, baselines=(pipeline.baseline,))
     first = evaluate.run(asked)
-    assert [(c.solver, c.n) for c in first.measurements[1:]] == [
-        ("baseline", 40),
-        ("images: a.npz", 40),
-        ("images: b", 40),
-    ]
+    assert [c.solver for c in first.measurements[1:]] == ["baseline", "images: a.npz", "images: b"]
+    assert {c.n for c in first.measurements[1:]} == {40}
     assert first.grids["images: a.npz", 0] != first.grids["images: b", 0]
     monkeypatch.setattr(ImagesSource, "sample", None)
     assert evaluate.run(asked).measurements == first.measurements
@@ -269,13 +234,13 @@ def test_several_sets_are_rows_of_the_same_count_and_nothing_is_measured_twice(
 
 def test_external_images_join_the_table_of_a_model(pipeline: Pipeline, tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", noise(45))
-    sweep = evaluate.run(with_model(pipeline, tmp_path / "out", path, seed=3))
+    sweep = evaluate.run(beside_model(pipeline, tmp_path / "out", path, seed=3))
     assert [(c.solver, c.nfe, c.n) for c in sweep.measurements[1:]] == [("ddim", 4, 20), ("images: a.npz", 0, 20)]
-    alone = evaluate.run(task(pipeline, tmp_path / "alone", path, n=20))
+    alone = evaluate.run(images_task(pipeline, tmp_path / "alone", path, n=20))
     assert alone.measurements[1].distances == sweep.measurements[2].distances
     assert load_model(pipeline.model, torch.device("cpu")).data == DataConfig()
     with pytest.raises(DataError, match="45 images, 46"):
-        evaluate.run(with_model(pipeline, tmp_path / "more", path, n=23))
+        evaluate.run(beside_model(pipeline, tmp_path / "more", path, n=23))
     assert not (tmp_path / "more").exists()
 
 
@@ -296,21 +261,21 @@ def test_flags_that_do_not_belong_together_raise(
 ) -> None:
     model = {"model": pipeline.model} if "model" in changes else {}
     with pytest.raises(UsageError, match=words):
-        evaluate.run(replace(task(pipeline, tmp_path / "out", tmp_path / "none"), **{**changes, **model}))
+        evaluate.run(replace(images_task(pipeline, tmp_path / "out", tmp_path / "none"), **{**changes, **model}))
 
 
-def test_the_command_measures_a_zip_and_ends_with_3_for_what_does_not_compare(
-    pipeline: Pipeline, script: Script, tmp_path: Path
+def test_the_command_measures_other_images_and_ends_with_3_for_what_does_not_compare(
+    pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path
 ) -> None:
-    folder = files(tmp_path / "samples", noise(40, 3), "{}.jpg".format)
-    flags = ("--data", "digits", "--features", pipeline.features, "--out", tmp_path / "out", "--images", folder)
-    done = script("evaluate", *flags)
+    """JPEG files of 16x16 RGB pixels, against 8x8 grey ones."""
+    folder, out = files(tmp_path / "samples", noise(40, 3, side=16), "{}.jpg".format), tmp_path / "out"
+    line = f"evaluate --data digits --features {pipeline.features} --out {out} --images {folder} --images-resize 8"
+    done = script(*line.split())
     assert done.code == 3 and "--images-channels 1" in done.err
-    done = script("evaluate", *flags, "--images-channels", 1, "--blocks", 1, "--metrics", "")
-    assert done.code == 0, done.err
-    assert "Floor, real images" in done.out and "images: samples" in done.out
-    record = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[1])
+    done = succeed(f"{line} --images-channels 1 --blocks 1 --metrics", "")
+    assert all(words in done.out for words in ("Floor, real images", "images: samples", "lossy"))
+    record = json.loads((out / "results.jsonl").read_text().splitlines()[1])
     assert (record["solver"], record["nfe"], record["n"], record["blocks"]) == ("images: samples", 0, 40, 1)
-    assert "lossy samples" in (tmp_path / "out" / "report.md").read_text()
-    assert script("evaluate", *flags, "--images-channels", 1, "--n", 41).code == 3
-    assert script("evaluate", *flags, "--held-out", 0.3, "--images-channels", 1).code == 3
+    assert "lossy samples" in (out / "report.md").read_text()
+    for flags in ("--n 41", "--held-out 0.3"):
+        assert script(*f"{line} --images-channels 1 {flags}".split()).code == 3

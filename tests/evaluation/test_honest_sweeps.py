@@ -10,6 +10,7 @@ import pytest
 import torch
 from measurements import measurement
 from pipelines import Pipeline, Script
+from sweeps import sweep_task, watch_samples
 
 from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.processes import ProcessInfo
@@ -21,7 +22,6 @@ from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation import measure
 from midway.gen.evaluation.measure import EvaluationContext
 from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
-from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.evaluation.store import CellStore, Part, Seeds
 from midway.gen.evaluation.sweep import measure_floor
@@ -31,12 +31,7 @@ from midway.gen.metrics.inception_score import inception_score
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.notes import class_notes, timing_notes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask:
-    base = evaluate.EvaluateTask(model=pipeline.model, features=pipeline.features, out=out, solvers="ddim", nfe="4")
-    return dataclasses.replace(base, grids="uniform", n=20, blocks=2, reference_nfe=8, batch_size=8, **changes)
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 # ---- processes ----
@@ -63,19 +58,19 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_second_sweep_into_the_same_folder_raises(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
     with CellStore(tmp_path / "cells").claimed():
-        flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
-        done = script("evaluate", *flags, "--nfe", 4, "--n", 20, "--reference-nfe", 0)
+        runs = f"--model {pipeline.model} --features {pipeline.features} --out {tmp_path}"
+        done = script(*f"evaluate {runs} --solvers ddim --nfe 4 --n 20 --reference-nfe 0".split())
         assert done.code == 2 and "is being written by another process" in done.err
-    assert evaluate.run(task(pipeline, tmp_path)).measurements
+    assert evaluate.run(sweep_task(pipeline, tmp_path)).measurements
 
 
 # ---- times ----
 
 
 def test_seconds_of_other_circumstances_are_named(pipeline: Pipeline, tmp_path: Path) -> None:
-    evaluate.run(task(pipeline, tmp_path))
+    evaluate.run(sweep_task(pipeline, tmp_path))
     assert "Seconds compare only" not in (tmp_path / "report.md").read_text()
-    evaluate.run(dataclasses.replace(task(pipeline, tmp_path), solvers="ddim,euler", batch_size=16))
+    evaluate.run(sweep_task(pipeline, tmp_path, solvers="ddim,euler", batch_size=16))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert ["batches of 8" in row["timing"] for row in rows[1:]] == [True, False]
     text = (tmp_path / "report.md").read_text()
@@ -112,28 +107,20 @@ def test_unequal_classes_are_warned_about() -> None:
 
 def test_samples_are_drawn_in_ieee_float32(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool]] = []
-    real = SolverSource.sample
-
-    def spy(self: SolverSource, seeds: torch.Tensor) -> Any:
-        cudnn = torch.backends.cudnn
-        seen.append((cudnn.conv.fp32_precision, cudnn.deterministic))  # pyright: ignore[reportAttributeAccessIssue]
-        return real(self, seeds)
-
-    monkeypatch.setattr(SolverSource, "sample", spy)
-    conv: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
-    before = conv.fp32_precision
-    conv.fp32_precision = "tf32"
+    cudnn: Any = torch.backends.cudnn
+    watch_samples(monkeypatch, lambda *sampled: seen.append((cudnn.conv.fp32_precision, cudnn.deterministic)))
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "tf32"
     try:
         for overlap in (False, True):
-            evaluate.run(task(pipeline, tmp_path / str(overlap), overlap=overlap))
-        assert set(seen) == {("ieee", True)} and conv.fp32_precision == "tf32"
+            evaluate.run(sweep_task(pipeline, tmp_path / str(overlap), overlap=overlap, reference_nfe=0))
+        assert set(seen) == {("ieee", True)} and cudnn.conv.fp32_precision == "tf32"
     finally:
-        conv.fp32_precision = before
+        cudnn.conv.fp32_precision = before
 
 
 def test_graphs_are_not_captured_beside_another_thread(pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--graph and --overlap"):
-        evaluate.run(task(pipeline, tmp_path, graph=True, overlap=True))
+        evaluate.run(sweep_task(pipeline, tmp_path, graph=True, overlap=True))
 
 
 # ---- metrics ----
@@ -190,35 +177,6 @@ def test_a_reference_whose_numbers_were_changed_raises(tmp_path: Path) -> None:
     path.write_bytes(bytes(content))
     with pytest.raises(DataError, match="do not match their hash"):
         make_reference(network, "pixels@1", data, tmp_path)
-
-
-def with_nan(pipeline: Pipeline, out: Path, nfe: int, patch: pytest.MonkeyPatch) -> Measurement:
-    """The first measurement after the floor of a sweep in which one value of each sampler of this NFE is NaN."""
-    real = SolverSource.sample
-
-    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
-        batch = real(self, seeds)
-        if batch.nfe == nfe:
-            batch.values[0, 0] = torch.nan
-        return batch
-
-    patch.setattr(SolverSource, "sample", sample)
-    return evaluate.run(task(pipeline, out)).measurements[1]
-
-
-def test_a_diverged_measurement_has_no_psnr(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = with_nan(pipeline, tmp_path, 4, monkeypatch)
-    assert found.nonfinite and found.value("psnr") is None and found.distance == float("inf")
-
-
-def test_a_diverged_fine_solution_is_reported(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = with_nan(pipeline, tmp_path, 8, monkeypatch)
-    assert found.value("rmse") is None and found.distance < float("inf")
-    assert "fine solution diverged" in (tmp_path / "report.md").read_text()
 
 
 def test_a_decoder_that_gives_no_image_ends_the_sweep_with_its_name(pipeline: Pipeline, tmp_path: Path) -> None:

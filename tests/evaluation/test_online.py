@@ -9,14 +9,15 @@ import evaluate
 import pytest
 import train_latent
 import train_tokenizer
-from pipelines import TINY, TINY_DIT, Pipeline
+from pipelines import TINY, TINY_DIT, Pipeline, Script
+from sweeps import sweep_task
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.training.config import OnlineConfig
 from tasks import LatentTask, TokenizerTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TRAIN = replace(TINY, steps=10, measure_every=4)
 
 
@@ -31,17 +32,21 @@ def output(out: Path) -> list[dict[str, Any]]:
     return [record for record in records if record.get("early")]
 
 
-def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    train_latent.train(task(pipeline, run))
+    early = (
+        f"--early.nfe 4 6 --early.n 24 --early.grid uniform --early.solver ddim --early.features {pipeline.features}"
+    )
+    train = "--steps 10 --batch-size 64 --model.dit.width 32 --model.dit.depth 2 --model.dit.heads 2 --measure-every 4"
+    succeed(f"train_latent digits-dit --tokenizer {pipeline.tokenizer} --out {run} {train} {early}")
     answers = output(run)
     assert [answer["step"] for answer in answers] == [4, 8, 10]
     assert all(answer["n"] == 24 and "@" in answer["features"] and answer["seeds"] == "0-23" for answer in answers)
     assert "n = 24" in (run / "log.txt").read_text()
-    swept = evaluate.EvaluateTask(
-        model=run, features=pipeline.features, out=tmp_path / "report", solvers="ddim", nfe="4,6", grids="uniform"
-    )
-    cells = evaluate.run(replace(swept, n=24, blocks=1, reference_nfe=0)).measurements[1:]
+    swept = replace(sweep_task(pipeline, tmp_path / "report", nfe="4,6", n=24, blocks=1, reference_nfe=0), model=run)
+    cells = evaluate.run(swept).measurements[1:]
     assert [answers[-1][f"distance_nfe_{cell.nfe}"] for cell in cells] == [pytest.approx(c.distance) for c in cells]
 
 

@@ -1,5 +1,6 @@
 """Several trainings of one configuration in one table: means and deviations over trainings."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ import pytest
 import torch
 import train_latent
 from measurements import changed, measurement
-from pipelines import TINY_DIT, TINY_LATENT, Pipeline
+from pipelines import TINY_DIT, TINY_LATENT, Pipeline, Script
+from sweeps import sweep_task
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.records import Measurement, differences
+from midway.gen.evaluation.records import Measurement, differences, from_record
 from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
 from tasks import LatentTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 def cell(solver: str, grid: str, distance: float, rmse: float | None = 0.5, **more: Any) -> Measurement:
@@ -88,15 +90,17 @@ def again(pipeline: Pipeline) -> Path:
 
 
 def task(pipeline: Pipeline, out: Path, *repeats: Path) -> evaluate.EvaluateTask:
-    base = evaluate.EvaluateTask(model=pipeline.model, features=pipeline.features, out=out, solvers="ddim,euler", n=24)
-    return replace(base, blocks=2, nfe="4", grids="uniform", reference_nfe=8, repeats=repeats)
+    return sweep_task(pipeline, out, solvers="ddim,euler", repeats=repeats)
 
 
-def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, tmp_path: Path) -> None:
+def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, succeed: Script, tmp_path: Path) -> None:
     alone = [
         evaluate.run(replace(task(pipeline, tmp_path / m.name), model=m)).measurements for m in (pipeline.model, again)
     ]
-    both = evaluate.run(task(pipeline, tmp_path / "both", again)).measurements
+    runs = f"--model {pipeline.model} --repeats {again} --features {pipeline.features} --out {tmp_path}/both"
+    flags = "--solvers ddim,euler --nfe 4 --grids uniform --n 20 --blocks 2 --reference-nfe 8 --batch-size 8"
+    succeed(f"evaluate {runs} {flags}")
+    both = [from_record(json.loads(line)) for line in (tmp_path / "both/results.jsonl").read_text().splitlines()]
     for a, b, merged in zip(*alone, both, strict=True):
         if merged.solver != "floor":
             assert merged.distances == (a.distance, b.distance) and a.distance != b.distance

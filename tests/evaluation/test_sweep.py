@@ -18,6 +18,7 @@ import torch
 from measurements import measurement
 from multiprocess import together
 from pipelines import Pipeline, Script
+from sweeps import sweep_task, watch_samples
 
 from midway.gen.baselines.registry import load_trained_baseline
 from midway.gen.core.errors import DataError, UsageError
@@ -26,13 +27,8 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, to_uint8
 from midway.gen.data.splits import load_splits
 from midway.gen.evaluation import measure, store
-from midway.gen.evaluation.records import (
-    Measurement,
-    check_comparable,
-    critical_t,
-    shown,
-)
-from midway.gen.evaluation.sources import SampledBatch, SolverSource
+from midway.gen.evaluation.records import Measurement, check_comparable, critical_t, shown
+from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
 from midway.gen.evaluation.sweep import Sweep
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
@@ -43,24 +39,12 @@ from midway.gen.report.sweep import markdown_tables, report_html, terminal_text
 from midway.gen.report.sweep_tables import difference_table, distance_table
 from midway.gen.report.table import Entry, ReportContext
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TIMES = ("seconds", "decode_seconds", "feature_seconds", "timing")
 
 
 def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask:
-    base = evaluate.EvaluateTask(
-        model=pipeline.model,
-        features=pipeline.features,
-        out=out,
-        solvers="ddim,euler",
-        nfe="4",
-        grids="uniform",
-        n=20,
-        blocks=2,
-        reference_nfe=8,
-        batch_size=8,
-    )
-    return replace(base, **changes)
+    return sweep_task(pipeline, out, **{"solvers": "ddim,euler", **changes})
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -79,13 +63,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """First seeds of everything that solvers sample."""
     found: list[int] = []
-    real = SolverSource.sample
-
-    def spy(self: SolverSource, seeds: torch.Tensor) -> Any:
-        found.append(int(seeds[0]))
-        return real(self, seeds)
-
-    monkeypatch.setattr(SolverSource, "sample", spy)
+    watch_samples(monkeypatch, lambda seeds, batch: found.append(int(seeds[0])))
     return found
 
 
@@ -150,10 +128,7 @@ def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
             kills += 1
     assert kills >= 2
     assert table(tmp_path) == table(whole)
-    parts, cells = (
-        3 * 2 * 3,
-        2,
-    )  # of two cells and the fine solution, in two blocks; a cell's blocks, picture and numbers
+    parts, cells = 3 * 2 * 3, 2  # of two cells and the fine solution, in two blocks
     assert writes["made"] <= parts + (2 + 2) * cells + kills, "only what was in work when it was killed is made again"
 
 
@@ -184,15 +159,9 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
 
 
 def _sweep(rank: int, task: evaluate.EvaluateTask, pause: float = 0.0) -> None:
-    """In a process of its own, in parts of 8, each with a pause before it; stdout goes to a file beside the report."""
+    """In a process of its own, in parts of 8, each with a pause after it; stdout goes to a file beside the report."""
     store.PART = 8
-    real = SolverSource.sample
-
-    def slower(self: SolverSource, seeds: torch.Tensor) -> SampledBatch:
-        time.sleep(pause)
-        return real(self, seeds)
-
-    SolverSource.sample = slower
+    watch_samples(pytest.MonkeyPatch(), lambda seeds, batch: time.sleep(pause))
     assert task.out is not None
     with task.out.with_name(f"{task.out.name}.{rank}").open("w") as file, contextlib.redirect_stdout(file):
         evaluate.run(task)
@@ -212,9 +181,7 @@ def test_kill_9_costs_the_part_in_work(
     written = list(out.glob("cells/*.parts/*.safetensors"))
     assert written and not (out / "results.csv").exists(), "it was killed among its parts"
     evaluate.run(task(pipeline, out))
-    assert len(drawn) == 18 - len(written), (
-        "of three parts in each of two blocks, for two solvers and the fine solution"
-    )
+    assert len(drawn) == 18 - len(written), "three parts in each of two blocks, of two solvers and the fine solution"
     assert table(out) == table(whole)
     assert not list(out.glob("cells/*.parts/part-*.tmp"))
 
@@ -234,15 +201,15 @@ def test_a_second_run_samples_nothing_and_more_solvers_only_themselves(
 @pytest.fixture(scope="module")
 def one_solver(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    evaluate.run(task(pipeline, out, solvers="ddim"))
+    evaluate.run(sweep_task(pipeline, out))
     return out
 
 
 def test_fresh_forgets(one_solver: Path, pipeline: Pipeline, tmp_path: Path, drawn: list[int]) -> None:
     out = Path(shutil.copytree(one_solver, tmp_path / "out"))
-    evaluate.run(task(pipeline, out, solvers="ddim"))
+    evaluate.run(sweep_task(pipeline, out))
     assert drawn == []
-    evaluate.run(task(pipeline, out, solvers="ddim", fresh=True))
+    evaluate.run(sweep_task(pipeline, out, fresh=True))
     assert drawn == [0, 20] * 2
 
 
@@ -263,7 +230,7 @@ def test_what_changes_the_numbers_is_measured_anew(
     name: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
 ) -> None:
     out = Path(shutil.copytree(one_solver, tmp_path / "out"))
-    evaluate.run(task(pipeline, out, solvers="ddim", **CHANGES[name]))
+    evaluate.run(sweep_task(pipeline, out, **CHANGES[name]))
     assert drawn
 
 
@@ -274,7 +241,7 @@ def test_what_changes_the_numbers_is_measured_anew(
 def test_a_damaged_cell_is_kept_aside_and_measured_again(
     damage: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = task(pipeline, Path(shutil.copytree(one_solver, tmp_path / "out")), solvers="ddim")
+    asked = sweep_task(pipeline, Path(shutil.copytree(one_solver, tmp_path / "out")))
     (path,) = (tmp_path / "out").glob("cells/*.json")
     text = path.read_text()
     digit = text.index("distances") + 20
@@ -342,7 +309,7 @@ def test_neither_batches_nor_overlap_change_a_distance(
 
 
 def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: Path, small_parts: None) -> None:
-    sweep = evaluate.run(task(pipeline, tmp_path, solvers="ddim", metrics="kid,precision,density,is", n=24))
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, metrics="kid,precision,density,is", n=24))
     cell = sweep.measurements[1]
     assert len(cell.distances) == cell.blocks == 2
     assert cell.distance == pytest.approx(sum(cell.distances) / 2)
@@ -374,30 +341,31 @@ def test_what_cannot_be_measured_raises_before_sampling(
 
 
 def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0))
-    assert (
-        sweep.measurements[1].value("rmse") is None
-        and sweep.measurements[1].value("psnr") is None
-        and sweep.fine is None
-    )
-    assert "Use of the codes" not in (tmp_path / "report.md").read_text()
-    assert "RMSE compares" not in (tmp_path / "report.md").read_text()
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, reference_nfe=0))
+    found, report = sweep.measurements[1], (tmp_path / "report.md").read_text()
+    assert found.value("rmse") is None and found.value("psnr") is None and sweep.fine is None
+    assert "Use of the codes" not in report and "RMSE compares" not in report
 
 
-def test_a_sample_that_is_not_finite_makes_the_cell_diverged(
-    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("nfe", [4, 8])
+def test_a_sample_that_is_not_finite_is_reported(
+    nfe: int, pipeline: Pipeline, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = SolverSource.sample
+    """Of the solver: no distance, KID or PSNR. Of the fine solution: no error."""
 
-    def sample(self: SolverSource, seeds: torch.Tensor) -> Any:
-        raw = real(self, seeds)
-        raw.values[0, 0] = torch.nan
-        return raw
+    def spoil(seeds: torch.Tensor, batch: SampledBatch) -> None:
+        if batch.nfe == nfe:
+            batch.values[0, 0] = torch.nan
 
-    monkeypatch.setattr(SolverSource, "sample", sample)
-    cell = evaluate.run(task(pipeline, tmp_path, solvers="ddim", reference_nfe=0)).measurements[1]
-    assert cell.distance == float("inf") and cell.value("kid") is None and cell.nonfinite == 2  # of two parts
-    assert "diverged" in (tmp_path / "report.md").read_text()
+    watch_samples(monkeypatch, spoil)
+    found = evaluate.run(sweep_task(pipeline, tmp_path)).measurements[1]
+    report = (tmp_path / "report.md").read_text()
+    if nfe == 4:
+        assert found.distance == float("inf") and found.nonfinite == 6, "one in each part"
+        assert found.value("kid") is None and found.value("psnr") is None and "diverged" in report
+    else:
+        assert found.value("rmse") is None and found.distance < float("inf")
+        assert "fine solution diverged" in report
 
 
 # ---- baselines ----
@@ -406,7 +374,7 @@ def test_a_sample_that_is_not_finite_makes_the_cell_diverged(
 @pytest.fixture(scope="module")
 def with_baseline(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
     out = tmp_path_factory.mktemp("baselines")
-    return out, evaluate.run(task(pipeline, out, solvers="ddim", baselines=(pipeline.baseline,)))
+    return out, evaluate.run(sweep_task(pipeline, out, baselines=(pipeline.baseline,)))
 
 
 def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep], pipeline: Pipeline) -> None:
@@ -427,11 +395,8 @@ def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tupl
     out, sweep = with_baseline
     assert all(line.name != "baseline" for line in distance_table(sweep.measurements).lines)
     assert ("baseline", 1) not in shown(sweep.measurements)
-    for text in (
-        markdown_tables(sweep.measurements),
-        terminal_text(sweep.measurements),
-        (out / "report.html").read_text(),
-    ):
+    page = (out / "report.html").read_text()
+    for text in (markdown_tables(sweep.measurements), terminal_text(sweep.measurements), page):
         assert "baseline" in text and "s / 1000 images" in text
     assert ("baseline", 1) in sweep.grids
 
@@ -528,11 +493,10 @@ def test_statistics_of_a_reference_are_stored_and_those_of_another_raise(images:
         make_reference(network, "cnn-toy@1", images, tmp_path)
 
 
-def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
-    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path, "--solvers", "ddim")
-    more = ("--nfe", 4, "--grids", "uniform", "--n", 40, "--reference-nfe", 0, "--metrics", "kid,infinity", "--overlap")
-    done = script("evaluate", *flags, *more, "--fresh", "--baselines", pipeline.baseline)
-    assert done.code == 0, done.err
+def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
+    flags = "--solvers ddim --nfe 4 --grids uniform --n 40 --reference-nfe 0 --metrics kid,infinity --overlap --fresh"
+    runs = f"--model {pipeline.model} --features {pipeline.features} --baselines {pipeline.baseline}"
+    succeed(f"evaluate {runs} --out {tmp_path} {flags}")
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])
     assert record["fd_infinity"] is not None and record["kid"] is not None
     assert "overlapped" in (tmp_path / "report.md").read_text()

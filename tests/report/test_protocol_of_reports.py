@@ -11,6 +11,7 @@ import pytest
 import torch
 from measurements import changed, measurement
 from pipelines import Pipeline, Script
+from sweeps import sweep_task
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
@@ -32,6 +33,7 @@ from midway.gen.report.sweep import markdown_tables, report_html, report_md, ter
 from midway.gen.report.sweep_tables import all_figures
 from midway.gen.report.table import ReportContext
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CONTEXT = ReportContext("Budgets", "flow", "digits", "python x.py", "2 cores", {"torch": "2"}, "0-199")
 
 
@@ -78,12 +80,9 @@ def test_a_cell_seen_otherwise_is_another_cell(change: dict[str, Any], pipeline:
 
 
 def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pipeline, tmp_path: Path) -> None:
-    task = evaluate.EvaluateTask(
-        model=pipeline.model, features=pipeline.features, out=tmp_path, solvers="ddim", nfe="4", n=20, batch_size=8
-    )
-    sweep = evaluate.run(dataclasses.replace(task, reference_nfe=8, baselines=(pipeline.baseline,)))
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, grids="uniform,karras", baselines=(pipeline.baseline,)))
     names = {path.stem for path in tmp_path.glob("cells/*.json")}
-    assert {c.record for c in sweep.measurements if c.solver != "floor"} == names and len(names) == 4
+    assert {c.record for c in sweep.measurements if c.solver != "floor"} == names and len(names) == 3
 
 
 def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,11 +164,8 @@ def test_a_report_that_raises_writes_nothing(tmp_path: Path) -> None:
 
 def test_few_images_are_warned_about_in_the_report(pipeline: Pipeline, tmp_path: Path) -> None:
     assert few_note(128, 64) == () and "127 images for 64 features" in few_note(127, 64)[0]
-    task = evaluate.EvaluateTask(
-        model=pipeline.model, features=pipeline.features, out=tmp_path, solvers="ddim", nfe="4", grids="uniform"
-    )
     for n, warned in ((8, True), (40, False)):
-        evaluate.run(dataclasses.replace(task, n=n, reference_nfe=0, batch_size=8))
+        evaluate.run(sweep_task(pipeline, tmp_path, n=n, blocks=1, reference_nfe=0))
         for name in ("report.md", "report.html"):
             assert ("mostly bias" in (tmp_path / name).read_text()) is warned
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers_models import AUTOENCODER
 from pipelines import Script
 from safetensors.torch import load_file
 
@@ -17,14 +18,7 @@ from midway.gen.diffusion.load import load_model, load_tokenizer, read_tokenizer
 from midway.gen.tokenizer.latents import encode
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 
-BLOCKS: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
-GREY = {**BLOCKS, "in_channels": 1, "out_channels": 1}
+GREY = {**AUTOENCODER, "in_channels": 1, "out_channels": 1}
 DIGITS = ("--data", "digits", "--held-out", "0.9")
 TINY_FLAGS = ("--steps", 3, "--batch-size", 16, "--warmup", 0, "--log-every", 1, "--preview-every", 0)
 SMALL = ("--model.dit.width", 16, "--model.dit.depth", 1, "--model.dit.heads", 2)
@@ -35,7 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of diffusers: vae, of RGB images, and vq, of grey ones."""
     root = tmp_path_factory.mktemp("source")
     torch.manual_seed(0)
-    AutoencoderKL(**BLOCKS, latent_channels=2).save_pretrained(root / "vae")
+    AutoencoderKL(**AUTOENCODER, latent_channels=2).save_pretrained(root / "vae")
     VQModel(**GREY, num_vq_embeddings=16).save_pretrained(root / "vq")
     return root
 

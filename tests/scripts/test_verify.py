@@ -14,19 +14,9 @@ from midway.gen.training.batches import Context
 from midway.gen.training.power_ema import Snapshot, find_snapshots, reconstruct
 
 
-def _runs(pipeline: Pipeline) -> dict[str, Path]:
-    solver = pipeline.model / "solvers/amed-uniform-nfe4"
-    return {
-        "tokenizer": pipeline.tokenizer,
-        "features": pipeline.features,
-        "model": pipeline.model,
-        "solver": solver,
-    } | {"baseline": pipeline.baseline}
-
-
 @pytest.mark.parametrize("kind", ["tokenizer", "features", "model", "solver", "baseline"])
 def test_every_kind_of_run_resumes_exactly_and_is_left_alone(kind: str, pipeline: Pipeline, succeed: Script) -> None:
-    run = _runs(pipeline)[kind]
+    run = pipeline.model / "solvers/amed-uniform-nfe4" if kind == "solver" else getattr(pipeline, kind)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     done = succeed("verify_resume", run, "--steps", 5)
     assert "5 steps from step" in done.out
@@ -35,33 +25,21 @@ def test_every_kind_of_run_resumes_exactly_and_is_left_alone(kind: str, pipeline
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-def _with_two_checkpoints(pipeline: Pipeline, succeed: Script, out: Path) -> Path:
-    """A latent model with checkpoints at steps 4 and 8, logged at 6 and 8."""
-    flags = "--steps 8 --save-every 4 --log-every 2"
-    succeed(f"train_latent --config {pipeline.model}/config.yaml --out {out} {flags}")
-    return out
-
-
 def test_a_later_checkpoint_and_logged_losses_are_compared_too(
-    pipeline: Pipeline, succeed: Script, tmp_path: Path
-) -> None:
-    run = _with_two_checkpoints(pipeline, succeed, tmp_path / "m")
-    done = succeed("verify_resume", run)
-    assert "4 steps from step 4" in done.out
-    assert "the run's own step-8" in done.out
-    assert "logged means of 2 interval(s)" in done.out
-
-
-def test_another_loss_than_the_logged_one_is_named(
     pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path
 ) -> None:
-    run = _with_two_checkpoints(pipeline, succeed, tmp_path / "m")
+    """Checkpoints at steps 4 and 8, losses of steps 6 and 8; one that was not logged so is named."""
+    run = tmp_path / "m"
+    flags = "--steps 8 --save-every 4 --log-every 2"
+    succeed(f"train_latent --config {pipeline.model}/config.yaml --out {run} {flags}")
+    done = succeed("verify_resume", run)
+    for words in ("4 steps from step 4", "the run's own step-8", "logged means of 2 interval(s)"):
+        assert words in done.out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines[2]["loss"] += 1e-9
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = script("verify_resume", run)
-    assert done.code == 1
-    assert "losses logged at step 6 differ" in done.err
+    assert done.code == 1 and "losses logged at step 6 differ" in done.err
 
 
 def test_randomness_that_has_a_state_is_found(

@@ -5,6 +5,13 @@ from typing import Any
 import torch
 
 BLOCKS = {"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2}
+AUTOENCODER: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "block_out_channels": (8, 16),
+    "norm_num_groups": 4,
+}
+"""Options of AutoencoderKL and VQModel."""
 
 
 def unet(diffusers: Any, down: str = "DownBlock2D", up: str = "UpBlock2D", **options: Any) -> Any:

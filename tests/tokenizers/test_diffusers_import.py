@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers_models import AUTOENCODER
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,13 +20,7 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BLOCKS: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "block_out_channels": (8, 16),
-    "norm_num_groups": 4,
-    "latent_channels": 4,
-}
+BLOCKS: dict[str, Any] = {**AUTOENCODER, "latent_channels": 4}
 TINY: dict[str, Any] = {
     "encoder_block_out_channels": (8, 8, 8),
     "decoder_block_out_channels": (8, 8, 8),

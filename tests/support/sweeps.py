@@ -1,0 +1,52 @@
+"""Small sweeps of the pipeline's model, and a look at all that solvers sample in them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from evaluate import EvaluateTask
+from pipelines import Pipeline
+from torch import Tensor
+
+from midway.gen.data.splits import DataConfig
+from midway.gen.evaluation.sources import SampledBatch, SolverSource
+
+
+def sweep_task(pipeline: Pipeline, out: Path, **changes: Any) -> EvaluateTask:
+    """Two blocks of 20 images by ddim at 4 evaluations, in batches of 8, but for `changes`."""
+    base = EvaluateTask(
+        model=pipeline.model, features=pipeline.features, out=out, solvers="ddim", nfe="4", grids="uniform"
+    )
+    return replace(base, **{"n": 20, "blocks": 2, "reference_nfe": 8, "batch_size": 8, **changes})
+
+
+def images_task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
+    """External images against the digits, in two blocks, without a model."""
+    base = EvaluateTask(features=pipeline.features, out=out, images=images, data=DataConfig(), metrics="", blocks=2)
+    return replace(base, **changes)
+
+
+def beside_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
+    """External images beside ddim at 4 evaluations."""
+    return sweep_task(pipeline, out, **{"images": images, "metrics": "", "reference_nfe": 0, **changes})
+
+
+def npz(path: Path, images: Any, **more: Any) -> Path:
+    """Images as NPZ, which is `path`."""
+    np.savez(path, images, **more)
+    return path
+
+
+def watch_samples(patch: pytest.MonkeyPatch, see: Callable[[Tensor, SampledBatch], object]) -> None:
+    """Call `see(seeds, batch)` after each sampling by a solver."""
+    real = SolverSource.sample
+
+    def sample(self: SolverSource, seeds: Tensor) -> SampledBatch:
+        batch = real(self, seeds)
+        see(seeds, batch)
+        return batch
+
+    patch.setattr(SolverSource, "sample", sample)
