@@ -80,9 +80,6 @@ class History:
     def add(self, term: Tensor, rho: Tensor) -> "History":
         return History((term, *self.terms), (rho, *self.rhos))
 
-    def newest(self, count: int) -> "History":
-        return History(self.terms[:count], self.rhos[:count])
-
     def detach(self) -> "History":
         return History(tuple(f.detach() for f in self.terms), tuple(r.detach() for r in self.rhos))
 
@@ -103,20 +100,16 @@ def take_step(
     orders: those of the two halves (`Base.orders`). start, end: one time per sample, which may differ between samples.
     """
     base, schedule = solver.plugin, solver.schedule
-    history = history.add(_read(now, base), start.rho)
+    history = history.add(base.read(now), start.rho)
     rho_m = (directions.r * end.rho.log() + (1 - directions.r) * start.rho.log()).exp()
     inner = schedule.time_of_rho(directions.a * rho_m)
     y = x / _as(start.alpha, x)
     y_m = _combine(base.halfway(history.rhos, rho_m, orders[0]), y, history.terms)
     middle = field(_as(schedule.alpha(inner), x) * y_m, inner.to(x.dtype))
-    history = history.add(_read(middle, base), rho_m)
+    history = history.add(base.read(middle), rho_m)
     weights = base.arrival(history.rhos, end.rho, orders[1]).scaled(directions.c)
     y_s = _combine(weights, y if base.from_start else y_m, history.terms)
-    return _as(end.alpha, x) * y_s, history.newest(base.order - 1)
-
-
-def _read(prediction: Prediction, base: Base) -> Tensor:
-    return prediction.eps if base.reads == "eps" else prediction.x0
+    return _as(end.alpha, x) * y_s, History(history.terms[: base.order - 1], history.rhos[: base.order - 1])
 
 
 def _as(values: Tensor, x: Tensor) -> Tensor:

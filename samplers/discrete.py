@@ -25,13 +25,6 @@ from midway.samplers.grids import Grid, explicit
 from midway.samplers.schedule import Schedule
 
 
-def cosine_betas(steps: int, max_beta: float = 0.999) -> Tensor:
-    """float64 (N,): squaredcos_cap_v2 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17), each at most `max_beta`."""
-    angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
-    alpha_bar = angle.cos().square()
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta)
-
-
 def betas_of(config: Mapping[str, Any]) -> Tensor:
     """float64 (N,): the noise variances of a config. ValueError for an unknown beta schedule."""
     if config.get("trained_betas") is not None:
@@ -42,8 +35,10 @@ def betas_of(config: Mapping[str, Any]) -> Tensor:
         return torch.linspace(start, end, steps, dtype=torch.float64)
     if name == "scaled_linear":
         return torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64).square()
-    if name == "squaredcos_cap_v2":
-        return cosine_betas(steps)
+    if name == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
+        angle = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+        alpha_bar = angle.cos().square()
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise ValueError(
         f"unknown beta_schedule {name!r}: supported are linear, scaled_linear and squaredcos_cap_v2; pass "
         "the betas of any other as trained_betas"

@@ -58,16 +58,11 @@ def scalar(weight: float, dtype: torch.dtype) -> Tensor:
 def fused(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """The sum by one kernel for every 16 terms: float32 arithmetic whatever the dtype."""
     tensors = [tensor.contiguous() for tensor in tensors]
-    total = torch.empty_like(tensors[0])
+    total, size = torch.empty_like(tensors[0]), tensors[0].numel()
     for start in range(0, len(tensors), MOST_TERMS):
-        terms = tuple(tensors[start : start + MOST_TERMS]), tuple(weights[start : start + MOST_TERMS])
-        _launch(total, *terms, add=start > 0)
+        terms, factors = (tuple(each[start : start + MOST_TERMS]) for each in (tensors, weights))
+        _kernel()[((size + BLOCK - 1) // BLOCK,)](total, terms, factors, size, start > 0, len(terms), BLOCK)
     return total
-
-
-def _launch(total: Tensor, tensors: tuple[Tensor, ...], weights: tuple[float, ...], add: bool) -> None:
-    size = total.numel()
-    _kernel()[((size + BLOCK - 1) // BLOCK,)](total, tensors, weights, size, add, len(tensors), BLOCK)
 
 
 @functools.cache

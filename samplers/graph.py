@@ -57,7 +57,7 @@ class Graphs:
         shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in inputs)
         place = (id(table), shapes, key)
         if place not in self._captured:
-            self._captured[place] = (table, _capture(make_field, table, inputs, counter))
+            self._captured[place] = (table, _capture(make_field, table, inputs, counter or ForwardCounter()))
         _, captured = self._captured[place]
         for held, given in zip(captured.inputs, inputs, strict=True):
             held.copy_(given)
@@ -67,23 +67,19 @@ class Graphs:
         return captured.output.clone()
 
 
-def _capture(
-    make_field: MakeField, table: Table, inputs: tuple[Tensor, ...], counter: ForwardCounter | None
-) -> Captured:
+def _capture(make_field: MakeField, table: Table, inputs: tuple[Tensor, ...], counter: ForwardCounter) -> Captured:
     """Run on a side stream until nothing is made for the first time any more, then record."""
     held = tuple(tensor.clone() for tensor in inputs)
-    before = counter.evaluations if counter is not None else 0
+    before = counter.evaluations
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):
         for _ in range(WARM_UP):
             sample(make_field(*held[1:]), table, held[0])
     torch.cuda.current_stream().wait_stream(side)
-    warm = counter.evaluations if counter is not None else 0
+    warm = counter.evaluations
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         output = sample(make_field(*held[1:]), table, held[0])
-    evaluations = counter.evaluations - warm if counter is not None else 0
-    if counter is not None:
-        counter.evaluations = before  # neither the warm-up nor the recording made a sample
+    evaluations, counter.evaluations = counter.evaluations - warm, before  # warm-up and recording made no sample
     return Captured(graph, held, output, evaluations)

@@ -39,9 +39,6 @@ class Conditional(TimedField):
     def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
         return self.network(x, t, self.labels)
 
-    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
-        return estimates([self] * len(times), times, x)
-
     def copies(self, count: int) -> Field:
         return replace(self, labels=torch.cat([self.labels] * count))
 
@@ -126,7 +123,7 @@ class Apart(_Guided):
     def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
         strong, weak = at(self.strong, times, x), at(self.weak, times, x)
         if strong.coefficients != weak.coefficients:  # networks of two targets: mix their clean estimates
-            return estimates([self] * len(times), times, x)
+            return super().at(times, x)
         values = [self._mixed(*pair) for pair in zip(strong.values, weak.values, strict=True)]
         return Evaluations(strong.coefficients, values)
 

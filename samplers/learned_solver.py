@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from midway.samplers.prediction import Field
 from midway.samplers.rows import NoiseSource
 from midway.samplers.schedule import SCHEDULES, Schedule
 from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor
-from midway.samplers.table import Table, fingerprint, write_tensors
+from midway.samplers.table import Table, fingerprint, read_tensors, write_tensors
 
 FORMAT = "midway-amed-1"
 
@@ -114,12 +113,11 @@ class LearnedSolver:
 
     def save(self, path: Path) -> None:
         """One safetensors file, written beside `path` and renamed."""
-        feature_dim = self.rule.feature_dim if isinstance(self.rule, Predictor) else 0
         header = {
             "format": FORMAT,
             "card": json.dumps(asdict(self.card)),
             "config": json.dumps(asdict(self.rule.config)),
-            "feature_dim": str(feature_dim),
+            "feature_dim": str(self.rule.feature_dim),
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.rule.state_dict().items()}
         tensors["grid"] = torch.tensor(self.grid, dtype=torch.float64)
@@ -128,11 +126,7 @@ class LearnedSolver:
     @staticmethod
     def load(path: Path, schedule: Schedule) -> "LearnedSolver":
         """Read what `save` wrote; ValueError for any other file, and for another schedule than it was learned on."""
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a learned solver ({FORMAT}): its format is {header.get('format')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open has no iter)
+        tensors, header = read_tensors(path, FORMAT, "a learned solver")
         grid = tuple(tensors.pop("grid").tolist())
         config = AMEDConfig(**json.loads(header["config"]))
         dim = int(header["feature_dim"])

@@ -15,8 +15,8 @@ published 3M is of order 2 with a small constant; `curvature=2` gives order 3.
 """
 
 import math
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,28 +28,16 @@ from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
 
-class _Gaps(NamedTuple):
+def _gaps(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Step n's h, and the inverse ratios 1 / r0 = h / h0 and 1 / r1 = h / h1, (N,) each; 0 where a step was infinite."""
-
-    h: Tensor
-    near: Tensor
-    far: Tensor
-
-
-def _log_rho(alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """log(sigma / alpha), and where it is finite; 0 elsewhere, so that no gradient is infinite."""
-    finite = (alpha > 0) & (sigma > 0)
-    one = torch.ones_like(alpha)
-    return torch.where(finite, sigma, one).log() - torch.where(finite, alpha, one).log(), finite
-
-
-def _gaps(alpha: Tensor, sigma: Tensor) -> _Gaps:
-    log_rho, finite = _log_rho(alpha, sigma)
+    finite, one = (alpha > 0) & (sigma > 0), torch.ones_like(alpha)
+    # log(sigma / alpha) where it is finite; 0 elsewhere, so that no gradient is infinite
+    log_rho = torch.where(finite, sigma, one).log() - torch.where(finite, alpha, one).log()
     known = finite[:-1] & finite[1:]
     h = torch.where(known, log_rho[:-1] - log_rho[1:], torch.ones_like(alpha[1:]))
     inverse = torch.where(known, 1 / h, torch.zeros_like(h))  # a step from pure noise is infinitely long
     before = torch.cat([inverse.new_zeros(2), inverse])
-    return _Gaps(h, near=h * before[1:-1], far=h * before[:-2])
+    return h, h * before[1:-1], h * before[:-2]
 
 
 def _orders(steps: int, order: int, lower_order_final: bool) -> Tensor:
@@ -143,10 +131,9 @@ def dpmpp(
     return record.table()
 
 
-def dpmpp2m(schedule: Schedule, grid: Grid, analytic_first: bool = False, lower_order_final: bool = True) -> Table:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2). Order 2; the first step, and the last by default,
-    are of order 1, which keeps few-step runs stable and the global order."""
-    return dpmpp(schedule, grid, analytic_first, 2, lower_order_final)
+dpmpp2m = partial(dpmpp, order=2)
+"""DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2). Order 2; the first step, and the last by default,
+are of order 1, which keeps few-step runs stable and the global order."""
 
 
 def dpmpp2s(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:

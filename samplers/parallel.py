@@ -114,7 +114,7 @@ def sample_parallel(
     or one that draws noise without a source; FloatingPointError when a state stops being finite.
     """
     table.check(schedule, noise)
-    draws = [noise(x) if row.noise != 0 and noise is not None else None for row in table.rows]
+    draws = {i: noise(x) for i, row in enumerate(table.rows) if row.noise != 0 and noise is not None}
     system = _System(table, schedule, x, config or ParallelConfig(), draws)
     while not system.done:
         system.wave(fields)
@@ -146,7 +146,7 @@ class _System:
     """The states of a table while they are solved for: final up to `settled`, with a value up to `reached`."""
 
     def __init__(
-        self, table: Table, schedule: Schedule, x: Tensor, config: ParallelConfig, draws: list[Tensor | None]
+        self, table: Table, schedule: Schedule, x: Tensor, config: ParallelConfig, draws: dict[int, Tensor]
     ) -> None:
         self.rows, self.config, self.draws = table.rows, config, draws
         compiled = table.rows_for(((0.0, 1.0),) * table.nfe)  # every wave reads all of them again
@@ -203,12 +203,7 @@ class _System:
             row, j = self.rows[i], len(self.rows[i].predictions) - 1
             if row.time is not None:
                 self.lines[j] = self._line(j, self.states[i])
-            self.execution.advance(None if row.time is None else self.lines[j], partial(self._draw, i))
-
-    def _draw(self, i: int) -> Tensor:
-        draw = self.draws[i]
-        assert draw is not None
-        return draw
+            self.execution.advance(None if row.time is None else self.lines[j], partial(self.draws.__getitem__, i))
 
     def _line(self, j: int, x: Tensor) -> Tensor:
         """Prediction j at state x: the line through the field's value; before that a guess, in the first window N(0, c)'s."""

@@ -23,7 +23,7 @@ for pixels in [-1, 1].
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from midway.samplers.adams import EQUAL_STEPS
 from midway.samplers.exponential import begin_in_rho, need_noise_at_the_end
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import difference_weights
-from midway.samplers.recorder import Combination, Recorder, Symbols
+from midway.samplers.recorder import Combination, Recorder
 from midway.samplers.schedule import Schedule
 from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
@@ -101,6 +101,10 @@ class Base:
         """Whether a step weighs predictions of earlier steps."""
         return self.order > 1
 
+    def read(self, now: Any) -> Any:
+        """F of a `Prediction` or of `Symbols`."""
+        return now.eps if self.reads == "eps" else now.x0
+
     def orders(self, step: int, steps: int) -> tuple[int, int]:
         """The orders of the two halves of step number `step` of `steps`."""
         halves = 2 * steps
@@ -152,21 +156,17 @@ def plugin_table(
         first, second = solver.orders(i, len(constants))
         now = record.first(t, analytic_first)
         y, rho_t, rho_s = now.x / record.alpha(t), _scalar(record.rho(t)), _scalar(record.rho(s))
-        terms, rhos = [_read(now, solver), *terms], [rho_t, *rhos]
+        terms, rhos = [solver.read(now), *terms], [rho_t, *rhos]
         rho_m = rho_s**step.r * rho_t ** (1 - step.r)
         inner = record.time_of_rho(step.a * rho_m.item())
         y_m = _combine(solver.halfway(rhos, rho_m, first), y, terms)
         record.advance(record.alpha(inner) * y_m, inner, node=False)
         middle = record.evaluate(inner)
-        terms, rhos = [_read(middle, solver), *terms], [rho_m, *rhos]
+        terms, rhos = [solver.read(middle), *terms], [rho_m, *rhos]
         start = y if solver.from_start else middle.x / record.alpha(inner)
         weights = solver.arrival(rhos, rho_s, second).scaled(_scalar(step.c))
         record.advance(record.alpha(s) * _combine(weights, start, terms), s)
     return record.table(base=base)
-
-
-def _read(symbols: Symbols, base: Base) -> Combination:
-    return symbols.eps if base.reads == "eps" else symbols.x0
 
 
 def _combine(weights: Weights, y: Combination, terms: Sequence[Combination]) -> Combination:

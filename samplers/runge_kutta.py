@@ -9,13 +9,13 @@ they are checked, up to order 4, when it is made.
 
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Literal, get_args
 
 import torch
 
 from midway.samplers.exponential import begin, begin_in_rho, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
-from midway.samplers.recorder import Combination, Recorder
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
@@ -72,29 +72,6 @@ RK38 = Tableau("rk38", ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 
 TABLEAUS = {tableau.name: tableau for tableau in (HEUN, MIDPOINT, RALSTON, KUTTA3, RK4, RK38)}
 
 
-def _in_time(record: Recorder, tableau: Tableau, t: float, s: float, analytic_first: bool) -> None:
-    """Record one step of dx / dt = v."""
-    now = record.first(t, analytic_first)
-    slopes = [now.velocity]
-    for row, c in zip(tableau.a[1:], tableau.c[1:], strict=True):
-        inner = s if c == 1 else t + c * (s - t)
-        record.advance(now.x + (s - t) * weighted(row, slopes), inner, node=False)
-        slopes.append(record.evaluate(inner).velocity)
-    record.advance(now.x + (s - t) * weighted(tableau.b, slopes), s)
-
-
-def _in_rho(record: Recorder, tableau: Tableau, t: float, s: float, analytic_first: bool) -> None:
-    """Record one step of dy / drho = eps."""
-    now = record.first(t, analytic_first)
-    y, rho, width = now.x / record.alpha(t), record.rho(t), record.rho(s) - record.rho(t)
-    slopes: list[Combination] = [now.eps]
-    for row, c in zip(tableau.a[1:], tableau.c[1:], strict=True):
-        inner = s if c == 1 else record.time_of_rho(rho + c * width)
-        record.advance(record.alpha(inner) * (y + width * weighted(row, slopes)), inner, node=False)
-        slopes.append(record.evaluate(inner).eps)
-    record.advance(record.alpha(s) * (y + width * weighted(tableau.b, slopes)), s)
-
-
 def runge_kutta(
     schedule: Schedule,
     grid: Grid,
@@ -108,10 +85,20 @@ def runge_kutta(
     """
     if variable not in get_args(Variable):
         raise ValueError(f"variable must be 't' or 'rho', got {variable!r}")
-    start, step = (begin, _in_time) if variable == "t" else (begin_in_rho, _in_rho)
-    record = start(tableau.name, schedule, grid)
+    if variable == "t":
+        record, slope = begin(tableau.name, schedule, grid), attrgetter("velocity")
+        place, time, scale = float, float, lambda _: 1.0
+    else:
+        record, slope = begin_in_rho(tableau.name, schedule, grid), attrgetter("eps")
+        place, time, scale = record.rho, record.time_of_rho, record.alpha
     if tableau.c[-1] == 1:
         need_noise_at_the_end(record)
     for t, s in pairwise(grid):
-        step(record, tableau, t, s, analytic_first)
+        now = record.first(t, analytic_first)
+        z, u, h, slopes = now.x / scale(t), place(t), place(s) - place(t), [slope(now)]
+        for row, c in zip(tableau.a[1:], tableau.c[1:], strict=True):
+            inner = s if c == 1 else time(u + c * h)
+            record.advance(scale(inner) * (z + h * weighted(row, slopes)), inner, node=False)
+            slopes.append(slope(record.evaluate(inner)))
+        record.advance(scale(s) * (z + h * weighted(tableau.b, slopes)), s)
     return record.table(variable=variable)

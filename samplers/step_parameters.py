@@ -70,6 +70,9 @@ def squash(raw: Tensor, config: AMEDConfig) -> StepParameters:
 class Constants(nn.Module):
     """(r, c, a) of every step as free numbers, the same for all samples."""
 
+    feature_dim = 0
+    """Length of the features that it reads."""
+
     def __init__(self, steps: int, config: AMEDConfig) -> None:
         super().__init__()
         self.config = config

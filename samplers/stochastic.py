@@ -43,11 +43,6 @@ def ddpm(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     return record.table()
 
 
-def _extrapolated(x0: Combination, before: Combination, q: float) -> Combination:
-    """x0 half a step ahead, by the line through the last two."""
-    return (1 + 1 / (2 * q)) * x0 - (1 / (2 * q)) * before
-
-
 def dpmpp2m_sde(
     schedule: Schedule,
     grid: Grid,
@@ -68,8 +63,10 @@ def dpmpp2m_sde(
     for i, (t, s) in enumerate(pairwise(grid)):
         now = record.first(t, analytic_first)
         h = log_rho(record, t) - log_rho(record, s)
-        plain = before is None or (lower_order_final and i == len(grid) - 2)
-        estimate = now.x0 if before is None or plain else _extrapolated(now.x0, before[0], before[1] / h)
+        estimate = now.x0
+        if before is not None and not (lower_order_final and i == len(grid) - 2):
+            q = before[1] / h  # x0 half a step ahead, by the line through the last two
+            estimate = (1 + 1 / (2 * q)) * now.x0 - (1 / (2 * q)) * before[0]
         kept = math.exp(-eta * h) if eta else 1.0  # h may be infinite
         pull = record.alpha(s) * -math.expm1(-(1 + eta) * h)
         noise = record.sigma(s) * math.sqrt(1 - kept**2)

@@ -126,7 +126,7 @@ class Table:
     @property
     def nfe(self) -> int:
         """Evaluations of the field per sample (the counter at the network is the authority; a test compares them)."""
-        return sum(row.time is not None for row in self.rows)
+        return len(self.times)
 
     @functools.cached_property
     def stochastic(self) -> bool:
@@ -136,17 +136,16 @@ class Table:
     def save(self, path: Path) -> None:
         """Write the table as safetensors: dense float64 arrays, the rest as JSON metadata. Atomic."""
         n = len(self.rows)
-        arrays = {
-            "time": torch.tensor([math.nan if r.time is None else r.time for r in self.rows], dtype=torch.float64),
-            "arrival": torch.tensor([r.arrival for r in self.rows], dtype=torch.float64),
-            "noise": torch.tensor([r.noise for r in self.rows], dtype=torch.float64),
-            "states": torch.tensor([[*r.states, *[0.0] * (n - len(r.states))] for r in self.rows], dtype=torch.float64),
-            "predictions": torch.tensor(
-                [[*r.predictions, *[0.0] * (n - len(r.predictions))] for r in self.rows], dtype=torch.float64
-            ),
-            "grid": torch.tensor(self.grid, dtype=torch.float64),
-            "nodes": torch.tensor(self.nodes, dtype=torch.int64),
+        numbers = {
+            "time": [math.nan if r.time is None else r.time for r in self.rows],
+            "arrival": [r.arrival for r in self.rows],
+            "noise": [r.noise for r in self.rows],
+            "states": [[*r.states, *[0.0] * (n - len(r.states))] for r in self.rows],
+            "predictions": [[*r.predictions, *[0.0] * (n - len(r.predictions))] for r in self.rows],
+            "grid": self.grid,
         }
+        arrays = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
+        arrays["nodes"] = torch.tensor(self.nodes, dtype=torch.int64)
         header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
         header["metadata"] = json.dumps(dict(self.metadata))
         write_tensors(path, arrays, header)
@@ -154,11 +153,8 @@ class Table:
     @staticmethod
     def load(path: Path) -> "Table":
         """Read a table that `save` wrote; ValueError for any other file."""
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise ValueError(f"{path} is not a solver table ({FORMAT}): its format is {header.get('format')!r}")
-            arrays = {name: file.get_tensor(name).tolist() for name in file.keys()}  # noqa: SIM118 (safe_open has no iter)
+        tensors, header = read_tensors(path, FORMAT, "a solver table")
+        arrays = {name: tensor.tolist() for name, tensor in tensors.items()}
         rows, evaluations = [], 0
         for i, time in enumerate(arrays["time"]):
             evaluations += not math.isnan(time)
@@ -192,6 +188,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file by `write_tensors` whose format is `form`; ValueError for any other, which is not `what`."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        if header.get("format") != form:
+            raise ValueError(f"{path} is not {what} ({form}): its format is {header.get('format')!r}")
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (safe_open has no iter)
 
 
 @functools.lru_cache

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 from midway.samplers.exponential import ZERO, adams_weights, begin, log_rho, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
-from midway.samplers.recorder import Combination, Recorder
+from midway.samplers.recorder import Combination
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
@@ -39,18 +39,13 @@ class _Step:
     h: float
 
 
-def _two_points(place: float, h: float, variant: Variant) -> list[float]:
-    """Weights of D at 0 and at `place` (in steps): (1 - e^-h) D + B(h) / 2 (D' - D) / place."""
-    b = h if variant == "bh1" else -math.expm1(-h)
-    return [-math.expm1(-h) - b / (2 * place), b / (2 * place)]
-
-
 def unified_weights(places: Sequence[float], h: float, variant: Variant) -> list[float]:
     """Weights of D at `places` (in steps, the first 0) that sum to 1 - e^-h (arXiv 2302.04867, eq. 3 and 9)."""
     if len(places) == 1:
         return [-math.expm1(-h)]
-    if len(places) == 2:
-        return _two_points(places[1], h, variant)
+    if len(places) == 2:  # (1 - e^-h) D + B(h) / 2 (D' - D) / place
+        slope = (h if variant == "bh1" else -math.expm1(-h)) / (2 * places[1])
+        return [-math.expm1(-h) - slope, slope]
     return [h * math.exp(-h) * w for w in adams_weights(places, rate=h)]
 
 
@@ -62,11 +57,6 @@ def _correction(step: _Step, x0: Combination, alpha: float, variant: Variant) ->
     predictor = [step.weights[0], 0.0, *step.weights[1:]]
     values = [step.points[0][1], x0, *(value for _, value in step.points[1:])]
     return alpha * weighted([c - p for c, p in zip(corrector, predictor, strict=True)], values)
-
-
-def _order_here(record: Recorder, order: int, known: int, step: int, lower_order_final: bool) -> int:
-    left = len(record.grid) - 1 - step
-    return min(order, known, left) if lower_order_final else min(order, known)
 
 
 def unipc(
@@ -94,7 +84,7 @@ def unipc(
         x = now.x + (ZERO if last is None else _correction(last, now.x0, record.alpha(t), variant))
         if record.alpha(t) > 0:
             past = [(-log_rho(record, t), now.x0), *past][:order]
-        points = past[: _order_here(record, order, len(past), i, lower_order_final)]
+        points = past[: len(grid) - 1 - i] if lower_order_final else past
         ratio = record.sigma(s) / record.sigma(t)
         if not points or record.alpha(s) <= 0:
             last = None
