@@ -1,9 +1,7 @@
-"""FSQ's options: symmetric codes, iFSQ, noise dropout, saturation; its peer, and any dtype."""
+"""FSQ's options: symmetric codes, iFSQ, noise dropout, saturation; and its peer."""
 
 import itertools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from statistics import NormalDist
 
 import pytest
@@ -198,40 +196,6 @@ def test_saturation_counts_edge_bins_and_the_magnitude_of_z() -> None:
     assert spread["edge_mass"] < saturation(quantizer, 3 * normal(64, 2, 100))["edge_mass"] - 0.3
     bfloat = saturation(quantizer, normal(2, 2, 9).bfloat16())
     assert all(value.dtype == torch.float32 for value in bfloat.values())
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_depends_on_dtypes(variant: str, dtype: torch.dtype, default: torch.dtype, autocast: bool) -> None:
-    """1001 levels: their centre 500 +- 1/2 is no bfloat16."""
-    levels = [1001, 17, 5, 5] if variant == "ifsq" else [1000, 1001, 8, 5]
-    z, noise = normal(2, 4, 16, 16).to(dtype), normal(2, 5, 16, 16, seed=1).to(dtype)
-    reference = FSQ(levels, *VARIANTS[variant], noise_dropout=0.5)
-    expected, dithered = reference.eval()(z.float()), reference.train()(z.float(), noise.float())
-    with default_dtype(default), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        quantizer = FSQ(levels, *VARIANTS[variant], noise_dropout=0.5).to(dtype)
-        out, train = quantizer.eval()(z), quantizer.train()(z, noise)
-        again = quantizer.codes_to_indices(quantizer.indices_to_codes(out.indices))
-        codes = quantizer.indices_to_codes(out.indices)
-    assert torch.equal(out.indices, expected.indices)
-    assert torch.equal(again, expected.indices)
-    assert torch.equal(out.codes, expected.codes)
-    assert torch.equal(codes, expected.codes)
-    assert torch.equal(train.codes, dithered.codes)
-    assert {out.codes.dtype, train.codes.dtype, codes.dtype, out.loss.dtype} == {torch.float32}
-    assert out.indices.dtype == torch.int64
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(6, 0.0391), (8, 0.0626), (10, 0.0725)])

@@ -130,17 +130,6 @@ def test_a_fixed_batch_converges_to_its_cluster_means() -> None:
     torch.testing.assert_close(quantizer.codebook, batch.view(3, 20, 2).mean(1), atol=1e-4, rtol=1e-4)
 
 
-def test_the_same_micro_batch_twice_counts_twice() -> None:
-    whole, parts = fixed(), fixed()
-    batch = normal(32, 4)
-    whole.observe(whole(torch.cat([batch, batch])))
-    parts.observe(parts(batch))
-    parts.observe(parts(batch))
-    for each in (whole, parts):
-        each.update()
-    torch.testing.assert_close(parts.count, whole.count, atol=1e-6, rtol=1e-6)
-
-
 # Initialisation and restarts ------------------------------------------------------------------------------------------
 
 

@@ -17,19 +17,13 @@ from regression import BATCH, Fault, Regression, Trained, assert_near, in_steps,
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from midway.gen.core import randomness
 from midway.gen.core.errors import DivergedError, MidwayError
-from midway.gen.core.runs import Run
-from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training import fit as fitting
 from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context, ImageBatch
-from midway.gen.training.config import TrainConfig, learning_rate
-from midway.gen.training.fit import fit
-from midway.gen.training.interface import Items
+from midway.gen.training.batches import Context
+from midway.gen.training.config import TrainConfig
 from midway.gen.training.nonfinite import RECENT, NonFiniteGuard, StopFlags
 from midway.gen.training.signals import Interrupted
-from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -127,61 +121,6 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
 def test_a_resumed_run_continues_the_count_of_skipped_steps(tmp_path: Path) -> None:
     train(tmp_path, Regression(in_steps(1)), replace(CONFIG, max_steps=5))
     assert train(tmp_path, Regression(in_steps(1, 7)), resume=True).records[-1]["skipped"] == 2
-
-
-def pictures() -> Tensor:
-    return torch.randint(0, 256, (16, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-
-
-class Tokenizing(TokenizerObjective):
-    """A small VQ tokenizer; in the steps of `bad` one reconstruction is NaN, after its codes have been gathered."""
-
-    def __init__(self, bad: set[int]) -> None:
-        torch.manual_seed(0)
-        quantizer = {"type": "vq", "codebook_size": 8, "dim": 4, "decay": 0.5}
-        super().__init__(ImageTokenizer(width=8, blocks=1, quantizer=quantizer))
-        self.bad = bad
-
-    def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, logs = super().loss(batch, context)
-        return (loss * math.nan if context.step in self.bad else loss), logs
-
-
-def images(wanted: Tensor) -> ImageBatch:
-    return ImageBatch(pictures()[wanted], torch.zeros(len(wanted), dtype=torch.int64))
-
-
-def codebooks_without(skipped: set[int], config: TrainConfig) -> Tokenizing:
-    """The plain loop for the tokenizer: nothing at all happens in a skipped step."""
-    model = Tokenizing(set()).train()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
-    stream = torch.cat([randomness.permutation(config.seed, "order", epoch, 16) for epoch in range(10)])
-    model.start(images(stream[:8]), Context(config.seed, 0, torch.arange(8)))
-    for step in sorted(set(range(config.steps)) - skipped):
-        ids = torch.arange(step * 8, step * 8 + 8)
-        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
-        optimizer.zero_grad()
-        model.loss(images(stream[ids]), Context(config.seed, step, ids))[0].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        optimizer.step()
-        model.after_step(torch.tensor(True))
-    return model
-
-
-def test_a_codebook_learns_nothing_from_a_bad_step(tmp_path: Path) -> None:
-    """Its statistics were gathered in forward, and have to be forgotten: the next update is that of the next step alone."""
-    config = replace(CONFIG, steps=6, batch_size=8, lr=1e-3)
-    model, run = Tokenizing({2, 3}), Run(tmp_path, "test")
-    fit(model, Items(images, 16), config, run, make_accelerator(config))
-    expected = codebooks_without({2, 3}, config)
-    assert_all_finite(tmp_path)
-    for name, value in expected.state_dict().items():
-        if name.endswith("bottleneck.step"):  # counts forgotten updates too
-            assert model.state_dict()[name] == value + 2
-        else:
-            torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=2e-6)
-    with_them = codebooks_without(set(), config).tokenizer.quantizer
-    assert not torch.allclose(with_them.state_dict()["codebook"], expected.tokenizer.quantizer.state_dict()["codebook"])
 
 
 # ---- too many bad steps ----
