@@ -99,12 +99,11 @@ def teacher_nodes(
         observe(solver, field, at, i, states[i]) if n is None or (i == 0 and solver.analytic_first) else found[n]
         for i, n in enumerate(numbers)
     ]
+    features = [features_of(p, solver.feature_dim) for p in kept]
     return TeacherNodes(
         states=torch.stack(states),
         eps=torch.stack([p.eps for p in kept]) if slopes else x.new_zeros(0, *x.shape),
-        features=torch.stack([features_of(p, solver.feature_dim) for p in kept])
-        if slopes
-        else x.new_zeros(0, len(x), 0),
+        features=torch.stack(features) if slopes else x.new_zeros(0, len(x), 0),
     )
 
 

@@ -72,19 +72,19 @@ class Recorder:
         return Combination({("x", len(self.rows)): 1.0})
 
     def alpha(self, t: float) -> float:
-        return self.schedule.alpha(_scalar(t)).item()
+        return self.schedule.alpha(scalar(t)).item()
 
     def sigma(self, t: float) -> float:
-        return self.schedule.sigma(_scalar(t)).item()
+        return self.schedule.sigma(scalar(t)).item()
 
     def rho(self, t: float) -> float:
-        return self.schedule.rho(_scalar(t)).item()
+        return self.schedule.rho(scalar(t)).item()
 
     def time_of_rho(self, rho: float) -> float:
-        return self.schedule.time_of_rho(_scalar(rho)).item()
+        return self.schedule.time_of_rho(scalar(rho)).item()
 
     def _symbols(self, t: float, x0: Combination, eps: Combination) -> Symbols:
-        d_alpha, d_sigma = (rate.item() for rate in self.schedule.rates(_scalar(t)))
+        d_alpha, d_sigma = (rate.item() for rate in self.schedule.rates(scalar(t)))
         return Symbols(self.x, x0, eps, d_alpha * x0 + d_sigma * eps)
 
     def evaluate(self, t: float) -> Symbols:
@@ -132,5 +132,6 @@ def _falls(grid: tuple[float, ...]) -> bool:
     return all(a > b for a, b in pairwise(grid))
 
 
-def _scalar(value: float) -> torch.Tensor:
+def scalar(value: float) -> torch.Tensor:
+    """A number () in float64."""
     return torch.tensor(value, dtype=torch.float64)
