@@ -19,10 +19,10 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers_models import AUTOENCODER
 from pictures import noise, save
 from pipelines import TINY, TINY_DIT, Pipeline
+from resuming import seal
 
 from baseline_tasks import FlowTask
 from midway.gen.baselines.flow_config import glow, nice
-from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
@@ -38,12 +38,6 @@ P = ParamSpec("P")
 def maker(make: Callable[Concatenate[Pipeline, Path, P], Path]) -> Callable[P, Maker]:
     """The function without its first two arguments, which returns a Maker."""
     return lambda *args, **options: lambda pipeline, folder: make(pipeline, folder, *args, **options)
-
-
-def seal(checkpoint: Path) -> None:
-    """A manifest that agrees with the files, as if they had been saved so."""
-    (checkpoint / checkpoints.MANIFEST).unlink()
-    checkpoints.write_manifest(checkpoint, int(checkpoint.name[5:]), {})
 
 
 @maker
