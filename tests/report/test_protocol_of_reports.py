@@ -298,26 +298,3 @@ def test_weights_with_a_wrong_checksum_end_the_command_with_3(
     done = script("evaluate", "--model", pipeline.model, "--features", "inception", "--out", tmp_path / "out")
     assert done.code == 3 and name in done.err, done.err
     assert not (tmp_path / "out").exists()
-
-
-def test_features_of_another_resolution_end_the_command_with_3(
-    pipeline: Pipeline, script: Script, tmp_path: Path
-) -> None:
-    data = ("--data", "digits", "--resize", 16, "--held-out", 0.2)
-    np.savez(tmp_path / "a.npz", np.zeros((40, 16, 16, 1), np.uint8))
-    flags = ("--images", tmp_path / "a.npz", *data, "--features", pipeline.features, "--out", tmp_path / "out")
-    done = script("evaluate", *flags)
-    assert done.code == 3 and "resize" in done.err.lower(), done.err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("deep", [False, True])
-def test_a_report_that_cannot_be_written_ends_the_command_with_5(
-    deep: bool, pipeline: Pipeline, script: Script, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    out = tmp_path / "file" / "out" if deep else tmp_path / "file"
-    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", out, "--n", 20)
-    done = script("evaluate", *flags, "--solvers", "ddim", "--nfe", 4, "--reference-nfe", 0)
-    assert done.code == 5, done.err
-    assert (tmp_path / "file").read_text() == ""

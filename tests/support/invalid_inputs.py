@@ -239,6 +239,7 @@ PLACES: dict[str, Maker] = {
     "unfinished_solver": changed("model", lambda run: shutil.rmtree(run / SOLVER_RUN / "checkpoints")),
     "no_snapshots": changed("model", lambda run: shutil.rmtree(run / "posthoc")),
     "other_width": changed("model", rewritten(lambda description: description["config"]["dit"].update(width=64))),
+    "lone_tokenizer": changed("tokenizer", lambda run: None),
     "tokenizer_of_another_split": with_data("tokenizer", split_seed=7),
     "tokenizer_of_another_size": with_data("tokenizer", resize=16),
     "two_feature_runs": two_feature_runs,
