@@ -213,27 +213,6 @@ def test_fresh_forgets(one_solver: Path, pipeline: Pipeline, tmp_path: Path, dra
     assert drawn == [0, 20] * 2
 
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "seeds": {"seed": 7},
-    "images": {"n": 24},
-    "blocks": {"blocks": 3},
-    "guidance": {"guidance": 2.0},
-    "analytic first step": {"analytic_first": True},
-    "metrics": {"metrics": "kid,precision"},
-    "fine solution": {"reference_nfe": 10},
-    "precision": {"precision": "bf16"},
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_the_numbers_is_measured_anew(
-    name: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
-) -> None:
-    out = Path(shutil.copytree(one_solver, tmp_path / "out"))
-    evaluate.run(sweep_task(pipeline, out, **CHANGES[name]))
-    assert drawn
-
-
 # ---- damage ----
 
 

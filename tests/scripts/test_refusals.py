@@ -78,6 +78,7 @@ TABLE = """
   SAMPLE --solver amed --nfe 4 --parallel gaussian -> -constants
   SAMPLE --parallel picard --tolerance -1 -> tolerance
   SAMPLE --parallel picard --window 0 -> window
+  SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
 2 guidance
   SAMPLE --guidance-interval 0.1 5; --guide {model} -> nothing is guided
   EVALUATE --guidance-interval 0.1 5; --guide {model} -> nothing is guided
@@ -211,6 +212,7 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   EVALUATE --repeats {unconditional} -> no repeat
   EVALUATE --repeats {model} -> weights of
   EVALUATE --features inception --inception-weights {gone}.pth -> gone.pth
+  EVALUATE --features inception --inception-weights {no_weights}/pt_inception-2015-12-05-6726825d.pth -> 6726825d.pth
   IMAGES {images} --resize 16 --held-out 0.2 -> resize
 3 images
   IMAGES {empty_sample}; {flipped_sample}; {halved_sample} -> 007.png

@@ -269,6 +269,7 @@ PLACES: dict[str, Maker] = {
     "flat": photos((8, 8), classes=""),
     "empty": lambda pipeline, folder: folder,
     "a_file": with_file("me.png", b"x"),
+    "no_weights": with_file("pt_inception-2015-12-05-6726825d.pth", "not the published weights"),
     "cache_of_tokenizer": cache("tokenizer"),
     "cache_of_split": cache("split"),
     "weights_of_features": weights_of_features,
