@@ -138,9 +138,7 @@ def analytic_prediction(x: Tensor, alpha: Tensor, rho: Tensor, feature_dim: int)
     return Prediction(x / (alpha * norm * (norm + rho)).to(x.dtype), eps, x.new_zeros(x.shape[0], feature_dim))
 
 
-def choose(
-    solver: AMEDSolver, rule: StepRule, start: NoiseLevels, end: NoiseLevels, step: Tensor, features: Tensor
-) -> StepParameters:
+def choose(rule: StepRule, start: NoiseLevels, end: NoiseLevels, step: Tensor, features: Tensor) -> StepParameters:
     """The rule's parameters of steps number `step` int64 (B,), given features (B, F)."""
     return rule(features, step, torch.stack([start.rho.log(), end.rho.log()], dim=1))
 
@@ -160,7 +158,7 @@ def nodes(solver: AMEDSolver, field: Field, rule: StepRule, x: Tensor, detached:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
             now = observe(solver, field, at, i, x)
         start, end = at.take(step), at.take(step + 1)
-        directions = choose(solver, rule, start, end, step, features_of(now, solver.feature_dim))
+        directions = choose(rule, start, end, step, features_of(now, solver.feature_dim))
         orders = solver.plugin.orders(i, solver.steps)
         state, history = take_step(solver, field, orders, start, end, x, now, history, directions)
         states.append(state)

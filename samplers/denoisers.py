@@ -14,7 +14,7 @@ from torch import Tensor
 
 from midway.samplers.guidance import ConditionalField
 from midway.samplers.interop import Parametrisation, parametrisation_of
-from midway.samplers.prediction import NetworkField, Prediction, expand, solve
+from midway.samplers.prediction import NetworkField, expand
 from midway.samplers.schedule import Linear, Schedule
 
 
@@ -35,13 +35,15 @@ def _parametrisation(scheduler_config: Mapping[str, Any], timestep_scale: float 
     return replace(parametrisation, timestep_scale=timestep_scale)
 
 
-def _evaluate(
-    model: Callable[..., Any], parametrisation: Parametrisation, x: Tensor, t: Tensor, given: Mapping[str, Any]
-) -> Tensor:
-    """The model's output (B, C, *) at x (B, C, *), t (B,), in the dtype of x."""
-    own = x.to(getattr(model, "dtype", x.dtype))  # the timestep stays float32: bfloat16 cannot tell 998 from 1000
-    value = model(own, timestep=parametrisation.timestep(t), return_dict=False, **given)[0]
-    return without_variance(value, x.shape[1]).to(x.dtype)
+def _field(model: Callable[..., Any], parametrisation: Parametrisation, given: Mapping[str, Any]) -> NetworkField:
+    """The field of a model with further arguments `given`."""
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        own = x.to(getattr(model, "dtype", x.dtype))  # the timestep stays float32: bfloat16 cannot tell 998 from 1000
+        value = model(own, timestep=parametrisation.timestep(t), return_dict=False, **given)[0]
+        return without_variance(value, x.shape[1]).to(x.dtype)
+
+    return NetworkField(network, parametrisation.target, parametrisation.schedule)
 
 
 def field_from_diffusers(
@@ -56,10 +58,7 @@ def field_from_diffusers(
     arguments of the model by name, such as class_labels (B,) or encoder_hidden_states (B, L, D). timestep_scale: factor from t
     to the time input of a flow-matching model, by default num_train_timesteps; 1 for those that expect sigma (Flux).
     """
-    parametrisation, given = _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {})
-    return NetworkField(
-        lambda x, t: _evaluate(model, parametrisation, x, t, given), parametrisation.target, parametrisation.schedule
-    )
+    return _field(model, _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {}))
 
 
 def conditional_from_diffusers(
@@ -74,12 +73,7 @@ def conditional_from_diffusers(
     With argument="encoder_hidden_states" the labels are prompt embeddings. The rest as in `field_from_diffusers`.
     """
     parametrisation, given = _parametrisation(scheduler_config, timestep_scale), dict(conditioning or {})
-
-    def conditional(x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
-        value = _evaluate(model, parametrisation, x, t, {**given, argument: labels})
-        return solve(value, parametrisation.target, x, t, parametrisation.schedule)
-
-    return conditional
+    return lambda x, t, labels: _field(model, parametrisation, {**given, argument: labels})(x, t)
 
 
 def field_from_edm(

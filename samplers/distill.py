@@ -99,12 +99,11 @@ def teacher_nodes(
         observe(solver, field, at, i, states[i]) if n is None or (i == 0 and solver.analytic_first) else found[n]
         for i, n in enumerate(numbers)
     ]
+    features = [features_of(p, solver.feature_dim) for p in kept]
     return TeacherNodes(
         states=torch.stack(states),
         eps=torch.stack([p.eps for p in kept]) if slopes else x.new_zeros(0, *x.shape),
-        features=torch.stack([features_of(p, solver.feature_dim) for p in kept])
-        if slopes
-        else x.new_zeros(0, len(x), 0),
+        features=torch.stack(features) if slopes else x.new_zeros(0, len(x), 0),
     )
 
 
@@ -118,7 +117,7 @@ def step_errors(field: Field, solver: AMEDSolver, rule: StepRule, teacher: Teach
     step = torch.arange(solver.steps, device=teacher.states.device).repeat_interleave(teacher.states.shape[1])
     at = noise_levels(solver, teacher.states.device)
     start, end = at.take(step), at.take(step + 1)
-    directions = choose(solver, rule, start, end, step, teacher.features.flatten(0, 1))
+    directions = choose(rule, start, end, step, teacher.features.flatten(0, 1))
     x, now = teacher.states[:-1].flatten(0, 1), _slope(teacher.eps.flatten(0, 1))
     reached, _ = take_step(solver, field, (1, 1), start, end, x, now, History(), directions)
     return _errors(reached.unflatten(0, teacher.eps.shape[:2]), teacher.states[1:], at)

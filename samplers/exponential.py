@@ -20,7 +20,7 @@ from midway.samplers.grids import Grid
 from midway.samplers.recorder import Combination, Recorder, Symbols
 from midway.samplers.schedule import Schedule
 
-ZERO = Combination({}, {})
+ZERO = Combination({})
 
 
 def begin(solver: str, schedule: Schedule, grid: Grid) -> Recorder:
@@ -59,7 +59,7 @@ def need_noise_at_the_end(record: Recorder) -> None:
 def exponential_step(record: Recorder, now: Symbols, t: float, s: float) -> Combination:
     """The step that is exact if x0 does not change: alpha_s x0 + sigma_s eps, written without division by alpha."""
     ratio = record.sigma(s) / record.sigma(t)
-    if not now.x0.predictions:  # an analytic direction holds eps, not x0
+    if not any(kind == "D" for kind, _ in now.x0.weights):  # an analytic direction holds eps, not x0
         return record.alpha(s) * now.x0 + record.sigma(s) * now.eps
     return ratio * now.x + (record.alpha(s) - ratio * record.alpha(t)) * now.x0
 

@@ -21,7 +21,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from midway.samplers.prediction import Evaluations, Field, Prediction, TimedField, at, copies, estimates, expand
+from midway.samplers.prediction import Evaluations, Field, Prediction, TimedField, Value, at, copies, estimates, expand
 from midway.samplers.schedule import Schedule
 
 ConditionalField = Callable[[Tensor, Tensor, Tensor], Prediction]
@@ -34,7 +34,6 @@ class Conditional(TimedField):
 
     network: ConditionalField
     labels: Tensor
-    schedule: Schedule | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
         return self.network(x, t, self.labels)
@@ -93,14 +92,11 @@ class Together(_Guided):
 
     def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
         found = at(self.both, times, torch.cat([x, x]))
-        return Evaluations(found.coefficients, [self._mixed(value) for value in found.values])
+        return Evaluations(found.coefficients, [partial(self._mixed, value) for value in found.values])
 
-    def _mixed(self, both: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def evaluate(x: Tensor) -> Tensor:
-            strong, weak = both(torch.cat([x, x])).chunk(2)
-            return torch.lerp(weak, strong, self.scale)
-
-        return evaluate
+    def _mixed(self, both: Value, x: Tensor) -> Tensor:
+        strong, weak = both(torch.cat([x, x])).chunk(2)
+        return torch.lerp(weak, strong, self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +120,11 @@ class Apart(_Guided):
         strong, weak = at(self.strong, times, x), at(self.weak, times, x)
         if strong.coefficients != weak.coefficients:  # networks of two targets: mix their clean estimates
             return super().at(times, x)
-        values = [self._mixed(*pair) for pair in zip(strong.values, weak.values, strict=True)]
+        values = [partial(self._mixed, *pair) for pair in zip(strong.values, weak.values, strict=True)]
         return Evaluations(strong.coefficients, values)
 
-    def _mixed(
-        self, strong: Callable[[Tensor], Tensor], weak: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.lerp(weak(x), strong(x), self.scale)
+    def _mixed(self, strong: Value, weak: Value, x: Tensor) -> Tensor:
+        return torch.lerp(weak(x), strong(x), self.scale)
 
 
 def classifier_free(network: ConditionalField, labels: Tensor, null: Tensor, scale: float) -> Field:

@@ -33,12 +33,11 @@ class Learned:
     """Constants per step, or a predictor per sample."""
 
 
-def _plugins() -> dict[str, Learned]:
-    forms = {"": False, "-constants": True}
-    return {f"amed-plugin-{b}{f}": Learned(b, c) for b in BASES if b != "none" for f, c in forms.items()}
-
-
-LEARNED: dict[str, Learned] = {"amed": Learned("none", False), "amed-constants": Learned("none", True), **_plugins()}
+LEARNED: dict[str, Learned] = {
+    ("amed" if base == "none" else f"amed-plugin-{base}") + form: Learned(base, bool(form))
+    for base in BASES
+    for form in ("", "-constants")
+}
 """amed, amed-constants, and amed-plugin-<base>[-constants] for every base."""
 
 

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from midway.samplers.adams import EQUAL_STEPS
-from midway.samplers.exponential import begin_in_rho, need_noise_at_the_end
+from midway.samplers.exponential import begin_in_rho, need_noise_at_the_end, weighted
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import difference_weights
-from midway.samplers.recorder import Combination, Recorder
+from midway.samplers.recorder import Combination, Recorder, scalar
 from midway.samplers.schedule import Schedule
 from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
@@ -155,7 +155,7 @@ def plugin_table(
     for i, ((t, s), step) in enumerate(zip(pairwise(grid), constants, strict=True)):
         first, second = solver.orders(i, len(constants))
         now = record.first(t, analytic_first)
-        y, rho_t, rho_s = now.x / record.alpha(t), _scalar(record.rho(t)), _scalar(record.rho(s))
+        y, rho_t, rho_s = now.x / record.alpha(t), scalar(record.rho(t)), scalar(record.rho(s))
         terms, rhos = [solver.read(now), *terms], [rho_t, *rhos]
         rho_m = rho_s**step.r * rho_t ** (1 - step.r)
         inner = record.time_of_rho(step.a * rho_m.item())
@@ -164,17 +164,11 @@ def plugin_table(
         middle = record.evaluate(inner)
         terms, rhos = [solver.read(middle), *terms], [rho_m, *rhos]
         start = y if solver.from_start else middle.x / record.alpha(inner)
-        weights = solver.arrival(rhos, rho_s, second).scaled(_scalar(step.c))
+        weights = solver.arrival(rhos, rho_s, second).scaled(scalar(step.c))
         record.advance(record.alpha(s) * _combine(weights, start, terms), s)
     return record.table(base=base)
 
 
 def _combine(weights: Weights, y: Combination, terms: Sequence[Combination]) -> Combination:
-    total = weights.kept.item() * y
-    for weight, term in zip(weights.terms, terms, strict=False):  # older terms have no weight
-        total = total + weight.item() * term
-    return total
-
-
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    factors = [weight.item() for weight in (weights.kept, *weights.terms)]
+    return weighted(factors, [y, *terms[: len(weights.terms)]])  # older terms have no weight

@@ -121,15 +121,15 @@ def x0_coefficients(target: Target, schedule: Schedule, times: tuple[float, ...]
     return pairs
 
 
-Values = Sequence[Callable[[Tensor], Tensor]]
-"""One function x_t (B, *) -> value (B, *) for each of some times."""
+Value = Callable[[Tensor], Tensor]
+"""x_t (B, *) -> value (B, *) at one time."""
 
 
 class Evaluations(NamedTuple):
     """A field at times that are known beforehand: at the j-th, with (p, q) = coefficients[j], x0 = p x_t + q values[j](x_t)."""
 
     coefficients: tuple[tuple[float, float], ...]
-    values: Values
+    values: Sequence[Value]
 
 
 class TimedField(ABC):
@@ -192,9 +192,8 @@ class NetworkField(TimedField):
         return solve(self.network(x, t), self.target, x, t, self.schedule)
 
     def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
-        values = [_fixed(self.network, t) for t in times_of(times, x)]
+        values = [partial(self._value, t) for t in times_of(times, x)]
         return Evaluations(x0_coefficients(self.target, self.schedule, times), values)
 
-
-def _fixed(network: Callable[[Tensor, Tensor], Tensor], t: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda x: network(x, t)
+    def _value(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.network(x, t)

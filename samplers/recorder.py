@@ -14,23 +14,16 @@ from midway.samplers.table import Table, fingerprint
 
 @dataclass(frozen=True)
 class Combination:
-    """A weighted sum of states, clean estimates and fresh noise: what a row will form."""
+    """A weighted sum of states ("x", i), clean estimates ("D", j) and fresh noise ("z", 0): what a row will form."""
 
-    states: Mapping[int, float]
-    predictions: Mapping[int, float]
-    noise: float = 0.0
+    weights: Mapping[tuple[str, int], float]
 
     def __add__(self, other: "Combination") -> "Combination":
-        return Combination(
-            _add(self.states, other.states), _add(self.predictions, other.predictions), self.noise + other.noise
-        )
+        a, b = self.weights, other.weights
+        return Combination({k: a.get(k, 0.0) + b.get(k, 0.0) for k in {**a, **b}})
 
     def __mul__(self, scale: float) -> "Combination":
-        return Combination(
-            {k: scale * w for k, w in self.states.items()},
-            {k: scale * w for k, w in self.predictions.items()},
-            scale * self.noise,
-        )
+        return Combination({k: scale * w for k, w in self.weights.items()})
 
     __rmul__ = __mul__
 
@@ -41,11 +34,7 @@ class Combination:
         return self * (1.0 / scale)
 
 
-FRESH_NOISE = Combination({}, {}, 1.0)
-
-
-def _add(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
-    return {k: a.get(k, 0.0) + b.get(k, 0.0) for k in {**a, **b}}
+FRESH_NOISE = Combination({("z", 0): 1.0})
 
 
 @dataclass(frozen=True)
@@ -80,28 +69,28 @@ class Recorder:
     @property
     def x(self) -> Combination:
         """The newest state."""
-        return Combination({len(self.rows): 1.0}, {})
+        return Combination({("x", len(self.rows)): 1.0})
 
     def alpha(self, t: float) -> float:
-        return self.schedule.alpha(_scalar(t)).item()
+        return self.schedule.alpha(scalar(t)).item()
 
     def sigma(self, t: float) -> float:
-        return self.schedule.sigma(_scalar(t)).item()
+        return self.schedule.sigma(scalar(t)).item()
 
     def rho(self, t: float) -> float:
-        return self.schedule.rho(_scalar(t)).item()
+        return self.schedule.rho(scalar(t)).item()
 
     def time_of_rho(self, rho: float) -> float:
-        return self.schedule.time_of_rho(_scalar(rho)).item()
+        return self.schedule.time_of_rho(scalar(rho)).item()
 
     def _symbols(self, t: float, x0: Combination, eps: Combination) -> Symbols:
-        d_alpha, d_sigma = (rate.item() for rate in self.schedule.rates(_scalar(t)))
+        d_alpha, d_sigma = (rate.item() for rate in self.schedule.rates(scalar(t)))
         return Symbols(self.x, x0, eps, d_alpha * x0 + d_sigma * eps)
 
     def evaluate(self, t: float) -> Symbols:
         """Evaluate the network at the newest state and time `t`."""
         self._pending = t
-        x0 = Combination({}, {self.evaluations: 1.0})
+        x0 = Combination({("D", self.evaluations): 1.0})
         self.evaluations += 1
         return self._symbols(t, x0, (self.x - self.alpha(t) * x0) / self.sigma(t))
 
@@ -123,9 +112,9 @@ class Recorder:
             Row(
                 time=self._pending,
                 arrival=t,
-                states=tuple(value.states.get(j, 0.0) for j in range(len(self.rows) + 1)),
-                predictions=tuple(value.predictions.get(j, 0.0) for j in range(self.evaluations)),
-                noise=value.noise,
+                states=tuple(value.weights.get(("x", i), 0.0) for i in range(len(self.rows) + 1)),
+                predictions=tuple(value.weights.get(("D", j), 0.0) for j in range(self.evaluations)),
+                noise=value.weights.get(("z", 0), 0.0),
             )
         )
         self._pending = None
@@ -143,5 +132,6 @@ def _falls(grid: tuple[float, ...]) -> bool:
     return all(a > b for a, b in pairwise(grid))
 
 
-def _scalar(value: float) -> torch.Tensor:
+def scalar(value: float) -> torch.Tensor:
+    """A number () in float64."""
     return torch.tensor(value, dtype=torch.float64)

@@ -140,13 +140,6 @@ class Execution:
             buffers[j] = None
         return state
 
-    def evaluated(self, value: Tensor, draw: Callable[[], Tensor] | None = None) -> Tensor:
-        """`advance`, and over the rows after it that evaluate nothing: the state of the next evaluation, or the end."""
-        state = self.advance(value, draw)
-        while not self.finished and self.rows[self.row].evaluation is None:
-            state = self.advance(None, draw)
-        return state
-
 
 def run_rows(
     rows: Sequence[CompiledRow],

@@ -56,4 +56,7 @@ class TableWalk:
         execution = self._execution
         assert execution is not None
         execution.buffers[execution.row] = x
-        return execution.evaluated(value, draw)
+        execution.advance(value, draw)
+        while not execution.finished and self.rows[execution.row].evaluation is None:
+            execution.advance(None, draw)
+        return execution.state

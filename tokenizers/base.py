@@ -197,6 +197,12 @@ def check_noise(noise: Tensor, latents: Tensor) -> None:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; the latents have {tuple(latents.shape)}")
 
 
+def check_finite(name: str, value: float, hint: str, positive: bool = False) -> None:
+    """ValueError unless `value` is finite and >= 0, or `positive`; the message ends with `hint`."""
+    if not (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
+        raise ValueError(f"{name} is {value}; give a finite {'number > 0' if positive else 'weight >= 0'}{hint}")
+
+
 def dropout_noise(noise: Tensor | None, latents: Tensor, channels: int, option: str) -> Tensor:
     """The noise that dropout takes in training; ValueError unless it is (B, channels, *S) for latents (B, D, *S)."""
     expected = (len(latents), channels, *latents.shape[2:])

@@ -52,12 +52,7 @@ def _nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
     return found
 
 
-@torch.library.custom_op("midway::nearest_code", mutates_args=())
-def _compiled_nearest_code(rows: Tensor, codebook: Tensor) -> Tensor:
-    return _nearest_code(rows, codebook)
-
-
-@_compiled_nearest_code.register_fake
+@torch.library.custom_op("midway::nearest_code", _nearest_code, mutates_args=()).register_fake
 def _(rows: Tensor, codebook: Tensor) -> Tensor:
     return rows.new_empty(len(rows), dtype=torch.int64)
 

@@ -14,7 +14,6 @@
 Means are over all numbers of z. taming-transformers and diffusers by default ("legacy") give beta to the other term.
 """
 
-import math
 from abc import abstractmethod
 from typing import Literal, get_args
 
@@ -27,6 +26,7 @@ from midway.tokenizers.base import (
     Quantized,
     Quantizer,
     check_channels,
+    check_finite,
     check_indices,
     check_noise,
     discrete,
@@ -152,13 +152,8 @@ def _check(
 ) -> None:
     if size < 1 or dim < 1:
         raise ValueError(f"codebook_size {size}, dim {dim}: both must be at least 1")
-    if not (commitment >= 0 and math.isfinite(commitment)):
-        raise ValueError(f"commitment is {commitment}; give a finite weight >= 0, 0.25 by default")
+    check_finite("commitment", commitment, ", 0.25 by default")
     if gradient not in get_args(Gradient):
         raise ValueError(f"gradient is {gradient!r}; choose 'straight_through' or 'rotation'")
-    if not (entropy_weight >= 0 and math.isfinite(entropy_weight)):
-        raise ValueError(
-            f"entropy_weight is {entropy_weight}; give a finite weight >= 0: 0 for none, 0.1 as in MaskGIT"
-        )
-    if not (entropy_temperature > 0 and math.isfinite(entropy_temperature)):
-        raise ValueError(f"entropy_temperature is {entropy_temperature}; give a finite number > 0, 0.01 by default")
+    check_finite("entropy_weight", entropy_weight, ": 0 for none, 0.1 as in MaskGIT")
+    check_finite("entropy_temperature", entropy_temperature, ", 0.01 by default", positive=True)

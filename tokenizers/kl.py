@@ -34,13 +34,11 @@ class Continuous(Quantizer):
         return latents
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        raise ValueError(_NO_INDICES.format(type(self).__name__))
+        name = type(self).__name__
+        raise ValueError(f"{name} is continuous and has no indices; use latents, or a quantizer of type 'fsq' or 'vq'")
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        raise ValueError(_NO_INDICES.format(type(self).__name__))
-
-
-_NO_INDICES = "{} is continuous and has no indices; use latents, or a quantizer of type 'fsq' or 'vq'"
+        return self.indices_to_codes(codes)  # ValueError
 
 
 class KL(Continuous):
@@ -66,7 +64,9 @@ class KL(Continuous):
             mean, log_variance = self.moments(z)
             if noise is None and self.training:
                 noise = torch.randn_like(mean)
-            codes = mean if noise is None else mean + torch.exp(log_variance / 2) * _checked(noise, mean)
+            if noise is not None:
+                check_noise(noise, mean)
+            codes = mean if noise is None else mean + torch.exp(log_variance / 2) * noise.to(mean)
             kl = gaussian_kl(mean, log_variance).mean()
             return _continuous(codes, {"kl": kl}, self.weight * kl)
 
@@ -107,8 +107,3 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 def _continuous(codes: Tensor, losses: dict[str, Tensor], loss: Tensor) -> Quantized:
     indices = torch.empty(codes.shape[0], 0, dtype=torch.int64, device=codes.device)
     return Quantized(codes=codes, indices=indices, losses=losses, loss=loss, counts=None)
-
-
-def _checked(noise: Tensor, mean: Tensor) -> Tensor:
-    check_noise(noise, mean)
-    return noise.to(mean)

@@ -24,8 +24,6 @@ paper: down). Other code may count the last channel as the lowest bit; such indi
 state. A NaN counts as -a, and makes the losses NaN.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -33,6 +31,7 @@ from midway.tokenizers.base import (
     Quantized,
     Quantizer,
     check_channels,
+    check_finite,
     check_indices,
     discrete,
     float32_island,
@@ -67,7 +66,10 @@ class LFQ(Quantizer):
         if not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
             raise ValueError(f"bits is {bits!r}; give an integer from 1 to {MAX_BITS}, that indices fit into int64")
         weights = {"commitment": commitment, "entropy_weight": entropy_weight, "diversity_gamma": diversity_gamma}
-        _check(weights, inverse_temperature)
+        for name, weight in weights.items():
+            check_finite(name, weight, ", 0 to leave the term out")
+        hint = ": 100 for sure bits, 1 for soft ones"
+        check_finite("inverse_temperature", inverse_temperature, hint, positive=True)
         if entropy_group is not None or (entropy_weight and diversity_gamma):
             check_group(bits, entropy_group)
         self.dim = bits
@@ -165,13 +167,3 @@ class BSQ(LFQ):
         check_channels(z, self.dim)
         with float32_island(z):
             return unit(z.float())
-
-
-def _check(weights: dict[str, float], inverse_temperature: float) -> None:
-    for name, weight in weights.items():
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"{name} is {weight}; give a finite weight >= 0, 0 to leave the term out")
-    if not (inverse_temperature > 0 and math.isfinite(inverse_temperature)):
-        raise ValueError(
-            f"inverse_temperature is {inverse_temperature}; give a finite number > 0: 100 for sure bits, 1 for soft ones"
-        )

@@ -25,7 +25,7 @@ Ways of up-sampling. All of them start without a checkerboard: a constant map st
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from midway.tokenizers.recomputed import Recomputed
 Upsample = Literal["pixel_shuffle", "nearest", "bilinear", "transposed"]
 
 _LIGHTEST = 8
+Layer = TypeVar("Layer", nn.Conv2d, nn.ConvTranspose2d)
 
 
 class ResidualBlock(Recomputed):
@@ -142,17 +143,14 @@ def residual_blocks(width: int, blocks: int, attention: bool = False) -> list[nn
 
 def conv(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the resolution; its bias starts at zero."""
-    layer = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-    _zero_bias(layer)
-    return layer
+    return _zero_bias(nn.Conv2d(in_channels, out_channels, 3, padding=1))
 
 
 def linear(in_channels: int, out_channels: int) -> nn.Conv2d:
     """A 1x1 convolution that starts orthogonal, with zero bias."""
     layer = nn.Conv2d(in_channels, out_channels, 1)
     nn.init.orthogonal_(layer.weight)
-    _zero_bias(layer)
-    return layer
+    return _zero_bias(layer)
 
 
 def activation(width: int) -> tuple[nn.Module, nn.Module]:
@@ -163,8 +161,7 @@ def activation(width: int) -> tuple[nn.Module, nn.Module]:
 def halving(in_channels: int, out_channels: int) -> nn.Module:
     """(B, in, h, w) -> (B, out, h / 2, w / 2). Its 4x4 kernels lie about the middle of an output and use all inputs alike."""
     reduce = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
-    _zero_bias(reduce)
-    return nn.Sequential(*activation(in_channels), reduce)
+    return nn.Sequential(*activation(in_channels), _zero_bias(reduce))
 
 
 def doubling(in_channels: int, out_channels: int, upsample: Upsample) -> nn.Module:
@@ -182,8 +179,7 @@ def doubling(in_channels: int, out_channels: int, upsample: Upsample) -> nn.Modu
 
 def transposed(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
     """A 4x4 transposed convolution, (h, w) -> (2h, 2w), that starts as a linear map and nearest-neighbour doubling."""
-    layer = nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1)
-    _zero_bias(layer)
+    layer = _zero_bias(nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1))
     nn.init.uniform_(layer.weight, -(in_channels**-0.5), in_channels**-0.5)  # as a 1x1 convolution of torch begins
     with torch.no_grad():  # of the 4 taps a side the middle two reach an input's own pixels, the others its neighbours'
         middle = layer.weight[:, :, :1, :1].clone()
@@ -197,6 +193,7 @@ def check_downsample(factor: int) -> None:
         raise ValueError(f"downsample is {factor}; give a power of two: 1, 2, 4, 8, ...")
 
 
-def _zero_bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> None:
+def _zero_bias(layer: Layer) -> Layer:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+    return layer

@@ -98,7 +98,10 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         self.passes_through = isinstance(self.quantizer, Identity) and downsample == 1 and foreign is None
         dim, in_dim = self.quantizer.dim, self.quantizer.in_dim
         if self.passes_through:
-            _check_pixels(dim, in_channels)
+            if dim != in_channels:
+                raise ValueError(
+                    f"identity of dim {dim} on {in_channels} channels: with downsample 1 pixels are the latents"
+                )
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
         elif foreign is not None:
             check_diffusers_config(foreign, in_channels, downsample, description)
@@ -178,7 +181,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Images -> latents (B, D, h, w) float32 before standardisation: what `set_latent_statistics` is measured on."""
-        return self._codes(images) if self.latent_space == "post" else self.quantizer.latents(self.encode(images))
+        latents = self.quantizer.latents(self.encode(images))
+        return self.quantizer.snap(latents) if self.latent_space == "post" else latents
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images."""
@@ -219,9 +223,6 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """The quantizer's `update`: once per optimizer step, on every process; `step_ok` is False if it was skipped."""
         self.quantizer.update(step_ok)
 
-    def _codes(self, images: Tensor) -> Tensor:
-        return self.quantizer.snap(self.quantizer.latents(self.encode(images)))
-
     def _cast(self, x: Tensor) -> Tensor:
         """To the networks' dtype, for those loaded in bfloat16."""
         return x if self.passes_through else x.to(next(self.encoder.parameters()).dtype)
@@ -249,11 +250,6 @@ def _plain(config: Any) -> Any:
 def _check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
     if x.ndim != 4 or tuple(x.shape[1:]) != shape:
         raise ValueError(f"{name} have shape {tuple(x.shape)}; this tokenizer takes (B, {', '.join(map(str, shape))})")
-
-
-def _check_pixels(dim: int, in_channels: int) -> None:
-    if dim != in_channels:
-        raise ValueError(f"identity of dim {dim} on {in_channels} channels: with downsample 1 pixels are the latents")
 
 
 def _check(image_size: int, downsample: int, latent_space: str) -> None:

@@ -48,9 +48,8 @@ class TwoLevel(Composite):
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, in_dim, H, H) -> codes. Gradient: straight-through; to z_top also through A."""
-        _check_grid(z, self.in_dim, "z")
         with float32_island(z):
-            above, beside = self._split(z)
+            above, beside = self._inputs(z)
             top = self.top(above, None if noise is None else noise[:, : self.top.noise_channels, ::2, ::2])
             conditioned = beside + self._map(top.codes)
             bottom = self.bottom(conditioned, None if noise is None else noise[:, : self.bottom.noise_channels])
@@ -65,19 +64,17 @@ class TwoLevel(Composite):
 
     def latents(self, z: Tensor) -> Tensor:
         """z (B, in_dim, H, H) -> (B, D, H, H): the top's, each value four times, and the bottom's, given the top's code."""
-        _check_grid(z, self.in_dim, "z")
         with float32_island(z):
-            above, beside = self._split(z)
+            above, beside = self._inputs(z)
             top = self.top.latents(above)
             conditioned = beside + self._map(straight_through(self.top.snap(top), top))
             return torch.cat([_repeated(top), self.bottom.latents(conditioned)], 1)
 
     def snap(self, latents: Tensor) -> Tensor:
         """(B, D, H, H) -> codes: the top's channels are averaged over 2x2 first. The bottom's are not conditioned again."""
-        _check_grid(latents, self.dim, "latents")
         with float32_island(latents):
-            top, bottom = latents.float().split([self.top.dim, self.bottom.dim], 1)
-            return torch.cat([_repeated(self.top.snap(_pooled(top))), self.bottom.snap(bottom)], 1)
+            top, bottom = _levels(latents, self.top.dim, self.bottom.dim, "latents")
+            return torch.cat([_repeated(self.top.snap(top)), self.bottom.snap(bottom)], 1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, L) int64 -> (B, D, H, H) float32. ValueError if L is not 5 H^2 / 4 or an index is outside {0, ..., K - 1}."""
@@ -88,10 +85,9 @@ class TwoLevel(Composite):
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """(B, D, H, H) -> (B, L) int64; the top's channels are averaged over 2x2 first, as in `snap`."""
-        _check_grid(codes, self.dim, "codes")
         with float32_island(codes):
-            top, bottom = codes.float().split([self.top.dim, self.bottom.dim], 1)
-            return self._sequence(self.top.codes_to_indices(_pooled(top)), self.bottom.codes_to_indices(bottom))
+            top, bottom = _levels(codes, self.top.dim, self.bottom.dim, "codes")
+            return self._sequence(self.top.codes_to_indices(top), self.bottom.codes_to_indices(bottom))
 
     def tokens(self, height: int, width: int) -> int:
         return height * width * 5 // 4
@@ -99,9 +95,8 @@ class TwoLevel(Composite):
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
         """The top from z, then the bottom from its input given the top, already started."""
-        _check_grid(z, self.in_dim, "z")
         with float32_island(z):
-            above, beside = self._split(z)
+            above, beside = self._inputs(z)
             self.top.start(above)
             self.bottom.start(beside + self._map(self.top.snap(self.top.latents(above))))
 
@@ -109,10 +104,9 @@ class TwoLevel(Composite):
     def members(self) -> list[Quantizer]:
         return [self.top, self.bottom]
 
-    def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """z -> the top's input at half the resolution, and z_bottom; float32."""
-        top, bottom = z.float().split([self.top.in_dim, self.bottom.in_dim], 1)
-        return _pooled(top), bottom
+    def _inputs(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, in_dim, H, H) -> the top's input at half the resolution, and z_bottom; float32."""
+        return _levels(z, self.top.in_dim, self.bottom.in_dim, "z")
 
     def _map(self, top: Tensor) -> Tensor:
         """A t: codes (B, top.dim, h, h) -> (B, bottom.in_dim, 2 h, 2 h) float32, whatever the dtype of the weights."""
@@ -144,13 +138,17 @@ def _side(indices: Tensor, groups: int) -> int:
     return side
 
 
-def _check_grid(x: Tensor, channels: int, name: str) -> None:
+def _levels(x: Tensor, top: int, bottom: int, name: str) -> tuple[Tensor, Tensor]:
+    """x (B, top + bottom, H, H) -> means over 2x2 of the first `top` channels, and the others; float32."""
+    channels = top + bottom
     check_channels(x, channels, name)
     if x.ndim != 4 or x.shape[2] != x.shape[3] or x.shape[2] % 2 or not x.shape[2]:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; two levels need a square grid of even side, (B, {channels}, H, H): "
             "change the image size or the downsampling"
         )
+    above, beside = x.float().split([top, bottom], 1)
+    return _pooled(above), beside
 
 
 def _check(top: Quantizer, bottom: Quantizer) -> None:

@@ -106,7 +106,7 @@ def test_the_analytic_first_step_is_the_direction_of_unit_variance_data(schedule
     recorder = Recorder("probe", schedule, (start, end))
     symbols = recorder.analytic(start)
     alpha, sigma = recorder.alpha(start), recorder.sigma(start)
-    eps, x0 = symbols.eps.states[0], symbols.x0.states[0]
+    eps, x0 = symbols.eps.weights["x", 0], symbols.x0.weights["x", 0]
     assert eps == pytest.approx(1 / math.hypot(alpha, sigma), rel=1e-12)
     assert alpha * x0 + sigma * eps == pytest.approx(1, rel=1e-12)
 
