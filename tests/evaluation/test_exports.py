@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import Pipeline, Script
+from pipelines import Pipeline
 from sweeps import beside_model, images_task
 from torch import Tensor
 
@@ -154,12 +154,3 @@ def test_one_solver_exports_all_its_grids_and_external_images_none(pipeline: Pip
     asked = beside_model(pipeline, tmp_path / "out", tmp_path / "theirs.npz", grids="uniform,karras", n=5)
     evaluate.run(replace(asked, export_npz=tmp_path / "npz"))
     assert {path.stem for path in (tmp_path / "npz").iterdir()} == {"ddim-uniform-nfe4", "ddim-karras-nfe4"}
-
-
-def test_a_folder_that_cannot_be_made_raises_before_sampling(
-    pipeline: Pipeline, script: Script, tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    flags = ("--model", pipeline.model, "--features", pipeline.features, "--out", tmp_path / "out")
-    done = script("evaluate", *flags, "--save-images", tmp_path / "file" / "zips")
-    assert done.code == 5 and "--save-images" in done.err and not (tmp_path / "out").exists()

@@ -4,12 +4,10 @@ import io
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import evaluate
-import evaluation_flags
 import numpy as np
 import pytest
 import torch
@@ -242,26 +240,6 @@ def test_external_images_join_the_table_of_a_model(pipeline: Pipeline, tmp_path:
     with pytest.raises(DataError, match="45 images, 46"):
         evaluate.run(beside_model(pipeline, tmp_path / "more", path, n=23))
     assert not (tmp_path / "more").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"data": evaluation_flags.UNNAMED}, "--data is not given"),
-        ({"data": DataConfig(), "model": True}, "drop --data"),
-        ({"data": DataConfig(data="", resize=8), "model": True}, "--images-resize"),
-        ({"out": None}, "--out"),
-        ({"images": ()}, "nothing to measure"),
-        ({"features": None}, "--features"),
-    ],
-    ids=str,
-)
-def test_flags_that_do_not_belong_together_raise(
-    changes: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path
-) -> None:
-    model = {"model": pipeline.model} if "model" in changes else {}
-    with pytest.raises(UsageError, match=words):
-        evaluate.run(replace(images_task(pipeline, tmp_path / "out", tmp_path / "none"), **{**changes, **model}))
 
 
 def test_the_command_measures_other_images_and_ends_with_3_for_what_does_not_compare(

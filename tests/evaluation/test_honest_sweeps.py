@@ -12,7 +12,7 @@ from measurements import measurement
 from pipelines import Pipeline, Script
 from sweeps import sweep_task, watch_samples
 
-from midway.gen.core.errors import DataError, DivergedError, UsageError
+from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
@@ -116,11 +116,6 @@ def test_samples_are_drawn_in_ieee_float32(pipeline: Pipeline, tmp_path: Path, m
         assert set(seen) == {("ieee", True)} and cudnn.conv.fp32_precision == "tf32"
     finally:
         cudnn.conv.fp32_precision = before
-
-
-def test_graphs_are_not_captured_beside_another_thread(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--graph and --overlap"):
-        evaluate.run(sweep_task(pipeline, tmp_path, graph=True, overlap=True))
 
 
 # ---- metrics ----

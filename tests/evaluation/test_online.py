@@ -8,14 +8,12 @@ from typing import Any
 import evaluate
 import pytest
 import train_latent
-import train_tokenizer
 from pipelines import TINY, TINY_DIT, Pipeline, Script
 from sweeps import sweep_task
 
-from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.training.config import OnlineConfig
-from tasks import LatentTask, TokenizerTask
+from tasks import LatentTask
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TRAIN = replace(TINY, steps=10, measure_every=4)
@@ -57,31 +55,6 @@ def test_looking_changes_nothing(pipeline: Pipeline, tmp_path: Path) -> None:
         (folder,) = (tmp_path / name / "checkpoints").glob("step-10")
         weights.append((folder / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [({"solver": "heun", "nfe": (5,)}, "heun"), ({"solver": "eulr"}, "euler"), ({"features": None}, "--features")],
-    ids=str,
-)
-def test_what_cannot_be_measured_leaves_no_run(
-    changes: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path
-) -> None:
-    asked = task(pipeline, tmp_path / "run", **changes)
-    if "features" in changes:  # beside a tokenizer without features
-        train_tokenizer.train(TokenizerTask(tmp_path / "tokenizer", train=replace(TINY, steps=2)))
-        asked = replace(asked, tokenizer=tmp_path / "tokenizer")
-    with pytest.raises(UsageError, match=words):
-        train_latent.train(asked)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("flag", ["measure_every", "validate_every"])
-def test_a_training_without_a_use_for_a_flag_raises_before_a_run(flag: str, tmp_path: Path) -> None:
-    train = replace(TINY, steps=2, **{flag: 1})
-    with pytest.raises(UsageError, match=flag.replace("_", "-")):
-        train_tokenizer.train(TokenizerTask(tmp_path / "run", train=train))
-    assert not (tmp_path / "run").exists()
 
 
 def test_online_evaluation_of_nothing_raise() -> None:

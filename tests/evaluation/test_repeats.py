@@ -14,7 +14,7 @@ from measurements import changed, measurement
 from pipelines import TINY_DIT, TINY_LATENT, Pipeline, Script
 from sweeps import sweep_task
 
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.evaluation.records import Measurement, differences, from_record
@@ -108,12 +108,3 @@ def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, succeed: Sc
     text = (tmp_path / "both" / "report.md").read_text()
     assert "2 trainings" in text and "2 disjoint block(s) of each training" in text and "disjoint blocks." not in text
     assert "standard deviation over trainings" in (tmp_path / "both" / "report.html").read_text()
-
-
-def test_what_is_no_repeat_raises(pipeline: Pipeline, unconditional: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no repeat"):
-        evaluate.run(task(pipeline, tmp_path, unconditional))
-    with pytest.raises(DataError, match="weights of"):
-        evaluate.run(task(pipeline, tmp_path, pipeline.model))
-    with pytest.raises(UsageError, match="--repeats"):
-        evaluate.run(replace(task(pipeline, tmp_path, pipeline.model), model=None))

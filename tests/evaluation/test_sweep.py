@@ -21,7 +21,7 @@ from pipelines import Pipeline, Script
 from sweeps import sweep_task, watch_samples
 
 from midway.gen.baselines.registry import load_trained_baseline
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, to_uint8
@@ -213,27 +213,6 @@ def test_fresh_forgets(one_solver: Path, pipeline: Pipeline, tmp_path: Path, dra
     assert drawn == [0, 20] * 2
 
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "seeds": {"seed": 7},
-    "images": {"n": 24},
-    "blocks": {"blocks": 3},
-    "guidance": {"guidance": 2.0},
-    "analytic first step": {"analytic_first": True},
-    "metrics": {"metrics": "kid,precision"},
-    "fine solution": {"reference_nfe": 10},
-    "precision": {"precision": "bf16"},
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_what_changes_the_numbers_is_measured_anew(
-    name: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
-) -> None:
-    out = Path(shutil.copytree(one_solver, tmp_path / "out"))
-    evaluate.run(sweep_task(pipeline, out, **CHANGES[name]))
-    assert drawn
-
-
 # ---- damage ----
 
 
@@ -319,27 +298,6 @@ def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: 
     assert cell.decode_seconds > 0 or cell.feature_seconds > 0
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"metrics": "kidd"}, "kid"),
-        ({"metrics": "infinity"}, "at least 32"),
-        ({"metrics": "density", "n": 4}, "at least 6"),
-        ({"batch_size": 2048}, "1024"),
-        ({"n": 1}, "2 images"),
-        ({"blocks": 0}, "block"),
-        ({"reference_nfe": 7}, "even"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_measured_raises_before_sampling(
-    flags: dict[str, Any], words: str, pipeline: Pipeline, tmp_path: Path, drawn: list[int]
-) -> None:
-    with pytest.raises(UsageError, match=words):
-        evaluate.run(task(pipeline, tmp_path, **flags))
-    assert drawn == [] and not list(tmp_path.iterdir())
-
-
 def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, reference_nfe=0))
     found, report = sweep.measurements[1], (tmp_path / "report.md").read_text()
@@ -399,13 +357,6 @@ def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tupl
     for text in (markdown_tables(sweep.measurements), terminal_text(sweep.measurements), page):
         assert "baseline" in text and "s / 1000 images" in text
     assert ("baseline", 1) in sweep.grids
-
-
-def test_baselines_that_do_not_belong_raise(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="twice"):
-        evaluate.run(task(pipeline, tmp_path, baselines=(pipeline.baseline, pipeline.baseline)))
-    with pytest.raises(DataError, match="kind"):
-        evaluate.run(task(pipeline, tmp_path, baselines=(pipeline.model,)))
 
 
 # ---- what a table may hold ----
@@ -501,15 +452,6 @@ def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, succ
     assert record["fd_infinity"] is not None and record["kid"] is not None
     assert "overlapped" in (tmp_path / "report.md").read_text()
     assert measure.SHOWN == 8
-
-
-def test_missing_weights_are_named_before_sampling(
-    pipeline: Pipeline, script: Script, tmp_path: Path, drawn: list[int]
-) -> None:
-    flags = ("--model", pipeline.model, "--out", tmp_path / "out", "--features", "inception")
-    done = script("evaluate", *flags, "--inception-weights", tmp_path / "none.pth")
-    assert done.code == 3 and "none.pth" in done.err
-    assert drawn == [] and not (tmp_path / "out").exists()
 
 
 def test_fewer_images_than_features_are_measured_without_a_covariance(images: ImageData) -> None:

@@ -53,7 +53,21 @@ TABLE = """
   EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --reference-nfe 1; --reference-nfe 7; --solvers ,; --grids= -> FLAG
   EVALUATE --eta 0.5 --solvers ddim,heun; --eta 0.5 --solvers ddim,amed -> FLAG
   EVALUATE --eta 1.5 -> eta
+  EVALUATE --metrics kidd -> kid
+  EVALUATE --metrics infinity -> at least 32
+  EVALUATE --metrics density --n 4 -> at least 6
+  EVALUATE --batch-size 2048 -> 1024
+  EVALUATE --graph --overlap -> --graph and --overlap
+  EVALUATE --baselines {baseline} {baseline} -> twice
   EVALUATE --analytic-first --solvers amed -> analytic first step
+2 external images
+  evaluate --features {features} --out {out} --images {images} -> --data is not given
+  EVALUATE --data digits --images {images} -> drop --data
+  EVALUATE --resize 8 --images {images} -> --images-resize
+  evaluate --data digits --features {features} --images {images} -> --out
+  evaluate --data digits --features {features} --out {out} -> nothing to measure
+  evaluate --data digits --out {out} --images {images} -> --features
+  IMAGES {images} --repeats {model} -> --repeats
 2 sample
   SAMPLE --n 0; --seed -1; --batch-size 0 -> FLAG
   SAMPLE --label 10; --label -1 -> classes 0 to 9
@@ -64,6 +78,7 @@ TABLE = """
   SAMPLE --solver amed --nfe 4 --parallel gaussian -> -constants
   SAMPLE --parallel picard --tolerance -1 -> tolerance
   SAMPLE --parallel picard --window 0 -> window
+  SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
 2 guidance
   SAMPLE --guidance-interval 0.1 5; --guide {model} -> nothing is guided
   EVALUATE --guidance-interval 0.1 5; --guide {model} -> nothing is guided
@@ -111,6 +126,11 @@ TABLE = """
   train_features --out {out} --width 9 -> width
   data check digits --held-out 0 --out {out} -> held_out
   data check digits --channels 2 --out {out} -> channels
+2 online evaluation and validation
+  LATENT --measure-every 4 --early.solver heun --early.nfe 5 --early.features {features} -> heun
+  LATENT --measure-every 4 --early.solver eulr --early.features {features} -> euler
+  LATENT --measure-every 4 --tokenizer {lone_tokenizer} -> --features
+  TOKENIZER --measure-every 1; --validate-every 1 -> FLAG
 2 baselines
   BASELINE --model.downsample 16 -> downsample 16 | --model
   BASELINE --conditional --data {flat} --held-out 0.5 -> --conditional | no classes
@@ -188,6 +208,12 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZERS {tokenizer_of_another_size} --features none -> takes (1, 8, 8) images
   TOKENIZERS {two_feature_runs}/a --features {two_feature_runs}/large -> measures (1, 16, 16) images
   IMPORT {constant} -> cannot be standardised
+  EVALUATE --baselines {model} -> kind
+  EVALUATE --repeats {unconditional} -> no repeat
+  EVALUATE --repeats {model} -> weights of
+  EVALUATE --features inception --inception-weights {gone}.pth -> gone.pth
+  EVALUATE --features inception --inception-weights {no_weights}/pt_inception-2015-12-05-6726825d.pth -> 6726825d.pth
+  IMAGES {images} --resize 16 --held-out 0.2 -> resize
 3 images
   IMAGES {empty_sample}; {flipped_sample}; {halved_sample} -> 007.png
   IMAGES {images} -> 12 | --images-resize
@@ -197,6 +223,9 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZER --held-out 0.01 --data {images} -> split
   TOKENIZER --held-out 0.5 --data {broken} -> 0a.png
   TOKENIZER --held-out 0.5 --data {sizes} -> --resize
+5 outputs
+  EVALUATE --out {a_file}/me.png; --out {a_file}/me.png/out -> me.png
+  EVALUATE --save-images {a_file}/me.png/zips -> --save-images
 4 samples
   SAMPLE --guidance 1e38 --nfe 8 -> diverged | finite
 """

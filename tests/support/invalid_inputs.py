@@ -19,10 +19,10 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers_models import AUTOENCODER
 from pictures import noise, save
 from pipelines import TINY, TINY_DIT, Pipeline
+from resuming import seal
 
 from baseline_tasks import FlowTask
 from midway.gen.baselines.flow_config import glow, nice
-from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
@@ -38,12 +38,6 @@ P = ParamSpec("P")
 def maker(make: Callable[Concatenate[Pipeline, Path, P], Path]) -> Callable[P, Maker]:
     """The function without its first two arguments, which returns a Maker."""
     return lambda *args, **options: lambda pipeline, folder: make(pipeline, folder, *args, **options)
-
-
-def seal(checkpoint: Path) -> None:
-    """A manifest that agrees with the files, as if they had been saved so."""
-    (checkpoint / checkpoints.MANIFEST).unlink()
-    checkpoints.write_manifest(checkpoint, int(checkpoint.name[5:]), {})
 
 
 @maker
@@ -245,6 +239,7 @@ PLACES: dict[str, Maker] = {
     "unfinished_solver": changed("model", lambda run: shutil.rmtree(run / SOLVER_RUN / "checkpoints")),
     "no_snapshots": changed("model", lambda run: shutil.rmtree(run / "posthoc")),
     "other_width": changed("model", rewritten(lambda description: description["config"]["dit"].update(width=64))),
+    "lone_tokenizer": changed("tokenizer", lambda run: None),
     "tokenizer_of_another_split": with_data("tokenizer", split_seed=7),
     "tokenizer_of_another_size": with_data("tokenizer", resize=16),
     "two_feature_runs": two_feature_runs,
@@ -274,6 +269,7 @@ PLACES: dict[str, Maker] = {
     "flat": photos((8, 8), classes=""),
     "empty": lambda pipeline, folder: folder,
     "a_file": with_file("me.png", b"x"),
+    "no_weights": with_file("pt_inception-2015-12-05-6726825d.pth", "not the published weights"),
     "cache_of_tokenizer": cache("tokenizer"),
     "cache_of_split": cache("split"),
     "weights_of_features": weights_of_features,

@@ -186,3 +186,11 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], atol: flo
     """All tensors of `expected` are in `found`, equal to within `atol`."""
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value.double(), rtol=0, atol=atol, msg=name)
+
+
+def assert_same_bits(run: Path, expected: Path) -> None:
+    """Weights, buffers, moments and averages in the newest checkpoints of two runs are equal, and so are the records."""
+    mine, theirs = saved(run), saved(expected)
+    assert mine.keys() == theirs.keys()
+    assert [name for name, value in theirs.items() if not torch.equal(mine[name], value)] == []
+    assert records(run) == records(expected)

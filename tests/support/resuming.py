@@ -68,6 +68,13 @@ def newest(run: Path) -> Path:
     return checkpoints.verify(checkpoints.directories(run / "checkpoints")[0]).path
 
 
+def seal(checkpoint: Path) -> None:
+    """Write a manifest that agrees with the files, as if they had been saved so."""
+    (checkpoint / checkpoints.MANIFEST).unlink()
+    checkpoints.write_manifest(checkpoint, int(checkpoint.name[5:]), {})
+    checkpoints.verify(checkpoint)
+
+
 def steps_of(run: Path) -> list[int]:
     """The steps of the checkpoints, newest first."""
     return [int(path.name[5:]) for path in checkpoints.directories(run / "checkpoints")]

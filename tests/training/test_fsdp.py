@@ -17,24 +17,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from multiprocess import together
+from regression import assert_same_bits, records, saved
 from safetensors.torch import load_file
+from small_models import CLASSES, LATENT_SHAPE, SIZE, images, latent_config, latents, tokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.tokenizer.objective import TokenizerObjective
+from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context, ImageBatch, LatentBatch
+from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
-from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-SIZE = 20
 CONFIG = TrainConfig(steps=6, batch_size=8, lr=1e-2, warmup=2, clip=0.3, ema=0.8, posthoc=(0.1,), posthoc_every=3)
 CONFIG = replace(CONFIG, weight_decay=0.1, log_every=2, keep=9)
 
@@ -45,8 +43,7 @@ class Watched(LatentModel):
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         torch.manual_seed(0)
-        dit = DiTConfig(width=16, depth=2, heads=2)
-        super().__init__(LatentModelConfig(schedule="cosine", dit=dit), (3, 4, 4), 4)
+        super().__init__(latent_config(), LATENT_SHAPE, CLASSES)
         self.bad = torch.tensor([(step + 1) * CONFIG.batch_size - 1 for step in bad])
         self.kinds: set[str] = set()
         self.share = 0.0
@@ -60,11 +57,6 @@ class Watched(LatentModel):
         self.kinds |= {"sharded" if isinstance(p, DTensor) else "whole" for p in parameters}
         local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
         self.share = local / sum(p.numel() for p in parameters)
-
-
-def latents(wanted: Tensor) -> LatentBatch:
-    generator = torch.Generator().manual_seed(3)
-    return LatentBatch(torch.randn(SIZE, 3, 4, 4, generator=generator)[wanted], wanted % 4)
 
 
 def shard(accelerator: Accelerator, policy: str) -> None:
@@ -135,22 +127,15 @@ def one_of_two(rank: int, folder: Path) -> None:
     (folder / f"tokenizer-{rank}.json").write_text(json.dumps(tokenize(folder / "tokenizer")))
 
 
-def images(wanted: Tensor) -> ImageBatch:
-    pixels = torch.randint(0, 256, (SIZE, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return ImageBatch(pixels[wanted], wanted % 4)
-
-
 def tokenize(folder: Path, policy: str = "root") -> dict[str, Any]:
     """Train a VQ tokenizer in this process; its loss, or why there is none."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch.manual_seed(0)
-    model = ImageTokenizer(width=8, blocks=1, quantizer={"type": "vq", "codebook_size": 8, "dim": 4, "decay": 0.5})
     accelerator = make_accelerator(CONFIG)
     if policy:
         shard(accelerator, policy)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        result = fit(TokenizerObjective(model), Items(images, SIZE), CONFIG, Run(folder, "test"), accelerator)
+        result = fit(tokenizer(), Items(images, SIZE), CONFIG, Run(folder, "test"), accelerator)
     except RuntimeError as error:
         return {"error": str(error)}
     return {"loss": result.last["loss"]}
@@ -171,13 +156,11 @@ class Sharded:
 
 def tensors(run: Path, step: int = 6) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, as file/name, but the recent losses and sums, which are logs."""
-    files = (run / "checkpoints" / f"step-{step}").glob("*.safetensors")
-    found = {f"{file.stem}/{name}": value for file in files for name, value in load_file(file).items()}
-    return {name: value for name, value in found.items() if not name.startswith("progress")}
+    return {name: value for name, value in saved(run, step).items() if not name.startswith("progress")}
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(run)]
 
 
 @pytest.fixture(scope="module")
@@ -207,11 +190,6 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
 
 
 One = Callable[[tuple[int, ...]], Path]
@@ -261,8 +239,7 @@ def test_a_bad_step_of_one_process_is_skipped_under_sharding(two: Sharded, one: 
 
 def test_a_stopped_sharded_run_resumes_bit_for_bit(two: Sharded) -> None:
     assert two.seen("stopped")[0]["steps"] == 3
-    assert_same_bits(two.saved("again"), two.saved("block"))
-    assert losses(two.folder / "again") == losses(two.folder / "block")
+    assert_same_bits(two.folder / "again", two.folder / "block")
 
 
 def test_a_sharded_run_resumes_in_one_process(tmp_path: Path, two: Sharded, one: One) -> None:

@@ -13,7 +13,18 @@ import pytest
 import regression
 import torch
 from multiprocess import together
-from regression import BATCH, Fault, Regression, Trained, assert_near, in_steps, plain_loop, records, saved
+from regression import (
+    BATCH,
+    Fault,
+    Regression,
+    Trained,
+    assert_near,
+    assert_same_bits,
+    in_steps,
+    plain_loop,
+    records,
+    saved,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -174,10 +185,7 @@ def test_a_fault_that_passes_leaves_the_run_as_it_would_have_been(tmp_path: Path
     recovered = train(tmp_path / "fault", model, config)
     assert model.seen == [*range(8), *range(4, 10)]
     good = train(tmp_path / "good", Regression(), config)
-    assert records(recovered.folder) == records(good.folder)
-    mine, theirs = saved(tmp_path / "fault"), saved(tmp_path / "good")
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert_same_bits(recovered.folder, good.folder)
     assert json.loads((tmp_path / "fault/checkpoints/step-10/state.json").read_text())["rolled_back"] is True
 
 

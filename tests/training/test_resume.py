@@ -23,6 +23,7 @@ from resuming import (
     everything,
     newest,
     records,
+    seal,
     steps_of,
     train,
     train_together,
@@ -32,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from train_features import FeaturesTask
 from train_solver import SolverTask
+from traps import Trap
 
 from baseline_tasks import FlowTask, VAETask
 from midway.gen.baselines.flow_config import glow
@@ -445,27 +447,10 @@ def test_tensors_of_other_shapes_raise_an_error_of_three_lines(stopped: Path, wh
     file = newest(stopped) / "model.safetensors"
     state = load_file(file)
     save_file({key: value[..., None].clone() for key, value in state.items()}, file)
-    rewrite_manifest(file.parent)
+    seal(file.parent)
     with unchanged(stopped / "checkpoints"), pytest.raises(DataError, match="does not fit this model") as caught:
         train(tokenizer_task(stopped))
     assert len(str(caught.value).splitlines()) == 3
-
-
-def rewrite_manifest(folder: Path) -> None:
-    """As if its files had been written like this."""
-    (folder / checkpoints.MANIFEST).unlink()
-    checkpoints.write_manifest(folder, int(folder.name.removeprefix("step-")), {})
-    checkpoints.verify(folder)
-
-
-class Trap:
-    """Whoever unpickles it makes a directory."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.marker),)
 
 
 @pytest.mark.parametrize("name", ["model", "optimizer"])
@@ -474,7 +459,7 @@ def test_a_pickle_raises_and_is_not_executed(name: str, stopped: Path, tmp_path:
     file, marker = newest(stopped) / f"{name}.safetensors", tmp_path / "marker"
     state = {key: value.clone() for key, value in load_file(file).items()}  # what was loaded is a view of the file
     torch.save({**state, "trap": Trap(marker)}, file)
-    rewrite_manifest(file.parent)
+    seal(file.parent)
     with unchanged(stopped / "checkpoints"), pytest.raises(DataError, match="no safetensors file") as caught:
         train(tokenizer_task(stopped))
     assert not marker.exists()
@@ -601,7 +586,7 @@ def test_latents_of_another_tokenizer_raise(pipeline: Pipeline, tmp_path: Path) 
         name: value * 1.01 if value.is_floating_point() else value.clone() for name, value in load_file(file).items()
     }
     save_file(other, file, {"format": "pt"})
-    rewrite_manifest(file.parents[1])
+    seal(file.parents[1])
     with unchanged(run), pytest.raises(UsageError, match="another data fingerprint"):
         train(task)
 
