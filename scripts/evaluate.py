@@ -30,9 +30,9 @@ from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.evaluation.jobs import Job, SweepConfig, fine_source, solver_jobs
+from midway.gen.evaluation.jobs import SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
-from midway.gen.evaluation.sources import EvaluatedModel, SampleSource
+from midway.gen.evaluation.sources import EvaluatedModel
 from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.open import open_extractor
@@ -73,8 +73,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     externals = external_images(task, splits)
     config = sweep_config(task, trained, model, externals, splits, device)
     check_metrics(config.metrics, config.n, extractor.dim, extractor.has_logits)
-    jobs = [*plan(model, config), *baseline_jobs(task, data, config, device), *image_jobs(externals, config)]
-    trainings = [(model, jobs), *((repeat, plan(repeat, config)) for repeat in repeats)]
+    others = [*baseline_jobs(task, data, config, device), *image_jobs(externals, config)]
+    models = [] if model is None else [model, *repeats]
+    trainings = [(fine_source(one, config), solver_jobs(one, config)) for one in models] or [(None, [])]
+    trainings[0][1].extend(others)
 
     make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     shown = process.rank == 0
@@ -84,7 +86,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         warnings = (*class_notes(splits, config.n, model.classes if model else 0), *image_notes(externals, config))
         print(*warnings, sep="\n", end="\n" * bool(warnings))
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
-    total = sum(len(its) + bool(one and config.reference_nfe) for one, its in trainings)
+    total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
     with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
         def progress(cell: str) -> None:
@@ -92,8 +94,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             bar.update()
 
         sweeps = [
-            run_sweep(its, fine(one, config), reference, splits.held_out, config, out, progress, process)
-            for one, its in trainings
+            run_sweep(jobs, fine, reference, splits.held_out, config, out, progress, process)
+            for fine, jobs in trainings
         ]
     sweep, missing = merged(sweeps)
     if shown:
@@ -137,16 +139,6 @@ def sweep_config(
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
     config.check()
     return config
-
-
-def plan(model: EvaluatedModel | None, config: SweepConfig) -> list[Job]:
-    """Jobs of solvers; UsageError for an impossible combination."""
-    return [] if model is None else solver_jobs(model, config)
-
-
-def fine(model: EvaluatedModel | None, config: SweepConfig) -> SampleSource | None:
-    """The fine solution, if RMSE is measured."""
-    return fine_source(model, config) if model and config.reference_nfe else None
 
 
 def make_folders(folders: dict[str, Path | None]) -> None:

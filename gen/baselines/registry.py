@@ -15,7 +15,7 @@ from midway.gen.core import checkpoints
 from midway.gen.core.config import from_dict
 from midway.gen.core.files import reading, state_hash
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.splits import DataConfig, data_of
 
 BASELINES: dict[str, type[Baseline]] = {"vae": VAE, "flow": CouplingFlow, "tarflow": TarFlow}
 
@@ -38,9 +38,10 @@ def load_trained_baseline(path: Path, device: torch.device = CPU) -> TrainedBase
     folder = _chosen(run)
     model, digest = read_baseline(folder, device)
     averaged = "averaged" if _weights(folder).name == "ema.safetensors" else "newest"
-    data = from_dict(DataConfig, run.config["data"], "config.data")
     best = ", the best in validation" if folder.parent == run.best else ""
-    return TrainedBaseline(model, data, digest, run, f"{averaged}, step {folder.name.removeprefix('step-')}{best}")
+    return TrainedBaseline(
+        model, data_of(run), digest, run, f"{averaged}, step {folder.name.removeprefix('step-')}{best}"
+    )
 
 
 def _chosen(run: Run) -> Path:

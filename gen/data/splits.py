@@ -6,8 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from midway.gen.core.config import from_dict
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.randomness import permutation
+from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, image_data, load_images
 
 
@@ -36,6 +38,11 @@ class Splits:
 
     train: ImageData
     held_out: ImageData
+
+
+def data_of(run: Run) -> DataConfig:
+    """The data configuration of a run."""
+    return from_dict(DataConfig, run.config["data"], "config.data")
 
 
 def load(config: DataConfig) -> ImageData:

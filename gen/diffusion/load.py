@@ -19,7 +19,7 @@ from midway.gen.core.config import from_dict, to_dict
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import reading, state_hash
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver
@@ -57,9 +57,7 @@ class TrainedModel:
 def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:
     """The tokenizer of a run, and the data it was trained on."""
     run = Run.open(path, "tokenizer")
-    return read_tokenizer(run.checkpoint / "tokenizer", device), from_dict(
-        DataConfig, run.config["data"], "config.data"
-    )
+    return read_tokenizer(run.checkpoint / "tokenizer", device), data_of(run)
 
 
 def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
@@ -92,7 +90,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=read_tokenizer(folder / "tokenizer", device),
-        data=from_dict(DataConfig, run.config["data"], "config.data"),
+        data=data_of(run),
         hash=state_hash(text, state),
         run=run,
         weights=f"{_which(run, averaged.exists())}, step {folder.name.removeprefix('step-')}",

@@ -92,8 +92,10 @@ def _training_nfe(model: EvaluatedModel, sampler: Sampler, grid: str, config: Sw
     return model.fitting_nfe(config) if grid == GITS else 0
 
 
-def fine_source(model: EvaluatedModel, config: SweepConfig) -> SampleSource:
+def fine_source(model: EvaluatedModel, config: SweepConfig) -> SampleSource | None:
     """The fine solution that RMSE is measured against: Heun's method on EDM's grid, on noise levels of the model's training."""
+    if not config.reference_nfe:
+        return None
     config = model.within(config)
     times = GRIDS["karras"](model.schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
     return model.source(SOLVERS["heun"].build(model.schedule, times), config.sampling())

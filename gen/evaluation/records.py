@@ -88,7 +88,11 @@ class Measurement:
     @property
     def rank(self) -> float:
         """The distance, infinite where it is not a number."""
-        return self.distance if math.isfinite(self.distance) else math.inf
+        return _finite(self.distance)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 # ---- columns of results.csv and results.jsonl ----
@@ -160,13 +164,21 @@ def floor_name(measurements: Sequence[Measurement]) -> str:
     return FLOOR if floor is None or not others - {floor.n} else f"{FLOOR} (n = {floor.n})"
 
 
-def mark_best(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The measurements with `best` where the grid has the least distance of its (solver, NFE)."""
-    best: dict[tuple[str, int], Measurement] = {}
+def _least(
+    measurements: Iterable[Measurement], value: Callable[[Measurement], float]
+) -> dict[tuple[str, int], Measurement]:
+    """The first measurement of the least value of each (solver, NFE)."""
+    chosen: dict[tuple[str, int], Measurement] = {}
     for m in measurements:
         key = (m.solver, m.nfe)
-        if key not in best or m.distance < best[key].distance:
-            best[key] = m
+        if key not in chosen or value(m) < value(chosen[key]):
+            chosen[key] = m
+    return chosen
+
+
+def mark_best(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements with `best` where the grid has the least distance of its (solver, NFE)."""
+    best = _least(measurements, lambda m: m.distance)
     return [replace(m, best=m is best[m.solver, m.nfe]) for m in measurements]
 
 
@@ -192,24 +204,15 @@ def check_comparable(measurements: Sequence[Measurement]) -> None:
 
 
 def shown(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
-    """The best grid of each (solver, nfe) without the floor; of several so marked, the one of least distance."""
-    chosen: dict[tuple[str, int], Measurement] = {}
-    for m in by_solver(measurements):
-        key = (m.solver, m.nfe)
-        if m.best and (key not in chosen or m.rank < chosen[key].rank):
-            chosen[key] = m
-    return chosen
+    """The best grid of each (solver, NFE) without the floor; of several so marked, the one of least distance."""
+    return _least((m for m in by_solver(measurements) if m.best), lambda m: m.rank)
 
 
 def least_rmse(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
-    """The measurement of least RMSE of each (solver, nfe): the solver's error has its own best grid."""
-    chosen: dict[tuple[str, int], Measurement] = {}
-    for m in by_solver(measurements):
-        rmse, rival = m.value("rmse"), chosen.get((m.solver, m.nfe))
-        least = None if rival is None else rival.value("rmse")
-        if rmse is not None and (least is None or rmse < least or not math.isfinite(least)):
-            chosen[m.solver, m.nfe] = m
-    return chosen
+    """The measurement of least RMSE of each (solver, NFE): the solver's error has its own best grid."""
+    return _least(
+        (m for m in by_solver(measurements) if "rmse" in m.metrics), lambda m: _finite(m.metrics["rmse"].mean)
+    )
 
 
 def feature_names(measurements: Iterable[Measurement]) -> str:

@@ -68,11 +68,10 @@ class EvaluatedModel(Protocol):
 
     def check_images(self, reference: Tensor) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
-        ...
 
     def within(self, config: Config) -> Config:
-        """The same with grids that stay on noise levels of the model's training."""
-        ...
+        """The same with grids that stay on noise levels of the model's training: all of them, for a model of ours."""
+        return config
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One sampler per grid; UsageError for what this model cannot have."""
@@ -86,35 +85,24 @@ class EvaluatedModel(Protocol):
 
 
 @dataclass(frozen=True)
-class EvaluatedLatentModel:
+class EvaluatedLatentModel(EvaluatedModel):
     """A latent model of ours with everything it can be sampled by."""
 
     trained: TrainedModel
 
     @property
     def classes(self) -> int:
-        """0 if it is unconditional."""
         return self.trained.model.classes
 
     @property
     def schedule(self) -> Schedule:
-        """Of the model."""
         return self.trained.model.schedule
 
     @property
     def description(self) -> str:
-        """The model in a line."""
         config = self.trained.model.config
         network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
         return f"{self.trained.hash}: {network}; weights {self.trained.weights}"
-
-    def check_images(self, reference: Tensor) -> None:
-        """Its training images are the reference."""
-        del reference
-
-    def within(self, config: Config) -> Config:
-        """As it is: the model was trained on all noise levels."""
-        return config
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from midway.gen.core.config import from_dict, read_yaml
+from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.inception import INCEPTION, open_inception
@@ -20,11 +20,6 @@ from midway.gen.features.vit import ENCODERS, open_vision_transformer
 
 PUBLISHED = (INCEPTION.network, *ENCODERS)
 """Names of published networks."""
-
-
-def data_of(run: Run) -> DataConfig:
-    """The data configuration of a run."""
-    return from_dict(DataConfig, run.config["data"], "config.data")
 
 
 def same_images(theirs: DataConfig, ours: DataConfig) -> bool:

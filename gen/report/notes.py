@@ -1,6 +1,6 @@
 """Notes of a report: the measurement protocol, and how to read the numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from midway.gen.data.splits import Splits
 from midway.gen.evaluation.jobs import SweepConfig
@@ -15,30 +15,28 @@ def floor_text(sweep: Sweep) -> str:
     return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
-def repeats_note(repeats: int, left_out: Sequence[str]) -> tuple[str, ...]:
-    """What error bars are, of several trainings, and what has no place among them."""
-    if not repeats:
-        return ()
-    missing = (f"Left out, since not all trainings have it: {'; '.join(left_out)}.",) if left_out else ()
-    return (
-        *missing,
-        f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are those "
-        "among trainings, not among blocks. Baselines and sample images are of the first.",
-    )
-
-
 def notes(
     config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
-) -> tuple[str, ...]:
-    """How to read the numbers of a model."""
-    return (
-        *common_notes(config, splits, features, repeats),
-        "Blocks are of seeds, and the same seeds serve every cell.",
-        "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids.",
-        *rmse_note(config),
-        *repeats_note(repeats, left_out),
-        *(("Sampling, decoding and features overlapped: their times do, too.",) if config.overlap else ()),
-    )
+) -> Iterator[str]:
+    """How to read the numbers of a model; `left_out` names what not all of its trainings have."""
+    yield from common_notes(config, splits, features, repeats)
+    yield "Blocks are of seeds, and the same seeds serve every cell."
+    yield "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids."
+    if config.reference_nfe:
+        yield (
+            "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
+            f"at {config.reference_nfe} evaluations from the same noise. Of solvers that draw noise on the way it is no error: "
+            "they end elsewhere by design."
+        )
+    if left_out:
+        yield f"Left out, since not all trainings have it: {'; '.join(left_out)}."
+    if repeats:
+        yield (
+            f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are "
+            "those among trainings, not among blocks. Baselines and sample images are of the first."
+        )
+    if config.overlap:
+        yield "Sampling, decoding and features overlapped: their times do, too."
 
 
 def few_note(n: int, dim: int) -> tuple[str, ...]:
@@ -112,15 +110,4 @@ def common_notes(config: SweepConfig, splits: Splits, features: str, repeats: in
             else " It was measured at another image count than the cells, and the distance depends on it."
         ),
         f"NFE is counted at the network. {features}",
-    )
-
-
-def rmse_note(config: SweepConfig) -> tuple[str, ...]:
-    """What RMSE is, where it was measured."""
-    if not config.reference_nfe:
-        return ()
-    return (
-        "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
-        f"at {config.reference_nfe} evaluations from the same noise. Of solvers that draw noise on the way it is no error: they "
-        "end elsewhere by design.",
     )
