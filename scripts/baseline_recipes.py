@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from baseline_tasks import BaselineTask, FlowTask, TarFlowTask, VAETask
+from cli import by_name
 from midway.gen.baselines.flow_config import FlowConfig, glow, nice, realnvp
 from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig
@@ -127,15 +128,7 @@ BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
     "realnvp": lambda: FlowTask(out=Path("runs/realnvp"), model=realnvp()),
     "glow": lambda: FlowTask(out=Path("runs/glow"), model=glow()),
     "tarflow": lambda: TarFlowTask(out=Path("runs/tarflow")),
-    "digits-vae": digits_vae,
-    "digits-nice": digits_nice,
-    "digits-realnvp": digits_realnvp,
-    "digits-glow": digits_glow,
-    "digits-tarflow": digits_tarflow,
-    "cifar10-vae": cifar10_vae,
-    "cifar10-nice": cifar10_nice,
-    "cifar10-realnvp": cifar10_realnvp,
-    "cifar10-glow": cifar10_glow,
-    "cifar10-tarflow": cifar10_tarflow,
+    **by_name(digits_vae, digits_nice, digits_realnvp, digits_glow, digits_tarflow),
+    **by_name(cifar10_vae, cifar10_nice, cifar10_realnvp, cifar10_glow, cifar10_tarflow),
 }
 """The first five are models with default settings, for any data; the others are tuned for one data set."""

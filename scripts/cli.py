@@ -29,6 +29,11 @@ def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], argumen
         return tyro.cli(task, args=rest, default=default, description=description)
 
 
+def by_name(*recipes: Callable[[], Task]) -> dict[str, Callable[[], Task]]:
+    """Recipes by the names of their functions: `digits_fsq` is digits-fsq."""
+    return {recipe.__name__.replace("_", "-"): recipe for recipe in recipes}
+
+
 def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:
     lines = [f"  {name}: {(make.__doc__ or 'defaults').strip().splitlines()[0]}" for name, make in recipes.items()]
     return "\n\nRecipes (first argument):\n\n" + "\n\n".join(lines) if lines else ""

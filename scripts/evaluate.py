@@ -25,7 +25,6 @@ from evaluation_inputs import (
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.core.environment import command_line, environment, hardware
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.data.external import ExternalImages, images_per_block
@@ -210,9 +209,6 @@ def context(
         title=task.title,
         model=model.description if model else "no model of ours",
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
-        command=command_line(),
-        hardware=hardware(),
-        versions={**environment()["packages"], "git": environment()["git"]},
         seeds=str(config.seeds),
         guidance=config.guidance,
         notes=(

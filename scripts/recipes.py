@@ -3,10 +3,10 @@
 Times are for 2 CPU cores unless a GPU is named.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from cli import by_name
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
@@ -67,13 +67,7 @@ def cifar10_fsq() -> TokenizerTask:
     )
 
 
-TOKENIZER_RECIPES: dict[str, Callable[[], TokenizerTask]] = {
-    "digits-fsq": digits_fsq,
-    "digits-vq": digits_vq,
-    "digits-kl": digits_kl,
-    "digits-pixels": digits_pixels,
-    "cifar10-fsq": cifar10_fsq,
-}
+TOKENIZER_RECIPES = by_name(digits_fsq, digits_vq, digits_kl, digits_pixels, cifar10_fsq)
 
 
 DIGITS_DIT = DiTConfig(width=96, depth=4, heads=4, patch=1)
@@ -139,10 +133,4 @@ def cifar10_dit() -> LatentTask:
     )
 
 
-LATENT_RECIPES: dict[str, Callable[[], LatentTask]] = {
-    "digits-dit": digits_dit,
-    "digits-flow": digits_flow,
-    "digits-edm": digits_edm,
-    "digits-pixel-flow": digits_pixel_flow,
-    "cifar10-dit": cifar10_dit,
-}
+LATENT_RECIPES = by_name(digits_dit, digits_flow, digits_edm, digits_pixel_flow, cifar10_dit)

@@ -114,7 +114,7 @@ class _Gathered:
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def see(self, images: Tensor, reference: FeatureReference | None) -> None:
+    def collect(self, images: Tensor, reference: FeatureReference | None) -> None:
         """Features of uint8 images, if there is a network, and the first of them to be shown."""
         if reference is not None:
             self.features.append(reference.network.features(images).cpu())
@@ -137,7 +137,7 @@ def measure(
     between = _Gathered(None)
     if reference is not None:
         for part in interpolated(latents).split(config.batch_size):
-            between.see(_decode_raw(name, tokenizer, part, tokenizer.snap_on_decode), reference)
+            between.collect(_decode_raw(name, tokenizer, part, tokenizer.snap_on_decode), reference)
     use = None if found.counter is None else found.counter.use()
     row = TokenizerRow(
         **figures_of(name, tokenizer, use, found.codes, latents),
@@ -186,7 +186,7 @@ def _reconstruct(
         found.decode_seconds += _now(tokenizer) - encoded
         found.encode_seconds += encoded - started
         shown = _to_8_bits(name, decoded)
-        found.see(shown, instruments.reference)
+        found.collect(shown, instruments.reference)
         scores = {"mse": mse(part, shown), "psnr": psnr(part, shown), "ssim": ssim(part, shown)}
         if instruments.perceptual is not None:
             scores["lpips"] = instruments.perceptual(to_float(shown.to(tokenizer.device)), x)
