@@ -27,6 +27,7 @@ from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import make_reference
+from midway.gen.report import axes, tokenizer_plots
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import csv_text, jsonl_text
 from midway.gen.report.tokenizer_plots import noise_png, rate_of, rate_png, usage_png
@@ -43,7 +44,7 @@ from midway.gen.training.config import TrainConfig
 from midway.tokenizers import perceptual
 from tasks import TokenizerConfig, TokenizerTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TINY = TrainConfig(steps=20, batch_size=32, lr=1e-2, warmup=2, ema=0, log_every=20)
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
@@ -202,7 +203,8 @@ def test_the_page_names_the_best_and_the_protocol(tmp_path: Path) -> None:
     assert "FID " not in page.replace("iFID", "")
 
 
-def test_plots_are_reproducible_and_see_their_rows() -> None:
+def test_plots_are_reproducible_and_see_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_plots, "png", axes.png)
     many = measurements([replace(ROW, name=f"t{i}", bits=100.0 + i, psnr=20.0 + i) for i in range(9)])
     for plot in (usage_png, rate_png, noise_png):
         assert plot(measurements(ROWS)) != plot(many)
