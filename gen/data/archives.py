@@ -54,7 +54,8 @@ class NpzWriter:
         pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
         if self.member is None:
             self.member = self.archive.open(_entry("arr_0.npy"), "w", force_zip64=True)
-            _write_header(self.member, (self.count, *pixels.shape[1:]), pixels.dtype)
+            shape, kind = (self.count, *pixels.shape[1:]), npy.dtype_to_descr(pixels.dtype)
+            npy.write_array_header_1_0(self.member, {"descr": kind, "fortran_order": False, "shape": shape})
         self.member.write(pixels.data)
 
 
@@ -72,10 +73,6 @@ def npz_writer(path: Path, count: int, labels: Tensor | None) -> Iterator[NpzWri
             buffer = io.BytesIO()
             npy.write_array(buffer, labels.numpy(), allow_pickle=False)
             archive.writestr(_entry("arr_1.npy"), buffer.getvalue())
-
-
-def _write_header(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.uint8]) -> None:
-    npy.write_array_header_1_0(file, {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape})
 
 
 # ---- zip of PNGs ----

@@ -11,14 +11,13 @@ turns: at most 10,000 for kid, and for the others, which depend on both counts, 
 the first 10,000 count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.core.randomness import permutation
-from midway.gen.evaluation.records import Estimate
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.frechet_infinity import frechet_distance_at_infinity
 from midway.gen.metrics.inception_score import inception_score
@@ -106,14 +105,6 @@ def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> Non
 def measure_metrics(names: tuple[str, ...], features: Features, reference: FeatureReference) -> Values:
     """Every value of every metric of one block."""
     return {key: value for name in names for key, value in METRICS[name](features, reference).items()}
-
-
-def over_blocks(values: Sequence[float]) -> Estimate:
-    """Mean, standard deviation (None of one block) and values of all blocks."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return Estimate(mean, None, tuple(values))
-    return Estimate(mean, (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5, tuple(values))
 
 
 def _sample(reference: FeatureReference) -> Tensor:

@@ -22,6 +22,13 @@ class Estimate:
     """None for one block."""
     values: tuple[float, ...] = ()
 
+    @staticmethod
+    def of(values: Sequence[float]) -> "Estimate":
+        """Of these blocks or trainings; without a deviation that is not finite."""
+        mean, count = sum(values) / len(values), len(values)
+        std = (sum((value - mean) ** 2 for value in values) / (count - 1)) ** 0.5 if count > 1 else math.nan
+        return Estimate(mean, std if math.isfinite(std) else None, tuple(values))
+
 
 @dataclass(frozen=True)
 class Measurement:

@@ -5,7 +5,6 @@ one model, not its method. Of T trainings every figure is the mean over training
 among the trainings.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -82,15 +81,9 @@ def _merged(trainings: Sequence[Measurement]) -> Measurement:
     times = {name: round(sum(getattr(m, name) for m in trainings) / len(trainings), 3) for name in TIMES}
     return replace(
         first,
-        metrics={name: _over_trainings([m.metrics[name].mean for m in trainings]) for name in common},
+        metrics={name: Estimate.of([m.metrics[name].mean for m in trainings]) for name in common},
         trainings=len(trainings),
         record=" ".join(m.record for m in trainings if m.record),
         nonfinite=sum(m.nonfinite for m in trainings),
         **times,
     )
-
-
-def _over_trainings(values: Sequence[float]) -> Estimate:
-    mean = sum(values) / len(values)
-    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return Estimate(mean, std if math.isfinite(std) else None, tuple(values))

@@ -20,7 +20,7 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
 from midway.gen.evaluation.jobs import Job, SweepConfig
 from midway.gen.evaluation.measure import EvaluationContext, FineSolution, extract_features, measure
-from midway.gen.evaluation.metrics import measure_metrics, over_blocks, possible
+from midway.gen.evaluation.metrics import measure_metrics, possible
 from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, mark_best
 from midway.gen.evaluation.sources import SampleSource
 from midway.gen.evaluation.store import Cell, CellStore
@@ -120,7 +120,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         metrics={
             "distance": _distance(numbers),
             **single,
-            **{name: over_blocks(values) for name, values in numbers["metrics"].items()},
+            **{name: Estimate.of(values) for name, values in numbers["metrics"].items()},
         },
         n=seeds.n,
         blocks=seeds.blocks,

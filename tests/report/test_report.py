@@ -17,8 +17,8 @@ import torch
 from measurements import changed, measurement
 
 from midway.gen.core.errors import DiskError
-from midway.gen.evaluation.metrics import METRICS, Features, measure_metrics, over_blocks
-from midway.gen.evaluation.records import Measurement, from_record, to_records, training_costs
+from midway.gen.evaluation.metrics import METRICS, Features, measure_metrics
+from midway.gen.evaluation.records import Estimate, Measurement, from_record, to_records, training_costs
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report import sweep_tables
@@ -295,7 +295,7 @@ def test_a_metric_is_one_function_and_one_column(monkeypatch: pytest.MonkeyPatch
     samples = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     reference = FeatureReference(network, "a", FeatureStatistics.of(samples), "r")
     found = measure_metrics(("brightness",), Features(samples, None), reference)
-    cells = [changed(cell("euler", 4, 1.0), **{name: over_blocks([value, 3.5]).mean for name, value in found.items()})]
+    cells = [changed(cell("euler", 4, 1.0), **{name: Estimate.of([value, 3.5]).mean for name, value in found.items()})]
     assert csv_text(to_records(cells)).splitlines()[0].endswith(",timing,brightness")
     assert csv_text(to_records(cells)).splitlines()[1].endswith(",3.0")
     assert json.loads(jsonl_text(to_records(cells)))["brightness"] == 3.0
