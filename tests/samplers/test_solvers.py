@@ -4,6 +4,7 @@ Orders of all solvers are in test_orders.py, identities and exactness in test_so
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,14 +31,27 @@ POINTS = normal(16, 2, dtype=torch.float64)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 @pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpm2", "dpmpp2m"])
 def test_order_over_a_wide_range_of_noise_on_uneven_steps(name: str, schedule: Schedule) -> None:
-    """By least squares over two doublings."""
+    """By least squares over three doublings."""
     start, end = times_of(schedule, 3.0, 0.1)
 
     def build(steps: int) -> Table:
         return SOLVERS[name].build(schedule, uneven_grid(start, end, steps))
 
-    order, _ = convergence(mixture().field(schedule), schedule, build, (64, 128, 256))
+    order, _ = convergence(mixture().field(schedule), schedule, build, (64, 128, 256, 512))
     assert order == pytest.approx(SOLVERS[name].order, abs=0.15)
+
+
+def test_a_wrong_coefficient_breaks_the_order() -> None:
+    """One weight of each step off by 1 %: the test above can fail."""
+    start, end = times_of(Cosine(), 3.0, 0.1)
+
+    def build(steps: int) -> Table:
+        table = SOLVERS["dpm2"].build(Cosine(), uneven_grid(start, end, steps))
+        rows = [replace(r, predictions=(*r.predictions[:-1], 1.01 * r.predictions[-1])) for r in table.rows]
+        return replace(table, rows=tuple(rows))
+
+    order, _ = convergence(mixture().field(Cosine()), Cosine(), build, (128, 256))
+    assert order < 0.5
 
 
 @pytest.mark.parametrize(("step", "order"), [(MeanDirection(r=0.3), 1), (MeanDirection(c=0.97), 0)])

@@ -45,6 +45,7 @@ def vit_pair(tokens: int | None, width: int = 16, depth: int = 2, heads: int = 2
 
 PAIRS: dict[str, Callable[[], Any]] = {
     **{f"conv, {u}, {o}": lambda u=u, o=o: conv_pair(u, **OPTIONS[o]) for u in UPSAMPLES for o in OPTIONS},
+    **{f"conv, factor {factor}": lambda factor=factor: conv_pair(factor=factor) for factor in (1, 2)},
     **{f"vit, {tokens}": lambda tokens=tokens: vit_pair(tokens) for tokens in (None, 1, 5)},
 }
 """All take images of 12x12."""

@@ -26,15 +26,22 @@ from regression import (
     saved,
 )
 from safetensors.torch import load_file, save_file
+from tensors import pixels
 from torch import Tensor
 
+from midway.gen.core import randomness
 from midway.gen.core.errors import DivergedError, MidwayError
+from midway.gen.core.runs import Run
+from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training import fit as fitting
 from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import Context
-from midway.gen.training.config import TrainConfig
+from midway.gen.training.batches import Context, ImageBatch
+from midway.gen.training.config import TrainConfig, learning_rate
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Items
 from midway.gen.training.nonfinite import RECENT, NonFiniteGuard, StopFlags
 from midway.gen.training.signals import Interrupted
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -132,6 +139,55 @@ def test_skipped_steps_are_counted_and_logged(tmp_path: Path) -> None:
 def test_a_resumed_run_continues_the_count_of_skipped_steps(tmp_path: Path) -> None:
     train(tmp_path, Regression(in_steps(1)), replace(CONFIG, max_steps=5))
     assert train(tmp_path, Regression(in_steps(1, 7)), resume=True).records[-1]["skipped"] == 2
+
+
+class Tokenizing(TokenizerObjective):
+    """A small VQ tokenizer; in the steps of `bad` the loss is NaN, after the statistics of codes have been gathered."""
+
+    def __init__(self, bad: set[int]) -> None:
+        torch.manual_seed(0)
+        quantizer = {"type": "vq", "codebook_size": 8, "dim": 4, "decay": 0.5}
+        super().__init__(ImageTokenizer(width=8, blocks=1, quantizer=quantizer))
+        self.bad = bad
+
+    def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, logs = super().loss(batch, context)
+        return (loss * math.nan if context.step in self.bad else loss), logs
+
+
+def images(wanted: Tensor) -> ImageBatch:
+    return ImageBatch(pixels(16)[wanted], torch.zeros(len(wanted), dtype=torch.int64))
+
+
+def tokenizer_without(skipped: set[int], config: TrainConfig) -> dict[str, Tensor]:
+    """The plain loop, in which nothing at all happens in a skipped step."""
+    model = Tokenizing(set()).train()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    stream = torch.cat([randomness.permutation(config.seed, "order", epoch, 16) for epoch in range(10)])
+    model.start(images(stream[:8]), Context(config.seed, 0, torch.arange(8)))
+    for step in sorted(set(range(config.steps)) - skipped):
+        ids = torch.arange(step * 8, step * 8 + 8)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
+        optimizer.zero_grad()
+        model.loss(images(stream[ids]), Context(config.seed, step, ids))[0].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimizer.step()
+        model.after_step(torch.tensor(True))
+    return model.state_dict()
+
+
+def test_a_codebook_learns_nothing_from_a_bad_step(tmp_path: Path) -> None:
+    """Its statistics were gathered in forward, and have to be forgotten: the next update is that of the next step alone."""
+    config = replace(CONFIG, steps=6, batch_size=8, lr=1e-3)
+    model = Tokenizing({2, 3})
+    fit(model, Items(images, 16), config, Run(tmp_path, "test"), make_accelerator(config))
+    assert_all_finite(tmp_path)
+    expected, with_them = tokenizer_without({2, 3}, config), tokenizer_without(set(), config)
+    for name, value in model.state_dict().items():
+        counts = name.endswith("bottleneck.step")  # forgotten updates too
+        torch.testing.assert_close(value, expected[name] + 2 if counts else expected[name], rtol=0, atol=2e-6)
+    (codebook,) = (name for name in expected if name.endswith("codebook"))
+    assert not torch.allclose(with_them[codebook], expected[codebook])
 
 
 # ---- too many bad steps ----
