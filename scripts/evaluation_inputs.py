@@ -56,7 +56,7 @@ def baseline_jobs(task: EvaluateTask, data: DataConfig, config: SweepConfig, dev
     if not task.baselines:
         return []
     from midway.gen.baselines.registry import load_trained_baseline
-    from midway.gen.evaluation.others import baseline_job
+    from midway.gen.evaluation.comparisons import baseline_job
 
     found: dict[str, Job] = {}
     for path in task.baselines:
@@ -84,7 +84,7 @@ def image_jobs(externals: dict[str, ExternalImages], config: SweepConfig) -> lis
     """Jobs of --images; DataError for fewer images than the blocks hold."""
     if not externals:
         return []
-    from midway.gen.evaluation.others import image_job
+    from midway.gen.evaluation.comparisons import image_job
 
     return [image_job(name, images, config) for name, images in externals.items()]
 

@@ -267,7 +267,7 @@ def f():
         (
             "evaluate",
             "evaluation.sweep",
-            "baselines training.fit tokenizer evaluation.others evaluation.diffusers evaluation.export evaluation.repeats "
+            "baselines training.fit tokenizer evaluation.comparisons evaluation.diffusers evaluation.export evaluation.repeats "
             "diffusion.distill_table diffusion.distill_amed",
         ),
     ],

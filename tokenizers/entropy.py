@@ -43,9 +43,8 @@ def sample_entropy(logits: Tensor, shared: bool = False) -> Tensor:
     _check(logits)
     size = logits.abs()
     entropy = F.softplus(-size) + size * torch.sigmoid(-size)
-    ones = logits.new_ones(
-        len(logits)
-    )  # a factor for its gradient's layout, on which the rounding of torch's kernels depends
+    # a factor for its gradient's layout, on which the rounding of torch's kernels depends
+    ones = logits.new_ones(len(logits))
     return mean_over_samples((entropy.sum(1) * ones).sum().view(1), len(logits), shared).sum()
 
 

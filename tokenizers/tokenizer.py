@@ -25,7 +25,7 @@ from midway.tokenizers.diffusers_networks import build, check_diffusers_config, 
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
 from midway.tokenizers.quantizers import make_quantizer
-from midway.tokenizers.vit import Sizes, ViTDecoder, ViTEncoder
+from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
 
 LatentSpace = Literal["pre", "post"]
 Network = Literal["conv", "vit", "diffusers"]
@@ -108,7 +108,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             self.register_to_config(foreign=_plain(completed(foreign)))
             self.encoder, self.decoder = networks_of(build(foreign))
         elif network == "vit":
-            sizes = Sizes(image_size, downsample, width, depth, heads, latent_tokens)
+            sizes = ViTConfig(image_size, downsample, width, depth, heads, latent_tokens)
             self.encoder, self.decoder = ViTEncoder(in_channels, sizes, in_dim), ViTDecoder(dim, sizes, in_channels)
         else:
             stages = multipliers or [1]

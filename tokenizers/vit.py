@@ -28,7 +28,7 @@ _SPREAD = 0.5**0.5  # root mean square of a sinusoid
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ViTConfig:
     """Of encoder and decoder: `patch` pixels a side make one patch; `width` is a multiple of 4 and of `heads`.
 
     tokens: the number L of latent tokens, None for one code a patch. ValueError for sizes that do not fit.
@@ -63,15 +63,15 @@ class _Transformer(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, in_features: int, sizes: Sizes, out_features: int, masked: bool) -> None:
+    def __init__(self, in_features: int, config: ViTConfig, out_features: int, masked: bool) -> None:
         super().__init__()
-        width, side = sizes.width, sizes.image_size // sizes.patch
-        self.patch, self.tokens, self.grid = sizes.patch, sizes.tokens, (side, side)
+        width, side = config.width, config.image_size // config.patch
+        self.patch, self.tokens, self.grid = config.patch, config.tokens, (side, side)
         self.embed = linear(in_features, width)
         self.register_buffer("positions", positions_2d(side, width), persistent=False)
-        self.latents = None if sizes.tokens is None else _learned(sizes.tokens, width)
-        self.mask = None if sizes.tokens is None or not masked else _learned(1, width)
-        self.blocks = nn.ModuleList(TransformerBlock(width, sizes.heads) for _ in range(sizes.depth))
+        self.latents = None if config.tokens is None else _learned(config.tokens, width)
+        self.mask = None if config.tokens is None or not masked else _learned(1, width)
+        self.blocks = nn.ModuleList(TransformerBlock(width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.head = linear(width, out_features)
 
@@ -82,15 +82,15 @@ class ViTEncoder(_Transformer):
     h = w = image_size / patch.
     """
 
-    def __init__(self, in_channels: int, sizes: Sizes, out_dim: int) -> None:
-        super().__init__(in_channels * sizes.patch**2, sizes, out_dim, masked=False)
-        self.image_shape = (in_channels, sizes.image_size, sizes.image_size)
+    def __init__(self, in_channels: int, config: ViTConfig, out_dim: int) -> None:
+        super().__init__(in_channels * config.patch**2, config, out_dim, masked=False)
+        self.image_shape = (in_channels, config.image_size, config.image_size)
         nn.init.orthogonal_(self.head.weight)
 
     def forward(self, images: Tensor) -> Tensor:
         _check_shape(images, self.image_shape, "images")
         positions = self.positions.to(self.embed.weight.dtype)  # from_pretrained(torch_dtype=) converts parameters only
-        x = self.embed(patches(images, self.patch)) + positions
+        x = self.embed(patchify(images, self.patch)) + positions
         if self.latents is not None:
             x = torch.cat([self.latents.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
@@ -105,9 +105,9 @@ class ViTDecoder(_Transformer):
     Images are unbounded, meant for [-1, 1].
     """
 
-    def __init__(self, in_dim: int, sizes: Sizes, out_channels: int) -> None:
-        super().__init__(in_dim, sizes, out_channels * sizes.patch**2, masked=True)
-        self.code_shape = (in_dim, *self.grid) if sizes.tokens is None else (in_dim, sizes.tokens)
+    def __init__(self, in_dim: int, config: ViTConfig, out_channels: int) -> None:
+        super().__init__(in_dim, config, out_channels * config.patch**2, masked=True)
+        self.code_shape = (in_dim, *self.grid) if config.tokens is None else (in_dim, config.tokens)
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -118,16 +118,16 @@ class ViTDecoder(_Transformer):
             x = torch.cat([x, (self.mask + positions).expand(len(x), -1, -1)], dim=1)
         for block in self.blocks:
             x = block(x)
-        return joined(self.head(self.norm(x[:, -len(positions) :])), self.grid, self.patch)
+        return unpatchify(self.head(self.norm(x[:, -len(positions) :])), self.grid, self.patch)
 
 
-def patches(images: Tensor, patch: int) -> Tensor:
+def patchify(images: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, N, C p p): the patches of p pixels a side, row by row."""
     return F.pixel_unshuffle(images, patch).flatten(2).transpose(1, 2)
 
 
-def joined(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of `patches`, for a `grid` of (H / p, W / p) patches."""
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of `patchify`, for a `grid` of (H / p, W / p) patches."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
 
 

@@ -26,7 +26,7 @@ from midway.gen.core import randomness
 from midway.gen.data.images import to_float
 from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
-from midway.tokenizers.vit import joined, patches
+from midway.tokenizers.vit import patchify, unpatchify
 
 DENOISING_EVALUATIONS = 2  # a forward pass and its gradient
 
@@ -129,19 +129,19 @@ class TarFlow(DensityBaseline):
 
     def forward(self, y: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z (B, C, H, W) and ln|det dz/dy| (B,) of y (B, C, H, W), with labels (B,) if conditional, `classes` for no class."""
-        tokens, total = patches(y, self.config.patch), y.new_zeros(len(y))
+        tokens, total = patchify(y, self.config.patch), y.new_zeros(len(y))
         for flow in self.flows:
             tokens, log_det = flow(tokens, labels)
             total = total + log_det
-        return joined(tokens, self.grid, self.config.patch), total
+        return unpatchify(tokens, self.grid, self.config.patch), total
 
     @torch.no_grad()
     def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """y (B, C, H, W) of z (B, C, H, W)."""
-        tokens = patches(z, self.config.patch)
+        tokens = patchify(z, self.config.patch)
         for flow in reversed(self.flows):
             tokens = cast(AutoregressiveFlow, flow).inverse(tokens, labels)
-        return joined(tokens, self.grid, self.config.patch)
+        return unpatchify(tokens, self.grid, self.config.patch)
 
     def log_density(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """ln p(x) (B,) of x (B, C, H, W) in (0, 1), with labels (B,) on the model's device if conditional."""

@@ -1,6 +1,6 @@
 """DiT: a transformer over patches whose layers are modulated by time and class.
 
-    h = patches(x) + positions
+    h = patchify(x) + positions
     h = h + gate_1 * drop(attention(modulate(norm(h), shift_1, scale_1)))
     h = h + gate_2 * drop(mlp(modulate(norm(h), shift_2, scale_2)))  (shift, scale, gate) = linear(silu(time + class))
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from midway.gen.training.batches import Context
 from midway.tokenizers.recomputed import Recomputed
-from midway.tokenizers.vit import joined, patches
+from midway.tokenizers.vit import patchify, unpatchify
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class DiT(nn.Module):
         if condition is None:
             assert noise_angle is not None and labels is not None
             condition = F.silu(self.time(sinusoid(1000 * noise_angle, 256)) + self.label(labels))
-        h = self.embed(patches(x, self.config.patch)) + self.positions
+        h = self.embed(patchify(x, self.config.patch)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):
             h = block(h, condition, context)
@@ -179,4 +179,4 @@ class DiT(nn.Module):
                 hidden = h
         shift, scale = self.modulation(condition).chunk(2, dim=1)
         tokens = self.head(modulate(self.norm(h), shift, scale))
-        return DiTOutput(joined(tokens, self.grid, self.config.patch), hidden)
+        return DiTOutput(unpatchify(tokens, self.grid, self.config.patch), hidden)

@@ -1,7 +1,7 @@
 """What a sweep measures, before anything is sampled: one `Job` for every (solver, grid, budget).
 
 Every sampler is built here, so that an impossible combination raises an error before anything is sampled. Jobs of baselines and
-external images are in others.py.
+external images are in comparisons.py.
 """
 
 from dataclasses import dataclass

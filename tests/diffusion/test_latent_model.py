@@ -19,7 +19,7 @@ from midway.samplers.prediction import TARGETS, expand
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import SCHEDULES
 from midway.samplers.solvers import heun
-from midway.tokenizers.vit import joined, patches
+from midway.tokenizers.vit import patchify, unpatchify
 
 TINY = DiTConfig(width=16, depth=2, heads=2, patch=1)
 
@@ -284,9 +284,9 @@ def test_positions_and_patches() -> None:
     assert positions.shape == (15, 32)
     assert len(torch.unique(positions, dim=0)) == 15
     x = torch.randn(2, 3, 4, 6)
-    tokens = patches(x, 2)
+    tokens = patchify(x, 2)
     assert torch.equal(tokens[:, 4].view(2, 3, 2, 2), x[:, :, 2:, 2:4]), "row by row"
-    assert torch.equal(joined(tokens, (2, 3), 2), x)
+    assert torch.equal(unpatchify(tokens, (2, 3), 2), x)
     with pytest.raises(ValueError, match="patches of 3"):
         DiT(DiTConfig(width=16, depth=1, heads=2, patch=3), 3, 4, 4, 10)
     with pytest.raises(ValueError, match="divisible by heads"):

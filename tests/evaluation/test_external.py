@@ -22,7 +22,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.external import ReadingOptions, fitted, in_turn, read_all, read_external
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_model
-from midway.gen.evaluation.others import ImagesSource
+from midway.gen.evaluation.comparisons import ImagesSource
 from midway.gen.features.classifier import load_features
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.tokenizers.networks import Decoder, Encoder, Upsample
-from midway.tokenizers.vit import Sizes, ViTDecoder, ViTEncoder
+from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
 
 UPSAMPLES = get_args(Upsample)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -39,7 +39,7 @@ def conv_pair(upsample: Upsample = "nearest", factor: int = 4, width: int = 32, 
 def vit_pair(tokens: int | None, width: int = 16, depth: int = 2, heads: int = 2) -> Any:
     """Transformers of 12x12 images in 3x3 patches of 4, with codes of 6 channels."""
     torch.manual_seed(0)
-    sizes = Sizes(12, 4, width, depth, heads, tokens)
+    sizes = ViTConfig(12, 4, width, depth, heads, tokens)
     return Pair(ViTEncoder(3, sizes, 6), ViTDecoder(6, sizes, 3))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.tokenizers.attention import TransformerBlock
-from midway.tokenizers.vit import Sizes, ViTDecoder, ViTEncoder, positions_2d
+from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder, positions_2d
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ MODES = [None, 1, 5]
 @pytest.mark.parametrize(("channels", "size", "patch"), [(1, 8, 2), (3, 8, 8), (1, 32, 4), (3, 32, 8), (3, 64, 16)])
 @pytest.mark.parametrize("tokens", MODES)
 def test_shapes(tokens: int | None, channels: int, size: int, patch: int) -> None:
-    sizes = Sizes(size, patch, 8, 1, 2, tokens)
+    sizes = ViTConfig(size, patch, 8, 1, 2, tokens)
     z = ViTEncoder(channels, sizes, 5)(normal(2, channels, size, size))
     assert z.shape == (2, 5, *((size // patch,) * 2 if tokens is None else (tokens,)))
     assert ViTDecoder(5, sizes, channels)(z).shape == (2, channels, size, size)
@@ -154,7 +154,7 @@ def test_a_block_adds_attention_and_then_an_mlp_of_what_was_normalised() -> None
 @pytest.mark.parametrize("tokens", [None, 32])
 def test_at_the_start_latents_have_about_unit_variance_and_images_are_near_grey(tokens: int | None) -> None:
     torch.manual_seed(0)
-    sizes = Sizes(32, 4, 64, 2, 2, tokens)
+    sizes = ViTConfig(32, 4, 64, 2, 2, tokens)
     encoder, decoder = ViTEncoder(1, sizes, 16), ViTDecoder(16, sizes, 1)
     with torch.no_grad():
         z = encoder(2 * torch.rand(4, 1, 32, 32) - 1)
@@ -188,7 +188,7 @@ def test_positions_may_stay_in_float32_when_parameters_are_converted(tokens: int
 def test_unusable_settings_raise(arguments: dict[str, Any], message: str) -> None:
     sizes: dict[str, Any] = {"image_size": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2, "tokens": 2} | arguments
     with pytest.raises(ValueError, match=message):
-        Sizes(**sizes)
+        ViTConfig(**sizes)
 
 
 @pytest.mark.parametrize("tokens", [None, 5])
