@@ -135,10 +135,12 @@ def test_a_checkpoint_is_made_of_files(name: str, kind: str, tmp_path: Path) -> 
         readers.append(lambda: Checkpoint(path, 1).json(name))
     elif name == "x.safetensors":
         readers.append(lambda: Checkpoint(path, 1).tensors(name))
+    reasons = list[str]()
     for read in readers:
         with pytest.raises(DataError) as caught:
             guarded(read)
-    assert words in caught.value.why
+        reasons.append(caught.value.why)
+    assert words in reasons[-1]  # a checkpoint that is verified may differ in size before
 
 
 def test_a_pipe_that_the_manifest_calls_empty_is_not_hashed(tmp_path: Path) -> None:
