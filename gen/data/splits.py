@@ -115,4 +115,5 @@ def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
-    return image_data(data.images[keep], data.labels[keep], data.classes, f"{data.name}-{suffix}", data.conversions)
+    images, labels, name = data.images[keep], data.labels[keep], f"{data.name}-{suffix}"
+    return image_data(images, labels, data.classes, name, data.conversions, data.left_out)
