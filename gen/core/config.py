@@ -91,7 +91,7 @@ def write_yaml(path: Path, values: dict[str, Any]) -> None:
 def read_yaml(path: Path) -> Any:
     """The contents of a YAML file; UsageError when it is missing or is not YAML."""
     try:
-        return yaml.load(path.read_text(), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"no file {path}", "it was given as a configuration", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

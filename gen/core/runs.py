@@ -22,6 +22,7 @@ from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, UsageError, raising
 from midway.gen.core.files import clear_temporaries, write_atomically
+from midway.gen.core.text import echo, printable_lines
 
 HALF_CONFIG = ".config.yaml.*tmp"
 """What a process that was killed as it made a run leaves."""
@@ -113,8 +114,8 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line and append it to log.txt."""
         if not self.quiet:
-            print(line, flush=True)
-        _append(self.path / "log.txt", line)
+            echo(line)
+        _append(self.path / "log.txt", printable_lines(line))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; a value that is not finite becomes null, as JSON requires."""
@@ -172,7 +173,7 @@ def lock(path: Path, use: str = "trained") -> Iterator[None]:
 
 def _append(path: Path, line: str) -> None:
     fix = "free space, then resume with --resume auto"
-    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a") as file:
+    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
