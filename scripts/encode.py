@@ -1,10 +1,12 @@
 """Encode a tokenizer's data set once: python scripts/encode.py --tokenizer runs/digits-fsq"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli import main, resolve
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path
 from midway.gen.core.processes import best_device
 from midway.gen.core.text import echo
 from midway.gen.data.images import describe
@@ -24,7 +26,7 @@ class EncodeTask:
     batch_size: int = 512
     flip: bool = False
     """Encode the left-right mirrored images too, for training with mirror augmentation."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace an existing file."""
 
 
@@ -34,7 +36,7 @@ def run(task: EncodeTask) -> Path:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     tokenizer, data = load_tokenizer(task.tokenizer, best_device())
     train = load_splits(data).train
-    path = task.out or cache_path(task.tokenizer, train, tokenizer, task.flip)
+    path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.flip))
     if path.exists() and not task.overwrite:
         raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
     echo(describe(train))

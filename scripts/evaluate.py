@@ -9,6 +9,7 @@ External samples: python scripts/evaluate.py --images samples.npz --data digits 
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -64,7 +65,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     """`run` on this device, as this share of the processes; everything is checked before anything is written."""
     trained = load_model(task.model, device) if task.model else None
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
-    data, out = trained.data if trained else task.data, folder(task)
+    data = replace(trained.data, download=task.data.download) if trained else task.data
+    out = folder(task)
     whose, beside = ("the model", [trained.run.path]) if trained else ("the reference", [])
     extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
     splits = load_splits(data)

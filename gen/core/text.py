@@ -20,7 +20,8 @@ _CONTROL = re.compile(
     f"[{_UNSEEN}]"
 )  # control characters, other line ends, changes of direction, bytes that are no text
 _CONTROL_BUT_NEWLINE = re.compile(f"(?!\n)[{_UNSEEN}]")
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>|#~&$]|^[-+=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]")
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>|#~&$]|^[-+=]")
+_NUMBERED = re.compile(r"^(\d{1,9})([.)])(?=\s|$)")
 _LABEL = 60  # letters of a plot; a longer name would push the axes out of it
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -55,7 +56,8 @@ def html(text: object) -> str:
 
 def markdown(text: object) -> str:
     """Text that Markdown shows as it is, in one line, also inside a table or a heading."""
-    return _MARKDOWN.sub(lambda found: f"\\{found.group()}", printable(" ".join(str(text).split())))
+    shown = _MARKDOWN.sub(lambda found: f"\\{found.group()}", printable(" ".join(str(text).split())))
+    return _NUMBERED.sub(r"\1\\\2", shown)
 
 
 def csv_field(text: object) -> str:

@@ -1,12 +1,12 @@
 """Training and held-out images: a stratified split by seed, fixed by the configuration, so that every command agrees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from midway.gen.core.config import from_dict
+from midway.gen.core.config import PER_CALL, from_dict
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
@@ -28,7 +28,7 @@ class DataConfig:
     """Shorter side in pixels, then a centre crop."""
     on_bad_image: Literal["error", "skip"] = "error"
     """skip leaves out unreadable files, at most 1 % of them."""
-    download: bool = False
+    download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
 
 

@@ -2,10 +2,10 @@
 
 import csv
 import json
-import os
 import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 TRAIN = "--steps 2 --batch-size 16 --warmup 0 --ema 0"
 SOURCE, TOKENIZER, FEATURES, MODEL, BASELINE, REPORT, SAMPLES, LATENTS, FIGURES = (
     "$a$ \udcff|<b>\r\n\x1b[1m",  # the images
-    "_$t\udcfe",
+    "_$t",
     "=f\n*x*",
-    "$m$ <i>|\udcfd",
-    "=cmd|' !A0 $b$\udcfc",
-    "\u202er\udcfb",
-    "./-s\r$x$\udcfa",
-    "l\udcf9",
-    "@q\x07\udcf8",
+    "$m$ <i>|",
+    "=cmd|' !A0 $b$",
+    "\u202er",
+    "./-s\r$x$",
+    "l",
+    "@q\x07",
 )
 
 
@@ -81,6 +81,14 @@ def run(succeed: Script, place: Path, monkeypatch: pytest.MonkeyPatch) -> Script
     return call
 
 
+@pytest.mark.parametrize("line", ["train_tokenizer --steps 1 --out", "demo --quick --out"])
+def test_a_folder_of_weights_has_a_name_in_utf_8(line: str, script: Script, place: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(place)
+    done = script(*line.split(), "a\udcff")
+    assert done.code == 2 and r"a\xff" in done.err and len(done.err.splitlines()) == 3
+    assert not (place / "a\udcff").exists()
+
+
 def test_every_command_takes_every_name_as_text(run: Script, place: Path) -> None:
     data = ("--data", f"./{SOURCE}", "--held-out", "0.4")
     run("data check", data[1], "--held-out", "0.4", "--out", FIGURES)
@@ -102,15 +110,15 @@ def test_every_command_takes_every_name_as_text(run: Script, place: Path) -> Non
         "train_solver amed-constants --nfe 4 --grid uniform --distill.trajectories 16 --steps 1 --model",
         MODEL,
     )
-    run("encode --tokenizer", TOKENIZER)
+    run("encode --overwrite --tokenizer", TOKENIZER)
     run("sample --n 4 --nfe 2 --model", MODEL, "--out", f"{SAMPLES}.png")
-    run("evaluate_tokenizer --batch-size 16 --features", FEATURES, "--tokenizers", TOKENIZER, "--out", FIGURES)
+    run("evaluate_tokenizer --batch-size 16 --features", FEATURES, "--tokenizers", TOKENIZER, "--out", f"{FIGURES} $b$")
     run("evaluate_likelihood --features", FEATURES, "--models", BASELINE, "--out", LATENTS)
     np.savez(place / f"{SAMPLES}.npz", noise(24, 8, 8, 1))
     flags = "--solvers euler,amed-constants --nfe 4 --grids uniform --n 12 --blocks 2 --reference-nfe 0 --batch-size 16"
     compared = ("--baselines", BASELINE, "--images", f"{SAMPLES}.npz", "--title", SOURCE.replace("\udcff", ""))
     run(f"evaluate {flags} --features", FEATURES, "--model", MODEL, "--out", REPORT, *compared)
-    for out in (FIGURES, LATENTS, REPORT):
+    for out in (f"{FIGURES} $b$", LATENTS, REPORT):
         check_report(place / out)
     for name in (TOKENIZER, FEATURES, MODEL, BASELINE):
         is_text(place / name / "log.txt")
