@@ -86,7 +86,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if shown:
         if task.fresh:
             shutil.rmtree(out / "cells", ignore_errors=True)
-        warnings = (*class_notes(splits, config.n, model.classes if model else 0), *image_notes(externals, config))
+        warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
         echo(*warnings)
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
@@ -154,6 +154,11 @@ def make_folders(folders: dict[str, Path | None]) -> None:
                 raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
 
 
+def drawn_classes(model: EvaluatedModel | None) -> int:
+    """The number of classes that seeds take turns through."""
+    return 0 if model is None else model.classes - len(model.empty)
+
+
 def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
     """Several trainings as one sweep, the pictures of the first, and what not all of them have."""
     first, *rest = sweeps
@@ -208,7 +213,7 @@ def context(
         guidance=config.guidance,
         notes=(
             *few_note(config.n, extractor.dim),
-            *class_notes(splits, config.n, model.classes if model else 0),
+            *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,
             *reference_notes(sweep),
             *timing_notes(sweep.measurements),

@@ -116,7 +116,8 @@ def run_teacher(
         (task.table.pairs, task.table.seed) if task.solver == TABLE else (task.distill.trajectories, task.distill.seed)
     )
     objective.to(device)
-    labels = labels_of(torch.arange(first, first + count), trained.model.classes).to(device)
+    model = trained.model
+    labels = labels_of(torch.arange(first, first + count), model.classes, model.empty).to(device)
     take = objective.prepare(labels, shared)
     return Items(lambda items: take(items.to(device)), count, f"teacher of {trained.hash}")
 

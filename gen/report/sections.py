@@ -73,7 +73,7 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
     raw = latents[:CODED].to(tokenizer.device) * std + mean
     real, drawn = (
         CodeUse.of(indices.reshape(-1, tokenizer.quantizer.groups).cpu(), tokenizer.quantizer.codebook_size)
-        for indices in (tokenizer.encode_indices(images), tokenizer.quantizer.codes_to_indices(raw))
+        for indices in (tokenizer.encode_indices(images), tokenizer.quantizer.nearest(raw)[1])
     )
     text = (
         f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_text(real, len(images))} "
