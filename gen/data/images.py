@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from midway.gen.core.text import printable
 from midway.gen.data.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
 from midway.gen.data.layouts import layout_of
@@ -94,8 +95,10 @@ def image_data(
     conversions: tuple[str, ...],
     left_out: tuple[str, ...] = (),
 ) -> ImageData:
-    """With the fingerprint of these images."""
-    return ImageData(images, labels, classes, name, _fingerprint(images, labels, classes), conversions, left_out)
+    """With the fingerprint of these images; names are text from here on (core/text.py)."""
+    shown, left_out = tuple(map(printable, classes)), tuple(map(printable, left_out))
+    digest = _fingerprint(images, labels, classes)
+    return ImageData(images, labels, shown, printable(name), digest, conversions, left_out)
 
 
 def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
