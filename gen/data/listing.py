@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.data.names import canonical, is_image, junk, without_wrapper
+from midway.gen.data.names import canonical, is_image, junk, of_windows, without_wrapper
 
 Identity = tuple[int, int] | str
 """Device and number of a file, or its real path where the file system numbers none."""
@@ -150,24 +150,25 @@ def list_folder(path: Path) -> Listing:
     walk.visit("")
     walk.follow_folders()
     walk.follow_files()
-    again = _repeated_in_a_class(walk.files, walk.several)
-    raw = dict[str, str]()
+    windows, raw = of_windows(walk.files), dict[str, str]()
+    again = _repeated_in_a_class(walk.files, walk.several, windows)
     for name in walk.files:
-        if name not in again and (first := raw.setdefault(canonical(name), name)) is not name and junk(name) is None:
+        whole = canonical(name, windows)
+        if name not in again and (first := raw.setdefault(whole, name)) is not name and junk(whole) is None:
             raise _twice(path, first, name)
-    found = Listing(sorted(raw), [canonical(name) for name in walk.folders])
+    found = Listing(sorted(raw), [canonical(name, windows=False) for name in walk.folders])
     found.raw = {whole: name for whole, name in raw.items() if whole != name}
     found.repeated, found.aliases = [*walk.repeated, *sorted(again)], walk.aliases
     return found
 
 
-def _repeated_in_a_class(names: Collection[str], several: dict[str, Identity]) -> set[str]:
+def _repeated_in_a_class(names: Collection[str], several: dict[str, Identity], windows: bool) -> set[str]:
     """Those of `several` that are the same file as an earlier one of the same class folder."""
     if not several:
         return set()
     images = [name for name in names if is_image(name) and junk(name) is None]
     groups = defaultdict[tuple[Identity, str], list[str]](list)
-    for name, parts in zip(images, without_wrapper(map(canonical, images)), strict=True):
+    for name, parts in zip(images, without_wrapper(canonical(name, windows) for name in images), strict=True):
         if name in several:
             groups[several[name], parts[0] if len(parts) > 1 else ""].append(name)
     return {name for group in groups.values() for name in sorted(group)[1:]}
@@ -184,9 +185,10 @@ def _twice(path: Path, first: object, second: object) -> DataError:
 def list_zip(archive: zipfile.ZipFile, path: Path) -> tuple[Listing, dict[str, zipfile.ZipInfo]]:
     """Everything in a zip, and its members by name. DataError for two members of one name that differ, and for encrypted ones."""
     found, members = Listing(), dict[str, zipfile.ZipInfo]()
-    for info in archive.infolist():
-        raw = _member_name(info)
-        name = canonical(raw)
+    names = [_member_name(info) for info in archive.infolist()]
+    windows = of_windows(names)
+    for raw, info in zip(names, archive.infolist(), strict=True):
+        name = canonical(raw, windows or "/" not in raw)
         if raw.endswith(("/", "\\")):
             found.folders.append(name)
         elif stat.S_ISLNK(info.external_attr >> 16):

@@ -68,19 +68,31 @@ _COPY = re.compile(
 """How systems name a copy: Copy of X, X - Copy (2), X copy 2, X (1), and in German, French, Italian and Spanish."""
 
 
-def canonical(name: str) -> str:
-    """The name with "/" between its parts and in Unicode's composed form, relative, as macOS and Windows write it or not.
+def canonical(name: str, windows: bool = True) -> str:
+    """The name with "/" between its parts, in Unicode's composed form, and relative; of `windows`, a backslash divides too.
 
     DataError for one that leaves its folder by `..`.
     """
     if _PLAIN.fullmatch(name):
         return name
-    whole = unicodedata.normalize("NFC", name).replace("\\", "/")
-    relative = posixpath.normpath(re.sub(r"^[A-Za-z]:(?=/)", "", whole).lstrip("/"))
-    if relative.startswith("../") or relative == "..":
+    composed = unicodedata.normalize("NFC", name)
+    divided = _relative(composed.replace("\\", "/"))
+    if divided.startswith("../") or divided == "..":
         why = "a name with `..` belongs to no folder here"
         raise DataError(f"{name} lies outside of its source", why, "pack the images from inside their folder")
-    return relative
+    return divided if windows else _relative(composed)
+
+
+def _relative(name: str) -> str:
+    return posixpath.normpath(re.sub(r"^[A-Za-z]:(?=/)", "", name).lstrip("/"))
+
+
+def of_windows(names: Iterable[str]) -> bool:
+    """Whether backslashes in these names are between folders: if no other folder is among the names of images.
+
+    A name may hold a backslash on Linux. Where a zip of Windows is unpacked, all files are in one folder.
+    """
+    return len({posixpath.dirname(name) for name in names if is_image(name) and junk(name) is None}) == 1
 
 
 def is_image(name: str) -> bool:

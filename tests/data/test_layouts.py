@@ -382,6 +382,14 @@ def test_backslashes_are_folders(tmp_path: Path) -> None:
         assert named(data) == ["cat", "cat", "dog"] and data.fingerprint == plain.fingerprint
 
 
+def test_a_backslash_is_a_letter_where_folders_are(tmp_path: Path) -> None:
+    content = images("cat\\.png/0.png", "cat\\.png/we\\ird\\.png", "cat/1.png")
+    for path in both(tmp_path, content):
+        assert named(load_images(str(path))) == ["cat", "cat\\.png", "cat\\.png"]
+    raises(folder_of(tmp_path / "mixed", images("cat\\0.png", "1.png")), "beside the class folders", "1.png")
+    assert named(load_images(str(zip_of(tmp_path / "mixed.zip", images("cat\\0.png", "dog/1.png"))))) == ["cat", "dog"]
+
+
 def test_names_in_both_forms_of_unicode_are_one_class(tmp_path: Path) -> None:
     composed, apart = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
     content = images(f"{composed}/0.png", f"{apart}/1.png", "Cafz/2.png")
@@ -408,7 +416,8 @@ def test_names_that_are_not_marked_as_utf8(tmp_path: Path, encoding: str, monkey
 
 def test_absolute_names_are_relative_and_those_outside_raise(tmp_path: Path) -> None:
     for number, prefix in enumerate(("/home/me/", "C:\\data\\", "./", "//server/share/")):
-        content = {prefix + name: data for name, data in images("cat/0.png", "dog/1.png").items()}
+        between = "\\" if "\\" in prefix else "/"
+        content = images(f"{prefix}cat{between}0.png", f"{prefix}dog{between}1.png")
         assert named(load_images(str(zip_of(tmp_path / f"{number}.zip", content)))) == ["cat", "dog"]
     raises(zip_of(tmp_path / "up.zip", images("cat/0.png", "../dog/1.png")), "lies outside", "..")
     raises(zip_of(tmp_path / "win.zip", images("cat/0.png", "..\\dog\\1.png")), "lies outside")
