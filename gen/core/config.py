@@ -14,6 +14,8 @@ from midway.gen.core.errors import UsageError, nearest, one_line, raising
 from midway.gen.core.files import read_text, write_atomically
 
 T = TypeVar("T")
+PER_CALL = {"per call": True}
+"""Metadata of a field that concerns one call alone (`field(default=False, metadata=PER_CALL)`): never recorded, nor read back."""
 
 YAML_LIMIT = 1 << 20
 """Bytes of a configuration. Those that are written here have 2 kB; PyYAML takes ten seconds for this many."""
@@ -45,8 +47,12 @@ _Loader.add_implicit_resolver(
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dataclasses as plain YAML types (paths as strings, tuples as lists)."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """Nested dataclasses as plain YAML types (paths as strings, tuples as lists), without the fields of one call."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if not _is_per_call(f)}
+
+
+def _is_per_call(field: dataclasses.Field[Any]) -> bool:
+    return PER_CALL.items() <= field.metadata.items()
 
 
 def _plain(value: Any) -> Any:
@@ -58,17 +64,21 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
-    """The dataclass `cls` from what `to_dict` gave; missing keys keep their defaults. UsageError for what does not fit."""
+    """The dataclass `cls` from what `to_dict` gave; missing keys keep their defaults. UsageError for what does not fit.
+
+    Fields of one call keep their defaults too: files of earlier versions hold them.
+    """
     if not isinstance(values, dict):
         raise UsageError(f"{where} is not a mapping", f"it is {_short(values)}", "write it as `key: value` lines")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in values:
-        if key not in names:
+        if key not in fields:
             raise UsageError(
-                f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), names)
+                f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), fields)
             )
-    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    recorded = {key: value for key, value in values.items() if not _is_per_call(fields[key])}
+    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in recorded.items()}
     with raising(UsageError, f"{where} cannot be used", "correct the value"):
         return cls(**typed)
 
