@@ -8,6 +8,7 @@ cannot be used (a grey depth map, floats), is `Unusable`. `Image.verify()` misse
 import contextlib
 import functools
 import importlib
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import check_size
-from midway.gen.data.depth import to_eight_bits
+from midway.gen.data.depth import check_tiff, to_eight_bits
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "HEIF")
 """What Pillow may try: not EPS, which starts Ghostscript. AVIF needs Pillow 11.3 or newer, HEIF the plugin pillow-heif."""
@@ -87,13 +88,13 @@ def decode(name: str, read: Callable[[str], bytes], channels: int | None, resize
     try:
         return _decode(name, read(name), channels, resize)
     except Image.DecompressionBombError as error:
-        return Unusable(name, f"too many pixels: {error}")
+        return Unusable(name, f"has too many pixels: {error}")
     except DataError as error:
-        return Unusable(name, f"{error.why}: {error.fix}")
+        return Unusable(name, f"{error.what.removeprefix(name).strip()}: {error.why}; {error.fix}")
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, zlib.error, ... on damaged bytes
-        return Undecodable(name, one_line(error))
+        return Undecodable(name, str(error) if isinstance(error, UnidentifiedImageError) else one_line(error))
 
 
 def _decode(name: str, data: bytes, channels: int | None, resize: int | None) -> Decoded:
@@ -110,7 +111,11 @@ def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(BytesIO(data), formats=_readable())
     except UnidentifiedImageError:  # its own text is the address of a buffer
-        raise ValueError(_unidentified(data)) from None
+        reason = _unidentified(data)
+    if reason.startswith("TIFF"):
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+            check_tiff(data)
+    raise UnidentifiedImageError(reason)
 
 
 @functools.cache
@@ -135,12 +140,12 @@ def prepare(
 def _unidentified(data: bytes) -> str:
     """Why Pillow opens no image in these bytes."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
-    if brand in _BRANDS["AVIF"] and not features.check("avif"):
+    if brand in _BRANDS["AVIF"] and not ("AVIF" in _readable() and features.check("avif")):
         return "AVIF, which Pillow reads from 11.3 on: pip install --upgrade pillow, or convert it to PNG"
-    if brand in _BRANDS["HEIF"]:
+    if brand in _BRANDS["HEIF"] and "HEIF" not in _readable():
         return "HEIF, which needs a plugin: pip install pillow-heif, or convert it to PNG"
     names = [name for name in _readable() if (accepts := Image.OPEN[name][1]) is not None and accepts(data[:16])]
-    return f"a {names[0]} whose header is damaged, or of a kind that is not read" if names else "empty or not an image"
+    return f"{names[0]}, but its header is damaged or of a kind that is not read" if names else "empty or not an image"
 
 
 def _upright(image: Image.Image, orientation: int, turned: bool) -> tuple[Image.Image, tuple[str, ...]]:
@@ -186,8 +191,7 @@ def _grey_or_rgb(name: str, image: Image.Image) -> tuple[Image.Image, tuple[str,
     if image.mode in ("L", "RGB"):
         return image, ()
     if image.mode not in _CONVERSIONS:
-        why = f"its colour mode is {image.mode}, and only grey and RGB are used"
-        raise DataError(f"{name} cannot be used", why, "convert it to RGB")
+        raise DataError(f"{name} has colour mode {image.mode}", "only grey and RGB are used", "convert it to RGB")
     mode, note = _CONVERSIONS[image.mode]
     return image.convert(mode), (note,)
 

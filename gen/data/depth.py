@@ -24,30 +24,34 @@ from midway.gen.core.errors import DataError
 Samples = NDArray[np.uint32]  # (H, W, C)
 
 _BITS, _PHOTOMETRIC, _PLANAR, _EXTRA, _SAMPLE_FORMAT = 258, 262, 284, 338, 339  # TIFF tags
+_STRIPS, _TILES = (273, 279), (324, 325)  # their places and sizes
 _MULTIPLIED, _UNSIGNED, _SIGNED, _FLOAT, _UNDEFINED = 1, 1, 2, 3, 4  # values of the last two
 _PNG_BITS, _PNG_COLOUR, _GREY_ALPHA = 24, 25, 4  # two places in a PNG, and a value of the second
-_WORDS = re.compile(
-    "(RGB|RGBA|RGBa|RGBX|CMYK);16[LBN]"
-)  # Pillow's layouts of 16-bit colour: little, big, native byte order
+_WORDS = re.compile("(RGB|RGBA|RGBa|RGBX|CMYK);16[LBN]")  # Pillow's names of 16-bit colour in little, big, native order
 _OTHER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
-_CONVERT = "convert it to 8 bits with the scale you mean"
+_CONVERT = "convert it to 8-bit with the scale you mean"
 
 
 def to_eight_bits(image: Image.Image, data: bytes, channels: int | None) -> tuple[Image.Image, tuple[str, ...]]:
     """An opened image and the bytes of its file -> (the image in 8 bits a sample, how that is stated); DataError as above."""
     white = _white(image, data)
+    if (bits := _coded_bits(image, data)) > 8:
+        return image, (f"{bits}-bit brought to 8-bit by the decoder of {image.format}",)
     if white == 255 or image.mode in ("1", "P"):
         return image, ()
     if image.format == "PPM" and not image.mode.startswith("I"):  # Pillow's reader has this rule
         return image, (_note(white),)
     if white < 255:
+        if isinstance(key := image.info.get("transparency"), int):  # Pillow compares it with pixels that are expanded
+            image.info["transparency"] = key * 255 // white
         return image, (f"{white.bit_length()}-bit expanded to 8-bit grey",)
     samples, bands = _samples(image, data, white)
     if len(bands) < 3 and channels is None:
-        why = f"{white.bit_length()}-bit grey, whose scale to 8 bits is unknown"
-        raise _unusable(why, f"{_CONVERT}, or pass --channels 1 or 3 to have 0 ... {white} become 0 ... 255")
+        why = f"its pixels are {white.bit_length()}-bit grey, whose scale to 8 bits is unknown"
+        flags = "--channels 1 or 3 (of --images: --images-channels)"
+        raise _unusable(why, f"{_CONVERT}, or pass {flags} to have 0 ... {white} become 0 ... 255")
     samples, bands = _with_transparency(image, samples, bands, white)
-    eight = ((510 * samples + white) // (2 * white)).astype(np.uint8)
+    eight = np.rint(samples * 255.0 / white).astype(np.uint8)
     return Image.frombytes(bands, eight.shape[1::-1], eight.tobytes()), (_note(white),)
 
 
@@ -58,7 +62,7 @@ def _note(white: int) -> str:
 
 
 def _unusable(why: str, fix: str = _CONVERT) -> DataError:
-    return DataError("it is not an 8-bit image", why, fix)
+    return DataError("is not an 8-bit image", why, fix)
 
 
 # ---- the file's white ----
@@ -84,14 +88,39 @@ def _maxval(image: Image.Image) -> int:
 
 
 def _tiff_white(image: TiffImagePlugin.TiffImageFile) -> int:
-    bits = max(image.tag_v2.get(_BITS, (1,)))
-    kinds = set(image.tag_v2.get(_SAMPLE_FORMAT, (_UNSIGNED,))) - {_UNSIGNED, _UNDEFINED}
+    bits = _tiff_bits(image.tag_v2)
+    if bits > 8 and image.tag_v2.get(_PLANAR, 1) == 2:  # Pillow takes the two bytes of a sample for two samples
+        raise _unusable(f"its {bits}-bit colours lie in separate planes")
+    return 2**bits - 1
+
+
+def _tiff_bits(tags: Any) -> int:
+    """The most bits of a sample; DataError unless samples are unsigned numbers of at most 16 bits."""
+    bits, kinds = max(tags.get(_BITS, (1,))), set(tags.get(_SAMPLE_FORMAT, ())) - {_UNSIGNED, _UNDEFINED}
     if kinds or bits > 16:
         kind = {_SIGNED: "signed ", _FLOAT: "float "}.get(max(kinds, default=0), "")
         raise _unusable(f"its pixels are {kind}{bits}-bit numbers, without a scale")
-    if bits > 8 and image.tag_v2.get(_PLANAR, 1) == 2:  # Pillow takes both bytes of a sample for two
-        raise _unusable(f"its {bits}-bit colours lie in separate planes", f"{_CONVERT}, or interleave its colours")
-    return 2**bits - 1
+    return bits
+
+
+def check_tiff(data: bytes) -> None:
+    """DataError for a whole TIFF that Pillow does not open because of the depth of its samples; any error for damage."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if data[2] == 43 or data[3] == 43 else 8])  # 43: BigTIFF
+    file = BytesIO(data)
+    file.seek(tags.next)
+    tags.load(file)
+    strips, tiles = ([tags.get(tag, ()) for tag in pair] for pair in (_STRIPS, _TILES))
+    ends = [place + size for place, size in zip(*(strips if strips[0] else tiles), strict=True)]
+    if max(ends) <= len(data) and (bits := _tiff_bits(tags)) > 8:
+        raise _unusable(f"its pixels are {bits}-bit numbers in a layout that is not read")
+
+
+def _coded_bits(image: Image.Image, data: bytes) -> int:
+    """Bits of a sample of AVIF, by the third byte of its box av1C, or of HEIF, by its plugin; 8 of others."""
+    if image.format != "AVIF":
+        return int(image.info.get("bit_depth", 8)) if image.format == "HEIF" else 8
+    flags = data[data.find(b"av1C") + 6]
+    return 8 + 2 * (flags >> 6 & 1) * (1 + (flags >> 5 & 1))
 
 
 # ---- samples ----
