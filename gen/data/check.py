@@ -29,7 +29,7 @@ from midway.gen.data.contents import (
     shared,
     sizes,
 )
-from midway.gen.data.decoding import Undecodable, Unusable, counted
+from midway.gen.data.decoding import LOSSY, Undecodable, counted
 from midway.gen.data.files import check_bad
 from midway.gen.data.layouts import left_out_lines
 from midway.gen.data.sources import SOURCES, existing_path
@@ -39,8 +39,6 @@ FEW = 1000
 """Held-out images below which a distance is mostly bias."""
 LEAST = 2
 """Images that a covariance needs."""
-
-_LOSSY = "lossy"  # the beginning of notes about loss
 
 
 @dataclass(frozen=True)
@@ -119,17 +117,10 @@ def check(config: DataConfig, against: str | None = None) -> DataFacts:
 
 def _errors(contents: Contents, config: DataConfig) -> Iterator[DataError]:
     """All errors of `load_images`, not only the first."""
-    unusable = [item for item in contents.bad if isinstance(item, Unusable)]
-    broken = [item for item in contents.bad if not isinstance(item, Unusable)]
-    total = len(contents.pictures) + len(contents.bad)
     try:
-        check_bad(broken, total, config.on_bad_image)
+        check_bad(contents.bad, len(contents.pictures) + len(contents.bad), config.on_bad_image)
     except DataError as error:
         yield error
-    if unusable:
-        what = f"{len(unusable)} of {counted(total)} are intact but cannot be used"
-        why = "; ".join(f"{item.name} ({item.reason})" for item in unusable[:NAMED])
-        yield DataError(what, why, "convert or remove these files; --on-bad-image skip does not cover them")
     if contents.error is not None:
         yield contents.error
     if len({picture.size for picture in contents.pictures}) > 1:
@@ -206,7 +197,7 @@ def _warnings(facts: DataFacts) -> Iterator[str]:
     if facts.bad:
         yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; the figures do not include them"
     yield from (f"left out: {line}" for line in left_out_lines(facts.other_files, facts.bare_folders))
-    if any(note.startswith(_LOSSY) for note in facts.conversions):
+    if any(note.startswith(LOSSY) for note in facts.conversions):
         yield "lossy files: their loss is part of the data; save samples as PNG, since JPEG would change their distance"
     yield from _copies_warnings(facts)
     if facts.split is not None:

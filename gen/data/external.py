@@ -8,7 +8,6 @@ Images keep the order of their names, so that consecutive blocks of them are wha
 """
 
 import hashlib
-import re
 import zipfile
 import zlib
 from collections import defaultdict
@@ -26,13 +25,12 @@ from torch import Tensor
 
 from midway.gen.core.errors import DataError, UsageError, one_line
 from midway.gen.core.text import printable
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, prepare, stack
+from midway.gen.data.decoding import LOSSY, Decoded, Undecodable, check_options, prepare, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
 from midway.gen.data.layouts import class_labels, layout_of
 
-WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
 HASHED = 1024  # images at once
-LOSSY = "lossy samples: the format itself changes the distance; write PNG or NPZ"
+LOSSY_SAMPLES = "lossy samples: the format itself changes the distance; write PNG or NPZ"
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,11 @@ def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str,
     bad = [result for result in results if isinstance(result, Undecodable)]
     skipped = check_bad(bad, len(results), options.on_bad_image)
     good = [result for result in results if isinstance(result, Decoded)]
-    lossy = any("JPEG" in note for image in good for note in image.notes) or any(WEBP.search(name) for name in names)
+    lossy = any(note.startswith(LOSSY) for image in good for note in image.notes)
     turns = () if names == files.names else ("classes take turns, so that every block holds every class",)
     pixels, conversions = stack(good, len(good))
-    left_out = tuple(f"left out: {line}" for line in layout.lines)
-    notes = (*conversions, *((LOSSY,) if lossy else ()), *turns, *layout.notes, *skipped, *left_out)
+    left_out = tuple(printable(f"left out: {line}") for line in layout.lines)
+    notes = (*conversions, *((LOSSY_SAMPLES,) if lossy else ()), *turns, *layout.notes, *skipped, *left_out)
     return torch.from_numpy(pixels), notes
 
 

@@ -15,18 +15,17 @@ from typing import Literal, TypeVar
 from PIL import Image
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.core.files import check_size, read_bytes, regular_file
-from midway.gen.data.decoding import Decoded, Undecodable, counted, decode
+from midway.gen.core.files import ZIP_DAMAGE, read_bytes, read_member, regular_file
+from midway.gen.data.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
 from midway.gen.data.listing import Listing, list_folder, list_zip
 from midway.gen.data.names import EXTENSIONS, ending, is_image, is_library, junk
 
 Result = TypeVar("Result")
 
-FILE_LIMIT = 4 << 30
-"""Bytes of an image file, and of a list of labels."""
 _CHUNK = 16  # files a thread takes at once: one future per file would cost as much as a small JPEG
 _WORTH_A_THREAD = 5e-4  # seconds an image; about a 128x128 PNG
 _LISTED = 5  # files named in an error
+_BROKEN, _UNUSABLE = "cannot be decoded", "intact but cannot be used"
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def open_files(path: Path) -> Iterator[FileSet]:
         raise DataError(f"{path} is a library of photo software", why, "export its photos to a folder, and give that")
     if path.is_dir():
         listing = list_folder(path)
-        yield _file_set(path, listing, lambda name: read_bytes(path / listing.raw.get(name, name), FILE_LIMIT))
+        yield _file_set(path, listing, lambda name: read_bytes(path / listing.raw.get(name, name), IMAGE_LIMIT))
     else:
         with _open_zip(path) as archive:
             listing, members = list_zip(archive, path)
@@ -64,7 +63,7 @@ def open_files(path: Path) -> Iterator[FileSet]:
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     fix = "give a folder of images or a complete .zip; if this was downloaded, download it again"
-    with raising(DataError, f"{path} cannot be read as a zip of images", fix, zipfile.BadZipFile, OSError):
+    with raising(DataError, f"{path} cannot be read as a zip of images", fix, *ZIP_DAMAGE):
         return zipfile.ZipFile(regular_file(path))
 
 
@@ -72,9 +71,8 @@ def _locked_read(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
     lock = threading.Lock()  # ZipFile counts its open members without one
 
     def read(name: str) -> bytes:
-        check_size(members[name].file_size, FILE_LIMIT)
         with lock:
-            return archive.read(members[name])
+            return read_member(archive, members[name], IMAGE_LIMIT)
 
     return read
 
@@ -132,10 +130,17 @@ def check_bad(bad: Sequence[Undecodable], total: int, on_bad_image: Literal["err
     """The stated skip, if any. DataError naming the first few files: when not skipping, or above 1 % of `total`."""
     if not bad:
         return ()
+    unusable = [item for item in bad if isinstance(item, Unusable)]
+    broken = [item for item in bad if not isinstance(item, Unusable)]
     if on_bad_image == "skip" and 100 * len(bad) <= total:
-        return (f"{counted(len(bad))}: skipped, cannot be decoded (first: {bad[0].name})",)
+        return tuple(_skipped(items, why) for items, why in ((broken, _BROKEN), (unusable, _UNUSABLE)) if items)
     listed = "; ".join(f"{item.name} ({item.reason})" for item in bad[:_LISTED])
     more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+    why = _BROKEN if not unusable else f"are {_UNUSABLE}" if not broken else "cannot be decoded or used"
     above = "more than 1 % is bad; " if on_bad_image == "skip" else "up to 1 % may be left out by --on-bad-image skip; "
     fix = above + "replace or remove these files"
-    raise DataError(f"{len(bad)} of {counted(total)} cannot be decoded", listed + more, fix)
+    raise DataError(f"{len(bad)} of {counted(total)} {why}", listed + more, fix)
+
+
+def _skipped(items: Sequence[Undecodable], why: str) -> str:
+    return f"{counted(len(items))}: skipped, {why} (first: {items[0].name}: {items[0].reason})"

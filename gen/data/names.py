@@ -15,6 +15,7 @@ from midway.gen.core.errors import DataError
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".jpg_large", ".jpg-large", ".jpg:large", ".mpo"),
     *(".png", ".apng", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".avif", ".heic", ".heif"),
 )
 """Endings of the formats that are decoded, in lower case; `jpg_large` and its like are how Twitter's photos were saved."""
 

@@ -574,14 +574,14 @@ LEFT_OVERS = {
     "iPhoto Library.photolibrary/Previews/1.png": "iPhoto Library.photolibrary",
     "cat/labels.txt": ".txt",
     "cat/notes.TXT": ".TXT",
-    "dog/photo.heic": ".heic",
+    "dog/photo.jxl": ".jxl",
     "LICENSE": "no extension",
 }
 
 
 def test_everything_left_out_is_named_where_training_begins(tmp_path: Path, script: Script) -> None:
     pictures = images(*(f"{name}/{number}.png" for name in ("cat", "dog") for number in range(10)))
-    content = {**pictures, **dict.fromkeys(LEFT_OVERS, png(99)), "emu/0.heic": b"", "emu/1.heic": b""}
+    content = {**pictures, **dict.fromkeys(LEFT_OVERS, png(99)), "emu/0.jxl": b"", "emu/1.jxl": b""}
     plain, files, bare = load_images(str(animals(tmp_path / "plain"))), "", ""
     for path in both(tmp_path, content):
         data = load_images(str(path))
@@ -589,7 +589,7 @@ def test_everything_left_out_is_named_where_training_begins(tmp_path: Path, scri
         files, bare = data.left_out
         assert files.startswith("19 files: ") and bare == "folders without images: emu"
         facts = check(DataConfig(str(path)))
-        counts = {kind: list(LEFT_OVERS.values()).count(kind) + 2 * (kind == ".heic") for kind in LEFT_OVERS.values()}
+        counts = {kind: list(LEFT_OVERS.values()).count(kind) + 2 * (kind == ".jxl") for kind in LEFT_OVERS.values()}
         assert facts.other_files == counts and facts.bare_folders == ("emu",)
         assert {f"left out: {line}" for line in data.left_out} <= set(facts.warnings)
         listed = [f"{kind} ({count})" for kind, count in sorted(counts.items(), key=lambda item: -item[1])[:12]]
