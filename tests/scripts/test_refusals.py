@@ -29,6 +29,9 @@ HEADS = {
 TABLE = """
 2 unknown names
   SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? | amed-constants
+  SAMPLE --grid 0.9,0.5,0.1; --grid nan; --grid 1.5 -> unknown grid | by name | choose one of
+  EVALUATE --grids 0.9,0.5,0.1; --grids 1.5,0.2; --grids nan,0.2; --grids uniform,0.5 -> unknown grid | by name | choose one of
+  LATENT --measure-every 4 --early.grid karas --early.features {features} -> 'karas' | did you mean 'karras'?
   SAMPLE --solver ddim --grid karas; --solver amed --grid karas -> 'karas' | did you mean 'karras'?
   EVALUATE --solvers ddim --grids karas; --solvers amed --grids karas -> 'karas' | did you mean 'karras'?
   train_tokenizer digit-fsq --out {out} -> 'digit-fsq' | did you mean 'digits-fsq'?
@@ -190,6 +193,22 @@ TABLE = """
   SAMPLE --model {cut_solver} --solver amed -> damaged | solver.safetensors
   SAMPLE --model {sealed_solver} --solver amed -> \
 solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwrite
+3 learned solvers that are none
+  SAMPLE --model {nan_table} --solver table --nfe 3 -> solver.safetensors cannot be read | not finite | train_solver.py table
+  SAMPLE --model {noisy_table} --solver table --nfe 3 -> solver.safetensors cannot be read | no learned solver draws any
+  SAMPLE --model {rising_table} --solver table --nfe 3; --model {rising_amed} --solver amed -> solver.safetensors | fall
+  SAMPLE --model {outside_table} --solver table --nfe 3 -> solver.safetensors | times are in [0, 1]
+  SAMPLE --model {empty_table} --solver table --nfe 3 -> solver.safetensors | weighs nothing
+  SAMPLE --model {narrow_table} --solver table --nfe 3 -> solver.safetensors | float32 of shape (3, 3), not float64
+  SAMPLE --model {retyped_table} --solver table --nfe 3 -> solver.safetensors | nfe of the card is '3', not int
+  SAMPLE --model {unsealed_table} --solver table --nfe 3 -> solver.safetensors | saved with
+  SAMPLE --model {vp_table} --solver table --nfe 3 -> solver.safetensors | was made for VP
+  SAMPLE --model {of_4_table} --solver table --nfe 3 -> solver.safetensors | at NFE 4
+  EVALUATE --model {nan_table} --solvers ddim,table --nfe 3; --model {nan_amed} --solvers ddim,amed -> cannot be read | finite
+  SAMPLE --model {of_6_amed} --solver amed -> solver.safetensors | NFE 6
+  SAMPLE --model {of_karras_amed} --solver amed; --model {moved_amed} --solver amed -> in the place of amed
+  SAMPLE --model {of_another_base_amed} --solver amed -> solver.safetensors | go together
+  SAMPLE --model {retyped_amed} --solver amed -> solver.safetensors | guidance of the card is '1', not float
 3 runs that do not fit
   EVALUATE --features {other_features} -> trained on other images | train features
   LATENT --latents {cache_of_tokenizer} -> stale | tokenizer is | encode.py
