@@ -9,6 +9,7 @@ External samples: python scripts/evaluate.py --images samples.npz --data digits 
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
@@ -63,7 +65,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     """`run` on this device, as this share of the processes; everything is checked before anything is written."""
     trained = load_model(task.model, device) if task.model else None
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
-    data, out = trained.data if trained else task.data, folder(task)
+    data = replace(trained.data, download=task.data.download) if trained else task.data
+    out = folder(task)
     whose, beside = ("the model", [trained.run.path]) if trained else ("the reference", [])
     extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
     splits = load_splits(data)
@@ -83,14 +86,14 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if shown:
         if task.fresh:
             shutil.rmtree(out / "cells", ignore_errors=True)
-        warnings = (*class_notes(splits, config.n, model.classes if model else 0), *image_notes(externals, config))
-        print(*warnings, sep="\n", end="\n" * bool(warnings))
+        warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
+        echo(*warnings)
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
     with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
         def progress(cell: str) -> None:
-            bar.set_postfix_str(cell)
+            bar.set_postfix_str(printable(cell))
             bar.update()
 
         sweeps = [
@@ -101,10 +104,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if shown:
         facts = context(task, model, splits, config, externals, sweep, extractor, missing)
         write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
-        print(terminal_text(sweep.measurements))
+        echo(terminal_text(sweep.measurements))
         if model is None:
-            print(floor_text(sweep))
-        print(f"report: {out / 'report.html'}")
+            echo(floor_text(sweep))
+        echo(f"report: {out / 'report.html'}")
         export_images(task, sweep)
     return sweep
 
@@ -151,6 +154,11 @@ def make_folders(folders: dict[str, Path | None]) -> None:
                 raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
 
 
+def drawn_classes(model: EvaluatedModel | None) -> int:
+    """The number of classes that seeds take turns through."""
+    return 0 if model is None else model.classes - len(model.empty)
+
+
 def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
     """Several trainings as one sweep, the pictures of the first, and what not all of them have."""
     first, *rest = sweeps
@@ -181,7 +189,7 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
 
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
-            print(f"images: {path}")
+            echo(f"images: {path}")
 
 
 def context(
@@ -205,7 +213,7 @@ def context(
         guidance=config.guidance,
         notes=(
             *few_note(config.n, extractor.dim),
-            *class_notes(splits, config.n, model.classes if model else 0),
+            *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,
             *reference_notes(sweep),
             *timing_notes(sweep.measurements),

@@ -16,6 +16,7 @@ from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
@@ -27,6 +28,7 @@ from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table
 
@@ -86,9 +88,11 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
     rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
     rows += references(splits, instruments)
-    write_likelihood_report(out, rows, context(task, splits, instruments))
-    print(text_table(likelihood_table(rows)))
-    print(f"report: {out / 'report.md'}")
+    write_likelihood_report(
+        out, rows, context(task, splits, instruments, any(trained.model.classes for trained in models.values()))
+    )
+    echo(text_table(likelihood_table(rows)))
+    echo(f"report: {out / 'report.md'}")
     return rows
 
 
@@ -156,14 +160,14 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
     except UsageError as error:
         if task.features is not None or task.feature_weights is not None:
             raise
-        print(f"no distances: {error.why}")
+        echo(f"no distances: {error.why}")
         return None
 
 
 # ---- the report ----
 
 
-def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> ReportContext:
+def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, conditional: bool) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(instruments.subject.images)
     return ReportContext(
@@ -177,6 +181,7 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments) -> R
             "Weights that are the best in validation were chosen on held-out images: their figures are a little too good.",
             f"Distances are of {n} samples to all {len(splits.train.images)} training images; samples of a VAE are expected "
             "images, without the noise of values.",
+            *empty_notes(splits, conditional),
         ),
     )
 

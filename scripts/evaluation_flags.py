@@ -8,7 +8,9 @@ import tyro
 from sampling_flags import SamplingFlags
 
 from cli import Flat
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
 
@@ -78,7 +80,7 @@ class EvaluateTask(SamplingFlags):
     """Folder for the images of each best cell (of all, with one solver) as NPZ, for ADM's evaluator; they are sampled again."""
     save_images: Path | None = None
     """The same as zips of PNG, in EDM's layout."""
-    fresh: bool = False
+    fresh: bool = field(default=False, metadata=PER_CALL)
     """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
 
@@ -120,7 +122,7 @@ def blocks(task: EvaluateTask) -> int:
 def folder(task: EvaluateTask) -> Path:
     """Where the report goes."""
     if task.out is None and task.model is not None:
-        return task.model / "report"
+        return check_path(task.model / "report")
     if task.out is None:
         raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
-    return task.out
+    return check_path(task.out)
