@@ -28,7 +28,7 @@ class DataConfig:
     resize: int | None = None
     """Shorter side in pixels, then a centre crop."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """skip leaves out unreadable files, at most 1 % of them."""
+    """skip leaves out files that cannot be decoded or used, at most 1 % of all."""
     download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
 
@@ -119,4 +119,5 @@ def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
-    return image_data(data.images[keep], data.labels[keep], data.classes, f"{data.name}-{suffix}", data.conversions)
+    images, labels, name = data.images[keep], data.labels[keep], f"{data.name}-{suffix}"
+    return image_data(images, labels, data.classes, name, data.conversions, data.left_out)
