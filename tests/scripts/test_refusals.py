@@ -247,6 +247,43 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   EVALUATE --save-images {a_file}/me.png/zips -> --save-images
 4 samples
   SAMPLE --guidance 1e38 --nfe 8 -> diverged | finite
+2 sizes and seeds that fill a machine or make nothing, before anything is built
+  TOKENIZER --model.width 1000000000; --model.width 0 -> width is | 65,536
+  TOKENIZER --model.blocks 1000000000; --model.blocks -1 -> blocks is | 1,000
+  TOKENIZER --model.network vit --model.depth 1000000000; --model.network vit --model.depth 0 -> depth is | 1,000
+  TOKENIZER --model.network vit --model.heads 0 -> heads is
+  TOKENIZER --model.width 60000 --model.blocks 900 -> too large | GiB
+  TOKENIZER --model.quantizer vq --model.codebook-size 4000000000000000000 -> too large | this machine
+  TOKENIZER --batch-size 1000000000; --batch-size 99999999999999999999999 -> batch_size is | 1,048,576
+  TOKENIZER --seed 18446744073709551616; --seed 9223372036854775807 -> seed is
+  TOKENIZER --split-seed 18446744073709551616; --split-seed -1 -> split_seed is
+  TOKENIZER --lr inf; --weight-decay inf -> finite
+  TOKENIZER --clip nan; --clip -1 -> clip is
+  TOKENIZER --posthoc 0.5; --posthoc nan; --posthoc 0 -> posthoc is
+  TOKENIZER --model.options {{"base":3}} --model.quantizer residual -> this tokenizer cannot be built
+  TOKENIZER --model.options {{"levels":"ab"}}; --model.options {{"levels":[8,"x"]}} -> cannot be built
+  TOKENIZER --model.options {{"levels":8}} -> cannot be built
+  TOKENIZER --model.quantizer vq --model.options {{"decay":"high"}} -> cannot be built
+  TOKENIZER --model.quantizer vq --model.options {{"decay":null}} -> cannot be built
+  TOKENIZER --loss.adversary hinge --loss.critic-width 0 -> critic_width is
+  LATENT --model.dit.width 0; --model.dit.width 1000000000 -> width is
+  LATENT --model.dit.heads 0; --model.dit.patch 0; --model.dit.depth 1000000000 -> is
+  LATENT --model.dit.width 60000 --model.dit.depth 900 -> too large | GiB
+  LATENT --model.label-dropout nan; --model.label-dropout 2 -> label_dropout is
+  LATENT --model.time-std 0 -> time_std is
+  BASELINE --model.width 1000000000; --model.blocks 1000000000; --model.downsample 0 -> is
+  BASELINE --model.width 60000 --model.blocks 900 -> too large
+  train_features --out {out} --width 1000000000; train_features --out {out} --dim 1000000000 -> it can be
+  SOLVER --distill.trajectories 1000000000; --distill.teacher-steps 1000000000; --distill.seed -1 -> is
+  SAMPLE --seed 18446744073709551616; --n 1000000000; --nfe 1000000000; --batch-size 1000000000 -> FLAG
+  EVALUATE --seed 18446744073709551616; --blocks 1000000000; --batch-size 1000000000; --n 1000000000 -> FLAG
+  LIKELIHOOD {baseline} --seed 18446744073709551616; {baseline} --ode.steps 0; {baseline} --ode.probes 0 -> it can be
+  TOKENIZERS {tokenizer} --seed 18446744073709551616 -> --seed | it can be
+  TOKENIZERS {tokenizer} --noise nan -> sigma is finite
+  ENCODE {tokenizer} --batch-size 1000000000 -> --batch-size
+2 names that no file can have
+  train_tokenizer digits-fsq --steps 1 --out {long}; EVALUATE --out {long}; SAMPLE --out {long}.png -> shorter
+  ENCODE {tokenizer} --out {long}; train_tokenizer --config {long}; data check {long} -> shorter
 """
 UNPARSED = """
 2 flags
@@ -317,7 +354,7 @@ def test_an_invalid_call_exits_with_three_lines_and_writes_nothing(
 ) -> None:
     """Nor does it measure a tokenizer first."""
     monkeypatch.setattr(tokenizers, "measure", None)
-    places["out"] = tmp_path / "out"
+    places |= {"out": tmp_path / "out", "long": tmp_path / ("long" * 80)}
     call = [part.format_map(places) for part in arguments]
     roots = (places.pipeline.root, places.root, tmp_path)
     before = files(*roots)
