@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -11,9 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
-from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
+from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.processes import leave_processes
 from midway.gen.data.sources import check_unambiguous
 
@@ -94,29 +94,26 @@ def main(command: Callable[[list[str]], object]) -> NoReturn:
 
 
 def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False) -> int:
-    """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); Ctrl-C: 130; other errors: 1.
-
-    A full or failing disk is a DiskError wherever it shows.
-    """
+    """The exit code. Any error is three lines and its code (`debug`: the traceback as well); Ctrl-C: 130."""
     try:
-        try:
-            command(arguments)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise DiskError("a file could not be written", str(error), "free space and run again") from error
-    except MidwayError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        command(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        failure = error if isinstance(error, MidwayError) else as_midway(error, _keep_traceback)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
     return 0
+
+
+def _keep_traceback() -> str:
+    """Where the traceback of the current exception is stored."""
+    with tempfile.NamedTemporaryFile("w", prefix="midway-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    return file.name
 
 
 def names(text: str) -> tuple[str, ...]:

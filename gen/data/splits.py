@@ -10,6 +10,7 @@ from midway.gen.core.config import PER_CALL, from_dict
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import read_json
 from midway.gen.core.randomness import permutation
+from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, image_data, load_recorded
 
@@ -31,6 +32,9 @@ class DataConfig:
     """skip leaves out files that cannot be decoded or used, at most 1 % of all."""
     download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, split_seed=SEED, resize=WIDTH)
 
 
 @dataclass(frozen=True)
