@@ -22,7 +22,7 @@ from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.prediction import Target
 from midway.samplers.rows import Row
 from midway.samplers.schedule import Linear, Schedule
-from midway.samplers.table import Table
+from midway.samplers.table import Table, readable
 
 TARGET_OF: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 """diffusers' prediction types in the words of `prediction.py`."""
@@ -91,7 +91,7 @@ def table_from_numbers(numbers: Mapping[str, Any]) -> Table:
 
 def read_table(path: Path, schedule: Schedule) -> Table:
     """The table in a file of `Table.save` or of a learned solver with constants; ValueError for any other."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(readable(path), framework="pt") as file:
         kind = (file.metadata() or {}).get("format")
     if kind != LEARNED:
         return Table.load(path)

@@ -31,6 +31,8 @@ from midway.samplers.rows import Coefficients, CompiledRow, NoiseSource, Row, co
 from midway.samplers.schedule import Schedule
 
 FORMAT = "midway-table-1"
+FILE_LIMIT = 1 << 30
+"""Bytes of a saved solver. Tables have some kB, the largest predictors of numbers per sample some MB."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
         temporary.unlink(missing_ok=True)
 
 
+def readable(path: Path) -> Path:
+    """`path`, if it is a regular file of at most `FILE_LIMIT` bytes; ValueError: pipes and devices never end."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: give a file that a solver was saved to")
+    if size > FILE_LIMIT:
+        raise ValueError(f"{path} has {size:,} bytes, more than the limit of {FILE_LIMIT:,}: it is no solver")
+    return path
+
+
 def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header of a file by `write_tensors` whose format is `form`; ValueError for any other, which is not `what`."""
-    with safe_open(path, framework="pt") as file:
+    with safe_open(readable(path), framework="pt") as file:
         header = file.metadata() or {}
         if header.get("format") != form:
             raise ValueError(f"{path} is not {what} ({form}): its format is {header.get('format')!r}")

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, r
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 """Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
 
-ZIP_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError)
-"""Errors of opening zip files that are missing, damaged or of another kind."""
+ZIP_DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError)
+"""Errors of reading zip files that are missing, damaged, encrypted or of another kind."""
 TEXT_LIMIT = 64 << 20
 """Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
 LOG_LIMIT = 8 << 30
@@ -80,14 +81,20 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
-    """The bytes of a member of a zip, as many as it declares and no more than `limit`; OSError, BadZipFile."""
+def member(archive: zipfile.ZipFile, name: str, limit: int) -> zipfile.ZipInfo:
+    """A member of a zip that declares at most `limit` bytes; OSError if it is larger, KeyError if there is none."""
     entry = archive.getinfo(name)
     check_size(entry.file_size, limit)
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile expands others without bound
         raise OSError("it is neither stored nor deflated: make the zip again")
-    with archive.open(entry) as member:
-        return member.read(entry.file_size)
+    return entry
+
+
+def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """The bytes of a member of a zip, as many as it declares and no more than `limit`; errors of `ZIP_DAMAGE`."""
+    entry = member(archive, name, limit)
+    with archive.open(entry) as file:
+        return file.read(entry.file_size)
 
 
 def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:
