@@ -27,6 +27,8 @@ DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeErro
 
 ZIP_DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError)
 """Errors of reading zip files that are missing, damaged, encrypted or of another kind."""
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of compression; zipfile expands others without bound."""
 TEXT_LIMIT = 64 << 20
 """Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
 LOG_LIMIT = 8 << 30
@@ -81,16 +83,16 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def member(archive: zipfile.ZipFile, name: str, limit: int) -> zipfile.ZipInfo:
+def member(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo, limit: int) -> zipfile.ZipInfo:
     """A member of a zip that declares at most `limit` bytes; OSError if it is larger, KeyError if there is none."""
-    entry = archive.getinfo(name)
+    entry = archive.getinfo(name) if isinstance(name, str) else name
     check_size(entry.file_size, limit)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile expands others without bound
+    if entry.compress_type not in ZIP_METHODS:
         raise OSError("it is neither stored nor deflated: make the zip again")
     return entry
 
 
-def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+def read_member(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo, limit: int) -> bytes:
     """The bytes of a member of a zip, as many as it declares and no more than `limit`; errors of `ZIP_DAMAGE`."""
     entry = member(archive, name, limit)
     with archive.open(entry) as file:

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from endless import ENDLESS, guarded
 
+from midway.samplers.artefacts import FILE_LIMIT
 from midway.samplers.grids import uniform
 from midway.samplers.interop import read_table
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.schedule import VP
 from midway.samplers.solvers import ddim
-from midway.samplers.table import FILE_LIMIT, Table
+from midway.samplers.table import Table
 
 READERS: dict[str, Callable[[Path], object]] = {
     "table": Table.load,
