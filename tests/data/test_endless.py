@@ -52,8 +52,8 @@ def folder(path: Path, count: int) -> Path:
 def test_among_images_it_is_a_bad_file(kind: str, reader: str, tmp_path: Path) -> None:
     make, words = FILES[kind]
     make(folder(tmp_path, 100) / "050x.png")
-    (found,) = guarded(lambda: SKIPPING[reader](tmp_path))
-    assert words in found
+    found = guarded(lambda: SKIPPING[reader](tmp_path))
+    assert sum(words in line for line in found) == 1
     if reader == "check":
         (problem,) = guarded(lambda: READERS[reader](tmp_path)).problems
         assert (
@@ -66,8 +66,8 @@ def test_among_images_it_is_a_bad_file(kind: str, reader: str, tmp_path: Path) -
 
 
 def test_a_folder_may_be_named_like_an_image(tmp_path: Path) -> None:
-    folder(tmp_path / "a.png", 2)
-    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    for name in ("a.png", "b.png"):
+        folder(tmp_path / name, 2)
     data = load_images(str(tmp_path))
     assert len(data.images) == 4 and data.classes == ("a.png", "b.png")
 
@@ -148,7 +148,7 @@ def test_a_member_that_holds_more_than_it_declares_is_cut(tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_methods_that_expand_without_bound_are_not_read(method: int, tmp_path: Path) -> None:
     source = zipped(tmp_path / "a.zip", bytes(64 << 20), declared=100, method=method)
-    assert refused(source, "3 of 3 images", "neither stored nor deflated") < 8 << 20
+    assert refused(source, "neither stored nor deflated") < 8 << 20
 
 
 def test_members_beyond_four_gigabytes_of_zip_are_read(tmp_path: Path) -> None:
