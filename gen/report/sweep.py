@@ -19,6 +19,7 @@ from midway.gen.evaluation.records import (
     training_costs,
 )
 from midway.gen.report.explorer import explorer
+from midway.gen.report.folder import check_replaceable
 from midway.gen.report.html import (
     SCRIPT,
     facts_list,
@@ -52,6 +53,14 @@ from midway.gen.report.text import (
 
 Grids = Mapping[tuple[str, int], bytes]
 """PNG of samples by (solver, NFE)."""
+FILES = (
+    "results.csv",
+    "results.jsonl",
+    "report.md",
+    "report.html",
+    "distance_vs_nfe.png",
+    "distance_vs_seconds.png",
+)
 
 # ---- text ----
 
@@ -202,6 +211,11 @@ def report_html(
         ],
         SCRIPT,
     )
+
+
+def check_out(directory: Path) -> None:
+    """UsageError if the directory has a report that is not of an earlier sweep, whose cells/ would be beside it."""
+    check_replaceable(directory, FILES, (directory / "cells").is_dir())
 
 
 def write_report(
