@@ -22,6 +22,7 @@ from midway.gen.core.files import read_json, write_atomically
 from midway.gen.core.locks import check_no_link, lock, made
 from midway.gen.core.processes import device_and_process
 from midway.gen.core.runs import Run
+from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.report.sweep import FILES
@@ -70,8 +71,8 @@ def claimed(out: Path) -> Iterator[None]:
 def _made_by_a_demo(run: Path) -> bool:
     """Whether an earlier version made this run, as its command has it."""
     try:
-        return "demo.py" in str(read_json(run / "env.json")["command"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Path(read_json(run / "env.json")["command"].split()[1]).name == "demo.py"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 
@@ -87,13 +88,13 @@ def _run(task: DemoTask, finished: ExitStack | None) -> Path:
     }
     for number, (name, stage) in enumerate(stages.items(), 1):
         began = time.monotonic()
-        print(f"[{number}/{len(stages)}] {name}", flush=True)
+        echo(f"[{number}/{len(stages)}] {name}")
         made_run = stage()
         if finished is not None and isinstance(made_run, Run):
             finished.enter_context(lock(made_run.path, "used"))
-        print(f"      {time.monotonic() - began:.0f} s", flush=True)
+        echo(f"      {time.monotonic() - began:.0f} s")
     report = task.out / "report.html"
-    print(f"done in {time.monotonic() - start:.0f} s; open {report}")
+    echo(f"done in {time.monotonic() - start:.0f} s; open {report}")
     return report
 
 

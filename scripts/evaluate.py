@@ -27,11 +27,12 @@ from evaluation_inputs import (
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.core.errors import DiskError, UsageError
+from midway.gen.core.errors import DiskError, UsageError, raising
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
-from midway.gen.data.splits import Splits, load_splits
+from midway.gen.data.splits import Splits, changed_since, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.jobs import SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
@@ -75,6 +76,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     extractor.check(splits.train.images, "the reference has")
     if model is not None:
         model.check_images(splits.train.images)
+    changed = changed_since(trained.run, splits.train) if trained else ()
     externals = external_images(task, splits)
     config = sweep_config(task, trained, model, externals, splits, device)
     check_metrics(config.metrics, config.n, extractor.dim, extractor.has_logits)
@@ -89,14 +91,13 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     with claimed(out, task.fresh) if shown else nullcontext():
         process.wait()
         if shown:
-            warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-            print(*warnings, sep="\n", end="\n" * bool(warnings))
+            echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
         reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
         total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
         with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
             def progress(cell: str) -> None:
-                bar.set_postfix_str(cell)
+                bar.set_postfix_str(printable(cell))
                 bar.update()
 
             sweeps = [
@@ -105,12 +106,12 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             ]
         sweep, missing = merged(sweeps)
         if shown:
-            facts = context(task, model, splits, config, externals, sweep, extractor, missing)
+            facts = context(task, model, splits, config, externals, sweep, extractor, missing, changed)
             write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
-            print(terminal_text(sweep.measurements))
+            echo(terminal_text(sweep.measurements))
             if model is None:
-                print(floor_text(sweep))
-            print(f"report: {out / 'report.html'}")
+                echo(floor_text(sweep))
+            echo(f"report: {out / 'report.html'}")
             export_images(task, sweep)
         return sweep
 
@@ -160,10 +161,8 @@ def make_folders(folders: dict[str, Path | None]) -> None:
     """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag."""
     for flag, path in folders.items():
         if path is not None:
-            try:
+            with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
 
 
 def drawn_classes(model: EvaluatedModel | None) -> int:
@@ -201,7 +200,7 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
 
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
-            print(f"images: {path}")
+            echo(f"images: {path}")
 
 
 def context(
@@ -213,6 +212,7 @@ def context(
     sweep: Sweep,
     extractor: Extractor,
     missing: list[str],
+    changed: tuple[str, ...],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     alone = (*common_notes(config, splits, extractor.note), floor_text(sweep))
@@ -224,6 +224,7 @@ def context(
         seeds=str(config.seeds),
         guidance=config.guidance,
         notes=(
+            *changed,
             *few_note(config.n, extractor.dim),
             *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,

@@ -20,9 +20,10 @@ from typing import Any
 from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.environment import environment
-from midway.gen.core.errors import DataError, DiskError, UsageError, raising
+from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, raising
 from midway.gen.core.files import (
     LOG_LIMIT,
+    check_path,
     clear_all_temporaries,
     read_json,
     read_text,
@@ -31,6 +32,7 @@ from midway.gen.core.files import (
     write_atomically,
 )
 from midway.gen.core.locks import LOCK, check_no_link, empty, lock, locked_inside, made
+from midway.gen.core.text import echo, printable_lines
 
 CONFIG = "config.yaml"
 UNUSED = (CONFIG, "env.json", "log.txt", "samples", LOCK)
@@ -63,7 +65,7 @@ class Run:
         path: Path, kind: str, config: dict[str, Any], overwrite: bool = False, resume: bool = False
     ) -> Iterator["Run"]:
         """`create`, and the lock of the run until the block ends."""
-        run = Run(path, kind, config)
+        run = Run(check_path(path), kind, config)
         run._check(overwrite, resume)
         with made(path), lock(path):
             run._check(overwrite, resume)  # another process may have been here first
@@ -79,8 +81,6 @@ class Run:
         path = self.path
         if overwrite and resume:
             raise UsageError("--overwrite and --resume auto contradict", "one deletes what the other needs", "drop one")
-        with raising(UsageError, f"{str(path)!a} is not valid text", "choose another --out", UnicodeEncodeError):
-            str(path).encode()
         if not (path / CONFIG).exists():
             if path.exists() and not (path.is_dir() and all(map(_is_half_config, path.iterdir()))):
                 raise UsageError(
@@ -120,7 +120,7 @@ class Run:
                 (path / "samples").mkdir()
                 write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
         except BaseException:
-            with suppress(DiskError, OSError):
+            with suppress(MidwayError, OSError):
                 empty(path)
                 (path / LOCK).unlink()
             raise
@@ -173,8 +173,8 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line and append it to log.txt."""
         if not self.quiet:
-            print(line, flush=True)
-        _append(self.path / "log.txt", line)
+            echo(line)
+        _append(self.path / "log.txt", printable_lines(line))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; a value that is not finite becomes null, as JSON requires."""
@@ -215,7 +215,7 @@ class Run:
 
 def _append(path: Path, line: str) -> None:
     fix = "free space, then resume with --resume auto"
-    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a") as file:
+    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 

@@ -341,7 +341,7 @@ def test_a_run_that_cannot_be_made_leaves_nothing(
 
 
 def test_a_name_that_is_no_text_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not valid text"):
+    with pytest.raises(UsageError, match="not UTF-8"):
         Run.create(tmp_path / "a\udcff", "solver", {})
     assert not list(tmp_path.iterdir())
 
