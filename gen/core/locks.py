@@ -1,4 +1,4 @@
-"""One writer of a folder at a time; folders are emptied under their lock, which stays.
+"""One writer of a folder at a time; folders are emptied under their lock, which stays, and only of what is one's own.
 
 The lock is on a file in the folder. Whoever removes a folder does so with its lock, so that a process that opened the file
 before finds that its path names another file by then, and tries again.
@@ -7,7 +7,7 @@ before finds that its path names another file by then, and tries again.
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -80,6 +80,17 @@ def check_no_link(folder: Path) -> None:
     if folder.is_symlink():
         raise UsageError(
             f"{folder} is a link", f"what is in {folder.resolve()} would be deleted", "name that folder itself"
+        )
+
+
+def check_replaceable(folder: Path, names: Sequence[str], own: bool) -> None:
+    """UsageError if `folder` has files of these names that are not `own`, of an earlier report of the same kind."""
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if there and not own:
+        raise UsageError(
+            f"{folder / there[0]} is not of an earlier report of this kind",
+            "it would be replaced",
+            "choose another --out",
         )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
-from midway.gen.report.folder import check_replaceable
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
 from midway.gen.report.text import csv_text, markdown_table
 

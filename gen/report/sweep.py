@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from midway.gen.core.files import write_atomically
+from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import html, markdown
 from midway.gen.evaluation.records import (
     baselines_of,
@@ -19,7 +20,6 @@ from midway.gen.evaluation.records import (
     training_costs,
 )
 from midway.gen.report.explorer import explorer
-from midway.gen.report.folder import check_replaceable
 from midway.gen.report.html import (
     SCRIPT,
     facts_list,
