@@ -3,12 +3,11 @@
 digits -> feature network -> FSQ tokenizer -> latent DiT on a variance-preserving schedule -> AMED -> sweep -> report
 """
 
-import hashlib
-import json
-import shutil
+import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import evaluate
@@ -18,15 +17,22 @@ import train_solver
 import train_tokenizer
 
 from cli import main, resolve
-from midway.gen.core.files import write_atomically
-from midway.gen.core.runs import Run, lock
-from midway.gen.core.signals import Interrupted, Stopped, stop_note
+from midway.gen.core.errors import UsageError
+from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.locks import check_no_link, lock, made
+from midway.gen.core.processes import device_and_process
+from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.report.sweep import FILES
 from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask
+
+RUNS = ("features", "tokenizer", "model")
+MARK = ".demo"
+"""The file by which a demo knows the folder of an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,44 @@ class DemoTask:
     """Train, sample and measure on the bundled digits; ends with a table and runs/demo/report.html."""
 
     out: Path = Path("runs/demo")
-    """Directory of all runs and of the report; a finished demo there is replaced, an interrupted one goes on."""
+    """Directory of all runs and of the report; an earlier demo there is replaced."""
     quick: bool = False
     """A few steps of everything: shows that it runs, not what it can do."""
 
 
 def run(task: DemoTask) -> Path:
-    """All stages that are not finished; the path of the report. Stopped after a signal, also where a training saved its state."""
-    start, state = time.monotonic(), Progress(task.out / "demo.json", configuration(task))
+    """All stages; the path of the report. The folder and every finished run stay locked to the end."""
+    _, process = device_and_process()
+    with claimed(task.out) if process.rank == 0 else nullcontext(), ExitStack() as finished:
+        process.wait()
+        return _run(task, finished if process.rank == 0 else None)
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Within the block this demo's own folder.
+
+    UsageError while another demo writes there, and if it is a link or has runs or a report that no demo made.
+    """
+    check_no_link(out)
+    there = [name for name in (*RUNS, *FILES) if os.path.lexists(out / name)]
+    if there and not (out / MARK).exists() and not any(_made_by_a_demo(out / name) for name in RUNS):
+        raise UsageError(f"{out / there[0]} is not of an earlier demo", "it would be replaced", "choose another --out")
+    with made(out), lock(out, "written"):
+        write_atomically(out / MARK, b"the runs and the report here are of scripts/demo.py, which replaces them\n")
+        yield
+
+
+def _made_by_a_demo(run: Path) -> bool:
+    """Whether an earlier version made this run, as its command has it."""
+    try:
+        return Path(read_json(run / "env.json")["command"].split()[1]).name == "demo.py"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _run(task: DemoTask, finished: ExitStack | None) -> Path:
+    start = time.monotonic()
     stages: dict[str, Callable[[], object]] = {
         "feature network": lambda: train_features.train(features_task(task)),
         "tokenizer": lambda: train_tokenizer.train(tokenizer_task(task)),
@@ -50,74 +86,16 @@ def run(task: DemoTask) -> Path:
         "AMED, predictor": lambda: train_solver.train(solver_task(task, "amed")),
         "sweep": lambda: evaluate.run(evaluate_task(task)),
     }
-    stop_note(f"what is finished is stored in {task.out}; the same command goes on", last=True)
-    finished = state.begin(lambda: clear(task))
     for number, (name, stage) in enumerate(stages.items(), 1):
         began = time.monotonic()
-        echo(f"[{number}/{len(stages)}] {name}{' was finished before' * (name in finished)}")
-        if name in finished:
-            continue
-        try:
-            stage()
-        except Interrupted as stop:
-            raise Stopped(stop.number) from None
-        state.add(name)
+        echo(f"[{number}/{len(stages)}] {name}")
+        made_run = stage()
+        if finished is not None and isinstance(made_run, Run):
+            finished.enter_context(lock(made_run.path, "used"))
         echo(f"      {time.monotonic() - began:.0f} s")
-    state.end()
     report = task.out / "report.html"
     echo(f"done in {time.monotonic() - start:.0f} s; open {report}")
     return report
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The file that names the finished stages of a demo, as long as there are others."""
-
-    path: Path
-    configuration: str
-
-    def begin(self, clear: Callable[[], object]) -> list[str]:
-        """The finished stages of a demo of the same configuration; any other is removed by `clear`."""
-        try:
-            known = json.loads(self.path.read_text())
-            if known["configuration"] == self.configuration:
-                return list(known["finished"])
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
-        clear()
-        self._write([])
-        return []
-
-    def add(self, name: str) -> None:
-        """A stage is finished."""
-        self._write([*json.loads(self.path.read_text())["finished"], name])
-
-    def end(self) -> None:
-        """All are."""
-        self.path.unlink()
-
-    def _write(self, finished: list[str]) -> None:
-        content = {"configuration": self.configuration, "finished": finished}
-        write_atomically(self.path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def configuration(task: DemoTask) -> str:
-    """Hash of everything that the stages are."""
-    solvers = [solver_task(task, name) for name in ("amed-constants", "amed")]
-    tasks = [features_task(task), tokenizer_task(task), latent_task(task), *solvers, evaluate_task(task)]
-    return hashlib.sha256(json.dumps([asdict(one) for one in tasks], default=str).encode()).hexdigest()
-
-
-def clear(task: DemoTask) -> None:
-    """Remove an earlier demo. DataError for runs of another kind."""
-    runs = {"features": "features", "tokenizer": "tokenizer", "model": "latent_model"}
-    found = [
-        Run.open(task.out / name, kind) for name, kind in runs.items() if (task.out / name / "config.yaml").exists()
-    ]
-    for run in found:
-        with lock(run.path):
-            shutil.rmtree(run.path)
-    shutil.rmtree(task.out / "cells", ignore_errors=True)
 
 
 def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
@@ -127,14 +105,14 @@ def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
 def features_task(task: DemoTask) -> train_features.FeaturesTask:
     """The offline feature network of the digits."""
     default = train_features.FeaturesTask()
-    return replace(default, out=task.out / "features", train=_steps(default.train, task), resume="auto")
+    return replace(default, out=task.out / "features", train=_steps(default.train, task), overwrite=True)
 
 
 def tokenizer_task(task: DemoTask) -> TokenizerTask:
     """The recipe digits-fsq."""
     recipe = digits_fsq()
     model = replace(recipe.model, width=16, blocks=1) if task.quick else recipe.model
-    return replace(recipe, out=task.out / "tokenizer", model=model, train=_steps(recipe.train, task), resume="auto")
+    return replace(recipe, out=task.out / "tokenizer", model=model, train=_steps(recipe.train, task), overwrite=True)
 
 
 def latent_task(task: DemoTask) -> LatentTask:
@@ -147,13 +125,13 @@ def latent_task(task: DemoTask) -> LatentTask:
         tokenizer=task.out / "tokenizer",
         model=model,
         train=_steps(recipe.train, task),
-        resume="auto",
+        overwrite=True,
     )
 
 
 def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
-    default = train_solver.SolverTask(model=task.out / "model", solver=name, grid="uniform", resume="auto")
+    default = train_solver.SolverTask(model=task.out / "model", solver=name, grid="uniform", overwrite=True)
     if task.quick:
         return replace(
             default,
@@ -171,10 +149,11 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         features=task.out / "features",
         out=task.out,
         solvers="euler,ddim,heun,dpm2,dpmpp2m,amed-constants,amed",
+        fresh=True,
         title="Digits: Fréchet distance per step budget",
     )
     return replace(full, nfe="4", grids="uniform", n=64, blocks=1, reference_nfe=16) if task.quick else full
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(DemoTask, {}, arguments)) and None, alone=True)
+    main(lambda arguments: run(resolve(DemoTask, {}, arguments)) and None)

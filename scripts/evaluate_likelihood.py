@@ -194,4 +194,4 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, warn
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(LikelihoodTask, {}, arguments)), alone=True)
+    main(lambda arguments: run(resolve(LikelihoodTask, {}, arguments)))

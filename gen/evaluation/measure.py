@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midway.gen.core.processes import ProcessInfo, at_work
+from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
@@ -103,11 +103,9 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
     finished = cell.numbers() is not None
     process.wait()  # all have read before the first process writes
     if not finished:
-        with at_work("sampling"):
-            _sample(source, cell, context, fine)
+        _sample(source, cell, context, fine)
         process.wait()
-        with at_work("figures"):
-            _sum_blocks(cell, context)
+        _sum_blocks(cell, context)
         process.wait()
         if process.rank == 0:
             blocks = cell.parts(_block_places(context.seeds))

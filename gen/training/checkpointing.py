@@ -12,7 +12,6 @@ from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.errors import DiskError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
-from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only
@@ -67,6 +66,7 @@ class CheckpointManager:
         root = self.run.checkpoints
         checkpoints.set_aside(root, step if found else -1)
         if found:
+            checkpoints.prune(root, self.config.keep, root / f"step-{step}")
             checkpoints.point_to(root, step)
         keep_only(self.run.best, self._saved_best)
         self.run.tidy()
@@ -172,8 +172,7 @@ class CheckpointManager:
         if self.accelerator.is_main_process:
             header = {"config_hash": config_hash(self.identity), **header}
             try:
-                with at_work("saving"):
-                    checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
+                checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
             except Exception as error:
                 failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
