@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from midway.gen.core import checkpoints
-from midway.gen.core.config import read_yaml, write_yaml
+from midway.gen.core.config import from_file, read_yaml, write_yaml
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, UsageError, raising
 from midway.gen.core.files import LOG_LIMIT, clear_temporaries, read_json, read_text, reading, write_atomically
 
+T = TypeVar("T")
 HALF_CONFIG = ".config.yaml.*tmp"
 """What a process that was killed as it made a run leaves."""
 
@@ -85,6 +86,11 @@ class Run:
                 f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"
             )
         return Run(path, kind, values)
+
+    def part(self, name: str, shape: type[T]) -> T:
+        """One part of the configuration; DataError if it is missing or does not fit."""
+        fix = f"give another run, or restore {name} from the config.yaml of a run of the same kind"
+        return from_file(shape, self.config.get(name), self.path / "config.yaml", fix, name)
 
     def write_config(self) -> None:
         """Write config.yaml, which marks a directory as a run."""

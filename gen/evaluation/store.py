@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError
-from midway.gen.core.files import clear_temporaries, state_hash, write_atomically
+from midway.gen.core.config import from_dict, to_dict
+from midway.gen.core.errors import DiskError, UsageError, one_line
+from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_tensors, state_hash, write_atomically
 from midway.gen.core.runs import lock
 
 SCHEMA = 2
@@ -40,6 +40,33 @@ class Part:
 
     tensors: dict[str, Tensor]
     costs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a whole cell: sampling, decoding and features."""
+
+    solver: float
+    decode: float
+    features: float
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a finished cell holds: of each block a distance, None of samples that diverged, and of every other metric a value."""
+
+    nfe: int
+    distances: tuple[float | None, ...]
+    nonfinite: int
+    metrics: dict[str, tuple[float, ...]]
+    rmse: float | None
+    psnr: float | None
+    seconds: Seconds
+    timing: str
+
+    def __post_init__(self) -> None:
+        if not self.distances or any(len(values) != len(self.distances) for values in self.metrics.values()):
+            raise ValueError("a distance and the metrics have one value for each block")
 
 
 @dataclass(frozen=True)
@@ -84,28 +111,31 @@ class Cell:
 
     # ---- finished ----
 
-    def numbers(self) -> dict[str, Any] | None:
+    def numbers(self) -> Numbers | None:
         """None if the cell is not finished. A damaged file is renamed and counts as absent."""
         path = self._path
-        try:
-            text = path.read_text()
-        except FileNotFoundError:
+        if not path.exists():
             return None
         try:
-            content = json.loads(text)
+            content = read_json(path)
             body = {"identity": content["identity"], "numbers": content["numbers"]}
             if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
                 raise ValueError("its sha256 does not match")
-        except (ValueError, KeyError, TypeError) as error:
-            with contextlib.suppress(FileNotFoundError):  # another process was first
+            if _canonical(body["identity"]) != _canonical(self.identity):
+                raise ValueError("it is of another identity")
+            return from_dict(Numbers, body["numbers"], "numbers")
+        except (*DAMAGE, UsageError) as error:
+            with contextlib.suppress(OSError):  # another process was first
                 path.replace(path.with_suffix(".damaged"))
-            print(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again", flush=True)
+            print(
+                f"{path.name} is damaged ({one_line(error)}): kept as {path.stem}.damaged, and measured again",
+                flush=True,
+            )
             return None
-        return content["numbers"]
 
-    def finish(self, numbers: dict[str, Any], png: bytes | None) -> None:
+    def finish(self, numbers: Numbers, png: bytes | None) -> None:
         """Write the numbers, then drop the parts."""
-        body = {"identity": self.identity, "numbers": numbers}
+        body = {"identity": self.identity, "numbers": to_dict(numbers)}
         content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
         if png is not None:
             write_atomically(self._path.with_suffix(".png"), png)
@@ -121,14 +151,17 @@ class Cell:
 
     def part(self, number: int) -> Part | None:
         """None if it is absent or damaged."""
+        path = self._part(number)
+        if not path.exists():
+            return None
         try:
-            with safe_open(self._part(number), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if header["hash"] != state_hash(header["costs"], tensors):
-                return None
-            return Part(tensors, json.loads(header["costs"]))
-        except (OSError, SafetensorError, KeyError, ValueError):
+            tensors, header = read_tensors(path)
+            costs = json.loads(header["costs"])
+            if header["hash"] != state_hash(header["costs"], tensors) or not isinstance(costs, dict):
+                raise ValueError("its hash does not match")
+            return Part(tensors, costs)
+        except DAMAGE as error:
+            print(f"{path.parent.name}/{path.name} is damaged ({one_line(error)}): made again", flush=True)
             return None
 
     def parts(self, numbers: Iterable[int]) -> list[Part]:
