@@ -1,6 +1,7 @@
 """What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
 
 import dataclasses
+import io
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -72,6 +73,9 @@ def own_fields(task: type, values: Any) -> Any:
 def main(command: Callable[[list[str]], object]) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
     try:
         code = run(command, [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv[1:])
     finally:

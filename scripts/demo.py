@@ -15,6 +15,7 @@ import train_solver
 import train_tokenizer
 
 from cli import main, resolve
+from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.training.config import TrainConfig
@@ -45,11 +46,11 @@ def run(task: DemoTask) -> Path:
     }
     for number, (name, stage) in enumerate(stages.items(), 1):
         began = time.monotonic()
-        print(f"[{number}/{len(stages)}] {name}", flush=True)
+        echo(f"[{number}/{len(stages)}] {name}")
         stage()
-        print(f"      {time.monotonic() - began:.0f} s", flush=True)
+        echo(f"      {time.monotonic() - began:.0f} s")
     report = task.out / "report.html"
-    print(f"done in {time.monotonic() - start:.0f} s; open {report}")
+    echo(f"done in {time.monotonic() - start:.0f} s; open {report}")
     return report
 
 

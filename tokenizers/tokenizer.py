@@ -169,11 +169,23 @@ class ImageTokenizer(Pretrained):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, C, H, W) float32, meant for [-1, 1] but unbounded."""
         _check_shape(codes, self.latent_shape, "codes")
+        codes = codes.contiguous()  # convolutions round by layout, and equal codes are to give equal images
         return self.decoder(self._cast(codes if self.latent_tokens is None else codes.squeeze(2))).float()
 
     def encode_indices(self, images: Tensor) -> Tensor:
-        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
-        return self.quantizer.codes_to_indices(self.quantizer.latents(self.encode(images)))
+        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them: those of `forward`, in any mode, without noise.
+
+        ValueError if the quantizer is continuous, or the encoder's output not finite.
+        """
+        if self.quantizer.codebook_size is None:
+            kind = self.config["quantizer"]["type"]
+            raise ValueError(f"quantizer {kind!r} is continuous and has no indices; use encode_latents")
+        z = self.encode(images)
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                "the encoder's output is not finite, so it has no tokens: its training diverged, train it again"
+            )
+        return self.quantizer.encode(z)[1]
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Tokens as `encode_indices` gives them -> images. ValueError if one is outside the codebook."""
@@ -181,8 +193,8 @@ class ImageTokenizer(Pretrained):
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Images -> latents (B, D, h, w) float32 before standardisation: what `set_latent_statistics` is measured on."""
-        latents = self.quantizer.latents(self.encode(images))
-        return self.quantizer.snap(latents) if self.latent_space == "post" else latents
+        z = self.encode(images)
+        return self.quantizer.encode(z)[0] if self.latent_space == "post" else self.quantizer.latents(z)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images."""

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DiskError, one_line, raising
+from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising
 
 DAMAGE = (
     *(OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
@@ -92,6 +92,16 @@ def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContext
 
 
 # ---- writing ----
+
+
+def check_path(path: Path) -> Path:
+    """`path`; UsageError where its name is not UTF-8, for files of weights could not be read there again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        why = "its name has bytes that are not UTF-8, and files of weights cannot be opened there"
+        raise UsageError(f"{path} cannot be used", why, "choose another --out") from None
+    return path
 
 
 @contextlib.contextmanager

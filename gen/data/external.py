@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, UsageError, one_line
+from midway.gen.core.text import printable
 from midway.gen.data.decoding import Decoded, Undecodable, check_options, prepare, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
 
@@ -63,9 +64,9 @@ def read_all(paths: Sequence[Path], options: ReadingOptions) -> dict[str, Extern
     """By the name of file or folder, by the whole path where names repeat. UsageError for one path twice."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("--images names a path twice", "rows would repeat", "name it once")
-    names = [path.name or str(path) for path in paths]
+    names = [printable(path.name or path) for path in paths]
     found = {
-        (name if names.count(name) == 1 else str(path)): read_external(path, options)
+        (name if names.count(name) == 1 else printable(path)): read_external(path, options)
         for name, path in zip(names, paths, strict=True)
     }
     return {name: replace(images, name=name) for name, images in found.items()}
@@ -79,7 +80,7 @@ def read_external(path: Path, options: ReadingOptions | None = None) -> External
     if not path.exists():
         raise DataError(f"{path} does not exist", f"looked for {path.absolute()}", "check the path given to --images")
     pixels, notes = _from_npz(path, options) if path.suffix.lower() == ".npz" else _from_files(path, options)
-    return ExternalImages(path.name, pixels, fingerprint(pixels), notes)
+    return ExternalImages(printable(path.name), pixels, fingerprint(pixels), notes)
 
 
 def fingerprint(pixels: Tensor) -> str:

@@ -27,6 +27,7 @@ from midway.gen.core.config import from_dict, to_dict
 from midway.gen.core.errors import DiskError, UsageError, one_line
 from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_tensors, state_hash, write_atomically
 from midway.gen.core.runs import lock
+from midway.gen.core.text import echo, json_text
 
 SCHEMA = 2
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
@@ -93,7 +94,7 @@ class Seeds:
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    return json_text(value, sort_keys=True).encode()
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,7 @@ class Cell:
         except (*DAMAGE, UsageError) as error:
             with contextlib.suppress(OSError):  # another process was first
                 path.replace(path.with_suffix(".damaged"))
-            print(
-                f"{path.name} is damaged ({one_line(error)}): kept as {path.stem}.damaged, and measured again",
-                flush=True,
-            )
+            echo(f"{path.name} is damaged ({one_line(error)}): kept as {path.stem}.damaged, and measured again")
             return None
 
     def finish(self, numbers: Numbers, png: bytes | None) -> None:
@@ -139,7 +137,7 @@ class Cell:
         content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
         if png is not None:
             write_atomically(self._path.with_suffix(".png"), png)
-        write_atomically(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(self._path, (json_text(content, indent=1) + "\n").encode())
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def png(self) -> bytes | None:
@@ -161,7 +159,7 @@ class Cell:
                 raise ValueError("its hash does not match")
             return Part(tensors, costs)
         except DAMAGE as error:
-            print(f"{path.parent.name}/{path.name} is damaged ({one_line(error)}): made again", flush=True)
+            echo(f"{path.parent.name}/{path.name} is damaged ({one_line(error)}): made again")
             return None
 
     def parts(self, numbers: Iterable[int]) -> list[Part]:
