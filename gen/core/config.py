@@ -113,6 +113,8 @@ def read_as(cls: type[T], path: Path, fix: str) -> T:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type: dataclass, optional, tuple, dict, Path, Literal, or a plain scalar; a number is no NaN."""
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # pyright: ignore[reportArgumentType]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -22,6 +22,7 @@ from midway.gen.core.config import from_file, read_yaml, write_yaml
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, UsageError, raising
 from midway.gen.core.files import (
+    DAMAGE,
     LOG_LIMIT,
     check_path,
     clear_temporaries,
@@ -88,8 +89,7 @@ class Run:
             raise DataError(
                 f"{path} is not a run directory", "it has no config.yaml", f"give the --out of a {kind} run"
             )
-        values = read_yaml(path / "config.yaml")
-        found = values.pop("kind", None) if isinstance(values, dict) else None
+        found, values = _kind_of(path)
         if found != kind:
             raise DataError(
                 f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"
@@ -110,9 +110,10 @@ class Run:
         path = self.path / "env.json"
         try:
             known = read_json(path)
-        except (OSError, ValueError):  # of a run that was killed as it began
-            known = environment()
-        starts = [*known.get("starts", []), facts if not known.get("starts") else {**environment(), **facts}]
+            starts = [dict(start) for start in known.get("starts", [])]
+        except DAMAGE:  # of a run that was killed as it began, say
+            known, starts = environment(), []
+        starts.append({**environment(), **facts} if starts else facts)
         write_atomically(path, (json.dumps({**known, "starts": starts}, indent=2) + "\n").encode())
 
     @property
@@ -184,6 +185,22 @@ def lock(path: Path, use: str = "trained") -> Iterator[None]:
                 f"{path} is being {use} by another process", "two would mix", "wait for it, or end it first"
             ) from None
         yield
+
+
+def kind_of(path: Path) -> str:
+    """The kind of the run at `path`; empty if there is none, or its config.yaml names none. DataError if it cannot be read."""
+    found = _kind_of(path)[0] if (path / "config.yaml").exists() else None
+    return found if isinstance(found, str) else ""
+
+
+def _kind_of(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The kind of the run at `path`, and the rest of its configuration; None without one. DataError for what is not YAML."""
+    try:
+        values = read_yaml(path / "config.yaml")
+    except UsageError as error:
+        raise DataError(error.what, error.why, "restore the config.yaml of the run, or give another run") from error
+    values = values if isinstance(values, dict) else {}
+    return values.pop("kind", None), values
 
 
 def _append(path: Path, line: str) -> None:
