@@ -15,10 +15,11 @@ from cli import main, resolve
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
 from midway.gen.core.runs import kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
-from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -69,6 +70,10 @@ class LikelihoodTask:
     ode: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     title: str = "Bits per dimension and distance of samples"
 
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, first_seed=SEED, iwae=(0, COUNT[1]), batch_size=BATCH)
+        check_ranges(self.ode, steps=STEPS, probes=COUNT, rho_min=POSITIVE)
+
 
 def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     """Check everything, measure, print the table, write the report."""
@@ -88,9 +93,11 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
     rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
     rows += references(splits, instruments)
-    write_likelihood_report(
-        out, rows, context(task, splits, instruments, any(trained.model.classes for trained in models.values()))
-    )
+    conditional = any(trained.model.classes for trained in models.values())
+    warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
+    warnings += empty_notes(splits, conditional)
+    echo(*warnings)
+    write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
     echo(text_table(likelihood_table(rows)))
     echo(f"report: {out / 'report.md'}")
     return rows
@@ -165,7 +172,7 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
 # ---- the report ----
 
 
-def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, conditional: bool) -> ReportContext:
+def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, warnings: list[str]) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(instruments.subject.images)
     return ReportContext(
@@ -179,7 +186,7 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, cond
             "Weights that are the best in validation were chosen on held-out images: their figures are a little too good.",
             f"Distances are of {n} samples to all {len(splits.train.images)} training images; samples of a VAE are expected "
             "images, without the noise of values.",
-            *empty_notes(splits, conditional),
+            *warnings,
         ),
     )
 

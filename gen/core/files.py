@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ DAMAGE = (
 )
 """Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
 
+ZIP_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError)
+"""Errors of opening zip files that are missing, damaged or of another kind."""
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 TEXT_LIMIT = 64 << 20
 """Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
 LOG_LIMIT = 8 << 30
@@ -84,6 +88,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors, on the CPU, and header of a safetensors file; OSError as `regular_file`, SafetensorError for anything else."""
     with safe_open(regular_file(path, WEIGHTS_LIMIT), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+
+
+def read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, limit: int) -> bytes:
+    """The bytes of a member of a zip, as many as it declares and no more than `limit`; OSError, BadZipFile."""
+    entry = member if isinstance(member, zipfile.ZipInfo) else archive.getinfo(member)
+    check_size(entry.file_size, limit)
+    if entry.compress_type not in ZIP_METHODS:  # zipfile expands others without bound
+        raise OSError("it is neither stored nor deflated: make the zip again")
+    with archive.open(entry) as file:
+        return file.read(entry.file_size)
 
 
 def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:

@@ -23,15 +23,15 @@ from midway.gen.data.contents import (
     channel_statistics,
     conversions,
     duplicates,
-    endings,
     levels,
     read_contents,
     same_pixels,
     shared,
     sizes,
 )
-from midway.gen.data.decoding import Undecodable, Unusable, counted
+from midway.gen.data.decoding import LOSSY, Undecodable, counted
 from midway.gen.data.files import check_bad
+from midway.gen.data.layouts import left_out_lines
 from midway.gen.data.sources import SOURCES, existing_path
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
 
@@ -39,8 +39,6 @@ FEW = 1000
 """Held-out images below which a distance is mostly bias."""
 LEAST = 2
 """Images that a covariance needs."""
-
-_LOSSY = "lossy"  # the beginning of notes about loss
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,8 @@ class DataFacts:
     files: int
     images: int
     bad: tuple[Undecodable, ...]
-    other_files: dict[str, int]
+    other_files: dict[str, int]  # left out, by kind
+    bare_folders: tuple[str, ...]  # without images
     classes: dict[str, int]
     channels: dict[int, int]
     sizes: dict[str, int]
@@ -118,17 +117,10 @@ def check(config: DataConfig, against: str | None = None) -> DataFacts:
 
 def _errors(contents: Contents, config: DataConfig) -> Iterator[DataError]:
     """All errors of `load_images`, not only the first."""
-    unusable = [item for item in contents.bad if isinstance(item, Unusable)]
-    broken = [item for item in contents.bad if not isinstance(item, Unusable)]
-    total = len(contents.pictures) + len(contents.bad)
     try:
-        check_bad(broken, total, config.on_bad_image)
+        check_bad(contents.bad, len(contents.pictures) + len(contents.bad), config.on_bad_image)
     except DataError as error:
         yield error
-    if unusable:
-        what = f"{len(unusable)} of {counted(total)} are intact but cannot be used"
-        why = "; ".join(f"{item.name} ({item.reason})" for item in unusable[:NAMED])
-        yield DataError(what, why, "convert or remove these files; --on-bad-image skip does not cover them")
     if contents.error is not None:
         yield contents.error
     if len({picture.size for picture in contents.pictures}) > 1:
@@ -164,11 +156,12 @@ def _facts(contents: Contents, other: Contents | None, chosen: Tensor | None, co
         files=len(pictures) + len(contents.bad),
         images=len(pictures),
         bad=contents.bad,
-        other_files=endings(contents.others),
+        other_files=dict(contents.left_out),
+        bare_folders=contents.bare,
         classes=dict(zip(contents.classes, counts, strict=True)),
         channels={channels: count for channels, count in ((1, grey), (3, len(pictures) - grey)) if count},
         sizes=sizes(pictures),
-        conversions=conversions(pictures),
+        conversions=conversions(pictures, contents.notes),
         levels=levels(pictures),
         statistics=channel_statistics(pictures),
         fingerprint=None,
@@ -203,10 +196,8 @@ def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -
 def _warnings(facts: DataFacts) -> Iterator[str]:
     if facts.bad:
         yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; the figures do not include them"
-    if facts.other_files:
-        listed = ", ".join(f"{ending} ({count})" for ending, count in facts.other_files.items())
-        yield f"files without an image extension are ignored: {listed}"
-    if any(note.startswith(_LOSSY) for note in facts.conversions):
+    yield from (f"left out: {line}" for line in left_out_lines(facts.other_files, facts.bare_folders))
+    if any(note.startswith(LOSSY) for note in facts.conversions):
         yield "lossy files: their loss is part of the data; save samples as PNG, since JPEG would change their distance"
     yield from _copies_warnings(facts)
     if facts.split is not None:

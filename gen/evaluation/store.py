@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from midway.gen.core.config import from_dict, to_dict
-from midway.gen.core.errors import DiskError, UsageError, one_line
+from midway.gen.core.errors import DiskError, UsageError, one_line, raising
 from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_tensors, state_hash, write_atomically
 from midway.gen.core.runs import lock
 from midway.gen.core.text import echo, json_text
@@ -214,7 +214,5 @@ class CellStore:
             clear_temporaries(folder)
 
     def _make(self) -> None:
-        try:
+        with raising(DiskError, f"{self.folder} cannot be made", "choose another --out", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder} cannot be made", str(error), "choose another --out") from None

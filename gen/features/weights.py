@@ -19,7 +19,7 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising
+from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising, remedy
 from midway.gen.core.files import WEIGHTS_LIMIT, file_hash, read_tensors, regular_file, replacing
 from midway.tokenizers.weights import check_published, is_finite
 
@@ -93,7 +93,7 @@ def download(published: Published, path: Path) -> None:
     except (URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise missing(published, f"{published.url} cannot be fetched ({error})") from None
     except OSError as error:
-        raise DiskError(f"cannot write {path}", str(error), "free disk space, or set TORCH_HOME") from error
+        raise DiskError(f"cannot write {path}", str(error), remedy(error, "set TORCH_HOME")) from error
 
 
 def _receive(published: Published, path: Path) -> str:
