@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.tokenizers.base import float32_island
-from midway.tokenizers.weights import HALVES, check_tensors
+from midway.tokenizers.weights import HALVES, check_tensors, regular
 
 Net = Literal["vgg", "alex"]
 
@@ -190,6 +190,7 @@ def _read_backbone(backbone: _Backbone, path: Path) -> list[Tensor]:
         for kind, shape in (("weight", c.shape), ("bias", c.shape[:1]))
     }
     try:
+        regular(path)
         state = _read_safetensors(path, expected) if path.suffix == ".safetensors" else _read_pth(path, backbone.file)
         check_tensors({name: state[name] for name in expected if name in state}, expected, HALVES)
     except (OSError, SafetensorError, ValueError) as error:

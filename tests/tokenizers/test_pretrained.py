@@ -12,6 +12,7 @@ from damages import DAMAGES, damage, read, shard
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers_models import AUTOENCODER, unet
+from endless import ENDLESS, guarded
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from traps import Trap
@@ -198,6 +199,14 @@ def test_half_a_file_an_empty_one_and_a_folder_in_its_place_raise(folder: Path) 
     (folder / FILE).unlink()
     (folder / FILE).mkdir()
     refused(folder)
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("name", [FILE, "config.json", INDEX])
+def test_what_is_no_regular_file_is_never_opened(kind: str, name: str, folder: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    ENDLESS[kind][0](folder / name)
+    guarded(lambda: refused(folder))
 
 
 # ---- options ----
