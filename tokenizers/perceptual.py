@@ -12,7 +12,7 @@ The weights are neither parameters nor buffers, so checkpoints and weight averag
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.tokenizers.base import float32_island
-from midway.tokenizers.weights import HALVES, check_tensors, regular
+from midway.tokenizers.precision import Convert, at_least_float32
+from midway.tokenizers.weights import HALVES, WEIGHTS_LIMIT, check_tensors, readable
 
 Net = Literal["vgg", "alex"]
 
@@ -148,15 +149,11 @@ class Perceptual(nn.Module):
                 compared.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
         return compared
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
         """`.to()`, also of a parent: follows devices and float64, not half precision, which would make it another distance."""
-        self._held = {name: [_moved(tensor, fn) for tensor in tensors] for name, tensors in self._held.items()}
-        return super()._apply(fn, recurse)
-
-
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    moved = fn(tensor)
-    return tensor.to(moved.device) if moved.element_size() < 4 else moved
+        convert = at_least_float32(fn)
+        self._held = {name: [convert(tensor) for tensor in tensors] for name, tensors in self._held.items()}
+        return super()._apply(convert, recurse)
 
 
 def _check_images(a: Tensor, b: Tensor) -> None:
@@ -190,7 +187,7 @@ def _read_backbone(backbone: _Backbone, path: Path) -> list[Tensor]:
         for kind, shape in (("weight", c.shape), ("bias", c.shape[:1]))
     }
     try:
-        regular(path)
+        readable(path, WEIGHTS_LIMIT)
         state = _read_safetensors(path, expected) if path.suffix == ".safetensors" else _read_pth(path, backbone.file)
         check_tensors({name: state[name] for name in expected if name in state}, expected, HALVES)
     except (OSError, SafetensorError, ValueError) as error:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -171,6 +172,14 @@ def _layout(data: ImageData, tokenizer: ImageTokenizer, flip: bool) -> dict[str,
     raw = torch.empty(len(data.images), *tokenizer.latent_shape, device="meta")
     mean = torch.empty(tokenizer.latent_shape[0], device="meta")
     return {"raw": raw, "labels": data.labels, "mean": mean, "std": mean, **({"mirrored": raw} if flip else {})}
+
+
+def is_latent_cache(path: Path) -> bool:
+    """Whether this file was written by `save_latents`."""
+    try:
+        return read_tensors(path)[1].get("format", "").startswith("midway-latents")
+    except (OSError, SafetensorError):
+        return False
 
 
 def cache_path(folder: Path, data: ImageData, tokenizer: ImageTokenizer, flip: bool = False) -> Path:

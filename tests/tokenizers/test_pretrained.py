@@ -1,6 +1,7 @@
 """A folder of `save_pretrained` is loaded bit for bit, or not at all: every tensor, every option, and no pickle."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -201,14 +202,6 @@ def test_half_a_file_an_empty_one_and_a_folder_in_its_place_raise(folder: Path) 
     refused(folder)
 
 
-@pytest.mark.parametrize("kind", ENDLESS)
-@pytest.mark.parametrize("name", [FILE, "config.json", INDEX])
-def test_what_is_no_regular_file_is_never_opened(kind: str, name: str, folder: Path) -> None:
-    (folder / name).unlink(missing_ok=True)
-    ENDLESS[kind][0](folder / name)
-    guarded(lambda: refused(folder))
-
-
 # ---- options ----
 
 
@@ -277,3 +270,29 @@ def test_a_transformer_far_larger_than_its_weights_is_given_up(
 def test_options_of_diffusers_that_would_load_otherwise_raise(option: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"without {option}"):
         ImageTokenizer.from_pretrained(folder, **{option: False})  # pyright: ignore[reportArgumentType]
+
+
+# ---- files that never end ----
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {"vq": ImageTokenizer.from_pretrained, "autoencoder": read_model}
+
+
+@pytest.mark.parametrize("kind", [*ENDLESS, "terabytes"])
+@pytest.mark.parametrize("name", ["config.json", FILE, INDEX])
+@pytest.mark.parametrize("source", LOADERS)
+def test_what_is_no_regular_file_is_never_opened(
+    folders: dict[str, Path], tmp_path: Path, source: str, name: str, kind: str
+) -> None:
+    folder = Path(shutil.copytree(folders[source], tmp_path / "copy"))
+    (folder / name).unlink(missing_ok=True)
+    if kind == "terabytes":
+        (folder / name).touch()
+        os.truncate(folder / name, 1 << 42)
+    else:
+        ENDLESS[kind][0](folder / name)
+    with pytest.raises((OSError, ValueError), match=r"is not a regular file|more than the limit of"):
+        guarded(lambda: LOADERS[source](folder))
+    if source == "vq":
+        with pytest.raises(DataError, match=r"is not a regular file|more than the limit of"):
+            guarded(lambda: read_tokenizer(folder))
