@@ -13,10 +13,10 @@ from evaluate_tokenizer import NONE, load_alike, open_reference
 
 from cli import main, resolve
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
-from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
+from midway.gen.core.runs import kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
@@ -124,9 +124,7 @@ def check(task: LikelihoodTask) -> Bounds:
 
 def load_one(path: Path, device: torch.device) -> Trained:
     """A latent model, or else a baseline; DataError for any other run."""
-    config = path / "config.yaml"
-    values = read_yaml(config) if config.exists() else None
-    if isinstance(values, dict) and values.get("kind") == "latent_model":
+    if kind_of(path) == "latent_model":
         return load_model(path, device)
     return load_trained_baseline(path, device)
 

@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import tyro
 from safetensors.torch import save_file
+from torch import Tensor
 
 from cli import main, own_fields, resolve
 from midway.gen.core import checkpoints
-from midway.gen.core.config import PER_CALL, from_dict, to_dict
+from midway.gen.core.config import PER_CALL, from_file, to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
+from midway.gen.core.files import read_tensors, reading
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import data_of
 from midway.gen.training.power_ema import find_snapshots, reconstruct
@@ -51,7 +53,7 @@ def make(task: PosthocTask) -> Run:
         )
     step = snapshots[-1].step if task.step is None else task.step
     with raising(UsageError, f"no average of width {task.std} at step {step}", "change --std or --step"):
-        averaged = reconstruct(snapshots, step, task.std)
+        averaged = reconstruct(snapshots, step, task.std, trained_weights(newest))
     if task.out.exists() and task.out.samefile(source.path):
         raise UsageError(f"--out {task.out}", "the average is made from this run", "choose another --out")
     with Run.creating(task.out, "latent_model", configuration(task, source, step), task.overwrite) as run:
@@ -66,9 +68,16 @@ def make(task: PosthocTask) -> Run:
         return run
 
 
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The newest weights of the run, which its averages must be like; DataError if they cannot be read."""
+    with reading(checkpoint / "model.safetensors", "train the model again with --overwrite"):
+        return read_tensors(checkpoint / "model.safetensors")[0]
+
+
 def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
     """What the source was trained with, and where the average comes from."""
-    trained = to_dict(from_dict(LatentTask, own_fields(LatentTask, source.config), "config.yaml"))
+    values, fix = own_fields(LatentTask, source.config), "give a run that train_latent.py made"
+    trained = to_dict(from_file(LatentTask, values, source.path / "config.yaml", fix))
     made = {"source": str(task.run), "std": task.std, "step": step}
     return {**trained, "data": to_dict(data_of(source)), "posthoc": made}
 

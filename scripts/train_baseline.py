@@ -45,13 +45,13 @@ def kind_of(task: BaselineTask) -> str:
 def task_type(values: dict[str, object]) -> type[BaselineTask]:
     """The task of a run's configuration; DataError for an unknown kind of baseline."""
     kind = values.get("baseline")
-    if kind not in BASELINE_TASKS:
+    if not isinstance(kind, str) or kind not in BASELINE_TASKS:
         raise DataError(
             f"unknown baseline {kind!r}",
             "the configuration has no valid `baseline` key",
             nearest(str(kind), BASELINE_TASKS),
         )
-    return BASELINE_TASKS[str(kind)]
+    return BASELINE_TASKS[kind]
 
 
 def read_task(arguments: list[str]) -> BaselineTask:

@@ -27,10 +27,11 @@ from accelerate import Accelerator
 from cli import main, own_fields, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
-from midway.gen.core.config import from_dict, read_yaml
+from midway.gen.core.config import from_file
 from midway.gen.core.errors import DataError, MidwayError
+from midway.gen.core.files import LOG_LIMIT, read_text, reading
 from midway.gen.core.locks import check_no_link, empty, lock, made
-from midway.gen.core.runs import Run
+from midway.gen.core.runs import Run, kind_of
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
@@ -119,13 +120,14 @@ def made_empty(path: Path) -> Iterator[None]:
 
 def open_any(path: Path) -> tuple[Run, Any]:
     """A run of any kind and the task it was started with."""
-    values = read_yaml(path / "config.yaml") if (path / "config.yaml").exists() else {}
-    kind = values.get("kind") if isinstance(values, dict) else None
+    kind = kind_of(path)
     if kind not in KINDS:
-        raise DataError(f"{path} is not a run that was trained", f"its kind is {kind}", "give the --out of a training")
+        raise DataError(
+            f"{path} is not a run that was trained", f"its kind is {kind or None}", "give the --out of a training"
+        )
     run = Run.open(path, kind)
-    task = KINDS[kind].task(run.config)
-    return run, from_dict(task, own_fields(task, run.config), "config.yaml")
+    task, fix = KINDS[kind].task(run.config), "give a run whose config.yaml is as its training wrote it"
+    return run, from_file(task, own_fields(task, run.config), path / "config.yaml", fix)
 
 
 def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
@@ -216,8 +218,11 @@ def compare_losses(run: Path, replayed: Path, first: int, last: int) -> list[str
 
 def _records(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [r for r in map(json.loads, lines) if "lr" in r and not r.get("partial") and not r.get("final")]
+    if not path.exists():
+        return []
+    with reading(path, "move it elsewhere: then logged means are not compared"):
+        lines = map(json.loads, read_text(path, LOG_LIMIT).splitlines())
+        return [r for r in lines if "lr" in r and r["step"] > 0 and not r.get("partial") and not r.get("final")]
 
 
 def _means(record: dict[str, Any]) -> dict[str, Any]:

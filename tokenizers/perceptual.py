@@ -12,7 +12,7 @@ The weights are neither parameters nor buffers, so checkpoints and weight averag
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from midway.tokenizers.base import float32_island
 from midway.tokenizers.precision import Convert, at_least_float32
+from midway.tokenizers.weights import HALVES, WEIGHTS_LIMIT, check_tensors, readable
 
 Net = Literal["vgg", "alex"]
 
@@ -32,9 +33,13 @@ _MEAN, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's
 
 @dataclass(frozen=True)
 class _Convolution:
-    """Max pooling by `pool` (None: without), convolution, ReLU; `index` is its place among torchvision's features."""
+    """Max pooling by `pool` (None: without), convolution, ReLU; `index` is its place among torchvision's features.
+
+    `shape` is that of its weight: (channels out, channels in, height, width).
+    """
 
     index: int
+    shape: tuple[int, int, int, int]
     padding: int
     pool: int | None = None
     stride: int = 1
@@ -58,8 +63,17 @@ class _Backbone:
 _BACKBONES: Mapping[str, _Backbone] = {
     "vgg": _Backbone(
         tuple(
-            _Convolution(first + 2 * i, 1, pool=2 if first and not i else None, compared=i == count - 1)
-            for first, count in ((0, 2), (5, 2), (10, 3), (17, 3), (24, 3))
+            _Convolution(
+                first + 2 * i,
+                (width, width if i else before, 3, 3),
+                1,
+                pool=2 if first and not i else None,
+                compared=i == count - 1,
+            )
+            for first, count, before, width in (
+                *((0, 2, 3, 64), (5, 2, 64, 128), (10, 3, 128, 256)),
+                *((17, 3, 256, 512), (24, 3, 512, 512)),
+            )
             for i in range(count)
         ),
         "vgg16-397923af.pth",
@@ -67,11 +81,11 @@ _BACKBONES: Mapping[str, _Backbone] = {
     ),
     "alex": _Backbone(
         (
-            _Convolution(0, 2, stride=4),
-            _Convolution(3, 2, pool=3),
-            _Convolution(6, 1, pool=3),
-            _Convolution(8, 1),
-            _Convolution(10, 1),
+            _Convolution(0, (64, 3, 11, 11), 2, stride=4),
+            _Convolution(3, (192, 64, 5, 5), 2, pool=3),
+            _Convolution(6, (384, 192, 3, 3), 1, pool=3),
+            _Convolution(8, (256, 384, 3, 3), 1),
+            _Convolution(10, (256, 256, 3, 3), 1),
         ),
         "alexnet-owt-7be5be79.pth",
         31,
@@ -167,20 +181,23 @@ def _read_heads(net: str) -> list[Tensor]:
 
 def _read_backbone(backbone: _Backbone, path: Path) -> list[Tensor]:
     """Weight and bias of each convolution in turn, float32 on the CPU. ValueError if the file does not match the backbone."""
-    names = [f"features.{c.index}.{kind}" for c in backbone.convolutions for kind in ("weight", "bias")]
+    expected = {
+        f"features.{c.index}.{kind}": torch.empty(shape, device="meta")
+        for c in backbone.convolutions
+        for kind, shape in (("weight", c.shape), ("bias", c.shape[:1]))
+    }
     try:
-        state = _read_safetensors(path, names) if path.suffix == ".safetensors" else _read_pth(path, backbone.file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the backbone's weights {path} ({error}): give {backbone.file}") from error
-    missing = [name for name in names if name not in state]
-    if missing:
+        readable(path, WEIGHTS_LIMIT)
+        state = _read_safetensors(path, expected) if path.suffix == ".safetensors" else _read_pth(path, backbone.file)
+        check_tensors({name: state[name] for name in expected if name in state}, expected, HALVES)
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(
-            f"{path} has no {', '.join(missing)}: give the weights of {backbone.file}, under torchvision's names"
-        )
-    return [state[name].detach().float().contiguous() for name in names]
+            f"cannot use the backbone's weights {path} ({error}): give those of {backbone.file}, under torchvision's names"
+        ) from error
+    return [state[name].detach().float().contiguous() for name in expected]
 
 
-def _read_safetensors(path: Path, names: list[str]) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
 

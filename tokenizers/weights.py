@@ -57,7 +57,7 @@ def local_folder(source: str | Path, subfolder: str | None = None, **hub: Any) -
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; OSError if there is none, ValueError for anything else."""
     try:
-        found = json.loads(readable(path, CONFIG_LIMIT).read_text())
+        found = json.loads(readable(path, CONFIG_LIMIT).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({line(error)})") from error
     if not isinstance(found, dict):

@@ -3,19 +3,33 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from midway.gen.baselines.base import CPU, KIND, Baseline
 from midway.gen.baselines.flow import CouplingFlow
 from midway.gen.baselines.tarflow import TarFlow
 from midway.gen.baselines.vae import VAE
 from midway.gen.core import checkpoints
-from midway.gen.core.config import from_dict
-from midway.gen.core.files import reading, state_hash
+from midway.gen.core.config import from_file
+from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, data_of
+from midway.tokenizers.weights import building, load_weights
+
+
+@dataclass(frozen=True)
+class Description:
+    """model.json: from which a baseline is built; `config` is of the kind's own type."""
+
+    kind: str
+    config: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    levels: int
+    classes: int
+    empty: tuple[int, ...] = ()
+
 
 BASELINES: dict[str, type[Baseline]] = {"vae": VAE, "flow": CouplingFlow, "tarflow": TarFlow}
 
@@ -60,13 +74,14 @@ def read_baseline(folder: Path, device: torch.device = CPU) -> tuple[Baseline, s
 
     DataError for files that are missing or do not fit.
     """
-    with reading(folder, "train the model again with --overwrite"):
-        text = (folder / "model.json").read_text()
-        state = load_file(_weights(folder))
-        description = json.loads(text)
-        cls = BASELINES[description["kind"]]
-        config = from_dict(cls.config_type, description["config"], "model.json")
-        model = cls(config, tuple(description["image_shape"]), description["levels"], description["classes"])
-        model.empty = tuple(description.get("empty", ()))
-        model.load_state_dict(state)
+    file, retrain = folder / "model.json", "train the model again with --overwrite"
+    with reading(folder, retrain):
+        text, (state, _) = read_text(file), read_tensors(_weights(folder))
+        found = from_file(Description, json.loads(text), file, retrain)
+        cls = BASELINES[found.kind]
+        config = from_file(cls.config_type, found.config, file, retrain)
+        with building(file, state):
+            model = cls(config, found.image_shape, found.levels, found.classes)
+            load_weights(model, state)
+        model.empty = found.empty
     return model.to(device).eval().requires_grad_(False), state_hash(text, state)

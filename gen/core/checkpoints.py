@@ -23,8 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from midway.gen.core.config import from_dict
 from midway.gen.core.environment import versions
-from midway.gen.core.errors import DataError, DiskError, one_line, raising
+from midway.gen.core.errors import DataError, DiskError, MidwayError, one_line, raising
 from midway.gen.core.files import (
     DAMAGE,
     WEIGHTS_LIMIT,
@@ -56,11 +57,22 @@ class Checkpoint:
             found = load_file(regular_file(file, WEIGHTS_LIMIT))
             return {key: value.clone() for key, value in found.items()}  # else the file stays mapped
 
-    def json(self, name: str) -> Any:
-        """A JSON file; DataError for anything else."""
-        file = self.path / name
-        with reading(file, "restore the file, or train again"):
-            return read_json(file)
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a checkpoint as it was written."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a manifest must have; writers add entries of their own."""
+
+    format: str
+    step: int
+    files: dict[str, Written]
 
 
 # ---- writing ----
@@ -151,22 +163,33 @@ def directories(root: Path) -> list[Path]:
 
 
 def verify(path: Path) -> Checkpoint:
-    """The checkpoint at `path` if every file has the size and sha256 of its manifest; DataError naming what is wrong."""
+    """The checkpoint at `path` if it has the files of its manifest, of their size and sha256; DataError naming what is wrong."""
     what, fix = f"checkpoint {path} is damaged", "resume from an older one with --resume auto, or train again"
-    with raising(DataError, what, fix, *DAMAGE, why=lambda error: f"its manifest cannot be used ({one_line(error)})"):
-        manifest = read_json(path / MANIFEST)
-        if manifest["sha256"] != _own_hash(manifest):
+    causes = (*DAMAGE, MidwayError)
+    with raising(DataError, what, fix, *causes, why=lambda error: f"its manifest cannot be used ({one_line(error)})"):
+        values = read_json(path / MANIFEST)
+        if values["sha256"] != _own_hash(values):
             raise ValueError("sha256 differs")
-        if manifest["format"] != FORMAT or f"step-{manifest['step']}" != path.name:
-            raise ValueError(f"format {manifest['format']!r}, step {manifest['step']}")
-    for name, expected in manifest["files"].items():
+        known = {name: values[name] for name in ("format", "step", "files")}
+        manifest = from_dict(Manifest, known, MANIFEST)
+        if manifest.format != FORMAT or f"step-{manifest.step}" != path.name:
+            raise ValueError(f"format {manifest.format!r}, step {manifest.step}")
+    for name, expected in manifest.files.items():
         with raising(DataError, what, fix, OSError, why=one_line):
             size = (path / name).stat().st_size
-            if size != expected["size"]:
-                raise DataError(what, f"{name} has {size} bytes, {expected['size']} were written", fix)
-            if file_hash(path / name) != expected["sha256"]:
+            if size != expected.size:
+                raise DataError(what, f"{name} has {size} bytes, {expected.size} were written", fix)
+            if file_hash(path / name) != expected.sha256:
                 raise DataError(what, f"{name} is not what was written (sha256 differs)", fix)
-    return Checkpoint(path, manifest["step"])
+    surplus = sorted(_names(path) - manifest.files.keys() - {MANIFEST})
+    if surplus:
+        raise DataError(what, f"{surplus[0]} was not written with it", f"move that file elsewhere, or {fix}")
+    return Checkpoint(path, manifest.step)
+
+
+def _names(folder: Path) -> set[str]:
+    """Of all files in a checkpoint, but for those that other programs hide there."""
+    return {name for file in folder.rglob("[!.]*") if file.is_file() and (name := file.relative_to(folder).as_posix())}
 
 
 def valid(root: Path, say: Callable[[str], None]) -> Iterator[Checkpoint]:

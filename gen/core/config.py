@@ -1,8 +1,14 @@
-"""Frozen dataclasses <-> plain dictionaries <-> YAML, strictly: an unknown key is an error that names the nearest known one."""
+"""Frozen dataclasses <-> plain dictionaries <-> YAML and JSON, strictly: every key is known, every value of its type.
+
+An unknown key is an error that names the nearest known one. Flags and files that people write raise UsageError, what a run left
+DataError.
+"""
 
 import dataclasses
+import math
 import re
 import reprlib
+import sys
 import types
 import typing
 from pathlib import Path
@@ -10,8 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
-from midway.gen.core.errors import UsageError, nearest, one_line, raising, remedy
-from midway.gen.core.files import read_text, write_atomically
+from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising, remedy
+from midway.gen.core.files import read_json, read_text, reading, write_atomically
 
 T = TypeVar("T")
 PER_CALL = {"per call": True}
@@ -77,14 +83,38 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
             raise UsageError(
                 f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), fields)
             )
+    missing = [name for name, f in fields.items() if name not in values and _is_needed(f)]
+    if missing:
+        raise UsageError(f"{where} lacks '{missing[0]}'", f"{cls.__name__} has no default for it", "add the key")
     recorded = {key: value for key, value in values.items() if not _is_per_call(fields[key])}
     typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in recorded.items()}
-    with raising(UsageError, f"{where} cannot be used", "correct the value"):
+    with raising(UsageError, f"{where} cannot be used", "correct the value", ValueError, TypeError, ArithmeticError):
         return cls(**typed)
 
 
+def _is_needed(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def from_file(cls: type[T], values: Any, path: Path, fix: str, part: str = "") -> T:
+    """`from_dict` of what a run left in this file, or in a part of it; DataError, with this `fix`, for what does not fit."""
+    try:
+        return from_dict(cls, values, part or path.name)
+    except UsageError as error:
+        raise DataError(f"{path} cannot be used", f"{error.what}: {error.why}", fix) from error
+
+
+def read_as(cls: type[T], path: Path, fix: str) -> T:
+    """The object in a JSON file as the dataclass `cls`; DataError, with this `fix`, for anything else."""
+    with reading(path, fix):
+        values = read_json(path)
+    return from_file(cls, values, path, fix)
+
+
 def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the annotated type: dataclass, optional, tuple, Path, Literal, or a plain scalar."""
+    """`value` as the annotated type: dataclass, optional, tuple, dict, Path, Literal, or a plain scalar; a number is no NaN."""
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # pyright: ignore[reportArgumentType]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -95,16 +125,34 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         return _checked(value, value in arguments, where, f"one of {', '.join(map(repr, arguments))}")
     if origin is tuple:
-        _checked(value, isinstance(value, list | tuple), where, "a list")
-        return tuple(_typed(arguments[0], v, where) for v in value)
+        return _tuple(arguments, value, where)
+    if origin is dict:
+        _checked(value, isinstance(value, dict) and all(isinstance(key, str) for key in value), where, "a mapping")
+        return {key: _typed(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
     if hint is Path:
         return Path(_checked(value, isinstance(value, str), where, "a path"))
     if hint is float:
-        return float(_checked(value, isinstance(value, int | float) and not isinstance(value, bool), where, "a number"))
+        return float(_checked(value, _is_number(value), where, "a number"))
     if isinstance(hint, type):
         exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
         return _checked(value, exact, where, f"of type {hint.__name__}")
     return value
+
+
+def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """A list as a tuple of values of one type, `kinds` = (type, ...), or of as many as there are types."""
+    any_length = kinds[1:] == (Ellipsis,)
+    _checked(value, isinstance(value, list | tuple), where, "a list")
+    _checked(value, any_length or len(value) == len(kinds), where, f"a list of {len(kinds)}")
+    each = kinds[:1] * len(value) if any_length else kinds
+    return tuple(_typed(kind, v, f"{where}.{i}") for i, (kind, v) in enumerate(zip(each, value, strict=True)))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether float64 has it; NaN is no number, infinity is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max if isinstance(value, int) else not math.isnan(value)
 
 
 def _checked(value: Any, fits: bool, where: str, wanted: str) -> Any:

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising
 
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
+DAMAGE = (
+    *(OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RuntimeError, MemoryError),
+)
 """Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
 
 ZIP_DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError)
@@ -92,6 +95,12 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and header of a safetensors file; OSError as `regular_file`, SafetensorError for anything else."""
+    with safe_open(regular_file(path, WEIGHTS_LIMIT), framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
 
 
 def member(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo, limit: int) -> zipfile.ZipInfo:

@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from midway.gen.core import checkpoints
-from midway.gen.core.config import read_yaml, write_yaml
+from midway.gen.core.config import from_file, read_yaml, write_yaml
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, raising
 from midway.gen.core.files import (
+    DAMAGE,
     LOG_LIMIT,
     check_path,
     clear_all_temporaries,
@@ -34,6 +35,7 @@ from midway.gen.core.files import (
 from midway.gen.core.locks import LOCK, check_no_link, empty, lock, locked_inside, made
 from midway.gen.core.text import echo, printable_lines
 
+T = TypeVar("T")
 CONFIG = "config.yaml"
 UNUSED = (CONFIG, "env.json", "log.txt", "samples", LOCK)
 """All that is in a run whose training has not begun; of samples/ nothing."""
@@ -147,6 +149,11 @@ class Run:
             )
         return Run(path, kind, values)
 
+    def part(self, name: str, shape: type[T]) -> T:
+        """One part of the configuration; DataError if it is missing or does not fit."""
+        fix = f"give another run, or restore {name} from the config.yaml of a run of the same kind"
+        return from_file(shape, self.config.get(name), self.path / CONFIG, fix, name)
+
     def write_config(self) -> None:
         """Write config.yaml, which marks a directory as a run."""
         write_yaml(self.path / CONFIG, {"kind": self.kind, **self.config})
@@ -156,9 +163,10 @@ class Run:
         path = self.path / "env.json"
         try:
             known = read_json(path)
-        except (OSError, ValueError):  # of a run that was killed as it began
-            known = environment()
-        starts = [*known.get("starts", []), facts if not known.get("starts") else {**environment(), **facts}]
+            starts = [dict(start) for start in known.get("starts", [])]
+        except DAMAGE:  # of a run that was killed as it began, say
+            known, starts = environment(), []
+        starts.append({**environment(), **facts} if starts else facts)
         write_atomically(path, (json.dumps({**known, "starts": starts}, indent=2) + "\n").encode())
 
     @property
@@ -213,16 +221,26 @@ class Run:
         return checkpoints.verify(found[0]).path
 
 
+def kind_of(path: Path) -> str:
+    """The kind of the run at `path`; empty if there is none, or its config.yaml names none. DataError if it cannot be read."""
+    found = _kind_of(path)[0] if (path / CONFIG).exists() else None
+    return found if isinstance(found, str) else ""
+
+
 def _append(path: Path, line: str) -> None:
     fix = "free space, then resume with --resume auto"
     with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def _kind_of(path: Path) -> tuple[Any, Any]:
-    """The kind of the run at `path`, None without, and the rest of its configuration. UsageError for what is not YAML."""
-    values = read_yaml(path / CONFIG)
-    return (values.pop("kind", None) if isinstance(values, dict) else None), values
+def _kind_of(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The kind of the run at `path`, and the rest of its configuration; None without one. DataError for what is not YAML."""
+    try:
+        values = read_yaml(path / CONFIG)
+    except UsageError as error:
+        raise DataError(error.what, error.why, "restore the config.yaml of the run, or give another run") from error
+    values = values if isinstance(values, dict) else {}
+    return values.pop("kind", None), values
 
 
 def _is_half_config(path: Path) -> bool:

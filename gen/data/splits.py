@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midway.gen.core.config import PER_CALL, from_dict
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import read_json
 from midway.gen.core.randomness import permutation
@@ -46,8 +46,8 @@ class Splits:
 
 
 def data_of(run: Run) -> DataConfig:
-    """The data configuration of a run."""
-    return from_dict(DataConfig, run.config["data"], "config.data")
+    """The data configuration of a run; DataError if it is missing or does not fit."""
+    return run.part("data", DataConfig)
 
 
 def load(config: DataConfig) -> ImageData:

@@ -12,21 +12,22 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from midway.gen.core.config import from_dict, to_dict
+from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.errors import DataError
-from midway.gen.core.files import reading, state_hash
+from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.training.config import TrainConfig
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver, same_schedule
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import fingerprint
 from midway.samplers.table import Table
 from midway.tokenizers.tokenizer import ImageTokenizer
+from midway.tokenizers.weights import building, load_weights
 
 CPU = torch.device("cpu")
 TABLE = "table"
@@ -78,22 +79,41 @@ def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> 
     tokenizer.save_pretrained(folder / "tokenizer")
 
 
+@dataclass(frozen=True)
+class Description:
+    """model.json: from which a latent model is built."""
+
+    config: LatentModelConfig
+    latent_shape: tuple[int, int, int]
+    classes: int
+    empty: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    """Neither is in older runs."""
+
+
 def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The averaged model of a latent-model run, with its tokenizer, on `device`."""
     run = Run.open(path, "latent_model")
     folder = run.checkpoint
     averaged = folder / "ema.safetensors"  # absent if the run kept no average
-    with reading(folder, "train the model again with --overwrite"):
-        text = (folder / "model.json").read_text()
-        state = load_file(averaged if averaged.exists() else folder / "model.safetensors")
-        description = json.loads(text)
-        config = from_dict(LatentModelConfig, description["config"], "model.json")
-        classes = (tuple(description.get(key, ())) for key in ("empty", "class_names"))  # not in older runs
-        model = LatentModel(config, tuple(description["latent_shape"]), description["classes"], *classes)
-        model.load_state_dict(state)
+    tokenizer = read_tokenizer(folder / "tokenizer", device)
+    file, retrain = folder / "model.json", "train the model again with --overwrite"
+    with reading(folder, retrain):
+        text, (state, _) = (
+            read_text(file),
+            read_tensors(averaged if averaged.exists() else folder / "model.safetensors"),
+        )
+        found = from_file(Description, json.loads(text), file, retrain)
+        if found.latent_shape != tokenizer.latent_shape:
+            raise ValueError(
+                f"model.json is of latents {found.latent_shape}, its tokenizer makes {tokenizer.latent_shape}"
+            )
+        with building(file, state):
+            model = LatentModel(found.config, found.latent_shape, found.classes, found.empty, found.class_names)
+            load_weights(model, state)
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
-        tokenizer=read_tokenizer(folder / "tokenizer", device),
+        tokenizer=tokenizer,
         data=data_of(run),
         hash=state_hash(text, state),
         run=run,
@@ -101,11 +121,20 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
     )
 
 
+@dataclass(frozen=True)
+class Posthoc:
+    """What posthoc_ema.py writes into config.yaml: the run, the width and the step of an average."""
+
+    source: str
+    std: float
+    step: int
+
+
 def _which(run: Run, averaged: bool) -> str:
     """`averaged` by what, or `newest`."""
     if "posthoc" in run.config:
-        return f"averaged post hoc, width {run.config['posthoc']['std']}"
-    return f"averaged, EMA {run.config['train']['ema']}" if averaged else "newest"
+        return f"averaged post hoc, width {run.part('posthoc', Posthoc).std}"
+    return f"averaged, EMA {run.part('train', TrainConfig).ema}" if averaged else "newest"
 
 
 def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:

@@ -12,6 +12,7 @@ for our own models; evaluations are counted at the network.
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line
-from midway.gen.core.files import state_hash
+from midway.gen.core.files import DAMAGE, read_json, state_hash
 from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import CPU, LEARNED
 from midway.gen.diffusion.model import EVERYWHERE, start_state
@@ -45,6 +46,7 @@ SUPPORTED = (
     f"a folder saved by save_pretrained with a unet ({NETWORK}), a scheduler, and at most one of: "
     f"{', '.join(f'{name} ({kind})' for name, kind in DECODERS.items())}"
 )
+MOST_TIMESTEPS = 1 << 20
 DECODED = 64
 """Latents decoded at once."""
 
@@ -138,14 +140,20 @@ def load_diffusers(path: Path, device: torch.device = CPU) -> DiffusersModel:
     """The model of a pipeline's folder; DataError for another kind of pipeline, pickled weights, or files that do not fit."""
     parts = _parts(path)
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
+    steps = scheduler.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        raise _unsupported(path, f"its scheduler has {steps!r:.100} timesteps")
     try:
         schedule = parametrisation_of(scheduler).schedule
-    except ValueError as error:
+    except DAMAGE as error:
         raise _unsupported(path, f"its scheduler is not known here: {error}") from None
     shape, classes = _interface(path, _json(path / "unet" / "config.json"))
     network = _read(path / "unet", NETWORK, device)
     name = next((name for name in DECODERS if name in parts), None)
     decoder = None if name is None else _read(path / name, DECODERS[name], device)
+    scale = 1.0 if decoder is None else _own(decoder)["scaling_factor"]
+    if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+        raise _unsupported(path, f"its {name} has the scaling_factor {scale!r:.100}")
     states = {f"unet.{key}": value for key, value in network.state_dict().items()}
     states |= {} if decoder is None else {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
     configs = [_own(part) for part in (network, decoder) if part is not None]
@@ -160,7 +168,7 @@ def _unsupported(path: Path, why: str) -> DataError:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise _unsupported(path.parent, f"{path.name}: {one_line(error)}") from None
     if not isinstance(found, dict):
@@ -215,8 +223,15 @@ def _interface(path: Path, config: dict[str, Any]) -> tuple[tuple[int, int, int]
         raise _unsupported(path, "the configuration of its unet does not say its sample_size")
     if kind is not None:
         raise _unsupported(path, f"its unet has class_embed_type {kind!r}, not class labels")
-    height, width = (size, size) if isinstance(size, int) else size
-    return (config.get("in_channels", 3), height, width), config.get("num_class_embeds") or 0
+    height, width = (
+        (size, size) if isinstance(size, int) else size if isinstance(size, list) and len(size) == 2 else (0, 0)
+    )
+    shape, classes = (config.get("in_channels", 3), height, width), config.get("num_class_embeds") or 0
+    if not all(type(value) is int and value > 0 for value in shape) or type(classes) is not int or classes < 0:
+        raise _unsupported(
+            path, f"its unet has states of shape {shape} and {classes} classes, which are no numbers of any"
+        )
+    return shape, classes
 
 
 # ---- samples ----

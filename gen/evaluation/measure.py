@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
-from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
+from midway.gen.evaluation.store import Cell, CellStore, Numbers, Part, Seconds, Seeds
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.psnr_ssim import psnr
 
@@ -203,23 +202,23 @@ def _block(parts: Sequence[Part], context: EvaluationContext) -> Part:
     return Part(tensors | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
 
 
-def _summary(blocks: Sequence[Part]) -> dict[str, Any]:
+def _summary(blocks: Sequence[Part]) -> Numbers:
     """Numbers of all blocks, in the order of the seeds."""
     figures = [block.costs for block in blocks]
     nonfinite = sum(its["nonfinite"] for its in figures)
     errors = [block.tensors["errors"] for block in blocks if "errors" in block.tensors]
     quality = [block.tensors["psnr"] for block in blocks if "psnr" in block.tensors]
     names = () if nonfinite else figures[0]["metrics"]
-    return {
-        "nfe": _whole([nfe for its in figures for nfe in its["nfe"]]),
-        "distances": [None if nonfinite else its["distance"] for its in figures],
-        "nonfinite": nonfinite,
-        "metrics": {name: [its["metrics"][name] for its in figures] for name in names},
-        "rmse": _rmse(torch.cat(errors)) if errors else None,
-        "psnr": torch.cat(quality).mean().item() if quality and not nonfinite else None,
-        "seconds": {name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES},
-        "timing": " + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
-    }
+    return Numbers(
+        nfe=_whole([nfe for its in figures for nfe in its["nfe"]]),
+        distances=tuple(None if nonfinite else its["distance"] for its in figures),
+        nonfinite=nonfinite,
+        metrics={name: tuple(its["metrics"][name] for its in figures) for name in names},
+        rmse=_rmse(torch.cat(errors)) if errors else None,
+        psnr=torch.cat(quality).mean().item() if quality and not nonfinite else None,
+        seconds=Seconds(**{name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES}),
+        timing=" + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
+    )
 
 
 def _rmse(errors: Tensor) -> float | None:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError, raising
-from midway.gen.core.files import clear_temporaries, state_hash, write_atomically
+from midway.gen.core.config import from_dict, to_dict
+from midway.gen.core.errors import DiskError, UsageError, one_line, raising
+from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_tensors, state_hash, write_atomically
 from midway.gen.core.locks import check_no_link, lock, made, remove
 from midway.gen.core.text import echo, json_text
 
@@ -43,6 +43,33 @@ class Part:
 
     tensors: dict[str, Tensor]
     costs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a whole cell: sampling, decoding and features."""
+
+    solver: float
+    decode: float
+    features: float
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a finished cell holds: of each block a distance, None of samples that diverged, and of every other metric a value."""
+
+    nfe: int
+    distances: tuple[float | None, ...]
+    nonfinite: int
+    metrics: dict[str, tuple[float, ...]]
+    rmse: float | None
+    psnr: float | None
+    seconds: Seconds
+    timing: str
+
+    def __post_init__(self) -> None:
+        if not self.distances or any(len(values) != len(self.distances) for values in self.metrics.values()):
+            raise ValueError("a distance and the metrics have one value for each block")
 
 
 @dataclass(frozen=True)
@@ -87,24 +114,25 @@ class Cell:
 
     # ---- finished ----
 
-    def numbers(self) -> dict[str, Any] | None:
+    def numbers(self) -> Numbers | None:
         """None if the cell is not finished. A damaged file is renamed and counts as absent."""
         path = self._path
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        if not path.exists():
             return None
         try:
-            return _verified(text)
-        except (ValueError, KeyError, TypeError) as error:
-            with contextlib.suppress(FileNotFoundError):  # another process was first
+            identity, numbers = _verified(path)
+            if _canonical(identity) != _canonical(self.identity):
+                raise ValueError("it is of another identity")
+            return numbers
+        except (*DAMAGE, UsageError) as error:
+            with contextlib.suppress(OSError):  # another process was first
                 path.replace(path.with_suffix(".damaged"))
-            echo(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again")
+            echo(f"{path.name} is damaged ({one_line(error)}): kept as {path.stem}.damaged, and measured again")
             return None
 
-    def finish(self, numbers: dict[str, Any], png: bytes | None) -> None:
+    def finish(self, numbers: Numbers, png: bytes | None) -> None:
         """Write the numbers, then drop the parts."""
-        body = {"identity": self.identity, "numbers": numbers}
+        body = {"identity": self.identity, "numbers": to_dict(numbers)}
         content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
         if png is not None:
             write_atomically(self._path.with_suffix(".png"), png)
@@ -120,14 +148,17 @@ class Cell:
 
     def part(self, number: int) -> Part | None:
         """None if it is absent or damaged."""
+        path = self._part(number)
+        if not path.exists():
+            return None
         try:
-            with safe_open(self._part(number), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            if header["hash"] != state_hash(header["costs"], tensors):
-                return None
-            return Part(tensors, json.loads(header["costs"]))
-        except (OSError, SafetensorError, KeyError, ValueError):
+            tensors, header = read_tensors(path)
+            costs = json.loads(header["costs"])
+            if header["hash"] != state_hash(header["costs"], tensors) or not isinstance(costs, dict):
+                raise ValueError("its hash does not match")
+            return Part(tensors, costs)
+        except DAMAGE as error:
+            echo(f"{path.parent.name}/{path.name} is damaged ({one_line(error)}): made again")
             return None
 
     def parts(self, numbers: Iterable[int]) -> list[Part]:
@@ -192,17 +223,17 @@ class CellStore:
         clear_temporaries(self.folder)
         for parts in self.folder.glob("*.parts"):
             try:
-                _verified(parts.with_suffix(".json").read_text())
-            except (OSError, ValueError, KeyError, TypeError):
+                _verified(parts.with_suffix(".json"))
+            except (*DAMAGE, UsageError):
                 clear_temporaries(parts)
             else:
                 shutil.rmtree(parts, ignore_errors=True)
 
 
-def _verified(text: str) -> dict[str, Any]:
-    """The numbers in the file of a finished cell; ValueError, KeyError or TypeError if it is damaged."""
-    content = json.loads(text)
+def _verified(path: Path) -> tuple[Any, Numbers]:
+    """Identity and numbers in the file of a finished cell; an error of `DAMAGE` or UsageError if it is damaged."""
+    content = read_json(path)
     body = {"identity": content["identity"], "numbers": content["numbers"]}
     if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
         raise ValueError("its sha256 does not match")
-    return content["numbers"]
+    return body["identity"], from_dict(Numbers, body["numbers"], "numbers")

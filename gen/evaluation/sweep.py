@@ -7,10 +7,9 @@ contains the solver's error alone. Baselines are measured at their own number of
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from midway.gen.evaluation.measure import EvaluationContext, FineSolution, extra
 from midway.gen.evaluation.metrics import measure_metrics, possible
 from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, mark_best
 from midway.gen.evaluation.sources import SampleSource
-from midway.gen.evaluation.store import Cell, CellStore
+from midway.gen.evaluation.store import Cell, CellStore, Numbers
 from midway.gen.features.reference import FeatureReference, balanced
 
 
@@ -108,38 +107,41 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
     """A finished cell as a measurement."""
     seeds, numbers = context.seeds, cell.numbers()
     assert numbers is not None
-    seconds = {name: round(value / seeds.blocks, 3) for name, value in numbers["seconds"].items()}
-    single = {name: Estimate(numbers[name]) for name in ("rmse", "psnr") if numbers[name] is not None}
+    single = {name: value for name, value in (("rmse", numbers.rmse), ("psnr", numbers.psnr)) if value is not None}
+    sampling, decoding, features = (
+        round(value / seeds.blocks, 3)
+        for value in (numbers.seconds.solver, numbers.seconds.decode, numbers.seconds.features)
+    )
     return Measurement(
         solver=job.solver,
         grid=job.grid,
-        nfe=numbers["nfe"],
+        nfe=numbers.nfe,
         metrics={
             "distance": _distance(numbers),
-            **single,
-            **{name: Estimate.of(values) for name, values in numbers["metrics"].items()},
+            **{name: Estimate(value) for name, value in single.items()},
+            **{name: Estimate.of(values) for name, values in numbers.metrics.items()},
         },
         n=seeds.n,
         blocks=seeds.blocks,
-        seconds=seconds["solver"],
+        seconds=sampling,
         features=context.reference.features,
         reference=context.reference.name,
         seeds=str(seeds),
         training_nfe=job.training_nfe,
         baseline=job.baseline,
-        nonfinite=numbers["nonfinite"],
+        nonfinite=numbers.nonfinite,
         record=cell.id,
-        timing=numbers["timing"],
-        decode_seconds=seconds["decode"],
-        feature_seconds=seconds["features"],
+        timing=numbers.timing,
+        decode_seconds=decoding,
+        feature_seconds=features,
     )
 
 
-def _distance(numbers: Mapping[str, Any]) -> Estimate:
+def _distance(numbers: Numbers) -> Estimate:
     """Over blocks; infinite without a deviation if any sample is not finite."""
-    blocks = tuple(math.inf if value is None else float(value) for value in numbers["distances"])
+    blocks = tuple(math.inf if value is None else value for value in numbers.distances)
     values = torch.tensor(blocks, dtype=torch.float64)
-    std = values.std().item() if len(blocks) > 1 and not numbers["nonfinite"] else None
+    std = values.std().item() if len(blocks) > 1 and not numbers.nonfinite else None
     return Estimate(values.mean().item(), std, blocks)
 
 

@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.gen.core.config import from_file
 from midway.gen.core.errors import DataError, raising
-from midway.gen.core.files import DAMAGE, state_hash, write_atomically
+from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.ranges import WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
+from midway.tokenizers.weights import building, load_weights
 
 BLOCK = 256
 FORMAT = "midway-features"
@@ -168,21 +169,18 @@ def load_features(path: Path) -> FeatureNetwork:
     DataError if the file is missing, damaged or of another kind, and unless the weights match the stored hash.
     """
     what, fix = f"cannot use the feature network {path}", "train it again with scripts/train_features.py"
-    unread, unfit = "the file cannot be read ({})", "its configuration and weights do not fit ({})"
-    with (
-        raising(DataError, what, fix, OSError, SafetensorError, why=unread.format),
-        safe_open(path, framework="pt") as file,
-    ):
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    with raising(DataError, what, fix, *DAMAGE, why="the file cannot be read ({})".format):
+        tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise DataError(what, "its metadata are not those of a feature network", fix)
     if metadata.get("version") != str(VERSION):
         found = metadata.get("version")
         raise DataError(what, f"its format version is {found}; this program reads {VERSION}", fix)
-    with raising(DataError, what, fix, *DAMAGE, why=unfit.format):
-        network = FeatureNetwork(FeatureConfig(**json.loads(metadata["config"])))
-        network.load_state_dict(tensors)
+    with raising(DataError, what, fix, *DAMAGE, why="its configuration and weights do not fit ({})".format):
+        config = from_file(FeatureConfig, json.loads(metadata["config"]), path, fix)
+        with building(path, tensors):
+            network = FeatureNetwork(config)
+            load_weights(network, tensors)
     if feature_hash(network) != metadata.get("hash"):
         why = f"its weights hash to {feature_hash(network)}, not to the stored {metadata.get('hash')}"
         raise DataError(what, why, fix)

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from midway.gen.core.errors import one_line
 from midway.gen.core.files import file_hash, state_hash
 from midway.gen.features.extractor import Activations, PublishedExtractor, other_label
-from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights
+from midway.gen.features.weights import (
+    Published,
+    bad_weights,
+    check_floats,
+    find_weights,
+    not_installed,
+    read_weights,
+)
 
 INCEPTION = Published(
     "inception",
@@ -47,9 +54,11 @@ class Inception(PublishedExtractor):
 def open_inception(given: Path | None = None, block: int = BLOCK) -> Inception:
     """The network with the weights `given`, or found. DataError if there are none or they are damaged."""
     path = find_weights(INCEPTION, given)
-    network = build_inception(read_weights(path), path)
-    digest = file_hash(path)
+    state, digest = read_weights(path), file_hash(path)
+    network = build_inception(state, path)
     official = digest.startswith(INCEPTION.digits)
+    if not official:
+        check_floats(path, state)
     name = protocol_name(digest[:12] if official else state_hash("inception", network.state_dict()))
     return Inception(network, name, "FID" if official else other_label(name), block)
 

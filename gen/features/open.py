@@ -6,12 +6,12 @@ would underestimate the floor.
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError, nearest
-from midway.gen.core.runs import Run
+from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
@@ -89,5 +89,7 @@ def find_features(measured: Sequence[Path], data: DataConfig) -> Path:
 
 
 def _is_feature_run(path: Path) -> bool:
-    values = read_yaml(path / "config.yaml")
-    return isinstance(values, dict) and values.get("kind") == "features"
+    """Whether it is one, as far as its configuration can be read."""
+    with suppress(DataError):
+        return kind_of(path) == "features"
+    return False

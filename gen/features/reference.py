@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, UsageError, raising
-from midway.gen.core.files import DAMAGE, state_hash, write_atomically
+from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.processes import best_device
 from midway.gen.core.randomness import permutation
 from midway.gen.data.images import ImageData
 from midway.gen.features.extractor import ImageFeatures
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
+from midway.tokenizers.weights import check_tensors
 
 FORMAT = "midway-reference-3"
 EARLIER = ("midway-reference-2",)
@@ -107,20 +107,24 @@ def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tens
     """None of an earlier format."""
     remedy = "delete the file; the statistics are computed again"
     with raising(DataError, f"the reference statistics {path} cannot be read", remedy, *DAMAGE):
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            if found.get("format") in EARLIER:
-                return None
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, found = read_tensors(path)
+        if found.get("format") in EARLIER:
+            return None
         if found.pop("hash", None) != state_hash("reference", tensors):
             raise ValueError("its contents do not match their hash")
-        statistics = FeatureStatistics.from_tensors(tensors)
-        sample = tensors["sample"]
     if found != expected:
         differing = [key for key in expected if found.get(key) != expected[key]]
         what = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differing)
         raise DataError(f"the reference statistics {path} are of something else", what or json.dumps(found), remedy)
-    return statistics, sample
+    with raising(DataError, f"the reference statistics {path} cannot be read", remedy, *DAMAGE):
+        check_tensors(tensors, _layout(int(expected["n"]), tensors["mean"].numel()))
+        return FeatureStatistics.from_tensors(tensors), tensors["sample"]
+
+
+def _layout(n: int, dim: int) -> dict[str, Tensor]:
+    """Names, shapes and types of the tensors of a file, without numbers."""
+    statistics = FeatureStatistics.of_rows(torch.empty(0, dim)).to_tensors()
+    return {**statistics, "sample": torch.empty(min(n, KEPT), dim, device="meta")}
 
 
 def balanced(labels: Tensor) -> Tensor:

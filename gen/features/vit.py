@@ -22,7 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from midway.gen.core.errors import one_line
 from midway.gen.core.files import state_hash
 from midway.gen.features.extractor import Activations, PublishedExtractor, other_label
-from midway.gen.features.weights import Published, bad_weights, find_weights, not_installed, read_weights
+from midway.gen.features.weights import (
+    Published,
+    bad_weights,
+    check_floats,
+    find_weights,
+    not_installed,
+    read_weights,
+)
 
 SIZE = 224
 BLOCK = 32
@@ -116,6 +123,7 @@ def build_encoder(encoder: Encoder, state: dict[str, Tensor], path: Path) -> Any
     classes = encoder.dim if encoder.projected else 0
     with torch.device("meta"):  # without initial weights, which would be drawn and replaced
         network: Any = timm.create_model(encoder.architecture, img_size=encoder.size, num_classes=classes)
+    check_floats(path, state)
     full = {key: value.float() for key, value in state.items()}
     try:
         network.load_state_dict(checkpoint_filter_fn(full, network), assign=True)

@@ -17,13 +17,14 @@ from urllib.request import urlopen
 
 import huggingface_hub
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, remedy
-from midway.gen.core.files import file_hash, replacing
+from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising, remedy
+from midway.gen.core.files import WEIGHTS_LIMIT, file_hash, read_tensors, regular_file, replacing
+from midway.tokenizers.weights import check_published, is_finite
 
 CHUNK = 1 << 20
+REPLACE = "fetch the file again, or name another with --feature-weights"
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            read: Any = load_file(path)
+            read: Any = read_tensors(path)[0]
         else:
-            read = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+            read = torch.load(regular_file(path, WEIGHTS_LIMIT), map_location="cpu", weights_only=True)  # runs no code
     except Exception as error:  # damage and code raise many kinds
         raise bad_weights(path, f"the file cannot be read ({one_line(error)})") from None
     if not isinstance(read, Mapping) or not read or not all(isinstance(value, Tensor) for value in read.values()):
         raise bad_weights(path, "it is not a dictionary of tensors")
     for name, value in read.items():
-        if not torch.isfinite(value).all():
+        if not is_finite(value):
             raise bad_weights(path, f"{name} holds values that are not finite")
     return dict(read)
 
 
+def check_floats(path: Path, found: Mapping[str, Tensor]) -> None:
+    """DataError unless the tensors of this file, counters of batches aside, are floating-point numbers that float32 holds."""
+    with raising(DataError, f"cannot use the weights {path}", REPLACE):
+        check_published({name: value for name, value in found.items() if not name.endswith(".num_batches_tracked")})
+
+
 def bad_weights(path: Path, why: str) -> DataError:
     """The error for a file that is there and cannot be used."""
-    return DataError(
-        f"cannot use the weights {path}", why, "fetch the file again, or name another with --feature-weights"
-    )
+    return DataError(f"cannot use the weights {path}", why, REPLACE)

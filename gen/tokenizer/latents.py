@@ -19,14 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.core.files import regular_file, state_hash, write_atomically
+from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.data.images import ImageData, to_float
 from midway.tokenizers.tokenizer import ImageTokenizer
+from midway.tokenizers.weights import check_tensors
 
 FORMAT = "midway-latents-1"
 
@@ -147,29 +148,36 @@ def load_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
     """
     encoding = f"scripts/encode.py{' --flip' if flip else ''}"
     remake = f"make it again with {encoding} --overwrite"
-    with (
-        raising(DataError, f"no latents at {path}", f"make them with {encoding}", OSError, SafetensorError),
-        safe_open(path, framework="pt") as file,
-    ):
-        header = file.metadata() or {}
-        names = [name for name in file.keys() if flip or name != "mirrored"]  # noqa: SIM118 (safe_open has no iter)
-        tensors = {name: file.get_tensor(name) for name in names}
+    with raising(DataError, f"no latents at {path}", f"make them with {encoding}", *DAMAGE):
+        tensors, header = read_tensors(path)
     if header.get("format") != FORMAT:
         raise DataError(f"{path} is not a latent cache", f"its format is {header.get('format')!r}", remake)
     wanted = {"data": data.fingerprint, "tokenizer": tokenizer_hash(tokenizer)}
     for key, value in wanted.items():
-        if header[key] != value:
-            raise DataError(f"{path} is stale", f"its {key} is {header[key][:12]}, this run's is {value[:12]}", remake)
+        found = header.get(key, "")
+        if found != value:
+            raise DataError(f"{path} is stale", f"its {key} is {found[:12]}, this run's is {value[:12]}", remake)
     if flip and "mirrored" not in tensors:
         raise DataError(f"{path} has no latents of mirrored images", "it was made without --flip", remake)
-    return Latents(**tensors, data_fingerprint=header["data"], tokenizer_hash=header["tokenizer"])
+    own = {name: tensor for name, tensor in tensors.items() if flip or name != "mirrored"}
+    with raising(DataError, f"{path} is no whole latent cache", remake):
+        check_tensors(own, _layout(data, tokenizer, flip))
+        if not torch.equal(own["labels"], data.labels):
+            raise ValueError("its labels are not those of the images")
+    return Latents(**own, data_fingerprint=header["data"], tokenizer_hash=header["tokenizer"])
+
+
+def _layout(data: ImageData, tokenizer: ImageTokenizer, flip: bool) -> dict[str, Tensor]:
+    """Names, shapes and types of the tensors of a cache, without numbers."""
+    raw = torch.empty(len(data.images), *tokenizer.latent_shape, device="meta")
+    mean = torch.empty(tokenizer.latent_shape[0], device="meta")
+    return {"raw": raw, "labels": data.labels, "mean": mean, "std": mean, **({"mirrored": raw} if flip else {})}
 
 
 def is_latent_cache(path: Path) -> bool:
     """Whether this file was written by `save_latents`."""
     try:
-        with safe_open(regular_file(path), framework="pt") as file:
-            return str((file.metadata() or {}).get("format", "")).startswith("midway-latents")
+        return read_tensors(path)[1].get("format", "").startswith("midway-latents")
     except (OSError, SafetensorError):
         return False
 

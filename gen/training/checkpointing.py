@@ -1,6 +1,7 @@
 """Saving, resuming and resetting a training: collective calls around gen/core/checkpoints.py."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,15 +11,39 @@ from torch import Tensor
 
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
-from midway.gen.core.errors import DiskError, DivergedError, UsageError
+from midway.gen.core.config import read_as
+from midway.gen.core.errors import DataError, DiskError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only
 from midway.gen.training.progress import Clock, words_of
-from midway.gen.training.state import Files, TrainingState, config_hash, not_finite, size_of, write_files
+from midway.gen.training.state import MISFIT, Files, TrainingState, config_hash, not_finite, size_of, write_files
 
 Export = Callable[[Path, dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """state.json: where a training was."""
+
+    step: int
+    steps: int
+    seconds: float
+    rolled_back: bool
+    processes: int
+    config: dict[str, Any]
+    stateless: tuple[str, ...] = ()
+    """Parameters without a state of their optimizer."""
+
+
+def read_state(checkpoint: Checkpoint) -> SavedState:
+    """DataError for a state.json of other keys or types, or of another step."""
+    file = checkpoint.path / "state.json"
+    state = read_as(SavedState, file, MISFIT)
+    if state.step != checkpoint.step:
+        raise DataError(f"{file} cannot be used", f"it is of step {state.step}", MISFIT)
+    return state
 
 
 class CheckpointManager:
@@ -85,20 +110,20 @@ class CheckpointManager:
 
     def _compare(self, found: Checkpoint) -> list[str]:
         """Settings that change the result by rounding only; UsageError for any other change."""
-        before = found.json("state.json")
-        rounding = check_resumable(before["config"], self.identity, self.config)
+        before = read_state(found)
+        rounding = check_resumable(before.config, self.identity, self.config)
         if found.step > self.config.steps:
             raise UsageError(
                 f"--steps {self.config.steps} is less than was done",
                 f"the run is at step {found.step}",
                 "give at least that many, or start a new run with another --out",
             )
-        return rounding + (["processes"] if before["processes"] != self.accelerator.num_processes else [])
+        return rounding + (["processes"] if before.processes != self.accelerator.num_processes else [])
 
     def _take_over(self, found: Checkpoint) -> None:
-        state = found.json("state.json")
-        self.state.restore(found)
-        self.clock.before, self.rolled_back = state["seconds"], state["rolled_back"]
+        state = read_state(found)
+        self.state.restore(found, state.stateless)
+        self.clock.before, self.rolled_back = state.seconds, state.rolled_back
         self._saved_at, self._saved_best = found.step, self.state.validation.step
 
     # ---- resetting ----
@@ -188,4 +213,5 @@ class CheckpointManager:
             "rolled_back": self.rolled_back,
             "processes": self.accelerator.num_processes,
             "config": self.identity,
+            "stateless": self.state.stateless,
         }

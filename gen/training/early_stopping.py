@@ -17,6 +17,7 @@ from torch import Tensor
 
 from midway.gen.core import checkpoints
 from midway.gen.core.files import clear_temporaries
+from midway.tokenizers.weights import check_tensors
 
 MANY = 1 << 30
 
@@ -57,7 +58,9 @@ class Validation:
         return counts if self.active else {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`."""
+        """Restore `state`. ValueError for other tensors."""
+        expected = {"value": torch.tensor(0.0, dtype=torch.float64), "steps": torch.tensor([0, 0])}
+        check_tensors({name: value.nan_to_num() for name, value in state.items()}, expected if state else {})
         self.step, self.since = state["steps"].tolist() if state else (-1, 0)
         self.value = state["value"].item() if state else math.inf
         self.active = bool(state)

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from midway.tokenizers.weights import check_tensors
 
 
 class EMA:
@@ -51,10 +53,10 @@ class EMA:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a stored average. ValueError unless its names, dtypes and shapes are those of the model."""
-        check_layout(state, self.shadow)
+        """Restore a stored average, of whole tensors. ValueError unless they have the names, types and shapes of the model's."""
+        check_tensors(state, self.shadow)
         for name, shadow in self.shadow.items():
-            shadow.copy_(state[name])
+            shadow.copy_(placed(shadow, state[name]))
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -67,12 +69,11 @@ class EMA:
             model.load_state_dict(own)
 
 
-def check_layout(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """ValueError naming the tensors whose presence, dtype or shape differ."""
-    ours, theirs = ({(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()} for tensors in (expected, state))
-    if ours != theirs:
-        names = ", ".join(sorted({name for name, _, _ in ours ^ theirs})[:3])
-        raise ValueError(f"the averages belong to different models: see {names}; use those of one run")
+def placed(model: Tensor, value: Tensor) -> Tensor:
+    """`value` cut into shards as `model` is, if it is and has the same shape."""
+    if isinstance(model, DTensor) and model.shape == value.shape:
+        return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
+    return value
 
 
 def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:

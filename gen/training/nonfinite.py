@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from midway.tokenizers.weights import check_tensors
+
 RECENT = 20
 
 
@@ -104,7 +106,8 @@ class NonFiniteGuard:
         return {"counts": self._counts}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`; decisions that were not yet read are dropped."""
+        """Restore `state`; decisions that were not yet read are dropped. ValueError for other tensors."""
+        check_tensors(state, {"counts": self._counts})
         self._counts = state["counts"].to(self.accelerator.device)
         self._recent.clear()
         self._waiting.clear()

@@ -18,6 +18,11 @@ from midway.gen.training.config import TrainConfig
 from midway.gen.training.interface import Adversarial
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
+STATES: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+"""What an optimizer keeps of a parameter that has had a gradient: all but `step`, a number, in its shape and type."""
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device) -> list[Optimizer]:

@@ -23,13 +23,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.core.files import DAMAGE, write_atomically
-from midway.gen.training.ema import EMA, check_layout
+from midway.gen.core.files import DAMAGE, read_tensors, write_atomically
+from midway.gen.training.ema import EMA
+from midway.tokenizers.weights import check_tensors
 
 FORMAT = "midway-posthoc-1"
 WIDEST = 12**-0.5  # gamma = 0: all steps count alike
@@ -101,8 +101,8 @@ def _using(path: Path, why: str = "{}") -> contextlib.AbstractContextManager[Non
 
 
 def _read_header(path: Path) -> Snapshot:
-    with _using(path, "the file cannot be read ({})"), safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
+    with _using(path, "the file cannot be read ({})"):
+        _, header = read_tensors(path)
     with _using(path):
         if header.get("format") != FORMAT:
             raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
@@ -110,9 +110,13 @@ def _read_header(path: Path) -> Snapshot:
         return Snapshot(path, int(header["step"]), float(header["std"]))
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path, layout: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The average in a file; its tensors have the names, shapes and types of `layout`."""
     with _using(path, "the file cannot be read ({})"):
-        return load_file(path)
+        tensors, _ = read_tensors(path)
+    with _using(path):
+        check_tensors(tensors, tensors if layout is None else layout)
+    return tensors
 
 
 def inner_products(t: Tensor, gamma: Tensor, s: Tensor, delta: Tensor) -> Tensor:
@@ -146,13 +150,16 @@ def weights_of(snapshots: Sequence[tuple[int, float]], step: int, std: float) ->
     return torch.linalg.lstsq(system, right, driver="gelsd").solution[:-1, 0] / norms
 
 
-def reconstruct(snapshots: Sequence[Snapshot], step: int, std: float) -> dict[str, Tensor]:
+def reconstruct(
+    snapshots: Sequence[Snapshot], step: int, std: float, model: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The average of width `std` after `step` optimizer steps (counted from 1), from stored ones, on the CPU.
 
     Floating-point tensors are combined in float64 and returned in their dtype; others come from the newest snapshot at or
     before `step`. The files are read one at a time. Later snapshots contribute: without them there is no information on the
     steps since the last one. Exact at a stored (step, std), good where `step` has snapshots of widths on both sides of `std`,
-    poor between two steps with snapshots. DataError without snapshots, for damaged files and for those of different models;
+    poor between two steps with snapshots. DataError without snapshots, for damaged files and for those of different models, or
+    of another than `model`, if its tensors are given;
     ValueError outside [first, last stored step] and for a width out of range. Source: Karras et al. 2024, appendix C.
     """
     if not snapshots:
@@ -162,12 +169,10 @@ def reconstruct(snapshots: Sequence[Snapshot], step: int, std: float) -> dict[st
         raise ValueError(f"stored averages reach from step {first} to {last}: choose a step in between, not {step}")
     weights = weights_of([(s.step, s.std) for s in snapshots], step, std)
     newest = max((s for s in snapshots if s.step <= step), key=lambda s: s.step)
-    layout = _read_state(newest.path)
+    layout = _read_state(newest.path, model)
     sums = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in layout.items() if t.is_floating_point()}
     for snapshot, weight in zip(snapshots, weights.tolist(), strict=True):
-        state = _read_state(snapshot.path)
-        with _using(snapshot.path):
-            check_layout(state, layout)
+        state = _read_state(snapshot.path, layout)
         for name, total in sums.items():
             total.add_(state[name].double(), alpha=weight)
     return {name: sums[name].to(t.dtype) if name in sums else t for name, t in layout.items()}

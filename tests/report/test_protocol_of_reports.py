@@ -21,7 +21,7 @@ from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation.measure import EvaluationContext, FineSolution
 from midway.gen.evaluation.records import FID, Measurement, distance_name, floor_name
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
-from midway.gen.evaluation.store import CellStore, Seeds
+from midway.gen.evaluation.store import CellStore, Numbers, Seconds, Seeds
 from midway.gen.features import reference as references
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_distance_to
@@ -87,7 +87,7 @@ def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pi
 
 def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CellStore(tmp_path).cell({"a": 1})
-    cell.finish({"nfe": 4}, None)
+    cell.finish(Numbers(4, (0.5,), 0, {}, None, None, Seconds(1.0, 0.0, 0.0), ""), None)
     (path,) = tmp_path.glob("*.json")
     path.write_text("{")
     real = Path.replace

@@ -205,6 +205,23 @@ holds {with_images}/mine | would be deleted
   SAMPLE --model {cut_solver} --solver amed -> damaged | solver.safetensors
   SAMPLE --model {sealed_solver} --solver amed -> \
 solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwrite
+3 configurations of runs
+  SAMPLE --model {model_without_data}; EVALUATE --model {model_without_data} -> config.yaml | data is not a mapping
+  train_solver amed --model {model_of_null_data}; posthoc_ema {model_of_null_data} --std 0.08 --out {out} -> data is not a mapping
+  ENCODE {tokenizer_without_data}; LATENT --tokenizer {tokenizer_of_null_data} -> config.yaml | data is not a mapping
+  TOKENIZERS {tokenizer_without_data}; {tokenizer_of_null_data} -> config.yaml | data is not a mapping
+  EVALUATE --features {features_without_data}; --features {features_of_null_data} -> config.yaml | data is not a mapping
+  LIKELIHOOD {baseline_without_data}; {baseline_of_null_data} -> config.yaml | data is not a mapping
+  SAMPLE --model {model_without_training}; EVALUATE --model {model_of_listed_training} -> config.yaml | train is not a mapping
+  verify_resume {model_of_listed_training}; verify_resume {baseline_of_null_data} -> config.yaml | not a mapping
+  SAMPLE --model {model_of_odd_average} -> posthoc.std | 'narrow'
+  SAMPLE --model {config_in_a_folder}; LIKELIHOOD {config_in_a_folder} -> config.yaml cannot be read | directory
+  SAMPLE --model {bad_yaml}; verify_resume {bad_yaml}; LIKELIHOOD {binary_yaml} -> config.yaml is not YAML
+3 other tensors
+  ENCODE {half_tokenizer}; SAMPLE --model {half_inner} -> cannot be read | missing
+  ENCODE {pickled_tokenizer} -> pickled weights
+  SAMPLE --model {whole_numbers} -> int64 | instead of float32
+  EVALUATE --features {diverged_features} -> not finite
 3 learned solvers that are none
   SAMPLE --model {nan_table} --solver table --nfe 3 -> solver.safetensors cannot be read | not finite | train_solver.py table
   SAMPLE --model {noisy_table} --solver table --nfe 3 -> solver.safetensors cannot be read | no learned solver draws any

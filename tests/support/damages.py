@@ -38,7 +38,6 @@ def spoiled(value: float) -> Callable[[Tensor], Tensor]:
     return spoil
 
 
-HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 DAMAGES: dict[str, Callable[[Tensors], Tensors]] = {
     "no tensor": lambda tensors: {},
     "half the tensors": lambda tensors: {name: tensors[name] for name in sorted(tensors)[: len(tensors) // 2]},
@@ -69,7 +68,7 @@ def read(file: Path) -> tuple[Tensors, dict[str, str]]:
 def damage(file: Path, name: str) -> None:
     """Replace a safetensors file by a damaged one."""
     tensors, header = read(file)
-    save_file(DAMAGES[name](tensors), file, header)
+    save_file(DAMAGES[name](tensors), file, header or None)
 
 
 def shard(file: Path) -> None:

@@ -15,12 +15,14 @@ import train_features
 import train_latent
 import train_tokenizer
 from artefacts import WRONG_AMED, WRONG_TABLES, Change, add_table, change_solver
+from damages import damage
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers_models import AUTOENCODER
 from pictures import noise, save
 from pipelines import TINY, TINY_DIT, Pipeline
 from resuming import seal
+from safetensors.torch import load_file
 
 from baseline_tasks import FlowTask
 from midway.gen.baselines.flow_config import glow, nice
@@ -75,6 +77,41 @@ def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], No
         return json.dumps(description).encode()
 
     return edit_checkpoint("checkpoints/step-*/model.json", edit, sealed=True)
+
+
+def reconfigured(kind: str, key: str, *value: object) -> Maker:
+    """A run whose config.yaml has another value of this key, or none."""
+
+    def change(run: Path) -> None:
+        config = {name: own for name, own in read_yaml(run / "config.yaml").items() if name != key}
+        write_yaml(run / "config.yaml", {**config, **({key: value[0]} if value else {})})
+
+    return changed(kind, change)
+
+
+def with_tensors(kind: str, pattern: str, harm: str) -> Maker:
+    """A run with other tensors in a file of a checkpoint that agrees with them."""
+
+    def change(run: Path) -> None:
+        (file,) = run.glob(pattern)
+        damage(file, harm)
+        seal(next(parent for parent in file.parents if parent.name.startswith("step-")))
+
+    return changed(kind, change)
+
+
+def pickled(run: Path) -> None:
+    """The tokenizer's weights as an honest pickle alone."""
+    (file,) = run.glob(f"{STEP}/{MODEL_FILES['inner']}")
+    torch.save(load_file(file), file.with_name("diffusion_pytorch_model.bin"))
+    file.unlink()
+    seal(file.parents[1])
+
+
+def in_a_folder(run: Path) -> None:
+    """config.yaml is a folder."""
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").mkdir()
 
 
 def with_data(kind: str, **values: object) -> Maker:
@@ -264,6 +301,20 @@ PLACES: dict[str, Maker] = {
         for kind in ("model", "tokenizer", "features")
     },
     "unfinished_solver": changed("model", lambda run: shutil.rmtree(run / SOLVER_RUN / "checkpoints")),
+    **{f"{kind}_without_data": reconfigured(kind, "data") for kind in ("model", "tokenizer", "features", "baseline")},
+    **{
+        f"{kind}_of_null_data": reconfigured(kind, "data", None)
+        for kind in ("model", "tokenizer", "features", "baseline")
+    },
+    "model_without_training": reconfigured("model", "train"),
+    "model_of_listed_training": reconfigured("model", "train", ["steps", 3]),
+    "model_of_odd_average": reconfigured("model", "posthoc", {"source": "x", "std": "narrow", "step": 3}),
+    "config_in_a_folder": changed("model", in_a_folder),
+    "pickled_tokenizer": changed("tokenizer", pickled),
+    "half_tokenizer": with_tensors("tokenizer", f"{STEP}/{MODEL_FILES['inner']}", "half the tensors"),
+    "half_inner": with_tensors("model", f"{STEP}/{MODEL_FILES['inner']}", "half the tensors"),
+    "whole_numbers": with_tensors("model", f"{STEP}/{MODEL_FILES['ema']}", "all of int64"),
+    "diverged_features": with_tensors("features", f"{STEP}/features.safetensors", "NaN"),
     **{f"{name}_table": with_wrong_table(change) for name, change in WRONG_TABLES.items()},
     **{
         f"{name}_amed": changed("model", lambda run, change=change: change_solver(run / SOLVER_RUN, change))

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 import sys
 import urllib.error
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from damages import DAMAGES, damage, read
 from safetensors.torch import save_file
 from tensors import grad, normal
 from torch import Tensor, nn
@@ -250,15 +252,27 @@ def test_a_failed_download_says_what_to_do(why: Exception, tmp_path: Path, monke
 
 
 def test_files_that_cannot_serve_are_named(files: dict[Net, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no features\.2\.weight.*vgg16-397923af"):
+    with pytest.raises(ValueError, match=r"missing .*vgg16-397923af"):
         Perceptual("vgg", files["alex"])
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
     for path in (broken, tmp_path / "absent.safetensors", tmp_path / "absent.pth"):
-        with pytest.raises(ValueError, match=f"cannot read .*{path.name}"):
+        with pytest.raises(ValueError, match=f"cannot use .*{path.name}"):
             Perceptual("vgg", path)
     with pytest.raises(ValueError, match="choose one of: vgg, alex"):
         Perceptual("squeeze")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [name for name in DAMAGES if name not in ("one too many", "one of bfloat16")])
+def test_a_backbone_of_other_tensors_raises(name: str, files: dict[Net, Path], tmp_path: Path) -> None:
+    """Surplus ones may be there: those of the classifier."""
+    file = Path(shutil.copy(files["alex"], tmp_path / "alex.safetensors"))
+    tensors, header = read(file)
+    save_file({key: value for key, value in tensors.items() if "features" in key}, file, header or None)
+    Perceptual("alex", file)
+    damage(file, name)
+    with pytest.raises(ValueError, match=r"alex\.safetensors"):
+        Perceptual("alex", file)
 
 
 def test_a_missing_package_is_named(files: dict[Net, Path], monkeypatch: pytest.MonkeyPatch) -> None:

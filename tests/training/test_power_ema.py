@@ -145,7 +145,7 @@ def test_a_loaded_average_continues_as_if_never_stored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [Tiny(4), Tiny(dtype=torch.float32), nn.Linear(3, 1)])
 def test_an_average_of_another_model_is_not_loaded(other: nn.Module) -> None:
     average = PowerAverage(Tiny(), 0.1)
-    with pytest.raises(ValueError, match="different models: see average, "):
+    with pytest.raises(ValueError, match=r"of the tensors .*\(average"):
         average.load(other.state_dict())
     assert torch.equal(average.shadow["weight"], Tiny().weight)
 
@@ -333,7 +333,7 @@ def test_a_stored_average_is_rebuilt_exactly(tmp_path: Path) -> None:
     snapshots = find_snapshots(tmp_path)
     for snapshot in snapshots:
         stored, rebuilt = load_file(snapshot.path), reconstruct(snapshots, snapshot.step, snapshot.std)
-        assert list(rebuilt) == list(stored)
+        assert rebuilt.keys() == stored.keys()
         for name, value in stored.items():
             assert rebuilt[name].dtype == value.dtype
             assert torch.equal(rebuilt[name], value), name
@@ -377,4 +377,4 @@ def test_averages_of_different_models_raise(tmp_path: Path) -> None:
     snapshots = [Snapshot(save_snapshot(tmp_path, step, 0.1, state), step, 0.1) for step, state in states]
     with pytest.raises(DataError) as caught:
         reconstruct(snapshots, 20, 0.1)
-    assert_names(caught.value, snapshots[0].path, "different models: see half;")
+    assert_names(caught.value, snapshots[0].path, "half bfloat16 (6,) instead of bfloat16 (50,)")

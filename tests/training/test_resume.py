@@ -467,7 +467,7 @@ def test_tensors_of_other_shapes_raise_an_error_of_three_lines(stopped: Path, wh
     state = load_file(file)
     save_file({key: value[..., None].clone() for key, value in state.items()}, file)
     seal(file.parent)
-    with unchanged(stopped / "checkpoints"), pytest.raises(DataError, match="does not fit this model") as caught:
+    with unchanged(stopped / "checkpoints"), pytest.raises(DataError, match="does not fit this training") as caught:
         train(tokenizer_task(stopped))
     assert len(str(caught.value).splitlines()) == 3
 
