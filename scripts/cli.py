@@ -6,6 +6,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -14,6 +15,7 @@ import tyro
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.processes import leave_processes
+from midway.gen.data.sources import check_unambiguous
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -23,11 +25,19 @@ RECORDED = ("kind", "data", "posthoc", "baseline")
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
     default, rest = _starting_point(task, recipes, arguments)
+    for source in _typed(rest, "--data"):
+        check_unambiguous(source)
     description = (task.__doc__ or "") + _recipe_help(recipes)
     with raising(UsageError, "these flags cannot be used", "correct the value"):  # the configuration's own checks
         if default is None:
             return tyro.cli(task, args=rest, description=description)
         return tyro.cli(task, args=rest, default=default, description=description)
+
+
+def _typed(arguments: list[str], flag: str) -> list[str]:
+    """The values that a flag has on the command line."""
+    apart = [value for name, value in pairwise(arguments) if name == flag]
+    return apart + [word.removeprefix(f"{flag}=") for word in arguments if word.startswith(f"{flag}=")]
 
 
 def by_name(*recipes: Callable[[], Task]) -> dict[str, Callable[[], Task]]:
