@@ -91,17 +91,22 @@ def sums_by_code(rows: Tensor, indices: Tensor, size: int) -> Tensor:
 def kmeans(rows: Tensor, size: int, iterations: int, generator: torch.Generator, spherical: bool = False) -> Tensor:
     """`size` centres of rows (N, D) after Lloyd `iterations`; with 0 iterations random rows.
 
-    A CPU `generator` draws everything. Fewer rows than centres are repeated. ValueError without rows. `spherical`: the rows are
-    unit vectors, and so are the centres.
+    A CPU `generator` draws everything. Where there are no more different rows than centres, those are the centres, repeated.
+    ValueError without rows. `spherical`: the rows are unit vectors, and so are the centres.
     """
     if not len(rows):
         raise ValueError("the first training batch is empty: a codebook is initialised from encoder vectors")
-    rows = rows.repeat(-(-size // len(rows)), 1)
+    different = rows.unique(dim=0)
+    if len(different) <= size:
+        return different.repeat(-(-size // len(different)), 1)[:size]
     centres = spread_rows(rows, size, generator) if iterations else random_rows(rows, size, generator)
     for _ in range(iterations):
         sums = sums_by_code(rows, nearest_code(rows, centres), size)
         means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
-        centres = torch.where(sums[:, -1:] > 0, unit(means) if spherical else means, centres)
+        moved = torch.where(sums[:, -1:] > 0, unit(means) if spherical else means, centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
     return centres
 
 

@@ -160,6 +160,38 @@ def test_start_initialises_the_codebook_from_data() -> None:
     assert all((code == rows).all(1).any() for code in batch.codebook)
 
 
+@pytest.mark.parametrize("iterations", [0, 10])
+@pytest.mark.parametrize(
+    ("count", "times", "size"), [(1, 1, 7), (5, 1, 5), (5, 1, 64), (5, 200, 5), (5, 200, 64), (1, 500, 3), (7, 9, 60)]
+)
+@pytest.mark.parametrize("spherical", [False, True])
+def test_no_more_different_vectors_than_codes_are_the_codes(
+    count: int, times: int, size: int, spherical: bool, iterations: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clustering, "nearest_code", lambda *_: pytest.fail("a search that cannot change anything"))
+    rows = normal(count, 4)
+    rows = rows / rows.norm(dim=1, keepdim=True) if spherical else rows
+    centres = kmeans(rows.repeat(times, 1), size, iterations, torch.Generator().manual_seed(0), spherical)
+    assert centres.shape == (size, 4)
+    hits = (centres[:, None] == rows).all(2).sum(0)
+    assert hits.sum() == size
+    assert hits.max() - hits.min() <= 1
+
+
+def test_kmeans_ends_where_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def counting(rows: Tensor, codes: Tensor) -> Tensor:
+        calls.append(1)
+        return nearest_code(rows, codes)
+
+    monkeypatch.setattr(clustering, "nearest_code", counting)
+    rows = torch.tensor([[0.0], [1.0], [100.0], [101.0]]).repeat(50, 1)
+    centres = kmeans(rows, 2, 1000, torch.Generator().manual_seed(0))
+    assert centres.flatten().sort().values.tolist() == [0.5, 100.5]
+    assert len(calls) < 20
+
+
 def test_fewer_vectors_than_codes_still_initialise() -> None:
     quantizer = VQ(64, 4)
     quantizer.start(normal(10, 4))
