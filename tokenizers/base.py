@@ -40,6 +40,21 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """What a channel of z starts as, before any training: principal component `component` of the patches, from 0, times a number.
+
+    The number makes the standard deviation `std`; with None it is one number for all such channels, so that distances between z
+    are those between patches up to a factor. std 0: the constant `mean`. The components of all channels that are `balanced` are
+    rotated first such that their variances are equal.
+    """
+
+    component: int
+    std: float | None = 1.0
+    mean: float = 0.0
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
 class Quantized:
     """Result of a quantizer for one batch.
 
@@ -73,6 +88,10 @@ class Quantizer(nn.Module, ABC):
     def in_dim(self) -> int:
         """Channels of z."""
         return self.dim
+
+    def start_channels(self) -> list[Channel]:
+        """What every channel of z should start as: by default the first components with standard deviation 1."""
+        return [Channel(i) for i in range(self.in_dim)]
 
     @abstractmethod
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.tokenizers.base import (
+    Channel,
     Composite,
     Quantized,
     Quantizer,
@@ -138,6 +139,10 @@ class Residual(Composite):
         for i, stage in enumerate(self.members):
             stage.start(residual if i else z)
             residual = residual - stage.snap(residual)
+
+    def start_channels(self) -> list[Channel]:
+        """Those of the first stage."""
+        return self.members[0].start_channels()
 
     def extra_repr(self) -> str:
         return f"depth={self.groups}, dropout={self.dropout}"

@@ -20,6 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from midway.tokenizers import principal
 from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
@@ -29,6 +30,7 @@ from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
 
 LatentSpace = Literal["pre", "post"]
 Network = Literal["conv", "vit", "diffusers"]
+Shortcut = Literal["principal", "orthogonal"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     latent_mean: Tensor
     latent_std: Tensor
     latents_measured: Tensor
+    shortcut_started: Tensor
 
     @register_to_config
     def __init__(
@@ -81,10 +84,11 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         heads: int = 4,
         latent_tokens: int | None = None,
         foreign: dict[str, Any] | None = None,
+        shortcut: str = "orthogonal",
     ) -> None:
         super().__init__()
         _check(image_size, downsample, latent_space)
-        _check_network(network, latent_tokens, foreign)
+        _check_network(network, latent_tokens, foreign, shortcut)
         description = _plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
         self.register_to_config(quantizer=description)  # the default is written out, so that it may change later
         self.image_shape = (in_channels, image_size, image_size)
@@ -119,6 +123,9 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         self.register_buffer("latent_mean", torch.zeros(dim))
         self.register_buffer("latent_std", torch.ones(dim))
         self.register_buffer("latents_measured", torch.tensor(False))
+        self.register_buffer(
+            "shortcut_started", torch.tensor(shortcut != "principal"), persistent=shortcut == "principal"
+        )
 
     @property
     def quantizer(self) -> Quantizer:
@@ -212,8 +219,16 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def start(self, images: Tensor) -> None:
-        """The quantizer's `start` from the first images (B, C, H, W): once, before the first step, on every process."""
-        self.quantizer.start(self.encode(images))
+        """Start from the first images (B, C, H, W): once, before the first step, on every process with the same images.
+
+        Principal shortcuts of convolutional networks, unless they have been started, and the quantizer's `start`.
+        """
+        if self.shortcut_started or not isinstance(self.encoder, Encoder) or not isinstance(self.decoder, Decoder):
+            self.quantizer.start(self.encode(images))
+            return
+        _check_shape(images, self.image_shape, "images")
+        principal.start(self.encoder.shortcut, self.decoder.linear_shortcut, self.quantizer, images, self.downsample)
+        self.shortcut_started.fill_(True)
 
     def observe(self, quantized: Quantized) -> None:
         """The quantizer's `observe`: once per training micro-batch, with what `forward` returned as `quantized`."""
@@ -260,7 +275,11 @@ def _check(image_size: int, downsample: int, latent_space: str) -> None:
         raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
 
 
-def _check_network(network: str, latent_tokens: int | None, diffusers_config: Mapping[str, Any] | None) -> None:
+def _check_network(
+    network: str, latent_tokens: int | None, diffusers_config: Mapping[str, Any] | None, shortcut: str
+) -> None:
+    if shortcut not in get_args(Shortcut):
+        raise ValueError(f"shortcut is {shortcut!r}; choose 'principal' or 'orthogonal'")
     if network not in get_args(Network):
         raise ValueError(f"network is {network!r}; choose 'conv' or 'vit', or 'diffusers' with foreign")
     if (diffusers_config is None) == (network == "diffusers"):

@@ -38,7 +38,10 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
-    """The dataclass `cls` from what `to_dict` gave; missing keys keep their defaults. UsageError for what does not fit."""
+    """The dataclass `cls` from what `to_dict` gave. UsageError for what does not fit.
+
+    A missing key keeps its default, or has the value that its field's metadata calls "absent": what it meant before it existed.
+    """
     if not isinstance(values, dict):
         raise UsageError(f"{where} is not a mapping", f"it is {values!r}", "write it as `key: value` lines")
     hints = typing.get_type_hints(cls)
@@ -48,7 +51,8 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
             raise UsageError(
                 f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), names)
             )
-    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    older = {f.name: f.metadata["absent"] for f in dataclasses.fields(cls) if "absent" in f.metadata}  # pyright: ignore
+    typed = older | {key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     with raising(UsageError, f"{where} cannot be used", "correct the value"):
         return cls(**typed)
 
