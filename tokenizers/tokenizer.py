@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from midway.tokenizers import principal
@@ -25,6 +24,7 @@ from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
+from midway.tokenizers.pretrained import Pretrained
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
 
@@ -43,12 +43,12 @@ class TokenizerOutput:
     z: Tensor
 
 
-class ImageTokenizer(ModelMixin, ConfigMixin):
+class ImageTokenizer(Pretrained):
     """Square images (B, in_channels, image_size, image_size) in [-1, 1] <-> a grid of codes.
 
     `quantizer` is a config for `make_quantizer`, FSQ [8, 5, 5, 5] by default. {"type": "identity", "dim": in_channels}
     with downsample 1 is the pixel model: latents are pixels, and there are no networks. Saved and loaded bit for bit by
-    save_pretrained and from_pretrained (safetensors).
+    save_pretrained and from_pretrained (pretrained.py).
 
     `network` "conv" (networks.py) has `blocks`, `upsample`, `attention` and `multipliers`, [1] by default; "vit" (vit.py) has
     `depth`, `heads` and `latent_tokens`, its patches are `downsample` pixels a side. With L latent tokens there is no grid:

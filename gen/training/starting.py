@@ -33,7 +33,7 @@ class Routed(nn.Module):
 
 @torch.no_grad()
 def start(wrapped: nn.Module, routed: Routed, items: Items, order: Order, batch_size: int) -> None:
-    """Call the model's `start` with the first samples of step 0: `batch_size`, at most START_SAMPLES. `wrapped` wraps `routed`."""
+    """Call the model's `start` with the first samples of step 0, `batch_size` or START_SAMPLES; `wrapped` is around `routed`."""
     device = next(routed.parameters()).device
     count = min(batch_size, START_SAMPLES)
     context = Context(order.seed, 0, torch.arange(count, device=device))
