@@ -1,6 +1,6 @@
 """VQ or FSQ, fairly: each at its own best learning rate, from both starts of the linear shortcuts, until it learns no more.
 
-    nice -n 19 env OMP_NUM_THREADS=1 python benchmarks/tokenizer_start.py digits cifar10 --cells cells.jsonl
+    python benchmarks/tokenizer_start.py digits cifar10 --cifar10 cifar10-train.zip --cells cells.jsonl
     python benchmarks/tokenizer_start.py digits cifar10 --cells cells.jsonl --json benchmarks/results/tokenizer_start.json --table
 
 A cell is one training: data x quantizer x bits x start x learning rate x seed, with 16 positions an image (GRIDS). Learning
@@ -78,7 +78,7 @@ class Grid:
 GRIDS = {
     "digits": Grid(DataConfig(), TokenizerConfig(width=32, downsample=2), (1e-3, 3e-3, 1e-2), 3, 4000),
     "cifar10": Grid(
-        DataConfig(data="../shared/data/cifar10-train.zip", held_out=0.1, resize=16),
+        DataConfig(data="cifar10", held_out=0.1, resize=16),
         TokenizerConfig(width=48, downsample=4),
         (3e-3, 1e-2),
         2,
@@ -136,6 +136,8 @@ class Study:
     """Print the tables; nothing is trained."""
     most: int | None = None
     """At most so many cells this time."""
+    cifar10: str = "cifar10"
+    """Its source: the name, or a folder or zip."""
 
 
 def cells_of(name: str) -> Iterator[Cell]:
@@ -146,9 +148,10 @@ def cells_of(name: str) -> Iterator[Cell]:
             yield Cell(name, quantizer, bits, shortcut, lr, seed)
 
 
-def task_of(cell: Cell) -> TokenizerTask:
+def task_of(cell: Cell, cifar10: str) -> TokenizerTask:
     """What is trained: 8 channels and 2^bits codes, or the levels of the FSQ paper."""
     grid = GRIDS[cell.data]
+    data = replace(grid.data, data=cifar10) if cell.data == "cifar10" else grid.data
     model = replace(
         grid.model,
         quantizer=cell.quantizer,
@@ -157,7 +160,7 @@ def task_of(cell: Cell) -> TokenizerTask:
         shortcut=cell.shortcut,
     )
     train = TrainConfig(steps=grid.steps, batch_size=64, lr=cell.lr, ema=0.998, save_seconds=0, keep=1, seed=cell.seed)
-    return TokenizerTask(out=Path("unused"), data=grid.data, model=model, train=replace(train, max_steps=ROUND))
+    return TokenizerTask(out=Path("unused"), data=data, model=model, train=replace(train, max_steps=ROUND))
 
 
 @cache
@@ -166,9 +169,8 @@ def splits_of(data: DataConfig) -> Splits:
     return load_splits(data)
 
 
-def train(cell: Cell) -> Result:
+def train(cell: Cell, task: TokenizerTask) -> Result:
     """Train a cell from the beginning."""
-    task = task_of(cell)
     splits = splits_of(task.data)
     held_out, levels = splits.held_out.images[: GRIDS[cell.data].held_out], FSQ_LEVELS[cell.bits]
     began, rounds, psnrs, over = time.process_time(), [], list[float](), False
@@ -285,7 +287,7 @@ def main(study: Study) -> None:
     missing = [] if study.table else list(itertools.chain.from_iterable(cells_of(name) for name in study.grids))
     done = {r.cell for r in read(study.cells)}
     for cell in sorted((cell for cell in missing if cell not in done), key=lambda cell: cell.seed)[: study.most]:
-        result = train(cell)
+        result = train(cell, task_of(cell, study.cifar10))
         with study.cells.open("a") as file:
             file.write(json.dumps(to_dict(result)) + "\n")
         print(f"{cell}: {result.psnr:.2f} dB after {result.steps} steps, {result.seconds:.0f} s", flush=True)

@@ -48,7 +48,7 @@ class TokenizerConfig:
     multipliers: tuple[int, ...] = (1,)
     """Multiples of width of the residual blocks at each resolution, the finest first; (1,): the lowest resolution only."""
     shortcut: Literal["principal", "orthogonal"] = field(
-        default="principal", metadata={"absent": ABSENT["model.shortcut"]}
+        default="orthogonal", metadata={"absent": ABSENT["model.shortcut"]}
     )
     """Start of the linear shortcuts of conv: principal components of the first images' patches, or random orthogonal maps."""
     network: Literal["conv", "vit"] = "conv"

@@ -122,6 +122,9 @@ class Quantizer(nn.Module, ABC):
         """Number of positions with a token of a (height, width) grid of latents."""
         return height * width
 
+    def cover(self, z: Tensor) -> None:
+        """Spread codes that do not start from data over z (B, in_dim, *S): before `start`, of principal components only."""
+
     def start(self, z: Tensor) -> None:
         """Initialise codebooks from z (B, in_dim, *S), once, before the first step, on every process."""
 

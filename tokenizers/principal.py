@@ -9,7 +9,8 @@ Networks 2(1)); of rounded or bounded codes it is the best linear decoder. A pat
 f x f pixels of all channels. A quantizer states what its channels start as (`Channel`).
 
 A direction that varies less than rounding to 8 bits does counts as noise. Channels beyond the others, on patches of fewer pixels
-or on flat images, start as further directions of the whitened components: those of the map's own rows.
+or on flat images, start as further directions of the whitened components, those of the map's own rows; as constants where
+distances count.
 
 Sums are float64 on the CPU, so that the start is the same on every kind of device; rank 0's counts.
 """
@@ -39,11 +40,11 @@ def start(encoder: nn.Conv2d, decoder: nn.Conv2d, quantizer: Quantizer, images: 
     with float32_island(images):
         patches = F.pixel_unshuffle(images.float(), factor)
         own = whole(encoder.weight).flatten(1)
-        weight, bias = shared(
-            *principal_map(mean_and_covariance(rows(patches)), quantizer.start_channels(), own), to=images
-        )
+        moments = mean_and_covariance(rows(patches))
+        weight, bias = shared(*principal_map(*moments, quantizer.start_channels(), own), to=images)
         put(encoder, weight, bias)
         z = F.conv2d(patches, weight[..., None, None], bias)
+        quantizer.cover(z)
         quantizer.start(z)
         codes = quantizer.snap(quantizer.latents(z))
         own = whole(decoder.weight).flatten(1)
@@ -51,12 +52,11 @@ def start(encoder: nn.Conv2d, decoder: nn.Conv2d, quantizer: Quantizer, images: 
         put(decoder, *shared(*least_squares(*both, own), to=images))
 
 
-def principal_map(moments: tuple[Tensor, Tensor], channels: Sequence[Channel], own: Tensor) -> tuple[Tensor, Tensor]:
+def principal_map(mean: Tensor, covariance: Tensor, channels: Sequence[Channel], own: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (D, P) and bias (D,) of patches -> z, float64, for patches with this mean (P,) and covariance (P, P).
 
     own: the map's weight (D, P) so far, whose rows give the directions of channels beyond the components that vary.
     """
-    mean, covariance = moments
     values, vectors = (each.flip(-1) for each in torch.linalg.eigh(covariance))
     rank = int((values > NOISE).sum())
     weight = own.double()
@@ -64,7 +64,7 @@ def principal_map(moments: tuple[Tensor, Tensor], channels: Sequence[Channel], o
         values, vectors = values[:rank], vectors[:, :rank]
         directions = directions_of(channels, values, weight @ vectors)
         variances = directions.square() @ values
-        weight = (stds(channels, variances) / variances.sqrt())[:, None] * directions @ vectors.T
+        weight = (stds(channels, variances, rank) / variances.sqrt())[:, None] * directions @ vectors.T
     return weight, torch.tensor([c.mean for c in channels], dtype=torch.float64) - weight @ mean
 
 
@@ -103,15 +103,17 @@ def balance(variances: Tensor) -> Tensor:
     return rotation
 
 
-def stds(channels: Sequence[Channel], variances: Tensor) -> Tensor:
-    """The standard deviation (D,) of each channel: its own number, or that of its direction times a factor that all such share.
+def stds(channels: Sequence[Channel], variances: Tensor, rank: int) -> Tensor:
+    """The standard deviation (D,) of each channel: its own number, or that of its component times a factor that all such share.
 
-    With the factor their root mean square is 1. variances: (D,) along the directions.
+    With the factor their root mean square is 1; beyond the components they are constant, so that distances stay what they are.
+    variances: (D,) along the directions of the channels.
     """
-    natural = torch.tensor([c.std is None for c in channels])
-    common = variances[natural].mean() if bool(natural.any()) else 1.0
     given = torch.tensor([c.std or 0.0 for c in channels], dtype=torch.float64)
-    return torch.where(natural, (variances / common).sqrt(), given)
+    natural = torch.tensor([c.std is None and c.component < rank for c in channels])
+    if not bool(natural.any()):
+        return given
+    return torch.where(natural, (variances / variances[natural].mean()).sqrt(), given)
 
 
 def least_squares(mean: Tensor, covariance: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,10 +161,10 @@ def whole(value: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).detach().float().cpu()
 
 
-def put(layer: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Give a 1x1 convolution this weight (out, in) and bias (out,)."""
-    for parameter, value in ((layer.weight, weight[..., None, None]), (layer.bias, bias)):
-        assert parameter is not None
+def put(layer: nn.Module, *values: Tensor) -> None:
+    """Give the parameters of a layer, in their order, these values, of their shapes but for ones at the end."""
+    for parameter, value in zip(layer.parameters(), values, strict=True):
+        value = value.view(parameter.shape)
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         parameter.copy_(value)
