@@ -44,7 +44,8 @@ from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, saturation
-from midway.tokenizers.tokenizer import ImageTokenizer, Shortcut
+from midway.tokenizers.options import Shortcut
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from train_tokenizer import make_tokenizer

@@ -1,18 +1,21 @@
 """What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
 
 import dataclasses
+import io
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
-from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
+from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.processes import leave_processes
+from midway.gen.data.sources import check_unambiguous
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -22,11 +25,19 @@ RECORDED = ("kind", "data", "posthoc", "baseline")
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
     default, rest = _starting_point(task, recipes, arguments)
+    for source in _typed(rest, "--data"):
+        check_unambiguous(source)
     description = (task.__doc__ or "") + _recipe_help(recipes)
     with raising(UsageError, "these flags cannot be used", "correct the value"):  # the configuration's own checks
         if default is None:
             return tyro.cli(task, args=rest, description=description)
         return tyro.cli(task, args=rest, default=default, description=description)
+
+
+def _typed(arguments: list[str], flag: str) -> list[str]:
+    """The values that a flag has on the command line."""
+    apart = [value for name, value in pairwise(arguments) if name == flag]
+    return apart + [word.removeprefix(f"{flag}=") for word in arguments if word.startswith(f"{flag}=")]
 
 
 def by_name(*recipes: Callable[[], Task]) -> dict[str, Callable[[], Task]]:
@@ -72,6 +83,9 @@ def own_fields(task: type, values: Any) -> Any:
 def main(command: Callable[[list[str]], object]) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
     try:
         code = run(command, [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv[1:])
     finally:
@@ -80,29 +94,26 @@ def main(command: Callable[[list[str]], object]) -> NoReturn:
 
 
 def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False) -> int:
-    """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); Ctrl-C: 130; other errors: 1.
-
-    A full or failing disk is a DiskError wherever it shows.
-    """
+    """The exit code. Any error is three lines and its code (`debug`: the traceback as well); Ctrl-C: 130."""
     try:
-        try:
-            command(arguments)
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise DiskError("a file could not be written", str(error), "free space and run again") from error
-    except MidwayError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        command(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        failure = error if isinstance(error, MidwayError) else as_midway(error, _keep_traceback)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
     return 0
+
+
+def _keep_traceback() -> str:
+    """Where the traceback of the current exception is stored."""
+    with tempfile.NamedTemporaryFile("w", prefix="midway-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    return file.name
 
 
 def names(text: str) -> tuple[str, ...]:

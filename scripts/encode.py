@@ -6,11 +6,14 @@ from pathlib import Path
 from cli import main, resolve
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path, clear_temporaries
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import BATCH, check_flag_ranges
+from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_tokenizer
-from midway.gen.tokenizer.latents import cache_path, encode, save_latents
+from midway.gen.tokenizer.latents import cache_path, encode, is_latent_cache, save_latents
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class EncodeTask:
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace an existing file."""
 
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, batch_size=BATCH)
+
 
 def run(task: EncodeTask) -> Path:
     """Write the cache; its path."""
@@ -34,16 +40,19 @@ def run(task: EncodeTask) -> Path:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     tokenizer, data = load_tokenizer(task.tokenizer, best_device())
     train = load_splits(data).train
-    path = task.out or cache_path(task.tokenizer, train, tokenizer, task.flip)
+    path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.flip))
     if path.exists() and not task.overwrite:
         raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
-    print(describe(train))
+    if task.out is not None and path.exists() and not is_latent_cache(path):
+        raise UsageError(f"{path} is no latent cache", "it would be replaced", "choose another --out, or move it away")
+    echo(describe(train))
+    clear_temporaries(task.tokenizer)
     latents = encode(tokenizer, train, task.batch_size, task.flip)
     save_latents(latents, path)
-    print(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")
-    print("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
-    print("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
-    print(f"saved {path}")
+    echo(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")
+    echo("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
+    echo("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
+    echo(f"saved {path}")
     return path
 
 

@@ -8,7 +8,8 @@ new ones. Several processes divide the work:
 External samples: python scripts/evaluate.py --images samples.npz --data digits --features runs/digits-features --out report
 """
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +27,17 @@ from evaluation_inputs import (
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.core.errors import DiskError, UsageError
+from midway.gen.core.errors import DiskError, UsageError, raising
+from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
-from midway.gen.data.splits import Splits, load_splits
+from midway.gen.data.splits import Splits, changed_since, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.jobs import SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
+from midway.gen.evaluation.store import CellStore
 from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.open import open_extractor
@@ -48,7 +52,7 @@ from midway.gen.report.notes import (
     timing_notes,
 )
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
-from midway.gen.report.sweep import terminal_text, write_report
+from midway.gen.report.sweep import check_out, terminal_text, write_report
 from midway.gen.report.table import ReportContext
 
 
@@ -72,6 +76,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     extractor.check(splits.train.images, "the reference has")
     if model is not None:
         model.check_images(splits.train.images)
+    changed = changed_since(trained.run, splits.train) if trained else ()
     externals = external_images(task, splits)
     config = sweep_config(task, trained, model, externals, splits, device)
     check_metrics(config.metrics, config.n, extractor.dim, extractor.has_logits)
@@ -80,35 +85,44 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     trainings = [(fine_source(one, config), solver_jobs(one, config)) for one in models] or [(None, [])]
     trainings[0][1].extend(others)
 
+    check_out(out)
     make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     shown = process.rank == 0
-    if shown:
-        if task.fresh:
-            shutil.rmtree(out / "cells", ignore_errors=True)
-        warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-        print(*warnings, sep="\n", end="\n" * bool(warnings))
-    reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
-    total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
-    with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
+    with claimed(out, task.fresh) if shown else nullcontext():
+        process.wait()
+        if shown:
+            echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
+        reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
+        total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
+        with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
-        def progress(cell: str) -> None:
-            bar.set_postfix_str(cell)
-            bar.update()
+            def progress(cell: str) -> None:
+                bar.set_postfix_str(printable(cell))
+                bar.update()
 
-        sweeps = [
-            run_sweep(jobs, fine, reference, splits.held_out, config, out, progress, process)
-            for fine, jobs in trainings
-        ]
-    sweep, missing = merged(sweeps)
-    if shown:
-        facts = context(task, model, splits, config, externals, sweep, extractor, missing)
-        write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
-        print(terminal_text(sweep.measurements))
-        if model is None:
-            print(floor_text(sweep))
-        print(f"report: {out / 'report.html'}")
-        export_images(task, sweep)
-    return sweep
+            sweeps = [
+                run_sweep(jobs, fine, reference, splits.held_out, config, out, progress, process)
+                for fine, jobs in trainings
+            ]
+        sweep, missing = merged(sweeps)
+        if shown:
+            facts = context(task, model, splits, config, externals, sweep, extractor, missing, changed)
+            write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
+            echo(terminal_text(sweep.measurements))
+            if model is None:
+                echo(floor_text(sweep))
+            echo(f"report: {out / 'report.html'}")
+            export_images(task, sweep)
+        return sweep
+
+
+@contextmanager
+def claimed(out: Path, fresh: bool) -> Iterator[None]:
+    """Within the block the report is this sweep's own, tidied first; errors as CellStore.claimed."""
+    with CellStore(out / "cells").claimed(fresh):
+        for folder in (out, out / "reference"):
+            clear_temporaries(folder)
+        yield
 
 
 def sweep_config(
@@ -147,10 +161,8 @@ def make_folders(folders: dict[str, Path | None]) -> None:
     """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag."""
     for flag, path in folders.items():
         if path is not None:
-            try:
+            with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
 
 
 def drawn_classes(model: EvaluatedModel | None) -> int:
@@ -188,7 +200,7 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
 
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
-            print(f"images: {path}")
+            echo(f"images: {path}")
 
 
 def context(
@@ -200,6 +212,7 @@ def context(
     sweep: Sweep,
     extractor: Extractor,
     missing: list[str],
+    changed: tuple[str, ...],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     alone = (*common_notes(config, splits, extractor.note), floor_text(sweep))
@@ -211,6 +224,7 @@ def context(
         seeds=str(config.seeds),
         guidance=config.guidance,
         notes=(
+            *changed,
             *few_note(config.n, extractor.dim),
             *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,

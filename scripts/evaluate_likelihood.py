@@ -16,8 +16,10 @@ from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
+from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
-from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -68,6 +70,10 @@ class LikelihoodTask:
     ode: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     title: str = "Bits per dimension and distance of samples"
 
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, first_seed=SEED, iwae=(0, COUNT[1]), batch_size=BATCH)
+        check_ranges(self.ode, steps=STEPS, probes=COUNT, rho_min=POSITIVE)
+
 
 def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     """Check everything, measure, print the table, write the report."""
@@ -87,11 +93,13 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
     rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
     rows += references(splits, instruments)
-    write_likelihood_report(
-        out, rows, context(task, splits, instruments, any(trained.model.classes for trained in models.values()))
-    )
-    print(text_table(likelihood_table(rows)))
-    print(f"report: {out / 'report.md'}")
+    conditional = any(trained.model.classes for trained in models.values())
+    warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
+    warnings += empty_notes(splits, conditional)
+    echo(*warnings)
+    write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
+    echo(text_table(likelihood_table(rows)))
+    echo(f"report: {out / 'report.md'}")
     return rows
 
 
@@ -159,14 +167,14 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
     except UsageError as error:
         if task.features is not None or task.feature_weights is not None:
             raise
-        print(f"no distances: {error.why}")
+        echo(f"no distances: {error.why}")
         return None
 
 
 # ---- the report ----
 
 
-def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, conditional: bool) -> ReportContext:
+def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, warnings: list[str]) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(instruments.subject.images)
     return ReportContext(
@@ -180,7 +188,7 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, cond
             "Weights that are the best in validation were chosen on held-out images: their figures are a little too good.",
             f"Distances are of {n} samples to all {len(splits.train.images)} training images; samples of a VAE are expected "
             "images, without the noise of values.",
-            *empty_notes(splits, conditional),
+            *warnings,
         ),
     )
 

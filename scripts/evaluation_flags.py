@@ -10,6 +10,8 @@ from sampling_flags import SamplingFlags
 from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path
+from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
 
@@ -83,6 +85,10 @@ class EvaluateTask(SamplingFlags):
     """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
 
+    def __post_init__(self) -> None:
+        SamplingFlags.__post_init__(self)
+        check_flag_ranges(self, n=COUNT, blocks=COUNT, seed=SEED, reference_nfe=(0, STEPS[1]), images_resize=WIDTH)
+
 
 def check_flags(task: EvaluateTask) -> None:
     """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
@@ -121,7 +127,7 @@ def blocks(task: EvaluateTask) -> int:
 def folder(task: EvaluateTask) -> Path:
     """Where the report goes."""
     if task.out is None and task.model is not None:
-        return task.model / "report"
+        return check_path(task.model / "report")
     if task.out is None:
         raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
-    return task.out
+    return check_path(task.out)

@@ -1,19 +1,23 @@
 """Shared by the training scripts: models with their images as items of fit(), and run directories."""
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 
+from midway.gen.core.errors import UsageError, is_memory
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import Splits
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
-from tasks import TrainingTask
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,49 @@ def image_parts(
     return Parts(model, Items(fetch, len(images), splits.train.fingerprint), splits, validate)
 
 
-def open_run(task: TrainingTask, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str) -> Run:
-    """The run, created by the main process, which logs `lines` if it is new; returns when it exists."""
-    run = Run(task.out, kind, config)
-    if accelerator.is_main_process:
-        run = Run.create(task.out, kind, config, task.overwrite, task.resume == "auto")
-        for line in lines if run.is_new else ():
+def built(build: Callable[[], Model]) -> Model:
+    """`build()`, after its size has been counted without memory; UsageError where this machine cannot train it.
+
+    Training keeps parameters, gradients and two moments. The random numbers of `build()` are those it has by itself.
+    """
+    there, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0.0
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            network = build()
+        needed = 16.0 * sum(p.numel() for p in network.parameters()) + 4.0 * sum(b.numel() for b in network.buffers())
+    except Exception as error:  # what cannot be counted is built; its own errors come then
+        needed = math.inf if is_memory(error) else 0.0
+    if needed > there:
+        words = "more than a tensor can hold" if needed == math.inf else f"{needed / 2**30:,.0f} GiB"
+        raise UsageError(
+            "this network is too large",
+            f"its training keeps {words}, and this machine has {there / 2**30:,.0f} GiB",
+            "choose smaller sizes of the model",
+        )
+    return build()
+
+
+class RunFlags(Protocol):
+    """What to do with a run that is there."""
+
+    @property
+    def overwrite(self) -> bool: ...
+    @property
+    def resume(self) -> str: ...
+
+
+@contextmanager
+def open_run(
+    flags: RunFlags, path: Path, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str
+) -> Iterator[Run]:
+    """The run, created by the main process, which logs `lines` if it is new and holds the run's lock until the block ends.
+
+    The others wait until it exists.
+    """
+    main = accelerator.is_main_process
+    creating = Run.creating(path, kind, config, flags.overwrite, flags.resume == "auto")
+    with creating if main else nullcontext(Run(path, kind, config)) as run:
+        for line in lines if main and run.is_new else ():
             run.say(line)
-    accelerator.wait_for_everyone()
-    return run
+        accelerator.wait_for_everyone()
+        yield run

@@ -29,7 +29,7 @@ from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
-from running import Parts, image_parts, open_run
+from running import Parts, built, image_parts, open_run
 
 PREVIEW = 60
 PAIRS = 8
@@ -89,7 +89,8 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     classes = len(data.classes) if task.conditional else 0
     cls = BASELINES[kind_of(task)]
     with raising(UsageError, "this model cannot be built", "change the --model flags or --data"):
-        model = cls(task.model, (channels, height, width), levels_in_data(splits), classes)  # pyright: ignore
+        shape, levels = (channels, height, width), levels_in_data(splits)
+        model = built(lambda: cls(task.model, shape, levels, classes))  # pyright: ignore
     model.empty = empty_classes(data) if classes else ()
     if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
         raise UsageError(
@@ -113,17 +114,17 @@ def train(task: BaselineTask) -> Run | None:
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, task.train.weights_name
     config = {"baseline": kind_of(task), **to_dict(task)}
-    run = open_run(task, KIND, config, accelerator, *facts(parts))
-    hooks = Hooks(
-        preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
-        export=lambda folder, _: write_baseline(folder, model),
-        validate=parts.validate,
-    )
-    result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-    if not accelerator.is_main_process:
-        return None
-    report(task, run, parts.splits, result, accelerator.device)
-    return run
+    with open_run(task, task.out, KIND, config, accelerator, *facts(parts)) as run:
+        hooks = Hooks(
+            preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
+            export=lambda folder, _: write_baseline(folder, model),
+            validate=parts.validate,
+        )
+        result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        report(task, run, parts.splits, result, accelerator.device)
+        return run
 
 
 def facts(parts: Parts[Baseline]) -> tuple[str, str]:

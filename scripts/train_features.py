@@ -16,7 +16,9 @@ from torch import Tensor
 from cli import Flat, main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.ranges import WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
+from midway.gen.core.text import printable
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
@@ -24,7 +26,7 @@ from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
-from running import Parts, image_parts, open_run
+from running import Parts, built, image_parts, open_run
 from tasks import TrainingTask
 
 
@@ -45,6 +47,9 @@ class FeaturesTask(TrainingTask):
     )
     """Few steps on purpose: see the module's docstring."""
 
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, width=WIDTH, dim=WIDTH)
+
 
 def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNetwork]:
     """The network and its images; nothing is written. UsageError for sizes that do not fit."""
@@ -52,7 +57,8 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
     torch.manual_seed(task.train.seed)
     channels, side = splits.train.images.shape[1:3]
     with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
-        network = FeatureNetwork(FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim))
+        config = FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim)
+        network = built(lambda: FeatureNetwork(config))
     return image_parts(network, splits, accelerator.device)
 
 
@@ -62,22 +68,22 @@ def train(task: FeaturesTask) -> Run | None:
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out
-    run = open_run(task, "features", to_dict(task), accelerator, describe(parts.splits.train))
-    source = Path(task.data.data).stem
-    hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
-    result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-    if not accelerator.is_main_process:
-        return None
-    if result.ema is not None:
-        network.load_state_dict(result.ema.shadow)
-    network.eval()
-    with torch.no_grad():
-        logits = network.classify(network.features(held_out.images))
-    accuracy = (logits.argmax(1).cpu() == held_out.labels).float().mean().item()
-    run.log({"step": result.steps, "final": True, "held_out_accuracy": accuracy})
-    run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")
-    run.say(f"saved {run.checkpoint}")
-    return run
+    source = printable(Path(task.data.data).stem)
+    with open_run(task, task.out, "features", to_dict(task), accelerator, describe(parts.splits.train)) as run:
+        hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
+        result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        if result.ema is not None:
+            network.load_state_dict(result.ema.shadow)
+        network.eval()
+        with torch.no_grad():
+            logits = network.classify(network.features(held_out.images))
+        accuracy = (logits.argmax(1).cpu() == held_out.labels).float().mean().item()
+        run.log({"step": result.steps, "final": True, "held_out_accuracy": accuracy})
+        run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")
+        run.say(f"saved {run.checkpoint}")
+        return run
 
 
 def export(folder: Path, network: FeatureNetwork, averaged: dict[str, Tensor], source: str) -> None:

@@ -25,7 +25,7 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
-from running import Parts, image_parts, open_run
+from running import Parts, built, image_parts, open_run
 from tasks import TokenizerTask
 
 SHOWN = 32
@@ -58,28 +58,28 @@ def train(task: TokenizerTask) -> Run | None:
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
     about = (describe(splits.train), describe(splits.held_out))
-    run = open_run(task, "tokenizer", to_dict(task), accelerator, *about)
-    steps = 0
-    if any(p.requires_grad for p in tokenizer.parameters()):
-        hooks = Hooks(
-            preview=lambda step: write_reconstructions(run, tokenizer, splits, step, task.train.weights_name),
-            export=lambda folder, averaged: export(folder, tokenizer, averaged),
-        )
-        result = fit(parts.model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-        steps = result.steps
-        if result.ema is not None:
-            parts.model.load_state_dict(result.ema.shadow)
-    elif accelerator.is_main_process:
-        state = parts.model.state_dict()
-        checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
-    if not accelerator.is_main_process:
-        return None
-    parts.model.eval()
-    quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
-    log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)
-    publish(task, run, parts.model, splits, steps, quality)
-    run.say(f"saved {run.checkpoint}")
-    return run
+    with open_run(task, task.out, "tokenizer", to_dict(task), accelerator, *about) as run:
+        steps = 0
+        if any(p.requires_grad for p in tokenizer.parameters()):
+            hooks = Hooks(
+                preview=lambda step: write_reconstructions(run, tokenizer, splits, step, task.train.weights_name),
+                export=lambda folder, averaged: export(folder, tokenizer, averaged),
+            )
+            result = fit(parts.model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+            steps = result.steps
+            if result.ema is not None:
+                parts.model.load_state_dict(result.ema.shadow)
+        elif accelerator.is_main_process:
+            state = parts.model.state_dict()
+            checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
+        if not accelerator.is_main_process:
+            return None
+        parts.model.eval()
+        quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
+        log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)
+        publish(task, run, parts.model, splits, steps, quality)
+        run.say(f"saved {run.checkpoint}")
+        return run
 
 
 def log_quality(
@@ -132,7 +132,8 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
     channels, side = square(data)
     with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
         quantizer = task.model.quantizer_config(channels)
-        return ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **task.model.network_config())
+        network = task.model.network_config()
+        return built(lambda: ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **network))
 
 
 def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:

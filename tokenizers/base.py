@@ -18,10 +18,13 @@ Statistics of one batch of indices, p_k = count_k / sum of counts:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from midway.tokenizers.precision import Convert, of_same_dtype
 
 MAX_COUNTED = 2**20  # beyond this many codes a histogram per batch would cost more than the quantizer
 
@@ -60,7 +63,8 @@ class Quantized:
 
     codes: (B, D, *S) float32, straight-through: those of `indices`, except where dropout changes them in training.
     indices: (B, *S) or (B, *S, G) int64; (B, 0) if the quantizer is continuous.
-    losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none.
+    losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none or no sample; with a graph to z
+    always, and not finite if z is not.
     counts: (K,) int64 histogram of `indices`, (G, K) with several groups, or None for continuous quantizers and K > 2**20.
     observation: input of `observe` for a codebook that learns from vectors. parts: results of the quantizers inside this one.
     """
@@ -107,16 +111,51 @@ class Quantizer(nn.Module, ABC):
         """The continuous value before snapping: z (B, in_dim, *S) -> (B, D, *S) float32."""
 
     @abstractmethod
-    def snap(self, latents: Tensor) -> Tensor:
-        """The nearest code to each point of latent space: (B, D, *S) -> (B, D, *S); no gradient if discrete."""
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest code to each point of latent space, (B, D, *S) -> (B, D, *S), and its indices (B, *S) int64.
+
+        No gradient if discrete. Of latents(z) they are those of `forward`, bit for bit.
+        """
 
     @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, *S) int64 -> (B, D, *S) float32. ValueError if an index is outside {0, ..., K - 1}."""
 
-    @abstractmethod
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and indices of z (B, in_dim, *S), those of `forward` but for dropout and KL's draw; no losses, no noise."""
+        return self.nearest(self.latents(z))
+
+    def snap(self, latents: Tensor) -> Tensor:
+        """The nearest code to each point of latent space: (B, D, *S) -> (B, D, *S); no gradient if discrete."""
+        return self.nearest(latents)[0]
+
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, *S) -> (B, *S) int64: indices of the codes that `snap` gives, so the exact inverse of `indices_to_codes`."""
+        """(B, D, *S) -> (B, *S) int64, the exact inverse of `indices_to_codes`. (`nearest` takes any point.)
+
+        ValueError if a vector is no code, bit for bit, or if codes that differ are equal in the dtype of `codes`.
+        """
+        name = type(self).__name__
+        if not codes.is_floating_point() or not self.distinct_in(codes.dtype):
+            raise ValueError(
+                f"codes are {codes.dtype}, in which codes of {name} may be rounded to one another: "
+                "keep codes in float32, or the indices that encode and forward return"
+            )
+        indices = self._search(codes.float())
+        if not torch.equal(self.indices_to_codes(indices).to(codes.dtype), codes):
+            raise ValueError(
+                f"some vectors are not codes of {name}, bit for bit: they were rounded, cut by dropout, made by another codebook "
+                "or on another device, or are a sum whose summands were not found. Keep the indices that encode and forward "
+                "return; nearest gives the nearest codes of any points"
+            )
+        return indices
+
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """Whether every code rounded to the floating-point `dtype` is still nearest to itself."""
+        return torch.finfo(dtype).bits >= 32
+
+    def _search(self, codes: Tensor) -> Tensor:
+        """Indices of codes (B, D, *S) float32, which may turn out to be no codes."""
+        return self.nearest(codes)[1]
 
     def tokens(self, height: int, width: int) -> int:
         """Number of positions with a token of a (height, width) grid of latents."""
@@ -130,6 +169,10 @@ class Quantizer(nn.Module, ABC):
 
     def observe(self, quantized: Quantized) -> None:
         """Add one training micro-batch to the statistics for the next `update`; `quantized` is what `forward` returned for it."""
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
+        """`.to()`, also of a parent: codebooks and statistics follow devices and stay in float32."""
+        return super()._apply(of_same_dtype(fn), recurse)
 
     def update(self, step_ok: Tensor | None = None) -> None:
         """Apply the statistics: call once per optimizer step, after it, on every process.
@@ -154,6 +197,9 @@ class Composite(Quantizer):
     def update(self, step_ok: Tensor | None = None) -> None:
         for member in self.members:
             member.update(step_ok)
+
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        return all(member.distinct_in(dtype) for member in self.members)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -196,59 +242,20 @@ def discrete(
     size: int,
     observation: Observation | None = None,
 ) -> Quantized:
-    """A `Quantized` with the histogram of its indices."""
+    """A `Quantized` with the histogram of its indices; `loss` includes `zero_of(z)`."""
     counts = histogram(indices, size) if size <= MAX_COUNTED else None
     return Quantized(codes, indices, losses, loss, counts, observation)
+
+
+def zero_of(z: Tensor) -> Tensor:
+    """0, with a gradient of 0 to z; NaN if z is not finite. Codes are finite whatever z is, and training must notice."""
+    return (z.float() * 0).sum()
 
 
 def histogram(indices: Tensor, size: int) -> Tensor:
     """How often each of `size` indices occurs: (size,) int64. (bincount would synchronise a GPU.)"""
     flat = indices.reshape(-1)
     return torch.zeros(size, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-
-
-def check_channels(z: Tensor, channels: int, name: str = "z") -> None:
-    """ValueError unless z is (B, channels, *S)."""
-    if z.ndim < 2 or z.shape[1] != channels:
-        raise ValueError(f"{name} has shape {tuple(z.shape)}; this quantizer takes (B, {channels}, *S)")
-
-
-def check_noise(noise: Tensor, latents: Tensor) -> None:
-    """ValueError unless noise has the shape of the latents (B, D, *S)."""
-    if noise.shape != latents.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; the latents have {tuple(latents.shape)}")
-
-
-def check_finite(name: str, value: float, hint: str, positive: bool = False) -> None:
-    """ValueError unless `value` is finite and >= 0, or `positive`; the message ends with `hint`."""
-    if not (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
-        raise ValueError(f"{name} is {value}; give a finite {'number > 0' if positive else 'weight >= 0'}{hint}")
-
-
-def dropout_noise(noise: Tensor | None, latents: Tensor, channels: int, option: str) -> Tensor:
-    """The noise that dropout takes in training; ValueError unless it is (B, channels, *S) for latents (B, D, *S)."""
-    expected = (len(latents), channels, *latents.shape[2:])
-    if noise is None or noise.shape != expected:
-        given = "none was given" if noise is None else f"it has shape {tuple(noise.shape)}"
-        name = option.replace("_", " ")
-        raise ValueError(f"{name} in training takes noise {expected}, but {given}; or set {option} to 0")
-    return noise
-
-
-def one_a_sample(noise: Tensor) -> Tensor:
-    """The last channel's first position, (B, 1, ..., 1), of noise (B, C, *S)."""
-    return noise[(slice(None), slice(-1, None), *[slice(1)] * (noise.ndim - 2))]
-
-
-def check_indices(indices: Tensor, size: int) -> None:
-    """ValueError unless indices are integers in {0, ..., size - 1}; reads the data, so a GPU synchronises."""
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"indices are {indices.dtype}; give int64 (a float cannot count beyond 2**24)")
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
-        raise ValueError(
-            f"indices span {int(indices.min())}..{int(indices.max())}; this codebook has 0..{size - 1}: "
-            "remove mask or class tokens before decoding"
-        )
 
 
 def usage(counts: Tensor) -> float:

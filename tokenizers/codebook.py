@@ -26,16 +26,15 @@ from midway.tokenizers.base import (
     Observation,
     Quantized,
     Quantizer,
-    check_channels,
-    check_finite,
-    check_indices,
-    check_noise,
     discrete,
     float32_island,
     straight_through,
+    zero_of,
 )
+from midway.tokenizers.checks import check_channels, check_finite, check_indices, check_noise
 from midway.tokenizers.clustering import nearest_code
 from midway.tokenizers.code_entropy import code_entropy
+from midway.tokenizers.losses import mean_square
 from midway.tokenizers.rotation import rotated, unit
 
 Gradient = Literal["straight_through", "rotation"]
@@ -94,6 +93,7 @@ class Codebook(Quantizer):
             indices = flat.view(z.shape[:1] + z.shape[2:])
             codes = F.embedding(indices, book).movedim(-1, 1)
             losses, loss = self._losses(latents, codes, book)
+            loss = loss + zero_of(z)
             through = rotated if self.gradient == "rotation" else straight_through
             observation = Observation(rows, flat, priorities)
             return discrete(through(codes, latents), indices, losses, loss, self._size, observation)
@@ -103,19 +103,25 @@ class Codebook(Quantizer):
         with float32_island(z):
             return unit(z.float()) if self.normalize else z.float()
 
-    def snap(self, latents: Tensor) -> Tensor:
-        return self._lookup(self.codes_to_indices(latents))
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Of equal codes the one of the lowest index; code 0 where `latents` has a NaN."""
+        check_channels(latents, self.dim, "latents")
+        with float32_island(latents):
+            book = self.codes().detach()
+            flat = nearest_code(self._rows(latents.detach().float()), book)
+            indices = flat.view(latents.shape[:1] + latents.shape[2:])
+            return F.embedding(indices, book).movedim(-1, 1), indices
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         check_indices(indices, self._size)
-        return self._lookup(indices)
+        with float32_island(indices):
+            return F.embedding(indices, self.codes().detach()).movedim(-1, 1)
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """The nearest code's index. Of equal codes the lowest; 0 where `codes` has a NaN."""
-        check_channels(codes, self.dim, "codes")
-        with float32_island(codes):
-            flat = nearest_code(self._rows(codes.detach().float()), self.codes().detach())
-            return flat.view(codes.shape[:1] + codes.shape[2:])
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        if super().distinct_in(dtype):
+            return True
+        book = self.codes().detach()
+        return torch.equal(book[nearest_code(book.to(dtype).float(), book)], book)  # equal codes are one
 
     def extra_repr(self) -> str:
         shown = f"codebook_size={self._size}, dim={self.dim}, commitment={self.commitment}"
@@ -132,20 +138,16 @@ class Codebook(Quantizer):
 
     def _losses(self, latents: Tensor, codes: Tensor, book: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Unweighted losses by name, and their weighted sum; latents and codes (B, D, *S), book (K, D)."""
-        commitment = F.mse_loss(latents, codes.detach())
+        commitment = mean_square(latents, codes.detach())
         losses, loss = {"commitment": commitment}, self.commitment * commitment
         if self.learns_by_gradient:
-            losses["codebook"] = F.mse_loss(codes, latents.detach())
+            losses["codebook"] = mean_square(codes, latents.detach())
             loss = loss + losses["codebook"]
         if self.entropy_weight:
             sample, batch = code_entropy(self._rows(latents), book, self.entropy_temperature, shared=self.training)
             losses |= {"entropy_sample": sample, "entropy_batch": batch}
             loss = loss + self.entropy_weight * (sample - batch)
         return losses, loss
-
-    def _lookup(self, indices: Tensor) -> Tensor:
-        with float32_island(indices):
-            return F.embedding(indices, self.codes().detach()).movedim(-1, 1)
 
     def _rows(self, latents: Tensor) -> Tensor:
         """(B, D, *S) -> (B * S, D)."""

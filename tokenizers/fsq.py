@@ -36,18 +36,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import (
-    Channel,
-    Quantized,
-    Quantizer,
-    check_channels,
-    check_indices,
-    discrete,
-    dropout_noise,
-    float32_island,
-    one_a_sample,
-    straight_through,
-)
+from midway.tokenizers.base import Channel, Quantized, Quantizer, discrete, float32_island, straight_through, zero_of
+from midway.tokenizers.checks import check_channels, check_indices, dropout_noise, one_a_sample
+from midway.tokenizers.losses import mean
 
 Form = Literal["tanh", "sigmoid", "ifsq"]
 
@@ -115,7 +106,7 @@ class FSQ(Quantizer):
             if self.training and self.noise_dropout:
                 codes = self._drop(codes, latents.detach(), noise)
             codes = straight_through(codes, latents)
-            return discrete(codes, self.digits_to_indices(digits), {}, codes.new_zeros(()), self._size)
+            return discrete(codes, self.digits_to_indices(digits), {}, zero_of(z), self._size)
 
     def latents(self, z: Tensor) -> Tensor:
         """The bounded value in code units, (B, D, *S) float32; even levels of the paper's form reach from -1 to 1 - 2/L."""
@@ -128,15 +119,19 @@ class FSQ(Quantizer):
             half, offset, shift = (channelwise(v, z) for v in tanh_constants(self.levels))
             return (torch.tanh(z.float() + shift) * half - offset) / channelwise(self._centre(), z)
 
-    def snap(self, latents: Tensor) -> Tensor:
-        """The nearest code: rounds in the bounded space, with no second tanh."""
-        return self.digits_to_codes(self.latents_to_digits(latents))
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds in the bounded space, with no second tanh."""
+        digits = self.latents_to_digits(latents)
+        return self.digits_to_codes(digits), self.digits_to_indices(digits)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return self.digits_to_codes(self.indices_to_digits(indices))
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        return self.digits_to_indices(self.latents_to_digits(codes))
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """See `Quantizer.distinct_in`: from the levels of the channels, since the codes themselves may be 2**62."""
+        tops = channelwise(self.levels - 1, self.levels.view(1, -1, 1))
+        digits = torch.arange(int(self.levels.max()), device=tops.device).minimum(tops).unsqueeze(0)
+        return torch.equal(self.latents_to_digits(self.digits_to_codes(digits).to(dtype)), digits)
 
     def latents_to_digits(self, latents: Tensor) -> Tensor:
         """(B, D, *S) -> int64 digits (B, D, *S), digit i in {0, ..., L_i - 1}."""
@@ -188,7 +183,7 @@ def saturation(quantizer: FSQ, z: Tensor) -> dict[str, Tensor]:
     z = z.detach()
     digits = quantizer.latents_to_digits(quantizer.latents(z))
     edge = (digits == 0) | (digits == channelwise(quantizer.levels - 1, z))
-    return {"edge_mass": edge.float().mean(), "mean_abs_z": z.float().abs().mean()}
+    return {"edge_mass": mean(edge.float()), "mean_abs_z": mean(z.float().abs())}
 
 
 def tanh_constants(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

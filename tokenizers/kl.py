@@ -13,7 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import Channel, Quantized, Quantizer, check_channels, check_noise, float32_island
+from midway.tokenizers.base import Channel, Quantized, Quantizer, float32_island, zero_of
+from midway.tokenizers.checks import check_channels, check_noise
+from midway.tokenizers.losses import mean
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 _LOG_VARIANCE = -4.0  # at the start: s = 0.14
@@ -29,10 +31,10 @@ class Continuous(Quantizer):
         self.dim = dim
         self.codebook_size = None
 
-    def snap(self, latents: Tensor) -> Tensor:
-        """The latents themselves: every point is a code."""
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents themselves: every point is a code. No indices, (B, 0)."""
         check_channels(latents, self.dim, "latents")
-        return latents
+        return latents, _no_indices(latents)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         name = type(self).__name__
@@ -66,14 +68,14 @@ class KL(Continuous):
         Without `noise` the training draw comes from torch's global generator.
         """
         with float32_island(z):
-            mean, log_variance = self.moments(z)
+            mu, log_variance = self.moments(z)
             if noise is None and self.training:
-                noise = torch.randn_like(mean)
+                noise = torch.randn_like(mu)
             if noise is not None:
-                check_noise(noise, mean)
-            codes = mean if noise is None else mean + torch.exp(log_variance / 2) * noise.to(mean)
-            kl = gaussian_kl(mean, log_variance).mean()
-            return _continuous(codes, {"kl": kl}, self.weight * kl)
+                check_noise(noise, mu)
+            codes = mu if noise is None else mu + torch.exp(log_variance / 2) * noise.to(mu)
+            kl = mean(gaussian_kl(mu, log_variance))
+            return _continuous(codes, {"kl": kl}, self.weight * kl + zero_of(z))
 
     def latents(self, z: Tensor) -> Tensor:
         return self.moments(z)[0]
@@ -93,7 +95,7 @@ class Identity(Continuous):
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> itself, in float32; `noise` is ignored."""
-        return _continuous(self.latents(z), {}, z.new_zeros((), dtype=torch.float32))
+        return _continuous(self.latents(z), {}, zero_of(z))
 
     def latents(self, z: Tensor) -> Tensor:
         check_channels(z, self.dim)
@@ -110,5 +112,8 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _continuous(codes: Tensor, losses: dict[str, Tensor], loss: Tensor) -> Quantized:
-    indices = torch.empty(codes.shape[0], 0, dtype=torch.int64, device=codes.device)
-    return Quantized(codes=codes, indices=indices, losses=losses, loss=loss, counts=None)
+    return Quantized(codes=codes, indices=_no_indices(codes), losses=losses, loss=loss, counts=None)
+
+
+def _no_indices(codes: Tensor) -> Tensor:
+    return torch.empty(codes.shape[0], 0, dtype=torch.int64, device=codes.device)

@@ -27,16 +27,8 @@ state. A NaN counts as -a, and makes the losses NaN.
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import (
-    Quantized,
-    Quantizer,
-    check_channels,
-    check_finite,
-    check_indices,
-    discrete,
-    float32_island,
-    straight_through,
-)
+from midway.tokenizers.base import Quantized, Quantizer, discrete, float32_island, straight_through, zero_of
+from midway.tokenizers.checks import check_channels, check_finite, check_indices
 from midway.tokenizers.entropy import batch_entropy, check_group, sample_entropy
 from midway.tokenizers.rotation import unit
 
@@ -85,23 +77,25 @@ class LFQ(Quantizer):
             bits = latents.detach() >= 0
             codes = self.bits_to_codes(bits)
             losses, loss = self._losses(latents, codes)
-            return discrete(straight_through(codes, latents), self.bits_to_indices(bits), losses, loss, self._size)
+            codes, loss = straight_through(codes, latents), loss + zero_of(z)
+            return discrete(codes, self.bits_to_indices(bits), losses, loss, self._size)
 
     def latents(self, z: Tensor) -> Tensor:
         """z itself in float32."""
         check_channels(z, self.dim)
         return z.float()
 
-    def snap(self, latents: Tensor) -> Tensor:
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         check_channels(latents, self.dim, "latents")
-        return self.bits_to_codes(latents >= 0)
+        bits = latents >= 0
+        return self.bits_to_codes(bits), self.bits_to_indices(bits)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return self.bits_to_codes(self.indices_to_bits(indices))
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        check_channels(codes, self.dim, "codes")
-        return self.bits_to_indices(codes >= 0)
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """Always: signs survive rounding."""
+        return True
 
     def bits_to_codes(self, bits: Tensor) -> Tensor:
         """bool (B, bits, *S) -> codes +-a, the same shape, float32."""

@@ -46,7 +46,7 @@ def start(encoder: nn.Conv2d, decoder: nn.Conv2d, quantizer: Quantizer, images: 
         z = F.conv2d(patches, weight[..., None, None], bias)
         quantizer.cover(z)
         quantizer.start(z)
-        codes = quantizer.snap(quantizer.latents(z))
+        codes, _ = quantizer.encode(z)
         own = whole(decoder.weight).flatten(1)
         both = mean_and_covariance(rows(torch.cat([codes, patches], 1)))
         put(decoder, *shared(*least_squares(*both, own), to=images))

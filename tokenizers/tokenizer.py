@@ -11,9 +11,8 @@ and its samples return through decode_latents: y std + mean, snapped to the near
 Mean and std are measured once on training images and travel with the weights.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Self, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -23,14 +22,12 @@ from midway.tokenizers import principal
 from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
-from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
+from midway.tokenizers.networks import Decoder, Encoder, Upsample
+from midway.tokenizers.options import LatentSpace, check_choices, check_sizes, plain
+from midway.tokenizers.precision import Convert
 from midway.tokenizers.pretrained import Pretrained
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
-
-LatentSpace = Literal["pre", "post"]
-Network = Literal["conv", "vit", "diffusers"]
-Shortcut = Literal["principal", "orthogonal"]
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,9 @@ class ImageTokenizer(Pretrained):
         shortcut: str = "orthogonal",
     ) -> None:
         super().__init__()
-        _check(image_size, downsample, latent_space)
-        _check_network(network, latent_tokens, foreign, shortcut)
-        description = _plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
+        check_sizes(image_size, downsample)
+        check_choices(latent_space, network, shortcut, latent_tokens, foreign)
+        description = plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
         self.register_to_config(quantizer=description)  # the default is written out, so that it may change later
         self.image_shape = (in_channels, image_size, image_size)
         self.downsample = downsample
@@ -109,7 +106,7 @@ class ImageTokenizer(Pretrained):
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
         elif foreign is not None:
             check_diffusers_config(foreign, in_channels, downsample, description)
-            self.register_to_config(foreign=_plain(completed(foreign)))
+            self.register_to_config(foreign=plain(completed(foreign)))
             self.encoder, self.decoder = networks_of(build(foreign))
         elif network == "vit":
             sizes = ViTConfig(image_size, downsample, width, depth, heads, latent_tokens)
@@ -176,11 +173,24 @@ class ImageTokenizer(Pretrained):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, C, H, W) float32, meant for [-1, 1] but unbounded."""
         _check_shape(codes, self.latent_shape, "codes")
+        if self.quantizer.codebook_size is not None:
+            codes = codes.contiguous()  # convolutions round by layout, and tokens are to give the same image as forward
         return self.decoder(self._cast(codes if self.latent_tokens is None else codes.squeeze(2))).float()
 
     def encode_indices(self, images: Tensor) -> Tensor:
-        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
-        return self.quantizer.codes_to_indices(self.quantizer.latents(self.encode(images)))
+        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them: those of `forward`, in any mode, without noise.
+
+        ValueError if the quantizer is continuous, or the encoder's output not finite.
+        """
+        if self.quantizer.codebook_size is None:
+            kind = self.config["quantizer"]["type"]
+            raise ValueError(f"quantizer {kind!r} is continuous and has no indices; use encode_latents")
+        z = self.encode(images)
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                "the encoder's output is not finite, so it has no tokens: its training diverged, train it again"
+            )
+        return self.quantizer.encode(z)[1]
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Tokens as `encode_indices` gives them -> images. ValueError if one is outside the codebook."""
@@ -188,8 +198,8 @@ class ImageTokenizer(Pretrained):
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Images -> latents (B, D, h, w) float32 before standardisation: what `set_latent_statistics` is measured on."""
-        latents = self.quantizer.latents(self.encode(images))
-        return self.quantizer.snap(latents) if self.latent_space == "post" else latents
+        z = self.encode(images)
+        return self.quantizer.encode(z)[0] if self.latent_space == "post" else self.quantizer.latents(z)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images."""
@@ -238,6 +248,14 @@ class ImageTokenizer(Pretrained):
         """The quantizer's `update`: once per optimizer step, on every process; `step_ok` is False if it was skipped."""
         self.quantizer.update(step_ok)
 
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
+        """`.to()`: the networks follow; mean and std of latents, like the quantizer, stay in float32."""
+        mean, std = self.latent_mean, self.latent_std
+        super()._apply(fn, recurse)
+        if self.latent_mean.dtype != mean.dtype:
+            self.latent_mean, self.latent_std = (x.to(self.latent_mean.device) for x in (mean, std))
+        return self
+
     def _cast(self, x: Tensor) -> Tensor:
         """To the networks' dtype, for those loaded in bfloat16."""
         return x if self.passes_through else x.to(next(self.encoder.parameters()).dtype)
@@ -255,36 +273,6 @@ def _channelwise(vector: Tensor) -> Tensor:
     return vector.float().view(-1, 1, 1)
 
 
-def _plain(config: Any) -> Any:
-    """`config` as JSON gives it back: lists, no tuples."""
-    if isinstance(config, Mapping):
-        return {key: _plain(value) for key, value in config.items()}
-    return [_plain(value) for value in config] if isinstance(config, list | tuple) else config
-
-
 def _check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
     if x.ndim != 4 or tuple(x.shape[1:]) != shape:
         raise ValueError(f"{name} have shape {tuple(x.shape)}; this tokenizer takes (B, {', '.join(map(str, shape))})")
-
-
-def _check(image_size: int, downsample: int, latent_space: str) -> None:
-    check_downsample(downsample)
-    if image_size < 1 or image_size % downsample:
-        raise ValueError(f"image_size {image_size} is not a multiple of downsample {downsample}: change one of them")
-    if latent_space not in get_args(LatentSpace):
-        raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
-
-
-def _check_network(
-    network: str, latent_tokens: int | None, diffusers_config: Mapping[str, Any] | None, shortcut: str
-) -> None:
-    if shortcut not in get_args(Shortcut):
-        raise ValueError(f"shortcut is {shortcut!r}; choose 'principal' or 'orthogonal'")
-    if network not in get_args(Network):
-        raise ValueError(f"network is {network!r}; choose 'conv' or 'vit', or 'diffusers' with foreign")
-    if (diffusers_config is None) == (network == "diffusers"):
-        raise ValueError(
-            f"network is {network!r} and foreign is {diffusers_config}; 'diffusers', and only it, needs foreign"
-        )
-    if latent_tokens is not None and network != "vit":
-        raise ValueError(f"latent_tokens is {latent_tokens}; only network='vit' has them")

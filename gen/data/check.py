@@ -23,15 +23,15 @@ from midway.gen.data.contents import (
     channel_statistics,
     conversions,
     duplicates,
-    endings,
     levels,
     read_contents,
     same_pixels,
     shared,
     sizes,
 )
-from midway.gen.data.decoding import Undecodable, Unusable, counted
+from midway.gen.data.decoding import LOSSY, Undecodable, counted
 from midway.gen.data.files import check_bad
+from midway.gen.data.layouts import left_out_lines
 from midway.gen.data.sources import SOURCES, existing_path
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
 
@@ -39,8 +39,6 @@ FEW = 1000
 """Held-out images below which a distance is mostly bias."""
 LEAST = 2
 """Images that a covariance needs."""
-
-_LOSSY = "lossy"  # the beginning of notes about loss
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class SplitFacts:
     train: int
     held_out: int
     one_sided: tuple[str, ...]  # classes with images on one side only
+    untrained: tuple[str, ...]  # classes without training images
     leak: Shared
 
 
@@ -82,7 +81,8 @@ class DataFacts:
     files: int
     images: int
     bad: tuple[Undecodable, ...]
-    other_files: dict[str, int]
+    other_files: dict[str, int]  # left out, by kind
+    bare_folders: tuple[str, ...]  # without images
     classes: dict[str, int]
     channels: dict[int, int]
     sizes: dict[str, int]
@@ -118,17 +118,10 @@ def check(config: DataConfig, against: str | None = None) -> DataFacts:
 
 def _errors(contents: Contents, config: DataConfig) -> Iterator[DataError]:
     """All errors of `load_images`, not only the first."""
-    unusable = [item for item in contents.bad if isinstance(item, Unusable)]
-    broken = [item for item in contents.bad if not isinstance(item, Unusable)]
-    total = len(contents.pictures) + len(contents.bad)
     try:
-        check_bad(broken, total, config.on_bad_image)
+        check_bad(contents.bad, len(contents.pictures) + len(contents.bad), config.on_bad_image)
     except DataError as error:
         yield error
-    if unusable:
-        what = f"{len(unusable)} of {counted(total)} are intact but cannot be used"
-        why = "; ".join(f"{item.name} ({item.reason})" for item in unusable[:NAMED])
-        yield DataError(what, why, "convert or remove these files; --on-bad-image skip does not cover them")
     if contents.error is not None:
         yield contents.error
     if len({picture.size for picture in contents.pictures}) > 1:
@@ -164,11 +157,12 @@ def _facts(contents: Contents, other: Contents | None, chosen: Tensor | None, co
         files=len(pictures) + len(contents.bad),
         images=len(pictures),
         bad=contents.bad,
-        other_files=endings(contents.others),
+        other_files=dict(contents.left_out),
+        bare_folders=contents.bare,
         classes=dict(zip(contents.classes, counts, strict=True)),
         channels={channels: count for channels, count in ((1, grey), (3, len(pictures) - grey)) if count},
         sizes=sizes(pictures),
-        conversions=conversions(pictures),
+        conversions=conversions(pictures, contents.notes),
         levels=levels(pictures),
         statistics=channel_statistics(pictures),
         fingerprint=None,
@@ -188,7 +182,8 @@ def _split_facts(contents: Contents, chosen: Tensor) -> SplitFacts:
     counts = [torch.bincount(contents.labels[side], minlength=len(contents.classes)) for side in (chosen, ~chosen)]
     one_sided = ((counts[0] == 0) != (counts[1] == 0)).tolist()
     names = tuple(name for name, alone in zip(contents.classes, one_sided, strict=True) if alone)
-    return SplitFacts(len(train), len(held_out), names, shared(held_out, train))
+    untrained = tuple(name for name, count in zip(contents.classes, counts[1].tolist(), strict=True) if not count)
+    return SplitFacts(len(train), len(held_out), names, untrained, shared(held_out, train))
 
 
 def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -> AgainstFacts:
@@ -203,10 +198,8 @@ def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -
 def _warnings(facts: DataFacts) -> Iterator[str]:
     if facts.bad:
         yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; the figures do not include them"
-    if facts.other_files:
-        listed = ", ".join(f"{ending} ({count})" for ending, count in facts.other_files.items())
-        yield f"files without an image extension are ignored: {listed}"
-    if any(note.startswith(_LOSSY) for note in facts.conversions):
+    yield from (f"left out: {line}" for line in left_out_lines(facts.other_files, facts.bare_folders))
+    if any(note.startswith(LOSSY) for note in facts.conversions):
         yield "lossy files: their loss is part of the data; save samples as PNG, since JPEG would change their distance"
     yield from _copies_warnings(facts)
     if facts.split is not None:
@@ -230,9 +223,12 @@ def _split_warnings(split: SplitFacts) -> Iterator[str]:
     if split.held_out < FEW:
         what = f"{counted(split.held_out)} held out, fewer than {FEW}: the metric is bias-dominated"
         yield f"{what}; compare distances at this number of images only, and with the floor"
-    if split.one_sided:
-        listed = ", ".join(split.one_sided[:NAMED]) + (", ..." if len(split.one_sided) > NAMED else "")
-        yield f"classes on one side of the split only ({len(split.one_sided)}): {listed}"
+    for what, names in (
+        ("classes on one side of the split only", split.one_sided),
+        ("classes without training images, which are not sampled", split.untrained),
+    ):
+        if names:
+            yield f"{what} ({len(names)}): {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
 
 
 def _against_warnings(facts: DataFacts, against: AgainstFacts) -> Iterator[str]:

@@ -3,35 +3,41 @@
     folder, zip     image files, decoded as training images are (files.py); every conversion is noted
     NPZ             arr_0, uint8 (N, H, W, C) with C 1 or 3; arr_1, the labels, is not read; nothing is unpickled
 
-Images keep the order of their names, so that consecutive blocks of them are what consecutive seeds are to a model. Class folders
-take turns, or a block would hold some classes alone; the numbered folders of EDM (`00000/img00000000.png`) are no classes.
+Images keep the order of their names, so that consecutive blocks of them are what consecutive seeds are to a model. Classes
+(layouts.py) take turns, or a block would hold some classes alone.
 """
 
 import hashlib
-import re
+import io
+import math
+import tokenize
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, UsageError, one_line
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, prepare, stack
+from midway.gen.core.errors import DataError, UsageError, one_line, raising
+from midway.gen.core.files import ZIP_DAMAGE, check_size, member, regular_file
+from midway.gen.core.text import printable
+from midway.gen.data.decoding import LOSSY, Decoded, Undecodable, check_options, prepare, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
+from midway.gen.data.layouts import class_labels, layout_of
 
-EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
-WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
 HASHED = 1024  # images at once
-LOSSY = "lossy samples: the format itself changes the distance; write PNG or NPZ"
+NPZ_LIMIT = 256 << 30
+"""Bytes of the pixels of an NPZ: 50,000 RGB images have 9.8 GB at 256 x 256, 157 GB at 1024 x 1024."""
+NPY_HEADER = 1 << 16  # bytes; those of uint8 arrays have 128
+LOSSY_SAMPLES = "lossy samples: the format itself changes the distance; write PNG or NPZ"
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,9 @@ def read_all(paths: Sequence[Path], options: ReadingOptions) -> dict[str, Extern
     """By the name of file or folder, by the whole path where names repeat. UsageError for one path twice."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("--images names a path twice", "rows would repeat", "name it once")
-    names = [path.name or str(path) for path in paths]
+    names = [printable(path.name or path) for path in paths]
     found = {
-        (name if names.count(name) == 1 else str(path)): read_external(path, options)
+        (name if names.count(name) == 1 else printable(path)): read_external(path, options)
         for name, path in zip(names, paths, strict=True)
     }
     return {name: replace(images, name=name) for name, images in found.items()}
@@ -79,7 +85,7 @@ def read_external(path: Path, options: ReadingOptions | None = None) -> External
     if not path.exists():
         raise DataError(f"{path} does not exist", f"looked for {path.absolute()}", "check the path given to --images")
     pixels, notes = _from_npz(path, options) if path.suffix.lower() == ".npz" else _from_files(path, options)
-    return ExternalImages(path.name, pixels, fingerprint(pixels), notes)
+    return ExternalImages(printable(path.name), pixels, fingerprint(pixels), notes)
 
 
 def fingerprint(pixels: Tensor) -> str:
@@ -92,25 +98,26 @@ def fingerprint(pixels: Tensor) -> str:
 
 def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
     with open_files(path) as files:
-        names = in_turn(files.names)
+        layout = layout_of(files)
+        names = in_turn(files.names, layout.labels)
         results = list(decode_all(replace(files, names=names), options.channels, options.resize))
     bad = [result for result in results if isinstance(result, Undecodable)]
     skipped = check_bad(bad, len(results), options.on_bad_image)
     good = [result for result in results if isinstance(result, Decoded)]
-    lossy = any("JPEG" in note for image in good for note in image.notes) or any(WEBP.search(name) for name in names)
-    turns = () if names == files.names else ("folders take turns, so that every block holds every class",)
+    lossy = any(note.startswith(LOSSY) for image in good for note in image.notes)
+    turns = () if names == files.names else ("classes take turns, so that every block holds every class",)
     pixels, conversions = stack(good, len(good))
-    return torch.from_numpy(pixels), (*conversions, *((LOSSY,) if lossy else ()), *turns, *skipped)
+    left_out = tuple(printable(f"left out: {line}") for line in layout.lines)
+    notes = (*conversions, *((LOSSY_SAMPLES,) if lossy else ()), *turns, *layout.notes, *skipped, *left_out)
+    return torch.from_numpy(pixels), notes
 
 
-def in_turn(names: Sequence[str]) -> tuple[str, ...]:
-    """Names in an order in which folders take turns; as they are in one folder, or in EDM's numbered ones."""
-    if all(EDM_NAME.fullmatch(name) for name in names):
-        return tuple(names)
-    folders: dict[PurePosixPath, list[str]] = defaultdict(list)
-    for name in names:
-        folders[PurePosixPath(name).parent].append(name)
-    return tuple(name for turn in zip_longest(*folders.values()) for name in turn if name is not None)
+def in_turn(names: Sequence[str], labels: Sequence[int] | None = None) -> tuple[str, ...]:
+    """Names in an order in which classes take turns, those of `labels` or of their folders; as they are in one class."""
+    classes: dict[int, list[str]] = defaultdict(list)
+    for name, label in zip(names, class_labels(names)[0] if labels is None else labels, strict=True):
+        classes[label].append(name)
+    return tuple(name for turn in zip_longest(*classes.values()) for name in turn if name is not None)
 
 
 def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
@@ -127,40 +134,50 @@ def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, .
 
 def read_npz(path: Path) -> NDArray[np.uint8]:
     """`arr_0`, uint8 (N, H, W, C). DataError for a file that cannot be read, and for any other array, with the remedy."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            array = arrays["arr_0"]
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        why = one_line(error)
-        raise DataError(
-            f"{path} holds no images that can be read", why, "write it with np.savez(path, images), uint8 (N, H, W, 3)"
-        ) from None
-    fix = _remedy(array)
-    if fix is not None:
-        raise DataError(f"arr_0 of {path} is {array.dtype} {array.shape}", "it should be uint8 (N, H, W, 1 or 3)", fix)
-    return array
+    fix = "write it with np.savez(path, images), uint8 (N, H, W, 3)"
+    causes = (*ZIP_DAMAGE, TypeError, MemoryError, tokenize.TokenError)  # the last of numpy's reader of headers
+    with (
+        raising(DataError, f"{path} holds no images that can be read", fix, *causes, why=one_line),
+        zipfile.ZipFile(regular_file(path)) as archive,
+    ):
+        entry = member(archive, "arr_0.npy", NPZ_LIMIT + NPY_HEADER)
+        with archive.open(entry) as file:
+            shape, kind, size = _npy_header(file.read(NPY_HEADER))
+        if (remedy := _remedy(shape, kind)) is not None:
+            raise DataError(f"arr_0 of {path} is {kind} {shape}", "it should be uint8 (N, H, W, 1 or 3)", remedy)
+        check_size(math.prod(shape), NPZ_LIMIT)
+        if size + math.prod(shape) != entry.file_size:
+            raise ValueError(f"arr_0 declares {math.prod(shape):,} bytes and holds {entry.file_size - size:,}")
+        with archive.open(entry) as file:
+            return npy.read_array(file, allow_pickle=False)
 
 
-def _remedy(array: NDArray[Any]) -> str | None:
-    """What would make it uint8 (N, H, W, C); None if it is."""
-    if array.dtype != np.uint8:
+def _npy_header(start: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    """(shape, type, bytes of the header) of an array, of which no more is read than `start`; ValueError."""
+    file = io.BytesIO(start)
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    version = npy.read_magic(file)
+    if version not in readers:
+        raise ValueError(f"arr_0 is of version {version}, which no uint8 array needs")
+    shape, _, kind = readers[version](file)
+    if kind.hasobject:
+        raise ValueError("arr_0 holds Python objects, which are not unpickled (allow_pickle=False)")
+    return shape, kind, file.tell()
+
+
+def _remedy(shape: tuple[int, ...], kind: np.dtype[Any]) -> str | None:
+    """What would make an array uint8 (N, H, W, C); None if it is."""
+    if kind == np.uint16:
+        return "bring it to 0 ... 255: np.rint(x / 257).astype(np.uint8) if 65535 is white"
+    if kind != np.uint8:
         return "bring it to 0 ... 255: np.rint((x + 1) * 127.5).clip(0, 255).astype(np.uint8) if x lies in [-1, 1]"
-    if array.ndim == 3:
+    if len(shape) == 3:
         return "add the channel: arr_0[..., None]"
-    if array.ndim != 4 or not array.size:
+    if len(shape) != 4 or min(shape) < 1:
         return "write N > 0 images of one size"
-    if array.shape[3] in (1, 3):
+    if shape[3] in (1, 3):
         return None
-    return "put channels last: arr_0.transpose(0, 2, 3, 1)" if array.shape[1] in (1, 3) else "write grey or RGB"
+    return "put channels last: arr_0.transpose(0, 2, 3, 1)" if shape[1] in (1, 3) else "write grey or RGB"
 
 
 # ---- against a reference ----

@@ -14,9 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, listed_counts, stack
-from midway.gen.data.files import check_bad, class_labels, decode_all, open_files
-from midway.gen.data.sources import SOURCES, Arrays, existing_path, prepared, read_named
+from midway.gen.core.text import printable
+from midway.gen.data.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
+from midway.gen.data.files import check_bad, decode_all, open_files
+from midway.gen.data.layouts import layout_of
+from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ImageData:
     name: str
     fingerprint: str  # sha256 hex of shape, pixels, labels and class names
     conversions: tuple[str, ...] = ()  # what was done to which number of images of the whole source
+    left_out: tuple[str, ...] = ()  # files and folders of the source that are not read, counted by kind
 
 
 # ---- loading ----
@@ -42,22 +45,33 @@ def load_images(
     resize: int | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
 ) -> ImageData:
-    """The images of a name in `SOURCES`, of a folder or of a .zip (read in place); class folders are the labels.
+    """The images of a name in `SOURCES`, of a folder or of a .zip (read in place), with labels by layouts.py.
 
-    A name wins over a path; write `./digits` for a folder of that name. Files are taken in the order of their names.
+    Write `./digits` for a folder of the name of a source. Files are taken in the order of their names.
     $MIDWAY_DATA (default: ~/.cache/midway/data) holds the files of named sources. `channels` 1 or 3 and `resize` (pixels;
     shorter side, then centre crop) apply to every image. `skip` leaves out at most 1 % bad files.
-    UsageError: an unknown name or option. DataError: a source that cannot be used, with the file and the remedy.
+    UsageError: an unknown or ambiguous name or option. DataError: a source that cannot be used, with the file and the remedy.
     """
+    check_unambiguous(source)
+    return load_recorded(source, download, channels, resize, on_bad_image)
+
+
+def load_recorded(
+    source: str, download: bool, channels: int | None, resize: int | None, on_bad_image: Literal["error", "skip"]
+) -> ImageData:
+    """`load_images` of a source as a configuration has it, where a name is always the named source."""
     check_options(channels, resize, on_bad_image)
     if source in SOURCES:
-        return _load_named(read_named(source, download), channels, resize)
+        return _load_named(source, download, channels, resize)
     return _load_path(existing_path(source), channels, resize, on_bad_image)
 
 
-def _load_named(arrays: Arrays, channels: int | None, resize: int | None) -> ImageData:
+def _load_named(source: str, download: bool, channels: int | None, resize: int | None) -> ImageData:
+    arrays, other = read_named(source, download), local_namesake(source)
     pixels, conversions = stack(prepared(arrays, channels, resize), len(arrays.pixels))
-    return image_data(torch.from_numpy(pixels), torch.tensor(arrays.labels), arrays.classes, arrays.name, conversions)
+    left_out = () if other is None else (f"./{other}, since {source} is a named source",)
+    images, labels = torch.from_numpy(pixels), torch.tensor(arrays.labels)
+    return image_data(images, labels, arrays.classes, arrays.name, conversions, left_out)
 
 
 def _load_path(
@@ -75,18 +89,27 @@ def _load_path(
 
     with open_files(path) as files:
         count = len(files.names)
-        labels, classes = class_labels(files.names)
-        pixels, conversions = stack(good(decode_all(files, channels, resize), labels), count)
+        layout = layout_of(files)
+        pixels, conversions = stack(good(decode_all(files, channels, resize), layout.labels), count)
     skipped = check_bad(bad, count, on_bad_image)
     name = path.resolve().name if path.is_dir() else path.stem
-    return image_data(torch.from_numpy(pixels), torch.tensor(kept), classes, name, conversions + skipped)
+    stated = tuple(f"{counted(len(kept))}: {note}" for note in layout.notes)
+    images, labels = torch.from_numpy(pixels), torch.tensor(kept)
+    return image_data(images, labels, layout.classes, name, conversions + stated + skipped, layout.lines)
 
 
 def image_data(
-    images: Tensor, labels: Tensor, classes: tuple[str, ...], name: str, conversions: tuple[str, ...]
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    name: str,
+    conversions: tuple[str, ...],
+    left_out: tuple[str, ...] = (),
 ) -> ImageData:
-    """With the fingerprint of these images."""
-    return ImageData(images, labels, classes, name, _fingerprint(images, labels, classes), conversions)
+    """With the fingerprint of these images; names are text from here on (core/text.py)."""
+    shown, left_out = tuple(map(printable, classes)), tuple(map(printable, left_out))
+    digest = _fingerprint(images, labels, classes)
+    return ImageData(images, labels, shown, printable(name), digest, conversions, left_out)
 
 
 def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
@@ -98,7 +121,7 @@ def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> st
 
 
 def describe(data: ImageData) -> str:
-    """A report to print before training: count, size, channels, classes with their counts, fingerprint, conversions."""
+    """A report to print before training: count, size, channels, classes, fingerprint, conversions, and what is left out."""
     count, channels, height, width = data.images.shape
     colour = "grey (1 channel)" if channels == 1 else f"RGB ({channels} channels)"
     lines = [
@@ -108,7 +131,8 @@ def describe(data: ImageData) -> str:
     ]
     if empty_classes(data):
         lines.append(f"no images    of {named_empty(data)}; a class without training images is not sampled")
-    return "\n".join(lines + [f"conversion   {note}" for note in data.conversions])
+    lines += [f"conversion   {note}" for note in data.conversions]
+    return "\n".join(lines + [f"left out     {line}" for line in data.left_out])
 
 
 def empty_classes(data: ImageData) -> tuple[int, ...]:

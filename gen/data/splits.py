@@ -8,9 +8,11 @@ from torch import Tensor
 
 from midway.gen.core.config import PER_CALL, from_dict
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.files import read_json
 from midway.gen.core.randomness import permutation
+from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
-from midway.gen.data.images import ImageData, image_data, load_images
+from midway.gen.data.images import ImageData, image_data, load_recorded
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,12 @@ class DataConfig:
     resize: int | None = None
     """Shorter side in pixels, then a centre crop."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """skip leaves out unreadable files, at most 1 % of them."""
+    """skip leaves out files that cannot be decoded or used, at most 1 % of all."""
     download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, split_seed=SEED, resize=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,26 @@ def data_of(run: Run) -> DataConfig:
 
 def load(config: DataConfig) -> ImageData:
     """All images of the source."""
-    return load_images(
-        config.data,
-        download=config.download,
-        channels=config.channels,
-        resize=config.resize,
-        on_bad_image=config.on_bad_image,
-    )
+    return load_recorded(config.data, config.download, config.channels, config.resize, config.on_bad_image)
 
 
 def load_splits(config: DataConfig) -> Splits:
     """Load and split; the same images in the same order for the same configuration."""
     return Splits(*split(load(config), config.held_out, config.split_seed))
+
+
+def changed_since(run: Run, train: ImageData) -> tuple[str, ...]:
+    """A warning where `train` are not the images that the run recorded as it was trained; () without a record."""
+    try:
+        then = str(read_json(run.path / "env.json")["starts"][-1]["data_fingerprint"]).split(" ")[0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+    if then == train.fingerprint:
+        return ()
+    return (
+        f"{run.path.name} was trained on other images than {train.name} now has (fingerprint {then[:12]}, now "
+        f"{train.fingerprint[:12]}): the source or its split changed, and what is held out now may have been trained on.",
+    )
 
 
 def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
@@ -115,4 +128,5 @@ def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
-    return image_data(data.images[keep], data.labels[keep], data.classes, f"{data.name}-{suffix}", data.conversions)
+    images, labels, name = data.images[keep], data.labels[keep], f"{data.name}-{suffix}"
+    return image_data(images, labels, data.classes, name, data.conversions, data.left_out)

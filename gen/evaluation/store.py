@@ -12,6 +12,7 @@ process can make any part, and the numbers do not depend on how many processes t
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,14 +25,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError
+from midway.gen.core.errors import DiskError, raising
 from midway.gen.core.files import clear_temporaries, state_hash, write_atomically
-from midway.gen.core.runs import lock
+from midway.gen.core.locks import check_no_link, lock, made, remove
+from midway.gen.core.text import echo, json_text
 
 SCHEMA = 2
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
 PART = 1024
 """Seeds of a part: what a killed process loses at most."""
+_CELL = re.compile(r"[0-9a-f]{16}\.(json|png|damaged|parts)")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Seeds:
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    return json_text(value, sort_keys=True).encode()
 
 
 @dataclass(frozen=True)
@@ -88,20 +91,16 @@ class Cell:
         """None if the cell is not finished. A damaged file is renamed and counts as absent."""
         path = self._path
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         try:
-            content = json.loads(text)
-            body = {"identity": content["identity"], "numbers": content["numbers"]}
-            if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
-                raise ValueError("its sha256 does not match")
+            return _verified(text)
         except (ValueError, KeyError, TypeError) as error:
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.replace(path.with_suffix(".damaged"))
-            print(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again", flush=True)
+            echo(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again")
             return None
-        return content["numbers"]
 
     def finish(self, numbers: dict[str, Any], png: bytes | None) -> None:
         """Write the numbers, then drop the parts."""
@@ -109,7 +108,7 @@ class Cell:
         content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
         if png is not None:
             write_atomically(self._path.with_suffix(".png"), png)
-        write_atomically(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(self._path, (json_text(content, indent=1) + "\n").encode())
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def png(self) -> bytes | None:
@@ -169,21 +168,41 @@ class CellStore:
         return Cell(self.folder, identity)
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Within the block this sweep's own, tidied first; UsageError while another sweep writes here."""
-        self._make()
-        with lock(self.folder, "written"):
-            self.tidy()
+    def claimed(self, fresh: bool = False) -> Iterator[None]:
+        """Within the block this sweep's own, tidied first, and emptied if `fresh`; UsageError while another sweep writes here.
+
+        With `fresh` UsageError for links too, which may lead to the measurements of another sweep. DiskError.
+        """
+        for folder in (self.folder.parent, self.folder) if fresh else ():
+            check_no_link(folder)
+        with made(self.folder), lock(self.folder, "written"):
+            if fresh:
+                self._forget()
+            self._tidy()
             yield
 
-    def tidy(self) -> None:
-        """Remove what killed processes left half-written. DiskError if the folder cannot be made."""
-        self._make()
-        for folder in (self.folder, *self.folder.glob("*.parts")):
-            clear_temporaries(folder)
+    def _forget(self) -> None:
+        """Remove all cells, and nothing else."""
+        with raising(DiskError, f"{self.folder} cannot be emptied", "empty it by hand", OSError):
+            for path in filter(lambda path: _CELL.fullmatch(path.name), [*self.folder.iterdir()]):
+                remove(path)
 
-    def _make(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder} cannot be made", str(error), "choose another --out") from None
+    def _tidy(self) -> None:
+        """Remove what killed processes left: half-written files, and the parts of finished cells."""
+        clear_temporaries(self.folder)
+        for parts in self.folder.glob("*.parts"):
+            try:
+                _verified(parts.with_suffix(".json").read_text())
+            except (OSError, ValueError, KeyError, TypeError):
+                clear_temporaries(parts)
+            else:
+                shutil.rmtree(parts, ignore_errors=True)
+
+
+def _verified(text: str) -> dict[str, Any]:
+    """The numbers in the file of a finished cell; ValueError, KeyError or TypeError if it is damaged."""
+    content = json.loads(text)
+    body = {"identity": content["identity"], "numbers": content["numbers"]}
+    if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
+        raise ValueError("its sha256 does not match")
+    return content["numbers"]
