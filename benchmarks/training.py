@@ -41,9 +41,10 @@ from midway.gen.diffusion.model import LatentModel
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch, LatentBatch
 from midway.gen.training.config import TrainConfig, learning_rate
-from midway.gen.training.fit import START_SAMPLES, fit
+from midway.gen.training.fit import fit
 from midway.gen.training.interface import Items
 from midway.gen.training.optim import compile_networks
+from midway.gen.training.starting import START_SAMPLES
 from midway.samplers.prediction import expand, target_value
 from midway.tokenizers.tokenizer import ImageTokenizer
 

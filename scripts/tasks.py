@@ -11,7 +11,7 @@ from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.tokenizer.loss_config import LossConfig
-from midway.gen.training.config import OnlineConfig, TrainConfig
+from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
 
 Resume = Literal["no", "auto"]
 QuantizerName = Literal[
@@ -48,6 +48,10 @@ class TokenizerConfig:
     """Self-attention among the residual blocks at the lowest resolution."""
     multipliers: tuple[int, ...] = (1,)
     """Multiples of width of the residual blocks at each resolution, the finest first; (1,): the lowest resolution only."""
+    shortcut: Literal["principal", "orthogonal"] = field(
+        default="orthogonal", metadata={"absent": ABSENT["model.shortcut"]}
+    )
+    """Start of the linear shortcuts of conv: principal components of the first images' patches, or random orthogonal maps."""
     network: Literal["conv", "vit"] = "conv"
     """vit: a transformer; its patches are `downsample` pixels a side, and width is a multiple of heads."""
     depth: int = 4

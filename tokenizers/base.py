@@ -43,6 +43,21 @@ class Observation:
 
 
 @dataclass(frozen=True)
+class Channel:
+    """What a channel of z starts as, before any training: principal component `component` of the patches, from 0, times a number.
+
+    The number makes the standard deviation `std`; with None it is one number for all such channels, so that distances between z
+    are those between patches up to a factor. std 0: the constant `mean`. The components of all channels that are `balanced` are
+    rotated first such that their variances are equal.
+    """
+
+    component: int
+    std: float | None = 1.0
+    mean: float = 0.0
+    balanced: bool = False
+
+
+@dataclass(frozen=True)
 class Quantized:
     """Result of a quantizer for one batch.
 
@@ -77,6 +92,10 @@ class Quantizer(nn.Module, ABC):
     def in_dim(self) -> int:
         """Channels of z."""
         return self.dim
+
+    def start_channels(self) -> list[Channel]:
+        """What every channel of z should start as: by default the first components with standard deviation 1."""
+        return [Channel(i) for i in range(self.in_dim)]
 
     @abstractmethod
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
@@ -141,6 +160,9 @@ class Quantizer(nn.Module, ABC):
     def tokens(self, height: int, width: int) -> int:
         """Number of positions with a token of a (height, width) grid of latents."""
         return height * width
+
+    def cover(self, z: Tensor) -> None:
+        """Spread codes that do not start from data over z (B, in_dim, *S): before `start`, of principal components only."""
 
     def start(self, z: Tensor) -> None:
         """Initialise codebooks from z (B, in_dim, *S), once, before the first step, on every process."""

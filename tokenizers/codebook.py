@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from midway.tokenizers.base import (
+    Channel,
     Observation,
     Quantized,
     Quantizer,
@@ -63,6 +64,10 @@ class Codebook(Quantizer):
         self.normalize = normalize
         self.gradient: Gradient = gradient
         self.entropy_weight, self.entropy_temperature = entropy_weight, entropy_temperature
+
+    def start_channels(self) -> list[Channel]:
+        """Components as they are, so that the nearest code is that of the nearest patch; whitened if only directions count."""
+        return [Channel(i, 1.0 if self.normalize else None) for i in range(self.dim)]
 
     @abstractmethod
     def raw_codebook(self) -> Tensor:

@@ -36,7 +36,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import Quantized, Quantizer, discrete, float32_island, straight_through, zero_of
+from midway.tokenizers.base import Channel, Quantized, Quantizer, discrete, float32_island, straight_through, zero_of
 from midway.tokenizers.checks import check_channels, check_indices, dropout_noise, one_a_sample
 from midway.tokenizers.losses import mean
 
@@ -85,6 +85,13 @@ class FSQ(Quantizer):
         # Integers, because `module.to(torch.bfloat16)` leaves them alone; not in the checkpoint, because config has them.
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.int64), persistent=False)
         self.register_buffer("basis", torch.tensor(basis, dtype=torch.int64), persistent=False)
+
+    def start_channels(self) -> list[Channel]:
+        """Components rotated to equal variances, since every channel has about as many levels.
+
+        Of tanh(z) = 2 sigmoid(2 z) - 1 the standard deviation is 1: then a normal distribution uses the levels about evenly.
+        """
+        return [Channel(i, 2 / _SLOPE.get(self.form, 2.0), balanced=True) for i in range(self.dim)]
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> codes in [-1, 1]; no losses. Gradient: that of `latents`, with noise dropout too.

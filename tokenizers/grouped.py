@@ -7,12 +7,13 @@ groups: with the mean over elements in each group, that is the mean over all cha
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from midway.tokenizers.base import Composite, Quantized, Quantizer, float32_island
+from midway.tokenizers.base import Channel, Composite, Quantized, Quantizer, float32_island
 from midway.tokenizers.checks import check_channels
 
 
@@ -86,6 +87,13 @@ class Grouped(Composite):
         check_channels(z, self.in_dim)
         for part, share in self._shares(z):
             part.start(share)
+
+    def start_channels(self) -> list[Channel]:
+        """Those of its part for each group, of components after those of the groups before it."""
+        own = [part.start_channels() for part in self.members]
+        firsts = [i * (1 + max(c.component for c in channels)) for i, channels in enumerate(own)]
+        shares = zip(firsts, own, strict=True)
+        return [replace(c, component=first + c.component) for first, channels in shares for c in channels]
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

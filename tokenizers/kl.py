@@ -13,11 +13,12 @@ import math
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import Quantized, Quantizer, float32_island, zero_of
+from midway.tokenizers.base import Channel, Quantized, Quantizer, float32_island, zero_of
 from midway.tokenizers.checks import check_channels, check_noise
 from midway.tokenizers.losses import mean
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+_LOG_VARIANCE = -4.0  # at the start: s = 0.14
 
 
 class Continuous(Quantizer):
@@ -56,6 +57,10 @@ class KL(Continuous):
     @property
     def in_dim(self) -> int:
         return 2 * self.dim
+
+    def start_channels(self) -> list[Channel]:
+        """Means of standard deviation 1, as the prior's, and little noise."""
+        return [Channel(i) for i in range(self.dim)] + [Channel(0, 0.0, _LOG_VARIANCE)] * self.dim
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, 2 D, *S): a draw from the posterior if `noise` is given or in training, else its mean.

@@ -7,6 +7,7 @@
 
 At initialisation only the linear shortcut (after DC-AE, Chen et al. 2024, arXiv 2410.10733, section 3.1) is nonzero, since the
 last convolutions start at zero: latents begin as local linear functions of the pixels, whose smooth geometry helps latent models.
+Which, is drawn; or measured, with the decoder's as its inverse (principal.py).
 
 A block costs f^2 times less there than at full resolution; the decoder's doublings halve the width, to at least 8 channels.
 Two options trade time for quality:
@@ -25,7 +26,7 @@ Ways of up-sampling. All of them start without a checkerboard: a constant map st
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +120,11 @@ class Decoder(nn.Module):
             layers += [doubling(wide, narrow, upsample), *residual_blocks(narrow, blocks)]
         layers += [doubling(wide, narrow, upsample) for wide, narrow in pairwise(light)]
         self.layers = nn.Sequential(*layers, *activation(light[-1]), last)
+
+    @property
+    def linear_shortcut(self) -> nn.Conv2d:
+        """The shortcut's map from codes to the pixels of a patch."""
+        return cast(nn.Conv2d, self.shortcut[0])
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.shortcut(codes) + self.layers(codes)

@@ -31,7 +31,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from midway.tokenizers.base import Composite, Quantized, Quantizer, float32_island, straight_through
+from midway.tokenizers.base import Channel, Composite, Quantized, Quantizer, float32_island, straight_through
 from midway.tokenizers.checks import check_channels, dropout_noise, one_a_sample
 from midway.tokenizers.codebook import Codebook
 from midway.tokenizers.fsq import FSQ, channelwise
@@ -138,6 +138,10 @@ class Residual(Composite):
         for i, stage in enumerate(self.members):
             stage.start(residual if i else z)
             residual = residual - stage.snap(residual)
+
+    def start_channels(self) -> list[Channel]:
+        """Those of the first stage."""
+        return self.members[0].start_channels()
 
     def extra_repr(self) -> str:
         return f"depth={self.groups}, dropout={self.dropout}"

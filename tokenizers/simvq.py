@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.tokenizers.codebook import Codebook, Gradient
+from midway.tokenizers.principal import put, shared
 
 
 class SimVQ(Codebook):
@@ -43,6 +44,14 @@ class SimVQ(Codebook):
         )
         for parameter in (self.weight, self.bias):
             nn.init.uniform_(parameter, -(dim**-0.5), dim**-0.5, generator=generator)
+
+    @torch.no_grad()
+    def cover(self, z: Tensor) -> None:
+        """Give the codes mean and covariance of z (B, D, *S): b = mean, W = sqrt(D) covariance^(1/2)."""
+        rows = z.movedim(1, -1).flatten(0, -2).double().cpu()
+        values, vectors = torch.linalg.eigh(torch.cov(rows.T, correction=0).view(self.dim, self.dim))
+        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        put(self, *shared(root * self.dim**0.5, rows.mean(0), to=z))
 
     def raw_codebook(self) -> Tensor:
         # float64, because in float32 the last bits depend on where in memory the weights lie: codes would not survive saving.

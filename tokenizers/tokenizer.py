@@ -11,25 +11,23 @@ and its samples return through decode_latents: y std + mean, snapped to the near
 Mean and std are measured once on training images and travel with the weights.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from midway.tokenizers import principal
 from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
-from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
+from midway.tokenizers.networks import Decoder, Encoder, Upsample
+from midway.tokenizers.options import LatentSpace, check_choices, check_sizes, plain
 from midway.tokenizers.precision import Convert
 from midway.tokenizers.pretrained import Pretrained
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
-
-LatentSpace = Literal["pre", "post"]
-Network = Literal["conv", "vit", "diffusers"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class ImageTokenizer(Pretrained):
     latent_mean: Tensor
     latent_std: Tensor
     latents_measured: Tensor
+    shortcut_started: Tensor
 
     @register_to_config
     def __init__(
@@ -82,11 +81,12 @@ class ImageTokenizer(Pretrained):
         heads: int = 4,
         latent_tokens: int | None = None,
         foreign: dict[str, Any] | None = None,
+        shortcut: str = "orthogonal",
     ) -> None:
         super().__init__()
-        _check(image_size, downsample, latent_space)
-        _check_network(network, latent_tokens, foreign)
-        description = _plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
+        check_sizes(image_size, downsample)
+        check_choices(latent_space, network, shortcut, latent_tokens, foreign)
+        description = plain(quantizer or {"type": "fsq", "levels": [8, 5, 5, 5]})
         self.register_to_config(quantizer=description)  # the default is written out, so that it may change later
         self.image_shape = (in_channels, image_size, image_size)
         self.downsample = downsample
@@ -106,7 +106,7 @@ class ImageTokenizer(Pretrained):
             self.encoder, self.decoder = nn.Identity(), nn.Identity()
         elif foreign is not None:
             check_diffusers_config(foreign, in_channels, downsample, description)
-            self.register_to_config(foreign=_plain(completed(foreign)))
+            self.register_to_config(foreign=plain(completed(foreign)))
             self.encoder, self.decoder = networks_of(build(foreign))
         elif network == "vit":
             sizes = ViTConfig(image_size, downsample, width, depth, heads, latent_tokens)
@@ -120,6 +120,9 @@ class ImageTokenizer(Pretrained):
         self.register_buffer("latent_mean", torch.zeros(dim))
         self.register_buffer("latent_std", torch.ones(dim))
         self.register_buffer("latents_measured", torch.tensor(False))
+        self.register_buffer(
+            "shortcut_started", torch.tensor(shortcut != "principal"), persistent=shortcut == "principal"
+        )
 
     @property
     def quantizer(self) -> Quantizer:
@@ -226,8 +229,16 @@ class ImageTokenizer(Pretrained):
 
     @torch.no_grad()
     def start(self, images: Tensor) -> None:
-        """The quantizer's `start` from the first images (B, C, H, W): once, before the first step, on every process."""
-        self.quantizer.start(self.encode(images))
+        """Start from the first images (B, C, H, W): once, before the first step, on every process with the same images.
+
+        Principal shortcuts of convolutional networks, unless they have been started, and the quantizer's `start`.
+        """
+        if self.shortcut_started or not isinstance(self.encoder, Encoder) or not isinstance(self.decoder, Decoder):
+            self.quantizer.start(self.encode(images))
+            return
+        _check_shape(images, self.image_shape, "images")
+        principal.start(self.encoder.shortcut, self.decoder.linear_shortcut, self.quantizer, images, self.downsample)
+        self.shortcut_started.fill_(True)
 
     def observe(self, quantized: Quantized) -> None:
         """The quantizer's `observe`: once per training micro-batch, with what `forward` returned as `quantized`."""
@@ -262,32 +273,6 @@ def _channelwise(vector: Tensor) -> Tensor:
     return vector.float().view(-1, 1, 1)
 
 
-def _plain(config: Any) -> Any:
-    """`config` as JSON gives it back: lists, no tuples."""
-    if isinstance(config, Mapping):
-        return {key: _plain(value) for key, value in config.items()}
-    return [_plain(value) for value in config] if isinstance(config, list | tuple) else config
-
-
 def _check_shape(x: Tensor, shape: tuple[int, int, int], name: str) -> None:
     if x.ndim != 4 or tuple(x.shape[1:]) != shape:
         raise ValueError(f"{name} have shape {tuple(x.shape)}; this tokenizer takes (B, {', '.join(map(str, shape))})")
-
-
-def _check(image_size: int, downsample: int, latent_space: str) -> None:
-    check_downsample(downsample)
-    if image_size < 1 or image_size % downsample:
-        raise ValueError(f"image_size {image_size} is not a multiple of downsample {downsample}: change one of them")
-    if latent_space not in get_args(LatentSpace):
-        raise ValueError(f"latent_space is {latent_space!r}; choose 'pre' or 'post'")
-
-
-def _check_network(network: str, latent_tokens: int | None, diffusers_config: Mapping[str, Any] | None) -> None:
-    if network not in get_args(Network):
-        raise ValueError(f"network is {network!r}; choose 'conv' or 'vit', or 'diffusers' with foreign")
-    if (diffusers_config is None) == (network == "diffusers"):
-        raise ValueError(
-            f"network is {network!r} and foreign is {diffusers_config}; 'diffusers', and only it, needs foreign"
-        )
-    if latent_tokens is not None and network != "vit":
-        raise ValueError(f"latent_tokens is {latent_tokens}; only network='vit' has them")

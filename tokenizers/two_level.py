@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers.base import Composite, Quantized, Quantizer, float32_island, straight_through
+from midway.tokenizers.base import Channel, Composite, Quantized, Quantizer, float32_island, straight_through
 from midway.tokenizers.checks import check_channels
 from midway.tokenizers.grouped import added
 from midway.tokenizers.shuffle import pixel_shuffle
@@ -93,6 +93,10 @@ class TwoLevel(Composite):
 
     def tokens(self, height: int, width: int) -> int:
         return height * width * 5 // 4
+
+    def start_channels(self) -> list[Channel]:
+        """The first components for each of the levels, since the top only has their means over 2x2."""
+        return [*self.top.start_channels(), *self.bottom.start_channels()]
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:

@@ -72,7 +72,8 @@ def _plain(value: Any) -> Any:
 def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
     """The dataclass `cls` from what `to_dict` gave; missing keys keep their defaults. UsageError for what does not fit.
 
-    Fields of one call keep their defaults too: files of earlier versions hold them.
+    Fields of one call keep their defaults too: files of earlier versions hold them. A field whose metadata has an entry "absent"
+    takes that where its key is missing: what files of earlier versions mean.
     """
     if not isinstance(values, dict):
         raise UsageError(f"{where} is not a mapping", f"it is {_short(values)}", "write it as `key: value` lines")
@@ -86,8 +87,9 @@ def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
     missing = [name for name, f in fields.items() if name not in values and _is_needed(f)]
     if missing:
         raise UsageError(f"{where} lacks '{missing[0]}'", f"{cls.__name__} has no default for it", "add the key")
+    absent = {key: field.metadata["absent"] for key, field in fields.items() if "absent" in field.metadata}
     recorded = {key: value for key, value in values.items() if not _is_per_call(fields[key])}
-    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in recorded.items()}
+    typed = absent | {key: _typed(hints[key], value, f"{where}.{key}") for key, value in recorded.items()}
     with raising(UsageError, f"{where} cannot be used", "correct the value", ValueError, TypeError, ArithmeticError):
         return cls(**typed)
 

@@ -124,6 +124,10 @@ ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic"
 """The same numbers up to the order of floating-point sums."""
 
 
+ABSENT = {"model.shortcut": "orthogonal"}
+"""What a key means where it is missing: in the configuration of a run from before there was such a key."""
+
+
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"train": {"lr": 1}} -> {"train.lr": 1}."""
     pairs: dict[str, Any] = {}
@@ -149,6 +153,7 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any], train: TrainCon
 
     Returns the keys whose change leaves the run the same up to rounding.
     """
+    before = {key: value for key, value in ABSENT.items() if key in now} | before
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     fatal = [key for key in changed if not may_change(key, train)]
     if fatal:

@@ -13,7 +13,7 @@ Validation runs before checkpointing, so the checkpoint includes its result.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -42,9 +42,8 @@ from midway.gen.training.optim import (
 from midway.gen.training.power_ema import PowerAverage, save_snapshot
 from midway.gen.training.progress import Averages, Reporter
 from midway.gen.training.signals import Interrupted, Interrupts
+from midway.gen.training.starting import Routed, start
 from midway.gen.training.state import TrainingState, posthoc_file
-
-START_SAMPLES = 1024
 
 
 def fit(
@@ -66,20 +65,6 @@ def fit(
         return training.run_from(training.checkpointing.resume() if resume else 0, interrupts)
 
 
-class _Loss(nn.Module):
-    """Routes `loss` and `start` through forward, where DDP, FSDP and autocast act."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Any, context: Context, start: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        if start:
-            cast(Startable, self.model).start(batch, context)
-            return torch.zeros(()), {}
-        return cast(Trainable, self.model).loss(batch, context)
-
-
 class _Training:
     """One call of fit()."""
 
@@ -95,7 +80,8 @@ class _Training:
         if config.compile:
             compile_networks(model)
         optimizers = make_optimizers(model, config, accelerator.device)
-        self.wrapped, *prepared = accelerator.prepare(_Loss(model), *optimizers)
+        self.routed = Routed(model)
+        self.wrapped, *prepared = accelerator.prepare(self.routed, *optimizers)
         # the wrapper searches for a package at every step
         self.optimizers = [getattr(o, "optimizer", o) for o in prepared]
         self.parameter_groups = parameter_groups(model)
@@ -188,12 +174,12 @@ class _Training:
         return loss.detach(), {"loss": loss.detach(), **logs}
 
     def _start(self) -> None:
-        """Let the model initialise from data, the same on all processes."""
+        """Let the model initialise from data; averages begin there."""
         if isinstance(self.model, Startable):
-            count = min(self.config.batch_size, START_SAMPLES)
-            ids = torch.arange(count, device=self.accelerator.device)
-            with torch.no_grad():
-                self.wrapped(self.items.fetch(self.order(0, count)), Context(self.config.seed, 0, ids), start=True)
+            start(self.wrapped, self.routed, self.items, self.order, self.config.batch_size)
+            for average in (self.ema, *self.posthoc):
+                if average is not None:
+                    average.load(self.model.state_dict())
 
     def _stop_flags(self, interrupts: Interrupts) -> StopFlags:
         limit = self.config.max_seconds

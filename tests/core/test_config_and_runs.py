@@ -169,6 +169,16 @@ class Job:
     overwrite: bool = field(default=False, metadata=PER_CALL)
 
 
+def test_a_key_that_files_of_earlier_versions_lack_has_the_value_of_that_time() -> None:
+    @dataclass(frozen=True)
+    class Newer:
+        width: int = 8
+        start: str = field(default="better", metadata={"absent": "old"})
+
+    assert (Newer().start, from_dict(Newer, {"width": 4}).start) == ("better", "old")
+    assert from_dict(Newer, to_dict(Newer())) == Newer()
+
+
 def test_a_flag_of_one_call_is_neither_recorded_nor_read_back() -> None:
     assert to_dict(Job(Job.Part(3, 4), True)) == {"part": {"width": 4}}
     earlier = {"part": {"limit": 3, "width": 4}, "overwrite": True}

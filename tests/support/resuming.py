@@ -42,7 +42,7 @@ DATA = DataConfig(held_out=0.9)
 TRAIN = TrainConfig(
     steps=11, batch_size=32, lr=1e-2, warmup=2, weight_decay=0.01, ema=0.9, posthoc=(0.1,), posthoc_every=4, log_every=4
 )
-VQ = TokenizerConfig(quantizer="vq", width=8, blocks=1, codebook_size=128, dim=4)
+VQ = TokenizerConfig(quantizer="vq", width=8, blocks=1, codebook_size=128, dim=4, shortcut="principal")
 
 
 def train(task: Task) -> Path:

@@ -37,6 +37,6 @@ def latent_model(dropout: float = 0.0) -> LatentModel:
     return LatentModel(latent_config(dropout), LATENT_SHAPE, CLASSES)
 
 
-def tokenizer(quantizer: dict[str, Any] = VQ) -> TokenizerObjective:
+def tokenizer(quantizer: dict[str, Any] = VQ, shortcut: str = "orthogonal") -> TokenizerObjective:
     torch.manual_seed(0)
-    return TokenizerObjective(ImageTokenizer(width=8, blocks=1, quantizer=quantizer))
+    return TokenizerObjective(ImageTokenizer(width=8, blocks=1, quantizer=quantizer, shortcut=shortcut))

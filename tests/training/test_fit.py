@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import regression
+import small_models
 import torch
 from multiprocess import together
 from regression import SIZE, Regression, Trained, assert_near, plain_loop, records, saved
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import DivergedError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.ema import EMA
-from midway.gen.training.interface import Hooks
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
@@ -32,6 +36,23 @@ def train(
 def difference(a: nn.Module, b: nn.Module) -> float:
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+# ---- the start ----
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_averages_begin_where_the_start_from_data_ends(steps: int, tmp_path: Path) -> None:
+    """Not at the random weights before it, which an average of the first steps would still contain."""
+    config = replace(CONFIG, steps=steps, ema=0.5, posthoc=(0.1,), lr=0.0, weight_decay=0.0)
+    model, run = small_models.tokenizer({"type": "fsq", "levels": [5, 5]}, "principal"), Run(tmp_path, "test")
+    result = fit(model, Items(small_models.images, small_models.SIZE), config, run, make_accelerator(config))
+    assert result.ema is not None
+    assert bool(model.tokenizer.shortcut_started)
+    stored = load_file(tmp_path / f"checkpoints/step-{steps}/posthoc-0.100.safetensors")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(result.ema.shadow[name], value)
+        torch.testing.assert_close(stored[name], value)
 
 
 # ---- the learning rate ----

@@ -125,20 +125,23 @@ def one_of_two(rank: int, folder: Path) -> None:
         seen = train(folder / name, case)
         (folder / f"{name}-{rank}.json").write_text(json.dumps(seen))
     (folder / f"tokenizer-{rank}.json").write_text(json.dumps(tokenize(folder / "tokenizer")))
+    for policy in ("root", "size"):
+        tokenize(folder / f"started by {policy}", policy, shortcut="principal", steps=0)
 
 
-def tokenize(folder: Path, policy: str = "root") -> dict[str, Any]:
+def tokenize(folder: Path, policy: str = "root", shortcut: str = "orthogonal", steps: int = 6) -> dict[str, Any]:
     """Train a VQ tokenizer in this process; its loss, or why there is none."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = make_accelerator(CONFIG)
+    config = replace(CONFIG, steps=steps)
+    accelerator = make_accelerator(config)
     if policy:
         shard(accelerator, policy)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        result = fit(tokenizer(), Items(images, SIZE), CONFIG, Run(folder, "test"), accelerator)
+        result = fit(tokenizer(shortcut=shortcut), Items(images, SIZE), config, Run(folder, "test"), accelerator)
     except RuntimeError as error:
         return {"error": str(error)}
-    return {"loss": result.last["loss"]}
+    return {"loss": result.last.get("loss")}
 
 
 @dataclass(frozen=True)
@@ -270,3 +273,13 @@ def test_a_tokenizer_can_be_sharded_too(tmp_path: Path, two: Sharded) -> None:
     ]
     assert learned[0]
     assert_close(*learned)  # biases before a normalisation have no gradient, and AdamW moves them by rounding alone
+
+
+@pytest.mark.parametrize("policy", ["root", "size"])
+def test_parameters_that_start_from_data_do_so_in_their_shards(policy: str, tmp_path: Path, two: Sharded) -> None:
+    """Shards of the whole model, which are gathered while the start runs, and of single layers, which are not."""
+    tokenize(tmp_path, policy="", shortcut="principal", steps=0)
+    expected, found = tensors(tmp_path, step=0), two.saved(f"started by {policy}", step=0)
+    assert bool(expected["model/tokenizer.shortcut_started"])
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())

@@ -41,6 +41,7 @@ from baseline_tasks import FlowTask, VAETask
 from midway.gen.baselines.flow_config import glow
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
+from midway.gen.core.config import from_dict, read_yaml, write_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError
 from midway.gen.core.files import MACHINE
 from midway.gen.core.locks import lock
@@ -131,6 +132,9 @@ KINDS: dict[str, Make] = {
     "vq in micro-batches": lambda out, _: tokenizer_task(out, replace(COSINE, accumulation=2)),
     "vq without an average": lambda out, _: tokenizer_task(out, replace(TRAIN, ema=0, posthoc=())),
     "fsq": lambda out, _: tokenizer_task(out, COSINE, TokenizerConfig(levels=(5, 5), width=8, blocks=1)),
+    "fsq from principal components": lambda out, _: tokenizer_task(
+        out, TRAIN, TokenizerConfig(levels=(5, 5), width=8, blocks=1, shortcut="principal")
+    ),
     "kl": lambda out, _: tokenizer_task(out, TRAIN, TokenizerConfig(quantizer="kl", width=8, blocks=1, dim=4)),
     "critic": lambda out, _: replace(tokenizer_task(out), loss=CRITIC),
     "critic in micro-batches": lambda out, _: replace(
@@ -332,6 +336,25 @@ def test_a_process_killed_while_it_made_the_run_is_no_obstacle(left: str, whole:
         (run / "env.json").write_bytes((whole / "env.json").read_bytes()[:50])
     assert_same_run(train(tokenizer_task(run)), whole)
     assert json.loads((run / "env.json").read_text())["starts"][0]["step"] == 0
+
+
+def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Its files lack the key of the shortcuts' start, and it began with orthogonal ones, whatever is the default by now."""
+    task = tokenizer_task(tmp_path / "run", model=replace(VQ, shortcut="orthogonal"))
+    whole = train(replace(task, out=tmp_path / "whole"))
+    run = train(shortened(task, 3))
+    values = read_yaml(run / "config.yaml")
+    del values["model"]["shortcut"]
+    write_yaml(run / "config.yaml", values)
+    state = json.loads((newest(run) / "state.json").read_text())
+    del state["config"]["model.shortcut"]
+    (newest(run) / "state.json").write_text(json.dumps(state))
+    seal(newest(run))
+    with unchanged(run), pytest.raises(UsageError, match=r"another model\.shortcut") as caught:
+        train(replace(task, model=replace(VQ, shortcut="principal")))
+    assert "was 'orthogonal', now 'principal'" in str(caught.value)
+    train(replace(from_dict(TokenizerTask, read_yaml(run / "config.yaml")), resume="auto"))
+    assert_same_run(run, whole)
 
 
 # ---- several processes ----

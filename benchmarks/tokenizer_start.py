@@ -1,0 +1,310 @@
+"""VQ or FSQ, fairly: each at its own best learning rate, from both starts of the linear shortcuts, until it learns no more.
+
+    python benchmarks/tokenizer_start.py digits cifar10 --cifar10 cifar10-train.zip --cells cells.jsonl
+    python benchmarks/tokenizer_start.py digits cifar10 --cells cells.jsonl --json benchmarks/results/tokenizer_start.json --table
+
+A cell is one training: data x quantizer x bits x start x learning rate x seed, with 16 positions an image (GRIDS). Learning
+rates are constant after the warm-up, and the averaged weights are measured on held-out images every ROUND steps. A training is
+over when the best PSNR of the last third of its steps is less than FLAT dB above the best before, or at the most steps of its
+grid, which the table marks. The best round counts, for on few images a tokenizer overfits.
+
+    psnr          dB, mean over the held-out images
+    entropy_bits  log2 of the perplexity of the tokens of training images (10,000 at most), a position
+    edge_mass     fsq: share of digits that are the lowest or the highest; even_mass if all levels are used alike
+
+Every finished cell is a line of --cells, and is left alone when the command is called again; seeds come in turn, so that a whole
+grid is there as early as possible. --table prints each quantizer at the learning rate that is best in the mean over seeds.
+"""
+
+import itertools
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from midway.gen.core.config import from_dict, to_dict
+from midway.gen.core.environment import environment, hardware
+from midway.gen.core.files import write_atomically
+from midway.gen.core.runs import Run
+from midway.gen.data.images import to_float
+from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer
+from midway.gen.training.accelerator import make_accelerator
+from midway.gen.training.config import TrainConfig
+from midway.gen.training.fit import fit
+from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, saturation
+from midway.tokenizers.options import Shortcut
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from train_tokenizer import make_tokenizer
+
+from running import image_parts
+from tasks import TokenizerConfig, TokenizerTask
+
+BITS = (8, 10, 12, 14)
+QUANTIZERS = ("vq", "fsq")
+ROUND = 250
+LEAST = 1500
+FLAT = 0.05
+TRAINING_IMAGES = 10_000
+"""Of which the tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The trainings on one data set."""
+
+    data: DataConfig
+    model: TokenizerConfig
+    rates: tuple[float, ...]
+    seeds: int
+    steps: int
+    """At most."""
+    held_out: int = 1000
+    """Images to measure on, at most."""
+
+
+GRIDS = {
+    "digits": Grid(DataConfig(), TokenizerConfig(width=32, downsample=2), (1e-3, 3e-3, 1e-2), 3, 4000),
+    "cifar10": Grid(
+        DataConfig(data="cifar10", held_out=0.1, resize=16),
+        TokenizerConfig(width=48, downsample=4),
+        (3e-3, 1e-2),
+        2,
+        4000,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training."""
+
+    data: str
+    quantizer: str
+    bits: int
+    shortcut: Shortcut
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell came to; see the top of this file."""
+
+    cell: Cell
+    psnr: float
+    capacity_bits: float
+    entropy_bits: float
+    usage: float
+    edge_mass: float | None
+    even_mass: float | None
+    start_psnr: float
+    """Before the first step."""
+    start_edge_mass: float | None
+    steps: int
+    """Of the best round."""
+    flat: bool
+    """Whether it stopped because it learned no more."""
+    psnrs: tuple[float, ...]
+    """Every ROUND steps."""
+    seconds: float
+    """Process time."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Train what is missing, then write or print what was asked for."""
+
+    grids: tyro.conf.Positional[tuple[Literal["digits", "cifar10"], ...]]
+    cells: Path
+    """JSON lines, one a finished cell; appended to."""
+    json: Path | None = None
+    """Where to write all cells, with the hardware."""
+    table: bool = False
+    """Print the tables; nothing is trained."""
+    most: int | None = None
+    """At most so many cells this time."""
+    cifar10: str = "cifar10"
+    """Its source: the name, or a folder or zip."""
+
+
+def cells_of(name: str) -> Iterator[Cell]:
+    """All cells of a grid, seed by seed."""
+    grid = GRIDS[name]
+    for seed, bits, lr in itertools.product(range(grid.seeds), BITS, grid.rates):
+        for quantizer, shortcut in itertools.product(QUANTIZERS, ("orthogonal", "principal")):
+            yield Cell(name, quantizer, bits, shortcut, lr, seed)
+
+
+def task_of(cell: Cell, cifar10: str) -> TokenizerTask:
+    """What is trained: 8 channels and 2^bits codes, or the levels of the FSQ paper."""
+    grid = GRIDS[cell.data]
+    data = replace(grid.data, data=cifar10) if cell.data == "cifar10" else grid.data
+    model = replace(
+        grid.model,
+        quantizer=cell.quantizer,
+        codebook_size=2**cell.bits,
+        levels=FSQ_LEVELS[cell.bits],
+        shortcut=cell.shortcut,
+    )
+    train = TrainConfig(steps=grid.steps, batch_size=64, lr=cell.lr, ema=0.998, save_seconds=0, keep=1, seed=cell.seed)
+    return TokenizerTask(out=Path("unused"), data=data, model=model, train=replace(train, max_steps=ROUND))
+
+
+@cache
+def splits_of(data: DataConfig) -> Splits:
+    """The images, read once."""
+    return load_splits(data)
+
+
+def train(cell: Cell, task: TokenizerTask) -> Result:
+    """Train a cell from the beginning."""
+    splits = splits_of(task.data)
+    held_out, levels = splits.held_out.images[: GRIDS[cell.data].held_out], FSQ_LEVELS[cell.bits]
+    began, rounds, psnrs, over = time.process_time(), [], list[float](), False
+    with tempfile.TemporaryDirectory() as folder:
+        start = measured(trained(task, Path(folder) / "start", 0)[0], held_out)
+        while not over:
+            tokenizer, finished = trained(task, Path(folder) / "run", task.train.steps)
+            rounds.append((measured(tokenizer, held_out), tokenizer))
+            psnrs.append(rounds[-1][0]["psnr"])
+            over = finished or is_flat(psnrs)
+    best = psnrs.index(max(psnrs))
+    end, tokenizer = rounds[best]
+    found = evaluate_tokenizer(tokenizer, splits.train.images[:TRAINING_IMAGES])
+    fsq = cell.quantizer == "fsq"
+    return Result(
+        cell=cell,
+        psnr=end["psnr"],
+        capacity_bits=math.log2(math.prod(levels)) if fsq else float(cell.bits),
+        entropy_bits=math.log2(found["perplexity"]),
+        usage=found["usage"],
+        edge_mass=end.get("edge_mass"),
+        even_mass=statistics.mean(2 / level for level in levels) if fsq else None,
+        start_psnr=start["psnr"],
+        start_edge_mass=start.get("edge_mass"),
+        steps=ROUND * (best + 1),
+        flat=is_flat(psnrs),
+        psnrs=tuple(round(psnr, 3) for psnr in psnrs),
+        seconds=round(time.process_time() - began, 1),
+    )
+
+
+def trained(task: TokenizerTask, folder: Path, steps: int) -> tuple[ImageTokenizer, bool]:
+    """The tokenizer with averaged weights after ROUND more steps of the run at `folder`, and whether it has done all `steps`.
+
+    Of 0 steps: as it starts.
+    """
+    splits, config = splits_of(task.data), replace(task.train, steps=steps)
+    torch.manual_seed(config.seed)
+    accelerator = make_accelerator(config)
+    objective = TokenizerObjective(make_tokenizer(task, splits.train))
+    items = image_parts(objective, splits, accelerator.device).items
+    run = Run.create(folder, "tokenizer", to_dict(replace(task, train=config)), resume=True)
+    result = fit(objective, items, config, run, accelerator, resume=True)
+    if steps and result.ema is not None:
+        objective.load_state_dict(result.ema.shadow)
+    return objective.eval().tokenizer, result.finished
+
+
+@torch.no_grad()
+def measured(tokenizer: ImageTokenizer, images: Tensor) -> dict[str, float]:
+    """PSNR of these images, and how far FSQ has run into its outer levels."""
+    quality = evaluate_tokenizer(tokenizer, images)
+    if isinstance(tokenizer.quantizer, FSQ):
+        quality["edge_mass"] = saturation(tokenizer.quantizer, tokenizer.encode(to_float(images)))["edge_mass"].item()
+    return quality
+
+
+def is_flat(psnrs: Sequence[float]) -> bool:
+    """Whether the best of the last third of the steps is less than FLAT dB above the best before."""
+    before = 2 * len(psnrs) // 3
+    return len(psnrs) * ROUND >= LEAST and max(psnrs[before:]) - max(psnrs[:before]) < FLAT
+
+
+# ---- results ----
+
+
+def read(path: Path) -> list[Result]:
+    """The finished cells."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [from_dict(Result, json.loads(line)) for line in lines]
+
+
+def table(found: Sequence[Result]) -> str:
+    """Markdown: a row a size of codes; VQ and FSQ from both starts, at the learning rate that is best in the mean over seeds."""
+    columns = list(itertools.product(QUANTIZERS, ("orthogonal", "principal")))
+    head = ["data", "bits", *(f"{quantizer}, {shortcut}" for quantizer, shortcut in columns)]
+    lines = [f"| {' | '.join(head)} |", f"| --- | ---: |{' ---: |' * len(columns)}"]
+    for data, bits in sorted({(r.cell.data, r.cell.bits) for r in found}, key=lambda key: (key[0] != "digits", key)):
+        entries = [entry([r for r in found if key_of(r.cell) == (data, bits, *column)]) for column in columns]
+        lines.append(f"| {' | '.join([data, str(bits), *entries])} |")
+    return "\n".join(lines) + "\n"
+
+
+def key_of(cell: Cell) -> tuple[str, int, str, str]:
+    """A cell of the table."""
+    return cell.data, cell.bits, cell.quantizer, cell.shortcut
+
+
+def entry(results: Sequence[Result]) -> str:
+    """PSNR, its standard deviation over seeds and their number; entropy; learning rate; edge mass at the start and the end."""
+    if not results:
+        return ""
+    rates = {r.cell.lr: [other for other in results if other.cell.lr == r.cell.lr] for r in results}
+    lr, best = max(rates.items(), key=lambda pair: mean(pair[1], "psnr"))
+    spread = f" ± {statistics.stdev(r.psnr for r in best):.2f}" if len(best) > 1 else ""
+    parts = [
+        f"{mean(best, 'psnr'):.2f}{spread} dB ({len(best)})",
+        f"{mean(best, 'entropy_bits'):.2f} bits",
+        f"rate {lr:g}",
+    ]
+    if best[0].edge_mass is not None:
+        parts.append(f"edges {mean(best, 'start_edge_mass'):.0%} to {mean(best, 'edge_mass'):.0%}")
+    parts += [] if all(r.flat for r in best) else ["still learning"]
+    return "<br>".join(parts)
+
+
+def mean(results: Sequence[Result], name: str) -> float:
+    """Of one number over results."""
+    return statistics.mean(getattr(r, name) for r in results)
+
+
+def main(study: Study) -> None:
+    """Train what is missing, or show what is there."""
+    missing = [] if study.table else list(itertools.chain.from_iterable(cells_of(name) for name in study.grids))
+    done = {r.cell for r in read(study.cells)}
+    for cell in sorted((cell for cell in missing if cell not in done), key=lambda cell: cell.seed)[: study.most]:
+        result = train(cell, task_of(cell, study.cifar10))
+        with study.cells.open("a") as file:
+            file.write(json.dumps(to_dict(result)) + "\n")
+        print(f"{cell}: {result.psnr:.2f} dB after {result.steps} steps, {result.seconds:.0f} s", flush=True)
+    found = [r for r in read(study.cells) if r.cell.data in study.grids]
+    if study.json is not None:
+        facts = {
+            "environment": environment(),
+            "hardware": hardware(),
+            "grids": {n: to_dict(GRIDS[n]) for n in study.grids},
+        }
+        rule = {"round": ROUND, "least": LEAST, "flat_db": FLAT}
+        report = {**facts, "rule": rule, "cells": [to_dict(r) for r in found]}
+        write_atomically(study.json, (json.dumps(report, indent=1) + "\n").encode())
+    if study.table:
+        print(table(found))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Study))
