@@ -1,6 +1,8 @@
 """What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
 
+import contextlib
 import dataclasses
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -9,10 +11,12 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from midway.gen.core import partners, signals
 from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
 from midway.gen.core.processes import leave_processes
+from midway.gen.core.terminal import emit, lasting_output
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -69,40 +73,80 @@ def own_fields(task: type, values: Any) -> Any:
     return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
 
 
-def main(command: Callable[[list[str]], object]) -> NoReturn:
+def main(command: Callable[[list[str]], object], alone: bool = False) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
-    try:
-        code = run(command, [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv[1:])
-    finally:
-        leave_processes(code)
+    with lasting_output(), signals.handling():
+        try:
+            arguments = [a for a in sys.argv[1:] if a != "--debug"]
+            code = run(command, arguments, "--debug" in sys.argv[1:], alone)
+        except SystemExit as ended:  # of the parser of flags
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            raise
+        finally:
+            with contextlib.suppress(signals.Stopped):  # the work is done
+                leave_processes(code)
     sys.exit(code)
 
 
-def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False) -> int:
-    """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); Ctrl-C: 130; other errors: 1.
+def run(
+    command: Callable[[list[str]], object], arguments: list[str], debug: bool = False, alone: bool = False
+) -> int:
+    """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); a stop signal: a line, and 128 +
+    its number; other errors: 1.
 
-    A full or failing disk is a DiskError wherever it shows.
+    A full or failing disk is a DiskError wherever it shows, an error of communication that of the process behind it.
+    `alone`: the script does not divide its work, so that of several processes each would do all of it; UsageError.
     """
     try:
+        return _run(command, arguments, debug, alone)
+    except KeyboardInterrupt as stop:
+        line = signals.stop_line(getattr(stop, "number", signal.SIGINT))
+        if partners.is_first(line):
+            emit(line)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+
+
+def _run(command: Callable[[list[str]], object], arguments: list[str], debug: bool, alone: bool) -> int:
+    try:
         try:
+            _join(alone)
             command(arguments)
+            sys.stdout.flush()
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
             raise DiskError("a file could not be written", str(error), "free space and run again") from error
     except MidwayError as error:
-        if debug:
+        return _failed(error, debug)
+    except Exception as error:
+        partner, (number, _) = partners.explain(error), signals.received()
+        if partner is None:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception:
-        traceback.print_exc()
-        return 1
+            return 1
+        if partner.exit_code == 128 + number:  # both have received it
+            raise signals.Stopped(number) from None
+        return _failed(partner, debug)
     return 0
+
+
+def _join(alone: bool) -> None:
+    rank, world_size = partners.launched()
+    if not alone:
+        partners.watch()
+    elif world_size > 1 and rank == 0:
+        name, why = Path(sys.argv[0]).name, f"WORLD_SIZE is {world_size}, and each would do all of the work"
+        raise UsageError(f"{name} runs in one process", why, f"start it by itself: python scripts/{name}")
+    elif world_size > 1:
+        sys.exit(UsageError.exit_code)  # the first process prints the error
+
+
+def _failed(error: MidwayError, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    if partners.is_first(str(error)):
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def names(text: str) -> tuple[str, ...]:

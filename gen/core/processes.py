@@ -1,8 +1,6 @@
 """Several processes that work together: which of them this is, on which device it computes, and how it leaves them."""
 
 import contextlib
-import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +9,9 @@ from typing import TypeVar
 
 import torch
 from torch import distributed
+
+from midway.gen.core import partners
+from midway.gen.core.terminal import exit_now
 
 Item = TypeVar("Item")
 
@@ -38,12 +39,12 @@ def best_device() -> torch.device:
 
 def device_and_process() -> tuple[torch.device, ProcessInfo]:
     """Where this process computes, and which of several processes it is."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if partners.launched()[1] == 1:
         return best_device(), ProcessInfo()
     from accelerate import PartialState
 
-    patience = timedelta(hours=12)  # the first process to finish waits for the last
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+    with partners.joining() as seconds:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=seconds))
     device = state.device or torch.device("cpu")
     return device, ProcessInfo(state.process_index, state.num_processes, state.wait_for_everyone)
 
@@ -51,23 +52,19 @@ def device_and_process() -> tuple[torch.device, ProcessInfo]:
 def leave_processes(code: int = 0) -> None:
     """Destroy the process group, whose threads would otherwise outlive the interpreter and abort it (exit code -6).
 
-    Processes that succeeded (`code` 0) first wait for one another; one that failed does not. A process that cannot leave
-    within PATIENCE or GRACE seconds, because a peer does not answer, exits at once with `code`.
+    Processes that succeeded (`code` 0) first wait for one another; one that failed does not, and the others learn its code. A
+    process that cannot leave within PATIENCE or GRACE seconds, because a peer does not answer, exits at once with `code`.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    limit = threading.Timer(GRACE if code else PATIENCE, _exit_now, [code])
+    limit = threading.Timer(GRACE if code else PATIENCE, exit_now, [code])
     limit.daemon = True
     limit.start()
-    with contextlib.suppress(RuntimeError):  # the work is done: a peer that failed meanwhile changes nothing
-        if code == 0:
-            distributed.barrier()
-        distributed.destroy_process_group()
+    if code:
+        partners.leave(code)
+    if distributed.is_available() and distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the work is done: a peer that failed meanwhile changes nothing
+            if code == 0:
+                partners.finish()
+                distributed.barrier()
+            distributed.destroy_process_group()
+    partners.leave(code)
     limit.cancel()
-
-
-def _exit_now(code: int) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)

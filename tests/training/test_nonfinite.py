@@ -40,7 +40,7 @@ from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Items
 from midway.gen.training.nonfinite import RECENT, NonFiniteGuard, StopFlags
-from midway.gen.training.signals import Interrupted
+from midway.gen.core.signals import Interrupted
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
