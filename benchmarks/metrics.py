@@ -135,8 +135,9 @@ def by_torchmetrics(a: FeatureStatistics, b: FeatureStatistics) -> Distance:
         # It registers an update, and float64; then its sums are set.
         metric.update(torch.zeros(2, a.dim, dtype=torch.float64), real=real)
         side = "real" if real else "fake"
-        setattr(metric, f"{side}_features_sum", statistics.total)
-        setattr(metric, f"{side}_features_cov_sum", statistics.outer)
+        setattr(metric, f"{side}_features_sum", statistics.count * statistics.mean)
+        outer = statistics.scatter + statistics.count * torch.outer(statistics.mean, statistics.mean)
+        setattr(metric, f"{side}_features_cov_sum", outer)
         setattr(metric, f"{side}_features_num_samples", torch.tensor(statistics.count))
     return lambda: float(metric.compute())
 

@@ -2,8 +2,8 @@
 
 A pipeline calls the network at every entry of `timesteps` and passes its output to `step`, which runs that row of the table
 and any rows without an evaluation that follow: the same steps, in the same arithmetic, as `sample` on `field_from_diffusers`.
-Which row is next is a count of calls, so nothing waits for the device. The state has the scaling of the model's own schedule,
-x_t = alpha x0 + sigma eps.
+A run begins at the timestep that it is first called with, so on `timesteps[k:]` it solves from there; every later call must be at
+the next. The state has the scaling of the model's own schedule, x_t = alpha x0 + sigma eps.
 """
 
 import math
@@ -22,6 +22,7 @@ from midway.samplers.prediction import expand
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table, fingerprint
 from midway.samplers.table_walk import TableWalk
+from midway.samplers.timesteps import Timesteps
 
 try:
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -76,7 +77,10 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.empty(0)
         self.table: Table | None = None
         self._tables: dict[int, Table] = {}
+        self._list: Timesteps | None = None
         self._walk: TableWalk | None = None
+        self._index = self._first = 0
+        self._is_placed = False
         self._scaled: Tensor | None = None
 
     def _keep(self, table: Table) -> None:
@@ -118,28 +122,33 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Build the table of this many steps and begin anew. `timesteps` (one per evaluation, float32) is on `device`."""
         self.table = self._build(num_inference_steps)
-        self._begin(self.table)
-        self.num_inference_steps = num_inference_steps
-        self.timesteps = self.parametrisation.timestep(torch.tensor(self.table.times)).to(device)
+        self._list = Timesteps.on(device, self.parametrisation.timestep(torch.tensor(self.table.times)))
+        self.timesteps, self.num_inference_steps = self._list.tensor, num_inference_steps
+        self._begin(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this entry of `timesteps` (image to image): the solver starts anew on the rest of the grid."""
-        if self.table is None:
-            raise ValueError("set_begin_index needs a table: call set_timesteps(n) before it")
-        if begin_index == 0:
-            return self._begin(self.table)
-        evaluated = [i for i, row in enumerate(self.table.rows) if row.time is not None]
-        if self._learned is not None or evaluated[begin_index] not in self.table.nodes:
-            raise ValueError(
-                f"cannot begin at evaluation {begin_index}: a learned table, or one inside a step, has no other start than "
-                "its first; begin at a multiple of `order` with a solver of the registry"
-            )
-        node = self.table.nodes.index(evaluated[begin_index])
-        return self._begin(self._solve_on(self.table.grid[node:], analytic_first=False))
+        self._begin(begin_index)
+        self._is_placed = True
+
+    def index_for_timestep(self, timestep: Tensor | float) -> int:
+        """The entry of `timesteps` at which a run begins that is first called with this timestep.
+
+        Where the stages of a solver share a time it is the entry that begins a step. ValueError for a timestep that is not in the
+        list, or at which no run can begin.
+        """
+        places = self._list_now().find(timestep)
+        starts = [index for index in places if self._node_of(index) is not None]
+        if not starts:
+            raise self._no_start(places[0])
+        return starts[0]
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
-        """The state as the network sees it (B, *): itself, unless the table begins with an analytic step, which only scales."""
-        walk = self._walk_now()
+        """The state as the network sees it (B, *): itself, unless the table begins with an analytic step, which only scales.
+
+        timestep: as in `step`, which follows; without one the run begins at its first.
+        """
+        walk = self._walk_now() if timestep is None else self._walk_at(timestep)
         if not walk.begins or len(walk.leading) == 1:
             return sample
         self._scaled = sample * walk.leading[-1]
@@ -155,12 +164,14 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take the model's output (B, C or 2 C, *) at `sample` (B, C, *) and give the next input of the model, in its dtype.
 
-        timestep is not read: the number of calls since `set_timesteps` is the number of the evaluation.
+        timestep: an entry of `timesteps`, or its value. The first one of a run decides where it begins, unless `set_begin_index`
+        did; ValueError for any other than the next after it.
         """
-        walk = self._walk_now()
+        walk = self._walk_at(timestep)
         x = self._state(walk, sample)
         value = without_variance(model_output, sample.shape[1]).to(x.dtype)
         following = walk.take(x, value, lambda: randn_tensor(x.shape, generator, x.device, x.dtype)).to(sample.dtype)
+        self._index += 1
         return SchedulerOutput(following) if return_dict else (following,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -202,13 +213,64 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
             options["analytic_first"] = True
         return SOLVERS[self.config["solver"]].build(self.parametrisation.schedule, grid, **options)
 
-    def _begin(self, table: Table) -> None:
+    def _node_of(self, index: int) -> int | None:
+        """The grid's node at which a run begins that evaluates entry `index` of `timesteps` first.
+
+        None inside a step of a solver, and for all but the first of a learned table.
+        """
+        assert self.table is not None
+        evaluated = [i for i, row in enumerate(self.table.rows) if row.time is not None]
+        if index == 0:
+            return 0
+        if self._learned is not None or not 0 < index < len(evaluated) or evaluated[index] not in self.table.nodes:
+            return None
+        return self.table.nodes.index(evaluated[index])
+
+    def _no_start(self, index: int) -> ValueError:
+        count = len(self._list_now().values)
+        starts = ", ".join(str(i) for i in range(count) if self._node_of(i) is not None)
+        return ValueError(
+            f"cannot begin at evaluation {index} of {count}: a learned table begins at its first, a solver where a step begins; "
+            f"begin at {starts}, or take a solver of the registry with one evaluation a step"
+        )
+
+    def _begin(self, index: int) -> None:
+        """Begin a run at this entry of `timesteps`. ValueError where none can."""
+        self._list_now()
+        node = self._node_of(index)
+        if node is None:
+            raise self._no_start(index)
+        assert self.table is not None
+        table = self._solve_on(self.table.grid[node:], analytic_first=False) if index else self.table
         self._walk, self._scaled = TableWalk(table, self.parametrisation), None
+        self._index, self._first, self._is_placed = index, index, False
+
+    def _walk_at(self, timestep: Tensor | float) -> TableWalk:
+        """The run, at this timestep. One that has not begun begins there, as does another after one that has ended."""
+        walk = self._walk
+        if walk is None or walk.finished or (walk.begins and not self._is_placed):
+            index = self.index_for_timestep(timestep)
+            if walk is not None and walk.finished and self._first < index == self._index - 1:
+                raise ValueError(f"this run has ended, at timestep {timestep}: call set_timesteps(n) before every run")
+            if walk is None or walk.finished or index != self._index:
+                self._begin(index)
+        elif self._index not in self._list_now().find(timestep):
+            following = self._list_now().values[self._index]
+            raise ValueError(
+                f"timestep {timestep} is out of order: entry {self._index} of timesteps, {following:g}, comes next; "
+                "call set_timesteps(n) before every run"
+            )
+        return self._walk_now()
 
     def _walk_now(self) -> TableWalk:
         if self._walk is None or self._walk.finished:
             raise ValueError("no evaluation is left in this run: call set_timesteps(n) before every run")
         return self._walk
+
+    def _list_now(self) -> Timesteps:
+        if self._list is None:
+            raise ValueError("there are no timesteps yet: call set_timesteps(n) before every run")
+        return self._list
 
     def _state(self, walk: TableWalk, sample: Tensor) -> Tensor:
         """The state that the network has just seen, in float32 or wider."""

@@ -1,9 +1,10 @@
 """Encode a tokenizer's data set once: python scripts/encode.py --tokenizer runs/digits-fsq"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cli import main, resolve
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.data.images import describe
@@ -23,7 +24,7 @@ class EncodeTask:
     batch_size: int = 512
     flip: bool = False
     """Encode the left-right mirrored images too, for training with mirror augmentation."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace an existing file."""
 
 

@@ -9,6 +9,7 @@ External samples: python scripts/evaluate.py --images samples.npz --data digits 
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     """`run` on this device, as this share of the processes; everything is checked before anything is written."""
     trained = load_model(task.model, device) if task.model else None
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
-    data, out = trained.data if trained else task.data, folder(task)
+    data = replace(trained.data, download=task.data.download) if trained else task.data
+    out = folder(task)
     whose, beside = ("the model", [trained.run.path]) if trained else ("the reference", [])
     extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
     splits = load_splits(data)
@@ -83,7 +85,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if shown:
         if task.fresh:
             shutil.rmtree(out / "cells", ignore_errors=True)
-        warnings = (*class_notes(splits, config.n, model.classes if model else 0), *image_notes(externals, config))
+        warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
         print(*warnings, sep="\n", end="\n" * bool(warnings))
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
@@ -151,6 +153,11 @@ def make_folders(folders: dict[str, Path | None]) -> None:
                 raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
 
 
+def drawn_classes(model: EvaluatedModel | None) -> int:
+    """The number of classes that seeds take turns through."""
+    return 0 if model is None else model.classes - len(model.empty)
+
+
 def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
     """Several trainings as one sweep, the pictures of the first, and what not all of them have."""
     first, *rest = sweeps
@@ -205,7 +212,7 @@ def context(
         guidance=config.guidance,
         notes=(
             *few_note(config.n, extractor.dim),
-            *class_notes(splits, config.n, model.classes if model else 0),
+            *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,
             *reference_notes(sweep),
             *timing_notes(sweep.measurements),

@@ -8,6 +8,7 @@ import tyro
 from sampling_flags import SamplingFlags
 
 from cli import Flat
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
@@ -78,7 +79,7 @@ class EvaluateTask(SamplingFlags):
     """Folder for the images of each best cell (of all, with one solver) as NPZ, for ADM's evaluator; they are sampled again."""
     save_images: Path | None = None
     """The same as zips of PNG, in EDM's layout."""
-    fresh: bool = False
+    fresh: bool = field(default=False, metadata=PER_CALL)
     """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
 

@@ -11,7 +11,7 @@ from train_tokenizer import log_quality, square, write_reconstructions
 
 from cli import Flat, main, resolve
 from midway.gen.core import checkpoints
-from midway.gen.core.config import to_dict
+from midway.gen.core.config import PER_CALL, to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.processes import best_device
 from midway.gen.core.runs import Run
@@ -37,7 +37,7 @@ class ImportTask:
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     batch_size: int = 64
     """Images encoded at once."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Delete a run that is already at --out."""
 
     @property

@@ -5,18 +5,21 @@ whose averaged weights have the requested width, so that sample.py, train_solver
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from safetensors.torch import save_file
 
-from cli import main, resolve
+from cli import main, own_fields, resolve
 from midway.gen.core import checkpoints
+from midway.gen.core.config import PER_CALL, from_dict, to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.runs import Run
+from midway.gen.data.splits import data_of
 from midway.gen.training.power_ema import find_snapshots, reconstruct
+from tasks import LatentTask
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class PosthocTask:
     """Run directory to create."""
     step: int | None = None
     """Average up to this optimizer step (default: the last snapshot)."""
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Delete a run that is already at --out."""
 
 
@@ -49,8 +52,7 @@ def make(task: PosthocTask) -> Run:
     step = snapshots[-1].step if task.step is None else task.step
     with raising(UsageError, f"no average of width {task.std} at step {step}", "change --std or --step"):
         averaged = reconstruct(snapshots, step, task.std)
-    config = {**source.config, "posthoc": {"source": str(task.run), "std": task.std, "step": step}}
-    run = Run.create(task.out, "latent_model", config, task.overwrite)
+    run = Run.create(task.out, "latent_model", configuration(task, source, step), task.overwrite)
 
     def write(folder: Path) -> None:
         save_file(averaged, folder / "ema.safetensors")
@@ -60,6 +62,13 @@ def make(task: PosthocTask) -> Run:
     checkpoints.save(run.checkpoints, step, write)
     run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
     return run
+
+
+def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
+    """What the source was trained with, and where the average comes from."""
+    trained = to_dict(from_dict(LatentTask, own_fields(LatentTask, source.config), "config.yaml"))
+    made = {"source": str(task.run), "std": task.std, "step": step}
+    return {**trained, "data": to_dict(data_of(source)), "posthoc": made}
 
 
 if __name__ == "__main__":

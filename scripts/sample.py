@@ -14,6 +14,7 @@ from midway.gen.core.errors import DivergedError, UsageError, raising
 from midway.gen.core.processes import best_device
 from midway.gen.data.pictures import save_grid
 from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
@@ -40,7 +41,7 @@ class SampleTask(SamplingFlags, TileFlags):
     seed: int = 0
     """Seed of the first image; the others follow."""
     label: int | None = None
-    """One class for all images; otherwise the classes in turn."""
+    """Number of one class for all images, of those that are printed with their names; otherwise the classes in turn."""
     parallel: Literal["no", "gaussian", "picard"] = "no"
     """Evaluate many times at once, in waves, until nothing changes (samplers/parallel.py); costs evaluations, saves waiting."""
     tolerance: float = 1e-3
@@ -62,11 +63,7 @@ def run(task: SampleTask) -> None:
     device = best_device()
     trained = load_model(task.model, device)
     task.apply_tiles(trained.tokenizer)
-    classes = trained.model.classes
-    if task.label is not None and not classes:
-        raise UsageError(f"--label {task.label}", "this model was trained without classes", "drop --label")
-    if task.label is not None and not 0 <= task.label < classes:
-        raise UsageError(f"--label {task.label}", f"the model has classes 0 to {classes - 1}", "choose one of them")
+    check_label(task.label, trained.model)
     config = SamplerConfig(grids=(task.grid,), **task.sampler_options(device))
     samplers = make_samplers(trained, task.solver, task.nfe, config)
     sampler = samplers.get(task.grid) or next(iter(samplers.values()))
@@ -84,6 +81,32 @@ def run(task: SampleTask) -> None:
         f"{task.n} images, {samples.nfe:g} evaluations each{waves}, {samples.seconds:.2f} s; "
         f"weights {trained.weights}; saved {task.out}"
     )
+    if trained.model.classes:
+        print(f"classes: {numbered_classes(trained.model)}")
+
+
+def check_label(label: int | None, model: LatentModel) -> None:
+    """UsageError for a class that the model does not have, or that had no training image."""
+    if label is None:
+        return
+    if not model.classes:
+        raise UsageError(f"--label {label}", "this model was trained without classes", "drop --label")
+    if not 0 <= label < model.classes or label in model.empty:
+        why = f"the model has classes 0 to {model.classes - 1}"
+        if label in model.empty:
+            why = f"class {named(model, label)} had no training image"
+        raise UsageError(f"--label {label}", why, f"choose one of them: {numbered_classes(model)}")
+
+
+def numbered_classes(model: LatentModel) -> str:
+    """`0: cat, 1: dog`: every class that --label takes; numbers alone of a run that does not hold the names."""
+    trained = [label for label in range(model.classes) if label not in model.empty]
+    return ", ".join(named(model, label) for label in trained)
+
+
+def named(model: LatentModel, label: int) -> str:
+    """A class as its number and its name."""
+    return f"{label}: {model.class_names[label]}" if model.class_names else str(label)
 
 
 def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> ParallelSampler:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cli import Flat
+from midway.gen.core.config import PER_CALL
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -95,9 +96,9 @@ class TrainingTask:
     out: Path
     """Run directory to create."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig, kw_only=True)
-    overwrite: bool = field(default=False, kw_only=True)
+    overwrite: bool = field(default=False, kw_only=True, metadata=PER_CALL)
     """Delete a run that is already at --out."""
-    resume: Resume = field(default="no", kw_only=True)
+    resume: Resume = field(default="no", kw_only=True, metadata=PER_CALL)
     """auto: continue from the newest checkpoint at --out, or start if there is none."""
 
 

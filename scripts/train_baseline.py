@@ -20,7 +20,7 @@ from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruc
 from midway.gen.core.config import read_yaml, to_dict
 from midway.gen.core.errors import DataError, UsageError, nearest, raising
 from midway.gen.core.runs import Run
-from midway.gen.data.images import describe, to_uint8
+from midway.gen.data.images import describe, empty_classes, to_uint8
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.sampling import labels_of
@@ -90,6 +90,7 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     cls = BASELINES[kind_of(task)]
     with raising(UsageError, "this model cannot be built", "change the --model flags or --data"):
         model = cls(task.model, (channels, height, width), levels_in_data(splits), classes)  # pyright: ignore
+    model.empty = empty_classes(data) if classes else ()
     if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
         raise UsageError(
             f"--validate-every {task.train.validate_every}",
@@ -164,7 +165,7 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
 def write_samples(run: Run, model: Baseline, name: str) -> None:
     """Samples of fixed seeds; one log line instead if they are not finite."""
     seeds = torch.arange(PREVIEW)
-    labels = labels_of(seeds, model.classes) if model.classes else None
+    labels = labels_of(seeds, model.classes, model.empty) if model.classes else None
     try:
         images = to_uint8(model.sample(seeds, labels)).cpu()
     except ValueError as error:

@@ -11,7 +11,7 @@ from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.runs import Run
-from midway.gen.data.images import ImageData
+from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
@@ -48,6 +48,8 @@ class Parts:
     items: Items
     tokenizer: ImageTokenizer
     data: DataConfig
+    about: str
+    """The images in words."""
 
 
 def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
@@ -59,7 +61,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     images = load_splits(data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
-        model = LatentModel(task.model, tokenizer.latent_shape, len(images.classes))
+        model = make_model(task, tokenizer, images)
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
     if accelerator.is_main_process and task.latents is None and not path.exists():
         save_latents(encode(tokenizer, images, flip=task.flip), path)
@@ -69,7 +71,13 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
         tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
     set_bins(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
-    return Parts(model, Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint), tokenizer, data)
+    items = Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint)
+    return Parts(model, items, tokenizer, data, describe(images))
+
+
+def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
+    """An untrained model of these classes. ValueError for a configuration that does not fit the latents."""
+    return LatentModel(task.model, tokenizer.latent_shape, len(train.classes), empty_classes(train), train.classes)
 
 
 def fetcher(latents: Latents, device: torch.device):
@@ -95,7 +103,7 @@ def train(task: LatentTask) -> Run | None:
     config = {**to_dict(task), "data": to_dict(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
-    run = open_run(task, "latent_model", config, accelerator, about)
+    run = open_run(task, "latent_model", config, accelerator, parts.about, about)
     hooks = Hooks(
         preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
         export=lambda folder, _: write_model(folder, model, tokenizer),
@@ -117,7 +125,7 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     network = load_features(run.checkpoint / "features.safetensors")
     train = load_splits(data).train
     network.check(train.images, "the tokenizer makes")
-    latent_model = LatentModel(task.model, tokenizer.latent_shape, len(train.classes))
+    latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
         make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))

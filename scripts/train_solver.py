@@ -13,7 +13,7 @@ import tyro
 from accelerate import Accelerator
 
 from cli import Flat, main, numbers, resolve
-from midway.gen.core.config import to_dict
+from midway.gen.core.config import PER_CALL, to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
@@ -57,9 +57,9 @@ class SolverTask:
             steps=80, batch_size=64, lr=3e-3, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
         )
     )
-    overwrite: bool = False
+    overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace solvers that were already learned."""
-    resume: Resume = "no"
+    resume: Resume = field(default="no", metadata=PER_CALL)
     """auto: go on with solvers that were begun, from their newest checkpoints."""
 
 
@@ -116,7 +116,8 @@ def run_teacher(
         (task.table.pairs, task.table.seed) if task.solver == TABLE else (task.distill.trajectories, task.distill.seed)
     )
     objective.to(device)
-    labels = labels_of(torch.arange(first, first + count), trained.model.classes).to(device)
+    model = trained.model
+    labels = labels_of(torch.arange(first, first + count), model.classes, model.empty).to(device)
     take = objective.prepare(labels, shared)
     return Items(lambda items: take(items.to(device)), count, f"teacher of {trained.hash}")
 

@@ -33,6 +33,8 @@ class Baseline(nn.Module, ABC):
     config_type: ClassVar[type]
     sample_nfe: int = 1
     """Network evaluations per sample."""
+    empty: tuple[int, ...] = ()
+    """Classes of a conditional model without a training image, which no seed draws."""
 
     def __init__(self, config: Any, image_shape: tuple[int, int, int], levels: int, classes: int = 0) -> None:
         super().__init__()
@@ -119,5 +121,6 @@ def write_baseline(folder: Path, model: Baseline) -> None:
         "image_shape": list(model.image_shape),
         "levels": model.levels,
         "classes": model.classes,
+        **({"empty": list(model.empty)} if model.empty else {}),
     }
     (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")

@@ -67,5 +67,6 @@ def read_baseline(folder: Path, device: torch.device = CPU) -> tuple[Baseline, s
         cls = BASELINES[description["kind"]]
         config = from_dict(cls.config_type, description["config"], "model.json")
         model = cls(config, tuple(description["image_shape"]), description["levels"], description["classes"])
+        model.empty = tuple(description.get("empty", ()))
         model.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False), state_hash(text, state)

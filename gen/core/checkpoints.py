@@ -25,7 +25,16 @@ from torch import Tensor
 
 from midway.gen.core.environment import versions
 from midway.gen.core.errors import DataError, DiskError, one_line, raising
-from midway.gen.core.files import DAMAGE, file_hash, reading, replacing, write_atomically
+from midway.gen.core.files import (
+    DAMAGE,
+    WEIGHTS_LIMIT,
+    file_hash,
+    read_json,
+    reading,
+    regular_file,
+    replacing,
+    write_atomically,
+)
 
 FORMAT = "midway-checkpoint-1"
 MANIFEST = "manifest.json"
@@ -45,13 +54,14 @@ class Checkpoint:
         """The tensors of a safetensors file, on the CPU; DataError for anything else. Pickles are never loaded."""
         file = self.path / name
         with reading(file, "pickles are not loaded; restore the file", "it is no safetensors file ({})"):
-            return {key: value.clone() for key, value in load_file(file).items()}  # else the file stays mapped
+            found = load_file(regular_file(file, WEIGHTS_LIMIT))
+            return {key: value.clone() for key, value in found.items()}  # else the file stays mapped
 
     def json(self, name: str) -> Any:
         """A JSON file; DataError for anything else."""
         file = self.path / name
         with reading(file, "restore the file, or train again"):
-            return json.loads(file.read_text())
+            return read_json(file)
 
 
 # ---- writing ----
@@ -145,7 +155,7 @@ def verify(path: Path) -> Checkpoint:
     """The checkpoint at `path` if every file has the size and sha256 of its manifest; DataError naming what is wrong."""
     what, fix = f"checkpoint {path} is damaged", "resume from an older one with --resume auto, or train again"
     with raising(DataError, what, fix, *DAMAGE, why=lambda error: f"its manifest cannot be used ({one_line(error)})"):
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         if manifest["sha256"] != _own_hash(manifest):
             raise ValueError("sha256 differs")
         if manifest["format"] != FORMAT or f"step-{manifest['step']}" != path.name:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import reprlib
 import types
 import typing
 from pathlib import Path
@@ -10,13 +11,34 @@ from typing import Any, TypeVar
 import yaml
 
 from midway.gen.core.errors import UsageError, nearest, one_line, raising
-from midway.gen.core.files import write_atomically
+from midway.gen.core.files import read_text, write_atomically
 
 T = TypeVar("T")
+PER_CALL = {"per call": True}
+"""Metadata of a field that concerns one call alone (`field(default=False, metadata=PER_CALL)`): never recorded, nor read back."""
+
+YAML_LIMIT = 1 << 20
+"""Bytes of a configuration. Those that are written here have 2 kB; PyYAML takes ten seconds for this many."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are also written 1e-3; PyYAML by itself reads that as a string."""
+    """YAML whose numbers are also written 1e-3, which PyYAML by itself reads as a string; without aliases.
+
+    Ten lines of aliases to aliases stand for a billion values.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not read: write the value again", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _Loader.add_implicit_resolver(
@@ -25,8 +47,12 @@ _Loader.add_implicit_resolver(
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dataclasses as plain YAML types (paths as strings, tuples as lists)."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    """Nested dataclasses as plain YAML types (paths as strings, tuples as lists), without the fields of one call."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if not _is_per_call(f)}
+
+
+def _is_per_call(field: dataclasses.Field[Any]) -> bool:
+    return PER_CALL.items() <= field.metadata.items()
 
 
 def _plain(value: Any) -> Any:
@@ -38,17 +64,21 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: Any, where: str = "config") -> T:
-    """The dataclass `cls` from what `to_dict` gave; missing keys keep their defaults. UsageError for what does not fit."""
+    """The dataclass `cls` from what `to_dict` gave; missing keys keep their defaults. UsageError for what does not fit.
+
+    Fields of one call keep their defaults too: files of earlier versions hold them.
+    """
     if not isinstance(values, dict):
-        raise UsageError(f"{where} is not a mapping", f"it is {values!r}", "write it as `key: value` lines")
+        raise UsageError(f"{where} is not a mapping", f"it is {_short(values)}", "write it as `key: value` lines")
     hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in values:
-        if key not in names:
+        if key not in fields:
             raise UsageError(
-                f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), names)
+                f"unknown key '{key}' in {where}", f"{cls.__name__} has no such field", nearest(str(key), fields)
             )
-    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    recorded = {key: value for key, value in values.items() if not _is_per_call(fields[key])}
+    typed = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in recorded.items()}
     with raising(UsageError, f"{where} cannot be used", "correct the value"):
         return cls(**typed)
 
@@ -79,20 +109,29 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 def _checked(value: Any, fits: bool, where: str, wanted: str) -> Any:
     if not fits:
-        raise UsageError(f"{where} cannot be {value!r}", f"it must be {wanted}", "correct the value")
+        raise UsageError(f"{where} cannot be {_short(value)}", f"it must be {wanted}", "correct the value")
     return value
+
+
+def _short(value: Any) -> str:
+    """The value as Python writes it, cut where it is long or deep."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxother = cut.maxlong = 100
+    return cut.repr(value)
 
 
 def write_yaml(path: Path, values: dict[str, Any]) -> None:
     """Readable YAML in the order of the fields, written completely or not at all. DiskError."""
-    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
+    write_atomically(path, yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True).encode())
 
 
 def read_yaml(path: Path) -> Any:
-    """The contents of a YAML file; UsageError when it is missing or is not YAML."""
+    """The contents of a YAML file; UsageError when it is missing, cannot be read to its end or is not YAML."""
     try:
-        return yaml.load(path.read_text(), Loader=_Loader)
+        return yaml.load(read_text(path, YAML_LIMIT), Loader=_Loader)
     except FileNotFoundError:
         raise UsageError(f"no file {path}", "it was given as a configuration", "check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read", one_line(error), "give the config.yaml of a run") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates, long numbers, other encodings
         raise UsageError(f"{path} is not YAML", one_line(error), "correct the file") from None

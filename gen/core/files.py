@@ -1,11 +1,18 @@
-"""Files and directories that are whole or absent, and hashes of files and of the state of networks."""
+"""Files that are read to an end, files and directories that are whole or absent, and hashes of both and of networks.
+
+Nothing of a user is opened before `regular_file` has seen it: a pipe waits for ever, a device has no end, and a file that is
+larger than anything honest would fill the memory. What is read whole has a limit, a constant beside its reader.
+"""
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +22,67 @@ from midway.gen.core.errors import DataError, DiskError, one_line, raising
 
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 """Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
+
+TEXT_LIMIT = 64 << 20
+"""Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
+LOG_LIMIT = 8 << 30
+"""Bytes of a metrics.jsonl: 20 million lines of 400 bytes."""
+WEIGHTS_LIMIT = 256 << 30
+"""Bytes of a file of weights or of an optimizer's state: 64 billion numbers in float32."""
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO (named pipe)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+# ---- reading ----
+
+
+def regular_file(path: Path, limit: int | None = None) -> Path:
+    """`path`, if it is a regular file, or a link to one, of at most `limit` bytes (None: it is read in parts); else OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"it is {KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}, not a regular file")
+    if limit is not None:
+        check_size(found.st_size, limit)
+    return path
+
+
+def check_size(size: int, limit: int, what: str = "bytes") -> None:
+    """OSError where a declared `size` is above the `limit`."""
+    if size > limit:
+        raise OSError(f"it declares {size:,} {what}, more than the limit of {limit:,}")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The bytes that a regular file has when it is opened; OSError as `regular_file`."""
+    with regular_file(path, limit).open("rb") as file:
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """The text of a regular file in UTF-8; OSError as `regular_file`, UnicodeDecodeError, which is a ValueError."""
+    return read_bytes(path, limit).decode()
+
+
+def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
+    """The contents of a JSON file; OSError as `regular_file`, ValueError for anything else."""
+    text = read_text(path, limit)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:
+    """Within the block an error of `DAMAGE` becomes a DataError that names `path`; `why` holds its text."""
+    return raising(DataError, f"{path} cannot be read", fix, *DAMAGE, why=lambda error: why.format(one_line(error)))
+
+
+# ---- writing ----
 
 
 @contextlib.contextmanager
@@ -39,11 +107,6 @@ def write_atomically(path: Path, data: bytes) -> None:
     fix = "free disk space or choose another directory"
     with raising(DiskError, f"cannot write {path}", fix, OSError), replacing(path) as temporary:
         temporary.write_bytes(data)
-
-
-def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:
-    """Within the block an error of `DAMAGE` becomes a DataError that names `path`; `why` holds its text."""
-    return raising(DataError, f"{path} cannot be read", fix, *DAMAGE, why=lambda error: why.format(one_line(error)))
 
 
 def clear_temporaries(folder: Path) -> None:
@@ -96,9 +159,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---- hashes ----
+
+
 def file_hash(path: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
+    """sha256 of a regular file, 64 hexadecimal digits."""
+    with regular_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

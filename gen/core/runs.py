@@ -21,7 +21,7 @@ from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, UsageError, raising
-from midway.gen.core.files import clear_temporaries, write_atomically
+from midway.gen.core.files import LOG_LIMIT, clear_temporaries, read_json, read_text, reading, write_atomically
 
 HALF_CONFIG = ".config.yaml.*tmp"
 """What a process that was killed as it made a run leaves."""
@@ -94,7 +94,7 @@ class Run:
         """Add to env.json the facts of one start of its training, with today's environment."""
         path = self.path / "env.json"
         try:
-            known = json.loads(path.read_text())
+            known = read_json(path)
         except (OSError, ValueError):  # of a run that was killed as it began
             known = environment()
         starts = [*known.get("starts", []), facts if not known.get("starts") else {**environment(), **facts}]
@@ -126,7 +126,8 @@ class Run:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        kept = [line for line in path.read_text().splitlines() if _stays(line, step)]
+        with reading(path, "move it elsewhere: the run continues without its earlier lines"):
+            kept = [line for line in read_text(path, LOG_LIMIT).splitlines() if _stays(line, step)]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     @property
@@ -185,5 +186,5 @@ def _stays(line: str, step: int) -> bool:
     try:
         record = json.loads(line)
         return record["step"] <= step and not record.get("partial") and not record.get("final")
-    except (ValueError, KeyError, TypeError):  # half a line, of a killed process
+    except (ValueError, KeyError, TypeError, RecursionError):  # half a line, of a killed process
         return False

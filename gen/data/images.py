@@ -106,7 +106,21 @@ def describe(data: ImageData) -> str:
         f"classes      {len(data.classes)}: {_class_counts(data)}",
         f"fingerprint  {data.fingerprint[:12]}",
     ]
+    if empty_classes(data):
+        lines.append(f"no images    of {named_empty(data)}; a class without training images is not sampled")
     return "\n".join(lines + [f"conversion   {note}" for note in data.conversions])
+
+
+def empty_classes(data: ImageData) -> tuple[int, ...]:
+    """The classes of which `data` has no image: those of a folder whose images are all unusable, or all on the other side."""
+    return tuple((torch.bincount(data.labels, minlength=len(data.classes)) == 0).nonzero()[:, 0].tolist())
+
+
+def named_empty(data: ImageData) -> str:
+    """`2 of 10 classes: cat, dog`, those of `empty_classes`, of which the first 12 are named."""
+    names = [data.classes[label] for label in empty_classes(data)]
+    more = f", ... and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"{len(names)} of {len(data.classes)} classes: {', '.join(names[:12])}{more}"
 
 
 def _class_counts(data: ImageData) -> str:

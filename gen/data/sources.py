@@ -42,7 +42,10 @@ def _torchvision(name: str, kind: str, place: str) -> Callable[[Path, bool], Arr
         if download:
             what, fix = f"{name} could not be downloaded or read", f"try again; or {by_hand}"
         else:
-            what, fix = f"{name} is not on this machine", f"pass --download; without a network: {by_hand}"
+            what, fix = (
+                f"{name} is not on this machine",
+                f"pass --download, or fetch it once with scripts/data.py check {name} --download; without a network: {by_hand}",
+            )
         # network, checksum, archive, disk, or a torchvision that does not fit torch
         with raising(DataError, what, fix, Exception, why=one_line):
             train = getattr(importlib.import_module("torchvision.datasets"), kind)(root, train=True, download=download)

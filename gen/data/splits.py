@@ -1,12 +1,12 @@
 """Training and held-out images: a stratified split by seed, fixed by the configuration, so that every command agrees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from midway.gen.core.config import from_dict
+from midway.gen.core.config import PER_CALL, from_dict
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
@@ -28,7 +28,7 @@ class DataConfig:
     """Shorter side in pixels, then a centre crop."""
     on_bad_image: Literal["error", "skip"] = "error"
     """skip leaves out unreadable files, at most 1 % of them."""
-    download: bool = False
+    download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
 
 
@@ -62,7 +62,7 @@ def load_splits(config: DataConfig) -> Splits:
 
 
 def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:
-    """(train, held-out): a function of `seed`, stratified: each class gives its share to within one image.
+    """(train, held-out): a function of `seed`, stratified: each class gives its share to within one image, and keeps one.
 
     Both keep the order of `data`. UsageError unless 0 < held_out < 1; DataError when a side would be empty.
     """
@@ -74,11 +74,11 @@ def held_out_mask(labels: Tensor, held_out: float, seed: int) -> Tensor:
     """bool (N,): which of the images with these labels, int64 (N,), `split` holds out; errors as there."""
     check_share(held_out)
     sizes = torch.bincount(labels)
-    shares = _shares(sizes, held_out)
-    if not 0 < int(shares.sum()) < len(labels):
+    if not 0 < _total(sizes, held_out) < len(labels):
         what = f"held_out={held_out} of {len(labels)} images leaves one side of the split empty"
         raise DataError(what, "both sides need images", "use more images or another share")
     order = permutation(seed, "split", 0, len(labels))
+    shares = _shares(sizes, held_out, seed)
     by_class = order[labels[order].argsort(stable=True)].split(sizes.tolist())
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     chosen[torch.cat([members[:share] for members, share in zip(by_class, shares.tolist(), strict=True)])] = True
@@ -91,12 +91,26 @@ def check_share(held_out: float) -> None:
         raise UsageError(f"held_out={held_out}", "it is the held-out share of the images", "choose between 0 and 1")
 
 
-def _shares(sizes: Tensor, fraction: float) -> Tensor:
-    """int64 (classes,): fraction * sizes rounded so that the sum is right too (largest remainders go up)."""
+def _total(sizes: Tensor, fraction: float) -> int:
+    return round(float((sizes.double() * fraction).sum()))
+
+
+def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
+    """int64 (classes,): fraction * sizes rounded so that the sum is right too: the largest remainders go up, ties by `seed`.
+
+    A class that would give its last image does not go up, so the sum is smaller where most classes have one image; they
+    give it only if no class has more.
+    """
     quotas = sizes.double() * fraction
     floors = quotas.floor().long()
-    missing = round(float(quotas.sum())) - int(floors.sum())
-    up = (floors - quotas).argsort(stable=True)[:missing]
+    missing = _total(sizes, fraction) - int(floors.sum())
+    remainders = (quotas - floors).round(decimals=9)  # those of 3 and 13 images at 0.1 differ by rounding alone
+    order = permutation(seed, "split ties", 0, len(sizes))
+    ranked = order[remainders[order].argsort(descending=True, stable=True)]
+    able = floors + 1 < sizes
+    if not bool(able.any() | floors.any()):
+        able = sizes > 0
+    up = ranked[able[ranked]][:missing]
     return floors.scatter_add(0, up, torch.ones_like(up))
 
 

@@ -71,6 +71,8 @@ def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
 def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> None:
     """Add the model's configuration and the tokenizer to a checkpoint directory."""
     description = {"config": to_dict(model.config), "latent_shape": list(model.latent_shape), "classes": model.classes}
+    description |= {"empty": list(model.empty)} if model.empty else {}
+    description |= {"class_names": list(model.class_names)} if model.class_names else {}
     (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
     tokenizer.save_pretrained(folder / "tokenizer")
 
@@ -85,7 +87,8 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         state = load_file(averaged if averaged.exists() else folder / "model.safetensors")
         description = json.loads(text)
         config = from_dict(LatentModelConfig, description["config"], "model.json")
-        model = LatentModel(config, tuple(description["latent_shape"]), description["classes"])
+        classes = (tuple(description.get(key, ())) for key in ("empty", "class_names"))  # not in older runs
+        model = LatentModel(config, tuple(description["latent_shape"]), description["classes"], *classes)
         model.load_state_dict(state)
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),

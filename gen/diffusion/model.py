@@ -88,12 +88,23 @@ class Guidance:
 
 
 class LatentModel(nn.Module):
-    """Denoiser of standardised latents (B, C, H, W); `loss` trains it, `field` is what solvers see."""
+    """Denoiser of standardised latents (B, C, H, W); `loss` trains it, `field` is what solvers see.
 
-    def __init__(self, config: LatentModelConfig, latent_shape: tuple[int, int, int], classes: int) -> None:
+    `empty` are classes without a training image, which no seed draws; `class_names` are () where they are not known.
+    """
+
+    def __init__(
+        self,
+        config: LatentModelConfig,
+        latent_shape: tuple[int, int, int],
+        classes: int,
+        empty: tuple[int, ...] = (),
+        class_names: tuple[str, ...] = (),
+    ) -> None:
         super().__init__()
         self.config, self.latent_shape = config, latent_shape
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
+        self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.schedule = config.make_schedule()
         self.network = DiT(config.dit, *latent_shape, self.classes)
         if config.dequantise:

@@ -15,7 +15,7 @@ from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, LatentModel, start_state
-from midway.gen.diffusion.sampling import SamplingConfig
+from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
@@ -122,7 +122,7 @@ def _jump_costs(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_m
     order = torch.arange(WARM_UP)
     noise = randomness.normal(0, "gits", 0, order, model.latent_shape).to(device)
     fine = karras(model.schedule, FINE_STEPS, rho_max, rho_min)
-    field = model.field((order % max(model.classes, 1)).to(device), guidance)
+    field = model.field(labels_of(order, model.classes, model.empty).to(device), guidance)
     return fine, jump_costs(field, model.schedule, start_state(model.schedule, fine[0], noise), fine)
 
 

@@ -2,6 +2,7 @@
 count nor device. Noise is drawn on the CPU."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -23,12 +24,15 @@ def noise_of(seeds: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
     return randomness.normal(0, "sample", draw, seeds.cpu(), shape)
 
 
-def labels_of(seeds: Tensor, classes: int) -> Tensor:
+def labels_of(seeds: Tensor, classes: int, empty: Sequence[int] = ()) -> Tensor:
     """The class of each seed, int64 (B,): seed modulo classes, so that every consecutive run of seeds is balanced.
 
-    An unconditional model has 0 classes, and its label is 0.
+    Classes that had no training image, `empty`, are passed over. An unconditional model has 0 classes, and its label is 0.
     """
-    return seeds.cpu() % max(classes, 1)
+    if not empty:
+        return seeds.cpu() % max(classes, 1)
+    trained = torch.tensor([label for label in range(classes) if label not in empty])
+    return trained[seeds.cpu() % len(trained)]
 
 
 class SeededNoise:
@@ -74,7 +78,7 @@ def sample_latents(
     """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes."""
     config, model = config or SamplingConfig(), trained.model
     device = next(model.parameters()).device
-    labels = labels_of(seeds, model.classes) if labels is None else labels
+    labels = labels_of(seeds, model.classes, model.empty) if labels is None else labels
     graphs, table, guidance = Graphs(), sampler.table, config.guidance
     make_field = partial(model.field, guidance=guidance)
     networks = [model.network, *([guidance.weak.network] if guidance.weak is not None else [])]

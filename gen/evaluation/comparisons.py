@@ -32,7 +32,7 @@ class BaselineSource:
         """Float images (n, C, H, W) in [-1, 1], with the class of each seed."""
         model, begun, parts = self.trained.model, time.perf_counter(), []
         for some in seeds.split(self.batch_size):
-            labels = labels_of(some, model.classes) if model.classes else None
+            labels = labels_of(some, model.classes, model.empty) if model.classes else None
             parts.append(model.sample(some, labels).cpu())
         return SampledBatch(torch.cat(parts), model.sample_nfe, time.perf_counter() - begun)
 
@@ -64,7 +64,8 @@ class ImagesSource:
 
 def baseline_job(name: str, trained: TrainedBaseline, batch_size: int) -> Job:
     """Its samples, in batches."""
-    return Job(name, "", BaselineSource(trained, batch_size), baseline=True, classes=trained.model.classes)
+    model, source = trained.model, BaselineSource(trained, batch_size)
+    return Job(name, "", source, baseline=True, classes=model.classes, empty=model.empty)
 
 
 def image_job(name: str, external: ExternalImages, config: SweepConfig) -> Job:

@@ -62,6 +62,8 @@ class DiffusersModel:
     """12 hexadecimal digits of all weights and configurations."""
     path: Path
     schedule: Schedule
+    empty: tuple[int, ...] = ()
+    """No class is known to have had no training image."""
 
     @property
     def device(self) -> torch.device:

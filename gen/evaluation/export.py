@@ -17,11 +17,12 @@ from midway.gen.evaluation.sweep import Sweep
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of all blocks of seeds; `classes` of the labels, 0 without."""
+    """The images of all blocks of seeds; `classes` of the labels, 0 without, of which `empty` are not drawn."""
 
     source: SampleSource
     seeds: Seeds
     classes: int = 0
+    empty: tuple[int, ...] = ()
 
     def parts(self) -> Iterator[Tensor]:
         """uint8 (<= 1024, C, H, W), in the parts in which they are measured."""
@@ -30,7 +31,7 @@ class ImageSet:
 
     def labels(self) -> Tensor | None:
         """int64 (count,), None of an unconditional model."""
-        return labels_of(self.seeds.all, self.classes) if self.classes else None
+        return labels_of(self.seeds.all, self.classes, self.empty) if self.classes else None
 
 
 def export(images: ImageSet, npz: Path | None = None, archive: Path | None = None) -> None:
@@ -64,5 +65,5 @@ def export_measurement(
     job = sweep.jobs[m.solver, m.grid, m.nfe]
     stem = "-".join(part for part in (m.solver, m.grid, f"nfe{m.nfe}") if part)
     npz, archive = npz and npz / f"{stem}.npz", archive and archive / f"{stem}.zip"
-    export(ImageSet(job.source, Seeds(first_seed, m.n, m.blocks), job.classes), npz, archive)
+    export(ImageSet(job.source, Seeds(first_seed, m.n, m.blocks), job.classes, job.empty), npz, archive)
     return [path for path in (npz, archive) if path is not None]

@@ -58,7 +58,7 @@ class SweepConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement to be made; `classes` of the seeds' labels, 0 without."""
+    """One measurement to be made; `classes` of the seeds' labels, 0 without, of which `empty` are not drawn."""
 
     solver: str
     grid: str
@@ -66,6 +66,7 @@ class Job:
     training_nfe: int = 0
     baseline: bool = False
     classes: int = 0
+    empty: tuple[int, ...] = ()
 
 
 def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
@@ -80,6 +81,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             model.source(sampler, config.sampling()),
             _training_nfe(model, sampler, grid, config),
             classes=model.classes,
+            empty=model.empty,
         )
         for solver, by_grid in samplers
         for grid, sampler in by_grid.items()

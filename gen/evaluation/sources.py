@@ -59,6 +59,11 @@ class EvaluatedModel(Protocol):
         ...
 
     @property
+    def empty(self) -> tuple[int, ...]:
+        """Classes without a training image, which no seed draws."""
+        ...
+
+    @property
     def schedule(self) -> Schedule: ...
 
     @property
@@ -93,6 +98,10 @@ class EvaluatedLatentModel(EvaluatedModel):
     @property
     def classes(self) -> int:
         return self.trained.model.classes
+
+    @property
+    def empty(self) -> tuple[int, ...]:
+        return self.trained.model.empty
 
     @property
     def schedule(self) -> Schedule:

@@ -24,7 +24,9 @@ from midway.gen.features.extractor import ImageFeatures
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 
-FORMAT = "midway-reference-2"
+FORMAT = "midway-reference-3"
+EARLIER = ("midway-reference-2",)
+"""Formats whose files are replaced: sums about the origin."""
 KEPT = 10_000
 """Reference features that are kept."""
 
@@ -85,8 +87,9 @@ def make_reference(
     name = f"{train.name}@{train.fingerprint[:12]}"
     path = None if cache is None else cache / f"{train.fingerprint[:8]}-{_short(features)}.safetensors"
     header = {"format": FORMAT, "data": train.fingerprint, "features": features, "n": str(len(train.images))}
-    if path is not None and path.exists():
-        statistics, sample = _read(path, header)
+    cached = _read(path, header) if path is not None and path.exists() else None
+    if cached is not None:
+        statistics, sample = cached
     else:
         seen = network.features(train.images).cpu()
         statistics, sample = FeatureStatistics.of(seen), seen[balanced(train.labels)[:KEPT]].contiguous()
@@ -100,11 +103,14 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor]:
+def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor] | None:
+    """None of an earlier format."""
     remedy = "delete the file; the statistics are computed again"
     with raising(DataError, f"the reference statistics {path} cannot be read", remedy, *DAMAGE):
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
+            if found.get("format") in EARLIER:
+                return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if found.pop("hash", None) != state_hash("reference", tensors):
             raise ValueError("its contents do not match their hash")

@@ -6,8 +6,15 @@
 
 (Gretton et al. 2012, JMLR 13, Lemma 6): unbiased at any N and M, unlike the Fréchet distance, and so at times a little below 0.
 As in the literature KID is the mean over subsets of both sets, drawn without replacement, and its std that of the subsets (with
-the divisor `subsets`), not of the mean. Subset i is a function of (seed, i). All in float64; a block of at most 32 MiB of kernel
-values is held at a time. Like every distance it is named with its feature network.
+the divisor `subsets`), not of the mean. Subset i is a function of (seed, i).
+
+Far from the origin k is large and alike for all pairs, and its differences would be lost. With x = m + u about the common mean m,
+
+    k(x, y) = (s + t)^3,    t = u . v / D,  s = c + a + b,  c = m . m / D + 1,  a = m . u / D,  b = m . v / D
+
+and every function of x alone or of y alone cancels in MMD^2. What remains, t (3 s^2 + 3 s t + t^2) + 3 a b (s + c), is summed in
+place of k. All in float64; a block of at most 32 MiB of kernel values, and a few like it, is held at a time. Like every distance
+it is named with its feature network.
 """
 
 import math
@@ -58,17 +65,43 @@ def _subset(side: str, features: Tensor, index: int, size: int, seed: int) -> Te
     return features[rows.to(features.device)]
 
 
+@dataclass(frozen=True, eq=False)
+class _Centred:
+    """u (N, D) and a (N,) of features, and c of their common mean."""
+
+    u: Tensor
+    a: Tensor
+    c: float
+
+    @staticmethod
+    def of(features: Tensor, mean: Tensor) -> "_Centred":
+        u = features - mean
+        return _Centred(u, u @ mean / len(mean), float(mean.square().mean()) + 1)
+
+    def own(self) -> Tensor:
+        """float64 (N,): the kernel of each with itself."""
+        return _mixed(self.u.square().mean(1), self.a, self.a, self.c)
+
+    def total(self, other: "_Centred") -> float:
+        """Sum of the kernel over all pairs."""
+        rows = max(1, _BLOCK // len(other.u))
+        blocks = zip(self.u.split(rows), self.a.split(rows), strict=True)
+        return math.fsum(
+            float(_mixed(u @ other.u.T / u.shape[1], a[:, None], other.a, self.c).sum()) for u, a in blocks
+        )
+
+    def mean_of_others(self) -> float:
+        """Mean of the kernel of x_i and x_j over i != j."""
+        return (self.total(self) - float(self.own().sum())) / (len(self.u) * (len(self.u) - 1))
+
+
+def _mixed(t: Tensor, a: Tensor, b: Tensor, c: float) -> Tensor:
+    """What of (c + a + b + t)^3 depends on both vectors of a pair."""
+    s = a + b + c
+    return t * (3 * s * (s + t) + t.square()) + 3 * a * b * (s + c)
+
+
 def _squared_mmd(x: Tensor, y: Tensor) -> float:
-    return _mean_of_others(x) + _mean_of_others(y) - 2 * _total(x, y) / (len(x) * len(y))
-
-
-def _mean_of_others(x: Tensor) -> float:
-    """Mean of k(x_i, x_j) over i != j."""
-    own = float((x.square().sum(1) / x.shape[1] + 1).pow(3).sum())
-    return (_total(x, x) - own) / (len(x) * (len(x) - 1))
-
-
-def _total(x: Tensor, y: Tensor) -> float:
-    """Sum of the kernel over all pairs."""
-    blocks = x.split(max(1, _BLOCK // len(y)))
-    return math.fsum(float((block @ y.T / x.shape[1] + 1).pow(3).sum()) for block in blocks)
+    mean = (x.mean(0) + y.mean(0)) / 2
+    first, second = _Centred.of(x, mean), _Centred.of(y, mean)
+    return first.mean_of_others() + second.mean_of_others() - 2 * first.total(second) / (len(x) * len(y))

@@ -17,14 +17,13 @@ _ROWS = 1024  # of the search for neighbours
 
 def moments(x: Tensor) -> FeatureStatistics:
     """Of the vectors of x (B, D, *S) over batch and positions."""
-    rows = x.detach().cpu().double().transpose(0, 1).flatten(1).T
-    return FeatureStatistics(len(rows), rows.sum(0), rows.T @ rows)
+    return FeatureStatistics.of_rows(x.transpose(0, 1).flatten(1).T)
 
 
 def ranks(statistics: FeatureStatistics) -> tuple[float, float]:
     """Effective and stable rank, in [1, D], of centred vectors; 0 if they are all the same."""
     eigenvalues = torch.linalg.eigvalsh(statistics.covariance).clamp(min=0)
-    scale = statistics.outer.trace() / statistics.count
+    scale = statistics.mean.square().sum() + eigenvalues.sum()  # mean squared length
     if not eigenvalues[-1] > 1e-14 * scale:  # what is left of equal vectors by rounding
         return 0.0, 0.0
     share = eigenvalues.sqrt() / eigenvalues.sqrt().sum()

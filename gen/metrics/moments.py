@@ -1,10 +1,13 @@
 """Streaming first and second moments of features, in float64.
 
-    count = N,    total = sum_i x_i,    outer = sum_i x_i x_i^T
-    mean = total / N,    covariance = (outer - N mean mean^T) / (N - 1)
+    mean = sum_i x_i / N,    scatter = sum_i (x_i - mean) (x_i - mean)^T,    covariance = scatter / (N - 1)
 
-Sums add, so the statistics of a whole are the sum of its parts', in any order and on any number of processes.
-One-pass sums in float64 keep about 1e-12 even where the mean is 50 standard deviations away; float32 loses the answer.
+Of two sets with the difference of means d = mean' - mean (Chan, Golub & LeVeque 1979):
+
+    mean + d N' / (N + N'),    scatter + scatter' + d d^T N N' / (N + N')
+
+so the statistics of a whole are those of its parts, in any order and on any number of processes. Everything is about a mean:
+however far the features lie from the origin, no digit of their spread is lost but those that float64 features lack themselves.
 """
 
 from collections.abc import Mapping
@@ -16,18 +19,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Sums over N feature vectors of D numbers: `count` = N, `total` float64 (D,), `outer` float64 (D, D), on CPU."""
+    """Of N feature vectors of D numbers: `count` = N, `mean` float64 (D,), `scatter` float64 (D, D), on CPU; zeros of none."""
 
     count: int
-    total: Tensor
-    outer: Tensor
+    mean: Tensor
+    scatter: Tensor
 
     def __post_init__(self) -> None:
-        dim = self.total.shape[-1] if self.total.ndim == 1 else -1
-        if self.total.dtype != torch.float64 or self.outer.dtype != torch.float64 or self.outer.shape != (dim, dim):
+        dim = self.mean.shape[-1] if self.mean.ndim == 1 else -1
+        if self.mean.dtype != torch.float64 or self.scatter.dtype != torch.float64 or self.scatter.shape != (dim, dim):
             raise ValueError(
-                f"statistics need float64 total (D,) and outer (D, D), not {self.total.dtype} "
-                f"{tuple(self.total.shape)} and {self.outer.dtype} {tuple(self.outer.shape)}: "
+                f"statistics need float64 mean (D,) and scatter (D, D), not {self.mean.dtype} "
+                f"{tuple(self.mean.shape)} and {self.scatter.dtype} {tuple(self.scatter.shape)}: "
                 "build them with FeatureStatistics.of(features)"
             )
         if self.count < 0:
@@ -35,48 +38,51 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> "FeatureStatistics":
-        """The sums of `features` (N, D), any float dtype and device. ValueError if not (N, D >= 2) or not finite."""
+        """Of `features` (N, D), any float dtype and device. ValueError if not (N, D >= 2) or not finite."""
         check_features(features)
-        x = features.detach().cpu().double()
-        return cls(len(x), x.sum(dim=0), x.T @ x)
+        return cls.of_rows(features)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> "FeatureStatistics":
+        """As `of`, without its checks: of any vectors (N, D >= 1)."""
+        x = rows.detach().cpu().double()
+        mean = x.mean(0) if len(x) else torch.zeros(x.shape[1], dtype=torch.float64)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
 
     def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """The statistics of both sets together. ValueError if their dimensions differ."""
         if self.dim != other.dim:
             raise ValueError(f"cannot merge features of {self.dim} and {other.dim} dimensions: use one feature network")
-        return FeatureStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
+        count = self.count + other.count
+        share = other.count / max(count, 1)
+        apart = other.mean - self.mean
+        scatter = self.scatter + other.scatter + torch.outer(apart, apart) * (self.count * share)
+        return FeatureStatistics(count, self.mean + apart * share, scatter)
 
     @property
     def dim(self) -> int:
         """D, the number of features of one image."""
-        return len(self.total)
-
-    @property
-    def mean(self) -> Tensor:
-        """float64 (D,). ValueError without any feature vector."""
-        if self.count < 1:
-            raise ValueError("the mean of 0 feature vectors is undefined: add features first")
-        return self.total / self.count
+        return len(self.mean)
 
     @property
     def covariance(self) -> Tensor:
         """float64 (D, D), symmetric, with the divisor N - 1. ValueError if N < 2."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 feature vectors, not {self.count}: use more images")
-        centred = self.outer - self.count * torch.outer(self.mean, self.mean)
-        return (centred + centred.T) / (2 * (self.count - 1))
+        return (self.scatter + self.scatter.T) / (2 * (self.count - 1))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Named tensors for a safetensors file; `from_tensors` is the inverse."""
-        return {"count": torch.tensor(self.count, dtype=torch.int64), "total": self.total, "outer": self.outer}
+        return {"count": torch.tensor(self.count, dtype=torch.int64), "mean": self.mean, "scatter": self.scatter}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "FeatureStatistics":
         """The statistics behind `to_tensors`. ValueError if a tensor is missing or has the wrong shape or dtype."""
-        missing = sorted({"count", "total", "outer"} - set(tensors))
+        missing = sorted({"count", "mean", "scatter"} - set(tensors))
         if missing:
             raise ValueError(f"feature statistics lack {', '.join(missing)}: measure the features again")
-        return cls(int(tensors["count"]), tensors["total"], tensors["outer"])
+        return cls(int(tensors["count"]), tensors["mean"], tensors["scatter"])
 
 
 def comparable(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

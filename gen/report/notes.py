@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from midway.gen.data.images import empty_classes, named_empty
 from midway.gen.data.splits import Splits
 from midway.gen.evaluation.jobs import SweepConfig
 from midway.gen.evaluation.records import Measurement, by_solver
@@ -55,10 +56,22 @@ MANY = 20
 """Images of a class in a block from which on one more or less does not matter."""
 
 
+def empty_notes(splits: Splits, conditional: bool) -> tuple[str, ...]:
+    """The classes without a training image, which no seed of a conditional model draws."""
+    if not empty_classes(splits.train):
+        return ()
+    drawn = ", so no seed draws them" if conditional else ""
+    return (f"Classes without training images{drawn}: {named_empty(splits.train)}.",)
+
+
 def class_notes(splits: Splits, n: int, classes: int) -> tuple[str, ...]:
-    """Warnings where seeds, which take turns through the classes, have other classes than the images they are compared with."""
+    """Warnings where seeds, which take turns through the classes, have other classes than the images they are compared with.
+
+    `classes` are those that seeds draw, 0 without.
+    """
     counts = splits.train.labels.bincount(minlength=len(splits.train.classes))
-    counts, found = counts[counts > 0], []
+    counts, found = counts[counts > 0], list[str]()
+    found += empty_notes(splits, 0 < classes == len(counts))
     if len(counts) > 1 and counts.max() > UNEQUAL * counts.min():
         found.append(
             f"Classes are unequal: the training images hold from {int(counts.min())} to {int(counts.max())} of a class, while "

@@ -5,12 +5,11 @@
 Terms with weight 0 are not computed (`LossConfig`); the discriminator D has its own loss in the same step (gan.py).
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from midway.gen.data.images import to_float, to_uint8
+from midway.gen.metrics.psnr_ssim import mse, psnr
 from midway.gen.tokenizer.gan import Adversary
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.batches import Context, ImageBatch
@@ -95,11 +94,6 @@ def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tens
     return {"batch_codes": (1 / shared).sum(1).mean(), "batch_perplexity": perplexity.mean()}
 
 
-def psnr(mse: float) -> float:
-    """Peak signal-to-noise ratio in dB of an MSE in [-1, 1] units (peak to peak 2)."""
-    return math.inf if mse == 0 else 10 * math.log10(4 / mse)
-
-
 @torch.no_grad()
 def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> Tensor:
     """uint8 (N, C, H, W) -> reconstructions, uint8 on the CPU."""
@@ -110,16 +104,16 @@ def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512
 
 @torch.no_grad()
 def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> dict[str, float]:
-    """mse and psnr of the 8-bit reconstruction of uint8 images; usage, perplexity and bits_per_image if there are codes."""
-    error, counts = torch.zeros((), dtype=torch.float64), None
+    """Means over uint8 images of mse and psnr of their 8-bit reconstruction; usage, perplexity and bits_per_image of codes."""
+    errors, quality, counts = [], [], None
     for part in images.split(batch_size):
         out = tokenizer(to_float(part.to(tokenizer.device)))
         shown = to_uint8(out.reconstruction).cpu()
-        error += (to_float(shown) - to_float(part)).double().square().sum()
+        errors.append(mse(part, shown))
+        quality.append(psnr(part, shown))
         found = out.quantized.counts
         counts = found if counts is None or found is None else counts + found
-    mse = error.item() / images.numel()
-    report = {"mse": mse, "psnr": psnr(mse)}
+    report = {"mse": torch.cat(errors).mean().item(), "psnr": torch.cat(quality).mean().item()}
     size = tokenizer.quantizer.codebook_size
     if size is None:
         return report

@@ -1,10 +1,11 @@
 """How to train: the configuration of fit(), the learning rate in closed form, and which settings a resumed run may change."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 
 Decay = Literal["constant", "cosine", "inverse_sqrt"]
@@ -47,9 +48,9 @@ class TrainConfig:
     """On a GPU, only kernels whose sums have a fixed order: exact resume needs it there. CPUs are so by themselves."""
     patience: int = 10
     """Steps in a row without a finite loss and gradient before the run is reset to its last checkpoint, once."""
-    max_seconds: float | None = None
-    """Stop after this much training time, save, and exit normally; --resume auto continues."""
-    max_steps: int | None = None
+    max_seconds: float | None = field(default=None, metadata=PER_CALL)
+    """Stop after this much training time of this start, save, and exit normally; --resume auto continues."""
+    max_steps: int | None = field(default=None, metadata=PER_CALL)
     """Stop after this many optimizer steps of this start, save, and exit normally; --resume auto continues."""
     save_every: int = 0
     """Optimizer steps between checkpoints (0: only by time and at the end)."""
@@ -109,10 +110,11 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 # ---- what a resumed run may change ----
 
-PATHS = ("out", "tokenizer", "latents", "model", "data.data", "data.download", "loss.perceptual_weights")
-COMMANDS = ("overwrite", "resume")
-"""Neither changes results; the contents of paths are compared by fingerprint."""
-BUDGETS = ("max_seconds", "max_steps", "save_every", "save_seconds", "keep", "patience", "patience_validations")
+PATHS = ("out", "tokenizer", "latents", "model", "data.data", "loss.perceptual_weights")
+"""Their contents are compared by fingerprint."""
+EARLIER = ("overwrite", "resume", "train.max_seconds", "train.max_steps", "data.download")
+"""Flags of one call, which checkpoints of earlier versions name."""
+BUDGETS = ("save_every", "save_seconds", "keep", "patience", "patience_validations")
 REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
 """The same numbers up to the order of floating-point sums."""
@@ -135,7 +137,7 @@ def may_change(key: str, train: TrainConfig) -> bool:
 def is_bookkeeping(key: str) -> bool:
     """Whether a flat key sets paths, budgets or reports, which change the result by rounding at most."""
     last = key.removeprefix("train.")
-    return key in (*PATHS, *COMMANDS) or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
+    return key in (*PATHS, *EARLIER) or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from midway.gen.core import checkpoints
-from midway.gen.core.config import from_dict, read_yaml, to_dict, write_yaml
+from midway.gen.core.config import PER_CALL, from_dict, read_yaml, to_dict, write_yaml
 from midway.gen.core.errors import DataError, DiskError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
@@ -150,6 +150,29 @@ def test_only_the_named_errors_become_errors_for_users() -> None:
         raise ValueError("width\n3")
     with pytest.raises(ZeroDivisionError), raising(DataError, "a", "b", OSError):
         print(1 / 0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration with a flag of one call, inside and outside."""
+
+    @dataclass(frozen=True)
+    class Part:
+        """Another inside it."""
+
+        limit: int | None = field(default=None, metadata=PER_CALL)
+        width: int = 8
+
+    part: Part = field(default_factory=Part)
+    overwrite: bool = field(default=False, metadata=PER_CALL)
+
+
+def test_a_flag_of_one_call_is_neither_recorded_nor_read_back() -> None:
+    assert to_dict(Job(Job.Part(3, 4), True)) == {"part": {"width": 4}}
+    earlier = {"part": {"limit": 3, "width": 4}, "overwrite": True}
+    assert from_dict(Job, earlier) == from_dict(Job, {**earlier, "overwrite": "no bool"}) == Job(Job.Part(width=4))
+    with pytest.raises(UsageError, match="unknown key 'overwite'"):
+        from_dict(Job, {"overwite": True})
 
 
 # ---- run directories ----

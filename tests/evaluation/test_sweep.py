@@ -18,6 +18,7 @@ import torch
 from measurements import measurement
 from multiprocess import together
 from pipelines import Pipeline, Script
+from safetensors.torch import save_file
 from sweeps import sweep_task, watch_samples
 
 from midway.gen.baselines.registry import load_trained_baseline
@@ -31,6 +32,7 @@ from midway.gen.evaluation.records import Measurement, check_comparable, critica
 from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
 from midway.gen.evaluation.sweep import Sweep
+from midway.gen.features import reference as references
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
@@ -431,8 +433,12 @@ def test_statistics_of_a_reference_are_stored_and_those_of_another_raise(images:
     calls: list[int] = []
     network.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     again = make_reference(network, "cnn-toy@1", images, tmp_path)
-    assert calls == [] and torch.equal(again.statistics.outer, made.statistics.outer)
+    assert calls == [] and torch.equal(again.statistics.scatter, made.statistics.scatter)
     assert again.sample is not None and made.sample is not None and torch.equal(again.sample, made.sample)
+    outdated = {"format": references.EARLIER[0], "data": images.fingerprint, "features": "cnn-toy@1", "n": "40"}
+    save_file({"count": torch.tensor(40)}, path, outdated)
+    recomputed = make_reference(network, "cnn-toy@1", images, tmp_path)
+    assert len(calls) == 1 and torch.equal(recomputed.statistics.scatter, made.statistics.scatter)
     make_reference(network, "cnn-toy@2", images, tmp_path)
     (other,) = set(tmp_path.iterdir()) - {path}
     path.replace(other)  # a file under another's name

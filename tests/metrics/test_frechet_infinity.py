@@ -23,8 +23,7 @@ def features(seed: int, count: int, dim: int = D) -> Tensor:
 def unit_gaussian(dim: int, shift: float = 0.0) -> FeatureStatistics:
     """Of an imagined sample of unit variance."""
     mean = torch.full((dim,), shift, dtype=torch.float64)
-    outer = 999 * torch.eye(dim, dtype=torch.float64) + 1000 * torch.outer(mean, mean)
-    return FeatureStatistics(1000, 1000 * mean, outer)
+    return FeatureStatistics(1000, mean, 999 * torch.eye(dim, dtype=torch.float64))
 
 
 def test_few_images_are_biased_and_infinitely_many_are_not() -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -46,11 +47,28 @@ def test_the_whole_sets_agree_with_loops(counts: tuple[int, int], block: int, mo
 
 def test_a_block_is_as_large_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    power = Tensor.pow
-    monkeypatch.setattr(Tensor, "pow", lambda x, n: (sizes.append(x.numel()), power(x, n))[1])
+    mixed = kernel_distance._mixed
+    monkeypatch.setattr(kernel_distance, "_mixed", lambda t, *rest: (sizes.append(t.numel()), mixed(t, *rest))[1])
     monkeypatch.setattr(kernel_distance, "_BLOCK", 100)
     mmd(features(1, 40), features(2, 30))
     assert 90 <= max(sizes) <= 100
+
+
+def exactly(x: Tensor, y: Tensor) -> float:
+    """The definition in rational numbers."""
+
+    def kernel(a: list[Fraction], b: list[Fraction]) -> Fraction:
+        return (sum(p * q for p, q in zip(a, b, strict=True)) / Fraction(len(a)) + 1) ** 3
+
+    xs, ys = ([[Fraction(value) for value in row] for row in z.tolist()] for z in (x, y))
+    own = [sum(kernel(a, b) for a, b in itertools.permutations(z, 2)) / (len(z) * (len(z) - 1)) for z in (xs, ys)]
+    return float(own[0] + own[1] - 2 * sum(kernel(a, b) for a in xs for b in ys) / (len(xs) * len(ys)))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6, 1e8, -1e8])
+def test_features_far_from_the_origin_lose_no_digit(offset: float) -> None:
+    x, y = features(1, 7) + offset, features(2, 5, 0.5) + offset
+    assert mmd(x, y) == pytest.approx(exactly(x, y), rel=1e-6 if abs(offset) > 1e6 else 1e-9)
 
 
 def test_point_masses_in_closed_form() -> None:

@@ -25,16 +25,17 @@ from multiprocess import launch
 from PIL import Image
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from regression import records
+from resuming import contents, newest, seal, unchanged
 from safetensors.torch import load_file
 from sweeps import sweep_task
 from torch import Tensor
 
 from baseline_recipes import BASELINE_RECIPES
 from cli import resolve
-from midway.gen.core.config import from_dict, read_yaml, to_dict
+from midway.gen.core.config import from_dict, read_yaml, to_dict, write_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import load_splits
+from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion import sampling
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.distill_table import TableConfig
@@ -695,6 +696,87 @@ def test_flags_override_a_config_file(pipeline: Pipeline) -> None:
     task = resolve(LatentTask, LATENT_RECIPES, ["--config", file, "--lr", "0.5", "--out", "elsewhere"])
     assert task.train == replace(TINY_LATENT, lr=0.5)
     assert (task.out, task.tokenizer) == (Path("elsewhere"), pipeline.tokenizer)
+
+
+SOLVER_RUN = "solvers/amed-uniform-nfe4"
+EARLIER = {"overwrite": True, "resume": "auto"}
+"""Flags of one call, which config.yaml had in earlier versions; the contradiction of these two raises."""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "part"),
+    [
+        ("train_tokenizer", "tokenizer", ""),
+        ("train_features", "features", ""),
+        ("train_baseline", "baseline", ""),
+        ("train_latent", "model", ""),
+        ("train_solver", "model", SOLVER_RUN),
+    ],
+)
+def test_the_flags_of_one_call_are_not_repeated(
+    name: str, kind: str, part: str, pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path
+) -> None:
+    """Neither deleting, nor resuming, nor the limits of a start, by config.yaml and checkpoints of today and of before."""
+    root = Path(shutil.copytree(getattr(pipeline, kind), tmp_path / kind))
+    run = root / part
+    place = ("--model", root) if part else ("--out", root)
+    values = read_yaml(run / "config.yaml")
+    limits = {"max_steps": 1, "max_seconds": 0.0}
+    assert not (EARLIER.keys() & values) and not (limits.keys() & values["train"])
+    values |= {**EARLIER, "train": {**values["train"], **limits}}
+    values |= {"data": {**values["data"], "download": True}} if "data" in values else {}
+    write_yaml(run / "config.yaml", values)
+    checkpoint = newest(run)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"] |= {**EARLIER, "train.max_steps": 1, "train.max_seconds": 0.0, "data.download": True}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    with unchanged(root):
+        done = script(name, "--config", run / "config.yaml", *place)
+        assert done.code == 2 and "already holds a run" in done.err, done.err
+    weights, steps = contents(checkpoint), values["train"]["steps"] + 2
+    succeed(f"{name} --config {run}/config.yaml --resume auto", *place)
+    assert newest(run) == checkpoint and contents(checkpoint) == weights
+    if values["train"]["decay"] != "cosine":
+        succeed(f"{name} --config {run}/config.yaml --resume auto --steps {steps}", *place)
+        assert newest(run).name == f"step-{steps}"
+    assert not (EARLIER.keys() & read_yaml(run / "config.yaml"))
+
+
+def test_overwriting_and_limits_leave_no_trace(
+    pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path
+) -> None:
+    """Of a run that was made with --overwrite and stopped by --max-steps; of an imported one; of a reconstructed average."""
+    run, tiny = tmp_path / "run", " ".join(TINY_FLAGS)
+    for _ in range(2):
+        succeed(f"train_tokenizer digits-fsq {tiny} --model.width 16 --max-steps 1 --overwrite --download --out {run}")
+    again = f"train_tokenizer --config {run}/config.yaml"
+    with unchanged(run):
+        assert script(*again.split()).code == 2
+    succeed(f"{again} --resume auto")
+    assert newest(run).name == "step-2"
+    vae = tmp_path / "vae"
+    AutoencoderTiny(1, 1, (8, 8), (8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(vae)
+    for call in (f"import_tokenizer --source {vae}", f"posthoc_ema {pipeline.model} --std 0.08"):
+        succeed(f"{call} --overwrite --out {tmp_path}/made")
+        assert "overwrite" not in (tmp_path / "made/config.yaml").read_text()
+        shutil.rmtree(tmp_path / "made")
+
+
+def test_a_sweep_of_a_model_downloads_its_images_if_it_may(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def load(config: DataConfig) -> None:
+        asked.append(config.download)
+        raise DataError("no images", "this test has none", "none")
+
+    monkeypatch.setattr(evaluate, "load_splits", load)
+    for download in (False, True):
+        with pytest.raises(DataError):
+            evaluate.run(sweep_task(pipeline, tmp_path, data=replace(evaluate.EvaluateTask().data, download=download)))
+    assert asked == [False, True]
 
 
 def test_overwrite_replaces_a_run_and_its_learned_solvers(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:

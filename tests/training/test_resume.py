@@ -520,12 +520,12 @@ def test_a_finished_run_takes_more_steps_at_a_constant_rate(whole: Path, tmp_pat
 
 
 def test_budgets_and_reports_may_change(whole: Path, stopped: Path) -> None:
-    """In another place than where the run was started, too. config.yaml then has the new values."""
-    budgets = {"max_seconds": 1000.0, "save_every": 3, "keep": 1, "patience": 3, "save_seconds": 0.0}
-    train(changed(stopped, **budgets, log_with=("tensorboard",)))
+    """In another place than where the run was started, too. config.yaml then has the new values, but of one start's limits."""
+    budgets = {"save_every": 3, "keep": 1, "patience": 3, "save_seconds": 0.0}
+    train(changed(stopped, **budgets, max_seconds=1000.0, log_with=("tensorboard",)))
     assert_same_run(stopped, whole)
     config = (stopped / "config.yaml").read_text()
-    assert all(f"{key}: {value}" in config for key, value in budgets.items())
+    assert all(f"{key}: {value}" in config for key, value in budgets.items()) and "max_" not in config
     assert "note:" not in (stopped / "log.txt").read_text()
 
 

@@ -1,0 +1,58 @@
+"""The timesteps of a run, one for each evaluation, and which of them a caller is at."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Timesteps:
+    """`tensor` float32 (N,), which pipelines iterate over, perhaps on a device; `values`: the same numbers on the host."""
+
+    tensor: Tensor
+    values: tuple[float, ...]
+
+    @staticmethod
+    def on(device: str | torch.device | None, values: Tensor) -> "Timesteps":
+        """Of float32 values (N,) on the host."""
+        return Timesteps(values.to(device), tuple(values.tolist()))
+
+    def find(self, timestep: Tensor | float) -> tuple[int, ...]:
+        """The indices that this timestep can stand for, several where stages share a time.
+
+        An entry of `tensor` is recognised by its place in memory, so that nothing waits for the device; any other tensor is read,
+        and compared as finely as its dtype resolves. ValueError for a timestep that is not in the list, and for more than one.
+        """
+        own = self._own(timestep)
+        if own is not None:
+            return (own,)
+        value, resolution = _read(timestep)
+        nearest = min(self.values, key=lambda listed: abs(listed - value))
+        if not abs(nearest - value) <= resolution * abs(nearest):
+            raise ValueError(
+                f"timestep {value:g} is not one of the {len(self.values)} of this run; the nearest is {nearest:g}, entry "
+                f"{self.values.index(nearest)}: pass entries of timesteps, and call set_timesteps(n) before every run"
+            )
+        return tuple(i for i, listed in enumerate(self.values) if listed == nearest)
+
+    def _own(self, timestep: Tensor | float) -> int | None:
+        """The index of a view of one entry of `tensor`, also one that is expanded to a batch; None of anything else."""
+        whole = self.tensor
+        if not isinstance(timestep, Tensor) or timestep.dtype != whole.dtype or timestep.device != whole.device:
+            return None
+        one = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
+        if not one or timestep.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
+            return None
+        index = int(timestep.storage_offset() - whole.storage_offset())
+        return index if 0 <= index < len(self.values) else None
+
+
+def _read(timestep: Tensor | float) -> tuple[float, float]:
+    """The number, and the relative spacing of numbers in its dtype, float32's for integers and Python's numbers."""
+    given = torch.as_tensor(timestep)
+    first = given.flatten()[:1]
+    if given.numel() == 0 or not bool((given == first).all()):
+        raise ValueError(f"a step is of one timestep for the whole batch, got {given.tolist()}")
+    dtype = given.dtype if isinstance(timestep, Tensor) and given.is_floating_point() else torch.float32
+    return float(first.item()), max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
