@@ -16,7 +16,7 @@ from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
 from midway.gen.core.processes import leave_processes
-from midway.gen.core.terminal import emit, lasting_output
+from midway.gen.core.terminal import lasting_output
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -76,7 +76,7 @@ def own_fields(task: type, values: Any) -> Any:
 def main(command: Callable[[list[str]], object], alone: bool = False) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
-    with lasting_output(), signals.handling():
+    with lasting_output(), signals.handling(partners.end):
         try:
             arguments = [a for a in sys.argv[1:] if a != "--debug"]
             code = run(command, arguments, "--debug" in sys.argv[1:], alone)
@@ -89,9 +89,7 @@ def main(command: Callable[[list[str]], object], alone: bool = False) -> NoRetur
     sys.exit(code)
 
 
-def run(
-    command: Callable[[list[str]], object], arguments: list[str], debug: bool = False, alone: bool = False
-) -> int:
+def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False, alone: bool = False) -> int:
     """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); a stop signal: a line, and 128 +
     its number; other errors: 1.
 
@@ -101,10 +99,11 @@ def run(
     try:
         return _run(command, arguments, debug, alone)
     except KeyboardInterrupt as stop:
-        line = signals.stop_line(getattr(stop, "number", signal.SIGINT))
+        number = int(getattr(stop, "number", signal.SIGINT))
+        line = signals.stop_line(number)
         if partners.is_first(line):
-            emit(line)
-        return 128 + getattr(stop, "number", signal.SIGINT)
+            print(line, file=sys.stderr)
+        return 128 + number
 
 
 def _run(command: Callable[[list[str]], object], arguments: list[str], debug: bool, alone: bool) -> int:

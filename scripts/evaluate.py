@@ -28,6 +28,7 @@ from tqdm import tqdm
 from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.signals import stop_note
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
@@ -80,6 +81,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     trainings = [(fine_source(one, config), solver_jobs(one, config)) for one in models] or [(None, [])]
     trainings[0][1].extend(others)
 
+    stop_note(f"what was measured is stored in {out / 'cells'}; the same command goes on")
     make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     shown = process.rank == 0
     if shown:

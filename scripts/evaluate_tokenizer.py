@@ -194,4 +194,4 @@ def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Ex
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(TokenizersTask, {}, arguments)))
+    main(lambda arguments: run(resolve(TokenizersTask, {}, arguments)), alone=True)

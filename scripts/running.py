@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from midway.gen.core.runs import Run
+from midway.gen.core.signals import stop_note
 from midway.gen.data.splits import Splits
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
@@ -46,4 +47,5 @@ def open_run(task: TrainingTask, kind: str, config: dict[str, Any], accelerator:
         for line in lines if run.is_new else ():
             run.say(line)
     accelerator.wait_for_everyone()
+    stop_note(f"{task.out} has begun; the same command with --resume auto goes on")
     return run

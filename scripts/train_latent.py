@@ -10,6 +10,7 @@ from torch import Tensor
 from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
+from midway.gen.core.partners import at_work
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
@@ -64,7 +65,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
         model = make_model(task, tokenizer, images)
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
     if accelerator.is_main_process and task.latents is None and not path.exists():
-        save_latents(encode(tokenizer, images, flip=task.flip), path)
+        with at_work("encoding"):
+            save_latents(encode(tokenizer, images, flip=task.flip), path)
     accelerator.wait_for_everyone()
     latents = load_latents(path, images, tokenizer, task.flip)
     with raising(DataError, "these latents cannot be standardised", "train the tokenizer longer"):

@@ -16,6 +16,7 @@ from cli import Flat, main, numbers, resolve
 from midway.gen.core.config import PER_CALL, to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
+from midway.gen.core.signals import stop_note
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
 from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.diffusion.distillation import Distillation
@@ -161,6 +162,7 @@ def train_one(
     if accelerator.is_main_process:
         run = Run.create(path, "solver", config, task.overwrite, task.resume == "auto")
     accelerator.wait_for_everyone()
+    stop_note(f"{path} has begun; the same command with --resume auto goes on")
     items = run_teacher(task, objective, trained, accelerator.device, shared)
     processes = accelerator.num_processes
     hooks = Hooks(

@@ -82,6 +82,7 @@ def verify(task: VerifyTask) -> list[str]:
             replay(run, job, start, stops, scratch / name, accelerator)
             for name, stops in (("straight", [count]), ("stopped", [count // 2, count - count // 2]))
         ]
+        accelerator.wait_for_everyone()  # all have read what the main process removes
         if not accelerator.is_main_process:
             return []
         found = [
@@ -91,7 +92,6 @@ def verify(task: VerifyTask) -> list[str]:
         found += [compare(f"straight and the run's own step-{goal.step}", ends[0], goal)] if goal is not None else []
         found += compare_losses(run.path, scratch / "straight", start.step, start.step + count)
     finally:
-        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             shutil.rmtree(scratch, ignore_errors=True)
     return [*found, "resume is exact"]

@@ -1,4 +1,4 @@
-"""Errors of programs of several processes: a process that ended or does not come, and failures of communication, in three lines."""
+"""Errors of programs of several processes: one that ended or does not come, and failures of communication."""
 
 import os
 import re
@@ -16,6 +16,9 @@ _COMMUNICATION = re.compile(
     r"gloo|nccl|c10d|process ?group|closed by peer|reset by peer|pair closure|tcpstore|rendezvous", re.IGNORECASE
 )
 _CLOSED = re.compile(r"closed|reset by peer|broken pipe|exited|closure|got 0 bytes|aborted", re.IGNORECASE)
+
+
+_KINDS = {1: "runtime", 2: "usage", 3: "data", 4: "diverged", 5: "disk"}
 
 
 class PartnerError(MidwayError):
@@ -62,12 +65,18 @@ def stopped(late: dict[int, Late], number: int) -> PartnerError:
     return PartnerError(what, why, f"earlier checkpoints are intact: {RESUME}", 128 + number)
 
 
+def exit_code(code: int) -> str:
+    """`exit code 3 (data)`."""
+    kind = name_of(code - 128) if code > 128 else _KINDS.get(code)
+    return f"exit code {code}" + (f" ({kind})" if kind else "")
+
+
 def listed(late: dict[int, Late]) -> str:
-    """`rank 1 has not come, ranks 2, 3 ended with exit code 3`."""
+    """`rank 1 did not come, ranks 2, 3 ended with exit code 3 (data)`."""
     reasons: dict[str, list[int]] = {}
     for rank, its in late.items():
         reasons.setdefault(its.why, []).append(rank)
-    return ", ".join(f"{_ranks(ranks)}: {why}" for why, ranks in reasons.items())
+    return ", ".join(f"{_ranks(ranks)} {why}" for why, ranks in reasons.items())
 
 
 def _ranks(ranks: list[int]) -> str:
@@ -86,8 +95,12 @@ def communication_error(error: Exception, find: Callable[[], dict[int, Late]]) -
         return PartnerError(f"port {os.environ.get('MASTER_PORT')} is in use", text, fix)
     if _CLOSED.search(text):
         late = find()
-        cut = PartnerError("a partner process ended", f"the connection to it was closed ({text})", f"see its output; {RESUME}")
+        cut = PartnerError(
+            "a partner process ended", f"the connection to it was closed ({text})", f"see its output; {RESUME}"
+        )
         return ended(late) if late else cut
     if re.search(r"timed? ?out", text, re.IGNORECASE):
         return PartnerError("other processes did not come in time", text, f"see their output; {RESUME}")
-    return PartnerError("the processes cannot communicate", text, "check the network between them; NCCL_DEBUG=INFO says more")
+    return PartnerError(
+        "the processes cannot communicate", text, "check the network between them; NCCL_DEBUG=INFO says more"
+    )

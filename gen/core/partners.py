@@ -19,12 +19,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 from torch import distributed
 
 from midway.gen.core import partner_errors, signals
 from midway.gen.core.errors import UsageError
-from midway.gen.core.partner_errors import TIMEOUT, Late, PartnerError, listed
+from midway.gen.core.partner_errors import TIMEOUT, Late, PartnerError, exit_code, listed
 from midway.gen.core.rollcall import BEFORE, JOINING, Caller, Status
 from midway.gen.core.terminal import emit, exit_now
 
@@ -33,31 +34,33 @@ ANNOUNCED, SILENT, BEHIND, STOPPING = 30.0, 600.0, 43200.0, 20.0
 after a stop signal."""
 ENDED, SETTLED = 2.0, 30.0
 """Seconds of waiting after which the end of a process that is behind, and of any, ends this one."""
-LINGER = 2.0
-"""Seconds for which the first process, through which the others know of one another, waits as it ends by an error."""
+LINGER, INTRODUCED = 2.0, 5.0
+"""Seconds that a process which ends by an error waits until the others know, and that any process waits for the register."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """Seconds of waiting."""
 
-    announced: float = ANNOUNCED
-    silent: float = SILENT
-    behind: float = BEHIND
-    stopping: float = STOPPING
+    announced: float
+    silent: float
+    behind: float
+    stopping: float
 
     @staticmethod
     def read() -> "Limits":
         """As MIDWAY_TIMEOUT sets them; UsageError if it is no positive number."""
         text = os.environ.get(TIMEOUT)
         if text is None:
-            return Limits()
+            return Limits(ANNOUNCED, SILENT, BEHIND, STOPPING)
         try:
             seconds = float(text)
         except ValueError:
             seconds = 0.0
         if not 0 < seconds < float("inf"):
-            raise UsageError(f"{TIMEOUT}={text}", "it is a positive number of seconds", f"set {TIMEOUT}=600, or unset it")
+            raise UsageError(
+                f"{TIMEOUT}={text}", "it is a positive number of seconds", f"set {TIMEOUT}=600, or unset it"
+            )
         return Limits(min(ANNOUNCED, seconds / 2), seconds, seconds, min(STOPPING, seconds))
 
 
@@ -71,9 +74,9 @@ class Watch:
         self.code: int | None = None
         self.partners: dict[int, Status] = {}
         self.silence: dict[int, float] = {}
-        self._still = self._lost = 0.0
+        self._still = 0.0
         self._next = self._next_alive = limits.announced
-        self._caller, self._lock = Caller(rank, host, port), threading.RLock()
+        self._caller, self._lock = Caller(rank, host, port, 2 * self.tick), threading.RLock()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -81,7 +84,7 @@ class Watch:
         while self.code is None:
             time.sleep(self.tick)
             now = time.monotonic()
-            passed, then = min(now - then, 2 * self.tick), now  # a program that was suspended has not waited
+            passed, then = min(now - then, 3 * self.tick), now  # a program that was suspended has not waited
             with self._lock:
                 self.exchange(passed)
                 self._judge()
@@ -100,29 +103,38 @@ class Watch:
             except TimeoutError:
                 self.silence[0] = self.silence.get(0, 0.0) + passed
                 return True
-            except (OSError, ValueError):
-                self._lost += passed
-                if self._lost > self.tick and 0 in self.partners:
+            except ConnectionRefusedError:
+                if 0 in self.partners:
                     self.partners[0] = replace(self.partners[0], gone=True)
                 return True
-            self._lost = 0.0
+            except (OSError, ValueError):  # tried again
+                return True
             for rank, its in statuses.items():
                 alive = rank not in self.partners or its.beats != self.partners[rank].beats
                 self.silence[rank] = 0.0 if alive else self.silence[rank] + passed
             self.partners = statuses
             return first
 
+    def introduce(self, seconds: float = INTRODUCED) -> None:
+        """Return when the others know of this process, or cannot be reached."""
+        end = time.monotonic() + seconds
+        while not self.partners and time.monotonic() < end:
+            self.exchange()
+            time.sleep(self.tick / 10)
+
     def _begun(self) -> int:
         """Collective operations that this process has begun."""
         if not distributed.is_initialized():
             return JOINING if self.joining else BEFORE
         with contextlib.suppress(Exception):  # of a backend that does not count them, and while the group is destroyed
-            return distributed.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+            group: Any = distributed.distributed_c10d._get_default_group()
+            return group._get_sequence_number_for_group()
         return 0
 
     def leave(self, code: int) -> None:
         """Tell the others that this process ends with this exit code."""
         self.leaving, self.code = True, code
+        self.introduce(LINGER if code else 0.0)
         self.exchange()
         before, end = self.partners, time.monotonic() + LINGER
         while code and self.rank == 0 and time.monotonic() < end and not self._all_know(before):
@@ -158,10 +170,10 @@ class Watch:
         number, since = signals.received()
         if gone:
             self._end(partner_errors.ended(gone))
-        elif any(its.waited >= its.limit for its in late.values()):
-            self._end(partner_errors.timed_out(late, self._advice(late), self.world_size))
         elif number and min(since, self._still) >= self.limits.stopping and any(not its.works for its in late.values()):
             self._end(partner_errors.stopped(late, number))
+        elif any(its.waited >= its.limit for its in late.values()):
+            self._end(partner_errors.timed_out(late, self._advice(late), self.world_size))
         elif late:
             self._announce(late)
 
@@ -170,23 +182,23 @@ class Watch:
         its, still, limits = self.partners.get(rank), self._still, self.limits
         joining = self.own.begun == JOINING
         if its is None:
-            return Late("has not come", still, limits.silent, came=False) if joining else None
+            return Late("did not come", still, limits.silent, came=False) if joining else None
         behind = its.begun < self.own.begun
+        patience = ENDED if behind or joining else SETTLED
         if its.code is not None and (its.code or behind):
-            return Late(f"ended with exit code {its.code}", still, ENDED if behind or joining else SETTLED, its.code or -1)
+            return Late(f"ended with {exit_code(its.code)}", still, patience, its.code or -1)
         if its.code == 0:
             return None
         if its.gone:
-            why = "ended without an exit code: it was killed, or its machine is gone"
-            return Late(why, still, ENDED if behind or joining else SETTLED, -1)
+            return Late("ended without an exit code (killed, or its machine is gone)", still, patience, -1)
         silence = self.silence.get(rank, 0.0)
         if silence >= min(5 * self.tick, limits.announced):
-            return Late("gives no sign of life", min(still, silence), limits.silent)
+            return Late("gave no sign of life", min(still, silence), limits.silent)
         if behind:
-            why = f"is at work ({its.work})" if its.work else "is alive, but has not come to this point"
+            why = f"still at work ({its.work})" if its.work else "alive, but did not come to this point"
             return Late(why, still, BEHIND if its.work else limits.behind, works=bool(its.work))
         if its.begun == self.own.begun and not its.work and (joining or _in_collective()):
-            return Late("has come to this point too, but no answer arrives", still, limits.silent)
+            return Late("came to this point too, but no answer arrives", still, limits.silent)
         return None
 
     def _advice(self, late: dict[int, Late]) -> str:
@@ -207,10 +219,7 @@ class Watch:
             emit(f"{text}; the wait ends after {limit:.0f} s ({TIMEOUT})")
 
     def _end(self, error: PartnerError) -> None:
-        if self.exchange(claim=str(error)):
-            emit(f"error: {error}")
-        self.leave(error.exit_code)
-        exit_now(error.exit_code)
+        end(f"error: {error}", error.exit_code)
 
 
 def _in_collective() -> bool:
@@ -235,7 +244,7 @@ def launched() -> tuple[int, int]:
         rank, world_size = map(int, texts)
     except ValueError:
         rank, world_size = -1, 0
-    if world_size > 1 and not 0 <= rank < world_size or world_size < 1:
+    if world_size < 1 or (world_size > 1 and not 0 <= rank < world_size):
         why = "ranks count from 0 to WORLD_SIZE - 1"
         raise UsageError(f"RANK={texts[0]} WORLD_SIZE={texts[1]}", why, "start with torchrun or accelerate launch")
     return rank, world_size
@@ -258,9 +267,12 @@ def watch() -> Watch | None:
 def joining() -> Iterator[float]:
     """Within the block the process group is made; gives the seconds after which its operations may end by themselves."""
     its = watch()
-    if its is not None:
-        its.joining = True
-    yield max(BEHIND, 0 if its is None else its.limits.behind) + 60  # after those of the watch
+    if its is None:
+        yield BEHIND
+        return
+    its.joining = True
+    yield max(BEHIND, its.limits.behind) + 60  # the watch is earlier
+    its.introduce()
 
 
 @contextlib.contextmanager
@@ -292,6 +304,14 @@ def leave(code: int) -> None:
     """Tell the others that this process ends, once."""
     if _watch is not None and _watch.code is None:
         _watch.leave(code)
+
+
+def end(text: str, code: int) -> NoReturn:
+    """Print a text unless another process has, tell the others, and end this process, from any thread."""
+    if is_first(text):
+        emit(text)
+    leave(code)
+    exit_now(code)
 
 
 def explain(error: Exception) -> PartnerError | None:

@@ -1,8 +1,8 @@
 """One connection from every process of a program to the first, over which they know of one another.
 
 Once per tick a process sends a line of JSON, its status, to the first one; the answer holds the statuses of all. When a
-connection ends and does not come back, so did its process. Unlike the store of torch this neither blocks where the first process is
-stopped nor depends on the backend of the collective operations. The store only holds the port.
+connection ends and does not come back, so did its process. Unlike torch's store, which only holds the port, this does not block
+where the first process is stopped; and unlike collective operations it does not depend on their backend.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ from datetime import timedelta
 from torch import distributed
 
 KEY = "midway/rollcall/{attempt}"
-ANSWER, SEARCH = 2.0, 0.2
-"""Seconds that an answer may take, and between two looks for the first process."""
+SEARCH = 0.2
+"""Seconds between two looks for the first process."""
 BEFORE, JOINING = -2, -1
 """Values of `Status.begun` before and while the process group is made."""
 
@@ -45,7 +45,7 @@ class Register:
     def __init__(self) -> None:
         self._server = _listening()
         self.port: int = self._server.getsockname()[1]
-        self._statuses: dict[int, Status] = {}
+        self._statuses = {0: Status()}
         self._connections: dict[int, socket.socket] = {}
         self._claimed: set[str] = set()
         self._lock = threading.Lock()
@@ -86,10 +86,10 @@ def _parse(line: bytes) -> tuple[int, str, Status]:
 
 
 class Caller:
-    """Every process's side; also the first one's."""
+    """Every process's side; also the first one's. `answer`: seconds that an answer may take."""
 
-    def __init__(self, rank: int, host: str, port: int) -> None:
-        self.rank, self.host, self.port = rank, host, port
+    def __init__(self, rank: int, host: str, port: int, answer: float) -> None:
+        self.rank, self.host, self.port, self.answer = rank, host, port, answer
         self._kept: tuple[object, ...] = ()
         self._found: int | None = None
         self._socket: socket.socket | None = None
@@ -118,7 +118,7 @@ class Caller:
     def _connect(self) -> socket.socket:
         if self._found is None:
             raise LookupError("the first process has not come")
-        connection = socket.create_connection((self.host if self.rank else "localhost", self._found), ANSWER)
+        connection = socket.create_connection((self.host if self.rank else "localhost", self._found), self.answer)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -127,13 +127,15 @@ class Caller:
         key = KEY.format(attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
         if self.rank == 0:
-            with contextlib.suppress(OSError, RuntimeError):  # of a port that is taken: the process group fails by it too
+            with contextlib.suppress(
+                OSError, RuntimeError
+            ):  # of a port that is taken: the process group fails by it too
                 store, register = self._open(hosts=not served), Register()
                 store.set(key, str(register.port))
                 self._kept, self._found = (store, register), register.port  # for as long as the program runs
         while self.rank and self._found is None:
             with contextlib.suppress(OSError, RuntimeError):
-                socket.create_connection((self.host, self.port), ANSWER).close()  # else the store complains
+                socket.create_connection((self.host, self.port), self.answer).close()  # else the store complains
                 store = self._open(hosts=False)
                 while not store.check([key]):
                     time.sleep(SEARCH)

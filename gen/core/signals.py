@@ -15,13 +15,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import NoReturn
 
 from midway.gen.core.errors import MidwayError
-from midway.gen.core.terminal import emit
+from midway.gen.core.terminal import emit, exit_now
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -65,6 +65,7 @@ class _State:
     reacted: bool = False
     note: str = NOTHING
     listening: bool = False
+    end: Callable[[str, int], object] = lambda line, code: os._exit(code)
 
     def receive(self, number: int, times: dict[int, float]) -> bool:
         """Note a signal in `times`, of its arrival or of its handler's call; whether it is a repetition that ends the program."""
@@ -101,14 +102,22 @@ def received() -> tuple[int, float]:
     return _state.number, time.monotonic() - _state.since
 
 
+def end(line: str, code: int) -> NoReturn:
+    """Print a line and end the process, from any thread."""
+    emit(line)
+    exit_now(code)
+
+
 @contextlib.contextmanager
-def handling() -> Iterator[None]:
-    """Within the block stop signals raise Stopped in the main thread, or wait for the end of `Interrupts`."""
+def handling(end: Callable[[str, int], object] = end) -> Iterator[None]:
+    """Within the block stop signals raise Stopped in the main thread, or wait for the end of `Interrupts`.
+
+    `end(line, exit code)` ends a process whose main thread does not react."""
     global _state
     if threading.current_thread() is not threading.main_thread() or _receive in map(signal.getsignal, STOPPING):
         yield
         return
-    _state = _State()
+    _state = _State(end=end)
     kept = (signal.SIG_IGN, None)  # None: a handler that is not Python's
     before = {n: handler for n in STOPPING if (handler := signal.getsignal(n)) not in kept}
     with _listening(_state):
@@ -202,5 +211,4 @@ def _listen(reader: int, state: _State) -> None:
 def _end_if_stuck(number: int, state: _State, again: bool) -> None:
     """End a program whose main thread has not reacted to a signal."""
     if state is _state and (again or not (state.reacted or state.deferred)):
-        emit(stop_line(number))
-        os._exit(128 + number)
+        state.end(stop_line(number), 128 + number)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from midway.gen.core.environment import hardware
+from midway.gen.core.partners import at_work
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
 from midway.gen.evaluation.jobs import Job, SweepConfig
@@ -88,7 +89,8 @@ def run_sweep(
         if fine is not None:
             progress("reference")
             solution = FineSolution(fine, seeds, store, process)
-            solution.make()
+            with at_work("sampling"):
+                solution.make()
         sweep = Sweep([measure_floor(reference, held_out, seeds.n, config.metrics)], {}, fine=solution)
         for job in jobs:
             progress(f"{job.solver} {job.grid}")

@@ -254,6 +254,7 @@ class _Training:
                 save_snapshot(self.run.path / "posthoc", step, average.std, shadow)
 
     def _result(self, step: int) -> FitResult:
+        stop_note(f"step {step} is saved in {self.run.path}; the same command with --resume auto goes on")
         finished = step == self.config.steps or self.validation.is_over
         skipped = self.guard.skipped
         if skipped and self.accelerator.is_main_process:
