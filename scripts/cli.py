@@ -111,7 +111,8 @@ def _run(command: Callable[[list[str]], object], arguments: list[str], debug: bo
         try:
             _join(alone)
             command(arguments)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()  # else a full disk would show at the interpreter's end
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

@@ -7,6 +7,7 @@ import tyro
 
 from cli import main, resolve
 from midway.gen.core.errors import UsageError, nearest
+from midway.gen.core.text import echo
 from midway.gen.data.check import DataFacts, check
 from midway.gen.data.check_report import check_writable, error_of, text, write_data_report
 from midway.gen.data.splits import DataConfig
@@ -34,9 +35,9 @@ def run(task: CheckTask) -> DataFacts:
         check_writable(task.out)
     config = DataConfig(**{f.name: getattr(task, f.name) for f in fields(DataConfig)})
     facts = check(config, task.against)
-    print(text(facts), end="")
+    echo(text(facts).rstrip())
     if task.out is not None:
-        print(*(f"{'written':<13}{path}" for path in write_data_report(task.out, facts)), sep="\n")
+        echo(*(f"{'written':<13}{path}" for path in write_data_report(task.out, facts)))
     if facts.problems:
         raise error_of(task.data, facts.problems)
     return facts

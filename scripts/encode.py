@@ -6,7 +6,9 @@ from pathlib import Path
 from cli import main, resolve
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path
 from midway.gen.core.processes import best_device
+from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_tokenizer
@@ -34,16 +36,16 @@ def run(task: EncodeTask) -> Path:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     tokenizer, data = load_tokenizer(task.tokenizer, best_device())
     train = load_splits(data).train
-    path = task.out or cache_path(task.tokenizer, train, tokenizer, task.flip)
+    path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.flip))
     if path.exists() and not task.overwrite:
         raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
-    print(describe(train))
+    echo(describe(train))
     latents = encode(tokenizer, train, task.batch_size, task.flip)
     save_latents(latents, path)
-    print(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")
-    print("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
-    print("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
-    print(f"saved {path}")
+    echo(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")
+    echo("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
+    echo("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
+    echo(f"saved {path}")
     return path
 
 

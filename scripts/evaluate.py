@@ -29,6 +29,7 @@ from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.core.signals import stop_note
+from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
@@ -88,13 +89,13 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         if task.fresh:
             shutil.rmtree(out / "cells", ignore_errors=True)
         warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-        print(*warnings, sep="\n", end="\n" * bool(warnings))
+        echo(*warnings)
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
     with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
         def progress(cell: str) -> None:
-            bar.set_postfix_str(cell)
+            bar.set_postfix_str(printable(cell))
             bar.update()
 
         sweeps = [
@@ -105,10 +106,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if shown:
         facts = context(task, model, splits, config, externals, sweep, extractor, missing)
         write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
-        print(terminal_text(sweep.measurements))
+        echo(terminal_text(sweep.measurements))
         if model is None:
-            print(floor_text(sweep))
-        print(f"report: {out / 'report.html'}")
+            echo(floor_text(sweep))
+        echo(f"report: {out / 'report.html'}")
         export_images(task, sweep)
     return sweep
 
@@ -190,7 +191,7 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
 
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
-            print(f"images: {path}")
+            echo(f"images: {path}")
 
 
 def context(

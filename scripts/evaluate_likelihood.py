@@ -16,6 +16,7 @@ from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
@@ -90,8 +91,8 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     write_likelihood_report(
         out, rows, context(task, splits, instruments, any(trained.model.classes for trained in models.values()))
     )
-    print(text_table(likelihood_table(rows)))
-    print(f"report: {out / 'report.md'}")
+    echo(text_table(likelihood_table(rows)))
+    echo(f"report: {out / 'report.md'}")
     return rows
 
 
@@ -159,7 +160,7 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
     except UsageError as error:
         if task.features is not None or task.feature_weights is not None:
             raise
-        print(f"no distances: {error.why}")
+        echo(f"no distances: {error.why}")
         return None
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cli import main, resolve
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.text import echo
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.evaluation.tokenizers import (
@@ -87,8 +88,8 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
             bar.set_postfix_str(name)
             measured.append(measure(name, tokenizer, subject, instruments, config))
     write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject, features))
-    print(terminal_text([m.row for m in measured]))
-    print(f"report: {out / 'report.html'}")
+    echo(terminal_text([m.row for m in measured]))
+    echo(f"report: {out / 'report.html'}")
     return measured
 
 

@@ -10,6 +10,7 @@ from sampling_flags import SamplingFlags
 from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
 
@@ -121,7 +122,7 @@ def blocks(task: EvaluateTask) -> int:
 def folder(task: EvaluateTask) -> Path:
     """Where the report goes."""
     if task.out is None and task.model is not None:
-        return task.model / "report"
+        return check_path(task.model / "report")
     if task.out is None:
         raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
-    return task.out
+    return check_path(task.out)

@@ -12,6 +12,7 @@ from tile_flags import TileFlags
 from cli import main, resolve
 from midway.gen.core.errors import DivergedError, UsageError, raising
 from midway.gen.core.processes import best_device
+from midway.gen.core.text import echo
 from midway.gen.data.pictures import save_grid
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel
@@ -77,7 +78,7 @@ def run(task: SampleTask) -> None:
         )
     save_grid(task.out, decode(trained, samples.latents), columns=math.ceil(math.sqrt(task.n)))
     waves = f" in {parallel.waves} waves" if parallel else ""
-    print(
+    echo(
         f"{task.n} images, {samples.nfe:g} evaluations each{waves}, {samples.seconds:.2f} s; "
         f"weights {trained.weights}; saved {task.out}"
     )

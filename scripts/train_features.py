@@ -17,6 +17,7 @@ from cli import Flat, main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.runs import Run
+from midway.gen.core.text import printable
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
@@ -63,7 +64,7 @@ def train(task: FeaturesTask) -> Run | None:
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out
     run = open_run(task, "features", to_dict(task), accelerator, describe(parts.splits.train))
-    source = Path(task.data.data).stem
+    source = printable(Path(task.data.data).stem)
     hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
     result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
     if not accelerator.is_main_process:

@@ -88,16 +88,51 @@ class Quantizer(nn.Module, ABC):
         """The continuous value before snapping: z (B, in_dim, *S) -> (B, D, *S) float32."""
 
     @abstractmethod
-    def snap(self, latents: Tensor) -> Tensor:
-        """The nearest code to each point of latent space: (B, D, *S) -> (B, D, *S); no gradient if discrete."""
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest code to each point of latent space, (B, D, *S) -> (B, D, *S), and its indices (B, *S) int64.
+
+        No gradient if discrete. Of latents(z) they are those of `forward`, bit for bit.
+        """
 
     @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, *S) int64 -> (B, D, *S) float32. ValueError if an index is outside {0, ..., K - 1}."""
 
-    @abstractmethod
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and indices of z (B, in_dim, *S), those of `forward` but for dropout and KL's draw; no losses, no noise."""
+        return self.nearest(self.latents(z))
+
+    def snap(self, latents: Tensor) -> Tensor:
+        """The nearest code to each point of latent space: (B, D, *S) -> (B, D, *S); no gradient if discrete."""
+        return self.nearest(latents)[0]
+
     def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, *S) -> (B, *S) int64: indices of the codes that `snap` gives, so the exact inverse of `indices_to_codes`."""
+        """(B, D, *S) -> (B, *S) int64, the exact inverse of `indices_to_codes`. (`nearest` takes any point.)
+
+        ValueError if a vector is no code, bit for bit, or if codes that differ are equal in the dtype of `codes`.
+        """
+        name = type(self).__name__
+        if not codes.is_floating_point() or not self.distinct_in(codes.dtype):
+            raise ValueError(
+                f"codes are {codes.dtype}, in which codes of {name} may be rounded to one another: "
+                "keep codes in float32, or the indices that encode and forward return"
+            )
+        indices = self._search(codes.float())
+        if not torch.equal(self.indices_to_codes(indices).to(codes.dtype), codes):
+            raise ValueError(
+                f"some vectors are not codes of {name}, bit for bit: they were rounded, cut by dropout, made by another codebook "
+                "or on another device, or are a sum whose summands were not found. Keep the indices that encode and forward "
+                "return; nearest gives the nearest codes of any points"
+            )
+        return indices
+
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """Whether every code rounded to the floating-point `dtype` is still nearest to itself."""
+        return torch.finfo(dtype).bits >= 32
+
+    def _search(self, codes: Tensor) -> Tensor:
+        """Indices of codes (B, D, *S) float32, which may turn out to be no codes."""
+        return self.nearest(codes)[1]
 
     def tokens(self, height: int, width: int) -> int:
         """Number of positions with a token of a (height, width) grid of latents."""
@@ -132,6 +167,9 @@ class Composite(Quantizer):
     def update(self, step_ok: Tensor | None = None) -> None:
         for member in self.members:
             member.update(step_ok)
+
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        return all(member.distinct_in(dtype) for member in self.members)
 
 
 class _StraightThrough(torch.autograd.Function):

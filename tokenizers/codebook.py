@@ -98,19 +98,25 @@ class Codebook(Quantizer):
         with float32_island(z):
             return unit(z.float()) if self.normalize else z.float()
 
-    def snap(self, latents: Tensor) -> Tensor:
-        return self._lookup(self.codes_to_indices(latents))
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Of equal codes the one of the lowest index; code 0 where `latents` has a NaN."""
+        check_channels(latents, self.dim, "latents")
+        with float32_island(latents):
+            book = self.codes().detach()
+            flat = nearest_code(self._rows(latents.detach().float()), book)
+            indices = flat.view(latents.shape[:1] + latents.shape[2:])
+            return F.embedding(indices, book).movedim(-1, 1), indices
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         check_indices(indices, self._size)
-        return self._lookup(indices)
+        with float32_island(indices):
+            return F.embedding(indices, self.codes().detach()).movedim(-1, 1)
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """The nearest code's index. Of equal codes the lowest; 0 where `codes` has a NaN."""
-        check_channels(codes, self.dim, "codes")
-        with float32_island(codes):
-            flat = nearest_code(self._rows(codes.detach().float()), self.codes().detach())
-            return flat.view(codes.shape[:1] + codes.shape[2:])
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        if super().distinct_in(dtype):
+            return True
+        book = self.codes().detach()
+        return torch.equal(book[nearest_code(book.to(dtype).float(), book)], book)  # equal codes are one
 
     def extra_repr(self) -> str:
         shown = f"codebook_size={self._size}, dim={self.dim}, commitment={self.commitment}"
@@ -137,10 +143,6 @@ class Codebook(Quantizer):
             losses |= {"entropy_sample": sample, "entropy_batch": batch}
             loss = loss + self.entropy_weight * (sample - batch)
         return losses, loss
-
-    def _lookup(self, indices: Tensor) -> Tensor:
-        with float32_island(indices):
-            return F.embedding(indices, self.codes().detach()).movedim(-1, 1)
 
     def _rows(self, latents: Tensor) -> Tensor:
         """(B, D, *S) -> (B * S, D)."""

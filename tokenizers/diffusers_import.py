@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from midway.tokenizers.codebook import Codebook
 from midway.tokenizers.diffusers_networks import CLASSES, describe, diffusers_class, interface_of, networks_of
+from midway.tokenizers.pretrained import read_diffusers
 from midway.tokenizers.tokenizer import ImageTokenizer
+from midway.tokenizers.weights import CONFIG, line, local_folder, read_object
 
 
 def import_tokenizer(source: str | Path | nn.Module, image_size: int, subfolder: str | None = None) -> ImageTokenizer:
@@ -35,7 +37,7 @@ def import_tokenizer(source: str | Path | nn.Module, image_size: int, subfolder:
 
     Latents have the published statistics (above), if any. For a VQModel decode_latents snaps, as its `decode` does.
 
-    ValueError: nothing there, pickled weights, another class, incomplete weights, a network or size that cannot be run.
+    ValueError: nothing there, pickled weights, another class, other weights than its own, a network or size that cannot be run.
     """
     model = source if isinstance(source, nn.Module) else read_model(source, subfolder)
     name, config = type(model).__name__, getattr(model, "config", {})
@@ -63,28 +65,19 @@ def import_tokenizer(source: str | Path | nn.Module, image_size: int, subfolder:
 
 
 def read_model(source: str | Path, subfolder: str | None = None) -> nn.Module:
-    """The diffusers model at `source` in float32, every weight of it from safetensors; ValueError as `import_tokenizer`."""
+    """The diffusers model at `source` in float32, from safetensors that hold it exactly; ValueError as `import_tokenizer`."""
     place = f"{source}/{subfolder}" if subfolder else str(source)
-    name = _config(source, subfolder, place).get("_class_name")
+    try:
+        folder = local_folder(source, subfolder)
+        name = read_object(folder / CONFIG).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} has no configuration ({line(error)}): {_REMEDY}") from error
     if name not in CLASSES:
         raise ValueError(f"{place} has a model of class {name!r}; choose one of: {', '.join(CLASSES)}")
-    _check_pickles(Path(source) / (subfolder or ""))
     try:
-        model, report = diffusers_class(name).from_pretrained(
-            str(source),
-            subfolder=subfolder,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{place} cannot be read ({_line(error)}): {_REMEDY}") from error
-    if report["missing_keys"]:  # diffusers would go on with random numbers for them
-        some = ", ".join(sorted(report["missing_keys"])[:3])
-        raise ValueError(
-            f"{place} lacks {len(report['missing_keys'])} weights of its {name}, {some}: get the whole file"
-        )
-    return model
+        return read_diffusers(diffusers_class(name), folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{place} cannot be read ({line(error)}): {_REMEDY}") from error
 
 
 def published_statistics(diffusers_config: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -116,27 +109,3 @@ def _copy_weights(model: nn.Module, tokenizer: ImageTokenizer) -> None:
         codes: Tensor = model.get_parameter("quantize.embedding.weight")
         # step 0, or the first training batch would choose the codes anew
         quantizer.load_state_dict({**quantizer.state_dict(), "codebook": codes, "step": torch.tensor(0)})
-
-
-def _config(source: str | Path, subfolder: str | None, place: str) -> dict[str, Any]:
-    """The configuration at `source` as diffusers reads it; ValueError if there is none."""
-    try:
-        found = ImageTokenizer.load_config(str(source), subfolder=subfolder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{place} has no configuration ({_line(error)}): {_REMEDY}") from error
-    assert isinstance(found, dict)
-    return found
-
-
-def _check_pickles(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} has no .safetensors file, and pickled weights (.bin, .ckpt, .pt), which can run any code, are not loaded: "
-            "get the safetensors of this model, or where you trust the file convert it by diffusers' "
-            "from_pretrained(..., use_safetensors=False).save_pretrained(...)"
-        )
-
-
-def _line(error: Exception) -> str:
-    """The error as one line of at most 200 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -120,15 +120,19 @@ class FSQ(Quantizer):
             half, offset, shift = (channelwise(v, z) for v in tanh_constants(self.levels))
             return (torch.tanh(z.float() + shift) * half - offset) / channelwise(self._centre(), z)
 
-    def snap(self, latents: Tensor) -> Tensor:
-        """The nearest code: rounds in the bounded space, with no second tanh."""
-        return self.digits_to_codes(self.latents_to_digits(latents))
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds in the bounded space, with no second tanh."""
+        digits = self.latents_to_digits(latents)
+        return self.digits_to_codes(digits), self.digits_to_indices(digits)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return self.digits_to_codes(self.indices_to_digits(indices))
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        return self.digits_to_indices(self.latents_to_digits(codes))
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """See `Quantizer.distinct_in`: from the levels of the channels, since the codes themselves may be 2**62."""
+        tops = channelwise(self.levels - 1, self.levels.view(1, -1, 1))
+        digits = torch.arange(int(self.levels.max()), device=tops.device).minimum(tops).unsqueeze(0)
+        return torch.equal(self.latents_to_digits(self.digits_to_codes(digits).to(dtype)), digits)
 
     def latents_to_digits(self, latents: Tensor) -> Tensor:
         """(B, D, *S) -> int64 digits (B, D, *S), digit i in {0, ..., L_i - 1}."""

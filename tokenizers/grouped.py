@@ -69,9 +69,10 @@ class Grouped(Composite):
         check_channels(z, self.in_dim)
         return torch.cat([part.latents(share) for part, share in self._shares(z)], 1)
 
-    def snap(self, latents: Tensor) -> Tensor:
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         check_channels(latents, self.dim, "latents")
-        return torch.cat([part.snap(share) for part, share in self._shares(latents)], 1)
+        codes, indices = zip(*(part.nearest(share) for part, share in self._shares(latents)), strict=True)
+        return torch.cat(codes, 1), self._joined(indices)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, *S, G) int64 -> (B, D, *S) float32. ValueError if an index is outside {0, ..., K - 1}."""
@@ -79,10 +80,6 @@ class Grouped(Composite):
             raise ValueError(f"indices have shape {tuple(indices.shape)}; this quantizer takes (B, *S, {self.groups})")
         each = indices.unbind(-1) if self.members[0].groups == 1 else indices.chunk(len(self.members), -1)
         return torch.cat([part.indices_to_codes(own) for part, own in zip(self.members, each, strict=True)], 1)
-
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        check_channels(codes, self.dim, "codes")
-        return self._joined([part.codes_to_indices(share) for part, share in self._shares(codes)])
 
     def start(self, z: Tensor) -> None:
         check_channels(z, self.in_dim)
@@ -100,6 +97,10 @@ class Grouped(Composite):
         """Each part with its channels of x (B, C, *S)."""
         return list(zip(self.members, x.chunk(len(self.members), 1), strict=True))
 
-    def _joined(self, indices: list[Tensor]) -> Tensor:
+    def _search(self, codes: Tensor) -> Tensor:
+        check_channels(codes, self.dim, "codes")
+        return self._joined([part._search(share) for part, share in self._shares(codes)])
+
+    def _joined(self, indices: Sequence[Tensor]) -> Tensor:
         """Indices of the parts, (B, *S) or (B, *S, g) -> (B, *S, G)."""
-        return torch.stack(indices, -1) if self.members[0].groups == 1 else torch.cat(indices, -1)
+        return (torch.stack if self.members[0].groups == 1 else torch.cat)(tuple(indices), -1)

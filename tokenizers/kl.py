@@ -28,10 +28,10 @@ class Continuous(Quantizer):
         self.dim = dim
         self.codebook_size = None
 
-    def snap(self, latents: Tensor) -> Tensor:
-        """The latents themselves: every point is a code."""
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents themselves: every point is a code. No indices, (B, 0)."""
         check_channels(latents, self.dim, "latents")
-        return latents
+        return latents, _no_indices(latents)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         name = type(self).__name__
@@ -105,5 +105,8 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def _continuous(codes: Tensor, losses: dict[str, Tensor], loss: Tensor) -> Quantized:
-    indices = torch.empty(codes.shape[0], 0, dtype=torch.int64, device=codes.device)
-    return Quantized(codes=codes, indices=indices, losses=losses, loss=loss, counts=None)
+    return Quantized(codes=codes, indices=_no_indices(codes), losses=losses, loss=loss, counts=None)
+
+
+def _no_indices(codes: Tensor) -> Tensor:
+    return torch.empty(codes.shape[0], 0, dtype=torch.int64, device=codes.device)

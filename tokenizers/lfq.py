@@ -92,16 +92,17 @@ class LFQ(Quantizer):
         check_channels(z, self.dim)
         return z.float()
 
-    def snap(self, latents: Tensor) -> Tensor:
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         check_channels(latents, self.dim, "latents")
-        return self.bits_to_codes(latents >= 0)
+        bits = latents >= 0
+        return self.bits_to_codes(bits), self.bits_to_indices(bits)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return self.bits_to_codes(self.indices_to_bits(indices))
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        check_channels(codes, self.dim, "codes")
-        return self.bits_to_indices(codes >= 0)
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """Always: signs survive rounding."""
+        return True
 
     def bits_to_codes(self, bits: Tensor) -> Tensor:
         """bool (B, bits, *S) -> codes +-a, the same shape, float32."""

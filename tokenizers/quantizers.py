@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from midway.tokenizers.arguments import check_arguments
 from midway.tokenizers.base import Quantizer
 from midway.tokenizers.fsq import FSQ
 from midway.tokenizers.gradient_vq import GradientVQ
@@ -47,10 +48,14 @@ QUANTIZERS: dict[str, Callable[..., Quantizer]] = {
 }
 
 
+PARTS = ("base", "top", "bottom")
+"""Options that are configs themselves."""
+
+
 def make_quantizer(config: Mapping[str, Any]) -> Quantizer:
     """The quantizer of `config`: "type" and the arguments of its entry in QUANTIZERS.
 
-    ValueError names an unknown type, an unknown key or a missing one, with the choices.
+    ValueError names an unknown type, an unknown key or a missing one, with the choices, or a value of another type.
     """
     options = dict(config)
     name = options.pop("type", None)
@@ -63,6 +68,8 @@ def make_quantizer(config: Mapping[str, Any]) -> Quantizer:
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in options:
             raise ValueError(f"quantizer {name!r} needs {key!r}, and the config has {sorted(options)}")
+    own = {key: value for key, value in options.items() if key not in PARTS}
+    check_arguments(QUANTIZERS[name], own, f"quantizer {name!r}")
     return QUANTIZERS[name](**options)
 
 

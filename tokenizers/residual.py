@@ -41,9 +41,11 @@ from midway.tokenizers.base import (
     one_a_sample,
     straight_through,
 )
+from midway.tokenizers.codebook import Codebook
 from midway.tokenizers.fsq import FSQ, channelwise
 from midway.tokenizers.grouped import added, rows_of_counts
 from midway.tokenizers.rotation import rotated
+from midway.tokenizers.summands import summands
 
 _FINEST = 2**18  # levels of a channel, all stages together, that float32 sums can distinguish
 
@@ -109,9 +111,18 @@ class Residual(Composite):
     def latents(self, z: Tensor) -> Tensor:
         return self.members[0].latents(z)
 
-    def snap(self, latents: Tensor) -> Tensor:
-        """The sum of the nearest codes of each stage. Of VQ stages, a sum of codes may be snapped to another one."""
-        return self._greedy(latents)[0]
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest code of each stage to what is left, added from the left. Of VQ stages, a sum may be snapped to another."""
+        check_channels(latents, self.dim, "latents")
+        with float32_island(latents):
+            residual, codes, indices = latents.detach().float(), [], []
+            for stage in self.members:
+                code, own = stage.nearest(residual)
+                residual = residual - code
+                codes.append(code)
+                indices.append(own)
+            return sum(codes[1:], codes[0]), torch.stack(indices, -1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, *S, k) int64 -> (B, D, *S) float32: the sum of the first k stages, k from 1 to depth."""
@@ -124,12 +135,9 @@ class Residual(Composite):
             codes = [stage.indices_to_codes(own) for stage, own in zip(self.members, indices.unbind(-1), strict=False)]
             return sum(codes[1:], codes[0])  # added from the left
 
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, *S) -> (B, *S, depth) int64: the nearest code of each stage, as in `forward`.
-
-        Of FSQ stages the exact inverse of `indices_to_codes`; of VQ stages not always, as a sum of codes may be near another sum.
-        """
-        return self._greedy(codes, "codes")[1]
+    def distinct_in(self, dtype: torch.dtype) -> bool:
+        """float32 and wider: the sums of all stages are too many to look at."""
+        return Quantizer.distinct_in(self, dtype)
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
@@ -147,16 +155,14 @@ class Residual(Composite):
         return cast(list[Quantizer], list(self.stages))
 
     @torch.no_grad()
-    def _greedy(self, latents: Tensor, name: str = "latents") -> tuple[Tensor, Tensor]:
-        """Code and indices by the nearest code of each stage."""
-        check_channels(latents, self.dim, name)
-        with float32_island(latents):
-            residual, codes, indices = latents.detach().float(), [], []
-            for stage in self.members:
-                codes.append(stage.snap(residual))
-                indices.append(stage.codes_to_indices(residual))
-                residual = residual - codes[-1]
-            return sum(codes[1:], codes[0]), torch.stack(indices, -1)
+    def _search(self, codes: Tensor) -> Tensor:
+        """The nearest codes; where their sum is another, summands by a search (summands.py), which may miss them."""
+        sums, indices = self.nearest(codes)
+        books = [stage.codes() for stage in self.members if isinstance(stage, Codebook)]
+        other = (sums != codes).any(1)
+        if books and bool(other.any()):
+            indices[other] = summands(codes.movedim(1, -1)[other], books)
+        return indices
 
 
 class Finer(FSQ):

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
+from midway.tokenizers.pretrained import Pretrained
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
 
@@ -41,12 +41,12 @@ class TokenizerOutput:
     z: Tensor
 
 
-class ImageTokenizer(ModelMixin, ConfigMixin):
+class ImageTokenizer(Pretrained):
     """Square images (B, in_channels, image_size, image_size) in [-1, 1] <-> a grid of codes.
 
     `quantizer` is a config for `make_quantizer`, FSQ [8, 5, 5, 5] by default. {"type": "identity", "dim": in_channels}
     with downsample 1 is the pixel model: latents are pixels, and there are no networks. Saved and loaded bit for bit by
-    save_pretrained and from_pretrained (safetensors).
+    save_pretrained and from_pretrained (pretrained.py).
 
     `network` "conv" (networks.py) has `blocks`, `upsample`, `attention` and `multipliers`, [1] by default; "vit" (vit.py) has
     `depth`, `heads` and `latent_tokens`, its patches are `downsample` pixels a side. With L latent tokens there is no grid:
@@ -169,11 +169,23 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, C, H, W) float32, meant for [-1, 1] but unbounded."""
         _check_shape(codes, self.latent_shape, "codes")
+        codes = codes.contiguous()  # convolutions round by layout, and equal codes are to give equal images
         return self.decoder(self._cast(codes if self.latent_tokens is None else codes.squeeze(2))).float()
 
     def encode_indices(self, images: Tensor) -> Tensor:
-        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them. ValueError if it is continuous."""
-        return self.quantizer.codes_to_indices(self.quantizer.latents(self.encode(images)))
+        """Images -> tokens int64, (B, h, w) or as the quantizer arranges them: those of `forward`, in any mode, without noise.
+
+        ValueError if the quantizer is continuous, or the encoder's output not finite.
+        """
+        if self.quantizer.codebook_size is None:
+            kind = self.config["quantizer"]["type"]
+            raise ValueError(f"quantizer {kind!r} is continuous and has no indices; use encode_latents")
+        z = self.encode(images)
+        if not bool(z.isfinite().all()):
+            raise ValueError(
+                "the encoder's output is not finite, so it has no tokens: its training diverged, train it again"
+            )
+        return self.quantizer.encode(z)[1]
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Tokens as `encode_indices` gives them -> images. ValueError if one is outside the codebook."""
@@ -181,8 +193,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Images -> latents (B, D, h, w) float32 before standardisation: what `set_latent_statistics` is measured on."""
-        latents = self.quantizer.latents(self.encode(images))
-        return self.quantizer.snap(latents) if self.latent_space == "post" else latents
+        z = self.encode(images)
+        return self.quantizer.encode(z)[0] if self.latent_space == "post" else self.quantizer.latents(z)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images."""

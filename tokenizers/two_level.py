@@ -70,11 +70,17 @@ class TwoLevel(Composite):
             conditioned = beside + self._map(straight_through(self.top.snap(top), top))
             return torch.cat([_repeated(top), self.bottom.latents(conditioned)], 1)
 
-    def snap(self, latents: Tensor) -> Tensor:
-        """(B, D, H, H) -> codes: the top's channels are averaged over 2x2 first. The bottom's are not conditioned again."""
+    def nearest(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D, H, H): the top's channels are averaged over 2x2 first. The bottom's are not conditioned again."""
         with float32_island(latents):
             top, bottom = _levels(latents, self.top.dim, self.bottom.dim, "latents")
-            return torch.cat([_repeated(self.top.snap(top)), self.bottom.snap(bottom)], 1)
+            return self._joined(self.top.nearest(top), self.bottom.nearest(bottom))
+
+    def encode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with float32_island(z):
+            above, beside = self._inputs(z)
+            top = self.top.encode(above)
+            return self._joined(top, self.bottom.encode(beside + self._map(top[0])))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, L) int64 -> (B, D, H, H) float32. ValueError if L is not 5 H^2 / 4 or an index is outside {0, ..., K - 1}."""
@@ -82,12 +88,6 @@ class TwoLevel(Composite):
         top, bottom = indices.split([side**2, 4 * side**2], 1)
         above = self.top.indices_to_codes(top.unflatten(1, (side, side)))
         return torch.cat([_repeated(above), self.bottom.indices_to_codes(bottom.unflatten(1, (2 * side, 2 * side)))], 1)
-
-    def codes_to_indices(self, codes: Tensor) -> Tensor:
-        """(B, D, H, H) -> (B, L) int64; the top's channels are averaged over 2x2 first, as in `snap`."""
-        with float32_island(codes):
-            top, bottom = _levels(codes, self.top.dim, self.bottom.dim, "codes")
-            return self._sequence(self.top.codes_to_indices(top), self.bottom.codes_to_indices(bottom))
 
     def tokens(self, height: int, width: int) -> int:
         return height * width * 5 // 4
@@ -98,7 +98,7 @@ class TwoLevel(Composite):
         with float32_island(z):
             above, beside = self._inputs(z)
             self.top.start(above)
-            self.bottom.start(beside + self._map(self.top.snap(self.top.latents(above))))
+            self.bottom.start(beside + self._map(self.top.encode(above)[0]))
 
     @property
     def members(self) -> list[Quantizer]:
@@ -112,6 +112,15 @@ class TwoLevel(Composite):
         """A t: codes (B, top.dim, h, h) -> (B, bottom.in_dim, 2 h, 2 h) float32, whatever the dtype of the weights."""
         bias = None if self.condition.bias is None else self.condition.bias.float()
         return F.pixel_shuffle(F.conv2d(top, self.condition.weight.float(), bias, padding=1), 2)
+
+    def _search(self, codes: Tensor) -> Tensor:
+        with float32_island(codes):
+            top, bottom = _levels(codes, self.top.dim, self.bottom.dim, "codes")
+            return self._sequence(self.top._search(top), self.bottom._search(bottom))
+
+    def _joined(self, top: tuple[Tensor, Tensor], bottom: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Codes and indices of both levels together."""
+        return torch.cat([_repeated(top[0]), bottom[0]], 1), self._sequence(top[1], bottom[1])
 
     def _sequence(self, top: Tensor, bottom: Tensor) -> Tensor:
         """Indices (B, h, h[, G]) and (B, 2 h, 2 h[, G]) -> (B, L[, G])."""

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def hardware() -> str:
 
 def command_line() -> str:
     """The command as typed, without the machine's paths."""
-    return " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:

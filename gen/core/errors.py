@@ -7,6 +7,8 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
+from midway.gen.core.text import printable
+
 
 class MidwayError(Exception):
     """A failure that a user can act on. `str(error)` is three lines: what, why, how to fix."""
@@ -14,8 +16,8 @@ class MidwayError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, why: str, fix: str) -> None:
-        self.what, self.why, self.fix = what, why, fix
-        super().__init__(f"{what}\n  why: {why}\n  fix: {fix}")
+        self.what, self.why, self.fix = printable(what), printable(why), printable(fix)
+        super().__init__(f"{self.what}\n  why: {self.why}\n  fix: {self.fix}")
 
 
 class UsageError(MidwayError):

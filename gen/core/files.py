@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import stat
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DiskError, one_line, raising
+from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising
 
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 """Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
 
+ZIP_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError)
+"""Errors of opening zip files that are missing, damaged or of another kind."""
 TEXT_LIMIT = 64 << 20
 """Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
 LOG_LIMIT = 8 << 30
@@ -77,12 +80,32 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+    """The bytes of a member of a zip, as many as it declares and no more than `limit`; OSError, BadZipFile."""
+    entry = archive.getinfo(name)
+    check_size(entry.file_size, limit)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile expands others without bound
+        raise OSError("it is neither stored nor deflated: make the zip again")
+    with archive.open(entry) as member:
+        return member.read(entry.file_size)
+
+
 def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:
     """Within the block an error of `DAMAGE` becomes a DataError that names `path`; `why` holds its text."""
     return raising(DataError, f"{path} cannot be read", fix, *DAMAGE, why=lambda error: why.format(one_line(error)))
 
 
 # ---- writing ----
+
+
+def check_path(path: Path) -> Path:
+    """`path`; UsageError where its name is not UTF-8, for files of weights could not be read there again."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        why = "its name has bytes that are not UTF-8, and files of weights cannot be opened there"
+        raise UsageError(f"{path} cannot be used", why, "choose another --out") from None
+    return path
 
 
 @contextlib.contextmanager

@@ -21,7 +21,16 @@ from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, UsageError, raising
-from midway.gen.core.files import LOG_LIMIT, clear_temporaries, read_json, read_text, reading, write_atomically
+from midway.gen.core.files import (
+    LOG_LIMIT,
+    check_path,
+    clear_temporaries,
+    read_json,
+    read_text,
+    reading,
+    write_atomically,
+)
+from midway.gen.core.text import echo, printable_lines
 
 HALF_CONFIG = ".config.yaml.*tmp"
 """What a process that was killed as it made a run leaves."""
@@ -42,7 +51,7 @@ class Run:
 
         Only a run of the same kind is ever removed or resumed, and never a directory removed that holds the current one.
         """
-        run = Run(path, kind, config)
+        run = Run(check_path(path), kind, config)
         if overwrite and resume:
             raise UsageError("--overwrite and --resume auto contradict", "one deletes what the other needs", "drop one")
         if (path / "config.yaml").exists():
@@ -113,8 +122,8 @@ class Run:
     def say(self, line: str) -> None:
         """Print a line and append it to log.txt."""
         if not self.quiet:
-            print(line, flush=True)
-        _append(self.path / "log.txt", line)
+            echo(line)
+        _append(self.path / "log.txt", printable_lines(line))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; a value that is not finite becomes null, as JSON requires."""
@@ -173,7 +182,7 @@ def lock(path: Path, use: str = "trained") -> Iterator[None]:
 
 def _append(path: Path, line: str) -> None:
     fix = "free space, then resume with --resume auto"
-    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a") as file:
+    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from midway.gen.core.errors import MidwayError
 from midway.gen.core.terminal import emit, exit_now
+from midway.gen.core.text import printable
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 STOPPING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
@@ -64,6 +65,7 @@ class _State:
     deferred: int = 0
     reacted: bool = False
     note: str = NOTHING
+    noted: bool = False
     listening: bool = False
     end: Callable[[str, int], object] = lambda line, code: os._exit(code)
 
@@ -87,9 +89,12 @@ def name_of(number: int) -> str:
         return f"signal {number}"
 
 
-def stop_note(text: str) -> None:
-    """What a stop from here on leaves behind, and how to go on: the end of the line that is printed then."""
-    _state.note = text
+def stop_note(text: str, last: bool = False) -> None:
+    """What a stop from here on leaves behind, and how to go on: the end of the line that is printed then.
+
+    `last`: also of the work that this program has parts of, whose own notes are ignored from here on."""
+    if last or not _state.noted:
+        _state.note, _state.noted = printable(text), last
 
 
 def stop_line(number: int) -> str:

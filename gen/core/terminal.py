@@ -26,7 +26,10 @@ class _Descriptor(io.FileIO):
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within the block, printing to stdout and stderr does not raise when their reader is gone. OSError of a full disk."""
+    """Within the block, printing to stdout and stderr does not raise when their reader is gone, or for what it cannot show.
+
+    OSError of a full disk.
+    """
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_lasting, before)
     try:
@@ -40,16 +43,19 @@ def lasting_output() -> Iterator[None]:
 
 def _lasting(stream: TextIO) -> TextIO:
     """A stream like this one whose reader may go away; the same stream where it has no file (None, and those of tests)."""
+    unshowable = "backslashreplace"  # what a terminal cannot show must not end a command
     try:
         descriptor = stream.fileno()
     except (AttributeError, OSError, ValueError):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=unshowable)
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Descriptor(descriptor, "w", closefd=False)),
         encoding=stream.encoding,
-        errors=stream.errors,
+        errors=unshowable,
         line_buffering=getattr(stream, "line_buffering", True),
     )
 
@@ -57,7 +63,7 @@ def _lasting(stream: TextIO) -> TextIO:
 def emit(text: str) -> None:
     """Write a line to stderr from any thread or signal handler, whatever state the streams of Python are in."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def exit_now(code: int) -> NoReturn:

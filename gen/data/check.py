@@ -30,7 +30,7 @@ from midway.gen.data.contents import (
     shared,
     sizes,
 )
-from midway.gen.data.decoding import Undecodable, Unusable, counted
+from midway.gen.data.decoding import LOSSY, Undecodable, counted
 from midway.gen.data.files import check_bad
 from midway.gen.data.sources import SOURCES, existing_path
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
@@ -39,8 +39,6 @@ FEW = 1000
 """Held-out images below which a distance is mostly bias."""
 LEAST = 2
 """Images that a covariance needs."""
-
-_LOSSY = "lossy"  # the beginning of notes about loss
 
 
 @dataclass(frozen=True)
@@ -118,17 +116,10 @@ def check(config: DataConfig, against: str | None = None) -> DataFacts:
 
 def _errors(contents: Contents, config: DataConfig) -> Iterator[DataError]:
     """All errors of `load_images`, not only the first."""
-    unusable = [item for item in contents.bad if isinstance(item, Unusable)]
-    broken = [item for item in contents.bad if not isinstance(item, Unusable)]
-    total = len(contents.pictures) + len(contents.bad)
     try:
-        check_bad(broken, total, config.on_bad_image)
+        check_bad(contents.bad, len(contents.pictures) + len(contents.bad), config.on_bad_image)
     except DataError as error:
         yield error
-    if unusable:
-        what = f"{len(unusable)} of {counted(total)} are intact but cannot be used"
-        why = "; ".join(f"{item.name} ({item.reason})" for item in unusable[:NAMED])
-        yield DataError(what, why, "convert or remove these files; --on-bad-image skip does not cover them")
     if contents.error is not None:
         yield contents.error
     if len({picture.size for picture in contents.pictures}) > 1:
@@ -206,7 +197,7 @@ def _warnings(facts: DataFacts) -> Iterator[str]:
     if facts.other_files:
         listed = ", ".join(f"{ending} ({count})" for ending, count in facts.other_files.items())
         yield f"files without an image extension are ignored: {listed}"
-    if any(note.startswith(_LOSSY) for note in facts.conversions):
+    if any(note.startswith(LOSSY) for note in facts.conversions):
         yield "lossy files: their loss is part of the data; save samples as PNG, since JPEG would change their distance"
     yield from _copies_warnings(facts)
     if facts.split is not None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.decoding import Decoded, Undecodable, attempt, check_options
+from midway.gen.data.decoding import Decoded, Undecodable, check_options, decode
 from midway.gen.data.files import class_labels, map_files, open_files
 from midway.gen.data.levels import levels_of
 from midway.gen.data.sources import SOURCES, existing_path, prepared, read_named
@@ -122,7 +122,7 @@ def _files(path: Path, config: DataConfig) -> Contents:
 
 def _examiner(read: Callable[[str], bytes], config: DataConfig) -> Callable[[str], Picture | Undecodable]:
     def work(name: str) -> Picture | Undecodable:
-        result = attempt(name, read, config.channels, config.resize)
+        result = decode(name, read, config.channels, config.resize)
         return examine(result) if isinstance(result, Decoded) else result  # the pixels are freed here
 
     return work

@@ -1,10 +1,14 @@
 """One image file to uint8 pixels: decoded fully, turned upright, converted; every conversion is stated.
 
-Each file is decoded, turned upright (EXIF), brought to 8-bit grey (H, W) or RGB (H, W, 3), then to the requested channels and
-size. A step that changes pixels leaves a note, so nothing is changed silently; a file that 8 bits cannot hold (16-bit, float)
-raises DataError. `Image.verify()` misses truncated JPEGs, hence the full decode.
+Each file is decoded, brought to 8 bits (depth.py), turned upright (EXIF), made grey (H, W) or RGB (H, W, 3), then brought to the
+requested channels and size. A step that changes pixels leaves a note, so nothing is changed silently; a file that is intact, but
+cannot be used (a grey depth map, floats), is `Unusable`. `Image.verify()` misses truncated JPEGs, hence the full decode.
 """
 
+import contextlib
+import functools
+import importlib
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -12,14 +16,30 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from midway.gen.core.errors import DataError, UsageError, nearest, one_line
+from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
+from midway.gen.core.files import check_size
+from midway.gen.data.depth import check_tiff, to_eight_bits
 
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # what Pillow may try; not EPS, which starts Ghostscript
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "HEIF")
+"""What Pillow may try: not EPS, which starts Ghostscript. AVIF needs Pillow 11.3 or newer, HEIF the plugin pillow-heif."""
+IMAGE_LIMIT = 1 << 30
+"""Bytes of one image file: twice those of the largest RGB picture below, uncompressed."""
+PIXEL_LIMIT = 178_956_970
+"""Pixels of one image, where Pillow's own limit lies unless somebody has moved it: 13,377 x 13,377."""
+LOSSY = "lossy"
+"""How a note about a source that was saved with loss begins."""
 
-_ORIENTATION, _BITS_PER_SAMPLE = 0x0112, 258  # EXIF and TIFF tags
-_PNG_SIGNATURE, _PNG_DEPTH_BYTE = b"\x89PNG\r\n\x1a\n", 24
+_ORIENTATION = 0x0112  # EXIF and TIFF tag
+_LOSSY = {
+    "JPEG": "JPEG",
+    "MPO": "JPEG",
+    "AVIF": "AVIF",
+    "HEIF": "HEIF",
+}  # of the last two a few are not, which no header shows
+_LOSSY_IN_TIFF = {"jpeg": "JPEG", "tiff_jpeg": "JPEG", "webp": "WebP"}
+_BRANDS = {"AVIF": (b"avif", b"avis"), "HEIF": (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")}
 
 # Pillow mode -> (mode it becomes, how that is stated)
 _CONVERSIONS = {
@@ -64,29 +84,47 @@ def check_options(channels: int | None, resize: int | None, on_bad_image: str) -
 
 
 def decode(name: str, read: Callable[[str], bytes], channels: int | None, resize: int | None) -> Decoded | Undecodable:
-    """Read, decode and prepare one file. DataError for what is intact but unusable (16-bit, too many pixels)."""
+    """Read, decode and prepare one file; nothing about one file stops a look at all of them."""
     try:
-        data = read(name)
-        image = Image.open(BytesIO(data), formats=FORMATS)
-        image.load()
-        upright, turned = _upright(image)
-        notes = _file_notes(image) + turned
+        return _decode(name, read(name), channels, resize)
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name} has too many pixels", str(error), "make that image smaller, or remove it") from error
+        return Unusable(name, f"has too many pixels: {error}")
+    except DataError as error:
+        return Unusable(name, f"{error.what.removeprefix(name).strip()}: {error.why}; {error.fix}")
     except MemoryError:
         raise
     except Exception as error:  # Pillow's readers raise SyntaxError, struct.error, zlib.error, ... on damaged bytes
-        return Undecodable(name, _reason(error))
-    _check_depth(name, image, data)
-    return prepare(name, upright, channels, resize, notes)
+        return Undecodable(name, str(error) if isinstance(error, UnidentifiedImageError) else one_line(error))
 
 
-def attempt(name: str, read: Callable[[str], bytes], channels: int | None, resize: int | None) -> Decoded | Undecodable:
-    """`decode`, with what is intact but unusable as a result too: nothing about one file stops a look at all of them."""
+def _decode(name: str, data: bytes, channels: int | None, resize: int | None) -> Decoded:
+    image = _open(data)
+    with raising(DataError, f"{name} is too large", "make it smaller", OSError):
+        check_size(image.width * image.height, PIXEL_LIMIT, "pixels")
+    notes, orientation = _file_notes(image, data), image.getexif().get(_ORIENTATION, 1)
+    eight, depth = to_eight_bits(image, data, channels)
+    upright, turned = _upright(eight, orientation, turned=image.format == "TIFF")  # Pillow turns a TIFF as it loads it
+    return prepare(name, upright, channels, resize, notes + depth + turned)
+
+
+def _open(data: bytes) -> Image.Image:
     try:
-        return decode(name, read, channels, resize)
-    except DataError as error:
-        return Unusable(name, f"{error.what.removeprefix(name).strip()}: {error.why}")
+        return Image.open(BytesIO(data), formats=_readable())
+    except UnidentifiedImageError:  # its own text is the address of a buffer
+        reason = _unidentified(data)
+    if reason.startswith("TIFF"):
+        with contextlib.suppress(SyntaxError, ValueError, TypeError, LookupError, OSError, struct.error):
+            check_tiff(data)
+    raise UnidentifiedImageError(reason)
+
+
+@functools.cache
+def _readable() -> tuple[str, ...]:
+    """Those of `FORMATS` that can be read here."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def prepare(
@@ -99,34 +137,52 @@ def prepare(
     return Decoded(name, np.asarray(image), notes + to_eight_bits + to_channels + to_size)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its own text is the address of a buffer
-        return "empty or not an image"
-    return one_line(error)
+def _unidentified(data: bytes) -> str:
+    """Why Pillow opens no image in these bytes."""
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in _BRANDS["AVIF"] and not ("AVIF" in _readable() and features.check("avif")):
+        return "AVIF, which Pillow reads from 11.3 on: pip install --upgrade pillow, or convert it to PNG"
+    if brand in _BRANDS["HEIF"] and "HEIF" not in _readable():
+        return "HEIF, which needs a plugin: pip install pillow-heif, or convert it to PNG"
+    names = [name for name in _readable() if (accepts := Image.OPEN[name][1]) is not None and accepts(data[:16])]
+    return f"{names[0]}, but its header is damaged or of a kind that is not read" if names else "empty or not an image"
 
 
-def _upright(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
-    if image.getexif().get(_ORIENTATION, 1) in range(2, 9):
-        return ImageOps.exif_transpose(image), ("EXIF rotation applied",)
-    return image, ()
+def _upright(image: Image.Image, orientation: int, turned: bool) -> tuple[Image.Image, tuple[str, ...]]:
+    """As it is to be shown, by its EXIF orientation, 1 to 8; `turned`: that is so already."""
+    if orientation not in range(2, 9):
+        return image, ()
+    if not turned:
+        image.getexif()[_ORIENTATION] = orientation
+        image = ImageOps.exif_transpose(image)
+    return image, ("EXIF rotation applied",)
 
 
-def _file_notes(image: Image.Image) -> tuple[str, ...]:
-    lossy = ("lossy JPEG source",) if image.format in ("JPEG", "MPO") else ()
+def _file_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    name = _loss(image, data)
+    lossy = (f"{LOSSY} {name} source",) if name else ()
     frames = ("first of several frames",) if getattr(image, "n_frames", 1) > 1 else ()
     return lossy + frames
 
 
-def _check_depth(name: str, image: Image.Image, data: bytes) -> None:
-    """DataError for more than 8 bits a sample; Pillow clips such values, or drops their low byte without a word."""
-    bits = 8
-    if data.startswith(_PNG_SIGNATURE):
-        bits = data[_PNG_DEPTH_BYTE]
-    elif isinstance(image, TiffImagePlugin.TiffImageFile):
-        bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,)))
-    if bits > 8 or image.mode.startswith(("I", "F")):
-        why = f"its pixels are 16-bit, 32-bit or float (Pillow mode {image.mode}); their scale to 8 bits is unknown"
-        raise DataError(f"{name} is not an 8-bit image", why, "convert it to 8-bit with the scale you mean")
+def _loss(image: Image.Image, data: bytes) -> str | None:
+    """The lossy format that an image was saved in, by its file's own header."""
+    if image.format == "WEBP":
+        return "WebP" if _webp_is_lossy(data) else None
+    if image.format == "TIFF":
+        return _LOSSY_IN_TIFF.get(image.info.get("compression", ""))
+    return _LOSSY.get(image.format or "")
+
+
+def _webp_is_lossy(data: bytes) -> bool:
+    """By the chunk of the first frame: `VP8 ` is lossy, `VP8L` is not; others, which may hold one, come before it."""
+    at = 12
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind in (b"VP8 ", b"VP8L"):
+            return kind == b"VP8 "
+        at += 24 if kind == b"ANMF" else 8 + size + size % 2  # a frame of an animation: 16 bytes, then its chunks
+    return True
 
 
 def _grey_or_rgb(name: str, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:

@@ -25,13 +25,13 @@ from PIL import Image
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, UsageError, one_line
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, prepare, stack
+from midway.gen.core.text import printable
+from midway.gen.data.decoding import LOSSY, Decoded, Undecodable, check_options, prepare, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
 
 EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
-WEBP = re.compile(r"\.webp$", re.IGNORECASE)  # mostly lossy, and nothing in what Pillow gives tells
 HASHED = 1024  # images at once
-LOSSY = "lossy samples: the format itself changes the distance; write PNG or NPZ"
+LOSSY_SAMPLES = "lossy samples: the format itself changes the distance; write PNG or NPZ"
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def read_all(paths: Sequence[Path], options: ReadingOptions) -> dict[str, Extern
     """By the name of file or folder, by the whole path where names repeat. UsageError for one path twice."""
     if len({path.resolve() for path in paths}) < len(paths):
         raise UsageError("--images names a path twice", "rows would repeat", "name it once")
-    names = [path.name or str(path) for path in paths]
+    names = [printable(path.name or path) for path in paths]
     found = {
-        (name if names.count(name) == 1 else str(path)): read_external(path, options)
+        (name if names.count(name) == 1 else printable(path)): read_external(path, options)
         for name, path in zip(names, paths, strict=True)
     }
     return {name: replace(images, name=name) for name, images in found.items()}
@@ -79,7 +79,7 @@ def read_external(path: Path, options: ReadingOptions | None = None) -> External
     if not path.exists():
         raise DataError(f"{path} does not exist", f"looked for {path.absolute()}", "check the path given to --images")
     pixels, notes = _from_npz(path, options) if path.suffix.lower() == ".npz" else _from_files(path, options)
-    return ExternalImages(path.name, pixels, fingerprint(pixels), notes)
+    return ExternalImages(printable(path.name), pixels, fingerprint(pixels), notes)
 
 
 def fingerprint(pixels: Tensor) -> str:
@@ -97,10 +97,10 @@ def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str,
     bad = [result for result in results if isinstance(result, Undecodable)]
     skipped = check_bad(bad, len(results), options.on_bad_image)
     good = [result for result in results if isinstance(result, Decoded)]
-    lossy = any("JPEG" in note for image in good for note in image.notes) or any(WEBP.search(name) for name in names)
+    lossy = any(note.startswith(LOSSY) for image in good for note in image.notes)
     turns = () if names == files.names else ("folders take turns, so that every block holds every class",)
     pixels, conversions = stack(good, len(good))
-    return torch.from_numpy(pixels), (*conversions, *((LOSSY,) if lossy else ()), *turns, *skipped)
+    return torch.from_numpy(pixels), (*conversions, *((LOSSY_SAMPLES,) if lossy else ()), *turns, *skipped)
 
 
 def in_turn(names: Sequence[str]) -> tuple[str, ...]:

@@ -15,14 +15,17 @@ from typing import Literal, TypeVar
 from PIL import Image
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.data.decoding import Decoded, Undecodable, counted, decode
+from midway.gen.core.files import ZIP_DAMAGE, read_bytes, read_member, regular_file
+from midway.gen.data.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
 
 Result = TypeVar("Result")
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+_PORTABLE, _HEIF = (".ppm", ".pgm", ".pbm", ".pnm"), (".avif", ".heic", ".heif")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", *_PORTABLE, *_HEIF)
 _CHUNK = 16  # files a thread takes at once: one future per file would cost as much as a small JPEG
 _WORTH_A_THREAD = 5e-4  # seconds an image; about a 128x128 PNG
 _LISTED = 5  # files named in an error
+_BROKEN, _UNUSABLE = "cannot be decoded", "intact but cannot be used"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class FileSet:
 def open_files(path: Path) -> Iterator[FileSet]:
     """The images of a folder or zip, to be read while the context is open. DataError: missing, broken or without images."""
     if path.is_dir():
-        yield _file_set(path, _walk(path), lambda name: (path / name).read_bytes())
+        yield _file_set(path, _walk(path), lambda name: read_bytes(path / name, IMAGE_LIMIT))
     else:
         with _open_zip(path) as archive:
             found = (entry.filename for entry in archive.infolist() if not entry.is_dir())
@@ -75,8 +78,8 @@ def _raise_unreadable(error: OSError) -> None:
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
     fix = "give a folder of images or a complete .zip; if this was downloaded, download it again"
-    with raising(DataError, f"{path} cannot be read as a zip of images", fix, zipfile.BadZipFile, OSError):
-        return zipfile.ZipFile(path)
+    with raising(DataError, f"{path} cannot be read as a zip of images", fix, *ZIP_DAMAGE):
+        return zipfile.ZipFile(regular_file(path))
 
 
 def _locked_read(archive: zipfile.ZipFile) -> Callable[[str], bytes]:
@@ -84,7 +87,7 @@ def _locked_read(archive: zipfile.ZipFile) -> Callable[[str], bytes]:
 
     def read(name: str) -> bytes:
         with lock:
-            return archive.read(name)
+            return read_member(archive, name, IMAGE_LIMIT)
 
     return read
 
@@ -164,10 +167,17 @@ def check_bad(bad: Sequence[Undecodable], total: int, on_bad_image: Literal["err
     """The stated skip, if any. DataError naming the first few files: when not skipping, or above 1 % of `total`."""
     if not bad:
         return ()
+    unusable = [item for item in bad if isinstance(item, Unusable)]
+    broken = [item for item in bad if not isinstance(item, Unusable)]
     if on_bad_image == "skip" and 100 * len(bad) <= total:
-        return (f"{counted(len(bad))}: skipped, cannot be decoded (first: {bad[0].name})",)
+        return tuple(_skipped(items, why) for items, why in ((broken, _BROKEN), (unusable, _UNUSABLE)) if items)
     listed = "; ".join(f"{item.name} ({item.reason})" for item in bad[:_LISTED])
     more = f"; and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+    why = _BROKEN if not unusable else f"are {_UNUSABLE}" if not broken else "cannot be decoded or used"
     above = "more than 1 % is bad; " if on_bad_image == "skip" else "up to 1 % may be left out by --on-bad-image skip; "
     fix = above + "replace or remove these files"
-    raise DataError(f"{len(bad)} of {counted(total)} cannot be decoded", listed + more, fix)
+    raise DataError(f"{len(bad)} of {counted(total)} {why}", listed + more, fix)
+
+
+def _skipped(items: Sequence[Undecodable], why: str) -> str:
+    return f"{counted(len(items))}: skipped, {why} (first: {items[0].name}: {items[0].reason})"

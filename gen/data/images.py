@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from midway.gen.core.text import printable
 from midway.gen.data.decoding import Decoded, Undecodable, check_options, listed_counts, stack
 from midway.gen.data.files import check_bad, class_labels, decode_all, open_files
 from midway.gen.data.sources import SOURCES, Arrays, existing_path, prepared, read_named
@@ -85,8 +86,9 @@ def _load_path(
 def image_data(
     images: Tensor, labels: Tensor, classes: tuple[str, ...], name: str, conversions: tuple[str, ...]
 ) -> ImageData:
-    """With the fingerprint of these images."""
-    return ImageData(images, labels, classes, name, _fingerprint(images, labels, classes), conversions)
+    """With the fingerprint of these images; names are text from here on (core/text.py)."""
+    shown = tuple(map(printable, classes))
+    return ImageData(images, labels, shown, printable(name), _fingerprint(images, labels, classes), conversions)
 
 
 def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:

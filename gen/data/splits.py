@@ -27,7 +27,7 @@ class DataConfig:
     resize: int | None = None
     """Shorter side in pixels, then a centre crop."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """skip leaves out unreadable files, at most 1 % of them."""
+    """skip leaves out files that cannot be decoded or used, at most 1 % of all."""
     download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
 

@@ -37,6 +37,7 @@ from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
+from midway.tokenizers.pretrained import read_diffusers
 
 NETWORK = "UNet2DModel"
 DECODERS = {"vqvae": "VQModel", "vae": "AutoencoderKL"}
@@ -185,7 +186,7 @@ def _parts(path: Path) -> set[str]:
 
 
 def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
-    """A model of this class in float32, every weight of it from safetensors."""
+    """A model of this class in float32, from safetensors that hold it exactly."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.autoencoders.vq_model import VQModel
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -194,18 +195,10 @@ def _read(folder: Path, name: str, device: torch.device) -> nn.Module:
     named = _json(folder / "config.json").get("_class_name")
     if named != name:
         raise _unsupported(folder, f"its configuration is of class {named}, not {name}")
-    if not list(folder.glob("*.safetensors")):
-        raise _unsupported(folder, "it has no safetensors; pickled weights are not loaded")
     try:
-        model, report = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise _unsupported(folder, one_line(error)) from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise _unsupported(
-            folder, f"weights are missing, such as {[*report['missing_keys'], *report['mismatched_keys']][0]}"
-        )
+        model = read_diffusers(kind, folder)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unsupported(folder, str(error)) from None
     return nn.Module.to(model, device).eval().requires_grad_(False)
 
 

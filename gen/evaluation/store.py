@@ -27,6 +27,7 @@ from torch import Tensor
 from midway.gen.core.errors import DiskError
 from midway.gen.core.files import clear_temporaries, state_hash, write_atomically
 from midway.gen.core.runs import lock
+from midway.gen.core.text import echo, json_text
 
 SCHEMA = 2
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
@@ -66,7 +67,7 @@ class Seeds:
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    return json_text(value, sort_keys=True).encode()
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Cell:
         """None if the cell is not finished. A damaged file is renamed and counts as absent."""
         path = self._path
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
         try:
@@ -99,7 +100,7 @@ class Cell:
         except (ValueError, KeyError, TypeError) as error:
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.replace(path.with_suffix(".damaged"))
-            print(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again", flush=True)
+            echo(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again")
             return None
         return content["numbers"]
 
@@ -109,7 +110,7 @@ class Cell:
         content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
         if png is not None:
             write_atomically(self._path.with_suffix(".png"), png)
-        write_atomically(self._path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(self._path, (json_text(content, indent=1) + "\n").encode())
         shutil.rmtree(self._parts, ignore_errors=True)
 
     def png(self) -> bytes | None:

@@ -5,8 +5,8 @@ so that each is in the page once.
 """
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from midway.gen.core.text import html
 from midway.gen.report.html import image_tag
 
 Panel = tuple[str, int]
@@ -51,7 +51,7 @@ def _slider(budgets: Sequence[int], start: int) -> str:
 
 def _pane(letter: str, solvers: Sequence[str], start: int) -> str:
     options = "".join(
-        f'<option value="{i}"{" selected" if i == start else ""}>{escape(solver)}</option>'
+        f'<option value="{i}"{" selected" if i == start else ""}>{html(solver)}</option>'
         for i, solver in enumerate(solvers)
     )
     return (
@@ -66,7 +66,7 @@ def _table(
     """Every panel, a row per solver and a column per budget; `data-panel` has their two indices."""
     head = "".join(f'<th scope="col">{nfe} NFE</th>' for nfe in budgets)
     rows = (
-        f'<tr><th scope="row">{escape(solver)}</th>'
+        f'<tr><th scope="row">{html(solver)}</th>'
         + "".join(
             _cell(f"{i} {j}", (solver, nfe), grids.get((solver, nfe)), captions.get((solver, nfe), ""))
             for j, nfe in enumerate(budgets)
@@ -84,4 +84,4 @@ def _cell(place: str, panel: Panel, png: bytes | None, caption: str) -> str:
     if png is None:
         return f'<td data-panel="{place}"><small>not measured at this budget</small></td>'
     image = image_tag(png, f"samples of {panel[0]} with {panel[1]} evaluations")
-    return f'<td data-panel="{place}">{image}<small>{escape(caption)}</small></td>'
+    return f'<td data-panel="{place}">{image}<small>{html(caption)}</small></td>'

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import write_atomically
+from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
 from midway.gen.report.text import csv_text, markdown_table
@@ -51,11 +52,11 @@ def report_md(rows: Sequence[LikelihoodRow], context: ReportContext) -> str:
         "seeds": context.seeds,
         "hardware": context.hardware,
         "versions": context.version_text,
-        "command": f"`{context.command}`",
+        "command": context.command,
     }
-    notes = "\n".join(f"- {note}" for note in (*context.notes, *measured))
-    listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-    return f"# {context.title}\n\n{markdown_table(likelihood_table(rows))}\n\n{notes}\n\n## Provenance\n\n{listed}\n"
+    notes = "\n".join(f"- {markdown(note)}" for note in (*context.notes, *measured))
+    listed = "\n".join(f"- {markdown(name)}: {markdown(fact)}" for name, fact in facts.items())
+    return f"# {markdown(context.title)}\n\n{markdown_table(likelihood_table(rows))}\n\n{notes}\n\n## Provenance\n\n{listed}\n"
 
 
 def check_out(out: Path) -> None:

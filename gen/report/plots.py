@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from midway.gen.core.text import plot_label
 from midway.gen.evaluation.records import (
     Measurement,
     baselines_of,
@@ -70,14 +71,14 @@ def _line(axes: "Axes", measurements: Sequence[Measurement], x: Cost, index: int
     bars = {"fmt": "none", "ecolor": colour(index), "elinewidth": 1.1, "capsize": 3}
     axes.errorbar(costs, distances, yerr=[below, spread], **bars, zorder=2.5)
     face = {"markerfacecolor": "white" if hollow else colour(index), "markeredgewidth": 1.6, "markersize": 7}
-    axes.plot(costs, distances, **look(index), **face, label=label, zorder=3)
+    axes.plot(costs, distances, **look(index), **face, label=plot_label(label), zorder=3)
 
 
 def _star(axes: "Axes", m: Measurement, x: Cost, index: int) -> None:
     """A baseline: one star, in another order of colours than the lines."""
     tone = COLOURS[-1 - index % len(COLOURS)]
     at = {"color": tone, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
-    axes.plot([_cost(m, x)], [m.distance], **at, label=f"{m.solver} (baseline)", zorder=4)
+    axes.plot([_cost(m, x)], [m.distance], **at, label=plot_label(f"{m.solver} (baseline)"), zorder=4)
 
 
 def _front(axes: "Axes", points: Sequence[Measurement]) -> None:
@@ -145,7 +146,7 @@ def _draw(figure: "Figure", axes: "Axes", measurements: Sequence[Measurement], x
     floors = [floor.distance] if floor and math.isfinite(floor.distance) and floor.distance > 0 else []
     for distance in floors:  # named in the legend: a label on the line would lie across the curves that end there
         label = f"{floor_name(measurements)} {distance:.3g} (real images)"
-        axes.axhline(distance, **REFERENCE, label=label, zorder=2)
+        axes.axhline(distance, **REFERENCE, label=plot_label(label), zorder=2)
     distances, costs = [m.distance for m in points] + floors, [_cost(m, x) for m in points]
     axes.set_ylim(min(distances) / 1.35, max(distances) * 1.35)  # error bars may be cut, points never
     axes.set_xlim(min(costs) / 1.15, max(costs) * 1.15)

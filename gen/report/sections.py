@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from midway.gen.core.text import html, plot_label
 from midway.gen.data.images import to_float
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
@@ -41,7 +41,7 @@ class Section:
 def section_html(section: Section) -> str:
     """The section as a part of the page."""
     picture = "" if section.png is None else f'<div class="plot">{image_tag(section.png, section.alt)}</div>'
-    return f"<h2>{escape(section.title)}</h2><p>{escape(section.text)}</p>{picture}"
+    return f"<h2>{html(section.title)}</h2><p>{html(section.text)}</p>{picture}"
 
 
 def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Section:
@@ -73,7 +73,7 @@ def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Se
     raw = latents[:CODED].to(tokenizer.device) * std + mean
     real, drawn = (
         CodeUse.of(indices.reshape(-1, tokenizer.quantizer.groups).cpu(), tokenizer.quantizer.codebook_size)
-        for indices in (tokenizer.encode_indices(images), tokenizer.quantizer.codes_to_indices(raw))
+        for indices in (tokenizer.encode_indices(images), tokenizer.quantizer.nearest(raw)[1])
     )
     text = (
         f"{tokenizer.tokens} codes an image, each of {tokenizer.quantizer.codebook_size:,}. {_text(real, len(images))} "
@@ -125,7 +125,7 @@ def _explained(axes: "Axes", geometry: TrajectoryGeometry) -> None:
         linewidth=1.8,
         elinewidth=1.1,
         capsize=3,
-        label=f"{geometry.solver}, {geometry.steps} steps, {geometry.count} trajectories",
+        label=plot_label(f"{geometry.solver}, {geometry.steps} steps, {geometry.count} trajectories"),
         zorder=3,
     )
     low = min(walk[0], *(100 * (spread.mean - spread.std) for spread in geometry.explained))

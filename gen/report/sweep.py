@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 from midway.gen.core.files import write_atomically
+from midway.gen.core.text import html, markdown
 from midway.gen.evaluation.records import (
     baselines_of,
     check_comparable,
@@ -43,7 +43,6 @@ from midway.gen.report.sweep_tables import (
 from midway.gen.report.table import ReportContext, joined, number
 from midway.gen.report.text import (
     csv_text,
-    escape_markdown,
     jsonl_text,
     markdown_page,
     markdown_table,
@@ -79,7 +78,7 @@ def markdown_tables(ms: Measurements) -> str:
         (difference, f"{difference.title}. {difference.note}"),
     ]
     return "\n".join(
-        f"{escape_markdown(text)}\n" + (f"\n{markdown_table(table)}\n" if table.lines else "")
+        f"{markdown(text)}\n" + (f"\n{markdown_table(table)}\n" if table.lines else "")
         for table, text in captioned
         if table.lines or table is distance
     )
@@ -117,7 +116,7 @@ def report_md(ms: Measurements, context: ReportContext, sections: Sequence[Secti
         "![distance against NFE](distance_vs_nfe.png)\n",
         "![distance against time](distance_vs_seconds.png)\n",
         f"## {figures.title}\n\nSeconds are for 1000 images.\n\n{markdown_table(figures)}\n",
-        *(f"## {escape_markdown(section.title)}\n\n{escape_markdown(section.text)}\n" for section in sections),
+        *(f"## {markdown(section.title)}\n\n{markdown(section.text)}\n" for section in sections),
     ]
     return markdown_page(replace(context, notes=(*context.notes, *costs)), parts, provenance(ms, context))
 
@@ -135,7 +134,7 @@ def _lead(ms: Measurements) -> str:
         others = rivals.get(nfe, 0)
         near = f"; {others} other{'s' if others > 1 else ''} not significantly worse" if others else ""
         winners += [
-            f"<b>{escape(line.name)}</b> at {nfe} evaluations ({entry.value}{near})"
+            f"<b>{html(line.name)}</b> at {nfe} evaluations ({entry.value}{near})"
             for line in table.lines
             if (entry := line.entries[column]) is not None and entry.best
         ]
@@ -182,7 +181,7 @@ def report_html(
     """One self-contained page; `grids` may be empty. ValueError for measurements that do not compare."""
     check_comparable(ms)
     plots = plots or _plots(ms)
-    name, features = distance_name(ms), escape(feature_names(ms))
+    name, features = distance_name(ms), html(feature_names(ms))
     return page(
         context,
         _lead(ms),

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from midway.gen.core.text import csv_field, json_text, markdown, printable
 from midway.gen.report.table import ABSENT, Entry, Line, ReportContext, Table
 
 # ---- terminal ----
@@ -15,8 +15,11 @@ from midway.gen.report.table import ABSENT, Entry, Line, ReportContext, Table
 def text_table(table: Table) -> str:
     """Aligned, names flush left and figures flush right, small print before a figure, `*` after the best of each column."""
     marked = table.has_best
-    rows = [[line.name, *(_plain(entry, marked, line.floor) for entry in line.entries)] for line in table.lines]
-    heads = [table.heads[0], *(f"{head} " if marked else head for head in table.heads[1:])]
+    rows = [
+        [printable(line.name), *(_plain(entry, marked, line.floor) for entry in line.entries)] for line in table.lines
+    ]
+    first, *others = map(printable, table.heads)
+    heads = [first, *(f"{head} " if marked else head for head in others)]
     header, *body = _aligned([heads, *rows])
     return "\n".join([header, "-" * max(map(len, [header, *body])), *body, *(["* best"] if marked else [])])
 
@@ -24,7 +27,7 @@ def text_table(table: Table) -> str:
 def _plain(entry: Entry | None, marked: bool, floor: bool) -> str:
     if entry is None:
         return "" if floor else ABSENT
-    return f"{entry.small} {entry.value}{'*' if entry.best else ' ' if marked else ''}".removeprefix(" ")
+    return f"{printable(entry.small)} {entry.value}{'*' if entry.best else ' ' if marked else ''}".removeprefix(" ")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -38,41 +41,36 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 # ---- Markdown ----
 
 
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is, also inside a table."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in " ".join(text.split()))
-
-
 def markdown_table(table: Table) -> str:
     """The best of each column in bold, the floor in italics, small print in brackets."""
-    heads = [escape_markdown(head) for head in table.heads]
+    heads = [markdown(head) for head in table.heads]
     rows = [[_name(line), *(_markdown(entry, line.floor) for entry in line.entries)] for line in table.lines]
     rule = ["---", *("---:" for _ in heads[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
 
 
 def _name(line: Line) -> str:
-    return f"*{line.name}*" if line.floor else escape_markdown(line.name)
+    return f"*{line.name}*" if line.floor else markdown(line.name)
 
 
 def _markdown(entry: Entry | None, floor: bool) -> str:
     if entry is None:
         return "" if floor else ABSENT
     mark = "**" if entry.best else "*" if floor else ""
-    small = f" ({escape_markdown(entry.small)})" if entry.small else ""
+    small = f" ({markdown(entry.small)})" if entry.small else ""
     return f"{mark}{entry.value}{mark}{small}"
 
 
 def markdown_section(table: Table) -> str:
     """The table under its title and note."""
-    return f"## {table.title}\n\n{escape_markdown(table.note)}\n\n{markdown_table(table)}\n"
+    return f"## {markdown(table.title)}\n\n{markdown(table.note)}\n\n{markdown_table(table)}\n"
 
 
 def markdown_page(context: ReportContext, parts: Sequence[str], facts: Sequence[tuple[str, str]]) -> str:
     """A whole report: its title, `parts` (Markdown, each ending a line), notes if there are any, and provenance."""
-    notes = ["## Notes", "", *(f"- {escape_markdown(note)}" for note in context.notes), ""] if context.notes else []
-    listed = [f"- **{escape_markdown(name)}**: {escape_markdown(value)}" for name, value in facts]
-    return "\n".join([f"# {escape_markdown(context.title)}", "", *parts, *notes, "## Provenance", "", *listed]) + "\n"
+    notes = ["## Notes", "", *(f"- {markdown(note)}" for note in context.notes), ""] if context.notes else []
+    listed = [f"- **{markdown(name)}**: {markdown(value)}" for name, value in facts]
+    return "\n".join([f"# {markdown(context.title)}", "", *parts, *notes, "## Provenance", "", *listed]) + "\n"
 
 
 # ---- files for programs ----
@@ -91,14 +89,14 @@ def _csv_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return "" if value is None else str(value)
+        return " ".join(_csv_value(one) for one in value)
+    return csv_field(value) if isinstance(value, str) else "" if value is None else str(value)
 
 
 def jsonl_text(records: Sequence[Mapping[str, Any]]) -> str:
     """One JSON object per line; a number that is not finite becomes null, as JSON requires."""
     clean = ({key: _json_value(value) for key, value in record.items()} for record in records)
-    return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in clean)
+    return "".join(json_text(record, allow_nan=False) + "\n" for record in clean)
 
 
 def _json_value(value: object) -> object:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from midway.gen.core.text import plot_label
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.report.axes import (
@@ -61,7 +62,7 @@ def usage_png(results: Sequence[TokenizerResult]) -> bytes:
             ranks = _spread(len(frequencies))
             shares, multiples = ((ranks + 1) / size).tolist(), (frequencies[ranks] * size).tolist()
             style = look(index) | {"markevery": [-1], "markersize": 7}  # the line ends at the last code used
-            axes.plot(shares, multiples, **style, label=result.row.name, zorder=3)
+            axes.plot(shares, multiples, **style, label=plot_label(result.row.name), zorder=3)
     if not axes.lines:
         return _empty(figure, axes, "no codebook to plot")
     axes.set_xscale("log")
@@ -142,7 +143,7 @@ def _label(axes: "Axes", name: str, point: tuple[float, float], colour: str) -> 
     """The name with a thin line to its point."""
     line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
     style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 10, "color": INK}
-    return axes.annotate(name, point, _PLACES[0], **style, arrowprops=line, zorder=4)
+    return axes.annotate(plot_label(name), point, _PLACES[0], **style, arrowprops=line, zorder=4)
 
 
 def _box(axes: "Axes", left: float, right: float, height: float) -> "Bbox":
@@ -165,7 +166,7 @@ def noise_png(results: Sequence[TokenizerResult]) -> bytes:
             axes.plot(*_curve(row.noise, row.psnr_noisy), **thin, zorder=2)
         style = look(index) | {"linestyle": "-", "markersize": 6}
         style["markerfacecolor"] = style["color"] if row.psnr_snapped else "white"
-        axes.plot(*_curve(row.noise, row.psnr_snapped or row.psnr_noisy), **style, label=row.name, zorder=3)
+        axes.plot(*_curve(row.noise, row.psnr_snapped or row.psnr_noisy), **style, label=plot_label(row.name), zorder=3)
     if not axes.lines:
         return _empty(figure, axes, "no noise measured")
     _legend(figure, axes)

@@ -8,13 +8,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.files import replacing, write_atomically
+from midway.gen.core.text import html
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.records import FLOOR
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
@@ -183,19 +183,19 @@ def _lead(rows: Sequence[TokenizerRow]) -> str:
     if len(rows) < 2:
         return ""
     best = max(rows, key=lambda row: row.psnr)
-    parts = [f"<b>{escape(best.name)}</b> reconstructs best ({best.psnr:.2f} dB)"]
+    parts = [f"<b>{html(best.name)}</b> reconstructs best ({best.psnr:.2f} dB)"]
     for name, head in (("distance", "is nearest to the training images"), ("interpolated", "interpolates best")):
         found = [(value, row.name) for row in rows if (value := getattr(row, name)) is not None]
         if found:
             value, winner = min(found)
-            parts.append(f"<b>{escape(winner)}</b> {head} ({number(value)})")
+            parts.append(f"<b>{html(winner)}</b> {head} ({number(value)})")
     return f'<p class="lead">{"; ".join(parts)}.</p>'
 
 
 def _strip(name: str, small: str, images: Tensor, kind: str = "") -> str:
     few = images[: max(4, _STRIP // images.shape[-1])]
     picture = image_tag(grid_png(few, columns=len(few)), f"{name}, {small}" if small else name)
-    return f'<div class="{kind}"><p>{escape(name)}<small>{escape(small)}</small></p>{picture}</div>'
+    return f'<div class="{kind}"><p>{html(name)}<small>{html(small)}</small></p>{picture}</div>'
 
 
 def _strips(results: Sequence[TokenizerResult], originals: Tensor) -> str:

@@ -18,6 +18,7 @@ from midway.gen.core.environment import environment
 from midway.gen.core.errors import DataError, DiskError, raising
 from midway.gen.core.files import clear_temporaries, replacing
 from midway.gen.core.runs import Run
+from midway.gen.core.text import markdown
 from midway.gen.data.splits import DataConfig, Splits
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers.base import bits_per_image
@@ -80,7 +81,7 @@ def model_card(
     usage = USAGE.format(", ".join(map(str, tokenizer.image_shape)))
     parts = [
         f"---\n{header.to_yaml()}\n---",
-        f"# Image tokenizer: {kind}, {size}, {_cell(splits.train.name)}",
+        f"# Image tokenizer: {kind}, {size}, {markdown(splits.train.name)}",
         *(f"## {title}\n\n{_table(rows)}" for title, rows in sections.items()),
         f"## Loading, in this folder\n\n```python\n{usage}\n```",
         "## Licence\n\nweights: the licence of the data and of the trainer applies",
@@ -143,13 +144,8 @@ def _environment_rows() -> Rows:
 
 
 def _table(rows: Rows) -> str:
-    lines = [f"| {_cell(key)} | {_cell(str(value))} |" for key, value in rows.items()]
+    lines = [f"| {markdown(key)} | {markdown(value)} |" for key, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _cell(text: str) -> str:
-    """One line that a table can hold."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _shape(shape: tuple[int, int, int]) -> str:

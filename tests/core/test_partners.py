@@ -87,7 +87,9 @@ def test_a_partner_that_is_stopped_or_elsewhere_is_named_and_ends_the_wait(
         other = both[1 - rank]
         assert other.finish() == 1
         words = "gave no sign of life" if stopped else "alive, but did not come to this point"
-        assert re.match(rf"waiting for 1 of 2 processes for \d s \(rank {rank} {words}\): check their output", other.err)
+        assert re.match(
+            rf"waiting for 1 of 2 processes for \d s \(rank {rank} {words}\): check their output", other.err
+        )
         what, why, _ = lines_of(other)
         assert what.startswith("error: 1 of 2 processes did not come within") and f"rank {rank} {words}" in why
 

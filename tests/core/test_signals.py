@@ -195,8 +195,8 @@ def test_a_program_goes_on_when_nobody_reads_what_it_prints(terminal: bool, fail
     """As `| head` does, and a terminal that is closed: the exit code is that of the work."""
     file, fifo = tmp_path / "file", tmp_path / "fifo"
     os.mkfifo(fifo)
-    readers = pty.openpty() if terminal else (os.open(fifo, os.O_RDONLY | os.O_NONBLOCK),)
-    path = os.ttyname(readers[1]) if terminal else str(fifo)
+    readers = [*pty.openpty()] if terminal else [os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)]
+    path = os.ttyname(readers[-1]) if terminal else str(fifo)
     with programs(print_much, tmp_path, file, fail, surroundings=Surroundings(outputs=(path, path))) as one:
         program = begun(one, file)
         for reader in readers:

@@ -182,7 +182,7 @@ def test_damaged_and_pickled_weights_raise(ddpm: Path, tmp_path: Path) -> None:
     (file,) = (tmp_path / "pickled" / "unet").glob("*.safetensors")
     torch.save(load_file(file), file.with_name("diffusion_pytorch_model.bin"))
     file.unlink()
-    with pytest.raises(DataError, match="pickled weights are not loaded"):
+    with pytest.raises(DataError, match=r"pickled weights .* are not loaded"):
         load_diffusers(tmp_path / "pickled")
     (file,) = (tmp_path / "cut" / "unet").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-9])

@@ -17,6 +17,7 @@ from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_model, load_tokenizer, read_tokenizer
 from midway.gen.tokenizer.latents import encode
 from midway.gen.tokenizer.objective import evaluate_tokenizer
+from midway.tokenizers import weights
 
 GREY = {**AUTOENCODER, "in_channels": 1, "out_channels": 1}
 DIGITS = ("--data", "digits", "--held-out", "0.9")
@@ -85,12 +86,10 @@ def test_a_vq_model_has_its_codes_in_the_run(source: Path, tmp_path: Path, succe
 def test_without_a_network_a_hub_id_exits_with_3(
     tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from midway.tokenizers.tokenizer import ImageTokenizer
-
     def offline(*arguments: object, **options: object) -> None:
         raise OSError("cannot reach the Hub")
 
-    monkeypatch.setattr(ImageTokenizer, "load_config", offline)
+    monkeypatch.setattr(weights.huggingface_hub, "snapshot_download", offline)
     done = script("import_tokenizer", "--source", "someone/vae", *DIGITS, "--out", tmp_path / "run")
     assert done.code == 3
     assert "error: someone/vae cannot be imported\n  why: " in done.err

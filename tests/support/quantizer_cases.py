@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "residual": {"type": "residual", "base": VQ, "depth": 3, "dropout": 0.5},
     "residual, fsq": {"type": "residual", "base": {"type": "fsq", "levels": (5, 4, 3)}, "depth": 2, "dropout": 0.5},
     "residual, gradient": {"type": "residual", "base": GRADIENT, "depth": 2},
+    "residual, deep": {"type": "residual", "base": {**VQ, "codebook_size": 16, "dim": 4}, "depth": 6},
     "grouped": {"type": "grouped", "base": VQ, "groups": 2},
     "grouped, residual": {"type": "grouped", "base": {"type": "residual", "base": VQ, "depth": 2}, "groups": 2},
     "two_level": {"type": "two_level", "top": VQ, "bottom": {**VQ, "dim": 4}},
@@ -50,9 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 CONTINUOUS = ("kl", "identity")
 DISCRETE = [name for name in CASES if name not in CONTINUOUS]
-INEXACT = [
-    name for name in CASES if name in ("residual", "residual, gradient", "grouped, residual", "two_level, parts")
-]
+SUMS = ["residual", "residual, gradient", "residual, deep", "grouped, residual", "two_level, parts"]
 """Sums of codes that the nearest codes of each stage need not give back."""
 LEARNING = [
     name for name in CASES if any(kind in name for kind in ("vq", "gradient", "residual", "grouped", "two_level"))
@@ -76,3 +75,12 @@ def inputs(quantizer: Quantizer, count: int = 6, side: int = 4, seed: int = 0) -
     """z and the noise of `count` samples."""
     z = normal(count, quantizer.in_dim, side, side, seed=seed)
     return z, normal(count, max(quantizer.noise_channels, 1), side, side, seed=1000 + seed)
+
+
+def every_index(quantizer: Quantizer) -> Tensor:
+    """(K + 7, ...): each index everywhere in a 4 x 4 grid, then seven grids at random."""
+    size, shape = quantizer.codebook_size or 0, (quantizer.tokens(4, 4), quantizer.groups)
+    drawn = torch.randint(0, size, (7, *shape), generator=torch.Generator().manual_seed(0))
+    indices = torch.cat([torch.arange(size).view(-1, 1, 1).expand(-1, *shape), drawn])
+    indices = indices if isinstance(quantizer, TwoLevel) else indices.unflatten(1, (4, 4))
+    return indices if quantizer.groups > 1 else indices.squeeze(-1)

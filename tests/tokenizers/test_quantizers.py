@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multiprocess import together
-from quantizer_cases import CASES, CONTINUOUS, DISCRETE, INEXACT, LEARNING, inputs, started
+from quantizer_cases import CASES, CONTINUOUS, DISCRETE, LEARNING, SUMS, every_index, inputs, started
 from tensors import grad, normal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,24 +71,16 @@ def test_invalid_configs_name_the_remedy(config: dict[str, Any], message: str) -
 # Codes and indices ----------------------------------------------------------------------------------------------------
 
 
-def every_index(quantizer: Quantizer) -> Tensor:
-    """(K + 7, ...): each index everywhere in a 4 x 4 grid, then seven grids at random."""
-    size, shape = quantizer.codebook_size or 0, (quantizer.tokens(4, 4), quantizer.groups)
-    drawn = torch.randint(0, size, (7, *shape), generator=torch.Generator().manual_seed(0))
-    indices = torch.cat([torch.arange(size).view(-1, 1, 1).expand(-1, *shape), drawn])
-    indices = indices if isinstance(quantizer, TwoLevel) else indices.unflatten(1, (4, 4))
-    return indices if quantizer.groups > 1 else indices.squeeze(-1)
-
-
-@pytest.mark.parametrize("name", [name for name in DISCRETE if name not in INEXACT])
+@of_discrete
 def test_every_code_round_trips(name: str) -> None:
     quantizer = started(name)
     indices = every_index(quantizer)
     codes = quantizer.indices_to_codes(indices)
     assert codes.shape == (len(indices), quantizer.dim, 4, 4)
     assert codes.dtype == torch.float32
-    assert torch.equal(quantizer.codes_to_indices(codes), indices)
-    assert torch.equal(quantizer.snap(codes), codes)
+    if name != "residual, deep":  # of 2^24 tuples at random, more sums are near a sum than a search tries
+        assert torch.equal(quantizer.codes_to_indices(codes), indices)
+    assert name in SUMS or torch.equal(quantizer.snap(codes), codes)
     assert len(codes[:-7].flatten(1).unique(dim=0)) == quantizer.codebook_size
 
 
@@ -128,7 +120,7 @@ def test_invalid_indices_and_shapes_raise(name: str) -> None:
     for bad in (indices + (quantizer.codebook_size or 0), indices - 1, indices.float()):
         with pytest.raises(ValueError, match="indices"):
             quantizer.indices_to_codes(bad)
-    for call in (quantizer, quantizer.latents, quantizer.snap, quantizer.codes_to_indices):
+    for call in (quantizer, quantizer.latents, quantizer.nearest, quantizer.encode, quantizer.codes_to_indices):
         with pytest.raises(ValueError, match=r"takes \(B, \d+, \*S\)"):
             call(torch.zeros(2, max(quantizer.dim, quantizer.in_dim) + 1, 4, 4))
 
@@ -144,8 +136,10 @@ def test_forward_is_bit_equal_to_the_decoded_indices(name: str, autocast: bool) 
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = quantizer(z.requires_grad_(), noise)
             assert torch.equal(out.codes, quantizer.indices_to_codes(out.indices))
-            assert torch.equal(out.codes, quantizer.snap(quantizer.latents(z)))
-            assert torch.equal(out.indices, quantizer.codes_to_indices(quantizer.latents(z)))
+            for codes, indices in (quantizer.encode(z), quantizer.nearest(quantizer.latents(z))):
+                assert torch.equal(out.codes, codes)
+                assert torch.equal(out.indices, indices)
+            assert torch.equal(out.indices, quantizer.codes_to_indices(out.codes))
         assert not quantizer.snap(quantizer.latents(z)).requires_grad
         assert out.indices.dtype == torch.int64
         assert all(v.dtype == torch.float32 and v.shape == () for v in (out.loss, *out.losses.values()))
