@@ -1,11 +1,12 @@
 """The card of a learned solver."""
 
+import math
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class SolverCard:
-    """Origin and cost of a learned solver."""
+    """Origin and cost of a learned solver. ValueError for counts and scales that cannot be."""
 
     name: str
     """A name in `learned_solver.LEARNED`, or `table`."""
@@ -24,3 +25,10 @@ class SolverCard:
     """Solver that AMED is plugged into, a name in `plugin.BASES`."""
     mode: str = "per_step"
     """How it was distilled: per_step or end_to_end."""
+
+    def __post_init__(self) -> None:
+        if self.nfe < 1 or self.training_nfe < 0 or not math.isfinite(self.guidance):
+            raise ValueError(
+                f"a card needs nfe >= 1, training_nfe >= 0 and a finite guidance, got {self.nfe}, {self.training_nfe} and "
+                f"{self.guidance}"
+            )

@@ -19,8 +19,9 @@ from midway.samplers.denoisers import without_variance
 from midway.samplers.grids import GRIDS, explicit
 from midway.samplers.interop import is_flow, parametrisation_of, read_table, table_from_numbers, trained_range
 from midway.samplers.prediction import expand
+from midway.samplers.schedule import fingerprint
 from midway.samplers.solvers import SOLVERS
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.table import Table
 from midway.samplers.table_walk import TableWalk
 from midway.samplers.timesteps import Timesteps
 
@@ -73,6 +74,8 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"unknown grid {grid!r}: choose one of {', '.join(GRIDS)}, or give falling times in [0, 1]"
             )
+        elif not isinstance(grid, str):
+            explicit(grid)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0)
         self.table: Table | None = None

@@ -32,8 +32,20 @@ def _ends(schedule: Schedule, rho_max: float, rho_min: float) -> Tensor:
     return schedule.time_of_rho(torch.tensor([rho_max, rho_min], dtype=torch.float64))
 
 
+def is_grid(times: Sequence[float]) -> bool:
+    """Whether these are at least two times within [0, 1] that fall all the way."""
+    return len(times) > 1 and times[-1] >= 0 and times[0] <= 1 and all(a > b for a, b in pairwise(times))
+
+
 def _as_grid(times: Tensor) -> Grid:
-    return tuple(times.tolist())
+    """ValueError for times that are no grid: a schedule may end below rho_max, and steps may be too many to be told apart."""
+    grid = tuple(times.tolist())
+    if not is_grid(grid):
+        raise ValueError(
+            f"these {len(grid)} times do not fall all the way within [0, 1]: choose fewer steps, and noise levels that the "
+            "schedule has"
+        )
+    return grid
 
 
 def uniform(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN) -> Grid:
@@ -54,6 +66,8 @@ def karras(
 ) -> Grid:
     """Equal steps of rho^(1/7) (EDM, arXiv 2206.00364, eq. 5)."""
     _ends(schedule, rho_max, rho_min)
+    if not 0 < power < math.inf:
+        raise ValueError(f"the spacing of rho^(1/power) needs a positive power, got {power}")
     root = rho_max ** (1 / power) + (rho_min ** (1 / power) - rho_max ** (1 / power)) * _fractions(steps)
     return _as_grid(schedule.time_of_rho(root**power))
 
@@ -81,8 +95,7 @@ def reversed_grid(grid: Grid) -> Grid:
 def explicit(times: Sequence[float]) -> Grid:
     """A grid given as numbers: at least two, falling, within [0, 1]."""
     grid = tuple(float(t) for t in times)
-    falling = all(a > b for a, b in pairwise(grid))
-    if len(grid) < 2 or not falling or not (grid[-1] >= 0 and grid[0] <= 1):
+    if not is_grid(grid):
         raise ValueError(f"a grid is at least two falling times within [0, 1], got {grid}")
     return grid
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from midway.samplers.artefacts import read_header
 from midway.samplers.discrete import Discrete, betas_of, without_terminal_signal
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.learned_solver import FORMAT as LEARNED
@@ -81,20 +81,22 @@ def trained_range(schedule: Schedule) -> tuple[float, float]:
 
 
 def table_from_numbers(numbers: Mapping[str, Any]) -> Table:
-    """The table whose `dataclasses.asdict` these numbers are, also after a journey through JSON."""
-    rows = (
-        Row(r["time"], r["arrival"], tuple(r["states"]), tuple(r["predictions"]), r["noise"]) for r in numbers["rows"]
-    )
-    grid, nodes = tuple(numbers["grid"]), tuple(numbers["nodes"])
-    return Table(numbers["solver"], grid, nodes, tuple(rows), dict(numbers["metadata"]), numbers["schedule"])
+    """The table whose `dataclasses.asdict` these numbers are, also after a journey through JSON; ValueError for any other."""
+    try:
+        rows = tuple(
+            Row(r["time"], r["arrival"], tuple(r["states"]), tuple(r["predictions"]), r["noise"])
+            for r in numbers["rows"]
+        )
+        grid, nodes, metadata = tuple(numbers["grid"]), tuple(numbers["nodes"]), dict(numbers["metadata"])
+        return Table(numbers["solver"], grid, nodes, rows, metadata, numbers["schedule"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"these are not the numbers of a table: {type(error).__name__} {error}") from error
 
 
 def read_table(path: Path, schedule: Schedule) -> Table:
-    """The table in a file of `Table.save` or of a learned solver with constants; ValueError for any other."""
-    with safe_open(path, framework="pt") as file:
-        kind = (file.metadata() or {}).get("format")
-    if kind != LEARNED:
-        return Table.load(path)
+    """The table for this schedule in a file of `Table.save` or of a learned solver with constants; ValueError for any other."""
+    if read_header(path).get("format") != LEARNED:
+        return Table.load(path, schedule)
     table = LearnedSolver.load(path, schedule).table
     if table is None:
         raise ValueError(

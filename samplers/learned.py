@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from midway.samplers.fused import weighted_sum
-from midway.samplers.grids import Grid
+from midway.samplers.grids import Grid, is_grid
 from midway.samplers.multistep import dpmpp_weights
 from midway.samplers.prediction import Field, Prediction
 from midway.samplers.rows import CompiledRow, Execution, Row
-from midway.samplers.schedule import Schedule
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.schedule import Schedule, fingerprint
+from midway.samplers.table import Table
 
 REACH = 4.0
 """A learned gap or noise level is at most e^4 times what it started from: the grid keeps falling whatever is learned."""
@@ -66,7 +66,7 @@ class LearnedTable(nn.Module):
         super().__init__()
         times = torch.tensor(grid, dtype=torch.float64)
         steps = len(grid) - 1
-        if steps < 1 + analytic_first or not bool((times.diff() < 0).all()) or not 0 <= grid[-1] < grid[0] <= 1:
+        if steps < 1 + analytic_first or not is_grid(grid):
             raise ValueError(
                 f"a learned table needs a falling grid within [0, 1] of at least {1 + analytic_first} steps, got {grid}: "
                 "choose one of grids.py, of more steps if the first is analytic"
@@ -80,7 +80,9 @@ class LearnedTable(nn.Module):
         dpmpp_weights(schedule, times, order)  # ValueError for an unsupported order or end
 
     def restart(self, grid: Grid) -> None:
-        """Forget what was learned and start from DPM-Solver++ on another grid of as many steps."""
+        """Forget what was learned and start from DPM-Solver++ on another grid of as many steps; ValueError for any other."""
+        if not is_grid(grid) or len(grid) != len(self.grid):
+            raise ValueError(f"this table begins on a falling grid of {len(self.grid)} times within [0, 1], got {grid}")
         with torch.no_grad():
             self.grid.copy_(torch.tensor(grid, dtype=torch.float64))
             for parameter in self.parameters():
@@ -200,4 +202,4 @@ def _bounded(raw: Tensor) -> Tensor:
 
 def _clamp_straight(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Clamped, with the gradient of x: what has left the range can come back."""
-    return x + (x.clamp(low, high) - x).detach()
+    return x.clamp(low, high).detach() + (x - x.detach())  # no rounding: the value stays within the range

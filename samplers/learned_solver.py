@@ -11,14 +11,15 @@ from safetensors.torch import save
 from torch import Tensor
 
 from midway.samplers.amed import AMEDSolver, nodes
+from midway.samplers.artefacts import check_tensors, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
-from midway.samplers.grids import Grid
+from midway.samplers.grids import Grid, is_grid
 from midway.samplers.plugin import BASES, plugin_table
 from midway.samplers.prediction import Field
 from midway.samplers.rows import NoiseSource
-from midway.samplers.schedule import SCHEDULES, Schedule
+from midway.samplers.schedule import SCHEDULES, Schedule, fingerprint
 from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor
-from midway.samplers.table import Table, fingerprint, read_tensors, write_tensors
+from midway.samplers.table import Table
 
 FORMAT = "midway-amed-1"
 
@@ -50,7 +51,8 @@ def same_schedule(name: str, schedule: Schedule) -> bool:
 class LearnedSolver:
     """An AMED solver on the schedule that it was learned on.
 
-    ValueError for another schedule, numbers that are not finite, or another number of steps than the grid's.
+    ValueError for another schedule, numbers that are not finite, a grid that does not fall between finite noise levels, and for
+    another name, number of steps or NFE than those of the numbers.
     """
 
     card: SolverCard
@@ -59,20 +61,29 @@ class LearnedSolver:
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        steps = len(self.grid) - 1
+        card, steps = self.card, len(self.grid) - 1
         if len(self.rule.raw) != steps:
             raise ValueError(
                 f"the rule has numbers for {len(self.rule.raw)} steps, the grid has {steps}: they do not match"
             )
         if not all(bool(value.isfinite().all()) for value in self.rule.parameters()):
+            raise ValueError(f"{card.name} has learned numbers that are not finite: learn it again at a lower rate")
+        if not same_schedule(card.schedule, self.schedule):
             raise ValueError(
-                f"{self.card.name} has learned numbers that are not finite: learn it again at a lower rate"
-            )
-        if not same_schedule(self.card.schedule, self.schedule):
-            raise ValueError(
-                f"{self.card.name} was learned on schedule {self.card.schedule}, this one is {fingerprint(self.schedule)}: "
+                f"{card.name} was learned on schedule {card.schedule}, this one is {fingerprint(self.schedule)}: "
                 "learn a solver for the model that you sample"
             )
+        form = Learned(card.base, isinstance(self.rule, Constants))
+        if LEARNED.get(card.name) != form:
+            raise ValueError(f"{card.name} is no {form}: a solver's name, its base and its form go together")
+        if card.nfe != 2 * steps - card.analytic_first:
+            raise ValueError(
+                f"the card of {card.name} has NFE {card.nfe}, its {steps} steps make {2 * steps - card.analytic_first}"
+            )
+        if not is_grid(self.grid):
+            raise ValueError(f"{card.name} needs a falling grid within [0, 1], got {self.grid}")
+        AMEDSolver(self.schedule, self.grid, card.base, card.analytic_first, self.rule.feature_dim)
+        _ = self._table  # which checks its own numbers
 
     @property
     def nfe(self) -> int:
@@ -117,6 +128,7 @@ class LearnedSolver:
             "card": json.dumps(asdict(self.card)),
             "config": json.dumps(asdict(self.rule.config)),
             "feature_dim": str(self.rule.feature_dim),
+            "hash": self.hash,
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.rule.state_dict().items()}
         tensors["grid"] = torch.tensor(self.grid, dtype=torch.float64)
@@ -125,10 +137,17 @@ class LearnedSolver:
     @staticmethod
     def load(path: Path, schedule: Schedule) -> "LearnedSolver":
         """Read what `save` wrote; ValueError for any other file, and for another schedule than it was learned on."""
-        tensors, header = read_tensors(path, FORMAT, "a learned solver")
-        grid = tuple(tensors.pop("grid").tolist())
-        config = AMEDConfig(**json.loads(header["config"]))
-        dim = int(header["feature_dim"])
+        tensors, header = read_tensors(path, FORMAT, "a learned solver", ("card", "config", "feature_dim"))
+        grid = tensors.pop("grid", torch.zeros(0))
+        check_tensors({"grid": grid}, {"grid": (torch.float64, (grid.numel(),))})
+        config, dim = read_record(AMEDConfig, header["config"], "the config"), int(header["feature_dim"])
+        if dim < 0 or grid.numel() < 2:
+            raise ValueError(f"{path} has {dim} features and a grid of {grid.numel()} times")
         rule = Predictor(dim, len(grid) - 1, config) if dim else Constants(len(grid) - 1, config)
+        check_tensors(tensors, {name: (value.dtype, tuple(value.shape)) for name, value in rule.state_dict().items()})
         rule.load_state_dict(tensors)
-        return LearnedSolver(SolverCard(**json.loads(header["card"])), grid, rule.eval(), schedule)
+        card = read_record(SolverCard, header["card"], "the card")
+        solver = LearnedSolver(card, tuple(grid.tolist()), rule.eval(), schedule)
+        if header.get("hash", solver.hash) != solver.hash:
+            raise ValueError(f"the numbers of {path} have hash {solver.hash}, they were saved with {header['hash']}")
+        return solver

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 
 from midway.samplers.rows import Row
-from midway.samplers.schedule import Schedule
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.schedule import Schedule, fingerprint
+from midway.samplers.table import Table
+from midway.samplers.table_checks import check_grid
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,7 @@ class Recorder:
     """
 
     def __init__(self, solver: str, schedule: Schedule, grid: tuple[float, ...]) -> None:
-        if len(grid) < 2 or not (_falls(grid) or _falls(grid[::-1])) or min(grid) < 0 or max(grid) > 1:
-            raise ValueError(
-                f"'{solver}' needs a grid of at least two times within [0, 1] that falls all the way (or rises, for inversion), "
-                f"got {grid}"
-            )
+        check_grid(solver, grid)
         self.solver, self.schedule, self.grid = solver, schedule, grid
         self.rows: list[Row] = []
         self.nodes = [0]
@@ -126,10 +122,6 @@ class Recorder:
         """The finished table."""
         made_for = fingerprint(self.schedule)
         return Table(self.solver, self.grid, tuple(self.nodes), tuple(self.rows), metadata, made_for)
-
-
-def _falls(grid: tuple[float, ...]) -> bool:
-    return all(a > b for a, b in pairwise(grid))
 
 
 def scalar(value: float) -> torch.Tensor:

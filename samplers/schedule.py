@@ -11,6 +11,8 @@ differentiation and bisection. The four below override them with closed forms, b
 All functions are elementwise on tensors of any shape and keep the dtype.
 """
 
+import functools
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -179,3 +181,26 @@ class Shifted(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {"linear": Linear, "cosine": Cosine, "vp": VP, "edm": EDM}
+
+
+class Fingerprint(str):
+    """A short text that tells schedules apart: what the schedule prints, hashed if that is long. It holds its schedule."""
+
+    schedule: Schedule
+
+
+@functools.lru_cache
+def fingerprint(schedule: Schedule) -> Fingerprint:
+    """The text of a schedule, equal for equal schedules."""
+    text = repr(schedule)
+    short = text if len(text) <= 100 else f"{type(schedule).__name__}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    made = Fingerprint(short)
+    made.schedule = schedule
+    return made
+
+
+def schedule_of(text: str) -> Schedule | None:
+    """The schedule with this fingerprint: the one that it holds, or of a text from a file one of `SCHEDULES`; else None."""
+    if isinstance(text, Fingerprint):
+        return text.schedule
+    return next((made for made in (make() for make in SCHEDULES.values()) if fingerprint(made) == text), None)

@@ -37,6 +37,8 @@ class AMEDConfig:
         for name in ("scale_dir", "scale_time"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.hidden < 1:
+            raise ValueError(f"hidden must be 1 or more, got {self.hidden}")
 
 
 @dataclass(frozen=True)

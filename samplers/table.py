@@ -15,20 +15,19 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from midway.samplers.artefacts import check_tensors, read_object, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
 from midway.samplers.prediction import Field, at
 from midway.samplers.rows import Coefficients, CompiledRow, NoiseSource, Row, compile_rows, run_rows
-from midway.samplers.schedule import Schedule
+from midway.samplers.schedule import Schedule, fingerprint, schedule_of
+from midway.samplers.table_checks import check_consistent, check_grid, check_nodes, check_rows
 
 FORMAT = "midway-table-1"
 
@@ -46,21 +45,25 @@ class Table:
     """`fingerprint` of the schedule that it was made for; empty for any."""
 
     def __post_init__(self) -> None:
-        evaluations = 0
-        for i, row in enumerate(self.rows):
-            evaluations += row.time is not None
-            if len(row.states) != i + 1 or len(row.predictions) != evaluations:
-                raise ValueError(
-                    f"row {i} of table '{self.solver}' has {len(row.states)} state and {len(row.predictions)} prediction "
-                    f"weights; it needs {i + 1} and {evaluations}: one for every state and evaluation so far"
-                )
-            if not all(math.isfinite(w) for w in (*row.states, *row.predictions, row.noise, row.arrival)):
-                raise ValueError(
-                    f"row {i} of table '{self.solver}' has a weight that is not finite: start the grid where alpha > 0 "
-                    "and end it where sigma > 0"
-                )
-        if len(self.nodes) != len(self.grid) or self.nodes[0] != 0 or self.nodes[-1] != len(self.rows):
-            raise ValueError(f"table '{self.solver}' must have one node per grid time, from state 0 to the last state")
+        if not all(isinstance(text, str) for text in (self.solver, self.schedule, *self.metadata.values())):
+            raise ValueError(f"solver, schedule and metadata of table '{self.solver}' are texts, got {self.metadata}")
+        check_rows(self.solver, self.rows)
+        check_grid(self.solver, self.grid)
+        check_nodes(self.solver, self.grid, self.nodes, self.rows)
+        if self.is_learned and self.stochastic:
+            raise ValueError(f"table '{self.solver}' has weights of noise, and no learned solver draws any")
+        if self.card is not None and (self.card.name, self.card.nfe) != (self.solver, self.nfe):
+            raise ValueError(
+                f"table '{self.solver}' makes {self.nfe} evaluations, its card is of {self.card.name} at NFE {self.card.nfe}"
+            )
+        schedule = schedule_of(self.schedule)
+        if schedule is not None:
+            self._check_method(schedule)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether its weights were learned: then they are of no method, and right for one model alone."""
+        return self.solver == "table" or self.solver.startswith("amed")
 
     @functools.cached_property
     def times(self) -> tuple[float, ...]:
@@ -80,7 +83,7 @@ class Table:
     @property
     def card(self) -> SolverCard | None:
         """Of a learned table, its origin and cost."""
-        return SolverCard(**json.loads(self.metadata["card"])) if "card" in self.metadata else None
+        return read_record(SolverCard, self.metadata["card"], "the card") if "card" in self.metadata else None
 
     @property
     def table(self) -> "Table":
@@ -113,15 +116,33 @@ class Table:
     def _compiled(self) -> dict[Coefficients, tuple[CompiledRow, ...]]:
         return {}
 
+    def _check_method(self, schedule: Schedule) -> None:
+        """ValueError for a table that is not learned and of no method on this schedule; checked once for each."""
+        if not self.is_learned and schedule not in self._checked:
+            check_consistent(self.solver, self.grid, self.rows, schedule)
+            self._checked.add(schedule)
+
+    @functools.cached_property
+    def _checked(self) -> set[Schedule]:
+        return set()
+
     def check(self, schedule: Schedule | None, noise: NoiseSource | None) -> None:
         """ValueError for a table that draws noise without a source, and for another schedule than the table's."""
         if self.stochastic and noise is None:
             raise ValueError(f"table '{self.solver}' draws noise: pass a noise source, or build it with eta=0")
-        if schedule is not None and self.schedule and self.schedule != fingerprint(schedule):
+        if schedule is not None:
+            self.check_schedule(schedule)
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """ValueError for another schedule than the table's, and for weights that are of no method on it."""
+        if not self.schedule:
+            return
+        if self.schedule != fingerprint(schedule):
             raise ValueError(
                 f"table '{self.solver}' was made for {self.schedule}, the field is of {fingerprint(schedule)}: "
                 "build the table with the field's schedule"
             )
+        self._check_method(schedule)
 
     @property
     def nfe(self) -> int:
@@ -147,60 +168,47 @@ class Table:
         arrays = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
         arrays["nodes"] = torch.tensor(self.nodes, dtype=torch.int64)
         header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
-        header["metadata"] = json.dumps(dict(self.metadata))
+        header |= {"metadata": json.dumps(dict(self.metadata)), "hash": self.hash}
         write_tensors(path, arrays, header)
 
     @staticmethod
-    def load(path: Path) -> "Table":
-        """Read a table that `save` wrote; ValueError for any other file."""
-        tensors, header = read_tensors(path, FORMAT, "a solver table")
+    def load(path: Path, schedule: Schedule | None = None) -> "Table":
+        """Read a table that `save` wrote. ValueError for any other file, and for a table of another schedule."""
+        tensors, header = read_tensors(path, FORMAT, "a solver table", ("solver", "metadata"))
+        check_tensors(tensors, _layout(tensors))
         arrays = {name: tensor.tolist() for name, tensor in tensors.items()}
         rows, evaluations = [], 0
         for i, time in enumerate(arrays["time"]):
             evaluations += not math.isnan(time)
+            weights = arrays["states"][i], arrays["predictions"][i]
+            if any(weight != 0 for weight in (*weights[0][i + 1 :], *weights[1][evaluations:])):
+                raise ValueError(f"row {i} of {path} weighs a state or a prediction that is not there yet")
             rows.append(
                 Row(
                     time=None if math.isnan(time) else time,
                     arrival=arrays["arrival"][i],
-                    states=tuple(arrays["states"][i][: i + 1]),
-                    predictions=tuple(arrays["predictions"][i][:evaluations]),
+                    states=tuple(weights[0][: i + 1]),
+                    predictions=tuple(weights[1][:evaluations]),
                     noise=arrays["noise"][i],
                 )
             )
-        return Table(
+        table = Table(
             solver=header["solver"],
             grid=tuple(arrays["grid"]),
             nodes=tuple(arrays["nodes"]),
             rows=tuple(rows),
-            metadata=json.loads(header["metadata"]),
+            metadata=read_object(header["metadata"], "metadata"),
             schedule=header.get("schedule", ""),
         )
+        if header.get("hash", table.hash) != table.hash:
+            raise ValueError(f"the numbers of {path} have hash {table.hash}, they were saved with {header['hash']}")
+        if schedule is not None:
+            table.check_schedule(schedule)
+        return table
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """A safetensors file, written completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(dict(tensors), dict(header)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_tensors(path: Path, form: str, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file by `write_tensors` whose format is `form`; ValueError for any other, which is not `what`."""
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        if header.get("format") != form:
-            raise ValueError(f"{path} is not {what} ({form}): its format is {header.get('format')!r}")
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 (safe_open has no iter)
-
-
-@functools.lru_cache
-def fingerprint(schedule: Schedule) -> str:
-    """A short text that tells schedules apart: what the schedule prints, hashed if that is long."""
-    text = repr(schedule)
-    return text if len(text) <= 100 else f"{type(schedule).__name__}@{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of each array, for the numbers of rows and nodes that there are."""
+    n, k = (tensors[name].numel() if name in tensors else 0 for name in ("time", "grid"))
+    shapes = {"time": (n,), "arrival": (n,), "noise": (n,), "states": (n, n), "predictions": (n, n), "grid": (k,)}
+    return {**{name: (torch.float64, shape) for name, shape in shapes.items()}, "nodes": (torch.int64, (k,))}

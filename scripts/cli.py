@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from midway.gen.core import partners, signals
-from midway.gen.core.checkpoints import DISK_ERRORS
 from midway.gen.core.config import from_dict, read_yaml
-from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, nearest, raising
+from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.processes import leave_processes
 from midway.gen.core.terminal import lasting_output
 
@@ -90,43 +90,25 @@ def main(command: Callable[[list[str]], object], alone: bool = False) -> NoRetur
 
 
 def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False, alone: bool = False) -> int:
-    """The exit code. MidwayError: three lines and its code (`debug`: the traceback as well); a stop signal: a line, and 128 +
-    its number; other errors: 1.
+    """The exit code. Any error is three lines and its code (`debug`: the traceback as well), a stop signal a line and 128 + its
+    number.
 
-    A full or failing disk is a DiskError wherever it shows, an error of communication that of the process behind it.
     `alone`: the script does not divide its work, so that of several processes each would do all of it; UsageError.
     """
-    try:
-        return _run(command, arguments, debug, alone)
-    except KeyboardInterrupt as stop:
-        number = int(getattr(stop, "number", signal.SIGINT))
-        line = signals.stop_line(number)
-        if partners.is_first(line):
-            print(line, file=sys.stderr)
-        return 128 + number
-
-
-def _run(command: Callable[[list[str]], object], arguments: list[str], debug: bool, alone: bool) -> int:
     try:
         try:
             _join(alone)
             command(arguments)
             if sys.stdout is not None:
                 sys.stdout.flush()  # else a full disk would show at the interpreter's end
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise DiskError("a file could not be written", str(error), "free space and run again") from error
-    except MidwayError as error:
-        return _failed(error, debug)
-    except Exception as error:
-        partner, (number, _) = partners.explain(error), signals.received()
-        if partner is None:
-            traceback.print_exc()
-            return 1
-        if partner.exit_code == 128 + number:  # both have received it
-            raise signals.Stopped(number) from None
-        return _failed(partner, debug)
+        except Exception as error:
+            return _failed(error, debug)
+    except KeyboardInterrupt as stop:
+        number = int(getattr(stop, "number", signal.SIGINT))
+        line = signals.stop_line(number)
+        if partners.is_first(line):
+            print(line, file=sys.stderr)
+        return 128 + number
     return 0
 
 
@@ -141,12 +123,24 @@ def _join(alone: bool) -> None:
         sys.exit(UsageError.exit_code)  # the first process prints the error
 
 
-def _failed(error: MidwayError, debug: bool) -> int:
+def _failed(error: Exception, debug: bool) -> int:
+    """Print an error, unless another process has; its exit code. Stopped if it is about one that the same signal ended."""
+    partner, (number, _) = partners.explain(error), signals.received()
+    if partner is not None and partner.exit_code == 128 + number:
+        raise signals.Stopped(number)
+    failure = error if isinstance(error, MidwayError) else partner or as_midway(error, _keep_traceback)
     if debug:
         traceback.print_exc()
-    if partners.is_first(str(error)):
-        print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
+    if partners.is_first(str(failure)):
+        print(f"error: {failure}", file=sys.stderr)
+    return failure.exit_code
+
+
+def _keep_traceback() -> str:
+    """Where the traceback of the current exception is stored."""
+    with tempfile.NamedTemporaryFile("w", prefix="midway-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    return file.name
 
 
 def names(text: str) -> tuple[str, ...]:

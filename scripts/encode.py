@@ -8,6 +8,7 @@ from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import BATCH, check_flag_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.splits import load_splits
@@ -28,6 +29,9 @@ class EncodeTask:
     """Encode the left-right mirrored images too, for training with mirror augmentation."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace an existing file."""
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, batch_size=BATCH)
 
 
 def run(task: EncodeTask) -> Path:

@@ -26,7 +26,7 @@ from evaluation_inputs import (
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
-from midway.gen.core.errors import DiskError, UsageError
+from midway.gen.core.errors import DiskError, UsageError, raising
 from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo, printable
@@ -150,10 +150,8 @@ def make_folders(folders: dict[str, Path | None]) -> None:
     """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag."""
     for flag, path in folders.items():
         if path is not None:
-            try:
+            with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DiskError(f"{flag} {path} cannot be made", str(error), "choose another folder") from None
 
 
 def drawn_classes(model: EvaluatedModel | None) -> int:

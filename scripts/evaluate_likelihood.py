@@ -16,6 +16,7 @@ from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.config import read_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
@@ -68,6 +69,10 @@ class LikelihoodTask:
     """Latent and pixel models: the spacing of the steps."""
     ode: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     title: str = "Bits per dimension and distance of samples"
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, first_seed=SEED, iwae=(0, COUNT[1]), batch_size=BATCH)
+        check_ranges(self.ode, steps=STEPS, probes=COUNT, rho_min=POSITIVE)
 
 
 def run(task: LikelihoodTask) -> list[LikelihoodRow]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from cli import main, resolve
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.diffusion.load import load_tokenizer
@@ -63,6 +64,9 @@ class TokenizersTask(TileFlags):
     seed: int = 0
     """Of the noise and of draws from posteriors."""
     title: str = "Tokenizers compared"
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, n=COUNT, batch_size=BATCH, seed=SEED, tile=WIDTH)
 
 
 def run(task: TokenizersTask) -> list[TokenizerResult]:

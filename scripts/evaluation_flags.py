@@ -11,6 +11,7 @@ from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path
+from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
 
@@ -83,6 +84,10 @@ class EvaluateTask(SamplingFlags):
     fresh: bool = field(default=False, metadata=PER_CALL)
     """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
+
+    def __post_init__(self) -> None:
+        SamplingFlags.__post_init__(self)
+        check_flag_ranges(self, n=COUNT, blocks=COUNT, seed=SEED, reference_nfe=(0, STEPS[1]), images_resize=WIDTH)
 
 
 def check_flags(task: EvaluateTask) -> None:

@@ -1,5 +1,7 @@
 """Shared by the training scripts: models with their images as items of fit(), and run directories."""
 
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -7,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 
+from midway.gen.core.errors import UsageError, is_memory
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import stop_note
 from midway.gen.data.splits import Splits
@@ -14,7 +17,7 @@ from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
 from tasks import TrainingTask
 
-Model = TypeVar("Model")
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,28 @@ def image_parts(
         return ImageBatch(images[items].to(device), labels[items].to(device))
 
     return Parts(model, Items(fetch, len(images), splits.train.fingerprint), splits, validate)
+
+
+def built(build: Callable[[], Model]) -> Model:
+    """`build()`, after its size has been counted without memory; UsageError where this machine cannot train it.
+
+    Training keeps parameters, gradients and two moments. The random numbers of `build()` are those it has by itself.
+    """
+    there, needed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0.0
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            network = build()
+        needed = 16.0 * sum(p.numel() for p in network.parameters()) + 4.0 * sum(b.numel() for b in network.buffers())
+    except Exception as error:  # what cannot be counted is built; its own errors come then
+        needed = math.inf if is_memory(error) else 0.0
+    if needed > there:
+        words = "more than a tensor can hold" if needed == math.inf else f"{needed / 2**30:,.0f} GiB"
+        raise UsageError(
+            "this network is too large",
+            f"its training keeps {words}, and this machine has {there / 2**30:,.0f} GiB",
+            "choose smaller sizes of the model",
+        )
+    return build()
 
 
 def open_run(task: TrainingTask, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str) -> Run:

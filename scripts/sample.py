@@ -12,6 +12,7 @@ from tile_flags import TileFlags
 from cli import main, resolve
 from midway.gen.core.errors import DivergedError, UsageError, raising
 from midway.gen.core.processes import best_device
+from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.pictures import save_grid
 from midway.gen.diffusion.load import load_model
@@ -50,6 +51,10 @@ class SampleTask(SamplingFlags, TileFlags):
     window: int | None = None
     """With --parallel: evaluations of a wave, per image; by default the whole trajectory."""
 
+    def __post_init__(self) -> None:
+        SamplingFlags.__post_init__(self)
+        check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, window=STEPS, tile=WIDTH)
+
 
 def run(task: SampleTask) -> None:
     """Sample, decode, write."""
@@ -83,7 +88,7 @@ def run(task: SampleTask) -> None:
         f"weights {trained.weights}; saved {task.out}"
     )
     if trained.model.classes:
-        print(f"classes: {numbered_classes(trained.model)}")
+        echo(f"classes: {numbered_classes(trained.model)}")
 
 
 def check_label(label: int | None, model: LatentModel) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from midway.gen.core.ranges import BATCH, check_flag_ranges
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import EVERYWHERE
 
@@ -29,6 +30,9 @@ class SamplingFlags:
     """bf16: the network runs under autocast; the solver's state stays float32."""
     graph: bool = False
     """On a GPU, run the trajectory of every full batch as one CUDA graph; nothing changes on a CPU."""
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, batch_size=BATCH)
 
     def sampler_options(self, device: torch.device) -> dict[str, Any]:
         """The same as fields of SamplerConfig; the guiding model is loaded."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cli import Flat
 from midway.gen.core.config import PER_CALL
+from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -59,6 +60,12 @@ class TokenizerConfig:
     """Training data of a latent model: values before quantization, or the codes."""
     snap_on_decode: bool = True
     """Snap a latent model's samples to the nearest code before decoding."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, levels=WIDTH, dim=WIDTH, width=WIDTH, downsample=WIDTH, blocks=(0, LAYERS[1]), multipliers=WIDTH
+        )
+        check_ranges(self, depth=LAYERS, heads=WIDTH, latent_tokens=WIDTH, codebook_size=(1, 2**62), kl_weight=WEIGHT)
 
     def quantizer_config(self, channels: int) -> dict[str, object]:
         """The quantizer's own configuration. ValueError if `options` is not a JSON object."""

@@ -29,7 +29,7 @@ from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
-from running import Parts, image_parts, open_run
+from running import Parts, built, image_parts, open_run
 
 PREVIEW = 60
 PAIRS = 8
@@ -89,7 +89,8 @@ def make_model(task: BaselineTask, splits: Splits) -> Baseline:
     classes = len(data.classes) if task.conditional else 0
     cls = BASELINES[kind_of(task)]
     with raising(UsageError, "this model cannot be built", "change the --model flags or --data"):
-        model = cls(task.model, (channels, height, width), levels_in_data(splits), classes)  # pyright: ignore
+        shape, levels = (channels, height, width), levels_in_data(splits)
+        model = built(lambda: cls(task.model, shape, levels, classes))  # pyright: ignore
     model.empty = empty_classes(data) if classes else ()
     if task.train.validate_every and getattr(model.config, "noise", "") == "gaussian":
         raise UsageError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from cli import Flat, main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.ranges import WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import printable
 from midway.gen.data.images import describe
@@ -25,7 +26,7 @@ from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
-from running import Parts, image_parts, open_run
+from running import Parts, built, image_parts, open_run
 from tasks import TrainingTask
 
 
@@ -46,6 +47,9 @@ class FeaturesTask(TrainingTask):
     )
     """Few steps on purpose: see the module's docstring."""
 
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, width=WIDTH, dim=WIDTH)
+
 
 def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNetwork]:
     """The network and its images; nothing is written. UsageError for sizes that do not fit."""
@@ -53,7 +57,8 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
     torch.manual_seed(task.train.seed)
     channels, side = splits.train.images.shape[1:3]
     with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
-        network = FeatureNetwork(FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim))
+        config = FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim)
+        network = built(lambda: FeatureNetwork(config))
     return image_parts(network, splits, accelerator.device)
 
 

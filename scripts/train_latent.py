@@ -34,7 +34,7 @@ from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import LATENT_RECIPES
-from running import open_run
+from running import built, open_run
 from tasks import LatentTask
 
 PREVIEW = 60
@@ -62,7 +62,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     images = load_splits(data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
-        model = make_model(task, tokenizer, images)
+        model = built(lambda: make_model(task, tokenizer, images))
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
     if accelerator.is_main_process and task.latents is None and not path.exists():
         with at_work("encoding"):

@@ -25,7 +25,7 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
-from running import Parts, image_parts, open_run
+from running import Parts, built, image_parts, open_run
 from tasks import TokenizerTask
 
 SHOWN = 32
@@ -132,7 +132,8 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
     channels, side = square(data)
     with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
         quantizer = task.model.quantizer_config(channels)
-        return ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **task.model.network_config())
+        network = task.model.network_config()
+        return built(lambda: ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **network))
 
 
 def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:

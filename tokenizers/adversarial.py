@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.tokenizers.base import distributed, float32_island
+from midway.tokenizers.losses import mean
 
 Kind = Literal["hinge", "non_saturating", "wasserstein"]
 Discriminator = Callable[[Tensor], Tensor]
@@ -38,16 +39,16 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, kind: Kind) -> 
     """Scalar float32; the fake logits are of reconstructions without a gradient. ValueError for another kind."""
     real, fake = real_logits.float(), fake_logits.float()
     if _checked(kind) == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        return (mean(F.relu(1 - real)) + mean(F.relu(1 + fake))) / 2
     if kind == "non_saturating":
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-    return fake.mean() - real.mean()
+        return mean(F.softplus(-real)) + mean(F.softplus(fake))
+    return mean(fake) - mean(real)
 
 
 def generator_loss(fake_logits: Tensor, kind: Kind) -> Tensor:
     """Scalar float32, falling as the logits rise; they come from a `frozen` discriminator. ValueError for another kind."""
     fake = fake_logits.float()
-    return F.softplus(-fake).mean() if _checked(kind) == "non_saturating" else -fake.mean()
+    return mean(F.softplus(-fake)) if _checked(kind) == "non_saturating" else -mean(fake)
 
 
 def _checked(kind: Kind) -> Kind:
@@ -71,7 +72,7 @@ def frozen(module: nn.Module) -> Discriminator:
 
 def r1_penalty(discriminator: Discriminator, real: Tensor) -> Tensor:
     """Scalar float32 with a gradient to the discriminator, whatever the autocast; real images (B, C, H, W)."""
-    return _image_gradient(discriminator, real).square().sum(1).mean() / 2
+    return mean(_image_gradient(discriminator, real).square().sum(1)) / 2
 
 
 def gradient_penalty(discriminator: Discriminator, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def gradient_penalty(discriminator: Discriminator, real: Tensor, fake: Tensor, m
         )
     points = fake.float().lerp(real.float(), mix.float().view(-1, 1, 1, 1))
     norms = torch.linalg.vector_norm(_image_gradient(discriminator, points), dim=1)
-    return (norms - 1).square().mean()
+    return mean((norms - 1).square())
 
 
 def _image_gradient(discriminator: Discriminator, images: Tensor) -> Tensor:
@@ -100,8 +101,8 @@ def _image_gradient(discriminator: Discriminator, images: Tensor) -> Tensor:
 
 def lecam(real_logits: Tensor, fake_logits: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
     """Scalar float32: real logits should not be above the fake ones' average (), nor fake ones below the real ones'."""
-    above = F.relu(real_logits.float() - fake_average).square().mean()
-    return above + F.relu(real_average - fake_logits.float()).square().mean()
+    above = mean(F.relu(real_logits.float() - fake_average).square())
+    return above + mean(F.relu(real_average - fake_logits.float()).square())
 
 
 # ---- running quantities ----
@@ -154,8 +155,8 @@ class LeCamAverages(nn.Module):
         self.updates += learned
         forgotten = -torch.expm1(self.updates.clamp(min=1) * math.log(self.decay))  # 1 - d^n without cancellation
         weight = learned * (1 - self.decay) / forgotten
-        for average, mean in zip((self.real, self.fake), torch.where(learned, sums / counts, 0), strict=True):
-            average.lerp_(mean, weight)
+        for average, new in zip((self.real, self.fake), torch.where(learned, sums / counts, 0), strict=True):
+            average.lerp_(new, weight)
 
 
 class AdaptiveWeight(nn.Module):

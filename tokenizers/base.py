@@ -45,7 +45,8 @@ class Quantized:
 
     codes: (B, D, *S) float32, straight-through: those of `indices`, except where dropout changes them in training.
     indices: (B, *S) or (B, *S, G) int64; (B, 0) if the quantizer is continuous.
-    losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none.
+    losses: unweighted float32 scalars by name. loss: their weighted sum, zero if there is none or no sample; with a graph to z
+    always, and not finite if z is not.
     counts: (K,) int64 histogram of `indices`, (G, K) with several groups, or None for continuous quantizers and K > 2**20.
     observation: input of `observe` for a codebook that learns from vectors. parts: results of the quantizers inside this one.
     """
@@ -212,9 +213,14 @@ def discrete(
     size: int,
     observation: Observation | None = None,
 ) -> Quantized:
-    """A `Quantized` with the histogram of its indices."""
+    """A `Quantized` with the histogram of its indices; `loss` includes `zero_of(z)`."""
     counts = histogram(indices, size) if size <= MAX_COUNTED else None
     return Quantized(codes, indices, losses, loss, counts, observation)
+
+
+def zero_of(z: Tensor) -> Tensor:
+    """0, with a gradient of 0 to z; NaN if z is not finite. Codes are finite whatever z is, and training must notice."""
+    return (z.float() * 0).sum()
 
 
 def histogram(indices: Tensor, size: int) -> Tensor:

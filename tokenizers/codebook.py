@@ -32,9 +32,11 @@ from midway.tokenizers.base import (
     discrete,
     float32_island,
     straight_through,
+    zero_of,
 )
 from midway.tokenizers.clustering import nearest_code
 from midway.tokenizers.code_entropy import code_entropy
+from midway.tokenizers.losses import mean_square
 from midway.tokenizers.rotation import rotated, unit
 
 Gradient = Literal["straight_through", "rotation"]
@@ -89,6 +91,7 @@ class Codebook(Quantizer):
             indices = flat.view(z.shape[:1] + z.shape[2:])
             codes = F.embedding(indices, book).movedim(-1, 1)
             losses, loss = self._losses(latents, codes, book)
+            loss = loss + zero_of(z)
             through = rotated if self.gradient == "rotation" else straight_through
             observation = Observation(rows, flat, priorities)
             return discrete(through(codes, latents), indices, losses, loss, self._size, observation)
@@ -133,10 +136,10 @@ class Codebook(Quantizer):
 
     def _losses(self, latents: Tensor, codes: Tensor, book: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Unweighted losses by name, and their weighted sum; latents and codes (B, D, *S), book (K, D)."""
-        commitment = F.mse_loss(latents, codes.detach())
+        commitment = mean_square(latents, codes.detach())
         losses, loss = {"commitment": commitment}, self.commitment * commitment
         if self.learns_by_gradient:
-            losses["codebook"] = F.mse_loss(codes, latents.detach())
+            losses["codebook"] = mean_square(codes, latents.detach())
             loss = loss + losses["codebook"]
         if self.entropy_weight:
             sample, batch = code_entropy(self._rows(latents), book, self.entropy_temperature, shared=self.training)

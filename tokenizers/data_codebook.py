@@ -61,6 +61,8 @@ class DataCodebook(Codebook):
             raise ValueError("the codebook has not been initialised from data: call start(z) before the first step")
         seen = quantized.observation
         assert seen is not None
+        if not len(seen.rows):
+            return
         if self._statistics is None:
             self._statistics = CodebookStatistics(self._size, self.dim, seen.rows.device)
         priorities = seen.priorities

@@ -46,7 +46,9 @@ from midway.tokenizers.base import (
     float32_island,
     one_a_sample,
     straight_through,
+    zero_of,
 )
+from midway.tokenizers.losses import mean
 
 Form = Literal["tanh", "sigmoid", "ifsq"]
 
@@ -107,7 +109,7 @@ class FSQ(Quantizer):
             if self.training and self.noise_dropout:
                 codes = self._drop(codes, latents.detach(), noise)
             codes = straight_through(codes, latents)
-            return discrete(codes, self.digits_to_indices(digits), {}, codes.new_zeros(()), self._size)
+            return discrete(codes, self.digits_to_indices(digits), {}, zero_of(z), self._size)
 
     def latents(self, z: Tensor) -> Tensor:
         """The bounded value in code units, (B, D, *S) float32; even levels of the paper's form reach from -1 to 1 - 2/L."""
@@ -184,7 +186,7 @@ def saturation(quantizer: FSQ, z: Tensor) -> dict[str, Tensor]:
     z = z.detach()
     digits = quantizer.latents_to_digits(quantizer.latents(z))
     edge = (digits == 0) | (digits == channelwise(quantizer.levels - 1, z))
-    return {"edge_mass": edge.float().mean(), "mean_abs_z": z.float().abs().mean()}
+    return {"edge_mass": mean(edge.float()), "mean_abs_z": mean(z.float().abs())}
 
 
 def tanh_constants(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

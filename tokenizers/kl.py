@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import Quantized, Quantizer, check_channels, check_noise, float32_island
+from midway.tokenizers.base import Quantized, Quantizer, check_channels, check_noise, float32_island, zero_of
+from midway.tokenizers.losses import mean
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
@@ -61,14 +62,14 @@ class KL(Continuous):
         Without `noise` the training draw comes from torch's global generator.
         """
         with float32_island(z):
-            mean, log_variance = self.moments(z)
+            mu, log_variance = self.moments(z)
             if noise is None and self.training:
-                noise = torch.randn_like(mean)
+                noise = torch.randn_like(mu)
             if noise is not None:
-                check_noise(noise, mean)
-            codes = mean if noise is None else mean + torch.exp(log_variance / 2) * noise.to(mean)
-            kl = gaussian_kl(mean, log_variance).mean()
-            return _continuous(codes, {"kl": kl}, self.weight * kl)
+                check_noise(noise, mu)
+            codes = mu if noise is None else mu + torch.exp(log_variance / 2) * noise.to(mu)
+            kl = mean(gaussian_kl(mu, log_variance))
+            return _continuous(codes, {"kl": kl}, self.weight * kl + zero_of(z))
 
     def latents(self, z: Tensor) -> Tensor:
         return self.moments(z)[0]
@@ -88,7 +89,7 @@ class Identity(Continuous):
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> Quantized:
         """z (B, D, *S) -> itself, in float32; `noise` is ignored."""
-        return _continuous(self.latents(z), {}, z.new_zeros((), dtype=torch.float32))
+        return _continuous(self.latents(z), {}, zero_of(z))
 
     def latents(self, z: Tensor) -> Tensor:
         check_channels(z, self.dim)

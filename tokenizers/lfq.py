@@ -36,6 +36,7 @@ from midway.tokenizers.base import (
     discrete,
     float32_island,
     straight_through,
+    zero_of,
 )
 from midway.tokenizers.entropy import batch_entropy, check_group, sample_entropy
 from midway.tokenizers.rotation import unit
@@ -85,7 +86,8 @@ class LFQ(Quantizer):
             bits = latents.detach() >= 0
             codes = self.bits_to_codes(bits)
             losses, loss = self._losses(latents, codes)
-            return discrete(straight_through(codes, latents), self.bits_to_indices(bits), losses, loss, self._size)
+            codes, loss = straight_through(codes, latents), loss + zero_of(z)
+            return discrete(codes, self.bits_to_indices(bits), losses, loss, self._size)
 
     def latents(self, z: Tensor) -> Tensor:
         """z itself in float32."""

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Pixel = Literal["l1", "l2", "charbonnier"]
 
@@ -32,6 +33,16 @@ def pixel_loss(reconstruction: Tensor, images: Tensor, kind: Pixel, eps: float =
         raise ValueError(f"eps is {eps}; give a number above 0, 1e-3 by default, or choose 'l1'")
     difference = reconstruction.float() - images.float()
     if kind == "l1":
-        return difference.abs().mean()
+        return mean(difference.abs())
     square = difference.square()
-    return square.mean() if kind == "l2" else torch.sqrt(square + eps**2).mean()
+    return mean(square if kind == "l2" else torch.sqrt(square + eps**2))
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of all numbers; 0, with a graph, if there are none: a batch without samples has no loss."""
+    return x.mean() if x.numel() else x.sum()
+
+
+def mean_square(x: Tensor, y: Tensor) -> Tensor:
+    """The mean of (x - y)^2, as `mean`; equal shapes."""
+    return F.mse_loss(x, y, reduction="mean" if x.numel() else "sum")

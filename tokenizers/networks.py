@@ -29,10 +29,10 @@ from typing import ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from midway.tokenizers.attention import AttentionBlock
 from midway.tokenizers.recomputed import Recomputed
+from midway.tokenizers.shuffle import PixelShuffle, pixel_unshuffle
 
 Upsample = Literal["pixel_shuffle", "nearest", "bilinear", "transposed"]
 
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         self.folded = downsample >> len(finer)  # pixels a side that become channels before the first convolution
         last = conv(lowest, out_channels)
         nn.init.zeros_(last.weight)
-        self.unshuffle = nn.PixelUnshuffle(downsample)
+        self.downsample = downsample
         self.shortcut = linear(in_channels * downsample**2, out_channels)
         layers: list[nn.Module] = [conv(in_channels * self.folded**2, (*finer, lowest)[0])]
         for narrow, wide in pairwise([*finer, lowest]):
@@ -83,9 +83,9 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers, *activation(lowest), last)
 
     def forward(self, images: Tensor) -> Tensor:
-        pixels = self.unshuffle(images)
-        folded = self.folded == self.unshuffle.downscale_factor
-        return self.shortcut(pixels) + self.layers(pixels if folded else F.pixel_unshuffle(images, self.folded))
+        pixels = pixel_unshuffle(images, self.downsample)
+        folded = pixels if self.folded == self.downsample else pixel_unshuffle(images, self.folded)
+        return self.shortcut(pixels) + self.layers(folded)
 
 
 class Decoder(nn.Module):
@@ -113,7 +113,7 @@ class Decoder(nn.Module):
         light = [finest, *(max(finest >> i, _LIGHTEST) for i in range(1, upscale.bit_length() - len(finer)))]
         last = conv(light[-1], out_channels)
         nn.init.zeros_(last.weight)
-        self.shortcut = nn.Sequential(linear(in_channels, out_channels * upscale**2), nn.PixelShuffle(upscale))
+        self.shortcut = nn.Sequential(linear(in_channels, out_channels * upscale**2), PixelShuffle(upscale))
         layers: list[nn.Module] = [conv(in_channels, lowest), *residual_blocks(lowest, blocks, attention)]
         for wide, narrow in pairwise([lowest, *finer]):
             layers += [doubling(wide, narrow, upsample), *residual_blocks(narrow, blocks)]
@@ -170,7 +170,7 @@ def doubling(in_channels: int, out_channels: int, upsample: Upsample) -> nn.Modu
         expand = conv(in_channels, 4 * out_channels)
         with torch.no_grad():  # the four sub-pixels start equal, which is nearest-neighbour: no checkerboard
             expand.weight.copy_(expand.weight[::4].repeat_interleave(4, 0))
-        return nn.Sequential(*activation(in_channels), expand, nn.PixelShuffle(2))
+        return nn.Sequential(*activation(in_channels), expand, PixelShuffle(2))
     if upsample == "transposed":
         return nn.Sequential(*activation(in_channels), transposed(in_channels, out_channels))
     resize = nn.Upsample(scale_factor=2, mode=upsample)

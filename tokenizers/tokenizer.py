@@ -169,7 +169,8 @@ class ImageTokenizer(Pretrained):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, D, h, w) -> images (B, C, H, W) float32, meant for [-1, 1] but unbounded."""
         _check_shape(codes, self.latent_shape, "codes")
-        codes = codes.contiguous()  # convolutions round by layout, and equal codes are to give equal images
+        if self.quantizer.codebook_size is not None:
+            codes = codes.contiguous()  # convolutions round by layout, and tokens are to give the same image as forward
         return self.decoder(self._cast(codes if self.latent_tokens is None else codes.squeeze(2))).float()
 
     def encode_indices(self, images: Tensor) -> Tensor:

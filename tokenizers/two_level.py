@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from midway.tokenizers.base import Composite, Quantized, Quantizer, check_channels, float32_island, straight_through
 from midway.tokenizers.grouped import added
+from midway.tokenizers.shuffle import pixel_shuffle
 
 
 class TwoLevel(Composite):
@@ -111,7 +112,7 @@ class TwoLevel(Composite):
     def _map(self, top: Tensor) -> Tensor:
         """A t: codes (B, top.dim, h, h) -> (B, bottom.in_dim, 2 h, 2 h) float32, whatever the dtype of the weights."""
         bias = None if self.condition.bias is None else self.condition.bias.float()
-        return F.pixel_shuffle(F.conv2d(top, self.condition.weight.float(), bias, padding=1), 2)
+        return pixel_shuffle(F.conv2d(top, self.condition.weight.float(), bias, padding=1), 2)
 
     def _search(self, codes: Tensor) -> Tensor:
         with float32_island(codes):

@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from midway.tokenizers.attention import TransformerBlock, check_heads, linear
+from midway.tokenizers.shuffle import pixel_shuffle, pixel_unshuffle
 
 _SPREAD = 0.5**0.5  # root mean square of a sinusoid
 
@@ -123,12 +123,12 @@ class ViTDecoder(_Transformer):
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     """(B, C, H, W) -> (B, N, C p p): the patches of p pixels a side, row by row."""
-    return F.pixel_unshuffle(images, patch).flatten(2).transpose(1, 2)
+    return pixel_unshuffle(images, patch).flatten(2).transpose(1, 2)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """The inverse of `patchify`, for a `grid` of (H / p, W / p) patches."""
-    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), patch)
 
 
 def positions_2d(side: int, width: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.baselines.flow_layers import Flow, Shape, half_of
+from midway.gen.core.ranges import LAYERS, WIDTH, check_ranges
 
 Transform = Literal["additive", "affine"]
 
@@ -45,6 +46,7 @@ class CouplingNetworkConfig:
             raise ValueError(
                 f"width {self.width}, hidden {self.hidden}: a coupling network needs width >= 1 and hidden >= 0"
             )
+        check_ranges(self, width=WIDTH, hidden=(0, LAYERS[1]))
 
 
 class CouplingNetwork(nn.Module):

@@ -24,6 +24,7 @@ from midway.gen.baselines.flow_layers import (
     Squeezed,
     squeezed_shape,
 )
+from midway.gen.core.ranges import BATCH, LAYERS, WIDTH, check_ranges
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class FlowConfig:
                 f"checkerboards={self.checkerboards}, scales={self.scales}, steps={self.steps}: one coupling or none "
                 "leaves pixels unmoved; use at least two"
             )
+        deep = (0, LAYERS[1])
+        check_ranges(self, scales=deep, checkerboards=deep, steps=deep, dequantise_couplings=deep)
+        check_ranges(self, draws=BATCH, class_width=WIDTH)
 
 
 def nice(width: int = 256, couplings: int = 6, hidden: int = 1) -> FlowConfig:

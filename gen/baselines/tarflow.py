@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from midway.gen.baselines.density import DensityBaseline, check_margin, finite
 from midway.gen.baselines.tarflow_blocks import AutoregressiveFlow
 from midway.gen.core import randomness
+from midway.gen.core.ranges import BATCH, LAYERS, RATIO, WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
@@ -64,6 +65,8 @@ class TarFlowConfig:
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout is {self.label_dropout}; give a number in [0, 1)")
         check_margin(self.logit_margin)
+        check_ranges(self, width=WIDTH, heads=WIDTH, patch=WIDTH, flows=LAYERS, depth=LAYERS, draws=BATCH)
+        check_ranges(self, mlp_ratio=RATIO)
 
 
 class TarFlow(DensityBaseline):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from midway.gen.baselines.base import Baseline
 from midway.gen.baselines.logistic_mixture import PARAMETERS, LogisticMixture
 from midway.gen.core import randomness
+from midway.gen.core.ranges import LAYERS, WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
@@ -58,6 +59,7 @@ class VAEConfig:
         for name in ("blocks", "beta", "kl_warmup", "free_bits"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        check_ranges(self, latent_dim=WIDTH, width=WIDTH, mixtures=WIDTH, downsample=WIDTH, blocks=(0, LAYERS[1]))
 
 
 class VAE(Baseline):

@@ -40,7 +40,6 @@ FORMAT = "midway-checkpoint-1"
 MANIFEST = "manifest.json"
 BACKOFF = (0.5, 2.0, 8.0)
 """Seconds to wait before each new attempt at a failed save."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @dataclass(frozen=True)

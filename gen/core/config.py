@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from midway.gen.core.errors import UsageError, nearest, one_line, raising
+from midway.gen.core.errors import UsageError, nearest, one_line, raising, remedy
 from midway.gen.core.files import read_text, write_atomically
 
 T = TypeVar("T")
@@ -132,6 +132,8 @@ def read_yaml(path: Path) -> Any:
     except FileNotFoundError:
         raise UsageError(f"no file {path}", "it was given as a configuration", "check the path") from None
     except OSError as error:
-        raise UsageError(f"{path} cannot be read", one_line(error), "give the config.yaml of a run") from None
+        raise UsageError(
+            f"{path} cannot be read", one_line(error), remedy(error, "give the config.yaml of a run")
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates, long numbers, other encodings
         raise UsageError(f"{path} is not YAML", one_line(error), "correct the file") from None

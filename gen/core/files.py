@@ -26,6 +26,7 @@ DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeErro
 
 ZIP_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError)
 """Errors of opening zip files that are missing, damaged or of another kind."""
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 TEXT_LIMIT = 64 << 20
 """Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
 LOG_LIMIT = 8 << 30
@@ -80,14 +81,14 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+def read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, limit: int) -> bytes:
     """The bytes of a member of a zip, as many as it declares and no more than `limit`; OSError, BadZipFile."""
-    entry = archive.getinfo(name)
+    entry = member if isinstance(member, zipfile.ZipInfo) else archive.getinfo(member)
     check_size(entry.file_size, limit)
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile expands others without bound
+    if entry.compress_type not in ZIP_METHODS:  # zipfile expands others without bound
         raise OSError("it is neither stored nor deflated: make the zip again")
-    with archive.open(entry) as member:
-        return member.read(entry.file_size)
+    with archive.open(entry) as file:
+        return file.read(entry.file_size)
 
 
 def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError
+from midway.gen.core.errors import DiskError, remedy
 from midway.gen.core.files import replacing
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -35,7 +35,7 @@ def _whole_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
             yield archive
     except OSError as error:
-        raise DiskError(f"cannot write {path}", str(error), "free disk space or choose another directory") from error
+        raise DiskError(f"cannot write {path}", str(error), remedy(error, "choose another directory")) from error
 
 
 # ---- NPZ ----

@@ -23,7 +23,6 @@ from midway.gen.data.contents import (
     channel_statistics,
     conversions,
     duplicates,
-    endings,
     levels,
     read_contents,
     same_pixels,
@@ -32,6 +31,7 @@ from midway.gen.data.contents import (
 )
 from midway.gen.data.decoding import LOSSY, Undecodable, counted
 from midway.gen.data.files import check_bad
+from midway.gen.data.layouts import left_out_lines
 from midway.gen.data.sources import SOURCES, existing_path
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
 
@@ -80,7 +80,8 @@ class DataFacts:
     files: int
     images: int
     bad: tuple[Undecodable, ...]
-    other_files: dict[str, int]
+    other_files: dict[str, int]  # left out, by kind
+    bare_folders: tuple[str, ...]  # without images
     classes: dict[str, int]
     channels: dict[int, int]
     sizes: dict[str, int]
@@ -155,11 +156,12 @@ def _facts(contents: Contents, other: Contents | None, chosen: Tensor | None, co
         files=len(pictures) + len(contents.bad),
         images=len(pictures),
         bad=contents.bad,
-        other_files=endings(contents.others),
+        other_files=dict(contents.left_out),
+        bare_folders=contents.bare,
         classes=dict(zip(contents.classes, counts, strict=True)),
         channels={channels: count for channels, count in ((1, grey), (3, len(pictures) - grey)) if count},
         sizes=sizes(pictures),
-        conversions=conversions(pictures),
+        conversions=conversions(pictures, contents.notes),
         levels=levels(pictures),
         statistics=channel_statistics(pictures),
         fingerprint=None,
@@ -194,9 +196,7 @@ def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -
 def _warnings(facts: DataFacts) -> Iterator[str]:
     if facts.bad:
         yield f"{counted(len(facts.bad))} of {facts.files} cannot be decoded or used; the figures do not include them"
-    if facts.other_files:
-        listed = ", ".join(f"{ending} ({count})" for ending, count in facts.other_files.items())
-        yield f"files without an image extension are ignored: {listed}"
+    yield from (f"left out: {line}" for line in left_out_lines(facts.other_files, facts.bare_folders))
     if any(note.startswith(LOSSY) for note in facts.conversions):
         yield "lossy files: their loss is part of the data; save samples as PNG, since JPEG would change their distance"
     yield from _copies_warnings(facts)

@@ -13,9 +13,9 @@ bytes were changed but still decode.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from midway.gen.core.errors import DataError
 from midway.gen.data.decoding import Decoded, Undecodable, check_options, decode
-from midway.gen.data.files import class_labels, map_files, open_files
+from midway.gen.data.files import FileSet, map_files, open_files
+from midway.gen.data.layouts import ALL, Layout, layout_of, left_out_of
 from midway.gen.data.levels import levels_of
 from midway.gen.data.sources import SOURCES, existing_path, prepared, read_named
 from midway.gen.data.splits import DataConfig
@@ -57,7 +58,9 @@ class Contents:
     labels: Tensor
     classes: tuple[str, ...]
     bad: tuple[Undecodable, ...] = ()
-    others: tuple[str, ...] = ()  # files that do not end like images
+    notes: tuple[str, ...] = ()  # how the labels of all images were found
+    left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, by kind
+    bare: tuple[str, ...] = ()  # folders without images
     error: DataError | None = None  # why the folders are not classes
 
 
@@ -111,13 +114,14 @@ def _named(config: DataConfig) -> Contents:
 def _files(path: Path, config: DataConfig) -> Contents:
     with open_files(path) as files:
         results = list(map_files(files.names, _examiner(files.read, config)))
-        others = files.others
-        names = files.names
-    labels, classes, error = _labels(names)
-    good = [(result, label) for result, label in zip(results, labels, strict=True) if isinstance(result, Picture)]
+        layout, error = _layout(files)
+    labelled = zip(results, layout.labels, strict=True)
+    good = [(result, label) for result, label in labelled if isinstance(result, Picture)]
     bad = tuple(result for result in results if isinstance(result, Undecodable))
     kept = torch.tensor([label for _, label in good], dtype=torch.int64)
-    return Contents(config.data, tuple(picture for picture, _ in good), kept, classes, bad, others, error)
+    pictures = tuple(picture for picture, _ in good)
+    facts = (layout.notes, layout.left_out, layout.bare)
+    return Contents(config.data, pictures, kept, layout.classes, bad, *facts, error)
 
 
 def _examiner(read: Callable[[str], bytes], config: DataConfig) -> Callable[[str], Picture | Undecodable]:
@@ -128,11 +132,11 @@ def _examiner(read: Callable[[str], bytes], config: DataConfig) -> Callable[[str
     return work
 
 
-def _labels(names: Sequence[str]) -> tuple[list[int], tuple[str, ...], DataError | None]:
+def _layout(files: FileSet) -> tuple[Layout, DataError | None]:
     try:
-        return *class_labels(names), None
+        return layout_of(files), None
     except DataError as error:
-        return [0] * len(names), ("all",), error
+        return Layout([0] * len(files.names), ALL, left_out=left_out_of(files)), error
 
 
 def examine(image: Decoded) -> Picture:
@@ -186,9 +190,10 @@ def levels(pictures: Sequence[Picture]) -> int | None:
     return levels_of(torch.tensor(values, dtype=torch.uint8)) if values else None
 
 
-def conversions(pictures: Sequence[Picture]) -> dict[str, int]:
-    """Number of images of each conversion and of each note about loss."""
+def conversions(pictures: Sequence[Picture], notes: Sequence[str] = ()) -> dict[str, int]:
+    """Number of images of each conversion and of each note about loss, and of `notes`, which are of all images."""
     counts = Counter(note for picture in pictures for note in picture.notes)
+    counts.update(dict.fromkeys(notes, len(pictures)))
     grey = sum(picture.channels == 1 for picture in pictures)
     if 0 < grey < len(pictures):
         counts["grey promoted to RGB"] = grey
@@ -198,11 +203,6 @@ def conversions(pictures: Sequence[Picture]) -> dict[str, int]:
 def sizes(pictures: Iterable[Picture]) -> dict[str, int]:
     """Images of each `width x height`, the most frequent first."""
     return dict(Counter(f"{width}x{height}" for width, height in (picture.size for picture in pictures)).most_common())
-
-
-def endings(names: Iterable[str]) -> dict[str, int]:
-    """Files of each extension, the most frequent first."""
-    return dict(Counter(PurePosixPath(name).suffix or "no extension" for name in names).most_common())
 
 
 # ---- the same pixels ----

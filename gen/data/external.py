@@ -3,19 +3,18 @@
     folder, zip     image files, decoded as training images are (files.py); every conversion is noted
     NPZ             arr_0, uint8 (N, H, W, C) with C 1 or 3; arr_1, the labels, is not read; nothing is unpickled
 
-Images keep the order of their names, so that consecutive blocks of them are what consecutive seeds are to a model. Class folders
-take turns, or a block would hold some classes alone; the numbered folders of EDM (`00000/img00000000.png`) are no classes.
+Images keep the order of their names, so that consecutive blocks of them are what consecutive seeds are to a model. Classes
+(layouts.py) take turns, or a block would hold some classes alone.
 """
 
 import hashlib
-import re
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,8 +27,8 @@ from midway.gen.core.errors import DataError, UsageError, one_line
 from midway.gen.core.text import printable
 from midway.gen.data.decoding import LOSSY, Decoded, Undecodable, check_options, prepare, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
+from midway.gen.data.layouts import class_labels, layout_of
 
-EDM_NAME = re.compile(r"(.*/)?\d{5}/img\d{8}\.\w+")
 HASHED = 1024  # images at once
 LOSSY_SAMPLES = "lossy samples: the format itself changes the distance; write PNG or NPZ"
 
@@ -92,25 +91,26 @@ def fingerprint(pixels: Tensor) -> str:
 
 def _from_files(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:
     with open_files(path) as files:
-        names = in_turn(files.names)
+        layout = layout_of(files)
+        names = in_turn(files.names, layout.labels)
         results = list(decode_all(replace(files, names=names), options.channels, options.resize))
     bad = [result for result in results if isinstance(result, Undecodable)]
     skipped = check_bad(bad, len(results), options.on_bad_image)
     good = [result for result in results if isinstance(result, Decoded)]
     lossy = any(note.startswith(LOSSY) for image in good for note in image.notes)
-    turns = () if names == files.names else ("folders take turns, so that every block holds every class",)
+    turns = () if names == files.names else ("classes take turns, so that every block holds every class",)
     pixels, conversions = stack(good, len(good))
-    return torch.from_numpy(pixels), (*conversions, *((LOSSY_SAMPLES,) if lossy else ()), *turns, *skipped)
+    left_out = tuple(printable(f"left out: {line}") for line in layout.lines)
+    notes = (*conversions, *((LOSSY_SAMPLES,) if lossy else ()), *turns, *layout.notes, *skipped, *left_out)
+    return torch.from_numpy(pixels), notes
 
 
-def in_turn(names: Sequence[str]) -> tuple[str, ...]:
-    """Names in an order in which folders take turns; as they are in one folder, or in EDM's numbered ones."""
-    if all(EDM_NAME.fullmatch(name) for name in names):
-        return tuple(names)
-    folders: dict[PurePosixPath, list[str]] = defaultdict(list)
-    for name in names:
-        folders[PurePosixPath(name).parent].append(name)
-    return tuple(name for turn in zip_longest(*folders.values()) for name in turn if name is not None)
+def in_turn(names: Sequence[str], labels: Sequence[int] | None = None) -> tuple[str, ...]:
+    """Names in an order in which classes take turns, those of `labels` or of their folders; as they are in one class."""
+    classes: dict[int, list[str]] = defaultdict(list)
+    for name, label in zip(names, class_labels(names)[0] if labels is None else labels, strict=True):
+        classes[label].append(name)
+    return tuple(name for turn in zip_longest(*classes.values()) for name in turn if name is not None)
 
 
 def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, ...]]:

@@ -1,15 +1,15 @@
-"""Image files of a folder or a zip, read in place: their names, their classes, and work on all of them by several threads."""
+"""Image files of a folder or a zip, read in place, what lies beside them, and work on all of them by several threads."""
 
 import os
 import threading
 import time
 import zipfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from PIL import Image
@@ -17,11 +17,11 @@ from PIL import Image
 from midway.gen.core.errors import DataError, raising
 from midway.gen.core.files import ZIP_DAMAGE, read_bytes, read_member, regular_file
 from midway.gen.data.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
+from midway.gen.data.listing import Listing, list_folder, list_zip
+from midway.gen.data.names import EXTENSIONS, ending, is_image, is_library, junk
 
 Result = TypeVar("Result")
 
-_PORTABLE, _HEIF = (".ppm", ".pgm", ".pbm", ".pnm"), (".avif", ".heic", ".heif")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", *_PORTABLE, *_HEIF)
 _CHUNK = 16  # files a thread takes at once: one future per file would cost as much as a small JPEG
 _WORTH_A_THREAD = 5e-4  # seconds an image; about a 128x128 PNG
 _LISTED = 5  # files named in an error
@@ -30,50 +30,35 @@ _BROKEN, _UNUSABLE = "cannot be decoded", "intact but cannot be used"
 
 @dataclass(frozen=True)
 class FileSet:
-    """The image files of one folder or zip."""
+    """The image files of one folder or zip, and what lies beside them."""
 
     names: tuple[str, ...]  # sorted, relative to the source, "/" between parts
-    read: Callable[[str], bytes]  # safe to call from several threads
-    others: tuple[str, ...] = ()  # files beside them whose names do not end like an image's
+    read: Callable[[str], bytes]  # of `names` and `others`; safe to call from several threads
+    others: tuple[str, ...] = ()  # files whose names do not end like an image's
+    junk: Mapping[str, int] = field(
+        default_factory=dict
+    )  # left-overs of systems and programs, counted by what marks them
+    repeated: int = 0  # names of files and folders that are read by another name
+    folders: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()  # links to one folder, of which the first is read
 
 
-# ---- which files, and their classes ----
+# ---- which files ----
 
 
 @contextmanager
 def open_files(path: Path) -> Iterator[FileSet]:
     """The images of a folder or zip, to be read while the context is open. DataError: missing, broken or without images."""
+    if is_library(path.name):
+        why = "it holds previews and thumbnails beside the photos, in folders that are no classes"
+        raise DataError(f"{path} is a library of photo software", why, "export its photos to a folder, and give that")
     if path.is_dir():
-        yield _file_set(path, _walk(path), lambda name: read_bytes(path / name, IMAGE_LIMIT))
+        listing = list_folder(path)
+        yield _file_set(path, listing, lambda name: read_bytes(path / listing.raw.get(name, name), IMAGE_LIMIT))
     else:
         with _open_zip(path) as archive:
-            found = (entry.filename for entry in archive.infolist() if not entry.is_dir())
-            yield _file_set(path, found, _locked_read(archive))
-
-
-def class_labels(names: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
-    """(label of each file, class names): the folder just below a common wrapper; flat files are one class, `all`."""
-    parts = _without_wrapper([PurePosixPath(name).parts for name in names])
-    loose = [name for name, part in zip(names, parts, strict=True) if len(part) == 1]
-    if len(loose) == len(names):
-        return [0] * len(names), ("all",)
-    classes = tuple(sorted({part[0] for part in parts if len(part) > 1}))
-    _check_loose_files(loose, classes)
-    _check_class_names(classes)
-    index = {name: label for label, name in enumerate(classes)}
-    return [index[part[0]] for part in parts], classes
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Relative names of all files below `folder`, through links but never back up into a parent."""
-    for here, folders, files in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
-        parent = Path(here).resolve()
-        folders[:] = [name for name in folders if not parent.is_relative_to((parent / name).resolve())]
-        yield from ((Path(here) / name).relative_to(folder).as_posix() for name in files)
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be listed", str(error), "check its permissions") from error
+            listing, members = list_zip(archive, path)
+            yield _file_set(path, listing, _locked_read(archive, members))
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
@@ -82,49 +67,27 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(regular_file(path))
 
 
-def _locked_read(archive: zipfile.ZipFile) -> Callable[[str], bytes]:
+def _locked_read(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> Callable[[str], bytes]:
     lock = threading.Lock()  # ZipFile counts its open members without one
 
     def read(name: str) -> bytes:
         with lock:
-            return read_member(archive, name, IMAGE_LIMIT)
+            return read_member(archive, members[name], IMAGE_LIMIT)
 
     return read
 
 
-def _is_junk(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
-
-
-def _file_set(path: Path, found: Iterable[str], read: Callable[[str], bytes]) -> FileSet:
-    files = {name for name in found if not _is_junk(name)}
-    images = tuple(sorted(name for name in files if name.lower().endswith(EXTENSIONS)))
-    if not images:
-        endings = ", ".join(sorted({PurePosixPath(name).suffix or "no extension" for name in files})[:_LISTED])
-        why = f"it holds {len(files)} other files ({endings})" if files else "it is empty"
+def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes]) -> FileSet:
+    marks = {name: mark for name in listing.files if (mark := junk(name)) is not None}
+    names = tuple(name for name in listing.files if is_image(name) and name not in marks)
+    others = tuple(name for name in listing.files if not is_image(name) and name not in marks)
+    left = Counter(marks.values())
+    if not names:
+        kinds = ", ".join(sorted({*map(ending, others), *left})[:_LISTED])
+        why = f"it holds {len(listing.files)} other files ({kinds})" if listing.files else "it is empty"
         raise DataError(f"no images in {path}", why, f"put image files there ({' '.join(EXTENSIONS)})")
-    return FileSet(images, read, tuple(sorted(files.difference(images))))
-
-
-def _without_wrapper(parts: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Drop folders that all files share, as long as a folder remains below."""
-    while all(len(part) > 2 and part[0] == parts[0][0] for part in parts):
-        parts = [part[1:] for part in parts]
-    return parts
-
-
-def _check_loose_files(loose: Sequence[str], classes: Sequence[str]) -> None:
-    if loose:
-        what = f"{len(loose)} images lie beside the class folders, for example {loose[0]}"
-        why = f"with class folders ({', '.join(classes[:_LISTED])}) every image needs a class"
-        raise DataError(what, why, "move them into a class folder, or all images into one folder")
-
-
-def _check_class_names(classes: tuple[str, ...]) -> None:
-    splits = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
-    if len(classes) > 1 and splits.issuperset(name.lower() for name in classes):
-        what = f"the folders {', '.join(classes)} look like splits, not classes"
-        raise DataError(what, "they would become the labels", "give the path of one of them (unpack a zip first)")
+    folders = tuple(name for name in listing.folders if junk(name) is None)
+    return FileSet(names, read, others, left, len(listing.repeated), folders, tuple(listing.aliases))
 
 
 # ---- all files ----

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.text import printable
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, listed_counts, stack
-from midway.gen.data.files import check_bad, class_labels, decode_all, open_files
+from midway.gen.data.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
+from midway.gen.data.files import check_bad, decode_all, open_files
+from midway.gen.data.layouts import layout_of
 from midway.gen.data.sources import SOURCES, Arrays, existing_path, prepared, read_named
 
 
@@ -30,6 +31,7 @@ class ImageData:
     name: str
     fingerprint: str  # sha256 hex of shape, pixels, labels and class names
     conversions: tuple[str, ...] = ()  # what was done to which number of images of the whole source
+    left_out: tuple[str, ...] = ()  # files and folders of the source that are not read, counted by kind
 
 
 # ---- loading ----
@@ -76,19 +78,27 @@ def _load_path(
 
     with open_files(path) as files:
         count = len(files.names)
-        labels, classes = class_labels(files.names)
-        pixels, conversions = stack(good(decode_all(files, channels, resize), labels), count)
+        layout = layout_of(files)
+        pixels, conversions = stack(good(decode_all(files, channels, resize), layout.labels), count)
     skipped = check_bad(bad, count, on_bad_image)
     name = path.resolve().name if path.is_dir() else path.stem
-    return image_data(torch.from_numpy(pixels), torch.tensor(kept), classes, name, conversions + skipped)
+    stated = tuple(f"{counted(len(kept))}: {note}" for note in layout.notes)
+    images, labels = torch.from_numpy(pixels), torch.tensor(kept)
+    return image_data(images, labels, layout.classes, name, conversions + stated + skipped, layout.lines)
 
 
 def image_data(
-    images: Tensor, labels: Tensor, classes: tuple[str, ...], name: str, conversions: tuple[str, ...]
+    images: Tensor,
+    labels: Tensor,
+    classes: tuple[str, ...],
+    name: str,
+    conversions: tuple[str, ...],
+    left_out: tuple[str, ...] = (),
 ) -> ImageData:
     """With the fingerprint of these images; names are text from here on (core/text.py)."""
-    shown = tuple(map(printable, classes))
-    return ImageData(images, labels, shown, printable(name), _fingerprint(images, labels, classes), conversions)
+    shown, left_out = tuple(map(printable, classes)), tuple(map(printable, left_out))
+    digest = _fingerprint(images, labels, classes)
+    return ImageData(images, labels, shown, printable(name), digest, conversions, left_out)
 
 
 def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
@@ -100,7 +110,7 @@ def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> st
 
 
 def describe(data: ImageData) -> str:
-    """A report to print before training: count, size, channels, classes with their counts, fingerprint, conversions."""
+    """A report to print before training: count, size, channels, classes, fingerprint, conversions, and what is left out."""
     count, channels, height, width = data.images.shape
     colour = "grey (1 channel)" if channels == 1 else f"RGB ({channels} channels)"
     lines = [
@@ -110,7 +120,8 @@ def describe(data: ImageData) -> str:
     ]
     if empty_classes(data):
         lines.append(f"no images    of {named_empty(data)}; a class without training images is not sampled")
-    return "\n".join(lines + [f"conversion   {note}" for note in data.conversions])
+    lines += [f"conversion   {note}" for note in data.conversions]
+    return "\n".join(lines + [f"left out     {line}" for line in data.left_out])
 
 
 def empty_classes(data: ImageData) -> tuple[int, ...]:

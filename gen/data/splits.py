@@ -9,6 +9,7 @@ from torch import Tensor
 from midway.gen.core.config import PER_CALL, from_dict
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.randomness import permutation
+from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, image_data, load_images
 
@@ -30,6 +31,9 @@ class DataConfig:
     """skip leaves out files that cannot be decoded or used, at most 1 % of all."""
     download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, split_seed=SEED, resize=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -115,4 +119,5 @@ def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
-    return image_data(data.images[keep], data.labels[keep], data.classes, f"{data.name}-{suffix}", data.conversions)
+    images, labels, name = data.images[keep], data.labels[keep], f"{data.name}-{suffix}"
+    return image_data(images, labels, data.classes, name, data.conversions, data.left_out)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
+from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
 from midway.gen.diffusion.distillation import Distillation, part
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.batches import Context
@@ -69,6 +70,7 @@ class DistillConfig:
             )
         if self.all_nodes and self.mode == "per_step":
             raise ValueError("all_nodes belongs to mode end_to_end: per_step always meets the teacher at all nodes")
+        check_ranges(self, teacher_steps=STEPS, trajectories=COUNT, seed=SEED)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
 from midway.gen.diffusion.distillation import Distillation, part
 from midway.gen.diffusion.load import BEST
 from midway.gen.diffusion.model import LatentModel
@@ -74,6 +75,7 @@ class TableConfig:
         ):
             if name not in known:
                 raise ValueError(f"unknown {what} '{name}': choose one of {', '.join(known)}")
+        check_ranges(self, teacher_steps=STEPS, pairs=COUNT, seed=SEED, order=(1, 4))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.gen.core.ranges import LAYERS, RATIO, WIDTH, check_ranges
 from midway.gen.training.batches import Context
 from midway.tokenizers.recomputed import Recomputed
 from midway.tokenizers.vit import patchify, unpatchify
@@ -36,6 +37,7 @@ class DiTConfig:
     """Share of each block's attention and MLP outputs that is set to 0 in training."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO)
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4 (2-D positions)")
         if not 0 <= self.dropout < 1:

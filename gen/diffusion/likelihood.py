@@ -44,9 +44,9 @@ from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, reversed_grid
 from midway.samplers.guidance import scale_of
 from midway.samplers.prediction import Field, Prediction, expand, solve
 from midway.samplers.sample import sample
-from midway.samplers.schedule import Cosine, Schedule
+from midway.samplers.schedule import Cosine, Schedule, fingerprint
 from midway.samplers.solvers import SOLVERS
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.table import Table
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 Trace = Literal["exact", "hutchinson"]

@@ -22,8 +22,9 @@ from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.samplers.learned_solver import LEARNED as AMED
-from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.learned_solver import LearnedSolver, same_schedule
 from midway.samplers.sampler import Sampler
+from midway.samplers.schedule import fingerprint
 from midway.samplers.table import Table
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -113,15 +114,20 @@ def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
 
 
 def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sampler | None:
-    """The learned solver of this model, None when it was not trained; DataError when it belongs to other weights."""
+    """The learned solver of this model, None when it was not trained.
+
+    DataError for a file whose numbers are of no solver for this model, name, grid and budget, and for other weights.
+    """
     path = solver_path(trained.run.path, name, grid, nfe)
     if not (path / "config.yaml").exists():
         return None
     file = Run.open(path, "solver").checkpoint / "solver.safetensors"
     retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
     with reading(file, retrain):
-        solver = Table.load(file) if name == TABLE else LearnedSolver.load(file, trained.model.schedule)
+        schedule = trained.model.schedule
+        solver = Table.load(file, schedule) if name == TABLE else LearnedSolver.load(file, schedule)
         card = solver.card
+        _check_place(solver, trained, (name, grid, nfe))
     if card is None or card.model_hash != trained.hash:
         raise DataError(
             f"{path} was learned for other weights",
@@ -129,3 +135,21 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sample
             retrain,
         )
     return solver
+
+
+def _check_place(solver: Sampler, trained: TrainedModel, place: tuple[str, str, int]) -> None:
+    """ValueError unless the solver is that of its folder: (name, grid, NFE), and the model's schedule and features."""
+    card = solver.card
+    if card is None:
+        return
+    if (card.name, card.grid_name, card.nfe) != place or solver.nfe != card.nfe:
+        raise ValueError(
+            f"it holds {card.name} on {card.grid_name} at NFE {solver.nfe}, in the place of {' '.join(map(str, place))}"
+        )
+    if not same_schedule(card.schedule, trained.model.schedule):
+        raise ValueError(
+            f"its card names schedule {card.schedule}, the model has {fingerprint(trained.model.schedule)}"
+        )
+    width = trained.model.config.dit.width
+    if isinstance(solver, LearnedSolver) and solver.rule.feature_dim not in (0, width):
+        raise ValueError(f"it reads {solver.rule.feature_dim} features, the model has {width}")

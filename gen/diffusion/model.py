@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.core.files import state_hash
+from midway.gen.core.ranges import POSITIVE, SHARE, check_ranges
 from midway.gen.diffusion.dit import DiT, DiTConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
@@ -65,6 +66,9 @@ class LatentModelConfig:
     dequantise: bool = False
     """Pixel models: spread each level over its bin, so that the density is one of pixels and has bits per dimension."""
     dit: DiTConfig = field(default_factory=DiTConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
 
     def make_schedule(self) -> Schedule:
         """The schedule this names."""

@@ -67,11 +67,19 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
         raise UsageError(
             f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, *LEARNED])
         )
+    check_grid(grid)
     if config.eta and solver != "ddim":
         raise UsageError(
             f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta, or use ddim alone"
         )
     return build_table(trained.model.schedule, solver, nfe, config, grid, trained)
+
+
+def check_grid(name: str) -> None:
+    """UsageError for a grid that is not in the registry, also for one given as numbers."""
+    if name not in (*GRIDS, GITS):
+        why = "commands take grids by name; of numbers, `grids.explicit` makes one in Python"
+        raise UsageError(f"unknown grid '{name}'", why, nearest(name, [*GRIDS, GITS]))
 
 
 def build_table(
@@ -139,8 +147,7 @@ def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:
 def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
     """One sampler per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
     for grid in config.grids:
-        if grid not in (*GRIDS, GITS):
-            raise UsageError(f"unknown grid '{grid}'", "it is not in the registry", nearest(grid, [*GRIDS, GITS]))
+        check_grid(grid)
     check_guidance(trained, config)
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained, config) for grid in config.grids}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from midway.gen.baselines.base import Baseline
 from midway.gen.baselines.vae import VAE
+from midway.gen.core.ranges import BATCH, COUNT, SEED, check_ranges
 from midway.gen.data.levels import bits_per_dim, levels_of, to_levels
 from midway.gen.data.splits import Splits
 from midway.gen.features.reference import Subject
@@ -39,6 +40,7 @@ class Bounds:
         for name in ("draws", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        check_ranges(self, draws=COUNT, batch_size=BATCH, seed=SEED)
 
 
 @dataclass(frozen=True)

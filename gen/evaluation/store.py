@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError
+from midway.gen.core.errors import DiskError, raising
 from midway.gen.core.files import clear_temporaries, state_hash, write_atomically
 from midway.gen.core.runs import lock
 from midway.gen.core.text import echo, json_text
@@ -184,7 +184,5 @@ class CellStore:
             clear_temporaries(folder)
 
     def _make(self) -> None:
-        try:
+        with raising(DiskError, f"{self.folder} cannot be made", "choose another --out", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DiskError(f"{self.folder} cannot be made", str(error), "choose another --out") from None

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from midway.gen.core.errors import DataError, raising
 from midway.gen.core.files import DAMAGE, state_hash, write_atomically
+from midway.gen.core.ranges import WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
@@ -52,6 +53,7 @@ class FeatureConfig:
             raise ValueError(
                 f"in_channels={self.in_channels}, classes={self.classes}, dim={self.dim}: use at least 1, 2 and 2"
             )
+        check_ranges(self, width=WIDTH, dim=WIDTH)
 
 
 def _stage(channels_in: int, channels_out: int) -> nn.Sequential:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DiskError, UsageError, one_line
+from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, remedy
 from midway.gen.core.files import file_hash, replacing
 
 CHUNK = 1 << 20
@@ -92,7 +92,7 @@ def download(published: Published, path: Path) -> None:
     except (URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise missing(published, f"{published.url} cannot be fetched ({error})") from None
     except OSError as error:
-        raise DiskError(f"cannot write {path}", str(error), "free disk space, or set TORCH_HOME") from error
+        raise DiskError(f"cannot write {path}", str(error), remedy(error, "set TORCH_HOME")) from error
 
 
 def _receive(published: Published, path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError, UsageError
+from midway.gen.core.errors import DiskError, UsageError, remedy
 from midway.gen.core.files import replacing, write_atomically
 from midway.gen.core.text import html
 from midway.gen.data.pictures import grid_png
@@ -281,4 +281,4 @@ def write_tokenizer_report(
             for name, content in files.items():
                 write_atomically(new / name, content)
     except OSError as error:
-        raise DiskError(f"{directory} cannot be written", str(error), "free space, or choose another --out") from error
+        raise DiskError(f"{directory} cannot be written", str(error), remedy(error, "choose another --out")) from error

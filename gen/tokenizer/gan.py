@@ -27,6 +27,7 @@ from midway.tokenizers.adversarial import (
     r1_penalty,
 )
 from midway.tokenizers.discriminator import PatchDiscriminator
+from midway.tokenizers.losses import mean
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Adversary(nn.Module):
             nothing = error.new_zeros(())
             return GANTerms(nothing, nothing, {name: error.new_zeros(2) for name in self._names()})
         gain = generator_loss(frozen(self.discriminator)(reconstruction), self.kind)
-        weight = self.config.adversary_weight * self._ratio(error, gain, last)
+        weight = self.config.adversary_weight * self._ratio(error, gain, last, len(images))
         own, parts = self._discriminator_loss(reconstruction.detach(), images, context)
         logs = {"generator": gain, "critic": own, **parts}
         if self.adaptive is not None:
@@ -74,11 +75,11 @@ class Adversary(nn.Module):
             if part is not None:
                 part.update(step_ok)
 
-    def _ratio(self, error: Tensor, gain: Tensor, last: Tensor) -> Tensor | float:
+    def _ratio(self, error: Tensor, gain: Tensor, last: Tensor, samples: int) -> Tensor | float:
         if self.adaptive is None:
             return 1.0
         if torch.is_grad_enabled():
-            self.adaptive.measure(error, gain, last)
+            self.adaptive.measure(error, gain, last, weight=float(samples > 0))
         return self.adaptive.value.clone()
 
     def _discriminator_loss(self, fake: Tensor, real: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,7 +87,7 @@ class Adversary(nn.Module):
         config = self.config
         on_real, on_fake = self.discriminator(real), self.discriminator(fake)
         loss = discriminator_loss(on_real, on_fake, self.kind)
-        parts = {"real_logits": on_real.float().mean(), "fake_logits": on_fake.float().mean()}
+        parts = {"real_logits": mean(on_real.float()), "fake_logits": mean(on_fake.float())}
         weighted: dict[str, float] = {}
         if config.r1:
             parts["r1"], weighted["r1"] = r1_penalty(self.discriminator, real), config.r1

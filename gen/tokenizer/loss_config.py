@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from midway.gen.core.ranges import LAYERS, POSITIVE, WEIGHT, WIDTH, check_ranges
 from midway.tokenizers.losses import Pixel
 
 Adversary = Literal["none", "hinge", "non_saturating", "wasserstein"]
@@ -60,6 +61,8 @@ class LossConfig:
             )
         if self.perceptual_weights is not None and not self.perceptual:
             raise ValueError("loss.perceptual_weights is given but loss.perceptual is 0: give it a weight, 1 say")
+        check_ranges(self, critic_width=WIDTH, critic_layers=LAYERS, critic_rate=POSITIVE, perceptual=WEIGHT)
+        check_ranges(self, adversary_weight=WEIGHT, r1=WEIGHT, gradient_penalty=WEIGHT, lecam=WEIGHT)
 
 
 def described(config: LossConfig, perceptual: str = "lpips") -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.batches import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
 from midway.tokenizers.fsq import FSQ, saturation
-from midway.tokenizers.losses import pixel_loss
+from midway.tokenizers.losses import mean, pixel_loss
 from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -64,7 +64,7 @@ class TokenizerObjective(nn.Module):
         mse = loss if self.losses.pixel == "l2" else pixel_loss(reconstruction, images, "l2")
         logs = {"mse": mse} if mse is loss else {"mse": mse, self.losses.pixel: loss}
         if self.perceptual is not None:
-            logs["lpips"] = self.perceptual(reconstruction, images).mean()
+            logs["lpips"] = mean(self.perceptual(reconstruction, images))
             loss = loss + self.losses.perceptual * logs["lpips"]
         return loss, logs
 
@@ -83,10 +83,13 @@ class TokenizerObjective(nn.Module):
 def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tensor]:
     """How many codes one micro-batch used, and their perplexity, without leaving the device: shows a collapse as it happens.
 
-    With several groups the mean. Summed over tokens, of which there are fewer than codes in a large codebook.
+    With several groups the mean; both 0 without tokens. Summed over tokens, of which there are fewer than codes in a large
+    codebook.
     """
     if indices is None or counts is None:
         return {}
+    if not indices.numel():
+        return dict.fromkeys(("batch_codes", "batch_perplexity"), torch.zeros((), device=counts.device))
     by_group = counts.view(-1, counts.shape[-1])
     tokens = indices.reshape(-1, len(by_group)).T
     shared = by_group.gather(1, tokens).float()  # by how many tokens the code of each token is used

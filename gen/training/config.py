@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
+from midway.gen.core.ranges import BATCH, COUNT, EVENTS, SEED, STEPS, WEIGHT, check_ranges
+from midway.gen.training.power_ema import WIDEST
 
 Decay = Literal["constant", "cosine", "inverse_sqrt"]
 
@@ -94,6 +96,8 @@ class TrainConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if len(set(self.posthoc)) != len(self.posthoc):
             raise ValueError(f"posthoc widths must differ, got {self.posthoc}")
+        check_ranges(self, batch_size=BATCH, accumulation=BATCH, steps=EVENTS, warmup=EVENTS, keep=COUNT, seed=SEED)
+        check_ranges(self, lr=WEIGHT, weight_decay=WEIGHT, clip=WEIGHT, posthoc=(1e-6, WIDEST))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -172,3 +176,4 @@ class OnlineConfig:
     def __post_init__(self) -> None:
         if self.n < 2 or not self.nfe or min(self.nfe) < 1:
             raise ValueError(f"online evaluation of n {self.n} at NFE {self.nfe}: use n >= 2 and NFE >= 1")
+        check_ranges(self, n=COUNT, nfe=STEPS)

@@ -164,11 +164,12 @@ def test_a_solver_for_another_schedule_raises_an_error() -> None:
         for other in (Linear(), VP(), Shifted(Cosine(), 2.0)):
             with pytest.raises(ValueError, match=r"was learned on schedule cosine, this one is"):
                 replace(solver, schedule=other)
-    odd = LearnedSolver(replace(CARD, schedule="vp"), (0.9, 0.1), Constants(1, AMEDConfig()), VP())
+    card = replace(CARD, name="amed-constants", schedule="vp", nfe=2)
+    odd = LearnedSolver(card, (0.9, 0.1), Constants(1, AMEDConfig()), VP())
     with pytest.raises(ValueError, match=r"learned on schedule vp, this one is VP\(beta_min=0.1, beta_max=19.0\)"):
         replace(odd, schedule=VP(beta_max=19.0))
     shifted = Shifted(Linear(), 3.0)
-    assert replace(odd, card=replace(CARD, schedule=fingerprint(shifted)), schedule=shifted).table is not None
+    assert replace(odd, card=replace(card, schedule=fingerprint(shifted)), schedule=shifted).table is not None
 
 
 def test_a_predictor_of_another_model_raises_an_error() -> None:

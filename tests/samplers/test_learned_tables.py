@@ -416,8 +416,8 @@ def test_the_export_holds_the_average_and_its_origin() -> None:
     average = EMA(objective, 0.9)
     _steps(objective, pairs, 0, 3)
     average.update(objective, 0)
-    table = objective.export(average.shadow, {"card": "of the table"})
-    assert (dict(table.metadata), table.schedule) == ({"card": "of the table"}, "Linear()")
+    table = objective.export(average.shadow, {"origin": "of the table"})
+    assert (dict(table.metadata), table.schedule) == ({"origin": "of the table"}, "Linear()")
     assert objective.counter.evaluations == 2 * (6 * 8 + 3 * 3 * 3), "guidance, teacher and three steps"
     assert table.rows != objective.learned.table().rows
     halfway = LearnedTable(objective.schedule, objective.grid)

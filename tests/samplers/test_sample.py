@@ -14,11 +14,11 @@ from midway.samplers.fused import chain, combine
 from midway.samplers.graph import Graphs
 from midway.samplers.prediction import Field, NetworkField, Prediction, x0_coefficients
 from midway.samplers.recorder import Recorder
-from midway.samplers.rows import Row
+from midway.samplers.rows import Row, compile_rows, run_rows
 from midway.samplers.sample import ForwardCounter, sample, trajectory
 from midway.samplers.schedule import VP, Cosine, Linear
 from midway.samplers.solvers import SOLVERS, ddim
-from midway.samplers.table import Table, fingerprint
+from midway.samplers.table import fingerprint
 
 # ---- folding ----
 
@@ -57,9 +57,11 @@ def test_places_are_emptied_after_their_last_use(plain: bool) -> None:
     assert most == 1
 
 
-def test_a_row_without_weights_gives_zeros() -> None:
-    table = Table("nothing", (0.5, 0.1), (0, 1), (Row(0.5, 0.1, (0.0,), (0.0,)),))
-    assert sample(lambda x, t: Prediction(x, x), table, torch.ones(2, 2)).eq(0).all()
+def test_weights_that_cancel_give_zeros() -> None:
+    """x0 = x + value, so x_1 = x0 - x weighs nothing where the value has no part in x0."""
+    (row,) = compile_rows((Row(0.5, 0.1, (-1.0,), (1.0,)),), ((1.0, 0.0),))
+    *_, x = run_rows([row], [lambda x: x], torch.ones(2, 2))
+    assert x.eq(0).all()
 
 
 # ---- errors ----

@@ -29,6 +29,9 @@ HEADS = {
 TABLE = """
 2 unknown names
   SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? | amed-constants
+  SAMPLE --grid 0.9,0.5,0.1; --grid nan; --grid 1.5 -> unknown grid | by name | choose one of
+  EVALUATE --grids 0.9,0.5,0.1; --grids 1.5,0.2; --grids nan,0.2; --grids uniform,0.5 -> unknown grid | by name | choose one of
+  LATENT --measure-every 4 --early.grid karas --early.features {features} -> 'karas' | did you mean 'karras'?
   SAMPLE --solver ddim --grid karas; --solver amed --grid karas -> 'karas' | did you mean 'karras'?
   EVALUATE --solvers ddim --grids karas; --solvers amed --grids karas -> 'karas' | did you mean 'karras'?
   train_tokenizer digit-fsq --out {out} -> 'digit-fsq' | did you mean 'digits-fsq'?
@@ -190,6 +193,22 @@ TABLE = """
   SAMPLE --model {cut_solver} --solver amed -> damaged | solver.safetensors
   SAMPLE --model {sealed_solver} --solver amed -> \
 solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwrite
+3 learned solvers that are none
+  SAMPLE --model {nan_table} --solver table --nfe 3 -> solver.safetensors cannot be read | not finite | train_solver.py table
+  SAMPLE --model {noisy_table} --solver table --nfe 3 -> solver.safetensors cannot be read | no learned solver draws any
+  SAMPLE --model {rising_table} --solver table --nfe 3; --model {rising_amed} --solver amed -> solver.safetensors | fall
+  SAMPLE --model {outside_table} --solver table --nfe 3 -> solver.safetensors | times are in [0, 1]
+  SAMPLE --model {empty_table} --solver table --nfe 3 -> solver.safetensors | weighs nothing
+  SAMPLE --model {narrow_table} --solver table --nfe 3 -> solver.safetensors | float32 of shape (3, 3), not float64
+  SAMPLE --model {retyped_table} --solver table --nfe 3 -> solver.safetensors | nfe of the card is '3', not int
+  SAMPLE --model {unsealed_table} --solver table --nfe 3 -> solver.safetensors | saved with
+  SAMPLE --model {vp_table} --solver table --nfe 3 -> solver.safetensors | was made for VP
+  SAMPLE --model {of_4_table} --solver table --nfe 3 -> solver.safetensors | at NFE 4
+  EVALUATE --model {nan_table} --solvers ddim,table --nfe 3; --model {nan_amed} --solvers ddim,amed -> cannot be read | finite
+  SAMPLE --model {of_6_amed} --solver amed -> solver.safetensors | NFE 6
+  SAMPLE --model {of_karras_amed} --solver amed; --model {moved_amed} --solver amed -> in the place of amed
+  SAMPLE --model {of_another_base_amed} --solver amed -> solver.safetensors | go together
+  SAMPLE --model {retyped_amed} --solver amed -> solver.safetensors | guidance of the card is '1', not float
 3 runs that do not fit
   EVALUATE --features {other_features} -> trained on other images | train features
   LATENT --latents {cache_of_tokenizer} -> stale | tokenizer is | encode.py
@@ -228,6 +247,43 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   EVALUATE --save-images {a_file}/me.png/zips -> --save-images
 4 samples
   SAMPLE --guidance 1e38 --nfe 8 -> diverged | finite
+2 sizes and seeds that fill a machine or make nothing, before anything is built
+  TOKENIZER --model.width 1000000000; --model.width 0 -> width is | 65,536
+  TOKENIZER --model.blocks 1000000000; --model.blocks -1 -> blocks is | 1,000
+  TOKENIZER --model.network vit --model.depth 1000000000; --model.network vit --model.depth 0 -> depth is | 1,000
+  TOKENIZER --model.network vit --model.heads 0 -> heads is
+  TOKENIZER --model.width 60000 --model.blocks 900 -> too large | GiB
+  TOKENIZER --model.quantizer vq --model.codebook-size 4000000000000000000 -> too large | this machine
+  TOKENIZER --batch-size 1000000000; --batch-size 99999999999999999999999 -> batch_size is | 1,048,576
+  TOKENIZER --seed 18446744073709551616; --seed 9223372036854775807 -> seed is
+  TOKENIZER --split-seed 18446744073709551616; --split-seed -1 -> split_seed is
+  TOKENIZER --lr inf; --weight-decay inf -> finite
+  TOKENIZER --clip nan; --clip -1 -> clip is
+  TOKENIZER --posthoc 0.5; --posthoc nan; --posthoc 0 -> posthoc is
+  TOKENIZER --model.options {{"base":3}} --model.quantizer residual -> this tokenizer cannot be built
+  TOKENIZER --model.options {{"levels":"ab"}}; --model.options {{"levels":[8,"x"]}} -> cannot be built
+  TOKENIZER --model.options {{"levels":8}} -> cannot be built
+  TOKENIZER --model.quantizer vq --model.options {{"decay":"high"}} -> cannot be built
+  TOKENIZER --model.quantizer vq --model.options {{"decay":null}} -> cannot be built
+  TOKENIZER --loss.adversary hinge --loss.critic-width 0 -> critic_width is
+  LATENT --model.dit.width 0; --model.dit.width 1000000000 -> width is
+  LATENT --model.dit.heads 0; --model.dit.patch 0; --model.dit.depth 1000000000 -> is
+  LATENT --model.dit.width 60000 --model.dit.depth 900 -> too large | GiB
+  LATENT --model.label-dropout nan; --model.label-dropout 2 -> label_dropout is
+  LATENT --model.time-std 0 -> time_std is
+  BASELINE --model.width 1000000000; --model.blocks 1000000000; --model.downsample 0 -> is
+  BASELINE --model.width 60000 --model.blocks 900 -> too large
+  train_features --out {out} --width 1000000000; train_features --out {out} --dim 1000000000 -> it can be
+  SOLVER --distill.trajectories 1000000000; --distill.teacher-steps 1000000000; --distill.seed -1 -> is
+  SAMPLE --seed 18446744073709551616; --n 1000000000; --nfe 1000000000; --batch-size 1000000000 -> FLAG
+  EVALUATE --seed 18446744073709551616; --blocks 1000000000; --batch-size 1000000000; --n 1000000000 -> FLAG
+  LIKELIHOOD {baseline} --seed 18446744073709551616; {baseline} --ode.steps 0; {baseline} --ode.probes 0 -> it can be
+  TOKENIZERS {tokenizer} --seed 18446744073709551616 -> --seed | it can be
+  TOKENIZERS {tokenizer} --noise nan -> sigma is finite
+  ENCODE {tokenizer} --batch-size 1000000000 -> --batch-size
+2 names that no file can have
+  train_tokenizer digits-fsq --steps 1 --out {long}; EVALUATE --out {long}; SAMPLE --out {long}.png -> shorter
+  ENCODE {tokenizer} --out {long}; train_tokenizer --config {long}; data check {long} -> shorter
 """
 UNPARSED = """
 2 flags
@@ -298,7 +354,7 @@ def test_an_invalid_call_exits_with_three_lines_and_writes_nothing(
 ) -> None:
     """Nor does it measure a tokenizer first."""
     monkeypatch.setattr(tokenizers, "measure", None)
-    places["out"] = tmp_path / "out"
+    places |= {"out": tmp_path / "out", "long": tmp_path / ("long" * 80)}
     call = [part.format_map(places) for part in arguments]
     roots = (places.pipeline.root, places.root, tmp_path)
     before = files(*roots)
@@ -354,4 +410,5 @@ def test_an_interrupt_exits_with_130(script: Script, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("midway.gen.diffusion.load.load_model", interrupt)
     done = script("sample", "--model", tmp_path)
-    assert done.code == 130 and done.err == "interrupted\n"
+    assert done.code == 130
+    assert done.err == "stopped by SIGINT: no result was stored; the same command starts again\n"

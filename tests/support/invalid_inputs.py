@@ -14,6 +14,7 @@ import train_baseline
 import train_features
 import train_latent
 import train_tokenizer
+from artefacts import WRONG_AMED, WRONG_TABLES, Change, add_table, change_solver
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers_models import AUTOENCODER
@@ -165,6 +166,14 @@ def with_foreign_solvers(pipeline: Pipeline, folder: Path) -> Path:
     return folder
 
 
+@maker
+def with_wrong_table(pipeline: Pipeline, folder: Path, change: Change) -> Path:
+    """A latent model with a learned table that is changed."""
+    model = Path(shutil.copytree(pipeline.model, folder / "run"))
+    change_solver(add_table(model), change)
+    return model
+
+
 def two_feature_runs(pipeline: Pipeline, folder: Path) -> Path:
     """A tokenizer `a` beside two feature runs of its images, of which `large` takes larger ones."""
     for name, run in (("a", pipeline.tokenizer), ("features", pipeline.features)):
@@ -237,6 +246,12 @@ PLACES: dict[str, Maker] = {
         for kind in ("model", "tokenizer", "features")
     },
     "unfinished_solver": changed("model", lambda run: shutil.rmtree(run / SOLVER_RUN / "checkpoints")),
+    **{f"{name}_table": with_wrong_table(change) for name, change in WRONG_TABLES.items()},
+    **{
+        f"{name}_amed": changed("model", lambda run, change=change: change_solver(run / SOLVER_RUN, change))
+        for name, change in WRONG_AMED.items()
+    },
+    "moved_amed": changed("model", lambda run: (run / SOLVER_RUN).rename(run / "solvers/amed-karras-nfe4")),
     "no_snapshots": changed("model", lambda run: shutil.rmtree(run / "posthoc")),
     "other_width": changed("model", rewritten(lambda description: description["config"]["dit"].update(width=64))),
     "lone_tokenizer": changed("tokenizer", lambda run: None),

@@ -110,7 +110,7 @@ def test_a_vq_model_gives_the_same_indices_and_the_same_images(name: str, tmp_pa
     assert torch.equal(tokenizer.raw_latents(x), h)
     assert torch.equal(indices, model.quantize(h)[2][2].view(3, 16, 16))
     assert len(indices.unique()) > 12, "or equal indices would say little"
-    code = model.quantize.embedding.weight[indices].movedim(-1, 1)
+    code = model.quantize.embedding.weight[indices].movedim(-1, 1).contiguous()  # as there
     exact = model.decoder(model.post_quant_conv(code), code if name == "vq-spatial" else None)
     assert torch.equal(tokenizer.decode_indices(indices), exact)
     assert torch.equal(tokenizer(x).reconstruction, exact)
