@@ -7,16 +7,17 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from midway.gen.core import partners, signals
+from midway.gen.core import processes, signals
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
-from midway.gen.core.processes import leave_processes
 from midway.gen.core.terminal import lasting_output
+from midway.gen.data.sources import check_unambiguous
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -26,11 +27,19 @@ RECORDED = ("kind", "data", "posthoc", "baseline")
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
     default, rest = _starting_point(task, recipes, arguments)
+    for source in _typed(rest, "--data"):
+        check_unambiguous(source)
     description = (task.__doc__ or "") + _recipe_help(recipes)
     with raising(UsageError, "these flags cannot be used", "correct the value"):  # the configuration's own checks
         if default is None:
             return tyro.cli(task, args=rest, description=description)
         return tyro.cli(task, args=rest, default=default, description=description)
+
+
+def _typed(arguments: list[str], flag: str) -> list[str]:
+    """The values that a flag has on the command line."""
+    apart = [value for name, value in pairwise(arguments) if name == flag]
+    return apart + [word.removeprefix(f"{flag}=") for word in arguments if word.startswith(f"{flag}=")]
 
 
 def by_name(*recipes: Callable[[], Task]) -> dict[str, Callable[[], Task]]:
@@ -76,7 +85,7 @@ def own_fields(task: type, values: Any) -> Any:
 def main(command: Callable[[list[str]], object], alone: bool = False) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
-    with lasting_output(), signals.handling(partners.end):
+    with lasting_output(), signals.handling(processes.end):
         try:
             arguments = [a for a in sys.argv[1:] if a != "--debug"]
             code = run(command, arguments, "--debug" in sys.argv[1:], alone)
@@ -85,7 +94,7 @@ def main(command: Callable[[list[str]], object], alone: bool = False) -> NoRetur
             raise
         finally:
             with contextlib.suppress(signals.Stopped):  # the work is done
-                leave_processes(code)
+                processes.leave_processes(code)
     sys.exit(code)
 
 
@@ -106,16 +115,16 @@ def run(command: Callable[[list[str]], object], arguments: list[str], debug: boo
     except KeyboardInterrupt as stop:
         number = int(getattr(stop, "number", signal.SIGINT))
         line = signals.stop_line(number)
-        if partners.is_first(line):
+        if processes.is_first(line):
             print(line, file=sys.stderr)
         return 128 + number
     return 0
 
 
 def _join(alone: bool) -> None:
-    rank, world_size = partners.launched()
+    rank, world_size = processes.launched()
     if not alone:
-        partners.watch()
+        processes.watch()
     elif world_size > 1 and rank == 0:
         name, why = Path(sys.argv[0]).name, f"WORLD_SIZE is {world_size}, and each would do all of the work"
         raise UsageError(f"{name} runs in one process", why, f"start it by itself: python scripts/{name}")
@@ -125,13 +134,13 @@ def _join(alone: bool) -> None:
 
 def _failed(error: Exception, debug: bool) -> int:
     """Print an error, unless another process has; its exit code. Stopped if it is about one that the same signal ended."""
-    partner, (number, _) = partners.explain(error), signals.received()
+    partner, (number, _) = processes.explain(error), signals.received()
     if partner is not None and partner.exit_code == 128 + number:
         raise signals.Stopped(number)
     failure = error if isinstance(error, MidwayError) else partner or as_midway(error, _keep_traceback)
     if debug:
         traceback.print_exc()
-    if partners.is_first(str(failure)):
+    if processes.is_first(str(failure)):
         print(f"error: {failure}", file=sys.stderr)
     return failure.exit_code
 

@@ -10,6 +10,7 @@ from midway.gen.core.errors import UsageError, nearest
 from midway.gen.core.text import echo
 from midway.gen.data.check import DataFacts, check
 from midway.gen.data.check_report import check_writable, error_of, text, write_data_report
+from midway.gen.data.sources import check_unambiguous
 from midway.gen.data.splits import DataConfig
 
 
@@ -31,6 +32,8 @@ class CheckTask(DataConfig):
 
 def run(task: CheckTask) -> DataFacts:
     """Check, print, write; DataError at the end if the images cannot be used."""
+    for source in filter(None, (task.data, task.against)):
+        check_unambiguous(source)
     if task.out is not None:
         check_writable(task.out)
     config = DataConfig(**{f.name: getattr(task, f.name) for f in fields(DataConfig)})

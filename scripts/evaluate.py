@@ -31,7 +31,7 @@ from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
-from midway.gen.data.splits import Splits, load_splits
+from midway.gen.data.splits import Splits, changed_since, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.jobs import SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
@@ -74,6 +74,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     extractor.check(splits.train.images, "the reference has")
     if model is not None:
         model.check_images(splits.train.images)
+    changed = changed_since(trained.run, splits.train) if trained else ()
     externals = external_images(task, splits)
     config = sweep_config(task, trained, model, externals, splits, device)
     check_metrics(config.metrics, config.n, extractor.dim, extractor.has_logits)
@@ -88,8 +89,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if shown:
         if task.fresh:
             shutil.rmtree(out / "cells", ignore_errors=True)
-        warnings = (*class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-        echo(*warnings)
+        echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
     reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
     total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
     with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
@@ -104,7 +104,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         ]
     sweep, missing = merged(sweeps)
     if shown:
-        facts = context(task, model, splits, config, externals, sweep, extractor, missing)
+        facts = context(task, model, splits, config, externals, sweep, extractor, missing, changed)
         write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
         echo(terminal_text(sweep.measurements))
         if model is None:
@@ -201,6 +201,7 @@ def context(
     sweep: Sweep,
     extractor: Extractor,
     missing: list[str],
+    changed: tuple[str, ...],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     alone = (*common_notes(config, splits, extractor.note), floor_text(sweep))
@@ -212,6 +213,7 @@ def context(
         seeds=str(config.seeds),
         guidance=config.guidance,
         notes=(
+            *changed,
             *few_note(config.n, extractor.dim),
             *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,

@@ -19,7 +19,7 @@ from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
-from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -93,9 +93,11 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
     rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
     rows += references(splits, instruments)
-    write_likelihood_report(
-        out, rows, context(task, splits, instruments, any(trained.model.classes for trained in models.values()))
-    )
+    conditional = any(trained.model.classes for trained in models.values())
+    warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
+    warnings += empty_notes(splits, conditional)
+    echo(*warnings)
+    write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
     echo(text_table(likelihood_table(rows)))
     echo(f"report: {out / 'report.md'}")
     return rows
@@ -172,7 +174,7 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
 # ---- the report ----
 
 
-def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, conditional: bool) -> ReportContext:
+def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, warnings: list[str]) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(instruments.subject.images)
     return ReportContext(
@@ -186,7 +188,7 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, cond
             "Weights that are the best in validation were chosen on held-out images: their figures are a little too good.",
             f"Distances are of {n} samples to all {len(splits.train.images)} training images; samples of a VAE are expected "
             "images, without the noise of values.",
-            *empty_notes(splits, conditional),
+            *warnings,
         ),
     )
 

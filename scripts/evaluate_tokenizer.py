@@ -1,22 +1,25 @@
 """Compare tokenizers: python scripts/evaluate_tokenizer.py --tokenizers runs/cifar10-fsq runs/cifar10-vq"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
 import tyro
+from evaluation_flags import UNNAMED
 from tile_flags import TileFlags
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import main, resolve
+from cli import Flat, main, resolve
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
+from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
-from midway.gen.data.splits import DataConfig, Splits, load_splits
+from midway.gen.data.sources import SOURCES
+from midway.gen.data.splits import DataConfig, Splits, changed_since, data_of, load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.evaluation.tokenizers import (
     SHOWN,
@@ -40,20 +43,22 @@ NONE = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizersTask(TileFlags):
-    """Reconstruction, codes, latents and robustness of tokenizers of the same images, in one report.
+    """Reconstruction, codes, latents and robustness of tokenizers on the same images, in one report.
 
     Writes results.csv, results.jsonl, report.md, report.html and three plots.
     """
 
     tokenizers: tuple[Path, ...]
-    """Run directories of tokenizers that were trained on the same data and split."""
+    """Run directories of tokenizers; without --data they were trained on the same data and split."""
+    data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
+    """Measure on the held-out side of another source (default: of the tokenizers' own), against its training side."""
     features: str | None = None
     """Run directory of the feature network (default: the one beside the tokenizers that was trained on their images), or a
     published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
     out: Path | None = None
-    """Directory to write (default: tokenizer-report/ beside the first tokenizer)."""
+    """Directory to write (default: tokenizer-report/ beside the first tokenizer, with --data tokenizer-report-SOURCE/)."""
     n: int | None = None
     """Held-out images, as many of every class (default: all). Distances compare only at the same number."""
     batch_size: int = 256
@@ -73,14 +78,19 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     """Check everything, measure, print the table, write the report."""
     config = EvaluationConfig(task.n, task.batch_size, task.noise, task.seed)
     device = best_device()
-    tokenizers, data = load(task.tokenizers, device)
+    other = named_data(task.data)
+    tokenizers, own = load(task.tokenizers, device, other)
+    data = other or replace(own, download=task.data.download)
     features = read_features(task, data)
     splits = load_splits(data)
     subject = choose(splits.held_out, config)
     for name, tokenizer in tokenizers.items():
-        check_size(name, tokenizer, subject.images)
-    out = task.out or task.tokenizers[0].resolve().parent / "tokenizer-report"
+        check_size(name, tokenizer, subject.images, named=other is not None)
+    folder = "tokenizer-report" if other is None else f"tokenizer-report-{Path(other.data).stem}"
+    out = task.out or task.tokenizers[0].resolve().parent / folder
     check_out(out)
+    warnings = image_notes(task.tokenizers, other, splits)
+    echo(*warnings)
     for tokenizer in tokenizers.values():
         task.apply_tiles(tokenizer)
     perceptual = make_perceptual(task.lpips_weights, subject.images, device)
@@ -91,16 +101,62 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
         for name, tokenizer in bar:
             bar.set_postfix_str(name)
             measured.append(measure(name, tokenizer, subject, instruments, config))
-    write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject, features))
+    write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings))
     echo(terminal_text([m.row for m in measured]))
     echo(f"report: {out / 'report.html'}")
     return measured
 
 
-def load(paths: tuple[Path, ...], device: torch.device) -> tuple[dict[str, ImageTokenizer], DataConfig]:
-    """All tokenizers by name, and the data that they share; errors as `load_alike`."""
-    loaded = load_alike(paths, "--tokenizers", lambda path: load_tokenizer(path, device), lambda found: found[1])
+def named_data(data: DataConfig) -> DataConfig | None:
+    """What --data and its flags name; None for nothing, UsageError for flags without --data."""
+    if data.data:
+        return data
+    if replace(data, download=UNNAMED.download) != UNNAMED:
+        what, why = "--data is not given", "the tokenizers' own images are measured as they were trained on"
+        raise UsageError(what, why, "drop --held-out, --split-seed, --channels, --resize and --on-bad-image")
+    return None
+
+
+def load(
+    paths: tuple[Path, ...], device: torch.device, other: DataConfig | None = None
+) -> tuple[dict[str, ImageTokenizer], DataConfig]:
+    """All tokenizers by name, and the data of the first, which all share unless they are measured on `other`.
+
+    Errors as `load_alike`; UsageError where `other` is a tokenizer's own source in another split.
+    """
+    loaded = load_alike(
+        paths, "--tokenizers", lambda path: load_tokenizer(path, device), lambda found: other or found[1]
+    )
+    for name, (_, own) in loaded.items():
+        if other is not None and same_source(own, other) and not same_split(own, other):
+            raise UsageError(
+                f"--data {other.data} with {name}",
+                f"it was trained on this source by --held-out {own.held_out} --split-seed {own.split_seed}; of another split the "
+                "held-out images are training images",
+                "pass these flags, drop --data, or name another source",
+            )
     return {name: tokenizer for name, (tokenizer, _) in loaded.items()}, next(iter(loaded.values()))[1]
+
+
+def same_source(a: DataConfig, b: DataConfig) -> bool:
+    """Whether two configurations name the same source, by its name or as the same path."""
+    if a.data in SOURCES or b.data in SOURCES:
+        return a.data == b.data
+    return Path(a.data).expanduser().resolve() == Path(b.data).expanduser().resolve()
+
+
+def same_split(a: DataConfig, b: DataConfig) -> bool:
+    """Whether two configurations of one source hold out the same images."""
+    return (a.held_out, a.split_seed) == (b.held_out, b.split_seed)
+
+
+def image_notes(paths: tuple[Path, ...], other: DataConfig | None, splits: Splits) -> tuple[str, ...]:
+    """Warnings about the measured images: another source than the tokenizers', or their own that changed."""
+    runs = [Run.open(path, "tokenizer") for path in paths]
+    if other is None:
+        return tuple(note for run in runs for note in changed_since(run, splits.train))
+    trained = ", ".join(f"{run.path.name} on {data_of(run).data}" for run in runs)
+    return (f"Measured on {other.data}; trained: {trained}.",)
 
 
 def load_alike(
@@ -138,8 +194,9 @@ def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
     """The feature network, None for `--features none`; DataError if it was trained on other images."""
     if task.features == NONE:
         return None
+    what = f"--data {data.data}" if task.data.data else "the tokenizers"
     try:
-        return open_extractor(task.features, task.tokenizers, data, "the tokenizers", task.feature_weights)
+        return open_extractor(task.features, task.tokenizers, data, what, task.feature_weights)
     except UsageError as error:
         raise UsageError(error.what, error.why, f"{error.fix}, or --features none to leave out the distances") from None
 
@@ -172,7 +229,9 @@ def make_perceptual(
     return perceptual, perceptual.protocol
 
 
-def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None) -> ReportContext:
+def context(
+    task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None, warnings: tuple[str, ...]
+) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n, train = len(subject.images), len(splits.train.images)
     distances = (
@@ -188,6 +247,7 @@ def context(task: TokenizersTask, splits: Splits, subject: Subject, features: Ex
         data=f"{subject.name}, {len(subject.images)} images",
         seeds=str(task.seed),
         notes=(
+            *warnings,
             "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "
             "the figure is the mean over images.",
             "SSIM is that of Wang et al. 2004: 11 x 11 Gaussian window, or the largest odd one that fits, inside the image, the "

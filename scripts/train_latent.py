@@ -10,7 +10,7 @@ from torch import Tensor
 from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
-from midway.gen.core.partners import at_work
+from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of

@@ -18,7 +18,7 @@ from midway.gen.core.text import printable
 from midway.gen.data.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
 from midway.gen.data.files import check_bad, decode_all, open_files
 from midway.gen.data.layouts import layout_of
-from midway.gen.data.sources import SOURCES, Arrays, existing_path, prepared, read_named
+from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,33 @@ def load_images(
     resize: int | None = None,
     on_bad_image: Literal["error", "skip"] = "error",
 ) -> ImageData:
-    """The images of a name in `SOURCES`, of a folder or of a .zip (read in place); class folders are the labels.
+    """The images of a name in `SOURCES`, of a folder or of a .zip (read in place), with labels by layouts.py.
 
-    A name wins over a path; write `./digits` for a folder of that name. Files are taken in the order of their names.
+    Write `./digits` for a folder of the name of a source. Files are taken in the order of their names.
     $MIDWAY_DATA (default: ~/.cache/midway/data) holds the files of named sources. `channels` 1 or 3 and `resize` (pixels;
     shorter side, then centre crop) apply to every image. `skip` leaves out at most 1 % bad files.
-    UsageError: an unknown name or option. DataError: a source that cannot be used, with the file and the remedy.
+    UsageError: an unknown or ambiguous name or option. DataError: a source that cannot be used, with the file and the remedy.
     """
+    check_unambiguous(source)
+    return load_recorded(source, download, channels, resize, on_bad_image)
+
+
+def load_recorded(
+    source: str, download: bool, channels: int | None, resize: int | None, on_bad_image: Literal["error", "skip"]
+) -> ImageData:
+    """`load_images` of a source as a configuration has it, where a name is always the named source."""
     check_options(channels, resize, on_bad_image)
     if source in SOURCES:
-        return _load_named(read_named(source, download), channels, resize)
+        return _load_named(source, download, channels, resize)
     return _load_path(existing_path(source), channels, resize, on_bad_image)
 
 
-def _load_named(arrays: Arrays, channels: int | None, resize: int | None) -> ImageData:
+def _load_named(source: str, download: bool, channels: int | None, resize: int | None) -> ImageData:
+    arrays, other = read_named(source, download), local_namesake(source)
     pixels, conversions = stack(prepared(arrays, channels, resize), len(arrays.pixels))
-    return image_data(torch.from_numpy(pixels), torch.tensor(arrays.labels), arrays.classes, arrays.name, conversions)
+    left_out = () if other is None else (f"./{other}, since {source} is a named source",)
+    images, labels = torch.from_numpy(pixels), torch.tensor(arrays.labels)
+    return image_data(images, labels, arrays.classes, arrays.name, conversions, left_out)
 
 
 def _load_path(

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -71,6 +72,22 @@ def read_named(source: str, download: bool = False) -> Arrays:
     """
     root = Path(os.environ.get("MIDWAY_DATA") or "~/.cache/midway/data")
     return SOURCES[source](root.expanduser(), download)
+
+
+def local_namesake(source: str) -> Path | None:
+    """The folder or zip in the current directory that has the name of a named source."""
+    path = Path(source)
+    return path if source in SOURCES and (path.is_dir() or (path.is_file() and is_zipfile(path))) else None
+
+
+def check_unambiguous(source: str) -> None:
+    """UsageError for a name that a folder or zip here has too; a name that a run recorded is the named source regardless."""
+    if local_namesake(source) is not None:
+        raise UsageError(
+            f"the data source {source} is ambiguous",
+            f"it is a named source, and {Path(source).absolute()} is here",
+            f"write ./{source} for what is here; for the named source rename that, or run from another directory",
+        )
 
 
 def prepared(arrays: Arrays, channels: int | None, resize: int | None) -> Iterator[Decoded]:

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from midway.gen.core.config import PER_CALL, from_dict
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.files import read_json
 from midway.gen.core.randomness import permutation
 from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
-from midway.gen.data.images import ImageData, image_data, load_images
+from midway.gen.data.images import ImageData, image_data, load_recorded
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,26 @@ def data_of(run: Run) -> DataConfig:
 
 def load(config: DataConfig) -> ImageData:
     """All images of the source."""
-    return load_images(
-        config.data,
-        download=config.download,
-        channels=config.channels,
-        resize=config.resize,
-        on_bad_image=config.on_bad_image,
-    )
+    return load_recorded(config.data, config.download, config.channels, config.resize, config.on_bad_image)
 
 
 def load_splits(config: DataConfig) -> Splits:
     """Load and split; the same images in the same order for the same configuration."""
     return Splits(*split(load(config), config.held_out, config.split_seed))
+
+
+def changed_since(run: Run, train: ImageData) -> tuple[str, ...]:
+    """A warning where `train` are not the images that the run recorded as it was trained; () without a record."""
+    try:
+        then = str(read_json(run.path / "env.json")["starts"][-1]["data_fingerprint"]).split(" ")[0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ()
+    if then == train.fingerprint:
+        return ()
+    return (
+        f"{run.path.name} was trained on other images than {train.name} now has (fingerprint {then[:12]}, now "
+        f"{train.fingerprint[:12]}): the source or its split changed, and what is held out now may have been trained on.",
+    )
 
 
 def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:

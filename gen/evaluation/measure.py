@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midway.gen.core.partners import at_work
-from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource

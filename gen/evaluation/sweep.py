@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from midway.gen.core.environment import hardware
-from midway.gen.core.partners import at_work
-from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.images import ImageData
 from midway.gen.evaluation.jobs import Job, SweepConfig
 from midway.gen.evaluation.measure import EvaluationContext, FineSolution, extract_features, measure

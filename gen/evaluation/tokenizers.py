@@ -88,13 +88,15 @@ def choose(held_out: ImageData, config: EvaluationConfig) -> Subject:
     return balanced_subject(held_out, n)
 
 
-def check_size(name: str, tokenizer: ImageTokenizer, images: Tensor) -> None:
-    """DataError unless the tokenizer takes these images."""
+def check_size(name: str, tokenizer: ImageTokenizer, images: Tensor, named: bool = False) -> None:
+    """DataError unless the tokenizer takes these images, its own or those that are `named` on the command line."""
+    channels, side, _ = tokenizer.image_shape
     if tokenizer.image_shape != tuple(images.shape[1:]):
+        own = "train the tokenizer again, or give it back the data it was trained on"
         raise DataError(
             f"{name} takes {tokenizer.image_shape} images",
-            f"its data now give {tuple(images.shape[1:])}",
-            "train the tokenizer again, or give it back the data it was trained on",
+            f"{'--data gives' if named else 'its data now give'} {tuple(images.shape[1:])}",
+            f"pass --channels {channels} --resize {side}" if named else own,
         )
 
 

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from midway.gen.core.errors import UsageError, raising
-from midway.gen.core.partners import joining, launched
+from midway.gen.core.processes import joining, launched
 from midway.gen.training.config import TrainConfig
 
 
@@ -29,7 +28,7 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     several = launched()[1] > 1
     fix = "change --log-with or --precision"
-    with raising(UsageError, "the accelerator cannot be set up", fix, ValueError, ImportError), joining() as seconds:
+    with raising(UsageError, "the accelerator cannot be set up", fix, ValueError, ImportError), joining() as patience:
         accelerator = Accelerator(
             mixed_precision=config.precision,
             cpu=several and not torch.cuda.is_available(),
@@ -37,7 +36,7 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
             project_dir=out,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=seconds)),
+                InitProcessGroupKwargs(timeout=patience),
             ],
         )
     missing = set(config.log_with) - {str(getattr(t, "value", t)) for t in accelerator.log_with}

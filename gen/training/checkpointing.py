@@ -12,7 +12,7 @@ from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.errors import DiskError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
-from midway.gen.core.partners import at_work
+from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only

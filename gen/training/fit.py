@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.errors import UsageError
-from midway.gen.core.partners import at_work
+from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run, lock
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
 from midway.gen.training.accelerator import check_unused, share_of

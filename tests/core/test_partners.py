@@ -13,9 +13,8 @@ import torch
 from multiprocess import Program, Surroundings, programs
 from torch import distributed
 
-from midway.gen.core import partners
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.processes import ProcessInfo, at_work, device_and_process
 from midway.gen.core.signals import Interrupts
 
 SOON = Surroundings(variables={"MIDWAY_TIMEOUT": "2"})
@@ -120,7 +119,7 @@ def has_begun(_: ProcessInfo) -> None:
 
 def works(process: ProcessInfo) -> None:
     """Until the other one has ended; then it waits for it."""
-    with partners.at_work("a long job"), contextlib.suppress(RuntimeError):
+    with at_work("a long job"), contextlib.suppress(RuntimeError):
         distributed.recv(torch.ones(1), 1 - process.rank)
     process.wait()
 
@@ -211,7 +210,7 @@ def wait_deferred(folder: Path) -> None:
 
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_signal_ends_a_training_whose_partner_hangs(stopped: bool, tmp_path: Path) -> None:
-    hurry = Surroundings(constants={"midway.gen.core.partners.STOPPING": 1.0})
+    hurry = Surroundings(constants={"midway.gen.core.watch.STOPPING": 1.0})
     with programs(wait_deferred, tmp_path, tmp_path, ranks=(0, 1), processes=2, surroundings=hurry) as (first, second):
         have_met([first, second])
         if stopped:
@@ -226,7 +225,7 @@ def test_a_signal_ends_a_training_whose_partner_hangs(stopped: bool, tmp_path: P
 @pytest.mark.parametrize("to", [(0,), (1,), (0, 1)])
 def test_a_signal_ends_processes_that_wait_for_one_another(to: tuple[int, ...], tmp_path: Path) -> None:
     """One of them hears it, or both, one inside of a library; they print one line between them."""
-    hurry = Surroundings(constants={"midway.gen.core.partners.SETTLED": 1.0})
+    hurry = Surroundings(constants={"midway.gen.core.watch.SETTLED": 1.0})
     with programs(wait, tmp_path, tmp_path, 1, ranks=(0, 1), processes=2, surroundings=hurry) as both:
         have_met(both)
         for rank in to:

@@ -17,8 +17,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from torch import distributed
@@ -46,6 +46,11 @@ class Limits:
     silent: float
     behind: float
     stopping: float
+
+    @property
+    def last(self) -> timedelta:
+        """Of the operations themselves, later than any other."""
+        return timedelta(seconds=max(BEHIND, self.behind) + 60)
 
     @staticmethod
     def read() -> "Limits":
@@ -132,7 +137,9 @@ class Watch:
         return 0
 
     def leave(self, code: int) -> None:
-        """Tell the others that this process ends with this exit code."""
+        """Tell the others that this process ends with this exit code, once."""
+        if self.code is not None:
+            return
         self.leaving, self.code = True, code
         self.introduce(LINGER if code else 0.0)
         self.exchange()
@@ -219,7 +226,14 @@ class Watch:
             emit(f"{text}; the wait ends after {limit:.0f} s ({TIMEOUT})")
 
     def _end(self, error: PartnerError) -> None:
-        end(f"error: {error}", error.exit_code)
+        self.end(f"error: {error}", error.exit_code)
+
+    def end(self, text: str, code: int) -> NoReturn:
+        """Print a text unless another process has, tell the others, and end this process, from any thread."""
+        if self.exchange(claim=text):
+            emit(text)
+        self.leave(code)
+        exit_now(code)
 
 
 def _in_collective() -> bool:
@@ -230,92 +244,3 @@ def _in_collective() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-# ---- the watch of this process ----
-
-_watch: Watch | None = None
-
-
-def launched() -> tuple[int, int]:
-    """Rank and number of processes as the launcher set them, (0, 1) without one; UsageError if they are not valid."""
-    texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    try:
-        rank, world_size = map(int, texts)
-    except ValueError:
-        rank, world_size = -1, 0
-    if world_size < 1 or (world_size > 1 and not 0 <= rank < world_size):
-        why = "ranks count from 0 to WORLD_SIZE - 1"
-        raise UsageError(f"RANK={texts[0]} WORLD_SIZE={texts[1]}", why, "start with torchrun or accelerate launch")
-    return rank, world_size
-
-
-def watch() -> Watch | None:
-    """The watch of this process, from the first call on; None in a program of one process. UsageError of the environment."""
-    global _watch
-    rank, world_size = launched()
-    if _watch is None and world_size > 1:
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-        if not host or not port.isdigit():
-            what, why = f"WORLD_SIZE={world_size}", "MASTER_ADDR and MASTER_PORT do not name the first process"
-            raise UsageError(what, why, "start with torchrun or accelerate launch")
-        _watch = Watch(rank, world_size, host, int(port), Limits.read())
-    return _watch
-
-
-@contextlib.contextmanager
-def joining() -> Iterator[float]:
-    """Within the block the process group is made; gives the seconds after which its operations may end by themselves."""
-    its = watch()
-    if its is None:
-        yield BEHIND
-        return
-    its.joining = True
-    yield max(BEHIND, its.limits.behind) + 60  # the watch is earlier
-    its.introduce()
-
-
-@contextlib.contextmanager
-def at_work(what: str) -> Iterator[None]:
-    """Within the block this process does something for which the others may have to wait."""
-    its = _watch
-    if its is None:
-        yield
-        return
-    before, its.work = its.work, what
-    try:
-        yield
-    finally:
-        its.work = before
-
-
-def is_first(text: str) -> bool:
-    """Whether no other process has printed this text."""
-    return _watch is None or _watch.exchange(claim=text)
-
-
-def finish() -> None:
-    """From now on this process waits for nobody."""
-    if _watch is not None:
-        _watch.leaving = True
-
-
-def leave(code: int) -> None:
-    """Tell the others that this process ends, once."""
-    if _watch is not None and _watch.code is None:
-        _watch.leave(code)
-
-
-def end(text: str, code: int) -> NoReturn:
-    """Print a text unless another process has, tell the others, and end this process, from any thread."""
-    if is_first(text):
-        emit(text)
-    leave(code)
-    exit_now(code)
-
-
-def explain(error: Exception) -> PartnerError | None:
-    """The error of other processes behind an error of communication; None for any other error, and without other processes."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    return partner_errors.communication_error(error, dict if _watch is None else _watch.find_ended)
