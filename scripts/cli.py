@@ -111,6 +111,7 @@ def run(command: Callable[[list[str]], object], arguments: list[str], debug: boo
             if sys.stdout is not None:
                 sys.stdout.flush()  # else a full disk would show at the interpreter's end
         except Exception as error:
+            signals.conclude()
             return _failed(error, debug)
     except KeyboardInterrupt as stop:
         number = int(getattr(stop, "number", signal.SIGINT))

@@ -158,6 +158,9 @@ def leave_processes(code: int = 0) -> None:
         if joined:
             distributed.destroy_process_group()
     _tell(code)
+    signals.conclude(
+        last=_watch is not None
+    )  # a launcher that ends all of them does not change this one's code any more
     limit.cancel()
 
 

@@ -67,6 +67,7 @@ class _State:
     note: str = NOTHING
     noted: bool = False
     listening: bool = False
+    last: bool = False
     end: Callable[[str, int], object] = lambda line, code: os._exit(code)
 
     def receive(self, number: int, times: dict[int, float]) -> bool:
@@ -107,6 +108,11 @@ def received() -> tuple[int, float]:
     return _state.number, time.monotonic() - _state.since
 
 
+def conclude(last: bool = False) -> None:
+    """The program ends: a signal changes nothing about that, unless it is repeated. `last`: also not after `handling`."""
+    _state.reacted, _state.last = True, last
+
+
 def end(line: str, code: int) -> NoReturn:
     """Print a line and end the process, from any thread."""
     emit(line)
@@ -132,7 +138,7 @@ def handling(end: Callable[[str, int], object] = end) -> Iterator[None]:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if _state.last else handler)
             _state = _State()
 
 
