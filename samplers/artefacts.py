@@ -15,6 +15,9 @@ from torch import Tensor
 
 Record = TypeVar("Record")
 
+FILE_LIMIT = 1 << 30
+"""Bytes of a saved solver. Tables have some kB, the largest predictors of numbers per sample some MB."""
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """A safetensors file, written completely or not at all."""
@@ -48,9 +51,19 @@ def read_tensors(path: Path, form: str, what: str, keys: tuple[str, ...]) -> tup
     return tensors, header
 
 
+def _regular(path: Path) -> Path:
+    """`path`, if it is a regular file of at most `FILE_LIMIT` bytes; ValueError: pipes and devices never end."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: give a file that a solver was saved to")
+    if size > FILE_LIMIT:
+        raise ValueError(f"{path} has {size:,} bytes, more than the limit of {FILE_LIMIT:,}: it is no solver")
+    return path
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(_regular(path), framework="pt") as file:
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:

@@ -27,8 +27,22 @@ INDEX = f"{FILE}.index.json"
 """Names that `save_pretrained` of diffusers gives to the weights, and to the list of parts of large ones."""
 HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Options of huggingface_hub."""
+CONFIG_LIMIT = 64 << 20
+"""Bytes of a configuration or an index of weights; the largest have some MB."""
+WEIGHTS_LIMIT = 256 << 30
+"""Bytes of one file of weights: 64 billion numbers in float32."""
 SLACK = 4
 """Factor between the parameters of a file and those at which a network is given up while it is built."""
+
+
+def readable(path: Path, limit: int) -> Path:
+    """`path`, if it is a regular file of at most `limit` bytes; OSError: pipes and devices never end."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    if size > limit:
+        raise OSError(f"{path} has {size:,} bytes, more than the limit of {limit:,}")
+    return path
 
 
 def local_folder(source: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -43,7 +57,7 @@ def local_folder(source: str | Path, subfolder: str | None = None, **hub: Any) -
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; OSError if there is none, ValueError for anything else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(readable(path, CONFIG_LIMIT).read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({line(error)})") from error
     if not isinstance(found, dict):
@@ -65,7 +79,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             "code, are not loaded: get the safetensors of this model, or where you trust the file convert it by diffusers' "
             "from_pretrained(..., use_safetensors=False).save_pretrained(...)"
         )
-    return load_file(folder / FILE)
+    return load_file(readable(folder / FILE, WEIGHTS_LIMIT))
 
 
 def _parts_of(index: Path) -> dict[str, str]:
@@ -77,7 +91,7 @@ def _parts_of(index: Path) -> dict[str, str]:
 
 
 def _read_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, Tensor]:
-    files = {file: load_file(folder / file) for file in sorted(set(parts.values()))}
+    files = {file: load_file(readable(folder / file, WEIGHTS_LIMIT)) for file in sorted(set(parts.values()))}
     found = {(name, file) for file, tensors in files.items() for name in tensors}
     if found != set(parts.items()):
         some = _some({name for name, _ in found ^ set(parts.items())})

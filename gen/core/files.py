@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, r
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
 """Errors of reading files that are missing, damaged or of another kind, and of building a network from them."""
 
-ZIP_DAMAGE = (OSError, zipfile.BadZipFile, ValueError, NotImplementedError)
-"""Errors of opening zip files that are missing, damaged or of another kind."""
+ZIP_DAMAGE = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, RuntimeError)
+"""Errors of reading zip files that are missing, damaged, encrypted or of another kind."""
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Of compression; zipfile expands others without bound."""
 TEXT_LIMIT = 64 << 20
 """Bytes of a JSON file or another text that is read whole. Those that are written here have some kB."""
 LOG_LIMIT = 8 << 30
@@ -81,12 +83,18 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_member(archive: zipfile.ZipFile, member: str | zipfile.ZipInfo, limit: int) -> bytes:
-    """The bytes of a member of a zip, as many as it declares and no more than `limit`; OSError, BadZipFile."""
-    entry = member if isinstance(member, zipfile.ZipInfo) else archive.getinfo(member)
+def member(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo, limit: int) -> zipfile.ZipInfo:
+    """A member of a zip that declares at most `limit` bytes; OSError if it is larger, KeyError if there is none."""
+    entry = archive.getinfo(name) if isinstance(name, str) else name
     check_size(entry.file_size, limit)
-    if entry.compress_type not in ZIP_METHODS:  # zipfile expands others without bound
+    if entry.compress_type not in ZIP_METHODS:
         raise OSError("it is neither stored nor deflated: make the zip again")
+    return entry
+
+
+def read_member(archive: zipfile.ZipFile, name: str | zipfile.ZipInfo, limit: int) -> bytes:
+    """The bytes of a member of a zip, as many as it declares and no more than `limit`; errors of `ZIP_DAMAGE`."""
+    entry = member(archive, name, limit)
     with archive.open(entry) as file:
         return file.read(entry.file_size)
 

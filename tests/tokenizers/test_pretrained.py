@@ -1,6 +1,7 @@
 """A folder of `save_pretrained` is loaded bit for bit, or not at all: every tensor, every option, and no pickle."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from damages import DAMAGES, damage, read, shard
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers_models import AUTOENCODER, unet
+from endless import ENDLESS, guarded
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from traps import Trap
@@ -268,3 +270,29 @@ def test_a_transformer_far_larger_than_its_weights_is_given_up(
 def test_options_of_diffusers_that_would_load_otherwise_raise(option: str, folder: Path) -> None:
     with pytest.raises(ValueError, match=f"without {option}"):
         ImageTokenizer.from_pretrained(folder, **{option: False})  # pyright: ignore[reportArgumentType]
+
+
+# ---- files that never end ----
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {"vq": ImageTokenizer.from_pretrained, "autoencoder": read_model}
+
+
+@pytest.mark.parametrize("kind", [*ENDLESS, "terabytes"])
+@pytest.mark.parametrize("name", ["config.json", FILE, INDEX])
+@pytest.mark.parametrize("source", LOADERS)
+def test_what_is_no_regular_file_is_never_opened(
+    folders: dict[str, Path], tmp_path: Path, source: str, name: str, kind: str
+) -> None:
+    folder = Path(shutil.copytree(folders[source], tmp_path / "copy"))
+    (folder / name).unlink(missing_ok=True)
+    if kind == "terabytes":
+        (folder / name).touch()
+        os.truncate(folder / name, 1 << 42)
+    else:
+        ENDLESS[kind][0](folder / name)
+    with pytest.raises((OSError, ValueError), match=r"is not a regular file|more than the limit of"):
+        guarded(lambda: LOADERS[source](folder))
+    if source == "vq":
+        with pytest.raises(DataError, match=r"is not a regular file|more than the limit of"):
+            guarded(lambda: read_tokenizer(folder))
