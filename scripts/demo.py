@@ -5,9 +5,10 @@ digits -> feature network -> FSQ tokenizer -> latent DiT on a variance-preservin
 
 import hashlib
 import json
-import shutil
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,15 +19,24 @@ import train_solver
 import train_tokenizer
 
 from cli import main, resolve
-from midway.gen.core.files import write_atomically
-from midway.gen.core.runs import Run, lock
+from midway.gen.core.errors import UsageError
+from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.locks import check_no_link, lock, locked_inside, made, remove
+from midway.gen.core.processes import device_and_process
+from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Stopped, stop_note
 from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.evaluation.store import CellStore
+from midway.gen.report.sweep import FILES
 from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask
+
+RUNS = ("features", "tokenizer", "model")
+MARK = ".demo"
+"""The file by which a demo knows the folder of an earlier one, and its finished stages."""
 
 
 @dataclass(frozen=True)
@@ -40,65 +50,94 @@ class DemoTask:
 
 
 def run(task: DemoTask) -> Path:
-    """All stages that are not finished; the path of the report. Stopped after a signal, also where a training saved its state."""
-    start, state = time.monotonic(), Progress(task.out / "demo.json", configuration(task))
-    stages: dict[str, Callable[[], object]] = {
-        "feature network": lambda: train_features.train(features_task(task)),
-        "tokenizer": lambda: train_tokenizer.train(tokenizer_task(task)),
-        "latent model": lambda: train_latent.train(latent_task(task)),
-        "AMED, constants": lambda: train_solver.train(solver_task(task, "amed-constants")),
-        "AMED, predictor": lambda: train_solver.train(solver_task(task, "amed")),
-        "sweep": lambda: evaluate.run(evaluate_task(task)),
-    }
+    """All stages that are not finished; the path of the report. The folder and every finished run stay locked to the end.
+
+    Stopped after a signal, also where a training has saved its state.
+    """
+    _, process = device_and_process()
+    with claimed(task) if process.rank == 0 else nullcontext(), ExitStack() as locks:
+        process.wait()
+        return _run(task, read_mark(task) or [], locks if process.rank == 0 else None)
+
+
+@contextmanager
+def claimed(task: DemoTask) -> Iterator[None]:
+    """Within the block this demo's own folder, without what an earlier one of another configuration, or a finished one, made.
+
+    UsageError while another demo writes there, and if it is a link or has runs or a report that no demo made.
+    """
+    out = task.out
+    check_no_link(out)
+    there = [name for name in (*RUNS, *FILES) if os.path.lexists(out / name)]
+    if there and not (out / MARK).exists() and not any(_made_by_a_demo(out / name) for name in RUNS):
+        raise UsageError(f"{out / there[0]} is not of an earlier demo", "it would be replaced", "choose another --out")
+    with made(out), lock(out, "written"):
+        finished = read_mark(task)
+        if finished is None or len(finished) == len(STAGES):
+            clear(out)
+            write_mark(task, [])
+        yield
+
+
+def _made_by_a_demo(run: Path) -> bool:
+    """Whether an earlier version made this run, as its command has it."""
+    try:
+        return Path(read_json(run / "env.json")["command"].split()[1]).name == "demo.py"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def clear(out: Path) -> None:
+    """Remove the runs and measurements of an earlier demo; UsageError if one is in use."""
+    for path in (out / name for name in RUNS if (out / name).exists()):
+        check_no_link(path)
+        with lock(path, "used"), locked_inside(path):
+            remove(path)
+    if (out / "cells").exists():
+        with CellStore(out / "cells").claimed(fresh=True):
+            pass
+
+
+def _run(task: DemoTask, finished: list[str], locks: ExitStack | None) -> Path:
+    start = time.monotonic()
     stop_note(f"what is finished is stored in {task.out}; the same command goes on", last=True)
-    finished = state.begin(lambda: clear(task))
-    for number, (name, stage) in enumerate(stages.items(), 1):
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
         began = time.monotonic()
-        echo(f"[{number}/{len(stages)}] {name}{' was finished before' * (name in finished)}")
+        echo(f"[{number}/{len(STAGES)}] {name}{', finished before' * (name in finished)}")
         if name in finished:
             continue
         try:
-            stage()
+            made_run = stage(task)
         except Interrupted as stop:
             raise Stopped(stop.number) from None
-        state.add(name)
+        if locks is not None:
+            finished = [*finished, name]
+            write_mark(task, finished)
+            if isinstance(made_run, Run):
+                locks.enter_context(lock(made_run.path, "used"))
         echo(f"      {time.monotonic() - began:.0f} s")
-    state.end()
     report = task.out / "report.html"
     echo(f"done in {time.monotonic() - start:.0f} s; open {report}")
     return report
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The file that names the finished stages of a demo, as long as there are others."""
+# ---- what is finished ----
 
-    path: Path
-    configuration: str
 
-    def begin(self, clear: Callable[[], object]) -> list[str]:
-        """The finished stages of a demo of the same configuration; any other is removed by `clear`."""
-        try:
-            known = json.loads(self.path.read_text())
-            if known["configuration"] == self.configuration:
-                return list(known["finished"])
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
-        clear()
-        self._write([])
-        return []
+def read_mark(task: DemoTask) -> list[str] | None:
+    """The finished stages of an earlier demo of the same configuration, None if there was none."""
+    try:
+        known = read_json(task.out / MARK)
+        return list(known["finished"]) if known["configuration"] == configuration(task) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
-    def add(self, name: str) -> None:
-        """A stage is finished."""
-        self._write([*json.loads(self.path.read_text())["finished"], name])
 
-    def end(self) -> None:
-        """All are."""
-        self.path.unlink()
-
-    def _write(self, finished: list[str]) -> None:
-        content = {"configuration": self.configuration, "finished": finished}
-        write_atomically(self.path, (json.dumps(content, indent=1) + "\n").encode())
+def write_mark(task: DemoTask, finished: list[str]) -> None:
+    """Store them."""
+    about = "the runs and the report here are of scripts/demo.py, which replaces them"
+    content = {"about": about, "configuration": configuration(task), "finished": finished}
+    write_atomically(task.out / MARK, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def configuration(task: DemoTask) -> str:
@@ -108,16 +147,7 @@ def configuration(task: DemoTask) -> str:
     return hashlib.sha256(json.dumps([asdict(one) for one in tasks], default=str).encode()).hexdigest()
 
 
-def clear(task: DemoTask) -> None:
-    """Remove an earlier demo. DataError for runs of another kind."""
-    runs = {"features": "features", "tokenizer": "tokenizer", "model": "latent_model"}
-    found = [
-        Run.open(task.out / name, kind) for name, kind in runs.items() if (task.out / name / "config.yaml").exists()
-    ]
-    for run in found:
-        with lock(run.path):
-            shutil.rmtree(run.path)
-    shutil.rmtree(task.out / "cells", ignore_errors=True)
+# ---- stages ----
 
 
 def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
@@ -176,5 +206,15 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
     return replace(full, nfe="4", grids="uniform", n=64, blocks=1, reference_nfe=16) if task.quick else full
 
 
+STAGES: dict[str, Callable[[DemoTask], object]] = {
+    "feature network": lambda task: train_features.train(features_task(task)),
+    "tokenizer": lambda task: train_tokenizer.train(tokenizer_task(task)),
+    "latent model": lambda task: train_latent.train(latent_task(task)),
+    "AMED, constants": lambda task: train_solver.train(solver_task(task, "amed-constants")),
+    "AMED, predictor": lambda task: train_solver.train(solver_task(task, "amed")),
+    "sweep": lambda task: evaluate.run(evaluate_task(task)),
+}
+
+
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(DemoTask, {}, arguments)) and None, alone=True)
+    main(lambda arguments: run(resolve(DemoTask, {}, arguments)) and None)

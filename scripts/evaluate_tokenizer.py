@@ -33,6 +33,7 @@ from midway.gen.evaluation.tokenizers import (
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor, same_images
 from midway.gen.features.reference import FeatureReference, Subject, make_reference
+from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -153,10 +154,11 @@ def same_split(a: DataConfig, b: DataConfig) -> bool:
 def image_notes(paths: tuple[Path, ...], other: DataConfig | None, splits: Splits) -> tuple[str, ...]:
     """Warnings about the measured images: another source than the tokenizers', or their own that changed."""
     runs = [Run.open(path, "tokenizer") for path in paths]
+    empty = empty_notes(splits, conditional=False)
     if other is None:
-        return tuple(note for run in runs for note in changed_since(run, splits.train))
+        return (*(note for run in runs for note in changed_since(run, splits.train)), *empty)
     trained = ", ".join(f"{run.path.name} on {data_of(run).data}" for run in runs)
-    return (f"Measured on {other.data}; trained: {trained}.",)
+    return (f"Measured on {other.data}; trained: {trained}.", *empty)
 
 
 def load_alike(

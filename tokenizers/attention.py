@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
 
 _HEAD = 64  # channels of a head in a map: what fused kernels are made for
@@ -77,8 +78,8 @@ class TransformerBlock(Recomputed):
 
 
 def _normalised(x: Tensor) -> Tensor:
-    """x (..., d) / its root mean square over d, float32."""
-    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6)
+    """x (..., d) / its root mean square over d, float32 or float64."""
+    return F.rms_norm(widened(x), x.shape[-1:], eps=1e-6)
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:

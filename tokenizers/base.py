@@ -18,10 +18,13 @@ Statistics of one batch of indices, p_k = count_k / sum of counts:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from midway.tokenizers.precision import Convert, of_same_dtype
 
 MAX_COUNTED = 2**20  # beyond this many codes a histogram per batch would cost more than the quantizer
 
@@ -145,6 +148,10 @@ class Quantizer(nn.Module, ABC):
     def observe(self, quantized: Quantized) -> None:
         """Add one training micro-batch to the statistics for the next `update`; `quantized` is what `forward` returned for it."""
 
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
+        """`.to()`, also of a parent: codebooks and statistics follow devices and stay in float32."""
+        return super()._apply(of_same_dtype(fn), recurse)
+
     def update(self, step_ok: Tensor | None = None) -> None:
         """Apply the statistics: call once per optimizer step, after it, on every process.
 
@@ -227,50 +234,6 @@ def histogram(indices: Tensor, size: int) -> Tensor:
     """How often each of `size` indices occurs: (size,) int64. (bincount would synchronise a GPU.)"""
     flat = indices.reshape(-1)
     return torch.zeros(size, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
-
-
-def check_channels(z: Tensor, channels: int, name: str = "z") -> None:
-    """ValueError unless z is (B, channels, *S)."""
-    if z.ndim < 2 or z.shape[1] != channels:
-        raise ValueError(f"{name} has shape {tuple(z.shape)}; this quantizer takes (B, {channels}, *S)")
-
-
-def check_noise(noise: Tensor, latents: Tensor) -> None:
-    """ValueError unless noise has the shape of the latents (B, D, *S)."""
-    if noise.shape != latents.shape:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; the latents have {tuple(latents.shape)}")
-
-
-def check_finite(name: str, value: float, hint: str, positive: bool = False) -> None:
-    """ValueError unless `value` is finite and >= 0, or `positive`; the message ends with `hint`."""
-    if not (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
-        raise ValueError(f"{name} is {value}; give a finite {'number > 0' if positive else 'weight >= 0'}{hint}")
-
-
-def dropout_noise(noise: Tensor | None, latents: Tensor, channels: int, option: str) -> Tensor:
-    """The noise that dropout takes in training; ValueError unless it is (B, channels, *S) for latents (B, D, *S)."""
-    expected = (len(latents), channels, *latents.shape[2:])
-    if noise is None or noise.shape != expected:
-        given = "none was given" if noise is None else f"it has shape {tuple(noise.shape)}"
-        name = option.replace("_", " ")
-        raise ValueError(f"{name} in training takes noise {expected}, but {given}; or set {option} to 0")
-    return noise
-
-
-def one_a_sample(noise: Tensor) -> Tensor:
-    """The last channel's first position, (B, 1, ..., 1), of noise (B, C, *S)."""
-    return noise[(slice(None), slice(-1, None), *[slice(1)] * (noise.ndim - 2))]
-
-
-def check_indices(indices: Tensor, size: int) -> None:
-    """ValueError unless indices are integers in {0, ..., size - 1}; reads the data, so a GPU synchronises."""
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"indices are {indices.dtype}; give int64 (a float cannot count beyond 2**24)")
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size:
-        raise ValueError(
-            f"indices span {int(indices.min())}..{int(indices.max())}; this codebook has 0..{size - 1}: "
-            "remove mask or class tokens before decoding"
-        )
 
 
 def usage(counts: Tensor) -> float:

@@ -25,15 +25,12 @@ from midway.tokenizers.base import (
     Observation,
     Quantized,
     Quantizer,
-    check_channels,
-    check_finite,
-    check_indices,
-    check_noise,
     discrete,
     float32_island,
     straight_through,
     zero_of,
 )
+from midway.tokenizers.checks import check_channels, check_finite, check_indices, check_noise
 from midway.tokenizers.clustering import nearest_code
 from midway.tokenizers.code_entropy import code_entropy
 from midway.tokenizers.losses import mean_square

@@ -36,18 +36,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import (
-    Quantized,
-    Quantizer,
-    check_channels,
-    check_indices,
-    discrete,
-    dropout_noise,
-    float32_island,
-    one_a_sample,
-    straight_through,
-    zero_of,
-)
+from midway.tokenizers.base import Quantized, Quantizer, discrete, float32_island, straight_through, zero_of
+from midway.tokenizers.checks import check_channels, check_indices, dropout_noise, one_a_sample
 from midway.tokenizers.losses import mean
 
 Form = Literal["tanh", "sigmoid", "ifsq"]

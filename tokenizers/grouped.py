@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from midway.tokenizers.base import Composite, Quantized, Quantizer, check_channels, float32_island
+from midway.tokenizers.base import Composite, Quantized, Quantizer, float32_island
+from midway.tokenizers.checks import check_channels
 
 
 def added(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import Quantized, Quantizer, check_channels, check_noise, float32_island, zero_of
+from midway.tokenizers.base import Quantized, Quantizer, float32_island, zero_of
+from midway.tokenizers.checks import check_channels, check_noise
 from midway.tokenizers.losses import mean
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)

@@ -27,17 +27,8 @@ state. A NaN counts as -a, and makes the losses NaN.
 import torch
 from torch import Tensor
 
-from midway.tokenizers.base import (
-    Quantized,
-    Quantizer,
-    check_channels,
-    check_finite,
-    check_indices,
-    discrete,
-    float32_island,
-    straight_through,
-    zero_of,
-)
+from midway.tokenizers.base import Quantized, Quantizer, discrete, float32_island, straight_through, zero_of
+from midway.tokenizers.checks import check_channels, check_finite, check_indices
 from midway.tokenizers.entropy import batch_entropy, check_group, sample_entropy
 from midway.tokenizers.rotation import unit
 

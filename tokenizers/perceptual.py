@@ -12,7 +12,7 @@ The weights are neither parameters nor buffers, so checkpoints and weight averag
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.tokenizers.base import float32_island
+from midway.tokenizers.precision import Convert, at_least_float32
 
 Net = Literal["vgg", "alex"]
 
@@ -134,15 +135,11 @@ class Perceptual(nn.Module):
                 compared.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
         return compared
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
         """`.to()`, also of a parent: follows devices and float64, not half precision, which would make it another distance."""
-        self._held = {name: [_moved(tensor, fn) for tensor in tensors] for name, tensors in self._held.items()}
-        return super()._apply(fn, recurse)
-
-
-def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    moved = fn(tensor)
-    return tensor.to(moved.device) if moved.element_size() < 4 else moved
+        convert = at_least_float32(fn)
+        self._held = {name: [convert(tensor) for tensor in tensors] for name, tensors in self._held.items()}
+        return super()._apply(convert, recurse)
 
 
 def _check_images(a: Tensor, b: Tensor) -> None:

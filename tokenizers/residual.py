@@ -31,16 +31,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from midway.tokenizers.base import (
-    Composite,
-    Quantized,
-    Quantizer,
-    check_channels,
-    dropout_noise,
-    float32_island,
-    one_a_sample,
-    straight_through,
-)
+from midway.tokenizers.base import Composite, Quantized, Quantizer, float32_island, straight_through
+from midway.tokenizers.checks import check_channels, dropout_noise, one_a_sample
 from midway.tokenizers.codebook import Codebook
 from midway.tokenizers.fsq import FSQ, channelwise
 from midway.tokenizers.grouped import added, rows_of_counts

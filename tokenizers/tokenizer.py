@@ -13,7 +13,7 @@ Mean and std are measured once on training images and travel with the weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -23,6 +23,7 @@ from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.networks import Decoder, Encoder, Upsample, check_downsample
+from midway.tokenizers.precision import Convert
 from midway.tokenizers.pretrained import Pretrained
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
@@ -235,6 +236,14 @@ class ImageTokenizer(Pretrained):
     def update(self, step_ok: Tensor | None = None) -> None:
         """The quantizer's `update`: once per optimizer step, on every process; `step_ok` is False if it was skipped."""
         self.quantizer.update(step_ok)
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
+        """`.to()`: the networks follow; mean and std of latents, like the quantizer, stay in float32."""
+        mean, std = self.latent_mean, self.latent_std
+        super()._apply(fn, recurse)
+        if self.latent_mean.dtype != mean.dtype:
+            self.latent_mean, self.latent_std = (x.to(self.latent_mean.device) for x in (mean, std))
+        return self
 
     def _cast(self, x: Tensor) -> Tensor:
         """To the networks' dtype, for those loaded in bfloat16."""

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.tokenizers.base import Composite, Quantized, Quantizer, check_channels, float32_island, straight_through
+from midway.tokenizers.base import Composite, Quantized, Quantizer, float32_island, straight_through
+from midway.tokenizers.checks import check_channels
 from midway.tokenizers.grouped import added
 from midway.tokenizers.shuffle import pixel_shuffle
 

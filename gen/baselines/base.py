@@ -8,7 +8,7 @@ are the ones loaded (registry.py).
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from midway.gen.core.config import to_dict
 from midway.gen.data.levels import levels_unchecked, to_levels
 from midway.gen.training.batches import Context, ImageBatch
 from midway.gen.training.optim import is_on_host
+from midway.tokenizers.precision import Convert, at_least_float32
 
 KIND = "baseline"
 CPU = torch.device("cpu")
@@ -76,6 +77,10 @@ class Baseline(nn.Module, ABC):
         """Between optimizer steps; nothing by default."""
 
     # ---- helpers ----
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
+        """`.to()`: follows devices and float64, not half precision, in which 256 levels have no likelihood."""
+        return super()._apply(at_least_float32(fn), recurse)
 
     @property
     def device(self) -> torch.device:

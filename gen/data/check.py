@@ -57,6 +57,7 @@ class SplitFacts:
     train: int
     held_out: int
     one_sided: tuple[str, ...]  # classes with images on one side only
+    untrained: tuple[str, ...]  # classes without training images
     leak: Shared
 
 
@@ -181,7 +182,8 @@ def _split_facts(contents: Contents, chosen: Tensor) -> SplitFacts:
     counts = [torch.bincount(contents.labels[side], minlength=len(contents.classes)) for side in (chosen, ~chosen)]
     one_sided = ((counts[0] == 0) != (counts[1] == 0)).tolist()
     names = tuple(name for name, alone in zip(contents.classes, one_sided, strict=True) if alone)
-    return SplitFacts(len(train), len(held_out), names, shared(held_out, train))
+    untrained = tuple(name for name, count in zip(contents.classes, counts[1].tolist(), strict=True) if not count)
+    return SplitFacts(len(train), len(held_out), names, untrained, shared(held_out, train))
 
 
 def _against_facts(contents: Contents, other: Contents, chosen: Tensor | None) -> AgainstFacts:
@@ -221,9 +223,12 @@ def _split_warnings(split: SplitFacts) -> Iterator[str]:
     if split.held_out < FEW:
         what = f"{counted(split.held_out)} held out, fewer than {FEW}: the metric is bias-dominated"
         yield f"{what}; compare distances at this number of images only, and with the floor"
-    if split.one_sided:
-        listed = ", ".join(split.one_sided[:NAMED]) + (", ..." if len(split.one_sided) > NAMED else "")
-        yield f"classes on one side of the split only ({len(split.one_sided)}): {listed}"
+    for what, names in (
+        ("classes on one side of the split only", split.one_sided),
+        ("classes without training images, which are not sampled", split.untrained),
+    ):
+        if names:
+            yield f"{what} ({len(names)}): {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
 
 
 def _against_warnings(facts: DataFacts, against: AgainstFacts) -> Iterator[str]:

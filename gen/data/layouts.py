@@ -28,6 +28,7 @@ from midway.gen.data.names import (
     copies_among,
     ending,
     numbered_folders,
+    parts_among,
     splits_among,
     without_wrapper,
 )
@@ -131,6 +132,9 @@ def _check_other_folders(classes: Sequence[str]) -> None:
     for copy, original in copies_among(classes)[:1]:
         what = f"the folder {copy} looks like a copy of {original}"
         raise DataError(what, "its images would get another label", "remove it, or rename it if it is a class")
+    if len(found := parts_among(classes)) > 1:
+        what = f"the folders {', '.join(found[:_LISTED])} look like parts of one set, not like classes"
+        raise DataError(what, "there are folders in them that could be the classes", "move those of all parts together")
     if found := annotations_among(classes):
         what = f"the folders {', '.join(found)} look like annotations of images, not like classes"
         raise DataError(what, "they lie beside a folder of images", "give the path of the folder of images")
@@ -177,7 +181,7 @@ def _lists(files: FileSet) -> Iterator[_List]:
         if reader is not None:
             what, fix = f"{name} is no list of labels", "correct it, or remove it if the folders are the classes"
             with raising(DataError, what, fix, ValueError, RecursionError, OSError, csv.Error, why=one_line):
-                found = reader(name, files.read(name).decode("utf-8-sig"))  # Excel begins with the mark
+                found = reader(name, files.read(name))
             yield from () if found is None else (found,)
 
 
@@ -196,7 +200,7 @@ def _from_lists(files: FileSet, lists: Sequence[_List]) -> Labels | None:
         fix = "add the others, or remove the list if the folders are the classes"
         raise DataError(what, f"{missing[0]} is not listed", fix)
     values = [labels[name] for name in files.names]
-    classes = tuple(sorted(set(values), key=_number if all(map(_NUMBER.fullmatch, set(values))) else None))
+    classes = tuple(sorted(set(values), key=int if all(map(_NUMBER.fullmatch, set(values))) else None))
     index = {name: label for label, name in enumerate(classes)}
     return [index[value] for value in values], classes, tuple(_notes(files, lists, listed, len(labels)))
 
@@ -228,10 +232,6 @@ def _merged(lists: Sequence[_List]) -> dict[str, str]:
 _NUMBER = re.compile(r"0|-?[1-9]\d*")
 
 
-def _number(text: str) -> int:
-    return int(text)
-
-
 def _list(file: str, pairs: Iterable[tuple[object, object]], column: str = "") -> _List:
     """A list of (name, label); ValueError for what is neither, and for a name with two labels."""
     labels = dict[str, str]()
@@ -247,8 +247,12 @@ def _list(file: str, pairs: Iterable[tuple[object, object]], column: str = "") -
     return _List(file, labels, column)
 
 
-def _read_dataset_json(file: str, text: str) -> _List | None:
-    value = json.loads(text)
+def _text(data: bytes) -> str:
+    return data.decode("utf-8-sig")  # Excel begins with the mark
+
+
+def _read_dataset_json(file: str, data: bytes) -> _List | None:
+    value = json.loads(_text(data))
     if not isinstance(value, dict) or "labels" not in value:
         return None  # of another program
     labels = value["labels"]
@@ -260,16 +264,16 @@ def _read_dataset_json(file: str, text: str) -> _List | None:
     return _list(file, pairs)
 
 
-def _read_csv(file: str, text: str) -> _List | None:
+def _read_csv(file: str, data: bytes) -> _List | None:
     for delimiter in ",;\t":
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows = csv.DictReader(io.StringIO(_text(data), newline=""), delimiter=delimiter)
         if "file_name" in (rows.fieldnames or ()):
             return _of_rows(file, list(rows))
     return None
 
 
-def _read_jsonl(file: str, text: str) -> _List | None:
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+def _read_jsonl(file: str, data: bytes) -> _List | None:
+    rows = [json.loads(line) for line in _text(data).split("\n") if line.strip()]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line is not an object")
     return _of_rows(file, rows)
@@ -283,8 +287,13 @@ def _of_rows(file: str, rows: Sequence[dict[str, Any]]) -> _List | None:
     return _list(file, [(row.get("file_name"), row.get(column)) for row in rows], column)
 
 
-_READERS: dict[str, Callable[[str, str], _List | None]] = {
+def _read_parquet(file: str, data: bytes) -> _List | None:
+    raise ValueError("Parquet is not read: write it as metadata.csv, with the columns file_name and label")
+
+
+_READERS: dict[str, Callable[[str, bytes], _List | None]] = {
     "dataset.json": _read_dataset_json,
     "metadata.csv": _read_csv,
     "metadata.jsonl": _read_jsonl,
+    "metadata.parquet": _read_parquet,
 }

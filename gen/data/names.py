@@ -36,7 +36,7 @@ _JUNK = {
     *("$recycle.bin", "recycler", "system volume information"),
     *("@eadir", "#recycle", "#snapshot", "@tmp"),  # Synology
     *("@recycle", "@recently-snapshot", "@__thumb"),  # QNAP
-    *("lost+found", "thumbnails", "picasa.ini", "zbthumbnail.info"),
+    *("lost+found", "thumbnails", "picasa.ini", "zbthumbnail.info", "ipod photo cache"),
 }
 _SPLITS = {
     *("train", "training", "trn", "trainval", "test", "testing", "tst", "val", "valid", "validation", "minival", "dev"),
@@ -184,6 +184,9 @@ def annotations_among(folders: Sequence[str]) -> list[str]:
 
 # ---- numbered folders ----
 
+_PART = re.compile(
+    r"(?:images?|imgs?|photos?|pictures?|parts?|batch|chunk|shard|archive|vol|volume)[ _-]?\d+", re.IGNORECASE
+)
 _EDM = re.compile(r"\d{5}/img\d{8}\.\w+")
 _CAMERA = re.compile(r"[1-9]\d\d[A-Z0-9_]{5}/.+")
 _CHUNK = re.compile(r"(\d{4,})/\D*(\d+)\.\w+")
@@ -194,7 +197,7 @@ def numbered_folders(names: Sequence[str]) -> str | None:
     """What the folders of these names, without a wrapper, are instead of classes; None if they are classes.
 
     Systems divide many files among folders by their number: 00001/img00001234.png, 01000/01234.png, 0234/1234.png (the last
-    digits); by their hash: 3f/3f2a....png; and cameras by hundreds: 100CANON.
+    digits), images_002/01234.png; by their hash: 3f/3f2a....png; and cameras by hundreds: 100CANON.
     """
     folders = {name.split("/")[0] for name in names}
     listed = f"the numbered folders ({', '.join(sorted(folders)[:2])}{', ...' if len(folders) > 2 else ''})"
@@ -202,6 +205,8 @@ def numbered_folders(names: Sequence[str]) -> str | None:
         return listed
     if len(folders) == 1:
         return None
+    if all(map(_PART.fullmatch, folders)) and len({name.split("/")[1] for name in names if name.count("/") > 1}) < 2:
+        return listed
     if all(map(_CAMERA.fullmatch, names)):
         return "the folders of a camera"
     if all((match := _HASH.fullmatch(name)) and _begins(*match.groups()) for name in names):
@@ -210,6 +215,12 @@ def numbered_folders(names: Sequence[str]) -> str | None:
     if len(pairs) == len(names) and any(_divided([(int(a), int(b)) for a, b in pairs], k) for k in (1000, 10_000)):
         return listed
     return None
+
+
+def parts_among(folders: Sequence[str]) -> list[str]:
+    """Those that are parts of one set by their names, images_001 and images_002."""
+    found = sorted(folder for folder in folders if _PART.fullmatch(folder))
+    return found if len(found) == len(folders) else []
 
 
 def _begins(folders: str, stem: str) -> bool:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from midway.gen.core.ranges import LAYERS, RATIO, WIDTH, check_ranges
 from midway.gen.training.batches import Context
+from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
 from midway.tokenizers.vit import patchify, unpatchify
 
@@ -52,10 +53,10 @@ class DiTOutput(NamedTuple):
 
 
 def sinusoid(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """(N,) -> (N, dim): cosines and sines at `dim / 2` geometric frequencies."""
-    half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=values.device) / half)
-    angles = values.float()[:, None] * frequencies
+    """(N,) -> (N, dim): cosines and sines at `dim / 2` geometric frequencies, in float32 or float64."""
+    half, values = dim // 2, widened(values)
+    steps = torch.arange(half, device=values.device, dtype=values.dtype)
+    angles = values[:, None] * torch.exp(-math.log(max_period) * steps / half)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -90,10 +91,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            self.norm_q(q.float()).to(v.dtype), self.norm_k(k.float()).to(v.dtype), v
-        )
+        mixed = F.scaled_dot_product_attention(_normed(q, self.norm_q), _normed(k, self.norm_k), v)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """`norm` in float32 or float64, the result in x's dtype."""
+    return F.rms_norm(widened(x), norm.normalized_shape, widened(norm.weight), norm.eps).to(x.dtype)
 
 
 class Block(Recomputed):
@@ -121,7 +125,10 @@ class Block(Recomputed):
 
 
 class DiT(nn.Module):
-    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class"."""
+    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
+
+    Inputs of any floating-point dtype; the output has the weights'.
+    """
 
     compilable: ClassVar[bool] = True
     """A function of tensors alone, which torch.compile can take whole."""
@@ -159,7 +166,10 @@ class DiT(nn.Module):
 
     def conditions(self, noise_angle: Tensor, labels: Tensor) -> Tensor:
         """(E, B, W): the modulation's input, of time and class, for every noise_angle (E,) and every label (B,)."""
-        return F.silu(self.time(sinusoid(1000 * noise_angle, 256))[:, None] + self.label(labels))
+        return F.silu(self._time(noise_angle)[:, None] + self.label(labels))
+
+    def _time(self, noise_angle: Tensor) -> Tensor:
+        return self.time(sinusoid(1000 * widened(noise_angle), 256).to(self.embed.weight.dtype))
 
     def forward(
         self,
@@ -172,8 +182,8 @@ class DiT(nn.Module):
         """For noise_angle and labels, or for the condition (B, W) made of them. With a context, as in training, dropout acts."""
         if condition is None:
             assert noise_angle is not None and labels is not None
-            condition = F.silu(self.time(sinusoid(1000 * noise_angle, 256)) + self.label(labels))
-        h = self.embed(patchify(x, self.config.patch)) + self.positions
+            condition = F.silu(self._time(noise_angle) + self.label(labels))
+        h = self.embed(patchify(x.to(self.embed.weight.dtype), self.config.patch)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):
             h = block(h, condition, context)

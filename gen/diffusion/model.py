@@ -43,6 +43,7 @@ from midway.samplers.prediction import (
     x0_coefficients,
 )
 from midway.samplers.schedule import SCHEDULES, Schedule
+from midway.tokenizers.precision import widened
 
 TIME_BUCKETS = 8
 EVERYWHERE = (0.0, math.inf)
@@ -157,7 +158,7 @@ class LatentModel(nn.Module):
         x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
         target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
         output, _ = self.forward_network(x_t, t, labels, context)
-        error = (output.float() - target).square().flatten(1).mean(1)
+        error = (widened(output) - target).square().flatten(1).mean(1)
         return error.mean(), {"loss_time": _loss_by_time(error.detach(), _angle(alpha, sigma))}
 
     def after_step(self, step_ok: Tensor) -> None:
@@ -247,7 +248,8 @@ class LatentField(TimedField):
         coefficients = tuple(
             (p, q * scale) for (p, q), scale in zip(pairs, model.output_scale(t).tolist(), strict=True)
         )
-        angles = on_device(tuple(_angle(alpha, sigma).tolist()), torch.float32, self.labels.device)
+        dtype = torch.promote_types(model.network.embed.weight.dtype, torch.float32)
+        angles = on_device(tuple(_angle(alpha, sigma).tolist()), dtype, self.labels.device)
         conditions = model.network.conditions(angles, self.labels)
         scales = torch.hypot(alpha, sigma).tolist()
         values = [_evaluation(model.network, *pair) for pair in zip(scales, conditions, strict=True)]
@@ -275,7 +277,7 @@ def _loss_by_time(error: Tensor, angle: Tensor) -> Tensor:
 
 def pool(hidden: Tensor) -> Tensor:
     """Tokens (B, N, W) -> features (B, W): the mean token, normalised to zero mean and unit variance."""
-    return F.layer_norm(hidden.float().mean(1), hidden.shape[-1:])
+    return F.layer_norm(widened(hidden).mean(1), hidden.shape[-1:])
 
 
 def start_state(schedule: Schedule, t: float, noise: Tensor) -> Tensor:

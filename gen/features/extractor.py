@@ -7,13 +7,14 @@ of one fixed size (the last one padded), because libraries choose kernels by bat
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.core.errors import DataError
+from midway.tokenizers.precision import Convert, of_same_dtype
 
 
 class Activations(NamedTuple):
@@ -60,6 +61,10 @@ class Extractor(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
         return self.activations(images).features
+
+    def _apply(self, fn: Convert, recurse: bool = True) -> Self:
+        """`.to()`, also of a parent: follows devices and stays in float32, since other features would have the same name."""
+        return super()._apply(of_same_dtype(fn), recurse)
 
 
 def other_label(name: str) -> str:

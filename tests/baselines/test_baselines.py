@@ -246,3 +246,17 @@ def test_samples_that_are_not_finite_raise(name: str) -> None:
 def test_invalid_configurations_raise_value_errors(act: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         act()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_models_follow_to_float64_and_not_to_half_precision(name: str, dtype: torch.dtype) -> None:
+    plain, model = make(name), make(name).to(dtype)
+    wanted = dtype if dtype == torch.float64 else torch.float32
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    tolerance = 1e-4 if dtype == torch.float64 else 0
+    torch.testing.assert_close(score(model), score(plain), rtol=tolerance, atol=0)
+    assert model.sample(SEEDS, LABELS).isfinite().all()
+    loss, _ = model.requires_grad_().loss(BATCH, context(8))
+    loss.backward()
+    assert loss.dtype == wanted

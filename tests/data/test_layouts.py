@@ -326,8 +326,10 @@ def test_splits_inside_the_classes_are_noted(tmp_path: Path) -> None:
         ["3f/3f2a9c00d1e2f3a4.png", "a0/a0b1c2d3e4f50617.png"],
         ["3/f/3f2a9c00d1e2f3a4.png", "a/0/a0b1c2d3e4f50617.png"],
         ["100CANON/IMG_0001.JPG", "101CANON/IMG_0001.JPG"],
+        ["images_001/images/0.png", "images_002/images/1.png"],
+        ["part1/a.png", "part2/b.png"],
     ],
-    ids=["FFHQ", "img2dataset", "Danbooru", "hashes", "hashes in two levels", "camera"],
+    ids=["FFHQ", "img2dataset", "Danbooru", "hashes", "hashes in two levels", "camera", "NIH", "parts"],
 )
 def test_folders_that_only_divide_files_are_no_classes(names: list[str]) -> None:
     assert numbered_folders(names) is not None
@@ -341,6 +343,8 @@ def test_folders_that_only_divide_files_are_no_classes(names: list[str]) -> None
         ["2021/0001.png", "2022/0001.png"],
         ["n01440764/n01440764_10026.JPEG", "n01443537/n01443537_1.JPEG"],
         ["a/a1.png", "b/b1.png"],
+        ["group1/0.png", "group2/0.png"],
+        ["part1/cat/0.png", "part2/dog/0.png"],
     ],
 )
 def test_numbers_and_letters_are_classes_otherwise(names: list[str]) -> None:
@@ -353,6 +357,17 @@ def test_numbers_and_letters_are_classes_otherwise(names: list[str]) -> None:
 def test_copies_of_a_class_raise(tmp_path: Path, copy: str) -> None:
     raises(folder_of(tmp_path, images("cat/0.png", f"{copy}/0.png", "dog/1.png")), f"{copy} looks like a copy of cat")
     assert copies_among((copy, "dog")) == []
+
+
+def test_parts_of_classes_raise(tmp_path: Path) -> None:
+    raises(
+        folder_of(tmp_path, images("part1/cat/0.png", "part1/dog/1.png", "part2/cat/2.png")),
+        "look like parts of one set",
+    )
+
+
+def test_parquet_raises(tmp_path: Path) -> None:
+    raises(folder_of(tmp_path, {**images("0.png"), "metadata.parquet": b"PAR1\xff"}), "Parquet", "metadata.csv")
 
 
 def test_masks_beside_images_raise(tmp_path: Path) -> None:

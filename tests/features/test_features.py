@@ -177,3 +177,13 @@ def test_an_unwritable_directory_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(DiskError):
         save_features(network(), tmp_path / "features.safetensors", "digits")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_features_keep_their_precision_and_so_their_name(dtype: torch.dtype) -> None:
+    x, net = pixels(3), network()
+    expected, name = net.features(x), feature_hash(net)
+    for moved in (net.to(dtype), torch.nn.ModuleList([net]).to(dtype)[0]):
+        assert isinstance(moved, FeatureNetwork)
+        assert torch.equal(moved.features(x), expected)
+        assert feature_hash(moved) == name

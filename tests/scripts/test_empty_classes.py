@@ -48,6 +48,12 @@ def test_a_class_without_training_images_is_named_and_not_sampled(
     likelihood = tmp_path / "likelihood"
     succeed(f"evaluate_likelihood --models {vae} --features none --n 8 --iwae 0 --draws 1 --out {likelihood}")
     assert "so no seed draws them" in (likelihood / "report.md").read_text()
+    done = succeed(
+        f"evaluate_tokenizer --tokenizers {tokenizer} --features none --noise 0 --out {tmp_path / 'figures'}"
+    )
+    assert f"Classes without training images: {NAMED}." in done.out
+    checked = succeed(f"data check {insects} --on-bad-image skip").out
+    assert "classes without training images, which are not sampled (1): bee" in checked
     succeed(f"sample --model {model} --n 4 --nfe 4 --out {tmp_path / 'grid.png'}")
     refused = script(*f"sample --model {model} --n 4 --nfe 4 --label 1 --out {tmp_path / 'other.png'}".split())
     assert refused.code == 2 and "bee" in refused.err and not (tmp_path / "other.png").exists()

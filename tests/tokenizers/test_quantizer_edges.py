@@ -131,3 +131,46 @@ def test_the_objective_is_not_finite_where_the_encoder_is_not(name: str, value: 
     with torch.no_grad():
         next(objective.tokenizer.encoder.parameters())[0] = value
     assert not objective.loss(batch, context)[0].isfinite()
+
+
+@of_all
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_codebooks_and_statistics_stay_in_float32(name: str, dtype: torch.dtype) -> None:
+    """In bfloat16 neighbouring codes collide, and a running mean of 0.99 stops."""
+    quantizer, moved = started(name), torch.nn.ModuleList([started(name)]).to(dtype)[0]
+    for step in range(2):
+        for each in (quantizer, moved):
+            each.observe(each(*inputs(quantizer, seed=step)))  # pyright: ignore
+            each.update()  # pyright: ignore
+    for key, value in quantizer.state_dict().items():
+        assert torch.equal(moved.state_dict()[key], value)
+        assert moved.state_dict()[key].dtype == value.dtype
+
+
+@pytest.mark.parametrize("network", ["conv", "vit"])
+@pytest.mark.parametrize("name", ["fsq", "vq", "gradient", "simvq", "bsq", "kl", "residual", "two_level"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.filterwarnings("ignore:There are modules")
+def test_a_tokenizer_of_any_dtype_learns_and_keeps_its_latent_statistics(
+    name: str, network: str, dtype: torch.dtype
+) -> None:
+    options: dict[str, Any] = {"attention": True} if network == "conv" else {"network": "vit", "depth": 1, "heads": 2}
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(width=8, blocks=1, quantizer=CASES[name], **options)
+    tokenizer.start(normal(64, 1, 8, 8))
+    dim = tokenizer.quantizer.dim
+    mean, std = torch.full((dim,), 0.1234567), torch.full((dim,), 1.2345678)
+    tokenizer.set_latent_statistics(mean, std)
+    objective = TokenizerObjective(tokenizer).to(dtype)
+    assert {p.dtype for p in tokenizer.encoder.parameters()} == {dtype}
+    assert torch.equal(tokenizer.latent_mean, mean) and torch.equal(tokenizer.latent_std, std)
+    batch = ImageBatch(torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    loss, _ = objective.loss(batch, Context(0, 0, torch.arange(4)))
+    loss.backward()
+    objective.after_step(torch.tensor(True))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.encoder.parameters())
+    images = normal(3, 1, 8, 8)
+    tokenizer.eval()
+    assert tokenizer.encode_latents(images).dtype == torch.float32
+    if name not in CONTINUOUS:
+        assert torch.equal(tokenizer.decode_indices(tokenizer.encode_indices(images)), tokenizer(images).reconstruction)
