@@ -1,7 +1,8 @@
 """What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
 
+import contextlib
 import dataclasses
-import io
+import signal
 import sys
 import tempfile
 import traceback
@@ -12,9 +13,10 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from midway.gen.core import processes, signals
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
-from midway.gen.core.processes import leave_processes
+from midway.gen.core.terminal import lasting_output
 from midway.gen.data.sources import check_unambiguous
 
 Task = TypeVar("Task")
@@ -80,33 +82,68 @@ def own_fields(task: type, values: Any) -> Any:
     return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
 
 
-def main(command: Callable[[list[str]], object]) -> NoReturn:
+def main(command: Callable[[list[str]], object], alone: bool = False) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a command
-    try:
-        code = run(command, [a for a in sys.argv[1:] if a != "--debug"], "--debug" in sys.argv[1:])
-    finally:
-        leave_processes(code)
+    with lasting_output(), signals.handling(processes.end):
+        try:
+            arguments = [a for a in sys.argv[1:] if a != "--debug"]
+            code = run(command, arguments, "--debug" in sys.argv[1:], alone)
+        except SystemExit as ended:  # of the parser of flags
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            raise
+        finally:
+            with contextlib.suppress(signals.Stopped):  # the work is done
+                processes.leave_processes(code)
     sys.exit(code)
 
 
-def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False) -> int:
-    """The exit code. Any error is three lines and its code (`debug`: the traceback as well); Ctrl-C: 130."""
+def run(command: Callable[[list[str]], object], arguments: list[str], debug: bool = False, alone: bool = False) -> int:
+    """The exit code. Any error is three lines and its code (`debug`: the traceback as well), a stop signal a line and 128 + its
+    number.
+
+    `alone`: the script does not divide its work, so that of several processes each would do all of it; UsageError.
+    """
     try:
-        command(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        failure = error if isinstance(error, MidwayError) else as_midway(error, _keep_traceback)
-        if debug:
-            traceback.print_exc()
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
+        try:
+            _join(alone)
+            command(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # else a full disk would show at the interpreter's end
+        except Exception as error:
+            signals.conclude()
+            return _failed(error, debug)
+    except KeyboardInterrupt as stop:
+        number = int(getattr(stop, "number", signal.SIGINT))
+        line = signals.stop_line(number)
+        if processes.is_first(line):
+            print(line, file=sys.stderr)
+        return 128 + number
     return 0
+
+
+def _join(alone: bool) -> None:
+    rank, world_size = processes.launched()
+    if not alone:
+        processes.watch()
+    elif world_size > 1 and rank == 0:
+        name, why = Path(sys.argv[0]).name, f"WORLD_SIZE is {world_size}, and each would do all of the work"
+        raise UsageError(f"{name} runs in one process", why, f"start it by itself: python scripts/{name}")
+    elif world_size > 1:
+        sys.exit(UsageError.exit_code)  # the first process prints the error
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Print an error, unless another process has; its exit code. Stopped if it is about one that the same signal ended."""
+    partner, (number, _) = processes.explain(error), signals.received()
+    if partner is not None and partner.exit_code == 128 + number:
+        raise signals.Stopped(number)
+    failure = error if isinstance(error, MidwayError) else partner or as_midway(error, _keep_traceback)
+    if debug:
+        traceback.print_exc()
+    if processes.is_first(str(failure)):
+        print(f"error: {failure}", file=sys.stderr)
+    return failure.exit_code
 
 
 def _keep_traceback() -> str:

@@ -58,4 +58,4 @@ def command(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(command)
+    main(command, alone=True)

@@ -3,11 +3,13 @@
 digits -> feature network -> FSQ tokenizer -> latent DiT on a variance-preserving schedule -> AMED -> sweep -> report
 """
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import evaluate
@@ -19,12 +21,14 @@ import train_tokenizer
 from cli import main, resolve
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
-from midway.gen.core.locks import check_no_link, lock, made
+from midway.gen.core.locks import check_no_link, lock, locked_inside, made, remove
 from midway.gen.core.processes import device_and_process
 from midway.gen.core.runs import Run
+from midway.gen.core.signals import Interrupted, Stopped, stop_note
 from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.evaluation.store import CellStore
 from midway.gen.report.sweep import FILES
 from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
@@ -32,7 +36,7 @@ from tasks import LatentTask, TokenizerTask
 
 RUNS = ("features", "tokenizer", "model")
 MARK = ".demo"
-"""The file by which a demo knows the folder of an earlier one."""
+"""The file by which a demo knows the folder of an earlier one, and its finished stages."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +44,38 @@ class DemoTask:
     """Train, sample and measure on the bundled digits; ends with a table and runs/demo/report.html."""
 
     out: Path = Path("runs/demo")
-    """Directory of all runs and of the report; an earlier demo there is replaced."""
+    """Directory of all runs and of the report; a finished demo there is replaced, an interrupted one goes on."""
     quick: bool = False
     """A few steps of everything: shows that it runs, not what it can do."""
 
 
 def run(task: DemoTask) -> Path:
-    """All stages; the path of the report. The folder and every finished run stay locked to the end."""
+    """All stages that are not finished; the path of the report. The folder and every finished run stay locked to the end.
+
+    Stopped after a signal, also where a training has saved its state.
+    """
     _, process = device_and_process()
-    with claimed(task.out) if process.rank == 0 else nullcontext(), ExitStack() as finished:
+    with claimed(task) if process.rank == 0 else nullcontext(), ExitStack() as locks:
         process.wait()
-        return _run(task, finished if process.rank == 0 else None)
+        return _run(task, read_mark(task) or [], locks if process.rank == 0 else None)
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Within the block this demo's own folder.
+def claimed(task: DemoTask) -> Iterator[None]:
+    """Within the block this demo's own folder, without what an earlier one of another configuration, or a finished one, made.
 
     UsageError while another demo writes there, and if it is a link or has runs or a report that no demo made.
     """
+    out = task.out
     check_no_link(out)
     there = [name for name in (*RUNS, *FILES) if os.path.lexists(out / name)]
     if there and not (out / MARK).exists() and not any(_made_by_a_demo(out / name) for name in RUNS):
         raise UsageError(f"{out / there[0]} is not of an earlier demo", "it would be replaced", "choose another --out")
     with made(out), lock(out, "written"):
-        write_atomically(out / MARK, b"the runs and the report here are of scripts/demo.py, which replaces them\n")
+        finished = read_mark(task)
+        if finished is None or len(finished) == len(STAGES):
+            clear(out)
+            write_mark(task, [])
         yield
 
 
@@ -76,26 +87,67 @@ def _made_by_a_demo(run: Path) -> bool:
         return False
 
 
-def _run(task: DemoTask, finished: ExitStack | None) -> Path:
+def clear(out: Path) -> None:
+    """Remove the runs and measurements of an earlier demo; UsageError if one is in use."""
+    for path in (out / name for name in RUNS if (out / name).exists()):
+        check_no_link(path)
+        with lock(path, "used"), locked_inside(path):
+            remove(path)
+    if (out / "cells").exists():
+        with CellStore(out / "cells").claimed(fresh=True):
+            pass
+
+
+def _run(task: DemoTask, finished: list[str], locks: ExitStack | None) -> Path:
     start = time.monotonic()
-    stages: dict[str, Callable[[], object]] = {
-        "feature network": lambda: train_features.train(features_task(task)),
-        "tokenizer": lambda: train_tokenizer.train(tokenizer_task(task)),
-        "latent model": lambda: train_latent.train(latent_task(task)),
-        "AMED, constants": lambda: train_solver.train(solver_task(task, "amed-constants")),
-        "AMED, predictor": lambda: train_solver.train(solver_task(task, "amed")),
-        "sweep": lambda: evaluate.run(evaluate_task(task)),
-    }
-    for number, (name, stage) in enumerate(stages.items(), 1):
+    stop_note(f"what is finished is stored in {task.out}; the same command goes on", last=True)
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
         began = time.monotonic()
-        echo(f"[{number}/{len(stages)}] {name}")
-        made_run = stage()
-        if finished is not None and isinstance(made_run, Run):
-            finished.enter_context(lock(made_run.path, "used"))
+        echo(f"[{number}/{len(STAGES)}] {name}{', finished before' * (name in finished)}")
+        if name in finished:
+            continue
+        try:
+            made_run = stage(task)
+        except Interrupted as stop:
+            raise Stopped(stop.number) from None
+        if locks is not None:
+            finished = [*finished, name]
+            write_mark(task, finished)
+            if isinstance(made_run, Run):
+                locks.enter_context(lock(made_run.path, "used"))
         echo(f"      {time.monotonic() - began:.0f} s")
     report = task.out / "report.html"
     echo(f"done in {time.monotonic() - start:.0f} s; open {report}")
     return report
+
+
+# ---- what is finished ----
+
+
+def read_mark(task: DemoTask) -> list[str] | None:
+    """The finished stages of an earlier demo of the same configuration, None if there was none."""
+    try:
+        known = read_json(task.out / MARK)
+        return list(known["finished"]) if known["configuration"] == configuration(task) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def write_mark(task: DemoTask, finished: list[str]) -> None:
+    """Store them."""
+    about = "the runs and the report here are of scripts/demo.py, which replaces them"
+    content = {"about": about, "configuration": configuration(task), "finished": finished}
+    write_atomically(task.out / MARK, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def configuration(task: DemoTask) -> str:
+    """Hash of everything that the stages are."""
+    solvers = [solver_task(task, name) for name in ("amed-constants", "amed")]
+    tasks = [features_task(task), tokenizer_task(task), latent_task(task), *solvers, evaluate_task(task)]
+    return hashlib.sha256(json.dumps([asdict(one) for one in tasks], default=str).encode()).hexdigest()
+
+
+# ---- stages ----
 
 
 def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
@@ -105,14 +157,14 @@ def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
 def features_task(task: DemoTask) -> train_features.FeaturesTask:
     """The offline feature network of the digits."""
     default = train_features.FeaturesTask()
-    return replace(default, out=task.out / "features", train=_steps(default.train, task), overwrite=True)
+    return replace(default, out=task.out / "features", train=_steps(default.train, task), resume="auto")
 
 
 def tokenizer_task(task: DemoTask) -> TokenizerTask:
     """The recipe digits-fsq."""
     recipe = digits_fsq()
     model = replace(recipe.model, width=16, blocks=1) if task.quick else recipe.model
-    return replace(recipe, out=task.out / "tokenizer", model=model, train=_steps(recipe.train, task), overwrite=True)
+    return replace(recipe, out=task.out / "tokenizer", model=model, train=_steps(recipe.train, task), resume="auto")
 
 
 def latent_task(task: DemoTask) -> LatentTask:
@@ -125,13 +177,13 @@ def latent_task(task: DemoTask) -> LatentTask:
         tokenizer=task.out / "tokenizer",
         model=model,
         train=_steps(recipe.train, task),
-        overwrite=True,
+        resume="auto",
     )
 
 
 def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
-    default = train_solver.SolverTask(model=task.out / "model", solver=name, grid="uniform", overwrite=True)
+    default = train_solver.SolverTask(model=task.out / "model", solver=name, grid="uniform", resume="auto")
     if task.quick:
         return replace(
             default,
@@ -149,10 +201,19 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         features=task.out / "features",
         out=task.out,
         solvers="euler,ddim,heun,dpm2,dpmpp2m,amed-constants,amed",
-        fresh=True,
         title="Digits: Fréchet distance per step budget",
     )
     return replace(full, nfe="4", grids="uniform", n=64, blocks=1, reference_nfe=16) if task.quick else full
+
+
+STAGES: dict[str, Callable[[DemoTask], object]] = {
+    "feature network": lambda task: train_features.train(features_task(task)),
+    "tokenizer": lambda task: train_tokenizer.train(tokenizer_task(task)),
+    "latent model": lambda task: train_latent.train(latent_task(task)),
+    "AMED, constants": lambda task: train_solver.train(solver_task(task, "amed-constants")),
+    "AMED, predictor": lambda task: train_solver.train(solver_task(task, "amed")),
+    "sweep": lambda task: evaluate.run(evaluate_task(task)),
+}
 
 
 if __name__ == "__main__":

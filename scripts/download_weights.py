@@ -35,4 +35,4 @@ def run(task: DownloadTask) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(DownloadTask, {}, arguments)))
+    main(lambda arguments: run(resolve(DownloadTask, {}, arguments)), alone=True)

@@ -57,4 +57,4 @@ def run(task: EncodeTask) -> Path:
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(EncodeTask, {}, arguments)) and None)
+    main(lambda arguments: run(resolve(EncodeTask, {}, arguments)) and None, alone=True)

@@ -30,6 +30,7 @@ from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError, raising
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.splits import Splits, changed_since, load_splits
@@ -86,6 +87,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     trainings[0][1].extend(others)
 
     check_out(out)
+    stop_note(f"what was measured is stored in {out / 'cells'}; the same command goes on")
     make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     shown = process.rank == 0
     with claimed(out, task.fresh) if shown else nullcontext():

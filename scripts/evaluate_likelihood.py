@@ -192,4 +192,4 @@ def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, warn
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(LikelihoodTask, {}, arguments)))
+    main(lambda arguments: run(resolve(LikelihoodTask, {}, arguments)), alone=True)

@@ -261,4 +261,4 @@ def context(
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(TokenizersTask, {}, arguments)))
+    main(lambda arguments: run(resolve(TokenizersTask, {}, arguments)), alone=True)

@@ -92,4 +92,4 @@ def words(tokenizer: ImageTokenizer) -> str:
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(ImportTask, {}, arguments)) and None)
+    main(lambda arguments: run(resolve(ImportTask, {}, arguments)) and None, alone=True)

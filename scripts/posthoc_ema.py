@@ -83,4 +83,4 @@ def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(lambda arguments: make(resolve(PosthocTask, {}, arguments)) and None)
+    main(lambda arguments: make(resolve(PosthocTask, {}, arguments)) and None, alone=True)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from midway.gen.core.errors import UsageError, is_memory
 from midway.gen.core.runs import Run
+from midway.gen.core.signals import stop_note
 from midway.gen.data.splits import Splits
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
@@ -87,4 +88,5 @@ def open_run(
         for line in lines if main and run.is_new else ():
             run.say(line)
         accelerator.wait_for_everyone()
+        stop_note(f"{path} has begun; the same command with --resume auto goes on")
         yield run

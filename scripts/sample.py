@@ -127,4 +127,4 @@ def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> Paral
 
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(SampleTask, {}, arguments)))
+    main(lambda arguments: run(resolve(SampleTask, {}, arguments)), alone=True)

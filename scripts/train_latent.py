@@ -11,6 +11,7 @@ from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import clear_temporaries
+from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
@@ -67,7 +68,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     if accelerator.is_main_process:
         clear_temporaries(task.tokenizer)
     if accelerator.is_main_process and task.latents is None and not path.exists():
-        save_latents(encode(tokenizer, images, flip=task.flip), path)
+        with at_work("encoding"):
+            save_latents(encode(tokenizer, images, flip=task.flip), path)
     accelerator.wait_for_everyone()
     latents = load_latents(path, images, tokenizer, task.flip)
     with raising(DataError, "these latents cannot be standardised", "train the tokenizer longer"):

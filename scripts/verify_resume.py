@@ -84,6 +84,7 @@ def verify(task: VerifyTask) -> list[str]:
             replay(run, job, start, stops, scratch / name, accelerator)
             for name, stops in (("straight", [count]), ("stopped", [count // 2, count - count // 2]))
         ]
+        accelerator.wait_for_everyone()  # all have read what the main process removes
         if not accelerator.is_main_process:
             return []
         found = [
@@ -100,10 +101,7 @@ def temporary_folder(path: Path, accelerator: Accelerator) -> Iterator[Path]:
     """An empty folder for all processes, locked against other commands and removed at the end; UsageError if it is in use."""
     with made_empty(path) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
-        try:
-            yield path
-        finally:
-            accelerator.wait_for_everyone()
+        yield path
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Errors that teach: what happened, why, how to fix it; each kind has its exit code.
 
-Exit codes: 0 ok, 1 runtime, 2 usage, 3 data, 4 diverged, 5 disk, 130 and 143 interrupted (128 + the signal).
+Exit codes: 0 ok, 1 runtime, 2 usage, 3 data, 4 diverged, 5 disk, 128 + the number of a signal
+(129 SIGHUP, 130 SIGINT, 143 SIGTERM). A process whose partner ends has that one's code.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
@@ -102,9 +102,11 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
     finished = cell.numbers() is not None
     process.wait()  # all have read before the first process writes
     if not finished:
-        _sample(source, cell, context, fine)
+        with at_work("sampling"):
+            _sample(source, cell, context, fine)
         process.wait()
-        _sum_blocks(cell, context)
+        with at_work("figures"):
+            _sum_blocks(cell, context)
         process.wait()
         if process.rank == 0:
             blocks = cell.parts(_block_places(context.seeds))

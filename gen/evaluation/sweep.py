@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from midway.gen.core.environment import hardware
-from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.images import ImageData
 from midway.gen.evaluation.jobs import Job, SweepConfig
 from midway.gen.evaluation.measure import EvaluationContext, FineSolution, extract_features, measure
@@ -84,7 +84,8 @@ def run_sweep(
     if fine is not None:
         progress("reference")
         solution = FineSolution(fine, seeds, store, process)
-        solution.make()
+        with at_work("sampling"):
+            solution.make()
     sweep = Sweep([measure_floor(reference, held_out, seeds.n, config.metrics)], {}, fine=solution)
     for job in jobs:
         progress(f"{job.solver} {job.grid}")

@@ -15,11 +15,9 @@ from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
-from midway.gen.features.inception import INCEPTION, open_inception
-from midway.gen.features.vit import ENCODERS, open_vision_transformer
 
-PUBLISHED = (INCEPTION.network, *ENCODERS)
-"""Names of published networks."""
+PUBLISHED = ("inception", "dinov2-vitb14", "dinov2-vitl14", "clip-vitb32", "clip-vitl14")
+"""Names of published networks (inception.py, vit.py)."""
 
 
 def same_images(theirs: DataConfig, ours: DataConfig) -> bool:
@@ -54,6 +52,9 @@ def open_extractor(
 
 def open_published(name: str, weights: Path | None = None) -> Extractor:
     """One of PUBLISHED with the weights given, or found on this machine or the internet. DataError if there are none."""
+    from midway.gen.features.inception import INCEPTION, open_inception
+    from midway.gen.features.vit import open_vision_transformer
+
     return open_inception(weights) if name == INCEPTION.network else open_vision_transformer(name, weights)
 
 

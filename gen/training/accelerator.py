@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.processes import joining, launched
 from midway.gen.training.config import TrainConfig
 
 
@@ -25,15 +26,18 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
         torch.backends.cudnn.benchmark = False
     # its successor is not in older versions of torch
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = launched()[1] > 1
     fix = "change --log-with or --precision"
-    with raising(UsageError, "the accelerator cannot be set up", fix, ValueError, ImportError):
+    with raising(UsageError, "the accelerator cannot be set up", fix, ValueError, ImportError), joining() as patience:
         accelerator = Accelerator(
             mixed_precision=config.precision,
             cpu=several and not torch.cuda.is_available(),
             log_with=list(config.log_with) or None,
             project_dir=out,
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle),
+                InitProcessGroupKwargs(timeout=patience),
+            ],
         )
     missing = set(config.log_with) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
     if missing:

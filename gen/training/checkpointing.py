@@ -14,6 +14,7 @@ from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import read_as
 from midway.gen.core.errors import DataError, DiskError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
+from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only
@@ -197,7 +198,8 @@ class CheckpointManager:
         if self.accelerator.is_main_process:
             header = {"config_hash": config_hash(self.identity), **header}
             try:
-                checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
+                with at_work("saving"):
+                    checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
             except Exception as error:
                 failure = error
         failed = torch.tensor(float(failure is not None), device=self.accelerator.device)

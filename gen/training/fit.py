@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.errors import UsageError
+from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
+from midway.gen.core.signals import Interrupted, Interrupts, stop_note
 from midway.gen.training.accelerator import check_unused, share_of
 from midway.gen.training.batches import Context, Order, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
@@ -41,7 +43,6 @@ from midway.gen.training.optim import (
 )
 from midway.gen.training.power_ema import PowerAverage, save_snapshot
 from midway.gen.training.progress import Averages, Reporter
-from midway.gen.training.signals import Interrupted, Interrupts
 from midway.gen.training.starting import Routed, start
 from midway.gen.training.state import TrainingState, posthoc_file
 
@@ -58,7 +59,7 @@ def fit(
     """Train `model` in place, from the newest valid checkpoint of `run` if `resume` and there is one; the caller has its lock.
 
     Raises DivergedError when loss and gradients stop being finite, DiskError when a checkpoint cannot be written, UsageError
-    when a resumed run was started with another configuration, Interrupted after SIGTERM or SIGINT.
+    when a resumed run was started with another configuration, Interrupted after a stop signal.
     """
     training = _Training(model, items, config, run, accelerator, hooks or Hooks())
     with Interrupts() as interrupts:
@@ -205,7 +206,8 @@ class _Training:
         if not self.sharded:
             with self._averaged():
                 if self.accelerator.is_main_process:
-                    hook(step)
+                    with at_work("previews"):
+                        hook(step)
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -221,7 +223,7 @@ class _Training:
         validate = self.hooks.validate
         if validate is None or not self.config.validate_every:
             return
-        with self._averaged():
+        with self._averaged(), at_work("validation"):
             value = validate(step) if self.accelerator.is_main_process else 0.0
         if self.accelerator.num_processes > 1:
             mine = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
@@ -238,6 +240,7 @@ class _Training:
                 save_snapshot(self.run.path / "posthoc", step, average.std, shadow)
 
     def _result(self, step: int) -> FitResult:
+        stop_note(f"step {step} is saved in {self.run.path}; the same command with --resume auto goes on")
         finished = step == self.config.steps or self.validation.is_over
         skipped = self.guard.skipped
         if skipped and self.accelerator.is_main_process:

@@ -11,7 +11,9 @@ from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import CPU, load_model
 from midway.gen.features.classifier import load_features
+from midway.gen.features.inception import INCEPTION
 from midway.gen.features.open import PUBLISHED, find_features, open_extractor, open_features
+from midway.gen.features.vit import ENCODERS
 
 
 def _beside(pipeline, folder: Path, *names: str) -> Path:
@@ -67,6 +69,7 @@ def test_names_of_no_extractor_raise(pipeline, tmp_path: Path) -> None:
     model = _beside(pipeline, tmp_path, "a")
     data = load_model(model, CPU).data
     assert PUBLISHED == ("inception", "dinov2-vitb14", "dinov2-vitl14", "clip-vitb32", "clip-vitl14")
+    assert (INCEPTION.network, *ENCODERS) == PUBLISHED
     with pytest.raises(UsageError, match=r"did you mean 'dinov2-vitl14'.*clip-vitb32"):
         open_extractor("dino2-vitl14", [model], data, "the model")
     for words in (None, tmp_path / "a"):

@@ -1,18 +1,48 @@
 """The demo's whole path with a few steps of everything, and what the full demo would run."""
 
 import csv
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import demo
 import pytest
 
+from midway.gen.core import signals
 from midway.gen.diffusion.load import LEARNED
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.evaluation.sources import SolverSource
 from midway.samplers.solvers import SOLVERS
 
 
-def test_the_quick_demo_ends_with_a_report(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    report = demo.run(demo.DemoTask(out=out, quick=True))
+def stop_in(patch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """SIGTERM in the third call of a method."""
+    real, calls = getattr(owner, name), list[int]()
+
+    def stop(*arguments: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    patch.setattr(owner, name, stop)
+
+
+def test_the_quick_demo_ends_with_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that was interrupted: in a training, which saves its state, and in the sweep. Its next start goes on there."""
+    out, task = tmp_path / "demo", demo.DemoTask(out=tmp_path / "demo", quick=True)
+    for owner, name in ((LatentModel, "after_step"), (SolverSource, "sample")):
+        with monkeypatch.context() as patch, signals.handling(), pytest.raises(signals.Stopped):
+            stop_in(patch, owner, name)
+            demo.run(task)
+        assert not (out / "report.html").exists()
+    capsys.readouterr()
+    report = demo.run(task)
+    assert capsys.readouterr().out.count("was finished before") == 5
+    assert (out / "model" / "log.txt").read_text().count("resuming from step") == 1
     assert report == out / "report.html"
     assert report.read_text().startswith("<!")
     with (out / "results.csv").open() as file:

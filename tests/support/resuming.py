@@ -27,11 +27,10 @@ from torch import Tensor
 
 from baseline_tasks import BaselineTask
 from cli import main
-from midway.gen.core import checkpoints
+from midway.gen.core import checkpoints, signals
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
-from midway.gen.training import signals
 from midway.gen.training.config import TrainConfig
 from tasks import LatentTask, TokenizerConfig, TokenizerTask
 

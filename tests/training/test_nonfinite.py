@@ -32,6 +32,7 @@ from torch import Tensor
 from midway.gen.core import randomness
 from midway.gen.core.errors import DivergedError, MidwayError
 from midway.gen.core.runs import Run
+from midway.gen.core.signals import Interrupted
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training import fit as fitting
 from midway.gen.training.accelerator import make_accelerator
@@ -40,7 +41,6 @@ from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Items
 from midway.gen.training.nonfinite import RECENT, NonFiniteGuard, StopFlags
-from midway.gen.training.signals import Interrupted
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")

@@ -1,0 +1,181 @@
+"""Scripts that a signal ends, alone and several processes of them: a line, its exit code, and the same command goes on."""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import pytest
+import train_features
+from multiprocess import programs
+from pipelines import SCRIPTS, Pipeline, Script
+from resuming import newest, steps_of
+from sweeps import sweep_task
+
+import cli
+from midway.gen.core import checkpoints
+from midway.gen.evaluation.sources import SolverSource
+from midway.gen.training import fit
+from midway.gen.training.config import TrainConfig
+
+TEXTS = {path.stem: path.read_text() for path in sorted(SCRIPTS.glob("*.py"))}
+COMMANDS = [name for name, text in TEXTS.items() if re.search(r"^    main\(", text, re.MULTILINE)]
+ALONE = [name for name in COMMANDS if "alone=True" in TEXTS[name]]
+
+
+def stop(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which sends SIGTERM to its process as it is called for this time."""
+    calls = list[int]()
+
+    def stopping(*arguments: Any, **named: Any) -> Any:
+        calls.append(0)
+        if len(calls) == call:
+            stop()
+        return function(*arguments, **named)
+
+    return stopping
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_signal_ends_every_script_with_a_line(name: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "resolve", stop)
+    done = script(name, "check" if name == "data" else "--help")
+    assert done.code == 143 and done.out == ""
+    assert done.err == "stopped by SIGTERM: no result was stored; the same command starts again\n"
+
+
+# ---- a sweep ----
+
+
+def test_a_sweep_that_is_stopped_goes_on_where_it_was(
+    script: Script, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = f"--model {pipeline.model} --features {pipeline.features} --out {tmp_path} --solvers ddim,heun --nfe 4,6"
+    line = [
+        "evaluate",
+        *flags.split(),
+        *["--grids", "uniform", "--samples", "20", "--blocks", "1", "--reference-nfe", "0"],
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(SolverSource, "sample", stop_at(3, SolverSource.sample))
+        done = script(*line)
+    assert done.code == 143 and not (tmp_path / "results.csv").exists()
+    where = tmp_path / "cells"
+    assert done.err == f"stopped by SIGTERM: what was measured is stored in {where}; the same command goes on\n"
+    stored = {path: path.read_bytes() for path in where.glob("*.json")}
+    assert len(stored) == 2
+    assert script(*line).code == 0
+    assert {path: path.read_bytes() for path in where.glob("*.json") if path in stored} == stored
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 6
+
+
+def stopped_sweep(task: evaluate.EvaluateTask, ranks: tuple[int, ...]) -> None:
+    """One of several processes, some of which receive a signal in their second part."""
+    if int(os.environ["RANK"]) in ranks:
+        SolverSource.sample = stop_at(2, SolverSource.sample)
+    evaluate.run(task)
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (1,)])
+def test_several_processes_of_a_sweep_are_stopped_together(
+    ranks: tuple[int, ...], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    task = sweep_task(pipeline, tmp_path / "report", solvers="ddim,heun")
+    with programs(stopped_sweep, tmp_path, task, ranks, ranks=(0, 1), processes=2) as both:
+        assert [program.finish() for program in both] == [143, 143], [program.err for program in both]
+    together = both[0].err + both[1].err
+    assert together.count("stopped by SIGTERM: what was measured is stored in") == 1
+    assert together.count("error: a partner process ended\n  why: rank 1 ended with exit code 143 (SIGTERM)") == (
+        ranks == (1,)
+    )
+    assert "Traceback" not in together
+
+
+# ---- trainings, at their beginning ----
+
+
+def test_a_training_that_is_stopped_before_its_first_step_says_how_to_go_on(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["train_features", "--out", tmp_path / "run", "--steps", 3, "--width", 8, "--batch-size", 32]
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "fit", stop)
+        done = script(*line)
+    assert done.code == 143
+    assert (
+        done.err == f"stopped by SIGTERM: {tmp_path / 'run'} has begun; the same command with --resume auto goes on\n"
+    )
+    assert script(*line, "--resume", "auto").code == 0
+
+
+def test_a_signal_during_the_first_save_leaves_that_checkpoint(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(checkpoints, "write_manifest", stop_at(1, checkpoints.write_manifest))
+    line = ["train_features", "--out", run, "--steps", 9, "--width", 8, "--batch-size", 32, "--save-every", 2]
+    done = script(*line)
+    assert done.code == 143 and "stopped by SIGTERM at step 3" in done.err
+    assert steps_of(run) == [3, 2] and checkpoints.verify(newest(run)).step == 3
+    assert script(*line, "--resume", "auto").code == 0
+
+
+def train(task: train_features.FeaturesTask) -> None:
+    train_features.train(task)
+
+
+def test_a_run_that_the_main_process_cannot_begin_ends_the_others(tmp_path: Path) -> None:
+    """They wait for its directory."""
+    task = train_features.FeaturesTask(out=tmp_path / "run", width=8, train=TrainConfig(steps=2, batch_size=32, ema=0))
+    task.out.mkdir()
+    (task.out / "notes.txt").touch()
+    with programs(train, tmp_path, task, ranks=(0, 1), processes=2) as both:
+        assert [program.finish() for program in both] == [2, 2]
+    assert both[0].err.startswith(f"error: {task.out} exists and is no run directory") and "partner" not in both[0].err
+    assert both[1].err.startswith("error: a partner process ended\n  why: rank 0 ended with exit code 2 (usage)")
+
+
+# ---- scripts that do not divide their work ----
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ALONE)
+def test_a_script_that_does_not_divide_its_work_runs_in_one_process(
+    name: str, rank: int, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    done = script(name)
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith(f"error: {name}.py runs in one process\n  why: WORLD_SIZE is 2") == (rank == 0)
+    assert rank == 0 or done.err == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE=two"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "MASTER_PORT"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "MIDWAY_TIMEOUT": "soon"},
+            "MIDWAY_TIMEOUT=soon",
+        ),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_raises_an_error(
+    variables: dict[str, str], words: str, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    done = script("train_features")
+    assert done.code == 2 and words in done.err
+    assert [line[:7] for line in done.err.splitlines()] == ["error: ", "  why: ", "  fix: "]
