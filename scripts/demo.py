@@ -3,8 +3,10 @@
 digits -> feature network -> FSQ tokenizer -> latent DiT on a variance-preserving schedule -> AMED -> sweep -> report
 """
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,12 +17,22 @@ import train_solver
 import train_tokenizer
 
 from cli import main, resolve
+from midway.gen.core.errors import UsageError
+from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.locks import check_no_link, lock, made
+from midway.gen.core.processes import device_and_process
+from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.report.sweep import FILES
 from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask
+
+RUNS = ("features", "tokenizer", "model")
+MARK = ".demo"
+"""The file by which a demo knows the folder of an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,37 @@ class DemoTask:
 
 
 def run(task: DemoTask) -> Path:
-    """All stages; the path of the report."""
+    """All stages; the path of the report. The folder and every finished run stay locked to the end."""
+    _, process = device_and_process()
+    with claimed(task.out) if process.rank == 0 else nullcontext(), ExitStack() as finished:
+        process.wait()
+        return _run(task, finished if process.rank == 0 else None)
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Within the block this demo's own folder.
+
+    UsageError while another demo writes there, and if it is a link or has runs or a report that no demo made.
+    """
+    check_no_link(out)
+    there = [name for name in (*RUNS, *FILES) if os.path.lexists(out / name)]
+    if there and not (out / MARK).exists() and not any(_made_by_a_demo(out / name) for name in RUNS):
+        raise UsageError(f"{out / there[0]} is not of an earlier demo", "it would be replaced", "choose another --out")
+    with made(out), lock(out, "written"):
+        write_atomically(out / MARK, b"the runs and the report here are of scripts/demo.py, which replaces them\n")
+        yield
+
+
+def _made_by_a_demo(run: Path) -> bool:
+    """Whether an earlier version made this run, as its command has it."""
+    try:
+        return Path(read_json(run / "env.json")["command"].split()[1]).name == "demo.py"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _run(task: DemoTask, finished: ExitStack | None) -> Path:
     start = time.monotonic()
     stages: dict[str, Callable[[], object]] = {
         "feature network": lambda: train_features.train(features_task(task)),
@@ -47,7 +89,9 @@ def run(task: DemoTask) -> Path:
     for number, (name, stage) in enumerate(stages.items(), 1):
         began = time.monotonic()
         echo(f"[{number}/{len(stages)}] {name}")
-        stage()
+        made_run = stage()
+        if finished is not None and isinstance(made_run, Run):
+            finished.enter_context(lock(made_run.path, "used"))
         echo(f"      {time.monotonic() - began:.0f} s")
     report = task.out / "report.html"
     echo(f"done in {time.monotonic() - start:.0f} s; open {report}")

@@ -6,14 +6,14 @@ from pathlib import Path
 from cli import main, resolve
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
-from midway.gen.core.files import check_path
+from midway.gen.core.files import check_path, clear_temporaries
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, check_flag_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_tokenizer
-from midway.gen.tokenizer.latents import cache_path, encode, save_latents
+from midway.gen.tokenizer.latents import cache_path, encode, is_latent_cache, save_latents
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ def run(task: EncodeTask) -> Path:
     path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.flip))
     if path.exists() and not task.overwrite:
         raise UsageError(f"{path} exists", "encoding again would replace it", "pass --overwrite, or another --out")
+    if task.out is not None and path.exists() and not is_latent_cache(path):
+        raise UsageError(f"{path} is no latent cache", "it would be replaced", "choose another --out, or move it away")
     echo(describe(train))
+    clear_temporaries(task.tokenizer)
     latents = encode(tokenizer, train, task.batch_size, task.flip)
     save_latents(latents, path)
     echo(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")

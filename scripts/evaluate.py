@@ -8,7 +8,8 @@ new ones. Several processes divide the work:
 External samples: python scripts/evaluate.py --images samples.npz --data digits --features runs/digits-features --out report
 """
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError, raising
+from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
@@ -35,6 +37,7 @@ from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.jobs import SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
+from midway.gen.evaluation.store import CellStore
 from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.open import open_extractor
@@ -49,7 +52,7 @@ from midway.gen.report.notes import (
     timing_notes,
 )
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
-from midway.gen.report.sweep import terminal_text, write_report
+from midway.gen.report.sweep import check_out, terminal_text, write_report
 from midway.gen.report.table import ReportContext
 
 
@@ -82,34 +85,44 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     trainings = [(fine_source(one, config), solver_jobs(one, config)) for one in models] or [(None, [])]
     trainings[0][1].extend(others)
 
+    check_out(out)
     make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     shown = process.rank == 0
-    if shown:
-        if task.fresh:
-            shutil.rmtree(out / "cells", ignore_errors=True)
-        echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-    reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
-    total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
-    with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
+    with claimed(out, task.fresh) if shown else nullcontext():
+        process.wait()
+        if shown:
+            echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
+        reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
+        total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
+        with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
 
-        def progress(cell: str) -> None:
-            bar.set_postfix_str(printable(cell))
-            bar.update()
+            def progress(cell: str) -> None:
+                bar.set_postfix_str(printable(cell))
+                bar.update()
 
-        sweeps = [
-            run_sweep(jobs, fine, reference, splits.held_out, config, out, progress, process)
-            for fine, jobs in trainings
-        ]
-    sweep, missing = merged(sweeps)
-    if shown:
-        facts = context(task, model, splits, config, externals, sweep, extractor, missing, changed)
-        write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
-        echo(terminal_text(sweep.measurements))
-        if model is None:
-            echo(floor_text(sweep))
-        echo(f"report: {out / 'report.html'}")
-        export_images(task, sweep)
-    return sweep
+            sweeps = [
+                run_sweep(jobs, fine, reference, splits.held_out, config, out, progress, process)
+                for fine, jobs in trainings
+            ]
+        sweep, missing = merged(sweeps)
+        if shown:
+            facts = context(task, model, splits, config, externals, sweep, extractor, missing, changed)
+            write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
+            echo(terminal_text(sweep.measurements))
+            if model is None:
+                echo(floor_text(sweep))
+            echo(f"report: {out / 'report.html'}")
+            export_images(task, sweep)
+        return sweep
+
+
+@contextmanager
+def claimed(out: Path, fresh: bool) -> Iterator[None]:
+    """Within the block the report is this sweep's own, tidied first; errors as CellStore.claimed."""
+    with CellStore(out / "cells").claimed(fresh):
+        for folder in (out, out / "reference"):
+            clear_temporaries(folder)
+        yield
 
 
 def sweep_config(

@@ -55,18 +55,18 @@ def run(task: ImportTask) -> Run:
     published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
     with raising(DataError, "these latents cannot be standardised", "import it on other images"):
         tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, task.batch_size))
-    made = Run.create(task.out, "tokenizer", to_dict(task), task.overwrite)
-    made.say(describe(splits.train))
-    made.say(describe(splits.held_out))
-    quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
-    checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
-    write_reconstructions(made, tokenizer, splits, 0, "imported")
-    weights = {"weights": "imported", "source": task.place}
-    finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
-    made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
-    log_quality(made, tokenizer, splits, 0, quality, "imported")
-    made.say(f"saved {made.checkpoint}")
-    return made
+    with Run.creating(task.out, "tokenizer", to_dict(task), task.overwrite) as made:
+        made.say(describe(splits.train))
+        made.say(describe(splits.held_out))
+        quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
+        checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
+        write_reconstructions(made, tokenizer, splits, 0, "imported")
+        weights = {"weights": "imported", "source": task.place}
+        finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
+        made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
+        log_quality(made, tokenizer, splits, 0, quality, "imported")
+        made.say(f"saved {made.checkpoint}")
+        return made
 
 
 def load(task: ImportTask, splits: Splits) -> ImageTokenizer:

@@ -52,16 +52,18 @@ def make(task: PosthocTask) -> Run:
     step = snapshots[-1].step if task.step is None else task.step
     with raising(UsageError, f"no average of width {task.std} at step {step}", "change --std or --step"):
         averaged = reconstruct(snapshots, step, task.std)
-    run = Run.create(task.out, "latent_model", configuration(task, source, step), task.overwrite)
+    if task.out.exists() and task.out.samefile(source.path):
+        raise UsageError(f"--out {task.out}", "the average is made from this run", "choose another --out")
+    with Run.creating(task.out, "latent_model", configuration(task, source, step), task.overwrite) as run:
 
-    def write(folder: Path) -> None:
-        save_file(averaged, folder / "ema.safetensors")
-        shutil.copy(newest / "model.json", folder)
-        shutil.copytree(newest / "tokenizer", folder / "tokenizer")
+        def write(folder: Path) -> None:
+            save_file(averaged, folder / "ema.safetensors")
+            shutil.copy(newest / "model.json", folder)
+            shutil.copytree(newest / "tokenizer", folder / "tokenizer")
 
-    checkpoints.save(run.checkpoints, step, write)
-    run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
-    return run
+        checkpoints.save(run.checkpoints, step, write)
+        run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
+        return run
 
 
 def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:

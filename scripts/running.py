@@ -2,9 +2,11 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +16,6 @@ from midway.gen.core.runs import Run
 from midway.gen.data.splits import Splits
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
-from tasks import TrainingTask
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -63,12 +64,27 @@ def built(build: Callable[[], Model]) -> Model:
     return build()
 
 
-def open_run(task: TrainingTask, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str) -> Run:
-    """The run, created by the main process, which logs `lines` if it is new; returns when it exists."""
-    run = Run(task.out, kind, config)
-    if accelerator.is_main_process:
-        run = Run.create(task.out, kind, config, task.overwrite, task.resume == "auto")
-        for line in lines if run.is_new else ():
+class RunFlags(Protocol):
+    """What to do with a run that is there."""
+
+    @property
+    def overwrite(self) -> bool: ...
+    @property
+    def resume(self) -> str: ...
+
+
+@contextmanager
+def open_run(
+    flags: RunFlags, path: Path, kind: str, config: dict[str, Any], accelerator: Accelerator, *lines: str
+) -> Iterator[Run]:
+    """The run, created by the main process, which logs `lines` if it is new and holds the run's lock until the block ends.
+
+    The others wait until it exists.
+    """
+    main = accelerator.is_main_process
+    creating = Run.creating(path, kind, config, flags.overwrite, flags.resume == "auto")
+    with creating if main else nullcontext(Run(path, kind, config)) as run:
+        for line in lines if main and run.is_new else ():
             run.say(line)
-    accelerator.wait_for_everyone()
-    return run
+        accelerator.wait_for_everyone()
+        yield run

@@ -114,17 +114,17 @@ def train(task: BaselineTask) -> Run | None:
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, task.train.weights_name
     config = {"baseline": kind_of(task), **to_dict(task)}
-    run = open_run(task, KIND, config, accelerator, *facts(parts))
-    hooks = Hooks(
-        preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
-        export=lambda folder, _: write_baseline(folder, model),
-        validate=parts.validate,
-    )
-    result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-    if not accelerator.is_main_process:
-        return None
-    report(task, run, parts.splits, result, accelerator.device)
-    return run
+    with open_run(task, task.out, KIND, config, accelerator, *facts(parts)) as run:
+        hooks = Hooks(
+            preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
+            export=lambda folder, _: write_baseline(folder, model),
+            validate=parts.validate,
+        )
+        result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        report(task, run, parts.splits, result, accelerator.device)
+        return run
 
 
 def facts(parts: Parts[Baseline]) -> tuple[str, str]:

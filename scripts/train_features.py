@@ -68,22 +68,22 @@ def train(task: FeaturesTask) -> Run | None:
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out
-    run = open_run(task, "features", to_dict(task), accelerator, describe(parts.splits.train))
     source = printable(Path(task.data.data).stem)
-    hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
-    result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-    if not accelerator.is_main_process:
-        return None
-    if result.ema is not None:
-        network.load_state_dict(result.ema.shadow)
-    network.eval()
-    with torch.no_grad():
-        logits = network.classify(network.features(held_out.images))
-    accuracy = (logits.argmax(1).cpu() == held_out.labels).float().mean().item()
-    run.log({"step": result.steps, "final": True, "held_out_accuracy": accuracy})
-    run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")
-    run.say(f"saved {run.checkpoint}")
-    return run
+    with open_run(task, task.out, "features", to_dict(task), accelerator, describe(parts.splits.train)) as run:
+        hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
+        result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        if result.ema is not None:
+            network.load_state_dict(result.ema.shadow)
+        network.eval()
+        with torch.no_grad():
+            logits = network.classify(network.features(held_out.images))
+        accuracy = (logits.argmax(1).cpu() == held_out.labels).float().mean().item()
+        run.log({"step": result.steps, "final": True, "held_out_accuracy": accuracy})
+        run.say(f"held-out accuracy {accuracy:.4f}; metric {protocol_name(network, source)}")
+        run.say(f"saved {run.checkpoint}")
+        return run
 
 
 def export(folder: Path, network: FeatureNetwork, averaged: dict[str, Tensor], source: str) -> None:

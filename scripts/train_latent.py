@@ -10,6 +10,7 @@ from torch import Tensor
 from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, UsageError, raising
+from midway.gen.core.files import clear_temporaries
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
@@ -63,6 +64,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
+    if accelerator.is_main_process:
+        clear_temporaries(task.tokenizer)
     if accelerator.is_main_process and task.latents is None and not path.exists():
         save_latents(encode(tokenizer, images, flip=task.flip), path)
     accelerator.wait_for_everyone()
@@ -103,17 +106,17 @@ def train(task: LatentTask) -> Run | None:
     config = {**to_dict(task), "data": to_dict(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
-    run = open_run(task, "latent_model", config, accelerator, parts.about, about)
-    hooks = Hooks(
-        preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
-        export=lambda folder, _: write_model(folder, model, tokenizer),
-        measure=None if reference is None else lambda step: write_online(run, parts, step, reference, task.early),
-    )
-    result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-    if not accelerator.is_main_process:
-        return None
-    run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
-    return run
+    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about) as run:
+        hooks = Hooks(
+            preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
+            export=lambda folder, _: write_model(folder, model, tokenizer),
+            measure=None if reference is None else lambda step: write_online(run, parts, step, reference, task.early),
+        )
+        result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
+        return run
 
 
 def make_online_reference(task: LatentTask, device: torch.device) -> FeatureReference | None:

@@ -30,6 +30,7 @@ from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.solvers import SOLVERS
+from running import open_run
 from tasks import Resume
 
 
@@ -157,25 +158,22 @@ def train_one(
     """Distil at one budget and save."""
     path = solver_path(task.model, task.solver, task.grid, nfe)
     config = to_dict(replace(task, nfe=str(nfe)))
-    run = Run(path, "solver", config)
-    if accelerator.is_main_process:
-        run = Run.create(path, "solver", config, task.overwrite, task.resume == "auto")
-    accelerator.wait_for_everyone()
-    items = run_teacher(task, objective, trained, accelerator.device, shared)
-    processes = accelerator.num_processes
-    hooks = Hooks(
-        export=lambda folder, averaged: objective.save(
-            folder / "solver.safetensors", averaged, card_for(task, nfe, objective, trained, processes)
+    with open_run(task, path, "solver", config, accelerator) as run:
+        items = run_teacher(task, objective, trained, accelerator.device, shared)
+        processes = accelerator.num_processes
+        hooks = Hooks(
+            export=lambda folder, averaged: objective.save(
+                folder / "solver.safetensors", averaged, card_for(task, nfe, objective, trained, processes)
+            )
         )
-    )
-    result = fit(objective, items, task.train, run, accelerator, hooks, task.resume == "auto")
-    if not accelerator.is_main_process:
-        return None
-    cost = objective.counter.evaluations * processes
-    run.say(
-        f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
-    )
-    return run
+        result = fit(objective, items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        cost = objective.counter.evaluations * processes
+        run.say(
+            f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
+        )
+        return run
 
 
 def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: TrainedModel, processes: int) -> SolverCard:

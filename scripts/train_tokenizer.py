@@ -58,28 +58,28 @@ def train(task: TokenizerTask) -> Run | None:
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
     about = (describe(splits.train), describe(splits.held_out))
-    run = open_run(task, "tokenizer", to_dict(task), accelerator, *about)
-    steps = 0
-    if any(p.requires_grad for p in tokenizer.parameters()):
-        hooks = Hooks(
-            preview=lambda step: write_reconstructions(run, tokenizer, splits, step, task.train.weights_name),
-            export=lambda folder, averaged: export(folder, tokenizer, averaged),
-        )
-        result = fit(parts.model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
-        steps = result.steps
-        if result.ema is not None:
-            parts.model.load_state_dict(result.ema.shadow)
-    elif accelerator.is_main_process:
-        state = parts.model.state_dict()
-        checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
-    if not accelerator.is_main_process:
-        return None
-    parts.model.eval()
-    quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
-    log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)
-    publish(task, run, parts.model, splits, steps, quality)
-    run.say(f"saved {run.checkpoint}")
-    return run
+    with open_run(task, task.out, "tokenizer", to_dict(task), accelerator, *about) as run:
+        steps = 0
+        if any(p.requires_grad for p in tokenizer.parameters()):
+            hooks = Hooks(
+                preview=lambda step: write_reconstructions(run, tokenizer, splits, step, task.train.weights_name),
+                export=lambda folder, averaged: export(folder, tokenizer, averaged),
+            )
+            result = fit(parts.model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+            steps = result.steps
+            if result.ema is not None:
+                parts.model.load_state_dict(result.ema.shadow)
+        elif accelerator.is_main_process:
+            state = parts.model.state_dict()
+            checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
+        if not accelerator.is_main_process:
+            return None
+        parts.model.eval()
+        quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
+        log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)
+        publish(task, run, parts.model, splits, steps, quality)
+        run.say(f"saved {run.checkpoint}")
+        return run
 
 
 def log_quality(

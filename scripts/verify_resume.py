@@ -8,7 +8,8 @@ further on. The run itself is not touched.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError
+from midway.gen.core.locks import check_no_link, empty, lock, made
 from midway.gen.core.runs import Run
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
@@ -75,9 +77,8 @@ def verify(task: VerifyTask) -> list[str]:
     run, job = open_any(task.run)
     start, goal = choose(run, task.steps)
     count = goal.step - start.step if goal is not None else task.steps
-    scratch = run.path / ".verify"
     accelerator = make_accelerator(job.train)
-    try:
+    with temporary_folder(run.path / ".verify", accelerator) as scratch:
         ends = [
             replay(run, job, start, stops, scratch / name, accelerator)
             for name, stops in (("straight", [count]), ("stopped", [count // 2, count - count // 2]))
@@ -90,11 +91,30 @@ def verify(task: VerifyTask) -> list[str]:
         found += [compare("straight and stopped-and-resumed", *ends)]
         found += [compare(f"straight and the run's own step-{goal.step}", ends[0], goal)] if goal is not None else []
         found += compare_losses(run.path, scratch / "straight", start.step, start.step + count)
-    finally:
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            shutil.rmtree(scratch, ignore_errors=True)
     return [*found, "resume is exact"]
+
+
+@contextmanager
+def temporary_folder(path: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """An empty folder for all processes, locked against other commands and removed at the end; UsageError if it is in use."""
+    with made_empty(path) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        try:
+            yield path
+        finally:
+            accelerator.wait_for_everyone()
+
+
+@contextmanager
+def made_empty(path: Path) -> Iterator[None]:
+    """Within the block an empty folder and its lock."""
+    check_no_link(path)
+    with made(path), lock(path, "used"):
+        empty(path)  # of a killed process
+        try:
+            yield
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def open_any(path: Path) -> tuple[Run, Any]:
@@ -124,7 +144,6 @@ def replay(
 ) -> Checkpoint:
     """Train sum(stops) steps from `start` in a directory of its own, stopping and resuming with new objects in between."""
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(start.path, folder / "checkpoints" / start.path.name)
     accelerator.wait_for_everyone()
     copy = Run(folder, run.kind, run.config, quiet=True)

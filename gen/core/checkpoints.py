@@ -86,7 +86,7 @@ def save(
         time.sleep(wait)
     else:
         path = _save_once(root, step, write, needed, header or {})
-    _prune(root, keep, path)
+    prune(root, keep, path)
     return Checkpoint(path, step)
 
 
@@ -129,7 +129,7 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(root: Path, keep: int, newest: Path) -> None:
+def prune(root: Path, keep: int, newest: Path) -> None:
     """Remove all but the newest `keep` checkpoints; `newest`, just written, always stays."""
     older = [path for path in directories(root) if path != newest]
     for path in older[max(keep, 1) - 1 :]:

@@ -8,8 +8,11 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import stat
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -42,6 +45,14 @@ KINDS = {
     stat.S_IFCHR: "a character device",
     stat.S_IFBLK: "a block device",
 }
+
+
+MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+"""This machine in the names of temporaries: `.<name>.<machine>-<process>.tmp`."""
+ABANDONED_SECONDS = 86400.0
+"""After so long without a write another machine's temporary, whose process cannot be looked for, is nobody's."""
+_TEMPORARY = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?(\d+)\.(?:tmp|old)", re.DOTALL)
+"""Earlier versions named the process alone."""
 
 
 # ---- reading ----
@@ -122,10 +133,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Within the block a free path beside `path`; what is made there, file or directory, then replaces `path` as a whole.
 
     It is on the disk before it replaces anything. When the block raises, nothing is left of it; OSError also of the disk.
+    What killed processes left of the same is removed first.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)
+    clear_temporaries(path.parent, path.name)
     try:
         yield temporary
         _settle(temporary)
@@ -141,13 +153,67 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def clear_temporaries(folder: Path) -> None:
-    """Undo in `folder` what killed processes left of `replacing`: half-written files, directories moved out of the way."""
-    for old in folder.glob(".*.old"):
-        path = folder / old.name[1:].rsplit(".", 2)[0]
-        old.rename(old if path.exists() else path)
-    for path in (*folder.glob(".*.old"), *folder.glob(".*.tmp")):
-        _remove(path)
+def clear_temporaries(folder: Path, name: str | None = None) -> None:
+    """Undo in `folder` what killed processes left of `replacing`: half-written files, directories moved out of the way.
+
+    Of all files, or of `name`. Nothing is touched that a running process, here or on another machine, may be writing.
+    """
+    left = [path for path in folder.glob(".*") if _is_abandoned(path) and name in (None, replaced_name(path))]
+    for path in left:
+        target = folder / str(replaced_name(path))
+        if path.suffix == ".old" and not target.exists():
+            with contextlib.suppress(OSError):  # another process was first
+                path.rename(target)
+        else:
+            _remove(path)
+
+
+def clear_all_temporaries(folder: Path) -> None:
+    """`clear_temporaries` of a folder and all folders in it; links are not followed."""
+    for root, _, _ in os.walk(folder):
+        clear_temporaries(Path(root))
+
+
+def replaced_name(path: Path) -> str | None:
+    """The name of what a temporary of `replacing` was to become, None for any other path."""
+    found = _TEMPORARY.fullmatch(path.name)
+    return found and found[1]
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(f".{path.name}.{MACHINE}-{os.getpid()}.{ending}")
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether this is a temporary that nobody is writing; one of this process is not, since it ends with its block."""
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None:
+        return False
+    machine, process = found[2], int(found[3])
+    if machine in (None, MACHINE):
+        return process == os.getpid() or not _is_alive(process)
+    return time.time() - _last_write(path) > ABANDONED_SECONDS
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be known."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's, or no /proc
+        return True
+    return state != "Z"  # killed, and nobody has taken note
+
+
+def _last_write(path: Path) -> float:
+    """The newest time of a file, or of anything in a directory; the present if it is gone."""
+    with contextlib.suppress(OSError):
+        return max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
+    return time.time()
 
 
 def _settle(path: Path) -> None:
@@ -161,7 +227,7 @@ def _settle(path: Path) -> None:
 
 def _put(temporary: Path, path: Path) -> None:
     """Move it to `path`; a directory that is there goes out of the way before, and back if that fails."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = _beside(path, "old")
     if path.is_dir() and temporary.is_dir():
         path.rename(old)
     try:
@@ -175,8 +241,8 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or directory if there is one; errors of removal are ignored."""
-    if path.is_dir():
+    """Remove a file or directory if there is one, of a link the link alone; errors of removal are ignored."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)

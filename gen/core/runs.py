@@ -10,9 +10,9 @@ samples/*.png
 
 import json
 import math
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,23 @@ from typing import Any
 from midway.gen.core import checkpoints
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.environment import environment
-from midway.gen.core.errors import DataError, DiskError, UsageError, raising
+from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, raising
 from midway.gen.core.files import (
     LOG_LIMIT,
     check_path,
-    clear_temporaries,
+    clear_all_temporaries,
     read_json,
     read_text,
     reading,
+    replaced_name,
     write_atomically,
 )
+from midway.gen.core.locks import LOCK, check_no_link, empty, lock, locked_inside, made
 from midway.gen.core.text import echo, printable_lines
 
-HALF_CONFIG = ".config.yaml.*tmp"
-"""What a process that was killed as it made a run leaves."""
+CONFIG = "config.yaml"
+UNUSED = (CONFIG, "env.json", "log.txt", "samples", LOCK)
+"""All that is in a run whose training has not begun; of samples/ nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,46 +52,95 @@ class Run:
     def create(path: Path, kind: str, config: dict[str, Any], overwrite: bool = False, resume: bool = False) -> "Run":
         """Make the directory; UsageError when it already holds a run, unless `overwrite` removes or `resume` keeps it.
 
-        Only a run of the same kind is ever removed or resumed, and never a directory removed that holds the current one.
+        Only a run of the same kind is ever removed or resumed, by the holder of its lock, and never one that holds the current
+        directory, what the configuration names, or a folder that another process has locked. A run whose training never began
+        is no obstacle. What cannot be made whole is not left behind.
         """
+        with Run.creating(path, kind, config, overwrite, resume) as run:
+            return run
+
+    @staticmethod
+    @contextmanager
+    def creating(
+        path: Path, kind: str, config: dict[str, Any], overwrite: bool = False, resume: bool = False
+    ) -> Iterator["Run"]:
+        """`create`, and the lock of the run until the block ends."""
         run = Run(check_path(path), kind, config)
+        run._check(overwrite, resume)
+        with made(path), lock(path):
+            run._check(overwrite, resume)  # another process may have been here first
+            if resume and (path / CONFIG).exists():
+                run.tidy()
+                (path / "samples").mkdir(exist_ok=True)
+            else:
+                run._begin()
+            yield run
+
+    def _check(self, overwrite: bool, resume: bool) -> None:
+        """UsageError or DataError where `create` cannot begin."""
+        path = self.path
         if overwrite and resume:
             raise UsageError("--overwrite and --resume auto contradict", "one deletes what the other needs", "drop one")
-        if (path / "config.yaml").exists():
-            if not (overwrite or resume):
+        if not (path / CONFIG).exists():
+            if path.exists() and not (path.is_dir() and all(map(_is_half_config, path.iterdir()))):
                 raise UsageError(
-                    f"{path} already holds a run",
-                    "a second run would mix with its metrics and checkpoints",
-                    "continue it with --resume auto, choose another --out, or pass --overwrite to delete it",
+                    f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
                 )
-            Run.open(path, kind)
-            if resume:
-                (path / "samples").mkdir(exist_ok=True)
-                return run
-            if Path.cwd().resolve().is_relative_to(path.resolve()):
-                raise UsageError(f"{path} holds the current directory", "it would be deleted", "choose another --out")
-            with lock(path):
-                _remove(path)
-        elif path.exists() and (not path.is_dir() or not all(p.match(HALF_CONFIG) for p in path.iterdir())):
+            return
+        if not (overwrite or resume or self._is_unused):
             raise UsageError(
-                f"{path} exists and is no run directory", "it would be filled with a run", "choose another --out"
+                f"{path} already holds a run",
+                "a second run would mix with its metrics and checkpoints",
+                "continue it with --resume auto, choose another --out, or pass --overwrite to delete it",
             )
-        with raising(DiskError, f"{path} cannot be written", "choose another --out, or free space", OSError):
-            path.mkdir(parents=True, exist_ok=True)
-            run.write_config()  # first, so that a run killed right now can be resumed
-            (path / "samples").mkdir()
-            write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
-        return run
+        Run.open(path, self.kind)
+        if not resume:
+            self._check_removable()
+
+    def _check_removable(self) -> None:
+        """UsageError where more would be lost than a run."""
+        check_no_link(self.path)
+        here = self.path.resolve()
+        if Path.cwd().resolve().is_relative_to(here):
+            raise UsageError(f"{self.path} holds the current directory", "it would be deleted", "choose another --out")
+        for text in _texts(self.config):
+            if os.path.exists(text) and here in Path(text).resolve().parents:
+                raise UsageError(
+                    f"{self.path} holds {text}", "it is needed, and would be deleted", "choose another --out"
+                )
+
+    def _begin(self) -> None:
+        """Put a new run in the place of what is there."""
+        path = self.path
+        with locked_inside(path):
+            empty(path, CONFIG)  # which is there to the end, so that this can be done again
+        try:
+            with raising(DiskError, f"{path} cannot be written", "choose another --out, or free space", OSError):
+                self.write_config()  # first, so that a run killed right now can be resumed
+                (path / "samples").mkdir()
+                write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        except BaseException:
+            with suppress(MidwayError, OSError):
+                empty(path)
+                (path / LOCK).unlink()
+            raise
+
+    @property
+    def _is_unused(self) -> bool:
+        """Whether nothing is in the directory but the beginning of a run of this kind."""
+        names = {replaced_name(path) or path.name for path in self.path.iterdir()}
+        samples = self.path / "samples"
+        begun = names <= {*UNUSED} and not (samples.is_dir() and any(samples.iterdir()))
+        return begun and _kind_of(self.path)[0] == self.kind
 
     @staticmethod
     def open(path: Path, kind: str) -> "Run":
         """The run at `path`; DataError when there is none, or it is of another kind."""
-        if not (path / "config.yaml").exists():
+        if not (path / CONFIG).exists():
             raise DataError(
                 f"{path} is not a run directory", "it has no config.yaml", f"give the --out of a {kind} run"
             )
-        values = read_yaml(path / "config.yaml")
-        found = values.pop("kind", None) if isinstance(values, dict) else None
+        found, values = _kind_of(path)
         if found != kind:
             raise DataError(
                 f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"
@@ -97,7 +149,7 @@ class Run:
 
     def write_config(self) -> None:
         """Write config.yaml, which marks a directory as a run."""
-        write_yaml(self.path / "config.yaml", {"kind": self.kind, **self.config})
+        write_yaml(self.path / CONFIG, {"kind": self.kind, **self.config})
 
     def note(self, facts: dict[str, Any]) -> None:
         """Add to env.json the facts of one start of its training, with today's environment."""
@@ -116,8 +168,7 @@ class Run:
 
     def tidy(self) -> None:
         """Remove what killed processes left half-written."""
-        for folder in (self.path, self.checkpoints, self.path / "posthoc"):
-            clear_temporaries(folder)
+        clear_all_temporaries(self.path)
 
     def say(self, line: str) -> None:
         """Print a line and append it to log.txt."""
@@ -162,33 +213,30 @@ class Run:
         return checkpoints.verify(found[0]).path
 
 
-@contextmanager
-def lock(path: Path, use: str = "trained") -> Iterator[None]:
-    """Lock this folder against other processes; UsageError if one holds the lock. It ends with its process."""
-    try:
-        import fcntl
-    except ImportError:  # not on this operating system
-        yield
-        return
-    with (path / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"{path} is being {use} by another process", "two would mix", "wait for it, or end it first"
-            ) from None
-        yield
-
-
 def _append(path: Path, line: str) -> None:
     fix = "free space, then resume with --resume auto"
     with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
-def _remove(path: Path) -> None:
-    with raising(DiskError, f"{path} cannot be removed", "remove it by hand, or choose another --out", OSError):
-        shutil.rmtree(path)
+def _kind_of(path: Path) -> tuple[Any, Any]:
+    """The kind of the run at `path`, None without, and the rest of its configuration. UsageError for what is not YAML."""
+    values = read_yaml(path / CONFIG)
+    return (values.pop("kind", None) if isinstance(values, dict) else None), values
+
+
+def _is_half_config(path: Path) -> bool:
+    """Whether this is all that a process killed as it made a run leaves."""
+    return path.name == LOCK or replaced_name(path) == CONFIG
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Every text in a configuration."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _stays(line: str, step: int) -> bool:

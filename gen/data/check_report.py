@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, DiskError
-from midway.gen.core.files import write_atomically
+from midway.gen.core.files import read_json, write_atomically
 from midway.gen.data.check import DataFacts, Problem, SplitFacts
 from midway.gen.data.decoding import Undecodable, counted, listed_counts
 
@@ -71,14 +71,24 @@ def check_writable(directory: Path) -> None:
 
 
 def write_data_report(directory: Path, facts: DataFacts) -> list[Path]:
-    """data.json, and bad_files.txt if there are bad files (an earlier one goes if not); the paths. DiskError."""
+    """data.json, and bad_files.txt if there are bad files (that of an earlier report goes if not); the paths. DiskError."""
     path, listing = directory / DATA_JSON, directory / BAD_FILES
+    listed = _lists_bad_files(path)
     write_atomically(path, (json.dumps(asdict(facts), indent=2, allow_nan=False) + "\n").encode())
     if not facts.bad:
-        listing.unlink(missing_ok=True)
+        if listed:
+            listing.unlink(missing_ok=True)
         return [path]
     write_atomically(listing, "".join(map(_bad_line, facts.bad)).encode(errors="surrogateescape"))
     return [path, listing]
+
+
+def _lists_bad_files(path: Path) -> bool:
+    """Whether this is the data.json of images with bad files, which bad_files.txt beside it is of then."""
+    try:
+        return bool(read_json(path)["bad"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _bad_line(item: Undecodable) -> str:

@@ -12,6 +12,7 @@ process can make any part, and the numbers do not depend on how many processes t
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,13 +27,14 @@ from torch import Tensor
 
 from midway.gen.core.errors import DiskError, raising
 from midway.gen.core.files import clear_temporaries, state_hash, write_atomically
-from midway.gen.core.runs import lock
+from midway.gen.core.locks import check_no_link, lock, made, remove
 from midway.gen.core.text import echo, json_text
 
 SCHEMA = 2
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
 PART = 1024
 """Seeds of a part: what a killed process loses at most."""
+_CELL = re.compile(r"[0-9a-f]{16}\.(json|png|damaged|parts)")
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,12 @@ class Cell:
         except FileNotFoundError:
             return None
         try:
-            content = json.loads(text)
-            body = {"identity": content["identity"], "numbers": content["numbers"]}
-            if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
-                raise ValueError("its sha256 does not match")
+            return _verified(text)
         except (ValueError, KeyError, TypeError) as error:
             with contextlib.suppress(FileNotFoundError):  # another process was first
                 path.replace(path.with_suffix(".damaged"))
             echo(f"{path.name} is damaged ({error}): kept as {path.stem}.damaged, and measured again")
             return None
-        return content["numbers"]
 
     def finish(self, numbers: dict[str, Any], png: bytes | None) -> None:
         """Write the numbers, then drop the parts."""
@@ -170,19 +168,41 @@ class CellStore:
         return Cell(self.folder, identity)
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
-        """Within the block this sweep's own, tidied first; UsageError while another sweep writes here."""
-        self._make()
-        with lock(self.folder, "written"):
-            self.tidy()
+    def claimed(self, fresh: bool = False) -> Iterator[None]:
+        """Within the block this sweep's own, tidied first, and emptied if `fresh`; UsageError while another sweep writes here.
+
+        With `fresh` UsageError for links too, which may lead to the measurements of another sweep. DiskError.
+        """
+        for folder in (self.folder.parent, self.folder) if fresh else ():
+            check_no_link(folder)
+        with made(self.folder), lock(self.folder, "written"):
+            if fresh:
+                self._forget()
+            self._tidy()
             yield
 
-    def tidy(self) -> None:
-        """Remove what killed processes left half-written. DiskError if the folder cannot be made."""
-        self._make()
-        for folder in (self.folder, *self.folder.glob("*.parts")):
-            clear_temporaries(folder)
+    def _forget(self) -> None:
+        """Remove all cells, and nothing else."""
+        with raising(DiskError, f"{self.folder} cannot be emptied", "empty it by hand", OSError):
+            for path in filter(lambda path: _CELL.fullmatch(path.name), [*self.folder.iterdir()]):
+                remove(path)
 
-    def _make(self) -> None:
-        with raising(DiskError, f"{self.folder} cannot be made", "choose another --out", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+    def _tidy(self) -> None:
+        """Remove what killed processes left: half-written files, and the parts of finished cells."""
+        clear_temporaries(self.folder)
+        for parts in self.folder.glob("*.parts"):
+            try:
+                _verified(parts.with_suffix(".json").read_text())
+            except (OSError, ValueError, KeyError, TypeError):
+                clear_temporaries(parts)
+            else:
+                shutil.rmtree(parts, ignore_errors=True)
+
+
+def _verified(text: str) -> dict[str, Any]:
+    """The numbers in the file of a finished cell; ValueError, KeyError or TypeError if it is damaged."""
+    content = json.loads(text)
+    body = {"identity": content["identity"], "numbers": content["numbers"]}
+    if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
+        raise ValueError("its sha256 does not match")
+    return content["numbers"]

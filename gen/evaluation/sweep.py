@@ -8,7 +8,6 @@ contains the solver's error alone. Baselines are measured at their own number of
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,27 +75,25 @@ def run_sweep(
 ) -> Sweep:
     """Measure every job, with RMSE to `fine` of those that are solvers; what is finished in folder/cells is read.
 
-    UsageError while another sweep writes there.
+    The first process has claimed that folder, for all of them.
     """
     process, seeds, store = process or ProcessInfo(), config.seeds, CellStore(folder / "cells")
     context = EvaluationContext(
         reference, seeds, store, process, config.metrics, config.overlap, timing(config, process)
     )
-    with store.claimed() if process.rank == 0 else nullcontext():
-        process.wait()
-        solution = None
-        if fine is not None:
-            progress("reference")
-            solution = FineSolution(fine, seeds, store, process)
-            solution.make()
-        sweep = Sweep([measure_floor(reference, held_out, seeds.n, config.metrics)], {}, fine=solution)
-        for job in jobs:
-            progress(f"{job.solver} {job.grid}")
-            cell = measure(job.source, context, None if job.baseline else solution)
-            found = _measurement(job, cell, context)
-            sweep.measurements.append(found)
-            key = (job.solver, job.grid, found.nfe)
-            sweep.jobs[key], sweep.pictures[key] = job, cell.png()
+    solution = None
+    if fine is not None:
+        progress("reference")
+        solution = FineSolution(fine, seeds, store, process)
+        solution.make()
+    sweep = Sweep([measure_floor(reference, held_out, seeds.n, config.metrics)], {}, fine=solution)
+    for job in jobs:
+        progress(f"{job.solver} {job.grid}")
+        cell = measure(job.source, context, None if job.baseline else solution)
+        found = _measurement(job, cell, context)
+        sweep.measurements.append(found)
+        key = (job.solver, job.grid, found.nfe)
+        sweep.jobs[key], sweep.pictures[key] = job, cell.png()
     return with_best(sweep, sweep.measurements)
 
 

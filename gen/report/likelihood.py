@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from midway.gen.core.errors import UsageError
-from midway.gen.core.files import write_atomically
+from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
@@ -65,6 +67,15 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out} is a file", "the report needs a directory", "choose another --out")
     if (out / "config.yaml").exists():
         raise UsageError(f"{out} is a run directory", "the report would mix with it", "choose another --out")
+    check_replaceable(out, FILES, _is_report(out / FILES[0]))
+
+
+def _is_report(path: Path) -> bool:
+    """Whether this is the first file of a report, which is written before the others."""
+    with suppress(OSError, ValueError):
+        found = read_json(path)
+        return isinstance(found, dict) and {"rows", "context"} <= found.keys()
+    return False
 
 
 def write_likelihood_report(out: Path, rows: Sequence[LikelihoodRow], context: ReportContext) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from midway.gen.core.files import write_atomically
+from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import html, markdown
 from midway.gen.evaluation.records import (
     baselines_of,
@@ -51,6 +52,14 @@ from midway.gen.report.text import (
 
 Grids = Mapping[tuple[str, int], bytes]
 """PNG of samples by (solver, NFE)."""
+FILES = (
+    "results.csv",
+    "results.jsonl",
+    "report.md",
+    "report.html",
+    "distance_vs_nfe.png",
+    "distance_vs_seconds.png",
+)
 
 # ---- text ----
 
@@ -201,6 +210,11 @@ def report_html(
         ],
         SCRIPT,
     )
+
+
+def check_out(directory: Path) -> None:
+    """UsageError if the directory has a report that is not of an earlier sweep, whose cells/ would be beside it."""
+    check_replaceable(directory, FILES, (directory / "cells").is_dir())
 
 
 def write_report(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DiskError, UsageError, remedy
 from midway.gen.core.files import replacing, write_atomically
+from midway.gen.core.locks import check_no_link
 from midway.gen.core.text import html
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.records import FLOOR
@@ -258,9 +259,15 @@ def flat_record(row: TokenizerRow) -> dict[str, object]:
 
 
 def check_out(directory: Path) -> None:
-    """UsageError if the directory holds anything but an earlier report, which `write_tokenizer_report` replaces."""
-    if directory.exists() and (not directory.is_dir() or any(p.name not in FILES for p in directory.iterdir())):
+    """UsageError if the directory holds anything but an earlier report, which `write_tokenizer_report` replaces, or is a link."""
+    check_no_link(directory)
+    if directory.exists() and not (directory.is_dir() and _is_report({path.name for path in directory.iterdir()})):
         raise UsageError(f"{directory} holds other files", "a report replaces its directory", "choose another --out")
+
+
+def _is_report(names: set[str]) -> bool:
+    """Whether a directory of these names is empty, or a report, which is always whole."""
+    return not names or {*FILES[:4]} <= names <= {*FILES}
 
 
 def write_tokenizer_report(

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.core.files import state_hash, write_atomically
+from midway.gen.core.files import regular_file, state_hash, write_atomically
 from midway.gen.data.images import ImageData, to_float
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -163,6 +163,15 @@ def load_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
     if flip and "mirrored" not in tensors:
         raise DataError(f"{path} has no latents of mirrored images", "it was made without --flip", remake)
     return Latents(**tensors, data_fingerprint=header["data"], tokenizer_hash=header["tokenizer"])
+
+
+def is_latent_cache(path: Path) -> bool:
+    """Whether this file was written by `save_latents`."""
+    try:
+        with safe_open(regular_file(path), framework="pt") as file:
+            return str((file.metadata() or {}).get("format", "")).startswith("midway-latents")
+    except (OSError, SafetensorError):
+        return False
 
 
 def cache_path(folder: Path, data: ImageData, tokenizer: ImageTokenizer, flip: bool = False) -> Path:

@@ -66,6 +66,7 @@ class CheckpointManager:
         root = self.run.checkpoints
         checkpoints.set_aside(root, step if found else -1)
         if found:
+            checkpoints.prune(root, self.config.keep, root / f"step-{step}")
             checkpoints.point_to(root, step)
         keep_only(self.run.best, self._saved_best)
         self.run.tidy()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.errors import UsageError
-from midway.gen.core.runs import Run, lock
+from midway.gen.core.runs import Run
 from midway.gen.training.accelerator import check_unused, share_of
 from midway.gen.training.batches import Context, Order, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
@@ -56,13 +56,13 @@ def fit(
     hooks: Hooks | None = None,
     resume: bool = False,
 ) -> FitResult:
-    """Train `model` in place, from the newest valid checkpoint of `run` if `resume` and there is one.
+    """Train `model` in place, from the newest valid checkpoint of `run` if `resume` and there is one; the caller has its lock.
 
     Raises DivergedError when loss and gradients stop being finite, DiskError when a checkpoint cannot be written, UsageError
     when a resumed run was started with another configuration, Interrupted after SIGTERM or SIGINT.
     """
     training = _Training(model, items, config, run, accelerator, hooks or Hooks())
-    with lock(run.path) if accelerator.is_main_process else nullcontext(), Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         return training.run_from(training.checkpointing.resume() if resume else 0, interrupts)
 
 

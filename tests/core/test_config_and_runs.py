@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from nobody import NOBODY
 
-from midway.gen.core import checkpoints
+from midway.gen.core import checkpoints, runs
 from midway.gen.core.config import PER_CALL, from_dict, read_yaml, to_dict, write_yaml
 from midway.gen.core.errors import DataError, DiskError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import state_hash
+from midway.gen.core.locks import lock
 from midway.gen.core.runs import Run
 
 
@@ -184,7 +186,7 @@ def _files(folder: Path) -> set[str]:
 
 def test_a_run_is_found_again_with_its_configuration(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "a" / "b", "solver", to_dict(FULL))
-    assert _files(run.path) == {"config.yaml", "env.json"}
+    assert _files(run.path) == {"config.yaml", "env.json", ".lock"}
     assert Run.open(run.path, "solver") == run
     assert from_dict(Outer, Run.open(run.path, "solver").config) == FULL
     assert json.loads((run.path / "env.json").read_text())["packages"]["torch"] == metadata.version("torch")
@@ -202,7 +204,7 @@ def test_an_existing_run_stays_unless_overwritten(tmp_path: Path) -> None:
         Run.create(run.path, "latent_model", {"a": 2}, overwrite=True)
     assert _files(run.path) == before
     again = Run.create(run.path, "solver", {"a": 2}, overwrite=True)
-    assert _files(run.path) == {"config.yaml", "env.json"}
+    assert _files(run.path) == {"config.yaml", "env.json", ".lock"}
     assert again.config == {"a": 2}
 
 
@@ -226,6 +228,122 @@ def test_what_is_no_run_is_never_deleted(tmp_path: Path, overwrite: bool) -> Non
 
 def test_an_empty_folder_may_become_a_run(tmp_path: Path) -> None:
     assert Run.create(tmp_path, "solver", {}).config == {}
+
+
+def test_nobody_else_locks_a_run_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    write, met = Run.write_config, list[bool]()
+
+    def write_config(self: Run) -> None:
+        met.append(is_locked(self.path))
+        write(self)
+        met.append(is_locked(self.path))
+
+    monkeypatch.setattr(Run, "write_config", write_config)
+    Run.create(run.path, "solver", {}, overwrite=True)
+    Run.create(tmp_path / "new", "solver", {})
+    assert met == [True] * 4
+    with Run.creating(run.path, "solver", {}, resume=True):
+        assert is_locked(run.path)
+    assert not is_locked(run.path)
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        with lock(folder):
+            return False
+    except UsageError:
+        return True
+
+
+@pytest.mark.parametrize("inner", [".", "solvers/amed", "report/cells"])
+@pytest.mark.parametrize("flags", [{"overwrite": True}, {"resume": True}, {}])
+def test_what_another_process_is_writing_is_not_deleted(inner: str, flags: dict[str, bool], tmp_path: Path) -> None:
+    """Neither the run, nor a solver that is being learned or a sweep that is running in it."""
+    run = Run.create(tmp_path / "r", "solver", {})
+    checkpoints.save(run.checkpoints, 3, lambda folder: None)
+    (run.path / inner).mkdir(parents=True, exist_ok=True)
+    (run.path / inner / "file").touch()
+    (run.path / inner / ".lock").touch()
+    before = _files(run.path)
+    with lock(run.path / inner):
+        if "resume" in flags and inner != ".":
+            assert Run.create(run.path, "solver", {}, **flags).path == run.path
+        else:
+            with pytest.raises(UsageError, match="by another process" if flags else "already holds a run"):
+                Run.create(run.path, "solver", {}, **flags)
+    assert _files(run.path) == before
+
+
+def test_a_link_to_a_run_is_not_followed_to_delete_it(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    (tmp_path / "link").symlink_to(run.path)
+    before = _files(run.path)
+    with pytest.raises(UsageError, match="link is a link"):
+        Run.create(tmp_path / "link", "solver", {}, overwrite=True)
+    assert _files(run.path) == before
+    assert Run.create(tmp_path / "link", "solver", {}, resume=True).config == {}
+
+
+def test_what_a_run_needs_is_not_deleted_with_it(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    (run.path / "images").mkdir()
+    for values in ({"data": {"data": str(run.path / "images")}}, {"widths": [1, str(run.path / "env.json")]}):
+        with pytest.raises(UsageError, match=r"holds .*(images|env.json)\n"):
+            Run.create(run.path, "solver", values, overwrite=True)
+    long = {"out": str(run.path), "options": "x" * 5000, "empty": "", "other": str(tmp_path)}
+    assert Run.create(run.path, "solver", long, overwrite=True).config == long
+
+
+def test_a_run_whose_training_never_began_is_no_obstacle(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {"a": 1})
+    run.say("training")
+    (run.path / f".env.json.{NOBODY}.tmp").touch()
+    assert Run.create(run.path, "solver", {"a": 2}).config == {"a": 2}
+    assert _files(run.path) == {"config.yaml", "env.json", ".lock"}
+    assert Run.open(run.path, "solver").config == {"a": 2}
+
+
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "samples/a.png", "notes", "checkpoints/step-1/x", "posthoc/a"])
+def test_anything_worth_keeping_is_an_obstacle(kept: str, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "r", "solver", {})
+    (run.path / kept).parent.mkdir(parents=True, exist_ok=True)
+    (run.path / kept).touch()
+    with pytest.raises(UsageError, match="already holds a run"):
+        Run.create(run.path, "solver", {})
+    (run.path / kept).unlink()
+    with pytest.raises(UsageError, match="already holds a run"):
+        Run.create(run.path, "tokenizer", {})
+    assert _files(run.path) == {"config.yaml", "env.json", ".lock"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("no YAML")])
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a run"])
+@pytest.mark.parametrize("point", ["write_yaml", "environment"])
+def test_a_run_that_cannot_be_made_leaves_nothing(
+    error: BaseException, there: str, point: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a" / "b"
+    if there != "nothing":
+        path.mkdir(parents=True)
+    if there == "a run":
+        Run.create(path, "solver", {})
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, point, fail)
+    with pytest.raises(DiskError if isinstance(error, OSError) else type(error)):
+        Run.create(path, "solver", {}, overwrite=there == "a run")
+    assert [p.name for p in tmp_path.rglob("*")] == ([] if there == "nothing" else ["a", "b"])
+    monkeypatch.undo()
+    assert Run.create(path, "solver", {}).path == path
+
+
+def test_a_name_that_is_no_text_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not UTF-8"):
+        Run.create(tmp_path / "a\udcff", "solver", {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_path_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """What `replacing` makes is whole or absent, a file or a directory, whatever fails or is killed on the way."""
 
+import os
+import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from nobody import NOBODY
 
 from midway.gen.core import files
 from midway.gen.core.errors import DiskError
-from midway.gen.core.files import clear_temporaries, replacing, write_atomically
+from midway.gen.core.files import clear_all_temporaries, clear_temporaries, replacing, write_atomically
 
 
 def make_file(path: Path, text: str) -> None:
@@ -94,13 +98,62 @@ def test_a_failure_leaves_the_older_one_or_nothing(
 def test_what_a_killed_process_left_is_removed(make: Maker, tmp_path: Path) -> None:
     put(tmp_path / "x", make, "old")
     before = tree(tmp_path)
-    for name in (".x.4711.tmp", ".other.4711.tmp", ".x.4711.old"):
+    for name in (f".x.{NOBODY}.tmp", f".other.{NOBODY}.tmp", f".x.{NOBODY}.old"):
         make(tmp_path / name, "half")
     clear_temporaries(tmp_path)
     assert tree(tmp_path) == before, "a whole one is never replaced by what it replaced"
-    (tmp_path / "x").rename(tmp_path / ".x.4711.old")  # killed between the two renames
+    (tmp_path / "x").rename(tmp_path / f".x.{NOBODY}.old")  # killed between the two renames
     clear_temporaries(tmp_path)
     assert tree(tmp_path) == before
+
+
+def is_zombie(process: int) -> bool:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_what_somebody_may_be_writing_stays(make: Maker, tmp_path: Path) -> None:
+    """A process that runs, one of another machine, and what has other names; the file it belongs to may be replaced."""
+    alive, elsewhere = os.getppid(), f"{0:08x}-{NOBODY}"
+    names = [f".x.{alive}.tmp", f".x.{files.MACHINE}-{alive}.old", f".y.{elsewhere}.tmp", ".x.tmp", ".x.y.tmp", ".rc"]
+    for name in names:
+        make(tmp_path / name, "somebody's")
+    before = tree(tmp_path)
+    clear_temporaries(tmp_path)
+    assert tree(tmp_path) == before
+    put(tmp_path / "x", make, "new")
+    assert {name: data for name, data in tree(tmp_path).items() if not name.startswith("x")} == before
+
+
+def test_what_nobody_writes_is_removed(make: Maker, tmp_path: Path) -> None:
+    """Another machine's after a day, a zombie's, and those of numbers that no process can have."""
+    killed = subprocess.Popen(["sleep", "60"])
+    killed.kill()
+    while not is_zombie(killed.pid):
+        time.sleep(0.001)
+    for owner in (f"{0:08x}-{NOBODY}", killed.pid, f"{files.MACHINE}-{NOBODY}", 10**30):
+        make(tmp_path / f".x.{owner}.tmp", "half")
+    for path in (tmp_path / f".x.{0:08x}-{NOBODY}.tmp", *(tmp_path / f".x.{0:08x}-{NOBODY}.tmp").rglob("*")):
+        os.utime(path, (0, 0))
+    clear_temporaries(tmp_path)
+    killed.wait()
+    assert tree(tmp_path) == {}
+
+
+def test_writing_again_removes_what_was_left_of_the_same(make: Maker, tmp_path: Path) -> None:
+    for name in ("x", "other", "x.x"):
+        make(tmp_path / f".{name}.{files.MACHINE}-{NOBODY}.tmp", "half")
+    put(tmp_path / "x", make, "new")
+    assert sorted(p.name.split(f".{files.MACHINE}")[0] for p in tmp_path.iterdir()) == [".other", ".x.x", "x"]
+
+
+def test_folders_in_a_folder_are_cleared_too_but_not_behind_links(make: Maker, tmp_path: Path) -> None:
+    for folder in (tmp_path / "run" / "a" / "b", tmp_path / "else"):
+        folder.mkdir(parents=True)
+        make(folder / f".x.{NOBODY}.tmp", "half")
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "else")
+    clear_all_temporaries(tmp_path / "run")
+    assert [p.name for p in tmp_path.rglob(".x*")] == [f".x.{NOBODY}.tmp"]
+    assert list(tmp_path.glob("else/.x*"))
 
 
 def test_a_disk_error_names_the_file(make: Maker, tmp_path: Path) -> None:

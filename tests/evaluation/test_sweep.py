@@ -1,6 +1,5 @@
 """The sweep's store: nothing is measured twice, nothing is lost, and no number depends on kills, processes or batches."""
 
-import contextlib
 import csv
 import json
 import multiprocessing
@@ -19,7 +18,7 @@ from measurements import measurement
 from multiprocess import together
 from pipelines import Pipeline, Script
 from safetensors.torch import save_file
-from sweeps import sweep_task, watch_samples
+from sweeps import sweep_in_parts, sweep_task, watch_samples
 
 from midway.gen.baselines.registry import load_trained_baseline
 from midway.gen.core.errors import DataError
@@ -160,20 +159,13 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     assert drawn == [0, 16, 28, 0, 8, 16, 20, 28, 36], "what is missing of the first cell, and the second"
 
 
-def _sweep(rank: int, task: evaluate.EvaluateTask, pause: float = 0.0) -> None:
-    """In a process of its own, in parts of 8, each with a pause after it; stdout goes to a file beside the report."""
-    store.PART = 8
-    watch_samples(pytest.MonkeyPatch(), lambda seeds, batch: time.sleep(pause))
-    assert task.out is not None
-    with task.out.with_name(f"{task.out.name}.{rank}").open("w") as file, contextlib.redirect_stdout(file):
-        evaluate.run(task)
-
-
 def test_kill_9_costs_the_part_in_work(
     pipeline: Pipeline, whole: Path, tmp_path: Path, small_parts: None, drawn: list[int]
 ) -> None:
     out = tmp_path / "out"
-    process = multiprocessing.get_context("forkserver").Process(target=_sweep, args=(0, task(pipeline, out), 0.1))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=sweep_in_parts, args=(0, task(pipeline, out), 0.1)
+    )
     process.start()
     patience = time.monotonic() + 120
     while len(list(out.glob("cells/*.parts/*.safetensors"))) < 8 and time.monotonic() < patience:
@@ -264,7 +256,7 @@ def test_an_id_is_a_function_of_the_identity_alone() -> None:
 
 def test_two_processes_give_the_table_of_one(pipeline: Pipeline, whole: Path, tmp_path: Path) -> None:
     """Three parts a block, which two processes share unequally."""
-    together(_sweep, 2, task(pipeline, tmp_path / "out"))
+    together(sweep_in_parts, 2, task(pipeline, tmp_path / "out"))
     assert table(tmp_path / "out") == table(whole)
     texts = [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]
     assert "".join(texts).count("report: ") == 1, "one process reports"

@@ -122,6 +122,18 @@ TABLE = """
   ENCODE {tokenizer} -> exists | --overwrite
   ENCODE {tokenizer} --batch-size 0 -> FLAG 0
   evaluate_likelihood --n 20 --models {baseline} --out {baseline} -> run directory
+2 what is another's
+  train_tokenizer digits-fsq --overwrite --out {link} -> is a link | name that folder
+  TOKENIZERS {tokenizer} --out {link}; demo --quick --out {link}; EVALUATE --fresh --out {link} -> is a link
+  train_tokenizer digits-fsq --overwrite --out {with_images} --held-out 0.5 --resize 8 --data {with_images}/mine -> \
+holds {with_images}/mine | would be deleted
+  posthoc_ema {model} --std 0.08 --overwrite --out {model} -> the average is made from this run
+  ENCODE {tokenizer} --overwrite --out {weights_of_features} -> no latent cache
+  TOKENIZERS {tokenizer} --out {a_report} -> holds other files
+  EVALUATE --out {a_report}; LIKELIHOOD {baseline} --out {a_report} -> report.md | not of an earlier report
+  LIKELIHOOD {baseline} --out {a_results_json} -> results.json | not of an earlier report
+  demo --quick --out {not_a_demo} -> features | not of an earlier demo
+  train_tokenizer digits-fsq --out {out}/\udcff -> not UTF-8
 2 configuration files
   CONFIG {extra_key} -> 'tokeniser' | did you mean 'tokenizer'?
   CONFIG {extra_inner_key} -> 'step' | did you mean 'steps'?

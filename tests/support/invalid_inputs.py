@@ -248,6 +248,24 @@ def of_levels(pipeline: Pipeline, folder: Path, levels: int) -> Path:
     return run
 
 
+@maker
+def linked(pipeline: Pipeline, folder: Path, kind: str) -> Path:
+    """A link to a copy of a run of the pipeline, which holds a sweep's folder of cells as well."""
+    run = Path(shutil.copytree(getattr(pipeline, kind), folder / "run"))
+    (run / "cells").mkdir()
+    (run / "cells" / f"{0:016x}.json").write_text("{}")
+    (folder / "link").symlink_to(run)
+    return folder / "link"
+
+
+@maker
+def with_images(pipeline: Pipeline, folder: Path) -> Path:
+    """A tokenizer run in which somebody keeps images."""
+    run = Path(shutil.copytree(pipeline.tokenizer, folder / "run"))
+    photos((12, 12))(pipeline, run / "mine")
+    return run
+
+
 STEP, SOLVER_RUN = "checkpoints/step-*", "solvers/amed-uniform-nfe4"
 MODEL_FILES = {
     "ema": "ema.safetensors",
@@ -316,6 +334,11 @@ PLACES: dict[str, Maker] = {
     "flat": photos((8, 8), classes=""),
     "empty": lambda pipeline, folder: folder,
     "a_file": with_file("me.png", b"x"),
+    "a_report": with_file("report.md", "somebody's"),
+    "a_results_json": with_file("results.json", "[]"),
+    "link": linked("tokenizer"),
+    "with_images": with_images(),
+    "not_a_demo": lambda pipeline, folder: Path(shutil.copytree(pipeline.features, folder / "features")).parent,
     "no_weights": with_file("pt_inception-2015-12-05-6726825d.pth", "not the published weights"),
     "cache_of_tokenizer": cache("tokenizer"),
     "cache_of_split": cache("split"),

@@ -1,10 +1,13 @@
 """Small sweeps of the pipeline's model, and a look at all that solvers sample in them."""
 
+import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import evaluate
 import numpy as np
 import pytest
 from evaluate import EvaluateTask
@@ -12,6 +15,7 @@ from pipelines import Pipeline
 from torch import Tensor
 
 from midway.gen.data.splits import DataConfig
+from midway.gen.evaluation import store
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
 
 
@@ -50,3 +54,19 @@ def watch_samples(patch: pytest.MonkeyPatch, see: Callable[[Tensor, SampledBatch
         return batch
 
     patch.setattr(SolverSource, "sample", sample)
+
+
+def sweep_in_parts(rank: int, task: EvaluateTask, pause: float = 0.0, gate: Path | None = None) -> None:
+    """In a process of its own, in parts of 8, each with a pause or until `gate` exists; stdout goes beside the report."""
+
+    def wait(*_: object) -> None:
+        time.sleep(pause)
+        while gate is not None and not gate.exists():
+            time.sleep(0.01)
+
+    store.PART = 8
+    watch_samples(pytest.MonkeyPatch(), wait)
+    out = task.out or task.model
+    assert out is not None
+    with out.with_name(f"{out.name}.{rank}").open("w") as file, contextlib.redirect_stdout(file):
+        evaluate.run(task)

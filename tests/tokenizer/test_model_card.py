@@ -1,6 +1,5 @@
 """Model cards hold the measured facts and code that runs; latent statistics are streamed."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from nobody import NOBODY
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -255,17 +255,17 @@ def test_a_failing_disk_leaves_the_older_one_or_nothing(
         with pytest.raises(DiskError, match=r"tokenizer was not written.*\n.*No space.*\n.*free space"):
             finish(run, second, make_card(second))
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
-    assert not list(run.path.glob(".*"))
+    assert [path.name for path in run.path.glob(".*")] == [".lock"]
     finish(run, second, make_card(second))
 
 
 def test_a_replacement_that_was_killed_between_its_renames_is_undone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tokenizer("fsq"), tokenizer("kl")
     folder = finish(run, first, make_card(first))
-    folder.rename(run.path / f".tokenizer.{os.getpid() + 1}.old")
-    (run.path / ".tokenizer.1.tmp").mkdir()
+    folder.rename(run.path / f".tokenizer.{NOBODY}.old")
+    (run.path / f".tokenizer.{NOBODY}.tmp").mkdir()
     monkeypatch.setattr(second, "save_pretrained", fail)
     with pytest.raises(DiskError):
         finish(run, second, make_card(second))
     assert weights(folder).keys() == first.state_dict().keys()
-    assert not list(run.path.glob(".*"))
+    assert [path.name for path in run.path.glob(".*")] == [".lock"]

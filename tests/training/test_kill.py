@@ -142,12 +142,15 @@ def test_an_echo_of_the_signal_is_ignored_and_a_later_one_ends_at_once(tmp_path:
 def test_a_second_trainer_raises_and_the_first_continues(whole: Path, tmp_path: Path) -> None:
     run, gate = tmp_path / "run", tmp_path / "gate"
     first = start(task(run), Conditions(gate=gate))
-    first.wait_for(lambda: "training on cpu" in first.output.read_text())
-    assert (second := start(task(run))).finish() == 2
-    assert "being trained by another process" in second.output.read_text()
-    with pytest.raises(UsageError, match="being trained by another process"):
-        train(task(run))
-    gate.touch()
+    try:
+        first.wait_for(lambda: "training on cpu" in first.output.read_text())
+        assert (second := start(task(run))).finish() == 2
+        assert "being trained by another process" in second.output.read_text()
+        for call in (task(run), replace(task(run), resume="no", overwrite=True), replace(task(run), resume="no")):
+            with unchanged(run), pytest.raises(UsageError, match="being trained by another process"):
+                train(call)
+    finally:
+        gate.touch()
     assert first.finish() == 0
     assert_same_run(run, whole)
 

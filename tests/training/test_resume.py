@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_tokenizer
+from nobody import NOBODY
 from PIL import Image
 from pipelines import TINY_DIT, Pipeline
 from resuming import (
@@ -40,7 +42,8 @@ from midway.gen.baselines.flow_config import glow
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
 from midway.gen.core.errors import DataError, MidwayError, UsageError
-from midway.gen.core.runs import lock
+from midway.gen.core.files import MACHINE
+from midway.gen.core.locks import lock
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.distill_table import TableConfig
@@ -284,11 +287,11 @@ def test_resuming_a_finished_run_does_no_further_step(whole: Path, tmp_path: Pat
 def test_half_written_files_of_a_killed_process_are_removed(stopped: Path, whole: Path) -> None:
     """A temporary directory, one that was about to be replaced, temporary files, and half a line of metrics."""
     root = stopped / "checkpoints"
-    for name in (".step-8.12345.tmp", ".step-7.12345.old"):
+    for name in (f".step-8.{NOBODY}.tmp", f".step-7.{NOBODY}.old"):
         shutil.copytree(root / "step-7", root / name)
-    (root / ".step-8.12345.tmp" / "manifest.json").unlink()
+    (root / f".step-8.{NOBODY}.tmp" / "manifest.json").unlink()
     for name in ("checkpoints/.latest", ".metrics.jsonl", ".env.json", ".config.yaml"):
-        (stopped / f"{name}.12345.tmp").write_text("half")
+        (stopped / f"{name}.{NOBODY}.tmp").write_text("half")
     with (stopped / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     train(tokenizer_task(stopped))
@@ -296,6 +299,22 @@ def test_half_written_files_of_a_killed_process_are_removed(stopped: Path, whole
     assert (root / "latest").read_text() == "step-11\n"
     assert [p.name for p in stopped.rglob(".*")] == [".lock"]
     assert_same_run(stopped, whole)
+
+
+def test_a_finished_run_is_tidied_too(whole: Path, tmp_path: Path) -> None:
+    """Half-written files wherever it writes, and checkpoints that its process was killed before it removed them."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    for step in (8, 9, 10):
+        shutil.copytree(newest(whole), run / f"checkpoints/step-{step}")
+        seal(run / f"checkpoints/step-{step}")
+    for folder in ("best", "posthoc", "samples", "checkpoints", "tokenizer", "solvers/a/checkpoints"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        for owner in (NOBODY, f"{MACHINE}-{NOBODY}"):
+            (run / folder / f".latest.{owner}.tmp").write_text("half")
+    train(tokenizer_task(run))
+    assert steps_of(run) == [11, 10]
+    assert [p.name for p in run.rglob(".*")] == [".lock"]
+    assert_same_run(run, whole)
 
 
 LEFT = ["half a configuration", "a configuration", "half of env.json"]
@@ -306,7 +325,7 @@ def test_a_process_killed_while_it_made_the_run_is_no_obstacle(left: str, whole:
     run = tmp_path / "run"
     run.mkdir()
     if left == "half a configuration":
-        (run / ".config.yaml.12345.tmp").write_bytes((whole / "config.yaml").read_bytes()[:50])
+        (run / f".config.yaml.{NOBODY}.tmp").write_bytes((whole / "config.yaml").read_bytes()[:50])
     if left in ("a configuration", "half of env.json"):
         (run / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
     if left == "half of env.json":
@@ -592,6 +611,44 @@ def test_latents_of_another_tokenizer_raise(pipeline: Pipeline, tmp_path: Path) 
 
 
 # ---- one trainer at a time ----
+
+
+def test_of_two_processes_one_overwrites_and_the_other_waits(whole: Path, stopped: Path) -> None:
+    (stopped / "old").touch()
+    train_together(replace(tokenizer_task(stopped), resume="no", overwrite=True))
+    assert newest(stopped).name == "step-11" and not (stopped / "old").exists()
+    assert len(records(stopped)) == len(records(whole))
+
+
+def test_a_run_is_locked_to_the_end_of_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the finished tokenizer is written, too."""
+    task, publish = tokenizer_task(tmp_path / "run"), train_tokenizer.publish
+
+    def published(*arguments: object) -> None:
+        with unchanged(task.out), pytest.raises(UsageError, match="being trained by another process"):
+            train(replace(task, resume="no", overwrite=True))
+        publish(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(train_tokenizer, "publish", published)
+    assert (train(task) / "tokenizer").exists()
+
+
+def test_a_start_that_failed_is_no_obstacle_to_the_same_command(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first checkpoint there is nothing to lose; afterwards there is."""
+    task = replace(tokenizer_task(tmp_path / "run"), resume="no")
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TokenizerObjective, "loss", fail)
+        train(task)
+    assert (task.out / "log.txt").exists()
+    assert_same_run(train(task), whole)
+    with unchanged(task.out), pytest.raises(UsageError, match="already holds a run"):
+        train(task)
 
 
 def test_a_run_that_is_being_trained_is_not_overwritten(stopped: Path) -> None:
