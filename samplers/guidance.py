@@ -16,7 +16,6 @@ Where there is nothing to guide (a scale or an interval that is none, two predic
 field is made: ValueError.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,21 +24,9 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from midway.samplers.guidance_checks import check_interval, check_scale
 from midway.samplers.prediction import Evaluations, Field, Prediction, TimedField, Value, at, copies, estimates, expand
 from midway.samplers.schedule import Schedule
-
-
-def check_scale(scale: float) -> None:
-    """ValueError for a scale that is not finite."""
-    if not math.isfinite(scale):
-        raise ValueError(f"a guidance scale is a finite number, got {scale}: 1 is none, 2 a usual one")
-
-
-def check_interval(low: float, high: float) -> None:
-    """ValueError unless some noise level rho is in (low, high]."""
-    if not 0 <= low < high:
-        raise ValueError(f"guidance needs 0 <= low < high noise levels rho, got ({low}, {high}]: high may be infinite")
-
 
 ConditionalField = Callable[[Tensor, Tensor, Tensor], Prediction]
 """(x_t (B, *), t (B,), labels (B,)) -> Prediction."""

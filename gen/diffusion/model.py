@@ -27,18 +27,10 @@ from torch.nn import functional as F
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_ranges
 from midway.gen.diffusion.dit import DiT, DiTConfig
-from midway.gen.diffusion.guidance import check_guide, check_label_free
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
-from midway.samplers.guidance import (
-    ConditionalField,
-    Together,
-    autoguidance,
-    check_interval,
-    check_scale,
-    classifier_free,
-    interval,
-)
+from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
+from midway.samplers.guidance_checks import TrainedOn, check_guide, check_interval, check_labels, check_scale
 from midway.samplers.prediction import (
     Evaluations,
     Field,
@@ -203,7 +195,7 @@ class LatentModel(nn.Module):
     ) -> Field:
         """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there.
 
-        ValueError where there is nothing to guide (guidance.py).
+        ValueError where there is nothing to guide (`check_guidance`).
         """
         chosen = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         self.check_guidance(chosen)
@@ -223,12 +215,21 @@ class LatentModel(nn.Module):
         everywhere = chosen.interval == EVERYWHERE
         return guided if everywhere else interval(guided, plain, self.schedule, *chosen.interval)
 
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What a guide must have in common with the model."""
+        told, dropout = (self.classes, self.class_names, len(self.empty)), self.config.label_dropout
+        return TrainedOn(self.config.target, self.schedule, self.latent_shape, *told, dropout)
+
     def check_guidance(self, guidance: Guidance) -> None:
         """ValueError for guidance that this model cannot have."""
-        if guidance.weak is not None:
-            check_guide(self, guidance.weak)
+        weak = guidance.weak
+        if weak is self:
+            raise ValueError("the guiding model is the model itself: guide with a smaller or less trained one")
+        if weak is not None:
+            check_guide(self.trained_on, weak.trained_on)
         elif guidance.scale != 1:
-            check_label_free(self, guidance.scale)
+            check_labels(guidance.scale, self.trained_on)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
-from midway.gen.diffusion.guidance import check_guide
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
-from midway.samplers.guidance import check_interval, check_scale
+from midway.samplers.guidance_checks import check_interval, check_scale
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -189,10 +188,14 @@ def check_guidance(config: SamplerConfig, trained: TrainedModel | None) -> None:
         raise UsageError(
             "guidance with --diffusers", "these models have no missing class", "drop --guidance and --guide"
         )
+    what, fix = f"--guidance {config.guidance}", "drop --guidance"
     if config.weak is not None:
-        _check_guide(trained, config.weak)
-    with raising(UsageError, f"--guidance {config.guidance}", "drop --guidance"):
+        what = f"--guide {config.weak.run.path} cannot guide this model"
+        fix = "give a smaller or less trained model of the same recipe and tokenizer"
+    with raising(UsageError, what, fix):
         trained.model.check_guidance(config.sampling().guidance)
+        if config.weak is not None:
+            _check_origin(trained, config.weak)
 
 
 def _check_flags(config: SamplerConfig) -> None:
@@ -216,16 +219,13 @@ def _check_flags(config: SamplerConfig) -> None:
         )
 
 
-def _check_guide(trained: TrainedModel, weak: TrainedModel) -> None:
-    """UsageError for a guide that is the model itself, or of other latents."""
-    fix = "give a smaller or less trained model of the same recipe and tokenizer"
-    with raising(UsageError, f"--guide {weak.run.path} cannot guide this model", fix):
-        check_guide(trained.model, weak.model)
-        ours, theirs = trained.model.state_dict(), weak.model.state_dict()
-        if all(name in theirs and torch.equal(value, theirs[name]) for name, value in ours.items()):
-            raise ValueError("its weights are those of the model itself")
-        if weak.decoder_hash != trained.decoder_hash:
-            raise ValueError("its latents are of another tokenizer, or standardised by others' statistics")
+def _check_origin(trained: TrainedModel, weak: TrainedModel) -> None:
+    """ValueError for a guide of the same weights, or of other latents."""
+    ours, theirs = trained.model.state_dict(), weak.model.state_dict()
+    if all(name in theirs and torch.equal(value, theirs[name]) for name, value in ours.items()):
+        raise ValueError("its weights are those of the model itself")
+    if weak.decoder_hash != trained.decoder_hash:
+        raise ValueError("its latents are of another tokenizer, or standardised by others' statistics")
 
 
 def _mismatch(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:

@@ -165,13 +165,13 @@ def test_a_guide_is_another_model_of_the_same_classes() -> None:
     made = model(class_names=tuple("abcde"))
     for guide, why in (
         (made, "is the model itself"),
-        (model(seed=1, classes=4), "4 classes, this one 5"),
-        (model(seed=1, class_names=tuple("abced")), "other names of classes"),
+        (model(seed=1, classes=4), "classes 4, this one 5"),
+        (model(seed=1, class_names=tuple("abced")), "class names"),
     ):
         with pytest.raises(ValueError, match=why):
             made.field(LABELS, Guidance(2.0, weak=guide))
     made.field(LABELS, Guidance(2.0, weak=model(seed=1)))
-    with pytest.raises(ValueError, match="guide with one trained without classes"):
+    with pytest.raises(ValueError, match="has no prediction without a label"):
         model(classes=0).field(LABELS, Guidance(2.0, weak=model(seed=1, dropout=0.0)))
 
 

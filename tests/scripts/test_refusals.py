@@ -102,12 +102,12 @@ TABLE = """
   SAMPLE --model {without_dropout} --guidance 2 -> label_dropout 0 | no prediction without | drop --guidance
   EVALUATE --model {without_dropout} --guidance 2 -> label_dropout 0 | no prediction without | drop --guidance
   train_solver amed --model {without_dropout} --guidance 2 -> label_dropout 0 | no prediction without | drop --guidance
-  SAMPLE --model {without_labels} --guidance 2 -> label_dropout 1 | without labels
+  SAMPLE --model {without_labels} --guidance 2 -> label_dropout 1 | trained without labels
   SAMPLE --guidance 2 --guide {model}; --guidance 2 --guide {twin} -> those of the model itself | less trained
   EVALUATE --guidance 2 --guide {model}; --guidance 2 --guide {twin} -> those of the model itself | less trained
   SAMPLE --guidance 2 --guide {other_schedule}; EVALUATE --guidance 2 --guide {other_schedule} -> trained alike | VP
   SAMPLE --guidance 2 --guide {other_tokenizer}; EVALUATE --guidance 2 --guide {other_tokenizer} -> another tokenizer
-  SAMPLE --guidance 2 --guide {other_names} -> other names of classes
+  SAMPLE --guidance 2 --guide {other_names} -> class names
   IMAGES {images} --guidance 2; {images} --guidance-interval 1 2; {images} --guide {model} -> no model is sampled
   SAMPLE --model {unconditional} --label 0 -> without classes | --label
 2 learned solvers
