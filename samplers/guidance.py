@@ -11,6 +11,9 @@ All guidance here moves from a weaker prediction through a better one, by the sc
 x0, eps and the network's own output are affine in one another, so all follow the same rule. w = 1 is the better prediction alone.
 Features are those of the better prediction. Where the host knows the times, as in a table, an interval evaluates only what a time
 needs, and never reads a tensor back from the device.
+
+Where there is nothing to guide (a scale or an interval that is none, two predictions that are one, fields of two processes), no
+field is made: ValueError.
 """
 
 from abc import abstractmethod
@@ -21,6 +24,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from midway.samplers.guidance_checks import check_interval, check_scale
 from midway.samplers.prediction import Evaluations, Field, Prediction, TimedField, Value, at, copies, estimates, expand
 from midway.samplers.schedule import Schedule
 
@@ -53,6 +57,9 @@ class _Guided(TimedField):
 
     scale: float
 
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+
     @abstractmethod
     def pair(self, x: Tensor, t: Tensor) -> tuple[Prediction, Prediction]:
         """The weaker and the better prediction."""
@@ -70,6 +77,16 @@ class Together(_Guided):
     field_of: Callable[[Tensor], Field]
     labels: Tensor
     null: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        on_host = self.labels.device.type == self.null.device.type == "cpu"  # nothing waits for a device
+        if self.labels.shape != self.null.shape or (on_host and torch.equal(self.labels, self.null)):
+            raise ValueError(
+                "classifier-free guidance compares labels with as many that stand for none, and these are "
+                f"{tuple(self.labels.shape)} labels and {tuple(self.null.shape)} others"
+                + (", all of them equal" if self.labels.shape == self.null.shape else "")
+            )
 
     @cached_property
     def both(self) -> Field:
@@ -106,6 +123,14 @@ class Apart(_Guided):
     strong: Field
     weak: Field
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if _is_same(self.strong, self.weak):
+            raise ValueError(
+                "a field that guides itself stays what it is: guide with a smaller or less trained network"
+            )
+        check_schedules(self.strong, self.weak)
+
     @property
     def schedule(self) -> Schedule | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return getattr(self.strong, "schedule", None)
@@ -130,7 +155,8 @@ class Apart(_Guided):
 def classifier_free(network: ConditionalField, labels: Tensor, null: Tensor, scale: float) -> Field:
     """Guided field; both branches in one batch of 2 B. At scale 1 it is `conditional`, at half the evaluations.
 
-    labels, null: int64 (B,), the classes and the "no class" label. Features are the conditional branch's.
+    labels, null: int64 (B,), the classes and the "no class" label. Features are the conditional branch's. ValueError for labels
+    that all stand for no class (on the host), and for a scale that is not finite.
     """
     if scale == 1:
         return conditional(network, labels)
@@ -141,6 +167,7 @@ def autoguidance(strong: Field, weak: Field, scale: float) -> Field:
     """The field `strong` guided away from `weak`, another network's for the same states: both are evaluated.
 
     At scale 1 it is `strong`. Both fields may have labels of their own (`conditional`).
+    ValueError for fields of two schedules, and for one field twice.
     """
     return strong if scale == 1 else Apart(scale, strong, weak)
 
@@ -149,9 +176,8 @@ def interval(guided: Field, plain: Field, schedule: Schedule, low: float, high: 
     """`guided` where rho = sigma / alpha is in (low, high], `plain` (the conditional branch alone) elsewhere.
 
     Where times are only known on the device, as per-sample times are, it evaluates both and chooses for each sample.
+    ValueError for an interval without a noise level of the schedule, for two fields that are one, and for another schedule's.
     """
-    if not 0 <= low < high:
-        raise ValueError(f"guidance needs 0 <= low < high noise levels rho, got ({low}, {high}]: high may be infinite")
     return Interval(guided, plain, schedule, low, high)
 
 
@@ -164,6 +190,15 @@ class Interval(TimedField):
     schedule: Schedule  # pyright: ignore[reportIncompatibleVariableOverride]
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        check_interval(self.low, self.high)
+        most = self.schedule.rho(torch.ones((), dtype=torch.float64)).item()
+        if self.low >= most:
+            raise ValueError(f"no noise level of {self.schedule} is above {self.low}: it ends at rho = {most:g}")
+        if _is_same(self.guided, self.plain):
+            raise ValueError("both fields of an interval are one, as at scale 1: there is nothing to guide")
+        check_schedules(self.guided, self.plain, self.schedule)
 
     def copies(self, count: int) -> Field:
         return replace(self, guided=copies(self.guided, count), plain=copies(self.plain, count))
@@ -186,6 +221,21 @@ class Interval(TimedField):
         rho = self.schedule.rho(t.double())
         inside = (rho > self.low) & (rho <= self.high)
         return _choose(inside, self.guided(x, t), self.plain(x, t))
+
+
+def check_schedules(*things: Field | Schedule) -> None:
+    """ValueError for fields, or fields and a schedule, of different processes."""
+    known = [thing if isinstance(thing, Schedule) else getattr(thing, "schedule", None) for thing in things]
+    known = [schedule for schedule in known if schedule is not None]
+    if any(schedule != known[0] for schedule in known):
+        raise ValueError(f"guidance mixes fields of one schedule, and these are of {' and '.join(map(repr, known))}")
+
+
+def _is_same(a: Field, b: Field) -> bool:
+    """Whether both are one object, or one network with one set of labels."""
+    if isinstance(a, Conditional) and isinstance(b, Conditional):
+        return a.network is b.network and a.labels is b.labels
+    return a is b
 
 
 def _choose(first: Tensor, a: Prediction, b: Prediction) -> Prediction:

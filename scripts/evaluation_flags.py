@@ -101,6 +101,12 @@ def check_flags(task: EvaluateTask) -> None:
             "the reference is what the model was trained on",
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
+    if task.guides and not (task.model or task.diffusers):
+        raise UsageError(
+            "guidance without --model",
+            "no model is sampled: baselines and images are as they are",
+            "drop --guidance, --guidance-interval and --guide, or pass --model",
+        )
     if task.graph and task.overlap:
         raise UsageError("--graph and --overlap", "nothing else may run while a graph is captured", "pass one of them")
     if task.repeats and not task.model:

@@ -37,6 +37,11 @@ class SamplingFlags:
     def sampler_options(self, device: torch.device) -> dict[str, Any]:
         """The same as fields of SamplerConfig; the guiding model is loaded."""
         same = ("guidance", "analytic_first", "eta", "batch_size", "precision", "graph")
-        weak = load_model(self.guide, device).model if self.guide else None
+        weak = load_model(self.guide, device) if self.guide else None
         own = {name: getattr(self, name) for name in same}
         return {**own, "interval": self.guidance_interval or EVERYWHERE, "weak": weak}
+
+    @property
+    def guides(self) -> bool:
+        """Whether any flag asks for guidance."""
+        return self.guidance != 1 or self.guidance_interval is not None or self.guide is not None

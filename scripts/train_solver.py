@@ -20,6 +20,7 @@ from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, So
 from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_model, solver_path
+from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
@@ -96,8 +97,7 @@ def train(task: SolverTask) -> list[Run]:
 def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel:
     """The model; UsageError for guidance that it cannot have."""
     trained = load_model(task.model, accelerator.device)
-    if task.guidance != 1 and not trained.model.classes:
-        raise UsageError(f"--guidance {task.guidance}", "this model was trained without classes", "drop --guidance")
+    check_guidance(SamplerConfig(guidance=task.guidance), trained)
     return trained
 
 

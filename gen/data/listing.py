@@ -10,7 +10,7 @@ import os
 import stat
 import zipfile
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,13 +63,20 @@ class _Walk:
         ahead = [top]
         while ahead:
             name = ahead.pop()
-            known = self.hidden if name and junk(name) else self.visited  # a link may lead to what is hidden here
-            identity = _identity(self.path(name))
+            hidden = bool(name) and junk(name) is not None
+            known = self.hidden if hidden else self.visited  # a link may lead to what is hidden here
+            try:
+                identity = _identity(self.path(name))
+                entries = [] if identity in known else self._entries(name)
+            except OSError as error:
+                if hidden:  # lost+found is root's
+                    continue
+                raise DataError(f"{error.filename} cannot be listed", str(error), "check its permissions") from error
             if identity in known:
                 self._again(name, identity)
             else:
                 known[identity] = name
-                ahead += reversed(self._look(name))
+                ahead += reversed(self._look(name, entries))
 
     def _again(self, name: str, identity: Identity) -> None:
         """Note that the folder `name` was visited; by a link before, it may have another class there."""
@@ -78,14 +85,14 @@ class _Walk:
         if any(f"{first}/".startswith(f"{link}/") for link in self.followed):
             self.aliases.append((first, name))
 
-    def _look(self, folder: str) -> list[str]:
+    def _look(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> list[str]:
         """The folders in one, its files and links noted."""
         found = list[str]()
-        for entry in self._entries(folder):
+        for entry in entries:
             name = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_symlink():
+            if entry.is_symlink() and junk(name) is None:
                 (self.links if os.path.isdir(entry.path) else self.file_links).append(name)
-            elif entry.is_dir():
+            elif entry.is_dir(follow_symlinks=False):
                 self.folders.append(name)
                 found.append(name)
             else:
@@ -99,36 +106,35 @@ class _Walk:
                 self.several[name] = _identity(entry.path)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(self.path(folder)) as entries:
-                return sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            if folder and junk(folder):  # lost+found is root's
-                return []
-            raise DataError(f"{error.filename} cannot be listed", str(error), "check its permissions") from error
+        with os.scandir(self.path(folder)) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
 
     def follow_folders(self) -> None:
         """Visit what links lead to, unless it holds the link or was visited."""
         above = {_identity(str(parent)) for parent in Path(self.root).resolve().parents}
         while self.links:
-            name, *self.links = sorted(self.links)
-            target = Path(self.path(name)).resolve()
-            inside = Path(self.path(name)).parent.resolve().is_relative_to(target)
-            identity = _identity(str(target))
-            if inside or identity in above:
-                self.repeated.append(name)
-            elif identity in self.visited:
-                self._again(name, identity)
-            else:
-                self.folders.append(name)
-                self.followed.add(name)
-                self.visit(name)
+            batch, self.links = sorted(self.links), []
+            for name in batch:
+                self._follow(name, above)
+
+    def _follow(self, name: str, above: Collection[Identity]) -> None:
+        target = Path(self.path(name)).resolve()
+        inside = Path(self.path(name)).parent.resolve().is_relative_to(target)
+        identity = _identity(str(target))
+        if inside or identity in above:
+            self.repeated.append(name)
+        elif identity in self.visited:
+            self._again(name, identity)
+        else:
+            self.folders.append(name)
+            self.followed.add(name)
+            self.visit(name)
 
     def follow_files(self) -> None:
         """Add links to files, but not to those of a visited folder."""
         for name in self.file_links:
             target = os.path.realpath(self.path(name))
-            if junk(name) is None and self._is_listed(target):
+            if self._is_listed(target):
                 self.repeated.append(name)
             else:
                 self.files.append(name)

@@ -30,6 +30,7 @@ from midway.gen.diffusion.dit import DiT, DiTConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
+from midway.samplers.guidance_checks import TrainedOn, check_guide, check_interval, check_labels, check_scale
 from midway.samplers.prediction import (
     Evaluations,
     Field,
@@ -78,7 +79,10 @@ class LatentModelConfig:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Guidance of a latent model (samplers/guidance.py)."""
+    """Guidance of a latent model (samplers/guidance.py).
+
+    ValueError for a scale that is not finite, for an interval without a noise level, and for either of the others at scale 1.
+    """
 
     scale: float = 1.0
     interval: tuple[float, float] = EVERYWHERE
@@ -90,6 +94,12 @@ class Guidance:
     def weak_hash(self) -> str | None:
         """12 hexadecimal digits of the worse model's weights, None without one."""
         return None if self.weak is None else state_hash("weak", self.weak.state_dict())
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+        check_interval(*self.interval)
+        if self.scale == 1 and (self.weak is not None or self.interval != EVERYWHERE):
+            raise ValueError("at scale 1 nothing is guided, by no model and in no interval: give another scale, say 2")
 
 
 class LatentModel(nn.Module):
@@ -185,38 +195,41 @@ class LatentModel(nn.Module):
     ) -> Field:
         """The field for labels (B,); `network` replaces `conditional_field`, to count evaluations there.
 
-        ValueError for guidance of an unconditional model, and for a weak model of another process or shape.
+        ValueError where there is nothing to guide (`check_guidance`).
         """
         chosen = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         self.check_guidance(chosen)
         if network is not None:
+            if chosen != Guidance(chosen.scale):
+                raise ValueError("a network in place of the model's is guided by its own label alone, and everywhere")
             return classifier_free(network, labels, self.null_labels(labels), chosen.scale)
         plain = LatentField(self, labels)
         if chosen.scale == 1:
             return plain
         if chosen.weak is not None:
-            guided = autoguidance(plain, LatentField(chosen.weak, labels), chosen.scale)
+            same = chosen.weak.classes == self.classes  # if not, one of the two has no classes
+            theirs = labels if same else chosen.weak.null_labels(labels)
+            guided = autoguidance(plain, LatentField(chosen.weak, theirs), chosen.scale)
         else:
             guided = Together(chosen.scale, partial(LatentField, self), labels, self.null_labels(labels))
         everywhere = chosen.interval == EVERYWHERE
         return guided if everywhere else interval(guided, plain, self.schedule, *chosen.interval)
 
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What a guide must have in common with the model."""
+        told, dropout = (self.classes, self.class_names, len(self.empty)), self.config.label_dropout
+        return TrainedOn(self.config.target, self.schedule, self.latent_shape, *told, dropout)
+
     def check_guidance(self, guidance: Guidance) -> None:
         """ValueError for guidance that this model cannot have."""
         weak = guidance.weak
-        if guidance.scale != 1 and weak is None and not self.classes:
-            raise ValueError(
-                f"guidance {guidance.scale} needs classes, and this model was trained without: use guidance 1"
-            )
-        if weak is not None and (weak.config.target, weak.schedule, weak.latent_shape) != (
-            self.config.target,
-            self.schedule,
-            self.latent_shape,
-        ):
-            raise ValueError(
-                f"the guiding model has target {weak.config.target}, {weak.schedule}, latents {weak.latent_shape}; this one "
-                f"has {self.config.target}, {self.schedule}, {self.latent_shape}: guide with one trained alike"
-            )
+        if weak is self:
+            raise ValueError("the guiding model is the model itself: guide with a smaller or less trained one")
+        if weak is not None:
+            check_guide(self.trained_on, weak.trained_on)
+        elif guidance.scale != 1:
+            check_labels(guidance.scale, self.trained_on)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,11 +14,12 @@ from torch import Tensor
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
-from midway.gen.diffusion.model import EVERYWHERE, Guidance, LatentModel, start_state
+from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
 from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.guidance_checks import check_interval, check_scale
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -35,7 +36,7 @@ _fits: dict[object, "Fit"] = {}
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Everything about a sampler but its solver's name and its budget."""
+    """Everything about a sampler but its solver's name and its budget. UsageError for guidance that guides nothing."""
 
     grids: tuple[str, ...] = ("uniform", "logsnr", "karras")
     analytic_first: bool = False
@@ -45,11 +46,14 @@ class SamplerConfig:
     guidance: float = 1.0
     interval: tuple[float, float] = EVERYWHERE
     """Noise levels rho that are guided."""
-    weak: LatentModel | None = None
+    weak: TrainedModel | None = None
     """The worse model of autoguidance."""
     batch_size: int = 256
     precision: Literal["no", "bf16"] = "no"
     graph: bool = False
+
+    def __post_init__(self) -> None:
+        _check_flags(self)
 
     def sampling(self) -> SamplingConfig:
         """How samples are drawn; one object, which hashes the worse model once."""
@@ -57,7 +61,7 @@ class SamplerConfig:
 
     @cached_property
     def _sampling(self) -> SamplingConfig:
-        guidance = Guidance(self.guidance, self.interval, self.weak)
+        guidance = Guidance(self.guidance, self.interval, None if self.weak is None else self.weak.model)
         return SamplingConfig(guidance, self.batch_size, self.precision, self.graph)
 
 
@@ -148,7 +152,7 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     """One sampler per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
     for grid in config.grids:
         check_grid(grid)
-    check_guidance(trained, config)
+    check_guidance(config, trained)
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained, config) for grid in config.grids}
     found = {grid: load_solver(trained, solver, grid, nfe) for grid in LEARNED_ON}
@@ -176,25 +180,52 @@ def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:
     return [name for name in LEARNED if all(exists(name, nfe) for nfe in budgets)]
 
 
-def check_guidance(trained: TrainedModel, config: SamplerConfig) -> None:
-    """UsageError for guidance that this model cannot have."""
-    low, high = config.interval
-    if config.guidance == 1 and (config.weak is not None or config.interval != EVERYWHERE):
+def check_guidance(config: SamplerConfig, trained: TrainedModel | None) -> None:
+    """UsageError where there is nothing to guide. trained: None for a model without a missing class or a guide."""
+    if config.guidance == 1:
+        return
+    if trained is None:
+        raise UsageError(
+            "guidance with --diffusers", "these models have no missing class", "drop --guidance and --guide"
+        )
+    what, fix = f"--guidance {config.guidance}", "drop --guidance"
+    if config.weak is not None:
+        what = f"--guide {config.weak.run.path} cannot guide this model"
+        fix = "give a smaller or less trained model of the same recipe and tokenizer"
+    with raising(UsageError, what, fix):
+        trained.model.check_guidance(config.sampling().guidance)
+        if config.weak is not None:
+            _check_origin(trained, config.weak)
+
+
+def _check_flags(config: SamplerConfig) -> None:
+    """UsageError for a scale or an interval that guides nothing, whatever the model."""
+    scale, (low, high) = config.guidance, config.interval
+    if scale == 1 and (config.weak is not None or config.interval != EVERYWHERE):
         raise UsageError(
             "--guide or --guidance-interval without --guidance",
             "at scale 1 nothing is guided",
             "give --guidance, say 2",
         )
-    if not 0 <= low < high:
+    with raising(UsageError, f"--guidance {scale}", "give --guidance, say 2"):
+        check_scale(scale)
+    with raising(UsageError, f"--guidance-interval {low} {high}", "give two noise levels sigma / alpha, say 0.3 5"):
+        check_interval(low, high)
+    if low >= config.rho_max or high < config.rho_min:
         raise UsageError(
             f"--guidance-interval {low} {high}",
-            "it is two noise levels sigma / alpha",
-            "give 0 <= low < high, say 0.3 5",
+            f"sampling passes noise levels sigma / alpha from {config.rho_max:g} to {config.rho_min:g}, none of them inside",
+            "give an interval that holds some, say 0.3 5",
         )
-    if config.guidance != 1 and config.weak is None and not trained.model.classes:
-        raise UsageError(f"--guidance {config.guidance}", "this model was trained without classes", "drop --guidance")
-    with raising(UsageError, "--guide names a model that cannot guide this one", "give a model of the same recipe"):
-        trained.model.check_guidance(Guidance(config.guidance, config.interval, config.weak))
+
+
+def _check_origin(trained: TrainedModel, weak: TrainedModel) -> None:
+    """ValueError for a guide of the same weights, or of other latents."""
+    ours, theirs = trained.model.state_dict(), weak.model.state_dict()
+    if all(name in theirs and torch.equal(value, theirs[name]) for name, value in ours.items()):
+        raise ValueError("its weights are those of the model itself")
+    if weak.decoder_hash != trained.decoder_hash:
+        raise ValueError("its latents are of another tokenizer, or standardised by others' statistics")
 
 
 def _mismatch(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:

@@ -26,8 +26,8 @@ from midway.gen.core.errors import DataError, UsageError, nearest, one_line
 from midway.gen.core.files import DAMAGE, read_json, state_hash
 from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import CPU, LEARNED
-from midway.gen.diffusion.model import EVERYWHERE, start_state
-from midway.gen.diffusion.samplers import SamplerConfig, build_table
+from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
 from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
@@ -276,9 +276,6 @@ def _check(solver: str, config: SamplerConfig) -> None:
     if solver not in SOLVERS:
         why = "it is learned for a model of ours" if solver in LEARNED else "it is not in the registry"
         raise UsageError(f"solver '{solver}' with --diffusers", why, nearest(solver, SOLVERS))
-    if config.guidance != 1 or config.weak is not None or config.interval != EVERYWHERE:
-        raise UsageError(
-            "guidance with --diffusers", "these models have no missing class", "drop --guidance and --guide"
-        )
+    check_guidance(config, None)
     if config.eta and solver != "ddim":
         raise UsageError(f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta")

@@ -489,6 +489,7 @@ LINKS = {
     "first by name": {"cat/a": "../dog"},
     "itself": {"cat/self": "."},
     "up": {"cat/up": "..", "dog/root": "../.."},
+    "hidden": {".cache": "..", "cat/.up": "../dog"},
     "chain": {"cat/x": "../dog/y", "dog/y": "../cat"},
     "another name": {"kitten": "cat"},
     "a file": {"dog/z.png": "../cat/0.png"},
@@ -502,7 +503,7 @@ def test_links_within_the_folder_add_nothing(tmp_path: Path, kind: str) -> None:
     for name, target in LINKS[kind].items():
         (root / name).symlink_to(target)
     same_as_animals(root, tmp_path)
-    assert "read by another name" in load_images(str(root)).left_out[0]
+    assert ("1 file" if len(LINKS[kind]) == 1 else "2 files") in load_images(str(root)).left_out[0]
 
 
 def test_classes_may_lie_elsewhere_or_be_hidden(tmp_path: Path) -> None:
@@ -552,6 +553,23 @@ def test_two_links_to_one_folder_would_be_two_labels(tmp_path: Path) -> None:
     (root / "pet").unlink()
     (root / "cat" / "again").symlink_to(tmp_path / "store" / "cat")
     assert len(load_images(str(root)).images) == 11
+
+
+def test_a_folder_that_cannot_be_entered_raises_unless_it_is_a_left_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, look = folder_of(animals(tmp_path / "set"), {"lost+found/1.png": b""}), os.stat
+    closed = "lost+found"
+
+    def forbidding(path: str, **options: bool) -> os.stat_result:
+        if str(path).endswith(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", forbidding)
+    assert len(load_images(str(root)).images) == 20
+    closed = "dog"
+    raises(root, "dog cannot be listed", "permissions")
 
 
 def test_a_link_to_nothing_is_an_image_that_cannot_be_read(tmp_path: Path) -> None:

@@ -21,11 +21,14 @@ EXACT = ParallelConfig(tolerance=0.0)
 LABELS = torch.tensor([0, 1, 4, 2])
 
 
-def model(schedule: str = "vp", target: str = "v", seed: int = 0, classes: int = 5) -> LatentModel:
+def model(
+    schedule: str = "vp", target: str = "v", seed: int = 0, classes: int = 5, dropout: float = 0.1, **known: tuple
+) -> LatentModel:
     """With weights that say something."""
     torch.manual_seed(seed)
-    config = LatentModelConfig(schedule=schedule, target=target, dit=DiTConfig(width=16, depth=2, heads=2))  # pyright: ignore
-    made = LatentModel(config, SHAPE, classes).eval()
+    dit = DiTConfig(width=16, depth=2, heads=2)
+    config = LatentModelConfig(schedule=schedule, target=target, label_dropout=dropout, dit=dit)  # pyright: ignore
+    made = LatentModel(config, SHAPE, classes, **known).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return made
@@ -133,6 +136,69 @@ def test_a_model_that_cannot_guide_raises_an_error() -> None:
     unconditional.field(LABELS, Guidance(2.0, weak=model(seed=3)))
     with pytest.raises(ValueError, match="needs classes"):
         unconditional.field(LABELS, 2.0)
+
+
+NOTHING_TO_GUIDE = {
+    "needs classes": model(classes=0),
+    "on one class": model(classes=1),
+    "on one class,": model(empty=(0, 1, 2, 4)),
+    "no prediction without": model(dropout=0.0),
+    "trained without labels": model(dropout=1.0),
+}
+
+
+@pytest.mark.parametrize("why", NOTHING_TO_GUIDE)
+def test_a_model_with_nothing_to_guide_raises_an_error(why: str) -> None:
+    """And is guided by another model nevertheless, at another scale than 1."""
+    made = NOTHING_TO_GUIDE[why]
+    with pytest.raises(ValueError, match=why):
+        made.field(LABELS, 2.0)
+    with pytest.raises(ValueError, match=why):
+        made.field(LABELS, Guidance(2.0, (0.3, 3.0)))
+    with pytest.raises(ValueError, match=why):
+        made.field(LABELS, 2.0, made.conditional_field)
+    made.field(LABELS)
+    made.field(LABELS, Guidance(2.0, weak=model(seed=7, classes=0)))
+
+
+def test_a_guide_is_another_model_of_the_same_classes() -> None:
+    made = model(class_names=tuple("abcde"))
+    for guide, why in (
+        (made, "is the model itself"),
+        (model(seed=1, classes=4), "classes 4, this one 5"),
+        (model(seed=1, class_names=tuple("abced")), "class names"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            made.field(LABELS, Guidance(2.0, weak=guide))
+    made.field(LABELS, Guidance(2.0, weak=model(seed=1)))
+    with pytest.raises(ValueError, match="has no prediction without a label"):
+        model(classes=0).field(LABELS, Guidance(2.0, weak=model(seed=1, dropout=0.0)))
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(5, 0), (0, 5)])
+def test_where_one_of_two_models_has_no_classes_the_guide_has_no_label(mine: int, theirs: int) -> None:
+    made, guide = model(classes=mine), model(seed=1, classes=theirs)
+    x, t, labels = torch.randn(4, *SHAPE), torch.full((4,), 0.6), LABELS if mine else torch.zeros(4, dtype=torch.int64)
+    strong, weak = made.conditional_field(x, t, labels).x0, guide.conditional_field(x, t, torch.full((4,), theirs)).x0
+    got = made.field(labels, Guidance(3.0, weak=guide))(x, t).x0
+    torch.testing.assert_close(got, weak + 3.0 * (strong - weak), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_that_is_none_cannot_be_made() -> None:
+    for scale in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match="a guidance scale is a finite number"):
+            Guidance(scale)
+    for ends in ((-1.0, 5.0), (5.0, 1.0), (1.0, 1.0), (math.nan, 1.0)):
+        with pytest.raises(ValueError, match="0 <= low < high"):
+            Guidance(2.0, ends)
+    for make in (lambda: Guidance(1.0, (0.1, 5.0)), lambda: Guidance(weak=model(seed=1))):
+        with pytest.raises(ValueError, match="at scale 1 nothing is guided"):
+            make()
+    with pytest.raises(ValueError, match="ends at rho"):
+        model().field(LABELS, Guidance(2.0, (1e4, math.inf)))  # vp ends at 151
+    with pytest.raises(ValueError, match="by its own label alone"):
+        made = model()
+        made.field(LABELS, Guidance(2.0, (0.1, 5.0)), made.conditional_field)
 
 
 def test_conditions_of_all_times_are_those_of_each() -> None:

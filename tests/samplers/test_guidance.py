@@ -1,6 +1,7 @@
 """Guidance: what it computes for Gaussians, where an interval lets it act, and what it costs at the network."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,16 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.guidance import (
+    Apart,
     ConditionalField,
+    Together,
     autoguidance,
     classifier_free,
     conditional,
     interval,
+    scale_of,
 )
-from midway.samplers.prediction import Field, Prediction, TimedField, acting, expand
+from midway.samplers.prediction import Field, NetworkField, Prediction, TimedField, acting, expand
 from midway.samplers.sample import EvaluationCounter, sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import ddim
@@ -187,3 +191,60 @@ def test_an_empty_interval_raises_an_error(low: float, high: float) -> None:
     field = _gaussian(EDM(), MEANS[LABELS])
     with pytest.raises(ValueError, match="0 <= low < high"):
         interval(field, field, EDM(), low, high)
+
+
+@pytest.mark.parametrize(("low", "high"), [(80.0, 90.0), (80.0, math.inf), (1e9, math.inf), (math.inf, math.inf)])
+def test_an_interval_beyond_the_schedule_raises_an_error(low: float, high: float) -> None:
+    plain = conditional(_network(EDM()), LABELS)
+    guided = classifier_free(_network(EDM()), LABELS, NULL, 2.0)
+    with pytest.raises(ValueError, match=r"ends at rho = 80|0 <= low < high"):
+        interval(guided, plain, EDM(), low, high)
+    interval(guided, plain, EDM(), 79.0, high=math.inf)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_a_scale_is_finite(scale: float) -> None:
+    network = _network(EDM())
+    strong, weak = conditional(network, LABELS), conditional(network, NULL)
+    for make in (
+        lambda: classifier_free(network, LABELS, NULL, scale),
+        lambda: autoguidance(strong, weak, scale),
+        lambda: Together(scale, lambda labels: conditional(network, labels), LABELS, NULL),
+        lambda: Apart(scale, strong, weak),
+        lambda: replace(Apart(2.0, strong, weak), scale=scale),
+    ):
+        with pytest.raises(ValueError, match="a guidance scale is a finite number"):
+            make()
+
+
+def test_two_predictions_that_are_one_raise_an_error() -> None:
+    network = _network(EDM())
+    strong = conditional(network, LABELS)
+    with pytest.raises(ValueError, match="all of them equal"):
+        classifier_free(network, NULL, NULL.clone(), 2.0)
+    with pytest.raises(ValueError, match=r"\(4,\) labels and \(3,\) others"):
+        classifier_free(network, LABELS, NULL[:3], 2.0)
+    for same in (strong, conditional(network, LABELS)):
+        with pytest.raises(ValueError, match="guides itself"):
+            autoguidance(strong, same, 2.0)
+        with pytest.raises(ValueError, match="nothing to guide"):
+            interval(same, strong, EDM(), 0.3, 3.0)
+    with pytest.raises(ValueError, match="nothing to guide"):
+        interval(classifier_free(network, LABELS, NULL, 1.0), strong, EDM(), 0.3, 3.0)
+
+
+def test_fields_of_two_schedules_raise_an_error() -> None:
+    one, other = (NetworkField(lambda x, t: x, "v", schedule) for schedule in (VP(), Linear()))
+    for make in (
+        lambda: autoguidance(one, other, 2.0),
+        lambda: interval(one, other, VP(), 0.3, 3.0),
+        lambda: interval(one, NetworkField(lambda x, t: -x, "v", VP()), Linear(), 0.3, 3.0),
+    ):
+        with pytest.raises(ValueError, match="fields of one schedule"):
+            make()
+
+
+def test_labels_on_a_device_are_not_read() -> None:
+    """Tensors without storage: reading a value fails."""
+    meta = LABELS.to("meta")
+    assert scale_of(classifier_free(_network(EDM()), meta, NULL.to("meta"), 2.0)) == 2

@@ -83,12 +83,32 @@ TABLE = """
   SAMPLE --parallel picard --window 0 -> window
   SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
 2 guidance
-  SAMPLE --guidance-interval 0.1 5; --guide {model} -> nothing is guided
-  EVALUATE --guidance-interval 0.1 5; --guide {model} -> nothing is guided
-  SAMPLE --guidance 2 --guidance-interval 5 0.1; EVALUATE --guidance 2 --guidance-interval 5 0.1 -> low < high
+  SAMPLE --guidance-interval 0.1 5; --guide {twin}; --guide {model} --guidance-interval 0.1 5 -> nothing is guided
+  EVALUATE --guidance-interval 0.1 5; --guide {twin} -> nothing is guided
+  SAMPLE --guidance 2 --guidance-interval 5 0.1; --guidance 2 --guidance-interval -1 5 -> --guidance-interval | low < high
+  SAMPLE --guidance 2 --guidance-interval 1 1; --guidance 2 --guidance-interval nan 5 -> --guidance-interval | low < high
+  EVALUATE --guidance 2 --guidance-interval 5 0.1; --guidance 2 --guidance-interval -1 5 -> --guidance-interval | low < high
+  SAMPLE --guidance 2 --guidance-interval 80 inf; --guidance 2 --guidance-interval 0 0.001 -> from 80 to 0.002, none of them
+  EVALUATE --guidance 2 --guidance-interval 100 200; --guidance 2 --guidance-interval 0 1e-9 -> from 80 to 0.002, none of them
+  SAMPLE --guidance nan; --guidance inf; --guidance=-inf -> --guidance | finite number
+  EVALUATE --guidance nan; --guidance inf -> --guidance | finite number
+  SOLVER --guidance nan; --guidance inf; train_solver table --model {model} --guidance nan -> --guidance | finite number
   SAMPLE --model {unconditional} --guidance 2 -> without classes | --guidance
   EVALUATE --model {unconditional} --guidance 2 -> without classes | --guidance
   train_solver amed --model {unconditional} --guidance 2 -> without classes | --guidance
+  SAMPLE --model {one_class} --guidance 2; EVALUATE --model {one_class} --guidance 2 -> one class | drop --guidance
+  train_solver amed --model {one_class} --guidance 2 -> one class | drop --guidance
+  train_solver table --model {one_class} --guidance 2 -> one class | drop --guidance
+  SAMPLE --model {without_dropout} --guidance 2 -> label_dropout 0 | no prediction without | drop --guidance
+  EVALUATE --model {without_dropout} --guidance 2 -> label_dropout 0 | no prediction without | drop --guidance
+  train_solver amed --model {without_dropout} --guidance 2 -> label_dropout 0 | no prediction without | drop --guidance
+  SAMPLE --model {without_labels} --guidance 2 -> label_dropout 1 | trained without labels
+  SAMPLE --guidance 2 --guide {model}; --guidance 2 --guide {twin} -> those of the model itself | less trained
+  EVALUATE --guidance 2 --guide {model}; --guidance 2 --guide {twin} -> those of the model itself | less trained
+  SAMPLE --guidance 2 --guide {other_schedule}; EVALUATE --guidance 2 --guide {other_schedule} -> trained alike | VP
+  SAMPLE --guidance 2 --guide {other_tokenizer}; EVALUATE --guidance 2 --guide {other_tokenizer} -> another tokenizer
+  SAMPLE --guidance 2 --guide {other_names} -> class names
+  IMAGES {images} --guidance 2; {images} --guidance-interval 1 2; {images} --guide {model} -> no model is sampled
   SAMPLE --model {unconditional} --label 0 -> without classes | --label
 2 learned solvers
   SAMPLE --solver amed --nfe 6 -> amed at NFE 6 | train_solver.py amed --model {model} --nfe 6

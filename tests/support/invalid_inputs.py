@@ -22,7 +22,8 @@ from diffusers_models import AUTOENCODER
 from pictures import noise, save
 from pipelines import TINY, TINY_DIT, Pipeline
 from resuming import seal
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
+from safetensors.torch import save as save_tensors
 
 from baseline_tasks import FlowTask
 from midway.gen.baselines.flow_config import glow, nice
@@ -112,6 +113,29 @@ def in_a_folder(run: Path) -> None:
     """config.yaml is a folder."""
     (run / "config.yaml").unlink()
     (run / "config.yaml").mkdir()
+
+
+def scaled(data: bytes) -> bytes:
+    """Weights a little off."""
+    return save_tensors(
+        {name: value * 1.001 if value.is_floating_point() else value for name, value in load(data).items()}
+    )
+
+
+def of_another_tokenizer(run: Path) -> None:
+    """Other weights of a model, and of the tokenizer inside."""
+    for pattern in (f"{STEP}/ema.safetensors", f"{STEP}/tokenizer/*.safetensors"):
+        edit_checkpoint(pattern, scaled, sealed=True)(run)
+
+
+def as_guide(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Other weights and another model.json."""
+
+    def edit(run: Path) -> None:
+        edit_checkpoint(f"{STEP}/ema.safetensors", scaled, sealed=True)(run)
+        rewritten(change)(run)
+
+    return edit
 
 
 def with_data(kind: str, **values: object) -> Maker:
@@ -323,6 +347,13 @@ PLACES: dict[str, Maker] = {
     "moved_amed": changed("model", lambda run: (run / SOLVER_RUN).rename(run / "solvers/amed-karras-nfe4")),
     "no_snapshots": changed("model", lambda run: shutil.rmtree(run / "posthoc")),
     "other_width": changed("model", rewritten(lambda description: description["config"]["dit"].update(width=64))),
+    "one_class": changed("model", rewritten(lambda description: description.update(empty=list(range(1, 10))))),
+    "without_dropout": changed("model", rewritten(lambda description: description["config"].update(label_dropout=0.0))),
+    "without_labels": changed("model", rewritten(lambda description: description["config"].update(label_dropout=1.0))),
+    "twin": changed("model", lambda run: None),
+    "other_tokenizer": changed("model", of_another_tokenizer),
+    "other_schedule": changed("model", as_guide(lambda description: description["config"].update(schedule="vp"))),
+    "other_names": changed("model", as_guide(lambda description: description.update(class_names=[*"abcdefghij"]))),
     "lone_tokenizer": changed("tokenizer", lambda run: None),
     "tokenizer_of_another_split": with_data("tokenizer", split_seed=7),
     "tokenizer_of_another_size": with_data("tokenizer", resize=16),
