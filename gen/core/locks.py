@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from midway.gen.core.errors import DiskError, UsageError, raising
+from midway.gen.core.files import check_path
 
 LOCK = ".lock"
 
@@ -62,8 +63,11 @@ def locked_inside(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; when the block raises, those are removed again that are new and empty. DiskError."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Make a folder and its parents; when the block raises, those are removed again that are new and empty. DiskError.
+
+    UsageError for a name that is not UTF-8.
+    """
+    new = [path for path in (check_path(folder), *folder.parents) if not path.exists()]
     try:
         with raising(DiskError, f"{folder} cannot be written", "choose another --out, or free space", OSError):
             folder.mkdir(parents=True, exist_ok=True)
