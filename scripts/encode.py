@@ -13,7 +13,7 @@ from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_tokenizer
-from midway.gen.tokenizer.latents import cache_path, encode, is_latent_cache, save_latents
+from midway.gen.tokenizer.latents import cache_path, encode, give_statistics, is_latent_cache, save_latents
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def run(task: EncodeTask) -> Path:
     echo(describe(train))
     clear_temporaries(task.tokenizer)
     latents = encode(tokenizer, train, task.batch_size, task.flip)
+    give_statistics(tokenizer, latents.mean, latents.std, train.images)  # an error before anything is written
     save_latents(latents, path)
     echo(f"latents {tuple(latents.raw.shape)}{', and as many of the mirrored images' if task.flip else ''}")
     echo("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))

@@ -18,7 +18,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.tokenizer.card import finish, model_card
-from midway.gen.tokenizer.latents import latent_statistics
+from midway.gen.tokenizer.latents import give_statistics, latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers.diffusers_import import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -53,8 +53,8 @@ def run(task: ImportTask) -> Run:
     splits = load_splits(task.data)
     tokenizer = load(task, splits)  # before the run, so that an invalid source leaves no directory
     published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
-    with raising(DataError, "these latents cannot be standardised", "import it on other images"):
-        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, task.batch_size))
+    images = splits.train.images
+    give_statistics(tokenizer, *latent_statistics(tokenizer, images, task.batch_size), images)
     with Run.creating(task.out, "tokenizer", to_dict(task), task.overwrite) as made:
         made.say(describe(splits.train))
         made.say(describe(splits.held_out))

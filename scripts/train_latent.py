@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cli import main, resolve
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DataError, UsageError, raising
+from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import at_work
 from midway.gen.core.runs import Run
@@ -25,7 +25,7 @@ from midway.gen.evaluation.online import log_online, online_distances
 from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features
 from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.tokenizer.latents import Latents, cache_path, encode, load_latents, save_latents
+from midway.gen.tokenizer.latents import Latents, cache_path, encode, give_statistics, load_latents, save_latents
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
@@ -69,11 +69,12 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
         clear_temporaries(task.tokenizer)
     if accelerator.is_main_process and task.latents is None and not path.exists():
         with at_work("encoding"):
-            save_latents(encode(tokenizer, images, flip=task.flip), path)
+            made = encode(tokenizer, images, flip=task.flip)
+            give_statistics(tokenizer, made.mean, made.std, images.images)  # an error before anything is written
+            save_latents(made, path)
     accelerator.wait_for_everyone()
     latents = load_latents(path, images, tokenizer, task.flip)
-    with raising(DataError, "these latents cannot be standardised", "train the tokenizer longer"):
-        tokenizer.set_latent_statistics(latents.mean.to(tokenizer.device), latents.std.to(tokenizer.device))
+    give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
     items = Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint)

@@ -10,14 +10,14 @@ from torch import Tensor
 from cli import main, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.tokenizer.card import finish, model_card, training_rows
-from midway.gen.tokenizer.latents import latent_statistics
+from midway.gen.tokenizer.latents import give_statistics, latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.training.accelerator import check_unused, make_accelerator
@@ -98,8 +98,9 @@ def publish(
     """Write the tokenizer with its latent statistics, and its card; one log line instead if a channel does not vary."""
     tokenizer = objective.tokenizer
     try:
-        tokenizer.set_latent_statistics(*latent_statistics(tokenizer, splits.train.images, flip=task.flip))
-    except ValueError as error:
+        images = splits.train.images
+        give_statistics(tokenizer, *latent_statistics(tokenizer, images, flip=task.flip), images)
+    except (DataError, DivergedError) as error:
         run.say(f"no {run.path / 'tokenizer'}: {error}")
         return
     config, perceptual = task.train, objective.perceptual

@@ -29,6 +29,8 @@ from midway.tokenizers.pretrained import Pretrained
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.vit import ViTConfig, ViTDecoder, ViTEncoder
 
+_ROUNDING = 2**-20  # of numbers in float32, with some room
+
 
 @dataclass(frozen=True)
 class TokenizerOutput:
@@ -202,14 +204,19 @@ class ImageTokenizer(Pretrained):
         return self.quantizer.encode(z)[0] if self.latent_space == "post" else self.quantizer.latents(z)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images."""
+        """Give the per-channel mean and standard deviation (D,) of `raw_latents` over the training images.
+
+        ValueError for numbers that are not finite, and for a channel that does not vary beyond the rounding of its mean.
+        """
         for name, value in (("mean", mean), ("std", std)):
             if value.shape != self.latent_mean.shape or not bool(torch.isfinite(value).all()):
                 shape = tuple(self.latent_mean.shape)
                 raise ValueError(f"{name} is {value.tolist()}; give finite numbers of shape {shape}, one a channel")
-        if not bool((std > 0).all()):
+        constant = (std <= _ROUNDING * mean.abs()).nonzero().flatten().tolist()
+        if constant:
             raise ValueError(
-                f"std is {std.tolist()}; a channel that never varies carries nothing: drop it, or train on"
+                f"std of latent channel {', '.join(str(i + 1) for i in constant)} of {len(std)} is "
+                f"{', '.join(f'{float(std[i]):.3g}' for i in constant)}, so it does not vary and carries nothing"
             )
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)

@@ -89,6 +89,10 @@ class DiffusersModel:
             f"sampled down to sigma / alpha = {lowest:.3g}"
         )
 
+    def check_guidance(self, config: SamplerConfig) -> None:
+        """UsageError for any: these models have no missing class."""
+        check_guidance(config, None)
+
     def within(self, config: Config) -> Config:
         """The same with grids that stay on noise levels that the model was trained on."""
         highest, lowest = trained_range(self.schedule)
@@ -96,6 +100,7 @@ class DiffusersModel:
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One table per grid; UsageError for what such a model cannot have."""
+        self.check_guidance(config)
         _check(solver, config)
         config = self.within(config)
         return {grid: build_table(self.schedule, solver, nfe, config, grid) for grid in config.grids}
@@ -276,6 +281,5 @@ def _check(solver: str, config: SamplerConfig) -> None:
     if solver not in SOLVERS:
         why = "it is learned for a model of ours" if solver in LEARNED else "it is not in the registry"
         raise UsageError(f"solver '{solver}' with --diffusers", why, nearest(solver, SOLVERS))
-    check_guidance(config, None)
     if config.eta and solver != "ddim":
         raise UsageError(f"--eta {config.eta} with {solver}", "only ddim has that parameter", "drop --eta")

@@ -95,7 +95,11 @@ def _training_nfe(model: EvaluatedModel, sampler: Sampler, grid: str, config: Sw
 
 
 def fine_source(model: EvaluatedModel, config: SweepConfig) -> SampleSource | None:
-    """The fine solution that RMSE is measured against: Heun's method on EDM's grid, on noise levels of the model's training."""
+    """The fine solution that RMSE is measured against: Heun's method on EDM's grid, on noise levels of the model's training.
+
+    UsageError where there is nothing to guide.
+    """
+    model.check_guidance(config)
     if not config.reference_nfe:
         return None
     config = model.within(config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, make_samplers
+from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, sample_latents
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -74,6 +74,9 @@ class EvaluatedModel(Protocol):
     def check_images(self, reference: Tensor) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
 
+    def check_guidance(self, config: SamplerConfig) -> None:
+        """UsageError where there is nothing to guide."""
+
     def within(self, config: Config) -> Config:
         """The same with grids that stay on noise levels of the model's training: all of them, for a model of ours."""
         return config
@@ -112,6 +115,10 @@ class EvaluatedLatentModel(EvaluatedModel):
         config = self.trained.model.config
         network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
         return f"{self.trained.hash}: {network}; weights {self.trained.weights}"
+
+    def check_guidance(self, config: SamplerConfig) -> None:
+        """UsageError where there is nothing to guide."""
+        check_guidance(config, self.trained)
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""

@@ -14,6 +14,7 @@ A cache is keyed by the fingerprint of the images and the hash of the tokenizer'
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, raising
+from midway.gen.core.errors import DataError, DivergedError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.data.images import ImageData, to_float
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -76,18 +77,57 @@ class ChannelStatistics:
     def __init__(self, dim: int) -> None:
         self.count = 0
         self.mean, self.deviations = (torch.zeros(dim, dtype=torch.float64) for _ in range(2))
+        self.lowest, self.highest = (torch.full((dim,), sign * math.inf, dtype=torch.float64) for sign in (1, -1))
 
     def add(self, raw: Tensor) -> None:
         """raw (N, D, h, w) on the CPU."""
+        if not raw.numel():
+            return
         rows = raw.double().transpose(0, 1).flatten(1)
+        self.lowest, self.highest = self.lowest.minimum(rows.amin(1)), self.highest.maximum(rows.amax(1))
         new, share = rows.mean(1), rows.shape[1] / (self.count + rows.shape[1])
         self.deviations += (rows - new[:, None]).square().sum(1) + (new - self.mean).square() * self.count * share
         self.mean += (new - self.mean) * share
         self.count += rows.shape[1]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and std (D,) float32."""
-        return self.mean.float(), (self.deviations / (self.count - 1)).sqrt().float()
+        """Mean and std (D,) float32; std is exactly 0 where all numbers are equal."""
+        std = (self.deviations / max(self.count - 1, 1)).sqrt()
+        return self.mean.float(), torch.where(self.highest > self.lowest, std, std * 0).float()
+
+
+def give_statistics(tokenizer: ImageTokenizer, mean: Tensor, std: Tensor, images: Tensor) -> None:
+    """`set_latent_statistics` of the latents of uint8 images (N, C, H, W).
+
+    DivergedError if they are not finite. DataError for a channel that does not vary: of the images if one is constant there, or
+    else of the latents.
+    """
+    try:
+        tokenizer.set_latent_statistics(mean.to(tokenizer.device), std.to(tokenizer.device))
+    except ValueError as error:
+        what = "these latents cannot be standardised"
+        if not bool((mean + std).isfinite().all()):
+            fix = "its training diverged: train it again, at a lower --lr"
+            raise DivergedError(what, f"the encoder's output is not finite: {error}", fix) from error
+        constant = constant_channels(images)
+        if not constant:
+            fix = "train the tokenizer longer or with fewer channels of latents, or use other images"
+            raise DataError(what, f"{error}, although every channel of the images varies", fix) from error
+        fix = "use other images" if len(constant) == images.shape[1] else "use --channels 1, or other images"
+        words = " and ".join(constant)
+        why = f"{words} in every pixel of every image, and so the latents do not vary in every channel"
+        raise DataError(what, why, f"{fix}; scripts/data.py check shows them") from error
+
+
+def constant_channels(images: Tensor) -> list[str]:
+    """The channels of uint8 images (N, C, H, W) with one value everywhere, in words: `channel 3 of 3 (blue) is 0`."""
+    by_channel = images.transpose(0, 1).flatten(1)
+    names = ("red", "green", "blue") if len(by_channel) == 3 else ("grey",) * len(by_channel)
+    return [
+        f"channel {i + 1} of {len(by_channel)} ({names[i]}) is {int(values[0])}"
+        for i, values in enumerate(by_channel)
+        if len(values) and bool((values == values[0]).all())
+    ]
 
 
 def latent_statistics(

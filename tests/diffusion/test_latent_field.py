@@ -129,7 +129,8 @@ def test_both_models_of_autoguidance_are_counted() -> None:
 
 def test_a_model_that_cannot_guide_raises_an_error() -> None:
     made = model()
-    for other in (model("linear"), model(target="eps")):
+    larger = LatentModel(made.config, (3, 8, 8), 5)
+    for other in (model("linear"), model(target="eps"), larger):
         with pytest.raises(ValueError, match="guide with one trained alike"):
             made.field(LABELS, Guidance(2.0, weak=other))
     unconditional = model(classes=0)

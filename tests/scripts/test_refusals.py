@@ -95,6 +95,7 @@ TABLE = """
   SOLVER --guidance nan; --guidance inf; train_solver table --model {model} --guidance nan -> --guidance | finite number
   SAMPLE --model {unconditional} --guidance 2 -> without classes | --guidance
   EVALUATE --model {unconditional} --guidance 2 -> without classes | --guidance
+  EVALUATE --model {unconditional} --guidance 2 --solvers heun --nfe 5 --skip-unreachable -> without classes | --guidance
   train_solver amed --model {unconditional} --guidance 2 -> without classes | --guidance
   SAMPLE --model {one_class} --guidance 2; EVALUATE --model {one_class} --guidance 2 -> one class | drop --guidance
   train_solver amed --model {one_class} --guidance 2 -> one class | drop --guidance
@@ -275,7 +276,8 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZERS {tokenizer_of_another_split} --features {features} -> trained on other images than the tokenizers
   TOKENIZERS {tokenizer_of_another_size} --features none -> takes (1, 8, 8) images
   TOKENIZERS {two_feature_runs}/a --features {two_feature_runs}/large -> measures (1, 16, 16) images
-  IMPORT {constant} -> cannot be standardised
+  IMPORT {constant} -> cannot be standardised | latent channel 1, 2 | every channel of the images varies | longer
+  ENCODE {blueless}; train_latent digits-dit --out {out} --tokenizer {blueless} -> channel 3 of 3 (blue) is 0 | --channels 1
   EVALUATE --baselines {model} -> kind
   EVALUATE --repeats {unconditional} -> no repeat
   EVALUATE --repeats {model} -> weights of

@@ -260,6 +260,16 @@ def constant_autoencoder(pipeline: Pipeline, folder: Path) -> Path:
     return folder
 
 
+def blueless(pipeline: Pipeline, folder: Path) -> Path:
+    """The pixel tokenizer of images without blue."""
+    for index, image in enumerate(noise(30, 8, 8)):
+        rgb = np.stack([image, image, 0 * image], -1)
+        save(folder / "images" / "ab"[index % 2] / f"{index}.png", rgb)
+    model, data = TokenizerConfig(quantizer="identity", downsample=1), DataConfig(str(folder / "images"), held_out=0.2)
+    train_tokenizer.train(TokenizerTask(folder / "run", data, model=model, train=replace(TINY, steps=0)))
+    return folder / "run"
+
+
 def imported(pipeline: Pipeline, folder: Path) -> Path:
     """The run of an imported VQ model."""
     VQModel(**AUTOENCODER, in_channels=1, out_channels=1, num_vq_embeddings=16).save_pretrained(folder / "source")
@@ -360,6 +370,7 @@ PLACES: dict[str, Maker] = {
     "two_feature_runs": two_feature_runs,
     "rgb": rgb_autoencoder,
     "constant": constant_autoencoder,
+    "blueless": blueless,
     "imported": imported,
     "empty_sample": samples(lambda data: b""),
     "flipped_sample": samples(flipped),

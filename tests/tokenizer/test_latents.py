@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import encode as encode_script
 import numpy as np
@@ -12,17 +13,27 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.data.images import ImageData, load_images, to_float, to_uint8
 from midway.gen.data.pictures import grid_png, save_grid
 from midway.gen.data.splits import DataConfig, load_splits, split
 from midway.gen.metrics.psnr_ssim import PSNR_CAP
-from midway.gen.tokenizer.latents import cache_path, encode, load_latents, save_latents, tokenizer_hash
+from midway.gen.tokenizer.latents import (
+    ChannelStatistics,
+    cache_path,
+    encode,
+    give_statistics,
+    latent_statistics,
+    load_latents,
+    save_latents,
+    tokenizer_hash,
+)
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.training.batches import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
+from midway.tokenizers.networks import Encoder
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 FSQ = {"type": "fsq", "levels": [4, 3]}
@@ -91,6 +102,85 @@ def test_statistics_in_the_tokenizer_give_the_standardised_latents_and_lead_back
         back, direct = model.decode_latents(y), model(to_float(images.images)).reconstruction
     torch.testing.assert_close(y, latents.standardised, rtol=0, atol=1e-5)
     torch.testing.assert_close(back, direct, rtol=0, atol=1e-4)
+
+
+# ---- channels that do not vary ----
+
+
+def coloured(*values: int | None) -> Tensor:
+    """uint8 images (20, C, 8, 8): noise where the value is None."""
+    images = torch.randint(
+        0, 256, (20, len(values), 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    for channel, value in enumerate(values):
+        if value is not None:
+            images[:, channel] = value
+    return images
+
+
+def measured(model: ImageTokenizer, images: Tensor) -> ImageTokenizer:
+    give_statistics(model, *latent_statistics(model, images, batch_size=7), images)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((None, None, 0), ["channel 3 of 3 (blue) is 0 in every pixel", "--channels 1"]),
+        ((77, None, None), ["channel 1 of 3 (red) is 77 in every pixel", "--channels 1"]),  # its mean is rounded
+        ((1, None, 99), ["(red) is 1 and channel 3 of 3 (blue) is 99 in every pixel", "--channels 1"]),
+        ((255, 255, 255), ["(red) is 255", "(green) is 255", "(blue) is 255", "use other images"]),
+        ((13,), ["channel 1 of 1 (grey) is 13", "use other images"]),
+    ],
+)
+def test_a_channel_of_the_images_that_does_not_vary_is_named(values: tuple[int | None, ...], words: list[str]) -> None:
+    images, dim = coloured(*values), len(values)
+    for model in (
+        tokenizer({"type": "identity", "dim": dim}, in_channels=dim, downsample=1),
+        tokenizer({"type": "identity", "dim": dim}, in_channels=dim, downsample=1, latent_space="post"),
+    ):
+        with pytest.raises(DataError) as raised:
+            measured(model, images)
+        assert all(word in str(raised.value) for word in words)
+        assert "longer" not in str(raised.value)
+        assert not bool(model.latents_measured)
+
+
+def test_a_constant_channel_that_leaves_the_latents_varying_is_no_error() -> None:
+    assert bool(measured(tokenizer(in_channels=3), coloured(None, None, 0)).latents_measured)
+
+
+@pytest.mark.parametrize("space", ["pre", "post"])
+def test_a_channel_of_the_latents_that_does_not_vary_is_named(space: str) -> None:
+    model = tokenizer(latent_space=space)
+    encoder = cast(Encoder, model.encoder)
+    with torch.no_grad():
+        for layer, bias in ((encoder.shortcut, 0.3), (cast(nn.Conv2d, encoder.layers[-1]), 0.0)):
+            layer.weight[1] = 0
+            cast(Tensor, layer.bias)[1] = bias
+    with pytest.raises(DataError, match=r"latent channel 2 of 2 is .*\n.*longer") as raised:
+        measured(model, data().images)
+    assert "every channel of the images varies" in str(raised.value)
+
+
+def test_latents_that_are_not_finite_are_those_of_a_training_that_diverged() -> None:
+    model = tokenizer()
+    with torch.no_grad():
+        cast(Tensor, cast(Encoder, model.encoder).shortcut.bias)[0] = math.nan
+    with pytest.raises(DivergedError, match="not finite"):
+        measured(model, data().images)
+
+
+def test_statistics_of_equal_numbers_and_of_one_number() -> None:
+    statistics = ChannelStatistics(2)
+    for count in (3, 0, 5):  # a batch without images changes nothing
+        statistics.add(torch.full((count, 2, 7, 7), 77 / 127.5 - 1))
+    assert statistics.result()[1].tolist() == [0, 0]
+    statistics.add(torch.zeros(1, 2, 1, 1))
+    assert bool((statistics.result()[1] > 0).all())
+    alone = ChannelStatistics(1)
+    alone.add(torch.ones(1, 1, 1, 1))
+    assert [value.item() for value in alone.result()] == [1, 0]
 
 
 # ---- mirrored ----

@@ -237,11 +237,11 @@ def test_unmeasured_latents_are_refused_with_the_remedy() -> None:
             use()
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e-9])
 def test_impossible_statistics_raise(bad: float) -> None:
     model = ImageTokenizer(width=8)
     with pytest.raises(ValueError, match="std"):
-        model.set_latent_statistics(torch.zeros(4), torch.tensor([1, 1, bad, 1]))
+        model.set_latent_statistics(torch.ones(4), torch.tensor([1, 1, bad, 1]))
     with pytest.raises(ValueError, match="mean"):
         model.set_latent_statistics(torch.zeros(3), torch.ones(4))
     assert not bool(model.latents_measured)
