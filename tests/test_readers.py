@@ -82,7 +82,9 @@ def only(root: Path, pattern: str) -> Path:
 
 def read_latents(root: Path) -> object:
     tokenizer, data = load_tokenizer(root / "tokenizer")
-    return load_latents(only(root, "tokenizer/latents-*.safetensors"), load_splits(data).train, tokenizer)
+    return load_latents(
+        only(root, "tokenizer/latents-????????-????????.safetensors"), load_splits(data).train, tokenizer
+    )
 
 
 def read_solver(root: Path, name: str) -> object:
@@ -113,7 +115,7 @@ TENSORS: dict[str, tuple[str, Read]] = {
     ),
     "first average": ("model/posthoc/step-5-std-0.050.safetensors", average),
     "last average": ("model/posthoc/step-25-std-0.100.safetensors", average),
-    "latents": ("tokenizer/latents-*.safetensors", read_latents),
+    "latents": ("tokenizer/latents-????????-????????.safetensors", read_latents),
     "reference": ("../report/reference/*.safetensors", lambda root: read_reference(root)),
 }
 

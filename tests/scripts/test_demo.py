@@ -41,7 +41,7 @@ def test_the_quick_demo_ends_with_a_report(
         assert not (out / "report.html").exists()
     capsys.readouterr()
     report = demo.run(task)
-    assert capsys.readouterr().out.count("was finished before") == 5
+    assert capsys.readouterr().out.count("finished before") == 5
     assert (out / "model" / "log.txt").read_text().count("resuming from step") == 1
     assert report == out / "report.html"
     assert report.read_text().startswith("<!")

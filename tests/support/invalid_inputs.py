@@ -286,6 +286,19 @@ def flow(pipeline: Pipeline, folder: Path, **options: Any) -> Path:
     return folder
 
 
+def new_flow(pipeline: Pipeline, folder: Path) -> Path:
+    """A flow whose ActNorms have seen no data, as if its training had never begun."""
+    run = flow(model=glow(8, 1, 2), train={"steps": 0})(pipeline, folder)
+
+    def emptied(data: bytes) -> bytes:
+        found = load(data)
+        return save_tensors({k: torch.zeros_like(v) if k.endswith("initialised") else v for k, v in found.items()})
+
+    for file in sorted(run.glob(f"{STEP}/*.safetensors")):
+        edit_checkpoint(f"{STEP}/{file.name}", emptied, sealed=True)(run)
+    return run
+
+
 @maker
 def of_levels(pipeline: Pipeline, folder: Path, levels: int) -> Path:
     """A flow of this number of grey levels."""
@@ -406,7 +419,7 @@ PLACES: dict[str, Maker] = {
     "weights_of_features": weights_of_features,
     "other_features": other_features,
     "foreign_solvers": with_foreign_solvers,
-    "new_flow": flow(model=glow(8, 1, 2), train={"steps": 0}),
+    "new_flow": new_flow,
     "flow": flow(),
     "flow_of_other_images": flow(data=DataConfig(held_out=0.3)),
     "flow_of_256_levels": of_levels(256),

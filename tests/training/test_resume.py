@@ -45,6 +45,7 @@ from midway.gen.core.config import from_dict, read_yaml, write_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError
 from midway.gen.core.files import MACHINE
 from midway.gen.core.locks import lock
+from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.distill_table import TableConfig
@@ -346,14 +347,15 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
     values = read_yaml(run / "config.yaml")
     del values["model"]["shortcut"]
     write_yaml(run / "config.yaml", values)
-    state = json.loads((newest(run) / "state.json").read_text())
+    checkpoint = newest(run)
+    state = json.loads((checkpoint / "state.json").read_text())
     del state["config"]["model.shortcut"]
-    (newest(run) / "state.json").write_text(json.dumps(state))
-    seal(newest(run))
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
     with unchanged(run), pytest.raises(UsageError, match=r"another model\.shortcut") as caught:
         train(replace(task, model=replace(VQ, shortcut="principal")))
     assert "was 'orthogonal', now 'principal'" in str(caught.value)
-    train(replace(from_dict(TokenizerTask, read_yaml(run / "config.yaml")), resume="auto"))
+    train(replace(from_dict(TokenizerTask, Run.open(run, "tokenizer").config), resume="auto"))
     assert_same_run(run, whole)
 
 
