@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError, raising
-from midway.gen.core.files import clear_temporaries
+from midway.gen.core.files import clear_temporaries, replaced_name
 from midway.gen.core.processes import ProcessInfo, device_and_process
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo, printable
@@ -160,11 +160,17 @@ def sweep_config(
 
 
 def make_folders(folders: dict[str, Path | None]) -> None:
-    """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag."""
+    """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag.
+
+    Archives that killed exports left half-written are removed.
+    """
     for flag, path in folders.items():
         if path is not None:
             with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
                 path.mkdir(parents=True, exist_ok=True)
+            for name in filter(None, map(replaced_name, [*path.glob(".*")])):
+                if name.endswith((".npz", ".zip")):
+                    clear_temporaries(path, name)
 
 
 def drawn_classes(model: EvaluatedModel | None) -> int:

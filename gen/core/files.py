@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,6 +125,12 @@ def reading(path: Path, fix: str, why: str = "{}") -> contextlib.AbstractContext
 
 
 # ---- writing ----
+
+
+def appending(path: Path) -> IO[str]:
+    """`path` opened for text at its end; OSError, also for a pipe that nobody reads, where `open` waits for ever."""
+    flag = getattr(os, "O_NONBLOCK", 0)  # not on Windows, which has no such pipes
+    return open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | flag, 0o666))
 
 
 def check_path(path: Path) -> Path:

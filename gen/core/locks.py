@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from midway.gen.core.errors import DiskError, UsageError, raising
-from midway.gen.core.files import check_path
+from midway.gen.core.files import appending, check_path
 
 LOCK = ".lock"
 
@@ -28,7 +28,7 @@ def _open_lock(folder: Path, use: str) -> IO[str]:
     path, fix = folder / LOCK, "choose another --out, or permit writing"
     while True:
         with raising(DiskError, f"{folder} cannot be written", fix, OSError):
-            file = path.open("a")
+            file = appending(path)
         try:
             _take(file)
         except OSError:

@@ -11,6 +11,7 @@ samples/*.png
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError
 from midway.gen.core.files import (
     DAMAGE,
     LOG_LIMIT,
+    appending,
     check_path,
     clear_all_temporaries,
     read_json,
@@ -32,13 +34,18 @@ from midway.gen.core.files import (
     replaced_name,
     write_atomically,
 )
-from midway.gen.core.locks import LOCK, check_no_link, empty, lock, locked_inside, made
+from midway.gen.core.locks import LOCK, check_no_link, lock, locked_inside, made, remove
 from midway.gen.core.text import echo, printable_lines
 
 T = TypeVar("T")
 CONFIG = "config.yaml"
 UNUSED = (CONFIG, "env.json", "log.txt", "samples", LOCK)
 """All that is in a run whose training has not begun; of samples/ nothing."""
+OWN = re.compile(
+    r"env\.json|metrics\.jsonl|log\.txt|checkpoints|best|posthoc|samples|tokenizer|solvers|report|latents-.*\.safetensors"
+    r"|midway|\.aim|mlruns|wandb|\.verify"
+)
+"""What commands write into a run, trackers among them, beside its configuration and lock: anything else is the user's."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,8 @@ class Run:
         """Make the directory; UsageError when it already holds a run, unless `overwrite` removes or `resume` keeps it.
 
         Only a run of the same kind is ever removed or resumed, by the holder of its lock, and never one that holds the current
-        directory, what the configuration names, or a folder that another process has locked. A run whose training never began
-        is no obstacle. What cannot be made whole is not left behind.
+        directory, what the configuration names, or a folder that another process has locked. Files of the user stay. A run
+        whose training never began is no obstacle. What cannot be made whole is not left behind.
         """
         with Run.creating(path, kind, config, overwrite, resume) as run:
             return run
@@ -102,11 +109,11 @@ class Run:
     def _check_removable(self) -> None:
         """UsageError where more would be lost than a run."""
         check_no_link(self.path)
-        here = self.path.resolve()
-        if Path.cwd().resolve().is_relative_to(here):
+        if Path.cwd().resolve().is_relative_to(self.path.resolve()):
             raise UsageError(f"{self.path} holds the current directory", "it would be deleted", "choose another --out")
+        own = {path.resolve() for path in self._own()}
         for text in _texts(self.config):
-            if os.path.exists(text) and here in Path(text).resolve().parents:
+            if os.path.exists(text) and own & {Path(text).resolve(), *Path(text).resolve().parents}:
                 raise UsageError(
                     f"{self.path} holds {text}", "it is needed, and would be deleted", "choose another --out"
                 )
@@ -115,7 +122,7 @@ class Run:
         """Put a new run in the place of what is there."""
         path = self.path
         with locked_inside(path):
-            empty(path, CONFIG)  # which is there to the end, so that this can be done again
+            self._clear()
         try:
             with raising(DiskError, f"{path} cannot be written", "choose another --out, or free space", OSError):
                 self.write_config()  # first, so that a run killed right now can be resumed
@@ -123,9 +130,20 @@ class Run:
                 write_atomically(path / "env.json", (json.dumps(environment(), indent=2) + "\n").encode())
         except BaseException:
             with suppress(MidwayError, OSError):
-                empty(path)
-                (path / LOCK).unlink()
+                self._clear()
+                if {there.name for there in path.iterdir()} <= {CONFIG, LOCK}:
+                    (path / CONFIG).unlink(missing_ok=True)
+                    (path / LOCK).unlink()
             raise
+
+    def _own(self) -> list[Path]:
+        return [path for path in self.path.iterdir() if OWN.fullmatch(replaced_name(path) or path.name)]
+
+    def _clear(self) -> None:
+        """Remove all that is its own but config.yaml, which stays to the end, so that this can be done again. DiskError."""
+        with raising(DiskError, f"{self.path} cannot be emptied", "empty it by hand, or choose another --out", OSError):
+            for path in self._own():
+                remove(path)
 
     @property
     def _is_unused(self) -> bool:
@@ -229,7 +247,7 @@ def kind_of(path: Path) -> str:
 
 def _append(path: Path, line: str) -> None:
     fix = "free space, then resume with --resume auto"
-    with raising(DiskError, f"{path} cannot be written", fix, OSError), path.open("a", encoding="utf-8") as file:
+    with raising(DiskError, f"{path} cannot be written", fix, OSError), appending(path) as file:
         file.write(line + "\n")
 
 

@@ -297,12 +297,42 @@ def test_a_link_to_a_run_is_not_followed_to_delete_it(tmp_path: Path) -> None:
 
 def test_what_a_run_needs_is_not_deleted_with_it(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "r", "solver", {})
-    (run.path / "images").mkdir()
-    for values in ({"data": {"data": str(run.path / "images")}}, {"widths": [1, str(run.path / "env.json")]}):
+    (run.path / "report" / "images").mkdir(parents=True)
+    (run.path / "mine").mkdir()
+    for values in ({"data": {"data": str(run.path / "report/images")}}, {"widths": [1, str(run.path / "env.json")]}):
         with pytest.raises(UsageError, match=r"holds .*(images|env.json)\n"):
             Run.create(run.path, "solver", values, overwrite=True)
     long = {"out": str(run.path), "options": "x" * 5000, "empty": "", "other": str(tmp_path)}
+    long["data"] = str(run.path / "mine")
     assert Run.create(run.path, "solver", long, overwrite=True).config == long
+    assert (run.path / "mine").exists()
+
+
+def test_of_a_run_that_is_overwritten_what_is_the_users_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the new one cannot be made; the next start with --overwrite can."""
+    run = Run.create(tmp_path / "r", "solver", {"a": 1})
+    own = (
+        "metrics.jsonl",
+        "solvers/x/config.yaml",
+        "report/cells/x",
+        "latents-1-2.safetensors",
+        "midway/events",
+        "best/x",
+    )
+    mine = ("notes.md", "grid.png", "other/config.yaml", "other/checkpoints/x", "latents.safetensors")
+    for name in (*own, *mine, f".log.txt.{NOBODY}.tmp"):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).touch()
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError):
+        patch.setattr(runs, "environment", fail)
+        Run.create(run.path, "solver", {"a": 2}, overwrite=True)
+    assert _files(run.path) == {*mine, "config.yaml", ".lock"}
+    assert Run.create(run.path, "solver", {"a": 3}, overwrite=True).config == {"a": 3}
+    assert _files(run.path) == {*mine, "config.yaml", "env.json", ".lock"}
 
 
 def test_a_run_whose_training_never_began_is_no_obstacle(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from midway.gen.core import checkpoints, files
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import YAML_LIMIT, read_as, read_yaml, write_yaml
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import DataError, DiskError, UsageError
 from midway.gen.core.files import file_hash, read_bytes, read_json, read_text, regular_file
+from midway.gen.core.locks import lock
 from midway.gen.core.runs import Run
 
 
@@ -173,3 +174,18 @@ def test_the_files_of_a_run(kind: str, tmp_path: Path) -> None:
         make(run.path / "env.json")
         guarded(lambda: run.note({"batch": 4}))
         assert json.loads((run.path / "env.json").read_text())["starts"] == [{"batch": 4}]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENDLESS if "device" not in kind])
+def test_what_is_appended_to_never_waits(kind: str, tmp_path: Path) -> None:
+    """A pipe that nobody reads would block its writer too."""
+    run = Run.create(tmp_path / "run", "tokenizer", {})
+    for name, write in (
+        ("log.txt", lambda: run.say("a line")),
+        ("metrics.jsonl", lambda: run.log({"step": 1})),
+        (".lock", lambda: lock(run.path).__enter__()),
+    ):
+        (run.path / name).unlink(missing_ok=True)
+        ENDLESS[kind][0](run.path / name)
+        with pytest.raises(DiskError, match=f"{run.path}.* cannot be written"):
+            guarded(write)

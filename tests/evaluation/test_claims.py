@@ -140,6 +140,17 @@ def test_the_next_start_tidies_the_report(pipeline: Pipeline, out: Path) -> None
     assert alive.exists() and unfinished.part(0) is not None
 
 
+def test_a_folder_of_exports_is_tidied_of_archives(tmp_path: Path) -> None:
+    for name in ("ddim-nfe4.npz", "heun-nfe4.zip", "notes"):
+        (tmp_path / f".{name}.{NOBODY}.tmp").touch()
+    (tmp_path / f".ddim-nfe6.npz.{MACHINE}-1.tmp").touch()
+    evaluate.make_folders({"--export-npz": tmp_path, "--save-images": None})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f".notes.{NOBODY}.tmp",
+        f".ddim-nfe6.npz.{MACHINE}-1.tmp",
+    }
+
+
 def test_the_parts_of_a_damaged_cell_stay(out: Path) -> None:
     (finished,) = out.glob("cells/*.json")
     parts = finished.with_suffix(".parts")

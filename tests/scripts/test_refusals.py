@@ -126,8 +126,8 @@ TABLE = """
 2 what is another's
   train_tokenizer digits-fsq --overwrite --out {link} -> is a link | name that folder
   TOKENIZERS {tokenizer} --out {link}; demo --quick --out {link}; EVALUATE --fresh --out {link} -> is a link
-  train_tokenizer digits-fsq --overwrite --out {with_images} --held-out 0.5 --resize 8 --data {with_images}/mine -> \
-holds {with_images}/mine | would be deleted
+  train_tokenizer digits-fsq --overwrite --out {with_images} --held-out 0.5 --resize 8 --data {with_images}/samples/photos -> \
+holds {with_images}/samples/photos | would be deleted
   posthoc_ema {model} --std 0.08 --overwrite --out {model} -> the average is made from this run
   ENCODE {tokenizer} --overwrite --out {weights_of_features} -> no latent cache
   TOKENIZERS {tokenizer} --out {a_report} -> holds other files

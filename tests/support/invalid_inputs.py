@@ -319,9 +319,9 @@ def linked(pipeline: Pipeline, folder: Path, kind: str) -> Path:
 
 @maker
 def with_images(pipeline: Pipeline, folder: Path) -> Path:
-    """A tokenizer run in which somebody keeps images."""
+    """A tokenizer run with images among its samples."""
     run = Path(shutil.copytree(pipeline.tokenizer, folder / "run"))
-    photos((12, 12))(pipeline, run / "mine")
+    photos((12, 12))(pipeline, run / "samples" / "photos")
     return run
 
 

@@ -639,9 +639,9 @@ def test_latents_of_another_tokenizer_raise(pipeline: Pipeline, tmp_path: Path) 
 
 
 def test_of_two_processes_one_overwrites_and_the_other_waits(whole: Path, stopped: Path) -> None:
-    (stopped / "old").touch()
+    (stopped / "samples" / "old").touch()
     train_together(replace(tokenizer_task(stopped), resume="no", overwrite=True))
-    assert newest(stopped).name == "step-11" and not (stopped / "old").exists()
+    assert newest(stopped).name == "step-11" and not (stopped / "samples" / "old").exists()
     assert len(records(stopped)) == len(records(whole))
 
 
