@@ -100,7 +100,7 @@ def average(root: Path) -> object:
         shutil.rmtree(out, ignore_errors=True)
 
 
-STEP = "checkpoints/step-*"
+STEP, AMED = "checkpoints/step-*", "solvers/amed-uniform-nfe4"
 TENSORS: dict[str, tuple[str, Read]] = {
     "latent model": (f"model/{STEP}/ema.safetensors", lambda root: load_model(root / "model", CPU)),
     "tokenizer of a latent model": (
@@ -116,6 +116,11 @@ TENSORS: dict[str, tuple[str, Read]] = {
     "first average": ("model/posthoc/step-5-std-0.050.safetensors", average),
     "last average": ("model/posthoc/step-25-std-0.100.safetensors", average),
     "latents": ("tokenizer/latents-????????-????????.safetensors", read_latents),
+    "predictor": (f"model/{AMED}/{STEP}/solver.safetensors", lambda root: read_solver(root, "amed")),
+    "constants": (
+        f"model/solvers/amed-constants-uniform-nfe4/{STEP}/solver.safetensors",
+        lambda root: read_solver(root, "amed-constants"),
+    ),
     "reference": ("../report/reference/*.safetensors", lambda root: read_reference(root)),
 }
 
@@ -139,6 +144,8 @@ def test_a_file_with_other_tensors_is_never_used(source: str, root: Path) -> Non
             tensors, header = read(file)
             if source == "reference":
                 save_file(tensors, file, {**header, "hash": state_hash("reference", tensors)})
+            elif source in ("predictor", "constants"):
+                save_file(tensors, file, {key: value for key, value in header.items() if key != "hash"})
             with pytest.raises(DataError) as caught:
                 use(root)
             assert str(root.parent) in str(caught.value), name
@@ -214,8 +221,8 @@ DOCUMENTS: dict[str, Document] = {
     "config of a tokenizer": Document("tokenizer/config.yaml", (lambda root: described(root / "tokenizer"),), **CONFIG),
     "config of a baseline": Document("baseline/config.yaml", (lambda root: described(root / "baseline"),), **CONFIG),
     "config of a solver": Document(
-        "model/solvers/amed-uniform-nfe4/config.yaml",
-        (lambda root: verify_resume.open_any(root / "model/solvers/amed-uniform-nfe4"),),
+        f"model/{AMED}/config.yaml",
+        (lambda root: verify_resume.open_any(root / "model" / AMED),),
         **CONFIG,
     ),
 }
@@ -290,7 +297,7 @@ def sealed_manifest(values: dict[str, Any]) -> bytes:
 @pytest.mark.parametrize("name", ["model", "tokenizer", "features", "baseline", "solver"])
 def test_every_key_of_a_configuration(name: str, root: Path) -> None:
     """Of any type and size: as deep as it goes, and without the time that YAML takes."""
-    run = {"solver": root / "model/solvers/amed-uniform-nfe4"}.get(name, root / name)
+    run = {"solver": root / "model" / AMED}.get(name, root / name)
     found = Run.open(run, kind_of(run))
     task = verify_resume.KINDS[found.kind].task(found.config)
     values = own_fields(task, found.config)
@@ -317,6 +324,28 @@ def test_the_header_of_a_feature_network(root: Path) -> None:
             save_file(tensors, file, damaged)
             with pytest.raises(DataError):
                 assert load_features(file), change
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("key", ["card", "config"])
+def test_the_header_of_a_learned_solver(key: str, root: Path) -> None:
+    file, trained = only(root, f"model/{AMED}/{STEP}/solver.safetensors"), load_model(root / "model", CPU)
+    tensors, header = read(file)
+    rest = {name: value for name, value in header.items() if name != "hash"}
+    texts = [(change, json.dumps(value)) for change, value in mutations(json.loads(header[key]), values=MORE)]
+    texts += [(text[:9].decode(errors="replace"), text.decode(errors="replace")) for text in TEXTS]
+    used = list[str]()
+    with kept(file):
+        for change, text in texts:
+            save_file(tensors, file, {**rest, key: text})
+            try:
+                load_solver(trained, "amed", "uniform", 4)
+                used.append(change)
+            except MidwayError as error:
+                assert str(file) in error.what or str(file.parents[2]) in error.what, change
+            except Exception as error:
+                raise AssertionError(f"{change}: {error!r}") from error
+    assert len(used) < 0.3 * len(texts), used
 
 
 # ---- cells of a sweep ----

@@ -27,7 +27,7 @@ def fits(declared: Any, value: Any) -> bool:
     if origin is typing.Literal:
         return value in arguments
     if origin in (list, tuple, Sequence):
-        return isinstance(value, list | tuple) and all(fits(arguments[0], v) for v in value) if arguments else True
+        return isinstance(value, list | tuple) and all(fits(kind, v) for kind in arguments[:1] for v in value)
     if origin in (dict, Mapping):
         return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
     if origin in (int, float):

@@ -189,7 +189,8 @@ def verify(path: Path) -> Checkpoint:
 
 def _names(folder: Path) -> set[str]:
     """Of all files in a checkpoint, but for those that other programs hide there."""
-    return {name for file in folder.rglob("[!.]*") if file.is_file() and (name := file.relative_to(folder).as_posix())}
+    inner = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+    return {path.as_posix() for path in inner if not any(part.startswith(".") for part in path.parts)}
 
 
 def valid(root: Path, say: Callable[[str], None]) -> Iterator[Checkpoint]:

@@ -276,6 +276,18 @@ def test_a_manifest_of_another_checkpoint_raises(
         verify(path)
 
 
+def test_a_file_that_was_not_written_with_it_is_found(tmp_path: Path) -> None:
+    """Weights that a checkpoint never had would be loaded unverified; what other programs hide is nobody's business."""
+    path = save(tmp_path, 1, write).path
+    for hidden in (".DS_Store", ".cache/x.json", "tokenizer/.nfs0001"):
+        (path / hidden).parent.mkdir(exist_ok=True)
+        (path / hidden).touch()
+    assert verify(path).step == 1
+    (path / "tokenizer/ema.safetensors").touch()
+    with pytest.raises(DataError, match=r"tokenizer/ema\.safetensors was not written with it"):
+        verify(path)
+
+
 def test_a_checkpoint_under_another_name_raises(tmp_path: Path) -> None:
     """Its step is the name's, so that a run is never resumed from a step that it is not at."""
     path = save(tmp_path, 1, write).path

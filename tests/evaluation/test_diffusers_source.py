@@ -10,6 +10,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from mutations import TEXTS, mutations
 from pipelines import Pipeline, Script
 from safetensors.torch import load_file, save_file
 from sweeps import images_task, npz
@@ -174,6 +175,25 @@ def test_other_pipelines_raise(file: str, values: dict[str, Any], words: str, dd
     with pytest.raises(DataError, match=words) as output:
         load_diffusers(changed(ddpm, tmp_path / "p", file, **values))
     assert "UNet2DModel" in output.value.fix
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vqvae/config.json"],
+)
+def test_every_damage_of_a_configuration_is_an_error_or_none(file: str, latent: Path, tmp_path: Path) -> None:
+    """Of any type and size, or no object at all."""
+    folder = Path(shutil.copytree(latent, tmp_path / "p"))
+    text = (folder / file).read_text()
+    changes = [(change, json.dumps(value).encode()) for change, value in mutations(json.loads(text), depth=1)]
+    for change, content in [*changes, *((f"text {text[:9]!r}", text) for text in TEXTS)]:
+        (folder / file).write_bytes(content)
+        try:
+            load_diffusers(folder)
+        except DataError as error:
+            assert str(folder) in error.what, change
+        except Exception as error:
+            raise AssertionError(f"{change}: {error!r}") from error
 
 
 def test_damaged_and_pickled_weights_raise(ddpm: Path, tmp_path: Path) -> None:
