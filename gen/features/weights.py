@@ -24,6 +24,8 @@ from midway.gen.core.files import WEIGHTS_LIMIT, file_hash, read_tensors, regula
 from midway.tokenizers.weights import check_published, is_finite
 
 CHUNK = 1 << 20
+DOWNLOAD_LIMIT = 16 << 30
+"""Bytes of a download, which could fill the disk otherwise; Inception-v3 has 96 MB."""
 REPLACE = "fetch the file again, or name another with --feature-weights"
 
 
@@ -74,12 +76,12 @@ def _from_url(published: Published) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / published.file
     if not path.exists():
         download(published, path)
-    elif not file_hash(path).startswith(published.digits):
-        raise DataError(
-            f"the weights {path} are not the published ones",
-            f"their sha256 {file_hash(path)} does not start with {published.digits}",
-            "delete the file and fetch it again; to use other weights, name them with --feature-weights",
-        )
+        return path
+    what = f"the weights {path} are not the published ones"
+    fix = "delete the file and fetch it again; to use other weights, name them with --feature-weights"
+    with raising(DataError, what, fix, OSError, ValueError, why=str):
+        if not (found := file_hash(path)).startswith(published.digits):
+            raise ValueError(f"their sha256 {found} does not start with {published.digits}")
     return path
 
 
@@ -98,9 +100,12 @@ def download(published: Published, path: Path) -> None:
 
 def _receive(published: Published, path: Path) -> str:
     """Write the response to `path`; its sha256."""
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     with urlopen(published.url, timeout=20) as response, open(path, "wb") as file:
         while chunk := response.read(CHUNK):
+            size += len(chunk)
+            if size > DOWNLOAD_LIMIT:
+                raise URLError(f"it sends more than the limit of {DOWNLOAD_LIMIT:,} bytes")
             digest.update(chunk)
             file.write(chunk)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from endless import ENDLESS, guarded
 from pipelines import Pipeline, Script
 from safetensors.torch import save_file
 from traps import Trap
@@ -118,6 +119,28 @@ def test_a_download_that_is_interrupted_leaves_nothing(cache: Path, monkeypatch:
     with pytest.raises(DataError, match="reset by peer"):
         find_weights(KNOWN)
     assert not list(cache.iterdir())
+
+
+def test_a_download_that_never_ends_is_cut(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "DOWNLOAD_LIMIT", len(CONTENT) - 1)
+    with pytest.raises(DataError, match=f"more than the limit of {len(CONTENT) - 1:,} bytes"):
+        find_weights(_served(_written(tmp_path / "server"), monkeypatch))
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_weights_are_regular_files(kind: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, words = ENDLESS[kind]
+    cache.mkdir(parents=True)
+    make(cache / KNOWN.file)
+    with pytest.raises(DataError, match=words):
+        guarded(lambda: find_weights(KNOWN))
+    for name in ("x.pth", "x.safetensors"):
+        make(tmp_path / name)
+        with pytest.raises(DataError, match="there is no file"):
+            guarded(lambda name=name: find_weights(KNOWN, tmp_path / name))
+        with pytest.raises(DataError, match=words):
+            guarded(lambda name=name: read_weights(tmp_path / name))
 
 
 def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
