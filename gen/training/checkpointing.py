@@ -1,7 +1,7 @@
 """Saving, resuming and resetting a training: collective calls around gen/core/checkpoints.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +34,8 @@ class SavedState:
     rolled_back: bool
     processes: int
     config: dict[str, Any]
-    stateless: tuple[str, ...] = ()
-    """Parameters without a state of their optimizer."""
+    stateless: tuple[str, ...] | None = field(default=(), metadata={"absent": None})
+    """Parameters without a state of their optimizer; None in files of earlier versions, which do not list them."""
 
 
 def read_state(checkpoint: Checkpoint) -> SavedState:

@@ -30,7 +30,7 @@ from midway.gen.core.files import DAMAGE
 from midway.gen.training.early_stopping import Validation
 from midway.gen.training.ema import EMA, placed
 from midway.gen.training.nonfinite import NonFiniteGuard
-from midway.gen.training.optim import STATES
+from midway.gen.training.optim import STATES, parameter_groups
 from midway.gen.training.power_ema import PowerAverage, width_name
 from midway.gen.training.progress import Averages
 from midway.tokenizers.weights import check_tensors
@@ -72,11 +72,12 @@ class TrainingState:
         files["progress.safetensors"] = self._progress()
         return {name: {key: whole(value) for key, value in tensors.items()} for name, tensors in files.items()}
 
-    def restore(self, checkpoint: Checkpoint, stateless: Collection[str] = ()) -> None:
+    def restore(self, checkpoint: Checkpoint, stateless: Collection[str] | None = ()) -> None:
         """Restore what `capture` returned. DataError for files that do not hold exactly the tensors that this training has.
 
-        stateless: names of parameters without a state of their optimizer, as `stateless` listed them.
+        stateless: names of parameters without a state of their optimizer, as `stateless` listed them; None if no list was kept.
         """
+        stateless = self._not_begun(checkpoint) if stateless is None else stateless
         own = self.model.state_dict()
         self.model.load_state_dict(like(own, fitting(checkpoint, "model.safetensors", own)))
         for name, average in self._averages().items():
@@ -116,6 +117,13 @@ class TrainingState:
             keys = () if name in stateless else STATES[type(optimizer)]
             expected |= {f"{name}/{key}": number if key == "step" else like_it for key in keys}
         return expected
+
+    def _not_begun(self, checkpoint: Checkpoint) -> list[str]:
+        """Parameters of a discriminator, if a checkpoint has no state of any of them; all parameters before the first step."""
+        found = {key.rpartition("/")[0] for key in checkpoint.tensors("optimizer.safetensors")}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        groups = [{names[p] for p in group} for group in parameter_groups(self.model)]
+        return [name for group in groups[1 if checkpoint.step else 0 :] if not group & found for name in group]
 
     def _load_optimizers(self, tensors: dict[str, Tensor]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
