@@ -116,12 +116,12 @@ class EvaluationContext:
 def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> Cell:
     """The finished cell of a source, read from the store or measured now. With `fine`, RMSE too."""
     cell, process = context.cell(source, fine), context.process
-    checks = Checks(context, () if fine is None else ("errors", "psnr"))
+    checks = Checks(context, fine)
     finished = cell.numbers() is not None
     process.wait()  # all have read before the first process writes
     if not finished:
         with at_work("sampling"):
-            _sample(source, cell, context, fine, checks)
+            _sample(source, cell, context, fine)
         process.wait()
         with at_work("figures"):
             _sum_blocks(cell, context, checks)
@@ -138,29 +138,31 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
 
 @dataclass(frozen=True)
 class Checks:
-    """`Check` of the parts of a measurement; `errors` are the tensors that only those with a fine solution have."""
+    """`Check` of the parts of a measurement."""
 
     context: EvaluationContext
-    errors: tuple[str, ...] = ()
+    fine: FineSolution | None
+
+    @property
+    def _errors(self) -> tuple[str, ...]:
+        return () if self.fine is None else ("errors", "psnr")
 
     def samples(self, number: int, part: Part) -> None:
         """Of a part of samples."""
         from_dict(SampleCosts, part.costs)
-        check_rows(part, len(self.context.seeds.parts[number][1]), "features", "finite", *self.errors)
+        check_rows(part, len(self.context.seeds.parts[number][1]), "features", "finite", *self._errors)
 
     def block(self, place: int, part: Part) -> None:
         """Of the figures of a block."""
         from_dict(Figures, part.costs)
-        check_rows(part, self.context.seeds.n, *self.errors)
+        check_rows(part, self.context.seeds.n, *self._errors)
 
 
-def _sample(
-    source: SampleSource, cell: Cell, context: EvaluationContext, fine: FineSolution | None, checks: Checks
-) -> None:
+def _sample(source: SampleSource, cell: Cell, context: EvaluationContext, fine: FineSolution | None) -> None:
     """Write the missing parts of this process."""
     with _worker(context.overlap) as run:
         for number, (_, seeds) in context.process.mine(context.seeds.parts):
-            if cell.part(number, checks.samples) is None:
+            if cell.part(number, Checks(context, fine).samples) is None:
                 batch = source.sample(seeds)
                 run(lambda batch=batch, number=number: cell.write(number, _part(source, batch, number, context, fine)))
 
