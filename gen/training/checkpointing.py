@@ -1,5 +1,6 @@
 """Saving, resuming and resetting a training: collective calls around gen/core/checkpoints.py."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,10 @@ class SavedState:
     config: dict[str, Any]
     stateless: tuple[str, ...] | None = field(default=(), metadata={"absent": None})
     """Parameters without a state of their optimizer; None in files of earlier versions, which do not list them."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step <= self.steps and 0 <= self.seconds < math.inf and self.processes >= 1):
+            raise ValueError(f"step {self.step} of {self.steps}, {self.seconds} s, {self.processes} processes")
 
 
 def read_state(checkpoint: Checkpoint) -> SavedState:

@@ -12,6 +12,7 @@ number, so this is all. Sharded tensors (FSDP) are gathered, so that any number 
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +83,13 @@ class TrainingState:
         self.model.load_state_dict(like(own, fitting(checkpoint, "model.safetensors", own)))
         for name, average in self._averages().items():
             average.load(fitting(checkpoint, name, average.shadow))
-        self._load_optimizers(fitting(checkpoint, "optimizer.safetensors", self._expected_states(stateless)))
+        optimizer = fitting(checkpoint, "optimizer.safetensors", self._expected_states(stateless))
+        with raising(DataError, f"{checkpoint.path / 'optimizer.safetensors'} does not fit this training", MISFIT):
+            check_states(optimizer, checkpoint.step)
+        self._load_optimizers(optimizer)
         what = f"{checkpoint.path / 'progress.safetensors'} does not fit this training"
         with raising(DataError, what, MISFIT, *DAMAGE, why=one_line):
-            self._load_progress(checkpoint.tensors("progress.safetensors"))
+            self._load_progress(checkpoint.tensors("progress.safetensors"), checkpoint.step)
 
     @property
     def stateless(self) -> list[str]:
@@ -146,13 +150,13 @@ class TrainingState:
         validation = {f"validation/{name}": value for name, value in self.validation.state().items()}
         return guard | validation | {f"interval/{k}": v for k, v in self.averages.state(self.accelerator).items()}
 
-    def _load_progress(self, tensors: dict[str, Tensor]) -> None:
+    def _load_progress(self, tensors: dict[str, Tensor], step: int) -> None:
         parts: dict[str, dict[str, Tensor]] = {"guard": {}, "validation": {}, "interval": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
-        self.guard.load(parts["guard"])
-        self.validation.load(parts["validation"])
+        self.guard.load(parts["guard"], step)
+        self.validation.load(parts["validation"], step)
         self.averages.load(parts["interval"], self.accelerator)
 
 
@@ -167,6 +171,14 @@ def fitting(checkpoint: Checkpoint, name: str, expected: Mapping[str, Tensor]) -
     with raising(DataError, f"{checkpoint.path / name} does not fit this training", MISFIT):
         check_tensors(found, expected)
     return found
+
+
+def check_states(tensors: Mapping[str, Tensor], step: int) -> None:
+    """ValueError for states that no optimizer has after `step` steps: other counts of steps, and mean squares below 0."""
+    for name, value in tensors.items():
+        least, most = {"step": (0, step), "exp_avg_sq": (0, math.inf)}.get(name.rpartition("/")[2], (-math.inf, math.inf))
+        if value.numel() and not least <= float(value.min()) <= float(value.max()) <= most:
+            raise ValueError(f"{name} is {float(value.min()):g} to {float(value.max()):g} after {step} steps")
 
 
 def write_files(folder: Path, files: Files, state: dict[str, Any] | None = None) -> None:
