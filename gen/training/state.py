@@ -176,7 +176,9 @@ def fitting(checkpoint: Checkpoint, name: str, expected: Mapping[str, Tensor]) -
 def check_states(tensors: Mapping[str, Tensor], step: int) -> None:
     """ValueError for states that no optimizer has after `step` steps: other counts of steps, and mean squares below 0."""
     for name, value in tensors.items():
-        least, most = {"step": (0, step), "exp_avg_sq": (0, math.inf)}.get(name.rpartition("/")[2], (-math.inf, math.inf))
+        least, most = {"step": (0, step), "exp_avg_sq": (0, math.inf)}.get(
+            name.rpartition("/")[2], (-math.inf, math.inf)
+        )
         if value.numel() and not least <= float(value.min()) <= float(value.max()) <= most:
             raise ValueError(f"{name} is {float(value.min()):g} to {float(value.max()):g} after {step} steps")
 

@@ -60,7 +60,10 @@ def test_states_that_no_optimizer_has_raise(state: str, value: float, run: Path)
         return {name: torch.full_like(v, value) if name == f"weight/{state}" else v for name, v in tensors.items()}
 
     rewrite(newest(run) / "optimizer.safetensors", change)
-    with unchanged(run), pytest.raises(DataError, match=rf"optimizer\.safetensors does not fit(?s:.)*weight/{state} is"):
+    with (
+        unchanged(run),
+        pytest.raises(DataError, match=rf"optimizer\.safetensors does not fit(?s:.)*weight/{state} is"),
+    ):
         resume(run)
 
 
