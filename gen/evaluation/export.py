@@ -1,4 +1,4 @@
-"""Measured images as files that other people's evaluators read (data/archives.py): sampled again, as they were measured."""
+"""Measured images as files that other people's evaluators read (data/pictures.py): sampled again, as they were measured."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from midway.gen.data.archives import NpzWriter, ZipWriter, npz_writer, zip_writer
+from midway.gen.data.pictures import NpzWriter, ZipWriter, npz_writer, zip_writer
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SampleSource

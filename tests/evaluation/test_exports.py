@@ -16,7 +16,7 @@ from sweeps import beside_model, images_task
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError
-from midway.gen.data.archives import png_name
+from midway.gen.data.pictures import png_name
 from midway.gen.evaluation import store
 from midway.gen.evaluation.export import ImageSet, export
 from midway.gen.evaluation.sources import SampledBatch
