@@ -63,10 +63,10 @@ def test_a_run_in_training_may_remove_the_checkpoints_that_are_verified(
         prune("verified", path)
         return verify(path)
 
-    def copying(source: Path, *arguments: Any, **options: Any) -> Any:
+    def copying(source: Any, *arguments: Any, **options: Any) -> Any:
         prune("copied", source)
         made = copy(source, *arguments, **options)
-        if source.parent == run / "checkpoints":
+        if Path(source).parent == run / "checkpoints":
             shutil.rmtree(run / "checkpoints")
         return made
 
