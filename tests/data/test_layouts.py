@@ -667,11 +667,12 @@ def test_classes_may_lie_elsewhere_or_be_hidden(tmp_path: Path) -> None:
     same_as_animals(hidden, tmp_path)
 
 
-@pytest.mark.parametrize("target", ["store", ".", "set"])
+@pytest.mark.parametrize("target", ["store", ".", "above", "above/set"])
 def test_links_of_another_place_do_not_lead_up(tmp_path: Path, target: str) -> None:
     """Into what holds the link, or the source, where other images are."""
-    root, store = animals(tmp_path / "set"), folder_of(animals(tmp_path / "store"), images("emu/0.png"))
-    folder_of(tmp_path, images("emu/0.png"))
+    root, store = animals(tmp_path / "above" / "set"), animals(tmp_path / "store")
+    for place in (tmp_path, tmp_path / "above", store):
+        folder_of(place, images("emu/0.png"))
     (root / "cat").rename(tmp_path / "old")
     (root / "cat").symlink_to(store / "cat")
     (store / "cat" / "up").symlink_to(tmp_path / target)
