@@ -1,42 +1,36 @@
-"""From files to labels: class folders, numbered folders that are none, and the lists of labels of other systems.
+"""From files to labels: class folders, numbered folders that are none, and the lists of labels of other systems (labels.py).
 
-    class folders        the folder just below a common wrapper is the class, whatever folders are in it; flat files are one
-    dataset.json         EDM, StyleGAN: {"labels": [["00000/img00000000.png", 6], ...]}, or null for one class
-    metadata.csv, .jsonl Hugging Face's image folders: a column file_name, and one of labels
-
-A list holds for the files below its own folder, and for all of them or none. Splits, copies and annotations in place of classes
-are errors. Classes are sorted by name, and by number where all are numbers.
+The folder just below a common wrapper is the class, whatever folders are in it; flat files are one class. A list holds for the
+files below its own folder, and for all of them or none. Splits, copies, versions and annotations in place of classes are errors.
+Classes are sorted by name, and by number where all are numbers.
 """
 
-import csv
-import io
-import json
 import posixpath
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from midway.gen.core.errors import DataError, one_line, raising
+from midway.gen.core.errors import DataError
 from midway.gen.data.decoding import listed_counts
 from midway.gen.data.files import FileSet
+from midway.gen.data.labels import LabelList, read_lists
 from midway.gen.data.names import (
     annotations_among,
-    canonical,
     copies_among,
     ending,
     numbered_folders,
+    one_on_windows,
     parts_among,
     splits_among,
+    versions_among,
     without_wrapper,
 )
 
 ALL = ("all",)
 """The classes of a source without."""
 _LISTED = 5
-_COLUMNS = ("label", "labels", "class", "class_name", "category")
+_NUMBER = re.compile(r"0|-?[1-9]\d{0,17}")
 _ONE = "one class, since {} are no classes"
 
 
@@ -69,9 +63,13 @@ def left_out_lines(left_out: dict[str, int], bare: Sequence[str]) -> tuple[str, 
 
 def layout_of(files: FileSet) -> Layout:
     """The labels that the layout means. DataError for one that means none, with the remedy."""
-    lists = list(_lists(files))
+    found = list(read_lists(files))
+    lists = [each for each in found if not each.candidates]
     labels, classes, notes = _from_lists(files, lists) or class_labels(files.names, files.aliases)
-    used = {found.file for found in lists}
+    _check_candidates(classes, [each for each in found if each.candidates])
+    if same := one_on_windows(classes, case=True):
+        notes = (*notes, f"{' and '.join(same)} are classes, which differ in case alone")
+    used = {each.file for each in lists}
     bare = () if lists else _bare(files, classes)
     return Layout(labels, classes, notes, left_out_of(files, used), bare)
 
@@ -101,13 +99,24 @@ def class_labels(names: Sequence[str], aliases: Sequence[tuple[str, str]] = ()) 
     if not loose and (numbered := numbered_folders(["/".join(part) for part in parts])) is not None:
         return [0] * len(parts), ALL, (_ONE.format(numbered),)
     _check_loose_files(loose, classes)
-    _check_splits(classes, {part[0] for part in parts if len(part) > 2})
-    _check_other_folders(classes)
+    inside = defaultdict[str, set[str]](set)  # the folders in each class
+    for part in parts:
+        if len(part) > 2:
+            inside[part[0]].add(part[1])
+    _check_splits(classes, inside.keys())
+    _check_other_folders(classes, inside)
     _check_aliases(names, aliases)
     index = {name: label for label, name in enumerate(classes)}
-    inner = splits_among(sorted({part[1] for part in parts if len(part) > 2}))
-    notes = (f"{', '.join(inner)} in the class folders are read as one set",) if len(inner) > 1 else ()
-    return [index[part[0]] for part in parts], classes, notes
+    return [index[part[0]] for part in parts], classes, _inner_notes(inside)
+
+
+def _inner_notes(inside: Mapping[str, set[str]]) -> tuple[str, ...]:
+    """What is read as one: folders in the classes that are splits, or are in several classes, and could be the classes."""
+    counts = Counter(name for names in inside.values() for name in names)
+    splits = splits_among(sorted(counts))
+    again = splits if len(splits) > 1 else [name for name, count in sorted(counts.items()) if count > 1]
+    more = ", ..." if len(again) > _LISTED else ""
+    return (f"{', '.join(again[:_LISTED])}{more} in the class folders are read as one set",) if len(again) > 1 else ()
 
 
 def _check_loose_files(loose: Sequence[str], classes: Sequence[str]) -> None:
@@ -117,7 +126,7 @@ def _check_loose_files(loose: Sequence[str], classes: Sequence[str]) -> None:
         raise DataError(what, why, "move them into a class folder, or all images into one folder")
 
 
-def _check_splits(classes: Sequence[str], nested: set[str]) -> None:
+def _check_splits(classes: Sequence[str], nested: Collection[str]) -> None:
     found = [] if len(classes) == 1 else splits_among(classes, nested)
     if len(found) == 1:
         what = f"the folder {found[0]} looks like a split, not a class"
@@ -128,16 +137,26 @@ def _check_splits(classes: Sequence[str], nested: set[str]) -> None:
         raise DataError(what, "they would become the labels", "give the path of one of them (unpack a zip first)")
 
 
-def _check_other_folders(classes: Sequence[str]) -> None:
+def _check_other_folders(classes: Sequence[str], inside: Mapping[str, set[str]]) -> None:
     for copy, original in copies_among(classes)[:1]:
         what = f"the folder {copy} looks like a copy of {original}"
         raise DataError(what, "its images would get another label", "remove it, or rename it if it is a class")
+    for name in classes:
+        if len(classes) > 2 and inside.get(name, set()).issuperset(set(classes) - {name}):
+            what = f"the folder {name} holds folders that are called like the classes beside it"
+            raise DataError(what, "their images would get its name as their label", "remove it, or give its path")
+    if found := one_on_windows(classes):
+        what = f"the folders {' and '.join(map(repr, found))} differ in a space or dot at the end"
+        raise DataError(what, "they would be two labels", "put their images into one, or rename one if it is a class")
     if len(found := parts_among(classes)) > 1:
         what = f"the folders {', '.join(found[:_LISTED])} look like parts of one set, not like classes"
         raise DataError(what, "there are folders in them that could be the classes", "move those of all parts together")
     if found := annotations_among(classes):
         what = f"the folders {', '.join(found)} look like annotations of images, not like classes"
         raise DataError(what, "they lie beside a folder of images", "give the path of the folder of images")
+    if found := versions_among(classes):
+        what = f"the folders {', '.join(found[:_LISTED])} look like versions of one set, not like classes"
+        raise DataError(what, "they would become the labels", "give the path of one, or rename those that are classes")
 
 
 def _check_aliases(names: Sequence[str], aliases: Sequence[tuple[str, str]]) -> None:
@@ -160,37 +179,20 @@ def _bare(files: FileSet, classes: Sequence[str]) -> tuple[str, ...]:
 # ---- lists of labels ----
 
 
-@dataclass(frozen=True)
-class _List:
-    """Labels by the full names of files; None where the list has none."""
-
-    file: str
-    labels: dict[str, str] | None
-    column: str = ""
-
-    def covers(self, files: FileSet) -> bool:
-        """Whether all images lie below its folder."""
-        folder = posixpath.dirname(self.file)
-        return not folder or all(name.startswith(f"{folder}/") for name in files.names)
+def _check_candidates(classes: Sequence[str], lists: Sequence[LabelList]) -> None:
+    if lists and classes == ALL:
+        what = f"{lists[0].file} has no column `label`"
+        why = f"{', '.join(lists[0].candidates[:_LISTED])} may hold the labels; without, all images are one class"
+        raise DataError(what, why, "call the column of labels `label`, or remove the list for one class")
 
 
-def _lists(files: FileSet) -> Iterator[_List]:
-    """The lists of labels beside the images; DataError for one that cannot be read."""
-    for name in files.others:
-        reader = _READERS.get(posixpath.basename(name).casefold())
-        if reader is not None:
-            what, fix = f"{name} is no list of labels", "correct it, or remove it if the folders are the classes"
-            with raising(DataError, what, fix, ValueError, RecursionError, OSError, csv.Error, why=one_line):
-                found = reader(name, files.read(name))
-            yield from () if found is None else (found,)
-
-
-def _from_lists(files: FileSet, lists: Sequence[_List]) -> Labels | None:
+def _from_lists(files: FileSet, lists: Sequence[LabelList]) -> Labels | None:
     """Labels of lists that name every image, None without lists; DataError for some images alone, or two labels of one."""
-    for found in lists:
-        if found.labels is None and found.covers(files):
-            return [0] * len(files.names), ALL, (f"one class, since {found.file} holds no labels",)
+    empty = [found for found in lists if found.labels is None and found.covers(files)]
     lists = [found for found in lists if found.labels is not None]
+    if not lists and empty:
+        why = f"one class, since {empty[0].file} holds no labels"
+        return [0] * len(files.names), ALL, (why, *_joined_splits(_folders(files)))
     if not lists:
         return None
     labels, listed = _merged(lists), ", ".join(found.file for found in lists[:_LISTED])
@@ -205,21 +207,28 @@ def _from_lists(files: FileSet, lists: Sequence[_List]) -> Labels | None:
     return [index[value] for value in values], classes, tuple(_notes(files, lists, listed, len(labels)))
 
 
-def _notes(files: FileSet, lists: Sequence[_List], listed: str, count: int) -> Iterator[str]:
+def _notes(files: FileSet, lists: Sequence[LabelList], listed: str, count: int) -> Iterator[str]:
     """How labels were read; DataError for folders of splits that have a list each."""
     column = lists[0].column
     more = count - len(files.names)
     besides = f", which lists {more} that {'is' if more == 1 else 'are'} not here" if more else ""
     yield f"labels of {listed}{f', column {column}' if column else ''}{besides}"
-    parts = without_wrapper(files.names)
-    folders = sorted({part[0] for part in parts if len(part) > 1})
+    folders = _folders(files)
     if not any(found.covers(files) for found in lists):
         _check_splits(folders, set(folders))
-    elif splits := splits_among(folders):
-        yield f"{', '.join(splits)} are read as one set"
+    yield from _joined_splits(folders)
 
 
-def _merged(lists: Sequence[_List]) -> dict[str, str]:
+def _folders(files: FileSet) -> list[str]:
+    return sorted({part[0] for part in without_wrapper(files.names) if len(part) > 1})
+
+
+def _joined_splits(folders: Sequence[str]) -> tuple[str, ...]:
+    splits = splits_among(folders)
+    return (f"{', '.join(splits)} are read as one set",) if len(splits) > 1 else ()
+
+
+def _merged(lists: Sequence[LabelList]) -> dict[str, str]:
     labels = dict[str, str]()
     for found in lists:
         for name, label in (found.labels or {}).items():
@@ -227,73 +236,3 @@ def _merged(lists: Sequence[_List]) -> dict[str, str]:
                 what = f"{name} has the labels {labels[name]} and {label}"
                 raise DataError(what, f"the second is of {found.file}", "correct one of the lists")
     return labels
-
-
-_NUMBER = re.compile(r"0|-?[1-9]\d*")
-
-
-def _list(file: str, pairs: Iterable[tuple[object, object]], column: str = "") -> _List:
-    """A list of (name, label); ValueError for what is neither, and for a name with two labels."""
-    labels = dict[str, str]()
-    for name, label in pairs:
-        if not isinstance(name, str) or not name or isinstance(label, bool) or not isinstance(label, str | int):
-            raise ValueError(f"the label of {name!r} is {str(label)[:80]!r}; a class is a number or a name")
-        if label == "":
-            raise ValueError(f"{name} has no label")
-        whole = canonical(posixpath.join(posixpath.dirname(file), name.replace("\\", "/")))
-        text = unicodedata.normalize("NFC", str(label))
-        if labels.setdefault(whole, text) != text:
-            raise ValueError(f"{name} has the labels {labels[whole]} and {text}")
-    return _List(file, labels, column)
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8-sig")  # Excel begins with the mark
-
-
-def _read_dataset_json(file: str, data: bytes) -> _List | None:
-    value = json.loads(_text(data))
-    if not isinstance(value, dict) or "labels" not in value:
-        return None  # of another program
-    labels = value["labels"]
-    if labels is None:
-        return _List(file, None)
-    pairs = list(labels.items()) if isinstance(labels, dict) else labels
-    if not isinstance(pairs, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise ValueError("labels is not a list of pairs [name, number]")
-    return _list(file, pairs)
-
-
-def _read_csv(file: str, data: bytes) -> _List | None:
-    for delimiter in ",;\t":
-        rows = csv.DictReader(io.StringIO(_text(data), newline=""), delimiter=delimiter)
-        if "file_name" in (rows.fieldnames or ()):
-            return _of_rows(file, list(rows))
-    return None
-
-
-def _read_jsonl(file: str, data: bytes) -> _List | None:
-    rows = [json.loads(line) for line in _text(data).split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is not an object")
-    return _of_rows(file, rows)
-
-
-def _of_rows(file: str, rows: Sequence[dict[str, Any]]) -> _List | None:
-    """None without a column of labels, such as a list of captions."""
-    column = next((name for name in _COLUMNS if rows and name in rows[0]), None)
-    if column is None:
-        return None
-    return _list(file, [(row.get("file_name"), row.get(column)) for row in rows], column)
-
-
-def _read_parquet(file: str, data: bytes) -> _List | None:
-    raise ValueError("Parquet is not read: write it as metadata.csv, with the columns file_name and label")
-
-
-_READERS: dict[str, Callable[[str, bytes], _List | None]] = {
-    "dataset.json": _read_dataset_json,
-    "metadata.csv": _read_csv,
-    "metadata.jsonl": _read_jsonl,
-    "metadata.parquet": _read_parquet,
-}

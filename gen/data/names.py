@@ -41,32 +41,45 @@ _JUNK = {
 _SPLITS = {
     *("train", "training", "trn", "trainval", "test", "testing", "tst", "val", "valid", "validation", "minival", "dev"),
     *("eval", "evaluation", "heldout", "holdout", "pred", "prediction", "predictions", "unlabeled", "unlabelled"),
+    *("labeled", "labelled", "query", "gallery", "trainings", "entrenamiento", "prueba", "entrainement", "treino"),
+    *("teste", "训练", "训练集", "测试", "测试集", "验证", "验证集", "学習", "テスト", "検証"),
 }
 _NEUTRAL = {
     *("set", "sets", "split", "splits", "subset", "data", "dataset", "datasets", "image", "images", "img", "imgs"),
     *("picture", "pictures", "photo", "photos", "sample", "samples", "folder", "dir", "part", "seg", "crop", "crops"),
-    *("cropped", "resized", "multiple", "all", "full", "bounding", "box", "public", "private", "and"),
+    *("cropped", "resized", "multiple", "all", "full", "bounding", "box", "public", "private", "and", "batch", "daten"),
 }
 """Words that make no class of the name of a split: seg_train, train_images, test-multiple, bounding_box_test."""
-_UNSURE = {"valid", "dev", "eval", "evaluation", "pred", "prediction", "predictions", "unlabeled", "unlabelled"}
+_JOINED = re.compile(f"({'|'.join(_SPLITS)})({'|'.join(_NEUTRAL)})|({'|'.join(_NEUTRAL)})({'|'.join(_SPLITS)})")
+_UNSURE = {
+    *("valid", "dev", "eval", "evaluation", "pred", "prediction", "predictions", "query", "gallery"),
+    *("labeled", "labelled", "unlabeled", "unlabelled"),
+}
 """Words of splits that are classes too (valid and invalid papers): alone among folders they are a split if folders are inside."""
 _VEHICLES = {
     *("bus", "car", "truck", "van", "bicycle", "bike", "motorcycle", "motorbike", "tram", "streetcar", "subway"),
     *("tractor", "boat", "ship", "ferry", "airplane", "aeroplane", "plane", "helicopter", "automobile"),
 }
 """Classes beside which `train` is one too, as in CIFAR-100 and COCO."""
+_IMAGES = {"image", "images", "img", "imgs", "photo", "photos", "picture", "pictures"}
+_VERSIONS = {
+    *("original", "originals", "augmented", "raw", "processed", "preprocessed", "small", "large", "thumb", "thumbs"),
+}
+"""Words that with those of `_NEUTRAL` name versions of one set: `images` beside `resized`, `Augmented Images`."""
 _IMAGE_FOLDERS = {"image", "images", "img", "imgs", "jpegimages", "rgb"}
 _ANNOTATION_FOLDERS = {
     *("mask", "masks", "label", "labels", "annotation", "annotations", "segmentation", "segmentations"),
     *("segmentationclass", "segmentationobject", "gt", "groundtruth", "ground_truth", "trimaps", "depth"),
 }
+_COPIED = "copy|kopie|copie|copia|cópia|kopia|копия|コピー|副本|backup|bak"
 _COPY = re.compile(
-    r"(?:copy|kopie|copie|copia) (?:\(\d+\) )?(?:of|von|de|di) (.+)"
-    r"|(.+?)(?: - |[ _-])(?:copy|kopie|copie|copia)(?:[ _-]?\(?\d+\)?)?"
-    r"|(.+?) ?\(\d+\)",
+    rf"(?:{_COPIED}) (?:\(\d+\) )?(?:of|von|de|di) (.+)"
+    rf"|(.+?)(?: - |[ _.-])(?:{_COPIED})(?:[ _-]?\(?\d+\)?)?"
+    r"|(.+?) ?\((?:\d+|.*conflicted copy.*)\)"
+    r"|(.+?)~",
     re.IGNORECASE,
 )
-"""How systems name a copy: Copy of X, X - Copy (2), X copy 2, X (1), and in German, French, Italian and Spanish."""
+"""How systems name a copy: Copy of X, X - Copy (2), X copy 2, X (1), X~, X.bak, and in other languages."""
 
 
 def canonical(name: str, windows: bool = True) -> str:
@@ -133,16 +146,23 @@ def without_wrapper(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    """`TrainSet2` -> train, set, 2."""
+    """`TrainSet2` and `trainset2` -> train, set, 2."""
     name = re.sub(r"(?<![a-z])(held|hold)[ _-]out(?![a-z])", r"\1out", name, flags=re.IGNORECASE)
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=\d)(?=[^\W\d])|(?<=[^\W\d])(?=\d)", " ", name)
-    return tuple(word.casefold() for word in re.findall(r"[^\W_]+", spaced))
+    words = [word.casefold() for word in re.findall(r"[^\W_]+", spaced)]
+    return tuple(part for word in words for part in _parts_of_word(word))
+
+
+def _parts_of_word(word: str) -> list[str]:
+    joined = None if word in _SPLITS else _JOINED.fullmatch(word)
+    return [word] if joined is None else [part for part in joined.groups() if part]
 
 
 def splits_among(folders: Sequence[str], nested: Collection[str] = ()) -> list[str]:
     """Those that are splits by their names, of which `nested` hold folders themselves.
 
-    A split is named by words of splits alone (seg_train), or alike another but for such a word (letters_train, letters_test).
+    A split is named by words of splits alone (seg_train), or alike another but for such a word (letters_train, letters_test),
+    or beside others that all have such a word (train_new, valid).
     """
     pure, alike = dict[str, set[str]](), defaultdict[tuple[str, ...], dict[str, set[str]]](dict)
     for folder in folders:
@@ -153,6 +173,9 @@ def splits_among(folders: Sequence[str], nested: Collection[str] = ()) -> list[s
         elif split:
             alike[rest][folder] = split
     pairs = [folder for same in alike.values() if len(set(map(frozenset, same.values()))) > 1 for folder in same]
+    found = {folder: split for same in (pure, *alike.values()) for folder, split in same.items()}
+    if len(found) == len(folders) and len(set(map(frozenset, found.values()))) > 1:
+        return sorted(found)
     if len(pure) == 1 and not pairs and _is_class(next(iter(pure)), folders, nested):
         return []
     return sorted([*pure, *pairs])
@@ -182,10 +205,36 @@ def annotations_among(folders: Sequence[str]) -> list[str]:
     return sorted(folder for name, folder in folded.items() if name in _ANNOTATION_FOLDERS)
 
 
+def versions_among(folders: Sequence[str]) -> list[str]:
+    """All, if they are versions of one set by their names: `images` and `resized`, `Original Images` and `Augmented Images`."""
+    words = [[word for word in _words(folder) if not word.isdigit()] for folder in folders]
+    known = _NEUTRAL | _VERSIONS
+    whole = len(folders) > 1 and all(each and known.issuperset(each) for each in words)
+    return sorted(folders) if whole and any(_IMAGES.intersection(each) for each in words) else []
+
+
+def one_on_windows(folders: Iterable[str], case: bool = False) -> list[str]:
+    """The first of those that Windows takes for one: they differ in spaces and dots at their ends, or also in `case`.
+
+    Words are meant, so that `a` and `A` are classes of letters.
+    """
+    same = defaultdict[str, list[str]](list)
+    for folder in folders:
+        same[folder.rstrip(" .").casefold() if case else folder.rstrip(" .")].append(folder)
+    return next((names for names in same.values() if len(names) > 1 and max(map(len, names)) > 1), [])
+
+
+def label_like(column: str) -> bool:
+    """Whether the heading of a column has a word for labels: `fine_label`."""
+    return not {"label", "labels", "class", "classes", "category", "categories"}.isdisjoint(_words(column))
+
+
 # ---- numbered folders ----
 
 _PART = re.compile(
-    r"(?:images?|imgs?|photos?|pictures?|parts?|batch|chunk|shard|archive|vol|volume)[ _-]?\d+", re.IGNORECASE
+    r"(.*?)(?<![^\W\d_])(?:images?|imgs?|photos?|pictures?|parts?|batch|chunk|shard|archive|vol|volume|fold|split|subset)"
+    r"[ _-]?\d+",
+    re.IGNORECASE,
 )
 _EDM = re.compile(r"\d{5}/img\d{8}\.\w+")
 _CAMERA = re.compile(r"[1-9]\d\d[A-Z0-9_]{5}/.+")
@@ -205,7 +254,7 @@ def numbered_folders(names: Sequence[str]) -> str | None:
         return listed
     if len(folders) == 1:
         return None
-    if all(map(_PART.fullmatch, folders)) and len({name.split("/")[1] for name in names if name.count("/") > 1}) < 2:
+    if parts_among(folders) and len({name.split("/")[1] for name in names if name.count("/") > 1}) < 2:
         return listed
     if all(map(_CAMERA.fullmatch, names)):
         return "the folders of a camera"
@@ -217,10 +266,10 @@ def numbered_folders(names: Sequence[str]) -> str | None:
     return None
 
 
-def parts_among(folders: Sequence[str]) -> list[str]:
-    """Those that are parts of one set by their names, images_001 and images_002."""
-    found = sorted(folder for folder in folders if _PART.fullmatch(folder))
-    return found if len(found) == len(folders) else []
+def parts_among(folders: Collection[str]) -> list[str]:
+    """All, if they are parts of one set by their names: images_001 and images_002, fold1 and fold2, X_part_1 and X_part_2."""
+    beginnings = {match and match[1].casefold() for match in map(_PART.fullmatch, folders)}
+    return sorted(folders) if len(beginnings) == 1 and None not in beginnings else []
 
 
 def _begins(folders: str, stem: str) -> bool:

@@ -1,18 +1,41 @@
-"""Grids of images as PNG."""
+"""Images as files: grids for people, and what other people's evaluators read.
+
+    grid    a PNG of many images in rows
+    NPZ     arr_0 uint8 (N, H, W, 3), grey repeated; arr_1 int64 (N,), labels of a conditional model: what ADM's evaluator takes
+    zip     stored, not compressed: 00000/img00000000.png, ... by thousands, and dataset.json with labels, or null: EDM's layout
+
+NPZ and zip hold one image a seed, in the order of the seeds. Images are added part by part, so no more than a part is held; a
+file is whole or absent. `about`, the comment of the zip (an NPZ is one too), names the images: only the same are replaced.
+"""
 
 import io
+import json
 import math
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from midway.gen.core.files import write_atomically
+from midway.gen.core.errors import DiskError, UsageError, remedy
+from midway.gen.core.files import ZIP_DAMAGE, regular_file, replacing, write_atomically
 
 LEAST_SIDE = 48  # pixels an image should have in a grid to be looked at
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The time of every entry of a zip, so that the same images are the same file."""
+
+
+# ---- grids ----
 
 
 def grid_png(images: Tensor, columns: int, scale: int | None = None) -> bytes:
@@ -32,3 +55,116 @@ def grid_png(images: Tensor, columns: int, scale: int | None = None) -> bytes:
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
     """Write `grid_png` to `path`, completely or not at all."""
     write_atomically(path, grid_png(images, columns))
+
+
+# ---- archives ----
+
+
+def check_own(path: Path, about: str) -> None:
+    """UsageError if there is a file that is not an earlier one of the same images."""
+    if not os.path.lexists(path):
+        return
+    found = None
+    with suppress(*ZIP_DAMAGE), zipfile.ZipFile(regular_file(path)) as archive:
+        found = archive.comment.decode(errors="replace")
+    if found != about:
+        fix = "choose another folder, or move that file away"
+        raise UsageError(f"{path} is of other images", "it would be replaced", fix)
+
+
+@contextmanager
+def _whole_zip(path: Path, about: str) -> Iterator[zipfile.ZipFile]:
+    """A stored zip that replaces `path` when all is written, and leaves nothing otherwise. UsageError as `check_own`."""
+    check_own(path, about)
+    try:
+        with replacing(path) as temporary:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                archive.comment = about.encode()
+                yield archive
+            check_own(path, about)  # another process may have been here first
+    except OSError as error:
+        raise DiskError(f"cannot write {path}", str(error), remedy(error, "choose another directory")) from error
+
+
+# ---- NPZ ----
+
+
+@dataclass
+class NpzWriter:
+    """Appends images to the member `arr_0.npy`, whose shape is known before the first."""
+
+    archive: zipfile.ZipFile
+    count: int
+    member: IO[bytes] | None = None
+
+    def add(self, images: Tensor) -> None:
+        """uint8 (n, C, H, W); grey is repeated to three channels."""
+        pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+        if self.member is None:
+            self.member = self.archive.open(_entry("arr_0.npy"), "w", force_zip64=True)
+            shape, kind = (self.count, *pixels.shape[1:]), npy.dtype_to_descr(pixels.dtype)
+            npy.write_array_header_1_0(self.member, {"descr": kind, "fortran_order": False, "shape": shape})
+        self.member.write(pixels.data)
+
+
+@contextmanager
+def npz_writer(path: Path, count: int, labels: Tensor | None, about: str = "") -> Iterator[NpzWriter]:
+    """A writer of `count` images, and of the labels after them."""
+    with _whole_zip(path, about) as archive:
+        writer = NpzWriter(archive, count)
+        try:
+            yield writer
+        finally:
+            if writer.member is not None:  # a zip cannot be closed around an open member
+                writer.member.close()
+        if labels is not None:
+            buffer = io.BytesIO()
+            npy.write_array(buffer, labels.numpy(), allow_pickle=False)
+            archive.writestr(_entry("arr_1.npy"), buffer.getvalue())
+
+
+# ---- zip of PNGs ----
+
+
+@dataclass
+class ZipWriter:
+    """Numbered PNGs."""
+
+    archive: zipfile.ZipFile
+    written: int = 0
+
+    def add(self, images: Tensor) -> None:
+        """uint8 (n, C, H, W), in their own channels."""
+        for pixels in images.permute(0, 2, 3, 1).numpy():
+            self.archive.writestr(_entry(png_name(self.written)), _png(pixels))
+            self.written += 1
+
+
+@contextmanager
+def zip_writer(path: Path, labels: Tensor | None, about: str = "") -> Iterator[ZipWriter]:
+    """A writer of PNGs, and of dataset.json after them."""
+    with _whole_zip(path, about) as archive:
+        writer = ZipWriter(archive)
+        yield writer
+        archive.writestr(_entry("dataset.json"), json.dumps({"labels": named_labels(labels)}))
+
+
+def png_name(number: int) -> str:
+    """EDM's name of an image: 1234 -> 00001/img00001234.png."""
+    return f"{number // 1000:05d}/img{number:08d}.png"
+
+
+def named_labels(labels: Tensor | None) -> list[tuple[str, int]] | None:
+    """(name, label) of every image, as dataset.json holds them."""
+    return None if labels is None else [(png_name(number), label) for number, label in enumerate(labels.tolist())]
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    grey_or_rgb = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    Image.fromarray(np.ascontiguousarray(grey_or_rgb)).save(buffer, format="PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(name, EPOCH)

@@ -17,11 +17,11 @@ from PIL import Image
 from pipelines import Script
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.archives import zip_writer
 from midway.gen.data.check import check
 from midway.gen.data.external import read_external
 from midway.gen.data.images import ImageData, describe, load_images
 from midway.gen.data.names import canonical, copies_among, is_image, junk, numbered_folders, splits_among
+from midway.gen.data.pictures import zip_writer
 from midway.gen.data.splits import DataConfig, load_splits
 
 Content = Mapping[str, bytes]
@@ -190,6 +190,62 @@ def test_metadata_of_hugging_face(tmp_path: Path, kind: str) -> None:
         assert "column label" in data.conversions[0] and data.left_out == ()
 
 
+@pytest.mark.parametrize(
+    ("heading", "values"),
+    [
+        (("file_name", "Label"), ("cat", "dog")),
+        (("File Name", "label"), ("cat", "dog")),
+        (("filename", " class_name "), ("cat", "dog")),
+        (("file_name", "Category"), (" cat", "dog ")),
+        (("file_name", "className"), ("cat", "dog")),
+    ],
+)
+def test_headings_vary(tmp_path: Path, heading: tuple[str, str], values: tuple[str, str]) -> None:
+    rows = csv_bytes([heading, ("0.png", values[0]), ("1.png", values[1]), ("2.png", "cat")])
+    lines = [
+        dict(zip(heading, row, strict=True)) for row in (("0.png", values[0]), ("1.png", values[1]), ("2.png", "cat"))
+    ]
+    listed = "\n".join(map(json.dumps, lines)).encode()
+    for name, content in (("metadata.csv", rows), ("metadata.jsonl", listed)):
+        path = folder_of(tmp_path / name, {**images("0.png", "1.png", "2.png"), name: content})
+        assert named(load_images(str(path))) == ["cat", "dog", "cat"]
+
+
+def test_several_columns_that_may_be_labels_raise_where_there_are_no_folders(tmp_path: Path) -> None:
+    rows = [("file_name", "fine_label", "coarse_label"), ("0.png", "cat", "animal"), ("1.png", "dog", "animal")]
+    raises(
+        folder_of(tmp_path / "a", {**images("0.png", "1.png"), "metadata.csv": csv_bytes(rows)}),
+        "metadata.csv has no column `label`",
+        "coarse_label, fine_label may hold the labels",
+    )
+    folders = {
+        **images("cat/0.png", "dog/1.png"),
+        "metadata.csv": csv_bytes([("file_name", "label_source"), ("0.png", "Ann")]),
+    }
+    assert named(load_images(str(folder_of(tmp_path / "b", folders)))) == ["cat", "dog"]
+
+
+def test_a_label_in_some_lines_raises(tmp_path: Path) -> None:
+    lines = [b'{"file_name": "0.png"}', b'{"file_name": "1.png", "label": 2}']
+    raises(folder_of(tmp_path, {**images("0.png", "1.png"), "metadata.jsonl": b"\n".join(lines)}), "0.png", "None")
+
+
+def test_labels_beat_a_list_that_holds_none(tmp_path: Path) -> None:
+    rows = csv_bytes([("file_name", "label"), ("0.png", "cat")])
+    path = folder_of(tmp_path / "a", {**images("0.png"), **dataset_json(None), "metadata.csv": rows})
+    assert named(load_images(str(path))) == ["cat"]
+    splits = {**images("train/0.png", "test/0.png"), **dataset_json(None)}
+    assert load_images(str(folder_of(tmp_path / "b", splits))).conversions == (
+        "2 images: one class, since dataset.json holds no labels",
+        "2 images: test, train are read as one set",
+    )
+
+
+def test_a_label_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
+    rows = csv_bytes([("file_name", "label"), ("0.png", "9" * 5000), ("1.png", 8)])
+    assert load_images(str(folder_of(tmp_path, {**images("0.png", "1.png"), "metadata.csv": rows}))).classes[0] == "8"
+
+
 def test_metadata_beats_folders_and_names_what_it_lists_besides(tmp_path: Path) -> None:
     rows = [
         ("file_name", "label"),
@@ -265,6 +321,15 @@ SPLIT_SETS = {
     "unlabelled": ("train_images", "unlabeled_images"),
     "evaluation": ("dev", "eval"),
     "validation": ("cat", "dog", "validation"),
+    "one word": ("trainset", "testset"),
+    "one word of images": ("traindata", "valimages"),
+    "each of another word": ("train_new", "valid"),
+    "STL-10": ("labeled_images", "unlabeled_images"),
+    "semi-supervised": ("labeled", "unlabeled"),
+    "batches": ("data_batch_1", "data_batch_2", "test_batch"),
+    "re-identification": ("query", "gallery"),
+    "German": ("Trainingsdaten", "Testdaten"),
+    "Chinese": ("训练集", "测试集"),
 }
 
 
@@ -291,6 +356,12 @@ def test_splits_by_any_name_raise(tmp_path: Path, kind: str, wrapper: str) -> No
         ("image", "text"),
         ("masks", "no_masks"),
         ("photo", "photocopy"),
+        ("photo", "painting"),
+        ("small", "large"),
+        ("art_gallery", "gallery"),
+        ("labeled", "blank"),
+        ("A", "a"),
+        ("cat~", "dog.bak"),
         ("cat (wild)", "cat"),
         ("00", "01"),
         ("0", "1", "2"),
@@ -328,8 +399,21 @@ def test_splits_inside_the_classes_are_noted(tmp_path: Path) -> None:
         ["100CANON/IMG_0001.JPG", "101CANON/IMG_0001.JPG"],
         ["images_001/images/0.png", "images_002/images/1.png"],
         ["part1/a.png", "part2/b.png"],
+        ["HAM10000_images_part_1/ISIC_0024306.jpg", "HAM10000_images_part_2/ISIC_0029306.jpg"],
+        ["fold1/a.png", "fold2/b.png"],
     ],
-    ids=["FFHQ", "img2dataset", "Danbooru", "hashes", "hashes in two levels", "camera", "NIH", "parts"],
+    ids=[
+        "FFHQ",
+        "img2dataset",
+        "Danbooru",
+        "hashes",
+        "hashes in two levels",
+        "camera",
+        "NIH",
+        "parts",
+        "HAM10000",
+        "folds",
+    ],
 )
 def test_folders_that_only_divide_files_are_no_classes(names: list[str]) -> None:
     assert numbered_folders(names) is not None
@@ -345,6 +429,8 @@ def test_folders_that_only_divide_files_are_no_classes(names: list[str]) -> None
         ["a/a1.png", "b/b1.png"],
         ["group1/0.png", "group2/0.png"],
         ["part1/cat/0.png", "part2/dog/0.png"],
+        ["cat_part1/0.png", "dog_part1/0.png"],
+        ["manifold1/0.png", "manifold2/0.png"],
     ],
 )
 def test_numbers_and_letters_are_classes_otherwise(names: list[str]) -> None:
@@ -352,7 +438,11 @@ def test_numbers_and_letters_are_classes_otherwise(names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "copy", ["Copy of cat", "cat - Copy", "cat - Copy (2)", "cat copy", "cat copy 2", "cat (1)", "Cat - Kopie"]
+    "copy",
+    [
+        *("Copy of cat", "cat - Copy", "cat - Copy (2)", "cat copy", "cat copy 2", "cat (1)", "Cat - Kopie"),
+        *("cat_backup", "cat.bak", "cat~", "cat - Cópia", "cat - コピー", "cat (Ann's conflicted copy 2024-01-31)"),
+    ],
 )
 def test_copies_of_a_class_raise(tmp_path: Path, copy: str) -> None:
     raises(folder_of(tmp_path, images("cat/0.png", f"{copy}/0.png", "dog/1.png")), f"{copy} looks like a copy of cat")
@@ -364,6 +454,63 @@ def test_parts_of_classes_raise(tmp_path: Path) -> None:
         folder_of(tmp_path, images("part1/cat/0.png", "part1/dog/1.png", "part2/cat/2.png")),
         "look like parts of one set",
     )
+
+
+@pytest.mark.parametrize(
+    "folders", [("fold1", "fold2"), ("X_part_1", "X_part_2"), ("subset_0", "subset_1", "subset_2")]
+)
+def test_parts_by_other_names_raise(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    names = [f"{folder}/{name}/0.png" for folder in folders for name in ("cat", "dog")]
+    raises(folder_of(tmp_path, images(*names)), "look like parts of one set")
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("images", "resized"),
+        ("Original Images", "Augmented Images"),
+        ("images", "images2"),
+        ("img", "img_small", "thumbs"),
+    ],
+)
+def test_versions_of_one_set_raise(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    raises(
+        folder_of(tmp_path, images(*(f"{folder}/0.png" for folder in folders))), "versions of one set", "path of one"
+    )
+
+
+@pytest.mark.parametrize("outer", ["cell_images", "all", "dog2"])
+def test_a_copy_of_the_set_inside_it_raises(tmp_path: Path, outer: str) -> None:
+    """As archives that were packed twice have it."""
+    names = [
+        f"set/{below}{name}/{number}.png" for below in ("", f"{outer}/") for name in ("cat", "dog") for number in "01"
+    ]
+    for path in both(tmp_path, images(*names)):
+        raises(path, f"the folder {outer} holds folders that are called like the classes")
+    assert load_images(
+        str(folder_of(tmp_path / "less", images("cat/0.png", "dog/0.png", "all/cat/1.png")))
+    ).classes == (*("all", "cat", "dog"),)
+
+
+def test_folders_that_recur_in_the_classes_are_noted(tmp_path: Path) -> None:
+    """Which of the two levels is the label, the layout does not show."""
+    sites = [f"{site}/{name}/0.png" for site in ("north", "south") for name in ("cat", "dog")]
+    data = load_images(str(folder_of(tmp_path / "a", images(*sites))))
+    assert named(data) == ["north", "north", "south", "south"]
+    assert data.conversions == ("4 images: cat, dog in the class folders are read as one set",)
+    data = load_images(str(folder_of(tmp_path / "b", images("cat/2023/0.png", "dog/2024/0.png"))))
+    assert data.conversions == ()
+
+
+def test_classes_that_only_windows_takes_for_one(tmp_path: Path) -> None:
+    for number, folders in enumerate((("cat", "cat "), ("cat", "cat."))):
+        names = [f"{folder}/0.png" for folder in (*folders, "dog")]
+        raises(zip_of(tmp_path / f"{number}.zip", images(*names)), "differ in a space or dot at the end", "into one")
+    cards = images("Cardigan/0.png", "cardigan/1.png", "dog/2.png")
+    for path in both(tmp_path, cards):
+        data = load_images(str(path))
+        assert named(data) == ["Cardigan", "cardigan", "dog"]
+        assert data.conversions == ("3 images: Cardigan and cardigan are classes, which differ in case alone",)
 
 
 def test_parquet_raises(tmp_path: Path) -> None:
