@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cli import main, resolve
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
 from midway.gen.core.locks import check_no_link, lock, locked_inside, made, remove
-from midway.gen.core.processes import device_and_process
+from midway.gen.core.processes import device_and_process, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Stopped, stop_note
 from midway.gen.core.text import echo
@@ -55,8 +55,10 @@ def run(task: DemoTask) -> Path:
     Stopped after a signal, also where a training has saved its state.
     """
     _, process = device_and_process()
-    with claimed(task) if process.rank == 0 else nullcontext(), ExitStack() as locks:
-        process.wait()
+    with ExitStack() as locks:
+        with raised_by_all():
+            if process.rank == 0:
+                locks.enter_context(claimed(task))
         return _run(task, read_mark(task) or [], locks if process.rank == 0 else None)
 
 

@@ -9,7 +9,7 @@ External samples: python scripts/evaluate.py --images samples.npz --data digits 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from cli import main, names, numbers, resolve
 from midway.gen.core.errors import DiskError, UsageError, raising
 from midway.gen.core.files import clear_temporaries, replaced_name
-from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.processes import ProcessInfo, device_and_process, raised_by_all
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
@@ -90,8 +90,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     stop_note(f"what was measured is stored in {out / 'cells'}; the same command goes on")
     make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
     shown = process.rank == 0
-    with claimed(out, task.fresh) if shown else nullcontext():
-        process.wait()
+    with ExitStack() as stack:
+        with raised_by_all():
+            if shown:
+                stack.enter_context(claimed(out, task.fresh))
         if shown:
             echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
         reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)

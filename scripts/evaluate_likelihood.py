@@ -28,7 +28,7 @@ from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import balanced_subject
-from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.report.likelihood import claimed, likelihood_table, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table
@@ -87,17 +87,17 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
-    check_out(out)
     seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))
-    reference = open_reference(features, splits, subject.images, device, "the models make")
-    instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
-    rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
-    rows += references(splits, instruments)
-    conditional = any(trained.model.classes for trained in models.values())
-    warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
-    warnings += empty_notes(splits, conditional)
-    echo(*warnings)
-    write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
+    with claimed(out):
+        reference = open_reference(features, splits, subject.images, device, "the models make")
+        instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
+        rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
+        rows += references(splits, instruments)
+        conditional = any(trained.model.classes for trained in models.values())
+        warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
+        warnings += empty_notes(splits, conditional)
+        echo(*warnings)
+        write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
     echo(text_table(likelihood_table(rows)))
     echo(f"report: {out / 'report.md'}")
     return rows

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from midway.gen.core.errors import UsageError, is_memory
+from midway.gen.core.processes import raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import stop_note
 from midway.gen.data.splits import Splits
@@ -84,9 +85,10 @@ def open_run(
     """
     main = accelerator.is_main_process
     creating = Run.creating(path, kind, config, flags.overwrite, flags.resume == "auto")
-    with creating if main else nullcontext(Run(path, kind, config)) as run:
-        for line in lines if main and run.is_new else ():
-            run.say(line)
-        accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        with raised_by_all():
+            run = stack.enter_context(creating if main else nullcontext(Run(path, kind, config)))
+            for line in lines if main and run.is_new else ():
+                run.say(line)
         stop_note(f"{path} has begun; the same command with --resume auto goes on")
         yield run

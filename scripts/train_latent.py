@@ -11,7 +11,7 @@ from cli import main, resolve
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.files import clear_temporaries
-from midway.gen.core.processes import at_work
+from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
@@ -65,14 +65,14 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
     path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
-    if accelerator.is_main_process:
-        clear_temporaries(task.tokenizer)
-    if accelerator.is_main_process and task.latents is None and not path.exists():
-        with at_work("encoding"):
-            made = encode(tokenizer, images, flip=task.flip)
-            give_statistics(tokenizer, made.mean, made.std, images.images)  # an error before anything is written
-            save_latents(made, path)
-    accelerator.wait_for_everyone()
+    with raised_by_all():
+        if accelerator.is_main_process:
+            clear_temporaries(task.tokenizer)
+        if accelerator.is_main_process and task.latents is None and not path.exists():
+            with at_work("encoding"):
+                made = encode(tokenizer, images, flip=task.flip)
+                give_statistics(tokenizer, made.mean, made.std, images.images)  # an error before anything is written
+                save_latents(made, path)
     latents = load_latents(path, images, tokenizer, task.flip)
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)

@@ -3,13 +3,13 @@
 Steps are replayed from a checkpoint of the run, once in one go and once stopped halfway and resumed by new objects; every
 tensor of the two ends must be equal bit for bit: weights, averages, optimizer, codebooks, the sums of the open log interval.
 Losses that the run logged on the way must be equal too, and so must its next checkpoint, if it keeps one at most --steps
-further on. The run itself is not touched.
+further on. The run itself is not touched, and may be in training.
 """
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +28,10 @@ from cli import main, own_fields, resolve
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import from_file
-from midway.gen.core.errors import DataError, MidwayError
+from midway.gen.core.errors import DataError, DiskError, MidwayError, one_line, raising
 from midway.gen.core.files import LOG_LIMIT, read_text, reading
 from midway.gen.core.locks import check_no_link, empty, lock, made
+from midway.gen.core.processes import raised_by_all
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
@@ -40,6 +41,8 @@ from tasks import LatentTask, TokenizerTask
 
 FILES = ("model", "ema", "optimizer", "progress")
 TIMES = ("seconds", "images_per_second")
+START, GOAL = "start", "goal"
+"""Folders of the copies of two checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,14 @@ class NotExact(MidwayError):
 def verify(task: VerifyTask) -> list[str]:
     """Lines that say what was found equal; NotExact if something was not."""
     run, job = open_any(task.run)
-    start, goal = choose(run, task.steps)
-    count = goal.step - start.step if goal is not None else task.steps
     accelerator = make_accelerator(job.train)
     with temporary_folder(run.path / ".verify", accelerator) as scratch:
+        with raised_by_all():
+            if accelerator.is_main_process:
+                take(run, task.steps, scratch)
+        start, goal = copied(scratch, START), copied(scratch, GOAL)
+        assert start is not None
+        count = goal.step - start.step if goal is not None else task.steps
         ends = [
             replay(run, job, start, stops, scratch / name, accelerator)
             for name, stops in (("straight", [count]), ("stopped", [count // 2, count - count // 2]))
@@ -99,8 +106,10 @@ def verify(task: VerifyTask) -> list[str]:
 @contextmanager
 def temporary_folder(path: Path, accelerator: Accelerator) -> Iterator[Path]:
     """An empty folder for all processes, locked against other commands and removed at the end; UsageError if it is in use."""
-    with made_empty(path) if accelerator.is_main_process else nullcontext():
-        accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        with raised_by_all():
+            if accelerator.is_main_process:
+                stack.enter_context(made_empty(path))
         yield path
 
 
@@ -137,6 +146,29 @@ def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
         if later.step - earlier.step <= steps:
             return earlier, later
     return valid[0], None
+
+
+def take(run: Run, steps: int, scratch: Path) -> None:
+    """Copy the checkpoints that `choose` finds; others if a training removes these meanwhile. DataError, DiskError."""
+    while True:
+        there = checkpoints.directories(run.checkpoints)
+        try:
+            for name, found in zip((START, GOAL), choose(run, steps), strict=True):
+                if found is not None:
+                    shutil.copytree(found.path, scratch / name / found.path.name)
+            return
+        except (DataError, OSError) as error:
+            for name in (START, GOAL):
+                shutil.rmtree(scratch / name, ignore_errors=True)
+            if checkpoints.directories(run.checkpoints) != there:
+                continue
+            with raising(DiskError, f"{scratch} cannot be written", "free space", OSError, why=one_line):
+                raise error
+
+
+def copied(scratch: Path, name: str) -> Checkpoint | None:
+    """The checkpoint that `take` copied, if there was one."""
+    return next(map(checkpoints.verify, checkpoints.directories(scratch / name)), None)
 
 
 def replay(

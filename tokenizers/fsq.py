@@ -29,6 +29,7 @@ sign both outermost levels are within reach. Half-way between two codes the even
 for symmetric codes of even L, z = 0 is such a point. There is no loss, no state and no table of codes.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -78,6 +79,7 @@ class FSQ(Quantizer):
         self.symmetric = symmetric
         self.noise_dropout = noise_dropout
         self._shifted = form == "tanh" and not symmetric
+        self.outer_z = _outer_z(levels, form, self._shifted)
         self.dim = len(levels)
         self.noise_channels = self.dim + 1 if noise_dropout else 0
         self.codebook_size = self._size = math.prod(levels)
@@ -180,10 +182,28 @@ def saturation(quantizer: FSQ, z: Tensor) -> dict[str, Tensor]:
     "edge_mass": share of digits in the outermost bins, 0 and L - 1; 2 / L, averaged over channels, if all are used evenly.
     "mean_abs_z": mean |z|; 0.8 for a standard normal.
     """
-    z = z.detach()
-    digits = quantizer.latents_to_digits(quantizer.latents(z))
-    edge = (digits == 0) | (digits == channelwise(quantizer.levels - 1, z))
-    return {"edge_mass": mean(edge.float()), "mean_abs_z": mean(z.float().abs())}
+    z = z.detach().float()
+    lowest, highest = (channelwise(end, z) for end in _on(z.device, quantizer.outer_z))
+    edge = (z < lowest) | (z > highest)
+    return {"edge_mass": mean(edge.float()), "mean_abs_z": mean(z.abs())}
+
+
+@functools.cache
+def _on(device: torch.device, rows: tuple[tuple[float, ...], ...]) -> Tensor:
+    """float32 (rows, columns); cached, because every training step logs `saturation`."""
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def _outer_z(levels: Sequence[int], form: Form, shifted: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The z (D,) below which a digit is 0, and those (D,) above which it is L - 1: where latent c + c is 1/2 and L - 3/2."""
+
+    def z_of(value: float, level: int) -> float:  # of latent c + c
+        if not shifted:
+            return 2 / _SLOPE.get(form, 2.0) * math.atanh(2 * value / (level - 1) - 1)
+        half, offset = (level - 1) * (1 + _MARGIN) / 2, (level % 2 == 0) / 2
+        return math.atanh((value - level // 2 + offset) / half) - math.atanh(offset / half)
+
+    return tuple(z_of(0.5, level) for level in levels), tuple(z_of(level - 1.5, level) for level in levels)
 
 
 def tanh_constants(levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -194,12 +194,13 @@ def _names(folder: Path) -> set[str]:
 
 
 def valid(root: Path, say: Callable[[str], None]) -> Iterator[Checkpoint]:
-    """The checkpoints that verify, newest first; `say` is called for each one skipped."""
+    """The checkpoints that verify, newest first; `say` is called for each one that is there and skipped."""
     for path in directories(root):
         try:
             yield verify(path)
         except DataError as error:
-            say(f"skipped {path.name}: {error.why}")
+            if path.exists():  # else a training has removed it meanwhile
+                say(f"skipped {path.name}: {error.why}")
 
 
 def set_aside(root: Path, newer_than: int) -> None:

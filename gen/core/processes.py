@@ -119,6 +119,26 @@ def at_work(what: str) -> Iterator[None]:
         its.work = before
 
 
+@contextlib.contextmanager
+def raised_by_all() -> Iterator[None]:
+    """Within the block the first process does what all depend on, and the others wait at its end; a MidwayError that it
+    raises there is raised by all of them."""
+    failure = None
+    try:
+        yield
+    except MidwayError as error:
+        failure = error
+    if distributed.is_available() and distributed.is_initialized():
+        from midway.gen.core.partner_errors import PartnerError
+
+        told = [failure and (failure.what, failure.why, failure.fix, failure.exit_code)]
+        distributed.broadcast_object_list(told)
+        if failure is None and told[0] is not None:
+            raise PartnerError(*told[0])
+    if failure is not None:
+        raise failure
+
+
 def is_first(text: str) -> bool:
     """Whether no other process has printed this text."""
     return _watch is None or _watch.exchange(claim=text)

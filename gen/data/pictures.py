@@ -5,15 +5,16 @@
     zip     stored, not compressed: 00000/img00000000.png, ... by thousands, and dataset.json with labels, or null: EDM's layout
 
 NPZ and zip hold one image a seed, in the order of the seeds. Images are added part by part, so no more than a part is held; a
-file is whole or absent.
+file is whole or absent. `about`, the comment of the zip (an NPZ is one too), names the images: only the same are replaced.
 """
 
 import io
 import json
 import math
+import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,8 +27,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from midway.gen.core.errors import DiskError, remedy
-from midway.gen.core.files import replacing, write_atomically
+from midway.gen.core.errors import DiskError, UsageError, remedy
+from midway.gen.core.files import ZIP_DAMAGE, regular_file, replacing, write_atomically
 
 LEAST_SIDE = 48  # pixels an image should have in a grid to be looked at
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -59,12 +60,28 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 # ---- archives ----
 
 
+def check_own(path: Path, about: str) -> None:
+    """UsageError if there is a file that is not an earlier one of the same images."""
+    if not os.path.lexists(path):
+        return
+    found = None
+    with suppress(*ZIP_DAMAGE), zipfile.ZipFile(regular_file(path)) as archive:
+        found = archive.comment.decode(errors="replace")
+    if found != about:
+        fix = "choose another folder, or move that file away"
+        raise UsageError(f"{path} is of other images", "it would be replaced", fix)
+
+
 @contextmanager
-def _whole_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A stored zip that replaces `path` when all is written, and leaves nothing otherwise."""
+def _whole_zip(path: Path, about: str) -> Iterator[zipfile.ZipFile]:
+    """A stored zip that replaces `path` when all is written, and leaves nothing otherwise. UsageError as `check_own`."""
+    check_own(path, about)
     try:
-        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            yield archive
+        with replacing(path) as temporary:
+            with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+                archive.comment = about.encode()
+                yield archive
+            check_own(path, about)  # another process may have been here first
     except OSError as error:
         raise DiskError(f"cannot write {path}", str(error), remedy(error, "choose another directory")) from error
 
@@ -91,9 +108,9 @@ class NpzWriter:
 
 
 @contextmanager
-def npz_writer(path: Path, count: int, labels: Tensor | None) -> Iterator[NpzWriter]:
+def npz_writer(path: Path, count: int, labels: Tensor | None, about: str = "") -> Iterator[NpzWriter]:
     """A writer of `count` images, and of the labels after them."""
-    with _whole_zip(path) as archive:
+    with _whole_zip(path, about) as archive:
         writer = NpzWriter(archive, count)
         try:
             yield writer
@@ -124,9 +141,9 @@ class ZipWriter:
 
 
 @contextmanager
-def zip_writer(path: Path, labels: Tensor | None) -> Iterator[ZipWriter]:
+def zip_writer(path: Path, labels: Tensor | None, about: str = "") -> Iterator[ZipWriter]:
     """A writer of PNGs, and of dataset.json after them."""
-    with _whole_zip(path) as archive:
+    with _whole_zip(path, about) as archive:
         writer = ZipWriter(archive)
         yield writer
         archive.writestr(_entry("dataset.json"), json.dumps({"labels": named_labels(labels)}))

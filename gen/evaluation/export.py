@@ -1,5 +1,6 @@
 """Measured images as files that other people's evaluators read (data/pictures.py): sampled again, as they were measured."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from midway.gen.core.text import json_text
 from midway.gen.data.pictures import NpzWriter, ZipWriter, npz_writer, zip_writer
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.records import Measurement
@@ -29,20 +31,26 @@ class ImageSet:
         for _, seeds in self.seeds.parts:
             yield self.source.images(self.source.sample(seeds))
 
+    @property
+    def about(self) -> str:
+        """Names these images: a hash of everything that they depend on."""
+        own = {"source": self.source.identity, "seeds": str(self.seeds), "classes": self.classes, "empty": self.empty}
+        return f"midway {hashlib.sha256(json_text(own, sort_keys=True).encode()).hexdigest()[:16]}"
+
     def labels(self) -> Tensor | None:
         """int64 (count,), None of an unconditional model."""
         return labels_of(self.seeds.all, self.classes, self.empty) if self.classes else None
 
 
 def export(images: ImageSet, npz: Path | None = None, archive: Path | None = None) -> None:
-    """Write an NPZ, a zip, or both from one pass over the images. DiskError."""
+    """Write an NPZ, a zip, or both from one pass over the images. DiskError; UsageError where a file is of other images."""
     labels = images.labels()
     with ExitStack() as stack:
         writers: list[NpzWriter | ZipWriter] = []
         if npz is not None:
-            writers.append(stack.enter_context(npz_writer(npz, len(images.seeds.all), labels)))
+            writers.append(stack.enter_context(npz_writer(npz, len(images.seeds.all), labels, images.about)))
         if archive is not None:
-            writers.append(stack.enter_context(zip_writer(archive, labels)))
+            writers.append(stack.enter_context(zip_writer(archive, labels, images.about)))
         for part in images.parts():
             for writer in writers:
                 writer.add(part)

@@ -15,11 +15,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from midway.gen.core.config import from_dict, to_dict
 from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
-from midway.gen.evaluation.store import Cell, CellStore, Numbers, Part, Seconds, Seeds
+from midway.gen.evaluation.store import (
+    Cell,
+    CellStore,
+    Figures,
+    FineCosts,
+    Numbers,
+    Part,
+    SampleCosts,
+    Seconds,
+    Seeds,
+    check_rows,
+)
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.psnr_ssim import psnr
 
@@ -46,16 +58,21 @@ class FineSolution:
     def make(self) -> None:
         """Make the missing parts of this process."""
         for number, (_, seeds) in self.process.mine(self.seeds.parts):
-            if self.cell.part(number) is None:
+            if self.cell.part(number, self.check) is None:
                 batch = self.source.sample(seeds)
                 tensors = {"latents": batch.values, "images": self.source.images(batch)}
-                self.cell.write(number, Part(tensors, {"nfe": batch.nfe}))
+                self.cell.write(number, Part(tensors, to_dict(FineCosts(batch.nfe))))
+
+    def check(self, number: int, part: Part) -> None:
+        """`Check` of a part."""
+        from_dict(FineCosts, part.costs)
+        check_rows(part, len(self.seeds.parts[number][1]), "latents", "images")
 
     def latents(self, most: int) -> Tensor:
         """The fine solution of the first seeds, at most so many."""
         found: list[Tensor] = []
         for number in range(len(self.seeds.parts)):
-            part = self.cell.part(number)
+            part = self.cell.part(number, self.check)
             if part is None or sum(map(len, found)) >= most:
                 break
             found.append(part.tensors["latents"])
@@ -63,7 +80,7 @@ class FineSolution:
 
     def errors(self, number: int, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
         """float64 (n,) twice: mean square distance of latents (n, C, h, w), and PSNR in dB of images, to the fine solution."""
-        (part,) = self.cell.parts([number])
+        (part,) = self.cell.parts([number], self.check)
         errors = (latents.double() - part.tensors["latents"].double()).square().flatten(1).mean(1)
         return {"errors": errors, "psnr": psnr(images, part.tensors["images"])}
 
@@ -99,6 +116,7 @@ class EvaluationContext:
 def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution | None = None) -> Cell:
     """The finished cell of a source, read from the store or measured now. With `fine`, RMSE too."""
     cell, process = context.cell(source, fine), context.process
+    checks = Checks(context, fine)
     finished = cell.numbers() is not None
     process.wait()  # all have read before the first process writes
     if not finished:
@@ -106,10 +124,10 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
             _sample(source, cell, context, fine)
         process.wait()
         with at_work("figures"):
-            _sum_blocks(cell, context)
+            _sum_blocks(cell, context, checks)
         process.wait()
         if process.rank == 0:
-            blocks = cell.parts(_block_places(context.seeds))
+            blocks = cell.parts(_block_places(context.seeds), checks.block)
             cell.finish(_summary(blocks), grid_png(blocks[0].tensors["shown"], columns=SHOWN // 2))
         process.wait()
     return cell
@@ -118,11 +136,33 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
 # ---- parts ----
 
 
+@dataclass(frozen=True)
+class Checks:
+    """`Check` of the parts of a measurement."""
+
+    context: EvaluationContext
+    fine: FineSolution | None
+
+    @property
+    def _errors(self) -> tuple[str, ...]:
+        return () if self.fine is None else ("errors", "psnr")
+
+    def samples(self, number: int, part: Part) -> None:
+        """Of a part of samples."""
+        from_dict(SampleCosts, part.costs)
+        check_rows(part, len(self.context.seeds.parts[number][1]), "features", "finite", *self._errors)
+
+    def block(self, place: int, part: Part) -> None:
+        """Of the figures of a block."""
+        from_dict(Figures, part.costs)
+        check_rows(part, self.context.seeds.n, *self._errors)
+
+
 def _sample(source: SampleSource, cell: Cell, context: EvaluationContext, fine: FineSolution | None) -> None:
     """Write the missing parts of this process."""
     with _worker(context.overlap) as run:
         for number, (_, seeds) in context.process.mine(context.seeds.parts):
-            if cell.part(number) is None:
+            if cell.part(number, Checks(context, fine).samples) is None:
                 batch = source.sample(seeds)
                 run(lambda batch=batch, number=number: cell.write(number, _part(source, batch, number, context, fine)))
 
@@ -180,12 +220,12 @@ def _block_places(seeds: Seeds) -> range:
     return range(len(seeds.parts), len(seeds.parts) + seeds.blocks)
 
 
-def _sum_blocks(cell: Cell, context: EvaluationContext) -> None:
+def _sum_blocks(cell: Cell, context: EvaluationContext, checks: Checks) -> None:
     """Write the missing blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
     for block, place in context.process.mine(_block_places(context.seeds)):
-        if cell.part(place) is None:
+        if cell.part(place, checks.block) is None:
             numbers = [number for number, (its, _) in enumerate(context.seeds.parts) if its == block]
-            cell.write(place, _block(cell.parts(numbers), context))
+            cell.write(place, _block(cell.parts(numbers, checks.samples), context))
 
 
 def _block(parts: Sequence[Part], context: EvaluationContext) -> Part:

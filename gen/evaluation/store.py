@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,10 @@ class Part:
     costs: dict[str, Any]
 
 
+Check = Callable[[int, Part], object]
+"""Of the part of this number; an error of `DAMAGE` or UsageError unless it is what its reader needs."""
+
+
 @dataclass(frozen=True)
 class Seconds:
     """Of a whole cell: sampling, decoding and features."""
@@ -52,6 +56,44 @@ class Seconds:
     solver: float
     decode: float
     features: float
+
+
+@dataclass(frozen=True)
+class FineCosts:
+    """Of a part of the fine solution."""
+
+    nfe: float
+
+
+@dataclass(frozen=True)
+class SampleCosts:
+    """Of a part of samples: evaluations of one, seconds of all, and what these depend on."""
+
+    nfe: float
+    solver: float
+    decode: float
+    features: float
+    timing: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a block, which has one entry of `nfe` and `timing` for each of its parts; no distance and metrics of what diverged."""
+
+    distance: float | None
+    metrics: dict[str, float]
+    nonfinite: int
+    nfe: tuple[float, ...]
+    seconds: Seconds
+    timing: tuple[str, ...]
+
+
+def check_rows(part: Part, count: int, *names: str) -> None:
+    """ValueError unless the part has tensors of these names, each with `count` rows."""
+    for name in names:
+        rows = len(part.tensors[name]) if name in part.tensors and part.tensors[name].dim() else 0
+        if rows != count:
+            raise ValueError(f"{name} has {rows} rows of {count}")
 
 
 @dataclass(frozen=True)
@@ -146,8 +188,8 @@ class Cell:
 
     # ---- parts ----
 
-    def part(self, number: int) -> Part | None:
-        """None if it is absent or damaged."""
+    def part(self, number: int, check: Check | None = None) -> Part | None:
+        """None if it is absent or damaged, also by `check`."""
         path = self._part(number)
         if not path.exists():
             return None
@@ -156,14 +198,17 @@ class Cell:
             costs = json.loads(header["costs"])
             if header["hash"] != state_hash(header["costs"], tensors) or not isinstance(costs, dict):
                 raise ValueError("its hash does not match")
-            return Part(tensors, costs)
-        except DAMAGE as error:
+            part = Part(tensors, costs)
+            if check is not None:
+                check(number, part)
+            return part
+        except (*DAMAGE, UsageError) as error:
             echo(f"{path.parent.name}/{path.name} is damaged ({one_line(error)}): made again")
             return None
 
-    def parts(self, numbers: Iterable[int]) -> list[Part]:
+    def parts(self, numbers: Iterable[int], check: Check | None = None) -> list[Part]:
         """Parts that were written before. RuntimeError if one is gone."""
-        found = {number: self.part(number) for number in numbers}
+        found = {number: self.part(number, check) for number in numbers}
         missing = [number for number, part in found.items() if part is None]
         if missing:
             raise RuntimeError(f"parts {missing} of {self._parts} are gone: run again")

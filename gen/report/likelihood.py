@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
-from midway.gen.core.locks import check_replaceable
+from midway.gen.core.locks import check_replaceable, lock, made
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
@@ -67,7 +67,17 @@ def check_out(out: Path) -> None:
         raise UsageError(f"{out} is a file", "the report needs a directory", "choose another --out")
     if (out / "config.yaml").exists():
         raise UsageError(f"{out} is a run directory", "the report would mix with it", "choose another --out")
+    if (out / "cells").exists():
+        raise UsageError(f"{out} is of a sweep", "the report would replace files of its report", "choose another --out")
     check_replaceable(out, FILES, _is_report(out / FILES[0]))
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Within the block this report's own folder; UsageError as `check_out`, and while another process writes there. DiskError."""
+    check_out(out)
+    with made(out), lock(out, "written"):
+        yield
 
 
 def _is_report(path: Path) -> bool:
@@ -79,7 +89,8 @@ def _is_report(path: Path) -> bool:
 
 
 def write_likelihood_report(out: Path, rows: Sequence[LikelihoodRow], context: ReportContext) -> None:
-    """results.json, results.csv and report.md, each whole or not at all."""
+    """results.json, results.csv and report.md, each whole or not at all. DiskError; UsageError as `check_out`."""
+    check_out(out)
     records = [dataclasses.asdict(row) for row in rows]
     result = {"rows": records, "context": dataclasses.asdict(context)}
     texts = (json.dumps(result, indent=2) + "\n", csv_text(records), report_md(rows, context))

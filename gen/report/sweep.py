@@ -214,13 +214,14 @@ def report_html(
 
 def check_out(directory: Path) -> None:
     """UsageError if the directory has a report that is not of an earlier sweep, whose cells/ would be beside it."""
-    check_replaceable(directory, FILES, (directory / "cells").is_dir())
+    check_replaceable(directory, FILES, (directory / "cells").is_dir() and not (directory / "results.json").exists())
 
 
 def write_report(
     directory: Path, ms: Measurements, context: ReportContext, grids: Grids, sections: Sequence[Section] = ()
 ) -> None:
-    """Write all six files into `directory`. DiskError; ValueError, and no file, for measurements that do not compare."""
+    """Write all six files into `directory`. DiskError; UsageError as `check_out`; ValueError if measurements do not compare."""
+    check_out(directory)
     check_comparable(ms)
     records, plots = to_records(ms), _plots(ms)
     write_atomically(directory / "results.csv", csv_text(records).encode())

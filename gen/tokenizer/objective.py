@@ -93,8 +93,8 @@ def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tens
     by_group = counts.view(-1, counts.shape[-1])
     tokens = indices.reshape(-1, len(by_group)).T
     shared = by_group.gather(1, tokens).float()  # by how many tokens the code of each token is used
-    perplexity = (shared / tokens.shape[1]).log().mean(1).neg().exp()
-    return {"batch_codes": (1 / shared).sum(1).mean(), "batch_perplexity": perplexity.mean()}
+    perplexity = tokens.shape[1] / shared.log().mean(1).exp()
+    return {"batch_codes": shared.reciprocal().sum(1).mean(), "batch_perplexity": perplexity.mean()}
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Saving, resuming and resetting a training: collective calls around gen/core/checkpoints.py."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import read_as
-from midway.gen.core.errors import DataError, DiskError, DivergedError, UsageError
+from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
-from midway.gen.core.processes import at_work
+from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only
@@ -34,8 +35,12 @@ class SavedState:
     rolled_back: bool
     processes: int
     config: dict[str, Any]
-    stateless: tuple[str, ...] = ()
-    """Parameters without a state of their optimizer."""
+    stateless: tuple[str, ...] | None = field(default=(), metadata={"absent": None})
+    """Parameters without a state of their optimizer; None in files of earlier versions, which do not list them."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step <= self.steps and 0 <= self.seconds < math.inf and self.processes >= 1):
+            raise ValueError(f"step {self.step} of {self.steps}, {self.seconds} s, {self.processes} processes")
 
 
 def read_state(checkpoint: Checkpoint) -> SavedState:
@@ -78,13 +83,13 @@ class CheckpointManager:
         step = 0 if found is None else found.step
         if found is not None:
             self._take_over(found)
-        if self.accelerator.is_main_process:
-            self._tidy(step, found is not None)
-            if rounding:
-                self.run.say(
-                    f"note: {', '.join(rounding)} changed, so that last digits may differ from an unbroken run"
-                )
-        self.accelerator.wait_for_everyone()
+        with raised_by_all():
+            if self.accelerator.is_main_process:
+                self._tidy(step, found is not None)
+                if rounding:
+                    self.run.say(
+                        f"note: {', '.join(rounding)} changed, so that last digits may differ from an unbroken run"
+                    )
         return step
 
     def _tidy(self, step: int, found: bool) -> None:
@@ -194,17 +199,10 @@ class CheckpointManager:
             if self.export is not None:
                 self.export(folder, files.get("ema.safetensors") or files["model.safetensors"])
 
-        failure = None
-        if self.accelerator.is_main_process:
-            header = {"config_hash": config_hash(self.identity), **header}
-            try:
-                with at_work("saving"):
-                    checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
-            except Exception as error:
-                failure = error
-        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
-        if cast(Tensor, self.accelerator.reduce(failed, "sum")).item():
-            raise failure or DiskError(f"checkpoint step-{step} was not written", "see the main process", "free space")
+        with raised_by_all(), at_work("saving"):
+            if self.accelerator.is_main_process:
+                header = {"config_hash": config_hash(self.identity), **header}
+                checkpoints.save(root, step, write, keep, int(1.2 * size_of(files)), header)
 
     def _facts(self, step: int) -> dict[str, Any]:
         """state.json of the checkpoint of `step`."""

@@ -57,11 +57,14 @@ class Validation:
         }
         return counts if self.active else {}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`. ValueError for other tensors."""
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        """Restore the `state` of this step. ValueError for any other."""
         expected = {"value": torch.tensor(0.0, dtype=torch.float64), "steps": torch.tensor([0, 0])}
         check_tensors({name: value.nan_to_num() for name, value in state.items()}, expected if state else {})
-        self.step, self.since = state["steps"].tolist() if state else (-1, 0)
+        best, since = state["steps"].tolist() if state else (-1, 0)
+        if not (-1 <= best <= step and 0 <= since <= step + 1 and (best < 0 or math.isfinite(state["value"].item()))):
+            raise ValueError(f"the best validation is of step {best} of {step}, {since} before the last one")
+        self.step, self.since = best, since
         self.value = state["value"].item() if state else math.inf
         self.active = bool(state)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.errors import UsageError
-from midway.gen.core.processes import at_work
+from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
 from midway.gen.training.accelerator import check_unused, share_of
@@ -204,11 +204,10 @@ class _Training:
         if hook is None:
             return
         if not self.sharded:
-            with self._averaged():
+            with raised_by_all(), self._averaged():
                 if self.accelerator.is_main_process:
                     with at_work("previews"):
                         hook(step)
-        self.accelerator.wait_for_everyone()
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -223,7 +222,7 @@ class _Training:
         validate = self.hooks.validate
         if validate is None or not self.config.validate_every:
             return
-        with self._averaged(), at_work("validation"):
+        with raised_by_all(), self._averaged(), at_work("validation"):
             value = validate(step) if self.accelerator.is_main_process else 0.0
         if self.accelerator.num_processes > 1:
             mine = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)

@@ -105,9 +105,12 @@ class NonFiniteGuard:
         """The counters that a resumed run restores."""
         return {"counts": self._counts}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`; decisions that were not yet read are dropped. ValueError for other tensors."""
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        """Restore the `state` of this step; decisions that were not yet read are dropped. ValueError for any other."""
         check_tensors(state, {"counts": self._counts})
+        streak, skipped = state["counts"].tolist()
+        if not 0 <= streak <= skipped <= step:
+            raise ValueError(f"{skipped} bad steps of {step}, {streak} of them in a row")
         self._counts = state["counts"].to(self.accelerator.device)
         self._recent.clear()
         self._waiting.clear()

@@ -12,6 +12,7 @@ number, so this is all. Sharded tensors (FSDP) are gathered, so that any number 
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from midway.gen.core.files import DAMAGE
 from midway.gen.training.early_stopping import Validation
 from midway.gen.training.ema import EMA, placed
 from midway.gen.training.nonfinite import NonFiniteGuard
-from midway.gen.training.optim import STATES
+from midway.gen.training.optim import STATES, parameter_groups
 from midway.gen.training.power_ema import PowerAverage, width_name
 from midway.gen.training.progress import Averages
 from midway.tokenizers.weights import check_tensors
@@ -72,19 +73,23 @@ class TrainingState:
         files["progress.safetensors"] = self._progress()
         return {name: {key: whole(value) for key, value in tensors.items()} for name, tensors in files.items()}
 
-    def restore(self, checkpoint: Checkpoint, stateless: Collection[str] = ()) -> None:
+    def restore(self, checkpoint: Checkpoint, stateless: Collection[str] | None = ()) -> None:
         """Restore what `capture` returned. DataError for files that do not hold exactly the tensors that this training has.
 
-        stateless: names of parameters without a state of their optimizer, as `stateless` listed them.
+        stateless: names of parameters without a state of their optimizer, as `stateless` listed them; None if no list was kept.
         """
+        stateless = self._not_begun(checkpoint) if stateless is None else stateless
         own = self.model.state_dict()
         self.model.load_state_dict(like(own, fitting(checkpoint, "model.safetensors", own)))
         for name, average in self._averages().items():
             average.load(fitting(checkpoint, name, average.shadow))
-        self._load_optimizers(fitting(checkpoint, "optimizer.safetensors", self._expected_states(stateless)))
+        optimizer = fitting(checkpoint, "optimizer.safetensors", self._expected_states(stateless))
+        with raising(DataError, f"{checkpoint.path / 'optimizer.safetensors'} does not fit this training", MISFIT):
+            check_states(optimizer, checkpoint.step)
+        self._load_optimizers(optimizer)
         what = f"{checkpoint.path / 'progress.safetensors'} does not fit this training"
         with raising(DataError, what, MISFIT, *DAMAGE, why=one_line):
-            self._load_progress(checkpoint.tensors("progress.safetensors"))
+            self._load_progress(checkpoint.tensors("progress.safetensors"), checkpoint.step)
 
     @property
     def stateless(self) -> list[str]:
@@ -117,6 +122,13 @@ class TrainingState:
             expected |= {f"{name}/{key}": number if key == "step" else like_it for key in keys}
         return expected
 
+    def _not_begun(self, checkpoint: Checkpoint) -> list[str]:
+        """Parameters of a discriminator, if a checkpoint has no state of any of them; all parameters before the first step."""
+        found = {key.rpartition("/")[0] for key in checkpoint.tensors("optimizer.safetensors")}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        groups = [{names[p] for p in group} for group in parameter_groups(self.model)]
+        return [name for group in groups[1 if checkpoint.step else 0 :] if not group & found for name in group]
+
     def _load_optimizers(self, tensors: dict[str, Tensor]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
@@ -138,13 +150,13 @@ class TrainingState:
         validation = {f"validation/{name}": value for name, value in self.validation.state().items()}
         return guard | validation | {f"interval/{k}": v for k, v in self.averages.state(self.accelerator).items()}
 
-    def _load_progress(self, tensors: dict[str, Tensor]) -> None:
+    def _load_progress(self, tensors: dict[str, Tensor], step: int) -> None:
         parts: dict[str, dict[str, Tensor]] = {"guard": {}, "validation": {}, "interval": {}}
         for key, value in tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = value
-        self.guard.load(parts["guard"])
-        self.validation.load(parts["validation"])
+        self.guard.load(parts["guard"], step)
+        self.validation.load(parts["validation"], step)
         self.averages.load(parts["interval"], self.accelerator)
 
 
@@ -159,6 +171,16 @@ def fitting(checkpoint: Checkpoint, name: str, expected: Mapping[str, Tensor]) -
     with raising(DataError, f"{checkpoint.path / name} does not fit this training", MISFIT):
         check_tensors(found, expected)
     return found
+
+
+def check_states(tensors: Mapping[str, Tensor], step: int) -> None:
+    """ValueError for states that no optimizer has after `step` steps: other counts of steps, and mean squares below 0."""
+    for name, value in tensors.items():
+        least, most = {"step": (0, step), "exp_avg_sq": (0, math.inf)}.get(
+            name.rpartition("/")[2], (-math.inf, math.inf)
+        )
+        if value.numel() and not least <= float(value.min()) <= float(value.max()) <= most:
+            raise ValueError(f"{name} is {float(value.min()):g} to {float(value.max()):g} after {step} steps")
 
 
 def write_files(folder: Path, files: Files, state: dict[str, Any] | None = None) -> None:

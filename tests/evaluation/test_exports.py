@@ -15,7 +15,7 @@ from pipelines import Pipeline
 from sweeps import beside_model, images_task
 from torch import Tensor
 
-from midway.gen.core.errors import DiskError
+from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.data.pictures import png_name
 from midway.gen.evaluation import store
 from midway.gen.evaluation.export import ImageSet, export
@@ -106,12 +106,48 @@ class FullDisk(Coloured):
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, small_parts: None) -> None:
-    before = ImageSet(Coloured(), Seeds(0, 4, 1))
-    export(before, tmp_path / "a.npz", tmp_path / "a.zip")
+    export(ImageSet(Coloured(), Seeds(0, 20, 1)), tmp_path / "a.npz", tmp_path / "a.zip")
     kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(DiskError, match=r"a\.zip"):
         export(ImageSet(FullDisk(), Seeds(0, 20, 1)), tmp_path / "a.npz", tmp_path / "a.zip")
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+class Later(Coloured):
+    """Meanwhile another process writes the file."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        super().__init__()
+        self.path, self.content = path, content
+
+    def sample(self, seeds: Tensor) -> SampledBatch:
+        self.path.write_bytes(self.content)
+        return super().sample(seeds)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.zip"])
+def test_a_file_of_other_images_stays(name: str, tmp_path: Path) -> None:
+    """Of other seeds or another model, and what no command made; the same images may be written again."""
+    path, images = tmp_path / name, ImageSet(Coloured(), Seeds(0, 4, 1))
+    place: dict[str, Any] = {"npz" if path.suffix == ".npz" else "archive": path}
+    export(images, **place)
+    export(images, **place)
+    own = path.read_bytes()
+    other = Coloured()
+    other.identity = {"model": "another"}
+    for source in (ImageSet(other, Seeds(0, 4, 1)), ImageSet(Coloured(), Seeds(4, 4, 1))):
+        with pytest.raises(UsageError, match=f"{name} is of other images"):
+            export(source, **place)
+        assert path.read_bytes() == own
+    for content in (b"", b"mine", own.replace(b"midway ", b"nobody ")):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match="is of other images"):
+            export(images, **place)
+        assert path.read_bytes() == content
+        path.unlink()
+        with pytest.raises(UsageError, match="is of other images"):
+            export(ImageSet(Later(path, content), Seeds(0, 4, 1)), **place)
+        assert [path.name for path in tmp_path.iterdir()] == [name] and path.read_bytes() == content
 
 
 # ---- cells ----

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluate
@@ -50,9 +51,10 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
         found = [cell.part(place) for place in measure._block_places(context.seeds)]
         return [part.costs["block"] for part in found if part is not None]
 
-    measure._sum_blocks(cell, dataclasses.replace(context, process=ProcessInfo(1, 3)))
+    unchecked: Any = SimpleNamespace(samples=None, block=None)
+    measure._sum_blocks(cell, dataclasses.replace(context, process=ProcessInfo(1, 3)), unchecked)
     assert there() == [1]
-    measure._sum_blocks(cell, context)
+    measure._sum_blocks(cell, context, unchecked)
     assert there() == [0, 1, 3]
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import evaluate
 import evaluate_likelihood
 import pytest
 import torch
@@ -10,6 +12,8 @@ import train_latent
 import train_tokenizer
 from evaluate_likelihood import LikelihoodTask
 from pipelines import TINY, TINY_DIT, Pipeline
+from resuming import everything
+from sweeps import sweep_task
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
@@ -90,6 +94,32 @@ def test_a_solver_that_cannot_be_raises_before_work(
     with pytest.raises(UsageError, match=words):
         evaluate_likelihood.run(task(pipeline, tmp_path / "out", pipeline.model, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_has_one_report_and_one_writer(pipeline: Pipeline, tmp_path: Path, monkeypatch: Any) -> None:
+    """Neither a second command nor a sweep that began meanwhile mixes its files with another's."""
+    both = task(pipeline, tmp_path / "out", pipeline.baseline, draws=1)
+    sweep = sweep_task(pipeline, tmp_path / "sweep")
+    measure = evaluate_likelihood.model_row
+
+    def meanwhile(*arguments: Any) -> Any:
+        with pytest.raises(UsageError, match="out is being written by another process"):
+            evaluate_likelihood.run(both)
+        return measure(*arguments)
+
+    monkeypatch.setattr(evaluate_likelihood, "model_row", meanwhile)
+    evaluate_likelihood.run(both)
+    before = everything(tmp_path / "out")
+    (tmp_path / "out/cells").mkdir()
+    with pytest.raises(UsageError, match=r"results\.csv is not of an earlier report"):
+        evaluate.run(replace(sweep, out=tmp_path / "out"))
+    with pytest.raises(UsageError, match="out is of a sweep"):
+        evaluate_likelihood.run(both)
+    (tmp_path / "out/cells").rmdir()
+    assert everything(tmp_path / "out") == before
+    monkeypatch.setattr(evaluate_likelihood, "model_row", lambda *a: [(tmp_path / "new/cells").mkdir(), measure(*a)][1])
+    with pytest.raises(UsageError, match="new is of a sweep"):
+        evaluate_likelihood.run(replace(both, out=tmp_path / "new"))
 
 
 def test_a_run_of_another_kind_raises(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from multiprocess import together
 from pipelines import Pipeline, Script
 from safetensors.torch import save_file
 from sweeps import sweep_in_parts, sweep_task, watch_samples
+from torch import Tensor
 
 from midway.gen.baselines.registry import load_trained_baseline
 from midway.gen.core.errors import DataError
+from midway.gen.core.files import read_tensors, state_hash
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, to_uint8
@@ -66,6 +68,10 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     watch_samples(monkeypatch, lambda seeds, batch: found.append(int(seeds[0])))
     return found
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +247,53 @@ def test_a_damaged_part_counts_as_not_there(tmp_path: Path) -> None:
     assert store.cell({"a": 2}).part(0) is None, "another cell's parts are not taken"
     with pytest.raises(RuntimeError, match="gone"):
         cell.parts([0])
+
+
+def other_costs(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
+    costs["evaluations"] = costs.pop("nfe")
+
+
+def other_kind(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
+    costs["nfe"] = str(costs["nfe"])
+
+
+def fewer_rows(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
+    tensors |= {name: value[:-1].clone() for name, value in tensors.items() if len(value)}
+
+
+def other_names(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
+    for name in {"features", "latents", "errors"} & tensors.keys():
+        tensors[name.upper()] = tensors.pop(name)
+
+
+@pytest.mark.parametrize("change", [other_costs, other_kind, fewer_rows, other_names])
+def test_parts_that_hold_something_else_are_named_and_made_again(
+    change: Callable[[dict[str, Tensor], dict[str, Any]], None],
+    pipeline: Pipeline,
+    whole: Path,
+    tmp_path: Path,
+    small_parts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of samples, of blocks and of the fine solution, though their hashes fit."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Cell, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(task(pipeline, tmp_path / "out"))
+    files = sorted((tmp_path / "out/cells").glob("*.parts/part-*"))
+    assert len(files) == 2 * 6 + 2, "of one cell and its fine solution, and the figures of two blocks"
+    for file in files:
+        tensors, header = read_tensors(file)
+        costs = json.loads(header["costs"])
+        change(tensors, costs)
+        text = json.dumps(costs)
+        save_file(tensors, file, {"costs": text, "hash": state_hash(text, tensors)})
+    capsys.readouterr()
+    evaluate.run(task(pipeline, tmp_path / "out"))
+    out = capsys.readouterr().out
+    assert all(f"{file.parent.name}/{file.name} is damaged" in out for file in files)
+    assert table(tmp_path / "out") == table(whole)
 
 
 def test_an_id_is_a_function_of_the_identity_alone() -> None:

@@ -2,22 +2,25 @@
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import evaluate
 import pytest
 import train_features
-from multiprocess import programs
-from pipelines import SCRIPTS, Pipeline, Script
+from multiprocess import Program, programs
+from pipelines import SCRIPTS, TINY, Pipeline, Script
 from resuming import newest, steps_of
 from sweeps import sweep_task
 
 import cli
 from midway.gen.core import checkpoints
 from midway.gen.evaluation.sources import SolverSource
+from midway.gen.evaluation.store import CellStore
 from midway.gen.training import fit
 from midway.gen.training.config import TrainConfig
 
@@ -131,15 +134,53 @@ def train(task: train_features.FeaturesTask) -> None:
     train_features.train(task)
 
 
-def test_a_run_that_the_main_process_cannot_begin_ends_the_others(tmp_path: Path) -> None:
+def ended_as_one(both: list[Program], code: int, error: str) -> None:
+    """All of them with this exit code, and with one error of three lines between them."""
+    assert [program.finish() for program in both] == [code] * len(both), [program.err for program in both]
+    together = both[0].err + both[1].err
+    assert together.count("error: ") == together.count("  why: ") == together.count("  fix: ") == 1, together
+    assert error in together and "Traceback" not in together
+
+
+def test_a_run_that_the_main_process_cannot_begin_is_one_error_of_all(tmp_path: Path) -> None:
     """They wait for its directory."""
     task = train_features.FeaturesTask(out=tmp_path / "run", width=8, train=TrainConfig(steps=2, batch_size=32, ema=0))
     task.out.mkdir()
     (task.out / "notes.txt").touch()
     with programs(train, tmp_path, task, ranks=(0, 1), processes=2) as both:
-        assert [program.finish() for program in both] == [2, 2]
-    assert both[0].err.startswith(f"error: {task.out} exists and is no run directory") and "partner" not in both[0].err
-    assert both[1].err.startswith("error: a partner process ended\n  why: rank 0 ended with exit code 2 (usage)")
+        ended_as_one(both, 2, f"error: {task.out} exists and is no run directory")
+
+
+def cannot_save(task: train_features.FeaturesTask) -> None:
+    """As `train`, with a full disk."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    checkpoints.BACKOFF, checkpoints.write_manifest = (), full
+    train_features.train(task)
+
+
+def test_an_error_of_the_main_process_in_a_training_is_one_error_of_all(pipeline: Pipeline, tmp_path: Path) -> None:
+    """At a checkpoint, and as a run is tidied before it goes on."""
+    task = train_features.FeaturesTask(out=tmp_path / "a", width=8, train=TrainConfig(steps=2, batch_size=32, ema=0))
+    with programs(cannot_save, tmp_path / "1", task, ranks=(0, 1), processes=2) as both:
+        ended_as_one(both, 5, "error: checkpoint")
+    run = Path(shutil.copytree(pipeline.features, tmp_path / "b"))
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    again = train_features.FeaturesTask(run, width=8, dim=8, train=replace(TINY, steps=26), resume="auto")
+    with programs(train, tmp_path / "2", again, ranks=(0, 1), processes=2) as both:
+        ended_as_one(both, 3, f"error: {run / 'metrics.jsonl'} cannot be read")
+
+
+def test_a_sweep_that_cannot_begin_is_one_error_of_all(pipeline: Pipeline, tmp_path: Path) -> None:
+    task = sweep_task(pipeline, tmp_path / "report")
+    with (
+        CellStore(tmp_path / "report/cells").claimed(),
+        programs(stopped_sweep, tmp_path / "1", task, (), ranks=(0, 1), processes=2) as both,
+    ):
+        ended_as_one(both, 2, "cells is being written by another process")
 
 
 # ---- scripts that do not divide their work ----

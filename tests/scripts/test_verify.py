@@ -1,13 +1,16 @@
 """verify_resume.py returns 0 for every kind of run, 1 for what is not exact; posthoc_ema.py makes a run that commands take."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pipelines import Pipeline, Script
 from torch import Tensor
 
+from midway.gen.core import checkpoints
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.batches import Context
@@ -40,6 +43,38 @@ def test_a_later_checkpoint_and_logged_losses_are_compared_too(
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = script("verify_resume", run)
     assert done.code == 1 and "losses logged at step 6 differ" in done.err
+
+
+def test_a_run_in_training_may_remove_the_checkpoints_that_are_verified(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, while and after they are copied."""
+    run, copy, verify = tmp_path / "m", shutil.copytree, checkpoints.verify
+    succeed(f"train_latent --config {pipeline.model}/config.yaml --out {run} --steps 6 --save-every 2 --keep 3")
+    newest = checkpoints.directories(run / "checkpoints")
+    assert len(newest) == 3
+    left = {"verified": newest[2], "copied": newest[1]}
+
+    def prune(when: str, path: Path) -> None:
+        if left.get(when) == path:
+            shutil.rmtree(left.pop(when))
+
+    def verifying(path: Path) -> checkpoints.Checkpoint:
+        prune("verified", path)
+        return verify(path)
+
+    def copying(source: Any, *arguments: Any, **options: Any) -> Any:
+        prune("copied", source)
+        made = copy(source, *arguments, **options)
+        if Path(source).parent == run / "checkpoints":
+            shutil.rmtree(run / "checkpoints")
+        return made
+
+    monkeypatch.setattr(checkpoints, "verify", verifying)
+    monkeypatch.setattr(shutil, "copytree", copying)
+    done = succeed("verify_resume", run, "--steps", 2)
+    assert "2 steps from step 6" in done.out and "skipped" not in done.out
+    assert not left and not checkpoints.directories(run / "checkpoints")
 
 
 def test_randomness_that_has_a_state_is_found(

@@ -198,6 +198,16 @@ def test_saturation_counts_edge_bins_and_the_magnitude_of_z() -> None:
     assert all(value.dtype == torch.float32 for value in bfloat.values())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_edge_bins_of_saturation_are_those_of_the_digits(variant: str) -> None:
+    levels = [3, 5, 17, 255] if variant == "ifsq" else [3, 4, 8, 255]
+    levels += [2] if variant in ("symmetric", "sigmoid") else []
+    quantizer, z = FSQ(levels, *VARIANTS[variant]), 2 * normal(4000, len(levels), 5)
+    digits = quantizer.indices_to_digits(quantizer(z).indices)
+    edge = (digits == 0) | (digits == torch.tensor(levels).view(1, -1, 1) - 1)
+    assert saturation(quantizer, z)["edge_mass"].item() == pytest.approx(edge.double().mean().item(), abs=1e-5)
+
+
 @pytest.mark.parametrize(("bits", "expected"), [(6, 0.0391), (8, 0.0626), (10, 0.0725)])
 def test_distortion_of_a_gaussian_source_is_above_the_bound_and_as_computed(bits: int, expected: float) -> None:
     """Bound: D = K**(-2 / channels). FSQ: centroids of its cells, for z = 0.7 x, about the best scale of x ~ N(0, 1)."""

@@ -11,7 +11,7 @@ import regression
 import torch
 from damages import DAMAGES, Tensors, damage, read, with_all, with_one
 from regression import Regression, Trained
-from resuming import newest, seal, unchanged
+from resuming import assert_same_run, newest, seal, unchanged
 from safetensors.torch import save_file
 from torch import nn
 
@@ -54,6 +54,19 @@ def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
     seal(file.parent)
 
 
+@pytest.mark.parametrize(("state", "value"), [("step", -1.0), ("step", 5.0), ("exp_avg_sq", -1.0)])
+def test_states_that_no_optimizer_has_raise(state: str, value: float, run: Path) -> None:
+    def change(tensors: Tensors) -> Tensors:
+        return {name: torch.full_like(v, value) if name == f"weight/{state}" else v for name, v in tensors.items()}
+
+    rewrite(newest(run) / "optimizer.safetensors", change)
+    with (
+        unchanged(run),
+        pytest.raises(DataError, match=rf"optimizer\.safetensors does not fit(?s:.)*weight/{state} is"),
+    ):
+        resume(run)
+
+
 def test_an_undamaged_one_is_resumed(run: Path) -> None:
     assert resume(run).result.steps == 6
 
@@ -68,10 +81,25 @@ def test_other_tensors_raise_and_nothing_changes(file: str, name: str, run: Path
     assert str(path) in caught.value.what and caught.value.exit_code == 3
 
 
+def validated(step: int, since: int, value: float = 0.5) -> Tensors:
+    """The state of `Validation`."""
+    return {
+        "validation/value": torch.tensor(value, dtype=torch.float64),
+        "validation/steps": torch.tensor([step, since]),
+    }
+
+
 PROGRESS: dict[str, Callable[[Tensors], Tensors]] = {
     "no tensor": lambda tensors: {},
     "no counter": lambda tensors: {name: v for name, v in tensors.items() if not name.startswith("guard/")},
     "another part": lambda tensors: {**tensors, "x/y": torch.zeros(1)},
+    "counters below 0": lambda tensors: {**tensors, "guard/counts": torch.tensor([-1, 0])},
+    "more bad steps than steps": lambda tensors: {**tensors, "guard/counts": torch.tensor([0, 5])},
+    "more in a row than at all": lambda tensors: {**tensors, "guard/counts": torch.tensor([2, 1])},
+    "a validation to come": lambda tensors: {**tensors, **validated(5, 0)},
+    "a validation before the first": lambda tensors: {**tensors, **validated(-2, 0)},
+    "validations below 0": lambda tensors: {**tensors, **validated(3, -1)},
+    "a best that is not finite": lambda tensors: {**tensors, **validated(3, 0, float("inf"))},
     "a counter of floats": lambda tensors: {**tensors, "guard/counts": torch.zeros(2)},
     "three counters": lambda tensors: {**tensors, "guard/counts": torch.zeros(3, dtype=torch.int64)},
     "half a validation": lambda tensors: {**tensors, "validation/value": torch.zeros((), dtype=torch.float64)},
@@ -93,9 +121,10 @@ def test_other_counters_raise(change: Callable[[Tensors], Tensors], run: Path) -
 @pytest.mark.parametrize(
     "change",
     [
-        *({key: None} for key in ("step", "steps", "seconds", "rolled_back", "processes", "config", "stateless")),
+        *({key: None} for key in ("step", "steps", "seconds", "rolled_back", "processes", "config")),
         *({"step": 3}, {"step": "4"}, {"seconds": "1"}, {"rolled_back": 0}, {"config": []}, {"stateless": "weight"}),
         *({"stateless": ["weight"]}, {"processes": 1.5}, {"stepp": 4}),
+        *({"steps": 3}, {"seconds": -1.0}, {"seconds": float("inf")}, {"processes": 0}),
     ],
     ids=str,
 )
@@ -165,3 +194,27 @@ def test_a_parameter_without_a_gradient_so_far_is_resumed(tmp_path: Path) -> Non
     seal(file.parent)
     with pytest.raises(DataError, match="missing"):
         resume(tmp_path / "other", Unused())
+
+
+class Adversarial(Unused):
+    """`later` is a discriminator, which begins at the third step."""
+
+    discriminator_prefix = "later"
+    discriminator_rate = 1.0
+
+
+def test_files_of_earlier_versions_do_not_list_parameters_without_a_state(tmp_path: Path) -> None:
+    """Those of a discriminator that has not begun may lack theirs, and no others."""
+    regression.train(tmp_path / "run", replace(CONFIG, max_steps=2), Adversarial())
+    file = newest(tmp_path / "run") / "state.json"
+    found = json.loads(file.read_text())
+    assert found.pop("stateless") == ["later"]
+    file.write_text(json.dumps(found))
+    seal(file.parent)
+    emptied = Path(shutil.copytree(tmp_path / "run", tmp_path / "emptied"))
+    expected = regression.train(tmp_path / "expected", replace(CONFIG, max_steps=None), Adversarial())
+    assert resume(tmp_path / "run", Adversarial()).result.steps == expected.result.steps == 6
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
+    rewrite(newest(emptied) / "optimizer.safetensors", lambda tensors: {})
+    with pytest.raises(DataError, match="missing"):
+        resume(emptied, Adversarial())
