@@ -292,7 +292,9 @@ def test_classes_without_training_images(tmp_path: Path):
         save(tmp_path / str(index) / "0.png", noise(4, 6, 3, seed=index))
     facts = look(tmp_path, held_out=0.5)
     assert facts.split is not None and len(facts.split.untrained) == 5
-    assert warned(facts, "classes without training images, which are not sampled (5): ", ", ".join(facts.split.untrained))
+    assert warned(
+        facts, "classes without training images, which are not sampled (5): ", ", ".join(facts.split.untrained)
+    )
     save(tmp_path / "0" / "1.png", noise(4, 6, 3, seed=99))
     assert not warned(look(tmp_path, held_out=0.5), "classes without training images")
 
