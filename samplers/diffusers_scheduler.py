@@ -138,12 +138,17 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         """The entry of `timesteps` at which a run begins that is first called with this timestep.
 
         Where the stages of a solver share a time it is the entry that begins a step. ValueError for a timestep that is not in the
-        list, or at which no run can begin.
+        list, at which no run can begin, or that is equal to several in its half precision.
         """
         places = self._list_now().find(timestep)
         starts = [index for index in places if self._node_of(index) is not None]
         if not starts:
             raise self._no_start(places[0])
+        if len({self._list_now().values[index] for index in starts}) > 1:
+            raise ValueError(
+                f"timestep {timestep} can be any of the entries {starts} in its dtype: pass entries of timesteps, or call "
+                "set_begin_index"
+            )
         return starts[0]
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.prediction import Target
 from midway.samplers.rows import Row
 from midway.samplers.schedule import Linear, Schedule
+from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 
 TARGET_OF: dict[str, Target] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
@@ -88,7 +89,7 @@ def table_from_numbers(numbers: Mapping[str, Any]) -> Table:
             for r in numbers["rows"]
         )
         grid, nodes, metadata = tuple(numbers["grid"]), tuple(numbers["nodes"]), dict(numbers["metadata"])
-        return Table(numbers["solver"], grid, nodes, rows, metadata, numbers["schedule"])
+        return _named(Table(numbers["solver"], grid, nodes, rows, metadata, numbers["schedule"]))
     except (KeyError, TypeError) as error:
         raise ValueError(f"these are not the numbers of a table: {type(error).__name__} {error}") from error
 
@@ -96,11 +97,19 @@ def table_from_numbers(numbers: Mapping[str, Any]) -> Table:
 def read_table(path: Path, schedule: Schedule) -> Table:
     """The table for this schedule in a file of `Table.save` or of a learned solver with constants; ValueError for any other."""
     if read_header(path).get("format") != LEARNED:
-        return Table.load(path, schedule)
+        return _named(Table.load(path, schedule))
     table = LearnedSolver.load(path, schedule).table
     if table is None:
         raise ValueError(
             f"{path} predicts its numbers from the network's features, which a pipeline does not hand over: "
             "distil amed-constants instead"
         )
+    return table
+
+
+def _named(table: Table) -> Table:
+    """The table; ValueError for one that draws noise under the name of a solver that draws none."""
+    solver = SOLVERS.get(table.solver)
+    if table.stochastic and solver is not None and not solver.stochastic and "eta" not in table.metadata:
+        raise ValueError(f"the table has weights of noise, and '{table.solver}' draws none")
     return table

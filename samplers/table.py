@@ -173,7 +173,10 @@ class Table:
 
     @staticmethod
     def load(path: Path, schedule: Schedule | None = None) -> "Table":
-        """Read a table that `save` wrote. ValueError for any other file, and for a table of another schedule."""
+        """Read a table that `save` wrote.
+
+        ValueError for any other file, for a table of another schedule, and for weights that are of no method on it.
+        """
         tensors, header = read_tensors(path, FORMAT, "a solver table", ("solver", "metadata"))
         check_tensors(tensors, _layout(tensors))
         arrays = {name: tensor.tolist() for name, tensor in tensors.items()}
@@ -204,6 +207,7 @@ class Table:
             raise ValueError(f"the numbers of {path} have hash {table.hash}, they were saved with {header['hash']}")
         if schedule is not None:
             table.check_schedule(schedule)
+            table._check_method(schedule)  # also of a file that names no schedule
         return table
 
 

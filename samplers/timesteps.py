@@ -22,13 +22,17 @@ class Timesteps:
         """The indices that this timestep can stand for, several where stages share a time.
 
         An entry of `tensor` is recognised by its place in memory, so that nothing waits for the device; any other tensor is read,
-        and compared as finely as its dtype resolves. ValueError for a timestep that is not in the list, and for more than one.
+        and compared as finely as its dtype resolves: in half precision it stands for every entry that is rounded to it.
+        ValueError for a timestep that is not in the list, and for more than one.
         """
         own = self._own(timestep)
         if own is not None:
             return (own,)
-        value, resolution = _read(timestep)
-        nearest = min(self.values, key=lambda listed: abs(listed - value))
+        value, dtype = _read(timestep)
+        rounded = torch.tensor(self.values).to(dtype).tolist()
+        if value in rounded:
+            return tuple(i for i, listed in enumerate(rounded) if listed == value)
+        resolution, nearest = torch.finfo(dtype).eps, min(self.values, key=lambda listed: abs(listed - value))
         if not abs(nearest - value) <= resolution * abs(nearest):
             raise ValueError(
                 f"timestep {value:g} is not one of the {len(self.values)} of this run; the nearest is {nearest:g}, entry "
@@ -48,11 +52,11 @@ class Timesteps:
         return index if 0 <= index < len(self.values) else None
 
 
-def _read(timestep: Tensor | float) -> tuple[float, float]:
-    """The number, and the relative spacing of numbers in its dtype, float32's for integers and Python's numbers."""
+def _read(timestep: Tensor | float) -> tuple[float, torch.dtype]:
+    """The number, and its dtype if that is coarser than float32, else float32."""
     given = torch.as_tensor(timestep)
     first = given.flatten()[:1]
     if given.numel() == 0 or not bool((given == first).all()):
         raise ValueError(f"a step is of one timestep for the whole batch, got {given.tolist()}")
-    dtype = given.dtype if isinstance(timestep, Tensor) and given.is_floating_point() else torch.float32
-    return float(first.item()), max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    coarse = given.is_floating_point() and torch.finfo(given.dtype).bits < 32
+    return float(first.item()), given.dtype if coarse else torch.float32

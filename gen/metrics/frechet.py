@@ -80,7 +80,7 @@ def frechet_distance_to(x: Tensor, reference: FeatureStatistics) -> float:
     With S2 = R R^T and X centred, / sqrt(N - 1): tr (S1 S2)^(1/2) = |X R|_*. ValueError and warnings as of the others.
     """
     statistics = FeatureStatistics.of(x)
-    if len(x) > reference.dim or statistics.dim != reference.dim:
+    if not 2 <= len(x) <= reference.dim or statistics.dim != reference.dim:
         return frechet_distance(statistics, reference)
     _warn_if_few(len(x), reference.dim)
     _warn_if_few(reference.count, reference.dim)

@@ -217,6 +217,9 @@ def test_few_features_against_statistics_are_exact(count: int) -> None:
     assert frechet_distance_to(many, reference) == frechet_distance(FeatureStatistics.of(many), reference)
     with pytest.raises(ValueError, match="dimensions"):
         frechet_distance_to(x[:, :8], reference)
+    for few in (x[:1], x[:0]):
+        with pytest.raises(ValueError, match="at least 2 feature vectors"):
+            frechet_distance_to(few, reference)
 
 
 @pytest.fixture

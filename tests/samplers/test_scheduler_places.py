@@ -176,6 +176,21 @@ def test_an_analytic_first_step_is_only_that_of_a_run_from_the_start(solver: str
     assert scheduler.scale_model_input(x, scheduler.timesteps[0]) is not x
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [0, 1, 166, 400, 498])
+@torch.no_grad()
+def test_timesteps_that_half_precision_cannot_tell_apart_begin_nowhere_else(dtype: torch.dtype, k: int) -> None:
+    """Within a run the one that comes next is meant; the first has to be the only one."""
+    scheduler, x = _scheduler("ddim", 500), normal(2, 2)
+    passed = scheduler.timesteps[k:].to(dtype)
+    expected = _after_set_begin_index(scheduler, k, x)
+    scheduler.set_timesteps(500)
+    if int((scheduler.timesteps.to(dtype) == passed[0]).sum()) > 1:
+        _wrong(scheduler, passed[0], "can be any of the entries")
+        scheduler.set_begin_index(k)
+    torch.testing.assert_close(_run(scheduler, passed, x), expected, rtol=0, atol=5e-3)
+
+
 # ---- one scheduler, several runs ----
 
 

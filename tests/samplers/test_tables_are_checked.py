@@ -292,6 +292,40 @@ def test_a_table_of_a_method_stays_one_on_the_disk(schedule: str, tmp_path: Path
             sample(NetworkField(lambda x, t: x, "v", process), Table.load(path), torch.ones(2, 2))
 
 
+def test_a_file_that_names_no_schedule_is_checked_on_the_one_that_it_is_read_for(tmp_path: Path) -> None:
+    path = tmp_path / "t.safetensors"
+    right = replace(SOLVERS["dpmpp2m"].build(VP(), karras(VP(), 3)), schedule="")
+    right.save(path)
+    assert Table.load(path, VP()) == read_table(path, VP()) == right
+    for made in (
+        replace(right, rows=(replace(right.rows[0], states=(3.0,)), *right.rows[1:])),
+        replace(HEUN, schedule="", rows=(*HEUN.rows[:5], replace(HEUN.rows[5], predictions=(0.0,) * 6))),
+        replace(SOLVERS["ddim"].build(Cosine(), karras(Cosine(), 4)), schedule=""),
+    ):
+        made.save(path)
+        for read in (Table.load, read_table):
+            with pytest.raises(ValueError, match="no solver on VP"):
+                read(path, VP())
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp2m", "euler"])
+def test_noise_under_the_name_of_a_solver_without_is_not_read(name: str, tmp_path: Path) -> None:
+    """Weights of another method, right in mean and variance."""
+    path, drawing = tmp_path / "t.safetensors", SOLVERS["ddpm"].build(VP(), karras(VP(), 3))
+    for table, wrong in (
+        (replace(drawing, solver=name), True),
+        (drawing, False),
+        (ddim(VP(), drawing.grid, eta=0.5), False),
+    ):
+        table.save(path)
+        for read in (lambda: read_table(path, VP()), lambda table=table: table_from_numbers(asdict(table))):
+            if not wrong:
+                assert read().stochastic
+                continue
+            with pytest.raises(ValueError, match=f"'{name}' draws none"):
+                read()
+
+
 # ---- files of AMED ----
 
 AMED: dict[str, tuple[Change, str]] = {
