@@ -251,8 +251,9 @@ def _records(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with reading(path, "move it elsewhere: then logged means are not compared"):
-        lines = map(json.loads, read_text(path, LOG_LIMIT).splitlines())
-        return [r for r in lines if "lr" in r and r["step"] > 0 and not r.get("partial") and not r.get("final")]
+        whole = [line for line in read_text(path, LOG_LIMIT).splitlines(keepends=True) if line.endswith("\n")]
+        found = map(json.loads, whole)  # not half a line, of a run in training
+        return [r for r in found if "lr" in r and r["step"] > 0 and not r.get("partial") and not r.get("final")]
 
 
 def _means(record: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class TrainConfig:
         if len(set(self.posthoc)) != len(self.posthoc):
             raise ValueError(f"posthoc widths must differ, got {self.posthoc}")
         check_ranges(self, batch_size=BATCH, accumulation=BATCH, steps=EVENTS, warmup=EVENTS, keep=COUNT, seed=SEED)
-        check_ranges(self, lr=WEIGHT, weight_decay=WEIGHT, clip=WEIGHT, posthoc=(1e-6, WIDEST))
+        check_ranges(self, lr=WEIGHT, weight_decay=WEIGHT, clip=WEIGHT, max_seconds=WEIGHT, posthoc=(1e-6, WIDEST))
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
