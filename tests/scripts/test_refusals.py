@@ -293,9 +293,12 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZER --held-out 0.01 --data {images} -> split
   TOKENIZER --held-out 0.5 --data {broken} -> 0a.png
   TOKENIZER --held-out 0.5 --data {sizes} -> --resize
-5 outputs
-  EVALUATE --out {a_file}/me.png; --out {a_file}/me.png/out -> me.png
-  EVALUATE --save-images {a_file}/me.png/zips -> --save-images
+2 outputs that are something else
+  EVALUATE --out {a_file}/me.png; --out {a_file}/me.png/out -> me.png | name a folder
+  EVALUATE --save-images {a_file}/me.png/zips -> --save-images | name a folder
+  LIKELIHOOD {baseline} --out {a_file}/me.png/out; TOKENIZERS {tokenizer} --out {a_file}/me.png/out -> me.png | name a folder
+  SAMPLE --out {a_file}/me.png/grid.png; ENCODE {tokenizer} --out {a_file}/me.png/l -> me.png | folder
+  train_features --out {a_file}/me.png/run --steps 1; demo --quick --out {a_file}/me.png -> me.png | folder
 4 samples
   SAMPLE --guidance 1e38 --nfe 8 -> diverged | finite
 2 sizes and seeds that fill a machine or make nothing, before anything is built
@@ -334,7 +337,9 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZERS {tokenizer} --seed 18446744073709551616 -> --seed | it can be
   TOKENIZERS {tokenizer} --noise nan -> sigma is finite
   ENCODE {tokenizer} --batch-size 1000000000 -> --batch-size
+  verify_resume {model} --steps 1; verify_resume {model} --steps -3 -> --steps | it can be
 2 names that no file can have
+  demo --quick --out {loop}; EVALUATE --images {loop} -> leads back to itself
   train_tokenizer digits-fsq --steps 1 --out {long}; EVALUATE --out {long}; SAMPLE --out {long}.png -> shorter
   ENCODE {tokenizer} --out {long}; train_tokenizer --config {long}; data check {long} -> shorter
 """
