@@ -384,6 +384,71 @@ def test_a_damaged_cell_is_named_and_measured_again(
     assert kept_numbers < (0.4 * len(damaged) if seal_it else 1)
 
 
+WRONG_NUMBERS: tuple[dict[str, Any], ...] = (
+    {"nfe": -1},
+    {"nonfinite": -1},
+    {"nonfinite": 1},
+    {"distances": [None]},
+    {"distances": [-5.0]},
+    {"distances": [1.0, 2.0], "metrics": {}},
+    {"rmse": -1.0},
+    {"seconds": {"solver": -1.0, "decode": 0.0, "features": 0.0}},
+)
+
+
+@pytest.mark.parametrize("change", WRONG_NUMBERS, ids=str)
+def test_numbers_that_mean_nothing_are_measured_again(
+    change: dict[str, Any], root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though of the right types, and with a hash that fits."""
+    (file,) = (root.parent / "report/cells").glob("*.json")
+    found = json.loads(file.read_text())
+    with kept(file):
+        file.write_bytes(sealed_cell({**found, "numbers": {**found["numbers"], **change}}).encode())
+        assert Cell(file.parent, found["identity"]).numbers() is None
+    assert capsys.readouterr().out.startswith(f"{file.name} is damaged")
+
+
+CLASSES: tuple[dict[str, Any], ...] = (
+    {"empty": [99]},
+    {"empty": [-1]},
+    {"empty": [3, 3]},
+    {"empty": [4, 3]},
+    {"empty": [*range(10)]},
+    {"class_names": ["a"]},
+)
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("change", CLASSES, ids=str)
+def test_classes_that_a_model_does_not_have_raise(change: dict[str, Any], root: Path) -> None:
+    file = only(root, f"model/{STEP}/model.json")
+    with kept(file):
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+        with pytest.raises(DataError, match=r"model\.json cannot be used"):
+            load_model(root / "model", CPU)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_empty_classes_that_a_baseline_does_not_have_raise(root: Path) -> None:
+    file = only(root, "baseline/best/step-*/model.json")
+    with kept(file):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "empty": [99]}))
+        with pytest.raises(DataError, match=r"model\.json cannot be used"):
+            load_trained_baseline(root / "baseline")
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(("name", "value"), [("latent_std", 0.0), ("latent_std", -1.0), ("latents_measured", 0.0)])
+def test_statistics_of_latents_that_nothing_has_raise(name: str, value: float, root: Path) -> None:
+    file = only(root, f"model/{STEP}/tokenizer/*.safetensors")
+    tensors, header = read(file)
+    with kept(file):
+        save_file({**tensors, name: torch.full_like(tensors[name], value)}, file, header)
+        with pytest.raises(DataError, match="model/checkpoints"):
+            load_model(root / "model", CPU)
+
+
 def test_a_cell_of_another_identity_is_measured_again(root: Path, tmp_path: Path) -> None:
     (file,) = (root.parent / "report/cells").glob("*.json")
     other = Cell(tmp_path, {"a": 1})

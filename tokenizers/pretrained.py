@@ -42,7 +42,7 @@ class Pretrained(ModelMixin, ConfigMixin):
 
         torch_dtype: of the networks, whose file is in it or in float32. OSError, SafetensorError or ValueError: files that are
         missing, damaged or pickled, options that this class does not have or that are of other types, and tensors that are
-        missing, surplus, of another shape or type, or not finite.
+        missing, surplus, of another shape or type, not finite, or meaningless.
         """
         if unknown := hub.keys() - {*HUB}:
             raise ValueError(
@@ -53,10 +53,14 @@ class Pretrained(ModelMixin, ConfigMixin):
         with building(folder / CONFIG, tensors):
             model = cls(**options)
             load_weights(model, tensors, {torch_dtype})
+            model.check_loaded()
         for name, part in model.named_children():
             if name not in (cls._keep_in_fp32_modules or ()):
                 nn.Module.to(part, dtype=torch_dtype)
         return model.eval()
+
+    def check_loaded(self) -> None:
+        """ValueError for numbers of the right types that mean nothing."""
 
 
 def _options(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:

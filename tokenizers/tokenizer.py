@@ -222,6 +222,11 @@ class ImageTokenizer(Pretrained):
         self.latent_std.copy_(std)
         self.latents_measured.fill_(True)
 
+    def check_loaded(self) -> None:
+        """ValueError for statistics of latents that `set_latent_statistics` does not take."""
+        if bool(self.latents_measured):
+            self.set_latent_statistics(self.latent_mean, self.latent_std)
+
     def encode_latents(self, images: Tensor) -> Tensor:
         """Images -> standardised latents (B, D, h, w). ValueError until statistics have been given."""
         self._check_measured()

@@ -14,6 +14,7 @@ from midway.gen.baselines.vae import VAE
 from midway.gen.core import checkpoints
 from midway.gen.core.config import from_file
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
+from midway.gen.core.ranges import check_classes
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, data_of
 from midway.tokenizers.weights import building, load_weights
@@ -29,6 +30,9 @@ class Description:
     levels: int
     classes: int
     empty: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes, self.empty)
 
 
 BASELINES: dict[str, type[Baseline]] = {"vae": VAE, "flow": CouplingFlow, "tarflow": TarFlow}

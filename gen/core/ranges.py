@@ -4,6 +4,7 @@ The largest numbers are far above what is trained, and far below what fills a ma
 """
 
 import math
+from collections.abc import Sequence
 
 from midway.gen.core.errors import UsageError, raising
 
@@ -41,6 +42,15 @@ def check_flag_ranges(task: object, **ranges: tuple[float, float]) -> None:
         flag = f"--{name.replace('_', '-')} {getattr(task, name)}"
         with raising(UsageError, flag, "correct the value", UsageError, why=lambda error: getattr(error, "why", "")):
             check_ranges(task, **{name: limits})
+
+
+def check_classes(classes: int, empty: Sequence[int], names: Sequence[str] = ()) -> None:
+    """ValueError unless `empty` are some of these classes in order, not all of them, and `names` are those of all, or none."""
+    known = all(0 <= label < classes for label in empty) and [*empty] == sorted(set(empty))
+    if classes < 0 or not known or len(empty) >= max(classes, 1):
+        raise ValueError(f"of {classes} classes those without images cannot be {list(empty)}")
+    if len(names) not in (0, classes):
+        raise ValueError(f"{classes} classes have {len(names)} names")
 
 
 def _words(least: float, most: float) -> str:

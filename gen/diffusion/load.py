@@ -17,6 +17,7 @@ from torch import nn
 from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
+from midway.gen.core.ranges import check_classes
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, data_of
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
@@ -90,6 +91,9 @@ class Description:
     class_names: tuple[str, ...] = ()
     """Neither is in older runs."""
 
+    def __post_init__(self) -> None:
+        check_classes(self.classes, self.empty, self.class_names)
+
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:
     """The averaged model of a latent-model run, with its tokenizer, on `device`."""
@@ -108,6 +112,8 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
             raise ValueError(
                 f"model.json is of latents {found.latent_shape}, its tokenizer makes {tokenizer.latent_shape}"
             )
+        if not bool(tokenizer.latents_measured):
+            raise ValueError("the mean and std of its tokenizer's latents were never measured")
         with building(file, state):
             model = LatentModel(found.config, found.latent_shape, found.classes, found.empty, found.class_names)
             load_weights(model, state)

@@ -10,6 +10,7 @@ process can make any part, and the numbers do not depend on how many processes t
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -112,6 +113,11 @@ class Numbers:
     def __post_init__(self) -> None:
         if not self.distances or any(len(values) != len(self.distances) for values in self.metrics.values()):
             raise ValueError("a distance and the metrics have one value for each block")
+        if {value is None for value in self.distances} != {self.nonfinite > 0}:
+            raise ValueError("there is a distance where all samples are finite, and nowhere else")
+        times = dataclasses.astuple(self.seconds)
+        if min(self.nfe, self.nonfinite, self.rmse or 0.0, *times, *filter(None, self.distances)) < 0:
+            raise ValueError("a count, a distance or a time is negative")
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,8 @@ class Cell:
             identity, numbers = _verified(path)
             if _canonical(identity) != _canonical(self.identity):
                 raise ValueError("it is of another identity")
+            if "seeds" in self.identity and len(numbers.distances) != self.identity["seeds"][-1]:
+                raise ValueError(f"it has {len(numbers.distances)} blocks")
             return numbers
         except (*DAMAGE, UsageError) as error:
             with contextlib.suppress(OSError):  # another process was first

@@ -286,6 +286,19 @@ def test_classes_on_one_side(tmp_path: Path):
     assert warned(look(tmp_path, held_out=0.1), "one side of the split only (1): emu")
 
 
+def test_classes_without_training_images(tmp_path: Path):
+    """Only where no class has two; else each keeps one."""
+    for index in range(10):
+        save(tmp_path / str(index) / "0.png", noise(4, 6, 3, seed=index))
+    facts = look(tmp_path, held_out=0.5)
+    assert facts.split is not None and len(facts.split.untrained) == 5
+    assert warned(
+        facts, "classes without training images, which are not sampled (5): ", ", ".join(facts.split.untrained)
+    )
+    save(tmp_path / "0" / "1.png", noise(4, 6, 3, seed=99))
+    assert not warned(look(tmp_path, held_out=0.5), "classes without training images")
+
+
 def test_files_are_written_on_request_and_an_old_list_is_removed(tmp_path: Path, script: Script):
     folder, out = good(tmp_path / "set"), tmp_path / "new" / "out"
     before = sorted(tmp_path.rglob("*"))

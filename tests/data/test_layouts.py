@@ -658,12 +658,25 @@ def test_classes_may_lie_elsewhere_or_be_hidden(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     for name in ("cat", "dog"):
         (tmp_path / "outside" / name).symlink_to(store / name)
+    (tmp_path / "outside" / ".before").symlink_to(store)  # is left out, and hides nothing
     same_as_animals(tmp_path / "outside", tmp_path)
     hidden = tmp_path / "hidden"
     animals(hidden / ".store")
     for name in ("cat", "dog"):
         (hidden / name).symlink_to(Path(".store") / name)
     same_as_animals(hidden, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["store", ".", "above", "above/set"])
+def test_links_of_another_place_do_not_lead_up(tmp_path: Path, target: str) -> None:
+    """Into what holds the link, or the source, where other images are."""
+    root, store = animals(tmp_path / "above" / "set"), animals(tmp_path / "store")
+    for place in (tmp_path, tmp_path / "above", store):
+        folder_of(place, images("emu/0.png"))
+    (root / "cat").rename(tmp_path / "old")
+    (root / "cat").symlink_to(store / "cat")
+    (store / "cat" / "up").symlink_to(tmp_path / target)
+    same_as_animals(root, tmp_path)
 
 
 def test_files_may_be_links_to_a_store(tmp_path: Path) -> None:
