@@ -154,11 +154,15 @@ def same_split(a: DataConfig, b: DataConfig) -> bool:
 def image_notes(paths: tuple[Path, ...], other: DataConfig | None, splits: Splits) -> tuple[str, ...]:
     """Warnings about the measured images: another source than the tokenizers', or their own that changed."""
     runs = [Run.open(path, "tokenizer") for path in paths]
-    empty = empty_notes(splits, conditional=False)
+    own = [run for run in runs if other is None or same_images(data_of(run), other)]
+    notes = (
+        *(note for run in own for note in changed_since(run, splits.train)),
+        *empty_notes(splits, conditional=False),
+    )
     if other is None:
-        return (*(note for run in runs for note in changed_since(run, splits.train)), *empty)
+        return notes
     trained = ", ".join(f"{run.path.name} on {data_of(run).data}" for run in runs)
-    return (f"Measured on {other.data}; trained: {trained}.", *empty)
+    return (f"Measured on {other.data}; trained: {trained}.", *notes)
 
 
 def load_alike(

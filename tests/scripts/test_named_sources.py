@@ -184,6 +184,9 @@ def test_images_that_changed_since_training_are_a_warning(
     succeed(f"train_baseline digits-vae --data {other} {steps} --validate-every 0 --patience-validations 0 --out {vae}")
     calls = {
         f"evaluate_tokenizer --tokenizers {tokenizer} --features none --noise 0 --out {tmp_path / 't'}": tmp_path / "t",
+        f"evaluate_tokenizer --tokenizers {tokenizer} --data {other} --features none --noise 0 --out {tmp_path / 'n'}": (
+            tmp_path / "n"
+        ),
         f"evaluate --model {model} --features {features} --solvers ddim --nfe 4 --grids uniform --n 8 --blocks 1 --metrics= "
         "--reference-nfe 0": model / "report",
         f"evaluate_likelihood --models {vae} --features none --n 8 --iwae 0 --draws 1 --out {tmp_path / 'l'}": tmp_path
