@@ -41,6 +41,7 @@ from evaluate_tokenizer import TokenizersTask
 from evaluate_tokenizer import run as evaluate
 from train_tokenizer import train
 
+import cli
 from tasks import TokenizerConfig, TokenizerTask
 
 BITS = (8, 10, 12, 14)
@@ -328,4 +329,4 @@ def main(comparison: Comparison) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Comparison))
+    cli.main(lambda arguments: main(cli.resolve(Comparison, {}, arguments)), alone=True)

@@ -19,8 +19,16 @@ from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo, printable
-from midway.gen.data.sources import SOURCES
-from midway.gen.data.splits import DataConfig, Splits, changed_since, data_of, load_splits
+from midway.gen.data.splits import (
+    DataConfig,
+    Splits,
+    changed_since,
+    data_of,
+    flags_of,
+    load_splits,
+    same_images,
+    same_source,
+)
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.evaluation.tokenizers import (
     SHOWN,
@@ -32,7 +40,7 @@ from midway.gen.evaluation.tokenizers import (
     measure,
 )
 from midway.gen.features.extractor import Extractor
-from midway.gen.features.open import open_extractor, same_images
+from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
@@ -143,13 +151,6 @@ def load(
     return {name: tokenizer for name, (tokenizer, _) in loaded.items()}, next(iter(loaded.values()))[1]
 
 
-def same_source(a: DataConfig, b: DataConfig) -> bool:
-    """Whether two configurations name the same source, by its name or as the same path."""
-    if a.data in SOURCES or b.data in SOURCES:
-        return a.data == b.data
-    return Path(a.data).expanduser().resolve() == Path(b.data).expanduser().resolve()
-
-
 def same_split(a: DataConfig, b: DataConfig) -> bool:
     """Whether two configurations of one source hold out the same images."""
     return (a.held_out, a.split_seed) == (b.held_out, b.split_seed)
@@ -158,11 +159,15 @@ def same_split(a: DataConfig, b: DataConfig) -> bool:
 def image_notes(paths: tuple[Path, ...], other: DataConfig | None, splits: Splits) -> tuple[str, ...]:
     """Warnings about the measured images: another source than the tokenizers', or their own that changed."""
     runs = [Run.open(path, "tokenizer") for path in paths]
-    empty = empty_notes(splits, conditional=False)
+    own = [run for run in runs if other is None or same_images(data_of(run), other)]
+    notes = (
+        *(note for run in own for note in changed_since(run, splits.train)),
+        *empty_notes(splits, conditional=False),
+    )
     if other is None:
-        return (*(note for run in runs for note in changed_since(run, splits.train)), *empty)
+        return notes
     trained = ", ".join(f"{run.path.name} on {data_of(run).data}" for run in runs)
-    return (f"Measured on {other.data}; trained: {trained}.", *empty)
+    return (f"Measured on {other.data}; trained: {trained}.", *notes)
 
 
 def load_alike(
@@ -177,7 +182,7 @@ def load_alike(
         if not same_images(theirs, ours):
             raise DataError(
                 f"{names[name]} was trained on other images than {names[first]}",
-                f"its data are {theirs}, the first's are {ours}",
+                f"its data are {flags_of(theirs)}, the first's are {flags_of(ours)}",
                 f"compare {flag.removeprefix('--')} of the same --data, --held-out, --split-seed, --channels and --resize",
             )
     return loaded

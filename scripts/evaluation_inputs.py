@@ -9,12 +9,11 @@ from evaluation_flags import EvaluateTask
 from cli import names
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
-from midway.gen.data.splits import DataConfig, Splits
+from midway.gen.data.splits import DataConfig, Splits, flags_of, same_images
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.jobs import Job, SweepConfig
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
-from midway.gen.features.open import same_images
 from midway.samplers.solvers import ALIASES, SOLVERS
 
 
@@ -66,7 +65,7 @@ def baseline_jobs(task: EvaluateTask, data: DataConfig, config: SweepConfig, dev
         if not same_images(baseline.data, data):
             raise DataError(
                 f"{path} was trained on other images than the reference",
-                f"its data are {baseline.data}, the reference is {data}",
+                f"its data are {flags_of(baseline.data)}, the reference is {flags_of(data)}",
                 "train it on the same --data, --held-out, --split-seed, --channels and --resize",
             )
         found[name] = baseline_job(name, baseline, config.batch_size)

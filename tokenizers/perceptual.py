@@ -12,8 +12,10 @@ The weights are neither parameters nor buffers, so checkpoints and weight averag
 
 import hashlib
 import importlib.util
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 
 from midway.tokenizers.base import float32_island
 from midway.tokenizers.precision import Convert, at_least_float32
-from midway.tokenizers.weights import HALVES, WEIGHTS_LIMIT, check_tensors, readable
+from midway.tokenizers.weights import HALVES, WEIGHTS_LIMIT, check_tensors, readable, receive
 
 Net = Literal["vgg", "alex"]
 
@@ -224,14 +226,19 @@ def _download(file: str) -> Path:
     path, url = Path(torch.hub.get_dir(), "checkpoints", file), f"https://download.pytorch.org/models/{file}"
     if path.exists():
         return path
+    temporary = path.with_name(f".{file}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), Path(file).stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the download has another hash
+        if not (found := receive(url, temporary)).startswith(Path(file).stem.rpartition("-")[2]):
+            raise ValueError(f"it sends another file, of sha256 {found}")
+        temporary.replace(path)
+    except (OSError, ValueError, HTTPException) as error:
         raise ValueError(
             f"cannot download {url}, the backbone of the perceptual loss\n  why: {error}\n  fix: connect to the network once; or "
             f"copy {file} here and give it with --loss.perceptual-weights FILE; or set the perceptual weight to 0"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -4,11 +4,14 @@ A missing tensor would leave random numbers in the network, a surplus one belong
 and NaN measure nothing, and a pickle can run any code.
 """
 
+import hashlib
 import json
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import huggingface_hub
 import torch
@@ -31,6 +34,9 @@ CONFIG_LIMIT = 64 << 20
 """Bytes of a configuration or an index of weights; the largest have some MB."""
 WEIGHTS_LIMIT = 256 << 30
 """Bytes of one file of weights: 64 billion numbers in float32."""
+DOWNLOAD_LIMIT = 16 << 30
+"""Bytes of a download, which could fill the disk otherwise; the largest that is fetched, VGG-16, has 528 MB."""
+CHUNK = 1 << 20
 SLACK = 4
 """Factor between the parameters of a file and those at which a network is given up while it is built."""
 
@@ -43,6 +49,20 @@ def readable(path: Path, limit: int) -> Path:
     if size > limit:
         raise OSError(f"{path} has {size:,} bytes, more than the limit of {limit:,}")
     return path
+
+
+def receive(url: str, path: Path, limit: int = DOWNLOAD_LIMIT, algorithm: str = "sha256") -> str:
+    """Write what `url` sends to `path`; its hexadecimal digest. URLError, which is an OSError, for more bytes than `limit`."""
+    digest, size = hashlib.new(algorithm, usedforsecurity=False), 0
+    request = urllib.request.Request(url, headers={"User-Agent": "midway"})
+    with urllib.request.urlopen(request, timeout=20) as response, open(path, "wb") as file:
+        while chunk := response.read(CHUNK):
+            size += len(chunk)
+            if size > limit:
+                raise URLError(f"it sends more than the limit of {limit:,} bytes")
+            digest.update(chunk)
+            file.write(chunk)
+    return digest.hexdigest()
 
 
 def local_folder(source: str | Path, subfolder: str | None = None, **hub: Any) -> Path:

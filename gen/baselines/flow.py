@@ -24,6 +24,7 @@ from midway.gen.baselines.flow_layers import Chain, Shape, require_initialised
 from midway.gen.core import randomness
 from midway.gen.data.levels import bits_per_dim, uniform_dequantise
 from midway.gen.training.batches import Context, ImageBatch
+from midway.tokenizers.losses import mean
 
 
 def log_standard(e: Tensor, prior: Literal["normal", "logistic"]) -> Tensor:
@@ -91,7 +92,7 @@ class CouplingFlow(DensityBaseline):
     def loss(self, batch: ImageBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean bits per dimension of one draw of u for each image, and `bits_per_dim`."""
         k, labels = self.levels_in(batch.images), self.labels_in(batch.labels, len(batch.images))
-        bits = bits_per_dim(self.bound(k, labels, context), self.dims).mean()
+        bits = mean(bits_per_dim(self.bound(k, labels, context), self.dims))
         return bits, {"bits_per_dim": bits.detach()}
 
     def start(self, batch: ImageBatch, context: Context) -> None:

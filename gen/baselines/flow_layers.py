@@ -22,7 +22,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from midway.tokenizers.shuffle import pixel_shuffle
 
 Shape = tuple[int, int, int]
 
@@ -153,7 +154,7 @@ def squeeze(x: Tensor) -> Tensor:
 def unsqueeze(y: Tensor) -> Tensor:
     """The inverse of `squeeze`."""
     upper_left, lower_right, upper_right, lower_left = y.chunk(4, dim=1)
-    return F.pixel_shuffle(torch.stack([upper_left, upper_right, lower_left, lower_right], dim=2).flatten(1, 2), 2)
+    return pixel_shuffle(torch.stack([upper_left, upper_right, lower_left, lower_right], dim=2).flatten(1, 2), 2)
 
 
 def squeezed_shape(shape: Shape) -> Shape:
@@ -179,7 +180,7 @@ class ActNorm(Flow):
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check()
-        log_det = self.log_scale.sum() * x[0, 0].numel()
+        log_det = self.log_scale.sum() * x.shape[2:].numel()
         return (x + self.shift) * self.log_scale.exp(), log_det.expand(len(x))
 
     def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -228,7 +229,7 @@ class InvertibleConv(Flow):
         with torch.autocast(x.device.type, enabled=False):
             lower, upper = self.factors()
             y = (lower @ upper)[self.permutation] @ x.flatten(2)
-        log_det = self.log_scale.sum() * x[0, 0].numel()
+        log_det = self.log_scale.sum() * x.shape[2:].numel()
         return y.view_as(x), log_det.expand(len(x))
 
     def inverse(self, y: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -27,6 +27,7 @@ from midway.gen.core.ranges import BATCH, LAYERS, RATIO, WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
+from midway.tokenizers.losses import mean
 from midway.tokenizers.vit import patchify, unpatchify
 
 DENOISING_EVALUATIONS = 2  # a forward pass and its gradient
@@ -105,7 +106,7 @@ class TarFlow(DensityBaseline):
             labels = torch.where(keep, labels, self.classes)
         noisy = self._noisy(batch.images, context) if self.gaussian else None
         nats = self.bound(k, labels, context) if noisy is None else self.flow_density(noisy, labels)
-        bits = bits_per_dim(nats, self.dims).mean()
+        bits = mean(bits_per_dim(nats, self.dims))
         return bits, {"density_bits" if self.gaussian else "bits_per_dim": bits.detach()}
 
     def log_likelihood(self, images: Tensor, labels: Tensor | None, context: Context) -> Tensor:

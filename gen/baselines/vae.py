@@ -27,6 +27,7 @@ from midway.gen.core.ranges import LAYERS, WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.data.levels import bits_per_dim
 from midway.gen.training.batches import Context, ImageBatch
+from midway.tokenizers import losses
 from midway.tokenizers.kl import LOG_VARIANCE_RANGE, gaussian_kl
 from midway.tokenizers.networks import Decoder, Encoder
 
@@ -116,8 +117,8 @@ class VAE(Baseline):
         kl = channel_kl(mean, log_variance)
         penalty = self._kl_weight(context.step) * kl.clamp(min=self.config.free_bits).sum(1)
         logs = {"bits_per_dim": fit - kl.sum(1), "kl_bits_per_dim": -kl.sum(1)}
-        logs = {name: bits_per_dim(nats.detach(), self.dims).mean() for name, nats in logs.items()}
-        return bits_per_dim(fit - penalty, self.dims).mean(), logs
+        logs = {name: losses.mean(bits_per_dim(nats.detach(), self.dims)) for name, nats in logs.items()}
+        return losses.mean(bits_per_dim(fit - penalty, self.dims)), logs
 
     def _kl_weight(self, step: int) -> float:
         return self.config.beta * min(1.0, (step + 1) / max(self.config.kl_warmup, 1))

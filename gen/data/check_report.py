@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, DiskError
 from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.text import printable
 from midway.gen.data.check import DataFacts, Problem, SplitFacts
 from midway.gen.data.decoding import Undecodable, counted, listed_counts
 
@@ -19,8 +21,7 @@ DATA_JSON, BAD_FILES = "data.json", "bad_files.txt"
 
 def text(facts: DataFacts) -> str:
     """One fact a line, then every bad file, warnings and problems."""
-    lines = [f"{head:<13}{body}" for head, body in _lines(facts)]
-    return "\n".join(lines).encode(errors="backslashreplace").decode() + "\n"  # names may be invalid Unicode
+    return "".join(f"{printable(f'{head:<13}{body}')}\n" for head, body in _lines(facts))
 
 
 def _lines(facts: DataFacts) -> Iterator[tuple[str, str]]:
@@ -92,7 +93,8 @@ def _lists_bad_files(path: Path) -> bool:
 
 
 def _bad_line(item: Undecodable) -> str:
-    return f"{item.name}\t{' '.join(item.reason.split())}\n"
+    name = printable(item.name) if re.search(r"[\t\r\n]", item.name) else item.name  # else as the file system has it
+    return f"{name}\t{printable(' '.join(item.reason.split()))}\n"
 
 
 def error_of(source: str, problems: tuple[Problem, ...]) -> DataError:

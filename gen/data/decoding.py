@@ -161,7 +161,7 @@ def _upright(image: Image.Image, orientation: int, turned: bool) -> tuple[Image.
 def _file_notes(image: Image.Image, data: bytes) -> tuple[str, ...]:
     name = _loss(image, data)
     lossy = (f"{LOSSY} {name} source",) if name else ()
-    frames = ("first of several frames",) if getattr(image, "n_frames", 1) > 1 else ()
+    frames = ("first of several frames",) if getattr(image, "is_animated", False) else ()  # to count them takes long
     return lossy + frames
 
 

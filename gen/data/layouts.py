@@ -2,7 +2,7 @@
 
 The folder just below a common wrapper is the class, whatever folders are in it; flat files are one class. A list holds for the
 files below its own folder, and for all of them or none. Splits, copies, versions and annotations in place of classes are errors.
-Classes are sorted by name, and by number where all are numbers.
+Classes are sorted by name, those of lists by number where all are numbers.
 """
 
 import posixpath

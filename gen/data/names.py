@@ -33,7 +33,7 @@ _LIBRARIES = (
 _JUNK = {
     *("__macosx", "icon\r", "network trash folder", "temporary items"),  # macOS
     *("thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
-    *("$recycle.bin", "recycler", "system volume information"),
+    *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "_vti_cnf"),
     *("@eadir", "#recycle", "#snapshot", "@tmp"),  # Synology
     *("@recycle", "@recently-snapshot", "@__thumb"),  # QNAP
     *("lost+found", "thumbnails", "picasa.ini", "zbthumbnail.info", "ipod photo cache"),

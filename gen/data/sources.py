@@ -1,10 +1,14 @@
 """Named sources of images, as they come, and paths that are none."""
 
+import contextlib
+import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import numpy as np
@@ -13,7 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
+from midway.gen.core.files import regular_file, replacing
 from midway.gen.data.decoding import Decoded, prepare
+from midway.tokenizers.weights import receive
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,41 @@ def _digits(root: Path, download: bool) -> Arrays:
     return Arrays(pixels, labels.tolist(), tuple("0123456789"), "digits")
 
 
-def _torchvision(name: str, kind: str, place: str) -> Callable[[Path, bool], Arrays]:
+ARCHIVE_LIMIT = 4 << 30
+"""Bytes of a file of a named source; the largest has 171 MB."""
+
+
+def _check_files(name: str, root: Path, pattern: str) -> None:
+    """DataError unless what is there of a data set are regular files of at most `ARCHIVE_LIMIT` bytes."""
+    for path in sorted({*root.glob(pattern), *root.glob(f"{pattern}/**/*")}):
+        with raising(DataError, f"{path} is no file of {name}", "remove it", OSError):
+            if path.exists() and not path.is_dir():
+                regular_file(path, ARCHIVE_LIMIT)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _fetch(dataset: Any, root: Path) -> None:
+    """The published archives of a data set of torchvision that are not there; it would read an address without an end."""
+    folder = root / dataset.__name__ / "raw"
+    several = [
+        (folder / name, [at + name for at in dataset.mirrors], md5) for name, md5 in getattr(dataset, "resources", ())
+    ]
+    for path, addresses, md5 in several or [(root / dataset.filename, [dataset.url], dataset.tgz_md5)]:
+        if path.is_file() and _md5(path) == md5:
+            continue
+        for place, address in enumerate(addresses, 1):
+            with contextlib.suppress(*((OSError, HTTPException, ValueError) if place < len(addresses) else ())):
+                with replacing(path) as temporary:
+                    if receive(address, temporary, ARCHIVE_LIMIT, "md5") != md5:
+                        raise ValueError(f"{address} sends another file than the published one")
+                break
+
+
+def _torchvision(name: str, kind: str, pattern: str, place: str) -> Callable[[Path, bool], Arrays]:
     """The training images of a data set of torchvision; any of its many failures is a DataError with the place of the files."""
 
     def read(root: Path, download: bool) -> Arrays:
@@ -47,10 +87,20 @@ def _torchvision(name: str, kind: str, place: str) -> Callable[[Path, bool], Arr
                 f"{name} is not on this machine",
                 f"pass --download, or fetch it once with scripts/data.py check {name} --download; without a network: {by_hand}",
             )
+        _check_files(name, root, pattern)
         # network, checksum, archive, disk, or a torchvision that does not fit torch
         with raising(DataError, what, fix, Exception, why=one_line):
-            train = getattr(importlib.import_module("torchvision.datasets"), kind)(root, train=True, download=download)
+            dataset = getattr(importlib.import_module("torchvision.datasets"), kind)
+            try:
+                train = dataset(root, train=True, download=False)
+            except RuntimeError:
+                if not download:
+                    raise
+                _fetch(dataset, root)
+                train = dataset(root, train=True, download=True)
             labels = torch.as_tensor(train.targets).tolist()
+            if not (len(labels) == len(train.data) and min(labels) >= 0 and max(labels) < len(train.classes)):
+                raise ValueError("its labels are not those of its images")
             return Arrays(np.asarray(train.data), labels, tuple(train.classes), f"{name}-train")
 
     return read
@@ -59,9 +109,9 @@ def _torchvision(name: str, kind: str, place: str) -> Callable[[Path, bool], Arr
 _FOUR_FILES = "{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz (four files) in {root}/"
 SOURCES: dict[str, Callable[[Path, bool], Arrays]] = {
     "digits": _digits,
-    "cifar10": _torchvision("cifar10", "CIFAR10", "cifar-10-python.tar.gz in {root}"),
-    "mnist": _torchvision("mnist", "MNIST", _FOUR_FILES + "MNIST/raw"),
-    "fashion_mnist": _torchvision("fashion_mnist", "FashionMNIST", _FOUR_FILES + "FashionMNIST/raw"),
+    "cifar10": _torchvision("cifar10", "CIFAR10", "cifar-10-*", "cifar-10-python.tar.gz in {root}"),
+    "mnist": _torchvision("mnist", "MNIST", "MNIST", _FOUR_FILES + "MNIST/raw"),
+    "fashion_mnist": _torchvision("fashion_mnist", "FashionMNIST", "FashionMNIST", _FOUR_FILES + "FashionMNIST/raw"),
 }
 
 

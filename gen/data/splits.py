@@ -1,6 +1,7 @@
 """Training and held-out images: a stratified split by seed, fixed by the configuration, so that every command agrees."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from midway.gen.core.randomness import permutation
 from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, image_data, load_recorded
+from midway.gen.data.sources import SOURCES
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,30 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, split_seed=SEED, resize=WIDTH)
+
+
+def same_source(a: DataConfig, b: DataConfig) -> bool:
+    """Whether two configurations name the same source, by its name or as the same path."""
+    if a.data in SOURCES or b.data in SOURCES:
+        return a.data == b.data
+    return Path(a.data).expanduser().resolve() == Path(b.data).expanduser().resolve()
+
+
+def same_images(a: DataConfig, b: DataConfig) -> bool:
+    """Whether two configurations have the same images in the same split."""
+    return same_source(a, b) and _chosen(a) == _chosen(b)
+
+
+def _chosen(config: DataConfig) -> dict[str, object]:
+    """What decides about the images of a source."""
+    flags = ("held_out", "split_seed", "channels", "resize")
+    return {f"--{name.replace('_', '-')}": getattr(config, name) for name in flags}
+
+
+def flags_of(config: DataConfig) -> str:
+    """A configuration as it is written on the command line."""
+    given = [f"{flag} {value}" for flag, value in _chosen(config).items() if value is not None]
+    return " ".join([f"--data {config.data}", *given])
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from midway.samplers.prediction import (
     x0_coefficients,
 )
 from midway.samplers.schedule import SCHEDULES, Schedule
+from midway.tokenizers.losses import mean
 from midway.tokenizers.precision import widened
 
 TIME_BUCKETS = 8
@@ -169,7 +170,7 @@ class LatentModel(nn.Module):
         target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
         output, _ = self.forward_network(x_t, t, labels, context)
         error = (widened(output) - target).square().flatten(1).mean(1)
-        return error.mean(), {"loss_time": _loss_by_time(error.detach(), _angle(alpha, sigma))}
+        return mean(error), {"loss_time": _loss_by_time(error.detach(), _angle(alpha, sigma))}
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""

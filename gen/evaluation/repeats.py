@@ -10,9 +10,9 @@ from dataclasses import replace
 
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError
+from midway.gen.data.splits import same_images
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, by_solver, mark_best
-from midway.gen.features.open import same_images
 from midway.gen.tokenizer.latents import tokenizer_hash
 from midway.gen.training.config import flat, is_bookkeeping
 

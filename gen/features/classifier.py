@@ -26,6 +26,7 @@ from midway.gen.core.ranges import WIDTH, check_ranges
 from midway.gen.data.images import to_float
 from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
+from midway.tokenizers.losses import mean
 from midway.tokenizers.weights import building, load_weights
 
 BLOCK = 256
@@ -128,8 +129,8 @@ class FeatureNetwork(Extractor):
     def loss(self, batch: ImageBatch, context: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy (nats) and its logs, with the accuracy in [0, 1]."""
         logits = self.classify(self(to_float(batch.images)))
-        loss = F.cross_entropy(logits.float(), batch.labels)
-        accuracy = (logits.argmax(dim=1) == batch.labels).float().mean()
+        loss = F.cross_entropy(logits.float(), batch.labels, reduction="mean" if len(logits) else "sum")
+        accuracy = mean((logits.argmax(dim=1) == batch.labels).float())
         return loss, {"loss": loss.detach(), "accuracy": accuracy}
 
     def after_step(self, step_ok: Tensor) -> None:

@@ -7,22 +7,16 @@ would underestimate the floor.
 import difflib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.core.runs import Run, kind_of
-from midway.gen.data.splits import DataConfig, data_of
+from midway.gen.data.splits import DataConfig, data_of, flags_of, same_images
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
 
 PUBLISHED = ("inception", "dinov2-vitb14", "dinov2-vitl14", "clip-vitb32", "clip-vitl14")
 """Names of published networks (inception.py, vit.py)."""
-
-
-def same_images(theirs: DataConfig, ours: DataConfig) -> bool:
-    """Whether two configurations have the same images in the same split."""
-    return replace(theirs, download=ours.download, on_bad_image=ours.on_bad_image) == ours
 
 
 def open_extractor(
@@ -67,7 +61,7 @@ def open_features(path: Path | None, measured: Sequence[Path], data: DataConfig,
     if not same_images(data_of(run), data):
         raise DataError(
             f"{run.path} was trained on other images than {what}",
-            f"its data are {run.config['data']}, the others are {data}",
+            f"its data are {flags_of(data_of(run))}, the others are {flags_of(data)}",
             "train features with the same --data, --held-out and --split-seed",
         )
     return run

@@ -5,7 +5,6 @@ given by its path is used as it is; one from the cache or the internet must have
 weights raise DataError before anything is sampled; there is no fallback to others.
 """
 
-import hashlib
 import http.client
 import os
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.request import urlopen
 
 import huggingface_hub
 import torch
@@ -21,11 +19,8 @@ from torch import Tensor
 
 from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, raising, remedy
 from midway.gen.core.files import WEIGHTS_LIMIT, file_hash, read_tensors, regular_file, replacing
-from midway.tokenizers.weights import check_published, is_finite
+from midway.tokenizers.weights import check_published, is_finite, receive
 
-CHUNK = 1 << 20
-DOWNLOAD_LIMIT = 16 << 30
-"""Bytes of a download, which could fill the disk otherwise; Inception-v3 has 96 MB."""
 REPLACE = "fetch the file again, or name another with --feature-weights"
 
 
@@ -89,26 +84,13 @@ def download(published: Published, path: Path) -> None:
     """Fetch `published` into `path`, all or nothing: a truncated or wrong file never stays. DataError, DiskError."""
     try:
         with replacing(path) as temporary:
-            found = _receive(published, temporary)
+            found = receive(published.url, temporary)
             if not found.startswith(published.digits):
                 raise missing(published, f"the file at {published.url} has sha256 {found}, not {published.digits}...")
     except (URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise missing(published, f"{published.url} cannot be fetched ({error})") from None
     except OSError as error:
         raise DiskError(f"cannot write {path}", str(error), remedy(error, "set TORCH_HOME")) from error
-
-
-def _receive(published: Published, path: Path) -> str:
-    """Write the response to `path`; its sha256."""
-    digest, size = hashlib.sha256(), 0
-    with urlopen(published.url, timeout=20) as response, open(path, "wb") as file:
-        while chunk := response.read(CHUNK):
-            size += len(chunk)
-            if size > DOWNLOAD_LIMIT:
-                raise URLError(f"it sends more than the limit of {DOWNLOAD_LIMIT:,} bytes")
-            digest.update(chunk)
-            file.write(chunk)
-    return digest.hexdigest()
 
 
 def _from_repository(published: Published) -> Path:

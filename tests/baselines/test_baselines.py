@@ -53,6 +53,16 @@ def score(model: Baseline, images: Tensor = BATCH.images, labels: Tensor = BATCH
     return model.log_likelihood(images, labels, which or context(len(images)))
 
 
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_without_samples_has_no_loss(name: str, classes: int) -> None:
+    model = make(name, classes).requires_grad_(True)
+    loss, logs = model.loss(batch(0, SHAPE), context(0))
+    loss.backward()
+    assert loss.item() == 0 and all(value.item() == 0 for value in logs.values())
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_scores_depend_on_the_sample_and_not_on_its_batch(name: str) -> None:
     model = make(name)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import runpy
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-from benchmark_modules import benchmark
+from benchmark_modules import BENCHMARKS, as_before, benchmark
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +74,16 @@ def test_a_page_without_the_block_raises(comparison: Any, tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match="no block"):
         comparison.embed(page, "text")
     assert page.read_text() == "nothing\n"
+
+
+def test_a_name_that_a_folder_has_too_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in every command, before anything is trained."""
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_tokenizers.py", "--data", "digits", "--out", "runs", "--steps", "1"])
+    with as_before(), pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / "compare_tokenizers.py"), run_name="__main__")
+    assert ended.value.code == 2 and "the data source digits is ambiguous" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -1,8 +1,11 @@
 """Images in: decoding, stated conversions, errors, and that the fingerprint is the content's alone."""
 
+import gzip
+import hashlib
 import io
 import os
 import shutil
+import struct
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import torchvision
+from endless import ENDLESS, guarded
 from pictures import PIXEL_LIMIT, UNDECODABLE, UNUSABLE, Fault, noise, save
 from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.data import files
+from midway.gen.data import files, sources
 from midway.gen.data import images as data_module
 from midway.gen.data.decoding import Decoded
 from midway.gen.data.images import ImageData, describe, load_images, to_float, to_uint8
@@ -414,6 +419,80 @@ def test_failed_download(name: str, tmp_path: Path, no_network: None, monkeypatc
         load_images(name, download=True)
     assert "try again" in caught.value.fix and str(tmp_path) in caught.value.fix
     assert "no network" in caught.value.why
+
+
+def _raw(kind: int, shape: tuple[int, ...], values: bytes) -> bytes:
+    """An array as MNIST has it."""
+    return struct.pack(f">BBBB{len(shape)}I", 0, 0, kind, len(shape), *shape) + values
+
+
+@pytest.fixture
+def mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """The files of an MNIST of four images by their addresses; the server sends `sent`."""
+    monkeypatch.setenv("MIDWAY_DATA", str(tmp_path))
+    kind, sent = torchvision.datasets.MNIST, dict[str, bytes]()
+    arrays = [_raw(8, (4, 28, 28), bytes(4 * 28 * 28)), _raw(8, (4,), bytes([3, 1, 4, 9]))] * 2
+    for (name, _), array in zip(kind.resources, arrays, strict=True):
+        sent[f"https://first/{name}"] = gzip.compress(array, mtime=0)
+    published = [(url.split("/")[-1], hashlib.md5(data).hexdigest()) for url, data in sent.items()]
+    monkeypatch.setattr(kind, "resources", published)
+    monkeypatch.setattr(kind, "mirrors", ["https://first/", "https://second/"])
+
+    def answer(request: Any, timeout: float = 0) -> io.BytesIO:
+        assert timeout, "a server that stalls would be waited for"
+        return io.BytesIO(sent[request.full_url])
+
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    return sent
+
+
+def test_a_named_source_is_fetched_once(mnist: dict[str, bytes], tmp_path: Path):
+    with pytest.raises(DataError, match="not on this machine"):
+        load_images("mnist")
+    data = load_images("mnist", download=True)
+    assert data.images.shape == (4, 1, 28, 28) and data.labels.tolist() == [3, 1, 4, 9]
+    mnist.clear()
+    assert load_images("mnist", download=True).fingerprint == load_images("mnist").fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("fault", ["endless", "another file", "cut"])
+def test_a_download_that_is_not_the_published_file_leaves_nothing(
+    mnist: dict[str, bytes], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """From the first address; the second is tried, and has it or not."""
+    monkeypatch.setattr(sources, "ARCHIVE_LIMIT", 1 << 20)
+    url, data = next(iter(mnist.items()))
+    mnist[url] = {"endless": bytes(2 << 20), "another file": b"x", "cut": data[:-1]}[fault]
+    mnist[url.replace("first", "second")] = mnist[url]
+    with pytest.raises(DataError, match="could not be downloaded") as caught:
+        load_images("mnist", download=True)
+    assert ("more than the limit" if fault == "endless" else "another file than the published one") in caught.value.why
+    assert not list((tmp_path / "MNIST" / "raw").iterdir())
+    mnist[url.replace("first", "second")] = data
+    assert len(load_images("mnist", download=True).images) == 4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ENDLESS if "directory" not in kind])
+@pytest.mark.parametrize("place", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])
+@pytest.mark.parametrize("download", [False, True])
+def test_files_of_a_named_source_are_regular(
+    mnist: dict[str, bytes], tmp_path: Path, kind: str, place: str, download: bool
+):
+    make, words = ENDLESS[kind]
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    make(tmp_path / "MNIST" / "raw" / place)
+    with pytest.raises(DataError) as caught:
+        guarded(lambda: load_images("mnist", download=download))
+    assert words in caught.value.why and place in caught.value.what
+
+
+def test_files_of_a_named_source_have_a_limit_and_labels_of_its_classes(mnist: dict[str, bytes], tmp_path: Path):
+    load_images("mnist", download=True)
+    raw = tmp_path / "MNIST" / "raw"
+    (raw / "train-labels-idx1-ubyte").write_bytes(_raw(8, (4,), bytes([3, 1, 4, 10])))
+    assert_raises("mnist", "its labels are not those of its images")
+    os.truncate(raw / "train-labels-idx1-ubyte", 1 << 42)
+    assert_raises("mnist", "train-labels-idx1-ubyte is no file of mnist", f"{1 << 42:,} bytes")
 
 
 def test_named_sources_read_what_torchvision_holds(monkeypatch: pytest.MonkeyPatch):

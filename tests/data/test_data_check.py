@@ -330,7 +330,36 @@ def test_names_that_are_not_unicode(tmp_path: Path):
     odd = replace(facts, bad=(checks.Undecodable("\udcff.png", "a\nb"),))
     check_report.write_data_report(tmp_path, odd)
     assert (tmp_path / "bad_files.txt").read_bytes() == b"\xff.png\ta b\n"
-    assert "\\udcff.png" in check_report.text(odd)
+    assert "\\xff.png" in check_report.text(odd)
+
+
+def test_names_of_any_kind_are_one_line_each(tmp_path: Path, script: Script):
+    """In the terminal as in the description that training prints, and a line of bad_files.txt each."""
+    folder = tmp_path / "a\nset"
+    for number, name in enumerate(("new\nline", "tab\tstop", "\x1b[31mred", "\u202eleft", "byte\udcff")):
+        for index in range(4):
+            save(folder / name / f"{index}.png", noise(4, 6, 3, seed=10 * number + index))
+        (folder / name / "bad\n.png").write_bytes(b"")
+        (folder / f"{name}.txt").touch()
+        (folder / f"{name} empty").mkdir()
+    done = script("data", "check", folder, "--out", tmp_path / "out")
+    heads = {line[:13].strip() for line in done.out.splitlines()}
+    assert heads <= {
+        "data",
+        "sizes",
+        "classes",
+        "levels",
+        "fingerprint",
+        "duplicates",
+        "split",
+        "bad",
+        "warning",
+        "problem",
+    } | {*("written", *(f"channel {number}" for number in range(3)))}
+    assert not set("\x1b\u202e\t") & set(done.out)
+    assert all(name in done.out for name in (r"new\nline", r"tab\tstop", r"\x1b[31mred", r"\u202eleft", r"byte\xff"))
+    lines = (tmp_path / "out" / "bad_files.txt").read_bytes().splitlines()
+    assert len(lines) == 5 and all(line.count(b"\t") == 1 for line in lines)
 
 
 def test_help_and_every_flag(script: Script, tmp_path: Path):

@@ -15,12 +15,12 @@ from deep_images import png_chunk, tiff
 from endless import ENDLESS, guarded
 from numpy.lib import format as npy
 from pictures import noise, save
-from PIL import Image
+from PIL import GifImagePlugin, Image, TiffImagePlugin
 
 from midway.gen.core.errors import DataError
 from midway.gen.data import external
 from midway.gen.data.check import check
-from midway.gen.data.decoding import IMAGE_LIMIT, PIXEL_LIMIT, Unusable, decode
+from midway.gen.data.decoding import IMAGE_LIMIT, PIXEL_LIMIT, Decoded, Unusable, decode
 from midway.gen.data.external import NPZ_LIMIT, ReadingOptions, read_external, read_npz
 from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig
@@ -196,6 +196,26 @@ def test_pixels_are_counted_before_they_are_decoded(kind: str, moved: bool, monk
     assert peak(lambda: found.append(decode("a", lambda name: data, None, None))) < 8 << 20
     assert isinstance(found[0], Unusable)
     assert str(PIXEL_LIMIT) in found[0].reason.replace(",", "") and "900000000" in found[0].reason.replace(",", "")
+
+
+FRAMES = {"TIFF": TiffImagePlugin.TiffImageFile, "GIF": GifImagePlugin.GifImageFile}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_frames_are_not_counted(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million of them fit into a few megabytes, and Pillow's time for those of a TIFF grows with their square."""
+    seek, places = FRAMES[kind]._seek, list[int]()  # pyright: ignore[reportPrivateUsage]
+
+    def noted(self: Any, frame: int, *options: Any) -> None:
+        places.append(frame)
+        seek(self, frame, *options)
+
+    monkeypatch.setattr(FRAMES[kind], "_seek", noted)
+    buffer, frames = io.BytesIO(), [Image.new("L", (2, 2), level) for level in range(100)]
+    frames[7].save(buffer, kind, save_all=True, append_images=frames)
+    found = decode("a", lambda name: buffer.getvalue(), 1, None)
+    assert isinstance(found, Decoded) and found.pixels.tolist() == [[7, 7], [7, 7]]
+    assert "first of several frames" in found.notes and max(places) <= 1
 
 
 # ---- NPZ ----

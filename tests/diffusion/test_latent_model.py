@@ -129,6 +129,14 @@ def test_labels_change_the_output_and_an_unconditional_model_has_none() -> None:
         free.field(torch.zeros(2, dtype=torch.int64), guidance=2.0)
 
 
+def test_a_batch_without_samples_has_no_loss() -> None:
+    model = _perturbed(_model(dropout=0.1))
+    loss, logs = model.loss(_batch(0), _context(0))
+    loss.backward()
+    assert loss.item() == 0 and not logs["loss_time"].any()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_loss_by_time_adds_up_to_the_loss() -> None:
     model = _perturbed(_model())
     loss, logs = model.loss(_batch(256), _context(256))

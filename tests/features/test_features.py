@@ -38,6 +38,14 @@ def test_features_of_every_size(channels: int, size: int) -> None:
     assert not result.requires_grad
 
 
+def test_a_batch_without_samples_has_no_loss() -> None:
+    net = network()
+    loss, logs = net.loss(ImageBatch(pixels(0), torch.zeros(0, dtype=torch.int64)), None)
+    loss.backward()
+    assert loss.item() == logs["accuracy"].item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())
+
+
 def test_features_do_not_depend_on_the_batch_size() -> None:
     x, net = pixels(300), network()
     whole = net.features(x)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from midway.gen.features import weights
 from midway.gen.features.inception import INCEPTION
 from midway.gen.features.vit import ENCODERS
 from midway.gen.features.weights import Published, check_floats, find_weights, read_weights
+from midway.tokenizers.weights import receive
 
 CONTENT = b"published weights" * 1000
 KNOWN = Published(
@@ -35,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("inception", *ENCODERS):
         monkeypatch.delenv(replace(KNOWN, network=name).variable, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(weights, "urlopen", no_network)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
     return tmp_path / "home" / "hub" / "checkpoints"
 
 
@@ -77,9 +79,7 @@ def test_a_cached_file_of_another_checksum_raises(cache: Path) -> None:
 
 
 def _served(path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
-    from urllib.request import urlopen
-
-    monkeypatch.setattr(weights, "urlopen", urlopen)
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
     return replace(KNOWN, url=path.as_uri())
 
 
@@ -115,14 +115,14 @@ def test_a_download_that_is_interrupted_leaves_nothing(cache: Path, monkeypatch:
                 return sent.pop()
             raise ConnectionResetError("reset by peer")
 
-    monkeypatch.setattr(weights, "urlopen", lambda *_, **__: Dropped())
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Dropped())
     with pytest.raises(DataError, match="reset by peer"):
         find_weights(KNOWN)
     assert not list(cache.iterdir())
 
 
 def test_a_download_that_never_ends_is_cut(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "DOWNLOAD_LIMIT", len(CONTENT) - 1)
+    monkeypatch.setattr(weights, "receive", lambda url, path: receive(url, path, len(CONTENT) - 1))
     with pytest.raises(DataError, match=f"more than the limit of {len(CONTENT) - 1:,} bytes"):
         find_weights(_served(_written(tmp_path / "server"), monkeypatch))
     assert not list(cache.iterdir())

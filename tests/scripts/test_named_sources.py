@@ -131,6 +131,24 @@ def test_tokenizers_of_different_images_can_be_compared_on_others(
     assert (pipeline.tokenizer.parent / "tokenizer-report-other" / "report.md").exists()
 
 
+def test_one_folder_by_two_names_is_one_source(
+    other: Path, pipeline: Pipeline, succeed: Script, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a feature network and a tokenizer, and of --data."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to(other)
+    steps = "--steps 1 --batch-size 8 --ema 0"
+    succeed(f"train_features --data other {steps} --width 8 --dim 4 --out features")
+    succeed(f"train_tokenizer digits-fsq --data ./other {steps} --model.width 8 --out tokenizer")
+    for data in ("", f"--data {other}", "--data link"):
+        succeed(f"evaluate_tokenizer --tokenizers tokenizer --noise 0 {data} --out report")
+    call = "evaluate_tokenizer --tokenizers tokenizer --features features --data digits --out report"
+    done = script(*call.split())
+    assert done.code == 3
+    split = "--held-out 0.2 --split-seed 0"
+    assert f"its data are --data other {split}, the others are --data digits {split}" in done.err
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -184,6 +202,9 @@ def test_images_that_changed_since_training_are_a_warning(
     succeed(f"train_baseline digits-vae --data {other} {steps} --validate-every 0 --patience-validations 0 --out {vae}")
     calls = {
         f"evaluate_tokenizer --tokenizers {tokenizer} --features none --noise 0 --out {tmp_path / 't'}": tmp_path / "t",
+        f"evaluate_tokenizer --tokenizers {tokenizer} --data {other} --features none --noise 0 --out {tmp_path / 'n'}": (
+            tmp_path / "n"
+        ),
         f"evaluate --model {model} --features {features} --solvers ddim --nfe 4 --grids uniform --n 8 --blocks 1 --metrics= "
         "--reference-nfe 0": model / "report",
         f"evaluate_likelihood --models {vae} --features none --n 8 --iwae 0 --draws 1 --out {tmp_path / 'l'}": tmp_path

@@ -1,10 +1,13 @@
 """Pixel losses against their formulas; LPIPS against the package lpips, and that nothing can put it into training mode."""
 
 import hashlib
+import http.client
+import io
 import math
 import shutil
 import sys
 import urllib.error
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from damages import DAMAGES, damage, read
+from endless import ENDLESS, guarded
 from safetensors.torch import save_file
 from tensors import grad, normal
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from midway.tokenizers import perceptual
 from midway.tokenizers.losses import Pixel, pixel_loss
 from midway.tokenizers.perceptual import Net, Perceptual
+from midway.tokenizers.weights import receive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,7 +219,7 @@ def test_a_pth_file_is_read_only_if_its_hash_is_torchvisions(
     accept(monkeypatch, path)
     assert Perceptual("alex", path).protocol == alex.protocol
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # the file is in torch.hub's cache: nothing is downloaded
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr(perceptual, "receive", lambda *_: pytest.fail("downloaded"))
     cached = tmp_path / "hub" / "checkpoints" / f"alexnet-{digits}.pth"
     cached.parent.mkdir(parents=True)
     path.rename(cached)
@@ -236,19 +241,37 @@ def test_no_code_in_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Perceptual("alex", path)
 
 
-@pytest.mark.parametrize("why", [urllib.error.URLError("no route to host"), RuntimeError("invalid hash value")])
-def test_a_failed_download_says_what_to_do(why: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(url: str, dst: str, hash_prefix: str, progress: bool) -> None:
-        assert url == "https://download.pytorch.org/models/vgg16-397923af.pth"
-        assert hash_prefix == "397923af"
-        assert Path(dst).parent.is_dir()
-        raise why
+@pytest.mark.parametrize("sent", ["no route to host", "another file", "without an end", "a broken line"])
+def test_a_failed_download_says_what_to_do(sent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return bytes(size or 0)
+
+    def answer(request: urllib.request.Request, timeout: float) -> io.BytesIO:
+        assert request.full_url == "https://download.pytorch.org/models/vgg16-397923af.pth" and timeout < 60
+        if sent == "no route to host":
+            raise urllib.error.URLError(sent)
+        if sent == "a broken line":
+            raise http.client.IncompleteRead(b"")
+        return Endless() if sent == "without an end" else io.BytesIO(b"another")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(ValueError, match=f"why: .*{'no route' if isinstance(why, OSError) else 'invalid'}") as error:
+    monkeypatch.setattr("urllib.request.urlopen", answer)
+    monkeypatch.setattr(perceptual, "receive", lambda url, path: receive(url, path, 8 << 20))
+    words = {"without an end": "more than the limit", "a broken line": "IncompleteRead"}.get(sent, sent)
+    with pytest.raises(ValueError, match=f"why: .*{words}") as error:
         Perceptual()
     assert all(remedy in str(error.value) for remedy in ("network once", "--loss.perceptual-weights", "weight to 0"))
+    assert not list((tmp_path / "hub" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_cached_file_is_a_regular_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    ENDLESS[kind][0](tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth")
+    with pytest.raises(ValueError, match="is not a regular file"):
+        guarded(Perceptual)
 
 
 def test_files_that_cannot_serve_are_named(files: dict[Net, Path], tmp_path: Path) -> None:
