@@ -20,6 +20,7 @@ from traps import Trap
 
 from midway.gen.core.errors import DataError
 from midway.gen.diffusion.load import read_tokenizer
+from midway.tokenizers.arguments import check_arguments
 from midway.tokenizers.diffusers_import import read_model
 from midway.tokenizers.pretrained import read_diffusers
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -72,6 +73,16 @@ def same(folder: Path, expected: Path, **options: Any) -> None:
     """Both hold the same numbers in the same types."""
     first, second = (ImageTokenizer.from_pretrained(path, **options).state_dict() for path in (folder, expected))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_list_of_anything_is_a_list() -> None:
+    def build(levels: list, shape: tuple = ()) -> None:  # pyright: ignore[reportMissingTypeArgument, reportUnusedParameter]
+        pass
+
+    check_arguments(build, {"levels": [1, "a"], "shape": [2]}, "it")
+    for wrong in ({"levels": 3}, {"levels": None}, {"levels": [], "shape": "ab"}):
+        with pytest.raises(ValueError, match="it takes"):
+            check_arguments(build, wrong, "it")
 
 
 # ---- tensors ----
