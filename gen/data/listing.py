@@ -206,6 +206,9 @@ def list_zip(archive: zipfile.ZipFile, path: Path) -> tuple[Listing, dict[str, z
             found.repeated.append(name)
     found.files = sorted(members)
     _check_readable(path, [members[name] for name in found.files if is_image(name) and junk(name) is None])
+    if sum(info.compress_size for info in archive.infolist()) > path.stat().st_size:
+        why = "its members have more compressed bytes than the file, so they share some, as in a zip bomb"
+        raise DataError(f"{path} cannot be read as a zip of images", why, "pack the images again")
     return found, members
 
 

@@ -20,7 +20,15 @@ from midway.gen.core.errors import DataError
 from midway.gen.data.check import check
 from midway.gen.data.external import read_external
 from midway.gen.data.images import ImageData, describe, load_images
-from midway.gen.data.names import canonical, copies_among, is_image, junk, numbered_folders, splits_among
+from midway.gen.data.names import (
+    canonical,
+    copies_among,
+    is_image,
+    junk,
+    numbered_folders,
+    splits_among,
+    without_wrapper,
+)
 from midway.gen.data.pictures import zip_writer
 from midway.gen.data.splits import DataConfig, load_splits
 
@@ -380,6 +388,17 @@ def test_a_lone_word_is_a_split_if_it_holds_folders() -> None:
         "train"
     ]
     assert splits_among(("valid", "test", "cat")) == ["test", "valid"]
+
+
+def test_a_wrapper_ends_where_names_differ_or_a_folder_is_left() -> None:
+    def parts(*names: str) -> list[str]:
+        return ["/".join(part) for part in without_wrapper(names)]
+
+    assert parts("a/b/c/0.png", "a/b/d/e/1.png") == ["c/0.png", "d/e/1.png"]
+    assert parts("a/b/0.png", "a/b/1.png") == ["b/0.png", "b/1.png"] and parts("a/b/c/0.png") == ["c/0.png"]
+    assert parts("a/b/0.png", "a/1.png") == ["a/b/0.png", "a/1.png"] and parts("a/b/0.png", "1.png")[1] == "1.png"
+    deep = "a/" * 20_000  # in one pass, not one a folder
+    assert parts(f"{deep}c/0.png", f"{deep}d/1.png") == ["c/0.png", "d/1.png"] and parts() == []
 
 
 def test_splits_inside_the_classes_are_noted(tmp_path: Path) -> None:
