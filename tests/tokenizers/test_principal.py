@@ -194,6 +194,8 @@ def test_a_frozen_codebook_is_spread_over_the_images() -> None:
     z, codes = patches(model.encode(images).detach(), 1), model.quantizer.codes().detach().double()
     torch.testing.assert_close(codes.mean(0), z.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(torch.cov(codes.T), torch.cov(z.T), atol=0.1, rtol=0.1)
+    model.quantizer.cover(model.encode(images).detach() + 5)
+    torch.testing.assert_close(model.quantizer.codes().detach().double().mean(0), z.mean(0) + 5, atol=0.1, rtol=0)
 
 
 def test_a_posterior_starts_with_little_noise() -> None:
@@ -241,6 +243,17 @@ def test_more_channels_than_pixels_of_a_patch() -> None:
     torch.testing.assert_close(model(images).reconstruction, images, atol=1e-4, rtol=0)
 
 
+def test_further_directions_mix_whitened_components_as_the_rows_of_the_map_do() -> None:
+    images = smooth()
+    torch.manual_seed(0)
+    before: Any = ImageTokenizer(width=8, blocks=1, quantizer={"type": "identity", "dim": 7}, shortcut="principal")
+    own = before.encoder.shortcut.weight.detach().flatten(1).double()
+    z = patches(started({"type": "identity", "dim": 7}, images).encode(images).detach(), 1)
+    mixed = F.normalize(own[4:] @ components(patches(images, 2))[2].T, dim=1)
+    found = torch.cov(z.T, correction=0)[4:, :4]
+    torch.testing.assert_close(found.abs(), mixed.abs(), atol=1e-4, rtol=0)
+
+
 def test_distances_are_kept_where_a_codebook_has_more_channels_than_pixels() -> None:
     """What is beyond the components is constant."""
     images = smooth()
@@ -262,6 +275,14 @@ def test_what_varies_by_less_than_rounding_is_not_blown_up() -> None:
     levels = ((images + 1) * 127.5).double()
     error = (levels - levels.round()) / 127.5
     assert error.square().mean() == pytest.approx(noise, rel=0.05)
+
+
+def test_what_varies_twice_as_much_as_rounding_counts() -> None:
+    """In its standard deviation: of a patch of 2x2 two directions are differences of neighbours."""
+    column = smooth(count=400, height=8, width=4)
+    images = torch.stack([column, column + (8 * principal.NOISE) ** 0.5 * normal(*column.shape)], -1).flatten(-2)
+    z = patches(started({"type": "identity", "dim": 4}, images).encode(images).detach(), 1)
+    torch.testing.assert_close(torch.cov(z.T, correction=0), torch.eye(4).double(), atol=1e-3, rtol=0)
 
 
 # The numbers ----------------------------------------------------------------------------------------------------------
