@@ -73,10 +73,10 @@ _ANNOTATION_FOLDERS = {
 }
 _COPIED = "copy|kopie|copie|copia|cópia|kopia|копия|コピー|副本|backup|bak"
 _COPY = re.compile(
-    rf"(?:{_COPIED}) (?:\(\d+\) )?(?:of|von|de|di) (.+)"
+    r"(.+?) ?\(.*conflicted copy.*\)"
+    rf"|(?:{_COPIED}) (?:\(\d+\) )?(?:of|von|de|di) (.+)"
     rf"|(.+?)(?: - |[ _.-])(?:{_COPIED})(?:[ _-]?\(?\d+\)?)?"
-    r"|(.+?) ?\((?:\d+|.*conflicted copy.*)\)"
-    r"|(.+?)~",
+    r"|(.+?) ?\(\d+\)|(.+?)~",
     re.IGNORECASE,
 )
 """How systems name a copy: Copy of X, X - Copy (2), X copy 2, X (1), X~, X.bak, and in other languages."""

@@ -461,6 +461,7 @@ def test_numbers_and_letters_are_classes_otherwise(names: list[str]) -> None:
     [
         *("Copy of cat", "cat - Copy", "cat - Copy (2)", "cat copy", "cat copy 2", "cat (1)", "Cat - Kopie"),
         *("cat_backup", "cat.bak", "cat~", "cat - Cópia", "cat - コピー", "cat (Ann's conflicted copy 2024-01-31)"),
+        *("cat (conflicted copy 2024)", "cat - Copy (1)"),
     ],
 )
 def test_copies_of_a_class_raise(tmp_path: Path, copy: str) -> None:
@@ -814,6 +815,17 @@ def test_everything_left_out_is_named_where_training_begins(tmp_path: Path, scri
     flags = ["--steps", "1", "--batch-size", "4", "--model.width", "16", "--model.downsample", "4"]
     done = script("train_tokenizer", "digits-fsq", "--data", tmp_path / "set", *flags, "--out", tmp_path / "run")
     assert f"left out     {files}" in done.out and f"left out     {bare}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_folders_of_left_overs_alone_are_named(tmp_path: Path) -> None:
+    content = {
+        **images("cat/0.png", "dog/1.png"),
+        "bee/.keep": b"",
+        "emu/2024/Thumbs.db": b"",
+        "__MACOSX/fox/._0.png": b"",
+    }
+    for path in both(tmp_path, content):
+        assert load_images(str(path)).left_out[1:] == ("folders without images: bee, emu",)
 
 
 def test_classes_are_not_left_out_by_a_part_of_their_name() -> None:
