@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import io
+import os
+import re
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,6 +24,8 @@ from midway.gen.data.sources import check_unambiguous
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
+_BOX = re.compile("\x1b\\[[0-9;]*m|^[+╭╰].*\n|^[|│]|[|│]$", re.MULTILINE)
+"""Colours and the frame, with its title, of what the parser of flags prints."""
 RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
@@ -30,10 +35,33 @@ def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], argumen
     for source in _typed(rest, "--data"):
         check_unambiguous(source)
     description = (task.__doc__ or "") + _recipe_help(recipes)
-    with raising(UsageError, "these flags cannot be used", "correct the value"):  # the configuration's own checks
-        if default is None:
-            return tyro.cli(task, args=rest, description=description)
-        return tyro.cli(task, args=rest, default=default, description=description)
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    own_checks = raising(UsageError, "these flags cannot be used", "correct the value")  # the configuration's
+    with own_checks, _parsing(rest):
+        return tyro.cli(task, args=rest, description=description, **given)
+
+
+@contextlib.contextmanager
+def _parsing(arguments: list[str]) -> Iterator[None]:
+    """Within the block the exit of the parser of flags becomes a UsageError with the text of the box that it prints."""
+    if {"-h", "--help"} & {*arguments}:
+        yield
+        return
+    printed, width = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # else lines are broken
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        what, *more = _BOX.sub("", printed.getvalue()).strip().splitlines() or ["these flags cannot be parsed"]
+        about = [line.strip() for line in more if line.strip(" -─") and "full helptext" not in line]
+        fix = f"correct it; python {sys.argv[0]} --help lists all flags"
+        raise UsageError(what.strip(), " ".join(about) or "this command does not take it", fix) from None
+    finally:
+        del os.environ["COLUMNS"]
+        os.environ |= {} if width is None else {"COLUMNS": width}
 
 
 def _typed(arguments: list[str], flag: str) -> list[str]:

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from cli import Flat, main, resolve
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.locks import made
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
-from midway.gen.core.text import echo
+from midway.gen.core.text import echo, printable
 from midway.gen.data.splits import (
     DataConfig,
     Splits,
@@ -106,11 +107,14 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     reference = open_reference(features, splits, subject.images, device, "the tokenizers make")
     instruments = Instruments(*reference, *perceptual)
     measured = []
-    with tqdm(tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
-        for name, tokenizer in bar:
-            bar.set_postfix_str(name)
-            measured.append(measure(name, tokenizer, subject, instruments, config))
-    write_tokenizer_report(out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings))
+    with made(out):  # an error before the work
+        with tqdm(tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
+            for name, tokenizer in bar:
+                bar.set_postfix_str(printable(name))
+                measured.append(measure(name, tokenizer, subject, instruments, config))
+        write_tokenizer_report(
+            out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings)
+        )
     echo(terminal_text([m.row for m in measured]))
     echo(f"report: {out / 'report.html'}")
     return measured

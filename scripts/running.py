@@ -4,9 +4,9 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +18,13 @@ from midway.gen.core.signals import stop_note
 from midway.gen.data.splits import Splits
 from midway.gen.training.batches import ImageBatch
 from midway.gen.training.interface import Items
+from midway.gen.training.precision import resolve_precision
+
+if TYPE_CHECKING:
+    from tasks import TrainingTask
 
 Model = TypeVar("Model", bound=torch.nn.Module)
+Task = TypeVar("Task", bound="TrainingTask")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,15 @@ def built(build: Callable[[], Model]) -> Model:
             "choose smaller sizes of the model",
         )
     return build()
+
+
+def with_precision(
+    task: Task, network: Literal["conv", "transformer"] = "conv", width: int = 0
+) -> tuple[Task, tuple[str, ...]]:
+    """`task` with the precision in place of `auto`, and a line about it for the log; see resolve_precision."""
+    out = task.out if task.resume == "auto" else None
+    train, lines = resolve_precision(task.train, out, network, width)
+    return replace(task, train=train), lines
 
 
 class RunFlags(Protocol):

@@ -75,9 +75,9 @@ class TokenizerConfig:
         """The quantizer's own configuration. ValueError if `options` is not a JSON object."""
         try:
             more = json.loads(self.options)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
-                f'--model.options {self.options} is not JSON ({error}): write {{"normalize": true}}'
+                f'--model.options {self.options:.80} is not JSON ({error}): write {{"normalize": true}}'
             ) from None
         if not isinstance(more, dict):
             raise ValueError(f'--model.options {self.options} is not a JSON object: write {{"normalize": true}}')

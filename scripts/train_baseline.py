@@ -29,7 +29,7 @@ from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
-from running import Parts, built, image_parts, open_run
+from running import Parts, built, image_parts, open_run, with_precision
 
 PREVIEW = 60
 PAIRS = 8
@@ -110,11 +110,12 @@ def make_bounds(task: BaselineTask) -> Bounds:
 def train(task: BaselineTask) -> Run | None:
     """Train, score held-out images, save. The run on the main process, None on the others."""
     check_unused(task.train, validates=True)
+    task, precision = with_precision(task)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, task.train.weights_name
     config = {"baseline": kind_of(task), **to_dict(task)}
-    with open_run(task, task.out, KIND, config, accelerator, *facts(parts)) as run:
+    with open_run(task, task.out, KIND, config, accelerator, *facts(parts), *precision) as run:
         hooks = Hooks(
             preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
             export=lambda folder, _: write_baseline(folder, model),

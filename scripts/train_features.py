@@ -26,7 +26,7 @@ from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
-from running import Parts, built, image_parts, open_run
+from running import Parts, built, image_parts, open_run, with_precision
 from tasks import TrainingTask
 
 
@@ -65,11 +65,14 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
 def train(task: FeaturesTask) -> Run | None:
     """Train on the training images, report the held-out accuracy, save. The run on the main process."""
     check_unused(task.train)
+    task, precision = with_precision(task)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out
     source = printable(Path(task.data.data).stem)
-    with open_run(task, task.out, "features", to_dict(task), accelerator, describe(parts.splits.train)) as run:
+    with open_run(
+        task, task.out, "features", to_dict(task), accelerator, describe(parts.splits.train), *precision
+    ) as run:
         hooks = Hooks(export=lambda folder, averaged: export(folder, network, averaged, source))
         result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
         if not accelerator.is_main_process:

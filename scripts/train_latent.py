@@ -35,7 +35,7 @@ from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import LATENT_RECIPES
-from running import built, open_run
+from running import built, open_run, with_precision
 from tasks import LatentTask
 
 PREVIEW = 60
@@ -102,6 +102,7 @@ def fetcher(latents: Latents, device: torch.device):
 def train(task: LatentTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
     check_unused(task.train, measures=True)
+    task, precision = with_precision(task, "transformer", task.model.dit.width)
     accelerator = make_accelerator(task.train, task.out)
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
@@ -109,7 +110,7 @@ def train(task: LatentTask) -> Run | None:
     config = {**to_dict(task), "data": to_dict(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
-    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about) as run:
+    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *precision) as run:
         hooks = Hooks(
             preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
             export=lambda folder, _: write_model(folder, model, tokenizer),

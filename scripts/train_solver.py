@@ -26,6 +26,7 @@ from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
+from midway.gen.training.precision import resolve_precision
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
@@ -86,11 +87,16 @@ def train(task: SolverTask) -> list[Run]:
     """One run per budget, on the main process."""
     check(task)
     check_unused(task.train)
+    config, precision = resolve_precision(task.train)
+    task = replace(task, train=config)
     accelerator = make_accelerator(task.train, task.model)
     trained = load(task, accelerator)
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
     shared: dict[Any, Any] = {}
-    runs = [train_one(task, nfe, objective, trained, accelerator, shared) for nfe, objective in objectives.items()]
+    runs = [
+        train_one(task, nfe, objective, trained, accelerator, shared, precision)
+        for nfe, objective in objectives.items()
+    ]
     return [run for run in runs if run is not None]
 
 
@@ -154,11 +160,12 @@ def train_one(
     trained: TrainedModel,
     accelerator: Accelerator,
     shared: dict[Any, Any],
+    precision: tuple[str, ...],
 ) -> Run | None:
     """Distil at one budget and save."""
     path = solver_path(task.model, task.solver, task.grid, nfe)
     config = to_dict(replace(task, nfe=str(nfe)))
-    with open_run(task, path, "solver", config, accelerator) as run:
+    with open_run(task, path, "solver", config, accelerator, *precision) as run:
         items = run_teacher(task, objective, trained, accelerator.device, shared)
         processes = accelerator.num_processes
         hooks = Hooks(

@@ -25,7 +25,7 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.tokenizers.tokenizer import ImageTokenizer
 from recipes import TOKENIZER_RECIPES
-from running import Parts, built, image_parts, open_run
+from running import Parts, built, image_parts, open_run, with_precision
 from tasks import TokenizerTask
 
 SHOWN = 32
@@ -54,10 +54,13 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
 def train(task: TokenizerTask) -> Run | None:
     """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
     check_unused(task.train)
+    conv = task.model.network == "conv"
+    narrowest = task.model.width * min(task.model.multipliers if conv else (1,))
+    task, precision = with_precision(task, "conv" if conv else "transformer", narrowest)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
-    about = (describe(splits.train), describe(splits.held_out))
+    about = (describe(splits.train), describe(splits.held_out), *precision)
     with open_run(task, task.out, "tokenizer", to_dict(task), accelerator, *about) as run:
         steps = 0
         if any(p.requires_grad for p in tokenizer.parameters()):

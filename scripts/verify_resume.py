@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from midway.gen.core.errors import DataError, DiskError, MidwayError, one_line, 
 from midway.gen.core.files import LOG_LIMIT, read_text, reading
 from midway.gen.core.locks import check_no_link, empty, lock, made
 from midway.gen.core.processes import raised_by_all
+from midway.gen.core.ranges import EVENTS, check_flag_ranges
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
@@ -52,7 +53,10 @@ class VerifyTask:
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of a tokenizer, latent model, baseline, feature network or learned solver."""
     steps: int = 20
-    """Optimizer steps to replay."""
+    """Optimizer steps to replay, at least 2."""
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, steps=(2, EVENTS[1]))
 
 
 @dataclass(frozen=True)
@@ -138,12 +142,12 @@ def open_any(path: Path) -> tuple[Run, Any]:
 
 
 def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
-    """The newest checkpoint with another at most `steps` after it, and that one; else the newest and None."""
+    """The newest checkpoint with another 2 to `steps` after it, and that one; else the newest and None."""
     valid = list(checkpoints.valid(run.checkpoints, print))
     if not valid:
         raise DataError(f"{run.path} has no valid checkpoint", "nothing to resume from", "train it first")
-    for later, earlier in pairwise(valid):
-        if later.step - earlier.step <= steps:
+    for later, earlier in combinations(valid, 2):
+        if 2 <= later.step - earlier.step <= steps:
             return earlier, later
     return valid[0], None
 
@@ -251,8 +255,9 @@ def _records(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with reading(path, "move it elsewhere: then logged means are not compared"):
-        lines = map(json.loads, read_text(path, LOG_LIMIT).splitlines())
-        return [r for r in lines if "lr" in r and r["step"] > 0 and not r.get("partial") and not r.get("final")]
+        whole = [line for line in read_text(path, LOG_LIMIT).splitlines(keepends=True) if line.endswith("\n")]
+        found = map(json.loads, whole)  # not half a line, of a run in training
+        return [r for r in found if "lr" in r and r["step"] > 0 and not r.get("partial") and not r.get("final")]
 
 
 def _means(record: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 data, 4 diverged, 5 disk, 128 + the numb
 import contextlib
 import difflib
 import errno
+import os
 from collections.abc import Callable, Iterable, Iterator
 
 from midway.gen.core.text import printable
@@ -70,6 +71,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EISDIR: "name a file: this is a folder",
     errno.ENOTDIR: "name a folder: this, or a part of it, is a file",
+    errno.EEXIST: "choose another name: what is there is no folder",
     errno.ELOOP: "repair the link: it leads back to itself",
     errno.EMFILE: "raise the number of open files, `ulimit -n 4096`",
     errno.ENFILE: "end other programs: this machine has too many open files",
@@ -77,7 +79,7 @@ REMEDIES = {
 }
 """What helps against an error of the operating system, whatever was being done."""
 UNWRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-MISNAMED = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP)
+MISNAMED = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
 MEMORY = ("out of memory", "not enough memory", "allocate memory", "integer multiplication overflow", "Storage size")
 """What torch's errors call it."""
 
@@ -95,6 +97,8 @@ def is_memory(error: Exception) -> bool:
 def as_midway(error: Exception, keep: Callable[[], str]) -> MidwayError:
     """Any exception as three lines and an exit code; `keep` stores the traceback of an unexpected one and returns where."""
     code = getattr(error, "errno", None)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve, up to Python 3.12
+        return UsageError(str(error), os.strerror(errno.ELOOP), REMEDIES[errno.ELOOP])
     if is_memory(error) or code == errno.ENOMEM:
         return MidwayError("memory ran out", one_line(error), REMEDIES[errno.ENOMEM])
     if isinstance(error, OSError) and code is not None:
@@ -114,7 +118,7 @@ def raising(
 ) -> Iterator[None]:
     """Within the block an error of `causes` (ValueError by default) becomes one of `kind`, with its text as the reason.
 
-    `REMEDIES` take the place of `fix` where they have one; a name too long for any file is a UsageError, not a full disk.
+    `REMEDIES` take the place of `fix` where they have one; a name that cannot be used is a UsageError, not a full disk.
     """
     expected = causes or (ValueError,)
     try:
@@ -122,5 +126,5 @@ def raising(
     except expected as error:
         code = getattr(error, "errno", None)
         fits = kind is DiskError and code in (errno.ENOSPC, errno.EDQUOT)  # then `fix` is about space already
-        too_long = kind is DiskError and code == errno.ENAMETOOLONG
-        raise (UsageError if too_long else kind)(what, why(error), fix if fits else remedy(error, fix)) from error
+        misnamed = kind is DiskError and code in MISNAMED
+        raise (UsageError if misnamed else kind)(what, why(error), fix if fits else remedy(error, fix)) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
-from midway.gen.core.locks import check_replaceable, lock, made
+from midway.gen.core.locks import LOCK, check_replaceable, lock, made
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
@@ -77,7 +77,12 @@ def claimed(out: Path) -> Iterator[None]:
     """Within the block this report's own folder; UsageError as `check_out`, and while another process writes there. DiskError."""
     check_out(out)
     with made(out), lock(out, "written"):
-        yield
+        try:
+            yield
+        except BaseException:
+            if {path.name for path in out.iterdir()} == {LOCK}:
+                (out / LOCK).unlink()  # under the lock
+            raise
 
 
 def _is_report(path: Path) -> bool:

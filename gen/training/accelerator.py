@@ -3,10 +3,12 @@
 import os
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import Tensor
 
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.processes import joining, launched
@@ -48,7 +50,19 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
             "FSDP 1 is not supported", "its flattened parameters have no names", "set fsdp_version: 2 in its config"
         )
     share_of(config, accelerator)
+    _check_agreed(config, accelerator)
     return accelerator
+
+
+def _check_agreed(config: TrainConfig, accelerator: Accelerator) -> None:
+    """UsageError on every process if they have different precisions, which `auto` may choose on different machines."""
+    processes = accelerator.num_processes
+    if processes > 1:
+        bf16 = torch.tensor(float(config.precision == "bf16"), device=accelerator.device)
+        share = cast(Tensor, accelerator.reduce(bf16, "sum")).item()
+        if share not in (0, processes):
+            what = f"{share:.0f} of {processes} processes train in bf16, the others in float32"
+            raise UsageError(what, "their machines differ", "pass --precision bf16 or --precision no")
 
 
 def check_unused(config: TrainConfig, validates: bool = False, measures: bool = False, sharded: bool = False) -> None:

@@ -447,3 +447,21 @@ def test_the_ablation_writes_every_row_at_every_budget(
     out = capsys.readouterr().out
     assert ablation.text([ablation.Result(**row) for row in found["results"]]) in out
     assert f"written: {task.out}" in out
+
+
+# ---- precision.py ----
+
+
+def test_both_precisions_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = benchmark("precision")
+    monkeypatch.setattr(module, "WIDTHS", {"conv": (16,), "vit": (16,)})
+    monkeypatch.setattr(module, "QUALITY", ("digits-fsq",))
+    report = run_main(module, tmp_path / "precision.json", "--turns", 2, "--seeds", 2, "--steps", 2)
+    rows = {row["name"]: row for row in report.json["speed"]}
+    assert {"conv tokenizer, 8 px, 4x down, width 16", "vit tokenizer, 32 px, 8x down, width 16"} < rows.keys()
+    assert {"digits-vq", "DiT, 4 tokens, width 256", "DiT, 16 tokens, width 96"} < rows.keys()
+    assert all(row["float32_ms"] > 0 and row["bf16_ms"] > 0 and row["speedup"] > 0 for row in rows.values())
+    assert rows["digits-vq"]["chosen"] == "no", "too narrow, whatever the machine"
+    (quality,) = report.json["quality"]
+    assert quality["steps"] == 2 and all(len(quality["psnr"][kind]) == 2 for kind in ("no", "bf16"))
+    assert sum("width 16" in line for line in report.lines) == 2 * 5

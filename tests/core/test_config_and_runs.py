@@ -386,11 +386,10 @@ def test_a_name_that_is_no_text_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_path_that_cannot_be_made_is_a_disk_error(tmp_path: Path) -> None:
+def test_a_path_through_a_file_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DiskError) as caught:
+    with pytest.raises(UsageError, match="name a folder"):
         Run.create(tmp_path / "file" / "run", "solver", {})
-    assert caught.value.exit_code == 5
 
 
 def test_another_kind_of_run_and_no_run_are_data_errors(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def system_error(code: int) -> OSError:
         (errno.ENAMETOOLONG, USAGE, "shorter"),
         (errno.EISDIR, USAGE, "folder"),
         (errno.ENOTDIR, USAGE, "folder"),
+        (errno.EEXIST, USAGE, "no folder"),
         (errno.ELOOP, USAGE, "link"),
         (errno.ENOENT, DATA, "is there"),
         (errno.EMFILE, DATA, "ulimit"),
@@ -104,6 +105,6 @@ def test_a_place_that_is_not_ours(line: str, script: Script) -> None:
 
 def test_a_folder_where_a_file_belongs(tmp_path: Path) -> None:
     (tmp_path / "a.json" / "b").mkdir(parents=True)
-    with pytest.raises(DiskError, match="this is a folder"):
+    with pytest.raises(UsageError, match="this is a folder"):
         write_atomically(tmp_path / "a.json", b"")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

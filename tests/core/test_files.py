@@ -10,7 +10,7 @@ import pytest
 from nobody import NOBODY
 
 from midway.gen.core import files
-from midway.gen.core.errors import DiskError
+from midway.gen.core.errors import UsageError
 from midway.gen.core.files import clear_all_temporaries, clear_temporaries, replacing, write_atomically
 
 
@@ -156,10 +156,10 @@ def test_folders_in_a_folder_are_cleared_too_but_not_behind_links(make: Maker, t
     assert list(tmp_path.glob("else/.x*"))
 
 
-def test_a_disk_error_names_the_file(make: Maker, tmp_path: Path) -> None:
+def test_a_name_that_something_else_has_is_a_usage_error_that_names_the_file(make: Maker, tmp_path: Path) -> None:
     make(tmp_path / "x", "no folder to write into")
     place = tmp_path / "x" / "inner" if make is make_file else tmp_path / "x"
-    with pytest.raises(DiskError, match=f"cannot write {place}") as caught:
+    with pytest.raises(UsageError, match=f"cannot write {place}") as caught:
         write_atomically(place, b"text")
-    assert caught.value.exit_code == 5
+    assert caught.value.exit_code == 2
     assert not list(tmp_path.rglob(".*"))

@@ -293,9 +293,12 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZER --held-out 0.01 --data {images} -> split
   TOKENIZER --held-out 0.5 --data {broken} -> 0a.png
   TOKENIZER --held-out 0.5 --data {sizes} -> --resize
-5 outputs
-  EVALUATE --out {a_file}/me.png; --out {a_file}/me.png/out -> me.png
-  EVALUATE --save-images {a_file}/me.png/zips -> --save-images
+2 outputs that are something else
+  EVALUATE --out {a_file}/me.png; --out {a_file}/me.png/out -> me.png | name a folder
+  EVALUATE --save-images {a_file}/me.png/zips -> --save-images | name a folder
+  LIKELIHOOD {baseline} --out {a_file}/me.png/out; TOKENIZERS {tokenizer} --out {a_file}/me.png/out -> me.png | name a folder
+  SAMPLE --out {a_file}/me.png/grid.png; ENCODE {tokenizer} --out {a_file}/me.png/l -> me.png | folder
+  train_features --out {a_file}/me.png/run --steps 1; demo --quick --out {a_file}/me.png -> me.png | folder
 4 samples
   SAMPLE --guidance 1e38 --nfe 8 -> diverged | finite
 2 sizes and seeds that fill a machine or make nothing, before anything is built
@@ -310,6 +313,8 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZER --split-seed 18446744073709551616; --split-seed -1 -> split_seed is
   TOKENIZER --lr inf; --weight-decay inf -> finite
   TOKENIZER --clip nan; --clip -1 -> clip is
+  TOKENIZER --max-seconds nan; --max-seconds -1 -> max_seconds is
+  TOKENIZER --model.options {nested} -> is not JSON
   TOKENIZER --posthoc 0.5; --posthoc nan; --posthoc 0 -> posthoc is
   TOKENIZER --model.options {{"base":3}} --model.quantizer residual -> this tokenizer cannot be built
   TOKENIZER --model.options {{"levels":"ab"}}; --model.options {{"levels":[8,"x"]}} -> cannot be built
@@ -332,7 +337,9 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZERS {tokenizer} --seed 18446744073709551616 -> --seed | it can be
   TOKENIZERS {tokenizer} --noise nan -> sigma is finite
   ENCODE {tokenizer} --batch-size 1000000000 -> --batch-size
+  verify_resume {model} --steps 1; verify_resume {model} --steps -3 -> --steps | it can be
 2 names that no file can have
+  demo --quick --out {loop}; EVALUATE --images {loop} -> leads back to itself
   train_tokenizer digits-fsq --steps 1 --out {long}; EVALUATE --out {long}; SAMPLE --out {long}.png -> shorter
   ENCODE {tokenizer} --out {long}; train_tokenizer --config {long}; data check {long} -> shorter
 """
@@ -405,7 +412,7 @@ def test_an_invalid_call_exits_with_three_lines_and_writes_nothing(
 ) -> None:
     """Nor does it measure a tokenizer first."""
     monkeypatch.setattr(tokenizers, "measure", None)
-    places |= {"out": tmp_path / "out", "long": tmp_path / ("long" * 80)}
+    places |= {"out": tmp_path / "out", "long": tmp_path / ("long" * 80), "nested": "[" * 5000}
     call = [part.format_map(places) for part in arguments]
     roots = (places.pipeline.root, places.root, tmp_path)
     before = files(*roots)
@@ -419,12 +426,16 @@ def test_an_invalid_call_exits_with_three_lines_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("code", "arguments", "words"), rows(UNPARSED))
-def test_a_flag_that_cannot_be_parsed_exits_with_2(
-    code: int, arguments: list[str], words: list[str], script: Script
+def test_a_flag_that_cannot_be_parsed_exits_with_three_lines(
+    code: int, arguments: list[str], words: list[str], script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "50")
     done = script(*arguments)
     assert done.code == code
-    assert all(word in done.err for word in words) and "Traceback" not in done.err
+    assert [line[:7] for line in done.err.splitlines()] == ["error: ", "  why: ", "  fix: "], done.err
+    assert all(word in done.err for word in words)
+    assert script(arguments[0], "--help").code == 0
 
 
 # ---- other endings ----

@@ -45,6 +45,15 @@ def test_a_later_checkpoint_and_logged_losses_are_compared_too(
     assert done.code == 1 and "losses logged at step 6 differ" in done.err
 
 
+def test_checkpoints_of_neighbouring_steps_are_verified_with_a_stop_between(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
+) -> None:
+    run = tmp_path / "m"
+    succeed(f"train_latent --config {pipeline.model}/config.yaml --out {run} --steps 3 --save-every 1 --keep 3")
+    done = succeed("verify_resume", run)
+    assert "2 steps from step 1" in done.out and "the run's own step-3" in done.out
+
+
 def test_a_run_in_training_may_remove_the_checkpoints_that_are_verified(
     pipeline: Pipeline, succeed: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -317,6 +317,12 @@ def linked(pipeline: Pipeline, folder: Path, kind: str) -> Path:
     return folder / "link"
 
 
+def loop(pipeline: Pipeline, folder: Path) -> Path:
+    """A link to itself."""
+    (folder / "loop").symlink_to(folder / "loop")
+    return folder / "loop"
+
+
 @maker
 def with_images(pipeline: Pipeline, folder: Path) -> Path:
     """A tokenizer run with images among its samples."""
@@ -411,6 +417,7 @@ PLACES: dict[str, Maker] = {
     "a_report": with_file("report.md", "somebody's"),
     "a_results_json": with_file("results.json", "[]"),
     "link": linked("tokenizer"),
+    "loop": loop,
     "with_images": with_images(),
     "not_a_demo": lambda pipeline, folder: Path(shutil.copytree(pipeline.features, folder / "features")).parent,
     "no_weights": with_file("pt_inception-2015-12-05-6726825d.pth", "not the published weights"),
