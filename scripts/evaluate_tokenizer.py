@@ -96,7 +96,7 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     subject = choose(splits.held_out, config)
     for name, tokenizer in tokenizers.items():
         check_size(name, tokenizer, subject.images, named=other is not None)
-    folder = "tokenizer-report" if other is None else f"tokenizer-report-{Path(other.data).stem}"
+    folder = "tokenizer-report" if other is None else f"tokenizer-report-{printable(Path(other.data).stem)}"
     out = task.out or task.tokenizers[0].resolve().parent / folder
     check_out(out)
     warnings = image_notes(task.tokenizers, other, splits)

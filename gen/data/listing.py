@@ -7,6 +7,7 @@ outside, are listed once a class, as a copy in another class would be.
 
 import contextlib
 import os
+import posixpath
 import stat
 import zipfile
 from collections import defaultdict
@@ -205,7 +206,11 @@ def list_zip(archive: zipfile.ZipFile, path: Path) -> tuple[Listing, dict[str, z
                 raise _twice(path, first.filename, info.filename)
             found.repeated.append(name)
     found.files = sorted(members)
+    found.folders += sorted({posixpath.dirname(name) for name in members})  # not all zips list them
     _check_readable(path, [members[name] for name in found.files if is_image(name) and junk(name) is None])
+    if sum(info.compress_size for info in archive.infolist()) > path.stat().st_size:
+        why = "its members have more compressed bytes than the file, so they share some, as in a zip bomb"
+        raise DataError(f"{path} cannot be read as a zip of images", why, "pack the images again")
     return found, members
 
 

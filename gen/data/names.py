@@ -73,10 +73,10 @@ _ANNOTATION_FOLDERS = {
 }
 _COPIED = "copy|kopie|copie|copia|cópia|kopia|копия|コピー|副本|backup|bak"
 _COPY = re.compile(
-    rf"(?:{_COPIED}) (?:\(\d+\) )?(?:of|von|de|di) (.+)"
+    r"(.+?) ?\(.*conflicted copy.*\)"
+    rf"|(?:{_COPIED}) (?:\(\d+\) )?(?:of|von|de|di) (.+)"
     rf"|(.+?)(?: - |[ _.-])(?:{_COPIED})(?:[ _-]?\(?\d+\)?)?"
-    r"|(.+?) ?\((?:\d+|.*conflicted copy.*)\)"
-    r"|(.+?)~",
+    r"|(.+?) ?\(\d+\)|(.+?)~",
     re.IGNORECASE,
 )
 """How systems name a copy: Copy of X, X - Copy (2), X copy 2, X (1), X~, X.bak, and in other languages."""
@@ -137,9 +137,8 @@ def ending(name: str) -> str:
 def without_wrapper(names: Iterable[str]) -> list[tuple[str, ...]]:
     """The parts of each name without folders that all share, as long as a folder remains below."""
     parts = [PurePosixPath(name).parts for name in names]
-    while parts and all(len(part) > 2 and part[0] == parts[0][0] for part in parts):
-        parts = [part[1:] for part in parts]
-    return parts
+    depth = min(len(posixpath.commonprefix(parts)), min(map(len, parts), default=2) - 2)
+    return [part[max(depth, 0) :] for part in parts]
 
 
 # ---- names of folders ----

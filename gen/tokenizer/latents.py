@@ -14,7 +14,6 @@ A cache is keyed by the fingerprint of the images and the hash of the tokenizer'
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,23 +76,20 @@ class ChannelStatistics:
     def __init__(self, dim: int) -> None:
         self.count = 0
         self.mean, self.deviations = (torch.zeros(dim, dtype=torch.float64) for _ in range(2))
-        self.lowest, self.highest = (torch.full((dim,), sign * math.inf, dtype=torch.float64) for sign in (1, -1))
 
     def add(self, raw: Tensor) -> None:
         """raw (N, D, h, w) on the CPU."""
         if not raw.numel():
             return
         rows = raw.double().transpose(0, 1).flatten(1)
-        self.lowest, self.highest = self.lowest.minimum(rows.amin(1)), self.highest.maximum(rows.amax(1))
         new, share = rows.mean(1), rows.shape[1] / (self.count + rows.shape[1])
         self.deviations += (rows - new[:, None]).square().sum(1) + (new - self.mean).square() * self.count * share
         self.mean += (new - self.mean) * share
         self.count += rows.shape[1]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and std (D,) float32; std is exactly 0 where all numbers are equal."""
-        std = (self.deviations / max(self.count - 1, 1)).sqrt()
-        return self.mean.float(), torch.where(self.highest > self.lowest, std, std * 0).float()
+        """Mean and std (D,) float32; where all numbers are equal std is 0 but for rounding of the mean in float64."""
+        return self.mean.float(), (self.deviations / max(self.count - 1, 1)).sqrt().float()
 
 
 def give_statistics(tokenizer: ImageTokenizer, mean: Tensor, std: Tensor, images: Tensor) -> None:

@@ -320,7 +320,7 @@ def test_an_out_that_cannot_be_written(tmp_path: Path, script: Script, monkeypat
         assert done.code == DISK and "choose another --out" in done.err and done.out == ""  # before any decoding
     (tmp_path / "out" / "data.json").mkdir(parents=True)
     done = script("data", "check", "digits", "--out", tmp_path / "out")
-    assert done.code == DISK and [path.name for path in (tmp_path / "out").iterdir()] == ["data.json"]
+    assert done.code == USAGE and [path.name for path in (tmp_path / "out").iterdir()] == ["data.json"]
     monkeypatch.setattr(check_report.os, "access", lambda path, mode: False)
     assert script("data", "check", "digits", "--out", tmp_path / "new").code == DISK and not (tmp_path / "new").exists()
 

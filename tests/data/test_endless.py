@@ -151,6 +151,15 @@ def test_methods_that_expand_without_bound_are_not_read(method: int, tmp_path: P
     assert refused(source, "neither stored nor deflated") < 8 << 20
 
 
+def test_members_that_share_bytes_are_not_read(tmp_path: Path) -> None:
+    """A zip of some megabytes can hold petabytes so, each member within the limit."""
+    source = zipped(tmp_path / "a.zip", bytes(1 << 20))
+    data = source.read_bytes()
+    place = data.index(b"PK\1\2") + 20
+    source.write_bytes(data[:place] + struct.pack("<I", len(data)) + data[place + 4 :])
+    refused(source, "a.zip cannot be read", "zip bomb", "pack the images again")
+
+
 def test_members_beyond_four_gigabytes_of_zip_are_read(tmp_path: Path) -> None:
     """The form of large archives, ZIP64."""
     buffer = io.BytesIO()

@@ -20,7 +20,15 @@ from midway.gen.core.errors import DataError
 from midway.gen.data.check import check
 from midway.gen.data.external import read_external
 from midway.gen.data.images import ImageData, describe, load_images
-from midway.gen.data.names import canonical, copies_among, is_image, junk, numbered_folders, splits_among
+from midway.gen.data.names import (
+    canonical,
+    copies_among,
+    is_image,
+    junk,
+    numbered_folders,
+    splits_among,
+    without_wrapper,
+)
 from midway.gen.data.pictures import zip_writer
 from midway.gen.data.splits import DataConfig, load_splits
 
@@ -382,6 +390,17 @@ def test_a_lone_word_is_a_split_if_it_holds_folders() -> None:
     assert splits_among(("valid", "test", "cat")) == ["test", "valid"]
 
 
+def test_a_wrapper_ends_where_names_differ_or_a_folder_is_left() -> None:
+    def parts(*names: str) -> list[str]:
+        return ["/".join(part) for part in without_wrapper(names)]
+
+    assert parts("a/b/c/0.png", "a/b/d/e/1.png") == ["c/0.png", "d/e/1.png"]
+    assert parts("a/b/0.png", "a/b/1.png") == ["b/0.png", "b/1.png"] and parts("a/b/c/0.png") == ["c/0.png"]
+    assert parts("a/b/0.png", "a/1.png") == ["a/b/0.png", "a/1.png"] and parts("a/b/0.png", "1.png")[1] == "1.png"
+    deep = "a/" * 20_000  # in one pass, not one a folder
+    assert parts(f"{deep}c/0.png", f"{deep}d/1.png") == ["c/0.png", "d/1.png"] and parts() == []
+
+
 def test_splits_inside_the_classes_are_noted(tmp_path: Path) -> None:
     data = load_images(str(folder_of(tmp_path, images("cat/train/0.png", "cat/test/1.png", "dog/train/2.png"))))
     assert named(data) == ["cat", "cat", "dog"]
@@ -442,6 +461,7 @@ def test_numbers_and_letters_are_classes_otherwise(names: list[str]) -> None:
     [
         *("Copy of cat", "cat - Copy", "cat - Copy (2)", "cat copy", "cat copy 2", "cat (1)", "Cat - Kopie"),
         *("cat_backup", "cat.bak", "cat~", "cat - Cópia", "cat - コピー", "cat (Ann's conflicted copy 2024-01-31)"),
+        *("cat (conflicted copy 2024)", "cat - Copy (1)"),
     ],
 )
 def test_copies_of_a_class_raise(tmp_path: Path, copy: str) -> None:
@@ -795,6 +815,17 @@ def test_everything_left_out_is_named_where_training_begins(tmp_path: Path, scri
     flags = ["--steps", "1", "--batch-size", "4", "--model.width", "16", "--model.downsample", "4"]
     done = script("train_tokenizer", "digits-fsq", "--data", tmp_path / "set", *flags, "--out", tmp_path / "run")
     assert f"left out     {files}" in done.out and f"left out     {bare}" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_folders_of_left_overs_alone_are_named(tmp_path: Path) -> None:
+    content = {
+        **images("cat/0.png", "dog/1.png"),
+        "bee/.keep": b"",
+        "emu/2024/Thumbs.db": b"",
+        "__MACOSX/fox/._0.png": b"",
+    }
+    for path in both(tmp_path, content):
+        assert load_images(str(path)).left_out[1:] == ("folders without images: bee, emu",)
 
 
 def test_classes_are_not_left_out_by_a_part_of_their_name() -> None:

@@ -129,6 +129,9 @@ def test_tokenizers_of_different_images_can_be_compared_on_others(
     call = f"evaluate_tokenizer --tokenizers {pipeline.tokenizer} {tmp_path / 'second'} --features none --noise 0"
     succeed(f"{call} --data {other} --held-out 0.5")
     assert (pipeline.tokenizer.parent / "tokenizer-report-other" / "report.md").exists()
+    no_text = other.rename(other.with_name("byte\udcff"))  # which no folder is named after
+    succeed(f"{call} --held-out 0.5 --data", no_text)
+    assert (pipeline.tokenizer.parent / r"tokenizer-report-byte\xff" / "report.md").exists()
 
 
 def test_one_folder_by_two_names_is_one_source(

@@ -175,7 +175,7 @@ def test_statistics_of_equal_numbers_and_of_one_number() -> None:
     statistics = ChannelStatistics(2)
     for count in (3, 0, 5):  # a batch without images changes nothing
         statistics.add(torch.full((count, 2, 7, 7), 77 / 127.5 - 1))
-    assert statistics.result()[1].tolist() == [0, 0]
+    assert statistics.result()[1].abs().max() < 1e-12
     statistics.add(torch.zeros(1, 2, 1, 1))
     assert bool((statistics.result()[1] > 0).all())
     alone = ChannelStatistics(1)
