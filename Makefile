@@ -51,6 +51,7 @@ bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*
 	$(BIN)/python benchmarks/quantizers.py $(ARGS)
 	$(BIN)/python benchmarks/metrics.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
+	$(BIN)/python benchmarks/precision.py
 
 clean: ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .imports midway.egg-info build .pytest_cache .ruff_cache

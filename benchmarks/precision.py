@@ -1,6 +1,6 @@
 """bfloat16 beside float32: seconds of a training step, and the quality of what was trained.
 
-    python benchmarks/precision.py --out benchmarks/results/precision.json
+    python benchmarks/precision.py
 
 Speed: both precisions take turns after every step, in one process with one thread, on the process's own time; the ratio is the
 median over pairs of steps. `chosen` is what --precision auto chooses on this machine. Networks of different widths stand beside
@@ -48,7 +48,14 @@ from tasks import TokenizerTask
 
 PRECISIONS = ("no", "bf16")
 SEEDS = (0, 1, 2)
-QUALITY = ("digits-fsq", "digits-vq")
+RESULT = Path(__file__).parent / "results" / "precision.json"
+QUALITY: dict[str, tuple[str, dict[str, Any]]] = {
+    "digits-fsq": ("digits-fsq", {}),
+    "digits-vq": ("digits-vq", {}),
+    "digits-vq, width 64": ("digits-vq", {"width": 64}),
+    "digits-fsq, 2x down": ("digits-fsq", {"downsample": 2, "levels": (8, 8, 8)}),
+}
+"""Recipes of tokenizers, and what differs from them."""
 WIDTHS = {"conv": (32, 48, 64, 96), "vit": (128, 192, 256)}
 Network = Literal["conv", "transformer"]
 
@@ -137,7 +144,9 @@ def latent_models(turns: int) -> list[dict[str, Any]]:
 
 def quality(name: str, seeds: tuple[int, ...], steps: int | None) -> dict[str, Any]:
     """PSNR of held-out images after the recipe's training, by precision and seed."""
-    task = TOKENIZER_RECIPES[name]()
+    recipe, differs = QUALITY[name]
+    task = TOKENIZER_RECIPES[recipe]()
+    task = replace(task, model=replace(task.model, **differs))
     config = replace(task.train, steps=steps or task.train.steps, save_seconds=0)
     found = {p: [trained_psnr(task, replace(config, seed=seed, precision=p)) for seed in seeds] for p in PRECISIONS}
     differences = [b - a for a, b in zip(found["no"], found["bf16"])]
@@ -178,7 +187,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     """Print the rows, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write")
     parser.add_argument("--turns", type=int, default=12, help="pairs of steps of a row")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="trainings of each recipe and precision")
     parser.add_argument("--steps", type=int, help="steps of each training (default: the recipe's)")
@@ -191,10 +200,9 @@ def main() -> None:
     for name in QUALITY:
         found.append(quality(name, tuple(range(arguments.seeds)), arguments.steps))
         print(json.dumps(found[-1]), flush=True)
-    if arguments.out is not None:
-        report = {"environment": environment(), "speed": rows, "quality": found}
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"wrote {arguments.out}")
+    report = {"environment": environment(), "speed": rows, "quality": found}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -455,7 +455,7 @@ def test_the_ablation_writes_every_row_at_every_budget(
 def test_both_precisions_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = benchmark("precision")
     monkeypatch.setattr(module, "WIDTHS", {"conv": (16,), "vit": (16,)})
-    monkeypatch.setattr(module, "QUALITY", ("digits-fsq",))
+    monkeypatch.setattr(module, "QUALITY", {"narrow": ("digits-fsq", {"width": 16})})
     report = run_main(module, tmp_path / "precision.json", "--turns", 2, "--seeds", 2, "--steps", 2)
     rows = {row["name"]: row for row in report.json["speed"]}
     assert {"conv tokenizer, 8 px, 4x down, width 16", "vit tokenizer, 32 px, 8x down, width 16"} < rows.keys()
