@@ -281,12 +281,12 @@ def plot(path: Path, found: Sequence[Cell]) -> None:
     figure.savefig(path)
 
 
-def embed(page: Path, text: str) -> None:
-    """Put `text` between the page's `<!-- begin tokenizers -->` and `<!-- end tokenizers -->`."""
-    before, begin, rest = page.read_text().partition("<!-- begin tokenizers -->\n")
-    _, end, after = rest.partition("<!-- end tokenizers -->")
+def embed(page: Path, text: str, block: str = "tokenizers") -> None:
+    """Put `text` between the page's `<!-- begin BLOCK -->` and `<!-- end BLOCK -->`."""
+    before, begin, rest = page.read_text().partition(f"<!-- begin {block} -->\n")
+    _, end, after = rest.partition(f"<!-- end {block} -->")
     if not begin or not end:
-        raise SystemExit(f"{page} has no block for the table of tokenizers")
+        raise SystemExit(f"{page} has no block {block} for the table")
     page.write_text(f"{before}{begin}{text}{end}{after}")
 
 

@@ -1,7 +1,8 @@
 """VQ or FSQ, fairly: each at its own best learning rate, from both starts of the linear shortcuts, until it learns no more.
 
     python benchmarks/tokenizer_start.py digits cifar10 --cifar10 cifar10-train.zip --cells cells.jsonl
-    python benchmarks/tokenizer_start.py digits cifar10 --cells cells.jsonl --json benchmarks/results/tokenizer_start.json --table
+    python benchmarks/tokenizer_start.py digits cifar10 --cells cells.jsonl --json benchmarks/results/tokenizer_start.json \
+        --table --page docs/tokenizers.md
 
 A cell is one training: data x quantizer x bits x start x learning rate x seed, with 16 positions an image (GRIDS). Learning
 rates are constant after the warm-up. Every ROUND steps the averaged weights are measured on the first half of the held-out
@@ -49,7 +50,9 @@ from midway.tokenizers.fsq import FSQ, FSQ_LEVELS, saturation
 from midway.tokenizers.options import Shortcut
 from midway.tokenizers.tokenizer import ImageTokenizer
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from compare_tokenizers import embed
 from train_tokenizer import make_tokenizer
 
 from running import image_parts
@@ -138,6 +141,8 @@ class Study:
     """Where to write all cells, with the hardware."""
     table: bool = False
     """Print the tables; nothing is trained."""
+    page: Path | None = None
+    """A Markdown page whose block `tokenizer start` the table replaces."""
     most: int | None = None
     """At most so many cells this time."""
     cifar10: str = "cifar10"
@@ -258,12 +263,44 @@ def read(path: Path) -> list[Result]:
 def table(found: Sequence[Result]) -> str:
     """Markdown: a row a size of codes; VQ and FSQ from both starts, at the learning rate chosen on the other half."""
     columns = list(itertools.product(QUANTIZERS, ("orthogonal", "principal")))
-    head = ["data", "bits", *(f"{quantizer}, {shortcut}" for quantizer, shortcut in columns)]
-    lines = [f"| {' | '.join(head)} |", f"| --- | ---: |{' ---: |' * len(columns)}"]
+    head = [
+        "data",
+        "bits",
+        *(f"{quantizer}, {shortcut}" for quantizer, shortcut in columns),
+        "fsq - vq at equal entropy",
+    ]
+    lines = [f"| {' | '.join(head)} |", f"| --- | ---: |{' ---: |' * (len(columns) + 1)}"]
     for data, bits in sorted({(r.cell.data, r.cell.bits) for r in found}, key=lambda key: (key[0] != "digits", key)):
         entries = [entry([r for r in found if key_of(r.cell) == (data, bits, *column)]) for column in columns]
-        lines.append(f"| {' | '.join([data, str(bits), *entries])} |")
+        beyond = at_equal_entropy([r for r in found if r.cell.data == data], bits)
+        lines.append(f"| {' | '.join([data, str(bits), *entries, '' if beyond is None else f'{beyond:+.1f} dB'])} |")
     return "\n".join(lines) + "\n"
+
+
+def at_equal_entropy(results: Sequence[Result], bits: int) -> float | None:
+    """How many dB FSQ is above VQ of as much entropy, interpolated between VQ's sizes; each from its better start.
+
+    None where VQ's sizes do not reach that entropy.
+    """
+    points = []
+    for size in BITS:
+        if vq := [r for r in results if (r.cell.quantizer, r.cell.bits) == ("vq", size)]:
+            best = chosen(vq)
+            points.append((mean(best, "entropy_bits"), mean(best, "psnr")))
+    fsq = [r for r in results if (r.cell.quantizer, r.cell.bits) == ("fsq", bits)]
+    entropy, psnr = (mean(chosen(fsq), name) for name in ("entropy_bits", "psnr")) if fsq else (math.inf, 0.0)
+    for (low, below), (high, above) in itertools.pairwise(points):
+        if low <= entropy <= high:
+            return psnr - (below + (above - below) * (entropy - low) / (high - low))
+    return None
+
+
+def chosen(results: Sequence[Result]) -> list[Result]:
+    """All seeds at the start and learning rate with the best mean choice_psnr."""
+    groups: dict[tuple[str, float], list[Result]] = {}
+    for r in results:
+        groups.setdefault((r.cell.shortcut, r.cell.lr), []).append(r)
+    return max(groups.values(), key=lambda group: mean(group, "choice_psnr"))
 
 
 def key_of(cell: Cell) -> tuple[str, int, str, str]:
@@ -275,13 +312,12 @@ def entry(results: Sequence[Result]) -> str:
     """PSNR, its standard deviation over seeds and their number; entropy; learning rate; edge mass at the start and the end."""
     if not results:
         return ""
-    rates = {r.cell.lr: [other for other in results if other.cell.lr == r.cell.lr] for r in results}
-    lr, best = max(rates.items(), key=lambda pair: mean(pair[1], "choice_psnr"))
+    best = chosen(results)
     spread = f" ± {statistics.stdev(r.psnr for r in best):.2f}" if len(best) > 1 else ""
     parts = [
         f"{mean(best, 'psnr'):.2f}{spread} dB ({len(best)})",
         f"{mean(best, 'entropy_bits'):.2f} bits",
-        f"rate {lr:g}",
+        f"rate {best[0].cell.lr:g}",
     ]
     if best[0].edge_mass is not None:
         parts.append(f"edges {mean(best, 'start_edge_mass'):.0%} to {mean(best, 'edge_mass'):.0%}")
@@ -315,6 +351,8 @@ def main(study: Study) -> None:
         write_atomically(study.json, (json.dumps(report, indent=1) + "\n").encode())
     if study.table:
         print(table(found))
+    if study.page is not None:
+        embed(study.page, table(found), "tokenizer start")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,11 @@ def test_every_cell_trains_once_and_ends_in_the_table(
         assert fsq["even_mass"] == pytest.approx((2 / 8 + 2 / 6 + 2 / 5) / 3)
         assert 0 < fsq["entropy_bits"] <= fsq["capacity_bits"]
     capsys.readouterr()
-    study.main(replace(wanted, table=True, json=None))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin tokenizer start -->\nold\n<!-- end tokenizer start -->\n")
+    study.main(replace(wanted, table=True, json=None, page=page))
     assert capsys.readouterr().out.count(" dB (1)") == 4, "of two rates the better"
+    assert page.read_text().count(" dB (1)") == 4 and "old" not in page.read_text()
 
 
 def test_a_training_is_over_when_the_last_third_brings_nothing(study: Any) -> None:
@@ -72,3 +75,16 @@ def test_the_table_takes_the_rate_that_the_other_half_of_the_images_chooses(stud
     text = study.entry(found)
     assert text.startswith("25.10 ± 0.14 dB (2)<br>9.00 bits<br>rate 0.01<br>edges 37% to 20%")
     assert text.endswith("still learning")
+
+
+def test_fsq_is_compared_with_vq_of_the_same_entropy(study: Any) -> None:
+    def result(quantizer: str, bits: int, psnr: float, entropy: float, lr: float = 1e-3, choice: float = 0.0) -> Any:
+        cell = study.Cell("digits", quantizer, bits, "principal", lr, 0)
+        return study.Result(cell, psnr, choice, bits, entropy, 1.0, None, None, 15.0, None, 500, True, (choice,), 1.0)
+
+    study.BITS = (8, 10, 12)
+    found = [result("vq", 8, 20.0, 7.0), result("vq", 10, 24.0, 9.0), result("fsq", 12, 30.0, 8.0, 1e-2, choice=1.0)]
+    found += [result("fsq", 12, 40.0, 7.0), result("fsq", 8, 21.0, 6.5)]
+    assert study.at_equal_entropy(found, 12) == pytest.approx(30 - 22)
+    assert study.at_equal_entropy(found, 8) is None, "less entropy than any VQ"
+    assert study.at_equal_entropy(found, 10) is None, "not trained"
