@@ -347,8 +347,9 @@ def main(study: Study) -> None:
             "grids": {n: to_dict(GRIDS[n]) for n in study.grids},
         }
         rule = {"round": ROUND, "least": LEAST, "flat_db": FLAT}
-        report = {**facts, "rule": rule, "cells": [to_dict(r) for r in found]}
-        write_atomically(study.json, (json.dumps(report, indent=1) + "\n").encode())
+        head = json.dumps({**facts, "rule": rule}, indent=1).removesuffix("\n}")
+        rows = ",\n".join(json.dumps(to_dict(r)) for r in found)
+        write_atomically(study.json, f'{head},\n "cells": [\n{rows}\n]\n}}\n'.encode())
     if study.table:
         print(table(found))
     if study.page is not None:
