@@ -239,8 +239,9 @@ def test_report_directory(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cells").mkdir()  # of the sweep, else the report is another's
     write_report(tmp_path, CELLS, CONTEXT, {})
-    old = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    old = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
 
     def fail(_source: Path, _target: Path) -> None:
         raise OSError(30, "Read-only file system")
@@ -248,7 +249,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(DiskError, match="Read-only"):
         write_report(tmp_path, CELLS[:2], CONTEXT, {})
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == old
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == old
 
 
 def test_a_fitted_grid_makes_no_learned_solver() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DiskError, UsageError
+from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import Context
@@ -256,5 +256,5 @@ def test_a_best_folder_that_cannot_be_written_ends_the_run(tmp_path: Path, monke
     job = Job(tmp_path / "run")
     job.folder.mkdir()
     (job.folder / "best").write_text("in the way")
-    with pytest.raises(DiskError, match="step-2 was not written"):
+    with pytest.raises(UsageError, match="step-2 was not written"):
         job.run()
