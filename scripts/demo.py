@@ -36,7 +36,7 @@ from tasks import LatentTask, TokenizerTask
 
 RUNS = ("features", "tokenizer", "model")
 MARK = ".demo"
-"""The file by which a demo knows the folder of an earlier one, and its finished stages."""
+"""The file that marks the folder of an earlier demo, and holds its finished stages."""
 
 
 @dataclass(frozen=True)

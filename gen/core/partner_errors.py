@@ -102,5 +102,5 @@ def communication_error(error: Exception, find: Callable[[], dict[int, Late]]) -
     if re.search(r"timed? ?out", text, re.IGNORECASE):
         return PartnerError("other processes did not come in time", text, f"see their output; {RESUME}")
     return PartnerError(
-        "the processes cannot communicate", text, "check the network between them; NCCL_DEBUG=INFO says more"
+        "the processes cannot communicate", text, "check the network between them; NCCL_DEBUG=INFO prints more"
     )

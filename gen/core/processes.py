@@ -131,10 +131,10 @@ def raised_by_all() -> Iterator[None]:
     if distributed.is_available() and distributed.is_initialized():
         from midway.gen.core.partner_errors import PartnerError
 
-        told = [failure and (failure.what, failure.why, failure.fix, failure.exit_code)]
-        distributed.broadcast_object_list(told)
-        if failure is None and told[0] is not None:
-            raise PartnerError(*told[0])
+        shared = [failure and (failure.what, failure.why, failure.fix, failure.exit_code)]
+        distributed.broadcast_object_list(shared)
+        if failure is None and shared[0] is not None:
+            raise PartnerError(*shared[0])
     if failure is not None:
         raise failure
 

@@ -1,4 +1,4 @@
-"""One connection from every process of a program to the first, over which they know of one another.
+"""One connection from every process of a program to the first, over which they exchange their statuses.
 
 Once per tick a process sends a line of JSON, its status, to the first one; the answer holds the statuses of all. When a
 connection ends and does not come back, so did its process. Unlike torch's store, which only holds the port, this does not block

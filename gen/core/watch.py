@@ -1,4 +1,4 @@
-"""What a process knows of the others of its program, and when it stops waiting for them.
+"""The states of the other processes of a program, and the limits after which this one stops waiting for them.
 
 A thread per process exchanges signs of life with the others (`rollcall.py`) and looks whether the main thread waits: whether it
 has begun no collective operation for a while. A process is waited for if it has not come, has begun fewer operations, gives no
@@ -121,7 +121,7 @@ class Watch:
             return first
 
     def introduce(self, seconds: float = INTRODUCED) -> None:
-        """Return when the others know of this process, or cannot be reached."""
+        """Return when the others have the status of this process, or cannot be reached."""
         end = time.monotonic() + seconds
         while not self.partners and time.monotonic() < end:
             self.exchange()

@@ -219,8 +219,8 @@ class LatentModel(nn.Module):
     @property
     def trained_on(self) -> TrainedOn:
         """What a guide must have in common with the model."""
-        told, dropout = (self.classes, self.class_names, len(self.empty)), self.config.label_dropout
-        return TrainedOn(self.config.target, self.schedule, self.latent_shape, *told, dropout)
+        classes, dropout = (self.classes, self.class_names, len(self.empty)), self.config.label_dropout
+        return TrainedOn(self.config.target, self.schedule, self.latent_shape, *classes, dropout)
 
     def check_guidance(self, guidance: Guidance) -> None:
         """ValueError for guidance that this model cannot have."""

@@ -78,7 +78,7 @@ def test_a_partner_that_was_not_started_is_named_and_ends_the_wait(rank: int, tm
 def test_a_partner_that_is_stopped_or_elsewhere_is_named_and_ends_the_wait(
     rank: int, stopped: bool, tmp_path: Path
 ) -> None:
-    """Also the first one, through which the others know of one another."""
+    """Also the first one, over which the others exchange their statuses."""
     with programs(wait, tmp_path, tmp_path, rank, ranks=(0, 1), processes=2, surroundings=SOON) as both:
         have_met(both)
         if stopped:

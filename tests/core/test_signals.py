@@ -1,4 +1,4 @@
-"""What a program does when it is asked to stop, and when nobody reads what it prints."""
+"""Stop signals in a program, and outputs that nobody reads."""
 
 import hashlib
 import os
