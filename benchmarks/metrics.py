@@ -40,13 +40,13 @@ from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.measure import EvaluationContext, measure
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.evaluation.store import CellStore, Seeds
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.sweep.measure import EvaluationContext, measure
+from midway.gen.sweep.store import CellStore, Seeds
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
 from midway.tokenizers.tokenizer import ImageTokenizer

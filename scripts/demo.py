@@ -28,8 +28,8 @@ from midway.gen.core.signals import Interrupted, Stopped, stop_note
 from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.evaluation.store import CellStore
 from midway.gen.report.sweep import FILES
+from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask

@@ -35,11 +35,8 @@ from midway.gen.core.text import echo, printable
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.splits import Splits, changed_since, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.evaluation.jobs import SweepConfig, fine_source, solver_jobs
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
-from midway.gen.evaluation.store import CellStore
-from midway.gen.evaluation.sweep import Sweep, run_sweep, with_best
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import make_reference
@@ -55,6 +52,9 @@ from midway.gen.report.notes import (
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
 from midway.gen.report.sweep import check_out, terminal_text, write_report
 from midway.gen.report.table import ReportContext
+from midway.gen.sweep.jobs import SweepConfig, fine_source, solver_jobs
+from midway.gen.sweep.run import Sweep, run_sweep, with_best
+from midway.gen.sweep.store import CellStore
 
 
 def run(task: EvaluateTask) -> Sweep:
@@ -185,7 +185,7 @@ def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
     first, *rest = sweeps
     if not rest:
         return first, []
-    from midway.gen.evaluation.repeats import left_out, merge_trainings
+    from midway.gen.sweep.repeats import left_out, merge_trainings
 
     trainings = [sweep.measurements for sweep in sweeps]
     return with_best(first, merge_trainings(trainings)), left_out(trainings)
@@ -206,7 +206,7 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
     """Write the images of --export-npz and --save-images."""
     if task.export_npz is None and task.save_images is None:
         return
-    from midway.gen.evaluation.export import export_measurement, to_export
+    from midway.gen.sweep.export import export_measurement, to_export
 
     for m in to_export(sweep):
         for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):

@@ -12,8 +12,8 @@ from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, rea
 from midway.gen.data.splits import DataConfig, Splits, flags_of, same_images
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
-from midway.gen.evaluation.jobs import Job, SweepConfig
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
+from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.samplers.solvers import ALIASES, SOLVERS
 
 
@@ -32,7 +32,7 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
     """The models of --repeats; DataError for other configurations."""
     if not task.repeats or trained is None:
         return []
-    from midway.gen.evaluation.repeats import check_repeats
+    from midway.gen.sweep.repeats import check_repeats
 
     found = [load_model(path, device) for path in task.repeats]
     check_repeats(trained, found)
@@ -55,7 +55,7 @@ def baseline_jobs(task: EvaluateTask, data: DataConfig, config: SweepConfig, dev
     if not task.baselines:
         return []
     from midway.gen.baselines.registry import load_trained_baseline
-    from midway.gen.evaluation.comparisons import baseline_job
+    from midway.gen.sweep.comparisons import baseline_job
 
     found: dict[str, Job] = {}
     for path in task.baselines:
@@ -83,7 +83,7 @@ def image_jobs(externals: dict[str, ExternalImages], config: SweepConfig) -> lis
     """Jobs of --images; DataError for fewer images than the blocks hold."""
     if not externals:
         return []
-    from midway.gen.evaluation.comparisons import image_job
+    from midway.gen.sweep.comparisons import image_job
 
     return [image_job(name, images, config) for name, images in externals.items()]
 

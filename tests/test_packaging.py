@@ -38,6 +38,7 @@ ROOMS = (
     "diffusion",
     "tokenizer",
     "evaluation",
+    "sweep",
     "report",
 )
 """The rooms of gen/, bottom first."""
@@ -266,8 +267,9 @@ def f():
         ("train_tokenizer", "training.fit", "baselines evaluation report"),
         (
             "evaluate",
-            "evaluation.sweep",
-            "baselines training.fit tokenizer evaluation.comparisons evaluation.diffusers evaluation.export evaluation.repeats "
+            "sweep.run",
+            "baselines training.fit tokenizer sweep.comparisons sweep.export sweep.repeats "
+            "evaluation.diffusers evaluation.other_sources "
             "diffusion.distill_table diffusion.distill_amed",
         ),
     ],

@@ -33,10 +33,10 @@ from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.splits import data_of, load_splits
 from midway.gen.diffusion.load import load_model, load_solver, load_tokenizer
-from midway.gen.evaluation.store import Cell, Numbers, Part
 from midway.gen.features.classifier import load_features
 from midway.gen.features.open import find_features
 from midway.gen.features.reference import make_reference
+from midway.gen.sweep.store import Cell, Numbers, Part
 from midway.gen.tokenizer.latents import load_latents
 from midway.gen.training.checkpointing import read_state
 from recipes import LATENT_RECIPES

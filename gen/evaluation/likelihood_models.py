@@ -14,7 +14,6 @@ from midway.gen.data.splits import Splits
 from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
-from midway.gen.evaluation.comparisons import BaselineSource
 from midway.gen.evaluation.likelihood import (
     Bounds,
     LikelihoodRow,
@@ -27,6 +26,7 @@ from midway.gen.evaluation.likelihood import (
     score_of,
     uniform_score,
 )
+from midway.gen.evaluation.other_sources import BaselineSource
 from midway.gen.evaluation.sources import SampledBatch, SampleSource, SolverSource
 from midway.gen.features.reference import FeatureReference, Subject
 from midway.gen.training.batches import Context

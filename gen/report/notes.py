@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from midway.gen.data.images import empty_classes, named_empty
 from midway.gen.data.splits import Splits
-from midway.gen.evaluation.jobs import SweepConfig
 from midway.gen.evaluation.records import Measurement, by_solver
-from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report.table import number
+from midway.gen.sweep.jobs import SweepConfig
+from midway.gen.sweep.run import Sweep
 
 
 def floor_text(sweep: Sweep) -> str:

@@ -18,10 +18,8 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.measure import EvaluationContext, FineSolution
 from midway.gen.evaluation.records import FID, Measurement, distance_name, floor_name
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
-from midway.gen.evaluation.store import CellStore, Numbers, Seconds, Seeds
 from midway.gen.features import reference as references
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_distance_to
@@ -32,6 +30,8 @@ from midway.gen.report.plots import distance_figure
 from midway.gen.report.sweep import markdown_tables, report_html, report_md, terminal_text, write_report
 from midway.gen.report.sweep_tables import all_figures
 from midway.gen.report.table import ReportContext
+from midway.gen.sweep.measure import EvaluationContext, FineSolution
+from midway.gen.sweep.store import CellStore, Numbers, Seconds, Seeds
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 CONTEXT = ReportContext("Budgets", "flow", "digits", "python x.py", "2 cores", {"torch": "2"}, "0-199")

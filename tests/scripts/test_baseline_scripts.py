@@ -24,7 +24,6 @@ from midway.gen.baselines.vae import VAE, VAEConfig
 from midway.gen.core.config import read_yaml
 from midway.gen.data.levels import bits_per_dim, to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
-from midway.gen.evaluation.comparisons import BaselineSource
 from midway.gen.evaluation.likelihood import (
     Bounds,
     bits_of,
@@ -33,6 +32,7 @@ from midway.gen.evaluation.likelihood import (
     levels_in_data,
     uniform_score,
 )
+from midway.gen.evaluation.other_sources import BaselineSource
 from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import FILES
 from midway.gen.training.batches import Context

@@ -22,7 +22,6 @@ from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, load_splits
-from midway.gen.evaluation.sweep import measure_floor
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
@@ -40,6 +39,7 @@ from midway.gen.report.tokenizers import (
     terminal_text,
     write_tokenizer_report,
 )
+from midway.gen.sweep.run import measure_floor
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers import perceptual
 from tasks import TokenizerConfig, TokenizerTask

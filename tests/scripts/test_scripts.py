@@ -44,8 +44,8 @@ from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.records import FLOOR, Measurement, to_records
-from midway.gen.evaluation.sweep import Sweep
 from midway.gen.report import likelihood, tokenizers
+from midway.gen.sweep.run import Sweep
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.gen.training.config import TrainConfig
 from midway.samplers.grids import GRIDS

@@ -20,7 +20,7 @@ from sweeps import sweep_task
 import cli
 from midway.gen.core import checkpoints
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.evaluation.store import CellStore
+from midway.gen.sweep.store import CellStore
 from midway.gen.training import fit
 from midway.gen.training.config import TrainConfig
 

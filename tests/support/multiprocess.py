@@ -27,7 +27,7 @@ LOADED = (
     "midway.gen.training.fit",
     "midway.gen.tokenizer.objective",
     "midway.gen.diffusion.load",
-    "midway.gen.evaluation.sweep",
+    "midway.gen.sweep.run",
     "sklearn.datasets",
     "tyro",
 )

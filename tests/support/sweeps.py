@@ -15,8 +15,8 @@ from pipelines import Pipeline
 from torch import Tensor
 
 from midway.gen.data.splits import DataConfig
-from midway.gen.evaluation import store
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
+from midway.gen.sweep import store
 
 
 def sweep_task(pipeline: Pipeline, out: Path, **changes: Any) -> EvaluateTask:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.data.pictures import png_name
-from midway.gen.evaluation import store
-from midway.gen.evaluation.export import ImageSet, export
 from midway.gen.evaluation.sources import SampledBatch
-from midway.gen.evaluation.store import Seeds
-from midway.gen.evaluation.sweep import Sweep
+from midway.gen.sweep import store
+from midway.gen.sweep.export import ImageSet, export
+from midway.gen.sweep.run import Sweep
+from midway.gen.sweep.store import Seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 

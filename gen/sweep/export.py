@@ -13,8 +13,8 @@ from midway.gen.data.pictures import NpzWriter, ZipWriter, npz_writer, zip_write
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SampleSource
-from midway.gen.evaluation.store import Seeds
-from midway.gen.evaluation.sweep import Sweep
+from midway.gen.sweep.run import Sweep
+from midway.gen.sweep.store import Seeds
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sweeps import sweep_in_parts, sweep_task
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import MACHINE
 from midway.gen.core.locks import lock
-from midway.gen.evaluation.store import CellStore, Part
+from midway.gen.sweep.store import CellStore, Part
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 

@@ -16,13 +16,13 @@ import torch
 from midway.gen.core.environment import hardware
 from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.images import ImageData
-from midway.gen.evaluation.jobs import Job, SweepConfig
-from midway.gen.evaluation.measure import EvaluationContext, FineSolution, extract_features, measure
 from midway.gen.evaluation.metrics import measure_metrics, possible
 from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, mark_best
 from midway.gen.evaluation.sources import SampleSource
-from midway.gen.evaluation.store import Cell, CellStore, Numbers
 from midway.gen.features.reference import FeatureReference, balanced
+from midway.gen.sweep.jobs import Job, SweepConfig
+from midway.gen.sweep.measure import EvaluationContext, FineSolution, extract_features, measure
+from midway.gen.sweep.store import Cell, CellStore, Numbers
 
 
 def measure_floor(

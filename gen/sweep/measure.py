@@ -20,7 +20,9 @@ from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, measure_metrics
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
-from midway.gen.evaluation.store import (
+from midway.gen.features.reference import FeatureReference
+from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.sweep.store import (
     Cell,
     CellStore,
     Figures,
@@ -32,8 +34,6 @@ from midway.gen.evaluation.store import (
     Seeds,
     check_rows,
 )
-from midway.gen.features.reference import FeatureReference
-from midway.gen.metrics.psnr_ssim import psnr
 
 SHOWN = 8
 """Seeds shown in the sample grids."""

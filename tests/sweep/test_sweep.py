@@ -28,11 +28,8 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, to_uint8
 from midway.gen.data.splits import load_splits
-from midway.gen.evaluation import measure, store
 from midway.gen.evaluation.records import Measurement, check_comparable, critical_t, shown
 from midway.gen.evaluation.sources import SampledBatch
-from midway.gen.evaluation.store import Cell, CellStore, Part, Seeds
-from midway.gen.evaluation.sweep import Sweep
 from midway.gen.features import reference as references
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
 from midway.gen.features.reference import make_reference
@@ -41,6 +38,9 @@ from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.sweep import markdown_tables, report_html, terminal_text
 from midway.gen.report.sweep_tables import difference_table, distance_table
 from midway.gen.report.table import Entry, ReportContext
+from midway.gen.sweep import measure, store
+from midway.gen.sweep.run import Sweep
+from midway.gen.sweep.store import Cell, CellStore, Part, Seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TIMES = ("seconds", "decode_seconds", "feature_seconds", "timing")

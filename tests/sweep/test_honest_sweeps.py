@@ -20,17 +20,17 @@ from midway.gen.data.images import ImageData
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation import measure
-from midway.gen.evaluation.measure import EvaluationContext
 from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
 from midway.gen.evaluation.sources import SolverSource
-from midway.gen.evaluation.store import CellStore, Part, Seeds
-from midway.gen.evaluation.sweep import measure_floor
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.metrics.inception_score import inception_score
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.notes import class_notes, timing_notes
+from midway.gen.sweep import measure
+from midway.gen.sweep.measure import EvaluationContext
+from midway.gen.sweep.run import measure_floor
+from midway.gen.sweep.store import CellStore, Part, Seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 

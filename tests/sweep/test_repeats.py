@@ -18,7 +18,7 @@ from midway.gen.core.errors import DataError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.evaluation.records import Measurement, differences, from_record
-from midway.gen.evaluation.repeats import check_repeats, left_out, merge_trainings
+from midway.gen.sweep.repeats import check_repeats, left_out, merge_trainings
 from tasks import LatentTask
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")

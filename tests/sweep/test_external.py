@@ -22,8 +22,8 @@ from midway.gen.core.runs import Run
 from midway.gen.data.external import ReadingOptions, fitted, in_turn, read_all, read_external
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_model
-from midway.gen.evaluation.comparisons import ImagesSource
 from midway.gen.features.classifier import load_features
+from midway.gen.sweep.comparisons import ImagesSource
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 Pixels = NDArray[np.uint8]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.samplers import SamplerConfig, is_reachable
 from midway.gen.evaluation.sources import EvaluatedModel, SampleSource
-from midway.gen.evaluation.store import PART, Seeds
+from midway.gen.sweep.store import PART, Seeds
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
 from midway.samplers.sampler import Sampler

@@ -1,4 +1,4 @@
-"""What is measured beside solvers: baselines at their own number of evaluations, and external images at none."""
+"""Sources of samples beside solvers: baselines at their own number of evaluations, and external images at none."""
 
 import time
 from dataclasses import dataclass
@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from midway.gen.baselines.registry import TrainedBaseline
-from midway.gen.core.errors import DataError
 from midway.gen.data.external import ExternalImages
 from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.sampling import labels_of
-from midway.gen.evaluation.jobs import Job, SweepConfig
 from midway.gen.evaluation.sources import SampledBatch
 
 
@@ -60,21 +58,3 @@ class ImagesSource:
     def images(self, raw: SampledBatch) -> Tensor:
         """As they are."""
         return raw.values
-
-
-def baseline_job(name: str, trained: TrainedBaseline, batch_size: int) -> Job:
-    """Its samples, in batches."""
-    model, source = trained.model, BaselineSource(trained, batch_size)
-    return Job(name, "", source, baseline=True, classes=model.classes, empty=model.empty)
-
-
-def image_job(name: str, external: ExternalImages, config: SweepConfig) -> Job:
-    """The images in their order; DataError for fewer than the blocks hold."""
-    count, needed = len(external.pixels), config.n * config.blocks
-    if count < needed:
-        raise DataError(
-            f"{external.name} has {count} images, {needed} are needed",
-            f"{config.blocks} blocks of {config.n} images each are measured",
-            f"make more samples, or pass --n {max(count // config.blocks, 1)}, or fewer --blocks",
-        )
-    return Job(f"images: {name}", "", ImagesSource(external, config.first_seed), baseline=True)
