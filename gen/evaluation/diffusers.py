@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line
 from midway.gen.core.files import DAMAGE, read_json, state_hash
-from midway.gen.data.images import to_uint8
+from midway.gen.data.images import to_float, to_uint8
 from midway.gen.diffusion.load import CPU, LEARNED
 from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
@@ -113,6 +113,20 @@ class DiffusersModel:
         """None of its grids is fitted."""
         del config
         return 0
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor | None:
+        """uint8 images (n, C, H, W) through the autoencoder and back, on the CPU; None of a pixel model."""
+        if self.decoder is None:
+            return None
+        return self.decode(torch.cat([self._encoded(to_float(part)) for part in images.split(DECODED)]))
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        """Float images -> latents as the network sees them, on the CPU: of a Gaussian posterior the mode."""
+        decoder: Any = self.decoder
+        found = decoder.encode(images.to(self.device))
+        latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+        return (latents * decoder.config.scaling_factor).cpu()
 
     def check_images(self, reference: Tensor) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""

@@ -274,7 +274,7 @@ def test_the_sweep_measures_it_beside_external_images(
         20,
         "--blocks",
         2,
-        "--reference-nfe",
+        "--exact-nfe",
         16,
         "--metrics",
         "",

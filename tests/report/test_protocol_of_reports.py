@@ -165,7 +165,7 @@ def test_a_report_that_raises_writes_nothing(tmp_path: Path) -> None:
 def test_few_images_are_warned_about_in_the_report(pipeline: Pipeline, tmp_path: Path) -> None:
     assert few_note(128, 64) == () and "127 images for 64 features" in few_note(127, 64)[0]
     for n, warned in ((8, True), (40, False)):
-        evaluate.run(sweep_task(pipeline, tmp_path, n=n, blocks=1, reference_nfe=0))
+        evaluate.run(sweep_task(pipeline, tmp_path, n=n, blocks=1, exact_nfe=0))
         for name in ("report.md", "report.html"):
             assert ("mostly bias" in (tmp_path / name).read_text()) is warned
 
@@ -280,7 +280,7 @@ def test_the_root_is_a_flag(pipeline: Pipeline, succeed: Script, tmp_path: Path)
     line = f"evaluate --model {pipeline.model} --features {pipeline.features} --solvers ddim --nfe 4 --n 80"
     found = []
     for root in ("eigen", "newton-schulz"):
-        succeed(f"{line} --grids uniform --reference-nfe 0 --root {root} --out {tmp_path / root}")
+        succeed(f"{line} --grids uniform --exact-nfe 0 --root {root} --out {tmp_path / root}")
         text = (tmp_path / root / "results.csv").read_text().splitlines()
         found.append(float(text[2].split(",")[3]))
     assert found[1] == pytest.approx(found[0], rel=1e-6) and math.isfinite(found[0])

@@ -114,7 +114,7 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
         "train_features": f"{tiny} --width 8",
         "train_baseline": f"digits-vae {tiny} --model.width 8 --validation-images 20",
         "evaluate_likelihood": f"--models {pipeline.baseline} --n 16 --iwae 2 --draws 2",
-        "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --reference-nfe 8",
+        "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --exact-nfe 8",
         "posthoc_ema": f"{model} --std 0.08",
         "data": "check digits",
     }
@@ -465,7 +465,7 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
 
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(sweep_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", reference_nfe=256, blocks=1))
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", exact_nfe=256, blocks=1))
     coarse, middle, fine = (cell.value("rmse") for cell in sweep.measurements[1:])
     assert coarse is not None and middle is not None and fine is not None
     assert fine < 0.1 * coarse and middle < 0.5 * coarse
@@ -501,8 +501,8 @@ EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bo
     "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
     "metrics": ({"metrics": "kid,precision"}, lambda a, b: "precision" in b.metrics.keys() - a.metrics.keys()),
     "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
-    "reference_nfe": (
-        {"reference_nfe": 4},
+    "exact_nfe": (
+        {"exact_nfe": 4},
         lambda a, b: a.value("rmse") != b.value("rmse") and a.distance == b.distance,
     ),
 }
@@ -554,7 +554,7 @@ def test_batch_size_title_and_out_of_evaluate(
     real = sampling.start_state
     monkeypatch.setattr(sampling, "start_state", lambda *a: sizes.append(len(a[2])) or real(*a))
     out = tmp_path / "there"
-    flags = "--solvers ddim --nfe 4 --grids uniform --n 20 --blocks 2 --reference-nfe 8 --batch-size 7 --title Sieben"
+    flags = "--solvers ddim --nfe 4 --grids uniform --n 20 --blocks 2 --exact-nfe 8 --batch-size 7 --title Sieben"
     succeed(f"evaluate --model {pipeline.model} --features {pipeline.features} --out {out} {flags}")
     assert sizes == 4 * [7, 7, 6], "two blocks of the fine solution and of ddim"
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()

@@ -24,7 +24,7 @@ def sweep_task(pipeline: Pipeline, out: Path, **changes: Any) -> EvaluateTask:
     base = EvaluateTask(
         model=pipeline.model, features=pipeline.features, out=out, solvers="ddim", nfe="4", grids="uniform"
     )
-    return replace(base, **{"n": 20, "blocks": 2, "reference_nfe": 8, "batch_size": 8, **changes})
+    return replace(base, **{"n": 20, "blocks": 2, "exact_nfe": 8, "batch_size": 8, **changes})
 
 
 def images_task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
@@ -35,7 +35,7 @@ def images_task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) ->
 
 def beside_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
     """External images beside ddim at 4 evaluations."""
-    return sweep_task(pipeline, out, **{"images": images, "metrics": "", "reference_nfe": 0, **changes})
+    return sweep_task(pipeline, out, **{"images": images, "metrics": "", "exact_nfe": 0, **changes})
 
 
 def npz(path: Path, images: Any, **more: Any) -> Path:

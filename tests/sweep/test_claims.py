@@ -55,7 +55,7 @@ def test_a_running_sweep_loses_nothing_to_other_commands(pipeline: Pipeline, scr
             assert process.is_alive() and time.monotonic() < patience
             time.sleep(0.01)
         before = tree(model)
-        flags = f"--model {model} --features {pipeline.features} --solvers ddim --nfe 4 --n 20 --reference-nfe 0"
+        flags = f"--model {model} --features {pipeline.features} --solvers ddim --nfe 4 --n 20 --exact-nfe 0"
         for call in (
             f"evaluate {flags} --fresh",
             f"evaluate {flags}",

@@ -61,7 +61,7 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
 def test_a_second_sweep_into_the_same_folder_raises(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
     with CellStore(tmp_path / "cells").claimed():
         runs = f"--model {pipeline.model} --features {pipeline.features} --out {tmp_path}"
-        done = script(*f"evaluate {runs} --solvers ddim --nfe 4 --n 20 --reference-nfe 0".split())
+        done = script(*f"evaluate {runs} --solvers ddim --nfe 4 --n 20 --exact-nfe 0".split())
         assert done.code == 2 and "is being written by another process" in done.err
     assert evaluate.run(sweep_task(pipeline, tmp_path)).measurements
 
@@ -114,7 +114,7 @@ def test_samples_are_drawn_in_ieee_float32(pipeline: Pipeline, tmp_path: Path, m
     before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "tf32"
     try:
         for overlap in (False, True):
-            evaluate.run(sweep_task(pipeline, tmp_path / str(overlap), overlap=overlap, reference_nfe=0))
+            evaluate.run(sweep_task(pipeline, tmp_path / str(overlap), overlap=overlap, exact_nfe=0))
         assert set(seen) == {("ieee", True)} and cudnn.conv.fp32_precision == "tf32"
     finally:
         cudnn.conv.fp32_precision = before

@@ -98,7 +98,7 @@ def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, succeed: Sc
         evaluate.run(replace(task(pipeline, tmp_path / m.name), model=m)).measurements for m in (pipeline.model, again)
     ]
     runs = f"--model {pipeline.model} --repeats {again} --features {pipeline.features} --out {tmp_path}/both"
-    flags = "--solvers ddim,euler --nfe 4 --grids uniform --n 20 --blocks 2 --reference-nfe 8 --batch-size 8"
+    flags = "--solvers ddim,euler --nfe 4 --grids uniform --n 20 --blocks 2 --exact-nfe 8 --batch-size 8"
     succeed(f"evaluate {runs} {flags}")
     both = [from_record(json.loads(line)) for line in (tmp_path / "both/results.jsonl").read_text().splitlines()]
     for a, b, merged in zip(*alone, both, strict=True):

@@ -346,7 +346,7 @@ def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: 
 
 
 def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(sweep_task(pipeline, tmp_path, reference_nfe=0))
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, exact_nfe=0))
     found, report = sweep.measurements[1], (tmp_path / "report.md").read_text()
     assert found.value("rmse") is None and found.value("psnr") is None and sweep.fine is None
     assert "Use of the codes" not in report and "RMSE compares" not in report
@@ -496,7 +496,7 @@ def test_statistics_of_a_reference_are_stored_and_those_of_another_raise(images:
 
 
 def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
-    flags = "--solvers ddim --nfe 4 --grids uniform --n 40 --reference-nfe 0 --metrics kid,infinity --overlap --fresh"
+    flags = "--solvers ddim --nfe 4 --grids uniform --n 40 --exact-nfe 0 --metrics kid,infinity --overlap --fresh"
     runs = f"--model {pipeline.model} --features {pipeline.features} --baselines {pipeline.baseline}"
     succeed(f"evaluate {runs} --out {tmp_path} {flags}")
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])
