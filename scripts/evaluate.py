@@ -38,7 +38,7 @@ from midway.gen.data.splits import Splits, changed_since, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
-from midway.gen.evaluation.spaces import spaces_of
+from midway.gen.evaluation.spaces import Spaces, spaces_of
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.reference import make_reference
 from midway.gen.report.notes import (
@@ -73,8 +73,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
     data = replace(trained.data, download=task.data.download) if trained else task.data
     out = folder(task)
-    whose, beside = ("the model", [trained.run.path]) if trained else ("the reference", [])
-    extractors = open_spaces(task, beside, data, whose)
+    extractors = open_spaces(task, data, "the model" if trained else "the reference")
     splits = load_splits(data)
     for extractor in extractors:
         extractor.check(splits.train.images, "the reference has")
@@ -83,7 +82,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     changed = changed_since(trained.run, splits.train) if trained else ()
     externals = external_images(task, splits)
     config = sweep_config(task, trained, model, externals, splits, device)
-    check_metrics(config.metrics, config.n, extractors[0].measured_dim, extractors[0].has_logits)
+    for extractor in extractors:
+        extractor.check_count(config.n)
+    dim = extractors[0].measured_dim(splits.train.images)
+    check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
     others = [*baseline_jobs(task, data, config, device), *image_jobs(externals, config)]
     plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
     plans[0].jobs.extend(others)
@@ -116,7 +118,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
                 sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, progress, process, choice))
         sweep, missing = merged(sweeps)
         if shown:
-            facts = context(task, model, splits, config, externals, sweep, extractors, missing, changed)
+            facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
             parts = sections(trained, splits, config, sweep)
             write_report(out, sweep.measurements, facts, pictures_of(sweep), parts, sweep.choice)
             echo(terminal_text(sweep.measurements))
@@ -228,6 +230,7 @@ def context(
     config: SweepConfig,
     externals: dict[str, ExternalImages],
     sweep: Sweep,
+    spaces: Spaces,
     extractors: Sequence[Extractor],
     missing: list[str],
     changed: tuple[str, ...],
@@ -244,7 +247,8 @@ def context(
         guidance=config.guidance,
         notes=(
             *changed,
-            *few_note(config.n, extractors[0].measured_dim),
+            *few_note(config.n, spaces[""].statistics.dim),
+            *(line for reference in spaces.values() for line in reference.warnings),
             *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,
             *exact_notes(config, sweep),

@@ -3,8 +3,6 @@
 Modules that only some sweeps need are imported in the functions that open them, so that the path of a plain sweep is short.
 """
 
-from pathlib import Path
-
 import torch
 from evaluation_flags import EvaluateTask
 
@@ -16,7 +14,7 @@ from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
 from midway.gen.features.extractor import Extractor
-from midway.gen.features.open import open_extractor
+from midway.gen.features.open import named_extractor
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.samplers.solvers import ALIASES, SOLVERS
 
@@ -43,8 +41,8 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
     return [EvaluatedLatentModel(repeat) for repeat in found]
 
 
-def open_spaces(task: EvaluateTask, beside: list[Path], data: DataConfig, whose: str) -> list[Extractor]:
-    """The feature networks of --features, the first with the weights of --feature-weights; errors as `open_extractor`.
+def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
+    """The feature networks of --features, the first with the weights of --feature-weights; errors as `named_extractor`.
 
     UsageError for none, and for one twice.
     """
@@ -55,7 +53,7 @@ def open_spaces(task: EvaluateTask, beside: list[Path], data: DataConfig, whose:
             f"--features {task.features!r}", why, "name one or several different spaces: effnet-lite0,pixels"
         )
     weights = [task.feature_weights, *[None] * (len(words) - 1)]
-    return [open_extractor(word, beside, data, whose, its) for word, its in zip(words, weights, strict=True)]
+    return [named_extractor(word, data, whose, its) for word, its in zip(words, weights, strict=True)]
 
 
 def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def notes(
     if config.exact_nfe:
         yield (
             "Distance to the exact solution and RMSE (of standardised latents; of --diffusers, of the model's own states) are "
-            "errors of the solver alone and rank solvers. The distance to the data contains the errors of tokenizer and model too, "
+            "errors of the solver alone and rank solvers. The distance to the data contains the errors of tokenizer and model "
             "which a solver's error may cancel by chance: nothing below the exact row is better than it. Of solvers that draw "
             "noise on the way RMSE is no error: they end elsewhere by design."
         )

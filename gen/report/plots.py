@@ -5,7 +5,7 @@ Solvers that needed training have hollow markers.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from midway.gen.core.text import plot_label
 from midway.gen.evaluation.comparing import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Cost = Literal["nfe", "seconds"]
 Metric = Literal["distance", "to_exact"]
-LIMIT_LOOKS: dict[str, tuple[str, object]] = {
+LIMIT_LOOKS: dict[str, tuple[str, Any]] = {
     FLOOR: ("real images", (0, (1, 2))),
     CEILING: ("tokenizer", (0, (5, 3))),
     EXACT: ("model", (0, (8, 2, 1, 2))),

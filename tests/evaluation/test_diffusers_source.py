@@ -13,7 +13,7 @@ import torch
 from mutations import TEXTS, mutations
 from pipelines import Pipeline, Script
 from safetensors.torch import load_file, save_file
-from sweeps import images_task, npz
+from sweeps import images_task, measured, npz
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -296,7 +296,7 @@ def test_the_sweep_measures_it_beside_external_images(
     assert rows[1]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
     assert "diffusers ddpm" in (tmp_path / "out" / "report.md").read_text()
     exported = replace(images_task(pipeline, tmp_path / "again", tmp_path / "npz" / "ddim-logsnr-nfe4.npz"), n=20)
-    assert list(evaluate.run(exported).measurements[1].distances) == rows[1]["distances"]
+    assert list(measured(evaluate.run(exported))[0].distances) == rows[1]["distances"]
     monkeypatch.setattr(DiffusersSource, "sample", None)
     assert script("evaluate", *flags).code == 0, "nothing is sampled twice"
 

@@ -27,7 +27,7 @@ from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, S
 from regression import records
 from resuming import contents, newest, seal, unchanged
 from safetensors.torch import load_file, save_file
-from sweeps import sweep_task
+from sweeps import measured, sweep_task
 from torch import Tensor
 
 from baseline_recipes import BASELINE_RECIPES
@@ -466,7 +466,7 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", exact_nfe=256, blocks=1))
-    coarse, middle, fine = (cell.value("rmse") for cell in sweep.measurements[1:])
+    coarse, middle, fine = (cell.value("rmse") for cell in measured(sweep))
     assert coarse is not None and middle is not None and fine is not None
     assert fine < 0.1 * coarse and middle < 0.5 * coarse
 
@@ -481,7 +481,7 @@ def base(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_cell(base: Path, pipeline: Pipeline) -> Measurement:
-    return evaluate.run(sweep_task(pipeline, base)).measurements[1]
+    return measured(evaluate.run(sweep_task(pipeline, base)))[0]
 
 
 EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bool]]] = {
@@ -517,8 +517,8 @@ def test_a_flag_of_evaluate_changes_what_is_measured(
     out = Path(shutil.copytree(base, tmp_path / "out"))
     sweep = evaluate.run(sweep_task(pipeline, out, **changes))
     assert len(sweep.measurements) == 2
-    assert differs(base_cell, sweep.measurements[1])
-    assert set(sweep.grids) == {(sweep.measurements[1].solver, sweep.measurements[1].nfe)}, "pictures for the report"
+    assert differs(base_cell, measured(sweep)[0])
+    assert set(sweep.grids) == {(measured(sweep)[0].solver, measured(sweep)[0].nfe)}, "pictures for the report"
 
 
 def test_a_model_guided_by_the_same_but_for_rounding_is_measured_unguided(
@@ -526,22 +526,22 @@ def test_a_model_guided_by_the_same_but_for_rounding_is_measured_unguided(
 ) -> None:
     """At twice the evaluations: both networks are counted."""
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, guidance=4.0, guide=twin))
-    assert sweep.measurements[1].nfe == 2 * base_cell.nfe
-    assert sweep.measurements[1].value("rmse") == pytest.approx(base_cell.value("rmse"), rel=1e-3)
+    assert measured(sweep)[0].nfe == 2 * base_cell.nfe
+    assert measured(sweep)[0].value("rmse") == pytest.approx(base_cell.value("rmse"), rel=1e-3)
 
 
 def test_budgets_out_of_reach_are_left_out_on_request(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(
         sweep_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4", skip_unreachable=True, blocks=1)
     )
-    assert [(cell.solver, cell.nfe) for cell in sweep.measurements[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
+    assert [(cell.solver, cell.nfe) for cell in measured(sweep)] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
     with pytest.raises(UsageError, match="3 network evaluations cannot be reached"):
         evaluate.run(sweep_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4"))
 
 
 def test_the_training_cost_of_a_fitted_grid_is_reported(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
-    fitted, uniform = sweep.measurements[1:]
+    fitted, uniform = measured(sweep)
     assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
     assert fitted.value("rmse") != uniform.value("rmse") and fitted.nfe == uniform.nfe == 5
 
@@ -856,12 +856,12 @@ def test_a_learned_table_is_sampled_and_measured_by_name(
     assert "3 evaluations each" in done.out
     solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
     task = replace(sweep_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)
-    cells = evaluate.run(replace(task, solvers="ddim,table")).measurements[1:]
+    cells = measured(evaluate.run(replace(task, solvers="ddim,table")))
     assert [(c.solver, c.nfe, c.training_nfe > 0) for c in cells] == [("ddim", 3, False), ("table", 3, True)]
     assert cells[1].value("rmse") != cells[0].value("rmse")
     with pytest.raises(UsageError, match="table at NFE 4 has not been learned"):
         evaluate.run(replace(task, solvers=solvers, nfe="4"))
-    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).measurements[1:]
+    cells = measured(evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")))
     assert [(cell.nfe, cell.training_nfe > 0) for cell in cells] == [(4, True)]
 
 

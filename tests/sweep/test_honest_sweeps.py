@@ -29,7 +29,7 @@ from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.notes import class_notes, timing_notes
 from midway.gen.sweep import measure
 from midway.gen.sweep.measure import EvaluationContext
-from midway.gen.sweep.run import measure_floor
+from midway.gen.sweep.run import held_out_images, measure_images
 from midway.gen.sweep.store import CellStore, Part, Seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
@@ -150,7 +150,9 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
     )
     held_out = load_splits(trained.data).held_out
     assert reference.statistics.dim == 8
-    found = [measure_floor(reference, held_out, n, ("kid", "infinity")) for n in (20, 40)]
+    found = [
+        measure_images("floor", held_out_images(held_out, n), {"": reference}, ("kid", "infinity")) for n in (20, 40)
+    ]
     assert [cell.value("fd_infinity") is None for cell in found] == [True, False] and found[0].value("kid") is not None
 
 

@@ -18,7 +18,7 @@ from measurements import measurement
 from multiprocess import together
 from pipelines import Pipeline, Script
 from safetensors.torch import save_file
-from sweeps import sweep_in_parts, sweep_task, watch_samples
+from sweeps import measured, sweep_in_parts, sweep_task, watch_samples
 from torch import Tensor
 
 from midway.gen.baselines.registry import load_trained_baseline
@@ -28,14 +28,16 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, to_uint8
 from midway.gen.data.splits import load_splits
-from midway.gen.evaluation.records import Measurement, check_comparable, critical_t, shown
+from midway.gen.evaluation.comparing import check_comparable, critical_t, shown
+from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.features import reference as references
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
-from midway.gen.report.sweep import markdown_tables, report_html, terminal_text
+from midway.gen.report.sweep import markdown_tables, terminal_text
+from midway.gen.report.sweep_page import report_html
 from midway.gen.report.sweep_tables import difference_table, distance_table
 from midway.gen.report.table import Entry, ReportContext
 from midway.gen.sweep import measure, store
@@ -336,7 +338,7 @@ def test_neither_batches_nor_overlap_change_a_distance(
 
 def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: Path, small_parts: None) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, metrics="kid,precision,density,is", n=24))
-    cell = sweep.measurements[1]
+    cell = measured(sweep)[0]
     assert len(cell.distances) == cell.blocks == 2
     assert cell.distance == pytest.approx(sum(cell.distances) / 2)
     bounds = {"precision": (0, 1), "coverage": (0, 1), "inception_score": (1, 10), "psnr": (5, 100)}
@@ -347,7 +349,7 @@ def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: 
 
 def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, exact_nfe=0))
-    found, report = sweep.measurements[1], (tmp_path / "report.md").read_text()
+    found, report = measured(sweep)[0], (tmp_path / "report.md").read_text()
     assert found.value("rmse") is None and found.value("psnr") is None and sweep.fine is None
     assert "Use of the codes" not in report and "RMSE compares" not in report
 
@@ -363,7 +365,7 @@ def test_a_sample_that_is_not_finite_is_reported(
             batch.values[0, 0] = torch.nan
 
     watch_samples(monkeypatch, spoil)
-    found = evaluate.run(sweep_task(pipeline, tmp_path)).measurements[1]
+    found = measured(evaluate.run(sweep_task(pipeline, tmp_path)))[0]
     report = (tmp_path / "report.md").read_text()
     if nfe == 4:
         assert found.distance == float("inf") and found.nonfinite == 6, "one in each part"
@@ -411,7 +413,9 @@ def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tupl
 
 def line(solver: str, nfe: int, distances: tuple[float, ...], n: int = 100, features: str = "cnn@1") -> Measurement:
     mean = sum(distances) / len(distances)
-    return measurement(solver, "uniform", nfe, mean, n=n, blocks=len(distances), features=features, distances=distances)
+    return measurement(
+        solver, "uniform", nfe, mean, n=n, blocks=len(distances), features=features, distance_blocks=distances
+    )
 
 
 def to_best(cells: list[Measurement]) -> dict[str, Entry | None]:
@@ -454,7 +458,7 @@ def test_differences_that_are_not_significant_are_marked() -> None:
     found = to_best(cells)
     assert found["b"] is not None and found["b"].value.startswith("≈ +0.50 ± 0.12")
     assert found["c"] is not None and "≈" not in found["c"].value
-    assert "1 other not significantly worse" in report_html(cells, ReportContext("", "", "", "", "", {}, ""), {})
+    assert "1 other not significantly worse" in report_html(cells, ReportContext("", "", "", "", "", {}, ""))
     two = to_best([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))])
     assert two["b"] is not None and two["b"].value.startswith("≈")
     assert "12.7 errors" in difference_table([line("a", 4, (1.0, 3.0))]).note
