@@ -23,7 +23,7 @@ from midway.gen.evaluation.comparing import (
     shown,
     training_costs,
 )
-from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, RESULT_COLUMNS, TO_EXACT, Measurement
+from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, TO_EXACT, Measurement
 from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, decimals_for, number, with_floor
 from midway.gen.sweep.choice import Choice
 
@@ -233,7 +233,7 @@ def all_figures(ms: Measurements) -> Table:
     limits = limits_of(ms)
     rows = [*sorted(shown(ms).values(), key=lambda m: m.nfe), *baselines_of(ms), *limits.values()]
     names = [*(m.solver for m in rows[: len(rows) - len(limits)]), *limits]
-    further = dict.fromkeys(name for m in ms for name in m.metrics if name not in RESULT_COLUMNS)
+    further = dict.fromkeys(name for m in ms for name in m.metrics if name.startswith(tuple(f"{s}_" for s in m.spaces)))
     note = (
         "Seconds are for 1000 images. Precision, recall, density, coverage, PSNR and the inception score are better when larger, "
         "the others when smaller."

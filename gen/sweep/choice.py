@@ -19,7 +19,7 @@ from midway.gen.evaluation.records import TO_EXACT
 from midway.gen.evaluation.spaces import extract
 from midway.gen.sweep.fine import FineSolution, square_errors
 from midway.gen.sweep.jobs import Job, Plan
-from midway.gen.sweep.store import Cell, Part
+from midway.gen.sweep.store import Cell, Check, Part, check_rows
 
 Key = tuple[str, str, int]
 """(solver, grid, budget)."""
@@ -87,31 +87,37 @@ def _cell(job: Job, fine: FineSolution) -> Cell:
     return fine.store.cell({"choice": job.source.identity, "fine": fine.cell.identity, "noise": job.stochastic})
 
 
-def _check(number: int, part: Part) -> None:
-    from_dict(Figure, part.costs)
+def _check(count: int) -> Check:
+    """`Check` of the figure of so many seeds."""
+
+    def check(number: int, part: Part) -> None:
+        from_dict(Figure, part.costs)
+        check_rows(part, count, "errors")
+
+    return check
 
 
 def _measure(job: Job, fine: FineSolution) -> None:
-    """Write the candidate's figure, unless it is there."""
-    cell = _cell(job, fine)
-    if cell.part(0, _check) is not None:
+    """Write the candidate's figure, and its square errors float64 (n,), unless they are there."""
+    cell, check = _cell(job, fine), _check(fine.seeds.n)
+    if cell.part(0, check) is not None:
         return
-    total, count, seen = 0.0, 0, list[Tensor]()
+    errors, seen = list[Tensor](), list[Tensor]()
     for number, (_, seeds) in enumerate(fine.seeds.parts):
         batch = job.source.sample(seeds)
-        errors = square_errors(batch.values, fine.part(number).tensors["latents"])
-        total, count = total + errors.sum().item(), count + len(errors)
+        errors.append(square_errors(batch.values, fine.part(number).tensors["latents"]))
         if job.stochastic:
             seen.append(extract({"": fine.spaces[""]}, job.source.images(batch))[""].features)
-    value = math.sqrt(total / count) if math.isfinite(total) else None
+    mean = torch.cat(errors).mean().item()
+    value = math.sqrt(mean) if math.isfinite(mean) else None
     if job.stochastic and value is not None:
         found = fine.distances(range(len(fine.seeds.parts)), {"": Features(torch.cat(seen), None)})
         value = found.get(TO_EXACT)
-    cell.write(0, Part({"empty": torch.empty(0)}, {"figure": value}))
+    cell.write(0, Part({"errors": torch.cat(errors)}, {"figure": value}))
 
 
 def _figure(job: Job, fine: FineSolution) -> float:
     """What was measured; infinite of a candidate that diverged."""
-    (part,) = _cell(job, fine).parts([0], _check)
+    (part,) = _cell(job, fine).parts([0], _check(fine.seeds.n))
     value = from_dict(Figure, part.costs).figure
     return math.inf if value is None else value

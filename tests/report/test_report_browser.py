@@ -215,11 +215,11 @@ def test_every_part_of_the_report_is_there(browser: Browser, report: Path) -> No
     tab = browser.page(report)
     heads = tab.evaluate("[...document.querySelectorAll('h2, summary')].map(e => e.innerText)")
     assert heads == [
-        "Fréchet distance by step budget",
+        "Fréchet distance to the data by step budget",
         "Baselines",
         "Kernel distance",
         "Difference from the best",
-        "Error of the solver itself",
+        "Error of the solver, seed by seed (RMSE)",
         "Samples from the same seeds",
         "All panels",
         "Shape of something",
