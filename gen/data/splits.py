@@ -22,7 +22,7 @@ class DataConfig:
     """A source and its split."""
 
     data: str = "digits"
-    """digits, cifar10, mnist, fashion_mnist, or the path of an image folder or zip with class folders."""
+    """digits, mnist5k, cifar10, mnist, fashion_mnist, or the path of an image folder or zip with class folders."""
     held_out: float = 0.2
     """Share of the images kept from all training; the floor of every distance is measured on them."""
     split_seed: int = 0
