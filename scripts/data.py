@@ -23,7 +23,7 @@ class CheckTask(DataConfig):
     """
 
     data: tyro.conf.Positional[str] = field()  # without the default of DataConfig
-    """digits, cifar10, mnist, fashion_mnist, or the path of an image folder or zip with class folders."""
+    """digits, mnist5k, cifar10, mnist, fashion_mnist, or the path of an image folder or zip with class folders."""
     against: str | None = None
     """Another source, to look for images that occur in both; read with the same options."""
     out: Path | None = None

