@@ -8,6 +8,7 @@ Three rows bound what a solver can reach, and are no solvers:
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -122,10 +123,10 @@ def _finite(value: float) -> float:
 
 
 def space_names(features: Sequence[str]) -> list[str]:
-    """Short names of the feature spaces of these networks: the first has none, others `pixels`; equal ones are numbered."""
+    """Short names of the feature spaces of these networks: the first has none, others `pixels-32`; equal ones are numbered."""
     found = [""] if features else []
     for name in features[1:]:
-        short = name.partition("@")[0].replace("_", "-")
+        short = re.split("[@,+]", name)[0].replace("_", "-")
         count = sum(other.partition("#")[0] == short for other in found)
         found.append(f"{short}#{count + 1}" if count else short)
     return found

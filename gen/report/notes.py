@@ -28,7 +28,8 @@ def exact_notes(config: SweepConfig, sweep: Sweep) -> Iterator[str]:
         f"The exact solution is {EXACT_SOLVER} on {EXACT_GRID} with {config.exact_nfe} evaluations from the same noise; its RMSE "
         f"to twice the evaluations is {number(error) if math.isfinite(error) else 'infinite'} (seeds {choice.seeds})."
     )
-    near = dict.fromkeys(m.solver for m in ours if (m.value("rmse") or math.inf) < RESOLVED * error)
+    errors = [(m.solver, m.value("rmse")) for m in ours]
+    near = dict.fromkeys(solver for solver, rmse in errors if rmse is not None and rmse < RESOLVED * error)
     if near:
         yield (
             f"RMSE below {number(RESOLVED * error)} is within {RESOLVED} times the exact solution's own error and ranks nothing "

@@ -217,12 +217,12 @@ def test_every_part_of_the_report_is_there(browser: Browser, report: Path) -> No
     assert heads == [
         "Fréchet distance to the data by step budget",
         "Baselines",
-        "Kernel distance",
-        "Difference from the best",
         "Error of the solver, seed by seed (RMSE)",
+        "Difference from the best",
         "Samples from the same seeds",
         "All panels",
         "Shape of something",
+        "Kernel distance",
         "All figures and where the time went",
         "How these numbers were made",
     ]

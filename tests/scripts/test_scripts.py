@@ -43,7 +43,7 @@ from midway.gen.diffusion.load import TrainedModel, load_model, load_tokenizer, 
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
-from midway.gen.evaluation.records import FLOOR, Measurement, to_records
+from midway.gen.evaluation.records import LIMITS, Measurement, to_records
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
 from midway.gen.tokenizer.objective import evaluate_tokenizer
@@ -426,26 +426,26 @@ def _rows(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((out / "results.csv").read_text().splitlines()))
 
 
-def test_results_csv_has_the_columns_and_the_floor_once_and_first(swept: tuple[Path, Sweep]) -> None:
+def test_results_csv_has_the_columns_and_the_limits_once_and_first(swept: tuple[Path, Sweep]) -> None:
     rows = _rows(swept[0])
-    assert {"solver", "grid", "nfe", "distance", "rmse", "n", "seconds", "features", "seeds", "best"} <= set(rows[0])
-    assert [i for i, row in enumerate(rows) if row["solver"] == FLOOR] == [0]
-    assert float(rows[0]["distance"]) >= 0 and rows[0]["rmse"] == "" and rows[0]["n"] == "20"
+    assert {"solver", "grid", "nfe", "distance", "to_exact", "rmse", "n", "seconds", "features", "seeds"} <= set(
+        rows[0]
+    )
+    assert [row["solver"] for row in rows[:3]] == list(LIMITS) and not {row["solver"] for row in rows[3:]} & {*LIMITS}
+    assert all(float(row["distance"]) >= 0 and row["rmse"] == row["to_exact"] == "" for row in rows[:3])
     assert {row["features"] for row in rows} == {rows[0]["features"]} and "@" in rows[0]["features"]
-    assert {(row["n"], row["seeds"], row["blocks"]) for row in rows[1:]} == {("20", "0-59", "3")}
-    assert all(math.isfinite(float(row[c])) for row in rows[1:] for c in ("distance", "rmse", "seconds"))
+    assert {(row["n"], row["seeds"], row["blocks"]) for row in rows[2:]} == {("20", "0-59", "3")}
+    assert all(math.isfinite(float(row[c])) for row in rows[3:] for c in ("distance", "to_exact", "rmse", "seconds"))
 
 
-def test_every_cell_is_measured_and_one_grid_of_each_is_best(swept: tuple[Path, Sweep]) -> None:
-    rows = _rows(swept[0])[1:]
-    measured = {(row["solver"], row["grid"], row["nfe"]) for row in rows}
-    tables = {(solver, grid, "4") for solver in ("ddim", "heun") for grid in ("uniform", "logsnr")}
-    assert measured == tables | {(solver, "uniform", "4") for solver in LEARNED}
-    for key in {(row["solver"], row["nfe"]) for row in rows}:
-        group = [row for row in rows if (row["solver"], row["nfe"]) == key]
-        best = [row for row in group if row["best"] == "true"]
-        assert len(best) == 1
-        assert float(best[0]["distance"]) == min(float(row["distance"]) for row in group)
+def test_every_solver_is_measured_on_one_grid(swept: tuple[Path, Sweep]) -> None:
+    grids = {(row["solver"], row["nfe"]): row["grid"] for row in _rows(swept[0])[3:]}
+    assert grids.keys() == {(solver, "4") for solver in ("ddim", "heun", *LEARNED)} and len(_rows(swept[0])) == 7
+    choice = swept[1].choice
+    assert choice is not None and choice.seeds == "60-67"
+    for solver in ("ddim", "heun"):
+        figures = {grid: choice.figures[solver, grid, 4] for grid in ("uniform", "logsnr")}
+        assert grids[solver, "4"] == min(figures, key=lambda grid: figures[grid])
 
 
 def test_the_training_cost_of_a_learned_solver_is_reported(swept: tuple[Path, Sweep]) -> None:
@@ -516,7 +516,7 @@ def test_a_flag_of_evaluate_changes_what_is_measured(
     changes, differs = EFFECTS[flag]
     out = Path(shutil.copytree(base, tmp_path / "out"))
     sweep = evaluate.run(sweep_task(pipeline, out, **changes))
-    assert len(sweep.measurements) == 2
+    assert len(measured(sweep)) == 1
     assert differs(base_cell, measured(sweep)[0])
     assert set(sweep.grids) == {(measured(sweep)[0].solver, measured(sweep)[0].nfe)}, "pictures for the report"
 
@@ -540,8 +540,10 @@ def test_budgets_out_of_reach_are_left_out_on_request(pipeline: Pipeline, tmp_pa
 
 
 def test_the_training_cost_of_a_fitted_grid_is_reported(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(sweep_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
-    fitted, uniform = measured(sweep)
+    fitted, uniform = (
+        measured(evaluate.run(sweep_task(pipeline, tmp_path / grid, grids=grid, nfe="5")))[0]
+        for grid in ("gits", "uniform")
+    )
     assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
     assert fitted.value("rmse") != uniform.value("rmse") and fitted.nfe == uniform.nfe == 5
 
@@ -556,9 +558,10 @@ def test_batch_size_title_and_out_of_evaluate(
     out = tmp_path / "there"
     flags = "--solvers ddim --nfe 4 --grids uniform --n 20 --blocks 2 --exact-nfe 8 --batch-size 7 --title Sieben"
     succeed(f"evaluate --model {pipeline.model} --features {pipeline.features} --out {out} {flags}")
-    assert sizes == 4 * [7, 7, 6], "two blocks of the fine solution and of ddim"
+    choice = 2 * [*18 * [7], 2]
+    assert sizes == choice + 4 * [7, 7, 6], "128 seeds by the exact solution, twice, two blocks of it and of ddim"
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
-    assert float(_rows(out)[1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
+    assert float(_rows(out)[-1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
 
 
 # ---- every schedule, target, quantizer and recipe ----

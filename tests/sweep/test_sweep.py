@@ -291,16 +291,21 @@ def test_parts_that_hold_something_else_are_named_and_made_again(
             evaluate.run(task(pipeline, tmp_path / "out"))
     files = sorted((tmp_path / "out/cells").glob("*.parts/part-*"))
     assert len(files) == 2 * 6 + 2 + 2, "of the exact solution and its row, the figures of two blocks, and the choice"
+    unchanged = list[Path]()  # figures of blocks of the exact row have no errors
     for file in files:
         tensors, header = read_tensors(file)
         costs = json.loads(header["costs"])
+        before = {name: value.shape for name, value in tensors.items()}
         change(tensors, costs)
         text = json.dumps(costs)
+        after = {name: value.shape for name, value in tensors.items() if name != "shown"}
+        if text == header["costs"] and after.items() <= before.items():
+            unchanged.append(file)
         save_file(tensors, file, {"costs": text, "hash": state_hash(text, tensors)})
     capsys.readouterr()
     evaluate.run(task(pipeline, tmp_path / "out"))
     out = capsys.readouterr().out
-    assert all(f"{file.parent.name}/{file.name} is damaged" in out for file in files)
+    assert [file for file in files if f"{file.parent.name}/{file.name} is damaged" not in out] == unchanged
     assert table(tmp_path / "out") == table(whole)
 
 
