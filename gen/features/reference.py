@@ -12,6 +12,7 @@ part of the name of the features, and their hash of the reference's `id`.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from midway.gen.metrics.class_share import MOST, between_class_share
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.principal_axes import PrincipalAxes, principal_axes
+from midway.gen.metrics.sliced import Slices
 from midway.tokenizers.weights import check_tensors
 
 FORMAT = "midway-reference-4"
@@ -71,6 +73,13 @@ class FeatureReference:
             f"{self.between:.0%} of the variance of {self.features} lies between classes: distances hardly see variety within a "
             "class, and one fixed picture per class would score well. Measure with --features effnet-lite0.",
         )
+
+    @cached_property
+    def slices(self) -> Slices:
+        """Of `sample`, for the sliced distance. ValueError if none is stored."""
+        if self.sample is None:
+            raise ValueError("this reference has no features of single images: build it with make_reference")
+        return Slices.of(self.sample)
 
     def activations(self, images: Tensor) -> Activations:
         """Features, on the axes if there are any (then on the CPU), and logits of uint8 images (N, C, H, W)."""
