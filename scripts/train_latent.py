@@ -13,6 +13,7 @@ from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
+from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
 from midway.gen.data.pictures import save_grid
@@ -22,8 +23,7 @@ from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
-from midway.gen.features.classifier import load_features
-from midway.gen.features.open import open_features
+from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, give_statistics, load_latents, save_latents
 from midway.gen.training.accelerator import check_unused, make_accelerator
@@ -124,19 +124,21 @@ def train(task: LatentTask) -> Run | None:
 
 
 def make_online_reference(task: LatentTask, device: torch.device) -> FeatureReference | None:
-    """The feature network of online evaluation, before anything is trained; errors as open_features."""
+    """The feature network of online evaluation, before anything is trained; errors as named_extractor."""
     if not task.train.measure_every:
         return None
     tokenizer, data = load_tokenizer(task.tokenizer)
-    run = open_features(task.early.features, [task.tokenizer], data, "the tokenizer")
-    network = load_features(run.checkpoint / "features.safetensors")
+    network = named_extractor(task.early.features, data, "the tokenizer")
+    network.check_count(task.early.n)
     train = load_splits(data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
         make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
-    return make_reference(network.to(device), network.name, train)
+    reference = make_reference(network.to(device), network.name, train)
+    echo(*reference.warnings)
+    return reference
 
 
 def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
