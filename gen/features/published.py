@@ -17,7 +17,7 @@ from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.frechet import Root
 from midway.gen.metrics.moments import FeatureStatistics
 
-NEED_IMAGES = ("kid", "precision", "density")
+NEED_IMAGES = ("kid", "sliced", "precision", "density")
 """Metrics of the features of single images of the reference."""
 
 
