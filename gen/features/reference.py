@@ -1,7 +1,7 @@
 """A feature network and the statistics of the training images under it.
 
 Statistics are cached in a file named by the images' fingerprint and the network's hash; a file of another pair raises DataError.
-Moments are those of all training images; features are stored for at most 10,000 of them, with classes interleaved, for KID,
+Moments are those of all training images; features are stored for at most 10,000 of them, classes in proportion, for KID,
 precision and recall.
 
 A network that names a number of `axes` is measured on as many principal axes of the training images (metrics/principal_axes.py):
@@ -12,6 +12,7 @@ part of the name of the features, and their hash of the reference's `id`.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,18 +22,19 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.processes import best_device
-from midway.gen.core.randomness import permutation
 from midway.gen.data.images import ImageData
+from midway.gen.data.splits import in_proportion
 from midway.gen.features.extractor import Activations, Extractor, ImageFeatures
 from midway.gen.metrics.class_share import MOST, between_class_share
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.principal_axes import PrincipalAxes, principal_axes
+from midway.gen.metrics.sliced import Slices
 from midway.tokenizers.weights import check_tensors
 
-FORMAT = "midway-reference-4"
-EARLIER = ("midway-reference-2", "midway-reference-3")
-"""Formats whose files are replaced: sums about the origin; without axes."""
+FORMAT = "midway-reference-5"
+EARLIER = ("midway-reference-2", "midway-reference-3", "midway-reference-4")
+"""Formats whose files are replaced: sums about the origin; without axes; features of as many images of every class."""
 KEPT = 10_000
 """Reference features that are kept."""
 
@@ -46,7 +48,7 @@ class FeatureReference:
     statistics: FeatureStatistics
     name: str
     sample: Tensor | None = None
-    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns in proportion."""
     root: Root = "eigen"
     """How the trace of the Fréchet distance is found where there are more images than features."""
     fingerprint: str = ""
@@ -71,6 +73,13 @@ class FeatureReference:
             f"{self.between:.0%} of the variance of {self.features} lies between classes: distances hardly see variety within a "
             "class, and one fixed picture per class would score well. Measure with --features effnet-lite0.",
         )
+
+    @cached_property
+    def slices(self) -> Slices:
+        """Of `sample`, for the sliced distance. ValueError if none is stored."""
+        if self.sample is None:
+            raise ValueError("this reference has no features of single images: build it with make_reference")
+        return Slices.of(self.sample)
 
     def activations(self, images: Tensor) -> Activations:
         """Features, on the axes if there are any (then on the CPU), and logits of uint8 images (N, C, H, W)."""
@@ -179,14 +188,8 @@ def _layout(n: int, found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def balanced(labels: Tensor) -> Tensor:
-    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
-
-    A plain random subset has too many of some classes, which alone would raise the floor.
-    """
-    order = permutation(0, "floor", 0, len(labels))
-    mine = labels[order]
-    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
-    return order[torch.argsort(turn, stable=True)]
+    """int64 (N,): `in_proportion`, so that the first n have the classes as n seeds have them by default."""
+    return in_proportion(labels)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Subject:
 
 
 def balanced_subject(held_out: ImageData, n: int | None = None) -> Subject:
-    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns."""
+    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns in proportion."""
     chosen = balanced(held_out.labels)[:n]
     name = f"{held_out.name}@{held_out.fingerprint[:12]}"
     return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)
