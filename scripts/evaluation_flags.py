@@ -75,7 +75,7 @@ class EvaluateTask(SamplingFlags):
     exact_nfe: Annotated[int, tyro.conf.arg(aliases=["--reference-nfe"])] = EXACT_NFE
     """Evaluations of the exact solution (dpmpp3m on logsnr), which solvers are compared with; 0 leaves it out, and with it all
     that is compared with it, and the choice of a grid."""
-    metrics: str = "kid"
+    metrics: str = "kid,sliced"
     """Comma-separated, beside the Fréchet distance: kid, sliced, precision (and recall), density (and coverage), is, infinity;
     empty for none."""
     root: Root = "eigen"

@@ -25,7 +25,7 @@ def open_model(task: EvaluateTask, trained: TrainedModel | None, device: torch.d
         return EvaluatedLatentModel(trained)
     if task.diffusers is None:
         return None
-    from midway.gen.evaluation.diffusers import load_diffusers
+    from midway.gen.evaluation.diffusers_files import load_diffusers
 
     return load_diffusers(task.diffusers, device)
 

@@ -36,7 +36,7 @@ class SweepConfig(SamplerConfig):
     """Evaluations of the exact solution; 0: leave it out, and all that is compared with it."""
     choice: int = 128
     """Seeds on which grids are chosen; they follow those that are measured."""
-    metrics: tuple[str, ...] = ("kid",)
+    metrics: tuple[str, ...] = ("kid", "sliced")
     """Beside the Fréchet distance: names in metrics.METRICS."""
     overlap: bool = False
     """Decode and look at images while the next are sampled; times then overlap too."""

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 from sweeps import images_task, measured, npz
 
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data.images import to_float
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.diffusion.sampling import SamplingConfig, noise_of
 from midway.gen.evaluation.diffusers import (
     DiffusersModel,
     DiffusersSource,
-    load_diffusers,
 )
+from midway.gen.evaluation.diffusers_files import load_diffusers
 from midway.samplers.discrete import Discrete
 from midway.samplers.grids import logsnr
 from midway.samplers.schedule import Schedule
@@ -122,6 +123,18 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(latent: Path) -> None:
     made = model.decode(states).float()
     assert model.shape == (3, 4, 4) and made.shape == (3, 3, 8, 8) and (made - expected).abs().max() <= 1
     assert made.std() > 1, "not all alike"
+
+
+def test_the_ceiling_is_the_autoencoders_own_round_trip(latent: Path, ddpm: Path) -> None:
+    model = load_diffusers(latent)
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = model.reconstruct(images)
+    assert found is not None and found.shape == images.shape and found.dtype == torch.uint8
+    decoder: Any = model.decoder
+    with torch.no_grad():
+        by_hand = decoder.decode(decoder.encode(to_float(images)).latents).sample
+    assert (found.float() - (by_hand.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
+    assert load_diffusers(ddpm).reconstruct(images) is None
 
 
 def test_an_image_is_a_function_of_its_seed(ddpm: Path) -> None:
