@@ -7,19 +7,43 @@ backward pass does not. The count is part of the state, so that a resumed run re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
-from midway.gen.diffusion.model import LatentModel, start_state
+from midway.gen.diffusion.model import start_state
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import Grid
+from midway.samplers.guidance import ConditionalField
 from midway.samplers.learned import checkpointed
-from midway.samplers.prediction import Field
+from midway.samplers.prediction import Field, Prediction
 from midway.samplers.sample import EvaluationCounter
+from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
+
+
+class SampledModel(Protocol):
+    """All that learning a solver needs of a model: a `LatentModel`, or a mixture whose field is exact."""
+
+    schedule: Schedule
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of the features of its predictions."""
+        ...
+
+    def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
+        """One pass through the network, for labels (B,)."""
+        ...
+
+    def field(self, labels: Tensor, guidance: float, network: ConditionalField | None) -> Field:
+        """The guided field for labels (B,), with `network` in place of `conditional_field`."""
+        ...
 
 
 class Distillation(nn.Module):
@@ -31,7 +55,7 @@ class Distillation(nn.Module):
 
     evaluations: Tensor
 
-    def __init__(self, model: LatentModel, teacher: Table, guidance: float, recompute: bool) -> None:
+    def __init__(self, model: SampledModel, teacher: Table, guidance: float, recompute: bool) -> None:
         super().__init__()
         self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
         self.teacher, self.guidance = teacher, guidance
