@@ -88,7 +88,7 @@ def quadratic(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min:
 
 
 def vp(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN) -> Grid:
-    """Equal steps of the time of `VP`, whatever the schedule: close to the "time uniform" grid of AMED (arXiv 2312.00094, 4.1)."""
+    """Equal steps of the time of `VP`, whatever the schedule: near the grid of AMED (arXiv 2312.00094, section 4.1)."""
     own = VP()
     start, end = _ends(own, rho_max, rho_min)
     times = start + (end - start) * _fractions(steps)

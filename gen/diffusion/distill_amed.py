@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -132,10 +131,10 @@ class SolverObjective(Distillation):
             "mode": self.config.mode,
         }
 
-    def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
+    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> LearnedSolver:
         rule = copy.deepcopy(self.rule).cpu().eval()
         rule.load_state_dict(part(averaged, "rule."))
-        LearnedSolver(card, self.grid, rule, self.solver.schedule).save(path)
+        return LearnedSolver(card, self.grid, rule, self.solver.schedule)
 
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> TeacherNodes:
         """All trajectories: labels (M,) -> nodes stacked along the batch, on the labels' device.

@@ -187,8 +187,8 @@ class TableObjective(Distillation):
             "mode": "end_to_end",
         }
 
-    def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
-        self.export(averaged, {"card": json.dumps(asdict(card))}).save(path)
+    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> Table:
+        return self.export(averaged, {"card": json.dumps(asdict(card))})
 
     @torch.no_grad()
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> EndPairs:
