@@ -10,11 +10,12 @@ import tyro
 
 from cli import main, resolve
 from midway.gen.core.errors import UsageError, nearest
+from midway.gen.features.efficientnet import EFFNET
 from midway.gen.features.inception import INCEPTION
 from midway.gen.features.vit import ENCODERS
-from midway.gen.features.weights import Published, find_weights
+from midway.gen.features.weights import find_weights
 
-KNOWN: dict[str, Published] = {INCEPTION.network: INCEPTION} | {name: its.published for name, its in ENCODERS.items()}
+KNOWN = {one.network: one for one in (INCEPTION, EFFNET, *(encoder.published for encoder in ENCODERS.values()))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class DownloadTask:
     """Fetch one file of weights into the cache, checked; nothing is done if it is there."""
 
     network: Annotated[str, tyro.conf.Positional]
-    """inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32 or clip-vitl14."""
+    """inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32 or clip-vitl14; of effnet-lite0 the path in its package."""
 
 
 def run(task: DownloadTask) -> None:

@@ -20,13 +20,14 @@ from midway.gen.core.runs import kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
+from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
-from midway.gen.features.open import open_extractor
+from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.report.likelihood import claimed, likelihood_table, write_likelihood_report
 from midway.gen.report.notes import empty_notes
@@ -44,10 +45,11 @@ class LikelihoodTask:
     models: tuple[Path, ...]
     """Run directories of baselines, and of latent or pixel models, that were trained on the same data and split."""
     features: str | None = None
-    """Run directory of the feature network (default: the one beside the models that was trained on their images, if there is
-    one), or a published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
+    """Feature network (default: effnet-lite0, if installed): effnet-lite0-full, pixels, inception, inception-pytorch,
+    dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of one trained on these images.
+    none: leave out the distances."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
-    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
+    """File with the weights of a published feature network (default: found on this machine, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: likelihood-report/ beside the first model)."""
     n: int | None = None
@@ -84,7 +86,8 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = balanced_subject(splits.held_out, task.n)
     levels = check_images(models, splits)
-    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
+    draw = class_draw(None, splits.train, len(splits.train.classes))
+    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size, draw=draw)
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))
@@ -157,11 +160,11 @@ def check_images(models: dict[str, Trained], splits: Splits) -> int:
 
 
 def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
-    """The feature network, None if there is none to be found or none is wanted; errors as open_extractor if one is named."""
+    """The feature network, None if none is installed or wanted; errors as named_extractor if one is named."""
     if task.features == NONE:
         return None
     try:
-        return open_extractor(task.features, task.models, data, "the models", task.feature_weights)
+        return named_extractor(task.features, data, "the models", task.feature_weights)
     except UsageError as error:
         if task.features is not None or task.feature_weights is not None:
             raise

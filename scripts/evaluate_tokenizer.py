@@ -40,7 +40,7 @@ from midway.gen.evaluation.tokenizers import (
     measure,
 )
 from midway.gen.features.extractor import Extractor
-from midway.gen.features.open import open_extractor
+from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
@@ -63,10 +63,11 @@ class TokenizersTask(TileFlags):
     data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
     """Measure on the held-out side of another source (default: of the tokenizers' own), against its training side."""
     features: str | None = None
-    """Run directory of the feature network (default: the one beside the tokenizers that was trained on their images), or a
-    published one: inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14. none: leave out the distances."""
+    """Feature network (default: effnet-lite0): effnet-lite0-full, pixels, inception, inception-pytorch, dinov2-vitb14,
+    dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of one trained on these images. none: leave out the
+    distances."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
-    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
+    """File with the weights of a published feature network (default: found on this machine, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: tokenizer-report/ beside the first tokenizer, with --data tokenizer-report-SOURCE/)."""
     n: int | None = None
@@ -207,7 +208,7 @@ def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
         return None
     what = f"--data {data.data}" if task.data.data else "the tokenizers"
     try:
-        return open_extractor(task.features, task.tokenizers, data, what, task.feature_weights)
+        return named_extractor(task.features, data, what, task.feature_weights)
     except UsageError as error:
         raise UsageError(error.what, error.why, f"{error.fix}, or --features none to leave out the distances") from None
 
@@ -215,11 +216,16 @@ def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
 def open_reference(
     features: Extractor | None, splits: Splits, images: Tensor, device: torch.device, what: str
 ) -> tuple[FeatureReference | None, float | None]:
-    """The feature network with its reference, and what the held-out `images` score; DataError if it takes no such images."""
+    """The feature network with its reference, and what the held-out `images` score; warnings of the reference are printed.
+
+    DataError if the network takes no such images, UsageError if it needs more of them.
+    """
     if features is None:
         return None, None
     features.check(images, what)
+    features.check_count(len(images))
     reference = make_reference(features.to(device), features.name, splits.train)
+    echo(*reference.warnings)
     return reference, reference.distance(images)
 
 

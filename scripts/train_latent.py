@@ -13,17 +13,18 @@ from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
+from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
-from midway.gen.features.classifier import load_features
-from midway.gen.features.open import open_features
+from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.tokenizer.latents import Latents, cache_path, encode, give_statistics, load_latents, save_latents
 from midway.gen.training.accelerator import check_unused, make_accelerator
@@ -52,6 +53,8 @@ class Parts:
     data: DataConfig
     about: str
     """The images in words."""
+    draw: ClassDraw | None
+    """How seeds draw classes: as often as the images have them."""
 
 
 def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
@@ -78,7 +81,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     set_bins(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
     items = Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint)
-    return Parts(model, items, tokenizer, data, describe(images))
+    draw = class_draw(None, images, model.classes, model.empty)
+    return Parts(model, items, tokenizer, data, describe(images), draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -124,25 +128,27 @@ def train(task: LatentTask) -> Run | None:
 
 
 def make_online_reference(task: LatentTask, device: torch.device) -> FeatureReference | None:
-    """The feature network of online evaluation, before anything is trained; errors as open_features."""
+    """The feature network of online evaluation, before anything is trained; errors as named_extractor."""
     if not task.train.measure_every:
         return None
     tokenizer, data = load_tokenizer(task.tokenizer)
-    run = open_features(task.early.features, [task.tokenizer], data, "the tokenizer")
-    network = load_features(run.checkpoint / "features.safetensors")
+    network = named_extractor(task.early.features, data, "the tokenizer")
+    network.check_count(task.early.n)
     train = load_splits(data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
         make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
-    return make_reference(network.to(device), network.name, train)
+    reference = make_reference(network.to(device), network.name, train)
+    echo(*reference.warnings)
+    return reference
 
 
 def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
     """Online evaluation of the averaged weights, which are in the model."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
-    log_online(run, step, online_distances(trained, reference, config), reference, config)
+    log_online(run, step, online_distances(trained, reference, config, parts.draw), reference, config)
 
 
 def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:

@@ -34,7 +34,7 @@ from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.splits import data_of, load_splits
 from midway.gen.diffusion.load import load_model, load_solver, load_tokenizer
 from midway.gen.features.classifier import load_features
-from midway.gen.features.open import find_features
+from midway.gen.features.open import open_features
 from midway.gen.features.reference import make_reference
 from midway.gen.sweep.store import Cell, Numbers, Part
 from midway.gen.tokenizer.latents import load_latents
@@ -188,8 +188,8 @@ def described(run: Path) -> object:
 
 
 def searched(root: Path) -> object:
-    """Feature runs beside the model."""
-    return find_features([root / "model"], data_of(Run.open(root / "tokenizer", "tokenizer")))
+    """A feature run as a reference's."""
+    return open_features(root / "features", data_of(Run.open(root / "tokenizer", "tokenizer")), "the tokenizer")
 
 
 def restarted(run: Path) -> object:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from midway.gen.core import randomness
 from midway.gen.data.images import to_uint8
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import Guidance, start_state
 from midway.samplers.graph import Graphs
@@ -24,15 +25,22 @@ def noise_of(seeds: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
     return randomness.normal(0, "sample", draw, seeds.cpu(), shape)
 
 
-def labels_of(seeds: Tensor, classes: int, empty: Sequence[int] = ()) -> Tensor:
-    """The class of each seed, int64 (B,): seed modulo classes, so that every consecutive run of seeds is balanced.
+def labels_of(seeds: Tensor, classes: int, empty: Sequence[int] = (), draw: ClassDraw | None = None) -> Tensor:
+    """The class of each seed, int64 (B,), by `draw`; without one classes take turns, but those without training images, `empty`.
 
-    Classes that had no training image, `empty`, are passed over. An unconditional model has 0 classes, and its label is 0.
+    An unconditional model has 0 classes, and its label is 0. ValueError for a draw of another number of classes.
     """
-    if not empty:
-        return seeds.cpu() % max(classes, 1)
-    trained = torch.tensor([label for label in range(classes) if label not in empty])
-    return trained[seeds.cpu() % len(trained)]
+    if classes == 0:
+        return torch.zeros_like(seeds, device="cpu")
+    draw = draw or ClassDraw.in_turn(classes, empty)
+    if len(draw.counts) != classes:
+        raise ValueError(f"a draw among {len(draw.counts)} classes for a model of {classes}: make it with class_draw()")
+    return draw.labels(seeds)
+
+
+def drawn(draw: ClassDraw | None) -> dict[str, str]:
+    """What the identity of a measurement holds of how its classes were drawn."""
+    return {} if draw is None else {"labels": draw.identity}
 
 
 class SeededNoise:
@@ -57,7 +65,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How samples are drawn; none of it changes what is drawn beyond rounding, guidance aside."""
+    """How samples are drawn; but for guidance and classes nothing of it changes what is drawn beyond rounding."""
 
     guidance: Guidance = field(default_factory=Guidance)
     batch_size: int = 256
@@ -65,6 +73,8 @@ class SamplingConfig:
     """bf16: the network runs under autocast; the solver's state stays float32."""
     graph: bool = False
     """On a GPU, run the trajectory of every full batch as one CUDA graph."""
+    draw: ClassDraw | None = None
+    """How seeds draw their classes; None: in turn."""
 
 
 @torch.no_grad()
@@ -78,7 +88,7 @@ def sample_latents(
     """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes."""
     config, model = config or SamplingConfig(), trained.model
     device = next(model.parameters()).device
-    labels = labels_of(seeds, model.classes, model.empty) if labels is None else labels
+    labels = labels_of(seeds, model.classes, model.empty, config.draw) if labels is None else labels
     graphs, table, guidance = Graphs(), sampler.table, config.guidance
     make_field = partial(model.field, guidance=guidance)
     networks = [model.network, *([guidance.weak.network] if guidance.weak is not None else [])]

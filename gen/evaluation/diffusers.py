@@ -28,7 +28,7 @@ from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.load import CPU, LEARNED
 from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
-from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
+from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, drawn, labels_of, noise_of
 from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
 from midway.samplers.grids import GRIDS
@@ -252,8 +252,9 @@ class DiffusersSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Weights, configurations, sampler and precision."""
-        return {"diffusers": self.model.hash, "plan": self.sampler.hash, "precision": self.sampling.precision}
+        """Weights, configurations, sampler, precision, and how classes are drawn."""
+        own = {"diffusers": self.model.hash, "plan": self.sampler.hash, "precision": self.sampling.precision}
+        return own | drawn(self.sampling.draw)
 
     @torch.no_grad()
     def sample(self, seeds: Tensor) -> SampledBatch:
@@ -267,7 +268,8 @@ class DiffusersSource:
     def _solved(self, seeds: Tensor) -> Tensor:
         model = self.model
         x = start_state(model.schedule, self.sampler.grid[0], noise_of(seeds, model.shape).to(model.device))
-        return self.sampler.run(model.field(labels_of(seeds, model.classes)), x, SeededNoise(seeds)).cpu()
+        labels = labels_of(seeds, model.classes, draw=self.sampling.draw)
+        return self.sampler.run(model.field(labels), x, SeededNoise(seeds)).cpu()
 
     def images(self, raw: SampledBatch) -> Tensor:
         """Decoded, or in 256 levels."""

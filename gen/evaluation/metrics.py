@@ -1,14 +1,15 @@
 """Metrics beside the Fréchet distance, of the same features, by name in `METRICS`.
 
     kid         kernel distance, unbiased; subsets of at most 1000                    (metrics/kid.py)
+    sliced      sliced squared Wasserstein distance, 1000 directions                  (metrics/sliced.py)
     precision   precision and recall, k = 3                                           (metrics/precision_recall.py)
     density     density and coverage, k = 5                                           (metrics/precision_recall.py)
     is          inception score of the feature network's own class probabilities      (metrics/inception_score.py)
     infinity    Fréchet distance extrapolated to infinitely many images               (metrics/frechet_infinity.py)
 
-Each is measured on every block of seeds. The reference of kid, precision and density are training images whose classes take
-turns: at most 10,000 for kid, and for the others, which depend on both counts, as many as a block has images; of a larger block
-the first 10,000 count.
+Each is measured on every block of seeds. The reference of kid, sliced, precision and density are training images whose classes
+take turns: at most 10,000 for kid and sliced, and for the others, which depend on both counts, as many as a block has images; of
+a larger block the first 10,000 count.
 """
 
 from collections.abc import Callable
@@ -37,6 +38,10 @@ class Features:
 
 def _kid(features: Features, reference: FeatureReference) -> Values:
     return {"kid": kid(features.features, _sample(reference)).value}
+
+
+def _sliced(features: Features, reference: FeatureReference) -> Values:
+    return {"sliced": reference.slices.distance(features.features)}
 
 
 def _precision(features: Features, reference: FeatureReference) -> Values:
@@ -68,6 +73,7 @@ def _infinity(features: Features, reference: FeatureReference) -> Values:
 
 METRICS: dict[str, Callable[[Features, FeatureReference], Values]] = {
     "kid": _kid,
+    "sliced": _sliced,
     "precision": _precision,
     "density": _density,
     "is": _inception,

@@ -10,7 +10,8 @@ from torch import Tensor
 from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.data.external import ExternalImages
 from midway.gen.data.images import to_uint8
-from midway.gen.diffusion.sampling import labels_of
+from midway.gen.diffusion.class_draw import ClassDraw
+from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.evaluation.sources import SampledBatch
 
 
@@ -20,17 +21,19 @@ class BaselineSource:
 
     trained: TrainedBaseline
     batch_size: int = 256
+    draw: ClassDraw | None = None
+    """How seeds draw their classes; None: in turn."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model."""
-        return {"baseline": self.trained.hash}
+        """The model, and how classes are drawn."""
+        return {"baseline": self.trained.hash} | drawn(self.draw)
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Float images (n, C, H, W) in [-1, 1], with the class of each seed."""
         model, begun, parts = self.trained.model, time.perf_counter(), []
         for some in seeds.split(self.batch_size):
-            labels = labels_of(some, model.classes, model.empty) if model.classes else None
+            labels = labels_of(some, model.classes, model.empty, self.draw) if model.classes else None
             parts.append(model.sample(some, labels).cpu())
         return SampledBatch(torch.cat(parts), model.sample_nfe, time.perf_counter() - begun)
 

@@ -119,7 +119,7 @@ class _Gathered:
     def collect(self, images: Tensor, reference: FeatureReference | None) -> None:
         """Features of uint8 images, if there is a network, and the first of them to be shown."""
         if reference is not None:
-            self.features.append(reference.network.features(images).cpu())
+            self.features.append(reference.activations(images).features.cpu())
         if sum(map(len, self.shown)) < SHOWN:
             self.shown.append(images)
 

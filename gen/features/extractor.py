@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, UsageError
 from midway.tokenizers.precision import Convert, of_same_dtype
 
 
@@ -49,6 +49,10 @@ class Extractor(nn.Module, ABC):
     """D, the number of features."""
     has_logits: bool = False
     """Whether there are logits."""
+    axes: int | None = None
+    """The number of principal axes of the reference on which images are compared; None: all features (reference.py)."""
+    least_images: int = 0
+    """The number of images from which on a distance of these features is more than its bias; below it `check_count` raises."""
 
     @abstractmethod
     def check(self, images: Tensor, what: str = "the images are") -> None:
@@ -61,6 +65,24 @@ class Extractor(nn.Module, ABC):
     def features(self, images: Tensor) -> Tensor:
         """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
         return self.activations(images).features
+
+    def dim_of(self, images: Tensor) -> int:
+        """D of uint8 images (N, C, H, W)."""
+        return self.dim
+
+    def measured_dim(self, reference: Tensor) -> int:
+        """Numbers per image that a distance to the images `reference` compares: D, or the axes that so many images have."""
+        dim = self.dim_of(reference)
+        return dim if self.axes is None else max(1, min(self.axes, dim, len(reference) - 1))
+
+    def check_count(self, n: int) -> None:
+        """UsageError for blocks of n images, if a distance of so few would be mostly bias."""
+        if n < self.least_images:
+            raise UsageError(
+                f"{self.name} of {n} images a block",
+                f"the distance of {self.dim} features is mostly bias below {self.least_images} images",
+                "raise --n, or measure on principal axes: --features effnet-lite0",
+            )
 
     def _apply(self, fn: Convert, recurse: bool = True) -> Self:
         """`.to()`, also of a parent: follows devices and stays in float32, since other features would have the same name."""
@@ -90,21 +112,12 @@ class PublishedExtractor(Extractor):
 
     def check(self, images: Tensor, what: str = "the images are") -> None:
         """DataError unless these are uint8 images (N, 1 or 3, H, W); `what` names their source."""
-        if not _is_measurable(images):
-            raise DataError(
-                f"{self.name} measures uint8 images (N, 1 or 3, height, width)",
-                f"{what} {images.dtype} {tuple(images.shape)}",
-                "train on images of 1 or 3 channels (--channels 3), or use another feature network",
-            )
+        check_measurable(self.name, images, what)
 
     @torch.no_grad()
     def activations(self, images: Tensor) -> Activations:
         """Features and logits, as `features`."""
-        if not _is_measurable(images):
-            raise ValueError(
-                f"{self.name} needs uint8 images (N, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}: "
-                "convert floats with midway.gen.data.images"
-            )
+        need_measurable(self.name, images)
         device = self.get_buffer("place").device
         return in_blocks(images, self.block, device, lambda part: self.block_activations(part.expand(-1, 3, -1, -1)))
 
@@ -122,6 +135,25 @@ def in_blocks(
             found.append((features[: len(part)], None if logits is None else logits[: len(part)]))
     logits = [rows for _, rows in found if rows is not None]
     return Activations(torch.cat([rows for rows, _ in found]), torch.cat(logits) if logits else None)
+
+
+def check_measurable(name: str, images: Tensor, what: str) -> None:
+    """DataError unless these are uint8 images (N, 1 or 3, H, W); `what` names their source."""
+    if not _is_measurable(images):
+        raise DataError(
+            f"{name} measures uint8 images (N, 1 or 3, height, width)",
+            f"{what} {images.dtype} {tuple(images.shape)}",
+            "train on images of 1 or 3 channels (--channels 3), or use another feature network",
+        )
+
+
+def need_measurable(name: str, images: Tensor) -> None:
+    """ValueError unless these are uint8 images (N, 1 or 3, H, W)."""
+    if not _is_measurable(images):
+        raise ValueError(
+            f"{name} needs uint8 images (N, 1 or 3, H, W), not {images.dtype} {tuple(images.shape)}: "
+            "convert floats with midway.gen.data.images"
+        )
 
 
 def _is_measurable(images: Tensor) -> bool:

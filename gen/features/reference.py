@@ -1,13 +1,18 @@
 """A feature network and the statistics of the training images under it.
 
 Statistics are cached in a file named by the images' fingerprint and the network's hash; a file of another pair raises DataError.
-Moments are those of all training images; features are stored for at most 10,000 of them, with classes interleaved, for KID,
+Moments are those of all training images; features are stored for at most 10,000 of them, classes in proportion, for KID,
 precision and recall.
+
+A network that names a number of `axes` is measured on as many principal axes of the training images (metrics/principal_axes.py):
+what is called features here are then the coordinates on them, (n, k). The axes are stored with the statistics, their number is
+part of the name of the features, and their hash of the reference's `id`.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,16 +22,19 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.processes import best_device
-from midway.gen.core.randomness import permutation
 from midway.gen.data.images import ImageData
-from midway.gen.features.extractor import ImageFeatures
+from midway.gen.data.splits import in_proportion
+from midway.gen.features.extractor import Activations, Extractor, ImageFeatures
+from midway.gen.metrics.class_share import MOST, between_class_share
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.metrics.principal_axes import PrincipalAxes, principal_axes
+from midway.gen.metrics.sliced import Slices
 from midway.tokenizers.weights import check_tensors
 
-FORMAT = "midway-reference-3"
-EARLIER = ("midway-reference-2",)
-"""Formats whose files are replaced: sums about the origin."""
+FORMAT = "midway-reference-5"
+EARLIER = ("midway-reference-2", "midway-reference-3", "midway-reference-4")
+"""Formats whose files are replaced: sums about the origin; without axes; features of as many images of every class."""
 KEPT = 10_000
 """Reference features that are kept."""
 
@@ -40,16 +48,43 @@ class FeatureReference:
     statistics: FeatureStatistics
     name: str
     sample: Tensor | None = None
-    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns in proportion."""
     root: Root = "eigen"
     """How the trace of the Fréchet distance is found where there are more images than features."""
     fingerprint: str = ""
     """Of the reference's images."""
+    axes: PrincipalAxes | None = None
+    """Those on which features are measured."""
+    between: float | None = None
+    """The share of the features' variance that lies between classes of training images, in [0, 1]."""
 
     @property
     def id(self) -> str:
-        """The reference's images with their whole fingerprint."""
-        return f"{self.name} {self.fingerprint} n={self.statistics.count}"
+        """The reference's images with their whole fingerprint, and the axes."""
+        axes = "" if self.axes is None else f" axes={state_hash('axes', self.axes.to_tensors())}"
+        return f"{self.name} {self.fingerprint} n={self.statistics.count}{axes}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """A line if the features hardly depend on the variety within classes."""
+        if self.between is None or self.between <= MOST:
+            return ()
+        return (
+            f"{self.between:.0%} of the variance of {self.features} lies between classes: distances hardly see variety within a "
+            "class, and one fixed picture per class would score well. Measure with --features effnet-lite0.",
+        )
+
+    @cached_property
+    def slices(self) -> Slices:
+        """Of `sample`, for the sliced distance. ValueError if none is stored."""
+        if self.sample is None:
+            raise ValueError("this reference has no features of single images: build it with make_reference")
+        return Slices.of(self.sample)
+
+    def activations(self, images: Tensor) -> Activations:
+        """Features, on the axes if there are any (then on the CPU), and logits of uint8 images (N, C, H, W)."""
+        found = self.network.activations(images)
+        return found if self.axes is None else Activations(self.axes.project(found.features), found.logits)
 
     @property
     def has_logits(self) -> bool:
@@ -58,7 +93,7 @@ class FeatureReference:
 
     def distance(self, images: Tensor) -> float:
         """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
-        return self.distance_of(self.network.features(images))
+        return self.distance_of(self.activations(images).features)
 
     def distance_of(self, features: Tensor) -> float:
         """Fréchet distance of features (N, D) to the reference.
@@ -80,30 +115,50 @@ class FeatureReference:
 def make_reference(
     network: ImageFeatures, features: str, train: ImageData, cache: Path | None = None, root: Root = "eigen"
 ) -> FeatureReference:
-    """Statistics of all training images under this feature network, from the folder `cache` if they are there.
+    """Statistics of all training images under the network of this name, from the folder `cache` if they are there.
 
     DataError for a cached file of other images or another network, or a damaged one.
     """
+    axes = network.measured_dim(train.images) if isinstance(network, Extractor) and network.axes is not None else None
+    features = features if axes is None else f"{features}, {axes} axes"
     name = f"{train.name}@{train.fingerprint[:12]}"
     path = None if cache is None else cache / f"{train.fingerprint[:8]}-{_short(features)}.safetensors"
     header = {"format": FORMAT, "data": train.fingerprint, "features": features, "n": str(len(train.images))}
-    cached = _read(path, header) if path is not None and path.exists() else None
-    if cached is not None:
-        statistics, sample = cached
-    else:
-        seen = network.features(train.images).cpu()
-        statistics, sample = FeatureStatistics.of(seen), seen[balanced(train.labels)[:KEPT]].contiguous()
+    tensors = _read(path, header) if path is not None and path.exists() else None
+    if tensors is None:
+        tensors = _measured(network, train, axes)
         if path is not None:
-            tensors = {**statistics.to_tensors(), "sample": sample}
             write_atomically(path, save(tensors, {**header, "hash": state_hash("reference", tensors)}))
-    return FeatureReference(network, features, statistics, name, sample, root, train.fingerprint)
+    return FeatureReference(
+        network,
+        features,
+        FeatureStatistics.from_tensors(tensors),
+        name,
+        tensors["sample"],
+        root,
+        train.fingerprint,
+        PrincipalAxes.from_tensors(tensors) if axes is not None else None,
+        float(tensors["between"]),
+    )
+
+
+def _measured(network: ImageFeatures, train: ImageData, axes: int | None) -> dict[str, Tensor]:
+    """The tensors of a file."""
+    seen = network.features(train.images).cpu()
+    found: dict[str, Tensor] = {}
+    if axes is not None:
+        principal = principal_axes(seen, axes)
+        seen, found = principal.project(seen), principal.to_tensors()
+    found["sample"] = seen[balanced(train.labels)[:KEPT]].contiguous()
+    found["between"] = torch.tensor(between_class_share(seen, train.labels), dtype=torch.float64)
+    return found | FeatureStatistics.of(seen).to_tensors()
 
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tensor] | None:
+def _read(path: Path, expected: dict[str, str]) -> dict[str, Tensor] | None:
     """None of an earlier format."""
     remedy = "delete the file; the statistics are computed again"
     with raising(DataError, f"the reference statistics {path} cannot be read", remedy, *DAMAGE):
@@ -117,25 +172,24 @@ def _read(path: Path, expected: dict[str, str]) -> tuple[FeatureStatistics, Tens
         what = ", ".join(f"{key} {found.get(key)!r} instead of {expected[key]!r}" for key in differing)
         raise DataError(f"the reference statistics {path} are of something else", what or json.dumps(found), remedy)
     with raising(DataError, f"the reference statistics {path} cannot be read", remedy, *DAMAGE):
-        check_tensors(tensors, _layout(int(expected["n"]), tensors["mean"].numel()))
-        return FeatureStatistics.from_tensors(tensors), tensors["sample"]
+        check_tensors(tensors, _layout(int(expected["n"]), tensors))
+    return tensors
 
 
-def _layout(n: int, dim: int) -> dict[str, Tensor]:
-    """Names, shapes and types of the tensors of a file, without numbers."""
-    statistics = FeatureStatistics.of_rows(torch.empty(0, dim)).to_tensors()
-    return {**statistics, "sample": torch.empty(min(n, KEPT), dim, device="meta")}
+def _layout(n: int, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names, shapes and types of the tensors of a file, without numbers, for the dimensions of its means."""
+    dim = found["mean"].numel()
+    layout = FeatureStatistics.of_rows(torch.empty(0, dim)).to_tensors()
+    layout |= {"sample": torch.empty(min(n, KEPT), dim), "between": torch.empty((), dtype=torch.float64)}
+    if "axes.mean" in found:
+        wide = torch.empty(found["axes.mean"].numel(), dim, dtype=torch.float64)
+        layout |= PrincipalAxes(wide[:, 0], wide).to_tensors()
+    return layout
 
 
 def balanced(labels: Tensor) -> Tensor:
-    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
-
-    A plain random subset has too many of some classes, which alone would raise the floor.
-    """
-    order = permutation(0, "floor", 0, len(labels))
-    mine = labels[order]
-    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
-    return order[torch.argsort(turn, stable=True)]
+    """int64 (N,): `in_proportion`, so that the first n have the classes as n seeds have them by default."""
+    return in_proportion(labels)
 
 
 @dataclass(frozen=True)
@@ -149,7 +203,7 @@ class Subject:
 
 
 def balanced_subject(held_out: ImageData, n: int | None = None) -> Subject:
-    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns."""
+    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns in proportion."""
     chosen = balanced(held_out.labels)[:n]
     name = f"{held_out.name}@{held_out.fingerprint[:12]}"
     return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)

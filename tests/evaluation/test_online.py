@@ -20,7 +20,7 @@ TRAIN = replace(TINY, steps=10, measure_every=4)
 
 
 def task(pipeline: Pipeline, out: Path, **changes: Any) -> LatentTask:
-    early = OnlineConfig(nfe=(4, 6), n=24, grid="uniform", solver="ddim", features=pipeline.features)
+    early = OnlineConfig(nfe=(4, 6), n=24, grid="uniform", solver="ddim", features=str(pipeline.features))
     config = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
     return LatentTask(out, pipeline.tokenizer, model=config, train=TRAIN, early=replace(early, **changes))
 

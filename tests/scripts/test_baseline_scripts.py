@@ -221,7 +221,7 @@ def test_samples_have_the_class_of_their_seed(runs: Runs) -> None:
 
 
 def task(runs: Runs, **changes: Any) -> LikelihoodTask:
-    return replace(LikelihoodTask(models=(runs.vae, runs.flow), n=20, iwae=3, draws=2), **changes)
+    return replace(LikelihoodTask(models=(runs.vae, runs.flow), features="pixels", n=20, iwae=3, draws=2), **changes)
 
 
 def test_the_report(runs: Runs, tmp_path: Path, splits: Splits) -> None:

@@ -237,6 +237,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_compares_two_tokenizers(runs: Path, succeed: Script, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--tokenizers", runs / "a", runs / "b", "--out", out, "--n", 60, "--noise", 0, 0.4, "--seed", 3)
+    arguments = (*arguments, "--features", runs / "features")
     done = succeed("evaluate_tokenizer", *arguments)
     assert {path.name for path in out.iterdir()} == set(FILES)
     a, b = csv.DictReader((out / "results.csv").read_text().splitlines())
@@ -290,6 +291,7 @@ def test_lpips_is_measured_when_weights_are_given(
 
     monkeypatch.setattr(perceptual, "Perceptual", Distance)
     flags = ("--tokenizers", runs / "a", "--n", 4, "--lpips-weights", tmp_path / "vgg.pth", "--out", tmp_path / "out")
+    flags = (*flags, "--features", "none")
     succeed("evaluate_tokenizer", *flags)
     (row,) = csv.DictReader((tmp_path / "out" / "results.csv").read_text().splitlines())
     assert float(row["lpips"]) > 0.125
@@ -313,7 +315,9 @@ def test_runs_of_one_name_are_reported_by_path(tmp_path: Path) -> None:
 
 
 def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
-    task = evaluate_tokenizer.TokenizersTask(tokenizers=(runs / "a",), n=50, noise=(), out=runs / "floor")
+    task = evaluate_tokenizer.TokenizersTask(
+        tokenizers=(runs / "a",), n=50, noise=(), features=str(runs / "features"), out=runs / "floor"
+    )
     (found,) = evaluate_tokenizer.run(task)
     shutil.rmtree(runs / "floor")
     splits = load_splits(DataConfig())

@@ -18,14 +18,16 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
 
 
-def test_features_and_out_are_found_and_images_exported(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
-    """Beside and in the model; as zip and NPZ."""
-    for name in ("model", "features"):
-        shutil.copytree(getattr(pipeline, name), tmp_path / name)
+def test_features_and_out_have_defaults_and_images_are_exported(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
+) -> None:
+    """EfficientNet-Lite0, and in the model; as zip and NPZ."""
+    shutil.copytree(pipeline.model, tmp_path / "model")
     flags = f"--solvers euler,ddim,dpmpp2m --save-images {tmp_path}/zips --export-npz {tmp_path}/npz"
     done = succeed(f"evaluate --model {tmp_path}/model {flags}", *SMALL)
     report = tmp_path / "model" / "report"
     assert {row["solver"] for row in rows(report)} == {"floor", "euler", "ddim", "dpmpp2m"}
+    assert {row["features"] for row in rows(report)} == {"effnet-lite0@579344248a93+bicubic-32, 64 axes"}
     plots = ("distance_vs_nfe.png", "distance_vs_seconds.png")
     assert all((report / name).exists() for name in ("results.csv", "report.md", "report.html", *plots))
     assert all(word in done.out for word in ("euler", "floor", "report.html")) and done.out.count("images: ") == 6

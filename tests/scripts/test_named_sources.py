@@ -144,7 +144,7 @@ def test_one_folder_by_two_names_is_one_source(
     succeed(f"train_features --data other {steps} --width 8 --dim 4 --out features")
     succeed(f"train_tokenizer digits-fsq --data ./other {steps} --model.width 8 --out tokenizer")
     for data in ("", f"--data {other}", "--data link"):
-        succeed(f"evaluate_tokenizer --tokenizers tokenizer --noise 0 {data} --out report")
+        succeed(f"evaluate_tokenizer --tokenizers tokenizer --features features --noise 0 {data} --out report")
     call = "evaluate_tokenizer --tokenizers tokenizer --features features --data digits --out report"
     done = script(*call.split())
     assert done.code == 3

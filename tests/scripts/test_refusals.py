@@ -69,7 +69,6 @@ TABLE = """
   EVALUATE --resize 8 --images {images} -> --images-resize
   evaluate --data digits --features {features} --images {images} -> --out
   evaluate --data digits --features {features} --out {out} -> nothing to measure
-  evaluate --data digits --out {out} --images {images} -> --features
   IMAGES {images} --repeats {model} -> --repeats
 2 sample
   SAMPLE --n 0; --seed -1; --batch-size 0 -> FLAG
@@ -165,7 +164,6 @@ holds {with_images}/samples/photos | would be deleted
 2 online evaluation and validation
   LATENT --measure-every 4 --early.solver heun --early.nfe 5 --early.features {features} -> heun
   LATENT --measure-every 4 --early.solver eulr --early.features {features} -> euler
-  LATENT --measure-every 4 --tokenizer {lone_tokenizer} -> --features
   TOKENIZER --measure-every 1; --validate-every 1 -> FLAG
 2 baselines
   BASELINE --model.downsample 16 -> downsample 16 | --model
@@ -182,8 +180,8 @@ holds {with_images}/samples/photos | would be deleted
   TOKENIZERS {tokenizer} --batch-size 0; IMPORT {rgb} --batch-size 0 -> FLAG 0
   TOKENIZERS {tokenizer} --lpips-weights nowhere.pth -> LPIPS cannot be measured
   TOKENIZERS {tokenizer} {model}/../tokenizer -> named twice
-  TOKENIZERS {tokenizer_of_another_split} -> found: none
-  TOKENIZERS {two_feature_runs}/a -> found: features, large
+  TOKENIZERS {tokenizer} --features pixel -> did you mean 'pixels'?
+  TOKENIZERS {tokenizer} --features effnet-lite0-full -> mostly bias below 6400 images | raise --n
   IMPORT {rgb} --resize 16 -> this takes 3 | pass --channels 3
   IMPORT {rgb} --channels 3 --resize 9 -> image_size is 9
 2 averages
@@ -275,7 +273,7 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   TOKENIZERS {tokenizer} {tokenizer_of_another_split} -> trained on other images
   TOKENIZERS {tokenizer_of_another_split} --features {features} -> trained on other images than the tokenizers
   TOKENIZERS {tokenizer_of_another_size} --features none -> takes (1, 8, 8) images
-  TOKENIZERS {two_feature_runs}/a --features {two_feature_runs}/large -> measures (1, 16, 16) images
+  TOKENIZERS {tokenizer} --features {large_features} -> measures (1, 16, 16) images
   IMPORT {constant} -> cannot be standardised | latent channel 1, 2 | every channel of the images varies | longer
   ENCODE {blueless}; train_latent digits-dit --out {out} --tokenizer {blueless} -> channel 3 of 3 (blue) is 0 | --channels 1
   EVALUATE --baselines {model} -> kind

@@ -113,7 +113,7 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
         "train_latent": f"digits-flow {tiny} --tokenizer {tokenizer}",
         "train_features": f"{tiny} --width 8",
         "train_baseline": f"digits-vae {tiny} --model.width 8 --validation-images 20",
-        "evaluate_likelihood": f"--models {pipeline.baseline} --n 16 --iwae 2 --draws 2",
+        "evaluate_likelihood": f"--models {pipeline.baseline} --features pixels --n 16 --iwae 2 --draws 2",
         "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --reference-nfe 8",
         "posthoc_ema": f"{model} --std 0.08",
         "data": "check digits",

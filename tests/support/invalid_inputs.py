@@ -235,13 +235,9 @@ def with_wrong_table(pipeline: Pipeline, folder: Path, change: Change) -> Path:
     return model
 
 
-def two_feature_runs(pipeline: Pipeline, folder: Path) -> Path:
-    """A tokenizer `a` beside two feature runs of its images, of which `large` takes larger ones."""
-    for name, run in (("a", pipeline.tokenizer), ("features", pipeline.features)):
-        shutil.copytree(run, folder / name)
-    task = train_features.FeaturesTask(
-        folder / "large", DataConfig(resize=16), width=8, dim=8, train=replace(TINY, steps=1)
-    )
+def large_features(pipeline: Pipeline, folder: Path) -> Path:
+    """A feature run of the pipeline's images that takes larger ones."""
+    task = train_features.FeaturesTask(folder, DataConfig(resize=16), width=8, dim=8, train=replace(TINY, steps=1))
     config = train_features.train(task).path / "config.yaml"  # pyright: ignore[reportOptionalMemberAccess]
     write_yaml(config, {**read_yaml(config), "data": read_yaml(pipeline.features / "config.yaml")["data"]})
     return folder
@@ -383,10 +379,9 @@ PLACES: dict[str, Maker] = {
     "other_tokenizer": changed("model", of_another_tokenizer),
     "other_schedule": changed("model", as_guide(lambda description: description["config"].update(schedule="vp"))),
     "other_names": changed("model", as_guide(lambda description: description.update(class_names=[*"abcdefghij"]))),
-    "lone_tokenizer": changed("tokenizer", lambda run: None),
     "tokenizer_of_another_split": with_data("tokenizer", split_seed=7),
     "tokenizer_of_another_size": with_data("tokenizer", resize=16),
-    "two_feature_runs": two_feature_runs,
+    "large_features": large_features,
     "rgb": rgb_autoencoder,
     "constant": constant_autoencoder,
     "blueless": blueless,
