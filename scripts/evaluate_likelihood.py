@@ -20,6 +20,7 @@ from midway.gen.core.runs import kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
+from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -85,7 +86,8 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = balanced_subject(splits.held_out, task.n)
     levels = check_images(models, splits)
-    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
+    draw = class_draw(None, splits.train, len(splits.train.classes))
+    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size, draw=draw)
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))

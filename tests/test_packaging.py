@@ -40,6 +40,7 @@ ROOMS = (
     "evaluation",
     "sweep",
     "report",
+    "proving",
 )
 """The rooms of gen/, bottom first."""
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
