@@ -53,7 +53,7 @@ TABLE = """
   SOLVER --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
   EVALUATE --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
 2 evaluate
-  EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --choice-seeds 1; --choice-seeds 0; --exact-nfe -1; --solvers ,; --grids= -> FLAG
+  EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --choice-seeds 1; --exact-nfe -1; --solvers ,; --grids= -> FLAG
   EVALUATE --eta 0.5 --solvers ddim,heun; --eta 0.5 --solvers ddim,amed -> FLAG
   EVALUATE --eta 1.5 -> eta
   EVALUATE --metrics kidd -> kid
