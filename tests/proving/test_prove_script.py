@@ -64,7 +64,7 @@ def test_every_flag_changes_what_is_measured(tmp_path: Path, folder: Path, succe
         "--first-seed 99",
         "--patch 4",
         "--patch 4 --axes 5",
-        "--components 2",
+        "--components 3",
         "--resize 6 --patch 6",
     ]
     flags += ["--channels 3", "--n 70", "--blocks 3"]
