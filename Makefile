@@ -8,7 +8,7 @@ ARGS   ?=
 TESTS  := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-slow check format bench clean
+.PHONY: help dev demo prove test test-slow check format bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,9 @@ dev: $(STAMP) ## create the virtual environment and install Midway into it
 
 demo: $(STAMP) ## train, sample and measure on real digits; ends with a table and runs/demo/report.html
 	$(BIN)/python scripts/demo.py $(ARGS)
+
+prove: $(STAMP) ## measure all solvers on an exact model; ends with a table and runs/prove/report.html
+	$(BIN)/python scripts/prove_solvers.py $(ARGS)
 
 test: $(STAMP) ## the default test suite (no GPU, no network)
 	$(BIN)/python $(TESTS) $(ARGS)

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from midway.samplers.schedule import Schedule, Shifted
+from midway.samplers.schedule import VP, Schedule, Shifted
 
 Grid = tuple[float, ...]
 RHO_MAX = 80.0
@@ -87,6 +87,14 @@ def quadratic(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min:
     return _as_grid((start + (end - start) * _fractions(steps)).square())
 
 
+def vp(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float = RHO_MIN) -> Grid:
+    """Equal steps of the time of `VP`, whatever the schedule: near the grid of AMED (arXiv 2312.00094, section 4.1)."""
+    own = VP()
+    start, end = _ends(own, rho_max, rho_min)
+    times = start + (end - start) * _fractions(steps)
+    return _as_grid(schedule.time_of_rho(own.rho(times)))
+
+
 def reversed_grid(grid: Grid) -> Grid:
     """The same times from data to noise: a deterministic solver built on them encodes instead of sampling."""
     return grid[::-1]
@@ -106,4 +114,5 @@ GRIDS: dict[str, Callable[..., Grid]] = {
     "karras": karras,
     "shift": shift,
     "quadratic": quadratic,
+    "vp": vp,
 }

@@ -13,14 +13,12 @@ S_k is diagonalised once, so an evaluation is two matrix products with all U_k a
 import functools
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from midway.samplers.prediction import Evaluations, Prediction, TimedField, expand
+from midway.samplers.prediction import Prediction, expand
 from midway.samplers.schedule import Schedule
 
 
@@ -141,26 +139,14 @@ def _products(mixture: Mixture) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class MixtureField(TimedField):
+class MixtureField:
     """The exact field; the features of a prediction are the posterior of the component (B, K)."""
 
     mixture: Mixture
-    schedule: Schedule  # pyright: ignore[reportIncompatibleVariableOverride]
+    schedule: Schedule
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
+        t = t[:1] if t.stride(0) == 0 else t  # expanded: one time for all samples, whose numbers are made once
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         x0, posterior = self.mixture.denoise(x, alpha, sigma)
         return Prediction(x0, (x - expand(alpha, x) * x0) / expand(sigma, x), posterior)
-
-    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
-        """x0 as the value; what depends on a time is the same for all samples."""
-        mixture, values = self.mixture.to(x), list[Callable[[Tensor], Tensor]]()
-        for time in times:
-            t = torch.tensor([time], dtype=torch.float64)
-            level = _Level(mixture, self.schedule.alpha(t).to(x), self.schedule.sigma(t).to(x))
-            values.append(partial(_x0, level))
-        return Evaluations(((0.0, 1.0),) * len(times), values)
-
-
-def _x0(level: _Level, x: Tensor) -> Tensor:
-    return level.denoise(x)[0]

@@ -20,6 +20,7 @@ from midway.gen.core.runs import kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels
 from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
+from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
@@ -44,8 +45,9 @@ class LikelihoodTask:
     models: tuple[Path, ...]
     """Run directories of baselines, and of latent or pixel models, that were trained on the same data and split."""
     features: str | None = None
-    """Feature network (default: effnet-lite0, if installed): effnet-lite0-full, pixels, inception, dinov2-vitb14, dinov2-vitl14,
-    clip-vitb32, clip-vitl14, or the run directory of one trained on these images. none: leave out the distances."""
+    """Feature network (default: effnet-lite0, if installed): effnet-lite0-full, pixels, inception, inception-pytorch,
+    dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of one trained on these images.
+    none: leave out the distances."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found on this machine, or downloaded)."""
     out: Path | None = None
@@ -84,7 +86,8 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     splits = load_splits(first.data)
     subject = balanced_subject(splits.held_out, task.n)
     levels = check_images(models, splits)
-    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size)
+    draw = class_draw(None, splits.train, len(splits.train.classes))
+    plans = SamplerConfig(grids=(task.grid,), batch_size=task.batch_size, draw=draw)
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))

@@ -63,8 +63,9 @@ class TokenizersTask(TileFlags):
     data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
     """Measure on the held-out side of another source (default: of the tokenizers' own), against its training side."""
     features: str | None = None
-    """Feature network (default: effnet-lite0): effnet-lite0-full, pixels, inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32,
-    clip-vitl14, or the run directory of one trained on these images. none: leave out the distances."""
+    """Feature network (default: effnet-lite0): effnet-lite0-full, pixels, inception, inception-pytorch, dinov2-vitb14,
+    dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of one trained on these images. none: leave out the
+    distances."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of a published feature network (default: found on this machine, or downloaded)."""
     out: Path | None = None

@@ -37,7 +37,7 @@ class SampleTask(SamplingFlags, TileFlags):
     nfe: int = 10
     """Network evaluations per image (guidance doubles what the network runs)."""
     grid: str = "karras"
-    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, gits (fitted). A learned solver brings its own."""
+    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, gits (fitted). A learned solver brings its own."""
     n: int = 64
     """Number of images."""
     seed: int = 0

@@ -18,6 +18,7 @@ from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
@@ -52,6 +53,8 @@ class Parts:
     data: DataConfig
     about: str
     """The images in words."""
+    draw: ClassDraw | None
+    """How seeds draw classes: as often as the images have them."""
 
 
 def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
@@ -78,7 +81,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     set_bins(task, model, tokenizer, images)
     fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
     items = Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint)
-    return Parts(model, items, tokenizer, data, describe(images))
+    draw = class_draw(None, images, model.classes, model.empty)
+    return Parts(model, items, tokenizer, data, describe(images), draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -144,7 +148,7 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
 def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
     """Online evaluation of the averaged weights, which are in the model."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
-    log_online(run, step, online_distances(trained, reference, config), reference, config)
+    log_online(run, step, online_distances(trained, reference, config, parts.draw), reference, config)
 
 
 def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:

@@ -37,6 +37,8 @@ HASHED = 1024  # images at once
 NPZ_LIMIT = 256 << 30
 """Bytes of the pixels of an NPZ: 50,000 RGB images have 9.8 GB at 256 x 256, 157 GB at 1024 x 1024."""
 NPY_HEADER = 1 << 16  # bytes; those of uint8 arrays have 128
+NPZ_DAMAGE = (*ZIP_DAMAGE, TypeError, MemoryError, tokenize.TokenError)  # the last of numpy's reader of headers
+"""Errors of reading an NPZ that is missing, damaged or of another kind."""
 LOSSY_SAMPLES = "lossy samples: the format itself changes the distance; write PNG or NPZ"
 
 
@@ -135,33 +137,43 @@ def _from_npz(path: Path, options: ReadingOptions) -> tuple[Tensor, tuple[str, .
 def read_npz(path: Path) -> NDArray[np.uint8]:
     """`arr_0`, uint8 (N, H, W, C). DataError for a file that cannot be read, and for any other array, with the remedy."""
     fix = "write it with np.savez(path, images), uint8 (N, H, W, 3)"
-    causes = (*ZIP_DAMAGE, TypeError, MemoryError, tokenize.TokenError)  # the last of numpy's reader of headers
     with (
-        raising(DataError, f"{path} holds no images that can be read", fix, *causes, why=one_line),
+        raising(DataError, f"{path} holds no images that can be read", fix, *NPZ_DAMAGE, why=one_line),
         zipfile.ZipFile(regular_file(path)) as archive,
     ):
-        entry = member(archive, "arr_0.npy", NPZ_LIMIT + NPY_HEADER)
-        with archive.open(entry) as file:
-            shape, kind, size = _npy_header(file.read(NPY_HEADER))
+        shape, kind, _ = _header(archive, "arr_0", NPZ_LIMIT)
         if (remedy := _remedy(shape, kind)) is not None:
             raise DataError(f"arr_0 of {path} is {kind} {shape}", "it should be uint8 (N, H, W, 1 or 3)", remedy)
-        check_size(math.prod(shape), NPZ_LIMIT)
-        if size + math.prod(shape) != entry.file_size:
-            raise ValueError(f"arr_0 declares {math.prod(shape):,} bytes and holds {entry.file_size - size:,}")
-        with archive.open(entry) as file:
-            return npy.read_array(file, allow_pickle=False)
+        return read_array(archive, "arr_0", NPZ_LIMIT)
 
 
-def _npy_header(start: bytes) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+def read_array(archive: zipfile.ZipFile, name: str, limit: int) -> NDArray[Any]:
+    """An array of an NPZ, of as many bytes as it declares and at most `limit`; errors of `NPZ_DAMAGE`. Nothing is unpickled."""
+    shape, kind, size = _header(archive, name, limit)
+    count = math.prod(shape) * kind.itemsize
+    check_size(count, limit)
+    entry = member(archive, f"{name}.npy", limit + NPY_HEADER)
+    if size + count != entry.file_size:
+        raise ValueError(f"{name} declares {count:,} bytes and holds {entry.file_size - size:,}")
+    with archive.open(entry) as file:
+        return npy.read_array(file, allow_pickle=False)
+
+
+def _header(archive: zipfile.ZipFile, name: str, limit: int) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    with archive.open(member(archive, f"{name}.npy", limit + NPY_HEADER)) as file:
+        return _npy_header(file.read(NPY_HEADER), name)
+
+
+def _npy_header(start: bytes, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     """(shape, type, bytes of the header) of an array, of which no more is read than `start`; ValueError."""
     file = io.BytesIO(start)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
     version = npy.read_magic(file)
     if version not in readers:
-        raise ValueError(f"arr_0 is of version {version}, which no uint8 array needs")
+        raise ValueError(f"{name} is of version {version}, which no array of numbers needs")
     shape, _, kind = readers[version](file)
     if kind.hasobject:
-        raise ValueError("arr_0 holds Python objects, which are not unpickled (allow_pickle=False)")
+        raise ValueError(f"{name} holds Python objects, which are not unpickled (allow_pickle=False)")
     return shape, kind, file.tell()
 
 

@@ -13,7 +13,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,8 +20,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
-from midway.gen.diffusion.distillation import Distillation, part
-from midway.gen.diffusion.model import LatentModel
+from midway.gen.diffusion.distillation import Distillation, SampledModel, part
 from midway.gen.training.batches import Context
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard
@@ -97,11 +95,11 @@ class TrajectoryBatch:
 class SolverObjective(Distillation):
     """Trains `rule` (constants or a predictor). ValueError for an impossible budget, base, teacher or grid."""
 
-    def __init__(self, model: LatentModel, target: SolverTarget, config: DistillConfig) -> None:
+    def __init__(self, model: SampledModel, target: SolverTarget, config: DistillConfig) -> None:
         odd = target.nfe % 2 == 1
         analytic_first = odd if config.analytic_first is None else config.analytic_first
         steps = steps_for(2, target.nfe, analytic_first)
-        feature_dim = 0 if target.constants else model.config.dit.width
+        feature_dim = 0 if target.constants else model.feature_dim
         grid = GRIDS[target.grid](model.schedule, steps)
         solver = AMEDSolver(model.schedule, grid, target.base, analytic_first, feature_dim)
         stride = math.ceil(config.teacher_steps / steps)
@@ -133,10 +131,10 @@ class SolverObjective(Distillation):
             "mode": self.config.mode,
         }
 
-    def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
+    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> LearnedSolver:
         rule = copy.deepcopy(self.rule).cpu().eval()
         rule.load_state_dict(part(averaged, "rule."))
-        LearnedSolver(card, self.grid, rule, self.solver.schedule).save(path)
+        return LearnedSolver(card, self.grid, rule, self.solver.schedule)
 
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> TeacherNodes:
         """All trajectories: labels (M,) -> nodes stacked along the batch, on the labels' device.

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
-from midway.gen.diffusion.distillation import Distillation, part
+from midway.gen.diffusion.distillation import Distillation, SampledModel, part
 from midway.gen.diffusion.load import BEST
-from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS, Grid
@@ -145,7 +144,7 @@ class TableObjective(Distillation):
     chosen: Tensor
 
     def __init__(
-        self, model: LatentModel, target: TableTarget, config: TableConfig, distance: Distance | None = None
+        self, model: SampledModel, target: TableTarget, config: TableConfig, distance: Distance | None = None
     ) -> None:
         if distance is None and config.loss not in DISTANCES:
             raise ValueError(f"loss '{config.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)")
@@ -188,8 +187,8 @@ class TableObjective(Distillation):
             "mode": "end_to_end",
         }
 
-    def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
-        self.export(averaged, {"card": json.dumps(asdict(card))}).save(path)
+    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> Table:
+        return self.export(averaged, {"card": json.dumps(asdict(card))})
 
     @torch.no_grad()
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> EndPairs:

@@ -4,22 +4,51 @@ Training NFE is counted at the network, teacher and warm start included: every p
 backward pass does not. The count is part of the state, so that a resumed run reports what an uninterrupted one does.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
-from midway.gen.diffusion.model import LatentModel, start_state
+from midway.gen.diffusion.model import start_state
+from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import Grid
+from midway.samplers.guidance import ConditionalField
 from midway.samplers.learned import checkpointed
-from midway.samplers.prediction import Field
+from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.prediction import Field, Prediction
 from midway.samplers.sample import EvaluationCounter
+from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
+
+
+class SampledModel(Protocol):
+    """All that learning a solver needs of a model: a `LatentModel`, or a mixture whose field is exact."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of the features of its predictions."""
+        ...
+
+    def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
+        """One pass through the network, for labels (B,)."""
+        ...
+
+    def field(self, labels: Tensor, guidance: float, network: ConditionalField | None) -> Field:
+        """The guided field for labels (B,), with `network` in place of `conditional_field`."""
+        ...
 
 
 class Distillation(nn.Module):
@@ -31,7 +60,7 @@ class Distillation(nn.Module):
 
     evaluations: Tensor
 
-    def __init__(self, model: LatentModel, teacher: Table, guidance: float, recompute: bool) -> None:
+    def __init__(self, model: SampledModel, teacher: Table, guidance: float, recompute: bool) -> None:
         super().__init__()
         self._model = (model,)  # a tuple: not a sub-module, so neither trained nor saved
         self.teacher, self.guidance = teacher, guidance
@@ -58,8 +87,16 @@ class Distillation(nn.Module):
         """The fields of a `SolverCard` that the objective decides."""
 
     @abstractmethod
+    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> LearnedSolver | Table:
+        """The solver of the weights `averaged` (named as this module's state)."""
+
+    @abstractmethod
+    def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a batch of teacher's trajectories, and what to log."""
+
     def save(self, path: Path, averaged: Mapping[str, Tensor], card: SolverCard) -> None:
-        """Write the solver of the weights `averaged` (named as this module's state)."""
+        """Write the solver of the weights `averaged`."""
+        self.sampler(averaged, card).save(path)
 
     def field(self, labels: Tensor) -> Field:
         """The guided field of labels (B,), counted."""
@@ -74,6 +111,34 @@ class Distillation(nn.Module):
     def after_step(self, step_ok: Tensor) -> None:
         """Store the count: evaluations of a skipped step were made as well."""
         self.evaluations.fill_(self.counter.evaluations)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How `learn` learns: Adam with a cosine rate, gradients clipped to a norm."""
+
+    steps: int = 60
+    batch: int = 32
+    lr: float = 5e-3
+    clip: float = 1e6
+    seed: int = 0
+
+
+def learn(objective: Distillation, take: Callable[[Tensor], Any], count: int, lesson: Lesson) -> None:
+    """Train `objective` in memory on batches of its `count` trajectories, `take` (from `prepare`) making one of items (b,).
+
+    For solvers of a field that takes no time; `fit` adds runs, checkpoints and processes.
+    """
+    optimizer = torch.optim.Adam(objective.parameters(), lesson.lr)
+    for step in range(lesson.steps):
+        items = randomness.permutation(lesson.seed, "distill", step, count)[: lesson.batch]
+        optimizer.param_groups[0]["lr"] = lesson.lr * 0.5 * (1 + math.cos(math.pi * step / lesson.steps))
+        loss, _ = objective.loss(take(items), Context(lesson.seed, step, items))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), lesson.clip)
+        optimizer.step()
+        objective.after_step(torch.tensor(True))
 
 
 def part(averaged: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

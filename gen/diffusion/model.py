@@ -118,7 +118,7 @@ class LatentModel(nn.Module):
         class_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.config, self.latent_shape = config, latent_shape
+        self.config, self.latent_shape, self.feature_dim = config, latent_shape, config.dit.width
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.schedule = config.make_schedule()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
@@ -51,6 +52,8 @@ class SamplerConfig:
     batch_size: int = 256
     precision: Literal["no", "bf16"] = "no"
     graph: bool = False
+    draw: ClassDraw | None = None
+    """How seeds draw their classes; None: in turn."""
 
     def __post_init__(self) -> None:
         _check_flags(self)
@@ -62,7 +65,7 @@ class SamplerConfig:
     @cached_property
     def _sampling(self) -> SamplingConfig:
         guidance = Guidance(self.guidance, self.interval, None if self.weak is None else self.weak.model)
-        return SamplingConfig(guidance, self.batch_size, self.precision, self.graph)
+        return SamplingConfig(guidance, self.batch_size, self.precision, self.graph, self.draw)
 
 
 def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: SamplerConfig) -> Table:

@@ -53,7 +53,7 @@ class Instruments:
 def source_of(trained: Trained, solver: str, nfe: int, config: SamplerConfig) -> tuple[SampleSource, str]:
     """How a model is sampled; solver and grid of models that need one. UsageError for a solver that cannot spend the budget."""
     if isinstance(trained, TrainedBaseline):
-        return BaselineSource(trained, config.batch_size), ""
+        return BaselineSource(trained, config.batch_size, config.draw), ""
     sampler = next(iter(make_samplers(trained, solver, nfe, config).values()))
     grid = config.grids[0] if sampler.card is None else sampler.card.grid_name  # a learned solver brings its own
     return SolverSource(trained, sampler, config.sampling()), f"{solver}, {grid}"

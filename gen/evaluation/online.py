@@ -6,6 +6,7 @@ Distances of few images compare only at equal counts, so every log line includes
 import torch
 
 from midway.gen.core.runs import Run
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.evaluation.sources import SolverSource
@@ -13,9 +14,14 @@ from midway.gen.features.reference import FeatureReference
 from midway.gen.training.config import OnlineConfig
 
 
-def online_distances(trained: TrainedModel, reference: FeatureReference, config: OnlineConfig) -> dict[int, float]:
-    """The distance at every budget; infinite where samples are not finite. UsageError for a budget the solver cannot spend."""
-    plans = SamplerConfig(grids=(config.grid,))
+def online_distances(
+    trained: TrainedModel, reference: FeatureReference, config: OnlineConfig, draw: ClassDraw | None = None
+) -> dict[int, float]:
+    """The distance at every budget, of classes by `draw`; infinite where samples are not finite.
+
+    UsageError for a budget the solver cannot spend.
+    """
+    plans = SamplerConfig(grids=(config.grid,), draw=draw)
     found = {}
     for nfe in config.nfe:
         table = make_table(config.solver, config.grid, nfe, trained, plans)

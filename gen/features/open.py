@@ -15,7 +15,16 @@ from midway.gen.features.extractor import Extractor
 
 DEFAULT = "effnet-lite0"
 PIXELS = "pixels"
-PUBLISHED = (DEFAULT, "effnet-lite0-full", "inception", "dinov2-vitb14", "dinov2-vitl14", "clip-vitb32", "clip-vitl14")
+PUBLISHED = (
+    DEFAULT,
+    "effnet-lite0-full",
+    "inception",
+    "inception-pytorch",
+    "dinov2-vitb14",
+    "dinov2-vitl14",
+    "clip-vitb32",
+    "clip-vitl14",
+)
 """Names of published networks (efficientnet.py, inception.py, vit.py)."""
 NAMED = (*PUBLISHED, PIXELS)
 
@@ -57,11 +66,13 @@ def open_extractor(
 def open_published(name: str, weights: Path | None = None) -> Extractor:
     """One of PUBLISHED with the weights given, or found. DataError or UsageError if there are none."""
     from midway.gen.features.efficientnet import EFFNET, FULL, open_efficientnet
-    from midway.gen.features.inception import INCEPTION, open_inception
+    from midway.gen.features.inception import INCEPTION, PYTORCH, open_inception, open_pytorch_inception
     from midway.gen.features.vit import open_vision_transformer
 
     if name in (EFFNET.network, FULL):
         return open_efficientnet(name, weights)
+    if name == PYTORCH:
+        return open_pytorch_inception(weights)
     return open_inception(weights) if name == INCEPTION.network else open_vision_transformer(name, weights)
 
 

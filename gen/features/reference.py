@@ -1,7 +1,7 @@
 """A feature network and the statistics of the training images under it.
 
 Statistics are cached in a file named by the images' fingerprint and the network's hash; a file of another pair raises DataError.
-Moments are those of all training images; features are stored for at most 10,000 of them, with classes interleaved, for KID,
+Moments are those of all training images; features are stored for at most 10,000 of them, classes in proportion, for KID,
 precision and recall.
 
 A network that names a number of `axes` is measured on as many principal axes of the training images (metrics/principal_axes.py):
@@ -22,8 +22,8 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.processes import best_device
-from midway.gen.core.randomness import permutation
 from midway.gen.data.images import ImageData
+from midway.gen.data.splits import in_proportion
 from midway.gen.features.extractor import Activations, Extractor, ImageFeatures
 from midway.gen.metrics.class_share import MOST, between_class_share
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
@@ -32,9 +32,9 @@ from midway.gen.metrics.principal_axes import PrincipalAxes, principal_axes
 from midway.gen.metrics.sliced import Slices
 from midway.tokenizers.weights import check_tensors
 
-FORMAT = "midway-reference-4"
-EARLIER = ("midway-reference-2", "midway-reference-3")
-"""Formats whose files are replaced: sums about the origin; without axes."""
+FORMAT = "midway-reference-5"
+EARLIER = ("midway-reference-2", "midway-reference-3", "midway-reference-4")
+"""Formats whose files are replaced: sums about the origin; without axes; features of as many images of every class."""
 KEPT = 10_000
 """Reference features that are kept."""
 
@@ -48,7 +48,7 @@ class FeatureReference:
     statistics: FeatureStatistics
     name: str
     sample: Tensor | None = None
-    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns."""
+    """Features float32 (<= 10,000, D) of training images, in an order in which the classes take turns in proportion."""
     root: Root = "eigen"
     """How the trace of the Fréchet distance is found where there are more images than features."""
     fingerprint: str = ""
@@ -197,14 +197,8 @@ def _layout(n: int, found: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def balanced(labels: Tensor) -> Tensor:
-    """int64 (N,): items in an order in which every class comes in turn, so that the first n are balanced like the seeds.
-
-    A plain random subset has too many of some classes, which alone would raise the floor.
-    """
-    order = permutation(0, "floor", 0, len(labels))
-    mine = labels[order]
-    turn = torch.nn.functional.one_hot(mine).cumsum(0).gather(1, mine[:, None])[:, 0]  # this item is its class's k-th
-    return order[torch.argsort(turn, stable=True)]
+    """int64 (N,): `in_proportion`, so that the first n have the classes as n seeds have them by default."""
+    return in_proportion(labels)
 
 
 @dataclass(frozen=True)
@@ -218,7 +212,7 @@ class Subject:
 
 
 def balanced_subject(held_out: ImageData, n: int | None = None) -> Subject:
-    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns."""
+    """The first n held-out images, or all if there are fewer, in an order in which the classes take turns in proportion."""
     chosen = balanced(held_out.labels)[:n]
     name = f"{held_out.name}@{held_out.fingerprint[:12]}"
     return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)

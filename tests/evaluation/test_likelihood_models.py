@@ -18,6 +18,7 @@ from sweeps import sweep_task
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import load_splits
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.likelihood import LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
@@ -77,7 +78,8 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
     )
     assert row.bits == pytest.approx(bits.mean().item(), rel=1e-5)
     (plan,) = make_samplers(trained, "dpmpp2m", 4, SamplerConfig(grids=("uniform",))).values()
-    images = decode(trained, sample_latents(trained, plan, torch.arange(24)).latents)
+    labels = ClassDraw(tuple(splits.train.labels.bincount().tolist())).labels(torch.arange(24))
+    images = decode(trained, sample_latents(trained, plan, torch.arange(24), labels=labels).latents)
     network = load_features(Run.open(pipeline.features, "features").checkpoint / "features.safetensors")
     ours, reference = (FeatureStatistics.of(network.features(part)) for part in (images, splits.train.images))
     assert row.distance == pytest.approx(frechet_distance(ours, reference), rel=1e-6)

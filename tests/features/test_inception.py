@@ -1,15 +1,14 @@
 """Inception-v3 with random weights: torch-fidelity's numbers, the same bits for any batch, and never the name FID."""
 
 import hashlib
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from random_inception import random_state
 from safetensors.torch import save_file
 from tensors import pixels
 from torch import Tensor
@@ -17,35 +16,16 @@ from torch import Tensor
 from midway.gen.core.errors import DataError
 from midway.gen.features import inception
 from midway.gen.features.extractor import Activations
-from midway.gen.features.inception import Inception, open_inception
+from midway.gen.features.inception import Inception, open_inception, open_pytorch_inception
 
 fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCK = 2
 
 
-def _random_state() -> dict[str, Tensor]:
-    """He-scaled convolutions and identity normalisation: activations neither vanish nor grow."""
-
-    class Blank(fidelity.FeatureExtractorInceptionV3):
-        def load_state_dict(self, *_: Any, **__: Any) -> Any: ...
-
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    blank = Blank("blank", ["2048"], feature_extractor_weights_path=empty)
-    generator = torch.Generator().manual_seed(0)
-    state = {name: value.clone() for name, value in blank.state_dict().items()}
-    for value in state.values():
-        if value.dim() > 1:
-            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
-    state["fc.bias"].uniform_(1, 2, generator=generator)
-    return state
-
-
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    return _random_state()
+    return random_state()
 
 
 @pytest.fixture(scope="module")
@@ -190,3 +170,38 @@ def test_the_resize_is_tensorflow_1s(size: tuple[int, int]) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.05)  # grey levels; its sources are float32
     half_pixel = torch.nn.functional.interpolate(images, (299, 299), mode="bilinear")
     assert size == (299, 299) or (half_pixel - expected).abs().max() > 5
+
+
+# ---- as pytorch-fid reads images ----
+
+
+def test_pytorch_fids_network_is_the_same_on_other_pixels(extractor: Inception, file: Path) -> None:
+    """At 299 pixels neither resizes: (x - 128) / 128 of torch-fidelity becomes 2 x / 255 - 1."""
+    theirs, images = open_pytorch_inception(file, block=BLOCK), pixels(BLOCK, 3, 299)
+    assert torch.equal(theirs.stages((images.float() - 128) / 128).flatten(1), extractor.features(images))
+    expected = theirs.stages(2 * (images.float() / 255) - 1).flatten(1)
+    assert torch.equal(theirs.features(images), expected)
+    assert not torch.equal(expected, extractor.features(images))
+
+
+def test_pytorch_fids_resize_has_half_pixel_centres(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """source = (target + 1/2) in / out - 1/2, clamped at both ends, without antialiasing."""
+    theirs, seen = open_pytorch_inception(file, block=1), []
+    monkeypatch.setattr(theirs.stages, "forward", lambda x: seen.append(x) or torch.zeros(1, 2048, 1, 1))
+    for size in ((32, 32), (5, 7), (310, 600)):
+        images = pixels(1, 3, 1).expand(1, 3, *size).clone().random_(0, 256)
+        theirs.features(images)
+        expected = images.double()
+        for dim, count in ((2, size[0]), (3, size[1])):
+            source = ((torch.arange(299, dtype=torch.float64) + 0.5) * count / 299 - 0.5).clamp(0, count - 1)
+            low = source.floor().long()
+            share = (source - low).view(-1, 1) if dim == 2 else source - low
+            high = (low + 1).clamp(max=count - 1)
+            expected = expected.index_select(dim, low) * (1 - share) + expected.index_select(dim, high) * share
+        torch.testing.assert_close(seen.pop().double(), 2 * expected / 255 - 1, rtol=0, atol=1e-3)
+
+
+def test_pytorch_fids_distance_has_a_name_of_its_own(file: Path, extractor: Inception) -> None:
+    theirs = open_pytorch_inception(file, block=BLOCK)
+    assert theirs.name.startswith("inception-pytorch-") and theirs.name.endswith("+torch-bilinear-299")
+    assert theirs.name.split("@")[1][:12] == extractor.name.split("@")[1][:12] and "FID" not in theirs.label

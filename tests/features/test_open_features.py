@@ -13,7 +13,7 @@ from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import CPU, load_model
 from midway.gen.features.classifier import load_features
 from midway.gen.features.efficientnet import EFFNET, FULL
-from midway.gen.features.inception import INCEPTION
+from midway.gen.features.inception import INCEPTION, PYTORCH
 from midway.gen.features.open import DEFAULT, NAMED, PUBLISHED, named_extractor, open_features
 from midway.gen.features.pixels import Pixels
 from midway.gen.features.vit import ENCODERS
@@ -59,7 +59,7 @@ def test_the_default_was_not_trained_on_the_data(pipeline) -> None:
 
 def test_names_of_no_extractor_raise(pipeline, tmp_path: Path) -> None:
     data = load_model(pipeline.model, CPU).data
-    assert (EFFNET.network, FULL, INCEPTION.network, *ENCODERS) == PUBLISHED
+    assert (EFFNET.network, FULL, INCEPTION.network, PYTORCH, *ENCODERS) == PUBLISHED
     assert {*PUBLISHED, "pixels"} == {*NAMED}
     with pytest.raises(UsageError, match=r"did you mean 'dinov2-vitl14'.*clip-vitb32"):
         named_extractor("dino2-vitl14", data, "the model")
@@ -67,5 +67,7 @@ def test_names_of_no_extractor_raise(pipeline, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="a run has its own weights"):
             named_extractor(words, data, "the model", tmp_path / "weights.pth")
     for name in PUBLISHED:
-        with pytest.raises(DataError, match=f"weights of {name.removesuffix('-full')} are not on this machine"):
+        with pytest.raises(
+            DataError, match=f"weights of {name.removesuffix('-full').removesuffix('-pytorch')} are not on this machine"
+        ):
             named_extractor(name, data, "the model", tmp_path / "absent.pth")

@@ -25,6 +25,13 @@ def test_quadratic_has_equal_steps_of_the_root_of_t(schedule: Schedule) -> None:
     torch.testing.assert_close(ends, torch.tensor([5.0, 0.01], dtype=torch.float64), rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("schedule", [VP(), EDM(), Linear()])
+def test_the_grid_vp_has_the_noise_levels_of_equal_steps_of_vp(schedule: Schedule) -> None:
+    times, own = grids.vp(schedule, 5), grids.uniform(VP(), 5)
+    levels, wanted = (s.rho(torch.tensor(t, dtype=torch.float64)) for s, t in ((schedule, times), (VP(), own)))
+    torch.testing.assert_close(levels, wanted, rtol=1e-9, atol=0)
+
+
 def test_a_reversed_grid_rises_through_the_same_times() -> None:
     grid = grids.karras(VP(), 4)
     rising = grids.reversed_grid(grid)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from midway.samplers.grids import logsnr
 from midway.samplers.mixture import Mixture
-from midway.samplers.prediction import at
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Linear, Schedule
 from midway.samplers.solvers import SOLVERS
@@ -115,14 +114,18 @@ def test_a_component_is_drawn_as_often_as_its_weight() -> None:
     assert mixture.sample(uniform, torch.zeros(100, 1)).sum() == 75
 
 
-def test_the_field_at_known_times_is_the_field() -> None:
-    schedule, mixture = EDM(), correlated()
-    field, grid = mixture.field(schedule), logsnr(schedule, 5)
-    x = 3 * normal(6, 4, dtype=torch.float64)
-    coefficients, values = at(field, grid, x)
-    for time, value, (p, q) in zip(grid, values, coefficients, strict=True):
-        wanted = field(x, torch.full((6,), time, dtype=torch.float64)).x0
-        torch.testing.assert_close(p * x + q * value(x), wanted, rtol=1e-12, atol=1e-12)
+def test_a_time_that_all_samples_share_gives_what_a_time_for_each_gives() -> None:
+    field, x = correlated().field(EDM()), 3 * normal(6, 4, dtype=torch.float64)
+    shared = level(0.01).expand(6).requires_grad_()
+    own = level(0.01).repeat(6).requires_grad_()
+    results = [field(x, t) for t in (shared, own)]
+    for name in ("x0", "eps", "features"):
+        first, second = (getattr(result, name) for result in results)
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-14)
+    gradients = [
+        torch.autograd.grad(result.x0.sum(), t)[0].sum() for result, t in zip(results, (shared, own), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp2m"])

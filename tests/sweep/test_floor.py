@@ -2,6 +2,7 @@
 
 import torch
 
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.features.reference import balanced
 
 
@@ -14,8 +15,11 @@ def test_every_prefix_of_the_floors_order_is_balanced() -> None:
         assert counts.max() - counts.min() <= 1
 
 
-def test_a_rare_class_runs_out_and_the_others_go_on() -> None:
+def test_the_floor_has_rare_classes_in_proportion_as_the_seeds() -> None:
     labels = torch.tensor([0] * 8 + [1] * 2)
     order = balanced(labels)
-    assert torch.bincount(labels[order[:4]]).tolist() == [2, 2]
-    assert torch.bincount(labels[order]).tolist() == [8, 2]
+    for n in range(11):
+        assert (
+            torch.bincount(labels[order[:n]], minlength=2).tolist()
+            == torch.bincount(ClassDraw((8, 2)).labels(torch.arange(n)), minlength=2).tolist()
+        )

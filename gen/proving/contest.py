@@ -1,0 +1,222 @@
+"""All solvers at all budgets on one ground: the grid of each chosen by RMSE on seeds that are not scored, then scored alone."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midway.gen.core import randomness
+from midway.gen.core.ranges import COUNT, SEED, STEPS, check_flag_ranges
+from midway.gen.diffusion.model import start_state
+from midway.gen.proving.learning import Teaching, teach
+from midway.gen.proving.model import Block, Figures, MixtureModel, exact_error, figures, make_block
+from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
+from midway.samplers.grids import GRIDS, Grid, karras
+from midway.samplers.sampler import Sampler
+from midway.samplers.solvers import SOLVERS, Solver, steps_for
+from midway.samplers.table import Table
+
+FLOOR, EXACT_ROW = "floor", "exact"
+
+
+@dataclass(frozen=True)
+class ContestConfig:
+    """How much is measured."""
+
+    nfe: tuple[int, ...] = (3, 4, 5, 6, 7, 8, 9, 10)
+    n: int = 1024
+    """Seeds of a block."""
+    blocks: int = 4
+    choosing: int = 256
+    """Seeds, after the scored ones, that choose the grids."""
+    exact_steps: int = 96
+    """Steps of the exact solution; its error is that to one of twice the steps."""
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, nfe=STEPS, n=(2, COUNT[1]), blocks=(1, 1000), choosing=(2, COUNT[1]))
+        check_flag_ranges(self, exact_steps=STEPS, first_seed=SEED)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A solver at one budget: figures of every block, by the names of `Figures`; absent ones have no meaning for it."""
+
+    solver: str
+    nfe: int
+    grid: str
+    analytic_first: bool
+    training_nfe: int
+    blocks: dict[str, tuple[float, ...]]
+
+    def mean(self, name: str) -> float | None:
+        """Over the blocks; None if absent."""
+        values = self.blocks.get(name)
+        return None if not values else sum(values) / len(values)
+
+    def error(self, name: str) -> float | None:
+        """Standard error of the mean; None of one block."""
+        values = self.blocks.get(name, ())
+        if len(values) < 2:
+            return None
+        mean = sum(values) / len(values)
+        return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+@dataclass(frozen=True, eq=False)
+class Contest:
+    """A ground's model with its seeds, solved exactly."""
+
+    model: MixtureModel
+    config: ContestConfig
+    teaching: Teaching = field(default_factory=Teaching)
+
+    @cached_property
+    def scored(self) -> list[Block]:
+        config = self.config
+        firsts = (config.first_seed + config.n * number for number in range(config.blocks))
+        return [make_block(self.model, first, config.n, config.exact_steps) for first in firsts]
+
+    @cached_property
+    def unscored(self) -> Block:
+        """The seeds that choose grids."""
+        config = self.config
+        first = config.first_seed + config.n * config.blocks
+        return make_block(self.model, first, config.choosing, config.exact_steps)
+
+    @cached_property
+    def exact_error(self) -> float:
+        """RMSE of the exact solution to one of twice the steps, on the unscored seeds."""
+        return exact_error(self.model, self.unscored, self.config.exact_steps)
+
+    @cached_property
+    def _fitted(self) -> tuple[Grid, Tensor]:
+        """The fine grid and the jump costs of `gits`, of noise of its own."""
+        fine = karras(self.model.schedule, FINE_STEPS)
+        noise = randomness.normal(0, GITS, 0, torch.arange(64), self.model.latent_shape)
+        start = start_state(self.model.schedule, fine[0], noise)
+        with torch.no_grad():
+            return fine, jump_costs(self.model.exact_field, self.model.schedule, start, fine)
+
+    def prepare(self) -> None:
+        """Compute what all cells share."""
+        _ = self.scored, self.unscored, self._fitted, self.model.truth, [block.statistics for block in self.scored]
+
+    def grids(self, steps: int) -> Iterator[tuple[str, Grid]]:
+        """All grids of this many steps, `gits` included."""
+        for name, make in GRIDS.items():
+            yield name, make(self.model.schedule, steps)
+        fine, costs = self._fitted
+        if steps < len(fine):
+            yield GITS, tuple(fine[i] for i in cheapest_path(costs, steps))
+
+    def reference_cells(self) -> list[Cell]:
+        """Floor: fresh data in place of samples. Exact: the exact solution."""
+        floor = [figures(self.model, block, self.model.draw(block.seeds)) for block in self.scored]
+        exact = [figures(self.model, block, block.exact) for block in self.scored]
+        return [
+            Cell(FLOOR, 0, "", False, 0, by_name(floor, "to_exact", "to_data")),
+            Cell(EXACT_ROW, 0, "", False, 0, by_name(exact, "to_data")),
+        ]
+
+    def solver_cell(self, name: str, nfe: int) -> Cell | None:
+        """A solver of the registry on its best grid; None where it cannot make this budget."""
+        entry = SOLVERS[name]
+        step_count = _steps(entry, nfe)
+        if step_count is None:
+            return None
+        steps, analytic = step_count
+        tables = {grid: entry.build(self.model.schedule, times, analytic) for grid, times in self.grids(steps)}
+        grid = self._best(tables, entry.stochastic)
+        return self._scored(name, tables[grid], grid, analytic, 0, entry.stochastic)
+
+    def learned_cell(self, name: str, nfe: int, shared: dict[Any, Any]) -> Cell | None:
+        """A learned solver; None where it cannot make this budget."""
+        try:
+            taught = teach(self.model, name, nfe, self.unscored, self.teaching, shared)
+        except ValueError:
+            return None
+        card = taught.sampler.card
+        assert card is not None
+        return self._scored(name, taught.sampler, taught.grid, card.analytic_first, card.training_nfe, False)
+
+    def _best(self, tables: dict[str, Table], stochastic: bool) -> str:
+        """The grid of least RMSE on the unscored seeds; of solvers that draw noise, of least distance to the data."""
+        found = {
+            grid: figures(self.model, self.unscored, self.model.run(table, self.unscored.seeds))
+            for grid, table in tables.items()
+        }
+        return min(found, key=lambda grid: found[grid].to_data if stochastic else found[grid].rmse)
+
+    def _scored(self, name: str, sampler: Sampler, grid: str, analytic: bool, training: int, stochastic: bool) -> Cell:
+        found = [figures(self.model, block, self.model.run(sampler, block.seeds)) for block in self.scored]
+        names = ("to_exact", "to_data") if stochastic else ("rmse", "to_exact", "to_data")
+        return Cell(name, sampler.nfe, grid, analytic, training, by_name(found, *names))
+
+
+def by_name(found: list[Figures], *names: str) -> dict[str, tuple[float, ...]]:
+    """Figures of blocks as one tuple for each name."""
+    return {name: tuple(getattr(one, name) for one in found) for name in names}
+
+
+def _steps(entry: Solver, nfe: int) -> tuple[int, bool] | None:
+    """Steps of this budget, and whether the first is analytic, which it is only where no other way leads there."""
+    for analytic in (False, True):
+        try:
+            return steps_for(entry.evaluations, nfe, analytic), analytic
+        except ValueError:
+            continue
+    return None
+
+
+def run_contest(
+    contest: Contest,
+    solvers: Sequence[str],
+    learned: Sequence[str],
+    note: Callable[[str, int], object],
+    workers: int = 1,
+) -> list[Cell]:
+    """All cells, the floor and the exact row first. note: called with the name and number of cells of each solver.
+
+    workers: cells measured at a time, each by a thread that torch leaves to one core; results do not depend on it.
+    """
+    shared, (floor, exact) = dict[Any, Any](), contest.reference_cells()
+    contest.prepare()
+
+    def measure(name: str, nfe: int) -> Cell | None:
+        return contest.solver_cell(name, nfe) if name in SOLVERS else contest.learned_cell(name, nfe, shared)
+
+    cells = [floor, exact]
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        try:
+            waiting = {
+                (name, nfe): pool.submit(measure, name, nfe)
+                for name in (*solvers, *learned)
+                for nfe in contest.config.nfe
+            }
+            for name in (*solvers, *learned):
+                found = [waiting[name, nfe].result() for nfe in contest.config.nfe]
+                made = [cell for cell in found if cell is not None]
+                note(name, len(made))
+                cells += made
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return cells
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Within the block torch divides no operation among threads: these are too short for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,259 @@
+"""The report of a proving ground: results.csv, results.jsonl, report.md, report.html and rmse_vs_nfe.png."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from midway.gen.core.files import read_text, write_atomically
+from midway.gen.core.locks import check_replaceable
+from midway.gen.core.text import html, markdown, plot_label
+from midway.gen.proving.contest import EXACT_ROW, FLOOR, Cell
+from midway.gen.proving.published import RATIO, correlations, overall, ratio
+from midway.gen.report.axes import dress, legend_below, look, new_figure, plain_ticks, png
+from midway.gen.report.html import facts_list, figure, notes_list, page, titled_table
+from midway.gen.report.table import Entry, Line, ReportContext, Table, joined, number
+from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table
+
+FILES = ("results.csv", "results.jsonl", "report.md", "report.html", "rmse_vs_nfe.png")
+SHOWN = (
+    *("euler", "ddim", "heun", "dpm2", "dpmpp3m", "unipc3", "ipndm3", "ipndm4"),
+    *("amed", "amed-plugin-ipndm3", "amed-plugin-ipndm4", "table"),
+)
+"""Solvers of the plot, where more lines could not be told apart."""
+FIGURES = {"rmse": "RMSE to the exact solution", "to_exact": "Distance to exact", "to_data": "Distance to data"}
+NOTES = {
+    "rmse": "Root-mean-square difference from the exact solution of the same seeds, mean ± standard error over blocks of seeds; "
+    "a number of the data has standard deviation 0.5. The solver's error alone. Small print: the grid, chosen by RMSE on "
+    "other seeds; '+' marks an analytic first step, taken only at budgets that cannot be reached without.",
+    "to_exact": "Fréchet distance of the samples to the exact solution's samples of the same seeds: 0 at convergence. Fresh data "
+    "in place of samples have the floor. Solvers that draw noise on the way end elsewhere, so theirs cannot fall below it.",
+    "to_data": "Fréchet distance of the samples to the mean and covariance of the mixture. Its bias at this number of samples "
+    "is in every row: compare with the exact row, below which no solver is better.",
+}
+LIMITS = (
+    "A mixture has no network error: solvers that correct such errors, as those that draw noise on the way, gain nothing "
+    "here, and nothing here tells whether a model's own error hides the difference of two solvers.",
+    "Learned solvers learn from the same field, from noise that no scored seed has, for one budget each; what that costs is in "
+    "results.csv. AMED is learned on the grid where its start has the least RMSE, a table on one that it learns.",
+    "Euler and DDIM are the same step on this schedule (variance exploding), as are ab and ipndm_v.",
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The cells of one ground, and what they were measured on."""
+
+    cells: tuple[Cell, ...]
+    ground: str
+    n: int
+    seeds: str
+    exact_error: float
+    """RMSE of the exact solution to one of twice the steps."""
+
+
+# ---- records ----
+
+_OWN = ("solver", "nfe", "grid", "analytic_first", "training_nfe")
+
+
+def records(result: Result) -> list[dict[str, Any]]:
+    """One per cell: means, standard errors and the figures of every block."""
+    shared = {"n": result.n, "seeds": result.seeds, "ground": result.ground, "exact_error": result.exact_error}
+    return [_record(cell) | shared for cell in result.cells]
+
+
+def _record(cell: Cell) -> dict[str, Any]:
+    found: dict[str, Any] = {name: getattr(cell, name) for name in _OWN}
+    for name in FIGURES:
+        found |= {name: cell.mean(name), f"{name}_error": cell.error(name), f"{name}_blocks": cell.blocks.get(name)}
+    return found
+
+
+def read_result(path: Path) -> Result:
+    """What `write_prove_report` wrote to results.jsonl; ValueError, KeyError, OSError for any other file."""
+    found = [json.loads(line) for line in read_text(path).splitlines()]
+    cells = tuple(_cell(record) for record in found)
+    return Result(cells, *(found[0][name] for name in ("ground", "n", "seeds", "exact_error")))
+
+
+def _cell(record: Mapping[str, Any]) -> Cell:
+    given = {name: record[f"{name}_blocks"] for name in FIGURES}
+    blocks = {name: tuple(math.inf if v is None else v for v in values) for name, values in given.items() if values}
+    return Cell(**{name: record[name] for name in _OWN}, blocks=blocks)
+
+
+# ---- tables ----
+
+
+def figure_table(result: Result, name: str, solvers: Sequence[str] = ()) -> Table:
+    """A line per solver (all, or those named), a column per budget, floor and exact row last; the best of a budget marked."""
+    cells = [cell for cell in result.cells if cell.nfe and (not solvers or cell.solver in solvers)]
+    budgets = sorted({cell.nfe for cell in cells})
+    limits = {nfe: _best(result, name, nfe, cells) for nfe in budgets}
+    lines = []
+    for solver in dict.fromkeys(cell.solver for cell in cells):
+        own = {cell.nfe: cell for cell in cells if cell.solver == solver}
+        if any(name in cell.blocks for cell in own.values()):
+            lines.append(Line(solver, tuple(_entry(own.get(nfe), name, limits[nfe]) for nfe in budgets)))
+    lines += [
+        Line(label, (_entry(cell, name, None),) * len(budgets), floor=True)
+        for label, cell in (("floor (fresh data)", _row(result, FLOOR)), ("exact solution", _row(result, EXACT_ROW)))
+        if cell is not None and name in cell.blocks
+    ]
+    return Table(FIGURES[name], NOTES[name], ("solver", *(f"NFE {nfe}" for nfe in budgets)), tuple(lines))
+
+
+def _row(result: Result, name: str) -> Cell | None:
+    return next((cell for cell in result.cells if cell.solver == name), None)
+
+
+def _best(result: Result, name: str, nfe: int, cells: Sequence[Cell]) -> str | None:
+    """The figure that is best, as it is written: the least, but of the distance to data none below the exact row's."""
+    values = [value for cell in cells if cell.nfe == nfe and (value := cell.mean(name)) is not None]
+    finite = [value for value in values if math.isfinite(value)]
+    exact = _row(result, EXACT_ROW)
+    least = exact.mean(name) if exact is not None and name == "to_data" else None
+    return number(max(min(finite), least or 0.0)) if len(finite) > 1 else None
+
+
+def _entry(cell: Cell | None, name: str, best: str | None) -> Entry | None:
+    value = None if cell is None else cell.mean(name)
+    if cell is None or value is None:
+        return None
+    small = f"{cell.grid}{' +' if cell.analytic_first else ''}"
+    is_best = best is not None and math.isfinite(value) and value <= float(best) + _half_digit(best)
+    return Entry(number(value, cell.error(name)), small, is_best)
+
+
+def _half_digit(text: str) -> float:
+    """Half of the last decimal: what is written alike is best alike."""
+    return 0.5 * 10.0 ** -len(text.partition(".")[2])
+
+
+def order_table(result: Result) -> Table:
+    """Rank correlation with the published order, a line per figure."""
+    budgets = sorted({cell.nfe for cell in result.cells if cell.nfe})
+    lines = []
+    for name, title in FIGURES.items():
+        found, together = correlations(result.cells, name), overall(result.cells, name)
+        entries = [
+            Entry(f"{found[nfe][0]:.2f}", f"{found[nfe][1]} solvers") if nfe in found else None for nfe in budgets
+        ]
+        entries.append(None if together is None else Entry(f"{together[0]:.2f}", f"{together[1]} cells"))
+        quotient = ratio(result.cells, name)
+        entries.append(None if quotient is None else Entry(f"{quotient:.2f}"))
+        lines.append(Line(title, tuple(entries)))
+    first, second, nfe = RATIO
+    note = (
+        "Spearman's rank correlation of each figure with published FIDs of CIFAR-10 (EDM's network, unconditional) over the "
+        f"solvers that both have. The last column is the quotient of {first} and {second} at {nfe} evaluations; published 0.30."
+    )
+    heads = ("figure", *(f"NFE {nfe}" for nfe in budgets), "together", f"{first} / {second} at {nfe}")
+    return Table("Agreement with the published order", note, heads, tuple(lines))
+
+
+def tables(result: Result) -> list[Table]:
+    """All of a report."""
+    return [*(figure_table(result, name) for name in FIGURES), order_table(result)]
+
+
+def terminal_text(result: Result) -> str:
+    """RMSE, distance to data, and the agreement with the published order."""
+    shown = (figure_table(result, "rmse"), figure_table(result, "to_data"), order_table(result))
+    return "\n\n".join(f"{table.title}\n\n{text_table(table)}" for table in shown)
+
+
+# ---- files ----
+
+
+def plot(result: Result) -> bytes:
+    """RMSE of the `SHOWN` solvers against NFE, both axes logarithmic, as PNG."""
+    from matplotlib.ticker import FixedLocator, LogLocator
+
+    drawing = new_figure()
+    axes = drawing.add_subplot()
+    dress(axes, "NFE, evaluations per sample", FIGURES["rmse"])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    budgets = sorted({cell.nfe for cell in result.cells if cell.nfe})
+    for index, solver in enumerate(name for name in SHOWN if any(cell.solver == name for cell in result.cells)):
+        own = [cell for cell in result.cells if cell.solver == solver]
+        points = [(cell.nfe, value) for cell in own if (value := cell.mean("rmse")) and math.isfinite(value)]
+        face = {"markerfacecolor": "white", "markeredgewidth": 1.6} if any(cell.training_nfe for cell in own) else {}
+        axes.plot(*zip(*points, strict=True), **{**look(index), **face}, label=plot_label(solver))
+    plain_ticks(axes.xaxis, FixedLocator(budgets))
+    plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
+    legend_below(drawing, axes)
+    return png(drawing)
+
+
+def facts(result: Result, context: ReportContext) -> list[tuple[str, str]]:
+    """(name, value) of what is needed to repeat it."""
+    blocks = max(len(values) for cell in result.cells for values in cell.blocks.values())
+    return [
+        ("ground", f"{result.ground}: {context.data}"),
+        ("model", context.model),
+        ("samples", f"{blocks} block(s) of {result.n}, seeds {result.seeds}"),
+        ("grids", f"chosen on other seeds: {context.seeds}"),
+        ("error of the exact solution", f"{result.exact_error:.2g}, RMSE to one of twice the steps"),
+        ("training", joined(_training(result))),
+        ("hardware", context.hardware),
+        ("versions", context.version_text),
+        ("command", context.command),
+    ]
+
+
+def _training(result: Result) -> list[str]:
+    """The evaluations that each learned solver cost, over its budgets."""
+    names = dict.fromkeys(cell.solver for cell in result.cells if cell.training_nfe)
+    spent = {name: [cell.training_nfe for cell in result.cells if cell.solver == name] for name in names}
+    return [f"{name} {min(costs):,} to {max(costs):,} evaluations a budget" for name, costs in spent.items()]
+
+
+def check_out(directory: Path) -> None:
+    """UsageError if the directory has files of another report."""
+    own = False
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        own = bool(read_result(directory / FILES[1]).cells)
+    check_replaceable(directory, FILES, own)
+
+
+def write_prove_report(directory: Path, result: Result, context: ReportContext) -> None:
+    """Write all five files, each whole or not at all. DiskError; UsageError as `check_out`."""
+    check_out(directory)
+    picture, found, known = plot(result), tables(result), facts(result, context)
+    parts = [*map(markdown_section, found), f"![{markdown(FIGURES['rmse'])} against NFE]({FILES[4]})\n"]
+    caption = "Both axes are logarithmic. Hollow markers: learned solvers."
+    body = [
+        titled_table(found[0]),
+        f'<div class="plots">{figure(picture, "RMSE against NFE", caption)}</div>',
+        *map(titled_table, found[1:]),
+        notes_list(context.notes),
+        facts_list(known),
+    ]
+    texts = {
+        FILES[0]: csv_text(records(result)),
+        FILES[2]: markdown_page(context, parts, known),
+        FILES[3]: page(context, f'<p class="lead">{html(summary(result))}</p>', body),
+        FILES[1]: jsonl_text(records(result)),
+    }
+    write_atomically(directory / FILES[4], picture)
+    for name, text in texts.items():
+        write_atomically(directory / name, text.encode())
+
+
+def summary(result: Result) -> str:
+    """Floor, exact row and agreement in a sentence or two."""
+    floor, exact = (_row(result, name) for name in (FLOOR, EXACT_ROW))
+    parts = []
+    if floor is not None and exact is not None:
+        floor_text, exact_text = (number(c.mean("to_data") or 0.0, c.error("to_data")) for c in (floor, exact))
+        parts.append(f"Distance to data: fresh data {floor_text}, exact solution {exact_text}.")
+    together = overall(result.cells, "to_data")
+    if together is not None:
+        parts.append(f"Rank correlation with the published order, all budgets together: {together[0]:.2f}.")
+    return " ".join(parts)
