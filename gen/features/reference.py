@@ -75,6 +75,15 @@ class FeatureReference:
         )
 
     @cached_property
+    def kernel_unit(self) -> float:
+        """The length in which KID's kernel takes features: their overall standard deviation on axes, else 1, as published.
+
+        Coordinates that are small against 1 would make the cubic kernel a linear one, which sees means alone.
+        """
+        spread = float(self.statistics.covariance.trace() / self.statistics.dim) ** 0.5
+        return spread if self.axes is not None and spread > 0 else 1.0
+
+    @cached_property
     def slices(self) -> Slices:
         """Of `sample`, for the sliced distance. ValueError if none is stored."""
         if self.sample is None:
