@@ -201,7 +201,9 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         grids="uniform,logsnr,karras,gits",
         title="Digits: Fréchet distance per step budget",
     )
-    return replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16, choice_seeds=16) if task.quick else full
+    return (
+        replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16, choice_seeds=16) if task.quick else full
+    )
 
 
 STAGES: dict[str, Callable[[DemoTask], object]] = {
