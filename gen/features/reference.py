@@ -70,8 +70,8 @@ class FeatureReference:
         if self.between is None or self.between <= MOST:
             return ()
         return (
-            f"{self.between:.0%} of the variance of {self.features} lies between classes: distances hardly see variety within a "
-            "class, and one fixed picture per class would score well. Measure with --features effnet-lite0.",
+            f"{self.between:.0%} of the variance of {self.features} lies between classes: distances depend little on the variety "
+            "within a class. scripts/check_metric.py shows how little; effnet-lite0 was not trained on these images.",
         )
 
     @cached_property
