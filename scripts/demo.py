@@ -34,6 +34,7 @@ from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask
 
+BUDGETS = "4,6,8,10"
 LEARNED = ("amed-constants", "amed", TABLE)
 RUNS = ("tokenizer", "model")
 MARK = ".demo"
@@ -189,7 +190,7 @@ def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
             distill=DistillConfig(trajectories=32),
             train=replace(default.train, steps=3, batch_size=16),
         )
-    return replace(default, nfe="4,6,8,10,20")
+    return replace(default, nfe=BUDGETS)
 
 
 def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
@@ -198,6 +199,7 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         model=task.out / "model",
         out=task.out,
         solvers=f"euler,ddim,heun,dpm2,dpmpp2m,dpmpp3m,ipndm3,{','.join(LEARNED)}",
+        nfe=BUDGETS,
         grids="uniform,logsnr,karras,gits",
         title="Digits: Fréchet distance per step budget",
     )
