@@ -205,7 +205,7 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         solvers="euler,ddim,heun,dpm2,dpmpp2m,amed-constants,amed",
         title="Digits: Fréchet distance per step budget",
     )
-    return replace(full, nfe="4", grids="uniform", n=64, blocks=1, reference_nfe=16) if task.quick else full
+    return replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16) if task.quick else full
 
 
 STAGES: dict[str, Callable[[DemoTask], object]] = {

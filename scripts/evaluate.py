@@ -8,7 +8,7 @@ new ones. Several processes divide the work:
 External samples: python scripts/evaluate.py --images samples.npz --data digits --features runs/digits-features --out report
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from evaluation_inputs import (
     image_notes,
     open_model,
     open_repeats,
+    open_spaces,
     solver_names,
 )
 from tqdm import tqdm
@@ -37,23 +38,24 @@ from midway.gen.data.splits import Splits, changed_since, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
+from midway.gen.evaluation.spaces import Spaces, spaces_of
 from midway.gen.features.extractor import Extractor, plain_float32
-from midway.gen.features.open import open_extractor
 from midway.gen.features.reference import make_reference
 from midway.gen.report.notes import (
     class_notes,
     common_notes,
+    exact_notes,
     few_note,
     floor_text,
     notes,
-    reference_notes,
     timing_notes,
 )
 from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
 from midway.gen.report.sweep import check_out, terminal_text, write_report
+from midway.gen.report.sweep_page import pictures_of
 from midway.gen.report.table import ReportContext
-from midway.gen.sweep.jobs import SweepConfig, fine_source, solver_jobs
-from midway.gen.sweep.run import Sweep, run_sweep, with_best
+from midway.gen.sweep.jobs import Plan, SweepConfig, plan_of
+from midway.gen.sweep.run import Sweep, run_sweep
 from midway.gen.sweep.store import CellStore
 
 
@@ -71,20 +73,22 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
     data = replace(trained.data, download=task.data.download) if trained else task.data
     out = folder(task)
-    whose, beside = ("the model", [trained.run.path]) if trained else ("the reference", [])
-    extractor = open_extractor(task.features, beside, data, whose, task.feature_weights)
+    extractors = open_spaces(task, data, "the model" if trained else "the reference")
     splits = load_splits(data)
-    extractor.check(splits.train.images, "the reference has")
+    for extractor in extractors:
+        extractor.check(splits.train.images, "the reference has")
     if model is not None:
         model.check_images(splits.train.images)
     changed = changed_since(trained.run, splits.train) if trained else ()
     externals = external_images(task, splits)
     config = sweep_config(task, trained, model, externals, splits, device)
-    check_metrics(config.metrics, config.n, extractor.dim, extractor.has_logits)
+    for extractor in extractors:
+        extractor.check_count(config.n)
+    dim = extractors[0].measured_dim(splits.train.images)
+    check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
     others = [*baseline_jobs(task, data, config, device), *image_jobs(externals, config)]
-    models = [] if model is None else [model, *repeats]
-    trainings = [(fine_source(one, config), solver_jobs(one, config)) for one in models] or [(None, [])]
-    trainings[0][1].extend(others)
+    plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
+    plans[0].jobs.extend(others)
 
     check_out(out)
     stop_note(f"what was measured is stored in {out / 'cells'}; the same command goes on")
@@ -96,22 +100,27 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
                 stack.enter_context(claimed(out, task.fresh))
         if shown:
             echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-        reference = make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
-        total = sum(len(jobs) + (fine is not None) for fine, jobs in trainings)
-        with tqdm(total=total, desc="sweep", disable=None if shown else True, leave=False) as bar:
+        spaces = spaces_of(
+            [
+                make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
+                for extractor in extractors
+            ]
+        )
+        with tqdm(desc="sweep", disable=None if shown else True, leave=False) as bar:
 
             def progress(cell: str) -> None:
                 bar.set_postfix_str(printable(cell))
                 bar.update()
 
-            sweeps = [
-                run_sweep(jobs, fine, reference, splits.held_out, config, out, progress, process)
-                for fine, jobs in trainings
-            ]
+            sweeps: list[Sweep] = []
+            for plan in plans:
+                choice = sweeps[0].choice if sweeps else None
+                sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, progress, process, choice))
         sweep, missing = merged(sweeps)
         if shown:
-            facts = context(task, model, splits, config, externals, sweep, extractor, missing, changed)
-            write_report(out, sweep.measurements, facts, sweep.grids, sections(trained, splits, config, sweep))
+            facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
+            parts = sections(trained, splits, config, sweep)
+            write_report(out, sweep.measurements, facts, pictures_of(sweep), parts, sweep.choice)
             echo(terminal_text(sweep.measurements))
             if model is None:
                 echo(floor_text(sweep))
@@ -149,7 +158,8 @@ def sweep_config(
         n=n,
         blocks=count,
         first_seed=task.seed,
-        reference_nfe=task.reference_nfe if model else 0,
+        exact_nfe=task.exact_nfe if model else 0,
+        choice=task.choice_seeds,
         metrics=names(task.metrics),
         overlap=task.overlap,
         skip=task.skip_unreachable,
@@ -188,7 +198,7 @@ def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
     from midway.gen.sweep.repeats import left_out, merge_trainings
 
     trainings = [sweep.measurements for sweep in sweeps]
-    return with_best(first, merge_trainings(trainings)), left_out(trainings)
+    return replace(first, measurements=merge_trainings(trainings)), left_out(trainings)
 
 
 def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig, sweep: Sweep) -> list[Section]:
@@ -220,13 +230,15 @@ def context(
     config: SweepConfig,
     externals: dict[str, ExternalImages],
     sweep: Sweep,
-    extractor: Extractor,
+    spaces: Spaces,
+    extractors: Sequence[Extractor],
     missing: list[str],
     changed: tuple[str, ...],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
-    alone = (*common_notes(config, splits, extractor.note), floor_text(sweep))
-    protocol = notes(config, splits, len(task.repeats), extractor.note, missing) if model else alone
+    features = " ".join(extractor.note for extractor in extractors)
+    alone = (*common_notes(config, splits, features), floor_text(sweep))
+    protocol = notes(config, splits, len(task.repeats), features, missing) if model else alone
     return ReportContext(
         title=task.title,
         model=model.description if model else "no model of ours",
@@ -235,10 +247,11 @@ def context(
         guidance=config.guidance,
         notes=(
             *changed,
-            *few_note(config.n, extractor.dim),
+            *few_note(config.n, spaces[""].statistics.dim),
+            *(line for reference in spaces.values() for line in reference.warnings),
             *class_notes(splits, config.n, drawn_classes(model)),
             *protocol,
-            *reference_notes(sweep),
+            *exact_notes(config, sweep),
             *timing_notes(sweep.measurements),
             *image_notes(externals, config),
         ),

@@ -14,7 +14,9 @@ from midway.gen.core.files import check_path
 from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.metrics.frechet import Root
+from midway.gen.sweep.jobs import EXACT_NFE
 
+DEFAULT_SPACES = ("effnet-lite0", "pixels")
 UNNAMED = DataConfig(data="")
 """The reference data while none are named."""
 
@@ -39,11 +41,11 @@ class EvaluateTask(SamplingFlags):
     """1 converts --images to grey, 3 to RGB."""
     data: Annotated[DataConfig, Flat] = field(default_factory=lambda: UNNAMED)
     """Without --model: the reference, and its split, as in the training of --features."""
-    features: str | Path | None = None
-    """Feature network: its run directory (default: the one beside the model that was trained on its images), or a published one:
-    inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14."""
+    features: str = ",".join(DEFAULT_SPACES)
+    """Comma-separated feature spaces; the first ranks, the others are columns beside it: effnet-lite0, pixels, inception,
+    dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of a network trained on these images."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
-    """File with the weights of a published feature network (default: found in the cache, or downloaded)."""
+    """File with the weights of the first feature space (default: installed, in the cache, or downloaded)."""
     out: Path | None = None
     """Directory to write (default: report/ in the model's run; needed without --model)."""
     repeats: tuple[Path, ...] = ()
@@ -57,7 +59,10 @@ class EvaluateTask(SamplingFlags):
     nfe: str = "4,6,8,10,20"
     """Comma-separated budgets of network evaluations."""
     grids: str = "uniform,logsnr,karras"
-    """Comma-separated; every solver is measured on each, and shown on its best. gits is fitted to the model."""
+    """Comma-separated; the grid of each solver and budget is chosen among them on seeds that are not scored. gits is fitted to
+    the model."""
+    choice_seeds: int = 128
+    """Seeds on which grids are chosen, by RMSE to the exact solution; they follow those that are measured."""
     skip_unreachable: bool = False
     """Leave out budgets that a solver cannot reach (heun at 5), instead of raising an error."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
@@ -67,11 +72,12 @@ class EvaluateTask(SamplingFlags):
     """Disjoint blocks of seeds, or of consecutive --images, whose spread is the error bar (default: 4; 1 of --images alone)."""
     seed: int = 0
     """First seed."""
-    reference_nfe: int = 128
-    """Evaluations of the fine solution behind RMSE and the use of codes; 0 leaves them out."""
-    metrics: str = "kid"
-    """Comma-separated, beside the Fréchet distance: kid, precision (and recall), density (and coverage), is, infinity; empty for
-    none."""
+    exact_nfe: Annotated[int, tyro.conf.arg(aliases=["--reference-nfe"])] = EXACT_NFE
+    """Evaluations of the exact solution (dpmpp3m on logsnr), which solvers are compared with; 0 leaves it out, and with it all
+    that is compared with it, and the choice of a grid."""
+    metrics: str = "kid,sliced"
+    """Comma-separated, beside the Fréchet distance: kid, sliced, precision (and recall), density (and coverage), is, infinity;
+    empty for none."""
     root: Root = "eigen"
     """newton-schulz computes the distance by matrix products alone, on the GPU if there is one; an error where it does not
     converge."""
@@ -87,7 +93,9 @@ class EvaluateTask(SamplingFlags):
 
     def __post_init__(self) -> None:
         SamplingFlags.__post_init__(self)
-        check_flag_ranges(self, n=COUNT, blocks=COUNT, seed=SEED, reference_nfe=(0, STEPS[1]), images_resize=WIDTH)
+        check_flag_ranges(
+            self, n=COUNT, blocks=COUNT, seed=SEED, exact_nfe=(0, STEPS[1]), choice_seeds=COUNT, images_resize=WIDTH
+        )
 
 
 def check_flags(task: EvaluateTask) -> None:

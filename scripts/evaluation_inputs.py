@@ -13,6 +13,8 @@ from midway.gen.data.splits import DataConfig, Splits, flags_of, same_images
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
+from midway.gen.features.extractor import Extractor
+from midway.gen.features.open import named_extractor
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.samplers.solvers import ALIASES, SOLVERS
 
@@ -23,7 +25,7 @@ def open_model(task: EvaluateTask, trained: TrainedModel | None, device: torch.d
         return EvaluatedLatentModel(trained)
     if task.diffusers is None:
         return None
-    from midway.gen.evaluation.diffusers import load_diffusers
+    from midway.gen.evaluation.diffusers_files import load_diffusers
 
     return load_diffusers(task.diffusers, device)
 
@@ -37,6 +39,21 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
     found = [load_model(path, device) for path in task.repeats]
     check_repeats(trained, found)
     return [EvaluatedLatentModel(repeat) for repeat in found]
+
+
+def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
+    """The feature networks of --features, the first with the weights of --feature-weights; errors as `named_extractor`.
+
+    UsageError for none, and for one twice.
+    """
+    words = names(task.features)
+    if not words or len(set(words)) < len(words):
+        why = "distances need features" if not words else "a space is measured once"
+        raise UsageError(
+            f"--features {task.features!r}", why, "name one or several different spaces: effnet-lite0,pixels"
+        )
+    weights = [task.feature_weights, *[None] * (len(words) - 1)]
+    return [named_extractor(word, data, whose, its) for word, its in zip(words, weights, strict=True)]
 
 
 def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core import randomness
-from midway.gen.data.images import to_uint8
+from midway.gen.data.images import to_float, to_uint8
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import Guidance, start_state
@@ -118,3 +118,11 @@ def decode(trained: TrainedModel, latents: Tensor, batch_size: int = 512) -> Ten
     device = trained.tokenizer.device
     parts = [trained.tokenizer.decode_latents(part.to(device)) for part in latents.split(batch_size)]
     return torch.cat([to_uint8(part).cpu() for part in parts])
+
+
+@torch.no_grad()
+def reconstruct(trained: TrainedModel, images: Tensor, batch_size: int = 512) -> Tensor:
+    """uint8 images (N, C, H, W) -> their reconstructions by the tokenizer, on the CPU."""
+    tokenizer = trained.tokenizer
+    parts = [tokenizer.encode_latents(to_float(part.to(tokenizer.device))) for part in images.split(batch_size)]
+    return decode(trained, torch.cat(parts), batch_size)

@@ -1,16 +1,24 @@
-"""The result of a sweep: one `Measurement` per (solver, grid, budget), what it is compared with, and its columns in files."""
+"""The result of a sweep: one `Measurement` per (solver, budget), what it is compared with, and its columns in files.
+
+Three rows bound what a solver can reach, and are no solvers:
+
+    floor      held-out real images: the limit of the measure
+    ceiling    held-out images through the tokenizer and back: the limit of the tokenizer, where there is one
+    exact      the fine solution of every seed: the limit of the model
+"""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from midway.samplers.gits import GITS
-
-FLOOR = "floor"
-FID = "inception-v3-2015-12-05@6726825d"
-"""Prefix of the feature name under which a distance is FID."""
+FLOOR, CEILING, EXACT = "floor", "ceiling", "exact"
+LIMITS = (FLOOR, CEILING, EXACT)
+"""Rows that bound what a solver can reach."""
+TO_EXACT = "to_exact"
+"""Fréchet distance to the images of the exact solution from the same seeds: the solver's error alone."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measurement:
-    """`n` images per block by `solver` on `grid` with `nfe` network evaluations each, or the floor: real images, nfe 0.
+    """`n` images per block by `solver` on `grid` with `nfe` network evaluations each, or one of `LIMITS` (of images, nfe 0).
 
-    metrics: by the names of `RESULT_COLUMNS` and `evaluation.metrics`. `distance` is always there, infinite if samples diverged.
+    metrics: by the names of `RESULT_COLUMNS` and `evaluation.metrics`, those of further feature spaces with the name of the
+    space in front. `distance` is always there, infinite if samples diverged.
     """
 
     solver: str
@@ -46,14 +55,12 @@ class Measurement:
     seconds: float
     """Of sampling n images; `decode_seconds` and `feature_seconds` come on top of it."""
     features: str
-    """Name of the feature network."""
+    """Name of the feature network, that of the first space."""
     reference: str
     """Name of the images that samples are compared with."""
     seeds: str
     training_nfe: int = 0
     """Network evaluations spent to train the solver."""
-    best: bool = True
-    """Whether its grid has the least distance of (solver, nfe)."""
     baseline: bool = False
     """A model of its own at its own cost, or external images."""
     decode_seconds: float = 0.0
@@ -66,6 +73,8 @@ class Measurement:
     """cells/<record>.json holds everything that the measurement depends on; one name per training."""
     timing: str = ""
     """What its seconds depend on: machine, processes, batches."""
+    further: str = ""
+    """Names of further feature networks, joined by `; `."""
 
     def value(self, name: str) -> float | None:
         """The metric's mean, None if it was not measured."""
@@ -82,10 +91,21 @@ class Measurement:
         """Fréchet distance."""
         return self.metrics["distance"].mean
 
+    def values(self, name: str) -> tuple[float, ...]:
+        """The metric of each block; measurements of one sweep share their seeds. Empty if it was not measured."""
+        found = self.metrics.get(name)
+        return () if found is None else found.values
+
     @property
     def distances(self) -> tuple[float, ...]:
-        """Fréchet distance of each block; measurements of one sweep share their seeds."""
-        return self.metrics["distance"].values
+        """Fréchet distance of each block."""
+        return self.values("distance")
+
+    @property
+    def spaces(self) -> dict[str, str]:
+        """Names of further feature networks by the names of their columns."""
+        names = [name for name in self.further.split("; ") if name]
+        return dict(zip(space_names([self.features, *names])[1:], names, strict=True))
 
     @property
     def image_seconds(self) -> float:
@@ -102,6 +122,16 @@ def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
+def space_names(features: Sequence[str]) -> list[str]:
+    """Short names of the feature spaces of these networks: the first has none, others `pixels-32`; equal ones are numbered."""
+    found = [""] if features else []
+    for name in features[1:]:
+        short = re.split("[@,+]", name)[0].replace("_", "-")
+        count = sum(other.partition("#")[0] == short for other in found)
+        found.append(f"{short}#{count + 1}" if count else short)
+    return found
+
+
 # ---- columns of results.csv and results.jsonl ----
 
 
@@ -113,28 +143,40 @@ def _std(name: str) -> Callable[[Measurement], float | None]:
     return lambda m: m.std(name)
 
 
-_ATTRIBUTES = ("n", "blocks", "seconds", "features", "reference", "seeds", "training_nfe", "best", "baseline", "distances",
-               "decode_seconds", "feature_seconds")  # fmt: skip
+def _blocks(name: str) -> Callable[[Measurement], tuple[float, ...]]:
+    return lambda m: m.values(name)
+
+
+_ATTRIBUTES = ("n", "blocks", "seconds", "features", "reference", "seeds", "training_nfe", "baseline")
+_TIMES = ("decode_seconds", "feature_seconds")
+_PLAIN = ("precision", "recall", "density", "coverage", "inception_score", "fd_infinity")
 RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     **{name: attrgetter(name) for name in ("solver", "grid", "nfe")},
     "distance": _mean("distance"),
     "distance_std": _std("distance"),
+    TO_EXACT: _mean(TO_EXACT),
+    f"{TO_EXACT}_std": _std(TO_EXACT),
     "rmse": _mean("rmse"),
     **{name: attrgetter(name) for name in _ATTRIBUTES},
+    "distance_blocks": _blocks("distance"),
+    f"{TO_EXACT}_blocks": _blocks(TO_EXACT),
+    **{name: attrgetter(name) for name in _TIMES},
     "psnr": _mean("psnr"),
     "kid": _mean("kid"),
     "kid_std": _std("kid"),
-    **{name: _mean(name) for name in ("precision", "recall", "density", "coverage", "inception_score", "fd_infinity")},
-    **{name: attrgetter(name) for name in ("nonfinite", "trainings", "record", "timing")},
+    "sliced": _mean("sliced"),
+    "sliced_std": _std("sliced"),
+    **{name: _mean(name) for name in _PLAIN},
+    **{name: attrgetter(name) for name in ("nonfinite", "trainings", "record", "timing", "further")},
 }
-"""By name in the order of the files; metrics that are not listed follow."""
+"""By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 
 
 def to_records(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """The rows of results.csv and results.jsonl."""
     more = dict.fromkeys(name for m in measurements for name in m.metrics if name not in RESULT_COLUMNS)
-    columns = RESULT_COLUMNS | {name: _mean(name) for name in more}
-    return [{name: value(m) for name, value in columns.items()} for m in measurements]
+    further = {key: get for name in more for key, get in ((name, _mean(name)), (f"{name}_std", _std(name)))}
+    return [{name: value(m) for name, value in (RESULT_COLUMNS | further).items()} for m in measurements]
 
 
 def from_record(record: Mapping[str, Any]) -> Measurement:
@@ -142,141 +184,18 @@ def from_record(record: Mapping[str, Any]) -> Measurement:
     given = {name: value for name, value in record.items() if value not in ("", None)}
     plain = {f: given[f] for f in Measurement.__dataclass_fields__ if f in given and f != "metrics"}
     stds = {name.removesuffix("_std"): float(value) for name, value in given.items() if name.endswith("_std")}
-    names = [n for n in given if n not in plain and n != "distances" and not n.endswith("_std")]
-    metrics = {name: Estimate(float(given[name]), stds.get(name)) for name in names}
-    blocks = given.get("distances", ())
-    blocks = tuple(float(value) for value in (blocks.split() if isinstance(blocks, str) else blocks))
-    metrics["distance"] = replace(metrics.get("distance", Estimate(math.nan, stds.get("distance"))), values=blocks)
+    blocks = {name.removesuffix("_blocks"): _floats(v) for name, v in given.items() if name.endswith("_blocks")}
+    names = [n for n in given if n not in plain and not n.endswith(("_std", "_blocks"))]
+    metrics = {name: Estimate(float(given[name]), stds.get(name), blocks.get(name, ())) for name in names}
+    metrics.setdefault("distance", Estimate(math.nan, stds.get("distance"), blocks.get("distance", ())))
     kinds: dict[str, Callable[[Any], Any]] = {
         **dict.fromkeys(("nfe", "n", "blocks", "training_nfe", "nonfinite", "trainings"), int),
-        **dict.fromkeys(("seconds", "decode_seconds", "feature_seconds"), float),
-        **dict.fromkeys(("best", "baseline"), lambda value: value in (True, "true")),
+        **dict.fromkeys(("seconds", *_TIMES), float),
+        "baseline": lambda value: value in (True, "true"),
     }
     fields: dict[str, Any] = {"grid": "", "seeds": ""} | {n: kinds.get(n, str)(value) for n, value in plain.items()}
     return Measurement(metrics=metrics, **fields)
 
 
-# ---- choices ----
-
-
-def floor_of(measurements: Iterable[Measurement]) -> Measurement | None:
-    """The floor, if it was measured."""
-    return next((m for m in measurements if m.solver == FLOOR), None)
-
-
-def floor_name(measurements: Sequence[Measurement]) -> str:
-    """`floor`, with its image count where that is not the others'."""
-    floor = floor_of(measurements)
-    others = {m.n for m in measurements if m is not floor}
-    return FLOOR if floor is None or not others - {floor.n} else f"{FLOOR} (n = {floor.n})"
-
-
-def _least(
-    measurements: Iterable[Measurement], value: Callable[[Measurement], float]
-) -> dict[tuple[str, int], Measurement]:
-    """The first measurement of the least value of each (solver, NFE)."""
-    chosen: dict[tuple[str, int], Measurement] = {}
-    for m in measurements:
-        key = (m.solver, m.nfe)
-        if key not in chosen or value(m) < value(chosen[key]):
-            chosen[key] = m
-    return chosen
-
-
-def mark_best(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The measurements with `best` where the grid has the least distance of its (solver, NFE)."""
-    best = _least(measurements, lambda m: m.distance)
-    return [replace(m, best=m is best[m.solver, m.nfe]) for m in measurements]
-
-
-def baselines_of(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """The baselines, lowest distance first."""
-    return sorted((m for m in measurements if m.baseline), key=lambda m: m.rank)
-
-
-def by_solver(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Without the floor and baselines."""
-    return [m for m in measurements if m.solver != FLOOR and not m.baseline]
-
-
-def check_comparable(measurements: Sequence[Measurement]) -> None:
-    """ValueError for measurements of different image counts, features or references; the floor may have fewer images."""
-    kinds = {(m.n, m.features, m.reference) for m in measurements if m.solver != FLOOR}
-    if len(kinds) > 1:
-        listed = "; ".join(f"n = {n}, {features}, against {reference}" for n, features, reference in sorted(kinds))
-        raise ValueError(
-            f"these distances do not compare: {listed}. A distance depends on the number of images, the features and the "
-            "reference: measure all with the same"
-        )
-
-
-def shown(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
-    """The best grid of each (solver, NFE) without the floor; of several so marked, the one of least distance."""
-    return _least((m for m in by_solver(measurements) if m.best), lambda m: m.rank)
-
-
-def least_rmse(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
-    """The measurement of least RMSE of each (solver, NFE): the solver's error has its own best grid."""
-    return _least(
-        (m for m in by_solver(measurements) if "rmse" in m.metrics), lambda m: _finite(m.metrics["rmse"].mean)
-    )
-
-
-def feature_names(measurements: Iterable[Measurement]) -> str:
-    """The feature networks of the measurements; normally one."""
-    return ", ".join(dict.fromkeys(m.features for m in measurements))
-
-
-def distance_name(measurements: Iterable[Measurement]) -> str:
-    """FID for the published Inception network alone, else Fréchet distance."""
-    names = {m.features for m in measurements}
-    return "FID" if names and all(name.startswith(FID) for name in names) else "Fréchet distance"
-
-
-def training_costs(measurements: Iterable[Measurement]) -> dict[str, int]:
-    """Network evaluations spent to train each learned solver: the largest over its shown measurements."""
-    costs: dict[str, int] = {}
-    for (solver, _), m in shown(measurements).items():
-        if m.training_nfe and m.grid != GITS:  # there the grid was fitted, not the solver
-            costs[solver] = max(costs.get(solver, 0), m.training_nfe)
-    return costs
-
-
-# ---- paired differences ----
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of a measurement's distance from the best of its NFE: mean over blocks, its standard error."""
-
-    mean: float
-    error: float
-    blocks: int
-    grid: str
-    best: bool = False
-
-    @property
-    def significant(self) -> bool:
-        """Whether the mean exceeds what chance explains: Student's t, two-sided 95 %."""
-        return self.mean > critical_t(self.blocks) * self.error
-
-
-def critical_t(blocks: int) -> float:
-    """Student's t of so many blocks, two-sided 95 %, in standard errors."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(blocks - 1, 0.975))
-
-
-def differences(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Difference]:
-    """By (solver, NFE): the paired difference to the best of that NFE; blocks share their seeds. None below two blocks."""
-    chosen = {key: m for key, m in shown(measurements).items() if len(m.distances) > 1 and m.rank < math.inf}
-    best = {nfe: min((m for (_, n), m in chosen.items() if n == nfe), key=lambda m: m.rank) for _, nfe in chosen}
-    return {(solver, nfe): _difference(m, best[nfe]) for (solver, nfe), m in chosen.items()}
-
-
-def _difference(m: Measurement, best: Measurement) -> Difference:
-    values = [a - b for a, b in zip(m.distances, best.distances, strict=True)]
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return Difference(mean, error, len(values), m.grid, m is best)
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in (values.split() if isinstance(values, str) else values))

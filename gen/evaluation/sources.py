@@ -12,7 +12,7 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, make_samplers
-from midway.gen.diffusion.sampling import SamplingConfig, decode, sample_latents
+from midway.gen.diffusion.sampling import SamplingConfig, decode, reconstruct, sample_latents
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 
@@ -91,6 +91,10 @@ class EvaluatedModel(Protocol):
         """Passes of samples through the network that fitting a grid costs."""
         ...
 
+    def reconstruct(self, images: Tensor) -> Tensor | None:
+        """uint8 images (n, C, H, W) through the tokenizer and back, on the CPU; None where there is no tokenizer."""
+        ...
+
 
 @dataclass(frozen=True)
 class EvaluatedLatentModel(EvaluatedModel):
@@ -131,6 +135,10 @@ class EvaluatedLatentModel(EvaluatedModel):
     def fitting_nfe(self, config: SamplerConfig) -> int:
         """Once per model, whatever the number of grids."""
         return fitting_nfe(self.trained, config)
+
+    def reconstruct(self, images: Tensor) -> Tensor | None:
+        """uint8 images (n, C, H, W) encoded and decoded, on the CPU."""
+        return reconstruct(self.trained, images)
 
 
 @dataclass(frozen=True)

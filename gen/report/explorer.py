@@ -13,11 +13,11 @@ Panel = tuple[str, int]
 """(solver, NFE)."""
 
 
-def explorer(grids: Mapping[Panel, bytes], captions: Mapping[Panel, str]) -> str:
+def explorer(grids: Mapping[Panel, bytes], captions: Mapping[Panel, str], below: str = "Fréchet distance") -> str:
     """The section as HTML, nothing without grids.
 
     grids: (solver, NFE) -> PNG of samples, all of the same seeds; solvers keep their order. captions: plain text below each,
-    such as distance and time grid; may lack some.
+    such as distance and time grid; may lack some. below: what the figure in them is.
     """
     if not grids:
         return ""
@@ -25,7 +25,7 @@ def explorer(grids: Mapping[Panel, bytes], captions: Mapping[Panel, str]) -> str
     budgets = sorted({nfe for _, nfe in grids})
     return (
         '<section class="explorer"><h2>Samples from the same seeds</h2><p>Every panel starts from the same noise, so a '
-        "difference between panels is the solver's doing. Below each: Fréchet distance and grid.</p>"
+        f"difference between panels is the solver's doing. Below each: {html(below)} and grid.</p>"
         f'<div class="chooser" hidden>{_slider(budgets, _first_budget(grids, solvers, budgets))}'
         f'<div class="panes">{_pane("a", solvers, 0)}{_pane("b", solvers, min(1, len(solvers) - 1))}</div></div>'
         f"<details open><summary>All panels</summary>{_table(grids, captions, solvers, budgets)}</details></section>"

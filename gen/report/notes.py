@@ -1,12 +1,14 @@
 """Notes of a report: the measurement protocol, and how to read the numbers."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from midway.gen.data.images import empty_classes, named_empty
 from midway.gen.data.splits import Splits
-from midway.gen.evaluation.records import Measurement, by_solver
+from midway.gen.evaluation.comparing import by_solver
+from midway.gen.evaluation.records import Measurement
 from midway.gen.report.table import number
-from midway.gen.sweep.jobs import SweepConfig
+from midway.gen.sweep.jobs import EXACT_GRID, EXACT_SOLVER, SweepConfig
 from midway.gen.sweep.run import Sweep
 
 
@@ -16,18 +18,47 @@ def floor_text(sweep: Sweep) -> str:
     return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
+def exact_notes(config: SweepConfig, sweep: Sweep) -> Iterator[str]:
+    """What the exact solution is, its own error, and which solvers are nearer to it than that error can resolve."""
+    choice, ours = sweep.choice, by_solver(sweep.measurements)
+    if choice is None or sweep.fine is None:
+        return
+    error = choice.exact_error
+    yield (
+        f"The exact solution is {EXACT_SOLVER} on {EXACT_GRID} with {config.exact_nfe} evaluations from the same noise; its RMSE "
+        f"to twice the evaluations is {number(error) if math.isfinite(error) else 'infinite'} (seeds {choice.seeds})."
+    )
+    errors = [(m.solver, m.value("rmse")) for m in ours]
+    near = dict.fromkeys(solver for solver, rmse in errors if rmse is not None and rmse < RESOLVED * error)
+    if near:
+        yield (
+            f"RMSE below {number(RESOLVED * error)} is within {RESOLVED} times the exact solution's own error and ranks nothing "
+            f"({', '.join(near)}): pass a larger --exact-nfe."
+        )
+    if any(m.value("rmse") is None and not m.nonfinite for m in ours):
+        yield "The exact solution diverged for some seeds, so there is no RMSE: use less guidance or more --exact-nfe."
+    if choice.figures:
+        yield (
+            "The grid of each solver and budget is that of least RMSE on seeds that are not scored; it alone was scored."
+        )
+
+
+RESOLVED = 3
+"""An error to the exact solution below so many times that solution's own is not resolved."""
+
+
 def notes(
     config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
 ) -> Iterator[str]:
     """How to read the numbers of a model; `left_out` names what not all of its trainings have."""
     yield from common_notes(config, splits, features, repeats)
     yield "Blocks are of seeds, and the same seeds serve every cell."
-    yield "Each solver is shown on its best grid of those offered, chosen by the distance itself; results.csv has all grids."
-    if config.reference_nfe:
+    if config.exact_nfe:
         yield (
-            "RMSE compares what was solved for (standardised latents; of --diffusers, the model's own states) with Heun's method "
-            f"at {config.reference_nfe} evaluations from the same noise. Of solvers that draw noise on the way it is no error: "
-            "they end elsewhere by design."
+            "Distance to the exact solution and RMSE (of standardised latents; of --diffusers, of the model's own states) are "
+            "errors of the solver alone and rank solvers. The distance to the data contains the errors of tokenizer and model "
+            "which a solver's error may cancel by chance: nothing below the exact row is better than it. Of solvers that draw "
+            "noise on the way RMSE is no error: they end elsewhere by design."
         )
     if left_out:
         yield f"Left out, since not all trainings have it: {'; '.join(left_out)}."
@@ -85,17 +116,6 @@ def class_notes(splits: Splits, n: int, classes: int) -> tuple[str, ...]:
     return tuple(found)
 
 
-def reference_notes(sweep: Sweep) -> tuple[str, ...]:
-    """A warning where the fine solution is none."""
-    if sweep.fine is None or not any(
-        m.value("rmse") is None and not m.nonfinite for m in by_solver(sweep.measurements)
-    ):
-        return ()
-    return (
-        "The fine solution diverged for some seeds, so there is no RMSE: use less guidance or more --reference-nfe.",
-    )
-
-
 def timing_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     """A warning where seconds were not measured alike."""
     kinds = dict.fromkeys(m.timing for m in measurements if m.timing)
@@ -116,7 +136,8 @@ def common_notes(config: SweepConfig, splits: Splits, features: str, repeats: in
             if config.blocks > 1
             else "of one block, so without an error bar."
         ),
-        f"The floor is the distance of {held_out} held-out real images to all training images."
+        f"The floor is the distance of {held_out} held-out real images to all training images, the ceiling that of the same "
+        "images through the tokenizer and back."
         + (
             ""
             if held_out == n

@@ -1,28 +1,31 @@
 """Tables of a sweep's report: which columns and notes it has. A metric is added by one more entry of `METRIC_COLUMNS`.
 
-A table has a line per solver and a column per number of network evaluations (NFE): value ± standard deviation of the best
-grid, and that grid's name. The floor is the same distance between two sets of real images.
+A table has a line per solver and a column per number of network evaluations (NFE): value ± standard deviation, and the grid's
+name. Solvers are ranked by their distance to the exact solution where there is one; the distance to the data has the limits below
+it (floor, ceiling, exact), and nothing below the exact row is better than it.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from midway.gen.evaluation.records import (
-    FLOOR,
+from midway.gen.evaluation.comparing import (
     Difference,
-    Measurement,
+    above_exact,
     baselines_of,
     critical_t,
     differences,
     distance_name,
     feature_names,
-    floor_name,
-    floor_of,
-    least_rmse,
+    limit_of,
+    limits_of,
+    question,
     shown,
     training_costs,
 )
+from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, TO_EXACT, Measurement
 from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, decimals_for, number, with_floor
+from midway.gen.sweep.choice import Choice
 
 Measurements = Sequence[Measurement]
 
@@ -33,13 +36,16 @@ def metric(name: str, head: str) -> Column[Measurement]:
 
 
 def _seconds(head: str, seconds: Callable[[Measurement], float]) -> Column[Measurement]:
-    return Column(head, lambda m: None if m.solver == FLOOR else 1000 * seconds(m) / m.n)
+    return Column(head, lambda m: None if m.solver in (FLOOR, CEILING) else 1000 * seconds(m) / m.n)
 
 
 METRIC_COLUMNS = [
+    metric("distance", "distance"),
+    metric(TO_EXACT, "to exact"),
     metric("rmse", "RMSE"),
     metric("psnr", "PSNR (dB)"),
     metric("kid", "KID"),
+    metric("sliced", "sliced W2"),
     metric("precision", "precision"),
     metric("recall", "recall"),
     metric("density", "density"),
@@ -67,61 +73,134 @@ def _by_budget(
     return Table(title, note, ("solver", *(f"NFE {nfe}" for nfe in nfes)), tuple(lines))
 
 
-def metric_table(ms: Measurements, name: str, title: str, note: str) -> Table:
-    """The shown measurements by one metric, the least of each NFE marked, the floor last; no lines if none was measured."""
-    chosen = least_rmse(ms) if name == "rmse" else shown(ms)
-    values = {key: value for key, m in chosen.items() if (value := m.value(name)) is not None}
+def metric_table(ms: Measurements, name: str, title: str, note: str, ranks: bool = True) -> Table:
+    """The shown measurements by one metric, the limits last; no lines if none was measured.
+
+    ranks: mark the least of each NFE.
+    """
+    values = {key: value for key, m in shown(ms).items() if (value := m.value(name)) is not None}
     least = {
         nfe: min((v for (_, n), v in values.items() if n == nfe and math.isfinite(v)), default=None)
         for _, nfe in values
     }
+    chosen = shown(ms)
     entries = {
-        key: Entry(number(value, chosen[key].std(name)), chosen[key].grid, value == least[key[1]])
+        key: Entry(number(value, chosen[key].std(name)), chosen[key].grid, ranks and value == least[key[1]])
         for key, value in values.items()
     }
     small = {solver: f"trained, {cost:,} evaluations" for solver, cost in training_costs(ms).items()}
-    table, floor = _by_budget(title, note, entries, small), floor_of(ms)
-    score = None if floor is None else floor.value(name)
-    if floor is None or score is None or not table.lines:
-        return table
-    return with_floor(table, floor_name(ms), [Entry(number(score, floor.std(name)))] * len(table.heads[1:]))
+    return _with_limits(_by_budget(title, note, entries, small), ms, name)
+
+
+def _with_limits(table: Table, ms: Measurements, name: str) -> Table:
+    """The table with the limits by this metric as its last lines."""
+    for title, limit in limits_of(ms).items() if table.lines else ():
+        value = limit.value(name)
+        if value is not None:
+            table = with_floor(table, title, [Entry(number(value, limit.std(name)))] * len(table.heads[1:]))
+    return table
 
 
 def distance_table(ms: Measurements) -> Table:
-    """Fréchet distance by NFE."""
-    name = f"{distance_name(ms)} ({feature_names(ms)})"
-    return metric_table(ms, "distance", name, "lower is better; best grid of each solver and NFE")
+    """Fréchet distance to the data by NFE; it ranks solvers only where there is no exact solution."""
+    title, ranks = f"{distance_name(ms)} ({feature_names(ms)})", question(ms) == "distance"
+    note = "lower is better" if ranks else f"lower is better; {AS_EXACT}: not significantly above the exact solution"
+    table, exact = metric_table(ms, "distance", title, note, ranks), limit_of(ms, EXACT)
+    return table if ranks or exact is None else _marked(table, ms, exact)
 
 
-def kid_table(ms: Measurements) -> Table:
-    """Kernel distance by NFE, on the grids of the distance."""
-    note = (
-        "KID of the same features, on the grids above: unbiased in the number of images, where the Fréchet distance is not. "
-        "Seeds and floor have every class equally often, which puts both a little below 0: compare with the floor."
+AS_EXACT = "≈ exact"
+
+
+def _marked(table: Table, ms: Measurements, exact: Measurement) -> Table:
+    """The table with `AS_EXACT` in the small print where the solver's error is lost in that of the model."""
+    budgets, chosen = [int(head.removeprefix("NFE ")) for head in table.heads[1:]], shown(ms)
+
+    def entry(solver: str, nfe: int, found: Entry | None) -> Entry | None:
+        difference = above_exact(chosen[solver, nfe], exact) if (solver, nfe) in chosen else None
+        if found is None or difference is None or difference.significant:
+            return found
+        return replace(found, small=", ".join(filter(None, (found.small, AS_EXACT))))
+
+    lines = (
+        line
+        if line.floor
+        else replace(
+            line, entries=tuple(entry(line.name, nfe, e) for nfe, e in zip(budgets, line.entries, strict=True))
+        )
+        for line in table.lines
     )
-    return metric_table(ms, "kid", "Kernel distance", note)
+    return replace(table, lines=tuple(lines))
+
+
+def error_table(ms: Measurements) -> Table:
+    """Fréchet distance to the exact solution by NFE; no lines without one."""
+    note = (
+        "Between the images of a solver and those of the exact solution of the same seeds, block by block: the solver's error "
+        "alone, as these features see it. It is 0 at convergence, whatever the model."
+    )
+    return metric_table(ms, TO_EXACT, f"{distance_name(ms)} to the exact solution ({feature_names(ms)})", note)
 
 
 def rmse_table(ms: Measurements) -> Table:
-    """The solver's own error by NFE, on the grid of least error."""
+    """The solver's own error by NFE, seed by seed."""
     note = (
-        "Root-mean-square difference from the same seeds' reference solution: it measures the solver alone, whatever the model. "
+        "Root-mean-square difference from the same seeds' exact solution: it measures the solver alone, whatever the model. "
         "Solvers that draw noise on the way converge to other samples by design."
     )
-    return metric_table(ms, "rmse", "Error of the solver itself", note)
+    return metric_table(ms, "rmse", "Error of the solver, seed by seed (RMSE)", note)
+
+
+def further_tables(ms: Measurements) -> list[Table]:
+    """Other distances to the data by NFE: of the same features, and of further feature spaces. They rank nothing."""
+    kid = (
+        "KID of the same features: unbiased in the number of images, where the Fréchet distance is not. Seeds and floor may have "
+        "every class equally often, which puts both a little below 0: compare with the floor."
+    )
+    sliced = "Sliced 2-Wasserstein distance of the same features: it sees more than means and covariances."
+    titles = {"kid": ("Kernel distance", kid), "sliced": ("Sliced Wasserstein distance", sliced)}
+    for space, features in {space: name for m in ms for space, name in m.spaces.items()}.items():
+        distance = f"{distance_name(ms, features)} ({features})"
+        second = "A second look at the same images: what one feature space alone supports is not a conclusion."
+        titles[f"{space}_distance"] = (distance, second)
+        titles[f"{space}_{TO_EXACT}"] = (f"{distance} to the exact solution", error_table(ms).note)
+    return [metric_table(ms, name, *text, ranks=name.endswith(TO_EXACT)) for name, text in titles.items()]
 
 
 def difference_table(ms: Measurements) -> Table:
-    """How far each solver's distance lies above the best of its NFE; no lines below two blocks."""
-    found = differences(ms)
-    blocks = max((len(m.distances) for m in shown(ms).values()), default=0)
+    """How far each solver lies above the best of its NFE, by the metric that ranks solvers; no lines below two blocks."""
+    found, name = differences(ms), question(ms)
+    blocks = max((len(m.values(name)) for m in shown(ms).values()), default=0)
     what = "trainings" if any(m.trainings > 1 for m in ms) else "blocks of the same seeds"
+    whose = "distance to the exact solution" if name == TO_EXACT else "distance to the data"
     note = (
-        f"Mean difference and standard error over {blocks} {what}: all solvers use the same seeds, so paired differences have "
-        f"smaller errors. '≈' marks differences that are not statistically significant, below {critical_t(blocks):.3g} errors "
-        "(Student's t, 95 %). The best was chosen among all of its column, which favours it; more --blocks give smaller errors."
+        f"Mean difference of the {whose}, and standard error, over {blocks} {what}: all solvers use the same seeds, so paired "
+        f"differences have smaller errors. '≈' marks differences that are not statistically significant, below "
+        f"{critical_t(blocks):.3g} errors (Student's t, 95 %). The best was chosen among all of its column, which favours it; "
+        "more --blocks give smaller errors."
     )
     return _by_budget("Difference from the best", note, {key: _difference(one) for key, one in found.items()})
+
+
+def choice_table(choice: Choice) -> Table:
+    """What the grid of each solver and budget was chosen by; no lines where there was nothing to choose."""
+    columns = sorted({(grid, nfe) for _, grid, nfe in choice.figures}, key=lambda place: (place[1], place[0]))
+    lines = (
+        Line(
+            solver,
+            tuple(
+                None if (figure := choice.figures.get((solver, grid, nfe))) is None
+                else Entry(number(figure), "", (solver, grid, nfe) in choice.chosen)
+                for grid, nfe in columns
+            ),
+        )
+        for solver in dict.fromkeys(solver for solver, _, _ in choice.figures)
+    )  # fmt: skip
+    note = (
+        f"RMSE to the exact solution on seeds {choice.seeds}, none of which is scored (of solvers that draw noise, the distance "
+        "to the exact solution). Bold: the chosen grid, the only one that was scored."
+    )
+    return Table("Choice of the grids", note, ("solver", *(f"{nfe} {grid}" for grid, nfe in columns)), tuple(lines))
 
 
 def _difference(found: Difference) -> Entry:
@@ -150,13 +229,14 @@ def baseline_table(ms: Measurements) -> Table:
 
 
 def all_figures(ms: Measurements) -> Table:
-    """Every metric of the shown measurements, baselines and the floor, and seconds for 1000 images."""
-    floor = floor_of(ms)
-    rows = [*sorted(shown(ms).values(), key=lambda m: m.nfe), *baselines_of(ms), *([floor] if floor else [])]
-    names = [floor_name(ms) if m is floor else m.solver for m in rows]
+    """Every metric of the shown measurements, baselines and the limits, and seconds for 1000 images."""
+    limits = limits_of(ms)
+    rows = [*sorted(shown(ms).values(), key=lambda m: m.nfe), *baselines_of(ms), *limits.values()]
+    names = [*(m.solver for m in rows[: len(rows) - len(limits)]), *limits]
+    further = dict.fromkeys(name for m in ms for name in m.metrics if name.startswith(tuple(f"{s}_" for s in m.spaces)))
     note = (
-        "Of the grids above; seconds are for 1000 images. Precision, recall, density, coverage, PSNR and the inception score are "
-        "better when larger, the others when smaller."
+        "Seconds are for 1000 images. Precision, recall, density, coverage, PSNR and the inception score are better when larger, "
+        "the others when smaller."
     )
-    columns = (_NFE, *METRIC_COLUMNS, *_TIMES)
+    columns = (_NFE, *METRIC_COLUMNS, *(metric(name, name.replace("_", " ")) for name in further), *_TIMES)
     return columns_table("All figures and where the time went", note, "solver", names, rows, columns)

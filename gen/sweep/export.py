@@ -11,7 +11,7 @@ from torch import Tensor
 from midway.gen.core.text import json_text
 from midway.gen.data.pictures import NpzWriter, ZipWriter, npz_writer, zip_writer
 from midway.gen.diffusion.sampling import labels_of
-from midway.gen.evaluation.records import Measurement
+from midway.gen.evaluation.records import LIMITS, Measurement
 from midway.gen.evaluation.sources import SampleSource
 from midway.gen.sweep.run import Sweep
 from midway.gen.sweep.store import Seeds
@@ -57,13 +57,8 @@ def export(images: ImageSet, npz: Path | None = None, archive: Path | None = Non
 
 
 def to_export(sweep: Sweep) -> list[Measurement]:
-    """The best grid of each solver and NFE, all grids of a sweep of one solver, and baselines; none that diverged.
-
-    Neither the floor nor external images, which have no NFE.
-    """
-    ours = [m for m in sweep.measurements if m.nfe and not m.nonfinite]
-    single = len({m.solver for m in ours if not m.baseline}) == 1
-    return [m for m in ours if m.best or single]
+    """Solvers and baselines; none that diverged, no limits, and no external images, which have no NFE."""
+    return [m for m in sweep.measurements if m.nfe and not m.nonfinite and m.solver not in LIMITS]
 
 
 def export_measurement(

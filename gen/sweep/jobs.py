@@ -1,10 +1,13 @@
 """What a sweep measures, before anything is sampled: one `Job` for every (solver, grid, budget).
 
-Every sampler is built here, so that an impossible combination raises an error before anything is sampled. Jobs of baselines and
-external images are in comparisons.py.
+Every sampler is built here, so that an impossible combination raises an error before anything is sampled. Of several grids one
+is chosen before the measurement (choice.py). Jobs of baselines and external images are in comparisons.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.samplers import SamplerConfig, is_reachable
@@ -14,6 +17,9 @@ from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
 from midway.samplers.sampler import Sampler
 from midway.samplers.solvers import SOLVERS
+
+EXACT_NFE = 48
+"""Evaluations of the exact solution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +32,11 @@ class SweepConfig(SamplerConfig):
     """Images of a block."""
     blocks: int = 4
     first_seed: int = 0
-    reference_nfe: int = 128
-    """Evaluations of the fine solution behind RMSE; 0: leave RMSE out."""
-    metrics: tuple[str, ...] = ("kid",)
+    exact_nfe: int = EXACT_NFE
+    """Evaluations of the exact solution; 0: leave it out, and all that is compared with it."""
+    choice: int = 128
+    """Seeds on which grids are chosen; they follow those that are measured."""
+    metrics: tuple[str, ...] = ("kid", "sliced")
     """Beside the Fréchet distance: names in metrics.METRICS."""
     overlap: bool = False
     """Decode and look at images while the next are sampled; times then overlap too."""
@@ -40,6 +48,11 @@ class SweepConfig(SamplerConfig):
         """All seeds."""
         return Seeds(self.first_seed, self.n, self.blocks)
 
+    @property
+    def choice_seeds(self) -> Seeds:
+        """Those on which grids are chosen, none of which is measured."""
+        return Seeds(self.first_seed + self.n * self.blocks, self.choice, 1)
+
     def check(self) -> None:
         """UsageError for numbers that measure nothing."""
         if self.n < 2 or self.blocks < 1 or not 1 <= self.batch_size <= PART:
@@ -48,12 +61,8 @@ class SweepConfig(SamplerConfig):
                 f"a distance needs 2 images in 1 block, and a batch is at most what is saved at once, {PART}",
                 "change --n, --blocks or --batch-size",
             )
-        if self.reference_nfe < 0 or self.reference_nfe % 2:
-            raise UsageError(
-                f"--reference-nfe {self.reference_nfe}",
-                "Heun's method costs 2 evaluations a step",
-                "use an even number, or 0 to leave RMSE out",
-            )
+        if self.choice < 2:
+            raise UsageError(f"--choice-seeds {self.choice}", "grids are chosen on several", "pass at least 2, say 128")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,10 @@ class Job:
     solver: str
     grid: str
     source: SampleSource
+    nfe: int = 0
+    """Its budget, to which guidance adds; 0 of baselines and images."""
+    stochastic: bool = False
+    """Whether it draws noise on the way, so that it ends elsewhere than the exact solution by design."""
     training_nfe: int = 0
     baseline: bool = False
     classes: int = 0
@@ -73,17 +86,26 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
     """Every solver on every grid at every budget; UsageError for an impossible combination. Nothing is sampled or written."""
     pairs = [(solver, nfe) for solver in config.solvers for nfe in config.nfe]
     pairs = [(s, k) for s, k in pairs if not config.skip or is_reachable(s, k, config.analytic_first)]
-    samplers = [(solver, model.samplers(solver, nfe, config)) for solver, nfe in pairs]
+    samplers = [(solver, nfe, model.samplers(solver, nfe, config)) for solver, nfe in pairs]
+    several = next(((solver, nfe) for solver, nfe, by_grid in samplers if len(by_grid) > 1), None)
+    if several and not config.exact_nfe:
+        raise UsageError(
+            f"{several[0]} at NFE {several[1]} on several grids, with --exact-nfe 0",
+            "the grid of a solver is chosen by its error to the exact solution",
+            "pass one of --grids, or drop --exact-nfe",
+        )
     return [
         Job(
             solver,
             grid,
             model.source(sampler, config.sampling()),
+            nfe,
+            sampler.table is not None and sampler.table.stochastic,
             _training_nfe(model, sampler, grid, config),
             classes=model.classes,
             empty=model.empty,
         )
-        for solver, by_grid in samplers
+        for solver, nfe, by_grid in samplers
         for grid, sampler in by_grid.items()
     ]
 
@@ -94,14 +116,35 @@ def _training_nfe(model: EvaluatedModel, sampler: Sampler, grid: str, config: Sw
     return model.fitting_nfe(config) if grid == GITS else 0
 
 
-def fine_source(model: EvaluatedModel, config: SweepConfig) -> SampleSource | None:
-    """The fine solution that RMSE is measured against: Heun's method on EDM's grid, on noise levels of the model's training.
+EXACT_SOLVER, EXACT_GRID = "dpmpp3m", "logsnr"
+"""A multistep solver of order 3: 48 evaluations are as near to the limit as 128 of Heun's method."""
+
+
+def exact_source(model: EvaluatedModel, config: SweepConfig, finer: int = 1) -> SampleSource | None:
+    """The exact solution, of `finer` times its evaluations, on noise levels of the model's training; None if there is none.
 
     UsageError where there is nothing to guide.
     """
     model.check_guidance(config)
-    if not config.reference_nfe:
+    if not config.exact_nfe:
         return None
     config = model.within(config)
-    times = GRIDS["karras"](model.schedule, config.reference_nfe // 2, config.rho_max, config.rho_min)
-    return model.source(SOLVERS["heun"].build(model.schedule, times), config.sampling())
+    times = GRIDS[EXACT_GRID](model.schedule, finer * config.exact_nfe, config.rho_max, config.rho_min)
+    return model.source(SOLVERS[EXACT_SOLVER].build(model.schedule, times), config.sampling())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sampled of one training: its jobs, the exact solution, and the same at twice the evaluations."""
+
+    jobs: list[Job]
+    exact: SampleSource | None = None
+    finer: SampleSource | None = None
+    reconstruct: Callable[[Tensor], Tensor | None] = lambda images: None
+    """uint8 images (n, C, H, W) through the tokenizer and back; None where the model has none."""
+
+
+def plan_of(model: EvaluatedModel, config: SweepConfig) -> Plan:
+    """Everything of a model; errors as of `solver_jobs` and `exact_source`."""
+    exact, finer = (exact_source(model, config, times) for times in (1, 2))
+    return Plan(solver_jobs(model, config), exact, finer, model.reconstruct)

@@ -10,23 +10,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from midway.gen.core.config import from_dict, to_dict
+from midway.gen.core.config import from_dict
 from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.pictures import grid_png
-from midway.gen.evaluation.metrics import Features, measure_metrics
+from midway.gen.evaluation.metrics import Features
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
-from midway.gen.features.reference import FeatureReference
-from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.evaluation.spaces import Spaces, distances_and_metrics, extract, key
+from midway.gen.sweep.fine import FineSolution
 from midway.gen.sweep.store import (
     Cell,
     CellStore,
     Figures,
-    FineCosts,
     Numbers,
     Part,
     SampleCosts,
@@ -42,54 +40,10 @@ TIMES = ("solver", "decode", "features")
 
 
 @dataclass(frozen=True)
-class FineSolution:
-    """The fine solution of every seed, stored as parts of the same seeds."""
-
-    source: SampleSource
-    seeds: Seeds
-    store: CellStore
-    process: ProcessInfo
-
-    @cached_property
-    def cell(self) -> Cell:
-        """Where the parts are; it is never finished."""
-        return self.store.cell({"fine solution": self.source.identity, "first": self.seeds.first, "n": self.seeds.n})
-
-    def make(self) -> None:
-        """Make the missing parts of this process."""
-        for number, (_, seeds) in self.process.mine(self.seeds.parts):
-            if self.cell.part(number, self.check) is None:
-                batch = self.source.sample(seeds)
-                tensors = {"latents": batch.values, "images": self.source.images(batch)}
-                self.cell.write(number, Part(tensors, to_dict(FineCosts(batch.nfe))))
-
-    def check(self, number: int, part: Part) -> None:
-        """`Check` of a part."""
-        from_dict(FineCosts, part.costs)
-        check_rows(part, len(self.seeds.parts[number][1]), "latents", "images")
-
-    def latents(self, most: int) -> Tensor:
-        """The fine solution of the first seeds, at most so many."""
-        found: list[Tensor] = []
-        for number in range(len(self.seeds.parts)):
-            part = self.cell.part(number, self.check)
-            if part is None or sum(map(len, found)) >= most:
-                break
-            found.append(part.tensors["latents"])
-        return torch.cat(found)[:most]
-
-    def errors(self, number: int, latents: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """float64 (n,) twice: mean square distance of latents (n, C, h, w), and PSNR in dB of images, to the fine solution."""
-        (part,) = self.cell.parts([number], self.check)
-        errors = (latents.double() - part.tensors["latents"].double()).square().flatten(1).mean(1)
-        return {"errors": errors, "psnr": psnr(images, part.tensors["images"])}
-
-
-@dataclass(frozen=True)
 class EvaluationContext:
     """What every measurement of a sweep is made with."""
 
-    reference: FeatureReference
+    spaces: Spaces
     seeds: Seeds
     store: CellStore
     process: ProcessInfo
@@ -105,9 +59,7 @@ class EvaluationContext:
         identity = {
             "source": source.identity,
             "seeds": [self.seeds.first, self.seeds.n, self.seeds.blocks],
-            "features": self.reference.features,
-            "reference": self.reference.id,
-            "root": self.reference.root,
+            "spaces": {space: [its.features, its.id, its.root] for space, its in self.spaces.items()},
             "metrics": sorted(self.metrics),
         }
         return self.store.cell(identity | ({"fine": fine.cell.identity} if fine is not None else {}))
@@ -150,7 +102,8 @@ class Checks:
     def samples(self, number: int, part: Part) -> None:
         """Of a part of samples."""
         from_dict(SampleCosts, part.costs)
-        check_rows(part, len(self.context.seeds.parts[number][1]), "features", "finite", *self._errors)
+        names = (*map(key, self.context.spaces), "finite", *self._errors)
+        check_rows(part, len(self.context.seeds.parts[number][1]), *names)
 
     def block(self, place: int, part: Part) -> None:
         """Of the figures of a block."""
@@ -174,23 +127,17 @@ def _part(
     begun = time.perf_counter()
     images = source.images(batch)
     decoded = time.perf_counter()
-    found = extract_features(context.reference, images)
+    found = extract(context.spaces, images)
     costs = {"nfe": batch.nfe, "solver": batch.seconds, "decode": decoded - begun, "timing": context.timing}
     costs["features"] = time.perf_counter() - decoded
-    tensors = {"features": found.features, "finite": batch.finite}
-    if found.logits is not None:
-        tensors["logits"] = found.logits
+    tensors = {"finite": batch.finite, **{key(space): its.features for space, its in found.items()}}
+    if (logits := found[""].logits) is not None:
+        tensors["logits"] = logits
     if fine is not None:
         tensors |= fine.errors(number, batch.values, images)
     if number == 0:
         tensors["shown"] = images[:SHOWN]
     return Part(tensors, costs)
-
-
-def extract_features(reference: FeatureReference, images: Tensor) -> Features:
-    """Features and logits of uint8 images, on the CPU."""
-    found = reference.network.activations(images)
-    return Features(found.features.cpu(), None if found.logits is None else found.logits.cpu())
 
 
 @contextmanager
@@ -225,23 +172,29 @@ def _sum_blocks(cell: Cell, context: EvaluationContext, checks: Checks) -> None:
     for block, place in context.process.mine(_block_places(context.seeds)):
         if cell.part(place, checks.block) is None:
             numbers = [number for number, (its, _) in enumerate(context.seeds.parts) if its == block]
-            cell.write(place, _block(cell.parts(numbers, checks.samples), context))
+            cell.write(place, _block(numbers, cell.parts(numbers, checks.samples), context, checks.fine))
 
 
-def _block(parts: Sequence[Part], context: EvaluationContext) -> Part:
+def _block(
+    numbers: Sequence[int], parts: Sequence[Part], context: EvaluationContext, fine: FineSolution | None
+) -> Part:
     """The figures of one block from its parts; `errors` and `psnr` of each sample, if there was a fine solution."""
     found = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors if name != "shown"}
-    features, finite = Features(found["features"], found.get("logits")), bool(found["finite"].all())
-    figures = {
-        "distance": context.reference.distance_of(features.features) if finite else None,
-        "metrics": measure_metrics(context.metrics, features, context.reference) if finite else {},
+    features = {space: Features(found[key(space)], None if space else found.get("logits")) for space in context.spaces}
+    finite = bool(found["finite"].all())
+    figures = distances_and_metrics(context.metrics, features, context.spaces) if finite else {}
+    if fine is not None and finite:
+        figures |= fine.distances(numbers, features)
+    costs = {
+        "distance": figures.pop("distance", None),
+        "metrics": figures,
         "nonfinite": int((~found["finite"]).sum()),
         "nfe": [part.costs["nfe"] for part in parts],
         "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
         "timing": [part.costs["timing"] for part in parts],
     }
     tensors = {name: found[name] for name in ("errors", "psnr") if name in found}
-    return Part(tensors | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, figures)
+    return Part(tensors | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, costs)
 
 
 def _summary(blocks: Sequence[Part]) -> Numbers:
@@ -250,7 +203,8 @@ def _summary(blocks: Sequence[Part]) -> Numbers:
     nonfinite = sum(its["nonfinite"] for its in figures)
     errors = [block.tensors["errors"] for block in blocks if "errors" in block.tensors]
     quality = [block.tensors["psnr"] for block in blocks if "psnr" in block.tensors]
-    names = () if nonfinite else figures[0]["metrics"]
+    kept = [its["metrics"].keys() for its in figures]
+    names = () if nonfinite else [name for name in kept[0] if all(name in its for its in kept)]
     return Numbers(
         nfe=_whole([nfe for its in figures for nfe in its["nfe"]]),
         distances=tuple(None if nonfinite else its["distance"] for its in figures),

@@ -12,7 +12,8 @@ from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError
 from midway.gen.data.splits import same_images
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, by_solver, mark_best
+from midway.gen.evaluation.comparing import by_solver
+from midway.gen.evaluation.records import EXACT, LIMITS, Estimate, Measurement
 from midway.gen.tokenizer.latents import tokenizer_hash
 from midway.gen.training.config import flat, is_bookkeeping
 
@@ -57,17 +58,17 @@ def left_out(sweeps: Sequence[Sequence[Measurement]]) -> list[str]:
 
 
 def merge_trainings(sweeps: Sequence[Sequence[Measurement]]) -> list[Measurement]:
-    """Several trainings as one list, without what only some have; the floor and baselines are the first's."""
+    """Several trainings as one list, without what only some have; floor, ceiling and baselines are the first's."""
     first, *rest = sweeps
     found = [{_key(m): m for m in measurements} for measurements in rest]
     merged = []
     for m in first:
         others = [measurements[_key(m)] for measurements in found if _key(m) in measurements]
-        if m.solver == FLOOR or m.baseline:
+        if (m.solver in LIMITS and m.solver != EXACT) or m.baseline:
             merged.append(m)
         elif len(others) == len(rest):
             merged.append(_merged([m, *others]))
-    return mark_best(merged)  # the mean may have another best grid than the first training
+    return merged
 
 
 def _key(m: Measurement) -> tuple[str, str, int]:

@@ -1,9 +1,9 @@
-"""The step-budget sweep: every solver on every grid at every budget, on the same seeds, against the same references.
+"""The step-budget sweep: every solver at every budget, on the same seeds, against the same references.
 
 Each measurement samples `blocks` disjoint blocks of n seeds; by default n is the number of held-out images, so that every
-distance has the image count of the floor, distance(training images, held-out images). It reports the mean over blocks and their
-standard deviation, and the root-mean-square distance of the standardised latents to a fine solution from the same noise, which
-contains the solver's error alone. Baselines are measured at their own number of evaluations, external images at none.
+distance has the image count of the floor. It reports means over blocks and their standard deviations: distances to the data in
+every feature space, and the solver's own error, the distance to the exact solution of the same seeds. The grid of each solver is
+chosen before, on other seeds (choice.py). Baselines are measured at their own number of evaluations, external images at none.
 """
 
 import math
@@ -12,81 +12,127 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from midway.gen.core.environment import hardware
 from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.images import ImageData
-from midway.gen.evaluation.metrics import measure_metrics, possible
-from midway.gen.evaluation.records import FLOOR, Estimate, Measurement, mark_best
-from midway.gen.evaluation.sources import SampleSource
-from midway.gen.features.reference import FeatureReference, balanced
-from midway.gen.sweep.jobs import Job, SweepConfig
-from midway.gen.sweep.measure import EvaluationContext, FineSolution, extract_features, measure
+from midway.gen.data.pictures import grid_png
+from midway.gen.evaluation.metrics import possible
+from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, Estimate, Measurement
+from midway.gen.evaluation.spaces import Spaces, distances_and_metrics, extract, further
+from midway.gen.features.reference import balanced
+from midway.gen.sweep.choice import Choice, choose_grids
+from midway.gen.sweep.fine import FineSolution, StoredSolution
+from midway.gen.sweep.jobs import Job, Plan, SweepConfig
+from midway.gen.sweep.measure import EvaluationContext, measure
 from midway.gen.sweep.store import Cell, CellStore, Numbers
 
+PICTURED = 32
+"""Images of each limit that a report shows."""
 
-def measure_floor(
-    reference: FeatureReference, held_out: ImageData, n: int, metrics: tuple[str, ...] = ()
-) -> Measurement:
-    """Metrics of real images: n held-out images, or all if there are fewer, against the training images."""
-    chosen = balanced(held_out.labels)[:n]
-    features = extract_features(reference, held_out.images[chosen])
-    found = measure_metrics(possible(metrics, len(chosen), reference.statistics.dim), features, reference)
+
+def measure_images(name: str, images: Tensor, spaces: Spaces, metrics: tuple[str, ...] = ()) -> Measurement:
+    """The row `name` of `LIMITS` for uint8 images (n, C, H, W) against the training images."""
+    found = distances_and_metrics(
+        possible(metrics, len(images), spaces[""].statistics.dim), extract(spaces, images), spaces
+    )
     return Measurement(
-        solver=FLOOR,
+        solver=name,
         grid="",
         nfe=0,
-        metrics={
-            "distance": Estimate(reference.distance_of(features.features)),
-            **{name: Estimate(value) for name, value in found.items()},
-        },
-        n=len(chosen),
+        metrics={metric: Estimate(value) for metric, value in found.items()},
+        n=len(images),
         blocks=1,
         seconds=0.0,
-        features=reference.features,
-        reference=reference.name,
+        features=spaces[""].features,
+        reference=spaces[""].name,
         seeds="",
+        further=further(spaces),
     )
+
+
+def held_out_images(held_out: ImageData, n: int) -> Tensor:
+    """uint8 (n, C, H, W), or all if there are fewer, in an order in which the classes take turns."""
+    return held_out.images[balanced(held_out.labels)[:n]]
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """All measurements, the floor first, a PNG of the same seeds for each best one, and the job of each: (solver, grid, NFE)."""
+    """All measurements, the limits first, a PNG of the same seeds for each, and the job of each: (solver, grid, NFE)."""
 
     measurements: list[Measurement]
-    grids: dict[tuple[str, int], bytes]
     pictures: dict[tuple[str, str, int], bytes | None] = field(default_factory=dict)
-    """Of every cell, best or not."""
+    """Of every cell, and of the limits."""
     jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     fine: FineSolution | None = None
-    """The fine solution of every seed, if there was one."""
+    """The exact solution of every seed, if there was one."""
+    choice: Choice | None = None
+
+    @property
+    def grids(self) -> dict[tuple[str, int], bytes]:
+        """Pictures of solvers and baselines by (solver, NFE)."""
+        found = {(solver, nfe): png for (solver, _, nfe), png in self.pictures.items() if solver not in LIMITS}
+        return {key: png for key, png in found.items() if png is not None}
+
+    @property
+    def limits(self) -> dict[str, bytes]:
+        """Pictures of the limits, by their names."""
+        return {name: png for (name, _, _), png in self.pictures.items() if name in LIMITS and png is not None}
 
 
 def run_sweep(
-    jobs: Sequence[Job],
-    fine: SampleSource | None,
-    reference: FeatureReference,
+    plan: Plan,
+    spaces: Spaces,
     held_out: ImageData,
     config: SweepConfig,
     folder: Path,
     progress: Callable[[str], None] = lambda _: None,
     process: ProcessInfo | None = None,
+    choice: Choice | None = None,
 ) -> Sweep:
-    """Measure every job, with RMSE to `fine` of those that are solvers; what is finished in folder/cells is read.
+    """Measure the chosen jobs, with errors to the exact solution of those that are solvers; what is in folder/cells is read.
 
-    The first process has claimed that folder, for all of them.
+    The first process has claimed that folder, for all of them. `choice`: that of the first of several trainings.
     """
     process, seeds, store = process or ProcessInfo(), config.seeds, CellStore(folder / "cells")
-    context = EvaluationContext(
-        reference, seeds, store, process, config.metrics, config.overlap, timing(config, process)
+    context = EvaluationContext(spaces, seeds, store, process, config.metrics, config.overlap, timing(config, process))
+    sweep = Sweep([])
+    _measure_limits(sweep, held_out_images(held_out, seeds.n), plan, context)
+    if plan.exact is None:
+        return _measured(sweep, plan.jobs, context, None, progress)
+    choice = choice or choose_grids(
+        plan, FineSolution(plan.exact, config.choice_seeds, store, process, spaces), progress
     )
-    solution = None
-    if fine is not None:
-        progress("reference")
-        solution = FineSolution(fine, seeds, store, process)
-        with at_work("sampling"):
-            solution.make()
-    sweep = Sweep([measure_floor(reference, held_out, seeds.n, config.metrics)], {}, fine=solution)
+    progress(EXACT)
+    solution = FineSolution(plan.exact, seeds, store, process, spaces)
+    with at_work("sampling"):
+        solution.make()
+    sweep = replace(sweep, fine=solution, choice=choice)
+    process.wait()
+    exact = measure(StoredSolution(solution), context)
+    found = _measurement(Job(EXACT, "", plan.exact), exact, context)
+    sweep.measurements.append(found)
+    sweep.pictures[EXACT, "", found.nfe] = grid_png(solution.images(PICTURED), columns=PICTURED // 4)
+    return _measured(sweep, choice.of(plan.jobs), context, solution, progress)
+
+
+def _measure_limits(sweep: Sweep, images: Tensor, plan: Plan, context: EvaluationContext) -> None:
+    """Add the floor, and the ceiling of a tokenizer that loses something; no seed has part in them."""
+    for name, its in ((FLOOR, images), (CEILING, plan.reconstruct(images))):
+        if its is not None and not (name == CEILING and torch.equal(its, images)):
+            sweep.measurements.append(measure_images(name, its, context.spaces, context.metrics))
+            sweep.pictures[name, "", 0] = grid_png(its[:PICTURED], columns=PICTURED // 4)
+
+
+def _measured(
+    sweep: Sweep,
+    jobs: Sequence[Job],
+    context: EvaluationContext,
+    solution: FineSolution | None,
+    progress: Callable[[str], None],
+) -> Sweep:
+    """The sweep with the measurements of these jobs."""
     for job in jobs:
         progress(f"{job.solver} {job.grid}")
         cell = measure(job.source, context, None if job.baseline else solution)
@@ -94,7 +140,7 @@ def run_sweep(
         sweep.measurements.append(found)
         key = (job.solver, job.grid, found.nfe)
         sweep.jobs[key], sweep.pictures[key] = job, cell.png()
-    return with_best(sweep, sweep.measurements)
+    return sweep
 
 
 def timing(config: SweepConfig, process: ProcessInfo) -> str:
@@ -125,8 +171,8 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         n=seeds.n,
         blocks=seeds.blocks,
         seconds=sampling,
-        features=context.reference.features,
-        reference=context.reference.name,
+        features=context.spaces[""].features,
+        reference=context.spaces[""].name,
         seeds=str(seeds),
         training_nfe=job.training_nfe,
         baseline=job.baseline,
@@ -135,6 +181,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         timing=numbers.timing,
         decode_seconds=decoding,
         feature_seconds=features,
+        further=further(context.spaces),
     )
 
 
@@ -144,10 +191,3 @@ def _distance(numbers: Numbers) -> Estimate:
     values = torch.tensor(blocks, dtype=torch.float64)
     std = values.std().item() if len(blocks) > 1 and not numbers.nonfinite else None
     return Estimate(values.mean().item(), std, blocks)
-
-
-def with_best(sweep: Sweep, measurements: Sequence[Measurement]) -> Sweep:
-    """The sweep with these measurements, the best grid of each (solver, NFE) marked, and its picture."""
-    marked = mark_best(measurements)
-    found = {(c.solver, c.nfe): sweep.pictures.get((c.solver, c.grid, c.nfe)) for c in marked if c.best}
-    return replace(sweep, measurements=marked, grids={key: png for key, png in found.items() if png is not None})

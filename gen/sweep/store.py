@@ -31,7 +31,7 @@ from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_ten
 from midway.gen.core.locks import check_no_link, lock, made, remove
 from midway.gen.core.text import echo, json_text
 
-SCHEMA = 2
+SCHEMA = 3
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
 PART = 1024
 """Seeds of a part: what a killed process loses at most."""
@@ -64,6 +64,7 @@ class FineCosts:
     """Of a part of the fine solution."""
 
     nfe: float
+    seconds: float
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ import torch
 from mutations import TEXTS, mutations
 from pipelines import Pipeline, Script
 from safetensors.torch import load_file, save_file
-from sweeps import images_task, npz
+from sweeps import images_task, measured, npz
 
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data.images import to_float
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.diffusion.sampling import SamplingConfig, noise_of
 from midway.gen.evaluation.diffusers import (
     DiffusersModel,
     DiffusersSource,
-    load_diffusers,
 )
+from midway.gen.evaluation.diffusers_files import load_diffusers
 from midway.samplers.discrete import Discrete
 from midway.samplers.grids import logsnr
 from midway.samplers.schedule import Schedule
@@ -122,6 +123,18 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(latent: Path) -> None:
     made = model.decode(states).float()
     assert model.shape == (3, 4, 4) and made.shape == (3, 3, 8, 8) and (made - expected).abs().max() <= 1
     assert made.std() > 1, "not all alike"
+
+
+def test_the_ceiling_is_the_autoencoders_own_round_trip(latent: Path, ddpm: Path) -> None:
+    model = load_diffusers(latent)
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = model.reconstruct(images)
+    assert found is not None and found.shape == images.shape and found.dtype == torch.uint8
+    decoder: Any = model.decoder
+    with torch.no_grad():
+        by_hand = decoder.decode(decoder.encode(to_float(images)).latents).sample
+    assert (found.float() - (by_hand.clamp(-1, 1) + 1) * 127.5).abs().max() <= 1
+    assert load_diffusers(ddpm).reconstruct(images) is None
 
 
 def test_an_image_is_a_function_of_its_seed(ddpm: Path) -> None:
@@ -274,7 +287,7 @@ def test_the_sweep_measures_it_beside_external_images(
         20,
         "--blocks",
         2,
-        "--reference-nfe",
+        "--exact-nfe",
         16,
         "--metrics",
         "",
@@ -284,6 +297,7 @@ def test_the_sweep_measures_it_beside_external_images(
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [(row["solver"], row["nfe"]) for row in rows] == [
         ("floor", 0),
+        ("exact", 16),
         ("ddim", 4),
         ("heun", 4),
         ("images: a.npz", 0),
@@ -291,12 +305,12 @@ def test_the_sweep_measures_it_beside_external_images(
     model = load_diffusers(ddpm)
     (plan,) = model.samplers("ddim", 4, SamplerConfig(grids=("logsnr",))).values()
     near = DiffusersSource(model, plan, SamplingConfig()).sample(torch.arange(40)).values
-    (finer,) = model.samplers("heun", 16, SamplerConfig(grids=("karras",))).values()
+    (finer,) = model.samplers("dpmpp3m", 16, SamplerConfig(grids=("logsnr",))).values()
     far = DiffusersSource(model, finer, SamplingConfig()).sample(torch.arange(40)).values
-    assert rows[1]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
+    assert rows[2]["rmse"] == pytest.approx((near - far).double().square().mean().sqrt().item(), rel=1e-4)
     assert "diffusers ddpm" in (tmp_path / "out" / "report.md").read_text()
     exported = replace(images_task(pipeline, tmp_path / "again", tmp_path / "npz" / "ddim-logsnr-nfe4.npz"), n=20)
-    assert list(evaluate.run(exported).measurements[1].distances) == rows[1]["distances"]
+    assert list(measured(evaluate.run(exported))[0].distances) == rows[2]["distance_blocks"]
     monkeypatch.setattr(DiffusersSource, "sample", None)
     assert script("evaluate", *flags).code == 0, "nothing is sampled twice"
 

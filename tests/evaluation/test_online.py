@@ -9,7 +9,7 @@ import evaluate
 import pytest
 import train_latent
 from pipelines import TINY, TINY_DIT, Pipeline, Script
-from sweeps import sweep_task
+from sweeps import measured, sweep_task
 
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.training.config import OnlineConfig
@@ -43,8 +43,8 @@ def test_answers_come_when_due_and_at_the_end_and_are_those_of_the_sweep(
     assert [answer["step"] for answer in answers] == [4, 8, 10]
     assert all(answer["n"] == 24 and "@" in answer["features"] and answer["seeds"] == "0-23" for answer in answers)
     assert "n = 24" in (run / "log.txt").read_text()
-    swept = replace(sweep_task(pipeline, tmp_path / "report", nfe="4,6", n=24, blocks=1, reference_nfe=0), model=run)
-    cells = evaluate.run(swept).measurements[1:]
+    swept = replace(sweep_task(pipeline, tmp_path / "report", nfe="4,6", n=24, blocks=1, exact_nfe=0), model=run)
+    cells = measured(evaluate.run(swept))
     assert [answers[-1][f"distance_nfe_{cell.nfe}"] for cell in cells] == [pytest.approx(c.distance) for c in cells]
 
 

@@ -18,7 +18,8 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.evaluation.records import FID, Measurement, distance_name, floor_name
+from midway.gen.evaluation.comparing import FID, distance_name, limit_name
+from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
 from midway.gen.features import reference as references
 from midway.gen.features.reference import FeatureReference, make_reference
@@ -40,11 +41,11 @@ CONTEXT = ReportContext("Budgets", "flow", "digits", "python x.py", "2 cores", {
 def one(solver: str = "euler", nfe: int = 4, distance: float = 2.0, n: int = 100, **more: Any) -> Measurement:
     blocks = (distance - 0.1, distance + 0.1)
     like = measurement(solver, "uniform", nfe, distance, 0.1, 0.3, n, decode_seconds=3.0, feature_seconds=0.5)
-    return changed(like, **({"distances": blocks} | more))
+    return changed(like, **({"distance_blocks": blocks} | more))
 
 
 def floor(n: int) -> Measurement:
-    return one("floor", 0, 1.0, n, grid="", rmse=None, distances=(), distance_std=None)
+    return one("floor", 0, 1.0, n, grid="", rmse=None, distance_blocks=(), distance_std=None)
 
 
 # ---- identities ----
@@ -74,7 +75,7 @@ def test_a_cell_seen_otherwise_is_another_cell(change: dict[str, Any], pipeline:
     seen = FeatureReference(None, "a", FeatureStatistics.of(torch.randn(9, 2)), "digits@1", fingerprint="0")  # pyright: ignore
 
     def record(reference: FeatureReference) -> str:
-        return EvaluationContext(reference, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).cell(source).id
+        return EvaluationContext({"": reference}, Seeds(0, 4, 1), CellStore(tmp_path), ProcessInfo()).cell(source).id
 
     assert record(seen) == record(seen) != record(dataclasses.replace(seen, **change))
 
@@ -82,7 +83,9 @@ def test_a_cell_seen_otherwise_is_another_cell(change: dict[str, Any], pipeline:
 def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, grids="uniform,karras", baselines=(pipeline.baseline,)))
     names = {path.stem for path in tmp_path.glob("cells/*.json")}
-    assert {c.record for c in sweep.measurements if c.solver != "floor"} == names and len(names) == 3
+    assert {c.record for c in sweep.measurements if c.solver not in ("floor", "ceiling")} == names and len(
+        names
+    ) == 3, "the exact solution, ddim on the chosen grid, the baseline"
 
 
 def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +118,7 @@ def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
         def images(self, raw: SampledBatch) -> torch.Tensor:
             return (10 * raw.values[:, :1]).byte()
 
-    fine = FineSolution(Fine(), Seeds(3, 2, 1), CellStore(tmp_path), ProcessInfo())
+    fine = FineSolution(Fine(), Seeds(3, 2, 1), CellStore(tmp_path), ProcessInfo(), {})
     fine.make()
     images = torch.tensor([30, 60], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     errors = fine.errors(0, torch.zeros(2, 2, 2, 2), images)
@@ -133,17 +136,17 @@ def test_only_the_published_inception_network_makes_a_fid() -> None:
     assert distance_name(inception) == "FID" and distance_name([floor(100), one()]) == "Fréchet distance"
     mixed = [inception[0], one()]
     assert distance_name(mixed) == "Fréchet distance"
-    assert "<h2>FID by step budget</h2>" in report_html(inception, CONTEXT, {})
-    assert "FID" not in report_html([floor(100), one()], CONTEXT, {})
+    assert "<h2>FID to the data by step budget</h2>" in report_html(inception, CONTEXT)
+    assert "FID" not in report_html([floor(100), one()], CONTEXT)
     other = [changed(c, features="inception-v3-2015-12-05@ffffffff") for c in inception]
     assert "FID" not in terminal_text(other)
 
 
 def test_a_floor_of_another_count_is_named_with_it_everywhere() -> None:
     alike, other = [floor(100), one()], [floor(40), one()]
-    assert (floor_name(alike), floor_name(other)) == ("floor", "floor (n = 40)")
-    page = report_html(other, CONTEXT, {})
-    assert '<th scope="row">floor (n = 40)</th>' in page and "against real images (floor (n = 40))" in page
+    assert (limit_name(alike[0], alike), limit_name(other[0], other)) == ("floor", "floor (n = 40)")
+    page = report_html(other, CONTEXT)
+    assert '<th scope="row">floor (n = 40)</th>' in page and "floor (n = 40) 1.00" in page
     for text in (markdown_tables(other), terminal_text(other)):
         assert "floor (n = 40)" in text
     assert distance_figure(other).axes[0].get_legend_handles_labels()[1][-1] == "floor (n = 40) 1 (real images)"
@@ -153,9 +156,9 @@ def test_a_floor_of_another_count_is_named_with_it_everywhere() -> None:
 def test_a_report_that_raises_writes_nothing(tmp_path: Path) -> None:
     cells = [floor(100), one(), one("heun", n=200)]
     with pytest.raises(ValueError, match="do not compare"):
-        write_report(tmp_path / "out", cells, CONTEXT, {})
+        write_report(tmp_path / "out", cells, CONTEXT)
     with pytest.raises(ValueError, match="do not compare"):
-        report_html(cells, CONTEXT, {})
+        report_html(cells, CONTEXT)
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +168,7 @@ def test_a_report_that_raises_writes_nothing(tmp_path: Path) -> None:
 def test_few_images_are_warned_about_in_the_report(pipeline: Pipeline, tmp_path: Path) -> None:
     assert few_note(128, 64) == () and "127 images for 64 features" in few_note(127, 64)[0]
     for n, warned in ((8, True), (40, False)):
-        evaluate.run(sweep_task(pipeline, tmp_path, n=n, blocks=1, reference_nfe=0))
+        evaluate.run(sweep_task(pipeline, tmp_path, n=n, blocks=1, exact_nfe=0))
         for name in ("report.md", "report.html"):
             assert ("mostly bias" in (tmp_path / name).read_text()) is warned
 
@@ -177,16 +180,26 @@ def test_all_figures_and_the_split_of_the_time_are_in_the_report() -> None:
     cells = [floor(100), one(precision=0.75, psnr=31.5), one("heun", 8, 1.5), one("vae", 1, 3.0, baseline=True)]
     table = all_figures(cells)
     rows = [(line.name, *("–" if e is None else e.value for e in line.entries)) for line in table.lines]
-    assert table.heads == ("solver", "NFE", "RMSE", "PSNR (dB)", "precision", "solver s", "decode s", "features s")
-    assert rows[0] == ("euler", "4", "0.300", "31.5", "0.750", "10.0", "30.0", "5.00")
-    assert rows[-1] == ("floor", *"–" * 7)
-    page, text = report_html(cells, CONTEXT, {}), report_md(cells, CONTEXT)
-    assert "<td>31.5</td>" in page and "| euler | 4 | 0.300 | 31.5 | 0.750 | 10.0 | 30.0 | 5.00 |" in text
+    assert table.heads == (
+        "solver",
+        "NFE",
+        "distance",
+        "RMSE",
+        "PSNR (dB)",
+        "precision",
+        "solver s",
+        "decode s",
+        "features s",
+    )
+    assert rows[0] == ("euler", "4", "2.00", "0.300", "31.5", "0.750", "10.0", "30.0", "5.00")
+    assert rows[-1] == ("floor", "–", "1.00", *"–" * 6)
+    page, text = report_html(cells, CONTEXT), report_md(cells, CONTEXT)
+    assert "<td>31.5</td>" in page and "| euler | 4 | 2.00 | 0.300 | 31.5 | 0.750 | 10.0 | 30.0 | 5.00 |" in text
     assert "Difference from the best" in page and "Difference from the best" in text
 
 
 def test_the_box_says_what_learned_solvers_cost() -> None:
-    page = report_html([floor(100), one(), one("table", training_nfe=12345)], CONTEXT, {})
+    page = report_html([floor(100), one(), one("table", training_nfe=12345)], CONTEXT)
     assert "<dt>training of solvers</dt><dd>table 12,345 evaluations</dd>" in page
 
 
@@ -280,7 +293,7 @@ def test_the_root_is_a_flag(pipeline: Pipeline, succeed: Script, tmp_path: Path)
     line = f"evaluate --model {pipeline.model} --features {pipeline.features} --solvers ddim --nfe 4 --n 80"
     found = []
     for root in ("eigen", "newton-schulz"):
-        succeed(f"{line} --grids uniform --reference-nfe 0 --root {root} --out {tmp_path / root}")
+        succeed(f"{line} --grids uniform --exact-nfe 0 --root {root} --out {tmp_path / root}")
         text = (tmp_path / root / "results.csv").read_text().splitlines()
         found.append(float(text[2].split(",")[3]))
     assert found[1] == pytest.approx(found[0], rel=1e-6) and math.isfinite(found[0])

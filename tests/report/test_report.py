@@ -17,23 +17,27 @@ import torch
 from measurements import changed, measurement
 
 from midway.gen.core.errors import DiskError
+from midway.gen.evaluation.comparing import training_costs
 from midway.gen.evaluation.metrics import METRICS, Features, measure_metrics
-from midway.gen.evaluation.records import Estimate, Measurement, from_record, to_records, training_costs
+from midway.gen.evaluation.records import Estimate, Measurement, from_record, to_records
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report import sweep_tables
 from midway.gen.report.html import SCRIPT
 from midway.gen.report.plots import Cost, distance_figure, distance_png, pareto_front
-from midway.gen.report.sweep import markdown_tables, report_html, report_md, terminal_text, write_report
+from midway.gen.report.sweep import markdown_tables, report_md, terminal_text, write_report
+from midway.gen.report.sweep_page import Pictures, report_html
 from midway.gen.report.sweep_tables import metric
 from midway.gen.report.table import ReportContext, number
 from midway.gen.report.text import csv_text, jsonl_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
-COLUMNS = "solver,grid,nfe,distance,distance_std,rmse,n,blocks,seconds,features,reference,seeds,training_nfe,best"
-MORE = "baseline,distances,decode_seconds,feature_seconds,psnr,kid,kid_std,precision,recall,density,coverage"
-LAST = "inception_score,fd_infinity,nonfinite,trainings,record,timing"
+COLUMNS = "solver,grid,nfe,distance,distance_std,to_exact,to_exact_std,rmse,n,blocks,seconds,features,reference,seeds"
+MORE = "training_nfe,baseline,distance_blocks,to_exact_blocks,decode_seconds,feature_seconds,psnr,kid,kid_std,sliced"
+LAST = (
+    "sliced_std,precision,recall,density,coverage,inception_score,fd_infinity,nonfinite,trainings,record,timing,further"
+)
 CONTEXT = ReportContext(
     title="Budgets",
     model="flow",
@@ -52,14 +56,13 @@ def cell(solver: str, nfe: int, distance: float, grid: str = "karras", rmse: flo
 
 
 FLOOR = changed(cell("floor", 0, 2.61, "", None), distance_std=0.08, seconds=0.0)
-LOSER = changed(cell("euler", 4, 1.99, "uniform"), best=False)
 LEARNED = changed(cell("amed", 4, 17.3, "learned", 0.125), training_nfe=128000)
-CELLS = [FLOOR, cell("euler", 4, 66.0), LOSER, cell("euler", 8, 5.0), LEARNED, cell("amed", 8, 5.55, "learned")]
+CELLS = [FLOOR, cell("euler", 4, 66.0), cell("euler", 8, 5.0), LEARNED, cell("amed", 8, 5.55, "learned")]
 
 
 def html(cells: list[Measurement], context: ReportContext = CONTEXT) -> str:
     """The page's text, its images cut out."""
-    text = report_html(cells, context, {("euler", 4): PNG, ("amed", 8): PNG})
+    text = report_html(cells, context, Pictures({("euler", 4): PNG, ("amed", 8): PNG}, {"floor": PNG}))
     assert text.count(f"<script>{SCRIPT}</script>") == 1, "our own script, and in the page itself"
     text = text.replace(f"<script>{SCRIPT}</script>", "")
     return re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", text)
@@ -74,8 +77,7 @@ def test_csv_holds_every_cell_in_full_precision() -> None:
     assert float(rows[-1]["distance"]) == 1 / 3
     assert rows[-1]["solver"] == 'a,"b"'
     assert rows[-1]["distance_std"] == rows[-1]["rmse"] == ""
-    assert [row["best"] for row in rows] == ["true", "true", "false", "true", "true", "true", "true"]
-    assert rows[4]["training_nfe"] == "128000"
+    assert rows[3]["training_nfe"] == "128000"
 
 
 def test_jsonl_gives_the_cells_back() -> None:
@@ -108,26 +110,13 @@ def test_numbers_have_three_digits(value: float, std: float | None, expected: st
 
 
 def test_markdown_bolds_the_best_of_each_column() -> None:
-    distance, rmse = markdown_tables(CELLS).split("RMSE")
+    rmse, distance = markdown_tables(CELLS).split(f"Fréchet distance ({FEATURES})")
     assert re.findall(r"\*\*(.*?)\*\*", distance) == ["5.00 ± 0.12", "17.3 ± 0.1"]
     assert "| euler | 66.0 ± 0.1 (karras) | **5.00 ± 0.12** (karras) |" in distance
     assert "| amed | **17.3 ± 0.1** (learned) | 5.55 ± 0.12 (learned) |" in distance
     assert "| *floor* | *2.61 ± 0.08* | *2.61 ± 0.08* |" in distance
     assert re.findall(r"\*\*(.*?)\*\*", rmse) == ["0.250", "0.125", "0.250"]
     assert "floor" not in rmse
-
-
-def test_only_the_best_grid_is_shown() -> None:
-    for text in (markdown_tables(CELLS), terminal_text(CELLS)):
-        assert "1.99" not in text
-        assert "uniform" not in text
-
-
-def test_of_two_cells_marked_best_the_nearer_is_shown() -> None:
-    twice = [cell("euler", 4, 7.0, "karras"), cell("euler", 4, 6.0, "logsnr")]
-    assert "**6.00 ± 0.12** (logsnr)" in markdown_tables(twice)
-    assert "7.00" not in markdown_tables(twice)
-    assert "diverged" not in markdown_tables([cell("euler", 4, math.nan), *twice])
 
 
 def test_a_diverged_solver_is_named_and_never_best() -> None:
@@ -161,7 +150,6 @@ def test_page_bolds_the_best_and_shows_the_floor() -> None:
     page = html(CELLS)
     assert re.findall(r'class="best"><b>([\d.]+)</b>', page) == ["5.00", "17.3", "0.250", "0.125", "0.250"]
     assert page.count('<tr class="floor">') == 1
-    assert "1.99" not in page
     assert "trained, 128,000 evaluations" in page
 
 
@@ -169,7 +157,7 @@ def test_page_is_self_contained() -> None:
     page = html(CELLS)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(|href=", page)
     sources = re.findall(r'src="([^"]*)"', page)
-    assert sources == ["data:image/png;base64,"] * 4
+    assert sources == ["data:image/png;base64,"] * 5
     assert "prefers-color-scheme: dark" in page
     assert "<details open>" in page
 
@@ -184,7 +172,7 @@ def test_page_escapes_all_text() -> None:
     evil = "<script>alert('1')</script>\"&"
     context = ReportContext(evil, evil, evil, evil, evil, {evil: evil}, evil, (evil,))
     nasty = changed(cell(evil, 4, 1.0, evil), features=evil, reference=evil)
-    page = report_html([nasty], context, {(evil, 4): PNG})
+    page = report_html([nasty], context, Pictures({(evil, 4): PNG}))
     assert page.count("<script") == 1, "our own"
     assert page.count("&lt;script&gt;") > 10
 
@@ -205,7 +193,10 @@ def test_plot_says_what_it_shows() -> None:
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert axes.get_ylabel() == f"Fréchet distance ({FEATURES})"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
-    assert any(line.get_linestyle() == "--" and set(np.asarray(line.get_ydata())) == {2.61} for line in axes.lines)
+    assert any(
+        line.get_label() == "floor 2.61 (real images)" and set(np.asarray(line.get_ydata())) == {2.61}
+        for line in axes.lines
+    )
     assert axes.get_legend_handles_labels()[1] == ["euler", "amed (trained)", "floor 2.61 (real images)"]
 
 
@@ -221,15 +212,15 @@ def test_another_axis_raises() -> None:
 
 
 def test_nothing_to_plot_is_still_a_report(tmp_path: Path) -> None:
-    write_report(tmp_path, [FLOOR], CONTEXT, {})
+    write_report(tmp_path, [FLOOR], CONTEXT)
     assert (tmp_path / "report.html").stat().st_size > 0
 
 
 def test_report_directory(tmp_path: Path) -> None:
-    write_report(tmp_path / "new", CELLS, CONTEXT, {("euler", 4): PNG})
+    write_report(tmp_path / "new", CELLS, CONTEXT, Pictures({("euler", 4): PNG}))
     names = {file.name for file in (tmp_path / "new").iterdir()}
     plots = {"distance_vs_nfe.png", "distance_vs_seconds.png"}
-    assert names == plots | {"results.csv", "results.jsonl", "report.md", "report.html"}
+    assert names == plots | {"exact_vs_nfe.png", "results.csv", "results.jsonl", "report.md", "report.html"}
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     for plot in plots:
         data = (tmp_path / "new" / plot).read_bytes()
@@ -240,7 +231,7 @@ def test_report_directory(tmp_path: Path) -> None:
 
 def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cells").mkdir()  # of the sweep, else the report is another's
-    write_report(tmp_path, CELLS, CONTEXT, {})
+    write_report(tmp_path, CELLS, CONTEXT)
     old = {file.name: file.read_bytes() for file in tmp_path.glob("*.*")}
 
     def fail(_source: Path, _target: Path) -> None:
@@ -248,7 +239,7 @@ def test_a_failed_write_keeps_the_old_report(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(DiskError, match="Read-only"):
-        write_report(tmp_path, CELLS[:2], CONTEXT, {})
+        write_report(tmp_path, CELLS[:2], CONTEXT)
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.*")} == old
 
 
@@ -297,8 +288,8 @@ def test_a_metric_is_one_function_and_one_column(monkeypatch: pytest.MonkeyPatch
     reference = FeatureReference(network, "a", FeatureStatistics.of(samples), "r")
     found = measure_metrics(("brightness",), Features(samples, None), reference)
     cells = [changed(cell("euler", 4, 1.0), **{name: Estimate.of([value, 3.5]).mean for name, value in found.items()})]
-    assert csv_text(to_records(cells)).splitlines()[0].endswith(",timing,brightness")
-    assert csv_text(to_records(cells)).splitlines()[1].endswith(",3.0")
+    assert csv_text(to_records(cells)).splitlines()[0].endswith(",further,brightness,brightness_std")
+    assert csv_text(to_records(cells)).splitlines()[1].endswith(",3.0,")
     assert json.loads(jsonl_text(to_records(cells)))["brightness"] == 3.0
     assert "| light |" in report_md(cells, CONTEXT) and "| 3.00 |" in report_md(cells, CONTEXT)
     assert '<th scope="col">light</th>' in html(cells) and "<td>3.00</td>" in html(cells)

@@ -12,7 +12,7 @@ from PIL import Image
 from midway.gen.report.explorer import explorer
 from midway.gen.report.html import SCRIPT, STYLE
 from midway.gen.report.sections import Section
-from midway.gen.report.sweep import report_html
+from midway.gen.report.sweep_page import Pictures, report_html
 from midway.gen.report.table import ReportContext
 
 pytestmark = needs_browser
@@ -59,7 +59,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "euler", "karras", 4, 5.0, 0.1, 0.2, 1024, 2, 1.5, "cnn-digits@3fa2c1ab90de", "digits-train@9b1e", "0-2047"
     )
     like = changed(like, kid=0.01, kid_std=0.002, precision=0.8, recall=0.7, density=0.9, coverage=0.8, psnr=30)
-    cells = [changed(like, solver=s, nfe=k, distance=60 / k + i, distances=(60 / k + i - 0.1, 60 / k + i + 0.1),
+    cells = [changed(like, solver=s, nfe=k, distance=60 / k + i, distance_blocks=(60 / k + i - 0.1, 60 / k + i + 0.1),
                                  training_nfe=99999 * (i == 2)) for i, s in enumerate(SOLVERS) for k in NFES]  # fmt: skip
     floor = changed(like, solver="floor", grid="", nfe=0, distance=1.5, distance_std=None, rmse=None)
     baseline = changed(like, solver="vae", grid="", nfe=1, rmse=None, baseline=True)
@@ -68,7 +68,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     path = tmp_path_factory.mktemp("report") / "report.html"
     section = Section("Shape of something", "Its <text>.", _png(99), "a picture")
-    page = report_html([floor, *cells, baseline], context, {**GRIDS, ("vae", 1): _png(200)}, [section])
+    page = report_html([floor, *cells, baseline], context, Pictures({**GRIDS, ("vae", 1): _png(200)}), [section])
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -215,14 +215,14 @@ def test_every_part_of_the_report_is_there(browser: Browser, report: Path) -> No
     tab = browser.page(report)
     heads = tab.evaluate("[...document.querySelectorAll('h2, summary')].map(e => e.innerText)")
     assert heads == [
-        "Fréchet distance by step budget",
+        "Fréchet distance to the data by step budget",
         "Baselines",
-        "Kernel distance",
+        "Error of the solver, seed by seed (RMSE)",
         "Difference from the best",
-        "Error of the solver itself",
         "Samples from the same seeds",
         "All panels",
         "Shape of something",
+        "Kernel distance",
         "All figures and where the time went",
         "How these numbers were made",
     ]

@@ -40,7 +40,7 @@ def test_a_class_without_training_images_is_named_and_not_sampled(
     sweep = (
         f"evaluate --model {model} --features {features} --baselines {vae} --solvers ddim,amed --nfe 4 --grids uniform"
     )
-    done = succeed(f"{sweep} --n 8 --blocks 1 --reference-nfe 0 --metrics kid --export-npz {tmp_path / 'npz'}")
+    done = succeed(f"{sweep} --n 8 --blocks 1 --exact-nfe 0 --metrics kid --export-npz {tmp_path / 'npz'}")
     assert f"Classes without training images, so no seed draws them: {NAMED}." in done.out
     assert "so no seed draws them" in (model / "report" / "report.md").read_text()
     labels = [np.load(path)["arr_1"].tolist() for path in sorted((tmp_path / "npz").iterdir())]

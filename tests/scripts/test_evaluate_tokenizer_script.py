@@ -39,7 +39,7 @@ from midway.gen.report.tokenizers import (
     terminal_text,
     write_tokenizer_report,
 )
-from midway.gen.sweep.run import measure_floor
+from midway.gen.sweep.run import held_out_images, measure_images
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers import perceptual
 from tasks import TokenizerConfig, TokenizerTask
@@ -322,6 +322,8 @@ def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
     shutil.rmtree(runs / "floor")
     splits = load_splits(DataConfig())
     network = load_features(Run.open(runs / "features", "features").checkpoint / "features.safetensors")
-    cell = measure_floor(make_reference(network, network.name, splits.train), splits.held_out, 50)
+    cell = measure_images(
+        "floor", held_out_images(splits.held_out, 50), {"": make_reference(network, network.name, splits.train)}
+    )
     assert (found.row.floor, found.row.features, found.row.reference) == (cell.distance, cell.features, cell.reference)
     assert found.row.floor is not None and np.isfinite(found.row.floor)

@@ -11,7 +11,7 @@ import pytest
 from pipelines import Pipeline, Script
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
-SMALL = ("--nfe", 4, "--blocks", 2, "--grids", "uniform", "--n", 24, "--reference-nfe", 0, "--batch-size", 16)
+SMALL = ("--nfe", 4, "--blocks", 2, "--grids", "uniform", "--n", 24, "--exact-nfe", 0, "--batch-size", 16)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

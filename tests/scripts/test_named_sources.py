@@ -209,7 +209,7 @@ def test_images_that_changed_since_training_are_a_warning(
             tmp_path / "n"
         ),
         f"evaluate --model {model} --features {features} --solvers ddim --nfe 4 --grids uniform --n 8 --blocks 1 --metrics= "
-        "--reference-nfe 0": model / "report",
+        "--exact-nfe 0": model / "report",
         f"evaluate_likelihood --models {vae} --features none --n 8 --iwae 0 --draws 1 --out {tmp_path / 'l'}": tmp_path
         / "l",
     }

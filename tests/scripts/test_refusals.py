@@ -12,7 +12,7 @@ from midway.gen.evaluation import tokenizers
 USAGE, DATA, DIVERGED = 2, 3, 4
 HEADS = {
     "SAMPLE": "sample --model {model} --n 2 --out {out}/grid.png --nfe 4 --grid uniform",
-    "EVALUATE": "evaluate --model {model} --features {features} --out {out} --n 16 --reference-nfe 8 --solvers ddim --nfe 4 "
+    "EVALUATE": "evaluate --model {model} --features {features} --out {out} --n 16 --exact-nfe 8 --solvers ddim --nfe 4 "
     "--grids uniform",
     "SOLVER": "train_solver amed --model {model}",
     "TOKENIZER": "train_tokenizer digits-fsq --steps 1 --batch-size 4 --model.width 16 --out {out}",
@@ -53,7 +53,7 @@ TABLE = """
   SOLVER --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
   EVALUATE --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
 2 evaluate
-  EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --reference-nfe 1; --reference-nfe 7; --solvers ,; --grids= -> FLAG
+  EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --choice-seeds 1; --exact-nfe -1; --solvers ,; --grids= -> FLAG
   EVALUATE --eta 0.5 --solvers ddim,heun; --eta 0.5 --solvers ddim,amed -> FLAG
   EVALUATE --eta 1.5 -> eta
   EVALUATE --metrics kidd -> kid

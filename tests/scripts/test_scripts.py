@@ -27,7 +27,7 @@ from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, S
 from regression import records
 from resuming import contents, newest, seal, unchanged
 from safetensors.torch import load_file, save_file
-from sweeps import sweep_task
+from sweeps import measured, sweep_task
 from torch import Tensor
 
 from baseline_recipes import BASELINE_RECIPES
@@ -43,7 +43,7 @@ from midway.gen.diffusion.load import TrainedModel, load_model, load_tokenizer, 
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
-from midway.gen.evaluation.records import FLOOR, Measurement, to_records
+from midway.gen.evaluation.records import LIMITS, Measurement, to_records
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
 from midway.gen.tokenizer.objective import evaluate_tokenizer
@@ -114,7 +114,7 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
         "train_features": f"{tiny} --width 8",
         "train_baseline": f"digits-vae {tiny} --model.width 8 --validation-images 20",
         "evaluate_likelihood": f"--models {pipeline.baseline} --features pixels --n 16 --iwae 2 --draws 2",
-        "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --reference-nfe 8",
+        "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --exact-nfe 8",
         "posthoc_ema": f"{model} --std 0.08",
         "data": "check digits",
     }
@@ -426,26 +426,26 @@ def _rows(out: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((out / "results.csv").read_text().splitlines()))
 
 
-def test_results_csv_has_the_columns_and_the_floor_once_and_first(swept: tuple[Path, Sweep]) -> None:
+def test_results_csv_has_the_columns_and_the_limits_once_and_first(swept: tuple[Path, Sweep]) -> None:
     rows = _rows(swept[0])
-    assert {"solver", "grid", "nfe", "distance", "rmse", "n", "seconds", "features", "seeds", "best"} <= set(rows[0])
-    assert [i for i, row in enumerate(rows) if row["solver"] == FLOOR] == [0]
-    assert float(rows[0]["distance"]) >= 0 and rows[0]["rmse"] == "" and rows[0]["n"] == "20"
+    assert {"solver", "grid", "nfe", "distance", "to_exact", "rmse", "n", "seconds", "features", "seeds"} <= set(
+        rows[0]
+    )
+    assert [row["solver"] for row in rows[:3]] == list(LIMITS) and not {row["solver"] for row in rows[3:]} & {*LIMITS}
+    assert all(float(row["distance"]) >= 0 and row["rmse"] == row["to_exact"] == "" for row in rows[:3])
     assert {row["features"] for row in rows} == {rows[0]["features"]} and "@" in rows[0]["features"]
-    assert {(row["n"], row["seeds"], row["blocks"]) for row in rows[1:]} == {("20", "0-59", "3")}
-    assert all(math.isfinite(float(row[c])) for row in rows[1:] for c in ("distance", "rmse", "seconds"))
+    assert {(row["n"], row["seeds"], row["blocks"]) for row in rows[2:]} == {("20", "0-59", "3")}
+    assert all(math.isfinite(float(row[c])) for row in rows[3:] for c in ("distance", "to_exact", "rmse", "seconds"))
 
 
-def test_every_cell_is_measured_and_one_grid_of_each_is_best(swept: tuple[Path, Sweep]) -> None:
-    rows = _rows(swept[0])[1:]
-    measured = {(row["solver"], row["grid"], row["nfe"]) for row in rows}
-    tables = {(solver, grid, "4") for solver in ("ddim", "heun") for grid in ("uniform", "logsnr")}
-    assert measured == tables | {(solver, "uniform", "4") for solver in LEARNED}
-    for key in {(row["solver"], row["nfe"]) for row in rows}:
-        group = [row for row in rows if (row["solver"], row["nfe"]) == key]
-        best = [row for row in group if row["best"] == "true"]
-        assert len(best) == 1
-        assert float(best[0]["distance"]) == min(float(row["distance"]) for row in group)
+def test_every_solver_is_measured_on_one_grid(swept: tuple[Path, Sweep]) -> None:
+    grids = {(row["solver"], row["nfe"]): row["grid"] for row in _rows(swept[0])[3:]}
+    assert grids.keys() == {(solver, "4") for solver in ("ddim", "heun", *LEARNED)} and len(_rows(swept[0])) == 7
+    choice = swept[1].choice
+    assert choice is not None and choice.seeds == "60-67"
+    for solver in ("ddim", "heun"):
+        figures = {grid: choice.figures[solver, grid, 4] for grid in ("uniform", "logsnr")}
+        assert grids[solver, "4"] == min(figures, key=lambda grid: figures[grid])
 
 
 def test_the_training_cost_of_a_learned_solver_is_reported(swept: tuple[Path, Sweep]) -> None:
@@ -465,8 +465,8 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
 
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(sweep_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", reference_nfe=256, blocks=1))
-    coarse, middle, fine = (cell.value("rmse") for cell in sweep.measurements[1:])
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, solvers="heun", nfe="4,8,64", exact_nfe=256, blocks=1))
+    coarse, middle, fine = (cell.value("rmse") for cell in measured(sweep))
     assert coarse is not None and middle is not None and fine is not None
     assert fine < 0.1 * coarse and middle < 0.5 * coarse
 
@@ -481,7 +481,7 @@ def base(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_cell(base: Path, pipeline: Pipeline) -> Measurement:
-    return evaluate.run(sweep_task(pipeline, base)).measurements[1]
+    return measured(evaluate.run(sweep_task(pipeline, base)))[0]
 
 
 EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bool]]] = {
@@ -501,8 +501,8 @@ EFFECTS: dict[str, tuple[dict[str, Any], Callable[[Measurement, Measurement], bo
     "analytic_first": ({"analytic_first": True}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
     "metrics": ({"metrics": "kid,precision"}, lambda a, b: "precision" in b.metrics.keys() - a.metrics.keys()),
     "eta": ({"eta": 1.0}, lambda a, b: a.nfe == b.nfe and a.value("rmse") != b.value("rmse")),
-    "reference_nfe": (
-        {"reference_nfe": 4},
+    "exact_nfe": (
+        {"exact_nfe": 4},
         lambda a, b: a.value("rmse") != b.value("rmse") and a.distance == b.distance,
     ),
 }
@@ -516,9 +516,9 @@ def test_a_flag_of_evaluate_changes_what_is_measured(
     changes, differs = EFFECTS[flag]
     out = Path(shutil.copytree(base, tmp_path / "out"))
     sweep = evaluate.run(sweep_task(pipeline, out, **changes))
-    assert len(sweep.measurements) == 2
-    assert differs(base_cell, sweep.measurements[1])
-    assert set(sweep.grids) == {(sweep.measurements[1].solver, sweep.measurements[1].nfe)}, "pictures for the report"
+    assert len(measured(sweep)) == 1
+    assert differs(base_cell, measured(sweep)[0])
+    assert set(sweep.grids) == {(measured(sweep)[0].solver, measured(sweep)[0].nfe)}, "pictures for the report"
 
 
 def test_a_model_guided_by_the_same_but_for_rounding_is_measured_unguided(
@@ -526,22 +526,24 @@ def test_a_model_guided_by_the_same_but_for_rounding_is_measured_unguided(
 ) -> None:
     """At twice the evaluations: both networks are counted."""
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, guidance=4.0, guide=twin))
-    assert sweep.measurements[1].nfe == 2 * base_cell.nfe
-    assert sweep.measurements[1].value("rmse") == pytest.approx(base_cell.value("rmse"), rel=1e-3)
+    assert measured(sweep)[0].nfe == 2 * base_cell.nfe
+    assert measured(sweep)[0].value("rmse") == pytest.approx(base_cell.value("rmse"), rel=1e-3)
 
 
 def test_budgets_out_of_reach_are_left_out_on_request(pipeline: Pipeline, tmp_path: Path) -> None:
     sweep = evaluate.run(
         sweep_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4", skip_unreachable=True, blocks=1)
     )
-    assert [(cell.solver, cell.nfe) for cell in sweep.measurements[1:]] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
+    assert [(cell.solver, cell.nfe) for cell in measured(sweep)] == [("ddim", 3), ("ddim", 4), ("heun", 4)]
     with pytest.raises(UsageError, match="3 network evaluations cannot be reached"):
         evaluate.run(sweep_task(pipeline, tmp_path, solvers="ddim,heun", nfe="3,4"))
 
 
 def test_the_training_cost_of_a_fitted_grid_is_reported(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(sweep_task(pipeline, tmp_path, grids="gits,uniform", nfe="5"))
-    fitted, uniform = sweep.measurements[1:]
+    fitted, uniform = (
+        measured(evaluate.run(sweep_task(pipeline, tmp_path / grid, grids=grid, nfe="5")))[0]
+        for grid in ("gits", "uniform")
+    )
     assert (fitted.grid, fitted.training_nfe, uniform.training_nfe) == ("gits", 64 * 60, 0)
     assert fitted.value("rmse") != uniform.value("rmse") and fitted.nfe == uniform.nfe == 5
 
@@ -554,11 +556,12 @@ def test_batch_size_title_and_out_of_evaluate(
     real = sampling.start_state
     monkeypatch.setattr(sampling, "start_state", lambda *a: sizes.append(len(a[2])) or real(*a))
     out = tmp_path / "there"
-    flags = "--solvers ddim --nfe 4 --grids uniform --n 20 --blocks 2 --reference-nfe 8 --batch-size 7 --title Sieben"
+    flags = "--solvers ddim --nfe 4 --grids uniform --n 20 --blocks 2 --exact-nfe 8 --batch-size 7 --title Sieben"
     succeed(f"evaluate --model {pipeline.model} --features {pipeline.features} --out {out} {flags}")
-    assert sizes == 4 * [7, 7, 6], "two blocks of the fine solution and of ddim"
+    choice = 2 * [*18 * [7], 2]
+    assert sizes == choice + 4 * [7, 7, 6], "128 seeds by the exact solution, twice, two blocks of it and of ddim"
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
-    assert float(_rows(out)[1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
+    assert float(_rows(out)[-1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
 
 
 # ---- every schedule, target, quantizer and recipe ----
@@ -856,12 +859,12 @@ def test_a_learned_table_is_sampled_and_measured_by_name(
     assert "3 evaluations each" in done.out
     solvers = "ddim,table,amed-plugin-dpmpp2m-constants"
     task = replace(sweep_task(pipeline, tmp_path / "report", nfe="3"), model=with_a_table, blocks=1)
-    cells = evaluate.run(replace(task, solvers="ddim,table")).measurements[1:]
+    cells = measured(evaluate.run(replace(task, solvers="ddim,table")))
     assert [(c.solver, c.nfe, c.training_nfe > 0) for c in cells] == [("ddim", 3, False), ("table", 3, True)]
     assert cells[1].value("rmse") != cells[0].value("rmse")
     with pytest.raises(UsageError, match="table at NFE 4 has not been learned"):
         evaluate.run(replace(task, solvers=solvers, nfe="4"))
-    cells = evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")).measurements[1:]
+    cells = measured(evaluate.run(replace(task, solvers="amed-plugin-dpmpp2m-constants", nfe="4")))
     assert [(cell.nfe, cell.training_nfe > 0) for cell in cells] == [(4, True)]
 
 

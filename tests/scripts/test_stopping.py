@@ -64,7 +64,7 @@ def test_a_sweep_that_is_stopped_goes_on_where_it_was(
     line = [
         "evaluate",
         *flags.split(),
-        *["--grids", "uniform", "--samples", "20", "--blocks", "1", "--reference-nfe", "0"],
+        *["--grids", "uniform", "--samples", "20", "--blocks", "1", "--exact-nfe", "0"],
     ]
     with monkeypatch.context() as patch:
         patch.setattr(SolverSource, "sample", stop_at(3, SolverSource.sample))

@@ -15,27 +15,36 @@ from pipelines import Pipeline
 from torch import Tensor
 
 from midway.gen.data.splits import DataConfig
+from midway.gen.evaluation.records import LIMITS, Measurement
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
 from midway.gen.sweep import store
+from midway.gen.sweep.run import Sweep
 
 
 def sweep_task(pipeline: Pipeline, out: Path, **changes: Any) -> EvaluateTask:
     """Two blocks of 20 images by ddim at 4 evaluations, in batches of 8, but for `changes`."""
     base = EvaluateTask(
-        model=pipeline.model, features=pipeline.features, out=out, solvers="ddim", nfe="4", grids="uniform"
+        model=pipeline.model, features=str(pipeline.features), out=out, solvers="ddim", nfe="4", grids="uniform"
     )
-    return replace(base, **{"n": 20, "blocks": 2, "reference_nfe": 8, "batch_size": 8, **changes})
+    return replace(base, **{"n": 20, "blocks": 2, "exact_nfe": 8, "choice_seeds": 8, "batch_size": 8, **changes})
+
+
+def measured(sweep: Sweep) -> list[Measurement]:
+    """Without the limits."""
+    return [m for m in sweep.measurements if m.solver not in LIMITS]
 
 
 def images_task(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
     """External images against the digits, in two blocks, without a model."""
-    base = EvaluateTask(features=pipeline.features, out=out, images=images, data=DataConfig(), metrics="", blocks=2)
+    base = EvaluateTask(
+        features=str(pipeline.features), out=out, images=images, data=DataConfig(), metrics="", blocks=2
+    )
     return replace(base, **changes)
 
 
 def beside_model(pipeline: Pipeline, out: Path, *images: Path, **changes: Any) -> EvaluateTask:
     """External images beside ddim at 4 evaluations."""
-    return sweep_task(pipeline, out, **{"images": images, "metrics": "", "reference_nfe": 0, **changes})
+    return sweep_task(pipeline, out, **{"images": images, "metrics": "", "exact_nfe": 0, **changes})
 
 
 def npz(path: Path, images: Any, **more: Any) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import Pipeline
-from sweeps import beside_model, images_task
+from sweeps import beside_model, images_task, measured
 from torch import Tensor
 
 from midway.gen.core.errors import DiskError, UsageError
@@ -157,7 +157,13 @@ def test_a_file_of_other_images_stays(name: str, tmp_path: Path) -> None:
 def exported(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Sweep]:
     """Two solvers on two grids and a baseline, in parts of 8."""
     out = tmp_path_factory.mktemp("exported")
-    more = {"solvers": "ddim,euler", "grids": "uniform,karras", "baselines": (pipeline.baseline,), "batch_size": 8}
+    more = {
+        "solvers": "ddim,euler",
+        "grids": "uniform,karras",
+        "exact_nfe": 8,
+        "baselines": (pipeline.baseline,),
+        "batch_size": 8,
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "PART", 8)
         asked = beside_model(pipeline, out, seed=7, **more)
@@ -168,14 +174,14 @@ def test_the_exports_of_a_cell_have_its_distance_to_the_last_digit(
     exported: tuple[Path, Sweep], pipeline: Pipeline, tmp_path: Path, small_parts: None
 ) -> None:
     out, sweep = exported
-    best = {f"{c.solver}-{c.grid}-nfe{c.nfe}": c for c in sweep.measurements if c.best and c.grid}
+    best = {f"{c.solver}-{c.grid}-nfe{c.nfe}": c for c in measured(sweep) if c.grid}
     best["baseline-nfe1"] = next(cell for cell in sweep.measurements if cell.baseline)
     assert len(best) == 3
     assert {path.name for path in (out / "npz").iterdir()} == {f"{name}.npz" for name in best}
     assert {path.name for path in (out / "zips").iterdir()} == {f"{name}.zip" for name in best}
     paths = [*(out / "npz").iterdir(), *(out / "zips").iterdir()]
     again = evaluate.run(images_task(pipeline, tmp_path / "again", *paths, n=20))
-    found = {cell.solver.removeprefix("images: "): cell.distances for cell in again.measurements[1:]}
+    found = {cell.solver.removeprefix("images: "): cell.distances for cell in measured(again)}
     assert found == {f"{name}{end}": cell.distances for name, cell in best.items() for end in (".npz", ".zip")}
 
 
@@ -185,8 +191,8 @@ def test_labels_are_those_the_seeds_were_sampled_with(exported: tuple[Path, Swee
         np.testing.assert_array_equal(arrays["arr_1"], np.arange(7, 47) % 10)
 
 
-def test_one_solver_exports_all_its_grids_and_external_images_none(pipeline: Pipeline, tmp_path: Path) -> None:
+def test_a_solver_exports_its_chosen_grid_and_external_images_none(pipeline: Pipeline, tmp_path: Path) -> None:
     np.savez(tmp_path / "theirs.npz", np.zeros((20, 8, 8, 3), dtype=np.uint8) + np.arange(8, dtype=np.uint8)[:, None])
-    asked = beside_model(pipeline, tmp_path / "out", tmp_path / "theirs.npz", grids="uniform,karras", n=5)
+    asked = beside_model(pipeline, tmp_path / "out", tmp_path / "theirs.npz", grids="karras", n=5)
     evaluate.run(replace(asked, export_npz=tmp_path / "npz"))
-    assert {path.stem for path in (tmp_path / "npz").iterdir()} == {"ddim-uniform-nfe4", "ddim-karras-nfe4"}
+    assert {path.stem for path in (tmp_path / "npz").iterdir()} == {"ddim-karras-nfe4"}

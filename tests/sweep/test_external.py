@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pipelines import Pipeline, Script
-from sweeps import beside_model, images_task, npz
+from sweeps import beside_model, images_task, measured, npz
 from traps import Trap
 
 from midway.gen.core.errors import DataError, UsageError
@@ -220,8 +220,8 @@ def test_several_sets_are_rows_of_the_same_count_and_nothing_is_measured_twice(
     paths = [npz(tmp_path / "a.npz", noise(40)), files(tmp_path / "b", noise(50, seed=1))]
     asked = images_task(pipeline, tmp_path / "out", *paths, blocks=1, baselines=(pipeline.baseline,))
     first = evaluate.run(asked)
-    assert [c.solver for c in first.measurements[1:]] == ["baseline", "images: a.npz", "images: b"]
-    assert {c.n for c in first.measurements[1:]} == {40}
+    assert [c.solver for c in measured(first)] == ["baseline", "images: a.npz", "images: b"]
+    assert {c.n for c in measured(first)} == {40}
     assert first.grids["images: a.npz", 0] != first.grids["images: b", 0]
     monkeypatch.setattr(ImagesSource, "sample", None)
     assert evaluate.run(asked).measurements == first.measurements
@@ -233,9 +233,9 @@ def test_several_sets_are_rows_of_the_same_count_and_nothing_is_measured_twice(
 def test_external_images_join_the_table_of_a_model(pipeline: Pipeline, tmp_path: Path) -> None:
     path = npz(tmp_path / "a.npz", noise(45))
     sweep = evaluate.run(beside_model(pipeline, tmp_path / "out", path, seed=3))
-    assert [(c.solver, c.nfe, c.n) for c in sweep.measurements[1:]] == [("ddim", 4, 20), ("images: a.npz", 0, 20)]
+    assert [(c.solver, c.nfe, c.n) for c in measured(sweep)] == [("ddim", 4, 20), ("images: a.npz", 0, 20)]
     alone = evaluate.run(images_task(pipeline, tmp_path / "alone", path, n=20))
-    assert alone.measurements[1].distances == sweep.measurements[2].distances
+    assert measured(alone)[0].distances == measured(sweep)[1].distances
     assert load_model(pipeline.model, torch.device("cpu")).data == DataConfig()
     with pytest.raises(DataError, match="45 images, 46"):
         evaluate.run(beside_model(pipeline, tmp_path / "more", path, n=23))

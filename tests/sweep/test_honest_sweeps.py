@@ -29,7 +29,7 @@ from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report.notes import class_notes, timing_notes
 from midway.gen.sweep import measure
 from midway.gen.sweep.measure import EvaluationContext
-from midway.gen.sweep.run import measure_floor
+from midway.gen.sweep.run import held_out_images, measure_images
 from midway.gen.sweep.store import CellStore, Part, Seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
@@ -40,7 +40,9 @@ pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, four blocks: the second one measures the second alone, and nothing that is there already."""
-    monkeypatch.setattr(measure, "_block", lambda parts, context: Part({}, {"block": parts[0].costs["block"]}))
+    monkeypatch.setattr(
+        measure, "_block", lambda numbers, parts, context, fine: Part({}, {"block": parts[0].costs["block"]})
+    )
     store = CellStore(tmp_path)
     cell = store.cell({"a": 1})
     context = EvaluationContext(None, Seeds(0, 5, 4), store, ProcessInfo(0, 3))  # pyright: ignore[reportArgumentType]
@@ -51,7 +53,7 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
         found = [cell.part(place) for place in measure._block_places(context.seeds)]
         return [part.costs["block"] for part in found if part is not None]
 
-    unchecked: Any = SimpleNamespace(samples=None, block=None)
+    unchecked: Any = SimpleNamespace(samples=None, block=None, fine=None)
     measure._sum_blocks(cell, dataclasses.replace(context, process=ProcessInfo(1, 3)), unchecked)
     assert there() == [1]
     measure._sum_blocks(cell, context, unchecked)
@@ -61,7 +63,7 @@ def test_blocks_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.M
 def test_a_second_sweep_into_the_same_folder_raises(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:
     with CellStore(tmp_path / "cells").claimed():
         runs = f"--model {pipeline.model} --features {pipeline.features} --out {tmp_path}"
-        done = script(*f"evaluate {runs} --solvers ddim --nfe 4 --n 20 --reference-nfe 0".split())
+        done = script(*f"evaluate {runs} --solvers ddim --nfe 4 --grids uniform --n 20 --exact-nfe 0".split())
         assert done.code == 2 and "is being written by another process" in done.err
     assert evaluate.run(sweep_task(pipeline, tmp_path)).measurements
 
@@ -74,7 +76,7 @@ def test_seconds_of_other_circumstances_are_named(pipeline: Pipeline, tmp_path: 
     assert "Seconds compare only" not in (tmp_path / "report.md").read_text()
     evaluate.run(sweep_task(pipeline, tmp_path, solvers="ddim,euler", batch_size=16))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert ["batches of 8" in row["timing"] for row in rows[1:]] == [True, False]
+    assert ["batches of 8" in row["timing"] for row in rows if row["nfe"]] == [True, True, False]
     text = (tmp_path / "report.md").read_text()
     assert "Seconds compare only" in text and "batches of 16" in text
 
@@ -114,7 +116,7 @@ def test_samples_are_drawn_in_ieee_float32(pipeline: Pipeline, tmp_path: Path, m
     before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "tf32"
     try:
         for overlap in (False, True):
-            evaluate.run(sweep_task(pipeline, tmp_path / str(overlap), overlap=overlap, reference_nfe=0))
+            evaluate.run(sweep_task(pipeline, tmp_path / str(overlap), overlap=overlap, exact_nfe=0))
         assert set(seen) == {("ieee", True)} and cudnn.conv.fp32_precision == "tf32"
     finally:
         cudnn.conv.fp32_precision = before
@@ -150,7 +152,9 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
     )
     held_out = load_splits(trained.data).held_out
     assert reference.statistics.dim == 8
-    found = [measure_floor(reference, held_out, n, ("kid", "infinity")) for n in (20, 40)]
+    found = [
+        measure_images("floor", held_out_images(held_out, n), {"": reference}, ("kid", "infinity")) for n in (20, 40)
+    ]
     assert [cell.value("fd_infinity") is None for cell in found] == [True, False] and found[0].value("kid") is not None
 
 

@@ -17,7 +17,8 @@ from sweeps import sweep_task
 from midway.gen.core.errors import DataError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.evaluation.records import Measurement, differences, from_record
+from midway.gen.evaluation.comparing import differences
+from midway.gen.evaluation.records import LIMITS, Measurement, from_record
 from midway.gen.sweep.repeats import check_repeats, left_out, merge_trainings
 from tasks import LatentTask
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 def cell(solver: str, grid: str, distance: float, rmse: float | None = 0.5, **more: Any) -> Measurement:
     made = measurement(solver, grid, 4, distance, 0.1, rmse, kid=distance / 10)
-    return changed(made, **({"distances": (distance - 0.1, distance + 0.1)} | more))
+    return changed(made, **({"distance_blocks": (distance - 0.1, distance + 0.1)} | more))
 
 
 def test_figures_are_means_over_trainings_and_deviations_among_them() -> None:
@@ -39,11 +40,13 @@ def test_figures_are_means_over_trainings_and_deviations_among_them() -> None:
     assert merged.distances == (1.0, 2.0, 4.5) and merged.trainings == 3
 
 
-def test_the_best_grid_is_that_of_the_mean() -> None:
-    first = [cell("ddim", "karras", 1.0), cell("ddim", "uniform", 1.1, best=False)]
-    second = [cell("ddim", "karras", 3.0, best=False), cell("ddim", "uniform", 1.2)]
-    merged = merge_trainings([first, second])
-    assert [(c.grid, c.best) for c in merged] == [("karras", False), ("uniform", True)]
+def test_the_exact_solution_is_averaged_and_the_other_limits_are_the_firsts() -> None:
+    sweeps = [[cell(limit, "", d, None, nfe=48 * (limit == "exact")) for limit in LIMITS] for d in (1.0, 3.0)]
+    assert [(m.solver, m.distance) for m in merge_trainings(sweeps)] == [
+        ("floor", 1.0),
+        ("ceiling", 1.0),
+        ("exact", 2.0),
+    ]
 
 
 def test_what_is_not_of_all_trainings_is_left_out_and_named() -> None:
@@ -98,11 +101,11 @@ def test_two_trainings_in_one_table(pipeline: Pipeline, again: Path, succeed: Sc
         evaluate.run(replace(task(pipeline, tmp_path / m.name), model=m)).measurements for m in (pipeline.model, again)
     ]
     runs = f"--model {pipeline.model} --repeats {again} --features {pipeline.features} --out {tmp_path}/both"
-    flags = "--solvers ddim,euler --nfe 4 --grids uniform --n 20 --blocks 2 --reference-nfe 8 --batch-size 8"
+    flags = "--solvers ddim,euler --nfe 4 --grids uniform --n 20 --blocks 2 --exact-nfe 8 --batch-size 8"
     succeed(f"evaluate {runs} {flags}")
     both = [from_record(json.loads(line)) for line in (tmp_path / "both/results.jsonl").read_text().splitlines()]
     for a, b, merged in zip(*alone, both, strict=True):
-        if merged.solver != "floor":
+        if merged.solver not in ("floor", "ceiling"):
             assert merged.distances == (a.distance, b.distance) and a.distance != b.distance
             assert merged.trainings == 2
     text = (tmp_path / "both" / "report.md").read_text()

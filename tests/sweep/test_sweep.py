@@ -18,7 +18,7 @@ from measurements import measurement
 from multiprocess import together
 from pipelines import Pipeline, Script
 from safetensors.torch import save_file
-from sweeps import sweep_in_parts, sweep_task, watch_samples
+from sweeps import measured, sweep_in_parts, sweep_task, watch_samples
 from torch import Tensor
 
 from midway.gen.baselines.registry import load_trained_baseline
@@ -28,14 +28,16 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, to_uint8
 from midway.gen.data.splits import load_splits
-from midway.gen.evaluation.records import Measurement, check_comparable, critical_t, shown
+from midway.gen.evaluation.comparing import check_comparable, critical_t, shown
+from midway.gen.evaluation.records import Measurement
 from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.features import reference as references
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, load_features
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
-from midway.gen.report.sweep import markdown_tables, report_html, terminal_text
+from midway.gen.report.sweep import markdown_tables, terminal_text
+from midway.gen.report.sweep_page import report_html
 from midway.gen.report.sweep_tables import difference_table, distance_table
 from midway.gen.report.table import Entry, ReportContext
 from midway.gen.sweep import measure, store
@@ -135,7 +137,7 @@ def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
             kills += 1
     assert kills >= 2
     assert table(tmp_path) == table(whole)
-    parts, cells = 3 * 2 * 3, 2  # of two cells and the fine solution, in two blocks
+    parts, cells = 3 * 2 * 4 + 2, 3  # of two solvers, the exact solution and its row, in two blocks; and of the choice
     assert writes["made"] <= parts + (2 + 2) * cells + kills, "only what was in work when it was killed is made again"
 
 
@@ -147,7 +149,7 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     drawn: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second of two processes made its parts of the first cell; the first was killed at its start."""
+    """The second of two processes made its parts of the first cell, the exact row; the first was killed at its start."""
     real, cut = measure._sample, pytest.MonkeyPatch()
 
     def second(source: Any, cell: Any, context: Any, fine: Any) -> None:
@@ -158,11 +160,13 @@ def test_a_sweep_of_two_processes_is_ended_by_one(
     with pytest.raises(Killed):
         evaluate.run(task(pipeline, tmp_path))
     cut.undo()
-    assert drawn[-3:] == [8, 20, 36]
+    assert drawn == [40, 40, 0, 8, 16, 20, 28, 36], (
+        "of the choice, and of the exact solution, which its row draws again from"
+    )
     drawn.clear()
     evaluate.run(task(pipeline, tmp_path))
     assert table(tmp_path) == table(whole)
-    assert drawn == [0, 16, 28, 0, 8, 16, 20, 28, 36], "what is missing of the first cell, and the second"
+    assert drawn == 2 * [0, 8, 16, 20, 28, 36], "both solvers"
 
 
 def test_kill_9_costs_the_part_in_work(
@@ -181,7 +185,9 @@ def test_kill_9_costs_the_part_in_work(
     written = list(out.glob("cells/*.parts/*.safetensors"))
     assert written and not (out / "results.csv").exists(), "it was killed among its parts"
     evaluate.run(task(pipeline, out))
-    assert len(drawn) == 18 - len(written), "three parts in each of two blocks, of two solvers and the fine solution"
+    (row,) = (row["record"] for row in table(whole) if row["solver"] == "exact")
+    sampled = [path for path in written if path.parent.stem != row and int(path.stem.rpartition("-")[2]) < 6]
+    assert len(drawn) == 3 * 6 + 2 - len(sampled), "of two solvers, the exact solution, and two of the choice"
     assert table(out) == table(whole)
     assert not list(out.glob("cells/*.parts/part-*.tmp"))
 
@@ -210,7 +216,7 @@ def test_fresh_forgets(one_solver: Path, pipeline: Pipeline, tmp_path: Path, dra
     evaluate.run(sweep_task(pipeline, out))
     assert drawn == []
     evaluate.run(sweep_task(pipeline, out, fresh=True))
-    assert drawn == [0, 20] * 2
+    assert drawn == [40, 40, 0, 20, 0, 20], "the choice, the exact solution, ddim"
 
 
 # ---- damage ----
@@ -221,7 +227,7 @@ def test_a_damaged_cell_is_kept_aside_and_measured_again(
     damage: str, one_solver: Path, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = sweep_task(pipeline, Path(shutil.copytree(one_solver, tmp_path / "out")))
-    (path,) = (tmp_path / "out").glob("cells/*.json")
+    path = min((tmp_path / "out").glob("cells/*.json"))
     text = path.read_text()
     digit = text.index("distances") + 20
     flipped = text[:digit] + str((int(text[digit]) + 1) % 10 if text[digit].isdigit() else 1) + text[digit + 1 :]
@@ -250,11 +256,13 @@ def test_a_damaged_part_counts_as_not_there(tmp_path: Path) -> None:
 
 
 def other_costs(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
-    costs["evaluations"] = costs.pop("nfe")
+    name = min(costs)
+    costs[f"other {name}"] = costs.pop(name)
 
 
 def other_kind(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
-    costs["nfe"] = str(costs["nfe"])
+    name = "nfe" if "nfe" in costs else "figure"
+    costs[name] = str(costs[name])
 
 
 def fewer_rows(tensors: dict[str, Tensor], costs: dict[str, Any]) -> None:
@@ -282,17 +290,22 @@ def test_parts_that_hold_something_else_are_named_and_made_again(
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(task(pipeline, tmp_path / "out"))
     files = sorted((tmp_path / "out/cells").glob("*.parts/part-*"))
-    assert len(files) == 2 * 6 + 2, "of one cell and its fine solution, and the figures of two blocks"
+    assert len(files) == 2 * 6 + 2 + 2, "of the exact solution and its row, the figures of two blocks, and the choice"
+    unchanged = list[Path]()  # figures of blocks of the exact row have no errors
     for file in files:
         tensors, header = read_tensors(file)
         costs = json.loads(header["costs"])
+        before = {name: value.shape for name, value in tensors.items()}
         change(tensors, costs)
         text = json.dumps(costs)
+        after = {name: value.shape for name, value in tensors.items() if name != "shown"}
+        if text == header["costs"] and after.items() <= before.items():
+            unchanged.append(file)
         save_file(tensors, file, {"costs": text, "hash": state_hash(text, tensors)})
     capsys.readouterr()
     evaluate.run(task(pipeline, tmp_path / "out"))
     out = capsys.readouterr().out
-    assert all(f"{file.parent.name}/{file.name} is damaged" in out for file in files)
+    assert [file for file in files if f"{file.parent.name}/{file.name} is damaged" not in out] == unchanged
     assert table(tmp_path / "out") == table(whole)
 
 
@@ -336,7 +349,7 @@ def test_neither_batches_nor_overlap_change_a_distance(
 
 def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: Path, small_parts: None) -> None:
     sweep = evaluate.run(sweep_task(pipeline, tmp_path, metrics="kid,precision,density,is", n=24))
-    cell = sweep.measurements[1]
+    cell = measured(sweep)[0]
     assert len(cell.distances) == cell.blocks == 2
     assert cell.distance == pytest.approx(sum(cell.distances) / 2)
     bounds = {"precision": (0, 1), "coverage": (0, 1), "inception_score": (1, 10), "psnr": (5, 100)}
@@ -346,8 +359,8 @@ def test_a_cells_numbers_are_those_of_its_samples(pipeline: Pipeline, tmp_path: 
 
 
 def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: Path) -> None:
-    sweep = evaluate.run(sweep_task(pipeline, tmp_path, reference_nfe=0))
-    found, report = sweep.measurements[1], (tmp_path / "report.md").read_text()
+    sweep = evaluate.run(sweep_task(pipeline, tmp_path, exact_nfe=0))
+    found, report = measured(sweep)[0], (tmp_path / "report.md").read_text()
     assert found.value("rmse") is None and found.value("psnr") is None and sweep.fine is None
     assert "Use of the codes" not in report and "RMSE compares" not in report
 
@@ -363,14 +376,14 @@ def test_a_sample_that_is_not_finite_is_reported(
             batch.values[0, 0] = torch.nan
 
     watch_samples(monkeypatch, spoil)
-    found = evaluate.run(sweep_task(pipeline, tmp_path)).measurements[1]
+    found = measured(evaluate.run(sweep_task(pipeline, tmp_path)))[0]
     report = (tmp_path / "report.md").read_text()
     if nfe == 4:
         assert found.distance == float("inf") and found.nonfinite == 6, "one in each part"
         assert found.value("kid") is None and found.value("psnr") is None and "diverged" in report
     else:
         assert found.value("rmse") is None and found.distance < float("inf")
-        assert "fine solution diverged" in report
+        assert "exact solution diverged" in report
 
 
 # ---- baselines ----
@@ -411,7 +424,9 @@ def test_a_baseline_is_a_row_of_every_table_but_not_a_solver(with_baseline: tupl
 
 def line(solver: str, nfe: int, distances: tuple[float, ...], n: int = 100, features: str = "cnn@1") -> Measurement:
     mean = sum(distances) / len(distances)
-    return measurement(solver, "uniform", nfe, mean, n=n, blocks=len(distances), features=features, distances=distances)
+    return measurement(
+        solver, "uniform", nfe, mean, n=n, blocks=len(distances), features=features, distance_blocks=distances
+    )
 
 
 def to_best(cells: list[Measurement]) -> dict[str, Entry | None]:
@@ -454,7 +469,7 @@ def test_differences_that_are_not_significant_are_marked() -> None:
     found = to_best(cells)
     assert found["b"] is not None and found["b"].value.startswith("≈ +0.50 ± 0.12")
     assert found["c"] is not None and "≈" not in found["c"].value
-    assert "1 other not significantly worse" in report_html(cells, ReportContext("", "", "", "", "", {}, ""), {})
+    assert "1 other not significantly worse" in report_html(cells, ReportContext("", "", "", "", "", {}, ""))
     two = to_best([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))])
     assert two["b"] is not None and two["b"].value.startswith("≈")
     assert "12.7 errors" in difference_table([line("a", 4, (1.0, 3.0))]).note
@@ -496,7 +511,7 @@ def test_statistics_of_a_reference_are_stored_and_those_of_another_raise(images:
 
 
 def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
-    flags = "--solvers ddim --nfe 4 --grids uniform --n 40 --reference-nfe 0 --metrics kid,infinity --overlap --fresh"
+    flags = "--solvers ddim --nfe 4 --grids uniform --n 40 --exact-nfe 0 --metrics kid,infinity --overlap --fresh"
     runs = f"--model {pipeline.model} --features {pipeline.features} --baselines {pipeline.baseline}"
     succeed(f"evaluate {runs} --out {tmp_path} {flags}")
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])

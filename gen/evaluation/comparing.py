@@ -1,0 +1,138 @@
+"""What measurements of a sweep are compared with: the limits, the best of a budget, the exact solution."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from midway.gen.evaluation.records import LIMITS, TO_EXACT, Measurement
+from midway.samplers.gits import GITS
+
+FID = "inception-v3-2015-12-05@6726825d"
+"""Prefix of the feature name under which a distance is FID."""
+
+
+def limit_of(measurements: Iterable[Measurement], name: str) -> Measurement | None:
+    """The row of this name in `LIMITS`, if it was measured."""
+    return next((m for m in measurements if m.solver == name), None)
+
+
+def limits_of(measurements: Sequence[Measurement]) -> dict[str, Measurement]:
+    """The rows of `LIMITS` that there are, in that order, by the names that `limit_name` gives."""
+    found = [m for name in LIMITS if (m := limit_of(measurements, name)) is not None]
+    return {limit_name(m, measurements): m for m in found}
+
+
+def limit_name(limit: Measurement, measurements: Sequence[Measurement]) -> str:
+    """`floor`, with its image count where that is not the others'."""
+    others = {m.n for m in measurements if m.solver not in LIMITS}
+    return limit.solver if not others - {limit.n} else f"{limit.solver} (n = {limit.n})"
+
+
+def baselines_of(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """The baselines, lowest distance first."""
+    return sorted((m for m in measurements if m.baseline), key=lambda m: m.rank)
+
+
+def by_solver(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Without the limits and baselines."""
+    return [m for m in measurements if m.solver not in LIMITS and not m.baseline]
+
+
+def check_comparable(measurements: Sequence[Measurement]) -> None:
+    """ValueError for measurements of different image counts, features or references; limits may have fewer images."""
+    kinds = {(m.n, m.features, m.reference) for m in measurements if m.solver not in LIMITS}
+    if len(kinds) > 1:
+        listed = "; ".join(f"n = {n}, {features}, against {reference}" for n, features, reference in sorted(kinds))
+        raise ValueError(
+            f"these distances do not compare: {listed}. A distance depends on the number of images, the features and the "
+            "reference: measure all with the same"
+        )
+
+
+def shown(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
+    """Solvers by (solver, NFE); the first of several."""
+    found: dict[tuple[str, int], Measurement] = {}
+    for m in by_solver(measurements):
+        found.setdefault((m.solver, m.nfe), m)
+    return found
+
+
+def question(measurements: Iterable[Measurement]) -> str:
+    """The metric that ranks solvers: the distance to the exact solution where there is one, else the distance to the data.
+
+    The latter contains the errors of tokenizer and model, which a solver's error may happen to cancel.
+    """
+    return TO_EXACT if any(TO_EXACT in m.metrics for m in by_solver(measurements)) else "distance"
+
+
+def feature_names(measurements: Iterable[Measurement]) -> str:
+    """The feature networks of the measurements; normally one."""
+    return ", ".join(dict.fromkeys(m.features for m in measurements))
+
+
+def distance_name(measurements: Iterable[Measurement], features: str = "") -> str:
+    """FID for the published Inception network alone, else Fréchet distance; also of `features` of a further space."""
+    names = {features} if features else {m.features for m in measurements}
+    return "FID" if names and all(name.startswith(FID) for name in names) else "Fréchet distance"
+
+
+def training_costs(measurements: Iterable[Measurement]) -> dict[str, int]:
+    """Network evaluations spent to train each learned solver: the largest over its shown measurements."""
+    costs: dict[str, int] = {}
+    for (solver, _), m in shown(measurements).items():
+        if m.training_nfe and m.grid != GITS:  # there the grid was fitted, not the solver
+            costs[solver] = max(costs.get(solver, 0), m.training_nfe)
+    return costs
+
+
+# ---- paired differences ----
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a measurement's metric from another's of the same seeds: mean over blocks, its standard error."""
+
+    mean: float
+    error: float
+    blocks: int
+    grid: str
+    best: bool = False
+
+    @property
+    def significant(self) -> bool:
+        """Whether the mean exceeds what chance explains: Student's t, two-sided 95 %."""
+        return self.mean > critical_t(self.blocks) * self.error
+
+
+def critical_t(blocks: int) -> float:
+    """Student's t of so many blocks, two-sided 95 %, in standard errors."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(blocks - 1, 0.975))
+
+
+def differences(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Difference]:
+    """By (solver, NFE): the paired difference to the best of that NFE, by the metric that ranks solvers.
+
+    Blocks share their seeds; none below two blocks.
+    """
+    measurements = list(measurements)
+    name = question(measurements)
+    chosen = {key: m for key, m in shown(measurements).items() if len(m.values(name)) > 1}
+    chosen = {key: m for key, m in chosen.items() if math.isfinite(m.value(name) or 0.0)}
+    best = {nfe: min((m for (_, n), m in chosen.items() if n == nfe), key=lambda m: m.metrics[name].mean)
+            for _, nfe in chosen}  # fmt: skip
+    return {(solver, nfe): _difference(m, best[nfe], name) for (solver, nfe), m in chosen.items()}
+
+
+def above_exact(m: Measurement, exact: Measurement) -> Difference | None:
+    """The paired difference of distances to the data from those of the exact solution; None below two blocks."""
+    pairs = len(m.distances) == len(exact.distances) > 1 and math.isfinite(m.distance) and math.isfinite(exact.distance)
+    return _difference(m, exact, "distance") if pairs else None
+
+
+def _difference(m: Measurement, best: Measurement, name: str) -> Difference:
+    values = [a - b for a, b in zip(m.values(name), best.values(name), strict=True)]
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return Difference(mean, error, len(values), m.grid, m is best)
