@@ -33,6 +33,12 @@ class PublishedReference(FeatureReference):
         """The file, and the number of its images."""
         return f"{self.name} {self.fingerprint} n={self.statistics.count if self.counted else '?'}"
 
+    @property
+    def text(self) -> str:
+        """The reference in words, as what images are measured against."""
+        count = f" of {self.statistics.count} images" if self.counted else ""
+        return f"mean and covariance{count} in a published file, {self.name}"
+
 
 # ---- from a file to a reference ----
 
