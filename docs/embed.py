@@ -5,7 +5,8 @@
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
 and copies distance_vs_nfe.png to docs/images/demo.png. Of more than 12 solvers the picture shows
 RMSE instead, of those solvers that have the least at some budget. Of a comparison of models (scripts/evaluate_likelihood.py)
-it is the table of results.json, with the facts that a reader needs beside it.
+it is the table of results.json, with the facts that a reader needs beside it; of a check of metrics (scripts/check_metric.py)
+one table of all feature spaces.
 """
 
 import csv
@@ -19,10 +20,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from midway.gen.evaluation.likelihood import LikelihoodRow
-from midway.gen.evaluation.records import Measurement, from_record
+from midway.gen.evaluation.records import FLOOR, Measurement, from_record
 from midway.gen.report.likelihood import likelihood_table
 from midway.gen.report.sweep import markdown_tables
-from midway.gen.report.table import number
+from midway.gen.report.table import Entry, Line, Table, number
 from midway.gen.report.text import markdown_table
 
 READABLE = 12
@@ -79,6 +80,8 @@ def embed(page: Path, name: str, report: Path) -> None:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     if (report / "results.json").exists():
         return _replace(page, name, models_block(report))
+    if "damage" in (report / "results.csv").read_text().partition("\n")[0].split(","):
+        return _replace(page, name, damages_block(report))
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     measurements = read_results(report / "results.csv")
@@ -112,6 +115,32 @@ def models_block(report: Path) -> str:
     )
     seeds, hardware = context["seeds"], context["hardware"]
     return f"{table}\n\nn = {rows[0].n} held-out images of {rows[0].levels} levels; seeds: {seeds}; {hardware}.{distance}\n"
+
+
+def damages_block(report: Path) -> str:
+    """A line per damage, a column per feature space: Fréchet distance times its floor, KID, sliced distance times its floor."""
+    with (report / "results.csv").open() as file:
+        found = list(csv.DictReader(file))
+    spaces = [[row for row in found if row["features"] == name] for name in dict.fromkeys(r["features"] for r in found)]
+    lines = [
+        Line(
+            same[0]["damage"],
+            (Entry(f"{float(same[0]['required']):g}" if same[0]["required"] else "–"), *map(_answer, same)),
+        )
+        for same in list(zip(*spaces, strict=True))[1:]
+    ]
+    floors = [" / ".join(number(float(its[0][key])) for key in ("distance", "kid", "sliced")) for its in spaces]
+    shares = [f"{float(its[0]['between']):.0%}" for its in spaces]
+    lines.append(Line(FLOOR, (None, *map(Entry, floors)), floor=True))
+    lines.append(Line("variance between classes", (Entry(""), *map(Entry, shares))))
+    heads = ("damage", "required", *(its[0]["features"] for its in spaces))
+    return f"{markdown_table(Table('', '', heads, tuple(lines)))}\n\nn = {spaces[0][0]['n']} held-out images.\n"
+
+
+def _answer(row: dict[str, str]) -> Entry:
+    ratio, sliced = (number(float(row[key])) for key in ("distance_ratio", "sliced_ratio"))
+    small = "" if row["answers"] == "true" else "too little"
+    return Entry(f"{ratio} / {float(row['kid_errors']):+.1f} / {sliced}", small)
 
 
 def _replace(page: Path, name: str, block: str) -> None:

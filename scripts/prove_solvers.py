@@ -4,6 +4,7 @@ A mixture of Gaussians is fitted to image patches and takes the place of a netwo
 Writes results.csv, results.jsonl, report.md, report.html and a plot.
 """
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from midway.samplers.solvers import ALIASES, SOLVERS
 
 ALL, NONE = "all", "none"
 LEARNED = "amed,amed-plugin-ipndm3,amed-plugin-ipndm4,amed-plugin-dpmpp2m,amed-plugin-dpmpp3m,table"
+
+MOST_WORKERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,8 @@ def chosen(task: ProveTask) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def measure(ground: Ground, config: ContestConfig, solvers: tuple[str, ...], learned: tuple[str, ...]) -> Result:
     """All cells; a line for each solver as it is done."""
     contest = Contest(MixtureModel(ground.mixture), config)
-    cells = run_contest(contest, solvers, learned, lambda name, count: echo(f"  {name}: {count} budgets"))
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    cells = run_contest(contest, solvers, learned, lambda name, count: echo(f"  {name}: {count} budgets"), workers)
     last = config.first_seed + config.n * config.blocks - 1
     return Result(tuple(cells), ground.name, config.n, f"{config.first_seed}-{last}", contest.exact_error)
 

@@ -1,7 +1,9 @@
 """All solvers at all budgets on one ground: the grid of each chosen by RMSE on seeds that are not scored, then scored alone."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -102,6 +104,10 @@ class Contest:
         with torch.no_grad():
             return fine, jump_costs(self.model.exact_field, self.model.schedule, start, fine)
 
+    def prepare(self) -> None:
+        """Compute what all cells share."""
+        _ = self.scored, self.unscored, self._fitted, self.model.truth, [block.statistics for block in self.scored]
+
     def grids(self, steps: int) -> Iterator[tuple[str, Grid]]:
         """All grids of this many steps, `gits` included."""
         for name, make in GRIDS.items():
@@ -170,16 +176,47 @@ def _steps(entry: Solver, nfe: int) -> tuple[int, bool] | None:
 
 
 def run_contest(
-    contest: Contest, solvers: tuple[str, ...], learned: tuple[str, ...], note: Callable[[str, int], object]
+    contest: Contest,
+    solvers: Sequence[str],
+    learned: Sequence[str],
+    note: Callable[[str, int], object],
+    workers: int = 1,
 ) -> list[Cell]:
-    """All cells, the floor and the exact row first. note: called with the name and number of cells of each solver."""
-    cells, shared = contest.reference_cells(), dict[Any, Any]()
-    for name in (*solvers, *learned):
-        found = [
-            contest.solver_cell(name, nfe) if name in SOLVERS else contest.learned_cell(name, nfe, shared)
-            for nfe in contest.config.nfe
-        ]
-        made = [cell for cell in found if cell is not None]
-        note(name, len(made))
-        cells += made
+    """All cells, the floor and the exact row first. note: called with the name and number of cells of each solver.
+
+    workers: cells measured at a time, each by a thread that torch leaves to one core; results do not depend on it.
+    """
+    shared, (floor, exact) = dict[Any, Any](), contest.reference_cells()
+    contest.prepare()
+
+    def measure(name: str, nfe: int) -> Cell | None:
+        return contest.solver_cell(name, nfe) if name in SOLVERS else contest.learned_cell(name, nfe, shared)
+
+    cells = [floor, exact]
+    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+        try:
+            waiting = {
+                (name, nfe): pool.submit(measure, name, nfe)
+                for name in (*solvers, *learned)
+                for nfe in contest.config.nfe
+            }
+            for name in (*solvers, *learned):
+                found = [waiting[name, nfe].result() for nfe in contest.config.nfe]
+                made = [cell for cell in found if cell is not None]
+                note(name, len(made))
+                cells += made
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return cells
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Within the block torch divides no operation among threads: these are too short for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """Solvers learned for a mixture: the objectives of trained models, in memory, and on the grid where learning starts best."""
 
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ TABLE = "table"
 NAMES = (TABLE, *LEARNED)
 GRIDS_LEARNED_ON = ("vp", "karras", "logsnr")
 """Grids that AMED is offered."""
+
+_BUILDING = Lock()
+"""Held while torch's own random numbers are used, which all threads share."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def teach(
 
 def _amed(model: MixtureModel, name: str, nfe: int, grid: str, config: DistillConfig) -> SolverObjective:
     kind = LEARNED[name]
-    with torch.random.fork_rng(devices=[]):  # a predictor starts from random weights
+    with _BUILDING, torch.random.fork_rng(devices=[]):  # a predictor starts from random weights
         torch.manual_seed(config.seed)
         return SolverObjective(model, SolverTarget(nfe, grid, 1.0, kind.constants, kind.base), config)
 

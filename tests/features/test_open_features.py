@@ -1,6 +1,7 @@
 """What --features names: effnet-lite0 by default, the pixels, or a run; features of another split raise DataError."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from midway.gen.features.inception import INCEPTION, PYTORCH
 from midway.gen.features.open import DEFAULT, NAMED, PUBLISHED, named_extractor, open_features
 from midway.gen.features.pixels import Pixels
 from midway.gen.features.vit import ENCODERS
+from midway.gen.metrics.class_share import between_class_share
 
 
 def test_a_run_of_other_images_raises(pipeline, tmp_path: Path) -> None:
@@ -46,6 +48,15 @@ def test_a_run_is_an_extractor_of_its_own_images(pipeline) -> None:
         for other in (images[:, :, 1:], images.expand(-1, 3, -1, -1), images.float()):
             with pytest.raises(DataError, match=r"the model makes .*8"):
                 found.check(other, "the model makes")
+
+
+def test_a_trained_network_records_its_between_class_share(pipeline) -> None:
+    *_, last = [json.loads(line) for line in (pipeline.features / "metrics.jsonl").read_text().splitlines()]
+    data = load_model(pipeline.model, CPU).data
+    held_out, network = load_splits(data).held_out, named_extractor(pipeline.features, data, "the model")
+    expected = between_class_share(network.features(held_out.images), held_out.labels)
+    assert last["between_class_share"] == pytest.approx(expected, rel=1e-6) and 0 < expected < 1
+    assert f"{expected:.0%} of the variance of held-out features" in (pipeline.features / "log.txt").read_text()
 
 
 def test_the_default_was_not_trained_on_the_data(pipeline) -> None:
