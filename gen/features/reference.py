@@ -65,6 +65,11 @@ class FeatureReference:
         return f"{self.name} {self.fingerprint} n={self.statistics.count}{axes}"
 
     @property
+    def text(self) -> str:
+        """The reference in words, as what images are measured against."""
+        return f"all {self.statistics.count} training images"
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """A line if the features hardly depend on the variety within classes."""
         if self.between is None or self.between <= MOST:

@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from pipelines import Script
 
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DataError, UsageError
@@ -66,6 +68,24 @@ def test_the_default_was_not_trained_on_the_data(pipeline) -> None:
     assert EFFNET.network == DEFAULT
     assert named_extractor(None, data, "the model").name == "effnet-lite0@579344248a93+bicubic-32"
     assert isinstance(named_extractor("pixels", data, "the model"), Pixels)
+
+
+def test_without_its_package_the_default_names_the_remedy(
+    pipeline, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A comparison of tokenizers stops before it measures; likelihoods, where distances are a column of many, go on without."""
+    absent = replace(EFFNET, package="no_such_package")
+    monkeypatch.setattr("midway.gen.features.efficientnet.EFFNET", absent)
+    monkeypatch.delenv(EFFNET.variable, raising=False)
+    call = f"evaluate_tokenizer --tokenizers {pipeline.tokenizer} --out {tmp_path}/a --n 20"
+    done = script(*call.split())
+    assert done.code == 2 and "pip install 'midway[effnet]'" in done.err and "--features none" in done.err
+    assert "no-such-package, which is not installed" in done.err and not (tmp_path / "a").exists()
+    call = f"evaluate_likelihood --models {pipeline.baseline} --out {tmp_path}/b --n 20 --iwae 0 --draws 1"
+    done = script(*call.split())
+    assert done.code == 0 and "no distances: its weights are in the package" in done.out, done.err
+    done = script(*f"{call} --features effnet-lite0".split())
+    assert done.code == 2 and "pip install 'midway[effnet]'" in done.err
 
 
 def test_names_of_no_extractor_raise(pipeline, tmp_path: Path) -> None:
