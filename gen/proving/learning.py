@@ -1,5 +1,6 @@
 """Solvers learned for a mixture: the objectives of trained models, in memory, and on the grid where learning starts best."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -45,9 +46,15 @@ class Taught:
 
 
 def teach(
-    model: MixtureModel, name: str, nfe: int, unscored: Block, teaching: Teaching, shared: dict[Any, Any]
+    model: MixtureModel,
+    name: str,
+    nfe: int,
+    unscored: Block,
+    teaching: Teaching,
+    shared: dict[Any, Any],
+    grids: Sequence[str] = GRIDS_LEARNED_ON,
 ) -> Taught:
-    """Learn a solver of `NAMES`. AMED is learned on the grid whose warm start has the least RMSE on the block `unscored`.
+    """Learn a solver of `NAMES`. AMED is learned on that of `grids` whose warm start has the least RMSE on the block `unscored`.
 
     shared: what the teachers of several budgets have in common. ValueError for an impossible budget.
     """
@@ -57,7 +64,7 @@ def teach(
         learn(objective, take, teaching.table.pairs, teaching.table_lesson)
         return Taught(_finished(model, name, nfe, objective.grid_name, objective), objective.grid_name)
     count, started = teaching.amed.trajectories, {}
-    for grid in GRIDS_LEARNED_ON:
+    for grid in grids:
         objective = _amed(model, name, nfe, grid, teaching.amed)
         take = objective.prepare(torch.zeros(count, dtype=torch.long), shared)
         found = model.run(_finished(model, name, nfe, grid, objective), unscored.seeds)
