@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from midway.gen.core import randomness
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_flag_ranges
 from midway.gen.diffusion.model import start_state
-from midway.gen.proving.learning import GRIDS_LEARNED_ON, Teaching, teach
+from midway.gen.proving.learning import Teaching, teach
 from midway.gen.proving.model import Block, Figures, MixtureModel, exact_error, figures, make_block
 from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
 from midway.samplers.grids import GRIDS, Grid, karras
@@ -23,12 +23,6 @@ from midway.samplers.solvers import SOLVERS, Solver, steps_for
 from midway.samplers.table import Table
 
 FLOOR, EXACT_ROW = "floor", "exact"
-AUTHORS_GRIDS = {
-    **dict.fromkeys(("euler", "heun", "dpm2", "ipndm4", "amed-plugin-ipndm4"), "karras"),
-    **dict.fromkeys(("dpmpp3m", "unipc3"), "logsnr"),
-    "amed": "vp",
-}
-"""Grids of the published figures that an order is compared with (Zhou et al. 2024, arXiv 2312.00094, section 4.1)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,6 @@ class Cell:
     analytic_first: bool
     training_nfe: int
     blocks: dict[str, tuple[float, ...]]
-    authors: bool = False
-    """Measured on the grid that its authors publish it on, whatever it is worth here."""
 
     def mean(self, name: str) -> float | None:
         """Over the blocks; None if absent."""
@@ -133,44 +125,30 @@ class Contest:
             Cell(EXACT_ROW, 0, "", False, 0, by_name(exact, "to_data")),
         ]
 
-    def cells(self, name: str, nfe: int, shared: dict[Any, Any]) -> list[Cell]:
-        """A solver at one budget, twice if it is in `AUTHORS_GRIDS`; none where it cannot make the budget."""
+    def cell(self, name: str, nfe: int, shared: dict[Any, Any]) -> Cell | None:
+        """A solver, learned if it is none of the registry, at one budget; None where it cannot make that."""
+        return self.solver_cell(name, nfe) if name in SOLVERS else self.learned_cell(name, nfe, shared)
 
-        def on(authors: str = "") -> Cell | None:
-            if name in SOLVERS:
-                return self.solver_cell(name, nfe, authors)
-            return self.learned_cell(name, nfe, shared, authors)
-
-        chosen, authors = on(), AUTHORS_GRIDS.get(name)
-        theirs = None
-        if chosen is not None and authors is not None:
-            theirs = replace(chosen, authors=True) if chosen.grid == authors else on(authors)
-        return [cell for cell in (chosen, theirs) if cell is not None]
-
-    def solver_cell(self, name: str, nfe: int, authors: str = "") -> Cell | None:
-        """A solver of the registry on its best grid, or on that of its `authors`; None where it cannot make this budget."""
+    def solver_cell(self, name: str, nfe: int) -> Cell | None:
+        """A solver of the registry on its best grid."""
         entry = SOLVERS[name]
         step_count = _steps(entry, nfe)
         if step_count is None:
             return None
         steps, analytic = step_count
-        offered = {grid: times for grid, times in self.grids(steps) if authors in ("", grid)}
-        tables = {grid: entry.build(self.model.schedule, times, analytic) for grid, times in offered.items()}
-        grid = authors or self._best(tables, entry.stochastic)
-        made = self._scored(name, tables[grid], grid, analytic, 0, entry.stochastic)
-        return replace(made, authors=bool(authors))
+        tables = {grid: entry.build(self.model.schedule, times, analytic) for grid, times in self.grids(steps)}
+        grid = self._best(tables, entry.stochastic)
+        return self._scored(name, tables[grid], grid, analytic, 0, entry.stochastic)
 
-    def learned_cell(self, name: str, nfe: int, shared: dict[Any, Any], authors: str = "") -> Cell | None:
-        """A learned solver, AMED on the grid of its `authors` if that is given; None where it cannot make this budget."""
+    def learned_cell(self, name: str, nfe: int, shared: dict[Any, Any]) -> Cell | None:
+        """A learned solver; `shared` as of `teach`."""
         try:
-            grids = (authors,) if authors else GRIDS_LEARNED_ON
-            taught = teach(self.model, name, nfe, self.unscored, self.teaching, shared, grids)
+            taught = teach(self.model, name, nfe, self.unscored, self.teaching, shared)
         except ValueError:
             return None
         card = taught.sampler.card
         assert card is not None
-        made = self._scored(name, taught.sampler, taught.grid, card.analytic_first, card.training_nfe, False)
-        return replace(made, authors=bool(authors))
+        return self._scored(name, taught.sampler, taught.grid, card.analytic_first, card.training_nfe, False)
 
     def _best(self, tables: dict[str, Table], stochastic: bool) -> str:
         """The grid of least RMSE on the unscored seeds; of solvers that draw noise, of least distance to the data."""
@@ -219,12 +197,12 @@ def run_contest(
     with one_thread_each(), ThreadPoolExecutor(workers) as pool:
         try:
             waiting = {
-                name: [pool.submit(contest.cells, name, nfe, shared) for nfe in contest.config.nfe] for name in every
+                name: [pool.submit(contest.cell, name, nfe, shared) for nfe in contest.config.nfe] for name in every
             }
             for name, ones in waiting.items():
-                found = [one.result() for one in ones]
-                note(name, sum(map(bool, found)))
-                cells += [cell for made in found for cell in made]
+                made = [cell for one in ones if (cell := one.result()) is not None]
+                note(name, len(made))
+                cells += made
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

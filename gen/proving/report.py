@@ -11,8 +11,8 @@ from typing import Any
 from midway.gen.core.files import read_text, write_atomically
 from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import html, markdown, plot_label
-from midway.gen.proving.contest import AUTHORS_GRIDS, EXACT_ROW, FLOOR, Cell
-from midway.gen.proving.published import RATIO, correlations, overall, ratio
+from midway.gen.proving.contest import EXACT_ROW, FLOOR, Cell
+from midway.gen.proving.published import PUBLISHED, RATIO, correlations, overall, ratio
 from midway.gen.report.axes import dress, legend_below, look, new_figure, plain_ticks, png
 from midway.gen.report.html import facts_list, figure, notes_list, page, titled_table
 from midway.gen.report.table import Entry, Line, ReportContext, Table, joined, number
@@ -54,20 +54,10 @@ class Result:
     exact_error: float
     """RMSE of the exact solution to one of twice the steps."""
 
-    @property
-    def chosen(self) -> list[Cell]:
-        """Each solver on its best grid."""
-        return [cell for cell in self.cells if not cell.authors]
-
-    @property
-    def authors(self) -> list[Cell]:
-        """Solvers on the grids of their authors."""
-        return [cell for cell in self.cells if cell.authors]
-
 
 # ---- records ----
 
-_OWN = ("solver", "nfe", "grid", "analytic_first", "training_nfe", "authors")
+_OWN = ("solver", "nfe", "grid", "analytic_first", "training_nfe")
 
 
 def records(result: Result) -> list[dict[str, Any]]:
@@ -101,7 +91,7 @@ def _cell(record: Mapping[str, Any]) -> Cell:
 
 def figure_table(result: Result, name: str, solvers: Sequence[str] = ()) -> Table:
     """A line per solver (all, or those named), a column per budget, floor and exact row last; the best of a budget marked."""
-    cells = [cell for cell in result.chosen if cell.nfe and (not solvers or cell.solver in solvers)]
+    cells = [cell for cell in result.cells if cell.nfe and (not solvers or cell.solver in solvers)]
     budgets = sorted({cell.nfe for cell in cells})
     limits = {nfe: _best(result, name, nfe, cells) for nfe in budgets}
     lines = []
@@ -145,35 +135,26 @@ def _half_digit(text: str) -> float:
 
 
 def order_table(result: Result) -> Table:
-    """Rank correlation with the published order: of every figure on the authors' grids, and of distances on the best ones."""
+    """Rank correlation with the published order, a line per figure."""
     budgets = sorted({cell.nfe for cell in result.cells if cell.nfe})
-    rows = [(title, result.authors, name) for name, title in FIGURES.items()]
-    rows += [(f"{FIGURES[name]}, best grids", result.chosen, name) for name in FIGURES]
-    lines = [Line(title, tuple(_agreement(cells, name, budgets))) for title, cells, name in rows]
+    lines = [Line(title, tuple(_agreement(result, name, budgets))) for name, title in FIGURES.items()]
     first, second, nfe = RATIO
     note = (
         "Spearman's rank correlation of each figure with published FIDs of CIFAR-10 (EDM's network, unconditional), over the "
-        f"solvers that both have on the grids of the publications: {_authors_grids()}. Below, each on its best grid. "
-        f"The last column is the quotient of {first} and {second} at {nfe} evaluations; published 0.30."
+        f"solvers that both have: {', '.join(PUBLISHED)}. The last column is the quotient of {first} and {second} at {nfe} "
+        "evaluations; published 0.30."
     )
     heads = ("figure", *(f"NFE {nfe}" for nfe in budgets), "together", f"{first} / {second} at {nfe}")
     return Table("Agreement with the published order", note, heads, tuple(lines))
 
 
-def _agreement(cells: Sequence[Cell], name: str, budgets: Sequence[int]) -> Iterator[Entry | None]:
+def _agreement(result: Result, name: str, budgets: Sequence[int]) -> Iterator[Entry | None]:
     """At every budget, over all together, and the quotient."""
-    found = correlations(cells, name)
-    for one in (*(found.get(nfe) for nfe in budgets), overall(cells, name)):
+    found = correlations(result.cells, name)
+    for one in (*(found.get(nfe) for nfe in budgets), overall(result.cells, name)):
         yield None if one is None else Entry(f"{one[0]:.2f}", f"of {one[1]}")
-    quotient = ratio(cells, name)
+    quotient = ratio(result.cells, name)
     yield None if quotient is None else Entry(f"{quotient:.2f}")
-
-
-def _authors_grids() -> str:
-    """`karras (euler, heun), vp (amed)`."""
-    grids = dict.fromkeys(AUTHORS_GRIDS.values())
-    named = {grid: ", ".join(solver for solver, own in AUTHORS_GRIDS.items() if own == grid) for grid in grids}
-    return ", ".join(f"{grid} ({solvers})" for grid, solvers in named.items())
 
 
 def tables(result: Result) -> list[Table]:
@@ -200,8 +181,8 @@ def plot(result: Result) -> bytes:
     axes.set_xscale("log")
     axes.set_yscale("log")
     budgets = sorted({cell.nfe for cell in result.cells if cell.nfe})
-    for index, solver in enumerate(name for name in SHOWN if any(cell.solver == name for cell in result.chosen)):
-        own = [cell for cell in result.chosen if cell.solver == solver]
+    for index, solver in enumerate(name for name in SHOWN if any(cell.solver == name for cell in result.cells)):
+        own = [cell for cell in result.cells if cell.solver == solver]
         points = [(cell.nfe, value) for cell in own if (value := cell.mean("rmse")) and math.isfinite(value)]
         face = {"markerfacecolor": "white", "markeredgewidth": 1.6} if any(cell.training_nfe for cell in own) else {}
         axes.plot(*zip(*points, strict=True), **{**look(index), **face}, label=plot_label(solver))
@@ -266,9 +247,6 @@ def write_prove_report(directory: Path, result: Result, context: ReportContext) 
         write_atomically(directory / name, text.encode())
 
 
-_WHERE = {6: "at 6 evaluations", 0: "over all budgets together"}
-
-
 def summary(result: Result) -> str:
     """Floor, exact row and agreement in a sentence or two."""
     floor, exact = (_row(result, name) for name in (FLOOR, EXACT_ROW))
@@ -276,8 +254,8 @@ def summary(result: Result) -> str:
     if floor is not None and exact is not None:
         floor_text, exact_text = (number(c.mean("to_data") or 0.0, c.error("to_data")) for c in (floor, exact))
         parts.append(f"Distance to data: fresh data {floor_text}, exact solution {exact_text}.")
-    correlation = {**correlations(result.authors, "to_data"), 0: overall(result.authors, "to_data")}
-    found = [f"{one[0]:.2f} {where}" for nfe, where in _WHERE.items() if (one := correlation.get(nfe)) is not None]
-    if found:
-        parts.append(f"Rank correlation of distances with the published order: {', '.join(found)}.")
+    found = {FIGURES[name]: correlations(result.cells, name).get(6) for name in FIGURES}
+    said = [f"{title} {one[0]:.2f}" for title, one in found.items() if one is not None]
+    if said:
+        parts.append(f"Rank correlation with the published order at 6 evaluations: {', '.join(said)}.")
     return " ".join(parts)
