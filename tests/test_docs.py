@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import textwrap
 from itertools import pairwise
@@ -125,6 +126,22 @@ def test_the_pages_hold_what_the_proving_ground_measured() -> None:
     for name, solver in SOLVERS.items():
         assert first.count(f"\n| {name} |") == (name not in ALIASES and not solver.stochastic), name
     assert (ROOT / "docs" / "images" / "prove.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_proving_ground_keeps_its_promises() -> None:
+    """As recorded: floor and exact row agree within two standard errors, and the order at 6 evaluations is the published one."""
+    block = SOLVERS_PAGE.read_text().split("<!-- begin prove-all -->")[1].split("<!-- end prove-all -->")[0]
+    distances = block.split("**Distance to data.**")[1]
+    rows = {line.split(" | ")[0].strip("| *"): line for line in distances.splitlines() if line.startswith("| ")}
+    (floor, its_error), (exact, own_error) = (
+        map(float, rows[name].split(" | ")[1].strip("*").split(" ± "))
+        for name in ("floor (fresh data)", "exact solution")
+    )
+    assert abs(floor - exact) < 2 * math.hypot(its_error, own_error)
+    agreement = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in block.splitlines() if "| " in line}
+    column = agreement["figure"].index("NFE 6")
+    for figure in prove_report.FIGURES.values():
+        assert float(agreement[figure][column].split(" ")[0]) >= 0.9, figure
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:
