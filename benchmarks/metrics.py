@@ -245,7 +245,7 @@ def a_bench(sizes: Sizes, folder: Path) -> EvaluationContext:
     images = torch.randint(0, 256, (512, 1, 8, 8), dtype=torch.uint8)
     data = ImageData(images, torch.arange(512) % 10, tuple("0123456789"), "random", "0" * 64)
     reference = make_reference(network, "cnn-random@0", data)
-    return EvaluationContext(reference, Seeds(0, sizes.images, 1), CellStore(folder), ProcessInfo())
+    return EvaluationContext({"": reference}, Seeds(0, sizes.images, 1), CellStore(folder), ProcessInfo())
 
 
 def rows_of(sizes: Sizes, turns: int) -> list[Callable[[], Iterator[Result]]]:

@@ -3,30 +3,30 @@
     python docs/embed.py README.md demo runs/demo
 
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
-and copies distance_vs_nfe.png to docs/images/demo.png. Of more than 12 solvers the picture shows
-RMSE instead, of those solvers that have the least at some budget. Of a comparison of models (scripts/evaluate_likelihood.py)
-it is the table of results.json, with the facts that a reader needs beside it. Of a proving ground (scripts/prove_solvers.py) a
-block `prove` has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png.
+and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the two
+nearest at some budget. Of a comparison of models (scripts/evaluate_likelihood.py) it is the table of results.json, with the
+facts that a reader needs beside it; of a check of metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving
+ground (scripts/prove_solvers.py) a block `prove` has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture
+is rmse_vs_nfe.png.
 """
 
 import csv
 import json
-import math
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from midway.gen.core.text import markdown
+from midway.gen.evaluation.comparing import by_solver, question
 from midway.gen.evaluation.likelihood import LikelihoodRow
-from midway.gen.evaluation.records import Measurement, from_record
+from midway.gen.evaluation.records import FLOOR, LIMITS, TO_EXACT, Measurement, from_record
 from midway.gen.proving.report import FIGURES, SHOWN, Result, figure_table, order_table, read_result, summary
 from midway.gen.report.likelihood import likelihood_table
-from midway.gen.report.sweep import markdown_tables
-from midway.gen.report.table import number
+from midway.gen.report.plots import distance_png
+from midway.gen.report.sweep import captioned, headline_tables
+from midway.gen.report.table import Entry, Line, Table, number
 from midway.gen.report.text import markdown_table
 
 READABLE = 12
@@ -34,39 +34,12 @@ READABLE = 12
 
 
 def leaders(measurements: list[Measurement]) -> list[Measurement]:
-    """The measurements of those solvers that are among the two with the least RMSE at some budget; the floor."""
-    named: set[str] = set()
-    for nfe in {m.nfe for m in measurements if m.nfe}:
-        least: dict[str, float] = {}
-        for m in measurements:
-            rmse = m.value("rmse")
-            if m.nfe == nfe and rmse is not None:
-                least[m.solver] = min(rmse, least.get(m.solver, math.inf))
+    """The measurements of those solvers that are among the two best at some budget, and the limits."""
+    name, named = question(measurements), set[str]()
+    for nfe in {m.nfe for m in by_solver(measurements)}:
+        least = {m.solver: m.metrics[name].mean for m in by_solver(measurements) if m.nfe == nfe and name in m.metrics}
         named |= set(sorted(least, key=lambda solver: least[solver])[:2])
-    return [m for m in measurements if not m.nfe or m.baseline or m.solver in named]
-
-
-def plot_rmse(path: Path, measurements: list[Measurement]) -> None:
-    """Least RMSE over the grids against NFE, both axes logarithmic."""
-    figure = Figure(figsize=(7, 5), dpi=160, facecolor="white", layout="constrained")
-    axes = figure.subplots()
-    for solver in dict.fromkeys(m.solver for m in measurements if m.nfe and not m.baseline):
-        least: dict[int, float] = {}
-        for m in measurements:
-            rmse = m.value("rmse")
-            if m.solver == solver and rmse is not None:
-                least[m.nfe] = min(rmse, least.get(m.nfe, math.inf))
-        axes.plot(list(least), list(least.values()), marker="o", label=solver)
-    budgets = sorted({m.nfe for m in measurements if m.nfe and not m.baseline})
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(budgets, [str(nfe) for nfe in budgets])
-    axes.minorticks_off()
-    axes.set_xlabel("NFE, network evaluations per image")
-    axes.set_ylabel("RMSE to the same seeds' reference solution")
-    axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    return [m for m in measurements if m.solver in LIMITS or m.baseline or m.solver in named]
 
 
 def read_results(path: Path) -> list[Measurement]:
@@ -85,21 +58,23 @@ def embed(page: Path, name: str, report: Path) -> None:
         return _replace(page, name, models_block(report))
     if (report / "rmse_vs_nfe.png").exists():
         return embed_proof(page, name, report)
+    if "damage" in (report / "results.csv").read_text().partition("\n")[0].split(","):
+        return _replace(page, name, damages_block(report))
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     measurements = read_results(report / "results.csv")
-    if len({m.solver for m in measurements}) > READABLE:
-        plot_rmse(picture, leaders(measurements))
-    else:
-        shutil.copyfile(report / "distance_vs_nfe.png", picture)
-    sampled = next(m for m in measurements if m.nfe)
+    drawn = leaders(measurements) if len({m.solver for m in by_solver(measurements)}) > READABLE else measurements
+    ranked = question(measurements) == TO_EXACT
+    picture.write_bytes(distance_png(drawn, "nfe", "to_exact" if ranked else "distance"))
+    sampled = by_solver(measurements)[0]
+    further = f" and `{sampled.further}`" if sampled.further else ""
     facts = (
         f"n = {sampled.n} images per block, {sampled.blocks} block(s), seeds {sampled.seeds}; "
-        f"features `{sampled.features}`, reference `{sampled.reference}`."
+        f"features `{sampled.features}`{further}, reference `{sampled.reference}`."
     )
     link = os.path.relpath(picture, page.parent)
-    shown = "RMSE" if len({m.solver for m in measurements}) > READABLE else "Fréchet distance"
-    block = f"{markdown_tables(measurements)}\n{facts}\n\n![{shown} against NFE]({link})\n"
+    shown = "Distance to the exact solution" if ranked else "Fréchet distance"
+    block = f"{captioned(headline_tables(measurements))}\n{facts}\n\n![{shown} against NFE]({link})\n"
     return _replace(page, name, block)
 
 
@@ -144,6 +119,32 @@ def models_block(report: Path) -> str:
     )
     seeds, hardware = context["seeds"], context["hardware"]
     return f"{table}\n\nn = {rows[0].n} held-out images of {rows[0].levels} levels; seeds: {seeds}; {hardware}.{distance}\n"
+
+
+def damages_block(report: Path) -> str:
+    """A line per damage, a column per feature space: Fréchet distance times its floor, KID, sliced distance times its floor."""
+    with (report / "results.csv").open() as file:
+        found = list(csv.DictReader(file))
+    spaces = [[row for row in found if row["features"] == name] for name in dict.fromkeys(r["features"] for r in found)]
+    lines = [
+        Line(
+            same[0]["damage"],
+            (Entry(f"{float(same[0]['required']):g}" if same[0]["required"] else "–"), *map(_answer, same)),
+        )
+        for same in list(zip(*spaces, strict=True))[1:]
+    ]
+    floors = [" / ".join(number(float(its[0][key])) for key in ("distance", "kid", "sliced")) for its in spaces]
+    shares = [f"{float(its[0]['between']):.0%}" for its in spaces]
+    lines.append(Line(FLOOR, (None, *map(Entry, floors)), floor=True))
+    lines.append(Line("variance between classes", (Entry(""), *map(Entry, shares))))
+    heads = ("damage", "required", *(its[0]["features"] for its in spaces))
+    return f"{markdown_table(Table('', '', heads, tuple(lines)))}\n\nn = {spaces[0][0]['n']} held-out images.\n"
+
+
+def _answer(row: dict[str, str]) -> Entry:
+    ratio, sliced = (number(float(row[key])) for key in ("distance_ratio", "sliced_ratio"))
+    small = "" if row["answers"] == "true" else "too little"
+    return Entry(f"{ratio} / {float(row['kid_errors']):+.1f} / {sliced}", small)
 
 
 def _replace(page: Path, name: str, block: str) -> None:

@@ -1,6 +1,6 @@
 """The whole path on real images in minutes: what `make demo` runs.
 
-digits -> feature network -> FSQ tokenizer -> latent DiT on a variance-preserving schedule -> AMED -> sweep -> report
+images -> FSQ tokenizer -> latent DiT on a variance-preserving schedule -> AMED and a learned table -> sweep -> report
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import evaluate
-import train_features
 import train_latent
 import train_solver
 import train_tokenizer
@@ -28,13 +27,15 @@ from midway.gen.core.signals import Interrupted, Stopped, stop_note
 from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.load import TABLE
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
 from recipes import digits_dit, digits_fsq
 from tasks import LatentTask, TokenizerTask
 
-RUNS = ("features", "tokenizer", "model")
+LEARNED = ("amed-constants", "amed", TABLE)
+RUNS = ("tokenizer", "model")
 MARK = ".demo"
 """The file that marks the folder of an earlier demo, and holds its finished stages."""
 
@@ -144,8 +145,8 @@ def write_mark(task: DemoTask, finished: list[str]) -> None:
 
 def configuration(task: DemoTask) -> str:
     """Hash of everything that the stages are."""
-    solvers = [solver_task(task, name) for name in ("amed-constants", "amed")]
-    tasks = [features_task(task), tokenizer_task(task), latent_task(task), *solvers, evaluate_task(task)]
+    solvers = [solver_task(task, name) for name in LEARNED]
+    tasks = [tokenizer_task(task), latent_task(task), *solvers, evaluate_task(task)]
     return hashlib.sha256(json.dumps([asdict(one) for one in tasks], default=str).encode()).hexdigest()
 
 
@@ -154,12 +155,6 @@ def configuration(task: DemoTask) -> str:
 
 def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
     return replace(config, steps=10, batch_size=32) if task.quick else config
-
-
-def features_task(task: DemoTask) -> train_features.FeaturesTask:
-    """The offline feature network of the digits."""
-    default = train_features.FeaturesTask()
-    return replace(default, out=task.out / "features", train=_steps(default.train, task), resume="auto")
 
 
 def tokenizer_task(task: DemoTask) -> TokenizerTask:
@@ -185,7 +180,8 @@ def latent_task(task: DemoTask) -> LatentTask:
 
 def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
-    default = train_solver.SolverTask(model=task.out / "model", solver=name, grid="uniform", resume="auto")
+    default = replace(train_solver.recipes()[name](), model=task.out / "model", resume="auto")
+    default = default if name == TABLE else replace(default, grid="uniform")
     if task.quick:
         return replace(
             default,
@@ -200,20 +196,22 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
     """Every solver at every budget."""
     full = evaluate.EvaluateTask(
         model=task.out / "model",
-        features=task.out / "features",
         out=task.out,
-        solvers="euler,ddim,heun,dpm2,dpmpp2m,amed-constants,amed",
+        solvers=f"euler,ddim,heun,dpm2,dpmpp2m,dpmpp3m,ipndm3,{','.join(LEARNED)}",
+        grids="uniform,logsnr,karras,gits",
         title="Digits: Fréchet distance per step budget",
     )
-    return replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16) if task.quick else full
+    return (
+        replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16, choice_seeds=16) if task.quick else full
+    )
 
 
 STAGES: dict[str, Callable[[DemoTask], object]] = {
-    "feature network": lambda task: train_features.train(features_task(task)),
     "tokenizer": lambda task: train_tokenizer.train(tokenizer_task(task)),
     "latent model": lambda task: train_latent.train(latent_task(task)),
     "AMED, constants": lambda task: train_solver.train(solver_task(task, "amed-constants")),
     "AMED, predictor": lambda task: train_solver.train(solver_task(task, "amed")),
+    "learned table": lambda task: train_solver.train(solver_task(task, "table")),
     "sweep": lambda task: evaluate.run(evaluate_task(task)),
 }
 

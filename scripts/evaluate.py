@@ -25,6 +25,7 @@ from evaluation_inputs import (
     open_spaces,
     solver_names,
 )
+from evaluation_reference import check_reference, draw_of, protocol_note, published, references, with_protocol
 from tqdm import tqdm
 
 from cli import main, names, numbers, resolve
@@ -40,7 +41,7 @@ from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
 from midway.gen.evaluation.spaces import Spaces, spaces_of
 from midway.gen.features.extractor import Extractor, plain_float32
-from midway.gen.features.reference import make_reference
+from midway.gen.features.published import save_reference
 from midway.gen.report.notes import (
     class_notes,
     common_notes,
@@ -64,7 +65,7 @@ def run(task: EvaluateTask) -> Sweep:
     device, process = device_and_process()
     check_flags(task)
     with plain_float32(device):
-        return measure_and_report(task, device, process)
+        return measure_and_report(with_protocol(task), device, process)
 
 
 def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
@@ -74,6 +75,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     data = replace(trained.data, download=task.data.download) if trained else task.data
     out = folder(task)
     extractors = open_spaces(task, data, "the model" if trained else "the reference")
+    check_reference(task, extractors)
     splits = load_splits(data)
     for extractor in extractors:
         extractor.check(splits.train.images, "the reference has")
@@ -86,9 +88,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         extractor.check_count(config.n)
     dim = extractors[0].measured_dim(splits.train.images)
     check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
-    others = [*baseline_jobs(task, data, config, device), *image_jobs(externals, config)]
+    others = [*baseline_jobs(task, data, splits, config, device), *image_jobs(externals, config)]
     plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
     plans[0].jobs.extend(others)
+    given = published(task, extractors, splits)
 
     check_out(out)
     stop_note(f"what was measured is stored in {out / 'cells'}; the same command goes on")
@@ -99,13 +102,10 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             if shown:
                 stack.enter_context(claimed(out, task.fresh))
         if shown:
-            echo(*changed, *class_notes(splits, config.n, drawn_classes(model)), *image_notes(externals, config))
-        spaces = spaces_of(
-            [
-                make_reference(extractor.to(device), extractor.name, splits.train, out / "reference", task.root)
-                for extractor in extractors
-            ]
-        )
+            echo(*changed, *class_notes(splits, config.n, config.draw), *image_notes(externals, config))
+        spaces = spaces_of(references(task, extractors, splits, given, out / "reference", device))
+        if shown and task.save_reference is not None:
+            save_reference(task.save_reference, spaces[""])
         with tqdm(desc="sweep", disable=None if shown else True, leave=False) as bar:
 
             def progress(cell: str) -> None:
@@ -160,8 +160,9 @@ def sweep_config(
         first_seed=task.seed,
         exact_nfe=task.exact_nfe if model else 0,
         choice=task.choice_seeds,
-        metrics=names(task.metrics),
+        metrics=names(task.metrics or ""),
         overlap=task.overlap,
+        draw=None if model is None else draw_of(task, splits, model.classes, model.empty),
         skip=task.skip_unreachable,
         **task.sampler_options(device),
     )
@@ -183,11 +184,6 @@ def make_folders(folders: dict[str, Path | None]) -> None:
             for name in filter(None, map(replaced_name, [*path.glob(".*")])):
                 if name.endswith((".npz", ".zip")):
                     clear_temporaries(path, name)
-
-
-def drawn_classes(model: EvaluatedModel | None) -> int:
-    """The number of classes that seeds take turns through."""
-    return 0 if model is None else model.classes - len(model.empty)
 
 
 def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
@@ -237,8 +233,9 @@ def context(
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     features = " ".join(extractor.note for extractor in extractors)
-    alone = (*common_notes(config, splits, features), floor_text(sweep))
-    protocol = notes(config, splits, len(task.repeats), features, missing) if model else alone
+    against = spaces[""].text
+    alone = (*common_notes(config, splits, features, against), floor_text(sweep))
+    protocol = notes(config, splits, len(task.repeats), features, against, missing) if model else alone
     return ReportContext(
         title=task.title,
         model=model.description if model else "no model of ours",
@@ -249,8 +246,9 @@ def context(
             *changed,
             *few_note(config.n, spaces[""].statistics.dim),
             *(line for reference in spaces.values() for line in reference.warnings),
-            *class_notes(splits, config.n, drawn_classes(model)),
+            *class_notes(splits, config.n, config.draw),
             *protocol,
+            protocol_note(config.n, spaces[""], config.draw),
             *exact_notes(config, sweep),
             *timing_notes(sweep.measurements),
             *image_notes(externals, config),

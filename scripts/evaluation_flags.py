@@ -13,6 +13,8 @@ from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path
 from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.class_draw import LabelRule
+from midway.gen.features.protocols import ProtocolName
 from midway.gen.metrics.frechet import Root
 from midway.gen.sweep.jobs import EXACT_NFE
 
@@ -43,7 +45,8 @@ class EvaluateTask(SamplingFlags):
     """Without --model: the reference, and its split, as in the training of --features."""
     features: str = ",".join(DEFAULT_SPACES)
     """Comma-separated feature spaces; the first ranks, the others are columns beside it: effnet-lite0, pixels, inception,
-    dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of a network trained on these images."""
+    inception-pytorch, dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of a network trained on
+    these images."""
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of the first feature space (default: installed, in the cache, or downloaded)."""
     out: Path | None = None
@@ -65,6 +68,15 @@ class EvaluateTask(SamplingFlags):
     """Seeds on which grids are chosen, by RMSE to the exact solution; they follow those that are measured."""
     skip_unreachable: bool = False
     """Leave out budgets that a solver cannot reach (heun at 5), instead of raising an error."""
+    reference: Path | None = None
+    """Mean and covariance that others publish, in place of the training images (the floor is still of held-out images): npz
+    of pytorch-fid, EDM or ADM, tensors, or a state of torchmetrics."""
+    save_reference: Path | None = None
+    """Write mean and covariance of the reference as an .npz that others read."""
+    protocol: ProtocolName | None = None
+    """Measure as a published evaluator does: features, resize, number of images and draw of classes; needs --reference."""
+    labels: LabelRule | None = None
+    """How seeds draw classes: proportional to the training images (default), balanced, or random."""
     n: Annotated[int | None, tyro.conf.arg(aliases=["--samples"])] = None
     """Images per block (default: as many as are held out, so that the floor is measured at the same count; without --model, as
     many as --images hold). Launchers take --n for a flag of their own; there write --samples."""
@@ -75,9 +87,9 @@ class EvaluateTask(SamplingFlags):
     exact_nfe: Annotated[int, tyro.conf.arg(aliases=["--reference-nfe"])] = EXACT_NFE
     """Evaluations of the exact solution (dpmpp3m on logsnr), which solvers are compared with; 0 leaves it out, and with it all
     that is compared with it, and the choice of a grid."""
-    metrics: str = "kid,sliced"
+    metrics: str | None = None
     """Comma-separated, beside the Fréchet distance: kid, sliced, precision (and recall), density (and coverage), is, infinity;
-    empty for none."""
+    empty for none (default: kid,sliced; of a --reference without images none)."""
     root: Root = "eigen"
     """newton-schulz computes the distance by matrix products alone, on the GPU if there is one; an error where it does not
     converge."""
@@ -114,6 +126,10 @@ def check_flags(task: EvaluateTask) -> None:
             "guidance without --model",
             "no model is sampled: baselines and images are as they are",
             "drop --guidance, --guidance-interval and --guide, or pass --model",
+        )
+    if task.labels and not (task.model or task.diffusers or task.baselines):
+        raise UsageError(
+            "--labels without --model", "classes of images are as they are", "drop --labels, or pass --model"
         )
     if task.graph and task.overlap:
         raise UsageError("--graph and --overlap", "nothing else may run while a graph is captured", "pass one of them")

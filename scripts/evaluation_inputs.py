@@ -5,6 +5,7 @@ Modules that only some sweeps need are imported in the functions that open them,
 
 import torch
 from evaluation_flags import EvaluateTask
+from evaluation_reference import draw_of
 
 from cli import names
 from midway.gen.core.errors import DataError, UsageError
@@ -64,7 +65,9 @@ def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, .
     return plain if trained is None else (*plain, *learned_for(trained, budgets))
 
 
-def baseline_jobs(task: EvaluateTask, data: DataConfig, config: SweepConfig, device: torch.device) -> list[Job]:
+def baseline_jobs(
+    task: EvaluateTask, data: DataConfig, splits: Splits, config: SweepConfig, device: torch.device
+) -> list[Job]:
     """Jobs of --baselines, by the names of their runs.
 
     UsageError for one name twice, DataError for other images than the reference.
@@ -85,7 +88,8 @@ def baseline_jobs(task: EvaluateTask, data: DataConfig, config: SweepConfig, dev
                 f"its data are {flags_of(baseline.data)}, the reference is {flags_of(data)}",
                 "train it on the same --data, --held-out, --split-seed, --channels and --resize",
             )
-        found[name] = baseline_job(name, baseline, config.batch_size)
+        draw = draw_of(task, splits, baseline.model.classes, baseline.model.empty)
+        found[name] = baseline_job(name, baseline, config.batch_size, draw)
     return list(found.values())
 
 

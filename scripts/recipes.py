@@ -54,6 +54,22 @@ def digits_pixels() -> TokenizerTask:
     )
 
 
+MNIST = DataConfig(data="mnist5k", resize=32)
+
+
+def mnist5k_fsq() -> TokenizerTask:
+    """MNIST's digits at 32x32 to 8x8 FSQ codes of 512 values (576 bits an image). Under 1 min; held-out PSNR about 28 dB.
+
+    python scripts/train_tokenizer.py mnist5k-fsq
+    """
+    return TokenizerTask(
+        out=Path("runs/mnist5k-fsq"),
+        data=MNIST,
+        model=TokenizerConfig(levels=(8, 8, 8), width=48, blocks=1, downsample=4, shortcut="principal"),
+        train=replace(DIGITS_TOKENIZER_TRAIN, batch_size=64, lr=4e-3),
+    )
+
+
 def cifar10_fsq() -> TokenizerTask:
     """CIFAR-10 to 8x8 FSQ codes of 64000 values (6 channels, 1024 bits an image).
 
@@ -67,7 +83,7 @@ def cifar10_fsq() -> TokenizerTask:
     )
 
 
-TOKENIZER_RECIPES = by_name(digits_fsq, digits_vq, digits_kl, digits_pixels, cifar10_fsq)
+TOKENIZER_RECIPES = by_name(digits_fsq, digits_vq, digits_kl, digits_pixels, mnist5k_fsq, cifar10_fsq)
 
 
 DIGITS_DIT = DiTConfig(width=96, depth=4, heads=4, patch=1)
@@ -120,6 +136,21 @@ def digits_pixel_flow() -> LatentTask:
     )
 
 
+def mnist5k_dit() -> LatentTask:
+    """A 0.7M-parameter DiT of 16 tokens on 8x8 latents of MNIST's digits, with Muon. About 3 min.
+
+    python scripts/train_latent.py mnist5k-dit --tokenizer runs/mnist5k-fsq
+    """
+    return LatentTask(
+        out=Path("runs/mnist5k-dit"),
+        tokenizer=Path("runs/mnist5k-fsq"),
+        model=LatentModelConfig(
+            schedule="vp", target="v", time_mean=-0.4, time_std=1.2, dit=replace(DIGITS_DIT, patch=2)
+        ),
+        train=replace(DIGITS_TRAIN, steps=2600, optimizer="muon"),
+    )
+
+
 def cifar10_dit() -> LatentTask:
     """A class-conditional DiT of 16 tokens on 8x8 latents of CIFAR-10, cosine schedule.
 
@@ -133,4 +164,4 @@ def cifar10_dit() -> LatentTask:
     )
 
 
-LATENT_RECIPES = by_name(digits_dit, digits_flow, digits_edm, digits_pixel_flow, cifar10_dit)
+LATENT_RECIPES = by_name(digits_dit, digits_flow, digits_edm, digits_pixel_flow, mnist5k_dit, cifar10_dit)

@@ -4,6 +4,7 @@
 inside another solver; with `-constants` all samples share its numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,7 +70,7 @@ class SolverTask:
 TABLE_TRAIN = TrainConfig(steps=600, batch_size=16, lr=0.005, warmup=0, decay="cosine", ema=0, clip=1.0, log_every=50)
 
 
-def recipes() -> dict[str, object]:
+def recipes() -> dict[str, Callable[[], SolverTask]]:
     """The solver's name is the first argument."""
     amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in AMED}
     return {TABLE: lambda: SolverTask(model=tyro.MISSING, solver=TABLE, grid=BEST, train=TABLE_TRAIN), **amed}

@@ -14,8 +14,10 @@ import mutate_tables
 import pytest
 import torch
 from measurements import measurement
+from metric_report import records
 
 from midway.gen.diffusion.load import LEARNED
+from midway.gen.evaluation.metric_check import DamageRow, SpaceCheck
 from midway.gen.evaluation.records import Measurement, to_records
 from midway.gen.proving import report as prove_report
 from midway.gen.proving.contest import EXACT_ROW, Cell
@@ -54,7 +56,6 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
     report = tmp_path / "report"
     report.mkdir()
     (report / "results.csv").write_text(csv_text(to_records(_cells())))
-    (report / "distance_vs_nfe.png").write_bytes(b"png")
     assert module.read_results(report / "results.csv") == _cells()
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- begin demo -->\nold\n<!-- end demo -->\nafter\n")
@@ -66,14 +67,32 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
     assert "1.25 ± 0.10" in text
     assert "seeds 0-127" in text
     assert "(docs/images/demo.png)" in text
-    assert (tmp_path / "docs" / "images" / "demo.png").read_bytes() == b"png"
+    assert (tmp_path / "docs" / "images" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_check_of_metrics_becomes_one_table_of_all_spaces(tmp_path: Path) -> None:
+    def row(features: str, damage: str, required: float | None, ratio: float) -> DamageRow:
+        return DamageRow(features, damage, 40, required, 2 * ratio, ratio, 0.1, 12.34, 3.0, 1.5)
+
+    checks = [
+        SpaceCheck(row(name, "floor", None, 1.0), (row(name, "class means", 20, ratio),), share, 0.01)
+        for name, ratio, share in (("a, 64 axes", 25.0, 0.4), ("cnn@1", 4.3, 0.97))
+    ]
+    (tmp_path / "results.csv").write_text(csv_text(records(checks)))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin x --><!-- end x -->")
+    _tool("embed").embed(page, "x", tmp_path)
+    lines = page.read_text().splitlines()
+    assert lines[1] == "| damage | required | a, 64 axes | cnn@1 |"
+    assert lines[3] == "| class means | 20 | 25.0 / +12.3 / 1.50 | 4.30 / +12.3 / 1.50 (too little) |"
+    assert lines[4] == "| *floor* |  | *2.00 / 0.100 / 3.00* | *2.00 / 0.100 / 3.00* |"
+    assert lines[5] == "| variance between classes |  | 40% | 97% |" and lines[-2] == "n = 40 held-out images."
 
 
 def test_a_page_without_the_block_is_left_alone(tmp_path: Path) -> None:
     module = _tool("embed")
     module.__file__ = str(tmp_path / "docs" / "embed.py")
     (tmp_path / "results.csv").write_text(csv_text(to_records(_cells())))
-    (tmp_path / "distance_vs_nfe.png").write_bytes(b"png")
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
     with pytest.raises(SystemExit, match="has no block"):

@@ -143,7 +143,7 @@ def trajectories(trained: TrainedModel, table: Table, seeds: Tensor, config: Sam
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         for some in seeds.split(config.batch_size):
             x = start_state(model.schedule, table.grid[0], noise_of(some, model.latent_shape).to(device))
-            field = model.field(labels_of(some, model.classes, model.empty).to(device), config.guidance)
+            field = model.field(labels_of(some, model.classes, model.empty, config.draw).to(device), config.guidance)
             states = trajectory(field, table, x, SeededNoise(some) if table.stochastic else None)
             parts.append(torch.stack(states, 1).flatten(2).cpu())
     return torch.cat(parts)

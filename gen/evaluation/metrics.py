@@ -37,7 +37,8 @@ class Features:
 
 
 def _kid(features: Features, reference: FeatureReference) -> Values:
-    return {"kid": kid(features.features, _sample(reference)).value}
+    unit = reference.kernel_unit
+    return {"kid": kid(features.features / unit, _sample(reference) / unit).value}
 
 
 def _sliced(features: Features, reference: FeatureReference) -> Values:

@@ -12,7 +12,7 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, make_samplers
-from midway.gen.diffusion.sampling import SamplingConfig, decode, reconstruct, sample_latents
+from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 
@@ -151,7 +151,7 @@ class SolverSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, decoder, sampler, guidance and precision; neither batch size nor graph, which change nothing beyond rounding."""
+        """Model, decoder, sampler, guidance, precision and classes; batch size and graph change nothing beyond rounding."""
         guidance = self.sampling.guidance
         return {
             "model": self.trained.hash,
@@ -159,7 +159,7 @@ class SolverSource:
             "plan": self.sampler.hash,
             "guidance": [guidance.scale, list(map(str, guidance.interval)), guidance.weak_hash],
             "precision": self.sampling.precision,
-        }
+        } | drawn(self.sampling.draw)
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Latents float32 (n, C, h, w)."""

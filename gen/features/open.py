@@ -4,7 +4,6 @@ A trained one must have the images and the split that are measured: one trained 
 """
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, UsageError, nearest
@@ -54,13 +53,6 @@ def named_extractor(words: str | Path | None, data: DataConfig, what: str, weigh
             f"--features {name}", "there is neither a network nor a run of this name", nearest(name, NAMED)
         )
     return load_features(open_features(Path(name), data, what).checkpoint / "features.safetensors")
-
-
-def open_extractor(
-    words: str | Path | None, _beside: Sequence[Path], data: DataConfig, what: str, weights: Path | None = None
-) -> Extractor:
-    """`named_extractor`."""
-    return named_extractor(words, data, what, weights)
 
 
 def open_published(name: str, weights: Path | None = None) -> Extractor:

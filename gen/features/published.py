@@ -33,6 +33,12 @@ class PublishedReference(FeatureReference):
         """The file, and the number of its images."""
         return f"{self.name} {self.fingerprint} n={self.statistics.count if self.counted else '?'}"
 
+    @property
+    def text(self) -> str:
+        """The reference in words, as what images are measured against."""
+        count = f" of {self.statistics.count} images" if self.counted else ""
+        return f"mean and covariance{count} in a published file, {self.name}"
+
 
 # ---- from a file to a reference ----
 
@@ -50,7 +56,7 @@ def open_reference(
     that measures on axes of images; DataError for a file that cannot be read, or is no mean and covariance of the network's.
     """
     path = path.expanduser()
-    if getattr(network, "axes", None) is not None:
+    if network.axes is not None:
         why = f"{network.name} compares on principal axes of the reference's images"
         raise UsageError(
             f"--reference {path}", why, "pass --features with the network that made the file, such as inception"
@@ -71,6 +77,11 @@ def open_reference(
         statistics = FeatureStatistics(count, found.mean, found.covariance * (count - 1))
     name = f"{printable(path.stem)}@{digest[:12]}"
     return PublishedReference(network, network.name, statistics, name, sample, root, digest, counted=counted)
+
+
+def has_images(path: Path) -> bool:
+    """Whether a file has images, for metrics of single images; DataError as `array_names`."""
+    return "arr_0" in array_names(path)
 
 
 def _needs_images(names: Sequence[str], metrics: Sequence[str]) -> bool:
@@ -123,18 +134,18 @@ def _check_network(path: Path, found: Published, network: Extractor) -> None:
 
 def save_reference(path: Path, reference: FeatureReference) -> None:
     """Write mean and covariance as an .npz that others read; errors of `check_saved`, DiskError."""
-    check_saved(path, reference)
+    check_saved(path, reference.axes is not None)
     statistics = reference.statistics
     count = statistics.count if getattr(reference, "counted", True) else None
     write_published(path, Published(statistics.mean, statistics.covariance, count, reference.features))
 
 
-def check_saved(path: Path, reference: FeatureReference | None = None) -> None:
-    """UsageError for a file that cannot hold a reference, before anything is measured."""
+def check_saved(path: Path, axes: bool) -> None:
+    """UsageError for a file that cannot hold a reference, and for one on axes; before anything is measured."""
     if path.suffix.lower() != ".npz":
         raise UsageError(
             f"--save-reference {path}", "others read mean and covariance as .npz", "give a name that ends in .npz"
         )
-    if getattr(reference, "axes", None) is not None:
+    if axes:
         why = "features on principal axes of a reference mean nothing to another evaluator"
         raise UsageError(f"--save-reference {path}", why, "measure with --features inception, say")

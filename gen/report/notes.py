@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from midway.gen.data.images import empty_classes, named_empty
 from midway.gen.data.splits import Splits
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.evaluation.comparing import by_solver
 from midway.gen.evaluation.records import Measurement
 from midway.gen.report.table import number
@@ -48,11 +49,13 @@ RESOLVED = 3
 
 
 def notes(
-    config: SweepConfig, splits: Splits, repeats: int, features: str, left_out: Sequence[str] = ()
+    config: SweepConfig, splits: Splits, repeats: int, features: str, against: str, left_out: Sequence[str] = ()
 ) -> Iterator[str]:
-    """How to read the numbers of a model; `left_out` names what not all of its trainings have."""
-    yield from common_notes(config, splits, features, repeats)
+    """How to read the numbers of a model against the reference `against`; `left_out` names what not all of its trainings have."""
+    yield from common_notes(config, splits, features, against, repeats)
     yield "Blocks are of seeds, and the same seeds serve every cell."
+    if config.draw is not None:
+        yield config.draw.text
     if config.exact_nfe:
         yield (
             "Distance to the exact solution and RMSE (of standardised latents; of --diffusers, of the model's own states) are "
@@ -95,23 +98,22 @@ def empty_notes(splits: Splits, conditional: bool) -> tuple[str, ...]:
     return (f"Classes without training images{drawn}: {named_empty(splits.train)}.",)
 
 
-def class_notes(splits: Splits, n: int, classes: int) -> tuple[str, ...]:
-    """Warnings where seeds, which take turns through the classes, have other classes than the images they are compared with.
-
-    `classes` are those that seeds draw, 0 without.
-    """
+def class_notes(splits: Splits, n: int, draw: ClassDraw | None) -> tuple[str, ...]:
+    """Warnings where seeds have other classes than the images that they are compared with; `draw` None: they draw none."""
     counts = splits.train.labels.bincount(minlength=len(splits.train.classes))
     counts, found = counts[counts > 0], list[str]()
-    found += empty_notes(splits, 0 < classes == len(counts))
-    if len(counts) > 1 and counts.max() > UNEQUAL * counts.min():
+    found += empty_notes(splits, draw is not None)
+    if draw is None or len(counts) < 2:
+        return tuple(found)
+    drawn = sum(count > 0 for count in draw.counts)
+    if draw.rule == "balanced" and counts.max() > UNEQUAL * counts.min():
         found.append(
             f"Classes are unequal: the training images hold from {int(counts.min())} to {int(counts.max())} of a class, while "
-            "seeds and the floor have every class equally often. That difference is part of every distance, and of the floor "
-            "unless all held-out images are measured."
+            "seeds have every class equally often and the floor in proportion. That difference is part of every distance."
         )
-    if classes and n % classes and n < MANY * classes:
+    if draw.rule != "random" and n % drawn and n < MANY * drawn:
         found.append(
-            f"Blocks of {n} seeds do not hold each of {classes} classes equally often: part of the error bar is that."
+            f"Blocks of {n} seeds hold few of each of {drawn} classes, and not just as the images: part of the error bar is that."
         )
     return tuple(found)
 
@@ -124,11 +126,11 @@ def timing_notes(measurements: Sequence[Measurement]) -> tuple[str, ...]:
     return (f"Seconds compare only where they were measured alike; here they were measured on {' / '.join(kinds)}.",)
 
 
-def common_notes(config: SweepConfig, splits: Splits, features: str, repeats: int = 0) -> tuple[str, ...]:
-    """How to read any distance."""
+def common_notes(config: SweepConfig, splits: Splits, features: str, against: str, repeats: int = 0) -> tuple[str, ...]:
+    """How to read any distance to the reference `against`."""
     n, held_out = config.n, min(config.n, len(splits.held_out.images))
     return (
-        f"Every distance is measured on {n} images against all {len(splits.train.images)} training images; "
+        f"Every distance is measured on {n} images against {against}; "
         + (
             f"mean over {config.blocks} disjoint block(s) of each training."
             if repeats
@@ -136,7 +138,7 @@ def common_notes(config: SweepConfig, splits: Splits, features: str, repeats: in
             if config.blocks > 1
             else "of one block, so without an error bar."
         ),
-        f"The floor is the distance of {held_out} held-out real images to all training images, the ceiling that of the same "
+        f"The floor is the distance of {held_out} held-out real images to the same, the ceiling that of the same "
         "images through the tokenizer and back."
         + (
             ""

@@ -3,14 +3,15 @@
 from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.core.errors import DataError
 from midway.gen.data.external import ExternalImages
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.evaluation.other_sources import BaselineSource, ImagesSource
 from midway.gen.sweep.jobs import Job, SweepConfig
 
 
-def baseline_job(name: str, trained: TrainedBaseline, batch_size: int) -> Job:
-    """Its samples, in batches."""
-    model, source = trained.model, BaselineSource(trained, batch_size)
-    return Job(name, "", source, baseline=True, classes=model.classes, empty=model.empty)
+def baseline_job(name: str, trained: TrainedBaseline, batch_size: int, draw: ClassDraw | None = None) -> Job:
+    """Its samples, in batches, of classes by `draw`."""
+    model, source = trained.model, BaselineSource(trained, batch_size, draw)
+    return Job(name, "", source, baseline=True, classes=model.classes, empty=model.empty, draw=draw)
 
 
 def image_job(name: str, external: ExternalImages, config: SweepConfig) -> Job:

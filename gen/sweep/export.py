@@ -10,6 +10,7 @@ from torch import Tensor
 
 from midway.gen.core.text import json_text
 from midway.gen.data.pictures import NpzWriter, ZipWriter, npz_writer, zip_writer
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.records import LIMITS, Measurement
 from midway.gen.evaluation.sources import SampleSource
@@ -19,12 +20,13 @@ from midway.gen.sweep.store import Seeds
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images of all blocks of seeds; `classes` of the labels, 0 without, of which `empty` are not drawn."""
+    """The images of all blocks of seeds; `classes` of the labels, 0 without, of which `empty` are not drawn, by `draw`."""
 
     source: SampleSource
     seeds: Seeds
     classes: int = 0
     empty: tuple[int, ...] = ()
+    draw: ClassDraw | None = None
 
     def parts(self) -> Iterator[Tensor]:
         """uint8 (<= 1024, C, H, W), in the parts in which they are measured."""
@@ -39,7 +41,7 @@ class ImageSet:
 
     def labels(self) -> Tensor | None:
         """int64 (count,), None of an unconditional model."""
-        return labels_of(self.seeds.all, self.classes, self.empty) if self.classes else None
+        return labels_of(self.seeds.all, self.classes, self.empty, self.draw) if self.classes else None
 
 
 def export(images: ImageSet, npz: Path | None = None, archive: Path | None = None) -> None:
@@ -68,5 +70,5 @@ def export_measurement(
     job = sweep.jobs[m.solver, m.grid, m.nfe]
     stem = "-".join(part for part in (m.solver, m.grid, f"nfe{m.nfe}") if part)
     npz, archive = npz and npz / f"{stem}.npz", archive and archive / f"{stem}.zip"
-    export(ImageSet(job.source, Seeds(first_seed, m.n, m.blocks), job.classes, job.empty), npz, archive)
+    export(ImageSet(job.source, Seeds(first_seed, m.n, m.blocks), job.classes, job.empty, job.draw), npz, archive)
     return [path for path in (npz, archive) if path is not None]

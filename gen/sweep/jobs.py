@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.samplers import SamplerConfig, is_reachable
 from midway.gen.evaluation.sources import EvaluatedModel, SampleSource
 from midway.gen.sweep.store import PART, Seeds
@@ -67,7 +68,7 @@ class SweepConfig(SamplerConfig):
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement to be made; `classes` of the seeds' labels, 0 without, of which `empty` are not drawn."""
+    """One measurement to be made; `classes` of the seeds' labels, 0 without, of which `empty` are not drawn, by `draw`."""
 
     solver: str
     grid: str
@@ -80,6 +81,7 @@ class Job:
     baseline: bool = False
     classes: int = 0
     empty: tuple[int, ...] = ()
+    draw: ClassDraw | None = None
 
 
 def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
@@ -104,6 +106,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             _training_nfe(model, sampler, grid, config),
             classes=model.classes,
             empty=model.empty,
+            draw=config.draw,
         )
         for solver, nfe, by_grid in samplers
         for grid, sampler in by_grid.items()

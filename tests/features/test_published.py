@@ -366,7 +366,9 @@ def test_a_network_on_axes_has_no_published_reference(real: dict[str, Any], tmp_
 
 def test_a_reference_is_saved_as_npz(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--save-reference"):
-        check_saved(tmp_path / "reference.pt")
+        check_saved(tmp_path / "reference.pt", axes=False)
+    with pytest.raises(UsageError, match="--save-reference"):
+        check_saved(tmp_path / "reference.npz", axes=True)
     statistics = FeatureStatistics.of(Means().features(REAL))
     reference = FeatureReference(Means(), "means@0", statistics, "mine")
     with pytest.raises(UsageError, match=r"\.npz"):

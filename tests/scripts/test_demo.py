@@ -47,9 +47,10 @@ def test_the_quick_demo_ends_with_a_report(
     assert report.read_text().startswith("<!")
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert rows[0]["solver"] == "floor"
-    assert [row["solver"] for row in rows[1:]] == ["euler", "ddim", "heun", "dpm2", "dpmpp2m", "amed-constants", "amed"]
-    assert {row["nfe"] for row in rows[1:]} == {"4"}
+    assert [row["solver"] for row in rows[:3]] == ["floor", "ceiling", "exact"]
+    solvers = ["euler", "ddim", "heun", "dpm2", "dpmpp2m", "dpmpp3m", "ipndm3", "amed-constants", "amed", "table"]
+    assert [row["solver"] for row in rows[3:]] == solvers
+    assert {row["nfe"] for row in rows[3:]} == {"4"} and rows[0]["features"].startswith("effnet-lite0@")
     for name in ("results.jsonl", "report.md", "distance_vs_nfe.png", "distance_vs_seconds.png"):
         assert (out / name).stat().st_size > 0
     demo.run(demo.DemoTask(out=out, quick=True))  # a second demo replaces the first

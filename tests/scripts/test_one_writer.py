@@ -47,8 +47,8 @@ def test_a_running_demo_loses_nothing_to_other_commands(
         with unchanged(task.out):
             done = script("demo", "--quick", "--out", task.out)
             assert done.code == 2 and f"{task.out} is being written by another process" in done.err
-            run = task.out / "features"
-            done = script("train_features", "--config", run / "config.yaml", "--overwrite")
+            run = task.out / "tokenizer"
+            done = script("train_tokenizer", "--config", run / "config.yaml", "--overwrite")
             assert done.code == 2 and f"{run} is being trained by another process" in done.err
 
     at_the_model.append(others)
@@ -71,12 +71,12 @@ def test_a_demo_replaces_demos_alone(at_the_model: list[Any], pipeline: Pipeline
 def test_a_demo_of_an_earlier_version_is_known_by_its_command(
     at_the_model: list[Any], pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    run = Path(shutil.copytree(pipeline.features, tmp_path / "features"))
+    run = Path(shutil.copytree(pipeline.tokenizer, tmp_path / "tokenizer"))
     text = (run / "env.json").read_text().replace(read_json(run / "env.json")["command"], "python scripts/demo.py")
     (run / "env.json").write_text(text)
     with pytest.raises(Stop):
         demo.run(demo.DemoTask(tmp_path, quick=True))
-    assert Run.open(run, "features").config["train"]["steps"] == 10, "the earlier one was replaced"
+    assert Run.open(run, "tokenizer").config["train"]["steps"] == 10, "the earlier one was replaced"
 
 
 def test_a_run_is_verified_by_one_process_at_a_time(pipeline: Pipeline, script: Script, tmp_path: Path) -> None:

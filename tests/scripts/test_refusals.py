@@ -22,6 +22,7 @@ HEADS = {
     "BASELINE": "train_baseline vae --out {out} --steps 1",
     "LIKELIHOOD": "evaluate_likelihood --out {out} --n 20 --models",
     "TOKENIZERS": "evaluate_tokenizer --out {out} --tokenizers",
+    "CHECK": "check_metric --data digits --out {out} --features",
     "IMAGES": "evaluate --data digits --features {features} --out {out} --blocks 1 --images",
     "IMPORT": "import_tokenizer --data digits --held-out 0.9 --out {out} --source",
 }
@@ -180,6 +181,11 @@ holds {with_images}/samples/photos | would be deleted
   TOKENIZERS {tokenizer} --batch-size 0; IMPORT {rgb} --batch-size 0 -> FLAG 0
   TOKENIZERS {tokenizer} --lpips-weights nowhere.pth -> LPIPS cannot be measured
   TOKENIZERS {tokenizer} {model}/../tokenizer -> named twice
+  CHECK pixels,pixels -> every feature space is named once
+  CHECK pixels --n 19; CHECK pixels --n 360 -> 359 are held out
+  CHECK effnet-lite0-full -> mostly bias below 6400 images
+  CHECK pixels --feature-weights weights.pth -> has its own weights
+  CHECK pixels --out {model} -> holds other files
   TOKENIZERS {tokenizer} --features pixel -> did you mean 'pixels'?
   TOKENIZERS {tokenizer} --features effnet-lite0-full -> mostly bias below 6400 images | raise --n
   IMPORT {rgb} --resize 16 -> this takes 3 | pass --channels 3

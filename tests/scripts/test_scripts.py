@@ -126,8 +126,8 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
     }
 
 
-ELSEWHERE = {"demo", "download_weights"}
-"""test_demo.py; test_weights.py, since it needs a network or a server."""
+ELSEWHERE = {"demo", "download_weights", "check_metric"}
+"""test_demo.py; test_weights.py, since it needs a network or a server; test_check_metric.py."""
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import Splits, load_splits
+from midway.gen.diffusion.class_draw import ClassDraw, LabelRule
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.evaluation.metrics import METRICS, Features, check_metrics, possible
@@ -98,12 +99,16 @@ def splits(counts: list[int]) -> Splits:
 
 
 def test_unequal_classes_are_warned_about() -> None:
-    assert class_notes(splits([100, 110, 120]), 30, 0) == ()
-    assert "from 100 to 130 of a class" in class_notes(splits([100, 130]), 30, 0)[0]
-    assert class_notes(splits([100]), 30, 0) == ()
-    assert class_notes(splits([50] * 10), 20, 10) == ()
-    assert class_notes(splits([50] * 10), 359, 10) == ()
-    assert "Blocks of 25 seeds" in class_notes(splits([50] * 10), 25, 10)[0]
+    def notes(counts: list[int], n: int, rule: LabelRule = "proportional") -> tuple[str, ...]:
+        return class_notes(splits(counts), n, ClassDraw(tuple(counts), rule))
+
+    assert notes([100, 110, 120], 30, "balanced") == ()
+    assert "from 100 to 130 of a class" in notes([100, 130], 30, "balanced")[0]
+    assert notes([100, 130], 30) == notes([100, 130], 30, "random") == () == class_notes(splits([100, 130]), 30, None)
+    assert notes([100], 30) == ()
+    assert notes([50] * 10, 20) == notes([50] * 10, 25, "random") == ()
+    assert notes([50] * 10, 359) == ()
+    assert "Blocks of 25 seeds" in notes([50] * 10, 25)[0]
 
 
 # ---- float settings ----
