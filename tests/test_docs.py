@@ -111,8 +111,10 @@ def test_the_pages_hold_measured_tables(page: str, name: str) -> None:
 def test_a_proving_ground_becomes_a_short_and_a_whole_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = _tool("embed")
     module.__file__ = str(tmp_path / "docs" / "embed.py")
+    (tmp_path / "docs").mkdir()
     monkeypatch.setattr(prove_report, "plot", lambda result: b"png")
-    cells = [Cell(name, 6, "vp", False, 0, {"rmse": (0.25, 0.35), "to_data": (1.0, 1.5)}) for name in ("euler", "rk4")]
+    rmse = {"euler": (0.25, 0.35), "heun": (0.5, 0.75), "rk4": (0.75, 1.0)}
+    cells = [Cell(name, 6, "vp", False, 0, {"rmse": found, "to_data": (1.0, 1.5)}) for name, found in rmse.items()]
     exact = Cell(EXACT_ROW, 0, "", False, 0, {"to_data": (0.5, 0.7)})
     result = prove_report.Result((exact, *cells), "patches@1", 64, "0-127", 1e-4)
     prove_report.write_prove_report(tmp_path / "prove", result, ReportContext("t", "m", "d"))
