@@ -8,10 +8,10 @@ ARGS   ?=
 TESTS  := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo prove test test-slow check format bench clean
+.PHONY: help dev demo demo-mnist prove test test-slow check format bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Midway needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=python3.12, say.")'
@@ -32,6 +32,9 @@ demo: $(STAMP) ## train, sample and measure on real digits; ends with a table an
 
 prove: $(STAMP) ## measure all solvers on an exact model; ends with a table and runs/prove/report.html
 	$(BIN)/python scripts/prove_solvers.py $(ARGS)
+
+demo-mnist: $(STAMP) ## the same on 5,000 digits of MNIST, 28x28; longer
+	$(BIN)/python scripts/demo.py --source mnist5k $(ARGS)
 
 test: $(STAMP) ## the default test suite (no GPU, no network)
 	$(BIN)/python $(TESTS) $(ARGS)

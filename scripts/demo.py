@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import evaluate
 import train_latent
@@ -31,9 +32,11 @@ from midway.gen.diffusion.load import TABLE
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
-from recipes import digits_dit, digits_fsq
+from recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
 from tasks import LatentTask, TokenizerTask
 
+TITLES = {"digits": "Digits", "mnist5k": "MNIST, 5,000 digits"}
+BUDGETS = "4,6,8,10"
 LEARNED = ("amed-constants", "amed", TABLE)
 RUNS = ("tokenizer", "model")
 MARK = ".demo"
@@ -42,12 +45,20 @@ MARK = ".demo"
 
 @dataclass(frozen=True)
 class DemoTask:
-    """Train, sample and measure on the bundled digits; ends with a table and runs/demo/report.html."""
+    """Train, sample and measure on real images that packages bring; ends with tables and runs/demo/report.html."""
 
-    out: Path = Path("runs/demo")
-    """Directory of all runs and of the report; a finished demo there is replaced, an interrupted one goes on."""
+    source: Literal["digits", "mnist5k"] = "digits"
+    """digits: 1,797 of 8x8 pixels; mnist5k: 5,000 of 28x28 pixels, which takes longer."""
+    out: Path | None = None
+    """Directory of all runs and of the report (default: runs/demo, runs/demo-mnist); a finished demo there is replaced, an
+    interrupted one goes on."""
     quick: bool = False
     """A few steps of everything: shows that it runs, not what it can do."""
+
+    @property
+    def folder(self) -> Path:
+        """`out`, or its default."""
+        return self.out or Path({"digits": "runs/demo", "mnist5k": "runs/demo-mnist"}[self.source])
 
 
 def run(task: DemoTask) -> Path:
@@ -69,7 +80,7 @@ def claimed(task: DemoTask) -> Iterator[None]:
 
     UsageError while another demo writes there, and if it is a link or has runs or a report that no demo made.
     """
-    out = task.out
+    out = task.folder
     check_no_link(out)
     there = [name for name in (*RUNS, *FILES) if os.path.lexists(out / name)]
     if there and not (out / MARK).exists() and not any(_made_by_a_demo(out / name) for name in RUNS):
@@ -103,7 +114,7 @@ def clear(out: Path) -> None:
 
 def _run(task: DemoTask, finished: list[str], locks: ExitStack | None) -> Path:
     start = time.monotonic()
-    stop_note(f"what is finished is stored in {task.out}; the same command goes on", last=True)
+    stop_note(f"what is finished is stored in {task.folder}; the same command goes on", last=True)
     for number, (name, stage) in enumerate(STAGES.items(), 1):
         began = time.monotonic()
         echo(f"[{number}/{len(STAGES)}] {name}{', finished before' * (name in finished)}")
@@ -119,7 +130,7 @@ def _run(task: DemoTask, finished: list[str], locks: ExitStack | None) -> Path:
             if isinstance(made_run, Run):
                 locks.enter_context(lock(made_run.path, "used"))
         echo(f"      {time.monotonic() - began:.0f} s")
-    report = task.out / "report.html"
+    report = task.folder / "report.html"
     echo(f"done in {time.monotonic() - start:.0f} s; open {report}")
     return report
 
@@ -130,7 +141,7 @@ def _run(task: DemoTask, finished: list[str], locks: ExitStack | None) -> Path:
 def read_mark(task: DemoTask) -> list[str] | None:
     """The finished stages of an earlier demo of the same configuration, None if there was none."""
     try:
-        known = read_json(task.out / MARK)
+        known = read_json(task.folder / MARK)
         return list(known["finished"]) if known["configuration"] == configuration(task) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
@@ -140,7 +151,7 @@ def write_mark(task: DemoTask, finished: list[str]) -> None:
     """Store them."""
     about = "the runs and the report here are of scripts/demo.py, which replaces them"
     content = {"about": about, "configuration": configuration(task), "finished": finished}
-    write_atomically(task.out / MARK, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(task.folder / MARK, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def configuration(task: DemoTask) -> str:
@@ -158,20 +169,20 @@ def _steps(config: TrainConfig, task: DemoTask) -> TrainConfig:
 
 
 def tokenizer_task(task: DemoTask) -> TokenizerTask:
-    """The recipe digits-fsq."""
-    recipe = digits_fsq()
+    """The recipe digits-fsq or mnist5k-fsq."""
+    recipe = {"digits": digits_fsq, "mnist5k": mnist5k_fsq}[task.source]()
     model = replace(recipe.model, width=16, blocks=1) if task.quick else recipe.model
-    return replace(recipe, out=task.out / "tokenizer", model=model, train=_steps(recipe.train, task), resume="auto")
+    return replace(recipe, out=task.folder / "tokenizer", model=model, train=_steps(recipe.train, task), resume="auto")
 
 
 def latent_task(task: DemoTask) -> LatentTask:
-    """The recipe digits-dit."""
-    recipe = digits_dit()
+    """The recipe digits-dit or mnist5k-dit."""
+    recipe = {"digits": digits_dit, "mnist5k": mnist5k_dit}[task.source]()
     model = replace(recipe.model, dit=DiTConfig(width=32, depth=2, heads=2)) if task.quick else recipe.model
     return replace(
         recipe,
-        out=task.out / "model",
-        tokenizer=task.out / "tokenizer",
+        out=task.folder / "model",
+        tokenizer=task.folder / "tokenizer",
         model=model,
         train=_steps(recipe.train, task),
         resume="auto",
@@ -180,7 +191,7 @@ def latent_task(task: DemoTask) -> LatentTask:
 
 def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
-    default = replace(train_solver.recipes()[name](), model=task.out / "model", resume="auto")
+    default = replace(train_solver.recipes()[name](), model=task.folder / "model", resume="auto")
     default = default if name == TABLE else replace(default, grid="uniform")
     if task.quick:
         return replace(
@@ -189,17 +200,18 @@ def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
             distill=DistillConfig(trajectories=32),
             train=replace(default.train, steps=3, batch_size=16),
         )
-    return replace(default, nfe="4,6,8,10,20")
+    return replace(default, nfe=BUDGETS)
 
 
 def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
     """Every solver at every budget."""
     full = evaluate.EvaluateTask(
-        model=task.out / "model",
-        out=task.out,
+        model=task.folder / "model",
+        out=task.folder,
         solvers=f"euler,ddim,heun,dpm2,dpmpp2m,dpmpp3m,ipndm3,{','.join(LEARNED)}",
+        nfe=BUDGETS,
         grids="uniform,logsnr,karras,gits",
-        title="Digits: Fréchet distance per step budget",
+        title=f"{TITLES[task.source]}: solvers by step budget",
     )
     return (
         replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16, choice_seeds=16) if task.quick else full

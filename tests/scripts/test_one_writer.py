@@ -41,31 +41,31 @@ def test_a_running_demo_loses_nothing_to_other_commands(
     at_the_model: list[Any], script: Script, tmp_path: Path
 ) -> None:
     """Neither its folder to a second demo, nor a run that it has finished to a training."""
-    task = demo.DemoTask(tmp_path / "demo", quick=True)
+    task = demo.DemoTask(out=tmp_path / "demo", quick=True)
 
     def others() -> None:
-        with unchanged(task.out):
-            done = script("demo", "--quick", "--out", task.out)
-            assert done.code == 2 and f"{task.out} is being written by another process" in done.err
-            run = task.out / "tokenizer"
+        with unchanged(task.folder):
+            done = script("demo", "--quick", "--out", task.folder)
+            assert done.code == 2 and f"{task.folder} is being written by another process" in done.err
+            run = task.folder / "tokenizer"
             done = script("train_tokenizer", "--config", run / "config.yaml", "--overwrite")
             assert done.code == 2 and f"{run} is being trained by another process" in done.err
 
     at_the_model.append(others)
     with pytest.raises(Stop):
         demo.run(task)
-    assert (task.out / "tokenizer/tokenizer").exists()
+    assert (task.folder / "tokenizer/tokenizer").exists()
 
 
 def test_a_demo_replaces_demos_alone(at_the_model: list[Any], pipeline: Pipeline, tmp_path: Path) -> None:
     out = tmp_path / "runs"
     mine = Path(shutil.copytree(pipeline.tokenizer, out / "tokenizer"))
     with unchanged(out), pytest.raises(UsageError, match="tokenizer is not of an earlier demo"):
-        demo.run(demo.DemoTask(out, quick=True))
+        demo.run(demo.DemoTask(out=out, quick=True))
     shutil.rmtree(mine)
     (out / "report.md").write_text("mine")
     with unchanged(out), pytest.raises(UsageError, match=r"report\.md is not of an earlier demo"):
-        demo.run(demo.DemoTask(out, quick=True))
+        demo.run(demo.DemoTask(out=out, quick=True))
 
 
 def test_a_demo_of_an_earlier_version_is_known_by_its_command(
@@ -75,7 +75,7 @@ def test_a_demo_of_an_earlier_version_is_known_by_its_command(
     text = (run / "env.json").read_text().replace(read_json(run / "env.json")["command"], "python scripts/demo.py")
     (run / "env.json").write_text(text)
     with pytest.raises(Stop):
-        demo.run(demo.DemoTask(tmp_path, quick=True))
+        demo.run(demo.DemoTask(out=tmp_path, quick=True))
     assert Run.open(run, "tokenizer").config["train"]["steps"] == 10, "the earlier one was replaced"
 
 
