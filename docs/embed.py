@@ -5,18 +5,24 @@
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
 and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the two
 nearest at some budget. Of a comparison of models (scripts/evaluate_likelihood.py) it is the table of results.json, with the
-facts that a reader needs beside it; of a check of metrics (scripts/check_metric.py) one table of all feature spaces.
+facts that a reader needs beside it; of a check of metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving
+ground (scripts/prove_solvers.py) a block `prove` has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture
+is rmse_vs_nfe.png.
 """
 
 import csv
 import json
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from midway.gen.core.text import markdown
 from midway.gen.evaluation.comparing import by_solver, question
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.evaluation.records import FLOOR, LIMITS, TO_EXACT, Measurement, from_record
+from midway.gen.proving.report import FIGURES, SHOWN, Result, figure_table, order_table, read_result, summary
 from midway.gen.report.likelihood import likelihood_table
 from midway.gen.report.plots import distance_png
 from midway.gen.report.sweep import captioned, headline_tables
@@ -50,6 +56,8 @@ def embed(page: Path, name: str, report: Path) -> None:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     if (report / "results.json").exists():
         return _replace(page, name, models_block(report))
+    if (report / "rmse_vs_nfe.png").exists():
+        return embed_proof(page, name, report)
     if "damage" in (report / "results.csv").read_text().partition("\n")[0].split(","):
         return _replace(page, name, damages_block(report))
     picture = Path(__file__).parent / "images" / f"{name}.png"
@@ -68,6 +76,32 @@ def embed(page: Path, name: str, report: Path) -> None:
     shown = "Distance to the exact solution" if ranked else "Fréchet distance"
     block = f"{captioned(headline_tables(measurements))}\n{facts}\n\n![{shown} against NFE]({link})\n"
     return _replace(page, name, block)
+
+
+def embed_proof(page: Path, name: str, report: Path) -> None:
+    """The block of a proving ground, short as `prove` and whole as `prove-all`; both show the same picture."""
+    result = read_result(report / "results.jsonl")
+    picture = Path(__file__).parent / "images" / "prove.png"
+    picture.parent.mkdir(exist_ok=True)
+    shutil.copyfile(report / "rmse_vs_nfe.png", picture)
+    link = f"![RMSE against NFE]({os.path.relpath(picture, page.parent)})"
+    _replace(page, name, f"{proof_tables(result, SHOWN if name == 'prove' else ())}\n{proof_facts(result)}\n\n{link}\n")
+
+
+def proof_tables(result: Result, solvers: Sequence[str]) -> str:
+    """RMSE of the solvers named, or every table of all."""
+    if solvers:
+        return f"{FIGURES['rmse']}, lower is better\n\n{markdown_table(figure_table(result, 'rmse', solvers))}\n"
+    tables = [*(figure_table(result, name) for name in FIGURES), order_table(result)]
+    return "\n".join(f"**{markdown(t.title)}.** {markdown(t.note)}\n\n{markdown_table(t)}\n" for t in tables)
+
+
+def proof_facts(result: Result) -> str:
+    """The ground, the samples, the error of the exact solution, and the rows that say what can be reached."""
+    return (
+        f"Ground `{result.ground}`, blocks of {result.n} seeds, {result.seeds}; error of the exact solution "
+        f"{result.exact_error:.1g}. {summary(result)}"
+    )
 
 
 def models_block(report: Path) -> str:

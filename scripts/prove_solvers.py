@@ -21,7 +21,7 @@ from midway.gen.report.table import ReportContext
 from midway.samplers.solvers import ALIASES, SOLVERS
 
 ALL, NONE = "all", "none"
-LEARNED = "amed,amed-plugin-ipndm3,amed-plugin-ipndm4,amed-plugin-dpmpp2m,amed-plugin-dpmpp3m,table"
+LEARNED = "amed,amed-plugin-ipndm3,amed-plugin-ipndm4,amed-plugin-dpmpp3m,table"
 
 MOST_WORKERS = 8
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import textwrap
 from itertools import pairwise
@@ -18,13 +19,16 @@ from metric_report import records
 from midway.gen.diffusion.load import LEARNED
 from midway.gen.evaluation.metric_check import DamageRow, SpaceCheck
 from midway.gen.evaluation.records import Measurement, to_records
+from midway.gen.proving import report as prove_report
+from midway.gen.proving.contest import EXACT_ROW, Cell
+from midway.gen.report.table import ReportContext
 from midway.gen.report.text import csv_text
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, logsnr
 from midway.samplers.plugin import BASES
 from midway.samplers.runge_kutta import HEUN, runge_kutta
 from midway.samplers.schedule import VP, Linear
-from midway.samplers.solvers import SOLVERS, Solver
+from midway.samplers.solvers import ALIASES, SOLVERS, Solver
 from midway.tokenizers.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +106,63 @@ def test_the_pages_hold_measured_tables(page: str, name: str) -> None:
     block = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
     assert "floor" in block
     assert (ROOT / "docs" / "images" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_proving_ground_becomes_a_short_and_a_whole_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _tool("embed")
+    module.__file__ = str(tmp_path / "docs" / "embed.py")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(prove_report, "plot", lambda result: b"png")
+    rmse = {"euler": (0.25, 0.35), "heun": (0.5, 0.75), "rk4": (0.75, 1.0)}
+    cells = [Cell(name, 6, "vp", False, 0, {"rmse": found, "to_data": (1.0, 1.5)}) for name, found in rmse.items()]
+    exact = Cell(EXACT_ROW, 0, "", False, 0, {"to_data": (0.5, 0.7)})
+    result = prove_report.Result((exact, *cells), "patches@1", 64, "0-127", 1e-4)
+    prove_report.write_prove_report(tmp_path / "prove", result, ReportContext("t", "m", "d"))
+    page = tmp_path / "README.md"
+    page.write_text("".join(f"<!-- begin {name} -->\nold\n<!-- end {name} -->\n" for name in ("prove", "prove-all")))
+    for name in ("prove", "prove-all"):
+        module.embed(page, name, tmp_path / "prove")
+    short, whole = page.read_text().split("<!-- end prove -->")
+    for block in (short, whole):
+        assert "old" not in block
+        assert "| euler | **0.300 ± 0.050** (vp) |" in block
+        assert "blocks of 64 seeds, 0-127; error of the exact solution 0.0001." in block
+        assert "(docs/images/prove.png)" in block
+    assert "rk4" not in short  # of all that are measured a few are shown
+    assert "*0.600 ± 0.100*" in whole
+    assert "Agreement with the published order" in whole
+    assert (tmp_path / "docs" / "images" / "prove.png").read_bytes() == b"png"
+
+
+def test_the_pages_hold_what_the_proving_ground_measured() -> None:
+    """All solvers of the plot stand in README with the figures of the page of solvers, which has every solver once."""
+    short, whole = (
+        (ROOT / page).read_text().split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0].replace("**", "")
+        for page, name in (("README.md", "prove"), ("docs/solvers.md", "prove-all"))
+    )
+    rows = [line for line in short.splitlines() if line.startswith("| ") and not line.startswith(("| solver", "| ---"))]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [*prove_report.SHOWN]
+    assert set(rows) <= set(whole.splitlines())
+    first = whole.split("Distance to exact")[0].replace("\\", "")
+    for name, solver in SOLVERS.items():
+        assert first.count(f"\n| {name} |") == (name not in ALIASES and not solver.stochastic), name
+    assert (ROOT / "docs" / "images" / "prove.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_proving_ground_keeps_its_promises() -> None:
+    """As recorded: floor and exact row agree within two standard errors, and the order at 6 evaluations is the published one."""
+    block = SOLVERS_PAGE.read_text().split("<!-- begin prove-all -->")[1].split("<!-- end prove-all -->")[0]
+    distances = block.split("**Distance to data.**")[1]
+    rows = {line.split(" | ")[0].strip("| *"): line for line in distances.splitlines() if line.startswith("| ")}
+    (floor, its_error), (exact, own_error) = (
+        map(float, rows[name].split(" | ")[1].strip("*").split(" ± "))
+        for name in ("floor (fresh data)", "exact solution")
+    )
+    assert abs(floor - exact) < 2 * math.hypot(its_error, own_error)
+    agreement = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in block.splitlines() if "| " in line}
+    column = agreement["figure"].index("NFE 6")
+    for figure in prove_report.FIGURES.values():
+        assert float(agreement[figure][column].split(" ")[0]) >= 0.9, figure
 
 
 def test_links_of_the_pages_lead_somewhere() -> None:

@@ -125,8 +125,12 @@ class Contest:
             Cell(EXACT_ROW, 0, "", False, 0, by_name(exact, "to_data")),
         ]
 
+    def cell(self, name: str, nfe: int, shared: dict[Any, Any]) -> Cell | None:
+        """A solver, learned if it is none of the registry, at one budget; None where it cannot make that."""
+        return self.solver_cell(name, nfe) if name in SOLVERS else self.learned_cell(name, nfe, shared)
+
     def solver_cell(self, name: str, nfe: int) -> Cell | None:
-        """A solver of the registry on its best grid; None where it cannot make this budget."""
+        """A solver of the registry on its best grid."""
         entry = SOLVERS[name]
         step_count = _steps(entry, nfe)
         if step_count is None:
@@ -137,7 +141,7 @@ class Contest:
         return self._scored(name, tables[grid], grid, analytic, 0, entry.stochastic)
 
     def learned_cell(self, name: str, nfe: int, shared: dict[Any, Any]) -> Cell | None:
-        """A learned solver; None where it cannot make this budget."""
+        """A learned solver; `shared` as of `teach`."""
         try:
             taught = teach(self.model, name, nfe, self.unscored, self.teaching, shared)
         except ValueError:
@@ -182,27 +186,21 @@ def run_contest(
     note: Callable[[str, int], object],
     workers: int = 1,
 ) -> list[Cell]:
-    """All cells, the floor and the exact row first. note: called with the name and number of cells of each solver.
+    """All cells, the floor and the exact row first. note: called with the name of each solver and its number of budgets.
 
     workers: cells measured at a time, each by a thread that torch leaves to one core; results do not depend on it.
     """
     shared, (floor, exact) = dict[Any, Any](), contest.reference_cells()
     contest.prepare()
 
-    def measure(name: str, nfe: int) -> Cell | None:
-        return contest.solver_cell(name, nfe) if name in SOLVERS else contest.learned_cell(name, nfe, shared)
-
-    cells = [floor, exact]
+    cells, every = [floor, exact], (*solvers, *learned)
     with one_thread_each(), ThreadPoolExecutor(workers) as pool:
         try:
             waiting = {
-                (name, nfe): pool.submit(measure, name, nfe)
-                for name in (*solvers, *learned)
-                for nfe in contest.config.nfe
+                name: [pool.submit(contest.cell, name, nfe, shared) for nfe in contest.config.nfe] for name in every
             }
-            for name in (*solvers, *learned):
-                found = [waiting[name, nfe].result() for nfe in contest.config.nfe]
-                made = [cell for cell in found if cell is not None]
+            for name, ones in waiting.items():
+                made = [cell for one in ones if (cell := one.result()) is not None]
                 note(name, len(made))
                 cells += made
         except BaseException:

@@ -10,7 +10,7 @@ from torch import Tensor
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
 from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget
 from midway.gen.diffusion.distillation import Distillation, Lesson, learn
-from midway.gen.proving.model import Block, MixtureModel, sample_rmse
+from midway.gen.proving.model import Block, MixtureModel, figures
 from midway.samplers.card import SolverCard
 from midway.samplers.learned_solver import LEARNED, LearnedSolver
 from midway.samplers.table import Table
@@ -32,7 +32,7 @@ class Teaching:
         default_factory=lambda: DistillConfig(teacher_steps=24, trajectories=128, checkpointing=False)
     )
     table: TableConfig = field(default_factory=TableConfig)
-    amed_lesson: Lesson = field(default_factory=lambda: Lesson(steps=60, batch=32, lr=5e-3))
+    amed_lesson: Lesson = field(default_factory=lambda: Lesson(steps=80, batch=32, lr=3e-3))
     table_lesson: Lesson = field(default_factory=lambda: Lesson(steps=500, batch=16, lr=0.01, clip=1.0))
 
 
@@ -56,16 +56,19 @@ def teach(
         take = objective.prepare(torch.zeros(teaching.table.pairs, dtype=torch.long), shared)
         learn(objective, take, teaching.table.pairs, teaching.table_lesson)
         return Taught(_finished(model, name, nfe, objective.grid_name, objective), objective.grid_name)
-    count, started = teaching.amed.trajectories, {}
-    for grid in GRIDS_LEARNED_ON:
-        objective = _amed(model, name, nfe, grid, teaching.amed)
-        take = objective.prepare(torch.zeros(count, dtype=torch.long), shared)
-        found = model.run(_finished(model, name, nfe, grid, objective), unscored.seeds)
-        started[grid] = (sample_rmse(found, unscored.exact), objective, take)
-    grid = min(started, key=lambda one: started[one][0])
-    _, objective, take = started[grid]
-    learn(objective, take, count, teaching.amed_lesson)
-    return Taught(_finished(model, name, nfe, grid, objective), grid)
+    count = teaching.amed.trajectories
+    objectives = {grid: _amed(model, name, nfe, grid, teaching.amed) for grid in GRIDS_LEARNED_ON}
+    takes = {grid: one.prepare(torch.zeros(count, dtype=torch.long), shared) for grid, one in objectives.items()}
+    errors = {grid: _error(model, _finished(model, name, nfe, grid, one), unscored) for grid, one in objectives.items()}
+    grid = min(errors, key=lambda one: errors[one])
+    learn(objectives[grid], takes[grid], count, teaching.amed_lesson)
+    spent = sum(one.counter.evaluations for one in objectives.values())
+    return Taught(_finished(model, name, nfe, grid, objectives[grid], spent), grid)
+
+
+def _error(model: MixtureModel, sampler: LearnedSolver | Table, block: Block) -> float:
+    """RMSE on a block, infinite if it is not finite."""
+    return figures(model, block, model.run(sampler, block.seeds)).rmse
 
 
 def _amed(model: MixtureModel, name: str, nfe: int, grid: str, config: DistillConfig) -> SolverObjective:
@@ -75,8 +78,10 @@ def _amed(model: MixtureModel, name: str, nfe: int, grid: str, config: DistillCo
         return SolverObjective(model, SolverTarget(nfe, grid, 1.0, kind.constants, kind.base), config)
 
 
-def _finished(model: MixtureModel, name: str, nfe: int, grid: str, objective: Distillation) -> LearnedSolver | Table:
-    """What was learned so far."""
+def _finished(
+    model: MixtureModel, name: str, nfe: int, grid: str, objective: Distillation, spent: int | None = None
+) -> LearnedSolver | Table:
+    """What was learned so far, at a cost of `spent` evaluations, by default the objective's own."""
     state: dict[str, Tensor] = {key: value.detach() for key, value in objective.state_dict().items()}
     card = SolverCard(
         name=name,
@@ -85,7 +90,7 @@ def _finished(model: MixtureModel, name: str, nfe: int, grid: str, objective: Di
         model_hash=model.mixture.hash,
         nfe=nfe,
         guidance=1.0,
-        training_nfe=objective.counter.evaluations,
+        training_nfe=objective.counter.evaluations if spent is None else spent,
         **objective.facts(),
     )
     return objective.sampler(state, card)

@@ -1,7 +1,7 @@
 """The order of solvers here beside the published one: rank correlation (Spearman 1904) at every budget.
 
 Published: FID of CIFAR-10, unconditional, 50,000 images, EDM's network (Zhou et al. 2024, arXiv 2312.00094, table 2; Chen et al.
-2024, arXiv 2405.11326; the authors' repository diff-sampler). There each solver has the grid of its authors, and two-evaluation
+2024, arXiv 2405.11326; the authors' repository diff-sampler). There each solver has a grid of its own, and two-evaluation
 solvers take odd budgets with an analytic first step, as here. Nothing of them enters a figure of this ground.
 """
 
@@ -46,27 +46,20 @@ def correlations(cells: Sequence[Cell], name: str) -> dict[int, tuple[float, int
     """At every budget, the correlation of a figure's mean with the published one, and of how many solvers."""
     found = {}
     for nfe in sorted({cell.nfe for cell in cells if cell.nfe}):
-        pairs = _pairs([cell for cell in cells if cell.nfe == nfe], name)
-        correlation = spearman(*zip(*pairs)) if pairs else None
-        if correlation is not None:
-            found[nfe] = (correlation, len(pairs))
+        one = overall([cell for cell in cells if cell.nfe == nfe], name)
+        found |= {} if one is None else {nfe: one}
     return found
 
 
 def overall(cells: Sequence[Cell], name: str) -> tuple[float, int] | None:
-    """The correlation over all solvers at all budgets together."""
-    pairs = _pairs(cells, name)
-    correlation = spearman(*zip(*pairs)) if pairs else None
-    return None if correlation is None else (correlation, len(pairs))
-
-
-def _pairs(cells: Sequence[Cell], name: str) -> list[tuple[float, float]]:
-    """(measured, published) of all cells that have both."""
-    return [
+    """The correlation over all cells together, and of how many."""
+    pairs = [
         (value, PUBLISHED[cell.solver][cell.nfe])
         for cell in cells
         if cell.nfe in PUBLISHED.get(cell.solver, {}) and (value := cell.mean(name)) is not None
     ]
+    correlation = spearman([measured for measured, _ in pairs], [there for _, there in pairs])
+    return None if correlation is None else (correlation, len(pairs))
 
 
 def ratio(cells: Sequence[Cell], name: str) -> float | None:
