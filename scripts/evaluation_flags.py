@@ -84,7 +84,7 @@ class EvaluateTask(SamplingFlags):
     """Disjoint blocks of seeds, or of consecutive --images, whose spread is the error bar (default: 4; 1 of --images alone)."""
     seed: int = 0
     """First seed."""
-    exact_nfe: Annotated[int, tyro.conf.arg(aliases=["--reference-nfe"])] = EXACT_NFE
+    exact_nfe: int = EXACT_NFE
     """Evaluations of the exact solution (dpmpp3m on logsnr), which solvers are compared with; 0 leaves it out, and with it all
     that is compared with it, and the choice of a grid."""
     metrics: str | None = None
