@@ -45,7 +45,7 @@ class CheckTask:
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of the first, published, feature network (default: found on this machine, or downloaded)."""
     n: int | None = None
-    """Held-out images, as many of every class (default: all)."""
+    """Held-out images, classes in proportion (default: all)."""
     out: Path = Path("runs/metric-check")
     """Directory to write."""
     title: str = "Does the metric answer to damage?"
@@ -86,7 +86,7 @@ def open_all(task: CheckTask, words: tuple[str, ...]) -> list[Extractor]:
 
 
 def chosen(splits: Splits, task: CheckTask) -> Subject:
-    """The held-out images, balanced over classes; UsageError for too few, or more than there are."""
+    """The held-out images, classes in proportion; UsageError for too few, or more than there are."""
     available = len(splits.held_out.images)
     n = available if task.n is None else task.n
     if not LEAST <= n <= available:

@@ -58,7 +58,9 @@ MNIST = DataConfig(data="mnist5k", resize=32)
 
 
 def mnist5k_fsq() -> TokenizerTask:
-    """MNIST's digits at 32x32 to 8x8 FSQ codes of 512 values (576 bits an image). Under 1 min; held-out PSNR about 28 dB.
+    """MNIST's digits at 32x32 to 8x8 FSQ codes of 512 values (576 bits an image). 50 s of one core; held-out PSNR about 28 dB.
+
+    At 28 pixels a latent would have 7x7 positions, which patches of 2 do not divide; 49 tokens cost three times as much as 16.
 
     python scripts/train_tokenizer.py mnist5k-fsq
     """
@@ -137,7 +139,9 @@ def digits_pixel_flow() -> LatentTask:
 
 
 def mnist5k_dit() -> LatentTask:
-    """A 0.7M-parameter DiT of 16 tokens on 8x8 latents of MNIST's digits, with Muon. About 3 min.
+    """A 0.7M-parameter DiT of 16 tokens on 8x8 latents of MNIST's digits, with Muon. 4 min of one core.
+
+    Fréchet distance (effnet-lite0, 64 axes) of 1,000 images: floor 0.16, ceiling 1.8, exact row 2.7.
 
     python scripts/train_latent.py mnist5k-dit --tokenizer runs/mnist5k-fsq
     """

@@ -49,7 +49,7 @@ class Protocol:
     """The files of its authors, for messages."""
     n: int = 50_000
     labels: Literal["random"] | None = "random"
-    """How its samplers draw classes; None: it does not say."""
+    """How its samplers draw classes; None: in any way."""
 
 
 PROTOCOLS: dict[str, Protocol] = {

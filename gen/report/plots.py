@@ -135,8 +135,9 @@ def _draw(figure: "Figure", axes: "Axes", measurements: Sequence[Measurement], x
     counts = {m.n for m in points}
     images = f"{counts.pop()} images" if len(counts) == 1 else "all images"
     across = "NFE, network evaluations per image" if x == "nfe" else f"seconds to make {images}"
-    what = "distance to the exact solution" if metric == TO_EXACT else distance_name(measurements)
-    dress(axes, across, f"{what} ({feature_names(measurements)})")
+    whose = "the exact solution" if metric == TO_EXACT else "the data"
+    what = f"{distance_name(measurements)} to {whose}"
+    dress(axes, across, what, feature_names(measurements))
     if not points:
         without_data(axes, "no finite distance to plot")
         return

@@ -191,7 +191,10 @@ def test_plot_says_what_it_shows() -> None:
     figure.draw_without_rendering()
     axes = figure.axes[0]
     assert axes.get_xscale() == axes.get_yscale() == "log"
-    assert axes.get_ylabel() == f"Fréchet distance ({FEATURES})"
+    assert axes.get_ylabel() == "Fréchet distance to the data" and axes.get_title(loc="left") == FEATURES
+    error = distance_figure([changed(m, to_exact=0.1) for m in CELLS], "nfe", "to_exact").axes[0]
+    assert error.get_ylabel() == "Fréchet distance to the exact solution"
+    assert error.get_legend_handles_labels()[1] == ["euler", "amed (trained)"], "limits are of the distance to the data"
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
     assert any(
         line.get_label() == "floor 2.61 (real images)" and set(np.asarray(line.get_ydata())) == {2.61}

@@ -133,7 +133,7 @@ holds {with_images}/samples/photos | would be deleted
   TOKENIZERS {tokenizer} --out {a_report} -> holds other files
   EVALUATE --out {a_report}; LIKELIHOOD {baseline} --out {a_report} -> report.md | not of an earlier report
   LIKELIHOOD {baseline} --out {a_results_json} -> results.json | not of an earlier report
-  demo --quick --out {not_a_demo} -> features | not of an earlier demo
+  demo --quick --out {not_a_demo} -> tokenizer | not of an earlier demo
   train_tokenizer digits-fsq --out {out}/\udcff -> not UTF-8
 2 configuration files
   CONFIG {extra_key} -> 'tokeniser' | did you mean 'tokenizer'?

@@ -414,7 +414,7 @@ PLACES: dict[str, Maker] = {
     "link": linked("tokenizer"),
     "loop": loop,
     "with_images": with_images(),
-    "not_a_demo": lambda pipeline, folder: Path(shutil.copytree(pipeline.features, folder / "features")).parent,
+    "not_a_demo": lambda pipeline, folder: Path(shutil.copytree(pipeline.tokenizer, folder / "tokenizer")).parent,
     "no_weights": with_file("pt_inception-2015-12-05-6726825d.pth", "not the published weights"),
     "cache_of_tokenizer": cache("tokenizer"),
     "cache_of_split": cache("split"),
