@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cli import main, names, numbers, resolve
 from midway.gen.core.errors import UsageError, nearest
-from midway.gen.core.locks import lock, made
+from midway.gen.core.locks import claimed
 from midway.gen.core.text import echo
 from midway.gen.proving.contest import Contest, ContestConfig, run_contest
 from midway.gen.proving.ground import Ground, GroundConfig, make_ground
@@ -57,7 +57,7 @@ def run(task: ProveTask) -> Result:
         why = f"a covariance of {ground.mixture.dim} numbers needs more samples than that"
         raise UsageError(f"--n {task.n}", why, f"use {2 * ground.mixture.dim} or more, or fewer --axes")
     echo(ground.description)
-    with made(task.out), lock(task.out, "written"):
+    with claimed(task.out):
         result = measure(ground, config, solvers, learned)
         write_prove_report(task.out, result, context(task, ground, config))
     echo(f"\n{terminal_text(result)}", summary(result), f"report: {task.out / 'report.html'}")

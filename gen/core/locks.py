@@ -79,6 +79,18 @@ def made(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def claimed(folder: Path, use: str = "written") -> Iterator[None]:
+    """Within the block a folder of one's own, made if it is not there; nothing is left of one where nothing is written."""
+    with made(folder), lock(folder, use):
+        try:
+            yield
+        except BaseException:
+            if {path.name for path in folder.iterdir()} == {LOCK}:
+                (folder / LOCK).unlink()  # under the lock
+            raise
+
+
 def check_no_link(folder: Path) -> None:
     """UsageError for a link, where what it points to would be deleted."""
     if folder.is_symlink():

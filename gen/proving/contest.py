@@ -35,7 +35,7 @@ class ContestConfig:
     blocks: int = 4
     choosing: int = 256
     """Seeds, after the scored ones, that choose the grids."""
-    exact_steps: int = 96
+    exact_steps: int = 128
     """Steps of the exact solution; its error is that to one of twice the steps."""
     first_seed: int = 0
 

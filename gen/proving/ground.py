@@ -77,11 +77,12 @@ def make_ground(config: GroundConfig) -> Ground:
         )
     turned, share = principal(vectors, config.axes)
     mixture = fit(turned, config.components, config.seed)
+    source = "two photographs" if config.data == PATCHES else name
     side = f"{config.patch}x{config.patch}x{images[0].shape[1]} patches" if config.patch else "images"
     return Ground(
         mixture,
         f"{name}@{mixture.hash}",
-        f"{len(mixture.weights)} Gaussians with full covariances, fitted to {len(vectors):,} {side} of {name}, "
+        f"{len(mixture.weights)} Gaussians with full covariances, fitted to {len(vectors):,} {side} of {source}, "
         f"{vectors.shape[1]} numbers each, on their first {mixture.dim} principal axes ({100 * share:.2f} % of the variance), "
         f"standard deviation {STD} a number",
     )

@@ -26,14 +26,14 @@ _BUILDING = Lock()
 
 @dataclass(frozen=True)
 class Teaching:
-    """How solvers are learned here: as the defaults of training them for a model, with fewer trajectories."""
+    """How solvers are learned here: by the objectives of training them for a model, in a minute or less for each."""
 
     amed: DistillConfig = field(
         default_factory=lambda: DistillConfig(teacher_steps=24, trajectories=128, checkpointing=False)
     )
-    table: TableConfig = field(default_factory=TableConfig)
+    table: TableConfig = field(default_factory=lambda: TableConfig(pairs=1024))
     amed_lesson: Lesson = field(default_factory=lambda: Lesson(steps=80, batch=32, lr=3e-3))
-    table_lesson: Lesson = field(default_factory=lambda: Lesson(steps=500, batch=16, lr=0.01, clip=1.0))
+    table_lesson: Lesson = field(default_factory=lambda: Lesson(steps=500, batch=32, lr=0.01, clip=1.0))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from midway.samplers.solvers import SOLVERS
 
 BATCH = 256
 """Samples at a time: more no longer fit a processor's cache."""
-EXACT = ("dpmpp3m", "logsnr")
+EXACT = ("unipc3", "logsnr")
 """Solver and grid of the exact solution."""
 KNOWN = 10**9
 """Count of samples that stands for a covariance in closed form."""

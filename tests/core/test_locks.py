@@ -8,7 +8,7 @@ import pytest
 
 from midway.gen.core import locks
 from midway.gen.core.errors import DiskError, MidwayError, UsageError
-from midway.gen.core.locks import LOCK, check_no_link, empty, lock, locked_inside, made
+from midway.gen.core.locks import LOCK, check_no_link, claimed, empty, lock, locked_inside, made
 
 
 def is_locked(folder: Path) -> bool:
@@ -90,6 +90,21 @@ def test_only_new_and_empty_folders_are_unmade(tmp_path: Path) -> None:
         pass
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["d", "file"]
     with made(tmp_path / "d"):
+        pass
+
+
+def test_a_claimed_folder_is_one_writer_s_and_gone_if_nothing_was_written(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    with pytest.raises(KeyboardInterrupt), claimed(folder):
+        with pytest.raises(UsageError, match="is being written by another process"), claimed(folder):
+            raise AssertionError("two writers")
+        raise KeyboardInterrupt
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(KeyboardInterrupt), claimed(folder):
+        (folder / "file").touch()
+        raise KeyboardInterrupt
+    assert {path.name for path in folder.iterdir()} == {"file", LOCK}
+    with claimed(folder):
         pass
 
 

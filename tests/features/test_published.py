@@ -342,7 +342,7 @@ def test_files_of_another_kind_are_data_errors(kind: str, real: dict[str, Any], 
 
 def test_metrics_of_single_images_need_images(real: dict[str, Any], tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **real)
-    for metric in ("kid", "precision", "density"):
+    for metric in ("kid", "sliced", "precision", "density"):
         with pytest.raises(UsageError, match=f"--metrics {metric} with --reference") as caught:
             open_reference(tmp_path / "a.npz", Means(), ("is", metric, "infinity"))
         assert "arr_0" in caught.value.fix

@@ -44,6 +44,7 @@ from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.records import LIMITS, Measurement, to_records
+from midway.gen.proving import report as proving
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
 from midway.gen.tokenizer.objective import evaluate_tokenizer
@@ -117,6 +118,7 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
         "evaluate": f"--model {model} --features {features} --solvers euler,heun --nfe 4 --n 16 --exact-nfe 8",
         "posthoc_ema": f"{model} --std 0.08",
         "data": "check digits",
+        "prove_solvers": "--data digits --axes 6 --components 2 --n 64 --blocks 1 --nfe 3 --solvers ddim --learned none",
     }
     return {name: f"{words} --out {root}/{name}" for name, words in flags.items()} | {
         "encode": f"--tokenizer {tokenizer} --out {root}/encode/latents.safetensors",
@@ -163,6 +165,7 @@ def test_a_script_works_as_a_command_line(
         "posthoc_ema": ("checkpoints/step-25/ema.safetensors",),
         "verify_resume": (),
         "data": ("data.json",),
+        "prove_solvers": proving.FILES,
     }
     assert all((out / file).stat().st_size > 0 for file in expected[name])
     assert all(_pixels(out / file).size > 1 for file in expected[name] if str(file).endswith(".png"))
