@@ -33,7 +33,7 @@ demo: $(STAMP) ## train, sample and measure on real digits; ends with a table an
 prove: $(STAMP) ## measure all solvers on an exact model; ends with a table and runs/prove/report.html
 	$(BIN)/python scripts/prove_solvers.py $(ARGS)
 
-demo-mnist: $(STAMP) ## the same on 5,000 digits of MNIST, 28x28; longer
+demo-mnist: $(STAMP) ## the same on 5,000 digits of MNIST; longer
 	$(BIN)/python scripts/demo.py --source mnist5k $(ARGS)
 
 test: $(STAMP) ## the default test suite (no GPU, no network)

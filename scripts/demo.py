@@ -48,7 +48,7 @@ class DemoTask:
     """Train, sample and measure on real images that packages bring; ends with tables and runs/demo/report.html."""
 
     source: Literal["digits", "mnist5k"] = "digits"
-    """digits: 1,797 of 8x8 pixels; mnist5k: 5,000 of 28x28 pixels, which takes longer."""
+    """digits: 1,797 of 8x8 pixels; mnist5k: 5,000 of 28x28 pixels brought to 32x32, which takes longer."""
     out: Path | None = None
     """Directory of all runs and of the report (default: runs/demo, runs/demo-mnist); a finished demo there is replaced, an
     interrupted one goes on."""
