@@ -37,6 +37,8 @@ from tasks import LatentTask, TokenizerTask
 
 TITLES = {"digits": "Digits", "mnist5k": "MNIST, 5,000 digits"}
 BUDGETS = "4,6,8,10"
+IMAGES = {"digits": None, "mnist5k": 500}
+"""A block of seeds: as many as are held out, or half of them."""
 LEARNED = ("amed-constants", "amed", TABLE)
 RUNS = ("tokenizer", "model")
 MARK = ".demo"
@@ -192,10 +194,8 @@ def latent_task(task: DemoTask) -> LatentTask:
 def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
     default = replace(train_solver.recipes()[name](), model=task.folder / "model", resume="auto")
-    if name == TABLE:  # half of the recipe's steps: nearly its error
-        default = replace(default, train=replace(default.train, steps=300))
-    else:
-        default = replace(default, grid="uniform")
+    half = replace(default.train, steps=300)  # of a table's steps: nearly its error
+    default = replace(default, train=half) if name == TABLE else replace(default, grid="uniform")
     if task.quick:
         return replace(
             default,
@@ -213,6 +213,7 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         out=task.folder,
         solvers=f"euler,ddim,heun,dpm2,dpmpp2m,dpmpp3m,ipndm3,{','.join(LEARNED)}",
         nfe=BUDGETS,
+        n=IMAGES[task.source],
         grids="uniform,logsnr,karras,gits",
         title=f"{TITLES[task.source]}: solvers by step budget",
     )
