@@ -14,6 +14,7 @@ from evaluate_tokenizer import NONE, load_alike, open_reference
 from cli import main, resolve
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.locks import claimed
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
 from midway.gen.core.runs import kind_of
@@ -29,7 +30,7 @@ from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
-from midway.gen.report.likelihood import claimed, likelihood_table, write_likelihood_report
+from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table
@@ -91,6 +92,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     sources = {name: source_of(trained, task.solver, task.nfe, plans) for name, trained in models.items()}
     out = task.out or task.models[0].resolve().parent / "likelihood-report"
     seeds = torch.arange(task.first_seed, task.first_seed + len(subject.images))
+    check_out(out)
     with claimed(out):
         reference = open_reference(features, splits, subject.images, device, "the models make")
         instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)

@@ -23,7 +23,7 @@ SHOWN = (
     *("euler", "ddim", "heun", "dpm2", "dpmpp3m", "unipc3", "ipndm3"),
     *("amed", "amed-plugin-ipndm3", "table"),
 )
-"""Solvers of the plot, where more lines could not be told apart."""
+"""Solvers of the plot, where more lines could not be distinguished."""
 FIGURES = {"rmse": "RMSE to the exact solution", "to_exact": "Distance to exact", "to_data": "Distance to data"}
 NOTES = {
     "rmse": "Root-mean-square difference from the exact solution of the same seeds, mean ± standard error over blocks of seeds; "
@@ -255,7 +255,7 @@ def summary(result: Result) -> str:
         floor_text, exact_text = (number(c.mean("to_data") or 0.0, c.error("to_data")) for c in (floor, exact))
         parts.append(f"Distance to data: fresh data {floor_text}, exact solution {exact_text}.")
     found = {FIGURES[name]: correlations(result.cells, name).get(6) for name in FIGURES}
-    said = [f"{title} {one[0]:.2f}" for title, one in found.items() if one is not None]
-    if said:
-        parts.append(f"Rank correlation with the published order at 6 evaluations: {', '.join(said)}.")
+    correlations = [f"{title} {one[0]:.2f}" for title, one in found.items() if one is not None]
+    if correlations:
+        parts.append(f"Rank correlation with the published order at 6 evaluations: {', '.join(correlations)}.")
     return " ".join(parts)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
-from midway.gen.core.locks import LOCK, check_replaceable, lock, made
+from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
@@ -70,19 +70,6 @@ def check_out(out: Path) -> None:
     if (out / "cells").exists():
         raise UsageError(f"{out} is of a sweep", "the report would replace files of its report", "choose another --out")
     check_replaceable(out, FILES, _is_report(out / FILES[0]))
-
-
-@contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Within the block this report's own folder; UsageError as `check_out`, and while another process writes there. DiskError."""
-    check_out(out)
-    with made(out), lock(out, "written"):
-        try:
-            yield
-        except BaseException:
-            if {path.name for path in out.iterdir()} == {LOCK}:
-                (out / LOCK).unlink()  # under the lock
-            raise
 
 
 def _is_report(path: Path) -> bool:
