@@ -255,7 +255,7 @@ def summary(result: Result) -> str:
         floor_text, exact_text = (number(c.mean("to_data") or 0.0, c.error("to_data")) for c in (floor, exact))
         parts.append(f"Distance to data: fresh data {floor_text}, exact solution {exact_text}.")
     found = {FIGURES[name]: correlations(result.cells, name).get(6) for name in FIGURES}
-    correlations = [f"{title} {one[0]:.2f}" for title, one in found.items() if one is not None]
-    if correlations:
-        parts.append(f"Rank correlation with the published order at 6 evaluations: {', '.join(correlations)}.")
+    texts = [f"{title} {one[0]:.2f}" for title, one in found.items() if one is not None]
+    if texts:
+        parts.append(f"Rank correlation with the published order at 6 evaluations: {', '.join(texts)}.")
     return " ".join(parts)
