@@ -100,7 +100,9 @@ def test_a_page_without_the_block_is_left_alone(tmp_path: Path) -> None:
     assert page.read_text() == "nothing here\n"
 
 
-@pytest.mark.parametrize(("page", "name"), [("README.md", "demo"), ("docs/mnist.md", "mnist"), ("docs/cifar10.md", "cifar10")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("README.md", "demo"), ("docs/mnist.md", "mnist"), ("docs/cifar10.md", "cifar10")]
+)
 def test_the_pages_hold_measured_tables(page: str, name: str) -> None:
     text = (ROOT / page).read_text()
     block = text.split(f"<!-- begin {name} -->")[1].split(f"<!-- end {name} -->")[0]
