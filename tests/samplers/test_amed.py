@@ -220,6 +220,7 @@ def test_an_objective_that_cannot_be_raises_an_error(changes: dict[str, Any], wo
 def test_a_teacher_that_diverges_raises_an_error() -> None:
     objective = _objective_of()
     model = objective._model[0]
+    assert isinstance(model, torch.nn.Module)
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(DivergedError, match=r"dpmpp2m, 4 steps.* are not finite"):
