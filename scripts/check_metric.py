@@ -108,7 +108,7 @@ def require_answers(check: SpaceCheck) -> None:
         raise MidwayError(
             "the metric does not answer to damage",
             verdict(check),
-            "hold out more images, or name another feature space first (effnet-lite0 is the default)",
+            "hold out more images, or name another feature space first, by default --features effnet-lite0,pixels",
         )
 
 
