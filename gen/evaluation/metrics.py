@@ -12,9 +12,10 @@ take turns: at most 10,000 for kid and sliced, and for the others, which depend 
 a larger block the first 10,000 count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError, nearest
@@ -34,6 +35,12 @@ class Features:
 
     features: Tensor
     logits: Tensor | None
+
+
+def joined_features(parts: Sequence[Features]) -> Features:
+    """Those of all images of several parts, in their order."""
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Features(torch.cat([part.features for part in parts]), torch.cat(logits) if logits else None)
 
 
 def _kid(features: Features, reference: FeatureReference) -> Values:

@@ -2,7 +2,7 @@
 
 The figure is the RMSE to the exact solution; of solvers that draw noise on the way, which end elsewhere by design, the Fréchet
 distance to the exact solution's images. A grid that is chosen by the scored figure itself makes that figure too good, the more
-so the more grids there are; and this costs a third of scoring every grid.
+so the more grids there are; and scoring one grid of three costs a third.
 """
 
 import math

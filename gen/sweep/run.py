@@ -7,7 +7,7 @@ chosen before, on other seeds (choice.py). Baselines are measured at their own n
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from midway.gen.core.environment import hardware
 from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.images import ImageData
 from midway.gen.data.pictures import grid_png
-from midway.gen.evaluation.metrics import possible
+from midway.gen.evaluation.metrics import Features, joined_features, possible
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, Estimate, Measurement
 from midway.gen.evaluation.spaces import Spaces, distances_and_metrics, extract, further
 from midway.gen.features.reference import balanced
@@ -26,7 +26,7 @@ from midway.gen.sweep.choice import Choice, choose_grids
 from midway.gen.sweep.fine import FineSolution, StoredSolution
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig
 from midway.gen.sweep.measure import EvaluationContext, measure
-from midway.gen.sweep.store import Cell, CellStore, Numbers
+from midway.gen.sweep.store import PART, Cell, CellStore, Numbers
 
 PICTURED = 32
 """Images of each limit that a report shows."""
@@ -34,15 +34,19 @@ PICTURED = 32
 
 def measure_images(name: str, images: Tensor, spaces: Spaces, metrics: tuple[str, ...] = ()) -> Measurement:
     """The row `name` of `LIMITS` for uint8 images (n, C, H, W) against the training images."""
-    found = distances_and_metrics(
-        possible(metrics, len(images), spaces[""].statistics.dim), extract(spaces, images), spaces
-    )
+    return _limit(name, extract(spaces, images), spaces, metrics)
+
+
+def _limit(name: str, features: Mapping[str, Features], spaces: Spaces, metrics: tuple[str, ...]) -> Measurement:
+    """The row `name` of `LIMITS` for images of these features."""
+    n = len(features[""].features)
+    found = distances_and_metrics(possible(metrics, n, spaces[""].statistics.dim), features, spaces)
     return Measurement(
         solver=name,
         grid="",
         nfe=0,
         metrics={metric: Estimate(value) for metric, value in found.items()},
-        n=len(images),
+        n=n,
         blocks=1,
         seconds=0.0,
         features=spaces[""].features,
@@ -118,11 +122,24 @@ def run_sweep(
 
 
 def _measure_limits(sweep: Sweep, images: Tensor, plan: Plan, context: EvaluationContext) -> None:
-    """Add the floor, and the ceiling of a tokenizer that loses something; no seed has part in them."""
-    for name, its in ((FLOOR, images), (CEILING, plan.reconstruct(images))):
-        if its is not None and not (name == CEILING and torch.equal(its, images)):
-            sweep.measurements.append(measure_images(name, its, context.spaces, context.metrics))
-            sweep.pictures[name, "", 0] = grid_png(its[:PICTURED], columns=PICTURED // 4)
+    """Add the floor, and the ceiling of a tokenizer that loses something; no seed has part in them.
+
+    Reconstructions are made and seen part by part: there may be as many as images, and larger ones.
+    """
+    sweep.measurements.append(measure_images(FLOOR, images, context.spaces, context.metrics))
+    sweep.pictures[FLOOR, "", 0] = grid_png(images[:PICTURED], columns=PICTURED // 4)
+    seen, first, lossless = list[dict[str, Features]](), images[:0], True
+    for part in images.split(PART):
+        made = plan.reconstruct(part)
+        if made is None:
+            return
+        lossless = lossless and torch.equal(made, part)
+        first = torch.cat([first, made[: PICTURED - len(first)]])
+        seen.append(extract(context.spaces, made))
+    if not lossless:
+        joined = {space: joined_features([part[space] for part in seen]) for space in context.spaces}
+        sweep.measurements.append(_limit(CEILING, joined, context.spaces, context.metrics))
+        sweep.pictures[CEILING, "", 0] = grid_png(first, columns=PICTURED // 4)
 
 
 def _measured(

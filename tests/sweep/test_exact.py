@@ -1,14 +1,17 @@
 """The exact solution, the limits of a table, and grids that are chosen on seeds that are not scored."""
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import evaluate
+import numpy as np
 import pytest
 import torch
 from measurements import changed, measurement
+from PIL import Image
 from pipelines import Pipeline, Script
 from sweeps import measured, sweep_task, watch_samples
 
@@ -26,6 +29,7 @@ from midway.gen.report.sweep_page import report_html
 from midway.gen.report.sweep_tables import choice_table, difference_table, distance_table, error_table
 from midway.gen.report.table import ReportContext
 from midway.gen.sweep import choice as choices
+from midway.gen.sweep import run
 from midway.gen.sweep.fine import distance_between
 from midway.gen.sweep.run import Sweep
 from midway.gen.sweep.store import Seeds
@@ -120,6 +124,26 @@ def test_the_ceiling_is_held_out_images_through_the_tokenizer(sweep: Sweep, pipe
         assert m.distance == pytest.approx(spaces[""].distance(seen), rel=1e-6)
         assert m.value("pixels-32_distance") == pytest.approx(spaces["pixels-32"].distance(seen), rel=1e-6)
         assert sweep.limits[name].startswith(b"\x89PNG")
+
+
+def test_the_ceiling_is_made_part_by_part(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the figures of all at once, so that no process holds more than a part of reconstructions."""
+    asked = {"n": 40, "blocks": 1, "exact_nfe": 0, "features": f"{pipeline.features},pixels"}
+    whole = limit_of(evaluate.run(sweep_task(pipeline, tmp_path / "a", **asked)).measurements, "ceiling")
+    sizes: list[int] = []
+    real = sources.reconstruct
+    monkeypatch.setattr(
+        sources, "reconstruct", lambda trained, images: sizes.append(len(images)) or real(trained, images)
+    )
+    monkeypatch.setattr(run, "PART", 16)
+    parts = evaluate.run(sweep_task(pipeline, tmp_path / "b", **asked))
+    assert sizes == [16, 16, 8]
+    found = limit_of(parts.measurements, "ceiling")
+    assert found is not None and whole is not None and found.n == whole.n == 40
+    for name, estimate in whole.metrics.items():
+        assert found.value(name) == pytest.approx(estimate.mean, rel=1e-4, abs=1e-6), name
+    shape = np.asarray(Image.open(io.BytesIO(parts.limits["ceiling"]))).shape
+    assert shape == np.asarray(Image.open(io.BytesIO(parts.limits["floor"]))).shape, "as many pictures"
 
 
 def test_a_tokenizer_that_loses_nothing_is_no_limit(
