@@ -397,7 +397,6 @@ WRONG_NUMBERS: tuple[dict[str, Any], ...] = (
     {"distances": [None]},
     {"distances": [-5.0]},
     {"distances": [1.0, 2.0], "metrics": {}},
-    {"rmse": -1.0},
     {"seconds": {"solver": -1.0, "decode": 0.0, "features": 0.0}},
 )
 

@@ -157,6 +157,7 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     TO_EXACT: _mean(TO_EXACT),
     f"{TO_EXACT}_std": _std(TO_EXACT),
     "rmse": _mean("rmse"),
+    "rmse_std": _std("rmse"),
     **{name: attrgetter(name) for name in _ATTRIBUTES},
     "distance_blocks": _blocks("distance"),
     f"{TO_EXACT}_blocks": _blocks(TO_EXACT),

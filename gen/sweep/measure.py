@@ -108,7 +108,6 @@ class Checks:
     def block(self, place: int, part: Part) -> None:
         """Of the figures of a block."""
         from_dict(Figures, part.costs)
-        check_rows(part, self.context.seeds.n, *self._errors)
 
 
 def _sample(source: SampleSource, cell: Cell, context: EvaluationContext, fine: FineSolution | None) -> None:
@@ -178,13 +177,13 @@ def _sum_blocks(cell: Cell, context: EvaluationContext, checks: Checks) -> None:
 def _block(
     numbers: Sequence[int], parts: Sequence[Part], context: EvaluationContext, fine: FineSolution | None
 ) -> Part:
-    """The figures of one block from its parts; `errors` and `psnr` of each sample, if there was a fine solution."""
+    """The figures of one block from its parts, errors among them if there was a fine solution, and its first images."""
     found = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors if name != "shown"}
     features = {space: Features(found[key(space)], None if space else found.get("logits")) for space in context.spaces}
     finite = bool(found["finite"].all())
     figures = distances_and_metrics(context.metrics, features, context.spaces) if finite else {}
     if fine is not None and finite:
-        figures |= fine.distances(numbers, features)
+        figures |= fine.distances(numbers, features) | _errors(found["errors"], found["psnr"])
     costs = {
         "distance": figures.pop("distance", None),
         "metrics": figures,
@@ -193,16 +192,19 @@ def _block(
         "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
         "timing": [part.costs["timing"] for part in parts],
     }
-    tensors = {name: found[name] for name in ("errors", "psnr") if name in found}
-    return Part(tensors | {"shown": parts[0].tensors.get("shown", torch.empty(0))}, costs)
+    return Part({"shown": parts[0].tensors.get("shown", torch.empty(0))}, costs)
+
+
+def _errors(errors: Tensor, quality: Tensor) -> dict[str, float]:
+    """RMSE and mean PSNR of square errors and PSNR (n,); none where the fine solution diverged."""
+    mean = errors.mean().item()
+    return {"rmse": math.sqrt(mean), "psnr": quality.mean().item()} if math.isfinite(mean) else {}
 
 
 def _summary(blocks: Sequence[Part]) -> Numbers:
     """Numbers of all blocks, in the order of the seeds."""
     figures = [block.costs for block in blocks]
     nonfinite = sum(its["nonfinite"] for its in figures)
-    errors = [block.tensors["errors"] for block in blocks if "errors" in block.tensors]
-    quality = [block.tensors["psnr"] for block in blocks if "psnr" in block.tensors]
     kept = [its["metrics"].keys() for its in figures]
     names = () if nonfinite else [name for name in kept[0] if all(name in its for its in kept)]
     return Numbers(
@@ -210,16 +212,9 @@ def _summary(blocks: Sequence[Part]) -> Numbers:
         distances=tuple(None if nonfinite else its["distance"] for its in figures),
         nonfinite=nonfinite,
         metrics={name: tuple(its["metrics"][name] for its in figures) for name in names},
-        rmse=_rmse(torch.cat(errors)) if errors else None,
-        psnr=torch.cat(quality).mean().item() if quality and not nonfinite else None,
         seconds=Seconds(**{name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES}),
         timing=" + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
     )
-
-
-def _rmse(errors: Tensor) -> float | None:
-    mean = errors.mean().item()
-    return math.sqrt(mean) if math.isfinite(mean) else None
 
 
 def _whole(counts: list[float]) -> int:

@@ -171,7 +171,6 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
     """A finished cell as a measurement."""
     seeds, numbers = context.seeds, cell.numbers()
     assert numbers is not None
-    single = {name: value for name, value in (("rmse", numbers.rmse), ("psnr", numbers.psnr)) if value is not None}
     sampling, decoding, features = (
         round(value / seeds.blocks, 3)
         for value in (numbers.seconds.solver, numbers.seconds.decode, numbers.seconds.features)
@@ -182,8 +181,8 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         nfe=numbers.nfe,
         metrics={
             "distance": _distance(numbers),
-            **{name: Estimate(value) for name, value in single.items()},
             **{name: Estimate.of(values) for name, values in numbers.metrics.items()},
+            **({"rmse": _rmse(numbers.metrics["rmse"])} if "rmse" in numbers.metrics else {}),
         },
         n=seeds.n,
         blocks=seeds.blocks,
@@ -200,6 +199,11 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         feature_seconds=features,
         further=further(context.spaces),
     )
+
+
+def _rmse(blocks: tuple[float, ...]) -> Estimate:
+    """Over all seeds, of blocks of as many, with the deviation among the blocks."""
+    return replace(Estimate.of(blocks), mean=math.sqrt(sum(value**2 for value in blocks) / len(blocks)))
 
 
 def _distance(numbers: Numbers) -> Estimate:

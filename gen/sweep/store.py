@@ -31,7 +31,7 @@ from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_ten
 from midway.gen.core.locks import check_no_link, lock, made, remove
 from midway.gen.core.text import echo, json_text
 
-SCHEMA = 3
+SCHEMA = 4
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
 PART = 1024
 """Seeds of a part: what a killed process loses at most."""
@@ -106,8 +106,6 @@ class Numbers:
     distances: tuple[float | None, ...]
     nonfinite: int
     metrics: dict[str, tuple[float, ...]]
-    rmse: float | None
-    psnr: float | None
     seconds: Seconds
     timing: str
 
@@ -117,7 +115,7 @@ class Numbers:
         if {value is None for value in self.distances} != {self.nonfinite > 0}:
             raise ValueError("there is a distance where all samples are finite, and nowhere else")
         times = dataclasses.astuple(self.seconds)
-        if min(self.nfe, self.nonfinite, self.rmse or 0.0, *times, *filter(None, self.distances)) < 0:
+        if min(self.nfe, self.nonfinite, *times, *filter(None, self.distances)) < 0:
             raise ValueError("a count, a distance or a time is negative")
 
 

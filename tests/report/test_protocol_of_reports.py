@@ -90,7 +90,7 @@ def test_every_row_names_the_record_that_says_what_it_was_made_from(pipeline: Pi
 
 def test_two_processes_that_find_the_same_damage_both_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = CellStore(tmp_path).cell({"a": 1})
-    cell.finish(Numbers(4, (0.5,), 0, {}, None, None, Seconds(1.0, 0.0, 0.0), ""), None)
+    cell.finish(Numbers(4, (0.5,), 0, {}, Seconds(1.0, 0.0, 0.0), ""), None)
     (path,) = tmp_path.glob("*.json")
     path.write_text("{")
     real = Path.replace

@@ -33,7 +33,7 @@ from midway.gen.report.text import csv_text, jsonl_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = "cnn-digits@3fa2c1ab90de"
-COLUMNS = "solver,grid,nfe,distance,distance_std,to_exact,to_exact_std,rmse,n,blocks,seconds,features,reference,seeds"
+COLUMNS = "solver,grid,nfe,distance,distance_std,to_exact,to_exact_std,rmse,rmse_std,n,blocks,seconds,features,reference,seeds"
 MORE = "training_nfe,baseline,distance_blocks,to_exact_blocks,decode_seconds,feature_seconds,psnr,kid,kid_std,sliced"
 LAST = (
     "sliced_std,precision,recall,density,coverage,inception_score,fd_infinity,nonfinite,trainings,record,timing,further"

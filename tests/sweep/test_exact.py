@@ -82,6 +82,19 @@ def test_the_distance_to_the_exact_solution_is_between_images_of_the_same_seeds(
         assert by_hand == pytest.approx(expected, rel=1e-3)
 
 
+def test_rmse_is_that_of_all_seeds_with_its_deviation_over_blocks(sweep: Sweep) -> None:
+    """By hand, of the latents of both blocks."""
+    assert sweep.fine is not None
+    m = row(sweep, "heun", 4)
+    seeds = torch.arange(48)
+    near = sweep.jobs["heun", m.grid, 4].source.sample(seeds).values
+    square = (near - sweep.fine.latents(48)).double().square().flatten(1).mean(1)
+    assert m.value("rmse") == pytest.approx(square.mean().sqrt().item(), rel=1e-4)
+    blocks = square.view(2, 24).mean(1).sqrt()
+    assert m.values("rmse") == pytest.approx(blocks.tolist(), rel=1e-4)
+    assert m.std("rmse") == pytest.approx(blocks.std().item(), rel=1e-3) and m.std("rmse") != 0
+
+
 def test_its_own_error_is_measured_against_twice_the_evaluations(
     sweep: Sweep, pipeline: Pipeline, tmp_path: Path
 ) -> None:
