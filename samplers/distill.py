@@ -1,14 +1,15 @@
-"""Distilling AMED against a finer teacher (Zhou et al. 2024, arXiv 2312.00094, section 3.4 and algorithm 1).
+"""Distilling AMED against a finer teacher.
 
-Every form of it measures, at the nodes of the student's grid, the mean squared distance to the teacher's state there, in units
-of alpha^2 + sigma^2:
+Every form of it measures the mean squared distance to the teacher's state, in units of alpha^2 + sigma^2:
 
-    restarted     every step starts from the teacher's node, with the teacher's slope and features (one-step bases, as in the
+    end to end    of the end state alone, with the gradient through the whole trajectory (ours): the teacher may have any grid.
+                  `learned.checkpointed` saves memory.
+    restarted     at every node, each step starting from the teacher's, with its slope and features (one-step bases, as in the
                   authors' code). The steps are independent, so all of them train in one batch with one evaluation each.
-    detached      every step starts from the student's own state and history, cut from the graph (multistep bases).
-    end to end    the gradient runs through the whole trajectory (ours); `learned.checkpointed` saves memory.
+    detached      at every node, each step starting from the student's own state and history, cut from the graph.
 
-In the first two a step's error has a gradient in that step's numbers alone, through one evaluation.
+In the last two, which are published (Zhou et al. 2024, arXiv 2312.00094, section 3.4 and algorithm 1), the teacher's grid must
+have the student's nodes, and a step's error has a gradient in that step's numbers alone, through one evaluation.
 """
 
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from midway.samplers.amed import (
     NoiseLevels,
     choose,
     features_of,
+    nodes,
     noise_levels,
     observe,
     take_step,
@@ -51,17 +53,29 @@ class TeacherNodes:
         return TeacherNodes(self.states[:, items], self.eps[:, items], self.features[:, items])
 
 
+def only_ends(starts: Tensor, ends: Tensor) -> TeacherNodes:
+    """Of a teacher that is met at its end alone, with any grid between: states (2, B, *)."""
+    return TeacherNodes(
+        torch.stack([starts, ends]), starts.new_zeros(0, *starts.shape), starts.new_zeros(0, len(starts), 0)
+    )
+
+
 def check_teacher(solver: AMEDSolver, table: Table, stride: int) -> None:
     """ValueError unless every `stride`-th node of the teacher's grid is a node of the student, and the teacher draws no noise."""
-    if table.stochastic:
-        raise ValueError(
-            f"teacher '{table.solver}' draws noise: a solver can only be distilled from a deterministic one"
-        )
+    need_no_noise(table)
     shared = table.grid[::stride]
     if len(shared) != len(solver.grid) or max(abs(a - b) for a, b in zip(shared, solver.grid, strict=True)) > 1e-9:
         raise ValueError(
             f"every {stride}-th time of the teacher's grid must be one of the student's: build both with the same grid rule, "
             f"{len(solver.grid) - 1} and {stride * (len(solver.grid) - 1)} steps"
+        )
+
+
+def need_no_noise(table: Table) -> None:
+    """ValueError for a teacher that draws noise."""
+    if table.stochastic:
+        raise ValueError(
+            f"teacher '{table.solver}' draws noise: a solver can only be distilled from a deterministic one"
         )
 
 
@@ -139,6 +153,30 @@ def node_errors(states: Sequence[Tensor], solver: AMEDSolver, teacher: TeacherNo
     return _errors(torch.stack(list(states[1:])), teacher.states[1:], noise_levels(solver, teacher.states.device))
 
 
+def end_error(end: Tensor, solver: AMEDSolver, wanted: Tensor) -> Tensor:
+    """(): of end states (B, *) from the teacher's, in units of the state's variance."""
+    last = torch.tensor(solver.grid[-1], dtype=torch.float64)
+    unit = solver.schedule.alpha(last).square() + solver.schedule.sigma(last).square()
+    return (end - wanted).square().mean() / unit.item()
+
+
+@torch.no_grad()
+def best_position(
+    field: Field, solver: AMEDSolver, starts: Tensor, ends: Tensor, candidates: Tensor
+) -> tuple[Tensor, float]:
+    """The r () of `candidates` (K,), the same in all steps, with the least end error at c = a = 1; and that error."""
+
+    def error(r: Tensor) -> Tensor:
+        def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> StepParameters:
+            one = torch.ones_like(log_rho[:, 0])
+            return StepParameters(r * one, one, one)
+
+        return end_error(nodes(solver, field, rule, starts)[-1], solver, ends)
+
+    errors = torch.stack([error(r) for r in candidates]).nan_to_num(nan=torch.inf)
+    return candidates[errors.argmin()], errors.min().item()
+
+
 @torch.no_grad()
 def best_positions(
     field: Field, solver: AMEDSolver, teacher: TeacherNodes, candidates: Tensor, restarted: bool
@@ -152,7 +190,7 @@ def best_positions(
     for i in range(solver.steps):
         step = torch.full((x.shape[0],), i, device=x.device)
         now = _slope(teacher.eps[i]) if restarted else observe(solver, field, at, i, x)
-        orders, start, end = solver.plugin.orders(i, solver.steps), at.take(step), at.take(step + 1)
+        orders, start, end = solver.orders(i), at.take(step), at.take(step + 1)
         trials = [
             take_step(solver, field, orders, start, end, x, now, history, StepParameters(r * one, one, one))
             for one in [torch.ones_like(start.rho)]

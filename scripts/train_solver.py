@@ -1,7 +1,7 @@
 """Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8
 
 `table` learns every number of a multistep solver and its grid, end to end. `amed` is AMED-Solver, `amed-plugin-<base>` AMED
-inside another solver; with `-constants` all samples share its numbers.
+inside another solver, with constants per step; with `-predictor` every sample has numbers of its own.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from cli import Flat, main, numbers, resolve
 from midway.gen.core.config import PER_CALL, to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverTarget, objective_for
 from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_model, solver_path
@@ -29,6 +29,7 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.gen.training.precision import resolve_precision
 from midway.samplers.card import SolverCard
+from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.solvers import SOLVERS
@@ -43,13 +44,13 @@ class SolverTask:
     model: Path
     """Run directory of the latent model."""
     solver: str = "amed"
-    """table (all numbers of a multistep solver), amed (per-sample predictor), amed-constants (constants per step), or AMED inside
-    another solver, amed-plugin-<base> and amed-plugin-<base>-constants with base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m;
-    also the first argument."""
+    """table (all numbers of a multistep solver), amed (constants per step), or AMED in another solver: amed-plugin-<base> with
+    base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m. AMED with -predictor has numbers per sample. Also the first argument."""
     nfe: str = "6"
     """Budgets, comma-separated; at odd ones AMED takes the first slope analytically."""
     grid: str = "karras"
-    """Grid of the learned solver; a table begins there, or on the best of all (best) and learns its own."""
+    """Grid of the learned solver, also gits, fitted for it; a table begins there, or on the best of all (best), and learns
+    its own."""
     guidance: float = 1.0
     """Classifier-free guidance scale that the solver is learned for."""
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -134,11 +135,17 @@ def check(task: SolverTask) -> None:
     """UsageError for unknown names, before anything is loaded."""
     for what, name, known in (
         ("solver", task.solver, LEARNED),
-        ("grid", task.grid, (*GRIDS, BEST) if task.solver == TABLE else GRIDS),
+        ("grid", task.grid, (*GRIDS, BEST) if task.solver == TABLE else (*GRIDS, GITS)),
         ("teacher", task.distill.teacher, SOLVERS),
     ):
         if name not in known:
             raise UsageError(f"unknown {what} '{name}'", "it is not in the registry", nearest(name, known))
+    if task.solver != TABLE and task.grid not in GRIDS and task.distill.mode == "per_step":
+        raise UsageError(
+            f"--grid {task.grid} with --distill.mode per_step",
+            "per step the teacher passes the student's nodes, on a rule that is refined; a fitted grid has none",
+            f"use --distill.mode end_to_end, the default, or one of {', '.join(GRIDS)}",
+        )
 
 
 def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distillation:
@@ -151,7 +158,7 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distill
             return TableObjective(trained.model, TableTarget(nfe, task.grid, task.guidance), task.table, distance)
         learned = AMED[task.solver]
         target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
-        return SolverObjective(trained.model, target, task.distill)
+        return objective_for(trained, target, task.distill)
 
 
 def train_one(

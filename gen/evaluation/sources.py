@@ -87,8 +87,8 @@ class EvaluatedModel(Protocol):
 
     def source(self, sampler: Sampler, sampling: SamplingConfig) -> SampleSource: ...
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
-        """Passes of samples through the network that fitting a grid costs."""
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
+        """Passes of samples through the network that fitting the grid of a sampler costs."""
         ...
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
@@ -132,9 +132,9 @@ class EvaluatedLatentModel(EvaluatedModel):
         """Samples by this sampler."""
         return SolverSource(self.trained, sampler, sampling)
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
-        """Once per model, whatever the number of grids."""
-        return fitting_nfe(self.trained, config)
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
+        """As if it were fitted alone; the fine trajectories are shared by all grids of a model."""
+        return fitting_nfe(self.trained, config, sampler)
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
         """uint8 images (n, C, H, W) encoded and decoded, on the CPU."""

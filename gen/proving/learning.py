@@ -12,11 +12,11 @@ from midway.gen.diffusion.distill_table import TableConfig, TableObjective, Tabl
 from midway.gen.diffusion.distillation import Distillation, Lesson, learn
 from midway.gen.proving.model import Block, MixtureModel, figures
 from midway.samplers.card import SolverCard
-from midway.samplers.learned_solver import LEARNED, LearnedSolver
+from midway.samplers.learned_solver import EARLIER, LEARNED, LearnedSolver
 from midway.samplers.table import Table
 
 TABLE = "table"
-NAMES = (TABLE, *LEARNED)
+NAMES = (TABLE, *(name for name in LEARNED if name not in EARLIER))
 GRIDS_LEARNED_ON = ("vp", "karras", "logsnr")
 """Grids that AMED is offered."""
 
@@ -28,9 +28,7 @@ _BUILDING = Lock()
 class Teaching:
     """How solvers are learned here: by the objectives of training them for a model, in a minute or less for each."""
 
-    amed: DistillConfig = field(
-        default_factory=lambda: DistillConfig(teacher_steps=24, trajectories=128, checkpointing=False)
-    )
+    amed: DistillConfig = field(default_factory=lambda: DistillConfig(trajectories=128, checkpointing=False))
     table: TableConfig = field(default_factory=lambda: TableConfig(pairs=1024))
     amed_lesson: Lesson = field(default_factory=lambda: Lesson(steps=80, batch=32, lr=3e-3))
     table_lesson: Lesson = field(default_factory=lambda: Lesson(steps=500, batch=32, lr=0.01, clip=1.0))
@@ -62,7 +60,7 @@ def teach(
     errors = {grid: _error(model, _finished(model, name, nfe, grid, one), unscored) for grid, one in objectives.items()}
     grid = min(errors, key=lambda one: errors[one])
     learn(objectives[grid], takes[grid], count, teaching.amed_lesson)
-    spent = sum(one.counter.evaluations for one in objectives.values())
+    spent = sum(one.counter.evaluations - one.taught for one in objectives.values()) + objectives[grid].taught
     return Taught(_finished(model, name, nfe, grid, objectives[grid], spent), grid)
 
 

@@ -390,10 +390,10 @@ def test_unlearned_rows_are_distances_to_the_fine_solution(
 @pytest.mark.parametrize(
     ("name", "mode", "teacher"),
     [
-        ("amed-constants", "per_step", "dpmpp2m"),
-        ("amed", "end_to_end", "dpmpp2m"),
-        ("amed-plugin-dpmpp2m-constants", "per_step", "dpmpp2m"),
-        ("amed-constants", "per_step", "heun"),
+        ("amed", "per_step", "dpmpp2m"),
+        ("amed-predictor", "end_to_end", "dpmpp2m"),
+        ("amed-plugin-dpmpp2m", "per_step", "dpmpp2m"),
+        ("amed", "per_step", "heun"),
     ],
 )
 def test_learned_rows_count_their_training(
@@ -408,7 +408,7 @@ def test_learned_rows_count_their_training(
     assert row.training_nfe == network.evaluations - 2 * nfe * task.n
     assert math.isfinite(row.rmse)
     assert row.rmse != row.rmse_start, "something was learned"
-    if name == "amed-constants":  # before learning it is DPM-Solver-2
+    if name == "amed":  # before learning it is DPM-Solver-2
         start = ablation.unlearned(trained, task, data, "dpm2", nfe).rmse
         assert row.rmse_start == pytest.approx(start, rel=1e-3)
 
@@ -419,7 +419,7 @@ def test_every_variant_is_a_solver_that_can_be_learned(ablation: ModuleType) -> 
     assert {variant.name for variant in found} <= set(LEARNED)
     assert {LEARNED[variant.name].base for variant in found} == {"none", *ablation.BASES} <= set(BASES)
     assert {variant.mode for variant in found} == {"per_step", "end_to_end"}
-    assert {variant.teacher for variant in found} == {*ablation.TEACHERS, ablation.Variant("amed").teacher}
+    assert {variant.teacher for variant in found} == {*ablation.TEACHERS, ablation.Variant("amed-predictor").teacher}
     assert {*ablation.TEACHERS, *ablation.UNLEARNED} <= set(SOLVERS)
 
 
@@ -432,7 +432,7 @@ def test_the_ablation_writes_every_row_at_every_budget(
 ) -> None:
     monkeypatch.setattr(ablation, "best_device", lambda: CPU)
     monkeypatch.setattr(ablation, "UNLEARNED", ("ddim", "rk38"))
-    monkeypatch.setattr(ablation, "variants", lambda: iter([ablation.Variant("amed-constants")]))
+    monkeypatch.setattr(ablation, "variants", lambda: iter([ablation.Variant("amed")]))
     task = _task(ablation, pipeline, tmp_path / "ablation.json")
     ablation.main(task)
     found = json.loads(task.out.read_text())
@@ -440,7 +440,7 @@ def test_the_ablation_writes_every_row_at_every_budget(
     assert found["model_hash"] == pipeline.load().hash
     assert found["task"]["nfe"] == [4, 5]
     assert found["task"]["out"] == str(task.out)
-    wanted = [("ddim", 4), ("ddim", 5), ("rk38", 4), ("amed-constants", 4), ("amed-constants", 5)]
+    wanted = [("ddim", 4), ("ddim", 5), ("rk38", 4), ("amed", 4), ("amed", 5)]
     assert [(row["solver"], row["nfe"]) for row in found["results"]] == wanted
     for row in found["results"]:
         assert set(row) == {field.name for field in fields(ablation.Result)}
