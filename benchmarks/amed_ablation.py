@@ -5,8 +5,8 @@
 Rows: unlearned solvers; AMED-Solver and AMED-Plugin on several bases, by default end to end with constants; per step; with a
 predictor; on the fitted grid; from other teachers. Odd budgets take the first slope analytically, so 5 and 6 evaluations are the
 same number of steps with and without it. The figure is the root-mean-square distance of standardised latents to UniPC(3) with 96
-steps from the same noise, which no solver was learned on. Training NFE and seconds, shown for the largest budget, include teacher,
-warm start and the fit of a grid. About 12 minutes on two free cores.
+steps from the same noise, which no solver was learned on. Training NFE and seconds, shown for the largest budget, include
+teacher, warm start and the fit of a grid. About 12 minutes on two free cores.
 """
 
 import json
@@ -61,7 +61,7 @@ class Ablation:
     steps: int = 60
     """Optimizer steps."""
     batch_size: int = 32
-    lr: float = 5e-3
+    lr: float = 1e-2
 
 
 @dataclass(frozen=True)

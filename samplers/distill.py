@@ -12,6 +12,7 @@ In the last two, which are published (Zhou et al. 2024, arXiv 2312.00094, sectio
 have the student's nodes, and a step's error has a gradient in that step's numbers alone, through one evaluation.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,13 +25,14 @@ from midway.samplers.amed import (
     NoiseLevels,
     choose,
     features_of,
-    nodes,
     noise_levels,
     observe,
     take_step,
 )
+from midway.samplers.grids import Grid
 from midway.samplers.prediction import Field, Prediction, acting
 from midway.samplers.sample import trajectory
+from midway.samplers.schedule import Schedule
 from midway.samplers.step_parameters import StepParameters, StepRule
 from midway.samplers.table import Table
 
@@ -153,6 +155,14 @@ def node_errors(states: Sequence[Tensor], solver: AMEDSolver, teacher: TeacherNo
     return _errors(torch.stack(list(states[1:])), teacher.states[1:], noise_levels(solver, teacher.states.device))
 
 
+def refined(schedule: Schedule, grid: Grid, parts: int) -> Grid:
+    """Any grid with every step cut into this many equal ones of log rho: a teacher on it passes the nodes of the grid."""
+    log_rho = schedule.rho(torch.tensor(grid, dtype=torch.float64)).log()
+    share = torch.arange(1, parts, dtype=torch.float64) / parts
+    inner = schedule.time_of_rho((log_rho[:-1, None] + share * (log_rho[1:] - log_rho[:-1])[:, None]).exp())
+    return (*(t for i, start in enumerate(grid[:-1]) for t in (start, *inner[i].tolist())), grid[-1])
+
+
 def end_error(end: Tensor, solver: AMEDSolver, wanted: Tensor) -> Tensor:
     """(): of end states (B, *) from the teacher's, in units of the state's variance."""
     last = torch.tensor(solver.grid[-1], dtype=torch.float64)
@@ -161,32 +171,16 @@ def end_error(end: Tensor, solver: AMEDSolver, wanted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def best_position(
-    field: Field, solver: AMEDSolver, starts: Tensor, ends: Tensor, candidates: Tensor
-) -> tuple[Tensor, float]:
-    """The r () of `candidates` (K,), the same in all steps, with the least end error at c = a = 1; and that error."""
-
-    def error(r: Tensor) -> Tensor:
-        def rule(features: Tensor, step: Tensor, log_rho: Tensor) -> StepParameters:
-            one = torch.ones_like(log_rho[:, 0])
-            return StepParameters(r * one, one, one)
-
-        return end_error(nodes(solver, field, rule, starts)[-1], solver, ends)
-
-    errors = torch.stack([error(r) for r in candidates]).nan_to_num(nan=torch.inf)
-    return candidates[errors.argmin()], errors.min().item()
-
-
-@torch.no_grad()
 def best_positions(
     field: Field, solver: AMEDSolver, teacher: TeacherNodes, candidates: Tensor, restarted: bool
-) -> Tensor:
-    """(N,): for every step the r of `candidates` (K,) with the least error at the step's end, with c = a = 1.
+) -> tuple[Tensor, float]:
+    """(N,): for every step the r of `candidates` (K,) with the least error at the step's end, with c = a = 1; the last error.
 
     The error as a function of r has several basins on long steps, and from r = 1/2 the gradient may lead into a poor one.
     restarted: steps start from the teacher's nodes, else from the state that the best r of the step before reached.
     """
     at, x, history, best = noise_levels(solver, teacher.states.device), teacher.states[0], History(), []
+    least = math.inf
     for i in range(solver.steps):
         step = torch.full((x.shape[0],), i, device=x.device)
         now = _slope(teacher.eps[i]) if restarted else observe(solver, field, at, i, x)
@@ -198,6 +192,7 @@ def best_positions(
         ]
         errors = torch.stack([(reached - teacher.states[i + 1]).square().mean() for reached, _ in trials])
         chosen = int(errors.nan_to_num(torch.inf).argmin())
+        least = errors[chosen].item()
         best.append(candidates[chosen])
         x, history = (teacher.states[i + 1], History()) if restarted else trials[chosen]
-    return torch.stack(best)
+    return torch.stack(best), least

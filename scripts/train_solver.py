@@ -59,7 +59,7 @@ class SolverTask:
     """How a table is learned."""
     train: Annotated[TrainConfig, Flat] = field(
         default_factory=lambda: TrainConfig(
-            steps=80, batch_size=64, lr=3e-3, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
+            steps=80, batch_size=64, lr=0.01, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
         )
     )
     overwrite: bool = field(default=False, metadata=PER_CALL)

@@ -33,13 +33,13 @@ from midway.samplers.card import SolverCard
 from midway.samplers.distill import (
     NEGLIGIBLE,
     TeacherNodes,
-    best_position,
     best_positions,
     check_teacher,
     end_error,
     need_no_noise,
     node_errors,
     only_ends,
+    refined,
     step_errors,
     teacher_nodes,
 )
@@ -230,21 +230,23 @@ class SolverObjective(Distillation):
             return only_ends(x, sample(field, self.teacher, x))
 
     def warm_start(self, teacher: TeacherNodes, labels: Tensor) -> None:
-        """Start from the best of a few r, with c = a = 1, on at most 128 trajectories; per step it is every step's own.
+        """Set every step's r to the best of a few, with c = a = 1, on at most 128 trajectories.
 
-        End to end it also decides whether later steps of iPNDM(4) weigh an analytic first slope: their weights magnify what that
-        slope misses, a mean of the data. Lower orders end nearer with it, or no farther (docs/solvers.md).
+        The error has several basins, and the gradient leaves none, so end to end starts per step too, from a teacher of its own.
+        It also decides whether later steps of iPNDM(4) weigh an analytic first slope: their weights magnify what that slope
+        misses, a mean of the data. Lower orders end nearer with it, or no farther (docs/solvers.md).
         """
         some = teacher.take(torch.arange(min(len(labels), 128), device=labels.device))
         field, candidates = self.field(labels[:128]), torch.linspace(0.05, 0.7, 14, device=labels.device)
-        if self.config.mode == "per_step":
-            best = best_positions(field, self.solver, some, candidates, self.restarts)
-        else:
-            forms = [self.solver]
+        alone, forms = not self.solver.plugin.multistep, [self.solver]
+        if self.config.mode == "end_to_end":
+            fine = refined(self.solver.schedule, self.grid, self.stride)
+            table = SOLVERS[self.config.teacher].build(self.solver.schedule, fine)
+            some = teacher_nodes(field, self.solver, table, self.stride, some.states[0], alone)
             if self.solver.plugin.order > 3 and self.solver.analytic_first:
                 forms.append(replace(self.solver, analytic_history=False))
-            found = [best_position(field, form, some.states[0], some.states[-1], candidates) for form in forms]
-            (best, _), self.solver = min(zip(found, forms, strict=True), key=lambda one: one[0][1])
+        found = [best_positions(field, form, some, candidates, alone) for form in forms]
+        (best, _), self.solver = min(zip(found, forms, strict=True), key=lambda one: one[0][1])
         with torch.no_grad():
             self.rule.raw[:, 0] = torch.logit(best) / GAIN
 

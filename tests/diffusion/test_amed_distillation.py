@@ -30,6 +30,7 @@ from midway.samplers.distill import (
     best_positions,
     check_teacher,
     node_errors,
+    refined,
     step_errors,
     teacher_nodes,
 )
@@ -108,6 +109,18 @@ def test_a_teacher_of_other_nodes_or_with_noise_raises_an_error() -> None:
     noisy = SOLVERS["ddpm"].build(schedule, grids.karras(schedule, 4, rho_max=RHO))
     with pytest.raises(ValueError, match="'ddpm' draws noise"):
         check_teacher(solver, noisy, 2)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), VP(), EDM()], ids=["cosine", "vp", "edm"])
+def test_a_refined_grid_has_its_nodes_and_equal_ratios_between(schedule: Schedule) -> None:
+    """Of any grid, here one without a rule."""
+    grid = grids.explicit((0.9, 0.41, 0.35, 0.02))
+    fine = refined(schedule, grid, 4)
+    assert fine[::4] == grid and len(fine) == 13
+    rho = schedule.rho(torch.tensor(fine, dtype=torch.float64)).log()
+    steps = (rho[:-1] - rho[1:]).view(3, 4)
+    torch.testing.assert_close(steps, steps.mean(1, keepdim=True).expand(3, 4), rtol=1e-6, atol=0)
+    assert refined(schedule, grid, 1) == grid
 
 
 def test_an_analytic_first_step_gives_the_predictor_no_features() -> None:
@@ -244,12 +257,16 @@ def test_the_warm_start_is_the_best_of_all_candidates(base: str) -> None:
 
     for restarted in [False, True] if BASES[base].order == 1 else [False]:
         counted = EvaluationCounter(field)
-        best = best_positions(counted, solver, teacher, candidates, restarted)
+        best, error = best_positions(counted, solver, teacher, candidates, restarted)
         assert counted.evaluations == len(x) * 2 * (4 if restarted else 5)
         mode = "restarted" if restarted else "detached"
         first = min(candidates, key=lambda r: _errors_of(mode, solver, field, of(r, r), teacher)[0].item())
         second = min(candidates, key=lambda r: _errors_of(mode, solver, field, of(first, r), teacher)[1].item())
         assert best.tolist() == [first.item(), second.item()]
+        last = _errors_of(mode, solver, field, of(first, second), teacher)[1].item()
+        at = torch.tensor(solver.grid[-1], dtype=torch.float64)
+        unit = solver.schedule.alpha(at).square() + solver.schedule.sigma(at).square()
+        assert error == pytest.approx(last * unit.item(), rel=1e-9)
 
 
 # ---- what is gained ----
@@ -259,7 +276,7 @@ def _learn(mode: str, solver: AMEDSolver, rule: Constants | Predictor, steps: in
     """Adam with a cosine rate on 256 trajectories, from the warm start."""
     field, x = mixture().field(solver.schedule), _start(solver, 256, seed=2)
     teacher = _taught(solver, x, stride=6)
-    best = best_positions(field, solver, teacher, torch.linspace(0.05, 0.7, 14).double(), mode == "restarted")
+    best, _ = best_positions(field, solver, teacher, torch.linspace(0.05, 0.7, 14).double(), mode == "restarted")
     with torch.no_grad():
         rule.raw[:, 0] = torch.logit(best) / 10
     optimizer = torch.optim.Adam(rule.parameters(), lr)
@@ -338,8 +355,9 @@ def test_every_evaluation_of_the_training_is_counted(
         loss.backward()
         objective.after_step(torch.tensor(True))
     whole = config.mode == "end_to_end"
-    forms = 2 if base == "ipndm4" and odd else 1  # an analytic slope in the history, and none
-    warm_start = 14 * forms * own if whole else 14 * steps + (0 if objective.restarts else steps - odd)
+    forms = 2 if whole and base == "ipndm4" and odd else 1  # an analytic slope in the history, and none
+    alone = not BASES[base].multistep
+    warm_start = forms * (14 * steps + (0 if alone else steps - odd)) + (6 if whole else 0)
     again = own - (1 - odd) if whole and config.checkpointing else 0  # all but that of the noise
     per_sample, passes = objective.teacher.nfe + warm_start + (steps if objective.restarts else own), 6 * guidance
     assert objective.counter.evaluations == objective.evaluations.item() == passes * per_sample
@@ -421,7 +439,7 @@ def test_a_plugin_is_learned_saved_and_sampled_like_any_solver(
         start = partial(unlearned, trained.model.schedule, base="ipndm3", analytic_first=True)
         times, cost = gits_for(trained, 1.0, 3, start)
         assert solver.grid == times
-        plain = 16 * 12 + 16 * 14 * 5 + 3 * 8 * 5  # teacher, warm start, training
+        plain = 16 * 12 + 16 * (12 + 14 * 3 + 2) + 3 * 8 * 5  # teacher, warm start and its teacher, training
         assert card.training_nfe == cost + plain and cost >= WARM_UP * FINE_STEPS
 
 
