@@ -145,10 +145,8 @@ def states(model: Field, learned: LearnedNoise, x: Tensor, noise: NoiseSource) -
         if i > 0:
             y = y + (top * scales[i]).to(x) * noise(x)
             top = top * (1 + roots[i].square())
-        if i == 0 and learned.analytic_first:
-            slope = y / (1 + top.square()).sqrt().to(x)
-        else:
-            slope = _slope(model, schedule, y, top)
+        analytic = i == 0 and learned.analytic_first
+        slope = y / (1 + top.square()).sqrt().to(x) if analytic else _slope(model, schedule, y, top)
         s = (r * rho[i + 1].log() + (1 - r) * top.log()).exp()
         middle = _slope(model, schedule, y + (s - top).to(x) * slope, k * s)
         found.append(alpha[i + 1].to(x) * (y + (c * (rho[i + 1] - top)).to(x) * middle))
