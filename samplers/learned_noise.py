@@ -131,15 +131,17 @@ class LearnedNoise(nn.Module):
         return self.table({"card": json.dumps(asdict(card))})
 
 
-def states(model: Field, learned: LearnedNoise, x: Tensor, noise: NoiseSource) -> list[Tensor]:
-    """The states at the grid's nodes, (B, *) each, the start included, differentiable.
+def states(
+    model: Field, learned: LearnedNoise, x: Tensor, noise: NoiseSource, first: int = 0, last: int | None = None
+) -> list[Tensor]:
+    """The states at the grid's nodes from number `first`, where x (B, *) lives, to `last`, x included; differentiable.
 
-    `noise` is called once per step but the first, also where g = 0.
+    `noise` is called once per step but the grid's first, also where g = 0.
     """
     schedule, roots, scales, constants = learned.schedule, learned.roots(), learned.noise_scales(), learned.constants()
     rho, found = learned.rho(), [x]
     alpha = schedule.alpha(torch.tensor(learned.grid, dtype=torch.float64))
-    for i in range(len(rho) - 1):
+    for i in range(first, len(rho) - 1 if last is None else last):
         r, c, k = constants.r[i], constants.c[i], constants.a[i]
         y, top = found[-1] / alpha[i].to(x), rho[i]
         if i > 0:
