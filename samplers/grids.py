@@ -109,7 +109,7 @@ def align_your_steps(
 ) -> Grid:
     """The noise levels published for Stable Diffusion 1.5, or XL (Sabour et al. 2024, arXiv 2404.14507), or any list.
 
-    Between two of them log rho is interpolated, for any number of steps. The ends are rho_max and rho_min, as those of every grid;
+    Between two of them log rho is interpolated, for any number of steps. The ends are rho_max and rho_min, as of every grid;
     the list's are 14.615, and 0.029 in place of 0. ValueError for ends that leave no room for a level.
     """
     _ends(schedule, rho_max, rho_min)
