@@ -13,30 +13,28 @@ tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by na
 converge; `steps_for` turns a budget into steps.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from midway.samplers.adams import adams_bashforth, deis, ipndm, ipndm_v
-from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end
+from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
+from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
+from midway.samplers.generator import Method, exponential_step, multistep
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
 from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
-from midway.samplers.stochastic import ancestral_step, begin_falling, ddpm, dpmpp2m_sde
+from midway.samplers.stochastic import ddpm, dpmpp2m_sde, er_sde, sa_solver
 from midway.samplers.table import Table
 from midway.samplers.unipc import unipc
 
 
 def euler(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     """Euler's method on dx/dt = v. Order 1."""
-    record = begin("euler", schedule, grid)
-    for t, s in pairwise(grid):
-        now = record.first(t, analytic_first)
-        record.advance(now.x + (s - t) * now.velocity, s)
-    return record.table()
+    return multistep(begin("euler", schedule, grid), Method("velocity", "t", 1), analytic_first)
 
 
 def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: float = 0.0) -> Table:
@@ -49,10 +47,8 @@ def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: floa
     record = (begin_falling if eta else begin)("ddim", schedule, grid)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
-        if eta:
-            record.advance(ancestral_step(record, now.x0, now.eps, t, s, eta), s)
-        else:
-            record.advance(exponential_step(record, now, t, s), s)
+        kept = math.sqrt(1 - eta**2 * (1 - (record.rho(s) / record.rho(t)) ** 2)) if eta else 1.0
+        record.advance(exponential_step(record, now.x, now.x0, t, s, kept), s)
     return record.table(eta=repr(eta))
 
 
@@ -97,6 +93,8 @@ class Solver:
     pure_noise: bool = True
     """Whether grids may start where alpha = 0 (t = 1 of `Linear`)."""
     stochastic: bool = False
+    invariant: bool = True
+    """Of a solver in rho: whether the same noise levels give the same y = x / alpha on every schedule."""
 
 
 def _runge_kutta(name: str) -> Solver:
@@ -130,9 +128,18 @@ SOLVERS: dict[str, Solver] = {
     "deis1": Solver(partial(deis, order=1), evaluations=1, order=1),
     "deis2": Solver(partial(deis, order=2), evaluations=1, order=2, history_order=2),
     "deis3": Solver(partial(deis, order=3), evaluations=1, order=2, history_order=3),
+    "deis_t2": Solver(partial(deis_t, order=2), evaluations=1, order=2, history_order=2, invariant=False),
+    "deis_t3": Solver(partial(deis_t, order=3), evaluations=1, order=2, history_order=3, invariant=False),
     **{name: _runge_kutta(name) for name in ("midpoint", "ralston", "kutta3", "rk4", "rk38")},
     "ddpm": Solver(ddpm, evaluations=1, order=1, stochastic=True),
     "dpmpp2m_sde": Solver(dpmpp2m_sde, evaluations=1, order=2, history_order=2, stochastic=True),
+    "sa_solver2": Solver(
+        partial(sa_solver, predictor=2, corrector=2), evaluations=1, order=2, history_order=2, stochastic=True
+    ),
+    "sa_solver3": Solver(sa_solver, evaluations=1, order=2, history_order=2, stochastic=True),
+    "er_sde1": Solver(partial(er_sde, order=1), evaluations=1, order=1, stochastic=True),
+    "er_sde2": Solver(partial(er_sde, order=2), evaluations=1, order=2, history_order=2, stochastic=True),
+    "er_sde3": Solver(er_sde, evaluations=1, order=2, history_order=2, stochastic=True),
 }
 
 ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}
