@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from midway.samplers.denoisers import without_variance
-from midway.samplers.grids import GRIDS, explicit
-from midway.samplers.interop import is_flow, parametrisation_of, read_table, table_from_numbers, trained_range
+from midway.samplers.grids import Grid
+from midway.samplers.interop import is_flow, parametrisation_of, read_table, table_from_numbers
 from midway.samplers.prediction import expand
 from midway.samplers.schedule import fingerprint
+from midway.samplers.scheduler_grids import check_named, grid_of, number_of_steps, table_on
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.samplers.table_walk import TableWalk
@@ -39,7 +40,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     The first seven arguments describe how the model was trained, with diffusers' names and defaults (interop.py).
 
     prediction_type: epsilon, sample, v_prediction or flow_prediction. solver, solver_options: a name of `SOLVERS` and further
-    arguments of its builder. grid, grid_options: a name of `GRIDS` and further arguments, or falling times in [0, 1] that fix the
+    arguments of its builder. grid, grid_options: a name of `NAMED` and further arguments, or falling times in [0, 1] that fix the
     number of steps. analytic_first: no evaluation in the first step. table: in place of all these, the path of a learned
     table, or its numbers, which then are part of the config.
     """
@@ -70,17 +71,14 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
             self._keep(read_table(Path(table), self.parametrisation.schedule) if read else table_from_numbers(table))
         elif solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}, or give a table")
-        elif isinstance(grid, str) and grid not in GRIDS:
-            raise ValueError(
-                f"unknown grid {grid!r}: choose one of {', '.join(GRIDS)}, or give falling times in [0, 1]"
-            )
-        elif not isinstance(grid, str):
-            explicit(grid)
+        else:
+            check_named(grid)
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.empty(0)
+        self.timesteps = self.sigmas = torch.empty(0)
         self.table: Table | None = None
-        self._tables: dict[int, Table] = {}
+        self._tables: dict[Grid, Table] = {}
         self._list: Timesteps | None = None
+        self._levels: Timesteps | None = None
         self._walk: TableWalk | None = None
         self._index = self._first = 0
         self._is_placed = False
@@ -103,6 +101,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             # the other class may have other defaults than ours, so what it took by default counts as given
             config = {name: value for name, value in config.items() if name != "_use_default_values"}
+            parametrisation_of({**config, **kwargs})  # of its class, whose name and further arguments are not ours
             if is_flow(config):
                 kwargs.setdefault("prediction_type", "flow_prediction")
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -122,11 +121,25 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         t = torch.tensor(self.table.grid[0] if self.table else 1.0, dtype=torch.float64)
         return torch.hypot(self.parametrisation.schedule.alpha(t), self.parametrisation.schedule.sigma(t)).item()
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Build the table of this many steps and begin anew. `timesteps` (one per evaluation, float32) is on `device`."""
-        self.table = self._build(num_inference_steps)
-        self._list = Timesteps.on(device, self.parametrisation.timestep(torch.tensor(self.table.times)))
-        self.timesteps, self.num_inference_steps = self._list.tensor, num_inference_steps
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """Build the table and begin anew. `timesteps` (one per evaluation, float32) is on `device`, `sigmas` on the host.
+
+        sigmas, mu, timesteps: what flow pipelines pass (scheduler_grids.py), falling, the end left out or 0. A learned table has
+        its own grid: it only needs as many as it has steps. ValueError for any that are no run of this model.
+        """
+        self.table = self._build(num_inference_steps, sigmas, mu, timesteps)
+        times = torch.tensor([*self.table.times, self.table.grid[-1]], dtype=torch.float64)
+        self._list = Timesteps.on(device, self.parametrisation.timestep(times[:-1]).float())
+        self._levels = Timesteps.on(None, self.parametrisation.level(times).float())
+        self.timesteps, self.sigmas = self._list.tensor, self._levels.tensor
+        self.num_inference_steps = len(self.table.grid) - 1
         self._begin(0)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -154,8 +167,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """The state as the network sees it (B, *): itself, unless the table begins with an analytic step, which only scales.
 
-        timestep: as in `step`, which follows; without one the run begins at its first.
-        """
+        timestep: as in `step`, which follows; without one the run begins at its first."""
         walk = self._walk_now() if timestep is None else self._walk_at(timestep)
         if not walk.begins or len(walk.leading) == 1:
             return sample
@@ -189,37 +201,26 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
         x_t = expand(alpha, original_samples) * original_samples + expand(sigma, noise) * noise
         return x_t.to(original_samples.dtype)
 
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` under the name that flow pipelines call."""
+        return self.add_noise(sample, noise, timestep)
+
     # ---- the run ----
 
-    def _build(self, steps: int) -> Table:
+    def _build(self, steps: int | None, sigmas: Any, mu: float | None, timesteps: Any) -> Table:
         if self._learned is not None:
-            if steps != len(self._learned.grid) - 1:
-                raise ValueError(
-                    f"the learned table '{self._learned.solver}' has {len(self._learned.grid) - 1} steps, not {steps}: "
-                    "a learned table belongs to its number of steps"
-                )
+            own, asked = len(self._learned.grid) - 1, number_of_steps(steps, sigmas, timesteps)
+            if asked != own:
+                name = self._learned.solver
+                raise ValueError(f"the learned table '{name}' has {own} steps, not {asked}: it belongs to their number")
             return self._learned
-        if steps not in self._tables:
-            self._tables[steps] = self._solve_on(self._grid(steps), self.config["analytic_first"])
-        return self._tables[steps]
+        grid = grid_of(self.parametrisation, self.config, steps, sigmas, mu, timesteps)
+        if grid not in self._tables:
+            self._tables[grid] = self._solve_on(grid, self.config["analytic_first"])
+        return self._tables[grid]
 
-    def _grid(self, steps: int) -> tuple[float, ...]:
-        name, options = self.config["grid"], dict(self.config["grid_options"] or {})
-        if isinstance(name, str):
-            rho_max, rho_min = trained_range(self.parametrisation.schedule)
-            return GRIDS[name](
-                self.parametrisation.schedule, steps, **{"rho_max": rho_max, "rho_min": rho_min, **options}
-            )
-        grid = explicit(name)
-        if steps != len(grid) - 1:
-            raise ValueError(f"the grid has {len(grid) - 1} steps, not {steps}: pass as many, or name a grid")
-        return grid
-
-    def _solve_on(self, grid: tuple[float, ...], analytic_first: bool) -> Table:
-        options = dict(self.config["solver_options"] or {})
-        if analytic_first:
-            options["analytic_first"] = True
-        return SOLVERS[self.config["solver"]].build(self.parametrisation.schedule, grid, **options)
+    def _solve_on(self, grid: Grid, analytic_first: bool) -> Table:
+        return table_on(self.parametrisation, self.config, grid, analytic_first)
 
     def _node_of(self, index: int) -> int | None:
         """The grid's node at which a run begins that evaluates entry `index` of `timesteps` first.
@@ -278,6 +279,10 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     def _list_now(self) -> Timesteps:
         if self._list is None:
             raise ValueError("there are no timesteps yet: call set_timesteps(n) before every run")
+        if self._levels is not None and self._levels.is_changed:
+            raise ValueError(
+                "somebody wrote into sigmas, which changes no step: pass them to set_timesteps(sigmas=...)"
+            )
         return self._list
 
     def _state(self, walk: TableWalk, sample: Tensor) -> Tensor:

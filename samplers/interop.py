@@ -45,6 +45,14 @@ class Parametrisation:
         """The inverse of `timestep`, elementwise."""
         return self.schedule.time(timestep) if isinstance(self.schedule, Discrete) else timestep / self.timestep_scale
 
+    def level(self, t: Tensor) -> Tensor:
+        """What diffusers calls the sigma of t, elementwise: t of a flow, else sigma / alpha."""
+        return self.schedule.rho(t) if isinstance(self.schedule, Discrete) else t
+
+    def time_of_level(self, sigma: Tensor) -> Tensor:
+        """The inverse of `level`, elementwise."""
+        return self.schedule.time_of_rho(sigma) if isinstance(self.schedule, Discrete) else sigma
+
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler's config belongs to a flow-matching model; one that was never saved does not name its class."""
@@ -56,9 +64,11 @@ def is_flow(config: Mapping[str, Any]) -> bool:
 def parametrisation_of(config: Mapping[str, Any]) -> Parametrisation:
     """Read a scheduler's config; keys that it lacks have diffusers' defaults (1000 timesteps, linear betas, epsilon).
 
-    ValueError for schedulers of other processes (EDM, VE) and for unknown beta schedules and prediction types.
+    ValueError for schedulers of other processes (EDM, VE), flows in reversed time, unknown beta schedules and prediction types.
     """
     if is_flow(config):
+        if config.get("invert_sigmas"):
+            raise ValueError("invert_sigmas: a flow whose time runs from noise at 0 to data at 1 is not supported")
         return Parametrisation(Linear(), "velocity", float(config.get("num_train_timesteps", 1000)))
     owner, kind = str(config.get("_class_name", "")), config.get("prediction_type", "epsilon")
     if owner.startswith(("EDM", "ScoreSde", "KarrasVe")) or ("sigma_max" in config and "beta_start" not in config):

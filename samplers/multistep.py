@@ -21,7 +21,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end, weighted
+from midway.samplers.exponential import begin, begin_in_rho, need_noise_at_the_end, weighted
+from midway.samplers.generator import exponential_step
 from midway.samplers.grids import Grid
 from midway.samplers.recorder import Symbols
 from midway.samplers.schedule import Schedule
@@ -146,8 +147,6 @@ def dpmpp2s(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Tab
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
         middle = record.time_of_rho(math.sqrt(record.rho(t) * record.rho(s)))
-        record.advance(exponential_step(record, now, t, middle), middle, node=False)
-        ratio = record.sigma(s) / record.sigma(t)
-        inner = record.evaluate(middle)
-        record.advance(ratio * now.x + (record.alpha(s) - ratio * record.alpha(t)) * inner.x0, s)
+        record.advance(exponential_step(record, now.x, now.x0, t, middle), middle, node=False)
+        record.advance(exponential_step(record, now.x, record.evaluate(middle).x0, t, s), s)
     return record.table()

@@ -76,6 +76,11 @@ class Recorder:
     def rho(self, t: float) -> float:
         return self.schedule.rho(scalar(t)).item()
 
+    def log_rho(self, t: float) -> float:
+        """log(sigma / alpha): infinite at pure noise, minus infinite at data."""
+        rho = self.rho(t)
+        return math.log(rho) if rho > 0 else -math.inf
+
     def time_of_rho(self, rho: float) -> float:
         return self.schedule.time_of_rho(scalar(rho)).item()
 

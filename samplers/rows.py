@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ NoiseSource = Callable[[Tensor], Tensor]
 """`source(x)` gives standard normal noise shaped like x, one independent stream per sample, fresh at every call."""
 Buffers = list[Any]
 """The states x_0 .. x_N, then the value of each evaluation; None before they are made and after their last use."""
+Array = np.ndarray
 Coefficients = tuple[tuple[float, float], ...]
 """(p, q) of every evaluation: x0 = p x + q value."""
 
@@ -154,3 +156,26 @@ def run_rows(
         number = row.evaluation
         x = advance(None if number is None else values[number](x), draw)
         yield x
+
+
+def propagate(rows: Sequence[Row], estimate: Callable[[int, Array], Array]) -> Array:
+    """Every state (S, 1 + E + K) as weights on x_0, the predictions and the draws; `estimate(j, state)` are those of D_j."""
+    evaluations = sum(row.time is not None for row in rows)
+    drawing = [i for i, row in enumerate(rows) if row.noise != 0]
+    units = np.eye(1 + evaluations + len(drawing))
+    states, predictions = [units[0]], []
+    for i, row in enumerate(rows):
+        if row.time is not None:
+            predictions.append(estimate(len(predictions), states[-1]))
+        terms = [w * x for w, x in zip((*row.states, *row.predictions), (*states, *predictions), strict=True) if w]
+        draw = [row.noise * units[1 + evaluations + drawing.index(i)]] if row.noise else []
+        states.append(sum((*terms, *draw), np.zeros(len(units))))
+    return np.array(states)
+
+
+def lines(rows: Sequence[Row]) -> tuple[Array, Array, Array]:
+    """(a (S,), b (S, E), c (S, K)) of every state."""
+    evaluations = sum(row.time is not None for row in rows)
+    units = np.eye(1 + evaluations + sum(row.noise != 0 for row in rows))
+    states = propagate(rows, lambda j, _: units[1 + j])
+    return states[:, 0], states[:, 1 : 1 + evaluations], states[:, 1 + evaluations :]

@@ -13,30 +13,28 @@ tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by na
 converge; `steps_for` turns a budget into steps.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from midway.samplers.adams import adams_bashforth, deis, ipndm, ipndm_v
-from midway.samplers.exponential import begin, begin_in_rho, exponential_step, need_noise_at_the_end
+from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
+from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
+from midway.samplers.generator import Method, exponential_step, multistep
 from midway.samplers.grids import Grid
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
 from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
-from midway.samplers.stochastic import ancestral_step, begin_falling, ddpm, dpmpp2m_sde
+from midway.samplers.stochastic import ddpm, dpmpp2m_sde, er_sde, sa_solver
 from midway.samplers.table import Table
 from midway.samplers.unipc import unipc
 
 
 def euler(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     """Euler's method on dx/dt = v. Order 1."""
-    record = begin("euler", schedule, grid)
-    for t, s in pairwise(grid):
-        now = record.first(t, analytic_first)
-        record.advance(now.x + (s - t) * now.velocity, s)
-    return record.table()
+    return multistep(begin("euler", schedule, grid), Method("velocity", "t", 1), analytic_first)
 
 
 def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: float = 0.0) -> Table:
@@ -49,19 +47,18 @@ def ddim(schedule: Schedule, grid: Grid, analytic_first: bool = False, eta: floa
     record = (begin_falling if eta else begin)("ddim", schedule, grid)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
-        if eta:
-            record.advance(ancestral_step(record, now.x0, now.eps, t, s, eta), s)
-        else:
-            record.advance(exponential_step(record, now, t, s), s)
+        kept = math.sqrt(1 - eta**2 * (1 - (record.rho(s) / record.rho(t)) ** 2)) if eta else 1.0
+        record.advance(exponential_step(record, now.x, now.x0, t, s, kept), s)
     return record.table(eta=repr(eta))
 
 
 heun = partial(runge_kutta, tableau=HEUN)
-"""Heun's method on dx/dt = v (Karras et al. 2022, arXiv 2206.00364, section 3). Order 2.
+"""Heun's method on dx/dt = v. Order 2. The last step is corrected like the others, so even budgets are reached; its corrector
+divides by the small sigma at the end, which shows when the last step is long."""
 
-EDM's algorithm 1 ends at sigma = 0, with an Euler step. Grids here end at rho = 0.002, so the last step is corrected like the
-others and even budgets are reached; its corrector divides by that small sigma, which shows when the last step is long.
-"""
+edm_heun = partial(runge_kutta, tableau=HEUN, variable="rho", name="edm_heun")
+"""Heun's method on dy/drho = eps (Karras et al. 2022, arXiv 2206.00364, algorithm 1). Order 2. On a grid that ends at sigma = 0
+(`grids.to_data`), as theirs do, the last step is Euler's and N steps cost 2 N - 1 evaluations."""
 
 
 def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
@@ -97,6 +94,8 @@ class Solver:
     pure_noise: bool = True
     """Whether grids may start where alpha = 0 (t = 1 of `Linear`)."""
     stochastic: bool = False
+    invariant: bool = True
+    """Of a solver in rho: whether the same noise levels give the same y = x / alpha on every schedule."""
 
 
 def _runge_kutta(name: str) -> Solver:
@@ -109,6 +108,7 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, evaluations=1, order=1, coordinate="t"),
     "ddim": Solver(ddim, evaluations=1, order=1),
     "heun": _runge_kutta("heun"),
+    "edm_heun": Solver(edm_heun, evaluations=2, order=2, pure_noise=False),
     "dpm2": Solver(dpm2, evaluations=2, order=2, pure_noise=False),
     "dpmpp2m": Solver(dpmpp2m, evaluations=1, order=2, history_order=2),
     "dpmpp1m": Solver(partial(dpmpp, order=1), evaluations=1, order=1),
@@ -130,9 +130,18 @@ SOLVERS: dict[str, Solver] = {
     "deis1": Solver(partial(deis, order=1), evaluations=1, order=1),
     "deis2": Solver(partial(deis, order=2), evaluations=1, order=2, history_order=2),
     "deis3": Solver(partial(deis, order=3), evaluations=1, order=2, history_order=3),
+    "deis_t2": Solver(partial(deis_t, order=2), evaluations=1, order=2, history_order=2, invariant=False),
+    "deis_t3": Solver(partial(deis_t, order=3), evaluations=1, order=2, history_order=3, invariant=False),
     **{name: _runge_kutta(name) for name in ("midpoint", "ralston", "kutta3", "rk4", "rk38")},
     "ddpm": Solver(ddpm, evaluations=1, order=1, stochastic=True),
     "dpmpp2m_sde": Solver(dpmpp2m_sde, evaluations=1, order=2, history_order=2, stochastic=True),
+    "sa_solver2": Solver(
+        partial(sa_solver, predictor=2, corrector=2), evaluations=1, order=2, history_order=2, stochastic=True
+    ),
+    "sa_solver3": Solver(sa_solver, evaluations=1, order=2, history_order=2, stochastic=True),
+    "er_sde1": Solver(partial(er_sde, order=1), evaluations=1, order=1, stochastic=True),
+    "er_sde2": Solver(partial(er_sde, order=2), evaluations=1, order=2, history_order=2, stochastic=True),
+    "er_sde3": Solver(er_sde, evaluations=1, order=2, history_order=2, stochastic=True),
 }
 
 ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}

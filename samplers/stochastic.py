@@ -1,46 +1,113 @@
-"""Solvers that draw fresh noise z at every step: they solve the reverse SDE.
+"""Solvers that draw fresh noise z at every step.
 
-With lambda = log(alpha / sigma), h = lambda_s - lambda_t:
+With rho = sigma / alpha, y = x / alpha and h the step in lambda = -log rho:
 
-    ddpm          x_s = alpha_s x0 + sigma_s rho_s / rho_t eps + sigma_s sqrt(1 - (rho_s / rho_t)^2) z          (DDIM at eta = 1)
-    dpmpp2m_sde   x_s = sigma_s / sigma_t e^-(eta h) x + alpha_s (1 - e^-(1 + eta)h) D + sigma_s sqrt(1 - e^-(2 eta h)) z,
-                  D = (1 + 1/2q) x0_t - 1/2q x0_before,   q = h_before / h
+    ddpm          y' = m + rho'^2 / rho eps + rho' sqrt(1 - (rho' / rho)^2) z                        (DDIM at eta = 1)
+    dpmpp2m_sde   y' = rho' / rho e^(-eta h) y + (1 - e^(-(1 + eta) h)) D + rho' sqrt(1 - e^(-2 eta h)) z,
+                  D = (1 + 1/2q) m - 1/2q m_before,   q = h_before / h
+    sa_solver p   the one formula (generator.py), phi = rho^(1 + tau^2), u = log rho, with a corrector
+    er_sde p      the same with any phi, u = rho
 
-In y = x / alpha the ddpm step goes from rho_t down to rho_s^2 / rho_t by Euler's method and adds noise up to rho_s: this is also
-the "ancestral" Euler sampler of the rho-space libraries, which therefore has no entry of its own.
+All reach the marginals of the process, whatever they draw: both are members of one family, and at order 1, or with phi = rho,
+the same. In y the ddpm step is Euler's down to rho'^2 / rho with noise up to rho': the "ancestral" Euler sampler of the rho-space
+libraries, which therefore has no entry of its own.
+
+SA-Solver: Xue et al. 2023, arXiv 2309.05019. The polynomial is integrated exactly; the authors' code takes h^2 / 2 for its moment
+at two values and few steps. ER-SDE-Solver: Cui et al. 2023, arXiv 2309.06169. The authors' order 3 adds a second difference to a
+first one that it does not correct for it, and so is of order 2; here x0 is the parabola, of order 3.
 """
 
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 
-from midway.samplers.exponential import begin, log_rho, need_noise_at_the_end
+import numpy as np
+import torch
+
+from midway.samplers.exponential import begin_falling, check_order, need_noise_at_the_end
+from midway.samplers.generator import LogPsi, Method, exponential_step, multistep, ode
 from midway.samplers.grids import Grid
-from midway.samplers.recorder import FRESH_NOISE, Combination, Recorder
-from midway.samplers.schedule import Schedule
+from midway.samplers.recorder import Combination
+from midway.samplers.schedule import VP, Schedule
 from midway.samplers.table import Table
 
+WINDOW: tuple[float, float] = tuple(VP().rho(torch.tensor([0.2, 0.8], dtype=torch.float64)).tolist())
+"""Noise levels rho at which SA-Solver draws by default: its authors' times 0.2 to 0.8 of `VP`, on every schedule."""
 
-def begin_falling(solver: str, schedule: Schedule, grid: Grid) -> Recorder:
-    """`begin` for solvers that add noise; ValueError for a rising grid."""
-    if grid[0] < grid[-1]:
-        raise ValueError(f"{solver} draws noise and only goes from noise to data: use a falling grid, or eta = 0")
-    return begin(solver, schedule, grid)
-
-
-def ancestral_step(record: Recorder, x0: Combination, eps: Combination, t: float, s: float, eta: float) -> Combination:
-    """alpha_s x0 + sqrt(sigma_s^2 - c^2) eps + c z, c = eta sigma_s sqrt(1 - rho_s^2 / rho_t^2) (2010.02502, eq. 12, 16)."""
-    sigma_s = record.sigma(s)
-    c = eta * sigma_s * math.sqrt(1 - (record.rho(s) / record.rho(t)) ** 2)
-    return record.alpha(s) * x0 + math.sqrt(sigma_s**2 - c**2) * eps + c * FRESH_NOISE
+PSIS: Mapping[str, LogPsi] = {
+    "er": lambda rho: np.logaddexp(rho**0.3, math.log(10)),
+    "ode": ode,
+    "sde": np.log,
+    "rho^1.5": lambda rho: 0.5 * np.log(rho),
+    "rho^2.5": lambda rho: 1.5 * np.log(rho),
+    "log": lambda rho: np.log(np.log10(1 + 100 * rho**1.5)) - 0.1 * np.log(rho),
+}
+"""log of psi = phi / rho: exp(rho^0.3) + 10 (the authors' default), 1, rho, and others of theirs (arXiv 2309.06169)."""
 
 
 def ddpm(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
     """Ancestral sampling (Ho et al. 2020, arXiv 2006.11239, eq. 7 and 11, on any grid): DDIM with eta = 1. Weak order 1."""
-    record = begin_falling("ddpm", schedule, grid)
-    for t, s in pairwise(grid):
-        now = record.first(t, analytic_first)
-        record.advance(ancestral_step(record, now.x0, now.eps, t, s, eta=1.0), s)
-    return record.table()
+    return multistep(begin_falling("ddpm", schedule, grid), Method("x0", "rho", 1), analytic_first, lambda t: np.log)
+
+
+def sa_solver(
+    schedule: Schedule,
+    grid: Grid,
+    analytic_first: bool = False,
+    predictor: int = 3,
+    corrector: int = 4,
+    tau: float = 1.0,
+    window: tuple[float, float] = WINDOW,
+    lower_order_final: bool = True,
+) -> Table:
+    """SA-Solver (arXiv 2309.05019): one evaluation a step, the corrector's included (PEC).
+
+    predictor: its values, 1 to 4. corrector: its values with the new one, at most predictor + 1; 0 for none. tau: strength of the
+    noise of steps that start within `window`, in rho; 0 for the others and the last. 0 is the ODE, 1 the reverse SDE.
+    """
+    check_order("sa_solver", predictor, 4)
+    if not (tau >= 0 and corrector in (0, *range(2, predictor + 2))):
+        raise ValueError(
+            f"sa_solver needs tau >= 0 and a corrector of 0 or 2 to {predictor + 1} values, got {tau} and {corrector}"
+        )
+    record = begin_falling(f"sa_solver{predictor}", schedule, grid)
+    if not lower_order_final:
+        need_noise_at_the_end(record)
+    noisy = [t for t in grid[:-2] if window[0] <= record.rho(t) <= window[1]]
+    method = Method("x0", "log rho", predictor, corrector, lower_order_final)
+    psi = lambda rho: tau**2 * np.log(rho)  # noqa: E731
+    return multistep(record, method, analytic_first, lambda t: psi if t in noisy else ode, tau=repr(tau))
+
+
+def er_sde(
+    schedule: Schedule,
+    grid: Grid,
+    analytic_first: bool = False,
+    order: int = 3,
+    psi: str | LogPsi = "er",
+    eta: float = 1.0,
+) -> Table:
+    """ER-SDE-Solver (arXiv 2309.06169), order 1-3 in x0; one evaluation a step.
+
+    psi: a name of `PSIS`, or log psi as a function of rho (float64 arrays) that does not decrease; ValueError if it does on the
+    grid's noise levels. eta in [0, 1]: psi^eta, so 0 is the ODE.
+    """
+    check_order("er_sde", order, 3)
+    record = begin_falling(f"er_sde{order}", schedule, grid)
+    if order > 1:
+        need_noise_at_the_end(record)
+    if isinstance(psi, str) and psi not in PSIS:
+        raise ValueError(f"unknown psi {psi!r}: choose one of {', '.join(PSIS)}, or give log psi as a function of rho")
+    log_psi = PSIS[psi] if isinstance(psi, str) else psi
+    levels = np.geomspace(max(record.rho(grid[-1]), 1e-8), min(record.rho(grid[0]), 1e8), 1000)
+    if not (0 <= eta <= 1 and bool((np.diff(log_psi(levels)) >= -1e-12).all())):
+        raise ValueError(
+            f"er_sde needs eta in [0, 1] and a psi = phi / rho that does not decrease, or steps would take noise away; got {eta} "
+            f"and {psi}: choose one of {', '.join(PSIS)}"
+        )
+    return multistep(
+        record, Method("x0", "rho", order), analytic_first, lambda t: lambda rho: eta * log_psi(rho), eta=repr(eta)
+    )
 
 
 def dpmpp2m_sde(
@@ -62,14 +129,12 @@ def dpmpp2m_sde(
     before: tuple[Combination, float] | None = None
     for i, (t, s) in enumerate(pairwise(grid)):
         now = record.first(t, analytic_first)
-        h = log_rho(record, t) - log_rho(record, s)
+        h = record.log_rho(t) - record.log_rho(s)
         estimate = now.x0
         if before is not None and not (lower_order_final and i == len(grid) - 2):
             q = before[1] / h  # x0 half a step ahead, by the line through the last two
             estimate = (1 + 1 / (2 * q)) * now.x0 - (1 / (2 * q)) * before[0]
         kept = math.exp(-eta * h) if eta else 1.0  # h may be infinite
-        pull = record.alpha(s) * -math.expm1(-(1 + eta) * h)
-        noise = record.sigma(s) * math.sqrt(1 - kept**2)
-        record.advance(record.sigma(s) / record.sigma(t) * kept * now.x + pull * estimate + noise * FRESH_NOISE, s)
+        record.advance(exponential_step(record, now.x, estimate, t, s, kept), s)
         before = (now.x0, h)
     return record.table(eta=repr(eta))

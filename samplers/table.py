@@ -30,6 +30,8 @@ from midway.samplers.schedule import Schedule, fingerprint, schedule_of
 from midway.samplers.table_checks import check_consistent, check_grid, check_nodes, check_rows
 
 FORMAT = "midway-table-1"
+NOISY = "adasde"
+"""The one learned solver that draws noise."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Table:
         check_rows(self.solver, self.rows)
         check_grid(self.solver, self.grid)
         check_nodes(self.solver, self.grid, self.nodes, self.rows)
-        if self.is_learned and self.stochastic:
-            raise ValueError(f"table '{self.solver}' has weights of noise, and no learned solver draws any")
+        if self.is_learned and self.stochastic and self.solver != NOISY:
+            raise ValueError(f"table '{self.solver}' has weights of noise, and no learned solver but {NOISY} draws any")
         if self.card is not None and (self.card.name, self.card.nfe) != (self.solver, self.nfe):
             raise ValueError(
                 f"table '{self.solver}' makes {self.nfe} evaluations, its card is of {self.card.name} at NFE {self.card.nfe}"
@@ -63,7 +65,7 @@ class Table:
     @property
     def is_learned(self) -> bool:
         """Whether its weights were learned: then they are of no method, and right for one model alone."""
-        return self.solver == "table" or self.solver.startswith("amed")
+        return self.solver in ("table", NOISY) or self.solver.startswith("amed")
 
     @functools.cached_property
     def times(self) -> tuple[float, ...]:
@@ -154,8 +156,8 @@ class Table:
         """Whether any row draws noise."""
         return any(row.noise != 0 for row in self.rows)
 
-    def save(self, path: Path) -> None:
-        """Write the table as safetensors: dense float64 arrays, the rest as JSON metadata. Atomic."""
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All numbers as dense float64 arrays, and the rest as the header of a file."""
         n = len(self.rows)
         numbers = {
             "time": [math.nan if r.time is None else r.time for r in self.rows],
@@ -168,8 +170,11 @@ class Table:
         arrays = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
         arrays["nodes"] = torch.tensor(self.nodes, dtype=torch.int64)
         header = {"format": FORMAT, "solver": self.solver, "schedule": self.schedule}
-        header |= {"metadata": json.dumps(dict(self.metadata)), "hash": self.hash}
-        write_tensors(path, arrays, header)
+        return arrays, header | {"metadata": json.dumps(dict(self.metadata)), "hash": self.hash}
+
+    def save(self, path: Path) -> None:
+        """Write the table as safetensors. Atomic."""
+        write_tensors(path, *self.packed())
 
     @staticmethod
     def load(path: Path, schedule: Schedule | None = None) -> "Table":
@@ -177,7 +182,15 @@ class Table:
 
         ValueError for any other file, for a table of another schedule, and for weights that are of no method on it.
         """
-        tensors, header = read_tensors(path, FORMAT, "a solver table", ("solver", "metadata"))
+        table = Table.unpacked(*read_tensors(path, FORMAT, "a solver table", ("solver", "metadata")), path)
+        if schedule is not None:
+            table.check_schedule(schedule)
+            table._check_method(schedule)  # also of a file that names no schedule
+        return table
+
+    @staticmethod
+    def unpacked(tensors: Mapping[str, Tensor], header: Mapping[str, str], path: Path) -> "Table":
+        """The table of what `packed` gave, read from `path`; ValueError for anything else."""
         check_tensors(tensors, _layout(tensors))
         arrays = {name: tensor.tolist() for name, tensor in tensors.items()}
         rows, evaluations = [], 0
@@ -205,9 +218,6 @@ class Table:
         )
         if header.get("hash", table.hash) != table.hash:
             raise ValueError(f"the numbers of {path} have hash {table.hash}, they were saved with {header['hash']}")
-        if schedule is not None:
-            table.check_schedule(schedule)
-            table._check_method(schedule)  # also of a file that names no schedule
         return table
 
 

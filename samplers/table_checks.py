@@ -17,10 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 
 from midway.samplers.grids import is_grid
-from midway.samplers.rows import Row
+from midway.samplers.rows import Row, lines
 from midway.samplers.schedule import Schedule, fingerprint
 
 TOLERANCE = 1e-6
@@ -160,15 +161,10 @@ def _wrong_variance(rows: Sequence[Row], schedule: Schedule, arrivals: Sequence[
     """The first row after which the noise in the state of a point mass, the start's and fresh, is not sigma."""
     problem = _PointMass(schedule, arrivals)
     x0 = problem.analytic[0] if rows[0].time is None else 0.0
-    left = [problem.line(x0, 1.0)[0][0]]  # of the start: x0 and its noise
-    fresh: list[list[float]] = [[]]  # of every row so far, in each state
-    for i, row in enumerate(rows):
-        states, predictions = _weights(row)
-        left.append(sum(w * left[j] for j, w in states) + sum(w * x0 for _, w in predictions))
-        drawn = [sum(w * fresh[j][k] for j, w in states if k < len(fresh[j])) for k in range(i)]
-        fresh.append([*drawn, row.noise])
-        own, sigma = left[-1] - problem.alpha[i + 1].item() * x0, problem.sigma[i + 1].item()
-        rounding = ROUNDING * (1 + abs(left[-1]))
-        if own < -rounding or abs(math.hypot(own, *fresh[-1]) - sigma) > TOLERANCE * sigma + rounding:
-            return i
-    return None
+    start, predictions, draws = lines(rows)
+    left = start * problem.line(x0, 1.0)[0][0] + predictions.sum(1) * x0
+    own, sigma = left - problem.alpha.numpy() * x0, problem.sigma.numpy()
+    rounding = ROUNDING * (1 + np.abs(left))
+    noise = np.hypot(own, np.linalg.norm(draws, axis=1))
+    wrong = (own < -rounding) | (np.abs(noise - sigma) > TOLERANCE * sigma + rounding)
+    return int(wrong[1:].argmax()) if wrong[1:].any() else None

@@ -12,17 +12,31 @@ class Timesteps:
 
     tensor: Tensor
     values: tuple[float, ...]
+    version: int
+    """Of the tensor as it was made: torch counts what is written into it."""
 
     @staticmethod
     def on(device: str | torch.device | None, values: Tensor) -> "Timesteps":
         """Of float32 values (N,) on the host."""
-        return Timesteps(values.to(device), tuple(values.tolist()))
+        with torch.inference_mode(False):  # tensors of inference mode have no version
+            tensor = values.to(device, copy=True)
+        return Timesteps(tensor, tuple(values.tolist()), tensor._version)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy has its own version."""
+        return _restored, (self.tensor, self.values, self.is_changed)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody wrote into `tensor`."""
+        return self.tensor._version != self.version
 
     def find(self, timestep: Tensor | float) -> tuple[int, ...]:
         """The indices that this timestep can stand for, several where stages share a time.
 
-        An entry of `tensor` is recognised by its place in memory, so that nothing waits for the device; any other tensor is read,
-        and compared as finely as its dtype resolves: in half precision it stands for every entry that is rounded to it.
+        An entry of `tensor` is recognised by its place in memory, so that nothing waits for the device. Any other tensor is read,
+        as are entries after somebody wrote into `tensor`, and compared as finely as its dtype resolves: in half precision it
+        stands for every entry that is rounded to it.
         ValueError for a timestep that is not in the list, and for more than one.
         """
         own = self._own(timestep)
@@ -45,11 +59,17 @@ class Timesteps:
         whole = self.tensor
         if not isinstance(timestep, Tensor) or timestep.dtype != whole.dtype or timestep.device != whole.device:
             return None
+        if self.is_changed:
+            return None
         one = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride(), strict=True))
         if not one or timestep.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():
             return None
         index = int(timestep.storage_offset() - whole.storage_offset())
         return index if 0 <= index < len(self.values) else None
+
+
+def _restored(tensor: Tensor, values: tuple[float, ...], is_changed: bool) -> Timesteps:
+    return Timesteps(tensor, values, tensor._version - is_changed)
 
 
 def _read(timestep: Tensor | float) -> tuple[float, torch.dtype]:

@@ -19,7 +19,7 @@ import tyro
 from midway.gen.core import processes, signals
 from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
-from midway.gen.core.terminal import lasting_output
+from midway.gen.core.terminal import lasting_output, plain_warnings
 from midway.gen.data.sources import check_unambiguous
 
 Task = TypeVar("Task")
@@ -113,7 +113,7 @@ def own_fields(task: type, values: Any) -> Any:
 def main(command: Callable[[list[str]], object], alone: bool = False) -> NoReturn:
     """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
     code = 1
-    with lasting_output(), signals.handling(processes.end):
+    with lasting_output(), plain_warnings(), signals.handling(processes.end):
         try:
             arguments = [a for a in sys.argv[1:] if a != "--debug"]
             code = run(command, arguments, "--debug" in sys.argv[1:], alone)

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
 
@@ -39,6 +40,17 @@ def lasting_output() -> Iterator[None]:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Within the block, a warning is one line, `warning: <message>`, without the file and line that raised it."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _lasting(stream: TextIO) -> TextIO:

@@ -44,7 +44,7 @@ from midway.samplers.distill import (
     teacher_nodes,
 )
 from midway.samplers.gits import GITS
-from midway.samplers.grids import GRIDS, Grid
+from midway.samplers.grids import GRIDS, NAMED, Grid
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.plugin import unlearned
 from midway.samplers.prediction import Field
@@ -108,9 +108,9 @@ class SolverTarget:
 
     def grid_for(self, schedule: Schedule, steps: int) -> Grid:
         """The times. ValueError for a name without a rule, and for another number of times."""
-        if self.times is None and self.grid not in GRIDS:
-            raise ValueError(f"grid '{self.grid}' has no rule: give its times, or choose one of {', '.join(GRIDS)}")
-        grid = GRIDS[self.grid](schedule, steps) if self.times is None else self.times
+        if self.times is None and self.grid not in NAMED:
+            raise ValueError(f"grid '{self.grid}' has no rule: give its times, or choose one of {', '.join(NAMED)}")
+        grid = NAMED[self.grid](schedule, steps) if self.times is None else self.times
         if len(grid) != steps + 1:
             raise ValueError(f"{self.nfe} evaluations are {steps} steps, the grid has {len(grid) - 1}: they must agree")
         return grid
@@ -137,10 +137,7 @@ def objective_for(trained: TrainedModel, target: SolverTarget, config: DistillCo
 
 
 class SolverObjective(Distillation):
-    """Trains `rule` (constants or a predictor). ValueError for an impossible budget, base, teacher or grid.
-
-    taught: evaluations of the teacher, among those of `counter`.
-    """
+    """Trains `rule` (constants or a predictor). ValueError for an impossible budget, base, teacher or grid."""
 
     def __init__(self, model: SampledModel, target: SolverTarget, config: DistillConfig) -> None:
         steps, analytic_first = config.steps(target.nfe)
@@ -155,7 +152,7 @@ class SolverObjective(Distillation):
         else:
             check_teacher(solver, teacher, self.stride)
         super().__init__(model, teacher, target.guidance, end_to_end and config.checkpointing)
-        self.target, self.config, self.solver, self.taught = target, config, solver, 0
+        self.target, self.config, self.solver = target, config, solver
         self.rule = Constants(steps, config.amed) if target.constants else Predictor(feature_dim, steps, config.amed)
 
     def _teacher_grid(self, solver: AMEDSolver, target: SolverTarget, config: DistillConfig) -> Grid:
@@ -168,7 +165,7 @@ class SolverObjective(Distillation):
                 f"per_step needs a teacher that passes the student's nodes, and grid '{target.grid}' has no rule that refines "
                 "it: use mode end_to_end"
             )
-        return GRIDS[target.grid](schedule, solver.steps * self.stride)
+        return NAMED[target.grid](schedule, solver.steps * self.stride)
 
     @property
     def grid(self) -> Grid:

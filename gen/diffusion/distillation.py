@@ -23,6 +23,7 @@ from midway.samplers.guidance import ConditionalField
 from midway.samplers.learned import checkpointed
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.prediction import Field, Prediction
+from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.sample import EvaluationCounter
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
@@ -59,6 +60,8 @@ class Distillation(nn.Module):
     """
 
     evaluations: Tensor
+    taught = 0
+    """Of the counter's evaluations, those of a teacher that other solvers share."""
 
     def __init__(self, model: SampledModel, teacher: Table, guidance: float, recompute: bool) -> None:
         super().__init__()
@@ -87,7 +90,7 @@ class Distillation(nn.Module):
         """The fields of a `SolverCard` that the objective decides."""
 
     @abstractmethod
-    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> LearnedSolver | Table:
+    def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> LearnedSolver | ResidualTable | Table:
         """The solver of the weights `averaged` (named as this module's state)."""
 
     @abstractmethod
@@ -122,15 +125,30 @@ class Lesson:
     lr: float = 5e-3
     clip: float = 1e6
     seed: int = 0
+    validate_every: int = 50
 
 
-def learn(objective: Distillation, take: Callable[[Tensor], Any], count: int, lesson: Lesson) -> None:
+def learn(
+    objective: Distillation,
+    take: Callable[[Tensor], Any],
+    count: int,
+    lesson: Lesson,
+    validate: Callable[[], float] | None = None,
+) -> None:
     """Train `objective` in memory on batches of its `count` trajectories, `take` (from `prepare`) making one of items (b,).
 
+    validate: called every `lesson.validate_every` steps and before the first; the weights of its least value are kept.
     For solvers of a field that takes no time; `fit` adds runs, checkpoints and processes.
     """
     optimizer = torch.optim.Adam(objective.parameters(), lesson.lr)
-    for step in range(lesson.steps):
+    kept: tuple[float, dict[str, Tensor]] = (math.inf, {})
+    for step in range(lesson.steps + 1):
+        if validate is not None and (step % lesson.validate_every == 0 or step == lesson.steps):
+            value = validate()
+            if value < kept[0]:
+                kept = (value, {name: p.detach().clone() for name, p in objective.named_parameters()})
+        if step == lesson.steps:
+            break
         items = randomness.permutation(lesson.seed, "distill", step, count)[: lesson.batch]
         optimizer.param_groups[0]["lr"] = lesson.lr * 0.5 * (1 + math.cos(math.pi * step / lesson.steps))
         loss, _ = objective.loss(take(items), Context(lesson.seed, step, items))
@@ -139,6 +157,8 @@ def learn(objective: Distillation, take: Callable[[Tensor], Any], count: int, le
         nn.utils.clip_grad_norm_(objective.parameters(), lesson.clip)
         optimizer.step()
         objective.after_step(torch.tensor(True))
+    if kept[1]:
+        objective.load_state_dict({**objective.state_dict(), **kept[1]})
 
 
 def part(averaged: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ features run       checkpoints/step-N/features.safetensors
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from midway.gen.core import checkpoints
 from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
@@ -24,9 +25,11 @@ from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.training.config import TrainConfig
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver, same_schedule
+from midway.samplers.residual_solver import NAMES as RESIDUALS
+from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import fingerprint
-from midway.samplers.table import Table
+from midway.samplers.table import NOISY, Table
 from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.weights import building, load_weights
 
@@ -35,7 +38,7 @@ TABLE = "table"
 """The learned solver that is a table: DPM-Solver++(3M) with learned corrections, times and evaluation times."""
 BEST = "best"
 """The grid of a learned solver that began on whichever grid was nearest to the teacher."""
-LEARNED = (TABLE, *AMED)
+LEARNED = (TABLE, *RESIDUALS, NOISY, *AMED)
 """Names of all solvers that can be learned."""
 
 
@@ -156,11 +159,18 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sample
     path = solver_path(trained.run.path, name, grid, nfe)
     if not (path / "config.yaml").exists():
         return None
-    file = Run.open(path, "solver").checkpoint / "solver.safetensors"
+    run = Run.open(path, "solver")
+    file = run.checkpoint / "solver.safetensors"
     retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
     with reading(file, retrain):
         schedule = trained.model.schedule
-        solver = Table.load(file, schedule) if name == TABLE else LearnedSolver.load(file, schedule)
+        kind = Table if name in (TABLE, NOISY) else ResidualTable if name in RESIDUALS else LearnedSolver
+        solver = kind.load(file, schedule)
+        if isinstance(solver, ResidualTable) and (best := checkpoints.directories(run.best)):
+            file = checkpoints.verify(best[0]).path / "solver.safetensors"
+            solver = replace(
+                ResidualTable.load(file, schedule), card=solver.card
+            )  # the weights of then, the cost of all
         card = solver.card
         _check_place(solver, trained, (name, grid, nfe))
     if card is None or card.model_hash != trained.hash:
@@ -185,6 +195,8 @@ def _check_place(solver: Sampler, trained: TrainedModel, place: tuple[str, str, 
         raise ValueError(
             f"its card names schedule {card.schedule}, the model has {fingerprint(trained.model.schedule)}"
         )
+    if isinstance(solver, ResidualTable):
+        solver.check_shape(trained.model.latent_shape)
     width = trained.model.config.dit.width
     if isinstance(solver, LearnedSolver) and solver.rule.feature_dim not in (0, width):
         raise ValueError(f"it reads {solver.rule.feature_dim} features, the model has {width}")

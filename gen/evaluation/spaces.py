@@ -4,6 +4,7 @@ One feature network alone can give a wrong conclusion, so a sweep looks at its i
 space has its own name, one of another space has the name of that space in front: `pixels_distance`.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from midway.gen.evaluation.metrics import Features, measure_metrics, possible
 from midway.gen.evaluation.records import space_names
 from midway.gen.features.reference import FeatureReference
+from midway.gen.metrics.jackknife import GROUPS, jackknife
 
 Spaces = Mapping[str, FeatureReference]
 """By name, the first under ``."""
@@ -57,3 +59,15 @@ def distances_and_metrics(names: Sequence[str], features: Mapping[str, Features]
         found[column(space, "distance")] = reference.distance_of(its.features)
         found |= {column(space, name): value for name, value in measure_metrics(chosen, its, reference).items()}
     return found
+
+
+def distance_errors(features: Mapping[str, Features], spaces: Spaces) -> Values:
+    """Standard error of the Fréchet distance to the data of one set of images in every space; none of fewer than 20 images."""
+    if any(len(its.features) < 2 * GROUPS for its in features.values()):
+        return {}
+    with warnings.catch_warnings():  # of few images, as of all of them
+        warnings.simplefilter("ignore", UserWarning)
+        return {
+            column(space, "distance"): jackknife(spaces[space].distance_of, its.features)
+            for space, its in features.items()
+        }

@@ -148,7 +148,9 @@ class Contest:
             return None
         card = taught.sampler.card
         assert card is not None
-        return self._scored(name, taught.sampler, taught.grid, card.analytic_first, card.training_nfe, False)
+        table = taught.sampler.table
+        noisy = table is not None and table.stochastic
+        return self._scored(name, taught.sampler, taught.grid, card.analytic_first, card.training_nfe, noisy)
 
     def _best(self, tables: dict[str, Table], stochastic: bool) -> str:
         """The grid of least RMSE on the unscored seeds; of solvers that draw noise, of least distance to the data."""

@@ -20,7 +20,7 @@ from midway.gen.data.images import ImageData
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features, joined_features, possible
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, Estimate, Measurement
-from midway.gen.evaluation.spaces import Spaces, distances_and_metrics, extract, further
+from midway.gen.evaluation.spaces import Spaces, distance_errors, distances_and_metrics, extract, further
 from midway.gen.features.reference import balanced
 from midway.gen.sweep.choice import Choice, choose_grids
 from midway.gen.sweep.fine import FineSolution, StoredSolution
@@ -38,14 +38,14 @@ def measure_images(name: str, images: Tensor, spaces: Spaces, metrics: tuple[str
 
 
 def _limit(name: str, features: Mapping[str, Features], spaces: Spaces, metrics: tuple[str, ...]) -> Measurement:
-    """The row `name` of `LIMITS` for images of these features."""
-    n = len(features[""].features)
+    """The row `name` of `LIMITS` for images of these features; the errors of its distances are a jackknife's."""
+    n, errors = len(features[""].features), distance_errors(features, spaces)
     found = distances_and_metrics(possible(metrics, n, spaces[""].statistics.dim), features, spaces)
     return Measurement(
         solver=name,
         grid="",
         nfe=0,
-        metrics={metric: Estimate(value) for metric, value in found.items()},
+        metrics={metric: Estimate(value, errors.get(metric)) for metric, value in found.items()},
         n=n,
         blocks=1,
         seconds=0.0,
@@ -191,6 +191,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         reference=context.spaces[""].name,
         seeds=str(seeds),
         training_nfe=job.training_nfe,
+        flops=numbers.nfe * job.network_flops + job.further_flops,
         baseline=job.baseline,
         nonfinite=numbers.nonfinite,
         record=cell.id,

@@ -6,13 +6,16 @@ import pty
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from multiprocess import Program, Surroundings, programs
 
 from midway.gen.core.errors import DataError
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
+from midway.gen.metrics.frechet import frechet_distance_of_features
 
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 LINE = "stopped by {}: no result was stored; the same command starts again\n"
@@ -214,3 +217,19 @@ def test_a_full_disk_is_no_reader_that_is_gone(tmp_path: Path) -> None:
         one[0].err.endswith("fix: free disk space, or choose a folder on another disk\n")
         and "Traceback" not in one[0].err
     )
+
+
+def warn(file: Path) -> None:
+    """Our own warning, and one of a library."""
+    frechet_distance_of_features(torch.eye(2), torch.eye(2))
+    warnings.warn("a library's\nsecond line", FutureWarning, stacklevel=1)
+    file.touch()
+
+
+def test_a_warning_is_a_line_without_the_file_that_raised_it(tmp_path: Path) -> None:
+    with programs(warn, tmp_path, tmp_path / "file") as one:
+        assert one[0].finish() == 0
+    lines = one[0].err.splitlines()
+    assert [line for line in lines if line.startswith("warning: ")] == [lines[0], lines[-2]]
+    assert "2 images for 2 features" in lines[0]
+    assert ".py" not in one[0].err

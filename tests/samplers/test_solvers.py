@@ -14,7 +14,6 @@ from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.plugin import plugin_table
-from midway.samplers.prediction import Prediction, expand
 from midway.samplers.recorder import Recorder
 from midway.samplers.rows import Row
 from midway.samplers.sample import EvaluationCounter, sample, trajectory
@@ -22,6 +21,7 @@ from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule
 from midway.samplers.solvers import SOLVERS, ddim, dpmpp2m_sde, euler, steps_for
 from midway.samplers.step_parameters import MeanDirection
 from midway.samplers.table import Table
+from midway.samplers.table_facts import variance_ratios
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM(sigma_max=5.0)]
 names = [type(s).__name__ for s in SCHEDULES]
@@ -125,41 +125,17 @@ def test_the_analytic_first_step_is_the_direction_of_unit_variance_data(schedule
     assert alpha * x0 + sigma * eps == pytest.approx(1, rel=1e-12)
 
 
-def _variance(table: Table, schedule: Schedule, std: float) -> float:
-    """Variance of the last state for data N(0, std^2), exactly: the field is linear, so every state is a sum of independent
-    normals, whose coefficients the run carries along."""
-    draws = iter(range(1, len(table.rows) + 1))
-
-    def field(x: Tensor, t: Tensor) -> Prediction:
-        alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
-        x0 = alpha * std**2 / (alpha**2 * std**2 + sigma**2) * x
-        return Prediction(x0, (x - alpha * x0) / sigma)
-
-    def unit(x: Tensor) -> Tensor:
-        fresh = torch.zeros_like(x)
-        fresh[:, next(draws)] = 1
-        return fresh
-
-    x = torch.zeros(1, len(table.rows) + 1, dtype=torch.float64)
-    x[:, 0] = _marginal(schedule, table.grid[0], std) ** 0.5
-    return sample(field, table, x, unit).square().sum().item()
-
-
-def _marginal(schedule: Schedule, t: float, std: float) -> float:
-    time = torch.tensor(t, dtype=torch.float64)
-    return (schedule.alpha(time) ** 2 * std**2 + schedule.sigma(time) ** 2).item()
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 @pytest.mark.parametrize("name", [name for name, solver in SOLVERS.items() if solver.stochastic])
 def test_solvers_that_draw_noise_reach_the_variance_of_a_gaussian_at_their_weak_order(
     name: str, schedule: Schedule
 ) -> None:
+    """Where they draw: er_sde's own process draws little here, sa_solver's starts and stops at the steps of its window."""
+    options = {"psi": "sde"} if name.startswith("er_sde") else {"window": (0, 9)} if name.startswith("sa_") else {}
     errors, (start, end) = [], times_of(schedule, 1.6, 0.6)
     for steps in (64, 128):
-        grid = uneven_grid(start, end, steps)
-        table = SOLVERS[name].build(schedule, grid)
-        errors.append(abs(_variance(table, schedule, 0.5) / _marginal(schedule, end, 0.5) - 1))
+        table = SOLVERS[name].build(schedule, uneven_grid(start, end, steps), **options)
+        errors.append(abs(variance_ratios(table, schedule, 0.5)[-1] - 1))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(SOLVERS[name].order, abs=0.15)
     assert errors[1] < 0.01
 
@@ -172,7 +148,7 @@ def test_noise_is_added_as_much_as_is_taken_away(build: Callable[..., Table], et
     grid = uneven_grid(*times_of(schedule, 3.0, 0.1), 6)
     table = build(schedule, grid, eta=eta)
     assert table.stochastic
-    assert _variance(table, schedule, 0.0) == pytest.approx(_marginal(schedule, grid[-1], 0.0), rel=1e-10)
+    assert variance_ratios(table, schedule, 0.0) == pytest.approx(1, rel=1e-10)
     alpha = schedule.alpha(torch.tensor(grid, dtype=torch.float64)).tolist()
     for i, row in enumerate(table.rows):  # and the mean of a point mass at 1 is alpha
         assert row.states[-1] * alpha[i] + sum(row.predictions) == pytest.approx(alpha[i + 1], rel=1e-10)
@@ -231,3 +207,27 @@ def test_rows_that_do_not_fit_raise_an_error() -> None:
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (1.0, 0.0), (1.0,)),))
     with pytest.raises(ValueError, match="not finite"):
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (math.inf,), (1.0,)),))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
+def test_edm_heun_is_algorithm_1_of_edm(schedule: Schedule) -> None:
+    """In y and rho, written out: Euler, then the trapezoid, but not after the last step, which ends at 0. 2 N - 1 evaluations."""
+    grid = grids.to_data(uneven_grid(*times_of(schedule, 3.0, 0.1), 4))
+    times = torch.tensor(grid, dtype=torch.float64)
+    alpha, rho, field = schedule.alpha(times), schedule.rho(times), mixture().field(schedule)
+
+    def slope(y: Tensor, i: int) -> Tensor:
+        return (y - field(alpha[i] * y, times[i].expand(16)).x0) / rho[i]
+
+    y = POINTS / alpha[0]
+    for i in range(5):
+        d = slope(y, i)
+        euler_y = y + (rho[i + 1] - rho[i]) * d
+        y = euler_y if i == 4 else y + (rho[i + 1] - rho[i]) * (d + slope(euler_y, i + 1)) / 2
+    table = SOLVERS["edm_heun"].build(schedule, grid)
+    assert table.nfe == 2 * 5 - 1
+    torch.testing.assert_close(sample(field, table, POINTS), y, rtol=0, atol=1e-12)
+    if isinstance(schedule, EDM):
+        same = SOLVERS["heun"].build(schedule, grid[:-1])
+        for a, b in zip(same.rows, SOLVERS["edm_heun"].build(schedule, grid[:-1]).rows, strict=True):
+            assert (*a.states, *a.predictions) == pytest.approx((*b.states, *b.predictions), abs=1e-12)

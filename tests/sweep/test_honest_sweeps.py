@@ -161,6 +161,10 @@ def test_the_floor_alone_goes_without_a_metric_it_is_too_small_for(pipeline: Pip
         measure_images("floor", held_out_images(held_out, n), {"": reference}, ("kid", "infinity")) for n in (20, 40)
     ]
     assert [cell.value("fd_infinity") is None for cell in found] == [True, False] and found[0].value("kid") is not None
+    errors = [cell.std("distance") for cell in found]
+    assert all(error is not None and error > 0 for error in errors)
+    few = measure_images("floor", held_out_images(held_out, 19), {"": reference})
+    assert few.std("distance") is None
 
 
 # ---- the reference's file ----
