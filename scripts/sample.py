@@ -33,11 +33,11 @@ class SampleTask(SamplingFlags, TileFlags):
     out: Path = Path("grid.png")
     """PNG to write."""
     solver: str = "dpmpp2m"
-    """A solver of samplers/solvers.py, or one learned for this model: table, amed, amed-constants, amed-plugin-..."""
+    """A solver of samplers/solvers.py, rk45, or one learned for this model: table, amed, amed-constants, amed-plugin-..."""
     nfe: int = 10
     """Network evaluations per image (guidance doubles what the network runs)."""
     grid: str = "karras"
-    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, gits (fitted). A learned solver brings its own."""
+    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, ays_sd, ays_sdxl or gits; learned ones have theirs."""
     n: int = 64
     """Number of images."""
     seed: int = 0
@@ -50,6 +50,10 @@ class SampleTask(SamplingFlags, TileFlags):
     """With --parallel: a state has settled when it changes by less, in standard deviations."""
     window: int | None = None
     """With --parallel: evaluations of a wave, per image; by default the whole trajectory."""
+    rtol: float = 1e-5
+    """With --solver rk45, which has no budget and chooses its steps: greatest error of a step, relative to the state."""
+    atol: float = 1e-5
+    """The same, absolute."""
 
     def __post_init__(self) -> None:
         SamplingFlags.__post_init__(self)
@@ -70,7 +74,7 @@ def run(task: SampleTask) -> None:
     trained = load_model(task.model, device)
     task.apply_tiles(trained.tokenizer)
     check_label(task.label, trained.model)
-    config = SamplerConfig(grids=(task.grid,), **task.sampler_options(device))
+    config = SamplerConfig((task.grid,), tolerances=(task.rtol, task.atol), **task.sampler_options(device))
     samplers = make_samplers(trained, task.solver, task.nfe, config)
     sampler = samplers.get(task.grid) or next(iter(samplers.values()))
     parallel = None if task.parallel == "no" else in_parallel(task, sampler, trained.model.schedule)

@@ -38,6 +38,7 @@ from midway.samplers.residual_solver import NAMES as RESIDUALS
 from midway.samplers.residual_solver import ResidualTable, describe
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import NOISY, Table
+from midway.samplers.table_facts import summary
 from running import open_run
 from tasks import Resume
 
@@ -230,6 +231,9 @@ def train_one(
         run.say(
             f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
         )
+        learned = load_solver(trained, task.solver, task.grid, nfe)
+        if learned is not None and learned.table is not None:
+            run.say(f"its table: {summary(learned.table, trained.model.schedule)}")
         if isinstance(objective, ResidualObjective):
             report_residual(task, nfe, objective, trained, run)
         return run

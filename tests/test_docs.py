@@ -24,7 +24,7 @@ from midway.gen.proving.contest import EXACT_ROW, Cell
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import csv_text
 from midway.samplers.gits import GITS
-from midway.samplers.grids import GRIDS, logsnr
+from midway.samplers.grids import NAMED, logsnr
 from midway.samplers.plugin import BASES
 from midway.samplers.runge_kutta import HEUN, runge_kutta
 from midway.samplers.schedule import VP, Linear
@@ -212,7 +212,7 @@ def test_the_page_of_solvers_names_every_solver_base_and_grid() -> None:
     prose = before + rest.partition("<!-- end names -->")[2]
     plain = [name for name in SOLVERS if not re.match(r"(ab|ipndm|ipndm_v|deis)\d$", name)]
     learned = [name for name in LEARNED if not name.startswith("amed-plugin-")]
-    for name in [*plain, *GRIDS, GITS, *learned, *(base for base in BASES if base != "none")]:
+    for name in [*plain, *NAMED, GITS, *learned, *(base for base in BASES if base != "none")]:
         assert f"`{name}`" in prose, name
     for family in ("ab", "ipndm", "ipndm_v", "deis"):
         members = [name for name in SOLVERS if re.fullmatch(rf"{family}\d", name)]

@@ -17,9 +17,10 @@ from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
+from midway.samplers.adaptive import AdaptiveSampler
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
-from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.grids import GRIDS, NAMED, RHO_MAX, RHO_MIN, Grid, karras
 from midway.samplers.guidance_checks import check_interval, check_scale
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
@@ -27,6 +28,8 @@ from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, ddim, steps_for
 from midway.samplers.table import Table
 
+ADAPTIVE = "rk45"
+"""The sampler that chooses its steps, where a tolerance is given in place of a budget."""
 LEARNED_ON = (*GRIDS, BEST)
 """What a solver may have been learned on; `best`: whichever grid it began nearest to the teacher on."""
 
@@ -54,6 +57,8 @@ class SamplerConfig:
     graph: bool = False
     draw: ClassDraw | None = None
     """How seeds draw their classes; None: in turn."""
+    tolerances: tuple[float, float] | None = None
+    """Relative and absolute, of `ADAPTIVE`; None where samplers have a budget."""
 
     def __post_init__(self) -> None:
         _check_flags(self)
@@ -72,7 +77,7 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
     """The table of a named solver at exactly `nfe` evaluations; UsageError for a name or a budget that does not exist."""
     if solver not in SOLVERS:
         raise UsageError(
-            f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, *LEARNED])
+            f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, ADAPTIVE, *LEARNED])
         )
     check_grid(grid)
     if config.eta and solver != "ddim":
@@ -84,9 +89,9 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
 
 def check_grid(name: str) -> None:
     """UsageError for a grid that is not in the registry, also for one given as numbers."""
-    if name not in (*GRIDS, GITS):
+    if name not in (*NAMED, GITS):
         why = "commands take grids by name; of numbers, `grids.explicit` makes one in Python"
-        raise UsageError(f"unknown grid '{name}'", why, nearest(name, [*GRIDS, GITS]))
+        raise UsageError(f"unknown grid '{name}'", why, nearest(name, [*NAMED, GITS]))
 
 
 def build_table(
@@ -100,7 +105,7 @@ def build_table(
             fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
             times = tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
         else:
-            times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
+            times = NAMED[grid](schedule, steps, config.rho_max, config.rho_min)
         if config.eta:
             return ddim(schedule, times, config.analytic_first, config.eta)
         return entry.build(schedule, times, config.analytic_first)
@@ -156,6 +161,8 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     for grid in config.grids:
         check_grid(grid)
     check_guidance(config, trained)
+    if solver == ADAPTIVE:
+        return {config.grids[0]: _adaptive(trained.model.schedule, nfe, config)}
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained, config) for grid in config.grids}
     found = {grid: load_solver(trained, solver, grid, nfe) for grid in LEARNED_ON}
@@ -171,6 +178,20 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     if not fitting:
         raise next(mismatch for mismatch in mismatches.values() if mismatch is not None)
     return fitting
+
+
+def _adaptive(schedule: Schedule, nfe: int, config: SamplerConfig) -> AdaptiveSampler:
+    """Between the ends of the first grid; UsageError where a budget is measured, and for flags that it does not have."""
+    if config.tolerances is None:
+        raise UsageError(f"{ADAPTIVE} at NFE {nfe}", "it has a tolerance, not a budget", "use it in sample.py alone")
+    for flag, given in (("--eta", config.eta), ("--analytic-first", config.analytic_first)):
+        if given:
+            raise UsageError(
+                f"{flag} with {ADAPTIVE}", "it solves the ODE from its first evaluation on", f"drop {flag}"
+            )
+    times = karras(schedule, nfe, config.rho_max, config.rho_min)
+    with raising(UsageError, f"{ADAPTIVE} on this model", "change --rtol or --atol"):
+        return AdaptiveSampler(schedule, times, *config.tolerances)
 
 
 def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:

@@ -98,3 +98,26 @@ def test_what_cannot_be_fitted_raises_an_error() -> None:
         cheapest_path(torch.zeros(4, 4), 4)
     with pytest.raises(ValueError, match="starts at pure noise"):
         gits_grid(mixture().field(Linear()), Linear(), torch.zeros(1, 2), (1.0, 0.5, 0.1), 2)
+
+
+@pytest.mark.parametrize(("name", "levels"), [("ays_sd", grids.AYS_SD), ("ays_sdxl", grids.AYS_SDXL)])
+def test_align_your_steps_has_the_published_levels_and_interpolates_their_logarithm(
+    name: str, levels: tuple[float, ...]
+) -> None:
+    make = grids.NAMED[name]
+    for schedule in (VP(), Linear()):
+        ten, twenty = (
+            schedule.rho(torch.tensor(make(schedule, n, 14.615, 0.002), dtype=torch.float64)) for n in (10, 20)
+        )
+        assert ten[:-1].tolist() == pytest.approx(levels[:-1], rel=1e-9)
+        assert ten[-1].item() == pytest.approx(0.002, rel=1e-9)
+        assert twenty[:-1:2].tolist() == pytest.approx(ten[:-1].tolist(), rel=1e-9)
+        assert twenty[1].item() == pytest.approx(math.sqrt(levels[0] * levels[1]), rel=1e-9)
+    assert make(VP(), 1) == pytest.approx(grids.karras(VP(), 1), abs=1e-12)
+    with pytest.raises(ValueError, match="noise levels"):
+        make(VP(), 10, 5.0, 0.002)  # ends below its second level
+
+
+def test_a_grid_to_data_has_one_step_more() -> None:
+    grid = grids.karras(EDM(), 3)
+    assert grids.to_data(grid) == (*grid, 0.0)

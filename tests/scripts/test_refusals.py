@@ -52,6 +52,10 @@ TABLE = """
   EVALUATE --solvers heun --nfe 6 --analytic-first -> NFE 6 | 5 or 7 | analytic first step
   SOLVER --nfe 2,7 --distill.analytic-first False -> NFE 7 | 6 or 8
   SOLVER --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
+  EVALUATE --solvers rk45 -> rk45 at NFE 4 | tolerance, not a budget | sample.py
+  SAMPLE --solver rk45 --eta 1; --solver rk45 --analytic-first -> with rk45 | drop --
+  SAMPLE --solver rk45 --rtol 0; --solver rk45 --atol nan -> positive tolerances | --rtol or --atol
+  SAMPLE --solver rk45 --parallel gaussian -> --parallel with rk45
   EVALUATE --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
 2 evaluate
   EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --choice-seeds 1; --exact-nfe -1; --solvers ,; --grids= -> FLAG
