@@ -322,7 +322,7 @@ ODD_HEUN: Flags = {"solver": "heun", "nfe": 5, "analytic-first": True}
 CHANGES: list[tuple[Flags, Flags]] = [
     *(({}, {"solver": name}) for name in ("heun", "amed", "amed-constants", "unipc2", "dpmpp2m_sde")),
     *(({}, {"grid": name}) for name in ("logsnr", "karras", "shift", "quadratic", "vp", "gits")),
-    *(({}, {"nfe": 9}), ({}, {"seed": 4}), ({}, {"label": 5}), ({}, {"analytic-first": True}), ({}, {"eta": 1.0})),
+    *(({}, {"nfe": 9}), ({}, {"seed": 4}), ({}, {"labels": "5"}), ({}, {"analytic-first": True}), ({}, {"eta": 1.0})),
     *(({}, GUIDED), ({}, IN_INTERVAL), (GUIDED, IN_INTERVAL), ({"solver": "heun", "nfe": 6}, ODD_HEUN)),
 ]
 
