@@ -73,8 +73,8 @@ class Comparison:
     quantizers: tuple[str, ...] = QUANTIZERS
     repeats: int = 2
     """More seeds of vq and fsq at the second of `bits`."""
-    features: str = "none"
-    """Run directory of a feature network of the same images, for the distances."""
+    features: str = "effnet-lite0"
+    """Feature space of the distances, or none."""
     n: int | None = 2000
     """Held-out images to measure on."""
     json: Path = Path("benchmarks/results/compare_tokenizers.json")
