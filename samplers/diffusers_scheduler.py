@@ -40,7 +40,7 @@ class MidwayScheduler(SchedulerMixin, ConfigMixin):
     The first seven arguments describe how the model was trained, with diffusers' names and defaults (interop.py).
 
     prediction_type: epsilon, sample, v_prediction or flow_prediction. solver, solver_options: a name of `SOLVERS` and further
-    arguments of its builder. grid, grid_options: a name of `GRIDS` and further arguments, or falling times in [0, 1] that fix the
+    arguments of its builder. grid, grid_options: a name of `NAMED` and further arguments, or falling times in [0, 1] that fix the
     number of steps. analytic_first: no evaluation in the first step. table: in place of all these, the path of a learned
     table, or its numbers, which then are part of the config.
     """

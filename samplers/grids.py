@@ -7,6 +7,7 @@ would collapse there, and 0.002 is half of one grey level of 8-bit images.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -95,6 +96,35 @@ def vp(schedule: Schedule, steps: int, rho_max: float = RHO_MAX, rho_min: float 
     return _as_grid(schedule.time_of_rho(own.rho(times)))
 
 
+AYS_SD = (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029)
+AYS_SDXL = (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029)
+
+
+def align_your_steps(
+    schedule: Schedule,
+    steps: int,
+    rho_max: float = RHO_MAX,
+    rho_min: float = RHO_MIN,
+    levels: Sequence[float] = AYS_SD,
+) -> Grid:
+    """The noise levels published for Stable Diffusion 1.5, or XL (Sabour et al. 2024, arXiv 2404.14507), or any list.
+
+    Between two of them log rho is interpolated, for any number of steps. The ends are rho_max and rho_min, as of every grid;
+    the list's are 14.615, and 0.029 in place of 0. ValueError for ends that leave no room for a level.
+    """
+    _ends(schedule, rho_max, rho_min)
+    log_levels, place = torch.tensor(levels, dtype=torch.float64).log(), _fractions(steps) * (len(levels) - 1)
+    before = place.floor().clamp(max=len(levels) - 2)
+    log_rho = torch.lerp(log_levels[before.long()], log_levels[before.long() + 1], place - before)
+    log_rho[0], log_rho[-1] = math.log(rho_max), math.log(rho_min)
+    return _as_grid(schedule.time_of_rho(log_rho.exp()))
+
+
+def to_data(grid: Grid) -> Grid:
+    """The grid and one more step, to sigma = 0: where EDM's grids end (Karras et al. 2022, arXiv 2206.00364, eq. 5)."""
+    return explicit((*grid, 0.0))
+
+
 def reversed_grid(grid: Grid) -> Grid:
     """The same times from data to noise: a deterministic solver built on them encodes instead of sampling."""
     return grid[::-1]
@@ -116,3 +146,10 @@ GRIDS: dict[str, Callable[..., Grid]] = {
     "quadratic": quadratic,
     "vp": vp,
 }
+
+NAMED: dict[str, Callable[..., Grid]] = {
+    **GRIDS,
+    "ays_sd": align_your_steps,
+    "ays_sdxl": partial(align_your_steps, levels=AYS_SDXL),
+}
+"""Grids by name: those of `GRIDS`, which a choice of the best one tries, and those that were fitted to one published model."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from midway.samplers.artefacts import check_tensors, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
+from midway.samplers.operations import Costs, flops
 from midway.samplers.prediction import Field
 from midway.samplers.residual import Residual, ResidualShape, parameter_count, steps
 from midway.samplers.rows import NoiseSource
@@ -25,29 +24,6 @@ NAMES = {"table-residual": 3, "table-residual-1x1": 1}
 """Kernel sizes by name."""
 BASE = "base."
 """Prefix of the base table's tensors and header."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Floating-point operations per sample, of products alone: a multiplication and an addition are two."""
-
-    network: int
-    """One evaluation of the network, unguided."""
-    residual: int
-    """All calls of the residual on the way."""
-
-    def describe(self, nfe: int) -> str:
-        """In words, for a solver of `nfe` evaluations."""
-        network, residual = (f"{value / 1e6:.3g} MFLOP" for value in (self.network, self.residual))
-        share = 100 * self.residual / max(nfe * self.network, 1)
-        return f"{nfe} evaluations of {network}, and {residual} of the residual ({share:.1f} % more)"
-
-
-def flops(call: Callable[[], object]) -> int:
-    """Of matrix products, convolutions and attention in one call."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call()
-    return counter.get_total_flops()
 
 
 def residual_flops(residual: Residual, rows: int) -> int:

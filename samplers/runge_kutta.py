@@ -15,6 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from midway.samplers.exponential import begin, begin_in_rho, need_noise_at_the_end, weighted
+from midway.samplers.generator import exponential_step
 from midway.samplers.grids import Grid
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
@@ -78,23 +79,27 @@ def runge_kutta(
     analytic_first: bool = False,
     tableau: Tableau = RK4,
     variable: Variable = "t",
+    name: str = "",
 ) -> Table:
     """Any explicit Runge-Kutta method on dx/dt = v (`variable="t"`) or dy/drho = eps (`"rho"`). One evaluation per stage.
 
-    In rho the grid may not start at pure noise, where rho is infinite.
+    In rho the grid may not start at pure noise, where rho is infinite; it may end at sigma = 0, by a step of Euler's.
     """
     if variable not in get_args(Variable):
         raise ValueError(f"variable must be 't' or 'rho', got {variable!r}")
     if variable == "t":
-        record, slope = begin(tableau.name, schedule, grid), attrgetter("velocity")
+        record, slope = begin(name or tableau.name, schedule, grid), attrgetter("velocity")
         place, time, scale = float, float, lambda _: 1.0
     else:
-        record, slope = begin_in_rho(tableau.name, schedule, grid), attrgetter("eps")
+        record, slope = begin_in_rho(name or tableau.name, schedule, grid), attrgetter("eps")
         place, time, scale = record.rho, record.time_of_rho, record.alpha
-    if tableau.c[-1] == 1:
+    if tableau.c[-1] == 1 and variable == "t":
         need_noise_at_the_end(record)
     for t, s in pairwise(grid):
         now = record.first(t, analytic_first)
+        if variable == "rho" and record.sigma(s) == 0:
+            record.advance(exponential_step(record, now.x, now.x0, t, s), s)
+            break
         z, u, h, slopes = now.x / scale(t), place(t), place(s) - place(t), [slope(now)]
         for row, c in zip(tableau.a[1:], tableau.c[1:], strict=True):
             inner = s if c == 1 else time(u + c * h)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midway.samplers.grids import GRIDS, Grid, explicit, is_grid
+from midway.samplers.grids import NAMED, Grid, explicit, is_grid
 from midway.samplers.interop import Parametrisation, trained_range
 from midway.samplers.schedule import Linear, Shifted
 from midway.samplers.solvers import SOLVERS
@@ -26,11 +26,11 @@ SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def check_named(grid: Any) -> None:
-    """ValueError for what is neither a name of `GRIDS` nor falling times."""
+    """ValueError for what is neither a name of `NAMED` nor falling times."""
     if not isinstance(grid, str):
         explicit(grid)
-    elif grid not in GRIDS:
-        raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(GRIDS)}, or give falling times in [0, 1]")
+    elif grid not in NAMED:
+        raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(NAMED)}, or give falling times in [0, 1]")
 
 
 def table_on(model: Parametrisation, config: Mapping[str, Any], grid: Grid, analytic_first: bool) -> Table:
@@ -164,8 +164,8 @@ def _named(model: Parametrisation, config: Mapping[str, Any], steps: int, factor
     rho_max, rho_min = trained_range(model.schedule)
     options = {"rho_max": rho_max, "rho_min": rho_min, **options}
     if factor == 1:
-        return GRIDS[name](model.schedule, steps, **options)
-    own = GRIDS["uniform" if name == "shift" else name]
+        return NAMED[name](model.schedule, steps, **options)
+    own = NAMED["uniform" if name == "shift" else name]
     return _warped(shifted, own(shifted, steps, **{key: value for key, value in options.items() if key != "factor"}))
 
 

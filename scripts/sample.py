@@ -44,11 +44,11 @@ class SampleFlags:
     out: Path = Path("grid.png")
     """grid.png: a grid. A folder, .zip or .npz: single images. With --invert: noise, .safetensors."""
     solver: str = "dpmpp2m"
-    """euler, ddim, heun, dpmpp2m, unipc3, ipndm3 or another of docs/solvers.md; or one learned for this model: table, amed, ..."""
+    """euler, ddim, heun, dpmpp2m, ... (docs/solvers.md), rk45, or one learned for this model: table, amed, amed-plugin-..."""
     nfe: int = 10
     """Network evaluations per image (guidance doubles what the network runs)."""
     grid: str = "karras"
-    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, gits (fitted). A learned solver brings its own."""
+    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, ays_sd, ays_sdxl or gits; learned ones have theirs."""
     n: int | None = None
     """Number of images: 64, or as many as --init, --noise or --invert has."""
     seed: int = 0
@@ -69,16 +69,20 @@ class SampleFlags:
     """With --parallel: a state has settled when it changes by less, in standard deviations."""
     window: int | None = None
     """With --parallel: evaluations of a wave, per image; by default the whole trajectory."""
+    rtol: float = 1e-5
+    """With --solver rk45, which has no budget and chooses its steps: greatest error of a step, relative to the state."""
+    atol: float = 1e-5
+    """The same, absolute."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTask(TileFlags, SamplingFlags, SampleFlags):
     """Draw samples of a model; an image depends on its seed alone.
 
-    A grid: --out grid.png. Single images named by seed and class: --out FOLDER, x.zip or x.npz, with any --n; after a kill the same
-    command draws what is missing, and processes share it: accelerate launch --num_processes 4 scripts/sample.py ...
+    A grid: --out grid.png. Single images named by seed and class: --out FOLDER, x.zip or x.npz, with any --n; after a kill
+    the same command draws what is missing, and processes share it: accelerate launch --num_processes 4 scripts/sample.py ...
 
-    Image to image: --init photos --strength 0.6. Inversion: --invert photos --out noise.safetensors, then --noise noise.safetensors.
+    Image to image: --init photos --strength 0.6. Inversion: --invert photos --out n.safetensors, then --noise n.safetensors.
     """
 
     def __post_init__(self) -> None:
@@ -100,7 +104,7 @@ def run(task: SampleTask) -> None:
     device, process = device_and_process()
     trained = load_model(task.model, device)
     task.apply_tiles(trained.tokenizer)
-    config = SamplerConfig(grids=(task.grid,), **task.sampler_options(device))
+    config = SamplerConfig((task.grid,), tolerances=(task.rtol, task.atol), **task.sampler_options(device))
     labels = () if task.labels is None else chosen_labels(task.labels, trained.model)
     samplers = make_samplers(trained, task.solver, task.nfe, config)
     sampler = samplers.get(task.grid) or next(iter(samplers.values()))
@@ -209,7 +213,9 @@ def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> Paral
     """The same in waves; UsageError for a solver without fixed rows."""
     if sampler.table is None:
         raise UsageError(
-            f"--parallel with {task.solver}", "its steps follow from the network's features", "use its -constants form"
+            f"--parallel with {task.solver}",
+            "its steps follow from the network's features",
+            "use its form without -predictor",
         )
     assert task.parallel != "no"
     with raising(UsageError, "--tolerance or --window", "change it"):

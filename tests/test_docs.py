@@ -24,7 +24,7 @@ from midway.gen.proving.contest import EXACT_ROW, Cell
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import csv_text
 from midway.samplers.gits import GITS
-from midway.samplers.grids import GRIDS, logsnr
+from midway.samplers.grids import NAMED, logsnr
 from midway.samplers.plugin import BASES
 from midway.samplers.runge_kutta import HEUN, runge_kutta
 from midway.samplers.schedule import VP, Linear
@@ -212,7 +212,7 @@ def test_the_page_of_solvers_names_every_solver_base_and_grid() -> None:
     prose = before + rest.partition("<!-- end names -->")[2]
     plain = [name for name in SOLVERS if not re.match(r"(ab|ipndm|ipndm_v|deis)\d$", name)]
     learned = [name for name in LEARNED if not name.startswith("amed-plugin-")]
-    for name in [*plain, *GRIDS, GITS, *learned, *(base for base in BASES if base != "none")]:
+    for name in [*plain, *NAMED, GITS, *learned, *(base for base in BASES if base != "none")]:
         assert f"`{name}`" in prose, name
     for family in ("ab", "ipndm", "ipndm_v", "deis"):
         members = [name for name in SOLVERS if re.fullmatch(rf"{family}\d", name)]
@@ -285,5 +285,5 @@ def test_the_table_of_tokenizers_is_the_one_that_was_measured() -> None:
         (row,) = [line for line in block.splitlines() if line.startswith(f"| `{cell['quantizer']}` |")]
         assert f"{cell['bits']:.1f} bits" in row
         assert f"{cell['psnr']:.2f} dB" in row
-    assert facts["protocol"]["features"] in block
+    assert facts["protocol"]["images"] in block
     assert (ROOT / "docs" / "images" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")

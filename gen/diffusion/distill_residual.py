@@ -22,8 +22,9 @@ from midway.gen.diffusion.distillation import Distillation, SampledModel, part
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import GRIDS, Grid
+from midway.samplers.operations import Costs, network_flops
 from midway.samplers.residual import Residual, ResidualShape, Step, pointwise, span_shares, steps
-from midway.samplers.residual_solver import NAMES, Costs, ResidualTable, flops, residual_flops
+from midway.samplers.residual_solver import NAMES, ResidualTable, residual_flops
 from midway.samplers.sample import sample
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
@@ -153,11 +154,8 @@ class ResidualObjective(Distillation):
 
     def costs(self) -> Costs:
         """Of one sample."""
-        model = self._model[0]
-        device = self.residual.unit.device
-        x, labels = torch.zeros(1, *model.latent_shape, device=device), torch.zeros(1, dtype=torch.long, device=device)
-        t = torch.full((1,), self.base.grid[0], device=device)
-        network = flops(lambda: model.conditional_field(x, t, labels))
+        model, device = self._model[0], self.residual.unit.device
+        network = network_flops(model.conditional_field, model.latent_shape, device)
         return Costs(network, residual_flops(copy.deepcopy(self.residual), len(self.base.rows)))
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ FORMAT = "midway-noise-1"
 def on_grid(solver: str, schedule: Schedule, grid: Grid, eta: float = 0.0) -> Table:
     """A solver of the registry on this grid, rising or falling. UsageError for any other, and where it cannot run there."""
     if solver not in SOLVERS:
-        why = "its numbers were learned for all of its own grid, from noise to data"
+        why = "it has steps of its own, learned for the whole way from noise to data or chosen on the way"
         raise UsageError(f"{solver} on another grid than its own", why, "take a solver of the registry, say dpmpp2m")
     rising = grid[-1] > grid[0]
     if rising and (eta or SOLVERS[solver].stochastic):
@@ -55,9 +55,11 @@ def rest_of(sampler: Sampler, solver: str, schedule: Schedule, strength: float, 
         raise UsageError(
             f"--strength {strength}", "it is the share of the steps that run, above 0 and up to 1", "say 0.6"
         )
+    if strength == 1:
+        return sampler
     steps = len(sampler.grid) - 1
     left_out = steps - max(1, round(strength * steps))
-    return sampler if left_out == 0 else on_grid(solver, schedule, sampler.grid[left_out:], eta)
+    return on_grid(solver, schedule, sampler.grid[left_out:], eta)
 
 
 def from_latents(latents_of: Callable[[Tensor], Tensor], schedule: Schedule, t: float) -> Start:

@@ -3,13 +3,13 @@
 Invalid combinations raise UsageError here, before the first sample is drawn, with what is possible instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
@@ -17,17 +17,21 @@ from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
+from midway.samplers.adaptive import AdaptiveSampler
 from midway.samplers.card import SolverCard
-from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
-from midway.samplers.grids import GRIDS, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.gits import FINE_STEPS, GITS, WarmUp, fitted_grid, warm_up
+from midway.samplers.grids import NAMED, RHO_MAX, RHO_MIN, Grid, karras
 from midway.samplers.guidance_checks import check_interval, check_scale
+from midway.samplers.prediction import Field
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, ddim, steps_for
 from midway.samplers.table import Table
 
-LEARNED_ON = (*GRIDS, BEST)
+ADAPTIVE = "rk45"
+"""The sampler that chooses its steps, where a tolerance is given in place of a budget."""
+LEARNED_ON = (*NAMED, GITS, BEST)
 """What a solver may have been learned on; `best`: whichever grid it began nearest to the teacher on."""
 
 WARM_UP = 64
@@ -54,6 +58,8 @@ class SamplerConfig:
     graph: bool = False
     draw: ClassDraw | None = None
     """How seeds draw their classes; None: in turn."""
+    tolerances: tuple[float, float] | None = None
+    """Relative and absolute, of `ADAPTIVE`; None where samplers have a budget."""
 
     def __post_init__(self) -> None:
         _check_flags(self)
@@ -72,7 +78,7 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
     """The table of a named solver at exactly `nfe` evaluations; UsageError for a name or a budget that does not exist."""
     if solver not in SOLVERS:
         raise UsageError(
-            f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, *LEARNED])
+            f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, ADAPTIVE, *LEARNED])
         )
     check_grid(grid)
     if config.eta and solver != "ddim":
@@ -84,9 +90,9 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
 
 def check_grid(name: str) -> None:
     """UsageError for a grid that is not in the registry, also for one given as numbers."""
-    if name not in (*GRIDS, GITS):
+    if name not in (*NAMED, GITS):
         why = "commands take grids by name; of numbers, `grids.explicit` makes one in Python"
-        raise UsageError(f"unknown grid '{name}'", why, nearest(name, [*GRIDS, GITS]))
+        raise UsageError(f"unknown grid '{name}'", why, nearest(name, [*NAMED, GITS]))
 
 
 def build_table(
@@ -94,51 +100,69 @@ def build_table(
 ) -> Table:
     """The table of a solver of the registry; only a fitted grid needs the model. UsageError for a budget that does not exist."""
     entry = SOLVERS[solver]
+
+    def build(times: Grid) -> Table:
+        return (
+            ddim(schedule, times, config.analytic_first, config.eta)
+            if config.eta
+            else entry.build(schedule, times, config.analytic_first)
+        )
+
     with raising(UsageError, f"{solver} on grid {grid} at NFE {nfe} is not possible", "change --nfe"):
         steps = steps_for(entry.evaluations, nfe, config.analytic_first)
-        if grid == GITS and trained is not None:
-            fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
-            times = tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
-        else:
-            times = GRIDS[grid](schedule, steps, config.rho_max, config.rho_min)
-        if config.eta:
-            return ddim(schedule, times, config.analytic_first, config.eta)
-        return entry.build(schedule, times, config.analytic_first)
+        if grid != GITS or trained is None:
+            return build(NAMED[grid](schedule, steps, config.rho_max, config.rho_min))
+        silent = build if not (entry.stochastic or config.eta) else partial(ddim, schedule)
+        fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
+        times, cost = fit.grid(steps, silent)
+        table = build(times)
+        fit.spent[table.hash] = cost
+        return table
 
 
-def fitting_nfe(trained: TrainedModel, config: SamplerConfig) -> int:
-    """Passes of samples through the networks that fitting costs, once per model."""
-    return _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min).nfe
+def fitting_nfe(trained: TrainedModel, config: SamplerConfig, sampler: Sampler) -> int:
+    """Passes of samples through the networks that fitting the grid of a sampler costs, were it fitted alone."""
+    fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
+    return fit.spent.get(sampler.hash, fit.nfe)
+
+
+def gits_for(trained: TrainedModel, guidance: float, steps: int, build: Callable[[Grid], Table]) -> tuple[Grid, int]:
+    """The grid `gits` of this many steps for the solver that `build` makes, and the passes through the network that it costs."""
+    return _fit(trained, Guidance(guidance), RHO_MAX, RHO_MIN).grid(steps, build)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fine grid, the cost of jumping over parts of it, and the passes through the networks that this took."""
+    """Fine trajectories and their field; `nfe` passes of samples through the networks that they took.
 
-    grid: Grid
-    costs: Tensor
+    spent: those of whole fits, by the hash of the table that one was made for.
+    """
+
+    warm: WarmUp
+    field: Field
+    networks: tuple[nn.Module, ...]
     nfe: int
+    spent: dict[str, int]
+
+    def grid(self, steps: int, build: Callable[[Grid], Table]) -> tuple[Grid, int]:
+        """`fitted_grid`, and what it costs with the fine trajectories."""
+        with ForwardCounter(*self.networks) as counter:
+            return fitted_grid(self.warm, self.field, steps, build), self.nfe + counter.evaluations
 
 
 def _fit(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> Fit:
     key = (trained.hash, guidance, rho_max, rho_min)
     if key not in _fits:
-        networks = [model.network for model in (trained.model, guidance.weak) if model is not None]
+        model = trained.model
+        device, order = next(model.parameters()).device, torch.arange(WARM_UP)
+        networks = tuple(one.network for one in (model, guidance.weak) if one is not None)
+        fine = karras(model.schedule, FINE_STEPS, rho_max, rho_min)
+        noise = randomness.normal(0, "gits", 0, order, model.latent_shape).to(device)
+        field = model.field(labels_of(order, model.classes, model.empty).to(device), guidance)
         with ForwardCounter(*networks) as counter:
-            grid, costs = _jump_costs(trained, guidance, rho_max, rho_min)
-        _fits[key] = Fit(grid, costs, counter.evaluations)
+            warm = warm_up(field, model.schedule, start_state(model.schedule, fine[0], noise), fine)
+        _fits[key] = Fit(warm, field, networks, counter.evaluations, {})
     return _fits[key]
-
-
-@torch.no_grad()
-def _jump_costs(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> tuple[Grid, Tensor]:
-    model = trained.model
-    device = next(model.parameters()).device
-    order = torch.arange(WARM_UP)
-    noise = randomness.normal(0, "gits", 0, order, model.latent_shape).to(device)
-    fine = karras(model.schedule, FINE_STEPS, rho_max, rho_min)
-    field = model.field(labels_of(order, model.classes, model.empty).to(device), guidance)
-    return fine, jump_costs(field, model.schedule, start_state(model.schedule, fine[0], noise), fine)
 
 
 def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:
@@ -156,6 +180,8 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     for grid in config.grids:
         check_grid(grid)
     check_guidance(config, trained)
+    if solver == ADAPTIVE:
+        return {config.grids[0]: _adaptive(trained.model.schedule, nfe, config)}
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained, config) for grid in config.grids}
     found = {grid: load_solver(trained, solver, grid, nfe) for grid in LEARNED_ON}
@@ -171,6 +197,20 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     if not fitting:
         raise next(mismatch for mismatch in mismatches.values() if mismatch is not None)
     return fitting
+
+
+def _adaptive(schedule: Schedule, nfe: int, config: SamplerConfig) -> AdaptiveSampler:
+    """Between the ends of the first grid; UsageError where a budget is measured, and for flags that it does not have."""
+    if config.tolerances is None:
+        raise UsageError(f"{ADAPTIVE} at NFE {nfe}", "it has a tolerance, not a budget", "use it in sample.py alone")
+    for flag, given in (("--eta", config.eta), ("--analytic-first", config.analytic_first)):
+        if given:
+            raise UsageError(
+                f"{flag} with {ADAPTIVE}", "it solves the ODE from its first evaluation on", f"drop {flag}"
+            )
+    times = karras(schedule, nfe, config.rho_max, config.rho_min)
+    with raising(UsageError, f"{ADAPTIVE} on this model", "change --rtol or --atol"):
+        return AdaptiveSampler(schedule, times, *config.tolerances)
 
 
 def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:

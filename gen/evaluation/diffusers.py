@@ -20,7 +20,7 @@ from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guid
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, drawn, labels_of, noise_of
 from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
-from midway.samplers.grids import GRIDS
+from midway.samplers.grids import NAMED
 from midway.samplers.interop import trained_range
 from midway.samplers.prediction import NetworkField
 from midway.samplers.sample import ForwardCounter
@@ -91,9 +91,9 @@ class DiffusersModel:
         """Samples by this sampler."""
         return DiffusersSource(self, sampler, sampling)
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """None of its grids is fitted."""
-        del config
+        del config, sampler
         return 0
 
     @torch.no_grad()
@@ -173,8 +173,8 @@ class DiffusersSource:
 
 def _check(solver: str, config: SamplerConfig) -> None:
     for grid in config.grids:
-        if grid not in GRIDS:
-            raise UsageError(f"grid '{grid}' with --diffusers", "its grids are functions alone", nearest(grid, GRIDS))
+        if grid not in NAMED:
+            raise UsageError(f"grid '{grid}' with --diffusers", "its grids are functions alone", nearest(grid, NAMED))
     if solver not in SOLVERS:
         why = "it is learned for a model of ours" if solver in LEARNED else "it is not in the registry"
         raise UsageError(f"solver '{solver}' with --diffusers", why, nearest(solver, SOLVERS))

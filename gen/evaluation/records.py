@@ -61,6 +61,8 @@ class Measurement:
     seeds: str
     training_nfe: int = 0
     """Network evaluations spent to train the solver."""
+    flops: int = 0
+    """Floating-point operations of a sample before it is decoded, those of products; 0: not counted."""
     baseline: bool = False
     """A model of its own at its own cost, or external images."""
     decode_seconds: float = 0.0
@@ -168,7 +170,7 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     "sliced": _mean("sliced"),
     "sliced_std": _std("sliced"),
     **{name: _mean(name) for name in _PLAIN},
-    **{name: attrgetter(name) for name in ("nonfinite", "trainings", "record", "timing", "further")},
+    **{name: attrgetter(name) for name in ("nonfinite", "trainings", "record", "timing", "further", "flops")},
 }
 """By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 
@@ -190,7 +192,7 @@ def from_record(record: Mapping[str, Any]) -> Measurement:
     metrics = {name: Estimate(float(given[name]), stds.get(name), blocks.get(name, ())) for name in names}
     metrics.setdefault("distance", Estimate(math.nan, stds.get("distance"), blocks.get("distance", ())))
     kinds: dict[str, Callable[[Any], Any]] = {
-        **dict.fromkeys(("nfe", "n", "blocks", "training_nfe", "nonfinite", "trainings"), int),
+        **dict.fromkeys(("nfe", "n", "blocks", "training_nfe", "flops", "nonfinite", "trainings"), int),
         **dict.fromkeys(("seconds", *_TIMES), float),
         "baseline": lambda value: value in (True, "true"),
     }

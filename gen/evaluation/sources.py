@@ -13,6 +13,7 @@ from midway.gen.core.errors import DivergedError
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
+from midway.samplers.operations import network_flops
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 
@@ -87,8 +88,13 @@ class EvaluatedModel(Protocol):
 
     def source(self, sampler: Sampler, sampling: SamplingConfig) -> SampleSource: ...
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
-        """Passes of samples through the network that fitting a grid costs."""
+    @property
+    def network_flops(self) -> int:
+        """Floating-point operations of one evaluation of the network; 0 where they are not counted."""
+        return 0
+
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
+        """Passes of samples through the network that fitting the grid of a sampler costs."""
         ...
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
@@ -132,9 +138,15 @@ class EvaluatedLatentModel(EvaluatedModel):
         """Samples by this sampler."""
         return SolverSource(self.trained, sampler, sampling)
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
-        """Once per model, whatever the number of grids."""
-        return fitting_nfe(self.trained, config)
+    @property
+    def network_flops(self) -> int:
+        """Counted without guidance."""
+        model = self.trained.model
+        return network_flops(model.conditional_field, model.latent_shape, next(model.parameters()).device)
+
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
+        """As if it were fitted alone; the fine trajectories are shared by all grids of a model."""
+        return fitting_nfe(self.trained, config, sampler)
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
         """uint8 images (n, C, H, W) encoded and decoded, on the CPU."""

@@ -54,6 +54,7 @@ METRIC_COLUMNS = [
     metric("fd_infinity", "distance at n = ∞"),
 ]
 _NFE = Column[Measurement]("NFE", lambda m: m.nfe or None, str)
+_FLOPS = Column[Measurement]("MFLOP", lambda m: m.flops / 1e6 or None)
 _TIMES = (
     _seconds("solver s", lambda m: m.seconds),
     _seconds("decode s", lambda m: m.decode_seconds),
@@ -235,8 +236,8 @@ def all_figures(ms: Measurements) -> Table:
     names = [*(m.solver for m in rows[: len(rows) - len(limits)]), *limits]
     further = dict.fromkeys(name for m in ms for name in m.metrics if name.startswith(tuple(f"{s}_" for s in m.spaces)))
     note = (
-        "Seconds are for 1000 images. Precision, recall, density, coverage, PSNR and the inception score are better when larger, "
-        "the others when smaller."
+        "Seconds are for 1000 images, MFLOP (10^6 floating-point operations of products, before decoding) for one. Precision, "
+        "recall, density, coverage, PSNR and the inception score are better when larger, the others when smaller."
     )
-    columns = (_NFE, *METRIC_COLUMNS, *(metric(name, name.replace("_", " ")) for name in further), *_TIMES)
+    columns = (_NFE, *METRIC_COLUMNS, *(metric(name, name.replace("_", " ")) for name in further), _FLOPS, *_TIMES)
     return columns_table("All figures and where the time went", note, "solver", names, rows, columns)

@@ -16,6 +16,7 @@ from midway.gen.evaluation.sources import EvaluatedModel, SampleSource
 from midway.gen.sweep.store import PART, Seeds
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS
+from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.sampler import Sampler
 from midway.samplers.solvers import SOLVERS
 
@@ -78,6 +79,10 @@ class Job:
     stochastic: bool = False
     """Whether it draws noise on the way, so that it ends elsewhere than the exact solution by design."""
     training_nfe: int = 0
+    network_flops: int = 0
+    """Floating-point operations of an evaluation of the network; 0 where they are not counted."""
+    further_flops: int = 0
+    """Of what else a sample runs through."""
     baseline: bool = False
     classes: int = 0
     empty: tuple[int, ...] = ()
@@ -96,6 +101,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             "the grid of a solver is chosen by its error to the exact solution",
             "pass one of --grids, or drop --exact-nfe",
         )
+    flops = model.network_flops
     return [
         Job(
             solver,
@@ -104,6 +110,8 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             nfe,
             sampler.table is not None and sampler.table.stochastic,
             _training_nfe(model, sampler, grid, config),
+            flops,
+            sampler.costs.residual if isinstance(sampler, ResidualTable) else 0,
             classes=model.classes,
             empty=model.empty,
             draw=config.draw,
@@ -116,7 +124,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
 def _training_nfe(model: EvaluatedModel, sampler: Sampler, grid: str, config: SweepConfig) -> int:
     if sampler.card is not None:
         return sampler.card.training_nfe
-    return model.fitting_nfe(config) if grid == GITS else 0
+    return model.fitting_nfe(config, sampler) if grid == GITS else 0
 
 
 EXACT_SOLVER, EXACT_GRID = "dpmpp3m", "logsnr"

@@ -191,6 +191,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         reference=context.spaces[""].name,
         seeds=str(seeds),
         training_nfe=job.training_nfe,
+        flops=numbers.nfe * job.network_flops + job.further_flops,
         baseline=job.baseline,
         nonfinite=numbers.nonfinite,
         record=cell.id,

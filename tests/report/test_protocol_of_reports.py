@@ -177,7 +177,12 @@ def test_few_images_are_warned_about_in_the_report(pipeline: Pipeline, tmp_path:
 
 
 def test_all_figures_and_the_split_of_the_time_are_in_the_report() -> None:
-    cells = [floor(100), one(precision=0.75, psnr=31.5), one("heun", 8, 1.5), one("vae", 1, 3.0, baseline=True)]
+    cells = [
+        floor(100),
+        one(precision=0.75, psnr=31.5, flops=12_340_000),
+        one("heun", 8, 1.5),
+        one("vae", 1, 3.0, baseline=True),
+    ]
     table = all_figures(cells)
     rows = [(line.name, *("–" if e is None else e.value for e in line.entries)) for line in table.lines]
     assert table.heads == (
@@ -187,14 +192,13 @@ def test_all_figures_and_the_split_of_the_time_are_in_the_report() -> None:
         "RMSE",
         "PSNR (dB)",
         "precision",
-        "solver s",
-        "decode s",
-        "features s",
+        "MFLOP",
+        *(f"{what} s" for what in ("solver", "decode", "features")),
     )
-    assert rows[0] == ("euler", "4", "2.00", "0.300", "31.5", "0.750", "10.0", "30.0", "5.00")
-    assert rows[-1] == ("floor", "–", "1.00", *"–" * 6)
+    assert rows[0] == ("euler", "4", "2.00", "0.300", "31.5", "0.750", "12.3", "10.0", "30.0", "5.00")
+    assert rows[-1] == ("floor", "–", "1.00", *"–" * 7)
     page, text = report_html(cells, CONTEXT), report_md(cells, CONTEXT)
-    assert "<td>31.5</td>" in page and "| euler | 4 | 2.00 | 0.300 | 31.5 | 0.750 | 10.0 | 30.0 | 5.00 |" in text
+    assert "<td>31.5</td>" in page and "| euler | 4 | 2.00 | 0.300 | 31.5 | 0.750 | 12.3 | 10.0 | 30.0 | 5.00 |" in text
     assert "Difference from the best" in page and "Difference from the best" in text
 
 

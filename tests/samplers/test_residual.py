@@ -15,6 +15,7 @@ from torch import Tensor
 from midway.samplers import grids
 from midway.samplers.card import SolverCard
 from midway.samplers.learned import LearnedTable, rollout
+from midway.samplers.operations import Costs, flops
 from midway.samplers.prediction import Field, Prediction, expand
 from midway.samplers.residual import (
     Residual,
@@ -26,7 +27,7 @@ from midway.samplers.residual import (
     span_shares,
     steps,
 )
-from midway.samplers.residual_solver import Costs, ResidualTable, flops, residual_flops
+from midway.samplers.residual_solver import ResidualTable, residual_flops
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Linear, Schedule, fingerprint
 from midway.samplers.table import Table

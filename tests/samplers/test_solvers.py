@@ -10,6 +10,7 @@ import pytest
 import torch
 from oracles import convergence, mixture, times_of, uneven_grid
 from tensors import normal
+from torch import Tensor
 
 from midway.samplers import grids
 from midway.samplers.plugin import plugin_table
@@ -206,3 +207,27 @@ def test_rows_that_do_not_fit_raise_an_error() -> None:
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (1.0, 0.0), (1.0,)),))
     with pytest.raises(ValueError, match="not finite"):
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (math.inf,), (1.0,)),))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
+def test_edm_heun_is_algorithm_1_of_edm(schedule: Schedule) -> None:
+    """In y and rho, written out: Euler, then the trapezoid, but not after the last step, which ends at 0. 2 N - 1 evaluations."""
+    grid = grids.to_data(uneven_grid(*times_of(schedule, 3.0, 0.1), 4))
+    times = torch.tensor(grid, dtype=torch.float64)
+    alpha, rho, field = schedule.alpha(times), schedule.rho(times), mixture().field(schedule)
+
+    def slope(y: Tensor, i: int) -> Tensor:
+        return (y - field(alpha[i] * y, times[i].expand(16)).x0) / rho[i]
+
+    y = POINTS / alpha[0]
+    for i in range(5):
+        d = slope(y, i)
+        euler_y = y + (rho[i + 1] - rho[i]) * d
+        y = euler_y if i == 4 else y + (rho[i + 1] - rho[i]) * (d + slope(euler_y, i + 1)) / 2
+    table = SOLVERS["edm_heun"].build(schedule, grid)
+    assert table.nfe == 2 * 5 - 1
+    torch.testing.assert_close(sample(field, table, POINTS), y, rtol=0, atol=1e-12)
+    if isinstance(schedule, EDM):
+        same = SOLVERS["heun"].build(schedule, grid[:-1])
+        for a, b in zip(same.rows, SOLVERS["edm_heun"].build(schedule, grid[:-1]).rows, strict=True):
+            assert (*a.states, *a.predictions) == pytest.approx((*b.states, *b.predictions), abs=1e-12)

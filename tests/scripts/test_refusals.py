@@ -52,6 +52,10 @@ TABLE = """
   EVALUATE --solvers heun --nfe 6 --analytic-first -> NFE 6 | 5 or 7 | analytic first step
   SOLVER --nfe 2,7 --distill.analytic-first False -> NFE 7 | 6 or 8
   SOLVER --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
+  EVALUATE --solvers rk45 -> rk45 at NFE 4 | tolerance, not a budget | sample.py
+  SAMPLE --solver rk45 --eta 1; --solver rk45 --analytic-first -> with rk45 | drop --
+  SAMPLE --solver rk45 --rtol 0; --solver rk45 --atol nan -> positive tolerances | --rtol or --atol
+  SAMPLE --solver rk45 --parallel gaussian -> --parallel with rk45
   EVALUATE --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
 2 evaluate
   EVALUATE --n 1; --n 0; --blocks 0; --batch-size 0; --choice-seeds 1; --exact-nfe -1; --solvers ,; --grids= -> FLAG
@@ -83,18 +87,18 @@ TABLE = """
   SAMPLE --init digits --strength 0; --init digits --strength 1.5; --init digits --strength nan -> --strength | up to 1
   SAMPLE --init digits --strength=-0.5; --init digits --strength inf -> --strength | above 0
   SAMPLE --init digits --invert digits; --init digits --noise n; --noise n --invert digits -> drop all but one
-  SAMPLE --solver amed --init digits -> learned for all of its own grid | dpmpp2m
+  SAMPLE --solver amed --init digits; --solver rk45 --init digits -> steps of its own | dpmpp2m
   SAMPLE --init digitz; --invert digitz --out n.safetensors -> unknown data source | did you mean 'digits'?
   SAMPLE --invert digits; --invert digits --out n.npz -> safetensors
   SAMPLE --invert digits --out n.safetensors --solver ddpm -> ddpm | draws noise
   SAMPLE --invert digits --out n.safetensors --solver ddim --eta 1 -> ddim --eta 1 | draws noise
-  SAMPLE --invert digits --out n.safetensors --solver amed-constants -> learned for all of its own grid
+  SAMPLE --invert digits --out n.safetensors --solver amed; --invert digits --out n.safetensors --solver rk45 -> steps of its own
   SAMPLE --invert digits --out n.safetensors --analytic-first -> drop --analytic-first
   SAMPLE --invert digits --out n.safetensors --parallel picard -> drop --parallel
   SAMPLE --solver heun --eta 0.5; --solver amed --eta 0.5 -> --eta
   SAMPLE --solver ddim --eta -0.5 -> eta
-  SAMPLE --solver amed-constants --analytic-first -> analytic first step
-  SAMPLE --solver amed --nfe 4 --parallel gaussian -> -constants
+  SAMPLE --solver amed --analytic-first -> analytic first step
+  SAMPLE --solver amed-predictor --nfe 4 --parallel gaussian -> without -predictor
   SAMPLE --parallel picard --tolerance -1 -> tolerance
   SAMPLE --parallel picard --window 0 -> window
   SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
