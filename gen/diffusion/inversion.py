@@ -55,11 +55,10 @@ def rest_of(sampler: Sampler, solver: str, schedule: Schedule, strength: float, 
         raise UsageError(
             f"--strength {strength}", "it is the share of the steps that run, above 0 and up to 1", "say 0.6"
         )
-    if strength == 1:
-        return sampler
     steps = len(sampler.grid) - 1
     left_out = steps - max(1, round(strength * steps))
-    return on_grid(solver, schedule, sampler.grid[left_out:], eta)
+    whole = strength == 1 or (left_out == 0 and solver in SOLVERS)
+    return sampler if whole else on_grid(solver, schedule, sampler.grid[left_out:], eta)
 
 
 def from_latents(latents_of: Callable[[Tensor], Tensor], schedule: Schedule, t: float) -> Start:
