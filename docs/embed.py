@@ -85,7 +85,8 @@ def embed_proof(page: Path, name: str, report: Path) -> None:
     if name not in ("prove", "prove-all"):
         tables = (figure_table(result, figure) for figure in FIGURES)
         text = "\n".join(f"**{markdown(t.title)}**\n\n{markdown_table(t)}\n" for t in tables)
-        return _replace(page, name, f"{text}\n{proof_facts(result)}\n")
+        _replace(page, name, f"{text}\n{proof_facts(result)}\n")
+        return
     picture = Path(__file__).parent / "images" / "prove.png"
     picture.parent.mkdir(exist_ok=True)
     shutil.copyfile(report / "rmse_vs_nfe.png", picture)
