@@ -32,6 +32,7 @@ from midway.gen.diffusion.load import TABLE
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
+from midway.samplers.gits import GITS
 from recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
 from tasks import LatentTask, TokenizerTask
 
@@ -39,7 +40,10 @@ TITLES = {"digits": "Digits", "mnist5k": "MNIST, 5,000 digits"}
 BUDGETS = "4,6,8,10"
 IMAGES = {"digits": None, "mnist5k": 500}
 """A block of seeds: as many as are held out, or half of them."""
-LEARNED = ("amed-constants", "amed", TABLE)
+PLUGIN = "amed-plugin-ipndm3"
+LEARNED = ("amed", PLUGIN, TABLE)
+LEARNED_ON = {"amed": "uniform", PLUGIN: GITS}
+"""Grids of AMED; a table learns its own."""
 RUNS = ("tokenizer", "model")
 MARK = ".demo"
 """The file that marks the folder of an earlier demo, and holds its finished stages."""
@@ -195,7 +199,7 @@ def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
     default = replace(train_solver.recipes()[name](), model=task.folder / "model", resume="auto")
     half = replace(default.train, steps=300)  # of a table's steps: nearly its error
-    default = replace(default, train=half) if name == TABLE else replace(default, grid="uniform")
+    default = replace(default, train=half) if name == TABLE else replace(default, grid=LEARNED_ON[name])
     if task.quick:
         return replace(
             default,
@@ -225,8 +229,8 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
 STAGES: dict[str, Callable[[DemoTask], object]] = {
     "tokenizer": lambda task: train_tokenizer.train(tokenizer_task(task)),
     "latent model": lambda task: train_latent.train(latent_task(task)),
-    "AMED, constants": lambda task: train_solver.train(solver_task(task, "amed-constants")),
-    "AMED, predictor": lambda task: train_solver.train(solver_task(task, "amed")),
+    "AMED": lambda task: train_solver.train(solver_task(task, "amed")),
+    "AMED in iPNDM": lambda task: train_solver.train(solver_task(task, PLUGIN)),
     "learned table": lambda task: train_solver.train(solver_task(task, "table")),
     "sweep": lambda task: evaluate.run(evaluate_task(task)),
 }

@@ -33,7 +33,7 @@ class SampleTask(SamplingFlags, TileFlags):
     out: Path = Path("grid.png")
     """PNG to write."""
     solver: str = "dpmpp2m"
-    """A solver of samplers/solvers.py, rk45, or one learned for this model: table, amed, amed-constants, amed-plugin-..."""
+    """A solver of samplers/solvers.py, rk45, or one learned for this model: table, amed, amed-plugin-..."""
     nfe: int = 10
     """Network evaluations per image (guidance doubles what the network runs)."""
     grid: str = "karras"
@@ -123,7 +123,9 @@ def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> Paral
     """The same in waves; UsageError for a solver without fixed rows."""
     if sampler.table is None:
         raise UsageError(
-            f"--parallel with {task.solver}", "its steps follow from the network's features", "use its -constants form"
+            f"--parallel with {task.solver}",
+            "its steps follow from the network's features",
+            "use its form without -predictor",
         )
     assert task.parallel != "no"
     with raising(UsageError, "--tolerance or --window", "change it"):

@@ -81,8 +81,8 @@ TABLE = """
   SAMPLE --out grid.jpg; --out grid -> .png
   SAMPLE --solver heun --eta 0.5; --solver amed --eta 0.5 -> --eta
   SAMPLE --solver ddim --eta -0.5 -> eta
-  SAMPLE --solver amed-constants --analytic-first -> analytic first step
-  SAMPLE --solver amed --nfe 4 --parallel gaussian -> -constants
+  SAMPLE --solver amed --analytic-first -> analytic first step
+  SAMPLE --solver amed-predictor --nfe 4 --parallel gaussian -> without -predictor
   SAMPLE --parallel picard --tolerance -1 -> tolerance
   SAMPLE --parallel picard --window 0 -> window
   SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
