@@ -324,7 +324,7 @@ CHANGES: list[tuple[Flags, Flags]] = [
     *(({}, {"grid": name}) for name in ("logsnr", "karras", "shift", "quadratic", "vp", "gits")),
     *(({}, {"grid": "ays_sd"}), ({"grid": "ays_sd"}, {"grid": "ays_sdxl"}), ({}, {"solver": "rk45"})),
     *(({"solver": "rk45"}, {"solver": "rk45", flag: 0.3}) for flag in ("rtol", "atol")),
-    *(({}, {"nfe": 9}), ({}, {"seed": 4}), ({}, {"label": 5}), ({}, {"analytic-first": True}), ({}, {"eta": 1.0})),
+    *(({}, {"nfe": 9}), ({}, {"seed": 4}), ({}, {"labels": "5"}), ({}, {"analytic-first": True}), ({}, {"eta": 1.0})),
     *(({}, GUIDED), ({}, IN_INTERVAL), (GUIDED, IN_INTERVAL), ({"solver": "heun", "nfe": 6}, ODD_HEUN)),
 ]
 
@@ -825,7 +825,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, succeed: Scri
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
         plans = make_samplers(trained, "amed", nfe, SamplerConfig(guidance=2.0))
-        assert sample_latents(trained, plans["karras"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
+        assert sample_latents(trained, plans["gits"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
 
 
 @pytest.fixture(scope="module")
