@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from matplotlib.figure import Figure
@@ -73,8 +73,8 @@ class Comparison:
     quantizers: tuple[str, ...] = QUANTIZERS
     repeats: int = 2
     """More seeds of vq and fsq at the second of `bits`."""
-    features: str = "none"
-    """Run directory of a feature network of the same images, for the distances."""
+    features: str = "effnet-lite0"
+    """Feature space of the distances, or none."""
     n: int | None = 2000
     """Held-out images to measure on."""
     json: Path = Path("benchmarks/results/compare_tokenizers.json")
@@ -318,14 +318,23 @@ def main(comparison: Comparison) -> None:
     write_atomically(comparison.json, (json.dumps(facts, indent=2) + "\n").encode())
     print(table(found))
     if comparison.page is not None:
-        picture = comparison.page.parent / "images" / "tokenizers.png"
-        plot(picture, found)
-        floor = "" if some.floor is None else f" (floor {some.floor:.2f})"
-        caption = (
-            f"n = {some.n} held-out images; Fréchet distance ({some.features}) to {some.reference}{floor}.\n"
-            f"PSNR over seeds: {repeated(found)}.\n"
-        )
-        embed(comparison.page, f"{table(found)}\n![PSNR and distance against bits](images/tokenizers.png)\n\n{caption}")
+        show(comparison.page, found, facts)
+
+
+def show(page: Path, found: Sequence[Cell], facts: Mapping[str, Any]) -> None:
+    """Table, picture and protocol of a result file in a page's block `tokenizers`."""
+    plot(page.parent / "images" / "tokenizers.png", found)
+    protocol, floor = facts["protocol"], facts["floor"]
+    distance = f"; Fréchet distance ({protocol['features']}) to {protocol['reference']}" + (
+        "" if floor is None else f" (floor {floor:.2f})"
+    )
+    measured = any(c.distance is not None for c in found)
+    caption = (
+        f"n = {protocol['n']} held-out images of {protocol['images']}{distance if measured else ''}.\n"
+        f"PSNR over seeds: {repeated(found)}.\n"
+    )
+    what = "PSNR and distance" if measured else "PSNR"
+    embed(page, f"{table(found)}\n![{what} against bits](images/tokenizers.png)\n\n{caption}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class AMEDSolver:
     """The first slope is x / sqrt(alpha^2 + sigma^2) instead of an evaluation."""
     feature_dim: int = 0
     """Length of the features that the rule reads; 0 for constants."""
+    analytic_history: bool = True
+    """Whether later halves of a multistep base may weigh the analytic first slope, or it serves its own half alone."""
 
     def __post_init__(self) -> None:
         begin(self.schedule, self.grid, self.base)
@@ -49,6 +51,10 @@ class AMEDSolver:
     def plugin(self) -> Base:
         """The base itself."""
         return BASES[self.base]
+
+    def orders(self, step: int) -> tuple[int, int]:
+        """Those of the two halves of a step."""
+        return self.plugin.orders(step, self.steps, int(self.analytic_first and not self.analytic_history))
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def nodes(solver: AMEDSolver, field: Field, rule: StepRule, x: Tensor, detached:
             now = observe(solver, field, at, i, x)
         start, end = at.take(step), at.take(step + 1)
         directions = choose(rule, start, end, step, features_of(now, solver.feature_dim))
-        orders = solver.plugin.orders(i, solver.steps)
+        orders = solver.orders(i)
         state, history = take_step(solver, field, orders, start, end, x, now, history, directions)
         states.append(state)
     return states

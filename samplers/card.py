@@ -25,6 +25,8 @@ class SolverCard:
     """Solver that AMED is plugged into, a name in `plugin.BASES`."""
     mode: str = "per_step"
     """How it was distilled: per_step or end_to_end."""
+    analytic_history: bool = True
+    """Whether later steps may weigh an analytic first slope (`AMEDSolver`)."""
 
     def __post_init__(self) -> None:
         if self.nfe < 1 or self.training_nfe < 0 or not math.isfinite(self.guidance):

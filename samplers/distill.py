@@ -1,16 +1,18 @@
-"""Distilling AMED against a finer teacher (Zhou et al. 2024, arXiv 2312.00094, section 3.4 and algorithm 1).
+"""Distilling AMED against a finer teacher.
 
-Every form of it measures, at the nodes of the student's grid, the mean squared distance to the teacher's state there, in units
-of alpha^2 + sigma^2:
+Every form of it measures the mean squared distance to the teacher's state, in units of alpha^2 + sigma^2:
 
-    restarted     every step starts from the teacher's node, with the teacher's slope and features (one-step bases, as in the
+    end to end    of the end state alone, with the gradient through the whole trajectory (ours): the teacher may have any grid.
+                  `learned.checkpointed` saves memory.
+    restarted     at every node, each step starting from the teacher's, with its slope and features (one-step bases, as in the
                   authors' code). The steps are independent, so all of them train in one batch with one evaluation each.
-    detached      every step starts from the student's own state and history, cut from the graph (multistep bases).
-    end to end    the gradient runs through the whole trajectory (ours); `learned.checkpointed` saves memory.
+    detached      at every node, each step starting from the student's own state and history, cut from the graph.
 
-In the first two a step's error has a gradient in that step's numbers alone, through one evaluation.
+In the last two, which are published (Zhou et al. 2024, arXiv 2312.00094, section 3.4 and algorithm 1), the teacher's grid must
+have the student's nodes, and a step's error has a gradient in that step's numbers alone, through one evaluation.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +29,10 @@ from midway.samplers.amed import (
     observe,
     take_step,
 )
+from midway.samplers.grids import Grid
 from midway.samplers.prediction import Field, Prediction, acting
 from midway.samplers.sample import trajectory
+from midway.samplers.schedule import Schedule
 from midway.samplers.step_parameters import StepParameters, StepRule
 from midway.samplers.table import Table
 
@@ -51,17 +55,29 @@ class TeacherNodes:
         return TeacherNodes(self.states[:, items], self.eps[:, items], self.features[:, items])
 
 
+def only_ends(starts: Tensor, ends: Tensor) -> TeacherNodes:
+    """Of a teacher that is met at its end alone, with any grid between: states (2, B, *)."""
+    return TeacherNodes(
+        torch.stack([starts, ends]), starts.new_zeros(0, *starts.shape), starts.new_zeros(0, len(starts), 0)
+    )
+
+
 def check_teacher(solver: AMEDSolver, table: Table, stride: int) -> None:
     """ValueError unless every `stride`-th node of the teacher's grid is a node of the student, and the teacher draws no noise."""
-    if table.stochastic:
-        raise ValueError(
-            f"teacher '{table.solver}' draws noise: a solver can only be distilled from a deterministic one"
-        )
+    need_no_noise(table)
     shared = table.grid[::stride]
     if len(shared) != len(solver.grid) or max(abs(a - b) for a, b in zip(shared, solver.grid, strict=True)) > 1e-9:
         raise ValueError(
             f"every {stride}-th time of the teacher's grid must be one of the student's: build both with the same grid rule, "
             f"{len(solver.grid) - 1} and {stride * (len(solver.grid) - 1)} steps"
+        )
+
+
+def need_no_noise(table: Table) -> None:
+    """ValueError for a teacher that draws noise."""
+    if table.stochastic:
+        raise ValueError(
+            f"teacher '{table.solver}' draws noise: a solver can only be distilled from a deterministic one"
         )
 
 
@@ -139,20 +155,36 @@ def node_errors(states: Sequence[Tensor], solver: AMEDSolver, teacher: TeacherNo
     return _errors(torch.stack(list(states[1:])), teacher.states[1:], noise_levels(solver, teacher.states.device))
 
 
+def refined(schedule: Schedule, grid: Grid, parts: int) -> Grid:
+    """Any grid with every step cut into this many equal ones of log rho: a teacher on it passes the nodes of the grid."""
+    log_rho = schedule.rho(torch.tensor(grid, dtype=torch.float64)).log()
+    share = torch.arange(1, parts, dtype=torch.float64) / parts
+    inner = schedule.time_of_rho((log_rho[:-1, None] + share * (log_rho[1:] - log_rho[:-1])[:, None]).exp())
+    return (*(t for i, start in enumerate(grid[:-1]) for t in (start, *inner[i].tolist())), grid[-1])
+
+
+def end_error(end: Tensor, solver: AMEDSolver, wanted: Tensor) -> Tensor:
+    """(): of end states (B, *) from the teacher's, in units of the state's variance."""
+    last = torch.tensor(solver.grid[-1], dtype=torch.float64)
+    unit = solver.schedule.alpha(last).square() + solver.schedule.sigma(last).square()
+    return (end - wanted).square().mean() / unit.item()
+
+
 @torch.no_grad()
 def best_positions(
     field: Field, solver: AMEDSolver, teacher: TeacherNodes, candidates: Tensor, restarted: bool
-) -> Tensor:
-    """(N,): for every step the r of `candidates` (K,) with the least error at the step's end, with c = a = 1.
+) -> tuple[Tensor, float]:
+    """(N,): for every step the r of `candidates` (K,) with the least error at the step's end, with c = a = 1; the last error.
 
     The error as a function of r has several basins on long steps, and from r = 1/2 the gradient may lead into a poor one.
     restarted: steps start from the teacher's nodes, else from the state that the best r of the step before reached.
     """
     at, x, history, best = noise_levels(solver, teacher.states.device), teacher.states[0], History(), []
+    least = math.inf
     for i in range(solver.steps):
         step = torch.full((x.shape[0],), i, device=x.device)
         now = _slope(teacher.eps[i]) if restarted else observe(solver, field, at, i, x)
-        orders, start, end = solver.plugin.orders(i, solver.steps), at.take(step), at.take(step + 1)
+        orders, start, end = solver.orders(i), at.take(step), at.take(step + 1)
         trials = [
             take_step(solver, field, orders, start, end, x, now, history, StepParameters(r * one, one, one))
             for one in [torch.ones_like(start.rho)]
@@ -160,6 +192,7 @@ def best_positions(
         ]
         errors = torch.stack([(reached - teacher.states[i + 1]).square().mean() for reached, _ in trials])
         chosen = int(errors.nan_to_num(torch.inf).argmin())
+        least = errors[chosen].item()
         best.append(candidates[chosen])
         x, history = (teacher.states[i + 1], History()) if restarted else trials[chosen]
-    return torch.stack(best)
+    return torch.stack(best), least

@@ -112,7 +112,7 @@ def read_table(path: Path, schedule: Schedule) -> Table:
     if table is None:
         raise ValueError(
             f"{path} predicts its numbers from the network's features, which a pipeline does not hand over: "
-            "distil amed-constants instead"
+            "distil its form without -predictor instead"
         )
     return table
 

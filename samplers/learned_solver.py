@@ -34,12 +34,20 @@ class Learned:
     """Constants per step, or a predictor per sample."""
 
 
-LEARNED: dict[str, Learned] = {
-    ("amed" if base == "none" else f"amed-plugin-{base}") + form: Learned(base, bool(form))
-    for base in BASES
-    for form in ("", "-constants")
-}
-"""amed, amed-constants, and amed-plugin-<base>[-constants] for every base."""
+def _names(suffix: str, constants: bool) -> dict[str, Learned]:
+    return {("amed" if base == "none" else f"amed-plugin-{base}") + suffix: Learned(base, constants) for base in BASES}
+
+
+EARLIER = _names("-constants", True)
+"""Earlier names of constants, which solvers of earlier versions have: they are learned and loaded under both."""
+LEARNED: dict[str, Learned] = {**_names("", True), **_names("-predictor", False), **EARLIER}
+"""amed and amed-plugin-<base> for every base: constants per step; with -predictor, numbers per sample."""
+
+
+def _holds(card: SolverCard, form: Learned) -> bool:
+    """Whether the name stands for this form; without a suffix an earlier version meant a predictor."""
+    plain = not card.name.endswith(("-constants", "-predictor"))
+    return LEARNED.get(card.name) in ({form, Learned(form.base, True)} if plain else {form})
 
 
 def same_schedule(name: str, schedule: Schedule) -> bool:
@@ -74,7 +82,7 @@ class LearnedSolver:
                 "learn a solver for the model that you sample"
             )
         form = Learned(card.base, isinstance(self.rule, Constants))
-        if LEARNED.get(card.name) != form:
+        if not _holds(card, form):
             raise ValueError(f"{card.name} is no {form}: a solver's name, its base and its form go together")
         if card.nfe != 2 * steps - card.analytic_first:
             raise ValueError(
@@ -82,8 +90,14 @@ class LearnedSolver:
             )
         if not is_grid(self.grid):
             raise ValueError(f"{card.name} needs a falling grid within [0, 1], got {self.grid}")
-        AMEDSolver(self.schedule, self.grid, card.base, card.analytic_first, self.rule.feature_dim)
-        _ = self._table  # which checks its own numbers
+        _ = self._solver, self._table  # which check their own numbers
+
+    @cached_property
+    def _solver(self) -> AMEDSolver:
+        card = self.card
+        return AMEDSolver(
+            self.schedule, self.grid, card.base, card.analytic_first, self.rule.feature_dim, card.analytic_history
+        )
 
     @property
     def nfe(self) -> int:
@@ -96,7 +110,10 @@ class LearnedSolver:
 
     @cached_property
     def _hash(self) -> str:
-        description = json.dumps([asdict(self.card), self.grid])
+        card = asdict(self.card)
+        if card["analytic_history"]:  # which earlier cards have not, and so not in their hashes
+            del card["analytic_history"]
+        description = json.dumps([card, self.grid])
         state = {name: value.contiguous() for name, value in self.rule.state_dict().items()}
         return hashlib.sha256(description.encode() + save(state)).hexdigest()[:12]
 
@@ -109,8 +126,10 @@ class LearnedSolver:
     def _table(self) -> Table | None:
         if isinstance(self.rule, Predictor):
             return None
-        card = self.card
-        return plugin_table(self.schedule, self.grid, card.base, self.rule.values(), card.analytic_first, card.name)
+        card, values = self.card, self.rule.values()
+        return plugin_table(
+            self.schedule, self.grid, card.base, values, card.analytic_first, card.name, card.analytic_history
+        )
 
     @torch.no_grad()
     def run(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
@@ -118,8 +137,7 @@ class LearnedSolver:
         if self.table is not None:
             return self.table.run(field, x)
         assert isinstance(self.rule, Predictor)
-        solver = AMEDSolver(self.schedule, self.grid, self.card.base, self.card.analytic_first, self.rule.feature_dim)
-        return nodes(solver, field, self.rule.to(x.device), x)[-1]
+        return nodes(self._solver, field, self.rule.to(x.device), x)[-1]
 
     def save(self, path: Path) -> None:
         """One safetensors file, written beside `path` and renamed."""

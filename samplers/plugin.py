@@ -105,11 +105,11 @@ class Base:
         """F of a `Prediction` or of `Symbols`."""
         return now.eps if self.reads == "eps" else now.x0
 
-    def orders(self, step: int, steps: int) -> tuple[int, int]:
-        """The orders of the two halves of step number `step` of `steps`."""
+    def orders(self, step: int, steps: int, skipped: int = 0) -> tuple[int, int]:
+        """The orders of the two halves of step number `step` of `steps`: at most the predictions made so far but `skipped`."""
         halves = 2 * steps
         left = halves if self.lower_order_final else 2 * halves
-        first, second = (min(self.order, k + 1, left - k) for k in (2 * step, 2 * step + 1))
+        first, second = (min(self.order, max(1, k + 1 - skipped), left - k) for k in (2 * step, 2 * step + 1))
         return first, second
 
 
@@ -140,9 +140,11 @@ def plugin_table(
     constants: Sequence[MeanDirection],
     analytic_first: bool = False,
     name: str = "",
+    analytic_history: bool = True,
 ) -> Table:
     """AMED-Plugin with constants per step, on the base of this name: two evaluations a step, one less with an analytic first.
 
+    analytic_history: whether later halves may weigh an analytic first slope, or it serves its own half alone.
     With r = 1/2, c = a = 1 it is the base on a grid with every step halved in log rho (dpm2: on the grid itself).
     ValueError for an unknown base, another number of constants than steps, or a grid with an end at rho = 0 or infinity.
     """
@@ -153,7 +155,7 @@ def plugin_table(
         )
     solver, terms, rhos = BASES[base], [], []
     for i, ((t, s), step) in enumerate(zip(pairwise(grid), constants, strict=True)):
-        first, second = solver.orders(i, len(constants))
+        first, second = solver.orders(i, len(constants), int(analytic_first and not analytic_history))
         now = record.first(t, analytic_first)
         y, rho_t, rho_s = now.x / record.alpha(t), scalar(record.rho(t)), scalar(record.rho(s))
         terms, rhos = [solver.read(now), *terms], [rho_t, *rhos]
@@ -167,6 +169,11 @@ def plugin_table(
         weights = solver.arrival(rhos, rho_s, second).scaled(scalar(step.c))
         record.advance(record.alpha(s) * _combine(weights, start, terms), s)
     return record.table(base=base)
+
+
+def unlearned(schedule: Schedule, grid: Grid, base: str, analytic_first: bool = False) -> Table:
+    """The plugin before it learns: r = 1/2, c = a = 1 in every step."""
+    return plugin_table(schedule, grid, base, [MeanDirection()] * (len(grid) - 1), analytic_first)
 
 
 def _combine(weights: Weights, y: Combination, terms: Sequence[Combination]) -> Combination:

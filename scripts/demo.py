@@ -39,7 +39,8 @@ TITLES = {"digits": "Digits", "mnist5k": "MNIST, 5,000 digits"}
 BUDGETS = "4,6,8,10"
 IMAGES = {"digits": None, "mnist5k": 500}
 """A block of seeds: as many as are held out, or half of them."""
-LEARNED = ("amed-constants", "amed", TABLE)
+PLUGIN = "amed-plugin-ipndm3"
+LEARNED = ("amed", PLUGIN, TABLE)
 RUNS = ("tokenizer", "model")
 MARK = ".demo"
 """The file that marks the folder of an earlier demo, and holds its finished stages."""
@@ -195,7 +196,12 @@ def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
     default = replace(train_solver.recipes()[name](), model=task.folder / "model", resume="auto")
     half = replace(default.train, steps=300)  # of a table's steps: nearly its error
-    default = replace(default, train=half) if name == TABLE else replace(default, grid="uniform")
+    short = replace(default.train, steps=60, batch_size=32)  # as benchmarks/amed_ablation.py
+    default = (
+        replace(default, train=half)
+        if name == TABLE
+        else replace(default, train=short, distill=DistillConfig(trajectories=256, checkpointing=False))
+    )
     if task.quick:
         return replace(
             default,
@@ -225,8 +231,8 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
 STAGES: dict[str, Callable[[DemoTask], object]] = {
     "tokenizer": lambda task: train_tokenizer.train(tokenizer_task(task)),
     "latent model": lambda task: train_latent.train(latent_task(task)),
-    "AMED, constants": lambda task: train_solver.train(solver_task(task, "amed-constants")),
-    "AMED, predictor": lambda task: train_solver.train(solver_task(task, "amed")),
+    "AMED": lambda task: train_solver.train(solver_task(task, "amed")),
+    "AMED in iPNDM": lambda task: train_solver.train(solver_task(task, PLUGIN)),
     "learned table": lambda task: train_solver.train(solver_task(task, "table")),
     "sweep": lambda task: evaluate.run(evaluate_task(task)),
 }

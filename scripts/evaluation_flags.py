@@ -57,7 +57,7 @@ class EvaluateTask(SamplingFlags):
     baselines: tuple[Path, ...] = ()
     """Run directories of baselines of the same images, each a row at its own number of evaluations."""
     solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
-    """Comma-separated; learned ones (table, amed, amed-constants, amed-plugin-...) must have been trained for every budget.
+    """Comma-separated; learned ones (table, amed, amed-plugin-...) must have been trained for every budget.
     all: every solver there is, and what was learned for every budget."""
     nfe: str = "4,6,8,10,20"
     """Comma-separated budgets of network evaluations."""

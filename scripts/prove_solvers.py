@@ -33,7 +33,7 @@ class ProveTask(GroundConfig):
     solvers: str = ALL
     """Names of the registry, comma-separated; all: each once, none."""
     learned: str = LEARNED
-    """Solvers to learn here: table, table-residual, adasde; amed, amed-plugin-<base>, each with -constants; all or none."""
+    """Solvers to learn here: table, table-residual, adasde; amed, amed-plugin-<base>, each also with -predictor; all or none."""
     nfe: str = "3,4,5,6,7,8,9,10"
     """Budgets. A solver that cannot reach one is left out there."""
     n: int = 1024

@@ -26,6 +26,7 @@ class SamplingFlags:
     eta: float = 0.0
     """ddim only: 0 is deterministic, 1 ancestral."""
     batch_size: int = 256
+    """Images that are sampled at once; the rest is unchanged but for rounding."""
     precision: Literal["no", "bf16"] = "no"
     """bf16: the network runs under autocast; the solver's state stays float32."""
     graph: bool = False

@@ -1,8 +1,9 @@
 """Learn a solver for a trained model: python scripts/train_solver.py amed --model runs/digits-dit --nfe 6,8
 
 `table` learns every number of a multistep solver and its grid, end to end. `amed` is AMED-Solver, `amed-plugin-<base>` AMED
-inside another solver; with `-constants` all samples share its numbers. `table-residual` adds a small network to a learned table
-of the same budget (`-1x1`: the control with as many parameters), and `adasde` learns how much noise each step adds.
+inside another solver, with constants per step; with `-predictor` every sample has numbers of its own. `table-residual` adds a
+small network to a learned table of the same budget (`-1x1`: the control with as many parameters), and `adasde` learns how much
+noise each step adds.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from cli import Flat, main, numbers, resolve
 from midway.gen.core.config import PER_CALL, to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverTarget, objective_for
 from midway.gen.diffusion.distill_noise import NoiseConfig, NoiseObjective
 from midway.gen.diffusion.distill_residual import ResidualConfig, ResidualObjective
 from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
@@ -32,7 +33,8 @@ from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.gen.training.precision import resolve_precision
 from midway.samplers.card import SolverCard
-from midway.samplers.grids import GRIDS
+from midway.samplers.gits import GITS
+from midway.samplers.grids import GRIDS, NAMED
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.residual_solver import NAMES as RESIDUALS
 from midway.samplers.residual_solver import ResidualTable, describe
@@ -50,13 +52,13 @@ class SolverTask:
     model: Path
     """Run directory of the latent model."""
     solver: str = "amed"
-    """table (all numbers of a multistep solver), amed (per-sample predictor), amed-constants (constants per step), or AMED inside
-    another solver, amed-plugin-<base> and amed-plugin-<base>-constants with base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m;
-    also the first argument."""
+    """table (all numbers of a multistep solver), amed (constants per step), or AMED in another solver: amed-plugin-<base> with
+    base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m. AMED with -predictor has numbers per sample. Also the first argument."""
     nfe: str = "6"
     """Budgets, comma-separated; at odd ones AMED takes the first slope analytically."""
     grid: str = "karras"
-    """Grid of the learned solver; a table begins there, or on the best of all (best) and learns its own."""
+    """Grid of the learned solver; gits, which amed and plugins take by default, is fitted for it. A table begins there, or on the
+    best of all (best), and learns its own."""
     guidance: float = 1.0
     """Classifier-free guidance scale that the solver is learned for."""
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -69,7 +71,7 @@ class SolverTask:
     """How the solver with noise is learned."""
     train: Annotated[TrainConfig, Flat] = field(
         default_factory=lambda: TrainConfig(
-            steps=80, batch_size=64, lr=3e-3, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
+            steps=80, batch_size=64, lr=0.01, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
         )
     )
     overwrite: bool = field(default=False, metadata=PER_CALL)
@@ -85,7 +87,7 @@ RESIDUAL_TRAIN = replace(TABLE_TRAIN, steps=800, batch_size=32, lr=0.001, warmup
 
 def recipes() -> dict[str, Callable[[], SolverTask]]:
     """The solver's name is the first argument."""
-    amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in AMED}
+    amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name, grid=GITS)) for name in AMED}
     table = {TABLE: lambda: SolverTask(model=tyro.MISSING, solver=TABLE, grid=BEST, train=TABLE_TRAIN)}
     residual = {name: (lambda name=name: residual_task(name)) for name in RESIDUALS}
     return {**table, **residual, NOISY: lambda: SolverTask(tyro.MISSING, NOISY, "5", "vp", train=NOISE_TRAIN), **amed}
@@ -159,15 +161,28 @@ def pairs_of(task: SolverTask) -> tuple[int, int]:
     return task.distill.trajectories, task.distill.seed
 
 
+def grids_of(solver: str) -> tuple[str, ...]:
+    """What a solver of this name can be learned on, or begin on."""
+    if solver in (TABLE, *RESIDUALS):
+        return (*GRIDS, BEST)
+    return tuple(GRIDS) if solver == NOISY else (*NAMED, GITS)
+
+
 def check(task: SolverTask) -> None:
     """UsageError for unknown names, before anything is loaded."""
     for what, name, known in (
         ("solver", task.solver, LEARNED),
-        ("grid", task.grid, (*GRIDS, BEST) if task.solver in (TABLE, *RESIDUALS) else GRIDS),
+        ("grid", task.grid, grids_of(task.solver)),
         ("teacher", task.distill.teacher, SOLVERS),
     ):
         if name not in known:
             raise UsageError(f"unknown {what} '{name}'", "it is not in the registry", nearest(name, known))
+    if task.solver in AMED and task.grid == GITS and task.distill.mode == "per_step":
+        raise UsageError(
+            f"--grid {task.grid} with --distill.mode per_step",
+            "per step the teacher passes the student's nodes, on a rule that is refined; a fitted grid has none",
+            f"use --distill.mode end_to_end, the default, or one of {', '.join(GRIDS)}",
+        )
 
 
 def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distillation:
@@ -188,7 +203,7 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distill
             )
         learned = AMED[task.solver]
         target = SolverTarget(nfe, task.grid, task.guidance, learned.constants, learned.base)
-        return SolverObjective(trained.model, target, task.distill)
+        return objective_for(trained, target, task.distill)
 
 
 def base_of(task: SolverTask, nfe: int, trained: TrainedModel) -> Table:

@@ -84,7 +84,7 @@ def vgg(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """Digits, 2x2 FSQ latents, a conditional DiT on the cosine schedule, amed and amed-constants at NFE 4, uniform grid."""
+    """Digits, 2x2 FSQ latents, a conditional DiT on the cosine schedule, amed-predictor and amed at NFE 4, uniform grid."""
     root = tmp_path_factory.mktemp("pipeline")
     paths = Pipeline(root, root / "tokenizer", root / "features", root / "model", root / "baseline")
     train_tokenizer.train(TokenizerTask(paths.tokenizer, model=TokenizerConfig(width=16, downsample=4), train=TINY))
@@ -98,7 +98,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
         distill=DistillConfig(trajectories=32, teacher_steps=4),
         train=TrainConfig(steps=5, batch_size=16, lr=5e-2, warmup=0, ema=0, log_every=5),
     )
-    for name in ("amed", "amed-constants"):
+    for name in ("amed-predictor", "amed"):
         train_solver.train(replace(solver, solver=name))
     vae = VAEConfig(latent_dim=2, width=8, blocks=1, mixtures=1)
     validated = replace(TINY, validate_every=5)

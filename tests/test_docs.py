@@ -285,5 +285,5 @@ def test_the_table_of_tokenizers_is_the_one_that_was_measured() -> None:
         (row,) = [line for line in block.splitlines() if line.startswith(f"| `{cell['quantizer']}` |")]
         assert f"{cell['bits']:.1f} bits" in row
         assert f"{cell['psnr']:.2f} dB" in row
-    assert facts["protocol"]["features"] in block
+    assert facts["protocol"]["images"] in block
     assert (ROOT / "docs" / "images" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")

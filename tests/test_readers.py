@@ -100,7 +100,7 @@ def average(root: Path) -> object:
         shutil.rmtree(out, ignore_errors=True)
 
 
-STEP, AMED = "checkpoints/step-*", "solvers/amed-uniform-nfe4"
+STEP, AMED = "checkpoints/step-*", "solvers/amed-predictor-uniform-nfe4"
 TENSORS: dict[str, tuple[str, Read]] = {
     "latent model": (f"model/{STEP}/ema.safetensors", lambda root: load_model(root / "model", CPU)),
     "tokenizer of a latent model": (
@@ -116,10 +116,10 @@ TENSORS: dict[str, tuple[str, Read]] = {
     "first average": ("model/posthoc/step-5-std-0.050.safetensors", average),
     "last average": ("model/posthoc/step-25-std-0.100.safetensors", average),
     "latents": ("tokenizer/latents-????????-????????.safetensors", read_latents),
-    "predictor": (f"model/{AMED}/{STEP}/solver.safetensors", lambda root: read_solver(root, "amed")),
+    "predictor": (f"model/{AMED}/{STEP}/solver.safetensors", lambda root: read_solver(root, "amed-predictor")),
     "constants": (
-        f"model/solvers/amed-constants-uniform-nfe4/{STEP}/solver.safetensors",
-        lambda root: read_solver(root, "amed-constants"),
+        f"model/solvers/amed-uniform-nfe4/{STEP}/solver.safetensors",
+        lambda root: read_solver(root, "amed"),
     ),
     "reference": ("../report/reference/*.safetensors", lambda root: read_reference(root)),
 }
@@ -339,7 +339,7 @@ def test_the_header_of_a_learned_solver(key: str, root: Path) -> None:
         for change, text in texts:
             save_file(tensors, file, {**rest, key: text})
             try:
-                load_solver(trained, "amed", "uniform", 4)
+                load_solver(trained, "amed-predictor", "uniform", 4)
                 used.append(change)
             except MidwayError as error:
                 assert str(file) in error.what or str(file.parents[2]) in error.what, change

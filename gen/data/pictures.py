@@ -13,7 +13,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +60,16 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 # ---- archives ----
 
 
+def is_of(path: Path, about: str) -> bool:
+    """Whether there is an archive of these images."""
+    with suppress(*ZIP_DAMAGE), zipfile.ZipFile(regular_file(path)) as archive:
+        return archive.comment.decode(errors="replace") == about
+    return False
+
+
 def check_own(path: Path, about: str) -> None:
     """UsageError if there is a file that is not an earlier one of the same images."""
-    if not os.path.lexists(path):
-        return
-    found = None
-    with suppress(*ZIP_DAMAGE), zipfile.ZipFile(regular_file(path)) as archive:
-        found = archive.comment.decode(errors="replace")
-    if found != about:
+    if os.path.lexists(path) and not is_of(path, about):
         fix = "choose another folder, or move that file away"
         raise UsageError(f"{path} is of other images", "it would be replaced", fix)
 
@@ -108,8 +110,10 @@ class NpzWriter:
 
 
 @contextmanager
-def npz_writer(path: Path, count: int, labels: Tensor | None, about: str = "") -> Iterator[NpzWriter]:
-    """A writer of `count` images, and of the labels after them."""
+def npz_writer(
+    path: Path, count: int, labels: Tensor | None, about: str = "", seeds: Tensor | None = None
+) -> Iterator[NpzWriter]:
+    """A writer of `count` images, and of labels and seeds after them."""
     with _whole_zip(path, about) as archive:
         writer = NpzWriter(archive, count)
         try:
@@ -117,10 +121,11 @@ def npz_writer(path: Path, count: int, labels: Tensor | None, about: str = "") -
         finally:
             if writer.member is not None:  # a zip cannot be closed around an open member
                 writer.member.close()
-        if labels is not None:
-            buffer = io.BytesIO()
-            npy.write_array(buffer, labels.numpy(), allow_pickle=False)
-            archive.writestr(_entry("arr_1.npy"), buffer.getvalue())
+        for name, values in {"arr_1": labels, "seeds": seeds}.items():
+            if values is not None:
+                buffer = io.BytesIO()
+                npy.write_array(buffer, values.numpy(), allow_pickle=False)
+                archive.writestr(_entry(f"{name}.npy"), buffer.getvalue())
 
 
 # ---- zip of PNGs ----
@@ -136,8 +141,15 @@ class ZipWriter:
     def add(self, images: Tensor) -> None:
         """uint8 (n, C, H, W), in their own channels."""
         for pixels in images.permute(0, 2, 3, 1).numpy():
-            self.archive.writestr(_entry(png_name(self.written)), _png(pixels))
+            self.archive.writestr(_entry(png_name(self.written)), png_bytes(pixels))
             self.written += 1
+
+
+def zip_files(path: Path, names: Sequence[str], folder: Path, about: str) -> None:
+    """A zip of these files of a folder, stored, under their names. DiskError; UsageError if `path` is of other images."""
+    with _whole_zip(path, about) as archive:
+        for name in names:
+            archive.writestr(_entry(name), (folder / name).read_bytes())
 
 
 @contextmanager
@@ -159,10 +171,11 @@ def named_labels(labels: Tensor | None) -> list[tuple[str, int]] | None:
     return None if labels is None else [(png_name(number), label) for number, label in enumerate(labels.tolist())]
 
 
-def _png(pixels: NDArray[np.uint8]) -> bytes:
+def png_bytes(pixels: NDArray[np.uint8], compression: int = 0) -> bytes:
+    """uint8 (H, W, C) as a PNG, grey or RGB."""
     buffer = io.BytesIO()
     grey_or_rgb = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-    Image.fromarray(np.ascontiguousarray(grey_or_rgb)).save(buffer, format="PNG", compress_level=0)
+    Image.fromarray(np.ascontiguousarray(grey_or_rgb)).save(buffer, format="PNG", compress_level=compression)
     return buffer.getvalue()
 
 

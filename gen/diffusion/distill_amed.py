@@ -1,9 +1,12 @@
-"""The objective that distils a solver for a trained model; fit() runs it like any other model.
+"""The objective that distils AMED for a trained model; fit() runs it like any other model.
 
 The teacher's trajectories are computed once, `trajectories` of them, and every step draws a batch of them.
 
-    per_step      loss = sum over steps of log(error of the step + 1e-6)
-    end_to_end    loss = log(error of the end state + 1e-6), or the sum over all nodes
+    end_to_end    loss = log(error of the end state + 1e-6)
+    per_step      loss = sum over steps of log(error of the step + 1e-6), as published
+
+End to end needs the teacher's end states alone: one fine teacher on its own grid serves every student, whatever its grid and its
+budget. Per step the teacher passes the student's nodes, so its grid is the rule of the student's, refined.
 
 The logarithm lets every step's relative improvement count the same, although errors of early and late steps differ by orders of
 magnitude.
@@ -12,7 +15,8 @@ magnitude.
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +25,8 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
 from midway.gen.diffusion.distillation import Distillation, SampledModel, part
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.samplers import gits_for
 from midway.gen.training.batches import Context
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard
@@ -29,12 +35,21 @@ from midway.samplers.distill import (
     TeacherNodes,
     best_positions,
     check_teacher,
+    end_error,
+    need_no_noise,
     node_errors,
+    only_ends,
+    refined,
     step_errors,
     teacher_nodes,
 )
-from midway.samplers.grids import GRIDS, Grid
+from midway.samplers.gits import GITS
+from midway.samplers.grids import GRIDS, NAMED, Grid
 from midway.samplers.learned_solver import LearnedSolver
+from midway.samplers.plugin import unlearned
+from midway.samplers.prediction import Field
+from midway.samplers.sample import sample
+from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, steps_for
 from midway.samplers.step_parameters import GAIN, AMEDConfig, Constants, Predictor, StepRule
 
@@ -43,20 +58,20 @@ from midway.samplers.step_parameters import GAIN, AMEDConfig, Constants, Predict
 class DistillConfig:
     """How a solver is distilled."""
 
-    teacher: str = "dpmpp2m"
+    teacher: str = "unipc3"
     """Any table solver that draws no noise; it gets its own evaluations, which are counted as training."""
+    teacher_grid: str = "logsnr"
+    """end_to_end: the teacher's grid; per step it is the student's, refined."""
     teacher_steps: int = 32
-    """Least number of teacher steps; every step of the student holds the same whole number of them."""
+    """Teacher steps; per step the least number, since every step of the student holds the same whole number of them."""
     trajectories: int = 512
     """Teacher trajectories, computed once; training draws batches of them."""
     seed: int = 0
     """First trajectory's number; its noise is drawn for this purpose alone, never that of an evaluated seed."""
     analytic_first: bool | None = None
     """Whether the first slope is the analytic direction; by default only for odd budgets, which need it."""
-    mode: Literal["per_step", "end_to_end"] = "per_step"
-    """per_step: every step meets the teacher's next node, as published; end_to_end: the whole trajectory meets its end."""
-    all_nodes: bool = False
-    """end_to_end only: meet the teacher at all nodes."""
+    mode: Literal["per_step", "end_to_end"] = "end_to_end"
+    """end_to_end: the whole trajectory meets the teacher's end; per_step: every step meets its next node, as published."""
     checkpointing: bool = True
     """end_to_end only: keep one evaluation in memory at a time, and compute it twice."""
     amed: AMEDConfig = field(default_factory=AMEDConfig)
@@ -66,22 +81,39 @@ class DistillConfig:
             raise ValueError(
                 f"trajectories {self.trajectories} and teacher_steps {self.teacher_steps} must be 1 or more"
             )
-        if self.all_nodes and self.mode == "per_step":
-            raise ValueError("all_nodes belongs to mode end_to_end: per_step always meets the teacher at all nodes")
+        if self.teacher_grid not in GRIDS:
+            raise ValueError(f"unknown teacher_grid '{self.teacher_grid}': choose one of {', '.join(GRIDS)}")
         check_ranges(self, teacher_steps=STEPS, trajectories=COUNT, seed=SEED)
+
+    def steps(self, nfe: int) -> tuple[int, bool]:
+        """How many make this budget, and whether the first is analytic; ValueError for a budget that cannot be reached."""
+        analytic_first = nfe % 2 == 1 if self.analytic_first is None else self.analytic_first
+        return steps_for(2, nfe, analytic_first), analytic_first
 
 
 @dataclass(frozen=True)
 class SolverTarget:
-    """What is learned: a solver of `nfe` evaluations on a named grid, for a model guided at this scale."""
+    """What is learned: a solver of `nfe` evaluations on a grid, for a model guided at this scale."""
 
     nfe: int
     grid: str
+    """Its name."""
     guidance: float
     constants: bool
     """Constants per step, or a predictor per sample."""
     base: str = "none"
     """Solver that AMED is plugged into, a name in `plugin.BASES`."""
+    times: Grid | None = None
+    """The grid itself where no rule makes it, as one that was fitted; None: that of the name."""
+
+    def grid_for(self, schedule: Schedule, steps: int) -> Grid:
+        """The times. ValueError for a name without a rule, and for another number of times."""
+        if self.times is None and self.grid not in NAMED:
+            raise ValueError(f"grid '{self.grid}' has no rule: give its times, or choose one of {', '.join(NAMED)}")
+        grid = NAMED[self.grid](schedule, steps) if self.times is None else self.times
+        if len(grid) != steps + 1:
+            raise ValueError(f"{self.nfe} evaluations are {steps} steps, the grid has {len(grid) - 1}: they must agree")
+        return grid
 
 
 @dataclass(frozen=True)
@@ -92,22 +124,48 @@ class TrajectoryBatch:
     labels: Tensor
 
 
+def objective_for(trained: TrainedModel, target: SolverTarget, config: DistillConfig) -> "SolverObjective":
+    """The objective. A grid `gits` is fitted for the unlearned solver, to noise that no evaluated seed has; its cost counts."""
+    if target.grid != GITS:
+        return SolverObjective(trained.model, target, config)
+    steps, analytic_first = config.steps(target.nfe)
+    build = partial(unlearned, trained.model.schedule, base=target.base, analytic_first=analytic_first)
+    times, cost = gits_for(trained, target.guidance, steps, build)
+    objective = SolverObjective(trained.model, replace(target, times=times), config)
+    objective.counter.evaluations = cost
+    return objective
+
+
 class SolverObjective(Distillation):
     """Trains `rule` (constants or a predictor). ValueError for an impossible budget, base, teacher or grid."""
 
     def __init__(self, model: SampledModel, target: SolverTarget, config: DistillConfig) -> None:
-        odd = target.nfe % 2 == 1
-        analytic_first = odd if config.analytic_first is None else config.analytic_first
-        steps = steps_for(2, target.nfe, analytic_first)
+        steps, analytic_first = config.steps(target.nfe)
         feature_dim = 0 if target.constants else model.feature_dim
-        grid = GRIDS[target.grid](model.schedule, steps)
+        grid = target.grid_for(model.schedule, steps)
         solver = AMEDSolver(model.schedule, grid, target.base, analytic_first, feature_dim)
-        stride = math.ceil(config.teacher_steps / steps)
-        teacher = SOLVERS[config.teacher].build(model.schedule, GRIDS[target.grid](model.schedule, steps * stride))
-        check_teacher(solver, teacher, stride)
-        super().__init__(model, teacher, target.guidance, config.mode == "end_to_end" and config.checkpointing)
-        self.target, self.config, self.solver, self.stride = target, config, solver, stride
+        self.stride = math.ceil(config.teacher_steps / steps)
+        teacher = SOLVERS[config.teacher].build(model.schedule, self._teacher_grid(solver, target, config))
+        end_to_end = config.mode == "end_to_end"
+        if end_to_end:
+            need_no_noise(teacher)
+        else:
+            check_teacher(solver, teacher, self.stride)
+        super().__init__(model, teacher, target.guidance, end_to_end and config.checkpointing)
+        self.target, self.config, self.solver = target, config, solver
         self.rule = Constants(steps, config.amed) if target.constants else Predictor(feature_dim, steps, config.amed)
+
+    def _teacher_grid(self, solver: AMEDSolver, target: SolverTarget, config: DistillConfig) -> Grid:
+        schedule = solver.schedule
+        if config.mode == "end_to_end":
+            ends = schedule.rho(torch.tensor([solver.grid[0], solver.grid[-1]], dtype=torch.float64)).tolist()
+            return GRIDS[config.teacher_grid](schedule, config.teacher_steps, *ends)
+        if target.times is not None:
+            raise ValueError(
+                f"per_step needs a teacher that passes the student's nodes, and grid '{target.grid}' has no rule that refines "
+                "it: use mode end_to_end"
+            )
+        return NAMED[target.grid](schedule, solver.steps * self.stride)
 
     @property
     def grid(self) -> Grid:
@@ -119,14 +177,21 @@ class SolverObjective(Distillation):
         return self.config.mode == "per_step" and not self.solver.plugin.multistep
 
     def prepare(self, labels: Tensor, shared: dict[Any, Any]) -> Callable[[Tensor], TrajectoryBatch]:
-        teacher = self.run_teacher(labels)
+        """The end states of one teacher are the same at every budget; every solver counts them, as if it were learned alone."""
+        before, key = self.counter.evaluations, (self.teacher.hash, self.config.trajectories, self.config.seed)
+        if self.config.mode == "per_step" or key not in shared:
+            shared[key] = (self.run_teacher(labels), self.counter.evaluations - before)
+        teacher, self.taught = shared[key]
+        self.counter.evaluations = before + self.taught
         self.warm_start(teacher, labels)
         return lambda items: TrajectoryBatch(teacher.take(items), labels[items])
 
     def facts(self) -> dict[str, Any]:
+        on = f" on {self.config.teacher_grid}" if self.config.mode == "end_to_end" else ""
         return {
             "analytic_first": self.solver.analytic_first,
-            "teacher": f"{self.config.teacher}, {len(self.teacher.grid) - 1} steps",
+            "analytic_history": self.solver.analytic_history,
+            "teacher": f"{self.config.teacher}, {len(self.teacher.grid) - 1} steps{on}",
             "base": self.target.base,
             "mode": self.config.mode,
         }
@@ -137,13 +202,13 @@ class SolverObjective(Distillation):
         return LearnedSolver(card, self.grid, rule, self.solver.schedule)
 
     def run_teacher(self, labels: Tensor, batch_size: int = 256) -> TeacherNodes:
-        """All trajectories: labels (M,) -> nodes stacked along the batch, on the labels' device.
+        """All trajectories: labels (M,) -> nodes (end to end: both ends alone) stacked along the batch, on the labels' device.
 
         DivergedError if one of them is not finite.
         """
         starts = self.starts(self.config.seed, labels, self.grid[0])
         parts = [
-            teacher_nodes(self.field(some), self.solver, self.teacher, self.stride, start, self.restarts)
+            self._teach(self.field(some), start)
             for some, start in zip(labels.split(batch_size), starts.split(batch_size), strict=True)
         ]
         whole = TeacherNodes(*(torch.cat(p, dim=1) for p in zip(*((t.states, t.eps, t.features) for t in parts))))
@@ -155,25 +220,46 @@ class SolverObjective(Distillation):
             )
         return whole
 
+    def _teach(self, field: Field, x: Tensor) -> TeacherNodes:
+        if self.config.mode == "per_step":
+            return teacher_nodes(field, self.solver, self.teacher, self.stride, x, self.restarts)
+        with torch.no_grad():
+            return only_ends(x, sample(field, self.teacher, x))
+
     def warm_start(self, teacher: TeacherNodes, labels: Tensor) -> None:
-        """Set every step's r to the best of a few, with c = a = 1, judged on at most 128 trajectories."""
+        """Set every step's r to the best of a few, with c = a = 1, on at most 128 trajectories.
+
+        The error has several basins, and the gradient leaves none, so end to end starts per step too, from a teacher of its own.
+        It also decides whether later steps of iPNDM(4) weigh an analytic first slope: their weights magnify what that slope
+        misses, a mean of the data. Lower orders end nearer with it, or no farther (docs/solvers.md).
+        """
         some = teacher.take(torch.arange(min(len(labels), 128), device=labels.device))
-        candidates = torch.linspace(0.05, 0.7, 14, device=labels.device)
-        best = best_positions(self.field(labels[:128]), self.solver, some, candidates, self.restarts)
+        field, candidates = self.field(labels[:128]), torch.linspace(0.05, 0.7, 14, device=labels.device)
+        alone, forms = not self.solver.plugin.multistep, [self.solver]
+        if self.config.mode == "end_to_end":
+            fine = refined(self.solver.schedule, self.grid, self.stride)
+            table = SOLVERS[self.config.teacher].build(self.solver.schedule, fine)
+            some = teacher_nodes(field, self.solver, table, self.stride, some.states[0], alone)
+            if self.solver.plugin.order > 3 and self.solver.analytic_first:
+                forms.append(replace(self.solver, analytic_history=False))
+        found = [best_positions(field, form, some, candidates, alone) for form in forms]
+        (best, _), self.solver = min(zip(found, forms, strict=True), key=lambda one: one[0][1])
         with torch.no_grad():
             self.rule.raw[:, 0] = torch.logit(best) / GAIN
 
     def errors(self, batch: TrajectoryBatch, rule: StepRule) -> Tensor:
-        """(N,): error at every node but the first under `rule`, in units of the state's variance."""
+        """Under `rule`, (N,) at every node but the first, end to end (1,) at the last; in units of the state's variance."""
         if self.restarts:
             return step_errors(self.field(batch.labels.repeat(self.solver.steps)), self.solver, rule, batch.nodes)
         detached = self.config.mode == "per_step"
         states = nodes(self.solver, self.field(batch.labels), rule, batch.nodes.states[0], detached)
-        return node_errors(states, self.solver, batch.nodes)
+        if detached:
+            return node_errors(states, self.solver, batch.nodes)
+        return end_error(states[-1], self.solver, batch.nodes.states[-1])[None]
 
     def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum of log errors; logs the root of the error after each step, in units of the state's standard deviation."""
+        """Sum of log errors; logs the root of every error, in units of the state's standard deviation."""
         errors = self.errors(batch, self.rule)
-        logs = {f"rmse_step_{i}": e.detach().sqrt() for i, e in enumerate(errors)}
-        end_only = self.config.mode == "end_to_end" and not self.config.all_nodes
-        return ((errors[-1:] if end_only else errors) + NEGLIGIBLE).log().sum(), logs
+        last = self.solver.steps - len(errors)
+        logs = {f"rmse_step_{last + i}": e.detach().sqrt() for i, e in enumerate(errors)}
+        return (errors + NEGLIGIBLE).log().sum(), logs

@@ -60,6 +60,8 @@ class Distillation(nn.Module):
     """
 
     evaluations: Tensor
+    taught = 0
+    """Of the counter's evaluations, those of a teacher that other solvers share."""
 
     def __init__(self, model: SampledModel, teacher: Table, guidance: float, recompute: bool) -> None:
         super().__init__()

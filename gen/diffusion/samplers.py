@@ -3,13 +3,13 @@
 Invalid combinations raise UsageError here, before the first sample is drawn, with what is possible instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
@@ -19,9 +19,10 @@ from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.adaptive import AdaptiveSampler
 from midway.samplers.card import SolverCard
-from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
-from midway.samplers.grids import GRIDS, NAMED, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.gits import FINE_STEPS, GITS, WarmUp, fitted_grid, warm_up
+from midway.samplers.grids import NAMED, RHO_MAX, RHO_MIN, Grid, karras
 from midway.samplers.guidance_checks import check_interval, check_scale
+from midway.samplers.prediction import Field
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -30,7 +31,7 @@ from midway.samplers.table import Table
 
 ADAPTIVE = "rk45"
 """The sampler that chooses its steps, where a tolerance is given in place of a budget."""
-LEARNED_ON = (*GRIDS, BEST)
+LEARNED_ON = (*NAMED, GITS, BEST)
 """What a solver may have been learned on; `best`: whichever grid it began nearest to the teacher on."""
 
 WARM_UP = 64
@@ -99,51 +100,69 @@ def build_table(
 ) -> Table:
     """The table of a solver of the registry; only a fitted grid needs the model. UsageError for a budget that does not exist."""
     entry = SOLVERS[solver]
+
+    def build(times: Grid) -> Table:
+        return (
+            ddim(schedule, times, config.analytic_first, config.eta)
+            if config.eta
+            else entry.build(schedule, times, config.analytic_first)
+        )
+
     with raising(UsageError, f"{solver} on grid {grid} at NFE {nfe} is not possible", "change --nfe"):
         steps = steps_for(entry.evaluations, nfe, config.analytic_first)
-        if grid == GITS and trained is not None:
-            fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
-            times = tuple(fit.grid[i] for i in cheapest_path(fit.costs, steps))
-        else:
-            times = NAMED[grid](schedule, steps, config.rho_max, config.rho_min)
-        if config.eta:
-            return ddim(schedule, times, config.analytic_first, config.eta)
-        return entry.build(schedule, times, config.analytic_first)
+        if grid != GITS or trained is None:
+            return build(NAMED[grid](schedule, steps, config.rho_max, config.rho_min))
+        silent = build if not (entry.stochastic or config.eta) else partial(ddim, schedule)
+        fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
+        times, cost = fit.grid(steps, silent)
+        table = build(times)
+        fit.spent[table.hash] = cost
+        return table
 
 
-def fitting_nfe(trained: TrainedModel, config: SamplerConfig) -> int:
-    """Passes of samples through the networks that fitting costs, once per model."""
-    return _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min).nfe
+def fitting_nfe(trained: TrainedModel, config: SamplerConfig, sampler: Sampler) -> int:
+    """Passes of samples through the networks that fitting the grid of a sampler costs, were it fitted alone."""
+    fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
+    return fit.spent.get(sampler.hash, fit.nfe)
+
+
+def gits_for(trained: TrainedModel, guidance: float, steps: int, build: Callable[[Grid], Table]) -> tuple[Grid, int]:
+    """The grid `gits` of this many steps for the solver that `build` makes, and the passes through the network that it costs."""
+    return _fit(trained, Guidance(guidance), RHO_MAX, RHO_MIN).grid(steps, build)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fine grid, the cost of jumping over parts of it, and the passes through the networks that this took."""
+    """Fine trajectories and their field; `nfe` passes of samples through the networks that they took.
 
-    grid: Grid
-    costs: Tensor
+    spent: those of whole fits, by the hash of the table that one was made for.
+    """
+
+    warm: WarmUp
+    field: Field
+    networks: tuple[nn.Module, ...]
     nfe: int
+    spent: dict[str, int]
+
+    def grid(self, steps: int, build: Callable[[Grid], Table]) -> tuple[Grid, int]:
+        """`fitted_grid`, and what it costs with the fine trajectories."""
+        with ForwardCounter(*self.networks) as counter:
+            return fitted_grid(self.warm, self.field, steps, build), self.nfe + counter.evaluations
 
 
 def _fit(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> Fit:
     key = (trained.hash, guidance, rho_max, rho_min)
     if key not in _fits:
-        networks = [model.network for model in (trained.model, guidance.weak) if model is not None]
+        model = trained.model
+        device, order = next(model.parameters()).device, torch.arange(WARM_UP)
+        networks = tuple(one.network for one in (model, guidance.weak) if one is not None)
+        fine = karras(model.schedule, FINE_STEPS, rho_max, rho_min)
+        noise = randomness.normal(0, "gits", 0, order, model.latent_shape).to(device)
+        field = model.field(labels_of(order, model.classes, model.empty).to(device), guidance)
         with ForwardCounter(*networks) as counter:
-            grid, costs = _jump_costs(trained, guidance, rho_max, rho_min)
-        _fits[key] = Fit(grid, costs, counter.evaluations)
+            warm = warm_up(field, model.schedule, start_state(model.schedule, fine[0], noise), fine)
+        _fits[key] = Fit(warm, field, networks, counter.evaluations, {})
     return _fits[key]
-
-
-@torch.no_grad()
-def _jump_costs(trained: TrainedModel, guidance: Guidance, rho_max: float, rho_min: float) -> tuple[Grid, Tensor]:
-    model = trained.model
-    device = next(model.parameters()).device
-    order = torch.arange(WARM_UP)
-    noise = randomness.normal(0, "gits", 0, order, model.latent_shape).to(device)
-    fine = karras(model.schedule, FINE_STEPS, rho_max, rho_min)
-    field = model.field(labels_of(order, model.classes, model.empty).to(device), guidance)
-    return fine, jump_costs(field, model.schedule, start_state(model.schedule, fine[0], noise), fine)
 
 
 def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:

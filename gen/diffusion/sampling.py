@@ -2,7 +2,7 @@
 count nor device. Noise is drawn on the CPU."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -77,32 +77,54 @@ class SamplingConfig:
     """How seeds draw their classes; None: in turn."""
 
 
+Start = Callable[[Tensor, Tensor], Tensor]
+"""(seeds (B,), their noise (B, C, h, w)) -> the states at the first time of a sampler's grid, on the CPU."""
+
+
 @torch.no_grad()
+def sample_batches(
+    trained: TrainedModel,
+    sampler: Sampler,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    config: SamplingConfig | None = None,
+    start: Start | None = None,
+) -> Iterator[Samples]:
+    """The samples of each batch of seeds (B,) and labels (B,), when it is asked for; from noise unless `start` is given."""
+    config, model = config or SamplingConfig(), trained.model
+    device = next(model.parameters()).device
+    graphs, table, guidance = Graphs(), sampler.table, config.guidance
+    make_field = partial(model.field, guidance=guidance)
+    networks = [model.network, *([guidance.weak.network] if guidance.weak is not None else [])]
+    for some, classes in batches:
+        before = time.perf_counter()
+        with ForwardCounter(*networks) as counter, _autocast(device, config):
+            noise = noise_of(some, model.latent_shape)
+            x = start_state(model.schedule, sampler.grid[0], noise) if start is None else start(some, noise)
+            x, classes = x.to(device), classes.to(device)
+            if config.graph and table is not None and not table.stochastic and len(some) == config.batch_size:
+                key = (id(model), guidance, config.precision)
+                latents = graphs.sample(make_field, table, x, (classes,), key, counter).cpu()
+            else:
+                latents = sampler.run(make_field(classes), x, SeededNoise(some)).cpu()
+        yield Samples(latents, counter.evaluations / len(some), time.perf_counter() - before)
+
+
 def sample_latents(
     trained: TrainedModel,
     sampler: Sampler,
     seeds: Tensor,
     config: SamplingConfig | None = None,
     labels: Tensor | None = None,
+    start: Start | None = None,
 ) -> Samples:
-    """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes."""
+    """Sample one latent per seed (N,); `labels` (N,) override the seeds' own classes; `start` as of `sample_batches`."""
     config, model = config or SamplingConfig(), trained.model
-    device = next(model.parameters()).device
     labels = labels_of(seeds, model.classes, model.empty, config.draw) if labels is None else labels
-    graphs, table, guidance = Graphs(), sampler.table, config.guidance
-    make_field = partial(model.field, guidance=guidance)
-    networks = [model.network, *([guidance.weak.network] if guidance.weak is not None else [])]
-    start, parts = time.perf_counter(), []
-    with ForwardCounter(*networks) as counter, _autocast(device, config):
-        for some, classes in zip(seeds.split(config.batch_size), labels.split(config.batch_size), strict=True):
-            x = start_state(model.schedule, sampler.grid[0], noise_of(some, model.latent_shape).to(device))
-            classes = classes.to(device)
-            if config.graph and table is not None and not table.stochastic and len(some) == config.batch_size:
-                key = (id(model), guidance, config.precision)
-                parts.append(graphs.sample(make_field, table, x, (classes,), key, counter).cpu())
-            else:
-                parts.append(sampler.run(make_field(classes), x, SeededNoise(some)).cpu())
-    return Samples(torch.cat(parts), counter.evaluations / len(seeds), time.perf_counter() - start)
+    batches = zip(seeds.split(config.batch_size), labels.split(config.batch_size), strict=True)
+    parts = list(sample_batches(trained, sampler, batches, config, start))
+    evaluations = sum(round(part.nfe * len(part.latents)) for part in parts)
+    latents, seconds = torch.cat([part.latents for part in parts]), sum(part.seconds for part in parts)
+    return Samples(latents, evaluations / len(seeds), seconds)
 
 
 def _autocast(device: torch.device, config: SamplingConfig) -> torch.autocast:
@@ -121,8 +143,13 @@ def decode(trained: TrainedModel, latents: Tensor, batch_size: int = 512) -> Ten
 
 
 @torch.no_grad()
-def reconstruct(trained: TrainedModel, images: Tensor, batch_size: int = 512) -> Tensor:
-    """uint8 images (N, C, H, W) -> their reconstructions by the tokenizer, on the CPU."""
+def encode(trained: TrainedModel, images: Tensor, batch_size: int = 512) -> Tensor:
+    """uint8 images (N, C, H, W) -> standardised latents (N, C, h, w) on the CPU."""
     tokenizer = trained.tokenizer
     parts = [tokenizer.encode_latents(to_float(part.to(tokenizer.device))) for part in images.split(batch_size)]
-    return decode(trained, torch.cat(parts), batch_size)
+    return torch.cat([part.cpu() for part in parts])
+
+
+def reconstruct(trained: TrainedModel, images: Tensor, batch_size: int = 512) -> Tensor:
+    """uint8 images (N, C, H, W) -> their reconstructions by the tokenizer, on the CPU."""
+    return decode(trained, encode(trained, images, batch_size), batch_size)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from midway.gen.evaluation.records import LIMITS, TO_EXACT, Measurement
-from midway.samplers.gits import GITS
+from midway.samplers.solvers import SOLVERS
 
 FID = "inception-v3-2015-12-05@6726825d"
 """Prefix of the feature name under which a distance is FID."""
@@ -80,7 +80,7 @@ def training_costs(measurements: Iterable[Measurement]) -> dict[str, int]:
     """Network evaluations spent to train each learned solver: the largest over its shown measurements."""
     costs: dict[str, int] = {}
     for (solver, _), m in shown(measurements).items():
-        if m.training_nfe and m.grid != GITS:  # there the grid was fitted, not the solver
+        if m.training_nfe and solver not in SOLVERS:  # of those the grid was fitted, not the solver
             costs[solver] = max(costs.get(solver, 0), m.training_nfe)
     return costs
 

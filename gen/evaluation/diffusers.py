@@ -91,9 +91,9 @@ class DiffusersModel:
         """Samples by this sampler."""
         return DiffusersSource(self, sampler, sampling)
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """None of its grids is fitted."""
-        del config
+        del config, sampler
         return 0
 
     @torch.no_grad()

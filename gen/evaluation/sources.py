@@ -93,8 +93,8 @@ class EvaluatedModel(Protocol):
         """Floating-point operations of one evaluation of the network; 0 where they are not counted."""
         return 0
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
-        """Passes of samples through the network that fitting a grid costs."""
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
+        """Passes of samples through the network that fitting the grid of a sampler costs."""
         ...
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
@@ -144,9 +144,9 @@ class EvaluatedLatentModel(EvaluatedModel):
         model = self.trained.model
         return network_flops(model.conditional_field, model.latent_shape, next(model.parameters()).device)
 
-    def fitting_nfe(self, config: SamplerConfig) -> int:
-        """Once per model, whatever the number of grids."""
-        return fitting_nfe(self.trained, config)
+    def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
+        """As if it were fitted alone; the fine trajectories are shared by all grids of a model."""
+        return fitting_nfe(self.trained, config, sampler)
 
     def reconstruct(self, images: Tensor) -> Tensor | None:
         """uint8 images (n, C, H, W) encoded and decoded, on the CPU."""

@@ -5,21 +5,20 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from midway.gen.core import randomness
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_flag_ranges
 from midway.gen.diffusion.model import start_state
 from midway.gen.proving.learning import Teaching, teach
 from midway.gen.proving.model import Block, Figures, MixtureModel, exact_error, figures, make_block
-from midway.samplers.gits import FINE_STEPS, GITS, cheapest_path, jump_costs
-from midway.samplers.grids import GRIDS, Grid, karras
+from midway.samplers.gits import GITS, WarmUp, fitted_grid, warm_up
+from midway.samplers.grids import GRIDS, RHO_MAX
 from midway.samplers.sampler import Sampler
-from midway.samplers.solvers import SOLVERS, Solver, steps_for
+from midway.samplers.solvers import SOLVERS, Solver, ddim, steps_for
 from midway.samplers.table import Table
 
 FLOOR, EXACT_ROW = "floor", "exact"
@@ -96,25 +95,26 @@ class Contest:
         return exact_error(self.model, self.unscored, self.config.exact_steps)
 
     @cached_property
-    def _fitted(self) -> tuple[Grid, Tensor]:
-        """The fine grid and the jump costs of `gits`, of noise of its own."""
-        fine = karras(self.model.schedule, FINE_STEPS)
+    def _warm(self) -> WarmUp:
+        """What `gits` is fitted to, of noise of its own."""
+        schedule = self.model.schedule
         noise = randomness.normal(0, GITS, 0, torch.arange(64), self.model.latent_shape)
-        start = start_state(self.model.schedule, fine[0], noise)
-        with torch.no_grad():
-            return fine, jump_costs(self.model.exact_field, self.model.schedule, start, fine)
+        start = schedule.time_of_rho(torch.tensor(RHO_MAX, dtype=torch.float64)).item()
+        return warm_up(self.model.exact_field, schedule, start_state(schedule, start, noise))
 
     def prepare(self) -> None:
         """Compute what all cells share."""
-        _ = self.scored, self.unscored, self._fitted, self.model.truth, [block.statistics for block in self.scored]
+        _ = self.scored, self.unscored, self._warm, self.model.truth, [block.statistics for block in self.scored]
 
-    def grids(self, steps: int) -> Iterator[tuple[str, Grid]]:
-        """All grids of this many steps, `gits` included."""
-        for name, make in GRIDS.items():
-            yield name, make(self.model.schedule, steps)
-        fine, costs = self._fitted
-        if steps < len(fine):
-            yield GITS, tuple(fine[i] for i in cheapest_path(costs, steps))
+    def tables(self, entry: Solver, steps: int, analytic: bool = False) -> dict[str, Table]:
+        """A solver's tables of this many steps on all grids, `gits` included."""
+        schedule, warm = self.model.schedule, self._warm
+        build = partial(entry.build, schedule, analytic_first=analytic)
+        tables = {name: build(make(schedule, steps)) for name, make in GRIDS.items()}
+        if steps < len(warm.grid):
+            silent = partial(ddim, schedule) if entry.stochastic else build
+            tables[GITS] = build(fitted_grid(warm, self.model.exact_field, steps, silent))
+        return tables
 
     def reference_cells(self) -> list[Cell]:
         """Floor: fresh data in place of samples. Exact: the exact solution."""
@@ -136,7 +136,7 @@ class Contest:
         if step_count is None:
             return None
         steps, analytic = step_count
-        tables = {grid: entry.build(self.model.schedule, times, analytic) for grid, times in self.grids(steps)}
+        tables = self.tables(entry, steps, analytic)
         grid = self._best(tables, entry.stochastic)
         return self._scored(name, tables[grid], grid, analytic, 0, entry.stochastic)
 

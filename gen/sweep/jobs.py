@@ -124,7 +124,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
 def _training_nfe(model: EvaluatedModel, sampler: Sampler, grid: str, config: SweepConfig) -> int:
     if sampler.card is not None:
         return sampler.card.training_nfe
-    return model.fitting_nfe(config) if grid == GITS else 0
+    return model.fitting_nfe(config, sampler) if grid == GITS else 0
 
 
 EXACT_SOLVER, EXACT_GRID = "dpmpp3m", "logsnr"

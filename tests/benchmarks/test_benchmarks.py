@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -357,7 +357,7 @@ def ablation() -> ModuleType:
 
 def _task(ablation: ModuleType, pipeline: Pipeline, out: Path) -> Any:
     """The smallest: 8 held-out samples, two optimizer steps."""
-    sizes = {"n": 8, "reference_steps": 10, "trajectories": 6, "teacher_steps": 6, "steps": 2, "batch_size": 4}
+    sizes = {"n": 8, "reference_steps": 10, "trajectories": 6, "steps": 2, "batch_size": 4}
     return ablation.Ablation(pipeline.model, out, nfe=(4, 5), **sizes)
 
 
@@ -375,41 +375,50 @@ def test_unlearned_rows_are_distances_to_the_fine_solution(
     trained, task = pipeline.load(), _task(ablation, pipeline, tmp_path / "a.json")
     data = ablation.held_out(trained, task, CPU)
     assert data.noise.shape == data.exact.shape == (8, *trained.model.latent_shape)
-    exact = _reached(trained, ablation, "heun", 10, False, "karras")
+    exact = _reached(trained, ablation, "unipc3", 10, False, "logsnr")
     torch.testing.assert_close(data.exact, exact, rtol=1e-4, atol=1e-4)
     for name, nfe, steps in (("ddim", 4, 4), ("ddim", 5, 6), ("dpm2", 4, 2), ("dpm2", 5, 3)):
-        row = ablation.unlearned(trained, task, data, name, nfe)
-        assert (row.solver, row.mode, row.teacher, row.nfe) == (name, "", "", nfe)
+        row = ablation.plain(trained, data, name, "uniform", nfe)
+        assert (row.solver, row.mode, row.grid, row.teacher, row.nfe) == (name, "", "uniform", "", nfe)
         assert (row.rmse_start, row.training_nfe, row.seconds) == (None, 0, 0.0)
-        reached = _reached(trained, ablation, name, steps, nfe == 5, task.grid)
+        reached = _reached(trained, ablation, name, steps, nfe == 5, "uniform")
         assert row.rmse == pytest.approx((reached - exact).square().mean().sqrt().item(), rel=1e-3)
-    assert ablation.unlearned(trained, task, data, "rk38", 6) is None
+    assert ablation.plain(trained, data, "rk38", "uniform", 6) is None
 
 
 @pytest.mark.parametrize("nfe", [4, 5])
 @pytest.mark.parametrize(
-    ("name", "mode", "teacher"),
+    ("name", "mode", "grid", "teacher"),
     [
-        ("amed-constants", "per_step", "dpmpp2m"),
-        ("amed", "end_to_end", "dpmpp2m"),
-        ("amed-plugin-dpmpp2m-constants", "per_step", "dpmpp2m"),
-        ("amed-constants", "per_step", "heun"),
+        ("amed", "per_step", "uniform", ("dpmpp2m", "uniform", 6)),
+        ("amed-predictor", "end_to_end", "uniform", ("unipc3", "logsnr", 6)),
+        ("amed-plugin-dpmpp2m", "end_to_end", "gits", ("heun", "logsnr", 6)),
+        ("amed", "end_to_end", "uniform", ("heun", "karras", 6)),
     ],
 )
 def test_learned_rows_count_their_training(
-    name: str, mode: str, teacher: str, nfe: int, ablation: ModuleType, pipeline: Pipeline, tmp_path: Path
+    name: str,
+    mode: str,
+    grid: str,
+    teacher: tuple[str, str, int],
+    nfe: int,
+    ablation: ModuleType,
+    pipeline: Pipeline,
+    tmp_path: Path,
 ) -> None:
     """Everything that goes through the network is training, but for measuring the solver before and after."""
-    trained, task = pipeline.load(), _task(ablation, pipeline, tmp_path / "a.json")
+    trained = replace(pipeline.load(), hash=f"of this test {name} {nfe}")  # whose grids are not fitted yet
+    task = _task(ablation, pipeline, tmp_path / "a.json")
     data = ablation.held_out(trained, task, CPU)
     with ForwardCounter(trained.model.network) as network:
-        row = ablation.learn(trained, task, data, ablation.Variant(name, mode, teacher), nfe)
-    assert (row.solver, row.mode, row.teacher, row.nfe) == (name, mode, teacher, nfe)
+        row = ablation.learn(trained, task, data, ablation.Variant(name, mode, grid, teacher), nfe)
+    assert (row.solver, row.mode, row.grid, row.nfe) == (name, mode, grid, nfe)
+    assert row.teacher == f"{teacher[0]}, {teacher[2]} on {teacher[1]}"
     assert row.training_nfe == network.evaluations - 2 * nfe * task.n
     assert math.isfinite(row.rmse)
     assert row.rmse != row.rmse_start, "something was learned"
-    if name == "amed-constants":  # before learning it is DPM-Solver-2
-        start = ablation.unlearned(trained, task, data, "dpm2", nfe).rmse
+    if name == "amed":  # before learning it is DPM-Solver-2
+        start = ablation.plain(trained, data, "dpm2", "uniform", nfe).rmse
         assert row.rmse_start == pytest.approx(start, rel=1e-3)
 
 
@@ -419,8 +428,9 @@ def test_every_variant_is_a_solver_that_can_be_learned(ablation: ModuleType) -> 
     assert {variant.name for variant in found} <= set(LEARNED)
     assert {LEARNED[variant.name].base for variant in found} == {"none", *ablation.BASES} <= set(BASES)
     assert {variant.mode for variant in found} == {"per_step", "end_to_end"}
+    assert {variant.grid for variant in found} == {"uniform", "gits"}
     assert {variant.teacher for variant in found} == {*ablation.TEACHERS, ablation.Variant("amed").teacher}
-    assert {*ablation.TEACHERS, *ablation.UNLEARNED} <= set(SOLVERS)
+    assert {teacher[0] for teacher in ablation.TEACHERS} | {*ablation.UNLEARNED} <= set(SOLVERS)
 
 
 def test_the_ablation_writes_every_row_at_every_budget(
@@ -432,7 +442,7 @@ def test_the_ablation_writes_every_row_at_every_budget(
 ) -> None:
     monkeypatch.setattr(ablation, "best_device", lambda: CPU)
     monkeypatch.setattr(ablation, "UNLEARNED", ("ddim", "rk38"))
-    monkeypatch.setattr(ablation, "variants", lambda: iter([ablation.Variant("amed-constants")]))
+    monkeypatch.setattr(ablation, "variants", lambda: iter([ablation.Variant("amed")]))
     task = _task(ablation, pipeline, tmp_path / "ablation.json")
     ablation.main(task)
     found = json.loads(task.out.read_text())
@@ -440,7 +450,7 @@ def test_the_ablation_writes_every_row_at_every_budget(
     assert found["model_hash"] == pipeline.load().hash
     assert found["task"]["nfe"] == [4, 5]
     assert found["task"]["out"] == str(task.out)
-    wanted = [("ddim", 4), ("ddim", 5), ("rk38", 4), ("amed-constants", 4), ("amed-constants", 5)]
+    wanted = [("ddim", 4), ("ddim", 5), ("rk38", 4), ("ddim", 4), ("ddim", 5), ("rk38", 4), ("amed", 4), ("amed", 5)]
     assert [(row["solver"], row["nfe"]) for row in found["results"]] == wanted
     for row in found["results"]:
         assert set(row) == {field.name for field in fields(ablation.Result)}

@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from tensors import grad
 from torch import Tensor
 from train_solver import SolverTask, train
 
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
-from midway.gen.diffusion.load import load_model, load_solver
+from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel
-from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, make_table
+from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, gits_for, make_samplers, make_table
 from midway.gen.diffusion.sampling import sample_latents
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
@@ -29,18 +30,20 @@ from midway.samplers.distill import (
     best_positions,
     check_teacher,
     node_errors,
+    refined,
     step_errors,
     teacher_nodes,
 )
 from midway.samplers.gits import FINE_STEPS
 from midway.samplers.learned import checkpointed
 from midway.samplers.learned_solver import LEARNED, LearnedSolver
-from midway.samplers.plugin import BASES
+from midway.samplers.plugin import BASES, unlearned
 from midway.samplers.prediction import Field, Prediction
 from midway.samplers.sample import EvaluationCounter, ForwardCounter, trajectory
 from midway.samplers.schedule import EDM, VP, Cosine, Schedule
 from midway.samplers.solvers import SOLVERS, heun
 from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor, StepParameters, StepRule
+from midway.samplers.unipc import unipc
 
 CONFIG = AMEDConfig(scale_dir=0.2, scale_time=0.1)
 RHO = 20.0
@@ -106,6 +109,18 @@ def test_a_teacher_of_other_nodes_or_with_noise_raises_an_error() -> None:
     noisy = SOLVERS["ddpm"].build(schedule, grids.karras(schedule, 4, rho_max=RHO))
     with pytest.raises(ValueError, match="'ddpm' draws noise"):
         check_teacher(solver, noisy, 2)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), VP(), EDM()], ids=["cosine", "vp", "edm"])
+def test_a_refined_grid_has_its_nodes_and_equal_ratios_between(schedule: Schedule) -> None:
+    """Of any grid, here one without a rule."""
+    grid = grids.explicit((0.9, 0.41, 0.35, 0.02))
+    fine = refined(schedule, grid, 4)
+    assert fine[::4] == grid and len(fine) == 13
+    rho = schedule.rho(torch.tensor(fine, dtype=torch.float64)).log()
+    steps = (rho[:-1] - rho[1:]).view(3, 4)
+    torch.testing.assert_close(steps, steps.mean(1, keepdim=True).expand(3, 4), rtol=1e-6, atol=0)
+    assert refined(schedule, grid, 1) == grid
 
 
 def test_an_analytic_first_step_gives_the_predictor_no_features() -> None:
@@ -242,12 +257,16 @@ def test_the_warm_start_is_the_best_of_all_candidates(base: str) -> None:
 
     for restarted in [False, True] if BASES[base].order == 1 else [False]:
         counted = EvaluationCounter(field)
-        best = best_positions(counted, solver, teacher, candidates, restarted)
+        best, error = best_positions(counted, solver, teacher, candidates, restarted)
         assert counted.evaluations == len(x) * 2 * (4 if restarted else 5)
         mode = "restarted" if restarted else "detached"
         first = min(candidates, key=lambda r: _errors_of(mode, solver, field, of(r, r), teacher)[0].item())
         second = min(candidates, key=lambda r: _errors_of(mode, solver, field, of(first, r), teacher)[1].item())
         assert best.tolist() == [first.item(), second.item()]
+        last = _errors_of(mode, solver, field, of(first, second), teacher)[1].item()
+        at = torch.tensor(solver.grid[-1], dtype=torch.float64)
+        unit = solver.schedule.alpha(at).square() + solver.schedule.sigma(at).square()
+        assert error == pytest.approx(last * unit.item(), rel=1e-9)
 
 
 # ---- what is gained ----
@@ -257,7 +276,7 @@ def _learn(mode: str, solver: AMEDSolver, rule: Constants | Predictor, steps: in
     """Adam with a cosine rate on 256 trajectories, from the warm start."""
     field, x = mixture().field(solver.schedule), _start(solver, 256, seed=2)
     teacher = _taught(solver, x, stride=6)
-    best = best_positions(field, solver, teacher, torch.linspace(0.05, 0.7, 14).double(), mode == "restarted")
+    best, _ = best_positions(field, solver, teacher, torch.linspace(0.05, 0.7, 14).double(), mode == "restarted")
     with torch.no_grad():
         rule.raw[:, 0] = torch.logit(best) / 10
     optimizer = torch.optim.Adam(rule.parameters(), lr)
@@ -314,8 +333,8 @@ def _objective(
 
 WAYS = [
     *[(base, DistillConfig(trajectories=6)) for base in BASES],
-    *[(base, DistillConfig(trajectories=6, mode="end_to_end")) for base in ("none", "ipndm4", "dpmpp2m")],
-    ("euler", DistillConfig(trajectories=6, mode="end_to_end", checkpointing=False)),
+    *[(base, DistillConfig(trajectories=6, mode="per_step")) for base in ("none", "ipndm4", "dpmpp2m")],
+    ("euler", DistillConfig(trajectories=6, checkpointing=False)),
 ]
 
 
@@ -331,67 +350,109 @@ def test_every_evaluation_of_the_training_is_counted(
     labels, steps, odd = torch.arange(6) % 4, 3, nfe % 2
     own = 2 * steps - odd  # the student's evaluations
     with ForwardCounter(model.network) as network:
-        teacher = objective.run_teacher(labels)
-        objective.warm_start(teacher, labels)
-        loss, _ = objective.loss(TrajectoryBatch(teacher, labels), Context(0, 0, torch.arange(6)))
+        take = objective.prepare(labels, {})
+        loss, _ = objective.loss(take(torch.arange(6)), Context(0, 0, torch.arange(6)))
         loss.backward()
         objective.after_step(torch.tensor(True))
-    warm_start = 14 * steps + (0 if objective.restarts else steps - odd)
-    again = own - (1 - odd) if config.mode == "end_to_end" and config.checkpointing else 0  # all but that of the noise
+    whole = config.mode == "end_to_end"
+    forms = 2 if whole and base == "ipndm4" and odd else 1  # an analytic slope in the history, and none
+    alone = not BASES[base].multistep
+    warm_start = forms * (14 * steps + (0 if alone else steps - odd)) + (6 if whole else 0)
+    again = own - (1 - odd) if whole and config.checkpointing else 0  # all but that of the noise
     per_sample, passes = objective.teacher.nfe + warm_start + (steps if objective.restarts else own), 6 * guidance
     assert objective.counter.evaluations == objective.evaluations.item() == passes * per_sample
+    assert objective.taught == passes * objective.teacher.nfe
     assert network.evaluations == passes * (per_sample + again), "computed again, and not counted"
     assert (grad(objective.rule.raw).abs() > 0).all()
 
 
-@pytest.mark.parametrize("all_nodes", [False, True])
-def test_end_to_end_meets_the_end_state_or_all_nodes(all_nodes: bool) -> None:
-    config = DistillConfig(trajectories=6, teacher_steps=6, mode="end_to_end", all_nodes=all_nodes)
-    objective, model = _objective("none", 6, 1.0, config)
-    labels = torch.arange(6) % 4
-    teacher = objective.run_teacher(labels)
-    loss, logs = objective.loss(TrajectoryBatch(teacher, labels), Context(0, 0, torch.arange(6)))
-    states = nodes(objective.solver, model.field(labels), objective.rule, teacher.states[0])
-    times = torch.tensor(objective.grid[1:], dtype=torch.float64)
-    unit = (model.schedule.alpha(times).square() + model.schedule.sigma(times).square()).tolist()
-    errors = [(a - b).square().mean().item() / u for a, b, u in zip(states[1:], teacher.states[1:], unit, strict=True)]
-    assert [logs[f"rmse_step_{i}"].item() for i in range(3)] == pytest.approx([math.sqrt(e) for e in errors], rel=1e-3)
-    wanted = sum(math.log(e + NEGLIGIBLE) for e in errors[0 if all_nodes else -1 :])
-    assert loss.item() == pytest.approx(wanted, rel=1e-3)
+def test_end_to_end_meets_the_end_state_of_one_teacher_at_every_budget() -> None:
+    """The teacher is run once for all of them, and counted by each."""
+    config, labels, shared = DistillConfig(trajectories=6, teacher_steps=6), torch.arange(6) % 4, {}
+    for nfe in (4, 6):
+        objective, model = _objective("none", nfe, 1.0, config)
+        with ForwardCounter(model.network) as network:
+            take = objective.prepare(labels, shared)
+        assert network.evaluations == objective.counter.evaluations - (0 if nfe == 4 else objective.taught)
+        batch = take(torch.arange(6))
+        loss, logs = objective.loss(batch, Context(0, 0, torch.arange(6)))
+        field, table = model.field(labels), unipc(model.schedule, grids.logsnr(model.schedule, 6), order=3)
+        wanted = trajectory(field, table, batch.nodes.states[0])[-1]
+        end = nodes(objective.solver, field, objective.rule, batch.nodes.states[0])[-1]
+        time = torch.tensor(objective.grid[-1], dtype=torch.float64)
+        unit = model.schedule.alpha(time).square() + model.schedule.sigma(time).square()
+        error = (end - wanted).square().mean().item() / unit.item()
+        assert list(logs) == [f"rmse_step_{nfe // 2 - 1}"]
+        assert loss.item() == pytest.approx(math.log(error + NEGLIGIBLE), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["amed-plugin-ipndm4", "amed-plugin-dpmpp3m-constants"])
-def test_a_plugin_is_learned_saved_and_sampled_like_any_solver(name: str, pipeline: Pipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rho", "expected"), [((80.0, 0.002), 6), ((20.0, 0.05), 6)])
+def test_the_teacher_begins_and_ends_where_the_student_does(rho: tuple[float, float], expected: int) -> None:
+    model = tiny_model()
+    times = grids.explicit(grids.karras(model.schedule, 2, *rho))
+    target = SolverTarget(4, "explicit", 1.0, True, times=times)
+    objective = SolverObjective(model, target, DistillConfig(teacher_steps=6))
+    assert objective.grid == times
+    assert (objective.teacher.grid[0], objective.teacher.grid[-1]) == pytest.approx((times[0], times[-1]), rel=1e-9)
+    assert objective.teacher.nfe == expected
+
+
+def test_a_grid_without_a_rule_is_for_end_to_end_alone() -> None:
+    model = tiny_model()
+    target = SolverTarget(4, "gits", 1.0, True, times=grids.karras(model.schedule, 2))
+    with pytest.raises(ValueError, match="use mode end_to_end"):
+        SolverObjective(model, target, DistillConfig(mode="per_step"))
+    with pytest.raises(ValueError, match="give its times"):
+        SolverObjective(model, replace(target, times=None), DistillConfig())
+    with pytest.raises(ValueError, match="4 evaluations are 2 steps, the grid has 3"):
+        SolverObjective(model, replace(target, times=grids.karras(model.schedule, 3)), DistillConfig())
+    with pytest.raises(ValueError, match="unknown teacher_grid 'gits'"):
+        DistillConfig(teacher_grid="gits")
+    for mode in ("per_step", "end_to_end"):
+        with pytest.raises(ValueError, match="'ddpm' draws noise"):
+            SolverObjective(model, SolverTarget(4, "karras", 1.0, True), DistillConfig("ddpm", mode=mode))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [("amed-plugin-ipndm4-predictor", "karras"), ("amed-plugin-dpmpp3m", "karras"), ("amed-plugin-ipndm3", "gits")],
+)
+def test_a_plugin_is_learned_saved_and_sampled_like_any_solver(
+    name: str, grid: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Also on a grid that is fitted for it, which is stored with it, and whose cost is part of its training."""
     shutil.copytree(pipeline.model, tmp_path / "model", ignore=shutil.ignore_patterns("solvers"))
-    task = SolverTask(
-        tmp_path / "model",
-        solver=name,
-        nfe="5",
-        distill=DistillConfig(trajectories=16, teacher="heun", teacher_steps=6, mode="end_to_end"),
-        train=TrainConfig(steps=3, batch_size=8, lr=5e-2, warmup=0, ema=0, clip=1e6, log_every=3),
-    )
+    distill = DistillConfig(trajectories=16, teacher="heun", teacher_steps=6)
+    train_config = TrainConfig(steps=3, batch_size=8, lr=5e-2, warmup=0, ema=0, clip=1e6, log_every=3)
+    task = SolverTask(tmp_path / "model", solver=name, nfe="5", grid=grid, distill=distill, train=train_config)
     train(task)
     trained = load_model(task.model, torch.device("cpu"))
-    solver = load_solver(trained, name, "karras", 5)
+    solver = make_samplers(trained, name, 5, SamplerConfig())[grid]
     assert isinstance(solver, LearnedSolver)
     card = solver.card
     assert (card.base, card.mode, card.nfe, card.analytic_first) == (LEARNED[name].base, "end_to_end", 5, True)
-    assert (card.schedule, card.teacher) == ("cosine", "heun, 6 steps")
+    assert (card.schedule, card.teacher) == ("cosine", "heun, 6 steps on logsnr")
     samples = sample_latents(trained, solver, torch.arange(4))
     assert samples.nfe == 5
     assert samples.latents.isfinite().all()
+    if grid == "gits":
+        start = partial(unlearned, trained.model.schedule, base="ipndm3", analytic_first=True)
+        times, cost = gits_for(trained, 1.0, 3, start)
+        assert solver.grid == times
+        plain = 16 * 12 + 16 * (12 + 14 * 3 + 2) + 3 * 8 * 5  # teacher, warm start and its teacher, training
+        assert card.training_nfe == cost + plain and cost >= WARM_UP * FINE_STEPS
 
 
 @pytest.mark.parametrize(("scale", "interval"), [(1.0, (0.0, math.inf)), (2.0, (0.0, math.inf)), (2.0, (0.3, 3.0))])
 def test_fitting_a_grid_counts_every_pass_once(scale: float, interval: tuple[float, float], pipeline: Pipeline) -> None:
-    """A guided evaluation is two passes; the fit is shared by all budgets."""
+    """A guided evaluation is two passes; the fine trajectories are shared by all grids, and counted by each."""
     trained = replace(pipeline.load(), hash=f"of this test {scale} {interval}")
     config = SamplerConfig(grids=("gits",), guidance=scale, interval=interval)
-    with ForwardCounter(trained.model.network) as counter:
-        for nfe in (3, 4):
-            make_table("ddim", "gits", nfe, trained, config)
-        assert fitting_nfe(trained, config) == counter.evaluations
     schedule = trained.model.schedule
     rhos = schedule.rho(torch.tensor(grids.karras(schedule, FINE_STEPS)[:-1], dtype=torch.float64)).tolist()
     guided = sum(interval[0] < rho <= interval[1] for rho in rhos) if scale != 1 else 0
-    assert counter.evaluations == WARM_UP * (FINE_STEPS + guided)
+    with ForwardCounter(trained.model.network) as counter:
+        costs = [fitting_nfe(trained, config, make_table("ddim", "gits", nfe, trained, config)) for nfe in (3, 4)]
+    fine = WARM_UP * (FINE_STEPS + guided)
+    assert sum(costs) - fine == counter.evaluations
+    assert min(costs) > fine, "the choice among several paths runs the solver on them"

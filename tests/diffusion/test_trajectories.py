@@ -174,7 +174,7 @@ def test_a_solver_per_sample_and_states_that_are_not_finite_raise(
     trained = pipeline.load()
     schedule = trained.model.schedule
     grid = karras(schedule, 2)
-    card = SolverCard("amed", "karras", fingerprint(schedule), trained.hash, 4, False, 1.0, 0, "")
+    card = SolverCard("amed-predictor", "karras", fingerprint(schedule), trained.hash, 4, False, 1.0, 0, "")
     with pytest.raises(UsageError, match="learned constants"):
         trajectory_geometry(trained, LearnedSolver(card, grid, Predictor(4, 2, AMEDConfig()), schedule), SEEDS)
     monkeypatch.setattr("midway.gen.diffusion.trajectories.trajectories", lambda *_: torch.full((2, 3, 4), math.nan))

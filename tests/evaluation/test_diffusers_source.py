@@ -232,7 +232,7 @@ def test_damaged_and_pickled_weights_raise(ddpm: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("solver", "changes", "words"),
     [
-        ("amed", {}, "learned for a model of ours"),
+        ("amed-predictor", {}, "learned for a model of ours"),
         ("dddim", {}, "did you mean 'ddim'"),
         ("ddim", {"grids": ("gits",)}, "gits"),
         ("ddim", {"guidance": 2.0}, "no missing class"),

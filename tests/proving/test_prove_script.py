@@ -30,13 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_small_run_writes_a_report_that_reads_back(tmp_path: Path, succeed: Script) -> None:
     """On the photographs; floor, exact row, the published order, and a learned solver, whose cost is stated."""
     out = tmp_path / "prove"
-    done = succeed(f"prove_solvers {SMALL} 5,6 --solvers {NAMES},ddpm,rk4 --learned amed-constants --out", out)
+    done = succeed(f"prove_solvers {SMALL} 5,6 --solvers {NAMES},ddpm,rk4 --learned amed --out", out)
     assert {path.name for path in out.iterdir()} - {".lock"} == set(FILES)
     result = read_result(out / "results.jsonl")
     named = [cell.solver for cell in result.cells]
     assert named[:2] == [FLOOR, EXACT_ROW]
     assert [name for name in named if name == "rk4"] == []  # 5 and 6 are no budgets of it
-    assert {cell.solver for cell in result.cells if cell.training_nfe} == {"amed-constants"}
+    assert {cell.solver for cell in result.cells if cell.training_nfe} == {"amed"}
     assert {cell.solver for cell in result.cells if cell.nfe and "rmse" not in cell.blocks} == {"ddpm"}
     assert result.exact_error < 0.02
     order = order_table(result)

@@ -163,7 +163,7 @@ def test_the_grid_is_the_one_of_least_rmse_on_unscored_seeds(contest: Contest, s
     """Here another grid has the least distance."""
     cell = contest.solver_cell(solver, nfe)
     assert cell is not None
-    tables = {grid: SOLVERS[solver].build(contest.model.schedule, times) for grid, times in contest.grids(nfe)}
+    tables = contest.tables(SOLVERS[solver], nfe)
     ends = {grid: contest.model.run(table, contest.unscored.seeds) for grid, table in tables.items()}
     errors = {grid: (end - contest.unscored.exact).square().mean().sqrt().item() for grid, end in ends.items()}
     distances = {grid: figures(contest.model, contest.unscored, end).to_data for grid, end in ends.items()}

@@ -1,5 +1,6 @@
 """AMED: ranges and start of what is learned, the artefact, the objective's books (test_amed_distillation.py has the learning)."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from distillation import tiny_model, train_steps
 from oracles import mixture, noise_at
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
@@ -19,7 +20,7 @@ from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard
 from midway.samplers.distill import TeacherNodes
-from midway.samplers.learned_solver import LEARNED, LearnedSolver
+from midway.samplers.learned_solver import EARLIER, LEARNED, LearnedSolver
 from midway.samplers.prediction import Prediction
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Cosine, Linear, Schedule, Shifted
@@ -29,7 +30,7 @@ from midway.samplers.table import fingerprint
 
 SCHEDULES = [Linear(), Cosine(), VP(), EDM()]
 names = [type(s).__name__ for s in SCHEDULES]
-CARD = SolverCard("amed", "karras", "cosine", "0123456789ab", 6, False, 1.0, 100, "heun, 24 steps")
+CARD = SolverCard("amed-predictor", "karras", "cosine", "0123456789ab", 6, False, 1.0, 100, "heun, 24 steps")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
@@ -71,9 +72,9 @@ def _objective_of(**changes: Any) -> SolverObjective:
     return SolverObjective(tiny_model(), replace(target, **mine), replace(config, **rest))
 
 
-def _prepared(guidance: float, constants: bool) -> tuple[SolverObjective, TeacherNodes]:
+def _prepared(guidance: float, constants: bool, mode: str) -> tuple[SolverObjective, TeacherNodes]:
     """An objective after its teacher run and warm start, as scripts/train_solver.py prepares it, and all trajectories."""
-    objective, labels = _objective_of(guidance=guidance, constants=constants), torch.arange(6) % 4
+    objective, labels = _objective_of(guidance=guidance, constants=constants, mode=mode), torch.arange(6) % 4
     teacher = objective.run_teacher(labels)
     objective.warm_start(teacher, labels)
     return objective, teacher
@@ -87,17 +88,21 @@ def _steps(objective: SolverObjective, teacher: TeacherNodes, first: int, last: 
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("mode", ["end_to_end", "per_step"])
 @pytest.mark.parametrize("constants", [True, False], ids=["constants", "predictor"])
-def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(constants: bool, guidance: float) -> None:
+def test_a_resumed_distillation_has_spent_what_an_uninterrupted_one_has(
+    constants: bool, mode: str, guidance: float
+) -> None:
     """Teacher run and warm start, done again by the resumed process, are not counted twice; a skipped step is counted."""
-    whole, data = _prepared(guidance, constants)
+    whole, data = _prepared(guidance, constants, mode)
     prepared = whole.counter.evaluations
     _steps(whole, data, 0, 5)
-    a_step = 3 * 2 * (2 if guidance != 1 else 1)  # three trajectories, two steps of the student, guidance
+    evaluations = 4 if mode == "end_to_end" else 2  # of the whole student, or one for each of its two steps
+    a_step = 3 * evaluations * (2 if guidance != 1 else 1)  # three trajectories, guidance
     assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * a_step
-    broken, _ = _prepared(guidance, constants)
+    broken, _ = _prepared(guidance, constants, mode)
     _steps(broken, data, 0, 2)
-    resumed, data = _prepared(guidance, constants)
+    resumed, data = _prepared(guidance, constants, mode)
     resumed.load_state_dict(broken.state_dict())
     assert resumed.counter.evaluations == prepared + 2 * a_step
     _steps(resumed, data, 2, 5)
@@ -137,16 +142,17 @@ def test_every_learned_solver_is_a_solver_of_its_own() -> None:
         x = noise_at(schedule, solver.grid[0])
         ends.append(solver.run(mixture().field(schedule), x))
         table = solver.table
-        assert (table is not None) == name.endswith("-constants")
+        assert (table is not None) == (not name.endswith("-predictor"))
         if table is not None:
             assert (table.solver, table.nfe) == (name, 6)
             assert torch.equal(ends[-1], sample(mixture().field(schedule), table, x))
+    ends = [end for end, name in zip(ends, LEARNED, strict=True) if name not in EARLIER]
     for i, one in enumerate(ends):
         assert all((one - other).abs().max() > 1e-4 for other in ends[:i])
 
 
 def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> None:
-    path, solver = tmp_path / "solver.safetensors", _learned("amed-constants")
+    path, solver = tmp_path / "solver.safetensors", _learned("amed")
     solver.save(path)
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
@@ -155,16 +161,38 @@ def test_an_artefact_of_before_the_plugins_is_amed_solver(tmp_path: Path) -> Non
     assert LearnedSolver.load(path, Cosine()).card == replace(solver.card, base="none", mode="per_step")
 
 
+@pytest.mark.parametrize("base", ["none", "ipndm4"])
+def test_an_artefact_of_before_constants_had_the_short_name_is_what_it_was(base: str, tmp_path: Path) -> None:
+    """`amed` then was a predictor, and cards had no analytic_history: the same samples, with the hash that was stored."""
+    path, short = tmp_path / "solver.safetensors", "amed" if base == "none" else f"amed-plugin-{base}"
+    now = _learned(f"{short}-predictor")
+    solver = replace(now, card=replace(now.card, name=short))
+    solver.save(path)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    card = {k: v for k, v in json.loads(header["card"]).items() if k != "analytic_history"}
+    state = {k: v for k, v in load_file(path).items() if k != "grid"}
+    digest = hashlib.sha256(json.dumps([card, solver.grid]).encode() + save(state)).hexdigest()[:12]
+    save_file(load_file(path), path, metadata={**header, "card": json.dumps(card), "hash": digest})
+    loaded = LearnedSolver.load(path, Cosine())
+    x, field = noise_at(Cosine(), solver.grid[0]), mixture().field(Cosine())
+    assert torch.equal(loaded.run(field, x), now.run(field, x)) and loaded.card.analytic_history
+    for suffix in ("", "-constants"):
+        assert _learned(short + suffix).table is not None
+    with pytest.raises(ValueError, match="go together"):
+        replace(now, card=replace(now.card, name=f"{short}-constants"))
+
+
 # ---- errors ----
 
 
 def test_a_solver_for_another_schedule_raises_an_error() -> None:
-    for name in ("amed", "amed-plugin-ipndm4-constants"):
+    for name in ("amed-predictor", "amed-plugin-ipndm4"):
         solver = _learned(name)
         for other in (Linear(), VP(), Shifted(Cosine(), 2.0)):
             with pytest.raises(ValueError, match=r"was learned on schedule cosine, this one is"):
                 replace(solver, schedule=other)
-    card = replace(CARD, name="amed-constants", schedule="vp", nfe=2)
+    card = replace(CARD, name="amed", schedule="vp", nfe=2)
     odd = LearnedSolver(card, (0.9, 0.1), Constants(1, AMEDConfig()), VP())
     with pytest.raises(ValueError, match=r"learned on schedule vp, this one is VP\(beta_min=0.1, beta_max=19.0\)"):
         replace(odd, schedule=VP(beta_max=19.0))
@@ -173,7 +201,7 @@ def test_a_solver_for_another_schedule_raises_an_error() -> None:
 
 
 def test_a_predictor_of_another_model_raises_an_error() -> None:
-    schedule, solver = Cosine(), _learned("amed")
+    schedule, solver = Cosine(), _learned("amed-predictor")
     x, field = noise_at(schedule, solver.grid[0]), mixture().field(schedule)
 
     def other(state: Tensor, t: Tensor) -> Prediction:
@@ -186,7 +214,7 @@ def test_a_predictor_of_another_model_raises_an_error() -> None:
 
 
 def test_numbers_that_are_not_finite_or_do_not_fit_the_grid_raise_an_error() -> None:
-    solver = _learned("amed-constants")
+    solver = _learned("amed")
     with pytest.raises(ValueError, match="numbers for 3 steps, the grid has 2"):
         replace(solver, grid=solver.grid[:-1])
     with torch.no_grad():
@@ -208,7 +236,6 @@ def test_another_file_raises_an_error(tmp_path: Path) -> None:
         ({"nfe": 4, "analytic_first": True}, "4 network evaluations cannot be reached"),
         ({"base": "heun"}, "unknown base 'heun'"),
         ({"teacher": "ddpm"}, "draws noise"),
-        ({"all_nodes": True}, "all_nodes belongs to mode end_to_end"),
         ({"teacher_steps": 0}, "must be 1 or more"),
     ],
 )
@@ -223,5 +250,5 @@ def test_a_teacher_that_diverges_raises_an_error() -> None:
     assert isinstance(model, torch.nn.Module)
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
-    with pytest.raises(DivergedError, match=r"dpmpp2m, 4 steps.* are not finite"):
+    with pytest.raises(DivergedError, match=r"unipc3, 4 steps.* are not finite"):
         objective.run_teacher(torch.arange(3))

@@ -270,15 +270,17 @@ def test_constants_are_a_table_and_predictors_raise_an_error(tmp_path: Path) -> 
     grid, path = grids.logsnr(schedule, 3, *trained_range(schedule)), tmp_path / "solver.safetensors"
     constants = Constants(3, AMEDConfig())
     torch.nn.init.normal_(constants.raw, std=0.1, generator=_seeded())
-    solver = LearnedSolver(_card("amed-constants", fingerprint(schedule)), grid, constants, schedule)
+    solver = LearnedSolver(_card("amed", fingerprint(schedule)), grid, constants, schedule)
     solver.save(path)
     scheduler = MidwayScheduler.from_config(V, table=str(path))
     scheduler.set_timesteps(3)
     assert scheduler.table is not None
     assert scheduler.table == solver.table
     assert (scheduler.order, len(scheduler.timesteps)) == (2, 6)
-    LearnedSolver(_card("amed", fingerprint(schedule)), grid, Predictor(4, 3, AMEDConfig()), schedule).save(path)
-    with pytest.raises(ValueError, match="distil amed-constants"):
+    LearnedSolver(_card("amed-predictor", fingerprint(schedule)), grid, Predictor(4, 3, AMEDConfig()), schedule).save(
+        path
+    )
+    with pytest.raises(ValueError, match="without -predictor instead"):
         MidwayScheduler.from_config(V, table=str(path))
 
 

@@ -9,8 +9,9 @@ import torch
 from oracles import exact_solution, mixture, noise_at
 
 from midway.samplers import grids
-from midway.samplers.gits import cheapest_path, gits_grid, jump_costs
-from midway.samplers.sample import EvaluationCounter, sample
+from midway.samplers.adams import ipndm
+from midway.samplers.gits import COEFFICIENTS, COSTS, cheapest_path, fitted_grid, gits_grid, warm_up
+from midway.samplers.sample import EvaluationCounter, sample, trajectory
 from midway.samplers.schedule import EDM, VP, Linear, Schedule
 from midway.samplers.solvers import ddim, dpmpp2m
 from midway.samplers.table import Table
@@ -56,18 +57,61 @@ def test_dynamic_programming_finds_the_least_of_all_paths(steps: int, seed: int)
     assert total(got) == pytest.approx(min(total(path) for path in paths), rel=1e-12)
 
 
+@pytest.mark.parametrize("coefficient", [0.8, 1.15])
+def test_a_coefficient_weighs_later_jumps(coefficient: float) -> None:
+    """The least of all paths again; 1.15 is published (arXiv 2405.11326), and here the paths of the two differ."""
+    costs = torch.rand(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).triu(1)
+    costs = torch.where(costs > 0, costs, torch.inf)
+
+    def total(path: tuple[int, ...]) -> float:
+        return sum(coefficient**n * costs[i, j].item() for n, (i, j) in enumerate(itertools.pairwise(path)))
+
+    paths = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), 3)]
+    got = tuple(cheapest_path(costs, 4, coefficient))
+    assert total(got) == pytest.approx(min(total(path) for path in paths), rel=1e-12)
+    with pytest.raises(ValueError, match=r"1\.15 as published"):
+        cheapest_path(costs, 4, 0.0)
+
+
 @pytest.mark.parametrize("schedule", [VP(), EDM(), Linear()])
 def test_a_jumps_cost_is_where_one_euler_step_in_rho_lands(schedule: Schedule) -> None:
-    """Against ddim from the trajectory's own node; a jump to the next node costs nothing, there the trajectory is that step."""
+    """Against ddim from the trajectory's own node: its distance from the trajectory there, or from the line between its ends."""
     fine = grids.karras(schedule, 6, rho_max=5.0, rho_min=0.05)
     field, x = mixture().field(schedule), noise_at(schedule, fine[0], 8, 0)
-    costs = jump_costs(field, schedule, x, fine)
-    at_two = sample(field, ddim(schedule, fine[:3]), x)
-    alpha = schedule.alpha(torch.tensor(fine[5], dtype=torch.float64))
-    gap = sample(field, ddim(schedule, (fine[2], fine[5])), at_two) - sample(field, ddim(schedule, fine[:6]), x)
-    assert costs[2, 5].item() == pytest.approx((gap / alpha).norm(dim=1).mean().item(), rel=1e-10)
-    assert costs.diagonal(1).max() < 1e-12
-    assert (costs.tril() == torch.inf)[torch.ones_like(costs).tril() > 0].all()
+    warm = warm_up(field, schedule, x, fine)
+    states = trajectory(field, ipndm(schedule, fine), x)
+    alpha = schedule.alpha(torch.tensor(fine, dtype=torch.float64))
+    y = torch.stack([state / a for state, a in zip(states, alpha, strict=True)])
+    landed = sample(field, ddim(schedule, (fine[2], fine[5])), states[2]) / alpha[5]
+    assert warm.costs["l2"][2, 5].item() == pytest.approx((landed - y[5]).norm(dim=1).mean().item(), rel=1e-10)
+
+    def height(point: torch.Tensor) -> torch.Tensor:
+        """Of the triangle over the chord: twice its area, by Gram's determinant, over its base."""
+        side, base = point - y[0], y[-1] - y[0]
+        gram = side.square().sum(1) * base.square().sum(1) - (side * base).sum(1).square()
+        return gram.sqrt() / base.norm(dim=1)
+
+    wanted = (height(landed) - height(y[5])).mean().item()
+    assert warm.costs["dev"][2, 5].item() == pytest.approx(wanted, rel=1e-8)
+    for costs in warm.costs.values():
+        assert (costs.tril() == torch.inf)[torch.ones_like(costs).tril() > 0].all()
+    assert torch.equal(warm.ends, states[-1])
+
+
+def test_the_fitted_grid_is_that_on_which_its_solver_ends_nearest() -> None:
+    """By brute force among both costs and both coefficients; here solvers differ, and what is given is not chosen again."""
+    schedule = VP()
+    field = mixture().field(schedule)
+    warm = warm_up(field, schedule, noise_at(schedule, grids.karras(schedule, 1)[0], 32, 1))
+    for build in (ddim, dpmpp2m):
+        errors = {}
+        for cost, coefficient in itertools.product(COSTS, COEFFICIENTS):
+            grid = warm.path(6, cost, coefficient)
+            end = sample(field, build(schedule, grid), warm.starts)
+            errors[grid] = (end - warm.ends).square().mean().item()
+            assert grid == fitted_grid(warm, field, 6, lambda _: pytest.fail("chosen"), cost, coefficient)
+        chosen = fitted_grid(warm, field, 6, lambda grid: build(schedule, grid))  # noqa: B023
+        assert len(errors) > 1 and chosen == min(errors, key=errors.__getitem__)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +125,7 @@ def test_the_fitted_grid_beats_the_uniform_one_on_unseen_noise(
     field = EvaluationCounter(mixture().field(schedule))
     start = grids.karras(schedule, 1)[0]
     fitted = gits_grid(field, schedule, noise_at(schedule, start, 32, 1), None, 6)
-    assert field.evaluations == 32 * 60
+    assert field.evaluations in [32 * (60 + 6 * paths) for paths in (0, 2, 3, 4)]
     assert len(fitted) == 7
     assert set(fitted) <= set(grids.karras(schedule, 60))
     x = noise_at(schedule, start, 64, 2)

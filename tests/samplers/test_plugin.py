@@ -90,6 +90,23 @@ def test_with_unit_scales_it_is_its_base_on_the_grid_with_the_inner_nodes(
     assert table.nfe == fine.nfe
 
 
+@pytest.mark.parametrize("base", [name for name, base in BASES.items() if base.multistep])
+def test_an_analytic_slope_can_be_kept_out_of_the_history(base: str) -> None:
+    """It is a multiple of x_0, whose weight then is 0 in every row after its own half; the dynamic form takes the same steps."""
+    schedule = VP()
+    grid, constants = grids.karras(schedule, 4), _rule(4).values()
+    kept, out = (plugin_table(schedule, grid, base, constants, True, analytic_history=keep) for keep in (True, False))
+    assert any(row.states[0] != 0 for row in kept.rows[1:])
+    assert all(row.states[0] == 0 for row in out.rows[1:])
+    assert [len(row.predictions) for row in out.rows] == [len(row.predictions) for row in kept.rows]
+    x, field = noise_at(schedule, grid[0]), mixture().field(schedule)
+    for table, keep in ((kept, True), (out, False)):
+        states = nodes(AMEDSolver(schedule, grid, base, True, 0, keep), field, _rule(4), x)
+        for got, want in zip(states, trajectory(field, table, x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    assert not torch.equal(sample(field, kept, x), sample(field, out, x))
+
+
 @pytest.mark.parametrize("r", [0.25, 0.75])
 @pytest.mark.parametrize("schedule", [VP(), EDM(sigma_max=5.0)], ids=["VP", "EDM"])
 def test_the_second_order_base_is_of_order_two_for_any_r(schedule: Schedule, r: float) -> None:

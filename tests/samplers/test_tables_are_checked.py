@@ -357,7 +357,7 @@ AMED: dict[str, tuple[Change, str]] = {
     "analytic_first": (with_card(analytic_first=True), "make 5"),
     "base": (with_card(base="ipndm4"), "go together"),
     "unknown base": (with_card(base="rk9"), "go together"),
-    "name": (with_card(name="amed-plugin-ipndm4-constants"), "go together"),
+    "name": (with_card(name="amed-plugin-ipndm4"), "go together"),
     "unknown name": (with_card(name="amedd"), "go together"),
     "schedule": (with_card(schedule="vp"), "learned on schedule vp"),
     "training nfe": (with_card(training_nfe=-1), "training_nfe"),
@@ -370,7 +370,7 @@ def test_a_wrong_file_of_amed_is_not_read(wrong: str, features: int, tmp_path: P
     path, (change, message) = tmp_path / "s.safetensors", AMED[wrong]
     rule = Predictor(features, 3, AMEDConfig()) if features else Constants(3, AMEDConfig())
     card = SolverCard(
-        "amed" if features else "amed-constants", "karras", "cosine", "model", 6, False, 1.0, 0, "teacher"
+        "amed-predictor" if features else "amed", "karras", "cosine", "model", 6, False, 1.0, 0, "teacher"
     )
     LearnedSolver(card, karras(Cosine(), 3), rule, Cosine()).save(path)
     assert LearnedSolver.load(path, Cosine()).card == card

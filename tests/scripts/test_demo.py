@@ -49,7 +49,7 @@ def test_the_quick_demo_ends_with_a_report(
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["solver"] for row in rows[:3]] == ["floor", "ceiling", "exact"]
-    solvers = ["euler", "ddim", "heun", "dpm2", "dpmpp2m", "dpmpp3m", "ipndm3", "amed-constants", "amed", "table"]
+    solvers = ["euler", "ddim", "heun", "dpm2", "dpmpp2m", "dpmpp3m", "ipndm3", "amed", "amed-plugin-ipndm3", "table"]
     assert [row["solver"] for row in rows[3:]] == solvers
     assert {row["nfe"] for row in rows[3:]} == {"4"} and rows[0]["features"].startswith("effnet-lite0@")
     for name in ("results.jsonl", "report.md", "distance_vs_nfe.png", "distance_vs_seconds.png"):

@@ -55,5 +55,5 @@ def test_a_class_without_training_images_is_named_and_not_sampled(
     checked = succeed(f"data check {insects} --on-bad-image skip").out
     assert "classes without training images, which are not sampled (1): bee" in checked
     succeed(f"sample --model {model} --n 4 --nfe 4 --out {tmp_path / 'grid.png'}")
-    refused = script(*f"sample --model {model} --n 4 --nfe 4 --label 1 --out {tmp_path / 'other.png'}".split())
+    refused = script(*f"sample --model {model} --n 4 --nfe 4 --labels 1 --out {tmp_path / 'other.png'}".split())
     assert refused.code == 2 and "bee" in refused.err and not (tmp_path / "other.png").exists()

@@ -225,5 +225,5 @@ def test_samples_name_the_classes(pipeline: Pipeline, succeed: Script, script: S
     call = f"sample --model {pipeline.model} --n 2 --nfe 4 --grid uniform --out {tmp_path / 'grid.png'}"
     assert "classes: 0: 0, 1: 1, 2: 2" in succeed(call).out
     assert pipeline.load().model.class_names == tuple("0123456789")
-    refused = script(*f"{call} --label 12".split())
+    refused = script(*f"{call} --labels 12".split())
     assert refused.code == USAGE and "9: 9" in refused.err

@@ -107,7 +107,7 @@ def test_every_command_takes_every_name_as_text(run: Script, place: Path) -> Non
         *data,
     )
     run(
-        "train_solver amed-constants --nfe 4 --grid uniform --distill.trajectories 16 --steps 1 --model",
+        "train_solver amed --nfe 4 --grid uniform --distill.trajectories 16 --steps 1 --model",
         MODEL,
     )
     run("encode --overwrite --tokenizer", TOKENIZER)
@@ -115,7 +115,7 @@ def test_every_command_takes_every_name_as_text(run: Script, place: Path) -> Non
     run("evaluate_tokenizer --batch-size 16 --features", FEATURES, "--tokenizers", TOKENIZER, "--out", f"{FIGURES} $b$")
     run("evaluate_likelihood --features", FEATURES, "--models", BASELINE, "--out", LATENTS)
     np.savez(place / f"{SAMPLES}.npz", noise(24, 8, 8, 1))
-    flags = "--solvers euler,amed-constants --nfe 4 --grids uniform --n 12 --blocks 2 --exact-nfe 0 --batch-size 16"
+    flags = "--solvers euler,amed --nfe 4 --grids uniform --n 12 --blocks 2 --exact-nfe 0 --batch-size 16"
     compared = ("--baselines", BASELINE, "--images", f"{SAMPLES}.npz", "--title", SOURCE.replace("\udcff", ""))
     run(f"evaluate {flags} --features", FEATURES, "--model", MODEL, "--out", REPORT, *compared)
     for out in (f"{FIGURES} $b$", LATENTS, REPORT):

@@ -37,6 +37,8 @@ TABLE = """
   EVALUATE --solvers ddim --grids karas; --solvers amed --grids karas -> 'karas' | did you mean 'karras'?
   train_tokenizer digit-fsq --out {out} -> 'digit-fsq' | did you mean 'digits-fsq'?
   train_latent digits-dti --out {out} -> 'digits-dti' | did you mean 'digits-dit'?
+  train_solver amed --model {model} --distill.mode per_step -> --grid gits with --distill.mode per_step | end_to_end
+  train_solver amed-plugin-ipndm3 --model {model} --grid gits --distill.mode per_step -> per_step | end_to_end
   train_solver amedd --out {out} -> 'amedd' | did you mean 'amed'?
   train_baseline digits-gloww -> 'digits-gloww' | did you mean 'digits-glow'?
   train_baseline --steps 3 -> digits-glow
@@ -77,12 +79,28 @@ TABLE = """
   IMAGES {images} --repeats {model} -> --repeats
 2 sample
   SAMPLE --n 0; --seed -1; --batch-size 0 -> FLAG
-  SAMPLE --label 10; --label -1 -> classes 0 to 9
-  SAMPLE --out grid.jpg; --out grid -> .png
+  SAMPLE --labels 10; --labels=-1; --labels 3,10 -> --labels | classes 0 to 9
+  SAMPLE --labels cat; --labels 3,1.5 -> is none of its classes | choose one of: 0, 1
+  SAMPLE --labels , -> names no class
+  SAMPLE --out grid.jpg; --out grid.tar.gz; --out samples.npy -> .png | .npz, or a folder
+  SAMPLE --out {tokenizer}; --out {a_file} -> holds other files | choose another --out
+  SAMPLE --out {a_file}/me.png/x.zip; --out {a_file}/me.png/x.npz; --out {a_file}/me.png/folder -> me.png | folder
+  SAMPLE --strength 0.5 -> --strength without --init
+  SAMPLE --init digits --strength 0; --init digits --strength 1.5; --init digits --strength nan -> --strength | up to 1
+  SAMPLE --init digits --strength=-0.5; --init digits --strength inf -> --strength | above 0
+  SAMPLE --init digits --invert digits; --init digits --noise n; --noise n --invert digits -> drop all but one
+  SAMPLE --solver amed --init digits; --solver rk45 --init digits -> steps of its own | dpmpp2m
+  SAMPLE --init digitz; --invert digitz --out n.safetensors -> unknown data source | did you mean 'digits'?
+  SAMPLE --invert digits; --invert digits --out n.npz -> safetensors
+  SAMPLE --invert digits --out n.safetensors --solver ddpm -> ddpm | draws noise
+  SAMPLE --invert digits --out n.safetensors --solver ddim --eta 1 -> ddim --eta 1 | draws noise
+  SAMPLE --invert digits --out n.safetensors --solver amed; --invert digits --out n.safetensors --solver rk45 -> steps of its own
+  SAMPLE --invert digits --out n.safetensors --analytic-first -> drop --analytic-first
+  SAMPLE --invert digits --out n.safetensors --parallel picard -> drop --parallel
   SAMPLE --solver heun --eta 0.5; --solver amed --eta 0.5 -> --eta
   SAMPLE --solver ddim --eta -0.5 -> eta
-  SAMPLE --solver amed-constants --analytic-first -> analytic first step
-  SAMPLE --solver amed --nfe 4 --parallel gaussian -> -constants
+  SAMPLE --solver amed --analytic-first -> analytic first step
+  SAMPLE --solver amed-predictor --nfe 4 --parallel gaussian -> without -predictor
   SAMPLE --parallel picard --tolerance -1 -> tolerance
   SAMPLE --parallel picard --window 0 -> window
   SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
@@ -114,7 +132,7 @@ TABLE = """
   SAMPLE --guidance 2 --guide {other_tokenizer}; EVALUATE --guidance 2 --guide {other_tokenizer} -> another tokenizer
   SAMPLE --guidance 2 --guide {other_names} -> class names
   IMAGES {images} --guidance 2; {images} --guidance-interval 1 2; {images} --guide {model} -> no model is sampled
-  SAMPLE --model {unconditional} --label 0 -> without classes | --label
+  SAMPLE --model {unconditional} --labels 0 -> without classes | --labels
 2 learned solvers
   SAMPLE --solver amed --nfe 6 -> amed at NFE 6 | train_solver.py amed --model {model} --nfe 6
   EVALUATE --solvers ddim,amed --nfe 4,6 -> amed at NFE 6 | train_solver.py amed --model {model} --nfe 6
@@ -197,6 +215,10 @@ holds {with_images}/samples/photos | would be deleted
 2 averages
   posthoc_ema {model} --out {out} --std 0.5; {model} --out {out} --std nan -> width
   posthoc_ema {model} --out {out} --std 0.08 --step 26 -> step 26
+3 missing inputs of samples
+  SAMPLE --noise {gone}; --noise {model}/config.yaml -> cannot be read | sample.py --invert
+  SAMPLE --init {gone}; --invert {gone}/x.png --out n.safetensors -> does not exist | gone
+  SAMPLE --init {broken}; --init {broken}/0a.png -> 0a.png
 3 missing runs
   SAMPLE --model {gone}; EVALUATE --model {gone}; train_solver amed --model {gone} -> {gone} | config.yaml | latent_model
   EVALUATE --features {gone} -> {gone} | config.yaml | features
@@ -253,7 +275,7 @@ solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwri
   EVALUATE --features {diverged_features} -> not finite
 3 learned solvers that are none
   SAMPLE --model {nan_table} --solver table --nfe 3 -> solver.safetensors cannot be read | not finite | train_solver.py table
-  SAMPLE --model {noisy_table} --solver table --nfe 3 -> solver.safetensors cannot be read | no learned solver draws any
+  SAMPLE --model {noisy_table} --solver table --nfe 3 -> solver.safetensors cannot be read | no learned solver but adasde
   SAMPLE --model {rising_table} --solver table --nfe 3; --model {rising_amed} --solver amed -> solver.safetensors | fall
   SAMPLE --model {outside_table} --solver table --nfe 3 -> solver.safetensors | times are in [0, 1]
   SAMPLE --model {empty_table} --solver table --nfe 3 -> solver.safetensors | weighs nothing

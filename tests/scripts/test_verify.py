@@ -19,7 +19,7 @@ from midway.gen.training.power_ema import Snapshot, find_snapshots, reconstruct
 
 @pytest.mark.parametrize("kind", ["tokenizer", "features", "model", "solver", "baseline"])
 def test_every_kind_of_run_resumes_exactly_and_is_left_alone(kind: str, pipeline: Pipeline, succeed: Script) -> None:
-    run = pipeline.model / "solvers/amed-uniform-nfe4" if kind == "solver" else getattr(pipeline, kind)
+    run = pipeline.model / "solvers/amed-predictor-uniform-nfe4" if kind == "solver" else getattr(pipeline, kind)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     done = succeed("verify_resume", run, "--steps", 5)
     assert "5 steps from step" in done.out

@@ -65,7 +65,9 @@ def change_solver(run: Path, change: Change) -> None:
 def add_table(model: Path) -> Path:
     """A learned table of 3 evaluations, beside the other solvers of a model's run."""
     trained = load_model(model, torch.device("cpu"))
-    run = Path(shutil.copytree(model / "solvers" / "amed-uniform-nfe4", model / "solvers" / "table-best-nfe3"))
+    run = Path(
+        shutil.copytree(model / "solvers" / "amed-predictor-uniform-nfe4", model / "solvers" / "table-best-nfe3")
+    )
     (file,) = run.glob("checkpoints/step-*/solver.safetensors")
     card = SolverCard("table", "best", trained.model.config.schedule, trained.hash, 3, False, 1.0, 0, "none")
     LearnedTable(trained.model.schedule, logsnr(trained.model.schedule, 3)).table(

@@ -99,7 +99,7 @@ def trainings(pipeline: Pipeline, out: Path) -> dict[str, tuple[Callable[[Any], 
     wide = LatentModelConfig(dit=DiTConfig(width=256, depth=1, heads=2))
     narrow = LatentModelConfig(dit=DiTConfig(width=64, depth=1, heads=2))
     solver = train_solver.SolverTask(
-        pipeline.model, "amed-constants", "4", "uniform", distill=DistillConfig(trajectories=8, teacher_steps=4),
+        pipeline.model, "amed", "4", "uniform", distill=DistillConfig(trajectories=8, teacher_steps=4),
         train=replace(AUTO, ema=0, batch_size=8), overwrite=True,
     )  # fmt: skip
     vae = VAETask(

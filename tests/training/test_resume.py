@@ -92,7 +92,7 @@ def table_task(out: Path, pipeline: Pipeline) -> SolverTask:
 def plugin_task(out: Path, pipeline: Pipeline) -> SolverTask:
     """AMED inside another solver, learned end to end."""
     task = solver_task(out, pipeline)
-    return replace(task, solver="amed-plugin-dpmpp2m", distill=replace(task.distill, mode="end_to_end"))
+    return replace(task, solver="amed-plugin-dpmpp2m-predictor", distill=replace(task.distill, mode="end_to_end"))
 
 
 VALIDATED = replace(TRAIN, posthoc=(), validate_every=2)
@@ -251,7 +251,8 @@ def test_a_stopped_solver_reports_the_evaluations_of_an_unbroken_one(pipeline: P
     train(shortened(parts, 5))
     train(parts)
     logged = [
-        (solver_path(tmp_path / name, "amed", "uniform", 4) / "log.txt").read_text() for name in ("whole", "parts")
+        (solver_path(tmp_path / name, "amed-predictor", "uniform", 4) / "log.txt").read_text()
+        for name in ("whole", "parts")
     ]
     costs = [text[: text.index(" evaluations of training")].rsplit(maxsplit=1)[-1] for text in logged]
     assert costs[0].replace(",", "").isdigit()

@@ -1,0 +1,139 @@
+"""Where sample.py writes: a grid, or single images in a folder, a zip or an NPZ, by one process or several."""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from midway.gen.core.errors import DivergedError, UsageError
+from midway.gen.core.locks import remove
+from midway.gen.core.processes import ProcessInfo, launched, raised_by_all
+from midway.gen.core.signals import stop_note
+from midway.gen.core.text import echo
+from midway.gen.data.names import EXTENSIONS
+from midway.gen.data.pictures import check_own, is_of, save_grid
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.sample_folder import PARTS, SampleFolder
+from midway.gen.diffusion.sampling import SamplingConfig, Start, decode, sample_batches, sample_latents
+from midway.samplers.sampler import Sampler
+
+Kind = Literal["grid", "archive", "folder", "noise"]
+OTHERS = (*EXTENSIONS, ".tar", ".gz", ".tgz", ".npy", ".pt", ".safetensors")
+"""Endings of files that are not written."""
+
+
+def kind_of(out: Path, inverts: bool) -> Kind:
+    """What --out is. UsageError for a file of another format, and for a grid or noise by several processes."""
+    ending = out.suffix.lower()
+    kinds: dict[str, Kind] = {".png": "grid", ".zip": "archive", ".npz": "archive"}
+    if inverts and ending != ".safetensors":
+        raise UsageError(
+            f"--out {out}", "--invert writes noise, as safetensors", "give a name that ends in .safetensors"
+        )
+    if not inverts and ending not in kinds and ending in OTHERS:
+        fix = "give a name that ends in .png, .zip or .npz, or a folder"
+        raise UsageError(f"--out {out}", "a grid is a PNG; single images go into a folder, a zip or an NPZ", fix)
+    kind = "noise" if inverts else kinds.get(ending, "folder")
+    if kind in ("grid", "noise") and launched()[1] > 1:
+        fix = "start one process, or give a folder, a .zip or an .npz, which processes share"
+        raise UsageError(f"--out {out} with {launched()[1]} processes", "each would make all of it", fix)
+    return kind
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn: one image for each seed."""
+
+    trained: TrainedModel
+    sampler: Sampler
+    seeds: Tensor
+    sampling: SamplingConfig
+    label_of: Callable[[Tensor], Tensor]
+    start: Start | None
+    settings: dict[str, Any]
+    """JSON of everything that the images depend on beside their seeds."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How many images were drawn, evaluations of one, and seconds of sampling."""
+
+    images: int
+    nfe: float
+    seconds: float
+
+
+def draw_grid(drawing: Drawing, out: Path) -> Drawn:
+    """Write a PNG of all images in rows. DivergedError, DiskError."""
+    labels = drawing.label_of(drawing.seeds)
+    made = sample_latents(drawing.trained, drawing.sampler, drawing.seeds, drawing.sampling, labels, drawing.start)
+    check_finite(made.latents)
+    save_grid(out, decode(drawing.trained, made.latents), columns=math.ceil(math.sqrt(len(drawing.seeds))))
+    return Drawn(len(drawing.seeds), made.nfe, made.seconds)
+
+
+def draw_set(drawing: Drawing, out: Path, kind: Kind, process: ProcessInfo) -> Drawn:
+    """Write the images that are missing, this process its share, then what is made of them.
+
+    UsageError for a folder or a file of anything else, DivergedError, DiskError.
+    """
+    model = drawing.trained.model
+    place = out if kind == "folder" else out.with_name(out.name + PARTS)
+    folder = SampleFolder(place, drawing.settings, model.classes, model.class_names)
+    about, first = folder.about(drawing.seeds), process.rank == 0
+    if kind == "archive" and is_of(out, about):
+        made = Drawn(0, 0.0, 0.0)
+        if first and os.path.lexists(place):
+            with folder.claimed():
+                remove(place)
+        return made
+    with ExitStack() as stack:
+        with raised_by_all():
+            if first:
+                if kind == "archive":
+                    check_own(out, about)
+                stack.enter_context(folder.claimed())
+        stop_note(f"finished images are in {place}; the same command draws the others")
+        made = _draw_missing(drawing, folder, process)
+        process.wait()
+        with raised_by_all():
+            if first and kind == "archive":
+                folder.pack(out, drawing.seeds, drawing.label_of(drawing.seeds))
+                remove(place)
+            elif first:
+                folder.finish()
+    return made
+
+
+def _draw_missing(drawing: Drawing, folder: SampleFolder, process: ProcessInfo) -> Drawn:
+    """Draw the batches of this process of which an image is missing: whole, so that no image depends on what was there."""
+    batches = [part for _, part in process.mine(drawing.seeds.split(drawing.sampling.batch_size))]
+    todo = [(some, labels) for some in batches if folder.missing(some, labels := drawing.label_of(some))]
+    there = sum(map(len, batches)) - sum(len(some) for some, _ in todo)
+    if there and process.rank == 0:
+        echo(f"{there} images are there already")
+    evaluations, seconds = 0.0, 0.0
+    shown = {"desc": "images", "unit": "image", "disable": None if process.rank == 0 else True, "leave": False}
+    with tqdm(total=sum(map(len, batches)), initial=there, **shown) as bar:
+        made = sample_batches(drawing.trained, drawing.sampler, todo, drawing.sampling, drawing.start)
+        for (some, labels), samples in zip(todo, made, strict=True):
+            check_finite(samples.latents)
+            folder.write(some, labels, decode(drawing.trained, samples.latents))
+            evaluations, seconds = evaluations + samples.nfe * len(some), seconds + samples.seconds
+            bar.update(len(some))
+    count = sum(len(some) for some, _ in todo)
+    return Drawn(count, evaluations / max(count, 1), seconds)
+
+
+def check_finite(latents: Tensor) -> None:
+    """DivergedError for latents that are not finite."""
+    if not bool(torch.isfinite(latents).all()):
+        fix = "use more --nfe or less --guidance"
+        raise DivergedError("sampling diverged", "the latents stopped being finite", fix)
