@@ -32,7 +32,6 @@ from midway.gen.diffusion.load import TABLE
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
-from midway.samplers.gits import GITS
 from recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
 from tasks import LatentTask, TokenizerTask
 
@@ -42,8 +41,6 @@ IMAGES = {"digits": None, "mnist5k": 500}
 """A block of seeds: as many as are held out, or half of them."""
 PLUGIN = "amed-plugin-ipndm3"
 LEARNED = ("amed", PLUGIN, TABLE)
-LEARNED_ON = {"amed": "uniform", PLUGIN: GITS}
-"""Grids of AMED; a table learns its own."""
 RUNS = ("tokenizer", "model")
 MARK = ".demo"
 """The file that marks the folder of an earlier demo, and holds its finished stages."""
@@ -199,7 +196,12 @@ def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
     """One learned solver per budget of the sweep."""
     default = replace(train_solver.recipes()[name](), model=task.folder / "model", resume="auto")
     half = replace(default.train, steps=300)  # of a table's steps: nearly its error
-    default = replace(default, train=half) if name == TABLE else replace(default, grid=LEARNED_ON[name])
+    short = replace(default.train, steps=60, batch_size=32)  # as benchmarks/amed_ablation.py
+    default = (
+        replace(default, train=half)
+        if name == TABLE
+        else replace(default, train=short, distill=DistillConfig(trajectories=256, checkpointing=False))
+    )
     if task.quick:
         return replace(
             default,

@@ -57,8 +57,8 @@ class SolverTask:
     nfe: str = "6"
     """Budgets, comma-separated; at odd ones AMED takes the first slope analytically."""
     grid: str = "karras"
-    """Grid of the learned solver, also gits, fitted for it; a table begins there, or on the best of all (best), and learns
-    its own."""
+    """Grid of the learned solver; gits, which amed and plugins take by default, is fitted for it. A table begins there, or on the
+    best of all (best), and learns its own."""
     guidance: float = 1.0
     """Classifier-free guidance scale that the solver is learned for."""
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -87,7 +87,7 @@ RESIDUAL_TRAIN = replace(TABLE_TRAIN, steps=800, batch_size=32, lr=0.001, warmup
 
 def recipes() -> dict[str, Callable[[], SolverTask]]:
     """The solver's name is the first argument."""
-    amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name)) for name in AMED}
+    amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name, grid=GITS)) for name in AMED}
     table = {TABLE: lambda: SolverTask(model=tyro.MISSING, solver=TABLE, grid=BEST, train=TABLE_TRAIN)}
     residual = {name: (lambda name=name: residual_task(name)) for name in RESIDUALS}
     return {**table, **residual, NOISY: lambda: SolverTask(tyro.MISSING, NOISY, "5", "vp", train=NOISE_TRAIN), **amed}
