@@ -7,7 +7,7 @@ and draws docs/images/demo.png, the distance to the exact solution; of more than
 nearest at some budget. Of a comparison of models (scripts/evaluate_likelihood.py) it is the table of results.json, with the
 facts that a reader needs beside it; of a check of metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving
 ground (scripts/prove_solvers.py) a block `prove` has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture
-is rmse_vs_nfe.png.
+is rmse_vs_nfe.png; any other block has all tables without a picture.
 """
 
 import csv
@@ -79,8 +79,14 @@ def embed(page: Path, name: str, report: Path) -> None:
 
 
 def embed_proof(page: Path, name: str, report: Path) -> None:
-    """The block of a proving ground, short as `prove` and whole as `prove-all`; both show the same picture."""
+    """The block of a proving ground, short as `prove` and whole as `prove-all`; both show the same picture. Any other name: the
+    tables of its figures, without a picture."""
     result = read_result(report / "results.jsonl")
+    if name not in ("prove", "prove-all"):
+        tables = (figure_table(result, figure) for figure in FIGURES)
+        text = "\n".join(f"**{markdown(t.title)}**\n\n{markdown_table(t)}\n" for t in tables)
+        _replace(page, name, f"{text}\n{proof_facts(result)}\n")
+        return
     picture = Path(__file__).parent / "images" / "prove.png"
     picture.parent.mkdir(exist_ok=True)
     shutil.copyfile(report / "rmse_vs_nfe.png", picture)

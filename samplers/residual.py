@@ -28,6 +28,9 @@ from midway.samplers.rows import Execution
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
 
+OUTPUT = 0.1
+"""Factor of g's last layer: Adam moves all weights of a layer by the learning rate at once, and what a learned table loses in the
+first steps of a residual that starts at zero takes hundreds to come back."""
 DEEPEST = 10.0
 """Bound of |log rho| as g reads it: pure noise is infinite."""
 
@@ -86,7 +89,7 @@ class Residual(nn.Module):
         hidden = self.first(x.to(self.first.weight))
         for block in self.blocks:
             hidden = block(hidden, times)
-        return self.last(F.silu(hidden)).to(state.dtype).view_as(state)
+        return (OUTPUT * self.last(F.silu(hidden))).to(state.dtype).view_as(state)
 
 
 class _Block(nn.Module):

@@ -8,9 +8,9 @@ rho = sigma / alpha, y = x / alpha and lambda = -log rho:
     heun     x_s = x + (s - t) (v(x, t) + v(x + (s - t) v(x, t), s)) / 2
     dpm2     y_s = y + (rho_s - rho_t) eps(y_m, rho_m),  rho_m = sqrt(rho_s rho_t),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
 
-`multistep.py` has DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth, iPNDM and DEIS, `runge_kutta.py` every explicit
-tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by name, with what they cost and how fast they
-converge; `steps_for` turns a budget into steps.
+`generator.py` has the formula of multistep solvers, `multistep.py` DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth,
+iPNDM and DEIS, `runge_kutta.py` every explicit tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by
+name, with what they cost and how fast they converge; `steps_for` turns a budget into steps.
 """
 
 import math
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
@@ -104,6 +104,12 @@ def _runge_kutta(name: str) -> Solver:
     return Solver(build, evaluations=len(tableau.b), order=tableau.order, coordinate="t")
 
 
+def _family(name: str, build: Callable[..., Table], first: int, last: int, **facts: Any) -> dict[str, Solver]:
+    """Multistep solvers of one evaluation a step by their order, which first and last steps lower to 2."""
+    orders = range(first, last + 1)
+    return {f"{name}{p}": Solver(partial(build, order=p), 1, min(2, p), p if p > 1 else None, **facts) for p in orders}
+
+
 SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, evaluations=1, order=1, coordinate="t"),
     "ddim": Solver(ddim, evaluations=1, order=1),
@@ -116,32 +122,18 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp2s": Solver(dpmpp2s, evaluations=2, order=2, pure_noise=False),
     "unipc2": Solver(partial(unipc, order=2), evaluations=1, order=2, history_order=3),
     "unipc3": Solver(partial(unipc, order=3), evaluations=1, order=2, history_order=4),
-    "ab1": Solver(partial(adams_bashforth, order=1), evaluations=1, order=1, coordinate="t"),
-    "ab2": Solver(partial(adams_bashforth, order=2), evaluations=1, order=2, history_order=2, coordinate="t"),
-    "ab3": Solver(partial(adams_bashforth, order=3), evaluations=1, order=2, history_order=3, coordinate="t"),
-    "ab4": Solver(partial(adams_bashforth, order=4), evaluations=1, order=2, history_order=4, coordinate="t"),
+    **_family("ab", adams_bashforth, 1, 4, coordinate="t"),
     "ipndm1": Solver(partial(ipndm, order=1), evaluations=1, order=1),
-    "ipndm2": Solver(partial(ipndm, order=2), evaluations=1, order=1, history_order=1),
-    "ipndm3": Solver(partial(ipndm, order=3), evaluations=1, order=1, history_order=1),
-    "ipndm4": Solver(partial(ipndm, order=4), evaluations=1, order=1, history_order=1),
-    "ipndm_v2": Solver(partial(ipndm_v, order=2), evaluations=1, order=2, history_order=2),
-    "ipndm_v3": Solver(partial(ipndm_v, order=3), evaluations=1, order=2, history_order=3),
-    "ipndm_v4": Solver(partial(ipndm_v, order=4), evaluations=1, order=2, history_order=4),
-    "deis1": Solver(partial(deis, order=1), evaluations=1, order=1),
-    "deis2": Solver(partial(deis, order=2), evaluations=1, order=2, history_order=2),
-    "deis3": Solver(partial(deis, order=3), evaluations=1, order=2, history_order=3),
-    "deis_t2": Solver(partial(deis_t, order=2), evaluations=1, order=2, history_order=2, invariant=False),
-    "deis_t3": Solver(partial(deis_t, order=3), evaluations=1, order=2, history_order=3, invariant=False),
+    **{f"ipndm{p}": Solver(partial(ipndm, order=p), evaluations=1, order=1, history_order=1) for p in (2, 3, 4)},
+    **_family("ipndm_v", ipndm_v, 2, 4),
+    **_family("deis", deis, 1, 3),
+    **_family("deis_t", deis_t, 2, 3, invariant=False),
     **{name: _runge_kutta(name) for name in ("midpoint", "ralston", "kutta3", "rk4", "rk38")},
     "ddpm": Solver(ddpm, evaluations=1, order=1, stochastic=True),
     "dpmpp2m_sde": Solver(dpmpp2m_sde, evaluations=1, order=2, history_order=2, stochastic=True),
-    "sa_solver2": Solver(
-        partial(sa_solver, predictor=2, corrector=2), evaluations=1, order=2, history_order=2, stochastic=True
-    ),
+    "sa_solver2": Solver(partial(sa_solver, predictor=2, corrector=2), 1, order=2, history_order=2, stochastic=True),
     "sa_solver3": Solver(sa_solver, evaluations=1, order=2, history_order=2, stochastic=True),
-    "er_sde1": Solver(partial(er_sde, order=1), evaluations=1, order=1, stochastic=True),
-    "er_sde2": Solver(partial(er_sde, order=2), evaluations=1, order=2, history_order=2, stochastic=True),
-    "er_sde3": Solver(er_sde, evaluations=1, order=2, history_order=2, stochastic=True),
+    **{f"er_sde{p}": Solver(partial(er_sde, order=p), 1, min(2, p), None, stochastic=True) for p in (1, 2, 3)},
 }
 
 ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}

@@ -19,15 +19,13 @@ first one that it does not correct for it, and so is of order 2; here x0 is the 
 
 import math
 from collections.abc import Mapping
-from itertools import pairwise
 
 import numpy as np
 import torch
 
 from midway.samplers.exponential import begin_falling, check_order, need_noise_at_the_end
-from midway.samplers.generator import LogPsi, Method, exponential_step, multistep, ode
+from midway.samplers.generator import LogPsi, Method, middle, multistep, ode
 from midway.samplers.grids import Grid
-from midway.samplers.recorder import Combination
 from midway.samplers.schedule import VP, Schedule
 from midway.samplers.table import Table
 
@@ -126,15 +124,6 @@ def dpmpp2m_sde(
     record = begin_falling("dpmpp2m_sde", schedule, grid)
     if not lower_order_final:
         need_noise_at_the_end(record)
-    before: tuple[Combination, float] | None = None
-    for i, (t, s) in enumerate(pairwise(grid)):
-        now = record.first(t, analytic_first)
-        h = record.log_rho(t) - record.log_rho(s)
-        estimate = now.x0
-        if before is not None and not (lower_order_final and i == len(grid) - 2):
-            q = before[1] / h  # x0 half a step ahead, by the line through the last two
-            estimate = (1 + 1 / (2 * q)) * now.x0 - (1 / (2 * q)) * before[0]
-        kept = math.exp(-eta * h) if eta else 1.0  # h may be infinite
-        record.advance(exponential_step(record, now.x, estimate, t, s, kept), s)
-        before = (now.x0, h)
-    return record.table(eta=repr(eta))
+    method = Method("x0", "log rho", 2, lower_order_final=lower_order_final, average=middle)
+    psi = (lambda rho: eta * np.log(rho)) if eta else ode  # rho may be infinite
+    return multistep(record, method, analytic_first, lambda t: psi, eta=repr(eta))

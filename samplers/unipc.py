@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from midway.samplers.exponential import begin, need_noise_at_the_end
-from midway.samplers.generator import Method, multistep
+from midway.samplers.generator import Method, middle, multistep
 from midway.samplers.grids import Grid
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
@@ -44,9 +44,10 @@ def unipc(
         need_noise_at_the_end(record)
 
     def two_points(places: Sequence[float], h: float) -> list[float] | None:
-        if len(places) != 2:
-            return None
-        slope = (h / -math.expm1(-h) if variant == "bh1" else 1.0) / (2 * places[1])
+        ahead = middle(places, h)
+        if ahead is None or variant == "bh2":
+            return ahead
+        slope = h / -math.expm1(-h) * ahead[1]
         return [1 - slope, slope]
 
     method = Method("x0", "log rho", order, order + 1, lower_order_final, two_points)

@@ -52,8 +52,8 @@ class NoiseConfig:
     """First trajectory's number; its noise is drawn for this purpose alone, never that of an evaluated seed."""
     analytic_first: bool | None = None
     """Whether the first slope is the analytic direction; by default only for odd budgets, which need it."""
-    loss: Literal["energy", "l2"] = "energy"
-    """Of the end states: energy distance of the batches, or the squared difference, which learns the noise away."""
+    loss: Literal["distribution", "l2"] = "distribution"
+    """Of the end states: a distance of the batches' distributions, or the squared difference, which learns the noise away."""
     node_weight: float = 0.1
     """Weight of the squared distances at the inner nodes."""
     start: float = 0.25

@@ -214,6 +214,32 @@ def test_er_sde_has_the_integrals_of_its_process(psi: str, order: int) -> None:
         assert rows[n].noise == pytest.approx(end * math.sqrt(1 - kept**2), abs=1e-12)
 
 
+def test_the_default_process_of_er_sde_draws_at_high_noise_only() -> None:
+    """phi = rho (exp(rho^0.3) + 10): tau^2 = log(psi(rho) / psi(rho / 2)) / log 2 is 0.75 at 80, 0.20 at 10, 0.05 at 1."""
+    rho = np.array([80.0, 10.0, 1.0])
+    assert np.exp(PSIS["er"](rho)) == pytest.approx(np.exp(rho**0.3) + 10, rel=1e-12)
+    assert (PSIS["er"](rho) - PSIS["er"](rho / 2)) / math.log(2) == pytest.approx([0.75, 0.20, 0.05], abs=0.005)
+
+
+@pytest.mark.parametrize("schedule", [Linear(), VP(), Cosine()], ids=["Linear", "VP", "Cosine"])
+def test_integrals_are_exact_over_long_steps(schedule: Schedule) -> None:
+    """From rho = 30 to 0.002 in one step, where L_j(t) bends over few of the 10 units of log rho; reference in 200 parts."""
+    grid = grid_of(schedule, (80.0, 30.0, 0.002))
+    _, _, rho = numbers(schedule, grid)
+    row = deis_t(schedule, grid, order=2).rows[1]
+    cuts = grid_of(schedule, np.geomspace(30.0, 0.002, 200).tolist())
+    x, w = np.polynomial.legendre.leggauss(20)
+    want = rho[2] - rho[1]  # all of it on the newest value, but for the part that leans on the one before
+    lean = 0.0
+    for t, s in pairwise(cuts):  # int L_before d rho = - int L_before' (rho - rho_1) dt + L_before(end) (rho_2 - rho_1)
+        u = torch.from_numpy((t + s) / 2 + (s - t) / 2 * x)
+        lean -= float(((s - t) / 2 * w * (schedule.rho(u).numpy() - rho[1])).sum()) / (grid[0] - grid[1])
+    lean += want * (grid[2] - grid[1]) / (grid[0] - grid[1])
+    alpha = schedule.alpha(torch.tensor(grid[2], dtype=torch.float64)).item()
+    got = [-w * r / alpha for w, r in zip(row.predictions, rho, strict=False)]
+    assert got == pytest.approx([lean, want - lean], rel=1e-10)
+
+
 def _slope(log_phi: Callable[[float], float], r: float) -> float:
     h = 1e-4 * r  # central differences of order 4: exact to about 1e-11
     near, far = (log_phi(r + k * h) - log_phi(r - k * h) for k in (1, 2))

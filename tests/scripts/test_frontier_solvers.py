@@ -25,7 +25,7 @@ PAIRS = "--table.pairs 16 --table.teacher-steps 6 --residual.held-out 4 --residu
 STEPS = "--steps 4 --batch-size 4 --validate-every 2"
 NOISE = (
     "--noise.teacher dpmpp2m --noise.teacher-steps 4 --noise.trajectories 8 --noise.seed 1 --noise.analytic-first True "
-    "--noise.loss energy --noise.node-weight 0.2 --noise.start 0.5 --noise.ranges.limit 0.1 "
+    "--noise.loss distribution --noise.node-weight 0.2 --noise.start 0.5 --noise.ranges.limit 0.1 "
     "--noise.ranges.amed.scale-dir 0.1 --noise.ranges.amed.scale-time 0.1 --noise.ranges.amed.hidden 8"
 )
 
