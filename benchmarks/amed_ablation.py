@@ -173,7 +173,7 @@ def learn(trained: TrainedModel, task: Ablation, data: HeldOut, variant: Variant
         variant.name,
         variant.mode,
         variant.grid,
-        f"{solver}, {teacher_steps} on {teacher_grid}",
+        f"{solver}, {teacher_steps} on {teacher_grid if variant.mode == 'end_to_end' else variant.grid}",
         nfe,
         end_error(objective, trained, data),
         before,

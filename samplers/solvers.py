@@ -8,9 +8,9 @@ rho = sigma / alpha, y = x / alpha and lambda = -log rho:
     heun     x_s = x + (s - t) (v(x, t) + v(x + (s - t) v(x, t), s)) / 2
     dpm2     y_s = y + (rho_s - rho_t) eps(y_m, rho_m),  rho_m = sqrt(rho_s rho_t),  y_m = y + (rho_m - rho_t) eps(y, rho_t)
 
-`multistep.py` has DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth, iPNDM and DEIS, `runge_kutta.py` every explicit
-tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by name, with what they cost and how fast they
-converge; `steps_for` turns a budget into steps.
+`generator.py` has the formula of multistep solvers, `multistep.py` DPM-Solver++, `unipc.py` UniPC, `adams.py` Adams-Bashforth,
+iPNDM and DEIS, `runge_kutta.py` every explicit tableau, `stochastic.py` the solvers that draw noise. `SOLVERS` holds them by
+name, with what they cost and how fast they converge; `steps_for` turns a budget into steps.
 """
 
 import math

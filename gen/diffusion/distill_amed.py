@@ -46,7 +46,7 @@ from midway.samplers.distill import (
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, NAMED, Grid
 from midway.samplers.learned_solver import LearnedSolver
-from midway.samplers.plugin import unlearned
+from midway.samplers.plugin import BASES, unlearned
 from midway.samplers.prediction import Field
 from midway.samplers.sample import sample
 from midway.samplers.schedule import Schedule
@@ -125,11 +125,15 @@ class TrajectoryBatch:
 
 
 def objective_for(trained: TrainedModel, target: SolverTarget, config: DistillConfig) -> "SolverObjective":
-    """The objective. A grid `gits` is fitted for the unlearned solver, to noise that no evaluated seed has; its cost counts."""
+    """The objective. A grid `gits` is fitted for the unlearned solver, to noise that no evaluated seed has; its cost counts.
+
+    A base of one step is so far from what it learns, before it does, that iPNDM(3) stands for it.
+    """
     if target.grid != GITS:
         return SolverObjective(trained.model, target, config)
     steps, analytic_first = config.steps(target.nfe)
-    build = partial(unlearned, trained.model.schedule, base=target.base, analytic_first=analytic_first)
+    judge = target.base if BASES[target.base].multistep else "ipndm3"
+    build = partial(unlearned, trained.model.schedule, base=judge, analytic_first=analytic_first)
     times, cost = gits_for(trained, target.guidance, steps, build)
     objective = SolverObjective(trained.model, replace(target, times=times), config)
     objective.counter.evaluations = cost

@@ -201,14 +201,14 @@ def facts(result: Result, context: ReportContext) -> list[tuple[str, str]]:
         ("samples", f"{blocks} block(s) of {result.n}, seeds {result.seeds}"),
         ("grids", f"chosen on other seeds: {context.seeds}"),
         ("error of the exact solution", f"{result.exact_error:.2g}, RMSE to one of twice the steps"),
-        ("training", joined(_training(result))),
+        ("training", joined(training(result))),
         ("hardware", context.hardware),
         ("versions", context.version_text),
         ("command", context.command),
     ]
 
 
-def _training(result: Result) -> list[str]:
+def training(result: Result) -> list[str]:
     """The evaluations that each learned solver cost, over its budgets."""
     names = dict.fromkeys(cell.solver for cell in result.cells if cell.training_nfe)
     spent = {name: [cell.training_nfe for cell in result.cells if cell.solver == name] for name in names}

@@ -105,9 +105,11 @@ def _with_limits(table: Table, ms: Measurements, name: str) -> Table:
 def distance_table(ms: Measurements) -> Table:
     """Fréchet distance to the data by NFE; it ranks solvers only where there is no exact solution."""
     title, ranks = f"{distance_name(ms)} ({feature_names(ms)})", question(ms) == "distance"
-    note = "lower is better" if ranks else f"lower is better; {AS_EXACT}: not significantly above the exact solution"
-    table, exact = metric_table(ms, "distance", title, note, ranks), limit_of(ms, EXACT)
-    return table if ranks or exact is None else _marked(table, ms, exact)
+    table, exact = metric_table(ms, "distance", title, "lower is better", ranks), limit_of(ms, EXACT)
+    if ranks or exact is None or not any(above_exact(m, exact) for m in shown(ms).values()):
+        return table
+    note = f"lower is better; {AS_EXACT}: not significantly above the exact solution"
+    return _marked(replace(table, note=note), ms, exact)
 
 
 AS_EXACT = "≈ exact"

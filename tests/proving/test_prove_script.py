@@ -33,6 +33,8 @@ def test_a_small_run_writes_a_report_that_reads_back(tmp_path: Path, succeed: Sc
     done = succeed(f"prove_solvers {SMALL} 5,6 --solvers {NAMES},ddpm,rk4 --learned amed --out", out)
     assert {path.name for path in out.iterdir()} - {".lock"} == set(FILES)
     result = read_result(out / "results.jsonl")
+    costs = [cell.training_nfe for cell in result.cells if cell.solver == "amed"]
+    assert f"training: amed {min(costs):,} to {max(costs):,} evaluations a budget" in done.out
     named = [cell.solver for cell in result.cells]
     assert named[:2] == [FLOOR, EXACT_ROW]
     assert [name for name in named if name == "rk4"] == []  # 5 and 6 are no budgets of it

@@ -30,6 +30,7 @@ from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, encode, noise_of, sample_latents
 from midway.gen.evaluation.sources import SolverSource
 from midway.samplers.grids import logsnr
+from midway.samplers.schedule import EDM, VP, Linear, Schedule
 from midway.samplers.solvers import SOLVERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -364,6 +365,15 @@ def test_the_share_of_steps_is_the_nearest(pipeline: Pipeline) -> None:
 
 
 # ---- inversion ----
+
+
+@pytest.mark.parametrize("schedule", [Linear(), EDM(), VP()])
+def test_noise_of_a_state_is_what_begins_there(schedule: Schedule) -> None:
+    noise = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    state = from_noise(noise, schedule, 0.7)(torch.tensor([4, 2]), noise[:2])
+    spread = torch.hypot(schedule.alpha(torch.tensor(0.7)), schedule.sigma(torch.tensor(0.7)))
+    torch.testing.assert_close(state, spread * noise[[1, 2]])
+    torch.testing.assert_close(noise_of_state(state, schedule, 0.7), noise[[1, 2]])
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "heun"])

@@ -21,7 +21,7 @@ from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.sampling import decode
 from midway.gen.evaluation import sources
 from midway.gen.evaluation.comparing import limit_of, question
-from midway.gen.evaluation.records import Measurement
+from midway.gen.evaluation.records import Estimate, Measurement
 from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.features.reference import balanced
 from midway.gen.report.sweep import headline_tables, markdown_tables
@@ -263,13 +263,13 @@ def test_feature_spaces_that_are_none_end_with_a_lesson(
 
 
 def cells(*distances: float, errors: tuple[float, ...]) -> list[Measurement]:
-    """An exact row at distance 1.0 in both blocks, and solvers a, b, ... at 4 evaluations."""
-    at_exact = measurement("exact", "", 48, 1.0, distance_blocks=(0.9, 1.1))
+    """An exact row at distance 1.0 in three blocks, and solvers a, b, ... at 4 evaluations."""
+    at_exact = measurement("exact", "", 48, 1.0, distance_blocks=(0.9, 1.0, 1.1))
     found = [at_exact]
     for name, distance, error in zip("abc", distances, errors, strict=False):
-        blocks = (distance - 0.1, distance + 0.1)
+        blocks = (distance - 0.1, distance, distance + 0.1)
         like = measurement(name, "karras", 4, distance, distance_blocks=blocks, to_exact=error, rmse=error)
-        found.append(changed(like, to_exact_blocks=(error - 0.01, error + 0.01)))
+        found.append(changed(like, to_exact_blocks=(error - 0.01, error, error + 0.01)))
     return found
 
 
@@ -280,6 +280,10 @@ def test_nothing_below_the_exact_row_is_called_better() -> None:
     data = distance_table(ms)
     assert not data.has_best and [line.name for line in data.lines] == ["a", "b", "exact"]
     assert [line.entries[0].small for line in data.lines if line.entries[0]] == ["karras, ≈ exact", "karras", ""]
+    two = [replace(m, metrics=m.metrics | {"distance": Estimate(m.distance, 0.1, m.distances[::2])}) for m in ms]
+    unmarked = distance_table(two)
+    assert [line.entries[0].small for line in unmarked.lines if line.entries[0]] == ["karras", "karras", ""]
+    assert "≈" in data.note and "≈" not in unmarked.note
     differences = {line.name: line.entries[0] for line in difference_table(ms).lines}
     assert differences["b"] is not None and differences["b"].best
     page = report_html(ms, CONTEXT)
