@@ -81,7 +81,7 @@ class ResidualTable:
     @cached_property
     def _hash(self) -> str:
         defaults = {f.name: f.default for f in fields(SolverCard)}
-        card = {name: value for name, value in asdict(self.card).items() if value != defaults[name]}  # fields may be added
+        card = {name: value for name, value in asdict(self.card).items() if value != defaults[name]}
         description = json.dumps([card, self.base.hash, asdict(self.residual.shape)])
         return hashlib.sha256(description.encode() + save(_state(self.residual))).hexdigest()[:12]
 
