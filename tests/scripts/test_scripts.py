@@ -852,6 +852,7 @@ def test_tables_learned_together_are_those_learned_alone(pipeline: Pipeline, suc
         folder = Run.open(solver_path(model, "table", "best", 3), "solver").checkpoint
         written.append(Table.load(folder / "solver.safetensors"))
         assert f"{8 * 6 + len(GRIDS) * 8 * 3 + 2 * 4 * 3:,} evaluations of training" in done.out
+        assert "its table: gain " in done.out
     assert written[0] == written[1]
 
 
