@@ -8,7 +8,7 @@ estimate:
                                         y'  = Y + c (rho_t' - T) (Y_s - D(Y_s, k s)) / (k s)
 
 The first row turns the distribution at rho_t into that at T, of any data. r, c, k and g are constants of a step, so the solver
-is a plain table; with g = 0 it is `amed-constants`, and with r = 1/2, c = k = 1 too it is `dpm2`. Two evaluations a step, one
+is a plain table; with g = 0 it is `amed`, and with r = 1/2, c = k = 1 too it is `dpm2`. Two evaluations a step, one
 less if the first slope is the analytic one.
 
 sqrt(g) is learned, with a sign that does not matter: the noise rho_t sqrt(g (2 + g)) has an infinite derivative in g at 0, and is

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -80,7 +80,9 @@ class ResidualTable:
 
     @cached_property
     def _hash(self) -> str:
-        description = json.dumps([asdict(self.card), self.base.hash, asdict(self.residual.shape)])
+        defaults = {f.name: f.default for f in fields(SolverCard)}
+        card = {name: value for name, value in asdict(self.card).items() if value != defaults[name]}
+        description = json.dumps([card, self.base.hash, asdict(self.residual.shape)])
         return hashlib.sha256(description.encode() + save(_state(self.residual))).hexdigest()[:12]
 
     def check_shape(self, shape: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from midway.samplers.residual import (
 from midway.samplers.residual_solver import ResidualTable, residual_flops
 from midway.samplers.sample import sample
 from midway.samplers.schedule import EDM, VP, Linear, Schedule, fingerprint
+from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 
 SHAPE = ResidualShape((2, 4, 4), width=8, blocks=1)
@@ -102,6 +104,14 @@ def test_pure_noise_is_a_start_like_any_other() -> None:
     assert factors(schedule, grid)[0][3] == pytest.approx(0.4), "alpha' (1 - rho' / rho) where rho is infinite: alpha'"
 
 
+@pytest.mark.parametrize("schedule", [VP(), EDM(), Linear()], ids=["VP", "EDM", "Linear"])
+def test_the_factor_is_that_of_the_newest_estimate_in_a_first_order_step(schedule: Schedule) -> None:
+    """alpha' (1 - rho' / rho): what DDIM, whose weights are built elsewhere, gives the clean estimate."""
+    grid = grids.karras(schedule, 5)
+    want = [row.predictions[-1] for row in SOLVERS["ddim"].build(schedule, grid).rows]
+    assert [factor for _, _, _, factor in factors(schedule, grid)] == pytest.approx([*want, 0.0], rel=1e-9, abs=1e-12)
+
+
 def test_one_convolution_makes_one_evaluation_exact_where_every_table_fails() -> None:
     """Stationary Gaussian images on a torus, whose end state is a circular convolution of the start: one row plus the right
     kernel is exact. A table of one evaluation is a + b times the gain in every mode: at six noise levels the best weights fail.
@@ -171,6 +181,10 @@ def test_what_a_table_learns_stays_in_the_span_and_what_a_residual_adds_does_not
     assert out_of_span(plain[-1].state, [x, *(step.estimate for step in plain)]).max() < 1e-12
     assert 0.3 < span_shares(found, x) <= 1
     assert span_shares(plain, x) == 0
+    aligned = [replace(step, added=step.estimate - 0.5 * x) for step in found]
+    assert span_shares(aligned, x) < 1e-12, "a row's own estimate is in its span"
+    ahead = [replace(step, added=then.estimate) for step, then in pairwise(found)]
+    assert span_shares(ahead, x) > 1e-3, "the next one's is not"
     torch.testing.assert_close(rollout(field, learned, x), plain[-1].state, rtol=1e-9, atol=1e-9)
 
 
