@@ -155,7 +155,7 @@ def test_a_solver_without_noise_has_none(name: str) -> None:
 
 def test_a_learned_solver_has_no_noise() -> None:
     learned = LearnedTable(VP(), logsnr(VP(), 2)).table()
-    with pytest.raises(ValueError, match="no learned solver draws any"):
+    with pytest.raises(ValueError, match="no learned solver but adasde draws any"):
         replace(learned, rows=(replace(learned.rows[0], noise=0.1), learned.rows[1]))
 
 

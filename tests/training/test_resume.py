@@ -251,13 +251,12 @@ def test_a_stopped_solver_reports_the_evaluations_of_an_unbroken_one(pipeline: P
     train(shortened(parts, 5))
     train(parts)
     logged = [
-        (solver_path(tmp_path / name, "amed-predictor", "uniform", 4) / "log.txt").read_text()
-        for name in ("whole", "parts")
+        (solver_path(tmp_path / name, "amed", "uniform", 4) / "log.txt").read_text() for name in ("whole", "parts")
     ]
     costs = [text[: text.index(" evaluations of training")].rsplit(maxsplit=1)[-1] for text in logged]
     assert costs[0].replace(",", "").isdigit()
-    first, *_ = logged[1].splitlines()[-1].split(" evaluations")
-    assert first.endswith(costs[0])
+    last = logged[1].rpartition(" evaluations of training")[0]
+    assert last.endswith(f" {costs[0]}")
 
 
 def test_a_run_is_resumed_after_its_time_limit(whole: Path, tmp_path: Path) -> None:
