@@ -77,13 +77,15 @@ def middle(places: Sequence[float], h: float) -> list[float] | None:
     return None if len(places) != 2 else [1 - 0.5 / places[1], 0.5 / places[1]]
 
 
-def mean_weights(places: Sequence[float], z: Array, share: Array) -> list[float]:
-    """m_j = L_j(1) - int_0^1 L_j' S dz for nodes z with `share` = S times their quadrature weights."""
+def mean_weights(places: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """m_j with sum_j m_j q(places[j]) = the mean of q for polynomials q, of which `moments` are those of z^0, z^1, ..."""
     weights = []
     for j, own in enumerate(places):
-        others = [place for k, place in enumerate(places) if k != j]
-        polynomial = np.poly1d(others, r=True) / math.prod(own - place for place in others)
-        weights.append(float(polynomial(1.0) - polynomial.deriv()(z) @ share))
+        coefficients = [1.0]  # of L_j, lowest first
+        for other in (*places[:j], *places[j + 1 :]):
+            shifted, scaled = [0.0, *coefficients], [other * c for c in (*coefficients, 0.0)]
+            coefficients = [(a - b) / (own - other) for a, b in zip(shifted, scaled, strict=True)]
+        weights.append(math.fsum(c * m for c, m in zip(coefficients, moments, strict=False)))
     return weights
 
 
@@ -118,6 +120,7 @@ class _Step:
     gain: float
     points: list[tuple[float, Combination]]
 
+    @cached_property
     def mean(self) -> Combination:
         """The predictor's."""
         return weighted(self.average(self.places), [value for _, value in self.points])
@@ -127,7 +130,7 @@ class _Step:
         count, values = self.method.corrector - 1, [value for _, value in self.points]
         places = [*self.places[:1], 1.0, *self.places[1:count]]
         corrected = weighted(self.average(places), [*values[:1], new, *values[1:count]])
-        return self.gain * (corrected - self.mean())
+        return self.gain * (corrected - self.mean)
 
     @property
     def places(self) -> list[float]:
@@ -140,21 +143,21 @@ class _Step:
         fixed = None if self.method.average is None else self.method.average(places, h)
         if len(places) == 1:
             return [1.0]
-        return mean_weights(places, *self.share) if fixed is None else fixed
+        return mean_weights(places, self.moments) if fixed is None else fixed
 
     def place(self, t: float) -> float:
         """The variable at t."""
         return place(self.record, self.method.variable, t)
 
     @cached_property
-    def share(self) -> tuple[Array, Array]:
-        """Quadrature nodes in steps, and S there times their weights."""
+    def moments(self) -> list[float]:
+        """Means of z^k under dK for k < 5: 1 - k int z^(k - 1) S dz, with z from 0 to 1 over the step."""
         edges = self.edges
         half, width = np.diff(edges)[:, None] / 2, edges[-1] - edges[0]
-        u = np.array([edges[0], *(edges[:-1, None] + half * (1 + NODES)).ravel(), edges[-1]])
-        kernel = self.kernel(u)
-        share = (kernel[1:-1] - kernel[0]) / (kernel[-1] - kernel[0])
-        return (u[1:-1] - u[0]) / width, share * (half * WEIGHTS).ravel() / width
+        u = np.concatenate([edges[:1], (edges[:-1, None] + half * (1 + NODES)).ravel(), edges[-1:]])
+        kernel, z = self.kernel(u), (u[1:-1] - edges[0]) / width
+        share = (kernel[1:-1] - kernel[0]) / (kernel[-1] - kernel[0]) * (half * WEIGHTS).ravel() / width
+        return [1.0, *(1 - k * float(z ** (k - 1) @ share) for k in range(1, 5))]
 
     @property
     def edges(self) -> Array:
@@ -212,7 +215,7 @@ def multistep(
             continue
         carried, gain, noise = coefficients(record, method.reads, t, s, kept)
         step = _Step(record, method, psi, t, s, gain, points)
-        record.advance(carried * x + gain * step.mean() + noise * FRESH_NOISE, s)
+        record.advance(carried * x + gain * step.mean + noise * FRESH_NOISE, s)
     return record.table(**metadata)
 
 

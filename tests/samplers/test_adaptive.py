@@ -44,6 +44,21 @@ def test_a_sample_depends_on_its_batch_within_the_tolerance_alone_and_the_way_ba
     assert forth.hash != back.hash != AdaptiveSampler(VP(), ends, 1e-6, 1e-7).hash
 
 
+def test_the_worst_sample_of_a_batch_decides_on_its_steps() -> None:
+    """One among many that need fewer: a mean over the batch would take fewer, too."""
+    ends, field = times_of(VP(), 15.0, 0.05), mixture().field(VP())
+    x = noise_at(VP(), ends[0], 8)
+
+    def cost(x: Tensor) -> int:
+        sampler = AdaptiveSampler(VP(), ends, 1e-6, 1e-6)
+        sampler.run(field, x)
+        return sampler.evaluations
+
+    alone = [cost(one[None]) for one in x]
+    hardest, easiest = (x[alone.index(extreme(alone))] for extreme in (max, min))
+    assert cost(torch.stack([hardest, *[easiest] * 255])) > (max(alone) + min(alone)) / 2
+
+
 def test_guidance_counts_both_of_its_evaluations() -> None:
     schedule, labels = VP(), torch.zeros(4, dtype=torch.int64)
     ends = times_of(schedule, 15.0, 0.05)
