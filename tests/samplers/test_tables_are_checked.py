@@ -216,7 +216,7 @@ FILES: dict[str, tuple[Change, str]] = {
     "a weight too early": (with_number("states", (0, 2), 0.5), "not there yet"),
     "a prediction too early": (with_number("predictions", (1, 2), NAN), "not there yet"),
     "nan": (with_number("states", (2, 0), NAN), "not finite"),
-    "noise": (with_number("noise", 1, 0.5), "no learned solver draws"),
+    "noise": (with_number("noise", 1, 0.5), "no learned solver but adasde draws"),
     "grid rising": (with_number("grid", 1, 0.999999), "falls all the way|lives at"),
     "time outside": (with_number("time", 1, 2.0), "times are in"),
     "arrival elsewhere": (with_number("arrival", 1, 0.5), "lives at"),
