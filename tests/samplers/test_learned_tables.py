@@ -11,7 +11,9 @@ from tensors import grad, normal
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
+from midway.gen.diffusion import distill_table
 from midway.gen.diffusion.distill_table import BEST, EndPairs, TableConfig, TableObjective, TableTarget, decoded, l1, l2
+from midway.gen.diffusion.distillation import Lesson
 from midway.gen.diffusion.sampling import noise_of
 from midway.gen.training.batches import Context
 from midway.gen.training.ema import EMA
@@ -374,13 +376,45 @@ def test_a_perceptual_distance_needs_a_decoder() -> None:
         TableObjective(tiny_model(0.1), TableTarget(3, "karras"), replace(CONFIG, loss="lpips"))
 
 
+@pytest.mark.parametrize(("unlearned", "taught", "chosen", "tried"), [
+    ((2.0, 1.0), (1.0, 3.0), "uniform", 2),
+    ((2.0, 1.0), (3.0, 1.0), "logsnr", 2),
+    ((3.0, 1.0), (1.0, 3.0), "logsnr", 0),
+    ((2.0, math.inf), (1.0, 3.0), "uniform", 0),
+])  # fmt: skip
+def test_the_two_nearest_grids_are_tried(
+    unlearned: tuple[float, float],
+    taught: tuple[float, float],
+    chosen: str,
+    tried: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a lesson each, unless the second is far behind; others never."""
+    found, lessons, config = [*unlearned, *[9.0] * (len(grids.GRIDS) - 2)], list[Lesson](), replace(CONFIG)
+    assert list(grids.GRIDS)[:2] == ["uniform", "logsnr"]
+
+    def error_on(self: TableObjective, number: int, pairs: EndPairs, lesson: Lesson | None = None) -> float:
+        if lesson is None:
+            return found[number]
+        lessons.append(lesson)
+        return taught[number]
+
+    monkeypatch.setattr(TableObjective, "_error_on", error_on)
+    objective, _ = _objective(TableTarget(3, BEST), config)
+    assert (objective.grid_name, lessons) == (chosen, tried * [distill_table.TRIAL])
+    assert not any(parameter.count_nonzero() for parameter in objective.learned.parameters()), (
+        "nothing of a trial is kept"
+    )
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_a_resumed_objective_is_the_uninterrupted_one(gradient_checkpointing: bool) -> None:
     """Its numbers, the grid that it started from and what it has spent are all in its state."""
     target, config = TableTarget(3, BEST), replace(CONFIG, gradient_checkpointing=gradient_checkpointing)
     whole, pairs = _objective(target, config)
     prepared = whole.counter.evaluations
-    assert prepared == 6 * 8 + len(grids.GRIDS) * 6 * 3
+    trials = 2 * (distill_table.TRIAL.steps + 1) * 6 * 3
+    assert prepared - 6 * 8 - len(grids.GRIDS) * 6 * 3 in (0, trials)
     _steps(whole, pairs, 0, 5)
     assert whole.counter.evaluations == whole.evaluations.item() == prepared + 5 * 3 * 3
     broken, _ = _objective(target, config)
