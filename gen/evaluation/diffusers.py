@@ -22,6 +22,7 @@ from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
 from midway.samplers.grids import NAMED
 from midway.samplers.interop import trained_range
+from midway.samplers.operations import flops
 from midway.samplers.prediction import NetworkField
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
@@ -90,6 +91,12 @@ class DiffusersModel:
     def source(self, sampler: Sampler, sampling: SamplingConfig) -> "DiffusersSource":
         """Samples by this sampler."""
         return DiffusersSource(self, sampler, sampling)
+
+    @property
+    def network_flops(self) -> int:
+        """Floating-point operations of one evaluation."""
+        field, x = self.field(torch.zeros(1, dtype=torch.long)), torch.zeros(1, *self.shape, device=self.device)
+        return flops(lambda: field(x, torch.full((1,), 0.5, device=self.device)))
 
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """None of its grids is fitted."""

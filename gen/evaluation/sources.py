@@ -90,8 +90,8 @@ class EvaluatedModel(Protocol):
 
     @property
     def network_flops(self) -> int:
-        """Floating-point operations of one evaluation of the network; 0 where they are not counted."""
-        return 0
+        """Floating-point operations of one evaluation of the network, without guidance."""
+        ...
 
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """Passes of samples through the network that fitting the grid of a sampler costs."""
