@@ -60,7 +60,8 @@ def test_dynamic_programming_finds_the_least_of_all_paths(steps: int, seed: int)
 @pytest.mark.parametrize("coefficient", [0.5, 1.15])
 def test_a_coefficient_weighs_later_jumps(coefficient: float) -> None:
     """By its powers: the least of all paths again, of several costs, of which some have another path without it."""
-    paths, differing = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), 3)], 0
+    paths: list[tuple[int, ...]] = [(0, *inner, 8) for inner in itertools.combinations(range(1, 8), 3)]
+    costs, differing = torch.zeros(9, 9), 0
     for seed in range(12):
         costs = torch.rand(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).triu(1)
         costs = torch.where(costs > 0, costs, torch.inf)

@@ -280,7 +280,7 @@ def test_nothing_below_the_exact_row_is_called_better() -> None:
     data = distance_table(ms)
     assert not data.has_best and [line.name for line in data.lines] == ["a", "b", "exact"]
     assert [line.entries[0].small for line in data.lines if line.entries[0]] == ["karras, ≈ exact", "karras", ""]
-    two = [replace(m, metrics=m.metrics | {"distance": Estimate(m.distance, 0.1, m.distances[::2])}) for m in ms]
+    two = [replace(m, metrics={**m.metrics, "distance": Estimate(m.distance, 0.1, m.distances[::2])}) for m in ms]
     unmarked = distance_table(two)
     assert [line.entries[0].small for line in unmarked.lines if line.entries[0]] == ["karras", "karras", ""]
     assert "≈" in data.note and "≈" not in unmarked.note
