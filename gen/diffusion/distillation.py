@@ -159,6 +159,7 @@ def learn(
         objective.after_step(torch.tensor(True))
     if kept[1]:
         objective.load_state_dict({**objective.state_dict(), **kept[1]})
+    objective.zero_grad()  # nothing is left for whoever trains it next
 
 
 def part(averaged: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
