@@ -62,14 +62,14 @@ def only_ends(starts: Tensor, ends: Tensor) -> TeacherNodes:
     )
 
 
-def check_teacher(solver: AMEDSolver, table: Table, stride: int) -> None:
-    """ValueError unless every `stride`-th node of the teacher's grid is a node of the student, and the teacher draws no noise."""
-    need_no_noise(table)
-    shared = table.grid[::stride]
-    if len(shared) != len(solver.grid) or max(abs(a - b) for a, b in zip(shared, solver.grid, strict=True)) > 1e-9:
+def check_nested(teacher: Table, grid: Grid, stride: int) -> None:
+    """ValueError unless every `stride`-th node of the teacher's grid is one of the student's, and the teacher draws no noise."""
+    need_no_noise(teacher)
+    shared = teacher.grid[::stride]
+    if len(shared) != len(grid) or max(abs(a - b) for a, b in zip(shared, grid, strict=True)) > 1e-9:
         raise ValueError(
             f"every {stride}-th time of the teacher's grid must be one of the student's: build both with the same grid rule, "
-            f"{len(solver.grid) - 1} and {stride * (len(solver.grid) - 1)} steps"
+            f"{len(grid) - 1} and {stride * (len(grid) - 1)} steps"
         )
 
 
@@ -97,7 +97,7 @@ def teacher_nodes(
     slopes: keep its predictions at the nodes, from which steps restart. A node that the teacher itself did not evaluate (a
     corrected state) costs one evaluation more; with `analytic_first` the first prediction is the analytic one.
     """
-    check_teacher(solver, table, stride)
+    check_nested(table, solver.grid, stride)
     numbers = _evaluations_at(table, stride) if slopes else []
     fields, wanted = enumerate(acting(field, time) for time in table.times), {n for n in numbers if n is not None}
     found: dict[int, Prediction] = {}

@@ -34,7 +34,7 @@ from midway.samplers.distill import (
     NEGLIGIBLE,
     TeacherNodes,
     best_positions,
-    check_teacher,
+    check_nested,
     end_error,
     need_no_noise,
     node_errors,
@@ -154,7 +154,7 @@ class SolverObjective(Distillation):
         if end_to_end:
             need_no_noise(teacher)
         else:
-            check_teacher(solver, teacher, self.stride)
+            check_nested(teacher, solver.grid, self.stride)
         super().__init__(model, teacher, target.guidance, end_to_end and config.checkpointing)
         self.target, self.config, self.solver = target, config, solver
         self.rule = Constants(steps, config.amed) if target.constants else Predictor(feature_dim, steps, config.amed)

@@ -25,6 +25,7 @@ from midway.gen.diffusion.distill_table import l2
 from midway.gen.diffusion.distillation import Distillation, SampledModel, part
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
+from midway.samplers.distill import check_nested
 from midway.samplers.grids import GRIDS, Grid
 from midway.samplers.learned_noise import LearnedNoise, NoiseRange, states
 from midway.samplers.sample import trajectory
@@ -158,15 +159,3 @@ class NoiseObjective(Distillation):
         inner = [error / unit for error, unit in zip(errors[:-1], units[1:-1], strict=True)]
         loss = end + self.config.node_weight * sum(inner, torch.zeros_like(end))
         return loss, {"end": end.detach(), "rmse": errors[-1].detach().sqrt()}
-
-
-def check_nested(teacher: Table, grid: Grid, stride: int) -> None:
-    """ValueError for a teacher that draws noise, or of which every `stride`-th time is not one of the student's."""
-    if teacher.stochastic:
-        raise ValueError(f"the teacher {teacher.solver} draws noise: choose a deterministic solver")
-    shared = teacher.grid[::stride]
-    if len(shared) != len(grid) or max(abs(a - b) for a, b in zip(shared, grid, strict=True)) > 1e-9:
-        raise ValueError(
-            f"every {stride}-th time of the teacher's grid must be one of the student's: choose a grid by rule "
-            f"({', '.join(GRIDS)})"
-        )

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.ranges import COUNT, WIDTH, check_ranges
-from midway.gen.diffusion.distill_table import DISTANCES, Distance, EndPairs, TableConfig, l2
+from midway.gen.diffusion.distill_table import DISTANCES, Distance, EndPairs, TableConfig, end_pairs, fine_teacher, l2
 from midway.gen.diffusion.distillation import Distillation, SampledModel, part
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
-from midway.samplers.grids import GRIDS, Grid
+from midway.samplers.grids import Grid
 from midway.samplers.operations import Costs, network_flops
 from midway.samplers.residual import Residual, ResidualShape, Step, pointwise, span_shares, steps
 from midway.samplers.residual_solver import NAMES, ResidualTable, residual_flops
-from midway.samplers.sample import sample
-from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 
 
@@ -80,10 +78,7 @@ class ResidualObjective(Distillation):
             raise ValueError(
                 f"loss '{teaching.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)"
             )
-        fine = GRIDS[teaching.teacher_grid](model.schedule, teaching.teacher_steps)
-        teacher = SOLVERS[teaching.teacher].build(model.schedule, fine)
-        if teacher.stochastic:
-            raise ValueError(f"the teacher {teaching.teacher} draws noise: choose a deterministic solver")
+        teacher = fine_teacher(model.schedule, teaching)
         super().__init__(model, teacher, guidance, teaching.gradient_checkpointing)
         self.name, self.base, self.config, self.teaching = name, base, config, teaching
         self.schedule, self.distance = model.schedule, distance or DISTANCES[teaching.loss]
@@ -112,12 +107,9 @@ class ResidualObjective(Distillation):
             self.residual.unit.copy_(pairs.ends[:count].std())
         return pairs.take
 
-    @torch.no_grad()
-    def run_teacher(self, labels: Tensor, batch_size: int = 256) -> EndPairs:
+    def run_teacher(self, labels: Tensor) -> EndPairs:
         """All pairs, for labels (M,), on the labels' device: those of a table's teacher."""
-        starts = self.starts(self.teaching.seed, labels, self.teacher.grid[0])
-        parts = zip(labels.split(batch_size), starts.split(batch_size), strict=True)
-        return EndPairs(starts, torch.cat([sample(self.field(some), self.teacher, x) for some, x in parts]), labels)
+        return end_pairs(self, self.teaching.seed, labels)
 
     def facts(self) -> dict[str, Any]:
         card = self.base.card

@@ -25,9 +25,11 @@ from midway.gen.diffusion.distillation import Distillation, Lesson, SampledModel
 from midway.gen.diffusion.load import BEST
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
+from midway.samplers.distill import need_no_noise
 from midway.samplers.grids import GRIDS, Grid
 from midway.samplers.learned import LearnedTable, rollout
 from midway.samplers.sample import sample
+from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.perceptual import Perceptual
@@ -142,6 +144,22 @@ def make_distance(config: TableConfig, tokenizer: ImageTokenizer) -> Distance:
     return decoded(tokenizer, lambda student, teacher: perceptual(student, teacher).mean())
 
 
+def fine_teacher(schedule: Schedule, config: TableConfig) -> Table:
+    """The teacher that `config` names. ValueError for one that draws noise."""
+    teacher = SOLVERS[config.teacher].build(schedule, GRIDS[config.teacher_grid](schedule, config.teacher_steps))
+    need_no_noise(teacher)
+    return teacher
+
+
+@torch.no_grad()
+def end_pairs(objective: Distillation, first: int, labels: Tensor) -> EndPairs:
+    """What the teacher of an objective makes of the noise of numbers `first` on, for labels (M,), on their device."""
+    starts = objective.starts(first, labels, objective.teacher.grid[0])
+    parts = zip(labels.split(BATCH), starts.split(BATCH), strict=True)
+    ends = [sample(objective.field(some), objective.teacher, x) for some, x in parts]
+    return EndPairs(starts, torch.cat(ends), labels)
+
+
 class TableObjective(Distillation):
     """Trains `learned`. The buffer `chosen` int64 () holds the number of the grid that learning started from.
 
@@ -155,10 +173,7 @@ class TableObjective(Distillation):
     ) -> None:
         if distance is None and config.loss not in DISTANCES:
             raise ValueError(f"loss '{config.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)")
-        fine = GRIDS[config.teacher_grid](model.schedule, config.teacher_steps)
-        teacher = SOLVERS[config.teacher].build(model.schedule, fine)
-        if teacher.stochastic:
-            raise ValueError(f"the teacher {config.teacher} draws noise: choose a deterministic solver")
+        teacher = fine_teacher(model.schedule, config)
         super().__init__(model, teacher, target.guidance, config.gradient_checkpointing)
         self.target, self.config, self.schedule = target, config, model.schedule
         self.distance = distance or DISTANCES[config.loss]
@@ -197,13 +212,9 @@ class TableObjective(Distillation):
     def sampler(self, averaged: Mapping[str, Tensor], card: SolverCard) -> Table:
         return self.export(averaged, {"card": json.dumps(asdict(card))})
 
-    @torch.no_grad()
     def run_teacher(self, labels: Tensor) -> EndPairs:
         """All pairs, for labels (M,), on the labels' device."""
-        starts = self.starts(self.config.seed, labels, self.teacher.grid[0])
-        parts = zip(labels.split(BATCH), starts.split(BATCH), strict=True)
-        ends = [sample(self.field(some), self.teacher, x) for some, x in parts]
-        return EndPairs(starts, torch.cat(ends), labels)
+        return end_pairs(self, self.config.seed, labels)
 
     def warm_start(self, pairs: EndPairs) -> None:
         """Start from the candidate grid on which the unlearned table ends nearest to the teacher, on the first pairs.

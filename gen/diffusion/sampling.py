@@ -89,7 +89,7 @@ def sample_batches(
     config: SamplingConfig | None = None,
     start: Start | None = None,
 ) -> Iterator[Samples]:
-    """The samples of each batch of seeds (B,) and labels (B,), when it is asked for; from noise unless `start` is given."""
+    """The samples of each batch of seeds (B,) and labels (B,), drawn one batch at a time; from noise unless `start` is given."""
     config, model = config or SamplingConfig(), trained.model
     device = next(model.parameters()).device
     graphs, table, guidance = Graphs(), sampler.table, config.guidance

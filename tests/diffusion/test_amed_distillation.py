@@ -28,7 +28,7 @@ from midway.samplers.distill import (
     NEGLIGIBLE,
     TeacherNodes,
     best_positions,
-    check_teacher,
+    check_nested,
     node_errors,
     refined,
     step_errors,
@@ -105,10 +105,10 @@ def test_a_teacher_of_other_nodes_or_with_noise_raises_an_error() -> None:
     solver = _solver(schedule, 2)
     for fine, stride in ((grids.karras(schedule, 6), 3), (grids.uniform(schedule, 6, RHO), 3), (solver.grid, 2)):
         with pytest.raises(ValueError, match="must be one of the student's"):
-            check_teacher(solver, heun(schedule, fine), stride)
+            check_nested(heun(schedule, fine), solver.grid, stride)
     noisy = SOLVERS["ddpm"].build(schedule, grids.karras(schedule, 4, rho_max=RHO))
     with pytest.raises(ValueError, match="'ddpm' draws noise"):
-        check_teacher(solver, noisy, 2)
+        check_nested(noisy, solver.grid, 2)
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), VP(), EDM()], ids=["cosine", "vp", "edm"])
