@@ -30,6 +30,7 @@ OPTIONAL = {
 }
 ROOMS = (
     "core",
+    "files",
     "data",
     "training",
     "metrics",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.text import printable
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
-from midway.gen.data.files import check_bad, decode_all, open_files
-from midway.gen.data.layouts import layout_of
 from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
+from midway.gen.files.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
+from midway.gen.files.file_set import check_bad, decode_all, open_files
+from midway.gen.files.layouts import layout_of
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from pictures import PIXEL_LIMIT, UNDECODABLE, UNUSABLE, Fault, noise, save
 from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.data import files, sources
 from midway.gen.data import images as data_module
-from midway.gen.data.decoding import Decoded
+from midway.gen.data import sources
 from midway.gen.data.images import ImageData, describe, load_images, to_float, to_uint8
 from midway.gen.data.sources import SOURCES, Arrays
 from midway.gen.data.splits import DataConfig, load_splits, split
+from midway.gen.files import file_set as files
+from midway.gen.files.decoding import Decoded
 
 CIFAR_ZIP = Path(__file__).parents[2] / ".." / "shared" / "data" / "cifar10-train.zip"
 
