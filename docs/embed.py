@@ -7,8 +7,8 @@ and draws docs/images/demo.png, the distance to the exact solution; of more than
 nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models
 (scripts/evaluate_likelihood.py) it is the table of results.json, with the facts that a reader needs beside it; of a check of
 metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving ground (scripts/prove_solvers.py) a block `prove`
-has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all tables
-without a picture.
+has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
+tables without a picture.
 """
 
 import csv
