@@ -24,7 +24,8 @@ class EncodeTask:
     """Run directory of the tokenizer."""
     out: Path | None = None
     """The file to write (default: beside the tokenizer, named by data and weights)."""
-    batch_size: int = 512
+    batch_size: int | None = None
+    """Images encoded at once (default: by the memory of this machine)."""
     flip: bool = False
     """Encode the left-right mirrored images too, for training with mirror augmentation."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
@@ -36,7 +37,7 @@ class EncodeTask:
 
 def run(task: EncodeTask) -> Path:
     """Write the cache; its path."""
-    if task.batch_size < 1:
+    if task.batch_size is not None and task.batch_size < 1:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     tokenizer, data = load_tokenizer(task.tokenizer, best_device())
     train = load_splits(data).train

@@ -36,7 +36,7 @@ def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts[Tokenizer
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
     objective = make_objective(make_tokenizer(task, splits.train), task)
-    return image_parts(objective.to(accelerator.device), splits, accelerator.device)
+    return image_parts(objective.to(accelerator.device), splits)
 
 
 def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerObjective:

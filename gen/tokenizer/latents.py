@@ -26,6 +26,7 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, DivergedError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.data.images import ImageData, to_float
+from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.weights import check_tensors
 
@@ -127,7 +128,7 @@ def constant_channels(images: Tensor) -> list[str]:
 
 
 def latent_statistics(
-    tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512, flip: bool = False
+    tokenizer: ImageTokenizer, images: Tensor, batch_size: int | None = None, flip: bool = False
 ) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) -> mean and std (D,) float32 on the CPU, those of `encode`, without keeping latents."""
     statistics = ChannelStatistics(tokenizer.latent_shape[0])
@@ -137,7 +138,7 @@ def latent_statistics(
     return statistics.result()
 
 
-def encode(tokenizer: ImageTokenizer, data: ImageData, batch_size: int = 512, flip: bool = False) -> Latents:
+def encode(tokenizer: ImageTokenizer, data: ImageData, batch_size: int | None = None, flip: bool = False) -> Latents:
     """Encode every image once, in order; with `flip` its mirror image too."""
     statistics, batches = ChannelStatistics(tokenizer.latent_shape[0]), []
     for parts in _raw(tokenizer, data.images, batch_size, flip):
@@ -158,12 +159,12 @@ def encode(tokenizer: ImageTokenizer, data: ImageData, batch_size: int = 512, fl
 
 
 @torch.no_grad()
-def _raw(tokenizer: ImageTokenizer, images: Tensor, batch_size: int, flip: bool) -> Iterator[tuple[Tensor, ...]]:
+def _raw(tokenizer: ImageTokenizer, images: Tensor, batch_size: int | None, flip: bool) -> Iterator[tuple[Tensor, ...]]:
     """Of each batch of uint8 images the raw latents float32 (n, D, h, w) on the CPU; with `flip` those of its mirror images too.
 
     The tokenizer is in eval mode afterwards."""
     tokenizer.eval()
-    for part in images.split(batch_size):
+    for part in images.split(batch_size or images_at_once(tokenizer)):
         seen = (part, part.flip(-1)) if flip else (part,)
         yield tuple(tokenizer.raw_latents(to_float(each.to(tokenizer.device))).cpu() for each in seen)
 
