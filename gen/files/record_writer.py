@@ -144,10 +144,11 @@ def finish(records: Records, facts: Mapping[str, Any]) -> None:
     folder, numbers = records.folder, range(len(records.shards))
     sizes = [(folder / shard_name(number)).stat().st_size for number in numbers]
     write_atomically(folder / MANIFEST, manifest_bytes(replace(records, facts=facts), sizes))
-    for number in numbers:
-        _index_path(folder, number).unlink(missing_ok=True)
+    clear_unfinished(folder)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed writers left half-written."""
+    """Remove what killed writers left half-written, and what only they need from a finished folder."""
     clear_temporaries(folder)
+    for path in folder.glob("records-*.index") if (folder / MANIFEST).exists() else ():
+        path.unlink(missing_ok=True)
