@@ -8,6 +8,8 @@ ImageFolder        torchvision's, with the same decoder, in a shuffled DataLoade
                    from turn to turn
 the loader         Loader of gen/training/loading.py on a read that decodes the files of a folder into a batch
 
+Pillow decodes without the interpreter lock, which Python and the copy to numpy need: one row each gives the time that holds it.
+
 Every turn begins with no batch read ahead, on all sides. The training rows train a small tokenizer by fit(): on batches that the
 loader reads from image files or from records on the disk, and on images in memory. The first steps are not timed.
 
@@ -70,10 +72,15 @@ class Sizes:
     small: int = 32
     batch: int = 32
     turns: int = 11
-    steps: int = 23
+    steps: int = 12
     training_batch: int = 128
-    training_turns: int = 9
+    training_turns: int = 15
     width: int = 32
+
+    @property
+    def timed_steps(self) -> int:
+        """Of each training."""
+        return self.steps - UNTIMED_STEPS
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -121,10 +128,12 @@ def pixels(name: str, read: Callable[[str], bytes]) -> Decoded:
     return found
 
 
-def read_batch(files: FileSet, wanted: Tensor) -> ImageBatch:
-    """uint8 (b, 3, H, W), each file decoded as it is asked for."""
-    images = [pixels(files.names[item], files.read).pixels.transpose(2, 0, 1) for item in wanted.tolist()]
-    return ImageBatch(torch.from_numpy(np.stack(images)), torch.zeros(len(wanted), dtype=torch.int64))
+def read_batch(files: FileSet, side: int, wanted: Tensor) -> ImageBatch:
+    """uint8 (b, 3, side, side), each file decoded as it is asked for."""
+    images = np.empty((len(wanted), 3, side, side), np.uint8)
+    for place, item in zip(images, wanted.tolist(), strict=True):
+        place[:] = pixels(files.names[item], files.read).pixels.transpose(2, 0, 1)
+    return ImageBatch(torch.from_numpy(images), torch.zeros(len(wanted), dtype=torch.int64))
 
 
 def file_of(path: str) -> Tensor:
@@ -148,13 +157,13 @@ def decoding_alone(files: FileSet, workers: int, batch: int) -> float:
     return timed(all_parts)
 
 
-def the_loader(files: FileSet, workers: int, batch: int, accelerator: Accelerator) -> float:
+def the_loader(files: FileSet, side: int, workers: int, batch: int, accelerator: Accelerator) -> float:
     """All files by a fresh loader, as fit() uses it."""
     config = TrainConfig(steps=len(files.names) // batch, batch_size=batch, workers=workers)
     context = Context(0, 0, torch.arange(batch))
 
     def all_batches() -> None:
-        with Loader(Items(partial(read_batch, files), len(files.names)), config, accelerator) as loader:
+        with Loader(Items(partial(read_batch, files, side), len(files.names)), config, accelerator) as loader:
             for step in range(config.steps):
                 assert len(loader(step, 0, context).images) == batch
 
@@ -172,17 +181,17 @@ def image_folder(loader: Any, batch: int) -> float:
 
 
 @contextmanager
-def reading_sides(folder: Path, workers: Sequence[int], batch: int) -> Iterator[dict[str, Work]]:
+def reading_sides(folder: Path, side: int, workers: Sequence[int], batch: int) -> Iterator[dict[str, Work]]:
     """The three ways of reading all images of a folder, with each number of workers."""
     AcceleratorState._reset_state(True)
     accelerator, sides = Accelerator(cpu=True), dict[str, Work]()
     with open_files(folder) as files:
         for count in workers:
             peer = DataLoader(
-                ImageFolder(str(folder), loader=file_of), batch, True, num_workers=count, persistent_workers=True
+                ImageFolder(str(folder), loader=file_of), batch, True, num_workers=count, persistent_workers=count > 0
             )
             sides[f"decoding alone {count}"] = partial(decoding_alone, files, count, batch)
-            sides[f"the loader {count}"] = partial(the_loader, files, count, batch, accelerator)
+            sides[f"the loader {count}"] = partial(the_loader, files, side, count, batch, accelerator)
             sides[f"ImageFolder {count}"] = partial(image_folder, peer, batch)
         yield sides
 
@@ -191,7 +200,7 @@ def reading_rows(sizes: Sizes, side: int, workers: Sequence[int], judge: bool) -
     """The loader beside both peers, with each number of workers; and what two workers gain, of each kind."""
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), sizes.images, side)
-        with reading_sides(Path(folder), workers, sizes.batch) as sides:
+        with reading_sides(Path(folder), side, workers, sizes.batch) as sides:
             found = take_turns(sides, sizes.turns)
     for count in workers:
         name = f"{side}x{side} JPEG, {count} worker(s)"
@@ -203,6 +212,50 @@ def reading_rows(sizes: Sizes, side: int, workers: Sequence[int], judge: bool) -
         for count in more:
             name = f"{side}x{side} JPEG, {kind}, {count} workers"
             yield row(name, found[f"{kind} {count}"], f"{first}", found[f"{kind} {first}"], sizes.images, None)
+
+
+# ---- the interpreter lock ----
+
+
+class Unlocked:
+    """A decoder of Pillow that adds up the processor time of its C code, which runs without the interpreter lock."""
+
+    seconds = 0.0
+
+    def __init__(self, decoder: Any) -> None:
+        self.decoder = decoder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+    def decode(self, data: bytes) -> tuple[int, int]:
+        begun = time.thread_time()
+        found = self.decoder.decode(data)
+        Unlocked.seconds += time.thread_time() - begun
+        return found
+
+
+def lock_row(side: int, sizes: Sizes) -> Iterator[Measured]:
+    """Processor time of decoding a JPEG of this side, beside the part of it that holds the lock. Their ratio is the number of
+    threads beyond which decoding is no faster."""
+    plain, pairs = Image._getdecoder, list[tuple[float, float]]()
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(Path(folder), 1, side)
+        data = next(Path(folder).rglob("*.jpg")).read_bytes()
+    for _ in range(UNTIMED_TURNS + sizes.turns):
+        begun = time.thread_time()
+        for _ in range(sizes.images):
+            pixels("one", lambda _: data)
+        whole, Unlocked.seconds = time.thread_time() - begun, 0.0
+        try:
+            Image._getdecoder = lambda *arguments: Unlocked(plain(*arguments))
+            for _ in range(sizes.images):
+                pixels("one", lambda _: data)
+        finally:
+            Image._getdecoder = plain
+        pairs.append((whole - Unlocked.seconds, whole))
+    held, whole = zip(*pairs[UNTIMED_TURNS:], strict=True)
+    yield row(f"{side}x{side} JPEG, holding the interpreter lock", held, "all of a decode", whole, sizes.images, None)
 
 
 # ---- training ----
@@ -241,7 +294,7 @@ def training(items: Items, side: int, sizes: Sizes, workers: int) -> float:
 
 def training_rows(sizes: Sizes, source: Path, workers: Sequence[int]) -> Iterator[Measured]:
     """Training that reads image files or records, each beside training from memory."""
-    images = load_images(str(source), channels=3).images
+    images = load_images(str(source), channels=3).images[:]
     labels, side = torch.zeros(len(images), dtype=torch.int64), images.shape[-1]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -250,18 +303,15 @@ def training_rows(sizes: Sizes, source: Path, workers: Sequence[int]) -> Iterato
         records, files = open_records(folder, "images", "run it again"), stack.enter_context(open_files(source))
         memory = Items(lambda wanted: ImageBatch(images[wanted], labels[wanted]), len(images))
         on_disk = {
-            "image files": Items(partial(read_batch, files), len(images)),
+            "image files": Items(partial(read_batch, files, side), len(images)),
             "records": Items(lambda wanted: ImageBatch(records.read(wanted), labels[wanted]), len(images)),
         }
-        sides: dict[str, Work] = {"memory": partial(training, memory, side, sizes, 0)}
         for name, items in on_disk.items():
-            sides |= {f"{name} {count}": partial(training, items, side, sizes, count) for count in workers}
-        found = take_turns(sides, sizes.training_turns)
-    count = sizes.training_batch * (sizes.steps - UNTIMED_STEPS)
-    for name in on_disk:
-        for threads in workers:
-            label = f"training from {name}, {threads} worker(s)"
-            yield row(label, found[f"{name} {threads}"], "memory", found["memory"], count, TRAINING_TARGET)
+            for threads in workers:
+                sides = partial(training, items, side, sizes, threads), partial(training, memory, side, sizes, 0)
+                found = take_turns(dict(zip(("ours", "memory"), sides, strict=True)), sizes.training_turns)
+                label, count = f"training from {name}, {threads} worker(s)", sizes.training_batch * sizes.timed_steps
+                yield row(label, found["ours"], "memory", found["memory"], count, TRAINING_TARGET)
 
 
 # ---- all of it ----
@@ -288,6 +338,7 @@ def main() -> int:
             [
                 partial(reading_rows, sizes, sizes.side, workers, True),
                 partial(reading_rows, sizes, sizes.small, workers, False),
+                *(partial(lock_row, side, sizes) for side in (sizes.small, sizes.side)),
                 partial(training_rows, sizes, source, workers),
             ],
             width=56,
