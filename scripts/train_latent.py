@@ -14,8 +14,8 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of
-from midway.gen.data.pixels import parts as parts_of
 from midway.gen.data.pictures import save_grid
+from midway.gen.data.pixels import parts as parts_of
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model

@@ -11,7 +11,7 @@ bytes are therefore the same for any number of processes and however often it wa
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class Encoding:
     """What is stored of every image, and how many images are encoded at once."""
 
-    views: Views = Views()
+    views: Views = field(default_factory=Views)
     dtype: Dtype = "float32"
     batch_size: int = BATCH
 
@@ -183,7 +183,9 @@ def check_own(folder: Path) -> None:
     if folder.is_dir() and ((folder / PLAN).is_file() or not [p for p in folder.iterdir() if p.name != ".lock"]):
         return
     if folder.exists():
-        raise UsageError(f"{folder} is no latent cache", "it would be replaced", "choose another --out, or move it away")
+        raise UsageError(
+            f"{folder} is no latent cache", "it would be replaced", "choose another --out, or move it away"
+        )
 
 
 def _prepare(folder: Path, plan: dict[str, Any]) -> None:

@@ -148,6 +148,8 @@ def open_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
 def _opened(records: Records, facts: Mapping[str, Any]) -> Latents:
     """From the facts of the manifest; ValueError if they are not those of latents."""
     kinds = {"data": str, "tokenizer": str, "windows": int, "mirrored": bool, "mean": list, "std": list}
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts of its manifest are {type(facts).__name__}, not dict")
     for name, kind in kinds.items():
         if type(facts.get(name)) is not kind:
             raise ValueError(f"{name} of its manifest is {facts.get(name)!r}, not {kind.__name__}")
@@ -173,5 +175,7 @@ def _check(latents: Latents, data: ImageData, tokenizer: ImageTokenizer) -> None
 
 def cache_path(folder: Path, data: ImageData, tokenizer: ImageTokenizer, views: Views, dtype: str = "float32") -> Path:
     """Where the latents of these views of the images under this tokenizer belong."""
-    words = ("-crops10" if views.windows > 1 else "-flip" * views.mirrored) + (f"-{dtype}" if dtype != "float32" else "")
+    words = ("-crops10" if views.windows > 1 else "-flip" * views.mirrored) + (
+        f"-{dtype}" if dtype != "float32" else ""
+    )
     return folder / f"latents-{data.fingerprint[:8]}-{tokenizer_hash(tokenizer)[:8]}{words}"
