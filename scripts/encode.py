@@ -33,7 +33,8 @@ class EncodeTask:
     """Run directory of the tokenizer."""
     out: Path | None = None
     """The folder to write (default: beside the tokenizer, named by data and weights)."""
-    batch_size: int = 512
+    batch_size: int | None = None
+    """Images encoded at once (default: by the memory of this machine)."""
     flip: bool = False
     """Encode the left-right mirrored images too, for training with mirror augmentation."""
     crops: Literal[1, 10] = 1
@@ -54,7 +55,7 @@ class EncodeTask:
 
 def run(task: EncodeTask) -> Path:
     """Write the folder; its path."""
-    if task.batch_size < 1:
+    if task.batch_size is not None and task.batch_size < 1:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     device, process = device_and_process()
     tokenizer, data = load_tokenizer(task.tokenizer, device)

@@ -61,7 +61,7 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
     with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
         config = FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim)
         network = built(lambda: FeatureNetwork(config))
-    return image_parts(network, splits, accelerator.device)
+    return image_parts(network, splits)
 
 
 def train(task: FeaturesTask) -> Run | None:

@@ -38,11 +38,10 @@ from midway.gen.files.record_writer import (
 from midway.gen.files.records import DTYPES, is_records, record_bytes
 from midway.gen.tokenizer.latents import KIND, Views, tokenizer_hash
 from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
+from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 PLAN = "latents.json"
-BATCH = 512
-"""Images that are encoded at once, unless they are large."""
 SHARDS = 64
 """As many at least where there are as many batches, so that processes have equal shares."""
 FLOAT16_MOST = 6e4
@@ -57,7 +56,8 @@ class Encoding:
 
     views: Views = field(default_factory=Views)
     dtype: Dtype = "float32"
-    batch_size: int = BATCH
+    batch_size: int | None = None
+    """None: by the memory of the machine of the first process."""
 
 
 def encode(
@@ -78,9 +78,10 @@ def encode(
     check_large_enough(tokenizer, data, encoding.views)
     if first_of_all(is_records(folder, KIND)) and not overwrite:
         return
-    plan = _plan(tokenizer, data, encoding)
+    size = first_of_all(encoding.batch_size or images_at_once(tokenizer))
+    plan = _plan(tokenizer, data, encoding, size)
     form = RecordFormat(encoding.dtype, (encoding.views.count, *tokenizer.latent_shape))
-    spans = _spans(len(data.images), form, encoding.batch_size)
+    spans = _spans(len(data.images), form, size)
     with ExitStack() as stack, at_work("encoding"):
         with raised_by_all():
             if process.rank == 0:
@@ -90,7 +91,7 @@ def encode(
         try:
             for number, span in process.mine(spans):
                 if read_shard_index(folder, number, form) is None:
-                    batches = _Batches(tokenizer, data, encoding, *span)
+                    batches = _Batches(tokenizer, data, encoding, size, span)
                     write_shard(folder, number, form, batches, batches.facts)
         except MidwayError:
             if process.world_size == 1 and not list(folder.glob("records-*")):
@@ -116,8 +117,7 @@ def check_large_enough(tokenizer: ImageTokenizer, data: ImageData, views: Views)
 
 def images_of(data: ImageData, views: Views) -> Images:
     """The images of which views are windows."""
-    whole = getattr(data, "whole", None)
-    return data.images if whole is None or views.windows == 1 else whole
+    return data.images if data.whole is None or views.windows == 1 else data.whole
 
 
 def views_of(images: Tensor, views: Views, side: int) -> Iterator[Tensor]:
@@ -137,15 +137,16 @@ def views_of(images: Tensor, views: Views, side: int) -> Iterator[Tensor]:
 
 
 def latent_statistics(
-    tokenizer: ImageTokenizer, images: Images, batch_size: int = BATCH, flip: bool = False
+    tokenizer: ImageTokenizer, images: Images, batch_size: int | None = None, flip: bool = False
 ) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) -> mean and std (D,) float32 on the CPU, those of `encode`, without keeping latents.
 
-    The tokenizer is in eval mode afterwards.
+    `batch_size` by memory if it is None. The tokenizer is in eval mode afterwards.
     """
     tokenizer.eval()
     views, dim = Views(mirrored=flip), tokenizer.latent_shape[0]
-    parts = (raw for part in images.split(batch_size) for raw in _raw(tokenizer, part, views))
+    size = batch_size or images_at_once(tokenizer)
+    parts = (raw for part in images.split(size) for raw in _raw(tokenizer, part, views))
     return merged(map(ChannelMoments.of, parts), dim).result()
 
 
@@ -159,7 +160,7 @@ def _raw(tokenizer: ImageTokenizer, images: Tensor, views: Views) -> Iterator[Te
 # ---- the plan ----
 
 
-def _plan(tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding) -> dict[str, Any]:
+def _plan(tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, batch: int) -> dict[str, Any]:
     views = encoding.views
     return {
         "data": data.fingerprint,
@@ -167,7 +168,7 @@ def _plan(tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding) -> dic
         "windows": views.windows,
         "mirrored": views.mirrored,
         "dtype": encoding.dtype,
-        "batch": encoding.batch_size,
+        "batch": batch,
     }
 
 
@@ -206,14 +207,16 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> None:
 class _Batches:
     """The batches of a shard, for write_shard; `facts` has the moments of each, and is filled on the way."""
 
-    def __init__(self, tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, first: int, last: int) -> None:
-        self.tokenizer, self.data, self.encoding, self.span = tokenizer.eval(), data, encoding, (first, last)
+    def __init__(
+        self, tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, size: int, span: tuple[int, int]
+    ) -> None:
+        self.tokenizer, self.data, self.encoding, self.size, self.span = tokenizer.eval(), data, encoding, size, span
         self.facts: dict[str, Any] = {"moments": [], "squares": [], "errors": []}
 
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        (first, end), size, views = self.span, self.encoding.batch_size, self.encoding.views
-        for start in range(first, end, size):
-            part = slice(start, min(start + size, end))
+        (first, end), views = self.span, self.encoding.views
+        for start in range(first, end, self.size):
+            part = slice(start, min(start + self.size, end))
             raw = list(_raw(self.tokenizer, images_of(self.data, views)[part], views))
             yield torch.stack([self._stored(each) for each in raw], dim=1), {"labels": self.data.labels[part]}
 

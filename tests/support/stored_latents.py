@@ -35,7 +35,7 @@ def read_whole(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: boo
     return Whole(views[:, 0], views[:, 1] if flip else None, found.labels, found.mean, found.std)
 
 
-def encoded(tokenizer: ImageTokenizer, data: ImageData, batch_size: int = 512, flip: bool = False) -> Whole:
+def encoded(tokenizer: ImageTokenizer, data: ImageData, batch_size: int | None = None, flip: bool = False) -> Whole:
     """What `encode` writes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "latents")
