@@ -113,4 +113,4 @@ def read_images(source: str, shape: tuple[int, int, int], flag: str) -> InputIma
         return InputImages(external.pixels, (), external.notes)
     data = load_images(source, channels=channels, resize=side)
     classes = tuple(data.classes[label] for label in data.labels.tolist()) if len(data.classes) > 1 else ()
-    return InputImages(data.images, classes, tuple(map(printable, data.conversions)))
+    return InputImages(data.images[:], classes, tuple(map(printable, data.conversions)))

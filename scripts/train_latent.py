@@ -13,9 +13,8 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
-from midway.gen.data.levels import levels_of
+from midway.gen.data.levels import levels_of, values_of
 from midway.gen.data.pictures import save_grid
-from midway.gen.data.pixels import parts as parts_of
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
@@ -142,7 +141,7 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
             "these latents are no pixels: the tokenizer is learned",
             "drop it, or use the tokenizer of the recipe digits-pixels",
         )
-    levels = levels_of(torch.cat([part.unique() for part in parts_of(images.images)]))
+    levels = levels_of(values_of(images.images))
     model.set_bins(levels, tokenizer.latent_std)
 
 

@@ -41,7 +41,7 @@ class Images(Protocol):
 class LazyImages(Images, Protocol):
     """Images that are read when they are indexed, so a part of them is a view."""
 
-    def view(self, items: Tensor) -> "LazyImages":
+    def at_places(self, items: Tensor) -> "LazyImages":
         """The images at places, int64 (n,): none of them is read."""
         ...
 
@@ -49,11 +49,11 @@ class LazyImages(Images, Protocol):
 def part_of(images: Images, items: Tensor) -> Images:
     """The images at places, int64 (n,), or marked, bool (N,): of a tensor a copy, of images on the disk a view."""
     if isinstance(images, LazyImages):
-        return images.view(items.nonzero()[:, 0] if items.dtype == torch.bool else items)
+        return images.at_places(items.nonzero()[:, 0] if items.dtype == torch.bool else items)
     return images[items]
 
 
-def parts(images: Images) -> Iterator[Tensor]:
+def in_parts(images: Images) -> Iterator[Tensor]:
     """All images in order, at most `PART_BYTES` at once."""
     yield from images.split(part_length(images))
 

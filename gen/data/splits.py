@@ -22,6 +22,7 @@ from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
 from midway.gen.data.crops import cropped
 from midway.gen.data.images import ImageData, image_data, load_recorded
+from midway.gen.data.pixels import part_of
 from midway.gen.data.sources import SOURCES
 
 
@@ -165,7 +166,7 @@ def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
-    images, labels, name = data.images[keep], data.labels[keep], f"{data.name}-{suffix}"
+    images, labels, name = part_of(data.images, keep), data.labels[keep], f"{data.name}-{suffix}"
     return image_data(images, labels, data.classes, name, data.conversions, data.left_out)
 
 

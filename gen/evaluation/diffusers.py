@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.data.images import to_float, to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import LEARNED
 from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
@@ -128,7 +129,7 @@ class DiffusersModel:
         latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         return (latents * decoder.config.scaling_factor).cpu()
 
-    def check_images(self, reference: Tensor) -> None:
+    def check_images(self, reference: Images) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
         made = tuple(self.decode(torch.zeros(1, *self.shape)).shape[1:])
         if made != tuple(reference.shape[1:]):

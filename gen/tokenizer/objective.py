@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.data.images import to_float, to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.metrics.psnr_ssim import mse, psnr
 from midway.gen.tokenizer.gan import Adversary
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -110,7 +111,7 @@ def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int | Non
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: int | None = None) -> dict[str, float]:
+def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Images, batch_size: int | None = None) -> dict[str, float]:
     """Means over uint8 images of mse and psnr of their 8-bit reconstruction; usage, perplexity and bits_per_image of codes.
 
     `batch_size` by memory if it is None."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, DivergedError
-from midway.gen.data.pixels import Images, parts
+from midway.gen.data.pixels import Images, in_parts
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 
@@ -98,7 +98,7 @@ def constant_channels(images: Images) -> list[str]:
     channels = images.shape[1]
     names = ("red", "green", "blue") if channels == 3 else ("grey",) * channels
     found: dict[int, int] | None = None
-    for part in parts(images):
+    for part in in_parts(images):
         by_channel = part.transpose(0, 1).flatten(1)
         if found is None:
             found = {i: int(values[0]) for i, values in enumerate(by_channel) if len(values)}
