@@ -114,17 +114,9 @@ class Records:
         """What the index has of every record under this name, (N, ...). KeyError if it has none."""
         return self._index[name]
 
-    @property
     def tensors(self) -> Mapping[str, Tensor]:
-        """All that the index has of every record, (N, ...) each."""
+        """All that the index has."""
         return self._index
-
-    @property
-    def nbytes(self) -> int:
-        """Of all records."""
-        if self.shape is None:
-            return int(self._lengths.sum())
-        return len(self) * record_bytes(self.dtype, self.shape)
 
     def verify(self) -> None:
         """Compare the sha256 of every shard; DataError naming one that differs."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, raising
 from midway.gen.core.files import state_hash
 from midway.gen.data.images import ImageData
-from midway.gen.files.records import Records, open_records
+from midway.gen.files.records import Records, open_records, record_bytes
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.interface import Items
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -140,7 +140,7 @@ def open_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
         raise DataError(f"{path} has no latents of mirrored images", "it was made without --flip", remake)
     with raising(DataError, f"{path} is no whole latent cache", remake):
         _check(latents, data, tokenizer)
-    if records.nbytes > IN_MEMORY:
+    if len(records) * record_bytes(records.dtype, records.shape or ()) > IN_MEMORY:
         return latents
     return replace(latents, kept=records.read(torch.arange(len(records))))
 
@@ -167,7 +167,7 @@ def _check(latents: Latents, data: ImageData, tokenizer: ImageTokenizer) -> None
         raise ValueError(f"its records are {records.shape}, not those of latents {tokenizer.latent_shape}")
     if len(records) != len(data.images):
         raise ValueError(f"it has {len(records)} records, and there are {len(data.images)} images")
-    check_tensors(records.tensors, {"labels": data.labels, "crc": torch.empty(len(records), dtype=torch.int64)})
+    check_tensors(records.tensors(), {"labels": data.labels, "crc": torch.empty(len(records), dtype=torch.int64)})
     check_tensors({"mean": latents.mean, "std": latents.std}, {"mean": channels, "std": channels})
     if not torch.equal(latents.labels, data.labels):
         raise ValueError("its labels are not those of the images")

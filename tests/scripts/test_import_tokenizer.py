@@ -11,11 +11,11 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers_models import AUTOENCODER
 from pipelines import Script
 from safetensors.torch import load_file
+from stored_latents import encoded
 
 from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_model, load_tokenizer, read_tokenizer
-from stored_latents import encoded
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers import weights
 

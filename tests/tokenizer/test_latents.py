@@ -71,7 +71,7 @@ def test_standardised_latents_have_zero_mean_and_unit_deviation_per_channel(spac
 def test_latents_keep_the_order_of_the_images_whatever_the_batch() -> None:
     model, images = tokenizer(), data()
     with torch.no_grad():
-        one_by_one = torch.cat([model.raw_latents(to_float(image[None])) for image in images.images])
+        one_by_one = torch.cat([model.raw_latents(to_float(image[None])) for image in images.images[:]])
     for batch_size in (7, 40, 512):
         latents = encoded(model, images, batch_size)
         torch.testing.assert_close(latents.raw, one_by_one, rtol=0, atol=1e-5)
@@ -81,8 +81,8 @@ def test_latents_keep_the_order_of_the_images_whatever_the_batch() -> None:
 def test_pixel_latents_are_the_images_and_their_statistics_those_of_the_bytes() -> None:
     images = data()
     latents = encoded(pixels(), images)
-    assert torch.equal(latents.raw, to_float(images.images))
-    exact = images.images.double().numpy() / 127.5 - 1
+    assert torch.equal(latents.raw, to_float(images.images[:]))
+    exact = images.images[:].double().numpy() / 127.5 - 1
     assert latents.mean.item() == pytest.approx(exact.mean(), abs=1e-7)
     assert latents.std.item() == pytest.approx(exact.std(ddof=1), rel=1e-6)
 
@@ -92,8 +92,8 @@ def test_statistics_in_the_tokenizer_give_the_standardised_latents_and_lead_back
     latents = encoded(model, images)
     model.set_latent_statistics(latents.mean, latents.std)
     with torch.no_grad():
-        y = model.encode_latents(to_float(images.images))
-        back, direct = model.decode_latents(y), model(to_float(images.images)).reconstruction
+        y = model.encode_latents(to_float(images.images[:]))
+        back, direct = model.decode_latents(y), model(to_float(images.images[:])).reconstruction
     torch.testing.assert_close(y, latents.standardised, rtol=0, atol=1e-5)
     torch.testing.assert_close(back, direct, rtol=0, atol=1e-4)
 
@@ -153,7 +153,7 @@ def test_a_channel_of_the_latents_that_does_not_vary_is_named(space: str) -> Non
             layer.weight[1] = 0
             cast(Tensor, layer.bias)[1] = bias
     with pytest.raises(DataError, match=r"latent channel 2 of 2 is .*\n.*longer") as raised:
-        measured(model, data().images)
+        measured(model, data().images[:])
     assert "every channel of the images varies" in str(raised.value)
 
 
@@ -162,7 +162,7 @@ def test_latents_that_are_not_finite_are_those_of_a_training_that_diverged() -> 
     with torch.no_grad():
         cast(Tensor, cast(Encoder, model.encoder).shortcut.bias)[0] = math.nan
     with pytest.raises(DivergedError, match="not finite"):
-        measured(model, data().images)
+        measured(model, data().images[:])
 
 
 def test_statistics_of_equal_numbers_and_of_one_number() -> None:
@@ -182,7 +182,7 @@ def test_mirrored_latents_are_those_of_the_mirrored_images() -> None:
     images = data()
     for model in (pixels(), tokenizer()):
         latents = encoded(model, images, batch_size=7, flip=True)
-        other = encoded(model, replace(images, images=images.images.flip(-1)), batch_size=7)
+        other = encoded(model, replace(images, images=images.images[:].flip(-1)), batch_size=7)
         assert latents.mirrored is not None
         assert torch.equal(latents.mirrored, other.raw)
         assert torch.equal(latents.raw, encoded(model, images, batch_size=7).raw)
@@ -289,7 +289,7 @@ def test_a_split_is_a_function_of_its_configuration() -> None:
 
 
 def test_the_pixel_model_reconstructs_exactly_and_has_no_codes() -> None:
-    images = data().images
+    images = data().images[:]
     assert torch.equal(reconstruct(pixels(), images, 7), images)
     assert evaluate_tokenizer(pixels(), images) == {"mse": 0.0, "psnr": pytest.approx(PSNR_CAP)}
 
@@ -297,7 +297,7 @@ def test_the_pixel_model_reconstructs_exactly_and_has_no_codes() -> None:
 @pytest.mark.parametrize("batch_size", [7, 40, 512])
 def test_quality_is_that_of_the_8_bit_images_and_of_all_codes_together(batch_size: int) -> None:
     """Unequal batches must not be averaged; counts are added before usage and perplexity."""
-    model, images = tokenizer(), data().images
+    model, images = tokenizer(), data().images[:]
     report = evaluate_tokenizer(model, images, batch_size)
     with torch.no_grad():
         out = model(to_float(images))
@@ -319,9 +319,9 @@ def test_the_objective_is_the_error_plus_the_loss_of_the_quantizer() -> None:
     model = tokenizer({"type": "kl", "dim": 2, "weight": 0.5})
     images = data(8)
     context = Context(0, 3, torch.arange(8))
-    loss, logs = TokenizerObjective(model).loss(ImageBatch(images.images, images.labels), context)
-    out = model(to_float(images.images), context.normal("posterior", (2, 4, 4)))
-    mse = (out.reconstruction - to_float(images.images)).square().mean()
+    loss, logs = TokenizerObjective(model).loss(ImageBatch(images.images[:], images.labels), context)
+    out = model(to_float(images.images[:]), context.normal("posterior", (2, 4, 4)))
+    mse = (out.reconstruction - to_float(images.images[:])).square().mean()
     assert out.quantized.losses["kl"] > 0
     torch.testing.assert_close(loss, mse + 0.5 * out.quantized.losses["kl"])
     torch.testing.assert_close(logs["mse"], mse)
@@ -330,7 +330,7 @@ def test_the_objective_is_the_error_plus_the_loss_of_the_quantizer() -> None:
 
 def test_the_posterior_draw_of_an_image_does_not_depend_on_its_batch() -> None:
     model, images = TokenizerObjective(tokenizer({"type": "kl", "dim": 2})), data(8)
-    whole = model.loss(ImageBatch(images.images, images.labels), Context(0, 3, torch.arange(8)))[0]
+    whole = model.loss(ImageBatch(images.images[:], images.labels), Context(0, 3, torch.arange(8)))[0]
     halves = [
         model.loss(ImageBatch(images.images[part], images.labels[part]), Context(0, 3, torch.arange(8)[part]))[0]
         for part in (slice(4), slice(4, 8))
@@ -382,5 +382,5 @@ def test_a_saved_grid_is_the_picture_and_leaves_no_temporary_file(tmp_path: Path
 
 
 def test_the_report_of_a_tokenizer_can_be_written_as_a_line() -> None:
-    report = evaluate_tokenizer(tokenizer(), data().images)
+    report = evaluate_tokenizer(tokenizer(), data().images[:])
     assert json.loads(json.dumps(report, allow_nan=False)) == report

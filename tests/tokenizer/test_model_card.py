@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 from nobody import NOBODY
 from safetensors.torch import load_file
+from stored_latents import encoded
 from torch import Tensor
 
 from midway.gen.core import files
