@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError, raising
-from midway.gen.core.files import state_hash
+from midway.gen.core.files import DAMAGE, state_hash
 from midway.gen.data.images import ImageData
 from midway.gen.files.records import Records, open_records, record_bytes
 from midway.gen.training.batches import Context, LatentBatch
@@ -129,7 +129,7 @@ def open_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
         why = "it is a file: latents lie in a folder, and those of earlier versions are encoded again"
         raise DataError(f"{path} is not a latent cache", why, f"make them with {encoding}")
     records = open_records(path, KIND, remake)
-    with raising(DataError, f"{path} is no whole latent cache", remake):
+    with raising(DataError, f"{path} is no whole latent cache", remake, *DAMAGE):
         latents = _opened(records, records.facts)
     wanted = {"data": data.fingerprint, "tokenizer": tokenizer_hash(tokenizer)}
     for key, value in wanted.items():
@@ -138,7 +138,7 @@ def open_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
             raise DataError(f"{path} is stale", f"its {key} is {found[:12]}, this run's is {value[:12]}", remake)
     if flip and not latents.views.mirrored:
         raise DataError(f"{path} has no latents of mirrored images", "it was made without --flip", remake)
-    with raising(DataError, f"{path} is no whole latent cache", remake):
+    with raising(DataError, f"{path} is no whole latent cache", remake, *DAMAGE):
         _check(latents, data, tokenizer)
     if len(records) * record_bytes(records.dtype, records.shape or ()) > IN_MEMORY:
         return latents
