@@ -58,6 +58,7 @@ bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*
 	$(BIN)/python benchmarks/metrics.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/loading.py
 
 clean: ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .imports midway.egg-info build .pytest_cache .ruff_cache

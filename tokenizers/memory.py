@@ -8,6 +8,7 @@ them, and is left to the margin of `images_at_once`.
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -27,6 +29,7 @@ MOST = 512
 """Images of a batch at most: more are not faster, and small ones must not depend on the memory of a machine."""
 SHARE, FREE_SHARE = 0.25, 0.5
 """Of the memory of a machine, and of what of it is free, that a batch may take; the second is for machines in use."""
+_SAMPLES = 16, 32
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -81,6 +84,10 @@ class _AsOnDevice(TorchFunctionMode):
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:  # within a function the mode is off, and in this one blocks may be computed again
+            loss, options = args[0], {"allow_unreachable": True, "accumulate_grad": True}
+            with self:
+                return _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), **options)
         attention = func is F.scaled_dot_product_attention
         if self.half and (attention or func in _MATRIX):
             args, kwargs = tree_map(_to(torch.float32, torch.bfloat16), (args, kwargs))
@@ -112,6 +119,40 @@ def without_numbers(module: Module) -> Module:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a micro-batch takes for its activations, from the loss to the last gradient: `base + each n` for n samples."""
+
+    base: int
+    each: int
+
+    def of(self, samples: int) -> int:
+        """Bytes of a micro-batch."""
+        return self.base + self.each * samples
+
+    def fits(self, memory: int) -> int:
+        """Samples whose activations fit into `memory` bytes, 0 if not even one does."""
+        return max(0, (memory - self.base) // self.each)
+
+
+def training_bytes(module: Module, loss: Callable[[Module, int], Tensor], samples: int, half: bool = False) -> int:
+    """What a micro-batch takes beside weights, gradients and what the optimizer keeps, without computing it.
+
+    `loss(copy, n)` is the loss of n samples on the device "meta", for a `copy` of the module there; `half` as in `peak_bytes`.
+    """
+    copied = without_numbers(module).eval()  # in training mode some collect statistics on the host
+    for parameter in copied.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    return peak_bytes(lambda: loss(copied, samples).backward(), half)
+
+
+def training_need(module: Module, loss: Callable[[Module, int], Tensor], half: bool = False) -> Need:
+    """`training_bytes` as a line through two numbers of samples; few samples may take more, by the gradient of a layer."""
+    low, high = (training_bytes(module, loss, samples, half) for samples in _SAMPLES)
+    each = -(-(high - low) // (_SAMPLES[1] - _SAMPLES[0]))
+    return Need(low - _SAMPLES[0] * each, each)
 
 
 # ---- bytes of a machine ----

@@ -1,11 +1,64 @@
 """The windows of larger images: in the centre here, at random places in training (training/batches.py)."""
 
 import hashlib
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.data.images import ImageData
+from midway.gen.data.pixels import Images, LazyImages
 from midway.gen.files.decoding import counted
+
+
+@dataclass(frozen=True)
+class Window:
+    """The same window of all images of a set on the disk, cut out as they are read: rows from `top`, columns from `left`."""
+
+    whole: LazyImages
+    top: int
+    left: int
+    size: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, C, size, size)."""
+        return torch.Size((*self.whole.shape[:2], self.size, self.size))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch.uint8."""
+        return self.whole.dtype
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, items: Tensor | slice, /) -> Tensor:
+        """As of the whole images, in memory of its own size."""
+        return cut(self.whole[items], self.top, self.left, self.size).contiguous()
+
+    def split(self, split_size: int, /) -> Iterator[Tensor]:
+        """All windows in order, `split_size` at once."""
+        for part in self.whole.split(split_size):
+            yield cut(part, self.top, self.left, self.size).contiguous()
+
+    def at_places(self, items: Tensor) -> "Window":
+        """The windows of some of the images; nothing is read."""
+        return replace(self, whole=self.whole.at_places(items))
+
+
+def cut(images: Tensor, top: int, left: int, size: int) -> Tensor:
+    """A view (N, C, size, size) of images (N, C, H, W)."""
+    return images[..., top : top + size, left : left + size]
+
+
+def window(images: Images, top: int, left: int, size: int) -> Images:
+    """The same window of all images; nothing is copied or read."""
+    if isinstance(images, LazyImages):
+        return Window(images, top, left, size)
+    return cut(images[:], top, left, size)
 
 
 def cropped(data: ImageData, size: int | None) -> ImageData:
@@ -25,7 +78,7 @@ def cropped(data: ImageData, size: int | None) -> ImageData:
     )
     return replace(
         data,
-        images=data.images[..., top : top + size, left : left + size],
+        images=window(data.images, top, left, size),
         whole=data.images,
         fingerprint=hashlib.sha256(f"{data.fingerprint}, centre {size}".encode()).hexdigest(),
         conversions=(*data.conversions, note),

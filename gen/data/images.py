@@ -32,7 +32,7 @@ class ImageData:
     fingerprint: str  # sha256 hex of shape, pixels, labels and class names
     conversions: tuple[str, ...] = ()  # what was done to which number of images of the whole source
     left_out: tuple[str, ...] = ()  # files and folders of the source that are not read, counted by kind
-    whole: Tensor | None = None  # where `images` are the centres of larger ones: those, uint8 (N, C, H, W)
+    whole: Images | None = None  # where `images` are the centres of larger ones: those, uint8 (N, C, H, W)
 
 
 # ---- loading ----

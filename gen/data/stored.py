@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
@@ -54,20 +56,20 @@ class StoredImages:
         if self.encoding is None:
             return self.records.read(places)
         out = torch.empty(len(places), *self.shape[1:], dtype=torch.uint8)
-        for row, place in zip(out, places.tolist(), strict=True):
-            row.copy_(self._decoded(place, self.encoding))
+        for row, place in zip(out.numpy(), places.tolist(), strict=True):
+            row[:] = self._decoded(place, self.encoding)  # by numpy, which starts no threads of its own
         return out
 
-    def _decoded(self, place: int, encoding: Encoding) -> Tensor:
+    def _decoded(self, place: int, encoding: Encoding) -> NDArray[np.uint8]:
+        """(C, H, W), or (1, H, W) of a grey file."""
         found = decode(f"image {place}", lambda _: self.records.read_bytes(place), encoding.channels, encoding.resize)
         remake, where = self.records.remake, f"image {place} of {self.records.folder}"
         if isinstance(found, Undecodable):
             raise DataError(f"{where} cannot be decoded", found.reason, remake)
-        pixels = torch.from_numpy(found.pixels.copy())
-        planes = pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+        planes = found.pixels[None] if found.pixels.ndim == 2 else found.pixels.transpose(2, 0, 1)
         if planes.shape[1:] != encoding.shape[1:] or len(planes) > encoding.shape[0]:
             raise DataError(f"{where} has another size", f"it is {tuple(planes.shape)}, not {encoding.shape}", remake)
-        return planes.expand(encoding.shape)
+        return planes
 
     def split(self, split_size: int, /) -> Iterator[Tensor]:
         """All images in order, `split_size` at once."""

@@ -71,7 +71,9 @@ class RandomCrop:
         places = torch.tensor([side - size + 1 for side in images.shape[-2:]], device=images.device)
         top, left = (context.uniform("crop", (2,)) * places).long().unbind(1)
         windows = images.unfold(2, size, 1).unfold(3, size, 1)  # a view (B, C, H - size + 1, W - size + 1, size, size)
-        return replace(batch, images=windows[torch.arange(len(images), device=images.device), :, top, left])
+        return replace(
+            batch, images=windows[torch.arange(len(images), device=images.device), :, top, left].contiguous()
+        )
 
 
 @dataclass

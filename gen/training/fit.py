@@ -13,7 +13,7 @@ Validation runs before checkpointing, so the checkpoint includes its result.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,14 +24,14 @@ from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
-from midway.gen.training.accelerator import check_unused
+from midway.gen.training.accelerator import check_unused, explaining_memory
 from midway.gen.training.batches import Context, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
 from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.early_stopping import Validation
 from midway.gen.training.ema import EMA
 from midway.gen.training.interface import FitResult, Hooks, Items, Startable, Trainable
-from midway.gen.training.loading import Loader
+from midway.gen.training.loading import Loader, batches_like
 from midway.gen.training.nonfinite import NonFiniteGuard, StopFlags
 from midway.gen.training.optim import (
     checkpoint_activations,
@@ -116,7 +116,8 @@ class _Training:
             self._start()
         report = Reporter(config, self.run, self.accelerator, step)
         while step < config.steps and not self.validation.is_over:
-            self._step(step, self._stop_flags(interrupts))
+            with explaining_memory(config, self.accelerator, self.model, self._batches):
+                self._step(step, self._stop_flags(interrupts))
             step += 1
             decision = self.guard.read()
             if decision.streak >= config.patience:
@@ -174,6 +175,9 @@ class _Training:
             loss, logs = self.wrapped(self.loader(step, micro, context), context)
             (loss / config.accumulation).backward()
         return loss.detach(), {"loss": loss.detach(), **logs}
+
+    def _batches(self) -> Callable[[int], Any]:
+        return batches_like(self.items, self.accelerator.device)
 
     def _start(self) -> None:
         """Let the model initialise from data; averages begin there."""

@@ -125,6 +125,13 @@ def on_device(items: Items, batch: Any, context: Context, device: torch.device) 
     return placed if items.augment is None else items.augment(placed, context)
 
 
+def batches_like(items: Items, device: torch.device) -> Callable[[int], Any]:
+    """A function of n that gives n samples of these items without numbers: shapes and types, on the device "meta"."""
+    context = Context(0, 0, torch.zeros(1, dtype=torch.int64, device=device))
+    example = on_device(items, items.read(torch.zeros(1, dtype=torch.int64)), context, device)
+    return lambda count: each(example, lambda x: torch.empty(count, *x.shape[1:], dtype=x.dtype, device="meta"))
+
+
 def each(batch: Any, work: Callable[[Tensor], Tensor]) -> Any:
     """A batch with `work` of each of its tensors: a tensor, or a dataclass or tuple of batches; the rest stays."""
     if isinstance(batch, Tensor):

@@ -10,7 +10,11 @@ from pipelines import Script
 from midway.gen.core.errors import UsageError
 from midway.gen.data.crops import cropped
 from midway.gen.data.images import describe, image_data
+from midway.gen.data.pixels import LazyImages, part_of
 from midway.gen.data.splits import DataConfig, flags_of, load_splits, same_images
+from midway.gen.data.stored import KIND, StoredImages
+from midway.gen.files.record_writer import RecordFormat, seal, write_shard
+from midway.gen.files.records import open_records
 
 PIXELS = torch.arange(2 * 3 * 5 * 7).to(torch.uint8).view(2, 3, 5, 7)
 DATA = image_data(PIXELS, torch.tensor([0, 1]), ("a", "b"), "two", ())
@@ -19,10 +23,26 @@ DATA = image_data(PIXELS, torch.tensor([0, 1]), ("a", "b"), "two", ())
 def test_the_window_is_in_the_centre() -> None:
     """4 of 5 rows from row 0 on, 4 of 7 columns from column 1 on."""
     found = cropped(DATA, 4)
-    assert torch.equal(found.images, PIXELS[:, :, 0:4, 1:5])
-    assert found.whole is not None and torch.equal(found.whole, PIXELS)
+    assert torch.equal(found.images[:], PIXELS[:, :, 0:4, 1:5])
+    assert found.whole is PIXELS
     assert "2 images: 4x4 of 7x5" in describe(found)
     assert "4x4" in describe(found).splitlines()[0]
+
+
+def test_windows_of_images_on_the_disk_are_those_of_images_in_memory(tmp_path: Path) -> None:
+    form = RecordFormat("uint8", tuple(PIXELS.shape[1:]))
+    seal(tmp_path, KIND, form, [write_shard(tmp_path, 0, form, [(PIXELS, {})])], {})
+    stored = StoredImages(open_records(tmp_path, KIND, "build it again"), torch.arange(2))
+    found, expected = cropped(replace(DATA, images=stored), 4), cropped(DATA, 4)
+    assert isinstance(found.images, LazyImages) and found.whole is stored
+    assert (found.fingerprint, found.conversions) == (expected.fingerprint, expected.conversions)
+    assert found.images.shape == expected.images.shape and len(found.images) == 2
+    assert found.images.dtype == torch.uint8
+    for items in (torch.tensor([1, 0, 1]), torch.tensor([False, True]), slice(1, None)):
+        assert torch.equal(found.images[items], expected.images[items])
+        assert found.images[items].is_contiguous()
+    assert torch.equal(torch.cat(list(found.images.split(1))), expected.images[:])
+    assert torch.equal(part_of(found.images, torch.tensor([1]))[:], expected.images[1:])
 
 
 def test_the_fingerprint_is_that_of_the_images_and_the_window() -> None:
@@ -51,7 +71,7 @@ def test_the_window_is_part_of_what_the_data_are() -> None:
     assert "--crop 6" in flags_of(window)
     splits, larger = load_splits(window), load_splits(plain)
     for part, whole in ((splits.train, larger.train), (splits.held_out, larger.held_out)):
-        assert torch.equal(part.images, whole.images[:, :, 1:7, 1:7])
+        assert torch.equal(part.images[:], whole.images[:][:, :, 1:7, 1:7])
         assert part.fingerprint != whole.fingerprint
 
 

@@ -332,6 +332,7 @@ def test_a_window_is_where_its_draws_put_it() -> None:
         image[:, top : top + WINDOW, left : left + WINDOW] for image, (top, left) in zip(images, places, strict=True)
     ]
     assert torch.equal(found.images, torch.stack(expected))
+    assert found.images.is_contiguous(), "convolutions of another layout add in another order"
     assert len(set(places)) == 9
     assert places[0] == (1, 2), "the first ever: seed 5, step 7, position 100"
 
