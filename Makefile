@@ -58,6 +58,7 @@ bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*
 	$(BIN)/python benchmarks/metrics.py $(ARGS)
 	$(BIN)/python benchmarks/training.py $(ARGS)
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/loading.py
 
 # the environment if there is one, else a Python that has torch already, as on GPU machines without a network; else `make dev`
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'

@@ -167,7 +167,7 @@ def trained_psnr(task: TokenizerTask, config: TrainConfig) -> float:
     splits = load_splits(task.data)
     torch.manual_seed(config.seed)
     objective = TokenizerObjective(make_tokenizer(task, splits.train))
-    items = image_parts(objective, splits, accelerator.device).items
+    items = image_parts(objective, splits).items
     with tempfile.TemporaryDirectory() as folder:
         run = Run(Path(folder), "benchmark", {"train": to_dict(config)}, quiet=True)
         result = fit(objective, items, config, run, accelerator)

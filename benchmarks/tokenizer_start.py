@@ -228,7 +228,7 @@ def trained(task: TokenizerTask, folder: Path, steps: int) -> tuple[ImageTokeniz
     torch.manual_seed(config.seed)
     accelerator = make_accelerator(config)
     objective = TokenizerObjective(make_tokenizer(task, splits.train))
-    items = image_parts(objective, splits, accelerator.device).items
+    items = image_parts(objective, splits).items
     run = Run.create(folder, "tokenizer", to_dict(replace(task, train=config)), resume=True)
     result = fit(objective, items, config, run, accelerator, resume=True)
     if steps and result.ema is not None:

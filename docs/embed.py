@@ -4,10 +4,11 @@
 
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
 and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the two
-nearest at some budget. Of a comparison of models (scripts/evaluate_likelihood.py) it is the table of results.json, with the
-facts that a reader needs beside it; of a check of metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving
-ground (scripts/prove_solvers.py) a block `prove` has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture
-is rmse_vs_nfe.png; any other block has all tables without a picture.
+nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models
+(scripts/evaluate_likelihood.py) it is the table of results.json, with the facts that a reader needs beside it; of a check of
+metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving ground (scripts/prove_solvers.py) a block `prove`
+has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
+tables without a picture.
 """
 
 import csv
@@ -31,6 +32,8 @@ from midway.gen.report.text import markdown_table
 
 READABLE = 12
 """More lines than this cannot be distinguished in a plot."""
+LINES = 3
+"""Fewer budgets than this make no line worth a plot."""
 
 
 def leaders(measurements: list[Measurement]) -> list[Measurement]:
@@ -60,22 +63,28 @@ def embed(page: Path, name: str, report: Path) -> None:
         return embed_proof(page, name, report)
     if "damage" in (report / "results.csv").read_text().partition("\n")[0].split(","):
         return _replace(page, name, damages_block(report))
-    picture = Path(__file__).parent / "images" / f"{name}.png"
-    picture.parent.mkdir(exist_ok=True)
     measurements = read_results(report / "results.csv")
-    drawn = leaders(measurements) if len({m.solver for m in by_solver(measurements)}) > READABLE else measurements
-    ranked = question(measurements) == TO_EXACT
-    picture.write_bytes(distance_png(drawn, "nfe", "to_exact" if ranked else "distance"))
     sampled = by_solver(measurements)[0]
     further = f" and `{sampled.further}`" if sampled.further else ""
     facts = (
         f"n = {sampled.n} images per block, {sampled.blocks} block(s), seeds {sampled.seeds}; "
         f"features `{sampled.features}`{further}, reference `{sampled.reference}`."
     )
-    link = os.path.relpath(picture, page.parent)
-    shown = "Distance to the exact solution" if ranked else "Fréchet distance"
-    block = f"{captioned(headline_tables(measurements))}\n{facts}\n\n![{shown} against NFE]({link})\n"
+    block = f"{captioned(headline_tables(measurements))}\n{facts}\n"
+    if len({m.nfe for m in by_solver(measurements)}) >= LINES:
+        block += f"\n{sweep_picture(page, name, measurements)}\n"
     return _replace(page, name, block)
+
+
+def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str:
+    """Draw docs/images/<name>.png; the link to it from the page."""
+    picture = Path(__file__).parent / "images" / f"{name}.png"
+    picture.parent.mkdir(exist_ok=True)
+    drawn = leaders(measurements) if len({m.solver for m in by_solver(measurements)}) > READABLE else measurements
+    ranked = question(measurements) == TO_EXACT
+    picture.write_bytes(distance_png(drawn, "nfe", "to_exact" if ranked else "distance"))
+    shown = "Distance to the exact solution" if ranked else "Fréchet distance"
+    return f"![{shown} against NFE]({os.path.relpath(picture, page.parent)})"
 
 
 def embed_proof(page: Path, name: str, report: Path) -> None:

@@ -21,7 +21,7 @@ def line(name: str, solver: Solver) -> tuple[str, ...]:
         f"`{name}`",
         f"{solver.order} (weak)" if solver.stochastic else str(solver.order),
         "" if solver.history_order is None or solver.stochastic else str(solver.history_order),
-        str(solver.evaluations),
+        f"{solver.evaluations}{', the last 1' if solver.to_data else ''}",
         solver.coordinate,
         "yes" if solver.pure_noise else "no",
         "yes" if solver.stochastic else "",

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
 from midway.samplers.generator import Method, exponential_step, multistep
-from midway.samplers.grids import Grid
+from midway.samplers.grids import Grid, to_data
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
 from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
@@ -57,8 +57,8 @@ heun = partial(runge_kutta, tableau=HEUN)
 divides by the small sigma at the end, which shows when the last step is long."""
 
 edm_heun = partial(runge_kutta, tableau=HEUN, variable="rho", name="edm_heun")
-"""Heun's method on dy/drho = eps (Karras et al. 2022, arXiv 2206.00364, algorithm 1). Order 2. On a grid that ends at sigma = 0
-(`grids.to_data`), as theirs do, the last step is Euler's and N steps cost 2 N - 1 evaluations."""
+"""Heun's method on dy/drho = eps (Karras et al. 2022, arXiv 2206.00364, algorithm 1). Order 2. On a grid that ends at sigma = 0,
+as theirs and those of `Solver.on` do, the last step is Euler's and N steps cost 2 N - 1 evaluations."""
 
 
 def dpm2(schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
@@ -96,6 +96,16 @@ class Solver:
     stochastic: bool = False
     invariant: bool = True
     """Of a solver in rho: whether the same noise levels give the same y = x / alpha on every schedule."""
+    to_data: bool = False
+    """Whether commands give it a last step of one evaluation more, from the end of the grid to sigma = 0."""
+
+    def steps(self, nfe: int, analytic_first: bool = False) -> int:
+        """Steps of the grid on which `on` costs exactly `nfe` evaluations; ValueError if no number does."""
+        return steps_for(self.evaluations, nfe, analytic_first, self.to_data) - self.to_data
+
+    def on(self, schedule: Schedule, grid: Grid, analytic_first: bool = False) -> Table:
+        """The table of commands: on a grid of `grids.NAMED`, and to sigma = 0 from its end where `to_data`."""
+        return self.build(schedule, to_data(grid) if self.to_data else grid, analytic_first)
 
 
 def _runge_kutta(name: str) -> Solver:
@@ -114,7 +124,7 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, evaluations=1, order=1, coordinate="t"),
     "ddim": Solver(ddim, evaluations=1, order=1),
     "heun": _runge_kutta("heun"),
-    "edm_heun": Solver(edm_heun, evaluations=2, order=2, pure_noise=False),
+    "edm_heun": Solver(edm_heun, evaluations=2, order=2, pure_noise=False, to_data=True),
     "dpm2": Solver(dpm2, evaluations=2, order=2, pure_noise=False),
     "dpmpp2m": Solver(dpmpp2m, evaluations=1, order=2, history_order=2),
     "dpmpp1m": Solver(partial(dpmpp, order=1), evaluations=1, order=1),
@@ -140,15 +150,19 @@ ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}
 """Solvers of the registry that are another one under a second name: usable by name, and measured once by `--solvers all`."""
 
 
-def steps_for(evaluations: int, nfe: int, analytic_first: bool = False) -> int:
-    """Steps of a solver with this many evaluations a step that cost exactly `nfe`; ValueError if no number does."""
-    total = nfe + analytic_first
+def steps_for(evaluations: int, nfe: int, analytic_first: bool = False, euler_last: bool = False) -> int:
+    """Steps of a solver with this many evaluations a step that cost exactly `nfe`; ValueError if no number does.
+
+    The first costs one less with `analytic_first`, the last with `euler_last`.
+    """
+    spared = analytic_first + euler_last
+    total = nfe + spared
     if nfe < 1 or total % evaluations:
-        below = total // evaluations * evaluations - analytic_first
+        below = total // evaluations * evaluations - spared
         reachable = [n for n in (below, below + evaluations) if n >= 1]
         other = "without" if analytic_first else "with"
         raise ValueError(
-            f"{nfe} network evaluations cannot be reached at {evaluations} a step: use {' or '.join(map(str, reachable))}, "
-            f"or the same number {other} the analytic first step"
+            f"{nfe} network evaluations cannot be reached at {evaluations} a step{', the last of 1' if euler_last else ''}: "
+            f"use {' or '.join(map(str, reachable))}, or the same number {other} the analytic first step"
         )
     return total // evaluations

@@ -19,7 +19,7 @@ from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
 from midway.gen.core.runs import kind_of
 from midway.gen.core.text import echo
-from midway.gen.data.levels import to_levels
+from midway.gen.data.levels import to_levels, values_of
 from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
 from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
@@ -155,7 +155,7 @@ def check_images(models: dict[str, Trained], splits: Splits) -> int:
             )
     try:
         for data in (splits.train, splits.held_out):
-            to_levels(data.images.unique(), count)
+            to_levels(values_of(data.images), count)
     except ValueError as error:
         raise DataError("the images changed since training", str(error), "train the models again") from None
     return count

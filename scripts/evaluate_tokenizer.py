@@ -72,7 +72,8 @@ class TokenizersTask(TileFlags):
     """Directory to write (default: tokenizer-report/ beside the first tokenizer, with --data tokenizer-report-SOURCE/)."""
     n: int | None = None
     """Held-out images, as many of every class (default: all). Distances compare only at the same number."""
-    batch_size: int = 256
+    batch_size: int | None = None
+    """Images encoded and decoded at once (default: by the memory of this machine)."""
     noise: tuple[float, ...] = EvaluationConfig.noise
     """Noise on the latents, in standard deviations of each channel."""
     lpips_weights: Path | None = None

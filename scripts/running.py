@@ -16,7 +16,7 @@ from midway.gen.core.processes import raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import stop_note
 from midway.gen.data.splits import Splits
-from midway.gen.training.batches import ImageBatch
+from midway.gen.training.batches import ImageBatch, RandomCrop
 from midway.gen.training.interface import Items
 from midway.gen.training.precision import resolve_precision
 
@@ -37,16 +37,16 @@ class Parts(Generic[Model]):
     validate: Callable[[int], float] | None = None
 
 
-def image_parts(
-    model: Model, splits: Splits, device: torch.device, validate: Callable[[int], float] | None = None
-) -> Parts[Model]:
-    """With the training images and labels, moved to `device` batch by batch."""
-    images, labels = splits.train.images, splits.train.labels
+def image_parts(model: Model, splits: Splits, validate: Callable[[int], float] | None = None) -> Parts[Model]:
+    """With the training images and labels, which are read batch by batch; where they are cropped, at random places."""
+    train = splits.train
+    images, labels = train.images if train.whole is None else train.whole, train.labels
+    crop = None if train.whole is None else RandomCrop(train.images.shape[-1])
 
-    def fetch(items: torch.Tensor) -> ImageBatch:
-        return ImageBatch(images[items].to(device), labels[items].to(device))
+    def read(items: torch.Tensor) -> ImageBatch:
+        return ImageBatch(images[items], labels[items])
 
-    return Parts(model, Items(fetch, len(images), splits.train.fingerprint), splits, validate)
+    return Parts(model, Items(read, len(images), train.fingerprint, crop), splits, validate)
 
 
 def built(build: Callable[[], Model]) -> Model:

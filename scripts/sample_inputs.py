@@ -11,12 +11,12 @@ from cli import names
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.core.files import read_bytes
 from midway.gen.core.text import printable
-from midway.gen.data.decoding import IMAGE_LIMIT, Undecodable, decode, stack
 from midway.gen.data.external import ReadingOptions, read_external
 from midway.gen.data.images import load_images
-from midway.gen.data.names import is_image
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.sampling import labels_of
+from midway.gen.files.decoding import IMAGE_LIMIT, Undecodable, decode, stack
+from midway.gen.files.names import is_image
 
 LabelOf = Callable[[Tensor], Tensor]
 """Seeds (B,) -> their classes, int64 (B,)."""
@@ -113,4 +113,4 @@ def read_images(source: str, shape: tuple[int, int, int], flag: str) -> InputIma
         return InputImages(external.pixels, (), external.notes)
     data = load_images(source, channels=channels, resize=side)
     classes = tuple(data.classes[label] for label in data.labels.tolist()) if len(data.classes) > 1 else ()
-    return InputImages(data.images, classes, tuple(map(printable, data.conversions)))
+    return InputImages(data.images[:], classes, tuple(map(printable, data.conversions)))

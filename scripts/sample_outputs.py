@@ -17,11 +17,11 @@ from midway.gen.core.locks import remove
 from midway.gen.core.processes import ProcessInfo, launched, raised_by_all
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo
-from midway.gen.data.names import EXTENSIONS
 from midway.gen.data.pictures import check_own, is_of, save_grid
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sample_folder import PARTS, SampleFolder
 from midway.gen.diffusion.sampling import SamplingConfig, Start, decode, sample_batches, sample_latents
+from midway.gen.files.names import EXTENSIONS
 from midway.samplers.sampler import Sampler
 
 Kind = Literal["grid", "archive", "folder", "noise"]

@@ -74,7 +74,7 @@ def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts[Baseline]:
     splits = load_splits(task.data)
     model = make_model(task, splits).to(accelerator.device)
     subject, bounds = balanced_subject(splits.held_out, task.validation_images), make_bounds(task)
-    return image_parts(model, splits, accelerator.device, lambda step: bits_of(model, subject, bounds).bits)
+    return image_parts(model, splits, lambda step: bits_of(model, subject, bounds).bits)
 
 
 def make_model(task: BaselineTask, splits: Splits) -> Baseline:

@@ -21,6 +21,7 @@ from midway.gen.core.ranges import WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import printable
 from midway.gen.data.images import describe
+from midway.gen.data.pixels import in_parts
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
 from midway.gen.metrics.class_share import MOST, between_class_share
@@ -61,7 +62,7 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
     with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
         config = FeatureConfig(channels, side, len(splits.train.classes), task.width, task.dim)
         network = built(lambda: FeatureNetwork(config))
-    return image_parts(network, splits, accelerator.device)
+    return image_parts(network, splits)
 
 
 def train(task: FeaturesTask) -> Run | None:
@@ -83,7 +84,7 @@ def train(task: FeaturesTask) -> Run | None:
             network.load_state_dict(result.ema.shadow)
         network.eval()
         with torch.no_grad():
-            features = network.features(held_out.images)
+            features = torch.cat([network.features(part) for part in in_parts(held_out.images)])
             logits = network.classify(features)
         accuracy = (logits.argmax(1).cpu() == held_out.labels).float().mean().item()
         between = between_class_share(features, held_out.labels)

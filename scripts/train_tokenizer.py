@@ -17,9 +17,10 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.tokenizer.card import finish, model_card, training_rows
-from midway.gen.tokenizer.latents import give_statistics, latent_statistics
+from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
+from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
@@ -36,7 +37,7 @@ def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts[Tokenizer
     splits = load_splits(task.data)
     torch.manual_seed(task.train.seed)
     objective = make_objective(make_tokenizer(task, splits.train), task)
-    return image_parts(objective.to(accelerator.device), splits, accelerator.device)
+    return image_parts(objective.to(accelerator.device), splits)
 
 
 def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerObjective:

@@ -45,8 +45,11 @@ def _tool(name: str) -> ModuleType:
 
 def _cells() -> list[Measurement]:
     floor = measurement("floor", "", 0, 0.5, None, None, 64, 1, 0.0, "cnn-x@1", "ref@2", "")
-    one = measurement("ddim", "karras", 4, 1.25, 0.1, 0.2, 64, 2, 0.5, "cnn-x@1", "ref@2", "0-127", training_nfe=10)
-    return [floor, one]
+    return [floor, *(_ddim(nfe) for nfe in (4, 6, 8))]
+
+
+def _ddim(nfe: int) -> Measurement:
+    return measurement("ddim", "karras", nfe, 1.25, 0.1, 0.2, 64, 2, 0.5, "cnn-x@1", "ref@2", "0-127", training_nfe=10)
 
 
 def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
@@ -68,6 +71,17 @@ def test_a_report_becomes_a_block_of_a_page(tmp_path: Path) -> None:
     assert "seeds 0-127" in text
     assert "(docs/images/demo.png)" in text
     assert (tmp_path / "docs" / "images" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_budgets_make_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text(csv_text(to_records(_cells()[:3])))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin x --><!-- end x -->")
+    module = _tool("embed")
+    module.__file__ = str(tmp_path / "docs" / "embed.py")
+    module.embed(page, "x", tmp_path)
+    assert "1.25 ± 0.10" in page.read_text() and ".png" not in page.read_text()
+    assert not (tmp_path / "docs").exists()
 
 
 def test_a_check_of_metrics_becomes_one_table_of_all_spaces(tmp_path: Path) -> None:

@@ -221,7 +221,8 @@ def straight_through(value: Tensor, carrier: Tensor) -> Tensor:
 
 def float32_island(z: Tensor) -> torch.autocast:
     """Context without autocast on z's device: in bfloat16 neighbouring codes collide."""
-    return torch.autocast(device_type=z.device.type, enabled=False)
+    kind = "cpu" if z.is_meta else z.device.type  # tensors without numbers are computed under no autocast
+    return torch.autocast(device_type=kind, enabled=False)
 
 
 def distributed() -> bool:

@@ -39,6 +39,7 @@ def tile_networks(tokenizer: ImageTokenizer, tile: int, margin: int) -> None:
     for network, pixels in ((tokenizer.encoder, f), (tokenizer.decoder, 1)):
         lengths = {"pixels": pixels, "tile": tile // f, "overlap": 4 * margin // f, "margin": margin // f}
         network.forward = partial(apply_tiled, network.forward, **lengths)  # parameters and their names stay the same
+    tokenizer.tiles = tile, margin
 
 
 @torch.no_grad()

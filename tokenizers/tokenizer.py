@@ -22,6 +22,7 @@ from midway.tokenizers import principal
 from midway.tokenizers.base import Quantized, Quantizer
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
+from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.networks import Decoder, Encoder, Upsample
 from midway.tokenizers.options import LatentSpace, check_choices, check_sizes, plain
 from midway.tokenizers.precision import Convert
@@ -93,6 +94,7 @@ class ImageTokenizer(Pretrained):
         self.image_shape = (in_channels, image_size, image_size)
         self.downsample = downsample
         self.latent_tokens = latent_tokens
+        self.tiles: tuple[int, int] | None = None  # tile and margin in pixels, once `tile_networks` was applied
         self.latent_space: LatentSpace = cast(LatentSpace, latent_space)
         self.snap_on_decode = snap_on_decode
         self.bottleneck = make_quantizer(
@@ -246,7 +248,7 @@ class ImageTokenizer(Pretrained):
         Principal shortcuts of convolutional networks, unless they have been started, and the quantizer's `start`.
         """
         if self.shortcut_started or not isinstance(self.encoder, Encoder) or not isinstance(self.decoder, Decoder):
-            self.quantizer.start(self.encode(images))
+            self.quantizer.start(torch.cat([self.encode(part) for part in images.split(images_at_once(self))]))
             return
         _check_shape(images, self.image_shape, "images")
         principal.start(self.encoder.shortcut, self.decoder.linear_shortcut, self.quantizer, images, self.downsample)

@@ -4,6 +4,7 @@ An unknown key is an error that names the nearest known one. Flags and files tha
 DataError.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -123,7 +124,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Annotated:
         return _typed(arguments[0], value, where)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _typed(next(a for a in arguments if a is not type(None)), value, where)
+        return _one_of(arguments, value, where)
     if origin is typing.Literal:
         return _checked(value, value in arguments, where, f"one of {', '.join(map(repr, arguments))}")
     if origin is tuple:
@@ -139,6 +140,17 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         exact = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
         return _checked(value, exact, where, f"of type {hint.__name__}")
     return value
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """`value` as the first type that takes it, None if that is one of them; the error is that of the last."""
+    if value is None and type(None) in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not type(None))
+    for kind in others:
+        with contextlib.suppress(UsageError):
+            return _typed(kind, value, where)
+    return _typed(last, value, where)
 
 
 def _tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

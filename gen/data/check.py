@@ -29,11 +29,11 @@ from midway.gen.data.contents import (
     shared,
     sizes,
 )
-from midway.gen.data.decoding import LOSSY, Undecodable, counted
-from midway.gen.data.files import check_bad
-from midway.gen.data.layouts import left_out_lines
 from midway.gen.data.sources import SOURCES, existing_path
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
+from midway.gen.files.decoding import LOSSY, Undecodable, counted
+from midway.gen.files.file_set import check_bad
+from midway.gen.files.layouts import left_out_lines
 
 FEW = 1000
 """Held-out images below which a distance is mostly bias."""

@@ -11,7 +11,7 @@ from midway.gen.core.errors import DataError, DiskError
 from midway.gen.core.files import read_json, write_atomically
 from midway.gen.core.text import printable
 from midway.gen.data.check import DataFacts, Problem, SplitFacts
-from midway.gen.data.decoding import Undecodable, counted, listed_counts
+from midway.gen.files.decoding import Undecodable, counted, listed_counts
 
 DATA_JSON, BAD_FILES = "data.json", "bad_files.txt"
 

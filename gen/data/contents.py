@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, decode
-from midway.gen.data.files import FileSet, map_files, open_files
-from midway.gen.data.layouts import ALL, Layout, layout_of, left_out_of
 from midway.gen.data.levels import levels_of
 from midway.gen.data.sources import SOURCES, existing_path, prepared, read_named
 from midway.gen.data.splits import DataConfig
+from midway.gen.files.decoding import Decoded, Undecodable, check_options, decode
+from midway.gen.files.file_set import FileSet, map_files, open_files
+from midway.gen.files.layouts import ALL, Layout, layout_of, left_out_of
 
 NAMED = 5
 """How many groups of equal images are named; all are counted."""

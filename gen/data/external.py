@@ -29,9 +29,10 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError, one_line, raising
 from midway.gen.core.files import ZIP_DAMAGE, check_size, member, regular_file
 from midway.gen.core.text import printable
-from midway.gen.data.decoding import LOSSY, Decoded, Undecodable, check_options, prepare, stack
-from midway.gen.data.files import check_bad, decode_all, open_files
-from midway.gen.data.layouts import class_labels, layout_of
+from midway.gen.data.pixels import Images
+from midway.gen.files.decoding import LOSSY, Decoded, Undecodable, check_options, prepare, stack
+from midway.gen.files.file_set import check_bad, decode_all, open_files
+from midway.gen.files.layouts import class_labels, layout_of
 
 HASHED = 1024  # images at once
 NPZ_LIMIT = 256 << 30
@@ -195,7 +196,7 @@ def _remedy(shape: tuple[int, ...], kind: np.dtype[Any]) -> str | None:
 # ---- against a reference ----
 
 
-def fitted(external: ExternalImages, reference: Tensor) -> ExternalImages:
+def fitted(external: ExternalImages, reference: Images) -> ExternalImages:
     """The images in the channels of a reference (N, C, H, W): RGB that is grey in all pixels becomes grey, which loses nothing.
 
     DataError for another size, and for other channels.

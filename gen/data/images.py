@@ -1,11 +1,9 @@
-"""Images in memory, from named sources, folders and zips; a fingerprint of the content; uint8 <-> float.
+"""Labelled images from named sources, folders, zips and built sets; uint8 <-> float.
 
 Images are uint8 (N, C, H, W) wherever they are stored and float32 in [-1, 1] wherever a network sees them. The way there
 is `to_float`, x / 127.5 - 1; the way back is `to_uint8`, round((x + 1) 127.5). All 256 values survive the round trip.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +13,26 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.text import printable
-from midway.gen.data.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
-from midway.gen.data.files import check_bad, decode_all, open_files
-from midway.gen.data.layouts import layout_of
+from midway.gen.data.fingerprint import fingerprint
+from midway.gen.data.pixels import Images
 from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
+from midway.gen.files.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
+from midway.gen.files.file_set import check_bad, decode_all, open_files
+from midway.gen.files.layouts import layout_of
 
 
 @dataclass(frozen=True)
 class ImageData:
     """A labelled set of images of one size."""
 
-    images: Tensor  # uint8 (N, C, H, W)
+    images: Images  # uint8 (N, C, H, W), in memory or on the disk
     labels: Tensor  # int64 (N,)
     classes: tuple[str, ...]  # label -> name; ("all",) when the source has no classes
     name: str
     fingerprint: str  # sha256 hex of shape, pixels, labels and class names
     conversions: tuple[str, ...] = ()  # what was done to which number of images of the whole source
     left_out: tuple[str, ...] = ()  # files and folders of the source that are not read, counted by kind
+    whole: Images | None = None  # where `images` are the centres of larger ones: those, uint8 (N, C, H, W)
 
 
 # ---- loading ----
@@ -99,7 +100,7 @@ def _load_path(
 
 
 def image_data(
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     classes: tuple[str, ...],
     name: str,
@@ -108,16 +109,8 @@ def image_data(
 ) -> ImageData:
     """With the fingerprint of these images; names are text from here on (core/text.py)."""
     shown, left_out = tuple(map(printable, classes)), tuple(map(printable, left_out))
-    digest = _fingerprint(images, labels, classes)
+    digest = fingerprint(images, labels, classes)
     return ImageData(images, labels, shown, printable(name), digest, conversions, left_out)
-
-
-def _fingerprint(images: Tensor, labels: Tensor, classes: tuple[str, ...]) -> str:
-    """sha256 of shape, class names, labels (little-endian int64) and pixels, in the order of the images."""
-    digest = hashlib.sha256(json.dumps({"shape": list(images.shape), "classes": list(classes)}).encode())
-    digest.update(labels.numpy().astype("<i8").tobytes())
-    digest.update(images.contiguous().view(-1).numpy().data)
-    return digest.hexdigest()
 
 
 def describe(data: ImageData) -> str:

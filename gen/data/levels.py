@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from midway.gen.data.pixels import Images, in_parts
+
 CANDIDATES = (2, 4, 16, 17, 32, 64, 128, 256)
 """Numbers of levels that `levels_of` tries."""
 
@@ -67,6 +69,11 @@ def levels_of(images: Tensor) -> int:
     """The smallest number of levels in `CANDIDATES` that holds all values of uint8 images: 17 for digits, 256 in general."""
     values = images.unique()
     return next(levels for levels in CANDIDATES if bool((levels_unchecked(values, levels) >= 0).all()))
+
+
+def values_of(images: Images) -> Tensor:
+    """uint8: the values that occur in images, in ascending order."""
+    return torch.cat([part.unique() for part in in_parts(images)] or [images[:]]).unique()
 
 
 @functools.cache

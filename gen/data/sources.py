@@ -20,7 +20,7 @@ from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import read_bytes, regular_file, replacing
-from midway.gen.data.decoding import Decoded, prepare
+from midway.gen.files.decoding import Decoded, prepare
 from midway.tokenizers.weights import receive
 
 

@@ -20,7 +20,9 @@ from midway.gen.core.files import read_json
 from midway.gen.core.randomness import permutation
 from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.core.runs import Run
+from midway.gen.data.crops import cropped
 from midway.gen.data.images import ImageData, image_data, load_recorded
+from midway.gen.data.pixels import part_of
 from midway.gen.data.sources import SOURCES
 
 
@@ -37,13 +39,15 @@ class DataConfig:
     """1 converts to grey, 3 to RGB."""
     resize: int | None = None
     """Shorter side in pixels, then a centre crop."""
+    crop: int | None = None
+    """Side of the window of each image that is used, at a random place in each step of training, else in the centre."""
     on_bad_image: Literal["error", "skip"] = "error"
     """skip leaves out files that cannot be decoded or used, at most 1 % of all."""
     download: bool = field(default=False, metadata=PER_CALL)
     """Fetch a named data set that is not on this machine."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, split_seed=SEED, resize=WIDTH)
+        check_ranges(self, split_seed=SEED, resize=WIDTH, crop=WIDTH)
 
 
 def same_source(a: DataConfig, b: DataConfig) -> bool:
@@ -60,7 +64,7 @@ def same_images(a: DataConfig, b: DataConfig) -> bool:
 
 def _chosen(config: DataConfig) -> dict[str, object]:
     """What decides about the images of a source."""
-    flags = ("held_out", "split_seed", "channels", "resize")
+    flags = ("held_out", "split_seed", "channels", "resize", "crop")
     return {f"--{name.replace('_', '-')}": getattr(config, name) for name in flags}
 
 
@@ -89,8 +93,9 @@ def load(config: DataConfig) -> ImageData:
 
 
 def load_splits(config: DataConfig) -> Splits:
-    """Load and split; the same images in the same order for the same configuration."""
-    return Splits(*split(load(config), config.held_out, config.split_seed))
+    """Load, split and crop; the same images in the same order for the same configuration. UsageError for too large a crop."""
+    train, held_out = split(load(config), config.held_out, config.split_seed)
+    return Splits(cropped(train, config.crop), cropped(held_out, config.crop))
 
 
 def changed_since(run: Run, train: ImageData) -> tuple[str, ...]:
@@ -161,7 +166,7 @@ def _shares(sizes: Tensor, fraction: float, seed: int) -> Tensor:
 
 
 def _subset(data: ImageData, keep: Tensor, suffix: str) -> ImageData:
-    images, labels, name = data.images[keep], data.labels[keep], f"{data.name}-{suffix}"
+    images, labels, name = part_of(data.images, keep), data.labels[keep], f"{data.name}-{suffix}"
     return image_data(images, labels, data.classes, name, data.conversions, data.left_out)
 
 

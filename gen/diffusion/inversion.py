@@ -37,6 +37,8 @@ def on_grid(solver: str, schedule: Schedule, grid: Grid, eta: float = 0.0) -> Ta
         why = "it has steps of its own, learned for the whole way from noise to data or chosen on the way"
         raise UsageError(f"{solver} on another grid than its own", why, "take a solver of the registry, say dpmpp2m")
     rising = grid[-1] > grid[0]
+    if rising and grid[0] == 0 and SOLVERS[solver].to_data:
+        grid = grid[1:]  # at sigma = 0 there is no slope, and the step from there changes nothing but scale
     if rising and (eta or SOLVERS[solver].stochastic):
         what = f"--invert with {solver}" + (f" --eta {eta:g}" if eta else "")
         raise UsageError(what, "it draws noise, which has no inverse", "take a deterministic solver, say dpmpp2m")

@@ -26,7 +26,7 @@ from midway.samplers.prediction import Field
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
-from midway.samplers.solvers import SOLVERS, ddim, steps_for
+from midway.samplers.solvers import SOLVERS, ddim
 from midway.samplers.table import Table
 
 ADAPTIVE = "rk45"
@@ -105,11 +105,11 @@ def build_table(
         return (
             ddim(schedule, times, config.analytic_first, config.eta)
             if config.eta
-            else entry.build(schedule, times, config.analytic_first)
+            else entry.on(schedule, times, config.analytic_first)
         )
 
     with raising(UsageError, f"{solver} on grid {grid} at NFE {nfe} is not possible", "change --nfe"):
-        steps = steps_for(entry.evaluations, nfe, config.analytic_first)
+        steps = entry.steps(nfe, config.analytic_first)
         if grid != GITS or trained is None:
             return build(NAMED[grid](schedule, steps, config.rho_max, config.rho_min))
         silent = build if not (entry.stochastic or config.eta) else partial(ddim, schedule)
@@ -170,7 +170,7 @@ def is_reachable(solver: str, nfe: int, analytic_first: bool) -> bool:
     if solver not in SOLVERS:
         return True
     try:
-        return steps_for(SOLVERS[solver].evaluations, nfe, analytic_first) > 0
+        return SOLVERS[solver].steps(nfe, analytic_first) > 0
     except ValueError:
         return False
 

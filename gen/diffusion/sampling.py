@@ -18,6 +18,7 @@ from midway.gen.diffusion.model import Guidance, start_state
 from midway.samplers.graph import Graphs
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
+from midway.tokenizers.memory import images_at_once
 
 
 def noise_of(seeds: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
@@ -135,21 +136,23 @@ def _autocast(device: torch.device, config: SamplingConfig) -> torch.autocast:
 
 
 @torch.no_grad()
-def decode(trained: TrainedModel, latents: Tensor, batch_size: int = 512) -> Tensor:
-    """Standardised latents (N, C, h, w) -> uint8 images (N, C, H, W) on the CPU."""
-    device = trained.tokenizer.device
-    parts = [trained.tokenizer.decode_latents(part.to(device)) for part in latents.split(batch_size)]
+def decode(trained: TrainedModel, latents: Tensor, batch_size: int | None = None) -> Tensor:
+    """Standardised latents (N, C, h, w) -> uint8 images (N, C, H, W) on the CPU; `batch_size` by memory if it is None."""
+    tokenizer = trained.tokenizer
+    size = batch_size or images_at_once(tokenizer)
+    parts = [tokenizer.decode_latents(part.to(tokenizer.device)) for part in latents.split(size)]
     return torch.cat([to_uint8(part).cpu() for part in parts])
 
 
 @torch.no_grad()
-def encode(trained: TrainedModel, images: Tensor, batch_size: int = 512) -> Tensor:
-    """uint8 images (N, C, H, W) -> standardised latents (N, C, h, w) on the CPU."""
+def encode(trained: TrainedModel, images: Tensor, batch_size: int | None = None) -> Tensor:
+    """uint8 images (N, C, H, W) -> standardised latents (N, C, h, w) on the CPU; `batch_size` by memory if it is None."""
     tokenizer = trained.tokenizer
-    parts = [tokenizer.encode_latents(to_float(part.to(tokenizer.device))) for part in images.split(batch_size)]
+    size = batch_size or images_at_once(tokenizer)
+    parts = [tokenizer.encode_latents(to_float(part.to(tokenizer.device))) for part in images.split(size)]
     return torch.cat([part.cpu() for part in parts])
 
 
-def reconstruct(trained: TrainedModel, images: Tensor, batch_size: int = 512) -> Tensor:
+def reconstruct(trained: TrainedModel, images: Tensor, batch_size: int | None = None) -> Tensor:
     """uint8 images (N, C, H, W) -> their reconstructions by the tokenizer, on the CPU."""
     return decode(trained, encode(trained, images, batch_size), batch_size)

@@ -6,6 +6,7 @@ for our own models; evaluations are counted at the network.
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.data.images import to_float, to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import LEARNED
 from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
@@ -28,10 +30,9 @@ from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
+from midway.tokenizers.memory import batch_within, memory_of, peak_bytes, without_numbers
 
 NETWORK = "UNet2DModel"
-DECODED = 64
-"""Latents decoded at once."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ class DiffusersModel:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
+
+    @cached_property
+    def at_once(self) -> int:
+        """Images that the decoder takes at once, by memory; decoding takes more than encoding."""
+        decoder: Any = None if self.decoder is None else without_numbers(self.decoder)
+        if decoder is None:
+            return 1
+        latents = torch.empty(1, *self.shape, dtype=decoder.dtype, device="meta")
+        with torch.no_grad():
+            each = peak_bytes(lambda: decoder.decode(latents).sample)
+        return batch_within(each, *memory_of(self.device))
 
     def field(self, labels: Tensor) -> NetworkField:
         """What solvers see, for labels (B,), which an unconditional model ignores."""
@@ -108,7 +120,7 @@ class DiffusersModel:
         """uint8 images (n, C, H, W) through the autoencoder and back, on the CPU; None of a pixel model."""
         if self.decoder is None:
             return None
-        return self.decode(torch.cat([self._encoded(to_float(part)) for part in images.split(DECODED)]))
+        return self.decode(torch.cat([self._encoded(to_float(part)) for part in images.split(self.at_once)]))
 
     def _encoded(self, images: Tensor) -> Tensor:
         """Float images -> latents as the network sees them, on the CPU: of a Gaussian posterior the mode."""
@@ -117,7 +129,7 @@ class DiffusersModel:
         latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
         return (latents * decoder.config.scaling_factor).cpu()
 
-    def check_images(self, reference: Tensor) -> None:
+    def check_images(self, reference: Images) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
         made = tuple(self.decode(torch.zeros(1, *self.shape)).shape[1:])
         if made != tuple(reference.shape[1:]):
@@ -133,7 +145,7 @@ class DiffusersModel:
         if self.decoder is None:
             return to_uint8(values.nan_to_num())
         latents = values.nan_to_num().clamp(-LATENT_LIMIT, LATENT_LIMIT)
-        return torch.cat([self._decoded(part) for part in latents.split(DECODED)])
+        return torch.cat([self._decoded(part) for part in latents.split(self.at_once)])
 
     def _decoded(self, latents: Tensor) -> Tensor:
         decoder: Any = self.decoder

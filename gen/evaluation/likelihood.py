@@ -19,7 +19,8 @@ from torch import Tensor
 from midway.gen.baselines.base import Baseline
 from midway.gen.baselines.vae import VAE
 from midway.gen.core.ranges import BATCH, COUNT, SEED, check_ranges
-from midway.gen.data.levels import bits_per_dim, levels_of, to_levels
+from midway.gen.data.levels import bits_per_dim, levels_of, to_levels, values_of
+from midway.gen.data.pixels import Images
 from midway.gen.data.splits import Splits
 from midway.gen.features.reference import Subject
 from midway.gen.training.batches import Context
@@ -57,8 +58,7 @@ class Score:
 
 def levels_in_data(splits: Splits) -> int:
     """The number of levels that holds all training and held-out images."""
-    values = [part.unique() for data in (splits.train, splits.held_out) for part in data.images.split(4096)]
-    return levels_of(torch.cat(values))
+    return levels_of(torch.cat([values_of(data.images) for data in (splits.train, splits.held_out)]))
 
 
 # ---- scores ----
@@ -127,7 +127,7 @@ def uniform_score(subject: Subject, levels: int) -> Score:
     return Score(math.log2(levels), 0.0, len(subject.images))
 
 
-def histogram_score(train: Tensor, subject: Subject, levels: int) -> Score:
+def histogram_score(train: Images, subject: Subject, levels: int) -> Score:
     """Each value by the histogram of its place in the training images, uint8 (N, C, H, W), every level counted once more."""
     k = to_levels(subject.images, levels).flatten(1)
     counts = torch.ones(k.shape[1], levels, dtype=torch.float64)

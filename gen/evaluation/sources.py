@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
@@ -72,7 +73,7 @@ class EvaluatedModel(Protocol):
         """The model in a line."""
         ...
 
-    def check_images(self, reference: Tensor) -> None:
+    def check_images(self, reference: Images) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
 
     def check_guidance(self, config: SamplerConfig) -> None:

@@ -40,6 +40,7 @@ from midway.gen.metrics.latent_rank import channel_moments, interpolated, moment
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import mse, psnr, ssim
 from midway.tokenizers.kl import KL, gaussian_kl
+from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 SHOWN = 10  # images shown of every tokenizer: with ten classes, one of each
@@ -50,7 +51,8 @@ class EvaluationConfig:
     """What to measure: `n` held-out images (None: all), sigmas of the `noise` in units of each channel's standard deviation."""
 
     n: int | None = None
-    batch_size: int = 256
+    batch_size: int | None = None
+    """Images at once; by memory if it is None."""
     noise: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8)
     seed: int = 0
 
@@ -81,7 +83,7 @@ def choose(held_out: ImageData, config: EvaluationConfig) -> Subject:
     n = available if config.n is None else config.n
     if not 2 <= n <= available:
         raise UsageError(f"--n {n}", f"2 to {available} images are held out", "choose a number among these")
-    if config.batch_size < 1:
+    if config.batch_size is not None and config.batch_size < 1:
         raise UsageError(f"--batch-size {config.batch_size}", "a batch has images", "raise it")
     if not all(0 <= sigma < math.inf for sigma in config.noise):
         raise UsageError(f"--noise {' '.join(map(str, config.noise))}", "sigma is finite and >= 0", "correct the list")
@@ -132,13 +134,14 @@ def measure(
     name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, config: EvaluationConfig
 ) -> TokenizerResult:
     """Everything about one tokenizer in evaluation mode. DivergedError if it decodes to values that are not finite."""
-    found, reference = _reconstruct(name, tokenizer, subject, instruments, config), instruments.reference
+    size = config.batch_size or images_at_once(tokenizer)
+    found, reference = _reconstruct(name, tokenizer, subject, instruments, config.seed, size), instruments.reference
     latents = torch.cat(found.latents)
     means = {score: torch.cat(values).mean().item() for score, values in found.scores.items()}
-    curves = _noise_curves(name, tokenizer, latents, subject, config)
+    curves = _noise_curves(name, tokenizer, latents, subject, config, size)
     between = _Gathered(None)
     if reference is not None:
-        for part in interpolated(latents).split(config.batch_size):
+        for part in interpolated(latents).split(size):
             between.collect(_decode_raw(name, tokenizer, part, tokenizer.snap_on_decode), reference)
     use = None if found.counter is None else found.counter.use()
     row = TokenizerRow(
@@ -169,16 +172,16 @@ def measure(
 
 
 def _reconstruct(
-    name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, config: EvaluationConfig
+    name: str, tokenizer: ImageTokenizer, subject: Subject, instruments: Instruments, seed: int, size: int
 ) -> _Gathered:
-    """Encode and decode every image once."""
+    """Encode and decode every image once, `size` at a time."""
     quantizer = tokenizer.quantizer
     found = _Gathered(
         None if quantizer.codebook_size is None else CodeCounter(quantizer.codebook_size, quantizer.groups)
     )
-    first = to_float(subject.images[: config.batch_size].to(tokenizer.device))
+    first = to_float(subject.images[:size].to(tokenizer.device))
     tokenizer.decode(quantizer(tokenizer.encode(first)).codes)  # what only the first batch costs is not timed
-    for part, ids in _batches(subject, config.batch_size):
+    for part, ids in _batches(subject, size):
         x = to_float(part.to(tokenizer.device))
         started = _now(tokenizer)
         z = tokenizer.encode(x)
@@ -193,7 +196,7 @@ def _reconstruct(
         if instruments.perceptual is not None:
             scores["lpips"] = instruments.perceptual(to_float(shown.to(tokenizer.device)), x)
         if isinstance(quantizer, KL):  # in nats, and the PSNR of a draw
-            draw = quantizer(z, normal(config.seed, "posterior", 0, ids, tokenizer.noise_shape).to(z.device)).codes
+            draw = quantizer(z, normal(seed, "posterior", 0, ids, tokenizer.noise_shape).to(z.device)).codes
             scores["kl"] = gaussian_kl(*quantizer.moments(z))
             scores["psnr_sampled"] = psnr(part, _to_8_bits(name, tokenizer.decode(draw)))
         for score, values in scores.items():
@@ -232,13 +235,13 @@ def _decode_raw(name: str, tokenizer: ImageTokenizer, latents: Tensor, snap: boo
 
 
 def _noise_curves(
-    name: str, tokenizer: ImageTokenizer, latents: Tensor, subject: Subject, config: EvaluationConfig
+    name: str, tokenizer: ImageTokenizer, latents: Tensor, subject: Subject, config: EvaluationConfig, size: int
 ) -> dict[bool, tuple[float, ...]]:
     """PSNR at every sigma, by whether latents were snapped: only where there are codes and samples are snapped to them."""
     snaps = [False] + [True] * (tokenizer.snap_on_decode and tokenizer.quantizer.codebook_size is not None)
     scores: dict[tuple[bool, float], list[Tensor]] = {(snap, sigma): [] for snap in snaps for sigma in config.noise}
     std = channel_moments(latents)[1].float().view(1, -1, 1, 1)
-    for raw, (part, ids) in zip(latents.split(config.batch_size), _batches(subject, config.batch_size), strict=True):
+    for raw, (part, ids) in zip(latents.split(size), _batches(subject, size), strict=True):
         noise = std * normal(config.seed, "decode noise", 0, ids, raw.shape[1:])
         for (snap, sigma), found in scores.items():
             found.append(psnr(part, _decode_raw(name, tokenizer, raw + sigma * noise, snap)))

@@ -24,6 +24,7 @@ from midway.gen.core.errors import DataError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.ranges import WIDTH, check_ranges
 from midway.gen.data.images import to_float
+from midway.gen.data.pixels import Images
 from midway.gen.features.extractor import Activations, Extractor, in_blocks, other_label
 from midway.gen.training.batches import ImageBatch
 from midway.tokenizers.losses import mean
@@ -110,7 +111,7 @@ class FeatureNetwork(Extractor):
             )
         return in_blocks(images, BLOCK, self.classify.weight.device, self._block_activations)
 
-    def check(self, images: Tensor, what: str = "the images are") -> None:
+    def check(self, images: Images, what: str = "the images are") -> None:
         """DataError unless these are uint8 images (N, C, H, W) of the network's shape; `what` names their source."""
         if not self._takes(images):
             raise DataError(
@@ -119,7 +120,7 @@ class FeatureNetwork(Extractor):
                 "train features on the same data with scripts/train_features.py",
             )
 
-    def _takes(self, images: Tensor) -> bool:
+    def _takes(self, images: Images) -> bool:
         return images.dtype == torch.uint8 and images.shape[1:] == self.image_shape
 
     def _block_activations(self, images: Tensor) -> Activations:

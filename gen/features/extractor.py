@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.data.pixels import Images
 from midway.tokenizers.precision import Convert, of_same_dtype
 
 
@@ -55,7 +56,7 @@ class Extractor(nn.Module, ABC):
     """The number of images from which on a distance of these features is more than its bias; below it `check_count` raises."""
 
     @abstractmethod
-    def check(self, images: Tensor, what: str = "the images are") -> None:
+    def check(self, images: Images, what: str = "the images are") -> None:
         """DataError for images unsupported by the network, uint8 (N, C, H, W), whose source `what` names."""
 
     @abstractmethod
@@ -66,11 +67,11 @@ class Extractor(nn.Module, ABC):
         """float32 (N, D) of uint8 images (N, C, H, W); the same bits for any N. ValueError on other images."""
         return self.activations(images).features
 
-    def dim_of(self, images: Tensor) -> int:
+    def dim_of(self, images: Images) -> int:
         """D of uint8 images (N, C, H, W)."""
         return self.dim
 
-    def measured_dim(self, reference: Tensor) -> int:
+    def measured_dim(self, reference: Images) -> int:
         """Numbers per image that a distance to the images `reference` compares: D, or the axes that so many images have."""
         dim = self.dim_of(reference)
         return dim if self.axes is None else max(1, min(self.axes, dim, len(reference) - 1))
@@ -110,7 +111,7 @@ class PublishedExtractor(Extractor):
     def block_activations(self, images: Tensor) -> Activations:
         """Activations of exactly one block of uint8 images (block, 3, H, W)."""
 
-    def check(self, images: Tensor, what: str = "the images are") -> None:
+    def check(self, images: Images, what: str = "the images are") -> None:
         """DataError unless these are uint8 images (N, 1 or 3, H, W); `what` names their source."""
         check_measurable(self.name, images, what)
 
@@ -137,7 +138,7 @@ def in_blocks(
     return Activations(torch.cat([rows for rows, _ in found]), torch.cat(logits) if logits else None)
 
 
-def check_measurable(name: str, images: Tensor, what: str) -> None:
+def check_measurable(name: str, images: Images, what: str) -> None:
     """DataError unless these are uint8 images (N, 1 or 3, H, W); `what` names their source."""
     if not _is_measurable(images):
         raise DataError(
@@ -156,8 +157,13 @@ def need_measurable(name: str, images: Tensor) -> None:
         )
 
 
-def _is_measurable(images: Tensor) -> bool:
-    return images.dtype == torch.uint8 and images.dim() == 4 and images.shape[1] in (1, 3) and min(images.shape[2:]) > 0
+def _is_measurable(images: Images) -> bool:
+    return (
+        images.dtype == torch.uint8
+        and len(images.shape) == 4
+        and images.shape[1] in (1, 3)
+        and min(images.shape[2:]) > 0
+    )
 
 
 @contextlib.contextmanager

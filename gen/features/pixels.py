@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from midway.gen.data.pixels import Images
 from midway.gen.features.extractor import (
     Activations,
     Extractor,
@@ -38,12 +39,12 @@ class Pixels(Extractor):
     """At most; `dim_of` images of one shape."""
     axes = AXES
 
-    def dim_of(self, images: Tensor) -> int:
+    def dim_of(self, images: Images) -> int:
         """The number of pixels and channels after the reduction."""
         channels, *sides = images.shape[1:]
         return channels * min(sides[0], SIDE) * min(sides[1], SIDE)
 
-    def check(self, images: Tensor, what: str = "the images are") -> None:
+    def check(self, images: Images, what: str = "the images are") -> None:
         """DataError unless these are uint8 images (N, 1 or 3, H, W); `what` names their source."""
         check_measurable(self.name, images, what)
 

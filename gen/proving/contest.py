@@ -18,7 +18,7 @@ from midway.gen.proving.model import Block, Figures, MixtureModel, exact_error, 
 from midway.samplers.gits import GITS, WarmUp, fitted_grid, warm_up
 from midway.samplers.grids import GRIDS, RHO_MAX
 from midway.samplers.sampler import Sampler
-from midway.samplers.solvers import SOLVERS, Solver, ddim, steps_for
+from midway.samplers.solvers import SOLVERS, Solver, ddim
 from midway.samplers.table import Table
 
 FLOOR, EXACT_ROW = "floor", "exact"
@@ -109,7 +109,7 @@ class Contest:
     def tables(self, entry: Solver, steps: int, analytic: bool = False) -> dict[str, Table]:
         """A solver's tables of this many steps on all grids, `gits` included."""
         schedule, warm = self.model.schedule, self._warm
-        build = partial(entry.build, schedule, analytic_first=analytic)
+        build = partial(entry.on, schedule, analytic_first=analytic)
         tables = {name: build(make(schedule, steps)) for name, make in GRIDS.items()}
         if steps < len(warm.grid):
             silent = partial(ddim, schedule) if entry.stochastic else build
@@ -175,9 +175,11 @@ def _steps(entry: Solver, nfe: int) -> tuple[int, bool] | None:
     """Steps of this budget, and whether the first is analytic, which it is only where no other way leads there."""
     for analytic in (False, True):
         try:
-            return steps_for(entry.evaluations, nfe, analytic), analytic
+            steps = entry.steps(nfe, analytic)
         except ValueError:
             continue
+        if steps:
+            return steps, analytic
     return None
 
 

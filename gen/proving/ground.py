@@ -7,6 +7,7 @@ describes images does not enter any figure.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from midway.gen.core import randomness
 from midway.gen.core.errors import DataError
 from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.data.images import load_images, to_float
+from midway.gen.data.pixels import Images
 from midway.samplers.mixture import Mixture
 
 PATCHES = "patches"
@@ -88,7 +90,7 @@ def make_ground(config: GroundConfig) -> Ground:
     )
 
 
-def _images(config: GroundConfig) -> tuple[list[Tensor], str]:
+def _images(config: GroundConfig) -> tuple[list[Images], str]:
     """Batches uint8 (N, C, H, W) of equal images, and their name."""
     if config.data == PATCHES:
         from sklearn.datasets import load_sample_images
@@ -99,7 +101,7 @@ def _images(config: GroundConfig) -> tuple[list[Tensor], str]:
     return [data.images], data.name
 
 
-def flattened(images: list[Tensor], config: GroundConfig) -> Tensor:
+def flattened(images: Sequence[Images], config: GroundConfig) -> Tensor:
     """At most `MOST` vectors float32 (M, C side^2), chosen by the seed. DataError for images smaller than a patch."""
     stride = _STRIDE if config.data == PATCHES else max(config.patch, 1)
     parts = []
@@ -117,10 +119,10 @@ def flattened(images: list[Tensor], config: GroundConfig) -> Tensor:
     return _chosen(torch.cat(parts), MOST, config.seed)
 
 
-def _chosen(rows: Tensor, most: int, seed: int) -> Tensor:
+def _chosen(rows: Images, most: int, seed: int) -> Tensor:
     """All rows, or `most` of them chosen by the seed, in their order."""
     if len(rows) <= most:
-        return rows
+        return rows[:]
     return rows[randomness.permutation(seed, "ground", 0, len(rows))[:most].sort().values]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from midway.gen.core.text import html, plot_label
 from midway.gen.data.images import to_float
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.diffusion.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
@@ -63,7 +64,7 @@ def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Section
 
 
 @torch.no_grad()
-def code_section(trained: TrainedModel, held_out: Tensor, latents: Tensor) -> Section | None:
+def code_section(trained: TrainedModel, held_out: Images, latents: Tensor) -> Section | None:
     """Codes of held-out images uint8 (N, C, H, W) and of samples' standardised latents (N, C, h, w); None without a codebook."""
     tokenizer = trained.tokenizer
     if tokenizer.quantizer.codebook_size is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.data.images import to_float, to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.metrics.psnr_ssim import mse, psnr
 from midway.gen.tokenizer.gan import Adversary
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -16,6 +17,7 @@ from midway.gen.training.batches import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
 from midway.tokenizers.fsq import FSQ, saturation
 from midway.tokenizers.losses import mean, pixel_loss
+from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -98,18 +100,23 @@ def batch_codes(indices: Tensor | None, counts: Tensor | None) -> dict[str, Tens
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> Tensor:
-    """uint8 (N, C, H, W) -> reconstructions, uint8 on the CPU."""
+def reconstruct(tokenizer: ImageTokenizer, images: Tensor, batch_size: int | None = None) -> Tensor:
+    """uint8 (N, C, H, W) -> reconstructions, uint8 on the CPU; `batch_size` by memory if it is None."""
     device = tokenizer.device
-    parts = [tokenizer(to_float(part.to(device))).reconstruction for part in images.split(batch_size)]
+    parts = [
+        tokenizer(to_float(part.to(device))).reconstruction
+        for part in images.split(batch_size or images_at_once(tokenizer))
+    ]
     return torch.cat([to_uint8(part).cpu() for part in parts])
 
 
 @torch.no_grad()
-def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Tensor, batch_size: int = 512) -> dict[str, float]:
-    """Means over uint8 images of mse and psnr of their 8-bit reconstruction; usage, perplexity and bits_per_image of codes."""
+def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Images, batch_size: int | None = None) -> dict[str, float]:
+    """Means over uint8 images of mse and psnr of their 8-bit reconstruction; usage, perplexity and bits_per_image of codes.
+
+    `batch_size` by memory if it is None."""
     errors, quality, counts = [], [], None
-    for part in images.split(batch_size):
+    for part in images.split(batch_size or images_at_once(tokenizer)):
         out = tokenizer(to_float(part.to(tokenizer.device)))
         shown = to_uint8(out.reconstruction).cpu()
         errors.append(mse(part, shown))

@@ -1,18 +1,28 @@
 """Processes, devices and precision: the Accelerator of a training, and how its global batch is divided."""
 
 import os
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from torch import Tensor
+from torch import Tensor, nn
 
-from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.errors import MidwayError, UsageError, is_memory, one_line, raising
 from midway.gen.core.processes import joining, launched
+from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
+from midway.gen.training.interface import Trainable
+from midway.gen.training.optim import state_bytes
+from midway.tokenizers.memory import Need, memory_of, training_need
+
+ROOM = 0.9
+"""Share of a device's memory that tensors may take: the rest is for kernels, and lost between blocks."""
 
 
 def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = False) -> Accelerator:
@@ -78,6 +88,53 @@ def check_unused(config: TrainConfig, validates: bool = False, measures: bool = 
             "validation needs the whole model, and every process has a shard of it",
         )
         raise UsageError(what, why, "use DDP (accelerate launch --multi_gpu), or --validate-every 0")
+
+
+@contextmanager
+def explaining_memory(
+    config: TrainConfig, accelerator: Accelerator, model: nn.Module, batches: Callable[[], Callable[[int], Any]]
+) -> Iterator[None]:
+    """Within the block an error for want of memory becomes one that names the --accumulation that fits.
+
+    `batches()` is what `loss_need` takes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the activations
+        total, kept = memory_of(accelerator.device)[0], state_bytes(model, config)
+        try:
+            fits = loss_need(model, batches(), config.precision == "bf16").fits(int(ROOM * total) - kept)
+        except Exception:  # a model that cannot be computed without numbers: the next smaller one
+            fits = share_of(config, accelerator)
+        raise memory_error(config, accelerator.num_processes, fits, kept, total, one_line(error)) from None
+
+
+def loss_need(model: nn.Module, batches: Callable[[int], Any], half: bool = False) -> Need:
+    """Memory of the activations of a `Trainable`; `batches(n)` are n samples without numbers (`batches_like`)."""
+
+    def loss(copied: nn.Module, count: int) -> Tensor:
+        context = Context(0, 0, torch.arange(count, device="meta"))
+        return cast(Trainable, copied).loss(batches(count), context)[0]
+
+    return training_need(model, loss, half)
+
+
+def memory_error(config: TrainConfig, processes: int, fits: int, kept: int, total: int, why: str) -> MidwayError:
+    """`fits` samples of a micro-batch would have fitted, beside `kept` of `total` bytes; at most half of those that did not."""
+    share = config.batch_size // (processes * config.accumulation)
+    what = f"memory ran out in a micro-batch of {share} sample{'s' if share > 1 else ''} a process"
+    about = f"weights, gradients, optimizer and averages take {kept / 2**30:.3g} GiB of {total / 2**30:.3g} GiB; {why}"
+    otherwise = "--gradient-checkpointing or --precision bf16"
+    for accumulation in range(config.accumulation + 1, config.batch_size // processes + 1):
+        micro, rest = divmod(config.batch_size, processes * accumulation)
+        if not rest and micro <= max(min(fits, share // 2), 1) <= share // 2:
+            fix = f"use --accumulation {accumulation}, micro-batches of {micro}, with the same result; or {otherwise}"
+            return MidwayError(what, about, fix)
+    fix = f"use {otherwise}, a smaller model, or shard it over several GPUs (docs/scaling.md)"
+    return MidwayError(what, about, fix)
 
 
 def share_of(config: TrainConfig, accelerator: Accelerator) -> int:

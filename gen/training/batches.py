@@ -5,7 +5,7 @@ accumulation nor a restart changes it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,11 +23,10 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Standardised latents float32 (B, C, H, W), labels int64 (B,); `mirrored` are the latents of the mirrored images."""
+    """Standardised latents float32 (B, C, H, W), labels int64 (B,)."""
 
     latents: Tensor
     labels: Tensor
-    mirrored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,23 @@ class Context:
         """For each sample of (B, *) the one of `a` or, with probability 1/2, that of `b`."""
         other = self.uniform(purpose) < 0.5
         return torch.where(other.view(-1, *[1] * (a.dim() - 1)), b, a)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """`augment` of `Items`: a window of `size` x `size` pixels of each image, all places equally likely; labels stay."""
+
+    size: int
+
+    def __call__(self, batch: ImageBatch, context: Context) -> ImageBatch:
+        """Rows top .. top + size - 1 with top = floor(u (H - size + 1)), u uniform by (seed, step, position); columns alike."""
+        images, size = batch.images, self.size
+        places = torch.tensor([side - size + 1 for side in images.shape[-2:]], device=images.device)
+        top, left = (context.uniform("crop", (2,)) * places).long().unbind(1)
+        windows = images.unfold(2, size, 1).unfold(3, size, 1)  # a view (B, C, H - size + 1, W - size + 1, size, size)
+        return replace(
+            batch, images=windows[torch.arange(len(images), device=images.device), :, top, left].contiguous()
+        )
 
 
 @dataclass

@@ -10,6 +10,8 @@ from midway.gen.core.ranges import BATCH, COUNT, EVENTS, SEED, STEPS, WEIGHT, ch
 from midway.gen.training.power_ema import WIDEST
 
 Decay = Literal["constant", "cosine", "inverse_sqrt"]
+THREADS = 256
+"""Most threads that read batches."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class TrainConfig:
     """Optimizer steps between snapshots of those averages."""
     accumulation: int = 1
     """Micro-batches of one optimizer step."""
+    workers: Literal["auto"] | int = "auto"
+    """Threads that read batches ahead (0: the training loop reads them itself). auto: by the cores, the processes and how long a
+    batch takes to read. Samples and results are the same with any number."""
     precision: Literal["no", "bf16", "auto"] = "no"
     """bf16 runs the networks under autocast; parameters, noise and x_t stay float32. auto: bf16 for tokenizers and latent
     models where it was measured to be faster and as good (see precision.py); the run records the choice and keeps it."""
@@ -86,6 +91,8 @@ class TrainConfig:
         for name in (*least_0, "validate_every", "patience_validations", "measure_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.workers != "auto" and not 0 <= self.workers <= THREADS:
+            raise ValueError(f"workers must be auto or 0 to {THREADS}, got {self.workers}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be 1 or more, got {self.max_steps}")
         if self.patience_validations and not self.validate_every:
@@ -119,6 +126,7 @@ PATHS = ("out", "tokenizer", "latents", "model", "data.data", "loss.perceptual_w
 EARLIER = ("overwrite", "resume", "train.max_seconds", "train.max_steps", "data.download")
 """Flags of one call, which checkpoints of earlier versions name."""
 BUDGETS = ("save_every", "save_seconds", "keep", "patience", "patience_validations")
+LOADING = ("workers",)
 REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
 """The same numbers up to the order of floating-point sums."""
@@ -145,7 +153,7 @@ def may_change(key: str, train: TrainConfig) -> bool:
 def is_bookkeeping(key: str) -> bool:
     """Whether a flat key sets paths, budgets or reports, which change the result by rounding at most."""
     last = key.removeprefix("train.")
-    return key in (*PATHS, *EARLIER) or key.startswith("early.") or last in (*BUDGETS, *REPORTS, *ROUNDING)
+    return key in (*PATHS, *EARLIER) or key.startswith("early.") or last in (*BUDGETS, *LOADING, *REPORTS, *ROUNDING)
 
 
 def check_resumable(before: dict[str, Any], now: dict[str, Any], train: TrainConfig) -> list[str]:

@@ -3,7 +3,7 @@
 Step s takes the samples at global positions s B .. (s + 1) B - 1 of an endless stream: the permutations of epochs 0, 1, 2, ...
 laid end to end. Its noise, times, flips and dropped labels are functions of (seed, s, global position). Hence training on any
 number of processes, or with any accumulation, uses the same samples with the same noise, and a run resumed from a checkpoint
-equals the uninterrupted run bit for bit.
+equals the uninterrupted run bit for bit. Batches are read ahead by threads (loading.py), which changes none of that.
 
 A step whose loss or gradient is not finite changes nothing. After `patience` of them in a row the run is reset to its last
 checkpoint, once; the second time it raises DivergedError. Every process calls every collective in every step.
@@ -13,7 +13,7 @@ Validation runs before checkpointing, so the checkpoint includes its result.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,13 +24,14 @@ from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
-from midway.gen.training.accelerator import check_unused, share_of
-from midway.gen.training.batches import Context, Order, seed_global
+from midway.gen.training.accelerator import check_unused, explaining_memory
+from midway.gen.training.batches import Context, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
 from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.early_stopping import Validation
 from midway.gen.training.ema import EMA
 from midway.gen.training.interface import FitResult, Hooks, Items, Startable, Trainable
+from midway.gen.training.loading import Loader, batches_like
 from midway.gen.training.nonfinite import NonFiniteGuard, StopFlags
 from midway.gen.training.optim import (
     checkpoint_activations,
@@ -62,7 +63,7 @@ def fit(
     when a resumed run was started with another configuration, Interrupted after a stop signal.
     """
     training = _Training(model, items, config, run, accelerator, hooks or Hooks())
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, training.loader:
         return training.run_from(training.checkpointing.resume() if resume else 0, interrupts)
 
 
@@ -74,7 +75,7 @@ class _Training:
     ) -> None:
         self.model, self.items, self.config, self.run = model, items, config, run
         self.accelerator, self.hooks = accelerator, hooks
-        self.share, self.order = share_of(config, accelerator), Order(items.size, config.seed)
+        self.loader = Loader(items, config, accelerator, run.say if accelerator.is_main_process else None)
         model.to(accelerator.device).train()
         if config.gradient_checkpointing:
             checkpoint_activations(model)
@@ -115,7 +116,8 @@ class _Training:
             self._start()
         report = Reporter(config, self.run, self.accelerator, step)
         while step < config.steps and not self.validation.is_over:
-            self._step(step, self._stop_flags(interrupts))
+            with explaining_memory(config, self.accelerator, self.model, self._batches):
+                self._step(step, self._stop_flags(interrupts))
             step += 1
             decision = self.guard.read()
             if decision.streak >= config.patience:
@@ -165,19 +167,22 @@ class _Training:
     def _micro(self, step: int, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of one micro-batch of this process; its loss and logs."""
         accelerator, config = self.accelerator, self.config
-        start = step * config.batch_size + (micro * accelerator.num_processes + accelerator.process_index) * self.share
+        start = self.loader.position(step, micro)
         seed_global(config.seed, start, accelerator.device)
-        context = Context(config.seed, step, torch.arange(start, start + self.share, device=accelerator.device))
+        context = Context(config.seed, step, torch.arange(start, start + self.loader.share, device=accelerator.device))
         is_last = micro == config.accumulation - 1
         with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
-            loss, logs = self.wrapped(self.items.fetch(self.order(start, self.share)), context)
+            loss, logs = self.wrapped(self.loader(step, micro, context), context)
             (loss / config.accumulation).backward()
         return loss.detach(), {"loss": loss.detach(), **logs}
+
+    def _batches(self) -> Callable[[int], Any]:
+        return batches_like(self.items, self.accelerator.device)
 
     def _start(self) -> None:
         """Let the model initialise from data; averages begin there."""
         if isinstance(self.model, Startable):
-            start(self.wrapped, self.routed, self.items, self.order, self.config.batch_size)
+            start(self.wrapped, self.routed, self.items, self.loader.order, self.config.batch_size)
             for average in (self.ema, *self.posthoc):
                 if average is not None:
                     average.load(self.model.state_dict())
@@ -260,7 +265,7 @@ class _Training:
         facts = {
             "step": step,
             "effective_batch": config.batch_size,
-            "per_process_micro_batch": self.share,
+            "per_process_micro_batch": self.loader.share,
             "accumulation": config.accumulation,
             "processes": accelerator.num_processes,
             "device": accelerator.device.type,
@@ -271,7 +276,9 @@ class _Training:
         }
         self.run.note(facts)
         begin = f"resuming from step {step}" if step else "training"
-        parts = f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.share}"
+        parts = (
+            f"{accelerator.num_processes} process(es) x {config.accumulation} micro-batch(es) of {self.loader.share}"
+        )
         self.run.say(f"{begin} on {accelerator.device.type}: {config.batch_size} samples a step, {parts}")
 
 

@@ -45,11 +45,18 @@ class Adversarial(Protocol):
 
 @dataclass(frozen=True)
 class Items:
-    """A data set: `fetch` maps item indices int64 (b,) to a batch on the accelerator's device; `fingerprint` names its images."""
+    """A data set of `size` items.
 
-    fetch: Callable[[Tensor], Any]
+    `read` maps item indices int64 (b,) to a batch in memory: a tensor, or a dataclass or tuple of tensors, on the CPU unless
+    the data are on a GPU. It is a pure function, called ahead of training and by several threads at once; it draws no random
+    numbers. `augment`, called where the batch is used, on the device, draws from the context of the batch. `fingerprint` names
+    the images.
+    """
+
+    read: Callable[[Tensor], Any]
     size: int
     fingerprint: str = ""
+    augment: Callable[[Any, Context], Any] | None = None
 
 
 @dataclass(frozen=True)

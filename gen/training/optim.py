@@ -47,6 +47,17 @@ def make_optimizers(model: nn.Module, config: TrainConfig, device: torch.device)
     return [adamw, muon]
 
 
+def state_bytes(model: nn.Module, config: TrainConfig) -> int:
+    """Bytes that training keeps of a model in float32: weights, gradients, states of the optimizer, and averages."""
+    averages = bool(config.ema) + len(config.posthoc)
+    total = sum(b.nbytes for b in model.buffers()) * (1 + averages)
+    for name, p in model.named_parameters():
+        muon = config.optimizer == "muon" and is_hidden_matrix(name, p)
+        states = 1 + (1 if muon else 2) if p.requires_grad else 0  # the gradient, and one or two moments
+        total += p.numel() * p.element_size() * (1 + states + averages)
+    return total
+
+
 def parameter_groups(model: nn.Module) -> list[list[nn.Parameter]]:
     """Trainable parameters: all of them, or those of an `Adversarial` model and then its discriminator's."""
     return _split(model, {name: p for name, p in model.named_parameters() if p.requires_grad})

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from midway.gen.training.batches import Context, Order
 from midway.gen.training.interface import Items, Startable, Trainable
+from midway.gen.training.loading import on_device
 from midway.gen.training.state import placed
 
 START_SAMPLES = 1024
@@ -37,7 +38,7 @@ def start(wrapped: nn.Module, routed: Routed, items: Items, order: Order, batch_
     device = next(routed.parameters()).device
     count = min(batch_size, START_SAMPLES)
     context = Context(order.seed, 0, torch.arange(count, device=device))
-    wrapped(items.fetch(order(0, count)), context, start=True)
+    wrapped(on_device(items, items.read(order(0, count)), context, device), context, start=True)
     for module in wrapped.modules():  # FSDP goes back to its shards, where nothing has been written
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -241,7 +241,7 @@ def test_the_bare_loop_of_a_tokenizer_has_the_loss_of_fit(training: ModuleType) 
     row, items = training.tokenizer_row("digits-fsq", CPU, "no", False), torch.arange(100, 164)
     model, loss_of, size, config, device = row.peer.args
     assert (model, size, config, device) == (row.model, row.items.size, row.config, CPU)
-    ours, _ = row.model.loss(row.items.fetch(items), Context(0, 0, items))
+    ours, _ = row.model.loss(row.items.read(items), Context(0, 0, items))
     torch.testing.assert_close(loss_of(model, items), ours)
 
 
@@ -254,7 +254,7 @@ def test_the_bare_loop_of_a_latent_model_has_the_loss_of_fit(training: ModuleTyp
     with torch.no_grad():
         for values in model.parameters():
             values.add_(0.05 * torch.randn(values.shape))
-        ours, _ = row.model.loss(row.items.fetch(items), Context(0, 0, items))
+        ours, _ = row.model.loss(row.items.read(items), Context(0, 0, items))
         theirs = loss_of(model, items)
     assert ours.item() > 1.05
     assert theirs.item() == pytest.approx(ours.item(), rel=0.03)

@@ -21,12 +21,13 @@ from pictures import PIXEL_LIMIT, UNDECODABLE, UNUSABLE, Fault, noise, save
 from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.data import files, sources
-from midway.gen.data import images as data_module
-from midway.gen.data.decoding import Decoded
+from midway.gen.data import sources
+from midway.gen.data.fingerprint import fingerprint
 from midway.gen.data.images import ImageData, describe, load_images, to_float, to_uint8
 from midway.gen.data.sources import SOURCES, Arrays
 from midway.gen.data.splits import DataConfig, load_splits, split
+from midway.gen.files import file_set as files
+from midway.gen.files.decoding import Decoded
 
 CIFAR_ZIP = Path(__file__).parents[2] / ".." / "shared" / "data" / "cifar10-train.zip"
 
@@ -543,9 +544,9 @@ def test_fingerprint_sees_one_pixel_one_label_one_name_and_the_shape():
         (images.view(2, 1, 4, 2), labels, ("a", "b")),
         (images.flip(0), labels, ("a", "b")),
     ]
-    assert len({data_module._fingerprint(*variant) for variant in variants}) == len(variants)
+    assert len({fingerprint(*variant) for variant in variants}) == len(variants)
     strided = images.transpose(2, 3).contiguous().transpose(2, 3)
-    assert data_module._fingerprint(strided, labels, ("a", "b")) == data_module._fingerprint(*variants[0])
+    assert fingerprint(strided, labels, ("a", "b")) == fingerprint(*variants[0])
 
 
 # ---- split ----

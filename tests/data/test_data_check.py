@@ -18,9 +18,9 @@ from midway.gen.data import check as checks
 from midway.gen.data import check_report
 from midway.gen.data.check import DataFacts, check
 from midway.gen.data.contents import examine
-from midway.gen.data.decoding import Decoded
 from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig, split
+from midway.gen.files.decoding import Decoded
 
 OK, USAGE, DATA, DISK = 0, 2, 3, 5
 FAULTS = UNDECODABLE + UNUSABLE

@@ -20,10 +20,10 @@ from PIL import GifImagePlugin, Image, TiffImagePlugin
 from midway.gen.core.errors import DataError
 from midway.gen.data import external
 from midway.gen.data.check import check
-from midway.gen.data.decoding import IMAGE_LIMIT, PIXEL_LIMIT, Decoded, Unusable, decode
 from midway.gen.data.external import NPZ_LIMIT, ReadingOptions, read_external, read_npz
 from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig
+from midway.gen.files.decoding import IMAGE_LIMIT, PIXEL_LIMIT, Decoded, Unusable, decode
 
 FILES = {kind: made for kind, made in ENDLESS.items() if "directory" not in kind}
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -209,6 +209,20 @@ def test_rows_that_do_not_fit_raise_an_error() -> None:
         Table("bad", (1.0, 0.5), (0, 1), (Row(1.0, 0.5, (math.inf,), (1.0,)),))
 
 
+@pytest.mark.parametrize("nfe", [3, 5, 9])
+def test_edm_heun_of_commands_ends_at_sigma_0(nfe: int) -> None:
+    """On N nodes of their grid and sigma = 0: 2 N - 1 evaluations, and the state of algorithm 1 there."""
+    schedule, entry = EDM(), SOLVERS["edm_heun"]
+    steps = entry.steps(nfe)
+    table = entry.on(schedule, grids.karras(schedule, steps))
+    assert (table.nfe, table.grid) == (nfe, (*grids.karras(schedule, steps), 0.0))
+    assert entry.steps(nfe - 1, analytic_first=True) == steps
+    with pytest.raises(ValueError, match=r"4 network evaluations.* the last of 1: use 3 or 5"):
+        entry.steps(4)
+    assert SOLVERS["heun"].steps(4) == 2  # others end where the grid does
+    assert SOLVERS["heun"].on(schedule, grids.karras(schedule, 2)).grid == grids.karras(schedule, 2)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=names)
 def test_edm_heun_is_algorithm_1_of_edm(schedule: Schedule) -> None:
     """In y and rho, written out: Euler, then the trapezoid, but not after the last step, which ends at 0. 2 N - 1 evaluations."""

@@ -16,9 +16,9 @@ from PIL import Image
 
 from midway.gen.core.errors import DataError, raising
 from midway.gen.core.files import ZIP_DAMAGE, read_bytes, read_member, regular_file
-from midway.gen.data.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
-from midway.gen.data.listing import Listing, list_folder, list_zip
-from midway.gen.data.names import EXTENSIONS, ending, is_image, is_library, junk
+from midway.gen.files.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
+from midway.gen.files.listing import Listing, list_folder, list_zip
+from midway.gen.files.names import EXTENSIONS, ending, is_image, is_library, junk
 
 Result = TypeVar("Result")
 

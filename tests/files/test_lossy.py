@@ -12,12 +12,12 @@ import pytest
 from pictures import noise
 from PIL import Image, ImageFile, features
 
-from midway.gen.data import decoding
 from midway.gen.data.check import check
-from midway.gen.data.decoding import Decoded, Undecodable, decode
 from midway.gen.data.external import LOSSY_SAMPLES, read_external
 from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig
+from midway.gen.files import decoding
+from midway.gen.files.decoding import Decoded, Undecodable, decode
 
 COLOUR = Image.fromarray(noise(16, 24, 3))
 FRAMES: dict[str, Any] = {"save_all": True, "append_images": [COLOUR.rotate(180)]}

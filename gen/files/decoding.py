@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import check_size
-from midway.gen.data.depth import check_tiff, to_eight_bits
+from midway.gen.files.depth import check_tiff, to_eight_bits
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "HEIF")
 """What Pillow may try: not EPS, which starts Ghostscript. AVIF needs Pillow 11.3 or newer, HEIF the plugin pillow-heif."""

@@ -20,7 +20,9 @@ from midway.gen.core.errors import DataError
 from midway.gen.data.check import check
 from midway.gen.data.external import read_external
 from midway.gen.data.images import ImageData, describe, load_images
-from midway.gen.data.names import (
+from midway.gen.data.pictures import zip_writer
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.files.names import (
     canonical,
     copies_among,
     is_image,
@@ -29,8 +31,6 @@ from midway.gen.data.names import (
     splits_among,
     without_wrapper,
 )
-from midway.gen.data.pictures import zip_writer
-from midway.gen.data.splits import DataConfig, load_splits
 
 Content = Mapping[str, bytes]
 

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.decoding import listed_counts
-from midway.gen.data.files import FileSet
-from midway.gen.data.labels import LabelList, read_lists
-from midway.gen.data.names import (
+from midway.gen.files.decoding import listed_counts
+from midway.gen.files.file_set import FileSet
+from midway.gen.files.labels import LabelList, read_lists
+from midway.gen.files.names import (
     annotations_among,
     copies_among,
     ending,

@@ -13,10 +13,10 @@ from PIL import Image, TiffImagePlugin
 
 from midway.gen.core.errors import DataError
 from midway.gen.data.check import check
-from midway.gen.data.decoding import Decoded, Undecodable, Unusable, decode
 from midway.gen.data.external import read_external
 from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig
+from midway.gen.files.decoding import Decoded, Undecodable, Unusable, decode
 
 GREY, GREY_ALPHA, RGB, RGBA = (every_level(bands) for bands in (1, 2, 3, 4))
 SIXTEEN = "16-bit rounded to 8-bit: round(x / 257)"

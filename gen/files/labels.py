@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from midway.gen.core.errors import DataError, one_line, raising
-from midway.gen.data.files import FileSet
-from midway.gen.data.names import canonical, label_like
+from midway.gen.files.file_set import FileSet
+from midway.gen.files.names import canonical, label_like
 
 _FILE_NAME = "filename"
 _COLUMNS = ("label", "labels", "class", "classname", "category")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import ZIP_METHODS
-from midway.gen.data.names import canonical, is_image, junk, of_windows, without_wrapper
+from midway.gen.files.names import canonical, is_image, junk, of_windows, without_wrapper
 
 Identity = tuple[int, int] | str
 """Device and number of a file, or its real path where the file system numbers none."""
