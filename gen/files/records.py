@@ -115,6 +115,10 @@ class Records:
         """What the index has of every record under this name, (N, ...). KeyError if it has none."""
         return self._index[name]
 
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that the index has."""
+        return self._index
+
     def verify(self) -> None:
         """Compare the sha256 of every shard; DataError naming one that differs."""
         for number, shard in enumerate(self.shards):

@@ -281,8 +281,8 @@ def test_workers_are_a_number_or_auto() -> None:
 
 def test_a_batch_is_placed_with_all_its_tensors() -> None:
     meta, context = torch.device("meta"), Context(0, 0, torch.arange(2))
-    latents = LatentBatch(torch.zeros(2, 3), torch.zeros(2), None)
-    for batch in (latents, replace(latents, mirrored=torch.ones(2, 3)), (torch.ones(2), latents), torch.ones(2)):
+    latents = LatentBatch(torch.zeros(2, 3), torch.zeros(2))
+    for batch in (latents, (torch.ones(2), latents), torch.ones(2)):
         devices = list[str]()
         moved = on_device(Items(lambda items: items, 2), batch, context, meta)
         assert type(moved) is type(batch)
