@@ -86,6 +86,8 @@ def run(task: CheckTask) -> DataFacts:
 def run_build(task: BuildTask) -> None:
     """Build, and describe the set; errors as of `build`."""
     check_unambiguous(task.data)
+    if task.crop is not None:
+        raise UsageError(f"--crop {task.crop}", "a built set has whole images", "drop it here, and pass it to training")
     workers = None if task.workers == "auto" else task.workers
     built = build(_config(task), task.out, task.keep_encoded, workers, task.overwrite, _progress())
     echo(describe(load(DataConfig(str(task.out)))))

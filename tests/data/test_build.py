@@ -206,7 +206,7 @@ def fill_up(patch: pytest.MonkeyPatch, after: int) -> None:
 def test_a_full_disk_leaves_whole_shards_and_nothing_that_is_read(begun: tuple[Path, Path]) -> None:
     folder, out = begun
     assert {path.name for path in out.iterdir()} == {
-        *(".lock", "plan.json", "records-00000.npy", "records-00000.npy.index"),
+        *(".lock", "unfinished-build.json", "records-00000.npy", "records-00000.npy.index"),
         *("records-00001.npy", "records-00001.npy.index"),
     }
     with pytest.raises(DataError, match=r"unfinished set[\s\S]*run the same build again"):
