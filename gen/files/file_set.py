@@ -20,6 +20,7 @@ from midway.gen.files.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusabl
 from midway.gen.files.listing import Listing, list_folder, list_zip
 from midway.gen.files.names import EXTENSIONS, ending, is_image, is_library, junk
 
+Name = TypeVar("Name")
 Result = TypeVar("Result")
 
 _CHUNK = 16  # files a thread takes at once: one future per file would cost as much as a small JPEG
@@ -34,6 +35,7 @@ class FileSet:
 
     names: tuple[str, ...]  # sorted, relative to the source, "/" between parts
     read: Callable[[str], bytes]  # of `names` and `others`; safe to call from several threads
+    size: Callable[[str], int]  # bytes of the file
     others: tuple[str, ...] = ()  # files whose names do not end like an image's
     junk: Mapping[str, int] = field(
         default_factory=dict
@@ -54,11 +56,20 @@ def open_files(path: Path) -> Iterator[FileSet]:
         raise DataError(f"{path} is a library of photo software", why, "export its photos to a folder, and give that")
     if path.is_dir():
         listing = list_folder(path)
-        yield _file_set(path, listing, lambda name: read_bytes(path / listing.raw.get(name, name), IMAGE_LIMIT))
+        yield _file_set(path, listing, *_reader(path, listing))
     else:
         with _open_zip(path) as archive:
             listing, members = list_zip(archive, path)
-            yield _file_set(path, listing, _locked_read(archive, members))
+            yield _file_set(path, listing, _locked_read(archive, members), lambda name: members[name].file_size)
+
+
+def _reader(path: Path, listing: Listing) -> tuple[Callable[[str], bytes], Callable[[str], int]]:
+    """How the files of a folder are read, and their sizes."""
+
+    def place(name: str) -> Path:
+        return path / listing.raw.get(name, name)
+
+    return lambda name: read_bytes(place(name), IMAGE_LIMIT), lambda name: place(name).stat().st_size
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
@@ -77,7 +88,7 @@ def _locked_read(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
     return read
 
 
-def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes]) -> FileSet:
+def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes], size: Callable[[str], int]) -> FileSet:
     marks = {name: mark for name in listing.files if (mark := junk(name)) is not None}
     names = tuple(name for name in listing.files if is_image(name) and name not in marks)
     others = tuple(name for name in listing.files if not is_image(name) and name not in marks)
@@ -87,7 +98,7 @@ def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes]) -> Fil
         why = f"it holds {len(listing.files)} other files ({kinds})" if listing.files else "it is empty"
         raise DataError(f"no images in {path}", why, f"put image files there ({' '.join(EXTENSIONS)})")
     folders = tuple(name for name in listing.folders if junk(name) is None)
-    return FileSet(names, read, others, left, len(listing.repeated), folders, tuple(listing.aliases))
+    return FileSet(names, read, size, others, left, len(listing.repeated), folders, tuple(listing.aliases))
 
 
 # ---- all files ----
@@ -98,16 +109,18 @@ def decode_all(files: FileSet, channels: int | None, resize: int | None) -> Iter
     return map_files(files.names, lambda name: decode(name, files.read, channels, resize))
 
 
-def map_files(names: Sequence[str], work: Callable[[str], Result]) -> Iterator[Result]:
-    """`work` of every name, in their order; by several threads where that is faster."""
+def map_files(names: Sequence[Name], work: Callable[[Name], Result], workers: int | None = None) -> Iterator[Result]:
+    """`work` of every name, in their order; by `workers` threads, or where that is faster by as many as there are cores."""
     Image.init()  # plugins are registered once here rather than by racing threads
+    if not names:
+        return
 
-    def work_chunk(names: Sequence[str]) -> list[Result]:
+    def work_chunk(names: Sequence[Name]) -> list[Result]:
         return [work(name) for name in names]
 
     start = time.perf_counter()
     first = work_chunk(names[:_CHUNK])
-    threads = _threads((time.perf_counter() - start) / len(first))
+    threads = workers or _threads((time.perf_counter() - start) / len(first))
     pool, ahead = ThreadPoolExecutor(threads), deque()
     try:
         yield from first
