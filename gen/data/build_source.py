@@ -18,6 +18,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.files.decoding import Decoded, Undecodable, decode, decoder_versions, prepare
 from midway.gen.files.file_set import FileSet, open_files
 from midway.gen.files.layouts import layout_of
+from midway.gen.files.shards import set_name
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def open_source(config: DataConfig, keep_encoded: bool) -> Iterator[BuildSource]
     with open_files(path) as files:
         layout = layout_of(files)
         yield BuildSource(
-            path.resolve().name if path.is_dir() else path.stem,
+            set_name(path),
             files.names,
             np.fromiter(map(files.size, files.names), np.int64, len(files.names)),
             torch.tensor(layout.labels),

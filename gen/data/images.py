@@ -22,6 +22,7 @@ from midway.gen.files.decoding import Decoded, Undecodable, check_options, count
 from midway.gen.files.file_set import check_bad, decode_all, open_files
 from midway.gen.files.layouts import layout_of
 from midway.gen.files.records import is_records
+from midway.gen.files.shards import set_name
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,9 @@ def _load_path(
         layout = layout_of(files)
         pixels, conversions = stack(good(decode_all(files, channels, resize), layout.labels), count)
     skipped = check_bad(bad, count, on_bad_image)
-    name = path.resolve().name if path.is_dir() else path.stem
     stated = tuple(f"{counted(len(kept))}: {note}" for note in layout.notes)
     images, labels = torch.from_numpy(pixels), torch.tensor(kept)
-    return image_data(images, labels, layout.classes, name, conversions + stated + skipped, layout.lines)
+    return image_data(images, labels, layout.classes, set_name(path), conversions + stated + skipped, layout.lines)
 
 
 def image_data(

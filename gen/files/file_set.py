@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -19,6 +19,9 @@ from midway.gen.core.files import ZIP_DAMAGE, read_bytes, read_member, regular_f
 from midway.gen.files.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
 from midway.gen.files.listing import Listing, list_folder, list_zip
 from midway.gen.files.names import EXTENSIONS, ending, is_image, is_library, junk
+from midway.gen.files.parquet import open_parquet
+from midway.gen.files.shards import TAR, shard_paths
+from midway.gen.files.tars import index_tars, reading_members, sidecar_labels
 
 Name = TypeVar("Name")
 Result = TypeVar("Result")
@@ -43,6 +46,9 @@ class FileSet:
     repeated: int = 0  # names of files and folders that are read by another name
     folders: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()  # links to one folder, of which the first is read
+    labels: Mapping[str, str] | None = None  # of all `names`, where the source itself has them
+    labels_from: str = ""  # where those are
+    classes: tuple[str, ...] | None = None  # the names of the classes that such labels number
 
 
 # ---- which files ----
@@ -54,13 +60,37 @@ def open_files(path: Path) -> Iterator[FileSet]:
     if is_library(path.name):
         why = "it holds previews and thumbnails beside the photos, in folders that are no classes"
         raise DataError(f"{path} is a library of photo software", why, "export its photos to a folder, and give that")
-    if path.is_dir():
+    if shards := shard_paths(path):
+        with _open_shards(path, shards) as files:
+            yield files
+    elif path.is_dir():
         listing = list_folder(path)
         yield _file_set(path, listing, *_reader(path, listing))
     else:
         with _open_zip(path) as archive:
             listing, members = list_zip(archive, path)
             yield _file_set(path, listing, _locked_read(archive, members), lambda name: members[name].file_size)
+
+
+@contextmanager
+def _open_shards(path: Path, shards: Sequence[Path]) -> Iterator[FileSet]:
+    """The images in tar or parquet files."""
+    if shards[0].suffix == TAR:
+        listing, members = index_tars(shards)
+        with reading_members(members) as read:
+            labels, kind = sidecar_labels(listing, read)
+            files = _file_set(path, listing, read, members.size)
+            others = tuple(name for name in files.others if labels is None or not name.endswith(kind))
+            yield replace(files, others=others, labels=labels, labels_from=f"the {kind} files")
+    else:
+        with open_parquet(shards) as rows:
+            names, values = tuple(rows.names()), rows.labels()
+            labels = None if values is None else dict(zip(names, values, strict=True))
+            left = f"; {', '.join(rows.other_labels)} would be others" if rows.other_labels else ""
+            if not names:
+                raise DataError(f"no images in {path}", "it has no rows", "give files with rows")
+            given = (labels, f"the column {rows.label}{left}", rows.classes)
+            yield FileSet(names, rows.read, rows.size, (), {}, 0, (), (), *given)
 
 
 def _reader(path: Path, listing: Listing) -> tuple[Callable[[str], bytes], Callable[[str], int]]:
