@@ -87,7 +87,8 @@ def run_build(task: BuildTask) -> None:
     """Build, and describe the set; errors as of `build`."""
     check_unambiguous(task.data)
     if task.crop is not None:
-        raise UsageError(f"--crop {task.crop}", "a built set has whole images", "drop it here, and pass it to training")
+        fix = "build without it, and pass it to the training; --resize brings images to one size here"
+        raise UsageError(f"--crop {task.crop}", "windows are cut as images are used, not as they are stored", fix)
     workers = None if task.workers == "auto" else task.workers
     built = build(_config(task), task.out, task.keep_encoded, workers, task.overwrite, _progress())
     echo(describe(load(DataConfig(str(task.out)))))
