@@ -8,7 +8,7 @@ ARGS   ?=
 TESTS  := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo demo-mnist prove test test-slow check format bench clean
+.PHONY: help dev demo demo-mnist prove test test-slow check format bench gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -59,6 +59,16 @@ bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*
 	$(BIN)/python benchmarks/training.py $(ARGS)
 	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/loading.py
+
+# the environment if there is one, else a Python that has torch already, as on GPU machines without a network; else `make dev`
+HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+gpu: ## all that only a CUDA machine can show, in nine minutes; writes benchmarks/results/gpu.json
+	@mkdir -p .imports/midway
+	@for folder in gen samplers tokenizers; do ln -sfn ../../$$folder .imports/midway/$$folder; done
+	@if $(BIN)/python $(HAS_TORCH) 2>/dev/null; then python=$(BIN)/python; \
+	elif $(PYTHON) $(HAS_TORCH); then python=$(PYTHON); \
+	else $(MAKE) dev && python=$(BIN)/python || exit 1; fi; \
+	PYTHONPATH="$(CURDIR)/.imports$${PYTHONPATH:+:$$PYTHONPATH}" exec "$$python" benchmarks/gpu.py $(ARGS)
 
 clean: ## remove the virtual environment and caches, keep runs/
 	rm -rf $(VENV) .imports midway.egg-info build .pytest_cache .ruff_cache

@@ -1,7 +1,7 @@
 """What benchmarks share: lines of a table, how they are judged, printed and written; two steps measured side by side.
 
 ms     process time of a step on one thread, both sides in turns in one process, lower decile of the turns (what else the
-       machine does only adds); on a GPU wall-clock, the device waited for
+       machine does only adds); on a GPU the time between two CUDA events around the step, the GPU idle before, median
 MiB    the most that one step has allocated at a time beyond what was there before: allocations and releases that torch's
        allocator reports to its profiler, temporaries inside of operations too. (A process's resident size would show
        neither what fits below its earlier peak nor what was given back.) Packing buffers of the BLAS are not torch's, on
@@ -89,12 +89,14 @@ def process_seconds(work: Callable[[], object]) -> float:
 
 
 def device_seconds(work: Callable[[], object]) -> float:
-    """Wall-clock, the GPU waited for."""
+    """Between two CUDA events around the work, the GPU idle before; what the GPU waits for the host is part of it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    start = time.perf_counter()
+    start.record()
     work()
+    end.record()
     torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -182,17 +184,21 @@ def measure(comparison: Comparison, seconds: float, least: int, device: torch.de
     found = checked(comparison)
     if device.type == "cuda":
         comparison = replace(comparison, name=f"{comparison.name}, GPU", time=None, memory=None)
-    clock = device_seconds if device.type == "cuda" else process_seconds
-    yield time_row(comparison, found, take_turns(comparison, seconds, least, clock))
+    clock, decile = (device_seconds, 4) if device.type == "cuda" else (process_seconds, 0)
+    yield time_row(comparison, found, take_turns(comparison, seconds, least, clock), decile)
     if comparison.share == 1:
         ours, peer = (peak_bytes(side, device) / 2**20 for side in (comparison.ours, comparison.peer))
         name = f"{comparison.name}, memory"
         yield judged(name, "MiB", ours, comparison.peer_name, peer, comparison.memory, differences=found)
 
 
-def time_row(comparison: Comparison, found: dict[str, float], pairs: list[tuple[float, float]]) -> Measured:
-    """The lower decile of both sides."""
-    ours, peer = (statistics.quantiles(side, n=10, method="inclusive")[0] * 1e3 for side in zip(*pairs, strict=True))
+def time_row(
+    comparison: Comparison, found: dict[str, float], pairs: list[tuple[float, float]], decile: int = 0
+) -> Measured:
+    """A decile of both sides, from 0 for the lowest; 4 is the median."""
+    ours, peer = (
+        statistics.quantiles(side, n=10, method="inclusive")[decile] * 1e3 for side in zip(*pairs, strict=True)
+    )
     low, _, high = statistics.quantiles([p / o / comparison.share for o, p in pairs], n=4, method="inclusive")
     facts = {"differences": found, "quartiles": (round(low, 2), round(high, 2)), "turns": len(pairs)}
     return judged(comparison.name, "ms", ours, comparison.peer_name, peer / comparison.share, comparison.time, **facts)

@@ -35,7 +35,6 @@ from midway.tokenizers.fsq import FSQ
 from midway.tokenizers.lfq import LFQ
 from midway.tokenizers.quantizers import make_quantizer
 from midway.tokenizers.simvq import SimVQ
-from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.vq import VQ
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -295,6 +294,8 @@ def tokenizer_training(
     batch: int, image_size: int, width: int, size: int, dim: int, device: torch.device, **least: float
 ) -> Comparison:
     """A whole tokenizer's step with AdamW, beside the same encoder and decoder with the peer's quantizer between them."""
+    from midway.tokenizers.tokenizer import ImageTokenizer  # needs diffusers, which the other rows do not
+
     torch.manual_seed(0)
     config = {"type": "vq", "codebook_size": size, "dim": dim, "decay": DECAY, "restart_threshold": 0}
     tokenizer = ImageTokenizer(3, image_size, width, downsample=4, quantizer=config).train()

@@ -317,23 +317,30 @@ def overhead_rows(model: LatentModel, table: Table, batch: int, device: torch.de
     return rows
 
 
-def latency_row(model: LatentModel, device: torch.device, repeats: int) -> Result:
-    """One image in 5 evaluations: our graph beside the eager loop of a diffusers pipeline over the same network."""
-    from diffusers import DDIMScheduler
+def diffusers_loop(model: LatentModel, name: str, steps: int, x: Tensor, labels: Tensor) -> Trajectory:
+    """The loop of a diffusers pipeline over the same network; ModuleNotFoundError without diffusers."""
+    import diffusers
 
-    table = SOLVERS["ddim"].build(model.schedule, uniform(model.schedule, 5))
-    labels = torch.zeros(1, dtype=torch.int64, device=device)
-    x, graphs, scheduler = torch.randn(1, *model.latent_shape, device=device), Graphs(), DDIMScheduler()
+    scheduler = getattr(diffusers, name)()
 
     def loop() -> Tensor:
-        scheduler.set_timesteps(5, device=device)
+        scheduler.set_timesteps(steps, device=x.device)
         state = x
         for t in scheduler.timesteps:
-            angle = (t / 1000).expand(1)
-            value = model.network(state, angle, labels).value
-            state = scheduler.step(value, t, state).prev_sample  # pyright: ignore
+            scaled = scheduler.scale_model_input(state, t)
+            value = model.network(scaled, (t / 1000).expand(len(x)), labels).value
+            state = scheduler.step(value, t, state).prev_sample
         return state
 
+    return loop
+
+
+def latency_row(model: LatentModel, device: torch.device, repeats: int) -> Result:
+    """One image in 5 evaluations: our graph beside the eager loop of a diffusers pipeline over the same network."""
+    table = SOLVERS["ddim"].build(model.schedule, uniform(model.schedule, 5))
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    x, graphs = torch.randn(1, *model.latent_shape, device=device), Graphs()
+    loop = diffusers_loop(model, "DDIMScheduler", 5, x, labels)
     with torch.no_grad():
         theirs = elapsed(loop, device, repeats)
         ours = elapsed(lambda: graphs.sample(model.field, table, x, (labels,)), device, repeats)

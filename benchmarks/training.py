@@ -38,7 +38,6 @@ from midway.gen.core.environment import environment
 from midway.gen.core.runs import Run
 from midway.gen.data.images import load_images, to_float
 from midway.gen.diffusion.model import LatentModel
-from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch, LatentBatch
 from midway.gen.training.config import TrainConfig, learning_rate
 from midway.gen.training.fit import fit
@@ -46,10 +45,8 @@ from midway.gen.training.interface import Items
 from midway.gen.training.optim import compile_networks
 from midway.gen.training.starting import START_SAMPLES
 from midway.samplers.prediction import expand, target_value
-from midway.tokenizers.tokenizer import ImageTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 
 Peer = Callable[[], Iterator[None]]
 """A fresh training that has done one more optimizer step after each next()."""
@@ -105,9 +102,14 @@ class TakingTurns(nn.Module):
         return time.perf_counter()
 
 
-def take_turns(row: Row, turns: int, device: torch.device) -> list[tuple[float, float]]:
-    """Seconds per step of fit() and of the peer, for each of `turns` turns; the first few are not counted."""
-    turn = 50 if device.type == "cuda" else 1
+def turn_of(device: torch.device) -> int:
+    """Optimizer steps of a turn: where the device is waited for between them, many."""
+    return 50 if device.type == "cuda" else 1
+
+
+def take_turns(row: Row, turns: int, device: torch.device, turn: int | None = None) -> list[tuple[float, float]]:
+    """Seconds per step of fit() and of the peer, for each of `turns` turns of `turn` steps; the first few are not counted."""
+    turn = turn or turn_of(device)
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision=row.config.precision, cpu=device.type == "cpu")
     model = TakingTurns(copy.deepcopy(row.model), row.peer(), turn, device)
@@ -172,6 +174,10 @@ def images_like(name: str) -> Tensor:
 
 def tokenizer_row(recipe: str, device: torch.device, precision: str, compiled: bool) -> Row:
     """A tokenizer recipe: fit() and the bare loop."""
+    from midway.gen.tokenizer.objective import TokenizerObjective  # these need diffusers and tyro, other rows do not
+    from midway.tokenizers.tokenizer import ImageTokenizer
+    from recipes import TOKENIZER_RECIPES
+
     task = TOKENIZER_RECIPES[recipe]()
     images = images_like(recipe.split("-")[0]).to(device)
     tokenizer = ImageTokenizer(
@@ -202,15 +208,21 @@ def tokenizer_row(recipe: str, device: torch.device, precision: str, compiled: b
 
 def latent_row(recipe: str, device: torch.device, precision: str, compiled: bool) -> Row:
     """A latent-model recipe on standard normal latents of its tokenizer's shape: fit() and the bare loop."""
+    from recipes import LATENT_RECIPES
+
     task = LATENT_RECIPES[recipe]()
     digits = recipe.startswith("digits")
     shape, size = ((6, 2, 2), 1438) if digits else ((6, 8, 8), 2048)
-    latents = torch.randn(size, *shape).to(device)
-    labels = torch.randint(0, 10, (size,)).to(device)
     model = LatentModel(task.model, shape, 10)
-    config = replace(task.train, precision=precision, compile=compiled)
+    return latent_model_row(recipe, model, size, replace(task.train, precision=precision, compile=compiled), device)
+
+
+def latent_model_row(name: str, model: LatentModel, size: int, config: TrainConfig, device: torch.device) -> Row:
+    """A latent model on `size` standard normal latents: fit() and the bare loop."""
+    latents = torch.randn(size, *model.latent_shape).to(device)
+    labels = torch.randint(0, model.classes, (size,)).to(device)
     fetch = Items(lambda items: LatentBatch(latents[items.to(device)], labels[items.to(device)]), size)
-    mean, std, dropped = task.model.time_mean, task.model.time_std, task.model.label_dropout
+    mean, std, dropped = model.config.time_mean, model.config.time_std, model.config.label_dropout
 
     def loss_of(net: nn.Module, items: Tensor) -> Tensor:
         assert isinstance(net, LatentModel)
@@ -218,12 +230,12 @@ def latent_row(recipe: str, device: torch.device, precision: str, compiled: bool
         x0 = latents[items]
         eps, schedule = torch.randn_like(x0), net.schedule
         t = schedule.time_of_rho((mean + std * torch.randn(len(x0), device=device)).exp().clamp(0.002, 80))
-        label = torch.where(torch.rand(len(x0), device=device) < dropped, 10, labels[items])
+        label = torch.where(torch.rand(len(x0), device=device) < dropped, net.classes, labels[items])
         x_t = expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * eps
         target = target_value(net.config.target, x0, eps, t, schedule) / expand(net.output_scale(t), x0)
         return F.mse_loss(net.forward_network(x_t, t, label)[0].float(), target)
 
-    return make_row(recipe, model, fetch, loss_of, config, device)
+    return make_row(name, model, fetch, loss_of, config, device)
 
 
 def make_row(
@@ -347,11 +359,11 @@ def rows_for(device: torch.device) -> list[Callable[[], Row]]:
     return makers
 
 
-def measure(row: Row, seconds: float, device: torch.device) -> dict[str, Any]:
-    """Images per second of both sides, and the ratio of their times per step with its standard error."""
-    pair_seconds = sum(statistics.median(side) for side in zip(*take_turns(row, 4, device)))
-    turn = 50 if device.type == "cuda" else 1
-    ratios_of = take_turns(row, max(20, int(seconds / pair_seconds / turn)), device)
+def measure(row: Row, seconds: float, device: torch.device, turn: int | None = None, least: int = 20) -> dict[str, Any]:
+    """Images per second of both sides, and the ratio of their times per step with its standard error; `least` turns or more."""
+    turn = turn or turn_of(device)
+    pair_seconds = sum(statistics.median(side) for side in zip(*take_turns(row, 4, device, turn)))
+    ratios_of = take_turns(row, max(least, int(seconds / pair_seconds / turn)), device, turn)
     ours, theirs = (statistics.median(side) for side in zip(*ratios_of))
     ratios = torch.tensor([their / own for own, their in ratios_of])
     resampled = ratios[torch.randint(len(ratios), (200, len(ratios)))].median(dim=1).values

@@ -18,8 +18,9 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.tokenizer.card import finish, model_card
-from midway.gen.tokenizer.latents import give_statistics, latent_statistics
+from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
+from midway.gen.tokenizer.statistics import give_statistics
 from midway.tokenizers.diffusers_import import import_tokenizer, read_model
 from midway.tokenizers.tokenizer import ImageTokenizer
 

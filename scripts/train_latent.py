@@ -12,12 +12,11 @@ from cli import main, resolve
 from dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, nearest, raising
-from midway.gen.core.files import clear_temporaries
-from midway.gen.core.processes import at_work, raised_by_all
+from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
-from midway.gen.data.levels import levels_of
+from midway.gen.data.levels import levels_of, values_of
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
@@ -28,7 +27,9 @@ from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.tokenizer.latents import Latents, cache_path, encode, give_statistics, load_latents, save_latents
+from midway.gen.tokenizer.encoding import Encoding, encode
+from midway.gen.tokenizer.latents import Views, cache_path, open_latents
+from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
@@ -69,40 +70,21 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
-    path = task.latents or cache_path(task.tokenizer, images, tokenizer, task.flip)
-    with raised_by_all():
-        if accelerator.is_main_process:
-            clear_temporaries(task.tokenizer)
-        if accelerator.is_main_process and task.latents is None and not path.exists():
-            with at_work("encoding"):
-                made = encode(tokenizer, images, flip=task.flip)
-                give_statistics(tokenizer, made.mean, made.std, images.images)  # an error before anything is written
-                save_latents(made, path)
-    latents = load_latents(path, images, tokenizer, task.flip)
+    views = Views(mirrored=task.flip)
+    path = task.latents or cache_path(task.tokenizer, images, tokenizer, views)
+    if task.latents is None:
+        process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        encode(path, tokenizer, images, Encoding(views), process)
+    latents = open_latents(path, images, tokenizer, task.flip)
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
-    fingerprint = f"{latents.data_fingerprint} by {latents.tokenizer_hash}"
-    items = Items(fetcher(latents, accelerator.device), len(latents.raw), fingerprint)
     draw = class_draw(None, images, model.classes, model.empty)
-    return Parts(model, items, tokenizer, data, describe(images), draw)
+    return Parts(model, latents.items(task.flip), tokenizer, data, describe(images), draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
     """An untrained model of these classes. ValueError for a configuration that does not fit the latents."""
     return LatentModel(task.model, tokenizer.latent_shape, len(train.classes), empty_classes(train), train.classes)
-
-
-def fetcher(latents: Latents, device: torch.device):
-    """Item indices -> LatentBatch; everything is kept on the device."""
-    x0, labels = latents.standardised.to(device), latents.labels.to(device)
-    mirrored = latents.standardised_mirrored
-    other = None if mirrored is None else mirrored.to(device)
-
-    def fetch(items: Tensor) -> LatentBatch:
-        items = items.to(device)
-        return LatentBatch(x0[items], labels[items], None if other is None else other[items])
-
-    return fetch
 
 
 def train(task: LatentTask) -> Run | None:
@@ -194,7 +176,7 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
             "these latents are no pixels: the tokenizer is learned",
             "drop it, or use the tokenizer of the recipe digits-pixels",
         )
-    levels = levels_of(torch.cat([part.unique() for part in images.images.split(4096)]))
+    levels = levels_of(values_of(images.images))
     model.set_bins(levels, tokenizer.latent_std)
 
 

@@ -18,9 +18,10 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.tokenizer.card import finish, model_card, training_rows
-from midway.gen.tokenizer.latents import give_statistics, latent_statistics
+from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
+from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks

@@ -37,7 +37,7 @@ from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features
 from midway.gen.features.reference import make_reference
 from midway.gen.sweep.store import Cell, Numbers, Part
-from midway.gen.tokenizer.latents import load_latents
+from midway.gen.tokenizer.latents import open_latents
 from midway.gen.training.checkpointing import read_state
 from recipes import LATENT_RECIPES
 from tasks import LatentTask
@@ -82,9 +82,8 @@ def only(root: Path, pattern: str) -> Path:
 
 def read_latents(root: Path) -> object:
     tokenizer, data = load_tokenizer(root / "tokenizer")
-    return load_latents(
-        only(root, "tokenizer/latents-????????-????????.safetensors"), load_splits(data).train, tokenizer
-    )
+    found = open_latents(only(root, "tokenizer/latents-????????-????????"), load_splits(data).train, tokenizer)
+    return found.read(torch.arange(len(found)))
 
 
 def read_solver(root: Path, name: str) -> object:
@@ -115,7 +114,6 @@ TENSORS: dict[str, tuple[str, Read]] = {
     ),
     "first average": ("model/posthoc/step-5-std-0.050.safetensors", average),
     "last average": ("model/posthoc/step-25-std-0.100.safetensors", average),
-    "latents": ("tokenizer/latents-????????-????????.safetensors", read_latents),
     "predictor": (f"model/{AMED}/{STEP}/solver.safetensors", lambda root: read_solver(root, "amed-predictor")),
     "constants": (
         f"model/solvers/amed-uniform-nfe4/{STEP}/solver.safetensors",
@@ -202,6 +200,7 @@ DOCUMENTS: dict[str, Document] = {
     "state": Document(f"model/{STEP}/state.json", (lambda root: resumed(root / "model"),), depth=1),
     "latent model": Document(f"model/{STEP}/model.json", (TENSORS["latent model"][1],)),
     "baseline": Document("baseline/best/step-*/model.json", (TENSORS["baseline"][1],)),
+    "latents": Document("tokenizer/latents-????????-????????/manifest.json", (read_latents,)),
     "tokenizer": Document(f"tokenizer/{STEP}/tokenizer/config.json", (TENSORS["tokenizer"][1],)),
     "environment": Document("model/env.json", (lambda root: noted(root / "model"),), depth=1, forgiving=True),
     "metrics": Document(

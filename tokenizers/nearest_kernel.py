@@ -1,11 +1,12 @@
 """The search for the nearest code as one Triton kernel: scores stay on the chip instead of going through memory by the chunk.
 
-    index_n = argmax_k (x_n . e_k + b_k), of ties the lowest; a score that is NaN counts as infinite, as in torch
+    index_n = argmax_k (x_n . e_k + b_k), of ties the lowest; a score that is NaN counts as infinite (in torch as more)
 
 Used on a CUDA device only after it has agreed with torch there, once per process and number of channels; anything that goes
 wrong in that trial leaves it to torch.
 """
 
+import contextlib
 import functools
 import warnings
 from typing import Any
@@ -19,13 +20,13 @@ WIDEST = 128
 
 
 def highest_score(rows: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
-    """(N, D), (K, D), (K,) float32 on a CUDA device -> (N,) int64."""
+    """(N, D), (K, D), (K,) float32 on a CUDA device, or on a CPU by Triton's interpreter -> (N,) int64."""
     rows, codes, bias = rows.contiguous(), codes.contiguous(), bias.contiguous()
     found = torch.empty(len(rows), dtype=torch.int64, device=rows.device)
     (count, dim), size = rows.shape, len(codes)
     width = max(16, 1 << (dim - 1).bit_length())
     blocks = (count + ROWS - 1) // ROWS
-    with torch.cuda.device(rows.device):
+    with torch.cuda.device(rows.device) if rows.is_cuda else contextlib.nullcontext():
         _kernel()[(blocks,)](found, rows, codes, bias, count, size, dim, width, ROWS, CODES)
     return found
 

@@ -139,6 +139,14 @@ def raised_by_all() -> Iterator[None]:
         raise failure
 
 
+def first_of_all(value: Item) -> Item:
+    """What the first process has of it, on every process; each has to call it."""
+    shared = [value]
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast_object_list(shared)
+    return shared[0]
+
+
 def is_first(text: str) -> bool:
     """Whether no other process has printed this text."""
     return _watch is None or _watch.exchange(claim=text)

@@ -153,10 +153,9 @@ class LatentModel(nn.Module):
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
 
-        Where the batch has mirrored latents, each sample is one or the other, at random. With `dequantise` each pixel is uniform
-        on the bin of its level, value (2 u - 1) / (levels - 1) around it.
+        With `dequantise` each pixel is uniform on the bin of its level, value (2 u - 1) / (levels - 1) around it.
         """
-        x0 = batch.latents if batch.mirrored is None else context.either(batch.latents, batch.mirrored, "flip")
+        x0 = batch.latents
         if self.config.dequantise:
             x0 = x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
         u, label = context.uniforms("time", "label")

@@ -1,65 +1,110 @@
-"""Encode a data set once: raw latents, labels and per-channel statistics, in one file keyed by images and tokenizer.
+"""The latents of a data set in a folder of records, read batch by batch: raw, with labels and per-channel statistics.
 
-    model input = (latent - mean_d) / std_d,   over all items and positions of channel d
+    model input = (latent - mean_d) / std_d,   over all images, views and positions of channel d
 
-Mean and std are streamed in float64. Of n numbers with mean m and sum of squared deviations s, and n', m', s' more (Chan et al.
-1983, equations 2.1 a and b):
+A record holds the V views of one image, (V, D, h, w): one or five windows of it (the centre of an image of the tokenizer's size
+is the image), then, if there are mirrored views, the mirror images of these windows in the same order. The views are encoded one
+by one, since a mirrored latent is not the latent of a mirrored image; mean and std are those of all of them together.
 
-    N = n + n'      M = m + (m' - m) n' / N      S = s + s' + (m' - m)^2 n n' / N      std = sqrt(S / (N - 1))
-
-Unlike sums of squares they lose nothing where the mean is far from 0. With `flip` the left-right mirrored images are encoded too,
-since a mirrored latent is not the latent of a mirrored image; mean and std are then those of both together.
-
-A cache is keyed by the fingerprint of the images and the hash of the tokenizer's weights; with any other pair loading fails.
+Which view a sample of a training step has is a function of (seed, step, global position). A folder is of the images of one
+fingerprint and the tokenizer of one hash; with any other pair opening it fails. encoding.py writes such folders.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DivergedError, raising
-from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
-from midway.gen.data.images import ImageData, to_float
-from midway.tokenizers.memory import images_at_once
+from midway.gen.core.errors import DataError, raising
+from midway.gen.core.files import DAMAGE, state_hash
+from midway.gen.data.images import ImageData
+from midway.gen.files.records import Records, open_records, record_bytes
+from midway.gen.training.batches import Context, LatentBatch
+from midway.gen.training.interface import Items
 from midway.tokenizers.tokenizer import ImageTokenizer
 from midway.tokenizers.weights import check_tensors
 
-FORMAT = "midway-latents-1"
+KIND = "latents"
+IN_MEMORY = 256 << 20
+"""Bytes of latents that are kept in memory; more are read from the disk, batch by batch."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """Those of one image in a record: 1 window (the whole) or 5 (corners and centre), and whether each has its mirror image."""
+
+    windows: int = 1
+    mirrored: bool = False
+
+    @property
+    def count(self) -> int:
+        """V."""
+        return self.windows * (1 + self.mirrored)
+
+    @property
+    def flags(self) -> str:
+        """As flags of scripts/encode.py, each after a space."""
+        return " --crops 10" if self.windows > 1 else " --flip" * self.mirrored
+
+    def choose(self, context: Context, flip: bool) -> Tensor | None:
+        """int64 (B,): the view of every sample, mirrored ones among them with `flip`; None if there is one to choose from."""
+        chosen = None
+        if self.windows > 1:
+            chosen = (context.uniform("crop") * self.windows).long()
+        if flip:
+            mirror = self.windows * (context.uniform("flip") < 0.5).long()
+            chosen = mirror if chosen is None else chosen + mirror
+        return chosen
+
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Raw latents of all views (B, V, D, h, w), as they are stored, and labels int64 (B,)."""
+
+    views: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
 class Latents:
-    """raw float32 (N, D, h, w) before standardisation, labels int64 (N,), mean and std float32 (D,).
+    """An opened folder: `labels` int64 (N,), and `mean` and `std` float32 (D,) of the raw latents."""
 
-    mirrored: raw latents float32 (N, D, h, w) of the left-right mirrored images, with `flip`.
-    """
-
-    raw: Tensor
+    records: Records
+    views: Views
     labels: Tensor
     mean: Tensor
     std: Tensor
     data_fingerprint: str
     tokenizer_hash: str
-    mirrored: Tensor | None = None
+    kept: Tensor | None = None
+    """All records, if they are few."""
 
-    @property
-    def standardised(self) -> Tensor:
-        """float32 (N, D, h, w); with `standardised_mirrored`, zero mean and unit variance per channel."""
-        return self._standardise(self.raw)
+    def __len__(self) -> int:
+        return len(self.records)
 
-    @property
-    def standardised_mirrored(self) -> Tensor | None:
-        """float32 (N, D, h, w) of the mirrored images, None without them."""
-        return None if self.mirrored is None else self._standardise(self.mirrored)
+    def read(self, items: Tensor) -> StoredViews:
+        """The records int64 (B,) on the CPU. DataError naming a file that cannot be read or has changed."""
+        stored = self.records.read(items) if self.kept is None else self.kept[items]
+        return StoredViews(stored, self.labels[items])
 
-    def _standardise(self, raw: Tensor) -> Tensor:
-        return (raw - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+    def standardised(self, batch: StoredViews, context: Context, flip: bool) -> LatentBatch:
+        """One view of every sample, chosen by its place in the training, standardised in float32; on the batch's device."""
+        chosen, device = self.views.choose(context, flip), batch.views.device
+        rows = batch.views[:, 0] if chosen is None else batch.views[torch.arange(len(chosen), device=device), chosen]
+        mean, std = (each.to(device).view(-1, 1, 1) for each in (self.mean, self.std))
+        return LatentBatch((rows.float() - mean) / std, batch.labels)
+
+    def items(self, flip: bool) -> Items:
+        """For fit(), mirrored views among them with `flip`."""
+        plain = self.records.dtype == "float32" and self.views.windows == 1  # all that there was in earlier versions
+        form = "" if plain else f" in {self.records.dtype}, {self.views.windows} windows"
+        fingerprint = f"{self.data_fingerprint} by {self.tokenizer_hash}{form}"
+        return Items(self.read, len(self), fingerprint, partial(self.standardised, flip=flip))
 
 
 def tokenizer_hash(tokenizer: ImageTokenizer) -> str:
@@ -71,155 +116,66 @@ def tokenizer_hash(tokenizer: ImageTokenizer) -> str:
     return state_hash(json.dumps(config, sort_keys=True), state)
 
 
-class ChannelStatistics:
-    """Mean and standard deviation of each of `dim` channels, in float64, batch by batch."""
+def open_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: bool = False) -> Latents:
+    """The folder at `path`; with `flip` it needs mirrored views.
 
-    def __init__(self, dim: int) -> None:
-        self.count = 0
-        self.mean, self.deviations = (torch.zeros(dim, dtype=torch.float64) for _ in range(2))
-
-    def add(self, raw: Tensor) -> None:
-        """raw (N, D, h, w) on the CPU."""
-        if not raw.numel():
-            return
-        rows = raw.double().transpose(0, 1).flatten(1)
-        new, share = rows.mean(1), rows.shape[1] / (self.count + rows.shape[1])
-        self.deviations += (rows - new[:, None]).square().sum(1) + (new - self.mean).square() * self.count * share
-        self.mean += (new - self.mean) * share
-        self.count += rows.shape[1]
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and std (D,) float32; where all numbers are equal std is 0 but for rounding of the mean in float64."""
-        return self.mean.float(), (self.deviations / max(self.count - 1, 1)).sqrt().float()
-
-
-def give_statistics(tokenizer: ImageTokenizer, mean: Tensor, std: Tensor, images: Tensor) -> None:
-    """`set_latent_statistics` of the latents of uint8 images (N, C, H, W).
-
-    DivergedError if they are not finite. DataError for a channel that does not vary: of the images if one is constant there, or
-    else of the latents.
-    """
-    try:
-        tokenizer.set_latent_statistics(mean.to(tokenizer.device), std.to(tokenizer.device))
-    except ValueError as error:
-        what = "these latents cannot be standardised"
-        if not bool((mean + std).isfinite().all()):
-            fix = "its training diverged: train it again, at a lower --lr"
-            raise DivergedError(what, f"the encoder's output is not finite: {error}", fix) from error
-        constant = constant_channels(images)
-        if not constant:
-            fix = "train the tokenizer longer or with fewer channels of latents, or use other images"
-            raise DataError(what, f"{error}, although every channel of the images varies", fix) from error
-        fix = "use other images" if len(constant) == images.shape[1] else "use --channels 1, or other images"
-        words = " and ".join(constant)
-        why = f"{words} in every pixel of every image, and so the latents do not vary in every channel"
-        raise DataError(what, why, f"{fix}; scripts/data.py check shows them") from error
-
-
-def constant_channels(images: Tensor) -> list[str]:
-    """The channels of uint8 images (N, C, H, W) with one value everywhere, in words: `channel 3 of 3 (blue) is 0`."""
-    by_channel = images.transpose(0, 1).flatten(1)
-    names = ("red", "green", "blue") if len(by_channel) == 3 else ("grey",) * len(by_channel)
-    return [
-        f"channel {i + 1} of {len(by_channel)} ({names[i]}) is {int(values[0])}"
-        for i, values in enumerate(by_channel)
-        if len(values) and bool((values == values[0]).all())
-    ]
-
-
-def latent_statistics(
-    tokenizer: ImageTokenizer, images: Tensor, batch_size: int | None = None, flip: bool = False
-) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, C, H, W) -> mean and std (D,) float32 on the CPU, those of `encode`, without keeping latents."""
-    statistics = ChannelStatistics(tokenizer.latent_shape[0])
-    for parts in _raw(tokenizer, images, batch_size, flip):
-        for part in parts:
-            statistics.add(part)
-    return statistics.result()
-
-
-def encode(tokenizer: ImageTokenizer, data: ImageData, batch_size: int | None = None, flip: bool = False) -> Latents:
-    """Encode every image once, in order; with `flip` its mirror image too."""
-    statistics, batches = ChannelStatistics(tokenizer.latent_shape[0]), []
-    for parts in _raw(tokenizer, data.images, batch_size, flip):
-        for part in parts:
-            statistics.add(part)
-        batches.append(parts)
-    raw, *mirrored = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    mean, std = statistics.result()
-    return Latents(
-        raw=raw,
-        labels=data.labels,
-        mean=mean,
-        std=std,
-        data_fingerprint=data.fingerprint,
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        mirrored=mirrored[0] if mirrored else None,
-    )
-
-
-@torch.no_grad()
-def _raw(tokenizer: ImageTokenizer, images: Tensor, batch_size: int | None, flip: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Of each batch of uint8 images the raw latents float32 (n, D, h, w) on the CPU; with `flip` those of its mirror images too.
-
-    The tokenizer is in eval mode afterwards."""
-    tokenizer.eval()
-    for part in images.split(batch_size or images_at_once(tokenizer)):
-        seen = (part, part.flip(-1)) if flip else (part,)
-        yield tuple(tokenizer.raw_latents(to_float(each.to(tokenizer.device))).cpu() for each in seen)
-
-
-def save_latents(latents: Latents, path: Path) -> None:
-    """One safetensors file, completely or not at all."""
-    tensors = {"raw": latents.raw, "labels": latents.labels, "mean": latents.mean, "std": latents.std}
-    if latents.mirrored is not None:
-        tensors["mirrored"] = latents.mirrored
-    header = {"format": FORMAT, "data": latents.data_fingerprint, "tokenizer": latents.tokenizer_hash}
-    write_atomically(path, save({name: value.contiguous() for name, value in tensors.items()}, header))
-
-
-def load_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: bool = False) -> Latents:
-    """The cache at `path`, with mirrored latents if `flip` and only then.
-
-    DataError when it is missing, no cache, made from other images or another tokenizer, or lacks mirrored latents.
+    DataError when it is missing, unfinished, no folder of latents, made from other images or another tokenizer, or damaged.
     """
     encoding = f"scripts/encode.py{' --flip' if flip else ''}"
     remake = f"make it again with {encoding} --overwrite"
-    with raising(DataError, f"no latents at {path}", f"make them with {encoding}", *DAMAGE):
-        tensors, header = read_tensors(path)
-    if header.get("format") != FORMAT:
-        raise DataError(f"{path} is not a latent cache", f"its format is {header.get('format')!r}", remake)
+    if not path.exists():
+        raise DataError(f"no latents at {path}", "there is no such folder", f"make them with {encoding}")
+    if not path.is_dir():
+        why = "it is a file: latents lie in a folder, and those of earlier versions are encoded again"
+        raise DataError(f"{path} is not a latent cache", why, f"make them with {encoding}")
+    records = open_records(path, KIND, remake)
+    with raising(DataError, f"{path} is no whole latent cache", remake, *DAMAGE):
+        latents = _opened(records, records.facts)
     wanted = {"data": data.fingerprint, "tokenizer": tokenizer_hash(tokenizer)}
     for key, value in wanted.items():
-        found = header.get(key, "")
+        found = str(records.facts[key])
         if found != value:
             raise DataError(f"{path} is stale", f"its {key} is {found[:12]}, this run's is {value[:12]}", remake)
-    if flip and "mirrored" not in tensors:
+    if flip and not latents.views.mirrored:
         raise DataError(f"{path} has no latents of mirrored images", "it was made without --flip", remake)
-    own = {name: tensor for name, tensor in tensors.items() if flip or name != "mirrored"}
-    with raising(DataError, f"{path} is no whole latent cache", remake):
-        check_tensors(own, _layout(data, tokenizer, flip))
-        if not torch.equal(own["labels"], data.labels):
-            raise ValueError("its labels are not those of the images")
-    return Latents(**own, data_fingerprint=header["data"], tokenizer_hash=header["tokenizer"])
+    with raising(DataError, f"{path} is no whole latent cache", remake, *DAMAGE):
+        _check(latents, data, tokenizer)
+    if len(records) * record_bytes(records.dtype, records.shape or ()) > IN_MEMORY:
+        return latents
+    return replace(latents, kept=records.read(torch.arange(len(records))))
 
 
-def _layout(data: ImageData, tokenizer: ImageTokenizer, flip: bool) -> dict[str, Tensor]:
-    """Names, shapes and types of the tensors of a cache, without numbers."""
-    raw = torch.empty(len(data.images), *tokenizer.latent_shape, device="meta")
-    mean = torch.empty(tokenizer.latent_shape[0], device="meta")
-    return {"raw": raw, "labels": data.labels, "mean": mean, "std": mean, **({"mirrored": raw} if flip else {})}
+def _opened(records: Records, facts: Mapping[str, Any]) -> Latents:
+    """From the facts of the manifest; ValueError if they are not those of latents."""
+    kinds = {"data": str, "tokenizer": str, "windows": int, "mirrored": bool, "mean": list, "std": list}
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts of its manifest are {type(facts).__name__}, not dict")
+    for name, kind in kinds.items():
+        if type(facts.get(name)) is not kind:
+            raise ValueError(f"{name} of its manifest is {facts.get(name)!r}, not {kind.__name__}")
+    mean, std = (torch.tensor([float(value) for value in facts[name]]) for name in ("mean", "std"))
+    if facts["windows"] not in (1, 5):
+        raise ValueError(f"windows of its manifest are {facts['windows']}, not 1 or 5")
+    views = Views(facts["windows"], facts["mirrored"])
+    return Latents(records, views, records.tensor("labels"), mean, std, facts["data"], facts["tokenizer"])
 
 
-def is_latent_cache(path: Path) -> bool:
-    """Whether this file was written by `save_latents`."""
-    try:
-        return read_tensors(path)[1].get("format", "").startswith("midway-latents")
-    except (OSError, SafetensorError):
-        return False
+def _check(latents: Latents, data: ImageData, tokenizer: ImageTokenizer) -> None:
+    """ValueError unless the folder has the shape of this tokenizer's latents, and one record for each of these images."""
+    records, channels = latents.records, torch.empty(tokenizer.latent_shape[0])
+    if records.shape != (latents.views.count, *tokenizer.latent_shape):
+        raise ValueError(f"its records are {records.shape}, not those of latents {tokenizer.latent_shape}")
+    if len(records) != len(data.images):
+        raise ValueError(f"it has {len(records)} records, and there are {len(data.images)} images")
+    check_tensors(records.tensors(), {"labels": data.labels, "crc": torch.empty(len(records), dtype=torch.int64)})
+    check_tensors({"mean": latents.mean, "std": latents.std}, {"mean": channels, "std": channels})
+    if not torch.equal(latents.labels, data.labels):
+        raise ValueError("its labels are not those of the images")
 
 
-def cache_path(folder: Path, data: ImageData, tokenizer: ImageTokenizer, flip: bool = False) -> Path:
-    """Where the latents of these images, with `flip` of their mirror images too, under this tokenizer belong."""
-    name = f"latents-{data.fingerprint[:8]}-{tokenizer_hash(tokenizer)[:8]}{'-flip' if flip else ''}"
-    return folder / f"{name}.safetensors"
+def cache_path(folder: Path, data: ImageData, tokenizer: ImageTokenizer, views: Views, dtype: str = "float32") -> Path:
+    """Where the latents of these views of the images under this tokenizer belong."""
+    words = ("-crops10" if views.windows > 1 else "-flip" * views.mirrored) + (
+        f"-{dtype}" if dtype != "float32" else ""
+    )
+    return folder / f"latents-{data.fingerprint[:8]}-{tokenizer_hash(tokenizer)[:8]}{words}"

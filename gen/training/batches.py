@@ -23,11 +23,10 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Standardised latents float32 (B, C, H, W), labels int64 (B,); `mirrored` are the latents of the mirrored images."""
+    """Standardised latents float32 (B, C, H, W), labels int64 (B,)."""
 
     latents: Tensor
     labels: Tensor
-    mirrored: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -316,10 +316,11 @@ def test_of_a_run_that_is_overwritten_what_is_the_users_stays(tmp_path: Path, mo
         "solvers/x/config.yaml",
         "report/cells/x",
         "latents-1-2.safetensors",
+        "latents-0123abcd-4567cdef-crops10-bfloat16/manifest.json",
         "midway/events",
         "best/x",
     )
-    mine = ("notes.md", "grid.png", "other/config.yaml", "other/checkpoints/x", "latents.safetensors")
+    mine = ("notes.md", "grid.png", "other/config.yaml", "other/checkpoints/x", "latents.safetensors", "latents-a-b/x")
     for name in (*own, *mine, f".log.txt.{NOBODY}.tmp"):
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).touch()

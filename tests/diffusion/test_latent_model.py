@@ -158,18 +158,6 @@ def test_the_loss_of_a_sample_does_not_depend_on_its_batch(dropout: float) -> No
     assert (5 * halves[0] + 7 * halves[1]).item() / 12 == pytest.approx(whole.item(), rel=1e-5)
 
 
-def test_each_sample_is_its_latents_or_those_of_its_mirror_image() -> None:
-    model = _perturbed(_model())
-    batch, context = _batch(64), _context(64, step=3)
-    mirrored = batch.latents.flip(-1) + 1
-    other = context.uniform("flip") < 0.5
-    assert 16 < other.sum() < 48
-    mixed = torch.where(other[:, None, None, None], mirrored, batch.latents)
-    got, _ = model.loss(LatentBatch(batch.latents, batch.labels, mirrored), context)
-    assert torch.equal(got, model.loss(LatentBatch(mixed, batch.labels), context)[0])
-    assert not torch.equal(got, model.loss(batch, context)[0])
-
-
 def test_after_a_step_nothing_waits_for_the_device() -> None:
     """A value on `meta` cannot be read."""
     _model().after_step(torch.tensor(False, device="meta"))

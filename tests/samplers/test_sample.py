@@ -123,31 +123,6 @@ def test_a_graph_on_a_cpu_is_the_same_call() -> None:
         Graphs().sample(make_field, ddim(Cosine(), (0.9, 0.5), eta=0.5), x, (shift,))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("solver", ["ddim", "dpmpp2m", "heun"])
-def test_a_graph_replays_what_eager_gives_without_a_synchronisation(solver: str) -> None:
-    table = SOLVERS[solver].build(Cosine(), grids.uniform(Cosine(), 4))
-    net = torch.nn.Linear(8, 8).cuda()
-
-    def make_field(shift: Tensor) -> Field:
-        return NetworkField(lambda x, t: net(x) + shift, "v", Cosine())
-
-    graphs = Graphs()
-    with torch.no_grad(), ForwardCounter(net) as counter:
-        for seed in range(3):
-            x, shift = torch.randn(5, 8).cuda() + seed, torch.ones(5, 8).cuda() * seed
-            sample(make_field(shift), table, x)  # everything that is made once is made
-            before = counter.evaluations
-            got = graphs.sample(make_field, table, x, (shift,), counter=counter)
-            assert counter.evaluations - before == 5 * table.nfe
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                expected = sample(make_field(shift), table, x)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-            assert torch.equal(got, expected)
-
-
 # ---- the weighted sum ----
 
 

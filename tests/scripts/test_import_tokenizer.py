@@ -11,11 +11,11 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers_models import AUTOENCODER
 from pipelines import Script
 from safetensors.torch import load_file
+from stored_latents import encoded
 
 from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_model, load_tokenizer, read_tokenizer
-from midway.gen.tokenizer.latents import encode
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.tokenizers import weights
 
@@ -49,7 +49,7 @@ def test_an_imported_autoencoder_is_a_run_that_everything_works_on(
     x = to_float(splits.held_out.images[:5])
     with torch.no_grad():
         assert torch.equal(tokenizer.raw_latents(x), original.encode(x).latent_dist.mean)
-    latents = encode(tokenizer, splits.train)
+    latents = encoded(tokenizer, splits.train)
     torch.testing.assert_close(tokenizer.latent_mean, latents.mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tokenizer.latent_std, latents.std, rtol=1e-5, atol=1e-6)
 

@@ -92,18 +92,24 @@ def test_a_run_is_verified_by_one_process_at_a_time(pipeline: Pipeline, script: 
 
 
 def test_encoding_replaces_latents_alone(pipeline: Pipeline, script: Script, succeed: Script, tmp_path: Path) -> None:
-    """Its own cache even if that is damaged."""
+    """Its own folder even if that is damaged; no file and no other folder."""
     call = f"encode --tokenizer {pipeline.tokenizer} --overwrite --out"
-    cache = tmp_path / "latents.safetensors"
+    cache = tmp_path / "latents"
     succeed(call, cache)
+    assert script("encode", "--tokenizer", pipeline.tokenizer, "--out", cache).code == 2
     succeed(call, cache)
-    cache.write_bytes(b"mine")
-    assert script(*call.split(), cache).code == 2 and cache.read_bytes() == b"mine"
+    for mine in (tmp_path / "file", tmp_path / "folder/file"):
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_bytes(b"mine")
+    for place in ("file", "folder"):
+        done = script(*call.split(), tmp_path / place)
+        assert done.code == 2 and "no latent cache" in done.err
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "folder/file").read_bytes() == b"mine"
     run = Path(shutil.copytree(pipeline.tokenizer, tmp_path / "run"))
-    (own,) = run.glob("latents-*[0-9a-f].safetensors")
-    own.write_bytes(b"half")
+    (own,) = run.glob("latents-*[0-9a-f]")
+    (own / "manifest.json").write_bytes(b"half")
     succeed("encode --tokenizer", run, "--overwrite")
-    assert own.stat().st_size > 100
+    assert (own / "manifest.json").stat().st_size > 100
 
 
 def test_a_list_of_bad_files_goes_with_the_report_that_it_was_of(succeed: Script, tmp_path: Path) -> None:

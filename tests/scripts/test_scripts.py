@@ -44,6 +44,7 @@ from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.records import LIMITS, Measurement, to_records
+from midway.gen.files.records import open_records
 from midway.gen.proving import report as proving
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
@@ -809,12 +810,13 @@ def test_overwrite_replaces_a_run_and_its_learned_solvers(pipeline: Pipeline, su
 
 
 def test_encode_writes_what_train_latent_reads(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
-    cache = tmp_path / "latents.safetensors"
+    cache = tmp_path / "latents"
     succeed("encode", "--tokenizer", pipeline.tokenizer, "--out", cache, "--batch-size", 100)
-    (own,) = (p for p in pipeline.tokenizer.glob("latents-*.safetensors") if not p.stem.endswith("-flip"))
-    made, stored = load_file(cache), load_file(own)
-    assert torch.equal(made["labels"], stored["labels"])
-    torch.testing.assert_close(made["raw"], stored["raw"], rtol=1e-5, atol=1e-5)
+    (own,) = (p for p in pipeline.tokenizer.glob("latents-*") if not p.name.endswith("-flip"))
+    made, stored = (open_records(path, "latents", "") for path in (cache, own))
+    assert torch.equal(made.tensor("labels"), stored.tensor("labels"))
+    everything = torch.arange(len(made))
+    torch.testing.assert_close(made.read(everything), stored.read(everything), rtol=1e-5, atol=1e-5)
     config = pipeline.model / "config.yaml"
     succeed(f"train_latent --config {config} --latents {cache} --steps 2 --out {tmp_path}/m")
 

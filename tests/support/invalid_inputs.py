@@ -31,7 +31,7 @@ from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
-from midway.gen.tokenizer.latents import encode, save_latents
+from midway.gen.tokenizer.encoding import Encoding, encode
 from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 Maker = Callable[[Pipeline, Path], Path]
@@ -204,8 +204,8 @@ def cache(pipeline: Pipeline, folder: Path, change: str) -> Path:
         run = task.out
     tokenizer, data = load_tokenizer(run)
     split = replace(data, split_seed=1) if change == "split" else data
-    save_latents(encode(tokenizer, load_splits(split).train), folder / "latents.safetensors")
-    return folder / "latents.safetensors"
+    encode(folder / "latents", tokenizer, load_splits(split).train, Encoding())
+    return folder / "latents"
 
 
 def weights_of_features(pipeline: Pipeline, folder: Path) -> Path:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from stored_latents import encoded, read_whole
 from torch import Tensor, nn
 
 from midway.gen.core.errors import DataError, DivergedError
@@ -20,17 +21,10 @@ from midway.gen.data.images import ImageData, load_images, to_float, to_uint8
 from midway.gen.data.pictures import grid_png, save_grid
 from midway.gen.data.splits import DataConfig, load_splits, split
 from midway.gen.metrics.psnr_ssim import PSNR_CAP
-from midway.gen.tokenizer.latents import (
-    ChannelStatistics,
-    cache_path,
-    encode,
-    give_statistics,
-    latent_statistics,
-    load_latents,
-    save_latents,
-    tokenizer_hash,
-)
+from midway.gen.tokenizer.encoding import Encoding, encode, latent_statistics
+from midway.gen.tokenizer.latents import Views, cache_path, open_latents, tokenizer_hash
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
+from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
 from midway.gen.training.batches import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
 from midway.tokenizers.networks import Encoder
@@ -68,7 +62,7 @@ def assert_standard(latents: Tensor) -> None:
 @pytest.mark.parametrize("space", ["pre", "post"])
 def test_standardised_latents_have_zero_mean_and_unit_deviation_per_channel(space: str) -> None:
     model = tokenizer(latent_space=space)
-    latents = encode(model, data(), batch_size=7)
+    latents = encoded(model, data(), batch_size=7)
     assert_standard(latents.standardised)
     assert latents.raw.dtype == latents.mean.dtype == latents.std.dtype == torch.float32
     assert (latents.mean[0] - latents.mean[1]).abs() > 1e-3, "channels differ, or the test would not see a mix-up"
@@ -77,29 +71,29 @@ def test_standardised_latents_have_zero_mean_and_unit_deviation_per_channel(spac
 def test_latents_keep_the_order_of_the_images_whatever_the_batch() -> None:
     model, images = tokenizer(), data()
     with torch.no_grad():
-        one_by_one = torch.cat([model.raw_latents(to_float(image[None])) for image in images.images])
+        one_by_one = torch.cat([model.raw_latents(to_float(image[None])) for image in images.images[:]])
     for batch_size in (7, 40, 512):
-        latents = encode(model, images, batch_size)
+        latents = encoded(model, images, batch_size)
         torch.testing.assert_close(latents.raw, one_by_one, rtol=0, atol=1e-5)
         assert torch.equal(latents.labels, images.labels)
 
 
 def test_pixel_latents_are_the_images_and_their_statistics_those_of_the_bytes() -> None:
     images = data()
-    latents = encode(pixels(), images)
-    assert torch.equal(latents.raw, to_float(images.images))
-    exact = images.images.double().numpy() / 127.5 - 1
+    latents = encoded(pixels(), images)
+    assert torch.equal(latents.raw, to_float(images.images[:]))
+    exact = images.images[:].double().numpy() / 127.5 - 1
     assert latents.mean.item() == pytest.approx(exact.mean(), abs=1e-7)
     assert latents.std.item() == pytest.approx(exact.std(ddof=1), rel=1e-6)
 
 
 def test_statistics_in_the_tokenizer_give_the_standardised_latents_and_lead_back() -> None:
     model, images = tokenizer(), data()
-    latents = encode(model, images)
+    latents = encoded(model, images)
     model.set_latent_statistics(latents.mean, latents.std)
     with torch.no_grad():
-        y = model.encode_latents(to_float(images.images))
-        back, direct = model.decode_latents(y), model(to_float(images.images)).reconstruction
+        y = model.encode_latents(to_float(images.images[:]))
+        back, direct = model.decode_latents(y), model(to_float(images.images[:])).reconstruction
     torch.testing.assert_close(y, latents.standardised, rtol=0, atol=1e-5)
     torch.testing.assert_close(back, direct, rtol=0, atol=1e-4)
 
@@ -159,7 +153,7 @@ def test_a_channel_of_the_latents_that_does_not_vary_is_named(space: str) -> Non
             layer.weight[1] = 0
             cast(Tensor, layer.bias)[1] = bias
     with pytest.raises(DataError, match=r"latent channel 2 of 2 is .*\n.*longer") as raised:
-        measured(model, data().images)
+        measured(model, data().images[:])
     assert "every channel of the images varies" in str(raised.value)
 
 
@@ -168,18 +162,15 @@ def test_latents_that_are_not_finite_are_those_of_a_training_that_diverged() -> 
     with torch.no_grad():
         cast(Tensor, cast(Encoder, model.encoder).shortcut.bias)[0] = math.nan
     with pytest.raises(DivergedError, match="not finite"):
-        measured(model, data().images)
+        measured(model, data().images[:])
 
 
 def test_statistics_of_equal_numbers_and_of_one_number() -> None:
-    statistics = ChannelStatistics(2)
-    for count in (3, 0, 5):  # a batch without images changes nothing
-        statistics.add(torch.full((count, 2, 7, 7), 77 / 127.5 - 1))
-    assert statistics.result()[1].abs().max() < 1e-12
-    statistics.add(torch.zeros(1, 2, 1, 1))
-    assert bool((statistics.result()[1] > 0).all())
-    alone = ChannelStatistics(1)
-    alone.add(torch.ones(1, 1, 1, 1))
+    parts = [torch.full((count, 2, 7, 7), 77 / 127.5 - 1) for count in (3, 0, 5)]  # one without images changes nothing
+    equal = merged(map(ChannelMoments.of, parts), 2)
+    assert equal.result()[1].abs().max() < 1e-12
+    assert bool(((equal + ChannelMoments.of(torch.zeros(1, 2, 1, 1))).result()[1] > 0).all())
+    alone = merged([ChannelMoments.of(torch.ones(1, 1, 1, 1))], 1)
     assert [value.item() for value in alone.result()] == [1, 0]
 
 
@@ -190,92 +181,76 @@ def test_mirrored_latents_are_those_of_the_mirrored_images() -> None:
     """Not mirrored latents, which a convolution does not give."""
     images = data()
     for model in (pixels(), tokenizer()):
-        latents = encode(model, images, batch_size=7, flip=True)
-        other = encode(model, replace(images, images=images.images.flip(-1)), batch_size=7)
+        latents = encoded(model, images, batch_size=7, flip=True)
+        other = encoded(model, replace(images, images=images.images[:].flip(-1)), batch_size=7)
         assert latents.mirrored is not None
         assert torch.equal(latents.mirrored, other.raw)
-        assert torch.equal(latents.raw, encode(model, images, batch_size=7).raw)
+        assert torch.equal(latents.raw, encoded(model, images, batch_size=7).raw)
     assert not torch.equal(latents.mirrored, latents.raw.flip(-1))
-    assert encode(model, images).standardised_mirrored is None
 
 
 def test_with_mirrored_latents_both_together_have_zero_mean_and_unit_deviation() -> None:
-    latents = encode(tokenizer(), data(), flip=True)
-    assert latents.standardised_mirrored is not None
-    assert_standard(torch.cat([latents.standardised, latents.standardised_mirrored]))
+    latents = encoded(tokenizer(), data(), flip=True)
+    assert latents.mirrored is not None
+    both = torch.cat([latents.raw, latents.mirrored])
+    assert_standard((both - latents.mean.view(-1, 1, 1)) / latents.std.view(-1, 1, 1))
     assert latents.standardised.mean((0, 2, 3)).abs().max() > 1e-3, "alone they do not, or the test would see nothing"
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_a_cache_gives_back_every_bit_and_mirrored_latents_to_those_who_ask(flip: bool, tmp_path: Path) -> None:
-    model, images = tokenizer(), data()
-    latents, path = encode(model, images, flip=flip), cache_path(tmp_path / "new", images, model, flip=flip)
-    save_latents(latents, path)
-    found, plain = load_latents(path, images, model, flip=flip), load_latents(path, images, model)
-    assert plain.mirrored is None
-    for name in ("raw", "labels", "mean", "std", "standardised"):
-        assert torch.equal(getattr(found, name), getattr(latents, name))
-        assert torch.equal(getattr(plain, name), getattr(latents, name))
-    for name in ("mirrored", "standardised_mirrored") if flip else ():
-        assert torch.equal(getattr(found, name), getattr(latents, name))
-    assert (found.data_fingerprint, found.tokenizer_hash) == (images.fingerprint, tokenizer_hash(model))
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_cache_without_mirrored_latents_raises_where_they_are_needed(tmp_path: Path) -> None:
+def test_a_folder_without_mirrored_latents_raises_where_they_are_needed(tmp_path: Path) -> None:
     model, images, path = tokenizer(), data(), tmp_path / "cache"
-    save_latents(encode(model, images), path)
+    encode(path, model, images, Encoding())
     with pytest.raises(
         DataError, match=r"no latents of mirrored images\n.*made without --flip\n.*encode.py --flip --over"
     ):
-        load_latents(path, images, model, flip=True)
+        open_latents(path, images, model, flip=True)
     with pytest.raises(DataError, match=r"make them with scripts/encode\.py --flip"):
-        load_latents(tmp_path / "absent", images, model, flip=True)
+        open_latents(tmp_path / "absent", images, model, flip=True)
 
 
-def test_the_script_encodes_mirrored_images_into_a_file_of_their_own(
+def test_the_script_encodes_mirrored_images_into_a_folder_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = tokenizer(), DataConfig(held_out=0.9)
     monkeypatch.setattr(encode_script, "load_tokenizer", lambda *_: (model, config))
     train = load_splits(config).train
     paths = [encode_script.run(encode_script.EncodeTask(tmp_path, flip=flip)) for flip in (False, True)]
-    assert paths == [cache_path(tmp_path, train, model, flip) for flip in (False, True)]
-    assert load_latents(paths[1], train, model, flip=True).mirrored is not None
+    assert paths == [cache_path(tmp_path, train, model, Views(mirrored=flip)) for flip in (False, True)]
+    assert read_whole(paths[1], train, model, flip=True).mirrored is not None
     with pytest.raises(DataError, match="no latents of mirrored"):
-        load_latents(paths[0], train, model, flip=True)
+        open_latents(paths[0], train, model, flip=True)
 
 
-# ---- the cache ----
+# ---- folders of something else ----
 
 
-def test_a_cache_of_other_images_or_another_tokenizer_raises_by_name(tmp_path: Path) -> None:
+def test_latents_of_other_images_or_another_tokenizer_raise_by_name(tmp_path: Path) -> None:
     model, images, path = tokenizer(), data(), tmp_path / "cache"
-    save_latents(encode(model, images), path)
+    encode(path, model, images, Encoding())
     with pytest.raises(DataError, match=r"stale.*\n.*its data is") as caught:
-        load_latents(path, data(start=40), model)
+        open_latents(path, data(start=40), model)
     assert caught.value.exit_code == 3
     with pytest.raises(DataError, match=r"stale.*\n.*its tokenizer is"):
-        load_latents(path, images, tokenizer(seed=1))
+        open_latents(path, images, tokenizer(seed=1))
     with pytest.raises(DataError, match=r"stale.*\n.*its tokenizer is"):
-        load_latents(path, images, tokenizer(latent_space="post"))
+        open_latents(path, images, tokenizer(latent_space="post"))
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-6
     with pytest.raises(DataError, match=r"stale.*\n.*its tokenizer is"):
-        load_latents(path, images, model)
+        open_latents(path, images, model)
 
 
-def test_what_is_no_cache_raises(tmp_path: Path) -> None:
+def test_what_is_no_folder_of_latents_raises(tmp_path: Path) -> None:
+    """Also the single file of earlier versions."""
     model, images = tokenizer(), data()
-    save_file({"raw": torch.zeros(1)}, tmp_path / "other")
-    (tmp_path / "text").write_text("not a tensor")
-    save_latents(encode(model, images), tmp_path / "short")
-    (tmp_path / "short").write_bytes((tmp_path / "short").read_bytes()[:-100])
-    with pytest.raises(DataError, match="not a latent cache"):
-        load_latents(tmp_path / "other", images, model)
-    for name in ("absent", "text", "short"):
-        with pytest.raises(DataError, match="no latents at"):
-            load_latents(tmp_path / name, images, model)
+    save_file({"raw": torch.zeros(1)}, tmp_path / "old.safetensors", {"format": "midway-latents-1"})
+    with pytest.raises(DataError, match=r"is not a latent cache\n.*encoded again\n.*scripts/encode\.py"):
+        open_latents(tmp_path / "old.safetensors", images, model)
+    with pytest.raises(DataError, match="no latents at"):
+        open_latents(tmp_path / "absent", images, model)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no finished set of latents[\s\S]*scripts/encode\.py"):
+        open_latents(tmp_path / "empty", images, model)
 
 
 def test_the_hash_is_of_weights_and_configuration_and_not_of_latent_statistics(tmp_path: Path) -> None:
@@ -291,10 +266,11 @@ def test_the_hash_is_of_weights_and_configuration_and_not_of_latent_statistics(t
     assert len({before, *map(tokenizer_hash, others)}) == 4
 
 
-def test_places_differ_by_data_by_tokenizer_and_by_mirroring(tmp_path: Path) -> None:
+def test_places_differ_by_data_by_tokenizer_by_views_and_by_dtype(tmp_path: Path) -> None:
     pairs = [(d, t) for d in (data(), data(start=40)) for t in (tokenizer(), tokenizer(seed=1))]
-    assert len({cache_path(tmp_path, d, t, flip) for d, t in pairs for flip in (False, True)}) == 8
-    assert {cache_path(tmp_path, d, t, flip=True).stem[-5:] for d, t in pairs} == {"-flip"}
+    forms = [(views, dtype) for views in (Views(), Views(1, True), Views(5, True)) for dtype in ("float32", "float16")]
+    assert len({cache_path(tmp_path, *pair, *form) for pair in pairs for form in forms}) == 24
+    assert {cache_path(tmp_path, d, t, Views(1, True)).name[-5:] for d, t in pairs} == {"-flip"}
 
 
 # ---- splits ----
@@ -313,7 +289,7 @@ def test_a_split_is_a_function_of_its_configuration() -> None:
 
 
 def test_the_pixel_model_reconstructs_exactly_and_has_no_codes() -> None:
-    images = data().images
+    images = data().images[:]
     assert torch.equal(reconstruct(pixels(), images, 7), images)
     assert evaluate_tokenizer(pixels(), images) == {"mse": 0.0, "psnr": pytest.approx(PSNR_CAP)}
 
@@ -321,7 +297,7 @@ def test_the_pixel_model_reconstructs_exactly_and_has_no_codes() -> None:
 @pytest.mark.parametrize("batch_size", [7, 40, 512])
 def test_quality_is_that_of_the_8_bit_images_and_of_all_codes_together(batch_size: int) -> None:
     """Unequal batches must not be averaged; counts are added before usage and perplexity."""
-    model, images = tokenizer(), data().images
+    model, images = tokenizer(), data().images[:]
     report = evaluate_tokenizer(model, images, batch_size)
     with torch.no_grad():
         out = model(to_float(images))
@@ -343,9 +319,9 @@ def test_the_objective_is_the_error_plus_the_loss_of_the_quantizer() -> None:
     model = tokenizer({"type": "kl", "dim": 2, "weight": 0.5})
     images = data(8)
     context = Context(0, 3, torch.arange(8))
-    loss, logs = TokenizerObjective(model).loss(ImageBatch(images.images, images.labels), context)
-    out = model(to_float(images.images), context.normal("posterior", (2, 4, 4)))
-    mse = (out.reconstruction - to_float(images.images)).square().mean()
+    loss, logs = TokenizerObjective(model).loss(ImageBatch(images.images[:], images.labels), context)
+    out = model(to_float(images.images[:]), context.normal("posterior", (2, 4, 4)))
+    mse = (out.reconstruction - to_float(images.images[:])).square().mean()
     assert out.quantized.losses["kl"] > 0
     torch.testing.assert_close(loss, mse + 0.5 * out.quantized.losses["kl"])
     torch.testing.assert_close(logs["mse"], mse)
@@ -354,7 +330,7 @@ def test_the_objective_is_the_error_plus_the_loss_of_the_quantizer() -> None:
 
 def test_the_posterior_draw_of_an_image_does_not_depend_on_its_batch() -> None:
     model, images = TokenizerObjective(tokenizer({"type": "kl", "dim": 2})), data(8)
-    whole = model.loss(ImageBatch(images.images, images.labels), Context(0, 3, torch.arange(8)))[0]
+    whole = model.loss(ImageBatch(images.images[:], images.labels), Context(0, 3, torch.arange(8)))[0]
     halves = [
         model.loss(ImageBatch(images.images[part], images.labels[part]), Context(0, 3, torch.arange(8)[part]))[0]
         for part in (slice(4), slice(4, 8))
@@ -406,5 +382,5 @@ def test_a_saved_grid_is_the_picture_and_leaves_no_temporary_file(tmp_path: Path
 
 
 def test_the_report_of_a_tokenizer_can_be_written_as_a_line() -> None:
-    report = evaluate_tokenizer(tokenizer(), data().images)
+    report = evaluate_tokenizer(tokenizer(), data().images[:])
     assert json.loads(json.dumps(report, allow_nan=False)) == report

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 from nobody import NOBODY
 from safetensors.torch import load_file
+from stored_latents import encoded
 from torch import Tensor
 
 from midway.gen.core import files
@@ -22,7 +23,7 @@ from midway.gen.data.images import ImageData, load_images
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.tokenizer import card
 from midway.gen.tokenizer.card import finish, model_card, training_rows
-from midway.gen.tokenizer.latents import encode, latent_statistics
+from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -85,7 +86,7 @@ def make_card(model: ImageTokenizer, weights: Mapping[str, object] | None = None
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_streamed_statistics_are_those_of_all_latents_at_once(batch_size: int, flip: bool) -> None:
     model, data = tokenizer("kl"), digits(40)
-    latents = encode(model, data, flip=flip)
+    latents = encoded(model, data, flip=flip)
     mean, std = latent_statistics(model, data.images, batch_size, flip)
     torch.testing.assert_close(mean, latents.mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(std, latents.std, rtol=1e-6, atol=1e-6)

@@ -1,6 +1,9 @@
 """Vector quantizers that learn by gradient, on the sphere, by rotation, through one linear map, and with an entropy loss."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -133,16 +136,47 @@ def test_the_kernel_is_unavailable_without_a_cuda_device() -> None:
     assert not nearest_kernel.works(torch.device("cpu"), nearest_kernel.WIDEST + 1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("count", "size", "dim"), [(1, 1, 1), (1000, 333, 3), (70000, 64, 8), (5000, 5000, 100)])
-def test_the_kernel_agrees_with_torch(count: int, size: int, dim: int) -> None:
-    device = torch.device("cuda")
-    rows, codes = normal(count, dim).to(device), normal(size, dim, seed=1).to(device)
-    assert nearest_kernel.works(device, dim)
-    bias = codes.square().sum(1) / -2
-    scores = rows.double() @ codes.double().T + bias
-    chosen = scores.gather(1, nearest_kernel.highest_score(rows, codes, bias)[:, None])[:, 0]
-    torch.testing.assert_close(chosen, scores.amax(1), atol=1e-4, rtol=1e-5)
+def test_the_kernel_finds_the_codes_that_torch_finds() -> None:
+    """By Triton's interpreter, in a process of its own, since it decides once where it runs.
+
+    Integers have exact scores, so that both must find the same index: of ties the lowest, whatever the sizes are to the blocks
+    of 64 and to the powers of 2, and whatever the rows were before they were float32. NaN counts as infinite.
+    """
+    pytest.importorskip("triton")
+    code = (
+        "import torch; from midway.tokenizers import nearest_kernel as kernel\n"
+        "from midway.tokenizers.clustering import nearest_code\n"
+        "assert kernel.works(torch.device('cpu'), 5)\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "def integers(*shape): return torch.randint(-3, 4, shape, generator=g).float()\n"
+        "ties = 0\n"
+        "for n, k, d in [(1, 1, 1), (64, 64, 16), (65, 63, 17), (63, 65, 15), (7, 200, 1), (130, 129, 33), (3, 5, 128)]:\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):\n"
+        "        rows, codes = integers(n, d).to(dtype), integers(k, d).to(dtype)\n"
+        "        codes[k // 2:] = codes[: k - k // 2].clone()  # each twice\n"
+        "        bias = codes.float().square().sum(1) / -2\n"
+        "        scores = rows.double() @ codes.double().T + bias\n"
+        "        expected = scores.argmax(1)\n"
+        "        ties += int((scores == scores.amax(1, True)).sum(1).max() > 1)\n"
+        "        strided = rows.float().repeat(1, 2)[:, :d]\n"
+        "        for given in (rows.float(), strided):\n"
+        "            assert torch.equal(kernel.highest_score(given, codes.float(), bias), expected), (n, k, d, dtype)\n"
+        "        distances = torch.cdist(rows.double(), codes.double())\n"
+        "        assert torch.equal(distances.argmin(1), expected), (n, k, d, dtype)\n"
+        "assert ties >= 20, ties\n"
+        "rows, codes = integers(70, 4), integers(90, 4); bias = codes.square().sum(1) / -2\n"
+        "broken = rows.clone(); broken[3, 2] = torch.nan; broken[69] = torch.nan\n"
+        "assert torch.equal(kernel.highest_score(broken, codes, bias), torch.addmm(bias, broken, codes.T).argmax(1))\n"
+        "for value in (torch.inf, -torch.inf):\n"
+        "    broken = rows.clone(); broken[5, 2] = value; found = kernel.highest_score(broken, codes, bias)\n"
+        "    scores = torch.addmm(bias, broken, codes.T).nan_to_num(torch.inf, torch.inf, -torch.inf)\n"
+        "    assert torch.equal(found, scores.argmax(1)), value\n"
+        "codes[[80, 17], 1] = torch.nan; bias = codes.square().sum(1) / -2\n"
+        "assert (kernel.highest_score(rows, codes, bias) == 17).all()\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------

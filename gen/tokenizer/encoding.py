@@ -1,0 +1,263 @@
+"""Encode a data set into a folder of latents (latents.py), by one process or several, and on after a kill.
+
+Images are encoded in batches that are counted from the first image, so that each of them always has the same others beside it:
+convolutions of other batches round differently in the last digits. A shard is a whole number of batches, and process r of P
+makes shards r, r + P, ...; the first process then merges the moments of all batches, in their order, and seals the folder. Its
+bytes are therefore the same for any number of processes and however often it was interrupted, on the same kind of hardware.
+
+    latents.json     the plan: images, tokenizer, views, dtype, batch; shards of another plan are removed
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from midway.gen.core.errors import DataError, DivergedError, MidwayError, UsageError
+from midway.gen.core.files import read_json, write_atomically
+from midway.gen.core.locks import claimed, empty
+from midway.gen.core.processes import ProcessInfo, at_work, first_of_all, raised_by_all
+from midway.gen.core.text import echo
+from midway.gen.data.images import ImageData, to_float
+from midway.gen.data.pixels import Images
+from midway.gen.files.record_writer import (
+    RecordFormat,
+    ShardIndex,
+    clear_unfinished,
+    read_shard_index,
+    records_per_shard,
+    seal,
+    write_shard,
+)
+from midway.gen.files.records import DTYPES, is_records, record_bytes
+from midway.gen.tokenizer.latents import KIND, Views, tokenizer_hash
+from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
+from midway.tokenizers.memory import images_at_once
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+PLAN = "latents.json"
+SHARDS = 64
+"""As many at least where there are as many batches, so that processes have equal shares."""
+FLOAT16_MOST = 6e4
+"""Above it float16 is near its end, 65504."""
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is stored of every image, and how many images are encoded at once."""
+
+    views: Views = field(default_factory=Views)
+    dtype: Dtype = "float32"
+    batch_size: int | None = None
+    """None: by the memory of the machine of the first process."""
+
+
+def encode(
+    folder: Path,
+    tokenizer: ImageTokenizer,
+    data: ImageData,
+    encoding: Encoding,
+    process: ProcessInfo | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write the folder, together with the other processes; what an interrupted call of the same plan has written is kept.
+
+    A finished folder is left as it is, unless `overwrite`. UsageError where the folder has other files or is being written by
+    another command; DataError for values that the dtype does not hold and channels that do not vary, DivergedError for values
+    that are not finite, DiskError.
+    """
+    process = process or ProcessInfo()
+    check_large_enough(tokenizer, data, encoding.views)
+    if first_of_all(is_records(folder, KIND)) and not overwrite:
+        return
+    size = first_of_all(encoding.batch_size or images_at_once(tokenizer))
+    plan = _plan(tokenizer, data, encoding, size)
+    form = RecordFormat(encoding.dtype, (encoding.views.count, *tokenizer.latent_shape))
+    spans = _spans(len(data.images), form, size)
+    with ExitStack() as stack, at_work("encoding"):
+        with raised_by_all():
+            if process.rank == 0:
+                check_own(folder)
+                stack.enter_context(claimed(folder, "encoded"))
+                _prepare(folder, plan)
+        try:
+            for number, span in process.mine(spans):
+                if read_shard_index(folder, number, form) is None:
+                    batches = _Batches(tokenizer, data, encoding, size, span)
+                    write_shard(folder, number, form, batches, batches.facts)
+        except MidwayError:
+            if process.world_size == 1 and not list(folder.glob("records-*")):
+                empty(folder)
+            raise
+        process.wait()
+        with raised_by_all():
+            if process.rank == 0:
+                _finish(folder, form, len(spans), plan, tokenizer, data)
+
+
+def check_large_enough(tokenizer: ImageTokenizer, data: ImageData, views: Views) -> None:
+    """UsageError for five windows of images that are no larger than what the tokenizer takes."""
+    side = tokenizer.image_shape[-1]
+    height, width = images_of(data, views).shape[2:]
+    if views.windows > 1 and min(height, width) <= side:
+        raise UsageError(
+            "--crops 10",
+            f"the images are {width}x{height}, and so is their only window of {side}x{side}",
+            "train the tokenizer with --crop on larger images, or use --flip",
+        )
+
+
+def images_of(data: ImageData, views: Views) -> Images:
+    """The images of which views are windows."""
+    return data.images if data.whole is None or views.windows == 1 else data.whole
+
+
+def views_of(images: Tensor, views: Views, side: int) -> Iterator[Tensor]:
+    """The views of images (B, C, H, W), each (B, C, side, side), in the order of a record.
+
+    Five windows: the corners, in reading order, and the centre, whose first row is (H - side) // 2.
+    """
+    height, width = images.shape[2:]
+    bottom, right = height - side, width - side
+    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
+    windows = [images]
+    if views.windows > 1:
+        windows = [images[:, :, top : top + side, left : left + side] for top, left in places]
+    yield from windows
+    if views.mirrored:
+        yield from (window.flip(-1) for window in windows)
+
+
+def latent_statistics(
+    tokenizer: ImageTokenizer, images: Images, batch_size: int | None = None, flip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """uint8 images (N, C, H, W) -> mean and std (D,) float32 on the CPU, those of `encode`, without keeping latents.
+
+    `batch_size` by memory if it is None. The tokenizer is in eval mode afterwards.
+    """
+    tokenizer.eval()
+    views, dim = Views(mirrored=flip), tokenizer.latent_shape[0]
+    size = batch_size or images_at_once(tokenizer)
+    parts = (raw for part in images.split(size) for raw in _raw(tokenizer, part, views))
+    return merged(map(ChannelMoments.of, parts), dim).result()
+
+
+@torch.no_grad()
+def _raw(tokenizer: ImageTokenizer, images: Tensor, views: Views) -> Iterator[Tensor]:
+    """Of each view of uint8 images the raw latents float32 (B, D, h, w) on the CPU."""
+    for view in views_of(images, views, tokenizer.image_shape[-1]):
+        yield tokenizer.raw_latents(to_float(view.to(tokenizer.device))).cpu()
+
+
+# ---- the plan ----
+
+
+def _plan(tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, batch: int) -> dict[str, Any]:
+    views = encoding.views
+    return {
+        "data": data.fingerprint,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "windows": views.windows,
+        "mirrored": views.mirrored,
+        "dtype": encoding.dtype,
+        "batch": batch,
+    }
+
+
+def _spans(count: int, form: RecordFormat, batch: int) -> list[tuple[int, int]]:
+    """First image of every shard, and the one after its last."""
+    fits = records_per_shard(count, record_bytes(form.dtype, form.shape or ()))
+    size = batch * max(1, min(fits // batch, -(-count // (batch * SHARDS))))
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def check_own(folder: Path) -> None:
+    """UsageError for a folder, or a file, that `encode` would not have made."""
+    if folder.is_dir() and ((folder / PLAN).is_file() or not [p for p in folder.iterdir() if p.name != ".lock"]):
+        return
+    if folder.exists():
+        raise UsageError(
+            f"{folder} is no latent cache", "it would be replaced", "choose another --out, or move it away"
+        )
+
+
+def _prepare(folder: Path, plan: dict[str, Any]) -> None:
+    """An empty folder with this plan, or the unfinished one of the same plan."""
+    try:
+        same = read_json(folder / PLAN) == plan and not is_records(folder)
+    except (OSError, ValueError):
+        same = False
+    clear_unfinished(folder)
+    if not same:
+        empty(folder)
+        write_atomically(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+# ---- shards ----
+
+
+class _Batches:
+    """The batches of a shard, for write_shard; `facts` has the moments of each, and is filled on the way."""
+
+    def __init__(
+        self, tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, size: int, span: tuple[int, int]
+    ) -> None:
+        self.tokenizer, self.data, self.encoding, self.size, self.span = tokenizer.eval(), data, encoding, size, span
+        self.facts: dict[str, Any] = {"moments": [], "squares": [], "errors": []}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        (first, end), views = self.span, self.encoding.views
+        for start in range(first, end, self.size):
+            part = slice(start, min(start + self.size, end))
+            raw = list(_raw(self.tokenizer, images_of(self.data, views)[part], views))
+            yield torch.stack([self._stored(each) for each in raw], dim=1), {"labels": self.data.labels[part]}
+
+    def _stored(self, raw: Tensor) -> Tensor:
+        """Latents in the dtype of the folder, whose moments and rounding errors are noted."""
+        dtype = self.encoding.dtype
+        if not bool(raw.isfinite().all()):
+            what, why = "these latents cannot be standardised", "the encoder's output is not finite"
+            raise DivergedError(what, why, "its training diverged: train it again, at a lower --lr")
+        if dtype == "float16" and raw.numel() and raw.abs().max() >= FLOAT16_MOST:
+            why = f"one of these is {float(raw.abs().max()):.4g}, and float16 holds numbers below {FLOAT16_MOST:g}"
+            raise DataError("--dtype float16 does not hold these latents", why, "use --dtype bfloat16 or float32")
+        stored = raw.to(DTYPES[dtype])
+        self.facts["moments"].append(ChannelMoments.of(stored.float()).to_json())
+        if dtype != "float32":
+            self.facts["squares"].append(float(raw.double().square().sum()))
+            self.facts["errors"].append(float((stored.double() - raw.double()).square().sum()))
+        return stored
+
+
+def _finish(
+    folder: Path, form: RecordFormat, shards: int, plan: dict[str, Any], tokenizer: ImageTokenizer, data: ImageData
+) -> None:
+    """Merge the moments, check them, and seal. DataError if another program took a shard away."""
+    found = [read_shard_index(folder, number, form) for number in range(shards)]
+    indices = [index for index in found if index is not None]
+    if len(indices) < shards:
+        raise DataError(f"{folder} lost a file while it was written", "another program removed it", "encode again")
+    each = (ChannelMoments.from_json(part) for index in indices for part in index.facts["moments"])
+    mean, std = merged(each, tokenizer.latent_shape[0]).result()
+    try:
+        give_statistics(tokenizer, mean, std, data.images)
+    except Exception:
+        empty(folder)  # nobody can train on these
+        raise
+    facts = {**plan, "mean": mean.tolist(), "std": std.tolist(), **_rounding(indices)}
+    seal(folder, KIND, form, indices, facts)
+    echo(f"latents {(sum(index.count for index in indices), *(form.shape or ()))}, {form.dtype}")
+
+
+def _rounding(indices: list[ShardIndex]) -> dict[str, float]:
+    """The relative RMS error of a dtype narrower than float32."""
+    squares, errors = (sum(v for index in indices for v in index.facts[name]) for name in ("squares", "errors"))
+    return {"rms_error": sqrt(errors / squares)} if squares else {}
