@@ -89,12 +89,12 @@ def random_vgg() -> dict[str, torch.Tensor]:
 
 
 def latent_model(task: LatentTask) -> tuple[nn.Module, Items]:
-    """The model in no memory, and random latents with their mirrored ones."""
+    """The model in no memory, and latents of its shape."""
     shape = planned_tokenizer(task.tokenizer).latent_shape
     with torch.device("meta"):
         model = LatentModel(task.model, shape, CLASSES)
     raw = torch.zeros(2, *shape)
-    return model, Items(lambda items: LatentBatch(raw[items], items, raw[items] if task.flip else None), 2)
+    return model, Items(lambda items: LatentBatch(raw[items], items), 2)
 
 
 def disk_table() -> list[str]:

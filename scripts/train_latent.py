@@ -126,7 +126,7 @@ def dry_run(task: LatentTask) -> None:
     labels = torch.arange(IMAGES) % len(names)
 
     def read(items: Tensor) -> LatentBatch:
-        return LatentBatch(raw[items], labels[items], raw[items] if task.flip else None)
+        return LatentBatch(raw[items], labels[items])
 
     rehearse(model, Items(read, IMAGES), train, accelerator, start)
 

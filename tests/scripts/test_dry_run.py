@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_latent
 from pipelines import Outcome, Pipeline, Script
 
 import dry_run
@@ -92,20 +91,6 @@ def test_recomputed_activations_take_less(succeed: Script) -> None:
         for flag in ("", "--gradient-checkpointing")
     )
     assert less < 0.7 * plain
-
-
-def test_mirrored_latents_are_there_with_flip(succeed: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = []
-    items = train_latent.Items
-    monkeypatch.setattr(
-        train_latent, "Items", lambda read, size: batches.append(read(torch.arange(2))) or items(read, size)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_latent, "rehearse", lambda *_: None)
-        for flip in (False, True):
-            task = LATENT_RECIPES["digits-dit"]()
-            train_latent.dry_run(train_latent.replace(task, flip=flip, dry_run_classes=10))
-    assert [batch.mirrored is None for batch in batches] == [True, False]
 
 
 def test_a_tokenizer_with_a_discriminator_has_it_from_the_first_step(succeed: Script, vgg: Path) -> None:
