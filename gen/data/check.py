@@ -29,6 +29,7 @@ from midway.gen.data.contents import (
     shared,
     sizes,
 )
+from midway.gen.data.crops import cropped
 from midway.gen.data.sources import SOURCES, existing_path
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
 from midway.gen.files.decoding import LOSSY, Undecodable, counted
@@ -109,7 +110,7 @@ def check(config: DataConfig, against: str | None = None) -> DataFacts:
     contents = read_contents(config)
     other = None if against is None else read_contents(replace(config, data=against))
     errors = list(_errors(contents, config))
-    fingerprint = None if errors else load(config).fingerprint  # by the function that training calls
+    fingerprint = None if errors else cropped(load(config), config.crop).fingerprint  # as of training
     chosen = _held_out(contents, config, errors)
     facts = _facts(contents, other, chosen, config)
     problems = tuple(Problem(error.what, error.why, error.fix) for error in errors)

@@ -12,13 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from midway.gen.core.environment import free_memory
+from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.text import printable
 from midway.gen.data.fingerprint import fingerprint
 from midway.gen.data.pixels import Images
 from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
+from midway.gen.data.stored import StoredImages, is_stored, open_stored
 from midway.gen.files.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
 from midway.gen.files.file_set import check_bad, decode_all, open_files
 from midway.gen.files.layouts import layout_of
+from midway.gen.files.shards import set_name
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,10 @@ def load_recorded(
     check_options(channels, resize, on_bad_image)
     if source in SOURCES:
         return _load_named(source, download, channels, resize)
-    return _load_path(existing_path(source), channels, resize, on_bad_image)
+    path = existing_path(source)
+    if is_stored(path):
+        return _load_stored(path, channels, resize)
+    return _load_path(path, channels, resize, on_bad_image)
 
 
 def _load_named(source: str, download: bool, channels: int | None, resize: int | None) -> ImageData:
@@ -73,6 +80,20 @@ def _load_named(source: str, download: bool, channels: int | None, resize: int |
     left_out = () if other is None else (f"./{other}, since {source} is a named source",)
     images, labels = torch.from_numpy(pixels), torch.tensor(arrays.labels)
     return image_data(images, labels, arrays.classes, arrays.name, conversions, left_out)
+
+
+def _load_stored(path: Path, channels: int | None, resize: int | None) -> ImageData:
+    """A built set. UsageError for other options than those of its build that would change its images."""
+    found = open_stored(path)
+    own, height, width = found.images.shape[1:]
+    if (resize or height, resize or height, channels or own) != (height, width, own):
+        given = [f"--channels {channels}" if channels else "", f"--resize {resize}" if resize else ""]
+        why = f"it was built of images {width}x{height} with {own} {'channel' if own == 1 else 'channels'}"
+        fix = "drop them, or build another set with them: scripts/data.py build SOURCE --out DIR"
+        raise UsageError(f"{' '.join(filter(None, given))} do not fit {path}", why, fix)
+    digest = found.images.fingerprint(found.labels, found.classes)
+    classes, left_out = tuple(map(printable, found.classes)), tuple(map(printable, found.left_out))
+    return ImageData(found.images, found.labels, classes, printable(found.name), digest, found.conversions, left_out)
 
 
 def _load_path(
@@ -85,6 +106,8 @@ def _load_path(
             if isinstance(result, Undecodable):
                 bad.append(result)
             else:
+                if not kept:
+                    _check_memory(path, count, result)
                 kept.append(label)
                 yield result
 
@@ -93,10 +116,19 @@ def _load_path(
         layout = layout_of(files)
         pixels, conversions = stack(good(decode_all(files, channels, resize), layout.labels), count)
     skipped = check_bad(bad, count, on_bad_image)
-    name = path.resolve().name if path.is_dir() else path.stem
     stated = tuple(f"{counted(len(kept))}: {note}" for note in layout.notes)
     images, labels = torch.from_numpy(pixels), torch.tensor(kept)
-    return image_data(images, labels, layout.classes, name, conversions + stated + skipped, layout.lines)
+    return image_data(images, labels, layout.classes, set_name(path), conversions + stated + skipped, layout.lines)
+
+
+def _check_memory(path: Path, count: int, image: Decoded) -> None:
+    """DataError, before all are decoded, where so many images and the copies of a split are larger than what is free."""
+    needed, free = 2 * count * image.pixels.nbytes, free_memory()
+    if needed > free:
+        why = f"{count:,} images, and their split, need about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+        build = f"scripts/data.py build {path} --out DIR"
+        fix = f"build a set on the disk once, {build} (with --resize if need be), and give --data DIR"
+        raise DataError(f"{path} is too large for memory", why, fix)
 
 
 def image_data(
@@ -109,7 +141,8 @@ def image_data(
 ) -> ImageData:
     """With the fingerprint of these images; names are text from here on (core/text.py)."""
     shown, left_out = tuple(map(printable, classes)), tuple(map(printable, left_out))
-    digest = fingerprint(images, labels, classes)
+    stored = isinstance(images, StoredImages)
+    digest = images.fingerprint(labels, classes) if stored else fingerprint(images, labels, classes)
     return ImageData(images, labels, shown, printable(name), digest, conversions, left_out)
 
 

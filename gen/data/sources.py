@@ -21,6 +21,7 @@ from PIL import Image
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import read_bytes, regular_file, replacing
 from midway.gen.files.decoding import Decoded, prepare
+from midway.gen.files.shards import is_pattern
 from midway.tokenizers.weights import receive
 
 
@@ -177,7 +178,7 @@ def prepared(arrays: Arrays, channels: int | None, resize: int | None) -> Iterat
 def existing_path(source: str) -> Path:
     """The folder or file of a source that is no name. DataError for a path that does not exist, UsageError for a word."""
     path = Path(source).expanduser()
-    if source and path.exists():
+    if source and (path.exists() or is_pattern(path)):
         return path
     if source and (path.suffix or len(path.parts) > 1 or source != path.name):
         raise DataError(f"{source} does not exist", f"looked for {path.absolute()}", "check the path")

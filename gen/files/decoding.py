@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
@@ -125,6 +126,14 @@ def _readable() -> tuple[str, ...]:
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def decoder_versions() -> dict[str, str]:
+    """Of Pillow and the libraries with which it decodes what was saved with loss: other versions may give other pixels."""
+    libraries = {"libjpeg-turbo": features.version("libjpeg_turbo"), "libjpeg": features.version("jpg")}
+    libraries |= {"libwebp": features.version("webp"), "libavif": features.version("avif")}
+    return {"Pillow": PIL.__version__, **{name: version for name, version in libraries.items() if version}}
 
 
 def prepare(
@@ -244,12 +253,21 @@ def stack(images: Iterable[Decoded], count: int) -> tuple[NDArray[np.uint8], tup
             planes = planes.repeat(3, axis=1)
         planes[place] = image.pixels if channels == 1 else image.pixels.transpose(2, 0, 1)
     if first is not None and other is not None:
-        what = f"images differ in size: {first.name} is {_size(first)}, {other.name} is {_size(other)}"
-        fix = f"pass --resize N to bring all to N x N (the smallest side here is {smallest})"
-        raise DataError(what, "all images of a set are stacked to one tensor", fix)
-    if grey and planes.shape[1] == 3:
-        notes["grey promoted to RGB"] = grey
-    return planes[: place + 1], tuple(f"{counted(number)}: {note}" for note, number in sorted(notes.items()))
+        raise sizes_differ(first, other, smallest)
+    return planes[: place + 1], stated(notes, grey if planes.shape[1] == 3 else 0)
+
+
+def sizes_differ(first: Decoded, other: Decoded, smallest: int) -> DataError:
+    """The error of two images of different sizes in a set; `smallest` is the smallest side of all that were seen."""
+    what = f"images differ in size: {first.name} is {_size(first)}, {other.name} is {_size(other)}"
+    fix = f"pass --resize N to bring all to N x N (the smallest side here is {smallest})"
+    return DataError(what, "all images of a set are stacked to one tensor", fix)
+
+
+def stated(notes: Mapping[str, int], promoted: int) -> tuple[str, ...]:
+    """Conversions with their numbers of images, in words; `promoted`: how many grey images became RGB for the others' sake."""
+    counts = {**notes, **({"grey promoted to RGB": promoted} if promoted else {})}
+    return tuple(f"{counted(number)}: {note}" for note, number in sorted(counts.items()))
 
 
 def _size(image: Decoded) -> str:

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -19,7 +19,11 @@ from midway.gen.core.files import ZIP_DAMAGE, read_bytes, read_member, regular_f
 from midway.gen.files.decoding import IMAGE_LIMIT, Decoded, Undecodable, Unusable, counted, decode
 from midway.gen.files.listing import Listing, list_folder, list_zip
 from midway.gen.files.names import EXTENSIONS, ending, is_image, is_library, junk
+from midway.gen.files.parquet import open_parquet
+from midway.gen.files.shards import TAR, shard_paths
+from midway.gen.files.tars import index_tars, reading_members, sidecar_labels
 
+Name = TypeVar("Name")
 Result = TypeVar("Result")
 
 _CHUNK = 16  # files a thread takes at once: one future per file would cost as much as a small JPEG
@@ -34,6 +38,7 @@ class FileSet:
 
     names: tuple[str, ...]  # sorted, relative to the source, "/" between parts
     read: Callable[[str], bytes]  # of `names` and `others`; safe to call from several threads
+    size: Callable[[str], int]  # bytes of the file
     others: tuple[str, ...] = ()  # files whose names do not end like an image's
     junk: Mapping[str, int] = field(
         default_factory=dict
@@ -41,6 +46,9 @@ class FileSet:
     repeated: int = 0  # names of files and folders that are read by another name
     folders: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()  # links to one folder, of which the first is read
+    labels: Mapping[str, str] | None = None  # of all `names`, where the source itself has them
+    labels_from: str = ""  # where those are
+    classes: tuple[str, ...] | None = None  # the names of the classes that such labels number
 
 
 # ---- which files ----
@@ -52,13 +60,46 @@ def open_files(path: Path) -> Iterator[FileSet]:
     if is_library(path.name):
         why = "it holds previews and thumbnails beside the photos, in folders that are no classes"
         raise DataError(f"{path} is a library of photo software", why, "export its photos to a folder, and give that")
-    if path.is_dir():
+    if shards := shard_paths(path):
+        with _open_shards(path, shards) as files:
+            yield files
+    elif path.is_dir():
         listing = list_folder(path)
-        yield _file_set(path, listing, lambda name: read_bytes(path / listing.raw.get(name, name), IMAGE_LIMIT))
+        yield _file_set(path, listing, *_reader(path, listing))
     else:
         with _open_zip(path) as archive:
             listing, members = list_zip(archive, path)
-            yield _file_set(path, listing, _locked_read(archive, members))
+            yield _file_set(path, listing, _locked_read(archive, members), lambda name: members[name].file_size)
+
+
+@contextmanager
+def _open_shards(path: Path, shards: Sequence[Path]) -> Iterator[FileSet]:
+    """The images in tar or parquet files."""
+    if shards[0].suffix == TAR:
+        listing, members = index_tars(shards)
+        with reading_members(members) as read:
+            labels, kind = sidecar_labels(listing, read)
+            files = _file_set(path, listing, read, members.size)
+            others = tuple(name for name in files.others if labels is None or not name.endswith(kind))
+            yield replace(files, others=others, labels=labels, labels_from=f"the {kind} files")
+    else:
+        with open_parquet(shards) as rows:
+            names, values = tuple(rows.names()), rows.labels()
+            labels = None if values is None else dict(zip(names, values, strict=True))
+            left = f"; {', '.join(rows.other_labels)} would be others" if rows.other_labels else ""
+            if not names:
+                raise DataError(f"no images in {path}", "it has no rows", "give files with rows")
+            given = (labels, f"the column {rows.label}{left}", rows.classes)
+            yield FileSet(names, rows.read, rows.size, (), {}, 0, (), (), *given)
+
+
+def _reader(path: Path, listing: Listing) -> tuple[Callable[[str], bytes], Callable[[str], int]]:
+    """How the files of a folder are read, and their sizes."""
+
+    def place(name: str) -> Path:
+        return path / listing.raw.get(name, name)
+
+    return lambda name: read_bytes(place(name), IMAGE_LIMIT), lambda name: place(name).stat().st_size
 
 
 def _open_zip(path: Path) -> zipfile.ZipFile:
@@ -77,7 +118,7 @@ def _locked_read(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo
     return read
 
 
-def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes]) -> FileSet:
+def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes], size: Callable[[str], int]) -> FileSet:
     marks = {name: mark for name in listing.files if (mark := junk(name)) is not None}
     names = tuple(name for name in listing.files if is_image(name) and name not in marks)
     others = tuple(name for name in listing.files if not is_image(name) and name not in marks)
@@ -87,7 +128,7 @@ def _file_set(path: Path, listing: Listing, read: Callable[[str], bytes]) -> Fil
         why = f"it holds {len(listing.files)} other files ({kinds})" if listing.files else "it is empty"
         raise DataError(f"no images in {path}", why, f"put image files there ({' '.join(EXTENSIONS)})")
     folders = tuple(name for name in listing.folders if junk(name) is None)
-    return FileSet(names, read, others, left, len(listing.repeated), folders, tuple(listing.aliases))
+    return FileSet(names, read, size, others, left, len(listing.repeated), folders, tuple(listing.aliases))
 
 
 # ---- all files ----
@@ -98,16 +139,18 @@ def decode_all(files: FileSet, channels: int | None, resize: int | None) -> Iter
     return map_files(files.names, lambda name: decode(name, files.read, channels, resize))
 
 
-def map_files(names: Sequence[str], work: Callable[[str], Result]) -> Iterator[Result]:
-    """`work` of every name, in their order; by several threads where that is faster."""
+def map_files(names: Sequence[Name], work: Callable[[Name], Result], workers: int | None = None) -> Iterator[Result]:
+    """`work` of every name, in their order; by `workers` threads, or where that is faster by as many as there are cores."""
     Image.init()  # plugins are registered once here rather than by racing threads
+    if not names:
+        return
 
-    def work_chunk(names: Sequence[str]) -> list[Result]:
+    def work_chunk(names: Sequence[Name]) -> list[Result]:
         return [work(name) for name in names]
 
     start = time.perf_counter()
     first = work_chunk(names[:_CHUNK])
-    threads = _threads((time.perf_counter() - start) / len(first))
+    threads = workers or _threads((time.perf_counter() - start) / len(first))
     pool, ahead = ThreadPoolExecutor(threads), deque()
     try:
         yield from first

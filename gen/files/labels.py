@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import posixpath
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 
 from midway.gen.core.errors import DataError, one_line, raising
 from midway.gen.files.file_set import FileSet
+from midway.gen.files.headings import LABEL_COLUMNS, heading
 from midway.gen.files.names import canonical, label_like
 
 _FILE_NAME = "filename"
-_COLUMNS = ("label", "labels", "class", "classname", "category")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def _read_dataset_json(file: str, data: bytes) -> LabelList | None:
 def _read_csv(file: str, data: bytes) -> LabelList | None:
     for delimiter in ",;\t":
         rows = csv.DictReader(io.StringIO(_text(data), newline=""), delimiter=delimiter)
-        if _FILE_NAME in map(_column, rows.fieldnames or ()):
+        if _FILE_NAME in map(heading, rows.fieldnames or ()):
             return _of_rows(file, list(rows))
     return None
 
@@ -97,19 +96,14 @@ def _read_jsonl(file: str, data: bytes) -> LabelList | None:
 
 def _of_rows(file: str, rows: Sequence[dict[str, Any]]) -> LabelList | None:
     """None without a column of labels, such as a list of captions."""
-    columns = {_column(key): key for row in rows for key in reversed(row) if isinstance(key, str)}
-    column = next((columns[name] for name in _COLUMNS if name in columns), None)
+    columns = {heading(key): key for row in rows for key in reversed(row) if isinstance(key, str)}
+    column = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
     if _FILE_NAME not in columns:
         return None
     if column is None:
         candidates = tuple(filter(label_like, columns.values()))
         return LabelList(file, None, candidates=candidates) if candidates else None
     return _list(file, [(row.get(columns[_FILE_NAME]), row.get(column)) for row in rows], column)
-
-
-def _column(name: str) -> str:
-    """A heading without what writers of tables vary: `File Name`, `file_name` and `filename` are one."""
-    return re.sub(r"[\W_]", "", name).casefold()
 
 
 def _read_parquet(file: str, data: bytes) -> LabelList | None:

@@ -63,7 +63,10 @@ def left_out_lines(left_out: dict[str, int], bare: Sequence[str]) -> tuple[str, 
 
 def layout_of(files: FileSet) -> Layout:
     """The labels that the layout means. DataError for one that means none, with the remedy."""
-    found = list(read_lists(files))
+    if files.labels is not None and files.classes is not None:
+        labels = [int(files.labels[name]) for name in files.names]
+        return Layout(labels, files.classes, (f"labels of {files.labels_from}",), left_out_of(files))
+    found = list(read_lists(files)) if files.labels is None else [LabelList(files.labels_from, dict(files.labels))]
     lists = [each for each in found if not each.candidates]
     labels, classes, notes = _from_lists(files, lists) or class_labels(files.names, files.aliases)
     _check_candidates(classes, [each for each in found if each.candidates])

@@ -8,7 +8,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,28 @@ def read_shard_index(folder: Path, number: int, form: RecordFormat) -> ShardInde
 
 def seal(folder: Path, kind: str, form: RecordFormat, indices: Sequence[ShardIndex], facts: Mapping[str, Any]) -> None:
     """Finish a folder: merge the indices of its shards, in order, then write the manifest. DiskError if that fails."""
+    finish(merged(folder, kind, form, indices), facts)
+
+
+def merged(folder: Path, kind: str, form: RecordFormat, indices: Sequence[ShardIndex]) -> Records:
+    """Merge the indices of shards, in order. The records can be read; the folder is not finished. DiskError."""
     names = indices[0].tensors.keys() if indices else ()
-    merged = {name: torch.cat([index.tensors[name] for index in indices]) for name in names}
-    write_atomically(folder / INDEX, save({k: v.contiguous() for k, v in merged.items()}))
+    data = save({name: torch.cat([index.tensors[name] for index in indices]) for name in names})
+    write_atomically(folder / INDEX, data)
     shards = tuple(Shard(index.count, index.sha256) for index in indices)
-    records = Records(folder, kind, form.dtype, form.shape, shards, facts, "")
-    sizes = [(folder / shard_name(number)).stat().st_size for number in range(len(shards))]
-    write_atomically(folder / MANIFEST, manifest_bytes(records, sizes))
-    for number in range(len(shards)):
-        _index_path(folder, number).unlink(missing_ok=True)
+    return Records(folder, kind, form.dtype, form.shape, shards, {}, "", hashlib.sha256(data).hexdigest())
+
+
+def finish(records: Records, facts: Mapping[str, Any]) -> None:
+    """Write the manifest, with which a folder is finished. DiskError."""
+    folder, numbers = records.folder, range(len(records.shards))
+    sizes = [(folder / shard_name(number)).stat().st_size for number in numbers]
+    write_atomically(folder / MANIFEST, manifest_bytes(replace(records, facts=facts), sizes))
+    clear_unfinished(folder)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what killed writers left half-written."""
+    """Remove what killed writers left half-written, and what only they need from a finished folder."""
     clear_temporaries(folder)
+    for path in folder.glob("records-*.index") if (folder / MANIFEST).exists() else ():
+        path.unlink(missing_ok=True)

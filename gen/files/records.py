@@ -1,6 +1,6 @@
 """Tensors of one shape, or byte strings, in a folder of few large files, read by index from any thread without a copy in memory.
 
-    manifest.json        format, kind, dtype, shape, counts and sha256 of the shards, facts; written last
+    manifest.json        format, kind, dtype, shape, counts and sha256 of the shards, sha256 of the index, facts; written last
     index.safetensors    per record: crc32, length (of byte strings), and whatever its writer adds, such as labels
     records-00000.npy    the records of shard 0, one after another, as numpy.load reads them (bfloat16 as uint16)
 
@@ -82,6 +82,7 @@ class Records:
     """What the writer recorded of the whole."""
     remake: str
     """How a damaged folder is made again, for errors."""
+    index_sha256: str
     _files: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Descriptors of opened shards."""
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
@@ -131,7 +132,8 @@ class Records:
 
     def __reduce__(self) -> tuple[type["Records"], tuple[Any, ...]]:
         """Without open files, and without the index, which is read again."""
-        return Records, (self.folder, self.kind, self.dtype, self.shape, self.shards, self.facts, self.remake)
+        given = (self.folder, self.kind, self.dtype, self.shape, self.shards, self.facts, self.remake)
+        return Records, (*given, self.index_sha256)
 
     # ---- where records lie ----
 
@@ -140,6 +142,8 @@ class Records:
         path = self.folder / INDEX
         with raising(DataError, f"{path} cannot be read", self.remake, *DAMAGE, why=one_line):
             tensors, _ = read_tensors(path)
+            if file_hash(path) != self.index_sha256:
+                raise ValueError("it has changed")
             if any(len(tensor) != len(self) for tensor in tensors.values()):
                 raise ValueError("its tensors are not those of the records")
         return tensors
@@ -262,7 +266,8 @@ def open_records(path: Path, kind: str, remake: str) -> Records:
             raise ValueError(f"it is {manifest['kind']!r} of format {manifest['format']!r}")
         shards = tuple(Shard(int(one["count"]), str(one["sha256"])) for one in manifest["shards"])
         shape = None if manifest["shape"] is None else tuple(map(int, manifest["shape"]))
-        records = Records(path, kind, str(manifest["dtype"]), shape, shards, manifest["facts"], remake)
+        dtype, facts, index = str(manifest["dtype"]), manifest["facts"], str(manifest["index"])
+        records = Records(path, kind, dtype, shape, shards, facts, remake, index)
         if records.dtype not in DTYPES:
             raise ValueError(f"its dtype is {records.dtype!r}")
         sizes = [int(one["bytes"]) for one in manifest["shards"]]
@@ -292,4 +297,4 @@ def manifest_bytes(records: Records, sizes: Sequence[int]) -> bytes:
         "shape": shape,
         "facts": dict(records.facts),
     }
-    return (json.dumps({**found, "shards": shards}, indent=1) + "\n").encode()
+    return (json.dumps({**found, "index": records.index_sha256, "shards": shards}, indent=1) + "\n").encode()

@@ -75,6 +75,14 @@ def test_the_window_is_part_of_what_the_data_are() -> None:
         assert part.fingerprint != whole.fingerprint
 
 
+def test_the_check_of_a_source_raises_too_and_a_build_takes_no_window(script: Script, tmp_path: Path) -> None:
+    found = script("data", "check", "digits", "--crop", 9)
+    assert found.code == 2 and "the images of digits are 8x8" in found.err
+    assert script("data", "check", "digits", "--crop", 8).code == 0
+    found = script("data", "build", "digits", "--crop", 6, "--out", tmp_path / "built")
+    assert found.code == 2 and "--crop 6" in found.err and not (tmp_path / "built").exists()
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_commands_use_the_window(script: Script, tmp_path: Path) -> None:
     """A tokenizer on windows of 4x4; its evaluation, latents and a model of them, without the flag again; two threads."""

@@ -174,6 +174,18 @@ def test_a_damaged_shard_is_named(damage: str, tmp_path: Path) -> None:
             records.read(torch.tensor([7]))
 
 
+@pytest.mark.parametrize("name", ["index.safetensors", "labels"])
+def test_a_changed_index_is_named(name: str, tmp_path: Path) -> None:
+    _write(tmp_path, _numbers(9, "uint8", (16,)), RecordFormat("uint8", (16,)), per_shard=4)
+    path = tmp_path / "index.safetensors"
+    data = bytearray(path.read_bytes())
+    if name == "labels":
+        data[-1] ^= 1  # a valid file with another number
+    path.write_bytes(bytes(data) if name == "labels" else bytes(data[:-1]))
+    with pytest.raises(DataError, match=r"index.safetensors cannot be read[\s\S]*make it again"):
+        open_records(tmp_path, "test", REMAKE).tensor("labels")
+
+
 def test_other_folders_are_none(tmp_path: Path) -> None:
     _write(tmp_path / "a", _numbers(2, "uint8", (1,)), RecordFormat("uint8", (1,)), per_shard=4)
     assert is_records(tmp_path / "a", "test") and not is_records(tmp_path / "a", "images")

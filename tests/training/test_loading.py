@@ -14,6 +14,7 @@ import regression
 import torch
 from accelerate import Accelerator
 from multiprocess import together
+from pipelines import Outcome, Script
 from regression import Regression, assert_same_bits, samples
 from resuming import DATA, TRAIN, VQ, Conditions, assert_same_run, start, steps_of
 from torch import Tensor
@@ -234,6 +235,43 @@ def test_a_run_that_is_killed_goes_on_with_other_threads(tmp_path: Path) -> None
     whole = tmp_path / "whole"
     assert start(tokenizer_task(whole, 2)).finish() == 0
     assert_same_run(run, whole)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_threads_read_a_built_set_as_if_it_were_in_memory(script: Script, tmp_path: Path) -> None:
+    """The same weights bit for bit; a shard that changes later ends the training with its name."""
+    built, flags = (
+        tmp_path / "built",
+        ("--held-out", 0.9, "--crop", 4, "--batch-size", 32, "--decay", "constant", "--flip"),
+    )
+    assert script("data", "build", "digits", "--held-out", 0.9, "--out", built).code == 0
+
+    def trained(name: str, source: object, workers: int, steps: int) -> Outcome:
+        more = (
+            "--workers",
+            workers,
+            "--steps",
+            steps,
+            "--out",
+            tmp_path / name,
+            "--resume",
+            "auto",
+            "--model.width",
+            8,
+        )
+        return script("train_tokenizer", "digits-fsq", "--data", source, *flags, *more, "--model.downsample", 2)
+
+    for name, source, workers in (("memory", "digits", 0), ("disk", built, 2)):
+        done = trained(name, source, workers, 4)
+        assert done.code == 0, done.err
+    assert_same_bits(tmp_path / "disk", tmp_path / "memory")
+    shard = built / "records-00000.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:128] + bytes(255 - byte for byte in content[128:]))
+    done = trained("disk", built, 2, 8)
+    assert done.code == 3
+    what, why, fix = done.err.splitlines()[-3:]
+    assert what == f"error: {shard} has changed" and "checksum" in why and "build it again" in fix
 
 
 # ---- how many threads ----
