@@ -5,7 +5,7 @@ import threading
 import time
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -139,7 +139,9 @@ def decode_all(files: FileSet, channels: int | None, resize: int | None) -> Iter
     return map_files(files.names, lambda name: decode(name, files.read, channels, resize))
 
 
-def map_files(names: Sequence[Name], work: Callable[[Name], Result], workers: int | None = None) -> Iterator[Result]:
+def map_files(
+    names: Sequence[Name], work: Callable[[Name], Result], workers: int | None = None
+) -> Generator[Result, None, None]:
     """`work` of every name, in their order; by `workers` threads, or where that is faster by as many as there are cores."""
     Image.init()  # plugins are registered once here rather than by racing threads
     if not names:

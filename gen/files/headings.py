@@ -19,6 +19,6 @@ def is_label_column(name: str) -> bool:
 
 def label_of(row: Mapping[str, object]) -> str | None:
     """The label of one row, or of an object; None if it has none that is a number or a name."""
-    columns = {heading(key): key for key in reversed(row) if isinstance(key, str)}
+    columns = {heading(key): key for key in reversed([*row]) if isinstance(key, str)}
     value = next((row[columns[name]] for name in LABEL_COLUMNS if name in columns), None)
     return str(value) if isinstance(value, int | str) and not isinstance(value, bool) and value != "" else None

@@ -73,7 +73,7 @@ def _regular(path: Path, found: Listing) -> Iterator[tuple[str, int, int]]:
             raise ValueError("it is cut short: the empty blocks of its end are missing")
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                archive.members = []  # it would keep them all
+                archive.members = []  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
                 if member.isdir():
                     found.folders.append(canonical(member.name))
                 elif member.isreg() and not member.issparse():

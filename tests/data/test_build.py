@@ -123,9 +123,11 @@ def test_another_decoder_gives_no_recorded_fingerprint(tmp_path: Path, monkeypat
 def test_options_of_a_built_set(tmp_path: Path) -> None:
     folder, out = source(tmp_path / "animals"), tmp_path / "out"
     build(DataConfig(str(folder), resize=6), out)
-    for options in ({}, {"resize": 6}, {"channels": 3}):
+    fitting: list[dict[str, Any]] = [{}, {"resize": 6}, {"channels": 3}]
+    other: list[dict[str, Any]] = [{"resize": 8}, {"channels": 1}]
+    for options in fitting:
         assert load_images(str(out), **options).images.shape == (35, 3, 6, 6)
-    for options in ({"resize": 8}, {"channels": 1}):
+    for options in other:
         with pytest.raises(UsageError, match=r"do not fit[\s\S]*6x6 with 3 channels[\s\S]*data.py build"):
             load_images(str(out), **options)
 
