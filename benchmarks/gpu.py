@@ -26,11 +26,11 @@ from gpu_parts.driver import Entry, Part, Row, python, run_parts
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 BUDGET = 540.0
 LIMITS: dict[str, tuple[float, str]] = {
-    "machine": (30, "hardware, versions, and the ceilings of copies and matrix products"),
-    "cuda_tests": (60, "tests of the suite that need CUDA"),
+    "machine": (25, "hardware, versions, and the ceilings of copies and matrix products"),
+    "cuda_tests": (70, "tests of the suite that need CUDA"),
     "graph": (50, "a whole trajectory as one CUDA graph, beside eager and diffusers"),
     "syncs": (30, "how often the host waits for the GPU within a trajectory"),
-    "kernels": (40, "the Triton kernels beside torch"),
+    "kernels": (35, "the Triton kernels beside torch"),
     "training": (60, "images a second of fit(), beside a bare loop and diffusers' recipe"),
     "precision": (40, "bf16 and TF32 beside float32"),
     "frechet": (25, "the Fréchet distance by Newton-Schulz beside eigenvalues"),

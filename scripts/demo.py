@@ -32,6 +32,7 @@ from midway.gen.diffusion.load import TABLE
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
+from midway.samplers.gits import GITS
 from recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
 from tasks import LatentTask, TokenizerTask
 
@@ -193,14 +194,14 @@ def latent_task(task: DemoTask) -> LatentTask:
 
 
 def solver_task(task: DemoTask, name: str) -> train_solver.SolverTask:
-    """One learned solver per budget of the sweep."""
+    """One learned solver per budget of the sweep; of AMED on `gits`, without the trials of other grids."""
     default = replace(train_solver.recipes()[name](), model=task.folder / "model", resume="auto")
     half = replace(default.train, steps=300)  # of a table's steps: nearly its error
     short = replace(default.train, steps=60, batch_size=32)  # as benchmarks/amed_ablation.py
     default = (
         replace(default, train=half)
         if name == TABLE
-        else replace(default, train=short, distill=DistillConfig(trajectories=256, checkpointing=False))
+        else replace(default, grid=GITS, train=short, distill=DistillConfig(trajectories=256, checkpointing=False))
     )
     if task.quick:
         return replace(

@@ -111,6 +111,11 @@ class TrainingTask:
     """Delete a run that is already at --out."""
     resume: Resume = field(default="no", kw_only=True, metadata=PER_CALL)
     """auto: continue from the newest checkpoint at --out, or start if there is none."""
+    dry_run: bool = field(default=False, kw_only=True, metadata=PER_CALL)
+    """Build everything, train two steps on random images of the configured size, and print parameters, memory, speed and the
+    time that the training would take. Neither data nor --out are touched."""
+    dry_run_classes: int = field(default=1000, kw_only=True, metadata=PER_CALL)
+    """With --dry-run: classes of the random images."""
 
 
 @dataclass(frozen=True)

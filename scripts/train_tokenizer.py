@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import main, resolve
+from dry_run import random_splits, rehearse, resident, without_perceptual
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
@@ -32,9 +33,11 @@ from tasks import TokenizerTask
 SHOWN = 32
 
 
-def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts[TokenizerObjective]:
-    """The objective and its data; nothing is written."""
-    splits = load_splits(task.data)
+def make_parts(
+    task: TokenizerTask, accelerator: Accelerator, splits: Splits | None = None
+) -> Parts[TokenizerObjective]:
+    """The objective and its data, or the images given; nothing is written."""
+    splits = splits or load_splits(task.data)
     torch.manual_seed(task.train.seed)
     objective = make_objective(make_tokenizer(task, splits.train), task)
     return image_parts(objective.to(accelerator.device), splits)
@@ -58,6 +61,8 @@ def train(task: TokenizerTask) -> Run | None:
     conv = task.model.network == "conv"
     narrowest = task.model.width * min(task.model.multipliers if conv else (1,))
     task, precision = with_precision(task, "conv" if conv else "transformer", narrowest)
+    if task.dry_run:
+        return dry_run(task)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
@@ -84,6 +89,15 @@ def train(task: TokenizerTask) -> Run | None:
         publish(task, run, parts.model, splits, steps, quality)
         run.say(f"saved {run.checkpoint}")
         return run
+
+
+def dry_run(task: TokenizerTask) -> None:
+    """Two steps on random images (dry_run.py)."""
+    start = resident()
+    task, notes = without_perceptual(task)
+    accelerator = make_accelerator(task.train)
+    parts = make_parts(task, accelerator, random_splits(task.data, task.dry_run_classes))
+    rehearse(parts.model, parts.items, task.train, accelerator, start, notes)
 
 
 def log_quality(

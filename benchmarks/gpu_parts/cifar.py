@@ -22,7 +22,7 @@ from midway.gen.core.environment import version_of
 ROOT = Path(__file__).resolve().parents[2]
 PLACES = tuple(base / "shared" / "data" / "cifar10-train.zip" for base in (ROOT.parent, ROOT))
 """Where the images are looked for without --data."""
-SHARES = {"tokenizer": 0.2, "latent model": 0.35}
+SHARES = {"tokenizer": 0.15, "latent model": 0.3}
 """Of the part's seconds, the steps of both trainings; the rest reads, encodes, learns AMED and sweeps."""
 BUDGETS = "4,6,10"
 SOLVERS = "euler,ddim,heun,dpmpp2m,ipndm3,amed"

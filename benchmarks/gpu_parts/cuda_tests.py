@@ -1,6 +1,7 @@
 """The tests of the suite that need a CUDA device, as rows: those marked `cuda`, all of them in tests/cuda."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from gpu_parts.part import Maker, Setting, Skipped
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "cuda"
+OUTCOME = re.compile(r"(\S+::.+?) (PASSED|SKIPPED)\b")
 CONFTEST_NEEDS = ("tyro", "diffusers", "accelerate", "torchvision")
 """What tests/conftest.py imports; tests marked `cuda` use none of its fixtures."""
 
@@ -22,37 +24,40 @@ def makers(setting: Setting) -> dict[str, Maker]:
 
 
 def outcomes(setting: Setting, tests: Path) -> Iterator[dict[str, Any]]:
-    """A row for every test: passed, failed or skipped, with seconds and the message."""
+    """A row for every test: those that pass or are skipped as they do, for none is lost where time runs out; then the others."""
     if importlib.util.find_spec("pytest") is None:
         raise Skipped("the package pytest is not installed")
-    report = setting.folder / "tests.xml"
-    done = subprocess.run(command(tests, report), cwd=ROOT, capture_output=True, text=True, check=False)
+    report, printed = setting.folder / "tests.xml", list[str]()
+    with subprocess.Popen(
+        command(tests, report), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            printed.append(line)
+            found = OUTCOME.match(line)
+            if found:
+                skipped = {"status": "skipped", "reason": "by the test itself"}
+                yield {"name": found[1], **({"held": True} if found[2] == "PASSED" else skipped)}
     if not report.exists():
-        raise RuntimeError(
-            f"pytest ended with {done.returncode} and wrote nothing: {done.stdout[-300:]} {done.stderr[-300:]}"
-        )
+        raise RuntimeError(f"pytest ended with {process.returncode}: {''.join(printed)[-300:]}")
     cases = list(ElementTree.parse(report).iter("testcase"))
     if not cases:
-        raise RuntimeError(f"pytest found no test that is marked: {done.stdout[-300:]}")
-    yield from map(case_row, cases)
+        raise RuntimeError(f"pytest found no test that is marked: {''.join(printed)[-300:]}")
+    yield from filter(None, map(failed_row, cases))
 
 
 def command(tests: Path, report: Path) -> list[str]:
     """pytest on this folder or file alone; without the suite's fixtures where the packages that they need are missing."""
     bare = any(importlib.util.find_spec(name) is None for name in CONFTEST_NEEDS)
-    flags = ["-q", "-m", "cuda", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
+    flags = ["-v", "-m", "cuda", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
     return [sys.executable, "-m", "pytest", *flags, *(["--noconftest"] if bare else []), str(tests)]
 
 
-def case_row(case: ElementTree.Element) -> dict[str, Any]:
-    """One test of a JUnit report."""
-    row: dict[str, Any] = {
-        "name": f"{case.get('classname')}::{case.get('name')}",
-        "seconds": float(case.get("time") or 0),
-    }
-    for kind, status in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
+def failed_row(case: ElementTree.Element) -> dict[str, Any] | None:
+    """Of one test of a JUnit report, None if it neither failed nor could not be run."""
+    for kind in ("failure", "error"):
         found = case.find(kind)
         if found is not None:
-            text = f"{found.get('message') or ''} {found.text or ''}"
-            return {**row, "status": status, "reason": " ".join(text.split())[:400]}
-    return {**row, "status": "measured", "held": True}
+            text = " ".join(f"{found.get('message') or ''} {found.text or ''}".split())
+            return {"name": f"{case.get('classname')}::{case.get('name')}", "status": "failed", "reason": text[:400]}
+    return None

@@ -30,6 +30,7 @@ TAIL = 400
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 Row = dict[str, Any]
+now = time.monotonic
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run_parts(
     `show` gets every row and every entry without its rows as it comes, with the part's name; a row with "header" goes into the
     head of the report. DiskError where `out` cannot be written.
     """
-    begun, entries = time.monotonic(), list[Entry]()
+    begun, entries = now(), list[Entry]()
     head = {**head, "budget_s": budget}
 
     def take(entry: Entry, row: Row) -> None:
@@ -86,7 +87,7 @@ def run_parts(
         report = {
             **head,
             "complete": complete,
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds": round(now() - begun, 1),
             "parts": [*map(asdict, entries)],
         }
         write_atomically(out, (json.dumps(finite(report), indent=1, allow_nan=False) + "\n").encode())
@@ -96,7 +97,7 @@ def run_parts(
             for part in parts:
                 entry = Entry(part.name, part.about)
                 entries.append(entry)
-                left = budget - (time.monotonic() - begun) - GRACE
+                left = budget - (now() - begun) - GRACE
                 _run(part, entry, left, take)
                 show(part.name, {key: value for key, value in asdict(entry).items() if key not in ("rows", "about")})
                 write(part is parts[-1])
@@ -115,7 +116,7 @@ def _run(part: Part, entry: Entry, left: float, take: Callable[[Entry, Row], Non
         entry.status, entry.limit_s = "skipped", 0.0
         entry.reason = f"{max(left, 0):.0f} s of the budget are left, it needs {part.least:g}"
         return
-    begun = time.monotonic()
+    begun = now()
     with tempfile.TemporaryDirectory() as folder:
         rows, log = Path(folder) / "rows.jsonl", Path(folder) / "log.txt"
         rows.touch()
@@ -123,7 +124,7 @@ def _run(part: Part, entry: Entry, left: float, take: Callable[[Entry, Row], Non
             command = [*part.command, "--rows", str(rows), "--seconds", f"{entry.limit_s:g}"]
             with log.open("wb") as output, rows.open() as lines, _group(command, output) as process:
                 code = _follow(process, lambda: _whole_lines(lines), entry, take, begun + entry.limit_s)
-                entry.seconds = round(time.monotonic() - begun, 1)
+                entry.seconds = round(now() - begun, 1)
             if code is None:
                 entry.status, entry.reason = "timeout", f"ended after {entry.limit_s:g} s; rows until then are here"
             elif code != 0:
@@ -144,7 +145,7 @@ def _follow(
         code = process.poll()
         for line in lines():
             take(entry, json.loads(line))
-        if code is not None or time.monotonic() > deadline:
+        if code is not None or now() > deadline:
             return code
         time.sleep(POLL)
 

@@ -1,12 +1,12 @@
 """The Fréchet distance by Newton-Schulz on the GPU, beside eigenvalues there and on the CPU, from the same statistics."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from common import Result
-from gpu_parts.part import Maker, Setting, Work, time_rows, turns, value_row
+from gpu_parts.part import Maker, Setting, time_rows, turns, value_row
 from torch import Tensor
 
 from midway.gen.metrics.frechet import frechet_distance
@@ -37,7 +37,7 @@ def distance(setting: Setting, dim: int, seconds: float) -> Iterator[Result]:
     """All three, the transfer of the covariances included."""
     a, b = (statistics(dim, seed, setting.device) for seed in (1, 2))
     device = setting.device
-    sides: dict[str, Work] = {
+    sides: dict[str, Callable[[], float]] = {
         "Newton-Schulz": lambda: frechet_distance(a, b, "newton-schulz", device),
         "eigenvalues, same device": lambda: frechet_distance(a, b, "eigen", device),
     }
@@ -45,7 +45,7 @@ def distance(setting: Setting, dim: int, seconds: float) -> Iterator[Result]:
     exact = frechet_distance(a, b)
     name = f"Fréchet distance, D = {dim}"
     yield value_row(f"{name}, eigenvalues on the CPU", "s", time.perf_counter() - begun)
-    errors = {side: abs(float(str(work())) / exact - 1) for side, work in sides.items()}
+    errors = {side: abs(work() / exact - 1) for side, work in sides.items()}
     for side, error in errors.items():
         yield value_row(f"{name}, {side}, relative difference from the CPU's", "relative", error)
     yield from time_rows(name, turns(sides, setting, seconds, warm_up=1))

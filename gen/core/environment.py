@@ -1,5 +1,6 @@
 """The environment of a run: versions, hardware, git commit and the command."""
 
+import contextlib
 import os
 import platform
 import shlex
@@ -50,6 +51,19 @@ def hardware() -> str:
 def command_line() -> str:
     """The command as typed, without the machine's paths."""
     return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+
+
+def free_memory() -> int:
+    """Bytes that this process may still fill: what the system has available, within the limit of a container."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        return min(free, max(limit - used, 0))
+    return free
 
 
 def environment() -> dict[str, Any]:

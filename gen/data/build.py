@@ -160,17 +160,18 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> bool:
     """Make the folder ready to write missing shards; False if all is there."""
-    foreign = [path.name for path in out.iterdir() if not _OWN.fullmatch(replaced_name(path) or path.name)]
-    if foreign or ((out / MANIFEST).exists() and not is_records(out, KIND)):
+    there = {replaced_name(path) or path.name for path in out.iterdir()} - {LOCK}
+    foreign = sorted(name for name in there if not _OWN.fullmatch(name))
+    if foreign or (is_records(out) and not is_records(out, KIND)):
         why = f"it holds {foreign[0] if foreign else MANIFEST}, which is of something else"
         raise UsageError(f"{out} is no set of images", why, "choose another --out")
-    finished, begun = is_records(out, KIND), (out / PLAN).exists()
-    if (finished or begun) and not overwrite:
+    finished, begun = is_records(out, KIND), PLAN in there
+    if there and not overwrite:
         other = differences(plan, open_stored(out).plan if finished else _begun(out).get("plan"))
         if other:
-            what = f"{out} already holds {'another set' if finished else 'the beginning of another set'} of images"
+            kind = "another set" if finished else "the beginning of another set" if begun else "what is left of a set"
             fix = "choose another --out, or pass --overwrite to delete it"
-            raise UsageError(what, f"other than then: {', '.join(other)}", fix)
+            raise UsageError(f"{out} already holds {kind} of images", f"other than then: {', '.join(other)}", fix)
         if finished:
             _tidy(out)
             return False

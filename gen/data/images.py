@@ -12,16 +12,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midway.gen.core.errors import UsageError
+from midway.gen.core.environment import free_memory
+from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.text import printable
 from midway.gen.data.fingerprint import fingerprint
 from midway.gen.data.pixels import Images
 from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
-from midway.gen.data.stored import KIND, StoredImages, is_unfinished, open_stored
+from midway.gen.data.stored import StoredImages, is_stored, open_stored
 from midway.gen.files.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack
 from midway.gen.files.file_set import check_bad, decode_all, open_files
 from midway.gen.files.layouts import layout_of
-from midway.gen.files.records import is_records
 from midway.gen.files.shards import set_name
 
 
@@ -69,7 +69,7 @@ def load_recorded(
     if source in SOURCES:
         return _load_named(source, download, channels, resize)
     path = existing_path(source)
-    if is_records(path, KIND) or is_unfinished(path):
+    if is_stored(path):
         return _load_stored(path, channels, resize)
     return _load_path(path, channels, resize, on_bad_image)
 
@@ -106,6 +106,8 @@ def _load_path(
             if isinstance(result, Undecodable):
                 bad.append(result)
             else:
+                if not kept:
+                    _check_memory(path, count, result)
                 kept.append(label)
                 yield result
 
@@ -117,6 +119,16 @@ def _load_path(
     stated = tuple(f"{counted(len(kept))}: {note}" for note in layout.notes)
     images, labels = torch.from_numpy(pixels), torch.tensor(kept)
     return image_data(images, labels, layout.classes, set_name(path), conversions + stated + skipped, layout.lines)
+
+
+def _check_memory(path: Path, count: int, image: Decoded) -> None:
+    """DataError, before all are decoded, where so many images and the copies of a split are larger than what is free."""
+    needed, free = 2 * count * image.pixels.nbytes, free_memory()
+    if needed > free:
+        why = f"{count:,} images, and their split, need about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
+        build = f"scripts/data.py build {path} --out DIR"
+        fix = f"build a set on the disk once, {build} (with --resize if need be), and give --data DIR"
+        raise DataError(f"{path} is too large for memory", why, fix)
 
 
 def image_data(

@@ -22,11 +22,11 @@ from midway.gen.core.locks import lock
 from midway.gen.core.text import echo
 from midway.gen.data.fingerprint import fingerprint, key_of
 from midway.gen.files.decoding import Undecodable, decode, decoder_versions
-from midway.gen.files.records import MANIFEST, Records, open_records
+from midway.gen.files.records import INDEX, MANIFEST, Records, is_records, open_records
 
 KIND = "images"
 """Of the records of a built set."""
-NAMES, FINGERPRINTS, PLAN = "names.jsonl", "fingerprints.json", "plan.json"
+NAMES, FINGERPRINTS, PLAN = "names.jsonl", "fingerprints.json", "unfinished-build.json"
 """Files beside the records; the last is there while a set is built."""
 
 
@@ -158,15 +158,15 @@ class StoredSet:
                 return [str(json.loads(line)) for line in file]
 
 
-def is_unfinished(path: Path) -> bool:
-    """Whether a build of a set was begun in this folder, and has not come to its end."""
-    return (path / PLAN).is_file() and not (path / MANIFEST).is_file()
+def is_stored(path: Path) -> bool:
+    """Whether this is a folder of records, or the beginning of one, or what is left of one."""
+    return is_records(path) or any((path / name).is_file() for name in (PLAN, INDEX))
 
 
 def open_stored(path: Path) -> StoredSet:
     """The set in a folder. DataError where it is unfinished or damaged, with the file's name."""
     remake = f"build it again: scripts/data.py build SOURCE --out {path} --overwrite"
-    if is_unfinished(path):
+    if (path / PLAN).is_file() and not (path / MANIFEST).is_file():
         raise DataError(f"{path} is an unfinished set of images", "its build was ended", "run the same build again")
     records = open_records(path, KIND, remake)
     with raising(DataError, f"{path / MANIFEST} cannot be read", remake, *DAMAGE, why=one_line):

@@ -116,6 +116,10 @@ class SolverTarget:
         return grid
 
 
+TRIED = (GITS, "vp", "logsnr")
+"""Grids among which `best` chooses; without the first where no rule refines the student's."""
+
+
 @dataclass(frozen=True)
 class TrajectoryBatch:
     """Teacher nodes of B trajectories and their labels (B,)."""
@@ -260,6 +264,16 @@ class SolverObjective(Distillation):
         if detached:
             return node_errors(states, self.solver, batch.nodes)
         return end_error(states[-1], self.solver, batch.nodes.states[-1])[None]
+
+    @torch.no_grad()
+    def end_rmse(self, take: Callable[[Tensor], TrajectoryBatch], count: int) -> float:
+        """Of `count` trajectories, in units of the state's standard deviation; infinite if one is not finite."""
+        squares = 0.0
+        for items in torch.arange(count).split(256):
+            batch = take(items.to(self.rule.raw.device))
+            states = nodes(self.solver, self.field(batch.labels), self.rule, batch.nodes.states[0], detached=False)
+            squares += len(items) * float(end_error(states[-1], self.solver, batch.nodes.states[-1]))
+        return math.sqrt(squares / count) if math.isfinite(squares) else math.inf
 
     def loss(self, batch: TrajectoryBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of log errors; logs the root of every error, in units of the state's standard deviation."""

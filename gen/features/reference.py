@@ -25,10 +25,11 @@ from midway.gen.core.processes import best_device
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import in_proportion
 from midway.gen.features.extractor import Activations, Extractor, ImageFeatures
-from midway.gen.metrics.class_share import MOST, between_class_share
+from midway.gen.features.streaming import FeatureStream, measured, principal_axes_of
+from midway.gen.metrics.class_share import MOST
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
-from midway.gen.metrics.principal_axes import PrincipalAxes, principal_axes
+from midway.gen.metrics.principal_axes import PrincipalAxes
 from midway.gen.metrics.sliced import Slices
 from midway.tokenizers.weights import check_tensors
 
@@ -158,14 +159,11 @@ def make_reference(
 
 def _measured(network: ImageFeatures, train: ImageData, axes: int | None) -> dict[str, Tensor]:
     """The tensors of a file."""
-    seen = network.features(train.images).cpu()
-    found: dict[str, Tensor] = {}
-    if axes is not None:
-        principal = principal_axes(seen, axes)
-        seen, found = principal.project(seen), principal.to_tensors()
-    found["sample"] = seen[balanced(train.labels)[:KEPT]].contiguous()
-    found["between"] = torch.tensor(between_class_share(seen, train.labels), dtype=torch.float64)
-    return found | FeatureStatistics.of(seen).to_tensors()
+    stream, kept = FeatureStream(network, train.images), balanced(train.labels)[:KEPT]
+    principal = None if axes is None else principal_axes_of(stream, axes)
+    statistics, sample, between = measured(stream, train.labels, kept, principal)
+    found = {"sample": sample, "between": torch.tensor(between, dtype=torch.float64), **statistics.to_tensors()}
+    return found if principal is None else found | principal.to_tensors()
 
 
 def _short(text: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from midway.gen.metrics.moments import FeatureStatistics, check_features
+from midway.gen.metrics.moments import FeatureStatistics
 
 _ROWS = 256
 """Rows of one product, always as many, so that coordinates do not depend on the number of images in the last bits."""
@@ -51,20 +51,16 @@ class PrincipalAxes:
         return cls(tensors["axes.mean"], tensors["axes.basis"])
 
 
-def principal_axes(features: Tensor, count: int) -> PrincipalAxes:
-    """The first `count` axes of features (N, D), any float dtype. ValueError unless 1 <= count <= min(N - 1, D).
+def axes_of(statistics: FeatureStatistics, count: int) -> PrincipalAxes:
+    """The first `count` axes of features with these statistics. ValueError unless 1 <= count <= min(N - 1, D).
 
     Signs are fixed: the largest coefficient of every axis is positive.
     """
     from scipy.linalg import eigh
 
-    check_features(features)
-    n, dim = features.shape
+    n, dim = statistics.count, statistics.dim
     if not 1 <= count <= min(n - 1, dim):
         raise ValueError(f"{count} principal axes of {n} images and {dim} features: there are {min(n - 1, dim)}")
-    statistics = FeatureStatistics.of_rows(features[:0])
-    for part in features.split(8192):  # float64 of all rows at once would be twice the memory of the features
-        statistics = statistics + FeatureStatistics.of_rows(part)
     _, vectors = eigh(statistics.covariance.numpy(), subset_by_index=(dim - count, dim - 1))
     basis = torch.from_numpy(vectors.copy()).flip(1)
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))

@@ -18,6 +18,7 @@ from midway.gen.core.environment import hardware
 from midway.gen.core.processes import ProcessInfo, at_work
 from midway.gen.data.images import ImageData
 from midway.gen.data.pictures import grid_png
+from midway.gen.data.pixels import Images, part_of
 from midway.gen.evaluation.metrics import Features, joined_features, possible
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, Estimate, Measurement
 from midway.gen.evaluation.spaces import Spaces, distance_errors, distances_and_metrics, extract, further
@@ -32,9 +33,12 @@ PICTURED = 32
 """Images of each limit that a report shows."""
 
 
-def measure_images(name: str, images: Tensor, spaces: Spaces, metrics: tuple[str, ...] = ()) -> Measurement:
+def measure_images(name: str, images: Images, spaces: Spaces, metrics: tuple[str, ...] = ()) -> Measurement:
     """The row `name` of `LIMITS` for uint8 images (n, C, H, W) against the training images."""
-    return _limit(name, extract(spaces, images), spaces, metrics)
+    seen = _Seen(spaces)
+    for part in images.split(PART):
+        seen.add(part)
+    return _limit(name, seen.features(), spaces, metrics)
 
 
 def _limit(name: str, features: Mapping[str, Features], spaces: Spaces, metrics: tuple[str, ...]) -> Measurement:
@@ -56,9 +60,9 @@ def _limit(name: str, features: Mapping[str, Features], spaces: Spaces, metrics:
     )
 
 
-def held_out_images(held_out: ImageData, n: int) -> Tensor:
-    """uint8 (n, C, H, W), or all if there are fewer, in an order in which the classes take turns."""
-    return held_out.images[balanced(held_out.labels)[:n]]
+def held_out_images(held_out: ImageData, n: int) -> Images:
+    """uint8 (n, C, H, W), or all if there are fewer, in an order in which the classes take turns; read when they are needed."""
+    return part_of(held_out.images, balanced(held_out.labels)[:n])
 
 
 @dataclass(frozen=True)
@@ -121,25 +125,42 @@ def run_sweep(
     return _measured(sweep, choice.of(plan.jobs), context, solution, progress)
 
 
-def _measure_limits(sweep: Sweep, images: Tensor, plan: Plan, context: EvaluationContext) -> None:
+def _measure_limits(sweep: Sweep, images: Images, plan: Plan, context: EvaluationContext) -> None:
     """Add the floor, and the ceiling of a tokenizer that loses something; no seed has part in them.
 
-    Reconstructions are made and seen part by part: there may be as many as images, and larger ones.
+    Images are read, reconstructed and seen part by part: there may be many, and large ones.
     """
-    sweep.measurements.append(measure_images(FLOOR, images, context.spaces, context.metrics))
-    sweep.pictures[FLOOR, "", 0] = grid_png(images[:PICTURED], columns=PICTURED // 4)
-    seen, first, lossless = list[dict[str, Features]](), images[:0], True
+    real, made, lossy = _Seen(context.spaces), _Seen(context.spaces), False
     for part in images.split(PART):
-        made = plan.reconstruct(part)
-        if made is None:
-            return
-        lossless = lossless and torch.equal(made, part)
-        first = torch.cat([first, made[: PICTURED - len(first)]])
-        seen.append(extract(context.spaces, made))
-    if not lossless:
-        joined = {space: joined_features([part[space] for part in seen]) for space in context.spaces}
-        sweep.measurements.append(_limit(CEILING, joined, context.spaces, context.metrics))
-        sweep.pictures[CEILING, "", 0] = grid_png(first, columns=PICTURED // 4)
+        real.add(part)
+        reconstructed = plan.reconstruct(part)
+        if reconstructed is not None:
+            made.add(reconstructed)
+            lossy = lossy or not torch.equal(reconstructed, part)
+    for name, seen in [(FLOOR, real), (CEILING, made)][: 1 + lossy]:
+        sweep.measurements.append(_limit(name, seen.features(), context.spaces, context.metrics))
+        sweep.pictures[name, "", 0] = grid_png(seen.first(), columns=PICTURED // 4)
+
+
+class _Seen:
+    """Features of images that come part by part, and the first of these images."""
+
+    def __init__(self, spaces: Spaces) -> None:
+        self.spaces, self.parts, self.shown = spaces, list[dict[str, Features]](), list[Tensor]()
+
+    def add(self, images: Tensor) -> None:
+        """uint8 (n, C, H, W)."""
+        self.parts.append(extract(self.spaces, images))
+        if sum(map(len, self.shown)) < PICTURED:
+            self.shown.append(images[:PICTURED])
+
+    def features(self) -> dict[str, Features]:
+        """Of all images, in every space."""
+        return {space: joined_features([part[space] for part in self.parts]) for space in self.spaces}
+
+    def first(self) -> Tensor:
+        """At most `PICTURED`."""
+        return torch.cat(self.shown)[:PICTURED]
 
 
 def _measured(

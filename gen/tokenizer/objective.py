@@ -115,15 +115,16 @@ def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Images, batch_size: in
     """Means over uint8 images of mse and psnr of their 8-bit reconstruction; usage, perplexity and bits_per_image of codes.
 
     `batch_size` by memory if it is None."""
-    errors, quality, counts = [], [], None
+    errors, quality, counts, start = *torch.empty(2, len(images), dtype=torch.float64), None, 0
     for part in images.split(batch_size or images_at_once(tokenizer)):
         out = tokenizer(to_float(part.to(tokenizer.device)))
         shown = to_uint8(out.reconstruction).cpu()
-        errors.append(mse(part, shown))
-        quality.append(psnr(part, shown))
+        # in place: small results kept between large ones would split the heap, and memory would grow with every batch
+        errors[start : start + len(part)], quality[start : start + len(part)] = mse(part, shown), psnr(part, shown)
+        start += len(part)
         found = out.quantized.counts
         counts = found if counts is None or found is None else counts + found
-    report = {"mse": torch.cat(errors).mean().item(), "psnr": torch.cat(quality).mean().item()}
+    report = {"mse": errors.mean().item(), "psnr": quality.mean().item()}
     size = tokenizer.quantizer.codebook_size
     if size is None:
         return report

@@ -46,17 +46,26 @@ def fake(driver: ModuleType, name: str, code: str, limit: float = 60.0, least: f
     return driver.Part(name, f"about {name}", (sys.executable, "-c", BEGIN + code), limit, least)
 
 
-def run(driver: ModuleType, parts: list[Any], out: Path, budget: float = 100.0) -> dict[str, Any]:
-    """The report, which is what was returned; every row was shown."""
+def run(
+    driver: ModuleType, parts: list[Any], out: Path, budget: float = 1e9, hangs: str = "", hours: float = 1.0
+) -> dict[str, Any]:
+    """The report, which is what was returned; every row was shown. Hours go by once the part that `hangs` has shown a row."""
     shown: list[tuple[str, dict[str, Any]]] = []
-    entries, stopped = driver.run_parts(parts, out, budget, lambda name, row: shown.append((name, row)), {"head": 1})
+
+    def now() -> float:
+        later = any(name == hangs and "limit_s" not in row for name, row in shown)
+        return time.monotonic() + 3600 * hours * later
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "now", now)
+        entries, stopped = driver.run_parts(
+            parts, out, budget, lambda name, row: shown.append((name, row)), {"head": 1}
+        )
     report = json.loads(out.read_text())
     assert stopped is None
     assert [entry.status for entry in entries] == [part["status"] for part in report["parts"]]
     rows = [(part["name"], row) for part in report["parts"] for row in part["rows"]]
-    assert [pair for pair in shown if "limit_s" not in pair[1]] == [
-        (name, row | {"ours": float(row["ours"])} if "ours" in row else row) for name, row in rows
-    ]
+    assert [pair for pair in shown if "limit_s" not in pair[1]] == rows
     return report
 
 
@@ -80,13 +89,13 @@ def test_parts_that_pass_fail_hang_or_lack_a_package_are_entries(driver: ModuleT
     parts = [
         fake(driver, "passes", ROW + ROW),
         fake(driver, "fails", ROW + "print('no\\nluck')\nsys.exit(7)"),
-        fake(driver, "hangs", hanging, limit=4.0),
+        fake(driver, "hangs", hanging, limit=600.0),
         fake(driver, "writes rubbish", "rows.write('{not json\\n'); rows.flush()"),
         fake(driver, "half a row", ROW + "rows.write('{\\\"name\\\": '); rows.flush()"),
         driver.Part("is not there", "", (str(tmp_path / "nothing"),), 60.0, 0.0),
         fake(driver, "has a head", "rows.write(json.dumps({'header': {'gpu': 'none'}}) + '\\n')"),
     ]
-    report = run(driver, parts, tmp_path / "made" / "gpu.json")
+    report = run(driver, parts, tmp_path / "made" / "gpu.json", hangs="hangs")
     found = {part["name"]: part for part in report["parts"]}
     assert {name: (part["status"], len(part["rows"])) for name, part in found.items()} == {
         "passes": ("done", 2),
@@ -99,7 +108,7 @@ def test_parts_that_pass_fail_hang_or_lack_a_package_are_entries(driver: ModuleT
     }
     assert found["passes"]["reason"] == ""
     assert found["fails"]["reason"] == "exit code 7: no luck"
-    assert "after 4 s" in found["hangs"]["reason"]
+    assert "after 600 s" in found["hangs"]["reason"] and found["hangs"]["seconds"] > 3600
     assert "JSONDecodeError" in found["writes rubbish"]["reason"]
     assert "FileNotFoundError" in found["is not there"]["reason"]
     assert report["complete"] and report["gpu"] == "none" and report["head"] == 1
@@ -113,17 +122,17 @@ def test_what_the_budget_does_not_reach_is_skipped(driver: ModuleType, tmp_path:
     parts = [
         fake(driver, "first", ROW),
         fake(driver, "second", seen),
-        fake(driver, "third", "time.sleep(600)", limit=600.0),
+        fake(driver, "third", f"{ROW}time.sleep(600)", limit=5000.0),
         fake(driver, "fourth", ROW, least=5.0),
     ]
-    report = run(driver, parts, out, budget=driver.GRACE + 8.0)
+    report = run(driver, parts, out, budget=driver.GRACE + 3000.0, hangs="third", hours=0.9)
     first, second, third, fourth = report["parts"]
     between = json.loads(second["rows"][0]["name"])
     assert [part["name"] for part in between["parts"]] == ["first"] and not between["complete"]
     assert (third["status"], fourth["status"]) == ("timeout", "skipped")
-    assert third["limit_s"] < 8.0 < 600
-    assert "it needs 5" in fourth["reason"] and fourth["rows"] == []
-    assert report["complete"] and (report["budget_s"], first["limit_s"]) == (driver.GRACE + 8.0, 8.0)
+    assert 2000 < third["limit_s"] < 3000
+    assert fourth["reason"] == "0 s of the budget are left, it needs 5" and fourth["rows"] == []
+    assert report["complete"] and (report["budget_s"], first["limit_s"]) == (driver.GRACE + 3000.0, 60.0)
 
 
 DRIVER = """

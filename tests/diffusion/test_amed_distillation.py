@@ -13,9 +13,10 @@ from oracles import exact_solution, mixture, noise_at, rmse
 from pipelines import Pipeline
 from tensors import grad
 from torch import Tensor
-from train_solver import SolverTask, train
+from train_solver import SolverTask, card_for, train
 
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.diffusion.distillation import Lesson, learn
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, gits_for, make_samplers, make_table
@@ -44,6 +45,7 @@ from midway.samplers.schedule import EDM, VP, Cosine, Schedule
 from midway.samplers.solvers import SOLVERS, heun
 from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor, StepParameters, StepRule
 from midway.samplers.unipc import unipc
+from solver_tasks import labels_for, make_objective, on_best_grid, tried_on
 
 CONFIG = AMEDConfig(scale_dir=0.2, scale_time=0.1)
 RHO = 20.0
@@ -456,3 +458,46 @@ def test_fitting_a_grid_counts_every_pass_once(scale: float, interval: tuple[flo
     fine = WARM_UP * (FINE_STEPS + guided)
     assert sum(costs) - fine == counter.evaluations
     assert min(costs) > fine, "the choice among several paths runs the solver on them"
+
+
+# ---- the grid ----
+
+
+@pytest.mark.parametrize("name", ["amed", "amed-plugin-ipndm3-predictor"])
+def test_the_best_grid_is_that_of_the_least_error_after_a_quarter_of_the_steps(name: str, pipeline: Pipeline) -> None:
+    cpu = torch.device("cpu")
+    trained = load_model(pipeline.model, cpu)
+    distill = DistillConfig(trajectories=24, teacher_steps=4, checkpointing=False)
+    lesson = TrainConfig(steps=8, batch_size=32, lr=5e-2, warmup=0, ema=0, clip=1.0, seed=3)
+    task = SolverTask(pipeline.model, name, "4", "best", distill=distill, train=lesson)
+    errors, spent = dict[str, float](), 0
+    for grid in ("gits", "vp", "logsnr"):
+        one = make_objective(replace(task, grid=grid), 4, trained)
+        assert isinstance(one, SolverObjective)
+        take = one.prepare(labels_for(task, trained.model, cpu), {})
+        learn(one, take, 24, Lesson(2, 24, 5e-2, 1.0, seed=3))
+        errors[grid] = one.end_rmse(take, 24)
+        state = {key: value.detach() for key, value in one.state_dict().items()}
+        sampler = one.sampler(state, card_for(task, 4, one, trained, 1))
+        batch, end = take(torch.arange(24)), torch.tensor(one.grid[-1], dtype=torch.float64)
+        unit = math.hypot(trained.model.schedule.alpha(end), trained.model.schedule.sigma(end))
+        ends = sampler.run(trained.model.field(batch.labels), batch.nodes.states[0], None)
+        assert rmse(ends, batch.nodes.states[-1]) == pytest.approx(errors[grid] * unit, rel=1e-4)
+        spent += one.counter.evaluations - one.taught
+    found, line = on_best_grid(task, 4, make_objective(task, 4, trained), trained, cpu, {})
+    chosen = min(errors, key=lambda grid: errors[grid])
+    assert isinstance(found, SolverObjective) and found.target.grid == chosen
+    assert line.startswith(
+        f"grid of {name} at NFE 4: {chosen}; RMSE to the teacher after 2 steps: gits {errors['gits']:.4g}, "
+    )
+    assert found.counter.evaluations == spent
+    fresh = make_objective(replace(task, grid=chosen), 4, trained).state_dict()
+    assert all(torch.equal(value, fresh[key]) for key, value in found.state_dict().items())
+    before = replace(task, grid="vp")
+    given = make_objective(before, 4, trained)
+    assert on_best_grid(before, 4, given, trained, cpu, {}) == (given, "")
+
+
+def test_per_step_no_fitted_grid_is_tried(pipeline: Pipeline) -> None:
+    task = SolverTask(pipeline.model, "amed", "4", "best", distill=DistillConfig(mode="per_step"))
+    assert tried_on(task) == ("vp", "logsnr")

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from midway.gen.metrics.class_share import between_class_share
-from midway.gen.metrics.principal_axes import principal_axes
+from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.metrics.principal_axes import axes_of
 
 
 def test_the_share_is_that_of_the_decomposition_of_variance() -> None:
@@ -39,7 +40,7 @@ def test_axes_are_those_of_a_known_covariance() -> None:
     z = torch.linalg.qr(torch.randn(50, 7, generator=generator, dtype=torch.float64))[0]
     z = torch.linalg.qr(z - z.mean(0))[0][:, :6]
     x = z * torch.tensor([1.0, 5, 2, 6, 3, 4]) @ q.T + 10
-    axes = principal_axes(x, 3)
+    axes = axes_of(FeatureStatistics.of(x), 3)
     expected = q[:, [3, 1, 5]]
     expected = expected * expected.gather(0, expected.abs().argmax(0, keepdim=True)).sign()
     torch.testing.assert_close(axes.basis, expected, rtol=0, atol=1e-9)
@@ -49,6 +50,6 @@ def test_axes_are_those_of_a_known_covariance() -> None:
     assert torch.equal(axes.project(x[7:9]), coordinates[7:9]) and axes.project(x[:0]).shape == (0, 3)
     for wrong in (0, 7):
         with pytest.raises(ValueError, match="there are 6"):
-            principal_axes(x, wrong)
+            axes_of(FeatureStatistics.of(x), wrong)
     with pytest.raises(ValueError, match="one feature network"):
         axes.project(x[:, :5])

@@ -37,7 +37,7 @@ TABLE = """
   EVALUATE --solvers ddim --grids karas; --solvers amed --grids karas -> 'karas' | did you mean 'karras'?
   train_tokenizer digit-fsq --out {out} -> 'digit-fsq' | did you mean 'digits-fsq'?
   train_latent digits-dti --out {out} -> 'digits-dti' | did you mean 'digits-dit'?
-  train_solver amed --model {model} --distill.mode per_step -> --grid gits with --distill.mode per_step | end_to_end
+  train_solver amed --model {model} --grid gits --distill.mode per_step -> --grid gits with --distill.mode per_step | end_to_end
   train_solver amed-plugin-ipndm3 --model {model} --grid gits --distill.mode per_step -> per_step | end_to_end
   train_solver amedd --out {out} -> 'amedd' | did you mean 'amed'?
   train_baseline digits-gloww -> 'digits-gloww' | did you mean 'digits-glow'?

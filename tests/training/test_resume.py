@@ -90,8 +90,8 @@ def table_task(out: Path, pipeline: Pipeline) -> SolverTask:
 
 
 def plugin_task(out: Path, pipeline: Pipeline) -> SolverTask:
-    """AMED inside another solver, learned end to end."""
-    task = solver_task(out, pipeline)
+    """AMED inside another solver, learned end to end on a grid that is chosen by trials."""
+    task = replace(solver_task(out, pipeline), grid="best")
     return replace(task, solver="amed-plugin-dpmpp2m-predictor", distill=replace(task.distill, mode="end_to_end"))
 
 
