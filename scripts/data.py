@@ -38,6 +38,8 @@ class CheckTask(DataConfig):
     """A named source, or the path of an image folder, zip, tar, parquet file, or built set."""
     against: str | None = None
     """Another source, to look for images that occur in both; read with the same options."""
+    full: bool = False
+    """Of a built set: compare the sha256 of every file first."""
     out: Path | None = None
     """Directory for data.json and, if there are bad files, bad_files.txt."""
 
@@ -74,7 +76,7 @@ def run(task: CheckTask) -> DataFacts:
         check_unambiguous(source)
     if task.out is not None:
         check_writable(task.out)
-    facts = check(_config(task), task.against)
+    facts = check(_config(task), task.against, task.full)
     echo(text(facts).rstrip())
     if task.out is not None:
         echo(*(f"{'written':<13}{path}" for path in write_data_report(task.out, facts)))

@@ -6,6 +6,7 @@ Times are for 2 CPU cores unless a GPU is named.
 from dataclasses import replace
 from pathlib import Path
 
+import imagenet_recipes as imagenet
 from cli import by_name
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
@@ -85,7 +86,17 @@ def cifar10_fsq() -> TokenizerTask:
     )
 
 
-TOKENIZER_RECIPES = by_name(digits_fsq, digits_vq, digits_kl, digits_pixels, mnist5k_fsq, cifar10_fsq)
+TOKENIZER_RECIPES = by_name(
+    digits_fsq,
+    digits_vq,
+    digits_kl,
+    digits_pixels,
+    mnist5k_fsq,
+    cifar10_fsq,
+    imagenet.imagenet256_fsq,
+    imagenet.imagenet256_vq,
+    imagenet.imagenet256_kl,
+)
 
 
 DIGITS_DIT = DiTConfig(width=96, depth=4, heads=4, patch=1)
@@ -168,4 +179,13 @@ def cifar10_dit() -> LatentTask:
     )
 
 
-LATENT_RECIPES = by_name(digits_dit, digits_flow, digits_edm, digits_pixel_flow, mnist5k_dit, cifar10_dit)
+LATENT_RECIPES = by_name(
+    digits_dit,
+    digits_flow,
+    digits_edm,
+    digits_pixel_flow,
+    mnist5k_dit,
+    cifar10_dit,
+    imagenet.imagenet256_dit_b,
+    imagenet.imagenet256_dit_xl,
+)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from tile_flags import TileFlags
+
 from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
@@ -111,6 +113,11 @@ class TrainingTask:
     """Delete a run that is already at --out."""
     resume: Resume = field(default="no", kw_only=True, metadata=PER_CALL)
     """auto: continue from the newest checkpoint at --out, or start if there is none."""
+    dry_run: bool = field(default=False, kw_only=True, metadata=PER_CALL)
+    """Build everything, train two steps on random images of the configured size, and print parameters, memory, speed and the
+    time that the training would take. Neither data nor --out are touched."""
+    dry_run_classes: int = field(default=1000, kw_only=True, metadata=PER_CALL)
+    """With --dry-run: classes of the random images."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class TokenizerTask(TrainingTask):
 
 
 @dataclass(frozen=True)
-class LatentTask(TrainingTask):
+class LatentTask(TileFlags, TrainingTask):
     """Train a latent model on a tokenizer's latents."""
 
     tokenizer: Path

@@ -5,6 +5,7 @@ best/ of the run, and other commands load them. Validation uses the held-out ima
 is slightly optimistic.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from baseline_recipes import BASELINE_RECIPES
 from baseline_tasks import BASELINE_TASKS, BaselineTask, VAETask
 from cli import main, resolve
+from dry_run import random_splits, rehearse, resident
 from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
 from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
@@ -69,9 +71,9 @@ def read_task(arguments: list[str]) -> BaselineTask:
     )
 
 
-def make_parts(task: BaselineTask, accelerator: Accelerator) -> Parts[Baseline]:
-    """The model and its images; nothing is written. Validation gives bits per dimension."""
-    splits = load_splits(task.data)
+def make_parts(task: BaselineTask, accelerator: Accelerator, splits: Splits | None = None) -> Parts[Baseline]:
+    """The model and its images, or those given; nothing is written. Validation gives bits per dimension."""
+    splits = splits or load_splits(task.data)
     model = make_model(task, splits).to(accelerator.device)
     subject, bounds = balanced_subject(splits.held_out, task.validation_images), make_bounds(task)
     return image_parts(model, splits, lambda step: bits_of(model, subject, bounds).bits)
@@ -111,6 +113,8 @@ def train(task: BaselineTask) -> Run | None:
     """Train, score held-out images, save. The run on the main process, None on the others."""
     check_unused(task.train, validates=True)
     task, precision = with_precision(task)
+    if task.dry_run:
+        return dry_run(task)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, task.train.weights_name
@@ -126,6 +130,14 @@ def train(task: BaselineTask) -> Run | None:
             return None
         report(task, run, parts.splits, result, accelerator.device)
         return run
+
+
+def dry_run(task: BaselineTask) -> None:
+    """Two steps on random images (dry_run.py)."""
+    start, train = resident(), replace(task.train, validate_every=0, patience_validations=0)
+    accelerator = make_accelerator(train)
+    parts = make_parts(task, accelerator, random_splits(task.data, task.dry_run_classes))
+    rehearse(parts.model, parts.items, train, accelerator, start)
 
 
 def facts(parts: Parts[Baseline]) -> tuple[str, str]:

@@ -1,14 +1,17 @@
 """Train a latent model: python scripts/train_latent.py digits-dit --tokenizer runs/digits-fsq"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+from train_tokenizer import make_tokenizer
 
 from cli import main, resolve
+from dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
@@ -28,13 +31,14 @@ from midway.gen.tokenizer.encoding import Encoding, encode
 from midway.gen.tokenizer.latents import Views, cache_path, open_latents
 from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
+from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.samplers.grids import karras
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import LATENT_RECIPES
+from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from running import built, open_run, with_precision
 from tasks import LatentTask
 
@@ -62,6 +66,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
     """
     tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    task.apply_tiles(tokenizer)
     images = load_splits(data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
@@ -87,6 +92,8 @@ def train(task: LatentTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
     check_unused(task.train, measures=True)
     task, precision = with_precision(task, "transformer", task.model.dit.width)
+    if task.dry_run:
+        return dry_run(task)
     accelerator = make_accelerator(task.train, task.out)
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
@@ -105,6 +112,35 @@ def train(task: LatentTask) -> Run | None:
             return None
         run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
         return run
+
+
+def dry_run(task: LatentTask) -> None:
+    """Two steps on random latents (dry_run.py), of the tokenizer of the run or, if there is none, of the recipe of its name."""
+    start, train = resident(), replace(task.train, measure_every=0)
+    tokenizer = planned_tokenizer(task.tokenizer)
+    accelerator = make_accelerator(train)
+    torch.manual_seed(train.seed)
+    names = tuple(str(label) for label in range(task.dry_run_classes))
+    with raising(UsageError, "this model cannot be built", "change the --model flags"):
+        model = built(lambda: LatentModel(task.model, tokenizer.latent_shape, len(names), (), names))
+    raw = torch.randn(IMAGES, *tokenizer.latent_shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(IMAGES) % len(names)
+
+    def read(items: Tensor) -> LatentBatch:
+        return LatentBatch(raw[items], labels[items])
+
+    rehearse(model, Items(read, IMAGES), train, accelerator, start)
+
+
+def planned_tokenizer(path: Path) -> ImageTokenizer:
+    """The tokenizer of a run, or an untrained one of the recipe that has the name of the run's folder; UsageError for neither."""
+    if path.exists():
+        return load_tokenizer(path)[0]
+    if path.name not in TOKENIZER_RECIPES:
+        what, why = f"there is no tokenizer at {path}", f"no recipe is called '{path.name}'"
+        raise UsageError(what, why, f"train it, or name one: {nearest(path.name, TOKENIZER_RECIPES)}")
+    task = TOKENIZER_RECIPES[path.name]()
+    return make_tokenizer(task, random_splits(task.data, 1).train)
 
 
 def make_online_reference(task: LatentTask, device: torch.device) -> FeatureReference | None:

@@ -6,8 +6,10 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cli import main, resolve
+from dry_run import random_splits, rehearse, resident, without_perceptual
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
@@ -16,6 +18,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
+from midway.gen.diffusion.load import read_tokenizer
 from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
@@ -32,9 +35,11 @@ from tasks import TokenizerTask
 SHOWN = 32
 
 
-def make_parts(task: TokenizerTask, accelerator: Accelerator) -> Parts[TokenizerObjective]:
-    """The objective and its data; nothing is written."""
-    splits = load_splits(task.data)
+def make_parts(
+    task: TokenizerTask, accelerator: Accelerator, splits: Splits | None = None
+) -> Parts[TokenizerObjective]:
+    """The objective and its data, or the images given; nothing is written."""
+    splits = splits or load_splits(task.data)
     torch.manual_seed(task.train.seed)
     objective = make_objective(make_tokenizer(task, splits.train), task)
     return image_parts(objective.to(accelerator.device), splits)
@@ -58,6 +63,8 @@ def train(task: TokenizerTask) -> Run | None:
     conv = task.model.network == "conv"
     narrowest = task.model.width * min(task.model.multipliers if conv else (1,))
     task, precision = with_precision(task, "conv" if conv else "transformer", narrowest)
+    if task.dry_run:
+        return dry_run(task)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
@@ -78,12 +85,23 @@ def train(task: TokenizerTask) -> Run | None:
             checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
         if not accelerator.is_main_process:
             return None
+        if any(isinstance(p, DTensor) for p in tokenizer.parameters()):  # of which each process has a share
+            tokenizer = parts.model.tokenizer = read_tokenizer(run.checkpoint / "tokenizer", accelerator.device)
         parts.model.eval()
         quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
         log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)
         publish(task, run, parts.model, splits, steps, quality)
         run.say(f"saved {run.checkpoint}")
         return run
+
+
+def dry_run(task: TokenizerTask) -> None:
+    """Two steps on random images (dry_run.py)."""
+    start = resident()
+    task, notes = without_perceptual(task)
+    accelerator = make_accelerator(task.train)
+    parts = make_parts(task, accelerator, random_splits(task.data, task.dry_run_classes))
+    rehearse(parts.model, parts.items, task.train, accelerator, start, notes)
 
 
 def log_quality(

@@ -118,7 +118,8 @@ def without_numbers(module: Module) -> Module:
     for tensor in [*module.parameters(), *module.buffers()]:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    copied = copy.deepcopy(module, memo)
+    return nn.Module._apply(copied, lambda tensor: tensor.to("meta"))  # what is neither, the tensors of a Perceptual
 
 
 @dataclass(frozen=True)

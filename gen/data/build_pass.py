@@ -130,7 +130,7 @@ class BuildPass:
                 self.shape.check(image)
                 notes.update(image.notes)
                 facts["grey"] += _planes(image) == 1
-                planes = _as_planes(image, self.shape.planes)
+                planes = as_planes(image, self.shape.planes)
                 if self.hashes is not None:
                     self.hashes.add(planes[None])
                 records.append(torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.encoded else planes)
@@ -163,7 +163,7 @@ def _planes(image: Decoded) -> int:
     return 1 if image.pixels.ndim == 2 else 3
 
 
-def _as_planes(image: Decoded, planes: int) -> Tensor:
+def as_planes(image: Decoded, planes: int) -> Tensor:
     """uint8 (planes, H, W) of one image; grey is repeated."""
     pixels = np.atleast_3d(image.pixels).transpose(2, 0, 1)
     return torch.from_numpy(np.array(np.broadcast_to(pixels, (planes, *pixels.shape[1:])), order="C"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.config import to_dict
-from midway.gen.core.errors import DataError
+from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.contents import (
     NAMED,
     ChannelStatistics,
@@ -23,15 +23,16 @@ from midway.gen.data.contents import (
     channel_statistics,
     conversions,
     duplicates,
+    fingerprint_of,
     levels,
     read_contents,
     same_pixels,
     shared,
     sizes,
 )
-from midway.gen.data.crops import cropped
 from midway.gen.data.sources import SOURCES, existing_path
-from midway.gen.data.splits import DataConfig, check_share, held_out_mask, load
+from midway.gen.data.splits import DataConfig, check_share, held_out_mask
+from midway.gen.data.stored import is_stored, open_stored
 from midway.gen.files.decoding import LOSSY, Undecodable, counted
 from midway.gen.files.file_set import check_bad
 from midway.gen.files.layouts import left_out_lines
@@ -102,19 +103,30 @@ class DataFacts:
 # ---- finding ----
 
 
-def check(config: DataConfig, against: str | None = None) -> DataFacts:
-    """Decode everything and find all problems of training with these options. Errors as of `read_contents`."""
+def check(config: DataConfig, against: str | None = None, full: bool = False) -> DataFacts:
+    """Decode everything and find all problems of training with these options. Errors as of `read_contents`.
+
+    `full` compares the sha256 of every file of a built set first: DataError, or UsageError for any other source.
+    """
     check_share(config.held_out)
+    if full:
+        _check_files(config.data)
     if against is not None and against not in SOURCES:
         existing_path(against)  # before hours of decoding
     contents = read_contents(config)
     other = None if against is None else read_contents(replace(config, data=against))
     errors = list(_errors(contents, config))
-    fingerprint = None if errors else cropped(load(config), config.crop).fingerprint  # as of training
+    fingerprint = None if errors else fingerprint_of(contents, config)
     chosen = _held_out(contents, config, errors)
     facts = _facts(contents, other, chosen, config)
     problems = tuple(Problem(error.what, error.why, error.fix) for error in errors)
     return replace(facts, fingerprint=fingerprint, problems=problems, warnings=tuple(_warnings(facts)))
+
+
+def _check_files(source: str) -> None:
+    if source in SOURCES or not is_stored(existing_path(source)):
+        raise UsageError("--full", f"{source} is no built set, so no sha256 of its files is known", "drop it")
+    open_stored(existing_path(source)).images.records.verify()
 
 
 def _errors(contents: Contents, config: DataConfig) -> Iterator[DataError]:
@@ -163,7 +175,7 @@ def _facts(contents: Contents, other: Contents | None, chosen: Tensor | None, co
         classes=dict(zip(contents.classes, counts, strict=True)),
         channels={channels: count for channels, count in ((1, grey), (3, len(pictures) - grey)) if count},
         sizes=sizes(pictures),
-        conversions=conversions(pictures, contents.notes),
+        conversions=conversions(contents),
         levels=levels(pictures),
         statistics=channel_statistics(pictures),
         fingerprint=None,

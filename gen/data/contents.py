@@ -12,6 +12,7 @@ bytes were changed but still decode.
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,16 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
+from midway.gen.data.build_pass import as_planes
+from midway.gen.data.crops import cropped
+from midway.gen.data.fingerprint import Fingerprinter
+from midway.gen.data.images import ImageData
 from midway.gen.data.levels import levels_of
 from midway.gen.data.sources import SOURCES, existing_path, prepared, read_named
-from midway.gen.data.splits import DataConfig
+from midway.gen.data.splits import DataConfig, load
+from midway.gen.data.stored import is_stored, open_stored
 from midway.gen.files.decoding import Decoded, Undecodable, check_options, decode
-from midway.gen.files.file_set import FileSet, map_files, open_files
+from midway.gen.files.file_set import FileSet, decode_all, map_files, open_files
 from midway.gen.files.layouts import ALL, Layout, layout_of, left_out_of
 
 NAMED = 5
@@ -62,6 +68,7 @@ class Contents:
     left_out: Mapping[str, int] = field(default_factory=dict)  # files that are not read, by kind
     bare: tuple[str, ...] = ()  # folders without images
     error: DataError | None = None  # why the folders are not classes
+    built: tuple[str, ...] = ()  # what the build of a set stated about its images
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,36 @@ def read_contents(config: DataConfig) -> Contents:
     check_options(config.channels, config.resize, config.on_bad_image)
     if config.data in SOURCES:
         return _named(config)
-    return _files(existing_path(config.data), config)
+    path = existing_path(config.data)
+    return _built(path, config) if is_stored(path) else _files(path, config)
+
+
+def fingerprint_of(contents: Contents, config: DataConfig) -> str:
+    """As of training, without all images in memory. Only of contents that can be used; UsageError for too large a crop."""
+    if config.data in SOURCES or is_stored(existing_path(config.data)):
+        return cropped(load(config), config.crop).fingerprint
+    planes = max(picture.channels for picture in contents.pictures)
+    width, height = contents.pictures[0].size
+    shape = (len(contents.pictures), planes, height, width)
+    found = Fingerprinter(shape, contents.labels, contents.classes)
+    with open_files(existing_path(config.data)) as files:
+        for image in decode_all(files, config.channels, config.resize):
+            if isinstance(image, Decoded):
+                found.add(as_planes(image, planes))
+    without_pixels = torch.empty(shape, dtype=torch.uint8, device="meta")
+    data = ImageData(without_pixels, contents.labels, contents.classes, config.data, found.result())
+    return cropped(data, config.crop).fingerprint
+
+
+def _built(path: Path, config: DataConfig) -> Contents:
+    data, names = load(config), open_stored(path).names()
+
+    def work(item: int) -> Picture:
+        pixels = data.images[item : item + 1][0].permute(1, 2, 0).numpy()
+        return examine(Decoded(names[item], pixels[..., 0] if pixels.shape[2] == 1 else pixels))
+
+    pictures = tuple(map_files(range(len(names)), work))
+    return Contents(config.data, pictures, data.labels, data.classes, built=data.conversions)
 
 
 def _named(config: DataConfig) -> Contents:
@@ -190,10 +226,14 @@ def levels(pictures: Sequence[Picture]) -> int | None:
     return levels_of(torch.tensor(values, dtype=torch.uint8)) if values else None
 
 
-def conversions(pictures: Sequence[Picture], notes: Sequence[str] = ()) -> dict[str, int]:
-    """Number of images of each conversion and of each note about loss, and of `notes`, which are of all images."""
+def conversions(contents: Contents) -> dict[str, int]:
+    """Number of images of each conversion, of each note about loss, and of notes of all images."""
+    pictures = contents.pictures
     counts = Counter(note for picture in pictures for note in picture.notes)
-    counts.update(dict.fromkeys(notes, len(pictures)))
+    counts.update(dict.fromkeys(contents.notes, len(pictures)))
+    counts.update(
+        {note: int(count) for count, note in re.findall(r"^(\d+) images?: (.*)$", "\n".join(contents.built), re.M)}
+    )
     grey = sum(picture.channels == 1 for picture in pictures)
     if 0 < grey < len(pictures):
         counts["grey promoted to RGB"] = grey

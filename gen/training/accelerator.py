@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from midway.gen.core.errors import MidwayError, UsageError, is_memory, one_line, raising
 from midway.gen.core.processes import joining, launched
@@ -19,7 +20,7 @@ from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.interface import Trainable
 from midway.gen.training.optim import state_bytes
-from midway.tokenizers.memory import Need, memory_of, training_need
+from midway.tokenizers.memory import Need, memory_of, training_need, without_numbers
 
 ROOM = 0.9
 """Share of a device's memory that tensors may take: the rest is for kernels, and lost between blocks."""
@@ -120,6 +121,15 @@ def loss_need(model: nn.Module, batches: Callable[[int], Any], half: bool = Fals
         return cast(Trainable, copied).loss(batches(count), context)[0]
 
     return training_need(model, loss, half)
+
+
+def loss_flops(model: nn.Module, batches: Callable[[int], Any]) -> int:
+    """Floating-point operations of products and convolutions that one sample of a `Trainable` takes, forward and backward."""
+    copied, samples = without_numbers(model).eval(), 2
+    with FlopCounterMode(display=False) as counter:
+        context = Context(0, 0, torch.arange(samples, device="meta"))
+        cast(Trainable, copied).loss(batches(samples), context)[0].backward()
+    return counter.get_total_flops() // samples
 
 
 def memory_error(config: TrainConfig, processes: int, fits: int, kept: int, total: int, why: str) -> MidwayError:

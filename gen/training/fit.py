@@ -62,13 +62,13 @@ def fit(
     Raises DivergedError when loss and gradients stop being finite, DiskError when a checkpoint cannot be written, UsageError
     when a resumed run was started with another configuration, Interrupted after a stop signal.
     """
-    training = _Training(model, items, config, run, accelerator, hooks or Hooks())
+    training = Training(model, items, config, run, accelerator, hooks or Hooks())
     with Interrupts() as interrupts, training.loader:
         return training.run_from(training.checkpointing.resume() if resume else 0, interrupts)
 
 
-class _Training:
-    """One call of fit()."""
+class Training:
+    """One call of fit(), step by step."""
 
     def __init__(
         self, model: nn.Module, items: Items, config: TrainConfig, run: Run, accelerator: Accelerator, hooks: Hooks
@@ -113,11 +113,10 @@ class _Training:
         config, first = self.config, step
         self._announce(step)
         if step == 0:
-            self._start()
+            self.start()
         report = Reporter(config, self.run, self.accelerator, step)
         while step < config.steps and not self.validation.is_over:
-            with explaining_memory(config, self.accelerator, self.model, self._batches):
-                self._step(step, self._stop_flags(interrupts))
+            self.take(step, self._stop_flags(interrupts))
             step += 1
             decision = self.guard.read()
             if decision.streak >= config.patience:
@@ -146,6 +145,11 @@ class _Training:
             self.checkpointing.save(step)
         report.close()
         return self._result(step)
+
+    def take(self, step: int, stop_flags: StopFlags) -> None:
+        """One optimizer step; MidwayError with the --accumulation that fits if memory runs out."""
+        with explaining_memory(self.config, self.accelerator, self.model, self._batches):
+            self._step(step, stop_flags)
 
     def _step(self, step: int, stop_flags: StopFlags) -> None:
         """One optimizer step, and whatever follows each of them."""
@@ -179,7 +183,7 @@ class _Training:
     def _batches(self) -> Callable[[int], Any]:
         return batches_like(self.items, self.accelerator.device)
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Let the model initialise from data; averages begin there."""
         if isinstance(self.model, Startable):
             start(self.wrapped, self.routed, self.items, self.loader.order, self.config.batch_size)

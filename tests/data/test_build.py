@@ -21,6 +21,7 @@ from PIL import Image
 from midway.gen.core import files as core_files
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError
 from midway.gen.data.build import build
+from midway.gen.data.check import check
 from midway.gen.data.images import ImageData, load_images
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.data.stored import StoredImages
@@ -366,3 +367,40 @@ def test_a_progress_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_decoders_are_named() -> None:
     assert decoding.decoder_versions()["Pillow"] == Image.__version__
+
+
+# ---- the check ----
+
+
+@pytest.mark.parametrize("keep_encoded", [False, True])
+def test_the_check_of_a_built_set_is_that_of_its_source(keep_encoded: bool, tmp_path: Path) -> None:
+    folder, out = source(tmp_path / "animals", 60, grey=14), tmp_path / "out"
+    shutil.copy(folder / "class0" / "030.png", folder / "class1" / "030.png")  # RGB; grey is RGB in the built set
+    build(DataConfig(str(folder)), out, keep_encoded)
+    mine, theirs = check(DataConfig(str(out)), full=True), check(DataConfig(str(folder)))
+    assert mine.fingerprint == theirs.fingerprint == load_images(str(folder)).fingerprint
+    assert replace(mine, options={}, channels={}) == replace(theirs, options={}, channels={})
+    assert mine.duplicates.first == (("class0/030.png", "class1/030.png"),) and mine.conversions
+
+
+def test_the_check_finds_a_changed_shard(tmp_path: Path) -> None:
+    folder, out = source(tmp_path / "animals"), tmp_path / "out"
+    build(DataConfig(str(folder)), out)
+    path = out / "records-00001.npy"
+    whole = bytearray(path.read_bytes())
+    for place in (20, 200):  # in the header, which has no checksum of its own, and in an image
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"records-00001.npy has changed"):
+            check(DataConfig(str(out)), full=True)
+    with pytest.raises(DataError, match=r"records-00001.npy has changed[\s\S]*record 10"):
+        check(DataConfig(str(out)))
+    with pytest.raises(UsageError, match="no built set"):
+        check(DataConfig(str(folder)), full=True)
+
+
+def test_the_check_holds_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its fingerprint is that of training, without the function that reads all images into memory."""
+    folder = source(tmp_path / "animals", 60, grey=14)
+    wanted = load_images(str(folder)).fingerprint
+    monkeypatch.setattr("midway.gen.data.images.stack", None)
+    assert check(DataConfig(str(folder))).fingerprint == wanted
