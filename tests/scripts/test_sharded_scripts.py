@@ -44,7 +44,7 @@ def sharding(config: TrainConfig, out: Path | None = None, idle: bool = False) -
         fsdp_version=2,
         cpu_ram_efficient_loading=False,
         state_dict_type="SHARDED_STATE_DICT",
-        auto_wrap_policy="NO_WRAP",
+        auto_wrap_policy="no_wrap",
     )
     return made
 
