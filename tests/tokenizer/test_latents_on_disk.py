@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from stored_latents import encoded
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DivergedError, UsageError
+from midway.gen.core.errors import DataError, DiskError, DivergedError, UsageError
 from midway.gen.core.files import read_tensors
 from midway.gen.core.locks import lock
 from midway.gen.core.processes import device_and_process
@@ -174,6 +175,20 @@ def test_shards_of_another_plan_are_not_used(whole: Path, tmp_path: Path) -> Non
     assert contents(folder) == contents(tmp_path / "fresh")
     assert len(list(folder.glob("records-*"))) == 3
     encode(folder, tokenizer(), digits(), FLIPPED, overwrite=True)
+    assert contents(folder) == contents(whole)
+
+
+def test_a_full_disk_leaves_what_can_be_gone_on_from(whole: Path, tmp_path: Path) -> None:
+    """Files of at most 1,000 bytes, of which a shard has 1,920."""
+    folder, limits = tmp_path / "latents", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"cannot write .*records-00000.npy") as raised:
+            encode(folder, tokenizer(), digits(), FLIPPED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.exit_code == 5 and not folder.exists()
+    encode(folder, tokenizer(), digits(), FLIPPED)
     assert contents(folder) == contents(whole)
 
 
