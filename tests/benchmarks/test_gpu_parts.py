@@ -105,6 +105,19 @@ def test_rows_that_cannot_be_measured_have_their_reasons(part: ModuleType) -> No
     ]
 
 
+def test_targets_are_judged_at_full_size_only(
+    part: ModuleType, setting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("gpu_parts.missed")
+    module.makers = lambda setting: {"a": lambda: [part.compared("a", "ms", 2.0, "b", 1.0, 3.0)]}  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "gpu_parts.missed", module)
+    monkeypatch.setattr(part, "end_with_parent", lambda: None)  # this process has no driver
+    for tiny, held in ((True, None), (False, False)):
+        assert part.run_part("missed", replace(setting, tiny=tiny), tmp_path / f"{tiny}") == 0
+        (row,) = map(json.loads, (tmp_path / f"{tiny}").read_text().splitlines())
+        assert (row["held"], row["ratio"]) == (held, 0.5)
+
+
 def test_sides_take_turns_after_a_warm_up(part: ModuleType, setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(part, "wall_seconds", lambda work: (work(), {"a": 1.0, "b": 3.0}[done[-1]])[1])
