@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tile_flags import TileFlags
+
 from cli import main, resolve
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path, clear_temporaries
 from midway.gen.core.processes import device_and_process, raised_by_all
-from midway.gen.core.ranges import BATCH, check_flag_ranges
+from midway.gen.core.ranges import BATCH, WIDTH, check_flag_ranges
 from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.splits import load_splits
@@ -23,7 +25,7 @@ from midway.gen.tokenizer.latents import Views, cache_path, open_latents
 
 
 @dataclass(frozen=True)
-class EncodeTask:
+class EncodeTask(TileFlags):
     """Encode the training images of a tokenizer's data set into a folder, with per-channel mean and std.
 
     A call that was interrupted goes on where it stopped when it is repeated.
@@ -45,7 +47,7 @@ class EncodeTask:
     """Replace a finished folder."""
 
     def __post_init__(self) -> None:
-        check_flag_ranges(self, batch_size=BATCH)
+        check_flag_ranges(self, batch_size=BATCH, tile=WIDTH)
 
     @property
     def views(self) -> Views:
@@ -59,6 +61,7 @@ def run(task: EncodeTask) -> Path:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     device, process = device_and_process()
     tokenizer, data = load_tokenizer(task.tokenizer, device)
+    task.apply_tiles(tokenizer)
     train = load_splits(data).train
     path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.views, task.dtype))
     with raised_by_all():

@@ -71,6 +71,8 @@ def run(task: EvaluateTask) -> Sweep:
 def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
     """`run` on this device, as this share of the processes; everything is checked before anything is written."""
     trained = load_model(task.model, device) if task.model else None
+    if trained is not None:
+        task.apply_tiles(trained.tokenizer)
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
     data = replace(trained.data, download=task.data.download) if trained else task.data
     out = folder(task)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 from sampling_flags import SamplingFlags
+from tile_flags import TileFlags
 
 from cli import Flat
 from midway.gen.core.config import PER_CALL
@@ -24,7 +25,7 @@ UNNAMED = DataConfig(data="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTask(SamplingFlags):
+class EvaluateTask(TileFlags, SamplingFlags):
     """Fréchet distance and RMSE of every solver at every budget, of baselines, and of external images.
 
     Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ stores the measurements, also of an
@@ -108,11 +109,14 @@ class EvaluateTask(SamplingFlags):
         check_flag_ranges(
             self, n=COUNT, blocks=COUNT, seed=SEED, exact_nfe=(0, STEPS[1]), choice_seeds=COUNT, images_resize=WIDTH
         )
+        check_flag_ranges(self, tile=WIDTH)
 
 
 def check_flags(task: EvaluateTask) -> None:
     """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
     named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
+    if task.tile is not None and not task.model:
+        raise UsageError(f"--tile {task.tile}", "only tokenizers of ours are tiled", "drop it, or pass --model")
     if task.model and task.diffusers:
         raise UsageError("--model and --diffusers", "a report is of one model", "pass one of them")
     if task.model and named != UNNAMED:

@@ -38,6 +38,8 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
     from midway.gen.sweep.repeats import check_repeats
 
     found = [load_model(path, device) for path in task.repeats]
+    for repeat in found:
+        task.apply_tiles(repeat.tokenizer)
     check_repeats(trained, found)
     return [EvaluatedLatentModel(repeat) for repeat in found]
 

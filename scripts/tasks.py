@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from tile_flags import TileFlags
+
 from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
@@ -130,7 +132,7 @@ class TokenizerTask(TrainingTask):
 
 
 @dataclass(frozen=True)
-class LatentTask(TrainingTask):
+class LatentTask(TileFlags, TrainingTask):
     """Train a latent model on a tokenizer's latents."""
 
     tokenizer: Path

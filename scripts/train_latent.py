@@ -66,6 +66,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
     """
     tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    task.apply_tiles(tokenizer)
     images = load_splits(data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):

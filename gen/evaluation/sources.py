@@ -125,7 +125,9 @@ class EvaluatedLatentModel(EvaluatedModel):
     def description(self) -> str:
         config = self.trained.model.config
         network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
-        return f"{self.trained.hash}: {network}; weights {self.trained.weights}"
+        tiles = self.trained.tokenizer.tiles
+        tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"
+        return f"{self.trained.hash}: {network}; weights {self.trained.weights}{tiled}"
 
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError where there is nothing to guide."""
@@ -164,15 +166,20 @@ class SolverSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, decoder, sampler, guidance, precision and classes; batch size and graph change nothing beyond rounding."""
-        guidance = self.sampling.guidance
-        return {
-            "model": self.trained.hash,
-            "decoder": self.trained.decoder_hash,
-            "plan": self.sampler.hash,
-            "guidance": [guidance.scale, list(map(str, guidance.interval)), guidance.weak_hash],
-            "precision": self.sampling.precision,
-        } | drawn(self.sampling.draw)
+        """Model, decoder, tiles, sampler, guidance, precision, classes; batch size and graph change nothing beyond rounding."""
+        guidance, tiles = self.sampling.guidance, self.trained.tokenizer.tiles
+        tiled = {} if tiles is None else {"tiles": list(tiles)}
+        return (
+            {
+                "model": self.trained.hash,
+                "decoder": self.trained.decoder_hash,
+                "plan": self.sampler.hash,
+                "guidance": [guidance.scale, list(map(str, guidance.interval)), guidance.weak_hash],
+                "precision": self.sampling.precision,
+            }
+            | tiled
+            | drawn(self.sampling.draw)
+        )
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Latents float32 (n, C, h, w)."""

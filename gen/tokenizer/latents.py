@@ -108,11 +108,13 @@ class Latents:
 
 
 def tokenizer_hash(tokenizer: ImageTokenizer) -> str:
-    """Hash of the weights and configuration, without the latent statistics, which are measured afterwards."""
+    """Hash of the weights, the configuration and the tiles, without the latent statistics, which are measured afterwards."""
     state = {name: value for name, value in tokenizer.state_dict().items() if not name.startswith("latent")}
     config = {key: value for key, value in tokenizer.config.items() if not key.startswith("_")}
     if config["foreign"] is None:  # tokenizers of before there were any keep their hashes, and so their caches and runs
         del config["foreign"]
+    if tokenizer.tiles is not None:  # latents of tiles are others, unless the network is local
+        config["tiles"] = tokenizer.tiles
     return state_hash(json.dumps(config, sort_keys=True), state)
 
 

@@ -1,75 +1,57 @@
-"""Peak memory and time of passes over a stored set: python tests/support/peak_memory.py FOLDER PASS COUNT COUNT ...
+"""Build a set of one JPEG many times, and take a training step on it; the last line has the peak RSS in KiB after each, as JSON.
 
-Prints, after each pass over so many images, the highest memory of this process so far in MB and the seconds of the pass.
+python peak_memory.py FOLDER COUNT
 """
 
+import io
+import json
 import resource
-import shutil
 import sys
-import time
+import zipfile
 from pathlib import Path
 
 import torch
-from many_images import many
+from PIL import Image
 
-from midway.gen.data.images import ImageData
-from midway.gen.features import pixels
-from midway.gen.features.pixels import Pixels
-from midway.gen.features.reference import make_reference
-from midway.gen.tokenizer.encoding import Encoding, encode, latent_statistics
-from midway.gen.tokenizer.latents import open_latents
-from midway.gen.tokenizer.objective import evaluate_tokenizer
-from midway.gen.tokenizer.statistics import constant_channels
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+import data
+import train_tokenizer
+
+from cli import resolve
+from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context
-from midway.tokenizers.tokenizer import ImageTokenizer
-
-BATCH = 16
-
-
-def tokenizer() -> ImageTokenizer:
-    """256x256 pixels to 8x8 latents, with little work."""
-    torch.manual_seed(0)
-    quantizer = {"type": "kl", "dim": 4}
-    return ImageTokenizer(in_channels=3, image_size=256, width=8, downsample=32, blocks=1, quantizer=quantizer).eval()
+from recipes import TOKENIZER_RECIPES
+from tasks import TokenizerTask
 
 
-def encoding(data: ImageData, folder: Path) -> None:
-    """Encoded, and a batch read again."""
-    model = tokenizer()
-    shutil.rmtree(folder, ignore_errors=True)
-    encode(folder, model, data, Encoding(batch_size=BATCH))
-    found = open_latents(folder, data, model)
-    found.standardised(found.read(torch.arange(BATCH)), Context(0, 0, torch.arange(BATCH)), flip=False)
+def write_source(path: Path, count: int) -> None:
+    """A zip with `count` images of 256 x 256 in two classes: the same one under many names."""
+    file = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for index in range(count):
+            archive.writestr(f"{'ab'[index % 2]}/{index:06}.jpg", file.getvalue())
 
 
-def statistics(data: ImageData, folder: Path) -> None:
-    """Of latents and of reconstructions; and the images' own."""
-    model = tokenizer()
-    latent_statistics(model, data.images, BATCH)
-    with torch.no_grad():
-        evaluate_tokenizer(model, data.images, BATCH)
-    constant_channels(data.images)
+def peak() -> int:
+    """KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def reference(data: ImageData, folder: Path) -> None:
-    """Features are means over areas, 8x8 of them."""
-    pixels.SIDE = 8
-    make_reference(Pixels(), Pixels.name, data)
-
-
-PASSES = {"encoding": encoding, "statistics": statistics, "reference": reference}
-
-
-def main() -> None:
-    """Pass after pass in this process."""
-    torch.set_num_threads(1)
-    folder, name = Path(sys.argv[1]), sys.argv[2]
-    for count in map(int, sys.argv[3:]):
-        begun = time.perf_counter()
-        PASSES[name](many(folder / "images", count), folder / "latents")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1.024
-        print(f"{count} {peak:.1f} {time.perf_counter() - begun:.2f}", flush=True)
+def main(folder: Path, count: int) -> dict[str, int]:
+    """Peaks before, after the build, after a training step, and after all else that a tokenizer's training reads."""
+    write_source(folder / "set.zip", count)
+    line = ["digits-fsq", "--data", str(folder / "set"), "--out", str(folder / "run"), "--model.width", "4"]
+    task = resolve(TokenizerTask, TOKENIZER_RECIPES, [*line, "--model.downsample", "32", "--batch-size", "4"])
+    accelerator, found = make_accelerator(task.train, task.out), {"imports": peak()}
+    data.command(["build", str(folder / "set.zip"), "--out", str(folder / "set"), "--workers", "2"])
+    found["build"] = peak()
+    parts = train_tokenizer.make_parts(task, accelerator)
+    items = torch.arange(0, count, count // 4)[:4] * 4 // 5
+    loss, _ = parts.model.loss(parts.items.read(items), Context(0, 0, items))
+    loss.backward()
+    return found | {"step": peak()}
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]))))
