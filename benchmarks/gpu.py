@@ -40,7 +40,7 @@ LIMITS: dict[str, tuple[float, str]] = {
     "compiled": (100, "torch.compile beside eager"),
 }
 """Seconds of each part at most, and what it measures; the parts in order of their worth, since the last ones may find no time."""
-SHOWN_APART = ("name", "status", "reason", "held", "peer", "peer_name")
+SHOWN_APART = ("name", "status", "reason", "held", "peer_name")
 LEAST = 15.0
 """Seconds below which no part is worth starting: to import torch takes several."""
 
@@ -62,11 +62,9 @@ def show(part: str, row: Row) -> None:
     if "limit_s" in row:
         print(f"{part}: {row['status']} in {row['seconds']:.0f} s {row['reason']}".rstrip(), flush=True)
         return
-    figures = " ".join(
-        f"{key} {row[key]}" for key in ("ours", "peer", "ratio", "unit") if row.get(key) not in (None, "")
-    )
-    peer = row.get("peer_name") or row.get("peer")
-    beside = f" beside {peer}" if isinstance(peer, str) else ""
+    columns = ("ours", "peer", "ratio", "unit") if "ours" in row else [key for key in row if key not in SHOWN_APART]
+    figures = " ".join(f"{key} {row[key]}" for key in columns if row.get(key) not in (None, ""))
+    beside = f" beside {row['peer_name']}" if row.get("peer_name") else ""
     held = {"True": "held", "False": "MISSED"}.get(str(row.get("held")), "")
     status = "" if row["status"] == "measured" else f"{row['status']}: {row['reason']}"
     print("    " + " ".join(word for word in (f"{row['name']}{beside}:", figures, held, status) if word), flush=True)

@@ -8,7 +8,7 @@ nearest at some budget, and of fewer than 3 budgets there is no picture. Of a co
 (scripts/evaluate_likelihood.py) it is the table of results.json, with the facts that a reader needs beside it; of a check of
 metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving ground (scripts/prove_solvers.py) a block `prove`
 has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
-tables without a picture.
+tables without a picture. Of a file of benchmarks/amed_ablation.py it is its table.
 """
 
 import csv
@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.comparing import by_solver, question
@@ -57,6 +58,8 @@ def embed(page: Path, name: str, report: Path) -> None:
     text = page.read_text()
     if begin not in text or end not in text:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
+    if report.is_file():
+        return _replace(page, name, ablation_block(report))
     if (report / "results.json").exists():
         return _replace(page, name, models_block(report))
     if (report / "rmse_vs_nfe.png").exists():
@@ -85,6 +88,31 @@ def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str
     picture.write_bytes(distance_png(drawn, "nfe", "to_exact" if ranked else "distance"))
     shown = "Distance to the exact solution" if ranked else "Fréchet distance"
     return f"![{shown} against NFE]({os.path.relpath(picture, page.parent)})"
+
+
+def ablation_block(file: Path) -> str:
+    """RMSE of every variant by budget, the least bold, and what learning it at the largest one cost."""
+    results = json.loads(file.read_text())["results"]
+    budgets = sorted({one["nfe"] for one in results})
+    least = {nfe: min(one["rmse"] for one in results if one["nfe"] == nfe) for nfe in budgets}
+    rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    for one in results:
+        key = tuple(one[name] for name in ("solver", "mode", "grid", "teacher"))
+        rows.setdefault(key, {})[one["nfe"]] = one
+
+    def cell(row: dict[int, dict[str, Any]], nfe: int) -> str:
+        text = f"{row[nfe]['rmse']:.3f}" if nfe in row else "–"
+        return f"**{text}**" if nfe in row and row[nfe]["rmse"] == least[nfe] else text
+
+    lines = [
+        "| solver | learned | grid | teacher | " + " | ".join(f"NFE {nfe}" for nfe in budgets) + " | learned with |"
+    ]
+    lines.append("| --- | --- | --- | --- |" + " ---: |" * (len(budgets) + 1))
+    for (solver, mode, grid, teacher), row in rows.items():
+        spent = row[max(row)]["training_nfe"]
+        found = (f"`{solver}`", mode.replace("_", " "), grid, teacher, *(cell(row, nfe) for nfe in budgets))
+        lines.append(f"| {' | '.join(found)} | {f'{spent:,}' if spent else ''} |")
+    return "\n".join(lines) + "\n"
 
 
 def embed_proof(page: Path, name: str, report: Path) -> None:

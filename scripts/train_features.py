@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from cli import Flat, main, resolve
+from dry_run import random_splits, rehearse, resident
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.ranges import WIDTH, check_flag_ranges
@@ -22,7 +23,7 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import printable
 from midway.gen.data.images import describe
 from midway.gen.data.pixels import in_parts
-from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork, protocol_name, save_features
 from midway.gen.metrics.class_share import MOST, between_class_share
 from midway.gen.training.accelerator import check_unused, make_accelerator
@@ -54,9 +55,9 @@ class FeaturesTask(TrainingTask):
         check_flag_ranges(self, width=WIDTH, dim=WIDTH)
 
 
-def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNetwork]:
-    """The network and its images; nothing is written. UsageError for sizes that do not fit."""
-    splits = load_splits(task.data)
+def make_parts(task: FeaturesTask, accelerator: Accelerator, splits: Splits | None = None) -> Parts[FeatureNetwork]:
+    """The network and its images, or those given; nothing is written. UsageError for sizes that do not fit."""
+    splits = splits or load_splits(task.data)
     torch.manual_seed(task.train.seed)
     channels, side = splits.train.images.shape[1:3]
     with raising(UsageError, "this feature network cannot be built", "change the flags or --data"):
@@ -65,10 +66,19 @@ def make_parts(task: FeaturesTask, accelerator: Accelerator) -> Parts[FeatureNet
     return image_parts(network, splits)
 
 
+def dry_run(task: FeaturesTask) -> None:
+    """Two steps on random images (dry_run.py)."""
+    start, accelerator = resident(), make_accelerator(task.train)
+    parts = make_parts(task, accelerator, random_splits(task.data, task.dry_run_classes))
+    rehearse(parts.model, parts.items, task.train, accelerator, start)
+
+
 def train(task: FeaturesTask) -> Run | None:
     """Train on the training images, report the held-out accuracy, save. The run on the main process."""
     check_unused(task.train)
     task, precision = with_precision(task)
+    if task.dry_run:
+        return dry_run(task)
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)
     network, held_out = parts.model, parts.splits.held_out

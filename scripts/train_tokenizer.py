@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from cli import main, resolve
 from dry_run import random_splits, rehearse, resident, without_perceptual
@@ -17,6 +18,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
+from midway.gen.diffusion.load import read_tokenizer
 from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
@@ -83,6 +85,8 @@ def train(task: TokenizerTask) -> Run | None:
             checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
         if not accelerator.is_main_process:
             return None
+        if any(isinstance(p, DTensor) for p in tokenizer.parameters()):  # of which each process has a share
+            tokenizer = parts.model.tokenizer = read_tokenizer(run.checkpoint / "tokenizer", accelerator.device)
         parts.model.eval()
         quality = evaluate_tokenizer(tokenizer, splits.held_out.images)
         log_quality(run, tokenizer, splits, steps, quality, task.train.weights_name)

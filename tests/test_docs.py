@@ -84,6 +84,31 @@ def test_two_budgets_make_no_picture(tmp_path: Path) -> None:
     assert not (tmp_path / "docs").exists()
 
 
+def test_an_ablation_becomes_a_table(tmp_path: Path) -> None:
+    def row(solver: str, mode: str, nfe: int, rmse: float, spent: int) -> dict[str, object]:
+        return {
+            "solver": solver,
+            "mode": mode,
+            "grid": "vp",
+            "teacher": "t",
+            "nfe": nfe,
+            "rmse": rmse,
+            "training_nfe": spent,
+        }
+
+    found = [row("a", "", 5, 0.2, 0), row("b", "per_step", 5, 0.1, 700), row("b", "per_step", 6, 0.3, 1800)]
+    (tmp_path / "x.json").write_text(json.dumps({"results": found}))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- begin x --><!-- end x -->")
+    _tool("embed").embed(page, "x", tmp_path / "x.json")
+    assert page.read_text().splitlines()[1:5] == [
+        "| solver | learned | grid | teacher | NFE 5 | NFE 6 | learned with |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: |",
+        "| `a` |  | vp | t | 0.200 | – |  |",
+        "| `b` | per step | vp | t | **0.100** | **0.300** | 1,800 |",
+    ]
+
+
 def test_a_check_of_metrics_becomes_one_table_of_all_spaces(tmp_path: Path) -> None:
     def row(features: str, damage: str, required: float | None, ratio: float) -> DamageRow:
         return DamageRow(features, damage, 40, required, 2 * ratio, ratio, 0.1, 12.34, 3.0, 1.5)

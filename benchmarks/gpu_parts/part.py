@@ -76,7 +76,7 @@ def without(name: str, error: Exception) -> dict[str, Any]:
 
 
 def run_part(name: str, setting: Setting, rows: Path) -> int:
-    """Measure one part and append its rows to a file; 0, whatever the rows are."""
+    """Measure one part and append its rows to a file, unjudged at tiny sizes; 0, whatever the rows are."""
     end_with_parent()
     with rows.open("a") as file:
         try:
@@ -86,7 +86,7 @@ def run_part(name: str, setting: Setting, rows: Path) -> int:
             return 0
         with contextlib.redirect_stdout(sys.stderr):
             for row in rows_of(makers):
-                write(file, row)
+                write(file, {**row, "target": "", "held": None} if setting.tiny and "held" in row else row)
     return 0
 
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class Loader:
     def _threads(self, workers: int) -> ThreadPoolExecutor:
         if self._pool is None:
             # a new thread would pin memory on the first GPU, whichever is that of its process
-            begin = (lambda: torch.cuda.set_device(self.device)) if self.device.type == "cuda" else None
+            begin = partial(torch.cuda.set_device, _index(self.device)) if self.device.type == "cuda" else None
             self._pool = ThreadPoolExecutor(workers, "loader", initializer=begin)
         return self._pool
 
@@ -142,6 +143,11 @@ def each(batch: Any, work: Callable[[Tensor], Tensor]) -> Any:
         parts = {f.name: each(getattr(batch, f.name), work) for f in fields(batch) if f.init}
         return replace(batch, **parts)
     return batch
+
+
+def _index(device: torch.device) -> int:
+    """Of a GPU; that of a single process has none of its own, and is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _pinned(tensor: Tensor) -> Tensor:

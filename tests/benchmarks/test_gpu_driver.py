@@ -221,6 +221,22 @@ def test_the_program_runs_its_parts_and_judges_their_rows(
     assert "pass --data" in printed and "machine: done" in printed and "copy: ours" in printed
 
 
+def test_a_line_has_the_figures_of_its_row(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu.show(
+        "a",
+        {"status": "measured", "name": "x", "ours": 2.0, "peer": 4.0, "peer_name": "y", "unit": "ms", "held": False},
+    )
+    gpu.show("a", {"status": "measured", "name": "z", "step": 3, "psnr": 1.5})
+    gpu.show("a", {"status": "skipped", "name": "w", "reason": "no images"})
+    gpu.show("a", {"status": "done", "name": "a", "seconds": 1.0, "reason": "", "limit_s": 3.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "    x beside y: ours 2.0 peer 4.0 unit ms MISSED",
+        "    z: step 3 psnr 1.5",
+        "    w: skipped: no images",
+        "a: done in 1 s",
+    ]
+
+
 @pytest.mark.parametrize(
     ("status", "rows", "code"),
     [

@@ -3,24 +3,28 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from devices import every_device
+from devices import every_device, on_cuda
 from torch import Tensor
 
 pytest.importorskip("accelerate", reason="fit() needs it")
 from accelerate.state import AcceleratorState
 
+from midway.gen.core import randomness
 from midway.gen.core.config import to_dict
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.training.accelerator import make_accelerator
-from midway.gen.training.batches import LatentBatch
+from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Items
+from midway.gen.training.loading import Loader
 
 SIZE = 40
 TRAIN = TrainConfig(steps=6, batch_size=16, warmup=2, ema=0.9, log_every=2, deterministic=True, save_seconds=0)
@@ -76,6 +80,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
     name = "network.embed.weight"
     assert not torch.equal(whole[name], untrained().state_dict()[name]), "the training changes nothing"
+
+
+@on_cuda
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", ["", ":0"])
+def test_copies_to_a_gpu_are_from_pinned_memory(number: str, workers: int, device: str) -> None:
+    """Also on the device of a single process, which has no number."""
+    config = TrainConfig(steps=6, batch_size=4, workers=workers)
+    place: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device(device + number))
+    with Loader(Items(lambda wanted: wanted * 3, SIZE), config, place) as source:
+        assert source._read(torch.arange(4)).is_pinned()
+        found = torch.cat([source(step, 0, Context(0, step, torch.arange(4))) for step in range(6)])
+    assert found.device.type == device
+    assert torch.equal(found.cpu(), 3 * randomness.permutation(0, "order", 0, SIZE)[:24])
 
 
 @every_device

@@ -85,7 +85,7 @@ def test_the_check_of_a_source_raises_too_and_a_build_takes_no_window(script: Sc
 
 @pytest.mark.usefixtures("one_thread")
 def test_commands_use_the_window(script: Script, tmp_path: Path) -> None:
-    """A tokenizer on windows of 4x4; its evaluation, latents and a model of them, without the flag again; two threads."""
+    """A tokenizer on windows of 4x4; its evaluation, latents, a model of them, a solver, without the flag again; by threads."""
     tokenizer, model = tmp_path / "tokenizer", tmp_path / "model"
     small = ("--crop", 4, "--workers", 2, "--steps", 4, "--batch-size", 32)
     made = script(
@@ -106,6 +106,13 @@ def test_commands_use_the_window(script: Script, tmp_path: Path) -> None:
         "train_tokenizer", "--config", tokenizer / "config.yaml", "--crop", 6, "--out", tokenizer, "--resume", "auto"
     )
     assert again.code == 2 and "data.crop" in again.err
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_features_train_on_windows(script: Script, tmp_path: Path) -> None:
+    flags = ("--resize", 10, "--crop", 8, "--width", 8, "--dim", 8, "--steps", 2, "--batch-size", 32, "--workers", 2)
+    made = script("train_features", "--data", "digits", *flags, "--out", tmp_path / "run")
+    assert made.code == 0, made.err
 
 
 @pytest.mark.usefixtures("one_thread")

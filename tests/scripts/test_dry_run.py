@@ -52,7 +52,15 @@ TOKENIZER = "train_tokenizer digits-fsq --model.width 16 --model.blocks 1 --batc
 LATENT = "train_latent digits-dit --tokenizer runs/digits-fsq --model.dit.width 16 --model.dit.depth 1 --batch-size 8"
 
 
-@pytest.mark.parametrize("line", [TOKENIZER, LATENT, "train_baseline digits-vae --model.width 8 --batch-size 8"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        TOKENIZER,
+        LATENT,
+        "train_baseline digits-vae --model.width 8 --batch-size 8",
+        "train_features --width 8 --batch-size 8",
+    ],
+)
 def test_every_training_reports_and_leaves_nothing(line: str, succeed: Script, nowhere: Path) -> None:
     found = rows(succeed(f"{line} --dry-run --dry-run-classes 10 --steps 7200").out)
     assert list(found) == KEYS

@@ -63,6 +63,7 @@ def job(folder: Path, out: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 def test_the_job_saves_on_the_signal_is_queued_again_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from stored_latents import encoded
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DivergedError, UsageError
+from midway.gen.core.errors import DataError, DiskError, DivergedError, UsageError
 from midway.gen.core.files import read_tensors
 from midway.gen.core.locks import lock
 from midway.gen.core.processes import device_and_process
@@ -94,6 +95,7 @@ def test_moments_do_not_depend_on_shards_and_are_those_of_all(
         encode(folder, model, images, FLIPPED)
         assert len(list(folder.glob("records-*"))) in (shards, shards - 1)
         other = open_latents(folder, images, model, flip=True)
+        assert all(shard.count % 7 == 0 for shard in other.records.shards[:-1]), "each batch has the same images"
         assert torch.equal(other.mean, found.mean) and torch.equal(other.std, found.std)
         assert torch.equal(everything(folder), everything(whole))
     mean, std = latent_statistics(model, images.images, 7, flip=True)
@@ -176,6 +178,20 @@ def test_shards_of_another_plan_are_not_used(whole: Path, tmp_path: Path) -> Non
     assert contents(folder) == contents(whole)
 
 
+def test_a_full_disk_leaves_what_can_be_gone_on_from(whole: Path, tmp_path: Path) -> None:
+    """Files of at most 1,000 bytes, of which a shard has 1,920."""
+    folder, limits = tmp_path / "latents", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(DiskError, match=r"cannot write .*records-00000.npy") as raised:
+            encode(folder, tokenizer(), digits(), FLIPPED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.exit_code == 5 and not folder.exists()
+    encode(folder, tokenizer(), digits(), FLIPPED)
+    assert contents(folder) == contents(whole)
+
+
 def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "latents"
     folder.mkdir()
@@ -234,9 +250,9 @@ def test_windows_and_mirror_images_are_drawn_equally_and_by_themselves() -> None
 
 
 def test_the_views_of_an_image_are_its_corners_its_centre_and_their_mirror_images() -> None:
-    images = torch.arange(2 * 9 * 8).view(2, 1, 9, 8)
+    images = torch.arange(2 * 11 * 8).view(2, 1, 11, 8)
     found = list(views_of(images, Views(5, True), 4))
-    places = [(0, 0), (0, 4), (5, 0), (5, 4), (2, 2)]
+    places = [(0, 0), (0, 4), (7, 0), (7, 4), (3, 2)]
     assert [view[0, 0, 0, 0].item() for view in found[:5]] == [8 * top + left for top, left in places]
     for (top, left), view, mirrored in zip(places, found[:5], found[5:], strict=True):
         assert torch.equal(view, images[:, :, top : top + 4, left : left + 4])

@@ -328,15 +328,18 @@ def test_a_batch_is_placed_with_all_its_tensors() -> None:
         assert devices and set(devices) == {"meta"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_copies_to_a_gpu_are_from_pinned_memory(workers: int) -> None:
-    config, gpu = TrainConfig(steps=6, batch_size=4, workers=workers), torch.device("cuda", 0)
-    source = Loader(Items(lambda wanted: wanted * 3, SIZE), config, cast(Accelerator, Place(device=gpu)))
-    assert source._read(torch.arange(4)).is_pinned()
-    found = torch.cat(batches(source, config))
-    assert found.device == gpu
-    assert torch.equal(found.cpu(), 3 * randomness.permutation(0, "order", 0, SIZE)[:24])
+@pytest.mark.parametrize(("device", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_threads_use_the_gpu_of_their_process(device: str, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's device of a single process has no number, which `set_device` needs."""
+    chosen = list[Any]()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    config = TrainConfig(batch_size=4, workers=1)
+    with Loader(
+        Items(lambda wanted: wanted, SIZE), config, cast(Accelerator, Place(device=torch.device(device)))
+    ) as source:
+        assert source._threads(1).submit(lambda: 7).result() == 7
+    assert chosen == [index]
 
 
 # ---- random windows ----

@@ -195,6 +195,7 @@ def test_a_model_that_cannot_be_counted_is_halved() -> None:
         raise OUT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits address space as Linux does")
 def test_a_real_shortage_of_memory_is_explained(tmp_path: Path) -> None:
     """A command whose address space is limited to what it has when training begins, and 200 MB."""
