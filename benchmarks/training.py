@@ -168,7 +168,7 @@ def shuffled(size: int, batch: int) -> Iterator[Tensor]:
 def images_like(name: str) -> Tensor:
     """uint8 (N, C, H, W): the digits, or noise of CIFAR-10's size, which takes as long."""
     if name == "digits":
-        return load_images("digits").images
+        return load_images("digits").images[:]
     return torch.randint(0, 256, (2048, 3, 32, 32), dtype=torch.uint8)
 
 

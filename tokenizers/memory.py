@@ -27,8 +27,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 MOST = 512
 """Images of a batch at most: more are not faster, and small ones must not depend on the memory of a machine."""
-SHARE, FREE_SHARE = 0.25, 0.5
-"""Of the memory of a machine, and of what of it is free, that a batch may take; the second is for machines in use."""
+SHARE, BATCH_BYTES = 0.25, 4 << 30
+"""Of the memory of a machine, and bytes, that a batch may take. What is free at the moment does not enter: other batches round
+differently in the last digits, so they must be the same when a command is repeated, and for any number of processes."""
 _SAMPLES = 16, 32
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -119,7 +120,9 @@ def without_numbers(module: Module) -> Module:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     copied = copy.deepcopy(module, memo)
-    return nn.Module._apply(copied, lambda tensor: tensor.to("meta"))  # what is neither, the tensors of a Perceptual
+    return cast(
+        Module, nn.Module._apply(copied, lambda tensor: tensor.to("meta"))
+    )  # what is neither, the tensors of a Perceptual
 
 
 @dataclass(frozen=True)
@@ -167,9 +170,19 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    memory, processes = psutil.virtual_memory(), max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    total, free = _within(memory.total, memory.available, _limits())
+    processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    total, free = _machine()
     return total // processes, free // processes
+
+
+def all_memory(device: torch.device) -> int:
+    """Bytes of a device; of a CPU those of all processes together."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _machine()[0]
+
+
+def _machine() -> tuple[int, int]:
+    memory = psutil.virtual_memory()
+    return _within(memory.total, memory.available, _limits())
 
 
 def _within(total: int, free: int, limits: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -240,12 +253,12 @@ def images_at_once(tokenizer: Tokenizer) -> int:
     """How many images to encode or to decode at once: a power of two, 1 to 512, by memory (`batch_within`).
 
     Images come out the same whatever the batch, up to the rounding of the network: on a CPU, convolutions of other batches round
-    differently in the last digits. On one machine that is not short of memory the number is always the same.
+    differently in the last digits. The number is a function of the network and, below 16 GiB, of the machine.
     """
-    return batch_within(image_bytes(tokenizer), *memory_of(tokenizer.device))
+    return batch_within(image_bytes(tokenizer), all_memory(tokenizer.device))
 
 
-def batch_within(each: int, total: int, free: int) -> int:
-    """The largest power of two, 1 to 512, of items of `each` bytes in a quarter of all memory and half of what is free."""
-    fits = int(min(SHARE * total, FREE_SHARE * free)) // max(each, 1)
+def batch_within(each: int, total: int) -> int:
+    """The largest power of two, 1 to 512, of items of `each` bytes in a quarter of all memory, and in `BATCH_BYTES`."""
+    fits = min(int(SHARE * total), BATCH_BYTES) // max(each, 1)
     return 1 << (min(max(fits, 1), MOST).bit_length() - 1)

@@ -30,7 +30,7 @@ from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
-from midway.tokenizers.memory import batch_within, memory_of, peak_bytes, without_numbers
+from midway.tokenizers.memory import all_memory, batch_within, peak_bytes, without_numbers
 
 NETWORK = "UNet2DModel"
 
@@ -66,7 +66,7 @@ class DiffusersModel:
         latents = torch.empty(1, *self.shape, dtype=decoder.dtype, device="meta")
         with torch.no_grad():
             each = peak_bytes(lambda: decoder.decode(latents).sample)
-        return batch_within(each, *memory_of(self.device))
+        return batch_within(each, all_memory(self.device))
 
     def field(self, labels: Tensor) -> NetworkField:
         """What solvers see, for labels (B,), which an unconditional model ignores."""

@@ -78,7 +78,7 @@ def encode(
     check_large_enough(tokenizer, data, encoding.views)
     if first_of_all(is_records(folder, KIND)) and not overwrite:
         return
-    size = first_of_all(encoding.batch_size or images_at_once(tokenizer))
+    size = first_of_all(encoding.batch_size or _begun(folder, tokenizer, data, encoding) or images_at_once(tokenizer))
     plan = _plan(tokenizer, data, encoding, size)
     form = RecordFormat(encoding.dtype, (encoding.views.count, *tokenizer.latent_shape))
     spans = _spans(len(data.images), form, size)
@@ -170,6 +170,15 @@ def _plan(tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, batch:
         "dtype": encoding.dtype,
         "batch": batch,
     }
+
+
+def _begun(folder: Path, tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding) -> int | None:
+    """The batch of the same plan in an unfinished folder: another machine may have begun it."""
+    try:
+        found = read_json(folder / PLAN)
+        return found["batch"] if found == _plan(tokenizer, data, encoding, found["batch"]) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _spans(count: int, form: RecordFormat, batch: int) -> list[tuple[int, int]]:

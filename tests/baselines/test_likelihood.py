@@ -41,7 +41,7 @@ def test_levels_are_stored_as_the_nearest_integer_and_come_back(levels: int) -> 
 
 
 def test_the_fewest_levels_that_hold_all_values_are_found() -> None:
-    digits = load_images("digits").images
+    digits = load_images("digits").images[:]
     assert levels_of(digits) == 17
     assert torch.equal(from_levels(to_levels(digits, 17), 17), digits)
     assert levels_of(_u8(0, 255, 0)) == 2

@@ -57,7 +57,7 @@ def flat(folder: Path, count: int, shape: tuple[int, ...] = (4, 4, 3)) -> Path:
 def only(folder: Path, channels: int | None = None, resize: int | None = None) -> tuple[torch.Tensor, tuple[str, ...]]:
     data = load_images(str(folder), channels=channels, resize=resize)
     assert len(data.images) == 1
-    return data.images[0], data.conversions
+    return data.images[:][0], data.conversions
 
 
 # ---- content ----
@@ -66,8 +66,8 @@ def only(folder: Path, channels: int | None = None, resize: int | None = None) -
 def test_folder_content_labels_and_order(animals: Path):
     data = load_images(str(animals))
     expected = np.stack([noise(4, 6, 3, seed=seed).transpose(2, 0, 1) for seed in range(3)])
-    assert torch.equal(data.images, torch.from_numpy(expected))
-    assert data.images.dtype == torch.uint8 and data.images.is_contiguous()
+    assert torch.equal(data.images[:], torch.from_numpy(expected))
+    assert data.images[:].dtype == torch.uint8 and data.images[:].is_contiguous()
     assert data.labels.dtype == torch.int64 and data.labels.tolist() == [0, 0, 1]
     assert (data.classes, data.name, data.conversions) == (("cat", "dog"), "animals", ())
 
@@ -77,7 +77,7 @@ def test_flat_folder_is_one_class_in_order_of_names(tmp_path: Path):
         save(tmp_path / name, np.full((2, 2), ord(name[0]), np.uint8))
     data = load_images(str(tmp_path))
     assert data.classes == ("all",) and data.labels.tolist() == [0, 0, 0]
-    assert data.images[:, 0, 0, 0].tolist() == [ord(letter) for letter in "abc"]
+    assert data.images[:][:, 0, 0, 0].tolist() == [ord(letter) for letter in "abc"]
 
 
 @pytest.mark.parametrize("prefix", ["", "animals/", "download/animals/"])
@@ -87,7 +87,7 @@ def test_zip_equals_folder(animals: Path, tmp_path: Path, prefix: str, compressi
         load_images(str(animals)),
         load_images(str(zip_folder(animals, tmp_path / "a.zip", prefix, compression))),
     )
-    assert torch.equal(folder.images, zipped.images) and torch.equal(folder.labels, zipped.labels)
+    assert torch.equal(folder.images[:], zipped.images[:]) and torch.equal(folder.labels, zipped.labels)
     assert (zipped.classes, zipped.fingerprint, zipped.name) == (folder.classes, folder.fingerprint, "a")
 
 
@@ -134,7 +134,7 @@ def test_threads_keep_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(files, "_CHUNK", 3)
     threaded = load_images(str(tmp_path))
     assert threaded.fingerprint == serial.fingerprint
-    assert torch.equal(threaded.images[57], torch.from_numpy(noise(4, 4, 3, seed=57)).permute(2, 0, 1))
+    assert torch.equal(threaded.images[:][57], torch.from_numpy(noise(4, 4, 3, seed=57)).permute(2, 0, 1))
 
 
 def test_digits():
@@ -145,8 +145,8 @@ def test_digits():
     assert data.images.shape == (1797, 1, 8, 8) and data.name == "digits"
     assert data.classes == tuple("0123456789") and data.labels.tolist() == labels.tolist()
     exact = torch.from_numpy(values).view(1797, 1, 8, 8) * 255 / 16
-    assert (data.images.double() - exact).abs().max() <= 0.5
-    assert data.images.unique().tolist() == [round(v * 255 / 16) for v in range(17)]
+    assert (data.images[:].double() - exact).abs().max() <= 0.5
+    assert data.images[:].unique().tolist() == [round(v * 255 / 16) for v in range(17)]
     assert load_images("digits").fingerprint == data.fingerprint
 
 
@@ -162,7 +162,7 @@ def test_cifar_zip_sample(tmp_path: Path):
     assert data.images.shape == (100, 3, 32, 32)
     assert data.classes[0] == "airplane" and data.classes[-1] == "truck"
     assert torch.bincount(data.labels).tolist() == [10] * 10
-    assert torch.equal(data.images[0].permute(1, 2, 0), torch.from_numpy(first.copy()))
+    assert torch.equal(data.images[:][0].permute(1, 2, 0), torch.from_numpy(first.copy()))
     assert data.conversions == ("100 images: lossy JPEG source",)
 
 
@@ -227,8 +227,8 @@ def test_grey_among_rgb_is_promoted(tmp_path: Path):
     save(tmp_path / "a.png", noise(2, 2))
     save(tmp_path / "b.png", noise(2, 2, 3))
     data = load_images(str(tmp_path))
-    assert torch.equal(data.images[0], torch.from_numpy(noise(2, 2)).expand(3, 2, 2))
-    assert torch.equal(data.images[1], torch.from_numpy(noise(2, 2, 3)).permute(2, 0, 1))
+    assert torch.equal(data.images[:][0], torch.from_numpy(noise(2, 2)).expand(3, 2, 2))
+    assert torch.equal(data.images[:][1], torch.from_numpy(noise(2, 2, 3)).permute(2, 0, 1))
     assert data.conversions == ("1 image: grey promoted to RGB",)
 
 
@@ -238,7 +238,7 @@ def test_channels_forced(tmp_path: Path):
     assert image.unique().tolist() == [round(0.299 * 100 + 0.587 * 150 + 0.114 * 200)] and image.shape == (1, 2, 2)
     assert stated == ("1 image: RGB converted to grey (ITU-R 601 luma)",)
     digits = load_images("digits", channels=3)
-    assert torch.equal(digits.images, load_images("digits").images.expand(-1, 3, -1, -1))
+    assert torch.equal(digits.images[:], load_images("digits").images[:].expand(-1, 3, -1, -1))
     assert digits.conversions == ("1797 images: grey repeated to RGB",)
 
 
@@ -264,7 +264,7 @@ def test_jpeg_and_animation_are_stated(tmp_path: Path):
     frames = [Image.new("L", (8, 8), level) for level in (90, 0)]
     frames[0].save(tmp_path / "b.tiff", save_all=True, append_images=frames[1:])
     data = load_images(str(tmp_path), channels=1)
-    assert data.images.unique().tolist() == [90]
+    assert data.images[:].unique().tolist() == [90]
     assert {"1 image: lossy JPEG source", "1 image: first of several frames"} <= set(data.conversions)
 
 
@@ -303,7 +303,7 @@ def test_skip_leaves_out_up_to_one_percent(tmp_path: Path):
     (tmp_path / "a" / "050x.png").write_bytes(b"")
     data = load_images(str(tmp_path), on_bad_image="skip")
     assert len(data.images) == len(data.labels) == 99
-    assert torch.equal(data.images[51], torch.from_numpy(noise(4, 4, 3, seed=51)).permute(2, 0, 1))
+    assert torch.equal(data.images[:][51], torch.from_numpy(noise(4, 4, 3, seed=51)).permute(2, 0, 1))
     assert data.conversions == ("1 image: skipped, cannot be decoded (first: a/050x.png: empty or not an image)",)
     (tmp_path / "a" / "051x.png").write_bytes(b"not an image")
     assert_raises(tmp_path, "2 of 101 images", "a/050x.png", "a/051x.png", "1 %", on_bad_image="skip")
@@ -511,11 +511,11 @@ def test_named_sources_read_what_torchvision_holds(monkeypatch: pytest.MonkeyPat
     for name, kind in (("CIFAR10", Colour), ("MNIST", Grey), ("FashionMNIST", Grey)):
         monkeypatch.setattr(f"torchvision.datasets.{name}", kind)
     loaded = load_images("cifar10")
-    assert torch.equal(loaded.images, torch.from_numpy(colour).permute(0, 3, 1, 2))
+    assert torch.equal(loaded.images[:], torch.from_numpy(colour).permute(0, 3, 1, 2))
     assert (loaded.labels.tolist(), loaded.classes, loaded.name) == ([1, 0, 1, 0, 0], ("a", "b"), "cifar10-train")
     for name in ("mnist", "fashion_mnist"):
         loaded = load_images(name)
-        assert torch.equal(loaded.images[:, 0], torch.from_numpy(grey)) and loaded.labels.tolist() == [1, 0, 1, 0, 0]
+        assert torch.equal(loaded.images[:][:, 0], torch.from_numpy(grey)) and loaded.labels.tolist() == [1, 0, 1, 0, 0]
         assert loaded.name == f"{name}-train"
 
 
@@ -561,7 +561,7 @@ def numbered(counts: list[int]) -> ImageData:
 
 
 def indices(data: ImageData) -> list[int]:
-    return data.images.contiguous().view(torch.int32).flatten().tolist()
+    return data.images[:].contiguous().view(torch.int32).flatten().tolist()
 
 
 def test_split_is_a_stratified_partition():

@@ -105,7 +105,7 @@ def test_statistics_levels_and_fingerprint(tmp_path: Path):
     good(tmp_path)
     loaded = load_images(str(tmp_path))
     facts = look(tmp_path)
-    levels = loaded.images.numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
+    levels = loaded.images[:].numpy().astype(np.float64).transpose(1, 0, 2, 3).reshape(3, -1)
     floats = levels / 127.5 - 1
     for channel, of in enumerate(facts.statistics):
         expected = [f(x[channel]) for x in (floats, levels) for f in (np.mean, np.std)]
@@ -135,7 +135,7 @@ def test_options_are_those_of_training(tmp_path: Path):
     loaded = load_images(str(tmp_path), channels=1, resize=3)
     assert facts.fingerprint == loaded.fingerprint and facts.sizes == {"3x3": 20} and facts.channels == {1: 20}
     assert facts.split is not None and (facts.split.train, facts.split.held_out) == (14, 6)
-    assert facts.statistics[0].mean_level == pytest.approx(float(loaded.images.double().mean()), rel=1e-12)
+    assert facts.statistics[0].mean_level == pytest.approx(float(loaded.images[:].double().mean()), rel=1e-12)
     assert {note.split(" ")[0] for note in facts.conversions} == {"RGB", "resized"}
 
 
@@ -163,7 +163,7 @@ def test_conversions_are_counted(tmp_path: Path):
     }
     assert facts.channels == {1: 1, 3: 4} and facts.sizes == {"6x4": 5}
     assert warned(facts, "lossy", "PNG") and warned(facts, ".dng (1)")
-    levels = load_images(str(tmp_path)).images.double()
+    levels = load_images(str(tmp_path)).images[:].double()
     assert [of.mean_level for of in facts.statistics] == pytest.approx(levels.mean((0, 2, 3)).tolist(), rel=1e-12)
 
 
@@ -211,7 +211,7 @@ def sides(folder: Path, seed: int = 0) -> tuple[list[str], list[str]]:
     """Names in the training and held-out side of `split`, found by the pixels of a set of different images."""
     names = {noise(4, 6, 3, seed=index).tobytes(): f"{('cat', 'dog')[index % 2]}/{index:03}.png" for index in range(20)}
     parts = split(load_images(str(folder)), 0.2, seed)
-    train, held_out = [[names[i.permute(1, 2, 0).numpy().tobytes()] for i in part.images] for part in parts]
+    train, held_out = [[names[i.permute(1, 2, 0).numpy().tobytes()] for i in part.images[:]] for part in parts]
     return train, held_out
 
 

@@ -80,4 +80,4 @@ def test_a_share_that_leaves_a_side_empty_raises_as_before() -> None:
 def test_split_follows_the_mask() -> None:
     data = load_images("digits")
     mask = held_out_mask(data.labels, 0.3, 1)
-    assert torch.equal(split(data, 0.3, 1)[1].images, data.images[mask])
+    assert torch.equal(split(data, 0.3, 1)[1].images[:], data.images[:][mask])

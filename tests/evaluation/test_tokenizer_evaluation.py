@@ -123,7 +123,7 @@ def test_flags_that_cannot_be_used_raise(wrong: dict[str, object], flag: str, sp
 def test_a_tokenizer_of_other_images_raises(splits: Splits) -> None:
     with pytest.raises(DataError, match=r"it takes \(1, 8, 8\)"):
         check_size("it", pixels(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-    check_size("it", pixels(), splits.train.images)
+    check_size("it", pixels(), splits.train.images[:])
 
 
 # ---- reconstruction and distances ----

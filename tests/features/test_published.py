@@ -21,6 +21,7 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import file_hash
 from midway.gen.data.images import ImageData
+from midway.gen.data.pixels import Images
 from midway.gen.features.extractor import Activations, Extractor
 from midway.gen.features.published import check_saved, open_reference, save_reference
 from midway.gen.features.published_files import Published, read_published
@@ -38,7 +39,7 @@ class Means(Extractor):
 
     name, label, note, dim = "means@0", "Fréchet distance (means@0)", "", DIM
 
-    def check(self, images: Tensor, what: str = "the images are") -> None:
+    def check(self, images: Images, what: str = "the images are") -> None:
         if images.dtype != torch.uint8:
             raise DataError("means need uint8 images", what, "convert them")
 
@@ -175,7 +176,7 @@ class Some(Extractor):
         self.name = self.label = f"{network.name}+first-{dim}"
         self.note = ""
 
-    def check(self, images: Tensor, what: str = "the images are") -> None:
+    def check(self, images: Images, what: str = "the images are") -> None:
         self.network.check(images, what)
 
     def activations(self, images: Tensor) -> Activations:

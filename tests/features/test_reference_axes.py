@@ -61,7 +61,7 @@ def test_on_all_axes_the_distance_is_that_of_the_features(train: ImageData) -> N
     """64 pixels have 64 axes: a rotation, under which the Fréchet distance does not change."""
     reference = make_reference(Pixels(), Pixels.name, train)
     images = train.images[::3].flip(-1)
-    plain = frechet_distance(FeatureStatistics.of(rows(images)), FeatureStatistics.of(rows(train.images)))
+    plain = frechet_distance(FeatureStatistics.of(rows(images)), FeatureStatistics.of(rows(train.images[:])))
     assert reference.distance(images) == pytest.approx(plain, rel=1e-6)
     assert reference.features == "pixels-32, 64 axes" and reference.statistics.dim == 64
 
@@ -71,7 +71,7 @@ def test_the_distance_is_that_of_coordinates_on_eigenvectors(train: ImageData) -
     few = first(train, 40)
     reference = make_reference(Pixels(), Pixels.name, few)
     assert reference.features == "pixels-32, 39 axes" == f"{Pixels.name}, {Pixels().measured_dim(few.images)} axes"
-    x, y = rows(few.images).double(), rows(train.images[100:400]).double()
+    x, y = rows(few.images[:]).double(), rows(train.images[:][100:400]).double()
     basis = torch.linalg.eigh(torch.cov(x.T)).eigenvectors[:, -39:]
     own, other = ((z - x.mean(0)) @ basis for z in (x, y))
     expected = frechet_distance(FeatureStatistics.of(other), FeatureStatistics.of(own))
@@ -124,7 +124,7 @@ class Parity(FeatureNetwork):
 
 @pytest.mark.parametrize("noise", [0.0, 100.0])
 def test_collapsed_features_are_warned_about(noise: float, train: ImageData) -> None:
-    marked = train.images.clone()
+    marked = train.images[:].clone()
     marked[:, 0, 0, 0] = train.labels.to(torch.uint8)
     reference = make_reference(Parity(noise), "cnn-parity@0", replace(train, images=marked))
     assert reference.axes is None and reference.features == "cnn-parity@0"

@@ -108,7 +108,7 @@ def test_validation_is_the_bits_of_its_images(runs: Runs, splits: Splits) -> Non
     subject = balanced_subject(splits.held_out, 30)
     nats = [
         trained.model.log_likelihood(
-            splits.held_out.images[place, None], splits.held_out.labels[place, None], Context(0, 0, place[None]), 2
+            splits.held_out.images[:][place, None], splits.held_out.labels[place, None], Context(0, 0, place[None]), 2
         )
         for place in subject.places
     ]
@@ -181,7 +181,7 @@ def test_iwae_of_one_draw_is_the_bound_and_more_are_tighter(runs: Runs, splits: 
 
 def test_references_by_hand(splits: Splits) -> None:
     subject = balanced_subject(splits.held_out, 3)
-    train, mine = to_levels(splits.train.images, 17), to_levels(subject.images, 17)
+    train, mine = to_levels(splits.train.images[:], 17), to_levels(subject.images[:], 17)
     total = 0.0
     for image in mine:
         for y in range(8):
@@ -195,7 +195,7 @@ def test_references_by_hand(splits: Splits) -> None:
 def test_levels_are_those_of_both_sides_of_the_split(tmp_path: Path) -> None:
     splits = load_splits(DataConfig())
     assert levels_in_data(splits) == 17
-    odd = splits.held_out.images.clone()
+    odd = splits.held_out.images[:].clone()
     odd[0, 0, 0, 0] = 1
     assert levels_in_data(Splits(splits.train, replace(splits.held_out, images=odd))) == 256
 

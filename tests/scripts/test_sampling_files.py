@@ -93,7 +93,7 @@ def test_written_samples_are_read_as_data(
     for out in (tmp_path / "folder", tmp_path / "x.zip"):
         succeed(_call(pipeline, out))
         data = load_images(str(out))
-        assert torch.equal(data.images, expected) and data.classes == tuple("0123456789")
+        assert torch.equal(data.images[:], expected) and data.classes == tuple("0123456789")
         assert data.labels.tolist() == [seed % 10 for seed in range(3, 14)]
 
 

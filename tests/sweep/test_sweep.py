@@ -402,7 +402,7 @@ def test_a_baseline_is_measured_like_a_solver(with_baseline: tuple[Path, Sweep],
     file = Run.open(pipeline.features, "features").checkpoint / "features.safetensors"
     network = load_features(file)
     splits = load_splits(trained.data)
-    reference = FeatureStatistics.of(network.features(splits.train.images))
+    reference = FeatureStatistics.of(network.features(splits.train.images[:]))
     for block, expected in enumerate(cell.distances):
         seeds = torch.arange(20 * block, 20 * block + 20)
         images = to_uint8(trained.model.sample(seeds, seeds % 10 if trained.model.classes else None))
@@ -525,7 +525,7 @@ def test_fewer_images_than_features_are_measured_without_a_covariance(images: Im
     network = FeatureNetwork(FeatureConfig(1, 8, 4, width=8, dim=16)).eval()
     reference = make_reference(network, "cnn-toy@1", images)
     few = network.features(images.images[:10])
-    exact = frechet_distance_of_features(few, network.features(images.images))
+    exact = frechet_distance_of_features(few, network.features(images.images[:]))
     assert reference.distance_of(few) == pytest.approx(exact, rel=1e-12)
     assert reference.distance_of(few) != frechet_distance(FeatureStatistics.of(few), reference.statistics)
     many = network.features(images.images[:17])

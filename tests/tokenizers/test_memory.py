@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from midway.gen.data.images import to_float
 from midway.tokenizers import memory
-from midway.tokenizers.memory import batch_within, image_bytes, memory_of, peak_bytes, without_numbers
+from midway.tokenizers.memory import all_memory, batch_within, image_bytes, memory_of, peak_bytes, without_numbers
 from midway.tokenizers.tiling import tile_networks
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -106,13 +106,13 @@ def test_tiles_are_counted_after_they_are_asked_for() -> None:
 
 
 def test_the_batch_is_the_largest_power_of_two_that_fits() -> None:
-    assert batch_within(KB, 400 * KB, 400 * KB) == 64  # a quarter is 100
-    assert batch_within(KB, 400 * KB, 30 * KB) == 8  # half of what is free is 15
-    assert batch_within(KB, 10**15, 10**15) == 512
-    assert batch_within(KB, 100, 100) == 1
-    assert batch_within(0, 10**9, 10**9) == 512
+    assert batch_within(KB, 400 * KB) == 64  # a quarter is 100
+    assert batch_within(KB, 10**15) == 512
+    assert batch_within(1 << 30, 10**15) == 4  # on no machine more than 4 GiB
+    assert batch_within(KB, 100) == 1
+    assert batch_within(0, 10**9) == 512
     for fits in range(1, 1200):
-        batch = batch_within(3, 12 * fits, 12 * fits)
+        batch = batch_within(3, 12 * fits)
         assert batch & (batch - 1) == 0
         assert batch <= min(fits, 512) < 2 * batch or batch == 512
 
@@ -128,9 +128,9 @@ def test_a_large_image_gets_a_small_batch_and_the_images_stay_the_same(monkeypat
     each, sizes = image_bytes(tokenizer), list[int]()
     forward = tokenizer.encoder.forward
     monkeypatch.setattr(tokenizer.encoder, "forward", lambda x: sizes.append(len(x)) or forward(x))
-    monkeypatch.setattr(memory, "memory_of", lambda device: (10**12, 10**12))
+    monkeypatch.setattr(memory, "all_memory", lambda device: 10**12)
     whole = reconstruct(tokenizer, images)
-    monkeypatch.setattr(memory, "memory_of", lambda device: (9 * 4 * each,) * 2)
+    monkeypatch.setattr(memory, "all_memory", lambda device: 9 * 4 * each)
     parts = reconstruct(tokenizer, images)
     assert sizes[-4:] == [20, 8, 8, 4]
     assert (whole.int() - parts.int()).abs().max() <= 1
@@ -146,6 +146,7 @@ def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
     assert 0 < free <= total
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_of(CPU)[0] == total // 4
+    assert all_memory(CPU) == total, "the batch of a tokenizer is the same for any number of processes"
 
 
 def test_the_limit_of_a_control_group_is_the_memory_of_the_machine(tmp_path: Path) -> None:
