@@ -160,8 +160,9 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def _begin(out: Path, plan: dict[str, Any], overwrite: bool) -> bool:
     """Make the folder ready to write missing shards; False if all is there."""
-    there = {replaced_name(path) or path.name for path in out.iterdir()} - {LOCK}
-    foreign = sorted(name for name in there if not _OWN.fullmatch(name))
+    names = {path.name: replaced_name(path) for path in out.iterdir() if path.name != LOCK}
+    there = {name for name, replaced in names.items() if replaced is None}  # without what a killed build was writing
+    foreign = sorted(own for name, replaced in names.items() if not _OWN.fullmatch(own := replaced or name))
     if foreign or (is_records(out) and not is_records(out, KIND)):
         why = f"it holds {foreign[0] if foreign else MANIFEST}, which is of something else"
         raise UsageError(f"{out} is no set of images", why, "choose another --out")

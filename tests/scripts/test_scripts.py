@@ -270,7 +270,9 @@ def test_the_network_is_evaluated_as_often_as_the_budget(solver: str, guidance: 
     trained = pipeline.load()
     calls: list[int] = []
     trained.model.network.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    nfe = 4 if solver in LEARNED else 12  # which every solver of 1, 2, 3 or 4 evaluations a step can spend
+    nfe = (
+        4 if solver in LEARNED else 12 - SOLVERS[solver].to_data
+    )  # solvers of 1, 2, 3 or 4 evaluations a step can spend 12
     (plan,) = make_samplers(trained, solver, nfe, SamplerConfig(grids=("uniform",))).values()
     counted = sample_latents(trained, plan, torch.arange(3), SamplingConfig(Guidance(guidance))).nfe
     assert counted == nfe * guidance, "guidance 2 runs the network twice, which here is also the factor"
@@ -281,10 +283,11 @@ def test_the_network_is_evaluated_as_often_as_the_budget(solver: str, guidance: 
 def test_the_analytic_first_step_saves_one_evaluation(solver: str, pipeline: Pipeline) -> None:
     trained, seeds = pipeline.load(), torch.arange(3)
     plain, analytic = SamplerConfig(grids=("uniform",)), SamplerConfig(grids=("uniform",), analytic_first=True)
-    with_it = _draw(trained, solver, 11, seeds, analytic, 3)
-    assert with_it.nfe == 11
+    nfe = 12 - SOLVERS[solver].to_data
+    with_it = _draw(trained, solver, nfe - 1, seeds, analytic, 3)
+    assert with_it.nfe == nfe - 1
     assert with_it.latents.isfinite().all()
-    without = _draw(trained, solver, 12, seeds, plain, 3)  # as many steps
+    without = _draw(trained, solver, nfe, seeds, plain, 3)  # as many steps
     assert not torch.equal(with_it.latents, without.latents)
 
 
@@ -591,7 +594,8 @@ def test_every_schedule_and_target_trains_and_samples(
     trained = load_model(run.path, torch.device("cpu"))
     pairs = [*zip(SOLVERS, itertools.cycle(GRIDS)), *(("ddim", grid) for grid in GRIDS)]
     for solver, grid in pairs[list(TARGETS).index(target) :: len(TARGETS)]:  # over its targets, a schedule has them all
-        (plan,) = make_samplers(trained, solver, 12, SamplerConfig(grids=(grid,))).values()
+        nfe = 12 - SOLVERS[solver].to_data
+        (plan,) = make_samplers(trained, solver, nfe, SamplerConfig(grids=(grid,))).values()
         latents = sample_latents(trained, plan, torch.arange(4)).latents
         assert latents.isfinite().all() and latents.std() > 1e-3
 
@@ -828,7 +832,7 @@ def test_several_budgets_train_one_solver_each(pipeline: Pipeline, succeed: Scri
     trained = load_model(model, torch.device("cpu"))
     for nfe in (2, 6):
         plans = make_samplers(trained, "amed", nfe, SamplerConfig(guidance=2.0))
-        assert sample_latents(trained, plans["gits"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
+        assert sample_latents(trained, plans["best"], torch.arange(2), SamplingConfig(Guidance(2.0))).nfe == 2 * nfe
 
 
 @pytest.fixture(scope="module")

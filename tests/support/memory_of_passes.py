@@ -3,7 +3,6 @@
 Prints, after each pass over so many images, the highest memory of this process so far in MB and the seconds of the pass.
 """
 
-import resource
 import shutil
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 from many_images import many
+from peaks import peak_kib
 
 from midway.gen.data.images import ImageData
 from midway.gen.features import pixels
@@ -67,8 +67,7 @@ def main() -> None:
     for count in map(int, sys.argv[3:]):
         begun = time.perf_counter()
         PASSES[name](many(folder / "images", count), folder / "latents")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024) / 1.024
-        print(f"{count} {peak:.1f} {time.perf_counter() - begun:.2f}", flush=True)
+        print(f"{count} {peak_kib() * 1.024e-3:.1f} {time.perf_counter() - begun:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python peak_memory.py FOLDER COUNT
 
 import io
 import json
-import resource
 import sys
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import data
 import train_tokenizer
+from peaks import peak_kib
 
 from cli import resolve
 from midway.gen.training.accelerator import make_accelerator
@@ -33,24 +33,19 @@ def write_source(path: Path, count: int) -> None:
             archive.writestr(f"{'ab'[index % 2]}/{index:06}.jpg", file.getvalue())
 
 
-def peak() -> int:
-    """KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main(folder: Path, count: int) -> dict[str, int]:
     """Peaks before, after the build, after a training step, and after all else that a tokenizer's training reads."""
     write_source(folder / "set.zip", count)
     line = ["digits-fsq", "--data", str(folder / "set"), "--out", str(folder / "run"), "--model.width", "4"]
     task = resolve(TokenizerTask, TOKENIZER_RECIPES, [*line, "--model.downsample", "32", "--batch-size", "4"])
-    accelerator, found = make_accelerator(task.train, task.out), {"imports": peak()}
+    accelerator, found = make_accelerator(task.train, task.out), {"imports": peak_kib()}
     data.command(["build", str(folder / "set.zip"), "--out", str(folder / "set"), "--workers", "2"])
-    found["build"] = peak()
+    found["build"] = peak_kib()
     parts = train_tokenizer.make_parts(task, accelerator)
     items = torch.arange(0, count, count // 4)[:4] * 4 // 5
     loss, _ = parts.model.loss(parts.items.read(items), Context(0, 0, items))
     loss.backward()
-    return found | {"step": peak()}
+    return found | {"step": peak_kib()}
 
 
 if __name__ == "__main__":
