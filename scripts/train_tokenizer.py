@@ -117,11 +117,14 @@ def log_quality(
 def publish(
     task: TokenizerTask, run: Run, objective: TokenizerObjective, splits: Splits, steps: int, quality: dict[str, float]
 ) -> None:
-    """Write the tokenizer with its latent statistics, and its card; one log line instead if a channel does not vary."""
-    tokenizer = objective.tokenizer
+    """Write the tokenizer with its latent statistics, and its card; one log line instead if a channel does not vary.
+
+    DataError of images that cannot be read.
+    """
+    tokenizer, images = objective.tokenizer, splits.train.images
+    found = latent_statistics(tokenizer, images, flip=task.flip)
     try:
-        images = splits.train.images
-        give_statistics(tokenizer, *latent_statistics(tokenizer, images, flip=task.flip), images)
+        give_statistics(tokenizer, *found, images)
     except (DataError, DivergedError) as error:
         run.say(f"no {run.path / 'tokenizer'}: {error}")
         return

@@ -151,7 +151,7 @@ def _check_space(folder: Path, needed: int) -> None:
     """DiskError before hours of work rather than after."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        why = f"the images need {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        why = f"the images need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
         raise DiskError(f"cannot write {folder}", why, f"{SPACE}, or keep files as they are with --keep-encoded")
 
 

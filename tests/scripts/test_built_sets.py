@@ -80,6 +80,20 @@ def test_a_damaged_shard_ends_training_with_its_name(damage: str, own: Path, scr
     assert f"{own / 'records-00003.npy'} {words}" in found.err and "fix: build it again" in found.err
 
 
+def test_a_changed_image_that_no_step_took_ends_training_too(own: Path, script: Script, tmp_path: Path) -> None:
+    """It is read by the statistics of latents or the held-out figures; the checkpoint stays."""
+    for number in range(6):
+        path = own / f"records-{number:05}.npy"
+        whole = path.read_bytes()
+        _change(path)
+        found = script(
+            "train_tokenizer digits-fsq --model.width 8 --steps 1 --batch-size 1 --overwrite",
+            *("--data", own, "--out", tmp_path / "run"),
+        )
+        assert found.code == 3 and f"{path} has changed" in found.err, number
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "index.safetensors"])
 def test_a_damaged_index_or_manifest_is_named(name: str, own: Path, script: Script, tmp_path: Path) -> None:
     (own / name).write_bytes((own / name).read_bytes()[:-30])
