@@ -86,10 +86,8 @@ def test_a_changed_image_that_no_step_took_ends_training_too(own: Path, script: 
         path = own / f"records-{number:05}.npy"
         whole = path.read_bytes()
         _change(path)
-        found = script(
-            "train_tokenizer digits-fsq --model.width 8 --steps 1 --batch-size 1 --overwrite",
-            *("--data", own, "--out", tmp_path / "run"),
-        )
+        flags = ("--model.width", 8, "--steps", 1, "--batch-size", 1, "--overwrite")
+        found = script("train_tokenizer", "digits-fsq", *flags, "--data", own, "--out", tmp_path / "run")
         assert found.code == 3 and f"{path} has changed" in found.err, number
         path.write_bytes(whole)
 
