@@ -26,7 +26,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import Subject, balanced_subject, make_reference
 from midway.gen.report.table import ReportContext
 
-LEAST = 20
+LEAST, MOST = 20, 10_000
 """Held-out images of a check."""
 SHOWN = 10
 
@@ -45,7 +45,7 @@ class CheckTask:
     feature_weights: Annotated[Path | None, tyro.conf.arg(aliases=["--inception-weights"])] = None
     """File with the weights of the first, published, feature network (default: found on this machine, or downloaded)."""
     n: int | None = None
-    """Held-out images, classes in proportion (default: all)."""
+    """Held-out images, classes in proportion (default: all, at most 10,000, which are held in memory)."""
     out: Path = Path("runs/metric-check")
     """Directory to write."""
     title: str = "Does the metric answer to damage?"
@@ -88,7 +88,7 @@ def open_all(task: CheckTask, words: tuple[str, ...]) -> list[Extractor]:
 def chosen(splits: Splits, task: CheckTask) -> Subject:
     """The held-out images, classes in proportion; UsageError for too few, or more than there are."""
     available = len(splits.held_out.images)
-    n = available if task.n is None else task.n
+    n = min(available, MOST) if task.n is None else task.n
     if not LEAST <= n <= available:
         why = f"a check needs at least {LEAST} images, and {available} are held out"
         raise UsageError(f"{n} held-out images", why, "change --n, or raise --held-out")
@@ -98,7 +98,7 @@ def chosen(splits: Splits, task: CheckTask) -> Subject:
 def pictures(subject: Subject) -> dict[str, torch.Tensor]:
     """The first images, undamaged and under every damage of pixels."""
     return {"held-out images": subject.images[:SHOWN]} | {
-        damage.name: changed[:SHOWN] for damage in DAMAGES if (changed := damage.change(subject)) is not subject.images
+        damage.name: changed[:SHOWN] for damage in DAMAGES if (changed := damage.change(subject)) is not subject.pixels
     }
 
 

@@ -19,6 +19,7 @@ from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo, printable
+from midway.gen.data.pixels import Images
 from midway.gen.data.splits import (
     DataConfig,
     Splits,
@@ -215,7 +216,7 @@ def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
 
 
 def open_reference(
-    features: Extractor | None, splits: Splits, images: Tensor, device: torch.device, what: str
+    features: Extractor | None, splits: Splits, images: Images, device: torch.device, what: str
 ) -> tuple[FeatureReference | None, float | None]:
     """The feature network with its reference, and what the held-out `images` score; warnings of the reference are printed.
 
@@ -231,7 +232,7 @@ def open_reference(
 
 
 def make_perceptual(
-    weights: Path | None, images: Tensor, device: torch.device
+    weights: Path | None, images: Images, device: torch.device
 ) -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str | None]:
     """LPIPS and its name; UsageError if the weights cannot be read or the images are too small for it."""
     if weights is None:

@@ -32,7 +32,7 @@ REPEATED = 50
 
 
 def _same(subject: Subject) -> Tensor:
-    return subject.images
+    return subject.pixels
 
 
 def _all(labels: Tensor) -> list[Tensor]:
@@ -54,7 +54,7 @@ class Damage:
 
 def class_means(subject: Subject, share: float = 0.0) -> Tensor:
     """uint8: every image moved to the mean image of its class, but for `share` of its deviation; rounded."""
-    x = subject.images.float()
+    x = subject.pixels.float()
     classes, members = subject.labels.unique(return_inverse=True)
     sums = torch.zeros(len(classes), *x.shape[1:]).index_add_(0, members, x)
     means = (sums / torch.bincount(members).view(-1, 1, 1, 1))[members]
@@ -68,27 +68,27 @@ def half_deviations(subject: Subject) -> Tensor:
 
 def blurred(subject: Subject) -> Tensor:
     """uint8: means over 3 x 3 pixels, edges repeated."""
-    return _to_uint8(F.avg_pool2d(F.pad(subject.images.float(), (1, 1, 1, 1), mode="replicate"), 3, stride=1))
+    return _to_uint8(F.avg_pool2d(F.pad(subject.pixels.float(), (1, 1, 1, 1), mode="replicate"), 3, stride=1))
 
 
 def noisy(sigma: float) -> Callable[[Subject], Tensor]:
     """Gaussian noise of standard deviation 255 sigma, the same for an image wherever it is; rounded and clipped."""
 
     def change(subject: Subject) -> Tensor:
-        noise = normal(0, "damage", 0, subject.places, subject.images.shape[1:])
-        return _to_uint8(subject.images.float() + 255 * sigma * noise)
+        noise = normal(0, "damage", 0, subject.places, subject.pixels.shape[1:])
+        return _to_uint8(subject.pixels.float() + 255 * sigma * noise)
 
     return change
 
 
 def shifted(subject: Subject) -> Tensor:
     """Every image one pixel to the right, its first column twice."""
-    return torch.cat([subject.images[..., :1], subject.images[..., :-1]], dim=-1)
+    return torch.cat([subject.pixels[..., :1], subject.pixels[..., :-1]], dim=-1)
 
 
 def compressed(subject: Subject) -> Tensor:
     """Every image through JPEG of quality 75."""
-    return torch.stack([_jpeg(image, 75) for image in subject.images])
+    return torch.stack([_jpeg(image, 75) for image in subject.pixels])
 
 
 def without_half(labels: Tensor) -> list[Tensor]:

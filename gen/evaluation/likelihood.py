@@ -129,13 +129,13 @@ def uniform_score(subject: Subject, levels: int) -> Score:
 
 def histogram_score(train: Images, subject: Subject, levels: int) -> Score:
     """Each value by the histogram of its place in the training images, uint8 (N, C, H, W), every level counted once more."""
-    k = to_levels(subject.images, levels).flatten(1)
-    counts = torch.ones(k.shape[1], levels, dtype=torch.float64)
+    counts = torch.ones(math.prod(train.shape[1:]), levels, dtype=torch.float64)
     for part in train.split(1024):
         theirs = to_levels(part, levels).flatten(1).T
         counts.scatter_add_(1, theirs, torch.ones(theirs.shape, dtype=torch.float64))
     log_p = counts.log() - math.log(len(train) + levels)
-    return score(log_p.gather(1, k.T).sum(0), k.shape[1])
+    own = (to_levels(part, levels).flatten(1).T for part in subject.images.split(1024))
+    return score(torch.cat([log_p.gather(1, k).sum(0) for k in own]), len(log_p))
 
 
 @dataclass(frozen=True)

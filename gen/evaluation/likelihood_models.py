@@ -122,7 +122,7 @@ def _row(name: str, kind: str, score: Score | None, bound: str, instruments: Ins
     """A row without a network."""
     subject, seed = instruments.subject, instruments.bounds.seed
     bits, error = (None, None) if score is None else (score.bits, score.error)
-    n, dims = len(subject.images), subject.images[0].numel()
+    n, dims = len(subject.images), subject.images.shape[1:].numel()
     return LikelihoodRow(name, kind, bits, error, n, instruments.levels, dims, bound, seed, subject.name)
 
 
@@ -158,6 +158,6 @@ def density_score(trained: TrainedModel, instruments: Instruments) -> tuple[Scor
         return found
 
     score = score_of(over_batches(instruments.subject, instruments.bounds, bits))
-    trace = ode.trace_for(instruments.subject.images[0].numel())
+    trace = ode.trace_for(instruments.subject.images.shape[1:].numel())
     probes = f" of {ode.probes} probe(s)" if trace == "hutchinson" else ""
     return score, f"1 draw of u, {ode.solver} with {costs[0].evaluations} NFE, {trace} trace{probes}"

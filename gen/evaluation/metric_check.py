@@ -71,7 +71,7 @@ class SpaceCheck:
 
 def check_space(reference: FeatureReference, subject: Subject, damages: Sequence[Damage] = DAMAGES) -> SpaceCheck:
     """Measure held-out images, and each damage of them that their classes allow. ValueError of fewer than 4 images."""
-    clean = _features(reference, subject.images)
+    clean = _features(reference, subject.pixels)
     meters = meters_of(reference)
     error = jackknife_error(meters["kid"], clean)
     floor = _row(reference.features, Damage("floor"), [clean], [clean], meters, error)
@@ -79,7 +79,7 @@ def check_space(reference: FeatureReference, subject: Subject, damages: Sequence
     for damage in damages:
         if len(subject.labels.unique()) >= damage.classes:
             changed, chosen = damage.change(subject), damage.choose(subject.labels)
-            features = clean if changed is subject.images else _features(reference, changed)
+            features = clean if changed is subject.pixels else _features(reference, changed)
             alike = [clean[places] for places in undamaged(len(clean), chosen)]
             sets = [features[places] for places in chosen]
             rows.append(_row(reference.features, damage, sets, alike, meters, error))

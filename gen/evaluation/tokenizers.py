@@ -33,6 +33,7 @@ from torch import Tensor
 from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.randomness import normal
 from midway.gen.data.images import ImageData, to_float, to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.evaluation.tokenizer_records import TokenizerRow, figures_of
 from midway.gen.features.reference import FeatureReference, Subject, balanced_subject
 from midway.gen.metrics.code_usage import CodeCounter
@@ -90,7 +91,7 @@ def choose(held_out: ImageData, config: EvaluationConfig) -> Subject:
     return balanced_subject(held_out, n)
 
 
-def check_size(name: str, tokenizer: ImageTokenizer, images: Tensor, named: bool = False) -> None:
+def check_size(name: str, tokenizer: ImageTokenizer, images: Images, named: bool = False) -> None:
     """DataError unless the tokenizer takes these images, its own or those that are `named` on the command line."""
     channels, side, _ = tokenizer.image_shape
     if tokenizer.image_shape != tuple(images.shape[1:]):

@@ -23,9 +23,10 @@ from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import DAMAGE, read_tensors, state_hash, write_atomically
 from midway.gen.core.processes import best_device
 from midway.gen.data.images import ImageData
+from midway.gen.data.pixels import Images, part_of
 from midway.gen.data.splits import in_proportion
 from midway.gen.features.extractor import Activations, Extractor, ImageFeatures
-from midway.gen.features.streaming import FeatureStream, measured, principal_axes_of
+from midway.gen.features.streaming import AT_ONCE, FeatureStream, measured, principal_axes_of
 from midway.gen.metrics.class_share import MOST
 from midway.gen.metrics.frechet import Root, frechet_distance, frechet_distance_of_features, frechet_distance_to
 from midway.gen.metrics.moments import FeatureStatistics
@@ -106,9 +107,9 @@ class FeatureReference:
         """Whether the network names class probabilities."""
         return bool(getattr(self.network, "has_logits", False))
 
-    def distance(self, images: Tensor) -> float:
-        """Fréchet distance of uint8 images (N, C, H, W) to the reference."""
-        return self.distance_of(self.activations(images).features)
+    def distance(self, images: Images) -> float:
+        """Fréchet distance of uint8 images (N, C, H, W), read a few hundred at once, to the reference."""
+        return self.distance_of(torch.cat([self.activations(part).features for part in images.split(AT_ONCE)]))
 
     def distance_of(self, features: Tensor) -> float:
         """Fréchet distance of features (N, D) to the reference.
@@ -206,16 +207,22 @@ def balanced(labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Subject:
-    """Held-out images uint8 (N, C, H, W) with their labels and places in the split, int64 (N,), and their name."""
+    """Held-out images uint8 (N, C, H, W), read as they are needed where they lie on the disk, with their labels and places in the
+    split, int64 (N,), and their name."""
 
-    images: Tensor
+    images: Images
     labels: Tensor
     places: Tensor
     name: str
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """All images in memory, always the same tensor."""
+        return self.images[:]
 
 
 def balanced_subject(held_out: ImageData, n: int | None = None) -> Subject:
     """The first n held-out images, or all if there are fewer, in an order in which the classes take turns in proportion."""
     chosen = balanced(held_out.labels)[:n]
     name = f"{held_out.name}@{held_out.fingerprint[:12]}"
-    return Subject(held_out.images[chosen], held_out.labels[chosen], chosen, name)
+    return Subject(part_of(held_out.images, chosen), held_out.labels[chosen], chosen, name)

@@ -62,12 +62,12 @@ def test_class_means_are_one_picture_per_class(digits: Subject) -> None:
 
 def test_half_of_every_deviation_is_gone(digits: Subject) -> None:
     """Half-way to the class mean, to within rounding; of class means nothing changes."""
-    found, x = half_deviations(digits).double(), digits.images.double()
+    found, x = half_deviations(digits).double(), digits.images[:].double()
     for label in range(10):
         mine = digits.labels == label
         assert (found[mine] - (x[mine] + x[mine].mean(0)) / 2).abs().max() <= 0.5 + 1e-4
     alike = subject(pixels(1, 3, 8).expand(4, -1, -1, -1), [0, 0, 3, 3])
-    assert torch.equal(half_deviations(alike), alike.images)
+    assert torch.equal(half_deviations(alike), alike.images[:])
 
 
 def test_blur_is_the_mean_of_nine_pixels_with_edges_repeated() -> None:

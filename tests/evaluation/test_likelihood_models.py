@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_model_itself(pipeline: Pipeline, pixels: Path,
     splits = load_splits(trained.data)
     subject = balanced_subject(splits.held_out, 24)
     bits, _ = bits_per_dim(
-        trained.model, trained.tokenizer, subject.images, subject.labels, 17, Context(0, 0, subject.places), FAST
+        trained.model, trained.tokenizer, subject.images[:], subject.labels, 17, Context(0, 0, subject.places), FAST
     )
     assert row.bits == pytest.approx(bits.mean().item(), rel=1e-5)
     (plan,) = make_samplers(trained, "dpmpp2m", 4, SamplerConfig(grids=("uniform",))).values()

@@ -41,7 +41,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 def test_ratios_are_to_as_many_undamaged_images(reference: FeatureReference, subject: Subject) -> None:
     damages = (
         Damage("nothing", 1.5),
-        Damage("black", 1.5, lambda its: torch.zeros_like(its.images)),
+        Damage("black", 1.5, lambda its: torch.zeros_like(its.images[:])),
         Damage("one class missing", None, choose=without_one, classes=2),
         Damage("eleven classes", 1.5, classes=11),
     )
@@ -49,10 +49,10 @@ def test_ratios_are_to_as_many_undamaged_images(reference: FeatureReference, sub
     nothing, black, missing = check.rows
     assert check.features == reference.features and check.between == reference.between
     assert (nothing.distance_ratio, nothing.kid_errors, nothing.sliced_ratio) == (1, 0, 1) and not nothing.answers
-    features = reference.activations(subject.images).features
+    features = reference.activations(subject.images[:]).features
     assert check.floor.distance == reference.distance_of(features) and check.floor.n == 200
     assert check.floor.sliced == reference.slices.distance(features)
-    dark = reference.distance(torch.zeros_like(subject.images))
+    dark = reference.distance(torch.zeros_like(subject.images[:]))
     assert black.distance == dark and black.distance_ratio == pytest.approx(dark / check.floor.distance)
     assert black.answers and black.kid_errors > 100
     chosen = without_one(subject.labels)

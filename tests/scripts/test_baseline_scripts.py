@@ -202,7 +202,7 @@ def test_levels_are_those_of_both_sides_of_the_split(tmp_path: Path) -> None:
 
 def test_the_standard_error_is_that_of_the_mean(runs: Runs, splits: Splits) -> None:
     model, subject = load_trained_baseline(runs.flow).model, balanced_subject(splits.held_out, 25)
-    each = bits_per_dim(model.log_likelihood(subject.images, None, Context(0, 0, subject.places)), 64)
+    each = bits_per_dim(model.log_likelihood(subject.images[:], None, Context(0, 0, subject.places)), 64)
     found = bits_of(model, subject, Bounds())
     assert found.bits == pytest.approx(each.mean().item(), rel=1e-6)
     assert found.error == pytest.approx((each.var(correction=1) / 25).sqrt().item(), rel=1e-4)

@@ -1,5 +1,6 @@
 """Commands on a built set: the bits of the same run from memory, and a named error for a shard that is not as it was."""
 
+import csv
 import hashlib
 import os
 import shutil
@@ -52,6 +53,27 @@ def test_a_run_from_memory_and_from_the_disk_has_the_same_bits(animals: Path, su
     wanted = weights(tmp_path / "animals")
     assert any(name.startswith("tokenizer/") for name in wanted) and any("checkpoints" in name for name in wanted)
     assert weights(tmp_path / "built") == weights(tmp_path / "encoded") == wanted
+
+
+def test_tokenizers_are_measured_as_from_memory_a_batch_at_a_time(
+    animals: Path, succeed: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read, counts, tables = Records.read, list[int](), list[list[str]]()
+
+    def counting(self: Records, items: Tensor) -> Tensor:
+        counts.append(len(items))
+        return read(self, items)
+
+    for name in ("animals", "built"):
+        succeed(f"train_tokenizer digits-fsq {LINE}", "--data", animals / name, "--out", tmp_path / name)
+        monkeypatch.setattr(Records, "read", counting)
+        flags = ("--features", "none", "--batch-size", 4, "--out", tmp_path / "report")
+        succeed("evaluate_tokenizer", "--tokenizers", tmp_path / name, *flags)
+        monkeypatch.setattr(Records, "read", read)
+        (row,) = csv.DictReader((tmp_path / "report" / "results.csv").read_text().splitlines())
+        tables.append([value for key, value in row.items() if "seconds" not in key and key not in ("name", "images")])
+    assert len(tables[0]) > 10 and tables[0] == tables[1]
+    assert sum(counts) >= 12 and max(counts) <= 10  # 12 are held out, of which the page shows 10
 
 
 def _change(path: Path) -> None:
