@@ -8,7 +8,7 @@ nearest at some budget, and of fewer than 3 budgets there is no picture. Of a co
 (scripts/evaluate_likelihood.py) it is the table of results.json, with the facts that a reader needs beside it; of a check of
 metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving ground (scripts/prove_solvers.py) a block `prove`
 has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
-tables without a picture. Of a file of benchmarks/amed_ablation.py it is its table.
+tables without a picture. Of a file in benchmarks/results it is the table of its rows.
 """
 
 import csv
@@ -59,7 +59,7 @@ def embed(page: Path, name: str, report: Path) -> None:
     if begin not in text or end not in text:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     if report.is_file():
-        return _replace(page, name, ablation_block(report))
+        return _replace(page, name, benchmark_block(json.loads(report.read_text())))
     if (report / "results.json").exists():
         return _replace(page, name, models_block(report))
     if (report / "rmse_vs_nfe.png").exists():
@@ -90,9 +90,34 @@ def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str
     return f"![{shown} against NFE]({os.path.relpath(picture, page.parent)})"
 
 
-def ablation_block(file: Path) -> str:
+COLUMNS: dict[str, dict[str, str]] = {
+    "ratio": {"": "{name}", "beside": "{peer_name}", "ours": "{ours:.3g}", "theirs": "{peer:.3g}"}
+    | {"unit": "{unit}", "rate": "{ratio:.2f}", "aimed at": "{target}"},
+    "resident": {
+        "": "{name}",
+        "images/s": "{images_per_second:,.0f}",
+        "resident memory grows by": "{resident:.0f} MiB",
+    },
+    "peak_mb": {"images": "{images:,}", "seconds": "{seconds:.2f}", "peak memory": "{peak_mb:.0f} MB"},
+}
+"""Tables of benchmarks by a field that only their rows have: heading -> cell. `rate` is theirs / ours, so that more is better."""
+
+
+def benchmark_block(found: dict[str, Any]) -> str:
+    """The rows of a file in benchmarks/results."""
+    rows = found.get("rows", found.get("results"))
+    if isinstance(rows, dict):
+        rows = [{"name": name, **row} for name, row in rows.items()]
+    kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
+    if kind is None:
+        return ablation_block(rows)
+    cells = [[cell.format_map(row) for cell in COLUMNS[kind].values()] for row in rows]
+    rule = ["---" if heading in ("", "beside", "unit", "aimed at") else "---:" for heading in COLUMNS[kind]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [list(COLUMNS[kind]), rule, *cells])
+
+
+def ablation_block(results: Sequence[dict[str, Any]]) -> str:
     """RMSE of every variant by budget, the least bold, and what learning it at the largest one cost."""
-    results = json.loads(file.read_text())["results"]
     budgets = sorted({one["nfe"] for one in results})
     least = {nfe: min(one["rmse"] for one in results if one["nfe"] == nfe) for nfe in budgets}
     rows: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}

@@ -109,6 +109,22 @@ def test_an_ablation_becomes_a_table(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_of_a_benchmark_become_a_table(tmp_path: Path) -> None:
+    ratio = {"name": "a", "peer_name": "b", "ours": 0.6452, "peer": 0.5711, "unit": "ms", "ratio": 0.885, "target": ""}
+    stored = {"records": {"images_per_second": 9213.4, "resident": 47.7, "of_memory_map": 0.1}}
+    step = {"images": 20000, "seconds": 3.519, "peak_mb": 859.2}
+    page = tmp_path / "page.md"
+    for found, line in (
+        ({"rows": [ratio]}, "| a | b | 0.645 | 0.571 | ms | 0.89 |  |"),
+        ({"rows": stored}, "| records | 9,213 | 48 MiB |"),
+        ({"results": [step]}, "| 20,000 | 3.52 | 859 MB |"),
+    ):
+        (tmp_path / "x.json").write_text(json.dumps(found))
+        page.write_text("<!-- begin x --><!-- end x -->")
+        _tool("embed").embed(page, "x", tmp_path / "x.json")
+        assert page.read_text().splitlines()[3] == line
+
+
 def test_a_check_of_metrics_becomes_one_table_of_all_spaces(tmp_path: Path) -> None:
     def row(features: str, damage: str, required: float | None, ratio: float) -> DamageRow:
         return DamageRow(features, damage, 40, required, 2 * ratio, ratio, 0.1, 12.34, 3.0, 1.5)

@@ -49,8 +49,17 @@ def hardware() -> str:
 
 
 def command_line() -> str:
-    """The command as typed, without the machine's paths."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    """The command as typed, without the machine's paths: those outside of the current directory are their last part."""
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *map(_without_machine, sys.argv[1:])])
+
+
+def _without_machine(argument: str) -> str:
+    """An argument whose path, also behind a flag's `=`, is relative; others as they are."""
+    flag, equals, value = argument.rpartition("=")
+    if not os.path.isabs(value):
+        return argument
+    below = os.path.relpath(value)
+    return flag + equals + (os.path.basename(os.path.normpath(value)) if below.startswith("..") else below)
 
 
 def free_memory() -> int:

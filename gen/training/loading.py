@@ -40,7 +40,7 @@ MOST = 8
 class Loader:
     """Gives fit() its batches on the device. A context, after which no thread is left.
 
-    At most `AHEAD` batches a thread are read, or being read, beyond the one that is asked for.
+    At most `AHEAD` batches a thread are read, or being read, beyond the one that is due.
     """
 
     def __init__(

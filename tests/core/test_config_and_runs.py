@@ -12,6 +12,7 @@ from nobody import NOBODY
 
 from midway.gen.core import checkpoints, runs
 from midway.gen.core.config import PER_CALL, from_dict, read_yaml, to_dict, write_yaml
+from midway.gen.core.environment import command_line
 from midway.gen.core.errors import DataError, DiskError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import state_hash
 from midway.gen.core.locks import lock
@@ -448,3 +449,20 @@ def test_a_hash_depends_on_description_name_shape_type_and_bytes_and_on_nothing_
         state_hash("d", {"a": state["a"]}),
     ]
     assert len({base, *others}) == 7
+
+
+def test_the_command_that_is_recorded_has_no_paths_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--data",
+        "/elsewhere/sets/cifar.zip",
+        f"--out={tmp_path}/runs/a",
+        "--x=/other/",
+        "runs/b",
+        "--lr=1e-3",
+        "a b",
+    ]
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "scripts" / "x.py"), *words])
+    assert command_line() == ("python scripts/x.py --data cifar.zip --out=runs/a --x=other runs/b --lr=1e-3 'a b'")
