@@ -327,7 +327,7 @@ def test_too_little_space_is_known_before(tmp_path: Path, monkeypatch: pytest.Mo
     folder = source(tmp_path / "animals")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(DiskError, match=r"the images need 0.0 GB[\s\S]*free disk space"):
+    with pytest.raises(DiskError, match=r"the images need 0 MB[\s\S]*free disk space"):
         build(DataConfig(str(folder)), tmp_path / "out")
 
 
