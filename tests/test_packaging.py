@@ -30,6 +30,7 @@ OPTIONAL = {
 }
 ROOMS = (
     "core",
+    "progress",
     "files",
     "data",
     "training",
