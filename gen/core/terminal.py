@@ -54,7 +54,7 @@ def plain_warnings() -> Iterator[None]:
 
     So are the messages of loggers that would write to stderr, libraries' among them, with their level in front.
     """
-    before = warnings.showwarning, logging.StreamHandler.emit
+    before = warnings.showwarning, logging.Handler.handle
     shown, streams = set[str](), (sys.stderr, sys.__stderr__)
 
     def show(level: str, message: object) -> None:
@@ -63,18 +63,20 @@ def plain_warnings() -> Iterator[None]:
             shown.add(text)
             write_line(printable(text), sys.stderr)
 
-    def emit(handler: Any, record: logging.LogRecord) -> None:
-        if handler.stream is sys.stderr or handler.stream in streams:
+    def handle(self: logging.Handler, record: logging.LogRecord) -> Any:
+        if getattr(self, "stream", None) not in (sys.stderr, *streams):
+            return before[1](self, record)
+        passed = self.filter(record)
+        if passed:
             show(record.levelname, record.getMessage())
-        else:
-            before[1](handler, record)
+        return passed
 
     warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: show("warning", message)
-    logging.StreamHandler.emit = emit  # of all of them, also of libraries that are imported later
+    logging.Handler.handle = handle  # of all of them, also of libraries that are imported later
     try:
         yield
     finally:
-        warnings.showwarning, logging.StreamHandler.emit = before
+        warnings.showwarning, logging.Handler.handle = before
 
 
 def _lasting(stream: TextIO) -> TextIO:

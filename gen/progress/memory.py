@@ -1,7 +1,7 @@
 """The most memory that this process has used, with what is counted in its name.
 
-    resident     resident set of the process since its start, of the host's memory (getrusage)
-    allocated    what PyTorch had allocated for tensors on a CUDA device at once, without its cache and the libraries' own memory
+resident     resident set of the process since its start, of the host's memory (getrusage)
+allocated    what PyTorch had allocated for tensors on a CUDA device at once, without its cache and the libraries' own memory
 """
 
 import resource

@@ -17,7 +17,7 @@ PICTURED: dict[str, dict[str, Any]] = {"tensorboard": {"dataformats": "NHWC"}, "
 
 
 class Trackers:
-    """Those of these names, of Accelerate, which write below `folder`; the first failure of each is a warning of three lines, given to `say`."""
+    """Those of these names, which write below `folder`; the first failure of each is a warning of three lines, given to `say`."""
 
     def __init__(
         self, names: Sequence[Any], folder: Path, config: Mapping[str, Any], say: Callable[[str], object]
@@ -60,5 +60,9 @@ class Trackers:
         except Exception as error:
             if name not in self._failed:
                 self._failed.add(name)
-                fix = f"metrics.jsonl and samples/ have all of it; check the set-up of {name}, or drop --log-with {name}"
-                self._say(f"warning: {MidwayError(f'the tracker {name} failed, training goes on', one_line(error), fix)}")
+                fix = (
+                    f"metrics.jsonl and samples/ have all of it; check the set-up of {name}, or drop --log-with {name}"
+                )
+                self._say(
+                    f"warning: {MidwayError(f'the tracker {name} failed, training goes on', one_line(error), fix)}"
+                )

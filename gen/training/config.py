@@ -90,7 +90,17 @@ class TrainConfig:
         for name in ("batch_size", "accumulation", "log_every", "plateau", "posthoc_every", "patience", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        least_0 = ("steps", "warmup", "lr", "weight_decay", "preview_every", "save_every", "save_seconds", "seed", "preview_seconds")
+        least_0 = (
+            "steps",
+            "warmup",
+            "lr",
+            "weight_decay",
+            "preview_every",
+            "save_every",
+            "save_seconds",
+            "seed",
+            "preview_seconds",
+        )
         for name in (*least_0, "validate_every", "patience_validations", "measure_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

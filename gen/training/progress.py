@@ -145,7 +145,7 @@ class PreviewTimer:
         """True once for every preview."""
         least = self.config.preview_seconds
         wait = max(least, 50 * self._cost, 0.02 * self.clock.total)
-        due = not self.config.preview_every and 0 < least and self.clock.here - self._last >= wait
+        due = not self.config.preview_every and least > 0 and self.clock.here - self._last >= wait
         self._last = self.clock.here if due else self._last
         return due
 
