@@ -29,6 +29,7 @@ OPTIONAL = {
     "torchvision",
 }
 ROOMS = (
+    "names",
     "core",
     "files",
     "data",
