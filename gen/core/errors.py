@@ -48,7 +48,7 @@ class DiskError(MidwayError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint naming the closest choice, then at most eight, the closest first: `did you mean 'ddim'? choose one of: ddim, euler`."""
+    """`did you mean 'ddim'? choose one of: ddim, euler`: the nearest name, then at most eight, the nearest first."""
     return suggestion(name, choices)
 
 
