@@ -4,7 +4,12 @@ The names of `NAMES` are imported when they are used, so that `import midway` an
 """
 
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Any
+
+_FOLDER = Path(__file__).resolve().parent
+if _FOLDER.parts[-2:] == ("gen", "front"):  # a checkout, where gen, samplers and tokenizers are at the top
+    __path__.append(str(_FOLDER.parents[1]))
 
 NAMES = {
     "ImageTokenizer": "midway.tokenizers.tokenizer",
