@@ -30,6 +30,7 @@ OPTIONAL = {
     "torchvision",
 }
 ROOMS = (
+    "names",
     "core",
     "files",
     "data",

@@ -29,7 +29,7 @@ HEADS = {
 """What the words in capitals begin a call with; {name} is a run of the pipeline, or an invalid input."""
 TABLE = """
 2 unknown names
-  SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? | amed-constants
+  SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? choose one of: heun, edm_heun | and 57 more
   SAMPLE --grid 0.9,0.5,0.1; --grid nan; --grid 1.5 -> unknown grid | by name | choose one of
   EVALUATE --grids 0.9,0.5,0.1; --grids 1.5,0.2; --grids nan,0.2; --grids uniform,0.5 -> unknown grid | by name | choose one of
   LATENT --measure-every 4 --early.grid karas --early.features {features} -> 'karas' | did you mean 'karras'?
@@ -80,7 +80,8 @@ TABLE = """
 2 sample
   SAMPLE --n 0; --seed -1; --batch-size 0 -> FLAG
   SAMPLE --labels 10; --labels=-1; --labels 3,10 -> --labels | classes 0 to 9
-  SAMPLE --labels cat; --labels 3,1.5 -> is none of its classes | choose one of: 0, 1
+  SAMPLE --labels cat -> is none of its classes | choose one of: 0, 1
+  SAMPLE --labels 3,1.5 -> is none of its classes | choose one of: 1, 5
   SAMPLE --labels , -> names no class
   SAMPLE --out grid.jpg; --out grid.tar.gz; --out samples.npy -> .png | .npz, or a folder
   SAMPLE --out {tokenizer}; --out {a_file} -> holds other files | choose another --out
