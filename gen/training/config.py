@@ -197,7 +197,7 @@ class OnlineConfig:
     solver: str = "dpmpp2m"
     grid: str = "karras"
     features: str | None = None
-    """Feature network, as in evaluate.py (default: effnet-lite0)."""
+    """Feature network, as in midway evaluate (default: effnet-lite0)."""
 
     def __post_init__(self) -> None:
         if self.n < 2 or not self.nfe or min(self.nfe) < 1:
