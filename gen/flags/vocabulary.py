@@ -1,0 +1,89 @@
+"""The names that values of flags come from: other spellings become the name that is recorded (`midway.gen.names`)."""
+
+import os
+import types
+import typing
+from collections.abc import Callable
+from typing import Any
+
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.flags.fields import Flag
+from midway.gen.names.nearest import canonical
+
+
+def _solvers() -> list[str]:
+    from midway.gen.diffusion.load import LEARNED
+    from midway.gen.diffusion.samplers import ADAPTIVE
+    from midway.samplers.solvers import SOLVERS
+
+    return [*SOLVERS, ADAPTIVE, *LEARNED]
+
+
+def _grids() -> list[str]:
+    from midway.samplers.gits import GITS
+    from midway.samplers.grids import NAMED
+
+    return [*NAMED, GITS]
+
+
+def _features() -> list[str]:
+    from midway.gen.features.open import NAMED
+
+    return list(NAMED)
+
+
+def _metrics() -> list[str]:
+    from midway.gen.evaluation.metrics import METRICS
+
+    return list(METRICS)
+
+
+def _sources() -> list[str]:
+    from midway.gen.data.sources import SOURCES
+
+    return list(SOURCES)
+
+
+REGISTERED: dict[str, Callable[[], list[str]]] = {
+    **dict.fromkeys(("solver", "solvers", "teacher", "learned"), _solvers),
+    **dict.fromkeys(("grid", "grids", "teacher_grid"), _grids),
+    "features": _features,
+    "metrics": _metrics,
+    **dict.fromkeys(("data", "against"), _sources),
+}
+"""By the field of a flag: the names that its text, or each part of its list with commas, may be. The command checks them."""
+
+
+def words_of(hint: Any) -> tuple[str, ...]:
+    """The words of a choice, also of one beside None or a number; () for other types."""
+    if typing.get_origin(hint) is typing.Literal:
+        return tuple(map(str, typing.get_args(hint)))
+    parts = kinds_of(hint)
+    return () if parts == [hint] else tuple(word for part in parts for word in words_of(part))
+
+
+def kinds_of(hint: Any) -> list[Any]:
+    """The types of a union but None, or the type itself."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [part for part in (typing.get_args(hint) if union else (hint,)) if part is not type(None)]
+
+
+def settled(flag: Flag, value: str) -> str:
+    """The value by the names of this program; UsageError for a word that is none of a fixed choice."""
+    words = words_of(flag.hint)
+    if words:
+        return _chosen(flag, value, words)
+    if flag.last not in REGISTERED or os.path.exists(value):
+        return value
+    known = REGISTERED[flag.last]()
+    return ",".join(part if os.path.exists(part) else canonical(part, known) or part for part in value.split(","))
+
+
+def _chosen(flag: Flag, value: str, words: tuple[str, ...]) -> str:
+    kinds = typing.get_args(flag.hint) or ()
+    if value == "None" and type(None) in kinds:
+        return value
+    found = canonical(value, words)
+    if found is None and all(typing.get_origin(part) is typing.Literal for part in kinds_of(flag.hint)):
+        raise UsageError(f"{flag.name} cannot be '{value}'", "it is one of a few words", nearest(value, words))
+    return found or value
