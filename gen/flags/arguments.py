@@ -6,8 +6,20 @@ A flag is understood by its own name, by the name that it has in config.yaml (`-
 from collections.abc import Iterable, Iterator
 
 from midway.gen.core.errors import UsageError, nearest
-from midway.gen.flags.fields import Flag
+from midway.gen.flags.fields import UNSET, Flag
 from midway.gen.flags.vocabulary import settled
+
+EXAMPLES = {
+    "out": "--out runs/mine",
+    "data.data": "--data path/to/images",
+    "tokenizer": "--tokenizer runs/digits-fsq",
+    "tokenizers": "--tokenizers runs/digits-fsq runs/digits-vq",
+    "model": "--model runs/digits-dit",
+    "data": "path/to/images",
+    "run": "runs/digits-dit",
+    "network": "inception",
+}
+"""What could be typed for a flag that is needed."""
 
 
 def config_of(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -31,7 +43,7 @@ def spellings(flags: Iterable[Flag]) -> dict[str, tuple[str, Flag]]:
     """Every way to type each flag -> (the way that the parser takes, the flag). Own names come before those of config.yaml."""
     own, full = dict[str, tuple[str, Flag]](), dict[str, tuple[str, Flag]]()
     for flag in (flag for flag in flags if not flag.positional):
-        own |= {name: (flag.name, flag) for name in (flag.name, *flag.aliases)}
+        own |= dict.fromkeys((flag.name, *flag.aliases), (flag.name, flag))
         full["--" + flag.path.replace("_", "-")] = (flag.name, flag)
         if flag.negative is not None:
             own[flag.negative] = (flag.negative, flag)
@@ -71,8 +83,22 @@ def _found(name: str, known: dict[str, tuple[str, Flag]], program: str) -> tuple
     typed = "--" + name[2:].replace("_", "-")
     if typed in known:
         return known[typed]
-    choices = {flag.name for _, flag in known.values()}
+    own = {flag.name for _, flag in known.values()}
+    choices = known if "." in typed and typed.split(".")[0] not in {name.split(".")[0] for name in own} else own
     raise UsageError(f"unknown flag {name}", f"{program} has no such flag", nearest(typed, choices))
+
+
+def check_required(arguments: list[str], flags: Iterable[Flag], program: str, recipes: Iterable[str]) -> None:
+    """UsageError naming the flags that have no default and are not among normalised arguments."""
+    given, needed = {*typed_flags(arguments)}, [flag for flag in flags if flag.default is UNSET]
+    some = any(not _is_flag(word) for word in arguments)
+    missing = [flag for flag in needed if not (some if flag.positional else given & {flag.name, *flag.aliases})]
+    if missing:
+        recipe = next(iter(recipes), None)
+        ways = " ".join(EXAMPLES.get(flag.path, f"{flag.name} ...") for flag in missing)
+        more = f"; or begin with a recipe, {program} {recipe}" if recipe else ""
+        names = " and ".join(flag.name.upper() if flag.positional else flag.name for flag in missing)
+        raise UsageError(f"{program} needs {names}", missing[0].text, f"add {ways}{more}")
 
 
 def typed_flags(arguments: list[str]) -> Iterator[str]:

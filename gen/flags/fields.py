@@ -102,9 +102,9 @@ def _texts(cls: type) -> dict[str, str]:
         return {}
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    found = dict[str, str]()
     for line, after in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
-            if isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-                found[line.target.id] = " ".join(after.value.value.split())
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else None
+            found |= {line.target.id: " ".join(text.split())} if isinstance(text, str) else {}
     return found

@@ -29,30 +29,33 @@ def page(
     recipes: Mapping[str, Callable[[], Any]],
     flags: Iterable[Flag],
     *,
-    what: str = "RECIPE",
-    config: bool = False,
+    what: str = "",
     more: str = "",
 ) -> str:
-    """The whole page. `what` is the first argument that names one of `recipes`; `more` is a last line."""
+    """The whole page. `what` is the first argument: the word for those of `recipes`, or one of them.
+
+    Recipes without a docstring are not listed. `more` is a last line.
+    """
     width = min(max(shutil.get_terminal_size((80, 24)).columns, 60), WIDEST)
     shown = list(flags)
-    blocks = [_usage(program, shown, what if recipes else "", config), *_prose(about, width)]
+    blocks = [_usage(program, shown, what), *_prose(about, width)]
     if recipes:
-        title = {"RECIPE": "Recipes", "SOLVER": "Solvers"}.get(what, what)
-        blocks.append("\n".join([f"{title}:", *(_entry(name, summary(make), width) for name, make in recipes.items())]))
-    blocks += _sections(shown, config, width)
+        listed = {name: make for name, make in recipes.items() if make.__doc__}
+        entries = (_entry(name, summary(make), width) for name, make in listed.items())
+        blocks.append("\n".join([f"{what.capitalize()}s:", *entries]))
+    blocks += _sections(shown, width)
     return "\n\n".join([*blocks, *_prose(more, width)]) + "\n"
 
 
 def summary(make: Callable[[], Any]) -> str:
     """The first paragraph of a function's docstring, in one line."""
-    return " ".join((make.__doc__ or "The defaults.").strip().split("\n\n")[0].split())
+    return " ".join((make.__doc__ or "").strip().split("\n\n")[0].split())
 
 
-def _usage(program: str, flags: list[Flag], what: str, config: bool) -> str:
+def _usage(program: str, flags: list[Flag], what: str) -> str:
     words = [what, *(flag.name.upper() for flag in flags if flag.positional), "[flags]"]
     ways = [" ".join(word for word in (program, *words) if word)]
-    ways += [f"{program} --config FILE [flags]"] if config else []
+    ways += [f"{program} --config FILE [flags]"] if what else []
     return "\n".join(("usage: " if i == 0 else "       ") + way for i, way in enumerate(ways))
 
 
@@ -63,7 +66,7 @@ def _prose(text: str, width: int) -> list[str]:
 
 def _entry(name: str, text: str, width: int) -> str:
     """A name, and a text that begins at the column `TEXT`, in the next line where the name is too long."""
-    body = textwrap.wrap(text, width - TEXT, break_on_hyphens=False, break_long_words=False)
+    body = textwrap.wrap(text, width - TEXT, break_on_hyphens=False)
     head = f"  {name}"
     if len(head) + 2 > TEXT:
         return "\n".join([head, *(" " * TEXT + line for line in body)])
@@ -71,25 +74,28 @@ def _entry(name: str, text: str, width: int) -> str:
     return "\n".join([f"{head:<{TEXT}}{first}".rstrip(), *(" " * TEXT + line for line in rest)])
 
 
-def _sections(flags: list[Flag], config: bool, width: int) -> list[str]:
+def _sections(flags: list[Flag], width: int) -> list[str]:
     sections: dict[str, list[str]] = {}
-    for rank, title, flag in sorted(((*section_of(flag), flag) for flag in flags), key=lambda found: found[0]):
-        sections.setdefault(title, []).append(_entry(written(flag), described(flag), width))
-        del rank
-    general = [("--config FILE", "Flags of a run: its config.yaml. Others are added and win.")] if config else []
-    general += [("--debug", "Print the traceback of an error, too."), ("-h, --help", "Print this page.")]
+    for flag in sorted(flags, key=lambda flag: section_of(flag)[0]):
+        sections.setdefault(section_of(flag)[1], []).append(_entry(written(flag), described(flag), width))
+    general = (
+        ("--config FILE", "Take the flags of a run, its config.yaml; those that are typed besides replace them."),
+        ("--debug", "Print the traceback of an error, too."),
+        ("-h, --help", "Print this page."),
+    )
     sections["General"] = [_entry(name, text, width) for name, text in general]
     return ["\n".join([f"{title}:", *entries]) for title, entries in sections.items()]
 
 
 def written(flag: Flag) -> str:
-    """The flag with a word for its value: `--steps N`; a switch with both of its spellings."""
+    """The flag with a word for its value: `--steps N`; a switch that is on with both of its spellings."""
     if flag.positional:
         return flag.name.upper()
-    if flag.hint is bool:
+    if flag.hint is bool and flag.default is True:
         *groups, own = flag.name.removeprefix("--").split(".")
         return "--" + ".".join((*groups, f"[no-]{own}"))
-    return ", ".join((f"{flag.name} {_value(flag.hint)}".rstrip(), *flag.aliases))
+    value = "" if flag.hint is bool else _value(flag.hint)
+    return ", ".join((f"{flag.name} {value}".rstrip(), *flag.aliases))
 
 
 def _value(hint: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from midway.gen.core.errors import UsageError, nearest
-from midway.gen.flags.fields import Flag
+from midway.gen.flags.fields import UNSET, Flag
 from midway.gen.names.nearest import canonical
 
 
@@ -44,6 +44,7 @@ def _sources() -> list[str]:
     return list(SOURCES)
 
 
+NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 REGISTERED: dict[str, Callable[[], list[str]]] = {
     **dict.fromkeys(("solver", "solvers", "teacher", "learned"), _solvers),
     **dict.fromkeys(("grid", "grids", "teacher_grid"), _grids),
@@ -73,10 +74,25 @@ def settled(flag: Flag, value: str) -> str:
     words = words_of(flag.hint)
     if words:
         return _chosen(flag, value, words)
+    _check_number(flag, value)
     if flag.last not in REGISTERED or os.path.exists(value):
         return value
     known = REGISTERED[flag.last]()
     return ",".join(part if os.path.exists(part) else canonical(part, known) or part for part in value.split(","))
+
+
+def _check_number(flag: Flag, value: str) -> None:
+    """UsageError where a number is meant, or a list of some, and this is none."""
+    kinds = [typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind for kind in kinds_of(flag.hint)]
+    if len(kinds) != 1 or kinds[0] not in NUMBERS or value == "None":
+        return
+    try:
+        kinds[0](value)
+    except ValueError:
+        shown = flag.default if flag.default not in (None, (), UNSET) else "4"
+        shown = " ".join(map(str, shown)) if isinstance(shown, tuple) else shown
+        fix = f"write {flag.name} {shown}, say"
+        raise UsageError(f"{flag.name} cannot be '{value}'", f"it is {NUMBERS[kinds[0]]}", fix) from None
 
 
 def _chosen(flag: Flag, value: str, words: tuple[str, ...]) -> str:
