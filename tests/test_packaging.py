@@ -32,6 +32,7 @@ OPTIONAL = {
 ROOMS = (
     "names",
     "core",
+    "progress",
     "files",
     "data",
     "training",
