@@ -73,12 +73,8 @@ def started(words: list[str], program: str = "midway") -> NoReturn:
         if (error.name or "").startswith("midway"):
             raise
         _exit(incomplete(error.name or "a package"))
-    run(
-        getattr(module, command.function),
-        arguments,
-        command.alone,
-        program if program != "midway" else f"midway {name}",
-    )
+    shown = f"midway {name}" if program == "midway" else program
+    raise SystemExit(run(getattr(module, command.function), arguments, command.alone, shown))  # `run` exits by itself
 
 
 def named(words: list[str]) -> tuple[str, list[str]] | None:
