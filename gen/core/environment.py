@@ -50,10 +50,10 @@ def hardware() -> str:
 
 def command_line() -> str:
     """The command as typed, without the machine's paths: those outside of the current directory are their last part."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *map(_without_machine, sys.argv[1:])])
+    return shlex.join(["python", os.path.relpath(sys.argv[0]), *map(without_machine, sys.argv[1:])])
 
 
-def _without_machine(argument: str) -> str:
+def without_machine(argument: str) -> str:
     """An argument whose path, also behind a flag's `=`, is relative; others as they are."""
     flag, equals, value = argument.rpartition("=")
     if not os.path.isabs(value):

@@ -52,9 +52,9 @@ def grid_png(images: Tensor, columns: int, scale: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
-def save_grid(path: Path, images: Tensor, columns: int) -> None:
-    """Write `grid_png` to `path`, completely or not at all."""
-    write_atomically(path, grid_png(images, columns))
+def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
+    """Write `grid_png` of uint8 images (N, C, H, W) to `path`, completely or not at all. DiskError."""
+    write_atomically(Path(path), grid_png(images, columns))
 
 
 # ---- archives ----
