@@ -85,11 +85,12 @@ def facts_list(facts: Sequence[tuple[str, str]]) -> str:
 def page(context: ReportContext, lead: str, parts: Sequence[str], script: str = "") -> str:
     """The whole page: title, model and data, `lead` (HTML), and parts (HTML); `script` runs at its end."""
     title = html(context.title)
+    warned = "".join(f'<p class="warning">{html(warning)}</p>' for warning in context.warnings)
     run = f"<script>{script}</script>" if script else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}</style></head><body><main>
-<header><h1>{title}</h1><p class="quiet">{html(context.model)} · {html(context.data)}</p>{lead}</header>
+<header><h1>{title}</h1><p class="quiet">{html(context.model)} · {html(context.data)}</p>{warned}{lead}</header>
 {chr(10).join(part for part in parts if part)}
 </main>{run}</body></html>
 """

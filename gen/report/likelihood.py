@@ -13,7 +13,7 @@ from midway.gen.core.locks import check_replaceable
 from midway.gen.core.text import markdown
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
-from midway.gen.report.text import csv_text, markdown_table
+from midway.gen.report.text import csv_text, markdown_table, markdown_warnings
 
 FILES = ("results.json", "results.csv", "report.md")
 
@@ -58,7 +58,9 @@ def report_md(rows: Sequence[LikelihoodRow], context: ReportContext) -> str:
     }
     notes = "\n".join(f"- {markdown(note)}" for note in (*context.notes, *measured))
     listed = "\n".join(f"- {markdown(name)}: {markdown(fact)}" for name, fact in facts.items())
-    return f"# {markdown(context.title)}\n\n{markdown_table(likelihood_table(rows))}\n\n{notes}\n\n## Provenance\n\n{listed}\n"
+    warned = markdown_warnings(context.warnings)
+    table = markdown_table(likelihood_table(rows))
+    return f"# {markdown(context.title)}\n\n{warned}{table}\n\n{notes}\n\n## Provenance\n\n{listed}\n"
 
 
 def check_out(out: Path) -> None:

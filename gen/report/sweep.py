@@ -30,6 +30,7 @@ from midway.gen.report.text import (
     markdown_section,
     markdown_table,
     text_table,
+    under_warnings,
 )
 from midway.gen.sweep.choice import Choice
 
@@ -47,8 +48,8 @@ FILES = (
 # ---- text ----
 
 
-def terminal_text(ms: Measurements) -> str:
-    """The tables of what ranks solvers and of the distance to the data for a terminal, baselines below.
+def terminal_text(ms: Measurements, warnings: Sequence[str] = ()) -> str:
+    """The tables of what ranks solvers and of the distance to the data for a terminal, baselines below, warnings above.
 
     ValueError for measurements that do not compare.
     """
@@ -58,7 +59,7 @@ def terminal_text(ms: Measurements) -> str:
     baselines = baseline_table(ms)
     name = f"{tables[1].title}, lower is better\n"
     parts += [] if tables[1].lines else [name]
-    return "\n".join([*parts, *([text_table(baselines), ""] if baselines.lines else [])])
+    return under_warnings("\n".join([*parts, *([text_table(baselines), ""] if baselines.lines else [])]), warnings)
 
 
 def headline_tables(ms: Measurements) -> list[tuple[Table, str]]:

@@ -33,6 +33,8 @@ class ReportContext:
     seeds: str = ""
     notes: tuple[str, ...] = ()
     guidance: float = 1.0
+    warnings: tuple[str, ...] = ()
+    """About the models, each shown under the title of every output: `digits-dit: step 129 of 4000`."""
 
     @property
     def version_text(self) -> str:

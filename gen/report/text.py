@@ -38,6 +38,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def under_warnings(text: str, warnings: Sequence[str]) -> str:
+    """The text below a line for each of `ReportContext.warnings`."""
+    return "\n".join([*(f"warning: {printable(warning)}" for warning in warnings), *([""] if warnings else []), text])
+
+
 # ---- Markdown ----
 
 
@@ -67,10 +72,16 @@ def markdown_section(table: Table) -> str:
 
 
 def markdown_page(context: ReportContext, parts: Sequence[str], facts: Sequence[tuple[str, str]]) -> str:
-    """A whole report: its title, `parts` (Markdown, each ending a line), notes if there are any, and provenance."""
+    """A whole report: its title, warnings, `parts` (Markdown, each ending a line), notes if there are any, and provenance."""
     notes = ["## Notes", "", *(f"- {markdown(note)}" for note in context.notes), ""] if context.notes else []
     listed = [f"- **{markdown(name)}**: {markdown(value)}" for name, value in facts]
-    return "\n".join([f"# {markdown(context.title)}", "", *parts, *notes, "## Provenance", "", *listed]) + "\n"
+    head = f"# {markdown(context.title)}\n\n{markdown_warnings(context.warnings)}".rstrip("\n")
+    return "\n".join([head, "", *parts, *notes, "## Provenance", "", *listed]) + "\n"
+
+
+def markdown_warnings(warnings: Sequence[str]) -> str:
+    """A quoted line for each of `ReportContext.warnings`; nothing without any."""
+    return "\n".join(f"> **{markdown(warning)}**\n" for warning in warnings) + ("\n" if warnings else "")
 
 
 # ---- files for programs ----

@@ -22,7 +22,7 @@ from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.report.html import facts_list, figure, image_tag, notes_list, page, titled_table
 from midway.gen.report.table import Column, Entry, ReportContext, Table, columns_table, joined, number, with_floor
-from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table
+from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table, under_warnings
 from midway.gen.report.tokenizer_plots import PLOTS
 
 _STRIP = 1280  # pixels: large images are shown fewer, or the page would be slow to open
@@ -143,14 +143,14 @@ def _table(rows: Sequence[TokenizerRow], title: str, columns: Iterable[Column[To
 # ---- text ----
 
 
-def terminal_text(rows: Sequence[TokenizerRow]) -> str:
-    """Reconstruction and codes for a terminal: the columns that it has room for, without small print."""
+def terminal_text(rows: Sequence[TokenizerRow], warnings: Sequence[str] = ()) -> str:
+    """Reconstruction and codes for a terminal: the columns that it has room for, without small print, below the warnings."""
     codes = [column for column in _CODES if column.head not in ("tokens", "dead codes")]
     made = [
         _table(rows, title, [replace(column, small=lambda _: "") for column in columns], "")
         for title, columns in (("Reconstruction", _RECONSTRUCTION), ("Codes and latents", codes))
     ]
-    return "\n\n".join(f"{table.title}\n\n{text_table(table)}" for table in made) + "\n"
+    return under_warnings("\n\n".join(f"{table.title}\n\n{text_table(table)}" for table in made) + "\n", warnings)
 
 
 def provenance(rows: Sequence[TokenizerRow], context: ReportContext) -> list[tuple[str, str]]:

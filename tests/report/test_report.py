@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -42,7 +43,7 @@ CONTEXT = ReportContext(
     title="Budgets",
     model="flow",
     data="digits",
-    command="python scripts/evaluate.py",
+    command="midway evaluate",
     hardware="2 cores",
     versions={"torch": "2.15"},
     seeds="0-1023",
@@ -297,3 +298,16 @@ def test_a_metric_is_one_function_and_one_column(monkeypatch: pytest.MonkeyPatch
     assert "| light |" in report_md(cells, CONTEXT) and "| 3.00 |" in report_md(cells, CONTEXT)
     assert '<th scope="col">light</th>' in html(cells) and "<td>3.00</td>" in html(cells)
     assert "brightness" not in csv_text(to_records(CELLS))
+
+
+# ---- warnings ----
+
+
+def test_warnings_stand_under_the_title_of_every_output() -> None:
+    context = dataclasses.replace(CONTEXT, warnings=("my|run: step 129 of 4000", "<b>"))
+    page, text = html(CELLS, context), report_md(CELLS, context)
+    assert re.findall(r'class="warning">(.*?)</p>', page) == ["my|run: step 129 of 4000", "&lt;b&gt;"]
+    assert text.startswith("# Budgets\n\n> **my\\|run: step 129 of 4000**\n\n> **\\<b\\>**\n\n")
+    assert terminal_text(CELLS, context.warnings).startswith("warning: my|run: step 129 of 4000\nwarning: <b>\n\n")
+    for other in (html(CELLS), report_md(CELLS, CONTEXT), terminal_text(CELLS)):
+        assert "warning:" not in other and "> **" not in other and 'class="warning"' not in other
