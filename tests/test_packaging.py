@@ -39,6 +39,7 @@ ROOMS = (
     "baselines",
     "diffusion",
     "tokenizer",
+    "cards",
     "evaluation",
     "sweep",
     "report",

@@ -12,6 +12,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 
@@ -78,7 +79,7 @@ class Shared:
     """The README.md of the folder that it was loaded from; None for a model that was made here."""
 
     @abstractmethod
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, **options: Any) -> None:
         """Write weights and configuration into an existing folder."""
 
     @abstractmethod
@@ -86,18 +87,18 @@ class Shared:
         """A card of what the model itself holds, for one that has none; ValueError as `header`."""
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, save_directory: str | Path, *, license: str | None = None
+        self, save_directory: str | Path, *, license: str | None = None, **options: Any
     ) -> None:
         """Write weights, config.json and README.md into a folder, which is made.
 
         license: identifier of the weights' licence; by default that of the card that the model was loaded with, else `LICENSE`.
-        ValueError for one that is no identifier.
+        ValueError for one that is no identifier. options: of `write`; for a tokenizer diffusers', such as max_shard_size.
         """
         folder = Path(save_directory)
         card = self.own_card(license or LICENSE) if self.card is None else self.card
         card = card if self.card is None or license is None else relicensed(card, license)
         folder.mkdir(parents=True, exist_ok=True)
-        self.write(folder)
+        self.write(folder, **options)
         (folder / CARD).write_text(card, encoding="utf-8")
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]

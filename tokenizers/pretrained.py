@@ -30,8 +30,8 @@ from midway.tokenizers.weights import (
 class Pretrained(Shared, ModelMixin, ConfigMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Base of our models in the format of diffusers."""
 
-    def write(self, folder: Path) -> None:
-        ModelMixin.save_pretrained(self, folder)
+    def write(self, folder: Path, **options: Any) -> None:
+        ModelMixin.save_pretrained(self, folder, **options)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -123,7 +123,9 @@ class DescribedModel(Shared, nn.Module):
         model.card = card_in(folder)
         return model.eval()
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, **options: Any) -> None:
+        if options:
+            raise ValueError(f"a latent model is saved without {', '.join(options)}")
         (folder / CONFIG).write_text(self.text, encoding="utf-8")
         save_file(
             {name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILE, {"format": "pt"}

@@ -126,9 +126,7 @@ def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
     return model_run / "solvers" / f"{name}-{grid}-nfe{nfe}"
 
 
-def load_solver(
-    trained: TrainedModel, name: str, grid: str, nfe: int
-) -> Table | LearnedSolver | ResidualTable | None:
+def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Table | LearnedSolver | ResidualTable | None:
     """The learned solver of this model, None when it was not trained.
 
     DataError for a file whose numbers are of no solver for this model, name, grid and budget, and for other weights.
