@@ -109,13 +109,14 @@ class Shared:
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "Upload with midway",
+        **options: Any,
     ) -> str:
         """Upload what `save_pretrained` writes to a repository "owner/name" of the Hub, which is made; the commit's address.
 
-        token: by default the one of `hf auth login`. Errors of huggingface_hub, ValueError as `save_pretrained`.
+        options: of `save_pretrained`. token: by default the one of `hf auth login`. Errors of huggingface_hub, ValueError as `save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, license=license)
+            self.save_pretrained(folder, license=license, **options)
             return upload(Path(folder), repo_id, commit_message, private, token)
 
 

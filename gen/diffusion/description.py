@@ -80,7 +80,10 @@ class Description:
 
 
 class DescribedModel(Shared, nn.Module):
-    """Base of a network that a description and its weights make again: what is saved, loaded and hashed of it."""
+    """Base of a network that a description and its weights make again: what is saved, loaded and hashed of it.
+
+    `save_pretrained` and `push_to_hub` take its ImageTokenizer as `tokenizer`, for the folder of this name beside it.
+    """
 
     config: LatentModelConfig
     latent_shape: tuple[int, int, int]
@@ -124,8 +127,11 @@ class DescribedModel(Shared, nn.Module):
         return model.eval()
 
     def write(self, folder: Path, **options: Any) -> None:
+        tokenizer = options.pop("tokenizer", None)
         if options:
-            raise ValueError(f"a latent model is saved without {', '.join(options)}")
+            raise ValueError(f"a latent model is saved with its tokenizer alone, without {', '.join(options)}")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "tokenizer")
         (folder / CONFIG).write_text(self.text, encoding="utf-8")
         save_file(
             {name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILE, {"format": "pt"}
