@@ -43,7 +43,8 @@ def names() -> dict[str, str]:
 
 
 def _front() -> Iterator[str]:
-    yield "# API\n\nWhat `from midway import ...` offers. Modules: [samplers](samplers.md), [tokenizers](tokenizers.md), [gen](gen.md).\n"
+    modules = ", ".join(f"[{package}]({package}.md)" for package in PAGES)
+    yield f"# API\n\nWhat `from midway import ...` offers. Modules: {modules}.\n"
     for name, module in names().items():
         yield f"## {name}\n\n`from midway import {name}`, of `{module}`.\n"
         yield from _described(_find(module, name), module)
@@ -62,7 +63,13 @@ def _page(package: str, modules: list[str]) -> Iterator[str]:
 
 def _find(module: str, name: str) -> ast.stmt:
     for node in tree(module).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
+        target = (
+            node.target
+            if isinstance(node, ast.AnnAssign)
+            else node.targets[0]
+            if isinstance(node, ast.Assign)
+            else None
+        )
         if getattr(node, "name", None) == name or (target is not None and ast.unparse(target) == name):
             return node
     raise LookupError(f"{module} has no {name}")
@@ -89,13 +96,13 @@ def _described(node: ast.stmt, module: str) -> Iterator[str]:
 def _family(node: ast.ClassDef, module: str) -> Iterator[ast.ClassDef]:
     """The class, then its bases that are classes of ours."""
     yield node
-    for base in map(ast.unparse, node.bases):
-        for line in tree(module).body:
-            if isinstance(line, ast.ImportFrom) and (line.module or "").startswith("midway."):
-                if any(alias.name == base for alias in line.names):
-                    found = _find(str(line.module), base)
-                    assert isinstance(found, ast.ClassDef)
-                    yield from _family(found, str(line.module))
+    bases = {ast.unparse(base) for base in node.bases}
+    for line in tree(module).body:
+        if isinstance(line, ast.ImportFrom) and (line.module or "").startswith("midway."):
+            for base in bases & {alias.name for alias in line.names}:
+                found = _find(str(line.module), base)
+                assert isinstance(found, ast.ClassDef)
+                yield from _family(found, str(line.module))
 
 
 def _fields(node: ast.ClassDef) -> Iterator[str]:
@@ -127,4 +134,5 @@ def prose(text: str) -> str:
 
 def _escaped(line: str) -> str:
     parts = line.split("`")
-    return "`".join(re.sub(r"([*_<\[\]])", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts))
+    text = [re.sub(r"([*_\[\]])", r"\\\1", part.replace("<", "&lt;")) for part in parts[::2]]
+    return "`".join(text[i // 2] if i % 2 == 0 else part for i, part in enumerate(parts))

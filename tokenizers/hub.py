@@ -113,7 +113,7 @@ class Shared:
     ) -> str:
         """Upload what `save_pretrained` writes to a repository "owner/name" of the Hub, which is made; the commit's address.
 
-        options: of `save_pretrained`. token: by default the one of `hf auth login`. Errors of huggingface_hub, ValueError as `save_pretrained`.
+        token: by default the one of `hf auth login`. options: of `save_pretrained`. Errors of it and of huggingface_hub.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, license=license, **options)
