@@ -178,7 +178,9 @@ def test_the_commands_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypa
 
 def test_every_page_is_in_the_navigation() -> None:
     named_pages = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
-    assert {page.name for page in (ROOT / "docs").glob("*.md")} == {name for name in named_pages if "/" not in name and name.islower()}
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == {
+        name for name in named_pages if "/" not in name and name.islower()
+    }
 
 
 def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:

@@ -42,8 +42,11 @@ class LatentModelConfig:
     """Process, target and network of a latent model."""
 
     schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    """Process from data to noise: linear is the rectified flow, vp and cosine keep the variance, edm adds noise."""
     target: Target = "velocity"
+    """What the network predicts."""
     time: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How noise levels are drawn in training."""
     time_mean: float = 0.0
     """Mean of log rho for logit_normal."""
     time_std: float = 1.0

@@ -115,10 +115,7 @@ class LatentModel(DescribedModel):
     def forward_network(
         self, x: Tensor, t: Tensor, labels: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W), for x_t (B, C, H, W), t (B,), labels (B,).
-
-        With a context, under the network's dropout.
-        """
+        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W) for x_t, t and labels; a context gives its dropout."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
         return self.network(x / expand(scale, x), _angle(alpha, sigma), labels, context)
