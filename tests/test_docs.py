@@ -230,7 +230,8 @@ def test_the_proving_ground_keeps_its_promises() -> None:
 def test_links_of_the_pages_lead_somewhere() -> None:
     for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            generated = target.startswith("api/")  # by docs/api.py, when the site is built, which checks these links
+            assert generated or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
 # ---- the page of solvers ----
