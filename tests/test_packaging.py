@@ -41,6 +41,7 @@ ROOMS = (
     "baselines",
     "diffusion",
     "tokenizer",
+    "cards",
     "evaluation",
     "sweep",
     "report",

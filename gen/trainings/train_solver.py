@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from midway.gen.cards.solver import finish_solver
 from midway.gen.core.config import to_dict
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.distill_residual import ResidualObjective
@@ -121,6 +122,9 @@ def train_one(
         if not accelerator.is_main_process:
             return None
         cost = objective.counter.evaluations * processes
+        finished = load_solver(trained, task.solver, task.grid, nfe)
+        if finished is not None:
+            run.say(f"card  {finish_solver(run, finished, task.license) / 'README.md'}")
         run.say(
             f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
         )
