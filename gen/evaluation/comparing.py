@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from midway.gen.evaluation.records import LIMITS, TO_EXACT, Measurement
 from midway.samplers.solvers import SOLVERS
@@ -111,13 +111,13 @@ def critical_t(blocks: int) -> float:
     return float(stdtrit(blocks - 1, 0.975))
 
 
-def differences(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Difference]:
-    """By (solver, NFE): the paired difference to the best of that NFE, by the metric that ranks solvers.
+def differences(measurements: Iterable[Measurement], name: str = "") -> dict[tuple[str, int], Difference]:
+    """By (solver, NFE): the paired difference to the best of that NFE, by a metric (default: the one that ranks solvers).
 
     Blocks share their seeds; none below two blocks.
     """
     measurements = list(measurements)
-    name = question(measurements)
+    name = name or question(measurements)
     chosen = {key: m for key, m in shown(measurements).items() if len(m.values(name)) > 1}
     chosen = {key: m for key, m in chosen.items() if math.isfinite(m.value(name) or 0.0)}
     best = {nfe: min((m for (_, n), m in chosen.items() if n == nfe), key=lambda m: m.metrics[name].mean)
@@ -135,7 +135,12 @@ def above_exact(m: Measurement, exact: Measurement) -> Difference | None:
 
 
 def _difference(m: Measurement, best: Measurement, name: str) -> Difference:
-    values = [a - b for a, b in zip(m.values(name), best.values(name), strict=True)]
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return Difference(mean, error, len(values), m.grid, m is best)
+    return replace(paired_difference(m.values(name), best.values(name), m.grid), best=m is best)
+
+
+def paired_difference(values: Sequence[float], others: Sequence[float], grid: str = "") -> Difference:
+    """Of the values of two or more blocks from those of the same seeds."""
+    found = [a - b for a, b in zip(values, others, strict=True)]
+    mean = sum(found) / len(found)
+    error = math.sqrt(sum((v - mean) ** 2 for v in found) / (len(found) - 1) / len(found))
+    return Difference(mean, error, len(found), grid)
