@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml
 	ln -sfn ../../gen .imports/midway/gen
 	ln -sfn ../../samplers .imports/midway/samplers
 	ln -sfn ../../tokenizers .imports/midway/tokenizers
+	ln -sfn ../../gen/front/__init__.py ../../gen/front/__main__.py .imports/midway/
 	touch $(STAMP)
 
 dev: $(STAMP) ## create the virtual environment and install Midway into it

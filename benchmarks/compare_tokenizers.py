@@ -3,7 +3,7 @@
     python benchmarks/compare_tokenizers.py --data cifar10-train.zip --out runs/tokenizers
 
 Every quantizer at codebooks of about 2^8, 2^10, 2^12 and 2^14 values a position, on f = 4 (8x8 positions of a 32x32 image). A
-tokenizer is a run in --out, trained by scripts/train_tokenizer.py and left alone if it is there, so that the command can be
+tokenizer is a run in --out, trained by midway train tokenizer and left alone if it is there, so that the command can be
 stopped and called again.
 
     vq        EMA codebook, k-means start, restarts; 8 channels          fsq            the paper's levels
@@ -16,7 +16,6 @@ Times: 28 tokenizers and 4 repeated seeds of 800 steps take about 90 minutes on 
 
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,8 @@ from typing import Annotated, Any
 import tyro
 from matplotlib.figure import Figure
 
+from midway.gen.commands.evaluate_tokenizer import TokenizersTask
+from midway.gen.commands.evaluate_tokenizer import run as evaluate
 from midway.gen.core.config import to_dict
 from midway.gen.core.environment import environment, hardware
 from midway.gen.core.files import write_atomically
@@ -32,17 +33,12 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
+from midway.gen.flags import cli
+from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.report.axes import COLOURS, MARKERS
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings.train_tokenizer import train
 from midway.tokenizers.fsq import FSQ_LEVELS
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from evaluate_tokenizer import TokenizersTask
-from evaluate_tokenizer import run as evaluate
-from train_tokenizer import train
-
-import cli
-from tasks import TokenizerConfig, TokenizerTask
 
 BITS = (8, 10, 12, 14)
 STAGE_LEVELS = {8: (5, 3), 10: (4, 3, 3), 12: (4, 4, 4), 14: (5, 5, 5)}

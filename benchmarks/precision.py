@@ -13,7 +13,6 @@ import copy
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,19 +31,16 @@ from midway.gen.data.images import load_images, to_float
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.flags.tasks import TokenizerTask
+from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.precision import resolve_precision
+from midway.gen.trainings.running import image_parts
+from midway.gen.trainings.train_tokenizer import make_tokenizer
 from midway.tokenizers.tokenizer import ImageTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from train_tokenizer import make_tokenizer
-
-from recipes import TOKENIZER_RECIPES
-from running import image_parts
-from tasks import TokenizerTask
 
 PRECISIONS = ("no", "bf16")
 SEEDS = (0, 1, 2)

@@ -51,12 +51,11 @@ from midway.tokenizers.options import Shortcut
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from compare_tokenizers import embed
-from train_tokenizer import make_tokenizer
 
-from running import image_parts
-from tasks import TokenizerConfig, TokenizerTask
+from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
+from midway.gen.trainings.running import image_parts
+from midway.gen.trainings.train_tokenizer import make_tokenizer
 
 BITS = (8, 10, 12, 14)
 QUANTIZERS = ("vq", "fsq")

@@ -46,8 +46,6 @@ from midway.gen.training.optim import compile_networks
 from midway.gen.training.starting import START_SAMPLES
 from midway.samplers.prediction import expand, target_value
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
 Peer = Callable[[], Iterator[None]]
 """A fresh training that has done one more optimizer step after each next()."""
 TOKENIZERS = ("digits-fsq", "digits-vq", "cifar10-fsq")
@@ -174,9 +172,9 @@ def images_like(name: str) -> Tensor:
 
 def tokenizer_row(recipe: str, device: torch.device, precision: str, compiled: bool) -> Row:
     """A tokenizer recipe: fit() and the bare loop."""
+    from midway.gen.recipes.recipes import TOKENIZER_RECIPES
     from midway.gen.tokenizer.objective import TokenizerObjective  # these need diffusers and tyro, other rows do not
     from midway.tokenizers.tokenizer import ImageTokenizer
-    from recipes import TOKENIZER_RECIPES
 
     task = TOKENIZER_RECIPES[recipe]()
     images = images_like(recipe.split("-")[0]).to(device)
@@ -208,7 +206,7 @@ def tokenizer_row(recipe: str, device: torch.device, precision: str, compiled: b
 
 def latent_row(recipe: str, device: torch.device, precision: str, compiled: bool) -> Row:
     """A latent-model recipe on standard normal latents of its tokenizer's shape: fit() and the bare loop."""
-    from recipes import LATENT_RECIPES
+    from midway.gen.recipes.recipes import LATENT_RECIPES
 
     task = LATENT_RECIPES[recipe]()
     digits = recipe.startswith("digits")

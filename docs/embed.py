@@ -5,8 +5,8 @@
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
 and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the two
 nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models
-(scripts/evaluate_likelihood.py) it is the table of results.json, with the facts that a reader needs beside it; of a check of
-metrics (scripts/check_metric.py) one table of all feature spaces. Of a proving ground (scripts/prove_solvers.py) a block `prove`
+(midway evaluate-likelihood) it is the table of results.json, with the facts that a reader needs beside it; of a check of
+metrics (midway check-metric) one table of all feature spaces. Of a proving ground (midway prove) a block `prove`
 has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
 tables without a picture. Of a file in benchmarks/results it is the table of its rows.
 """

@@ -4,7 +4,6 @@ Nothing is trained or allocated: networks are built on the device "meta" (tokeni
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,22 +14,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 
-from train_latent import planned_tokenizer  # noqa: E402
-from train_tokenizer import make_objective, make_tokenizer  # noqa: E402
-
-from dry_run import random_splits  # noqa: E402
 from midway.gen.diffusion.model import LatentModel  # noqa: E402
+from midway.gen.flags.tasks import LatentTask, TokenizerTask  # noqa: E402
+from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES  # noqa: E402
 from midway.gen.training.accelerator import loss_flops, loss_need  # noqa: E402
 from midway.gen.training.batches import LatentBatch  # noqa: E402
 from midway.gen.training.config import TrainConfig  # noqa: E402
 from midway.gen.training.interface import Items  # noqa: E402
 from midway.gen.training.loading import batches_like  # noqa: E402
 from midway.gen.training.optim import state_bytes  # noqa: E402
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES  # noqa: E402
-from running import image_parts  # noqa: E402
-from tasks import LatentTask, TokenizerTask  # noqa: E402
+from midway.gen.trainings.dry_run import random_splits  # noqa: E402
+from midway.gen.trainings.running import image_parts  # noqa: E402
+from midway.gen.trainings.train_latent import planned_tokenizer  # noqa: E402
+from midway.gen.trainings.train_tokenizer import make_objective, make_tokenizer  # noqa: E402
 
 PAGE = ROOT / "docs" / "scaling.md"
 IMAGENET, CLASSES = 1_281_167, 1000

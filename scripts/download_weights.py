@@ -1,39 +1,6 @@
-"""Fetch the weights of a published feature network: python scripts/download_weights.py inception
+"""Fetch weights of feature networks: `midway download-weights` from a checkout."""
 
-Where machines that measure have no network, run it where there is one, and copy the file that it names.
-"""
-
-from dataclasses import dataclass
-from typing import Annotated
-
-import tyro
-
-from cli import main, resolve
-from midway.gen.core.errors import UsageError, nearest
-from midway.gen.features.efficientnet import EFFNET
-from midway.gen.features.inception import INCEPTION
-from midway.gen.features.vit import ENCODERS
-from midway.gen.features.weights import find_weights
-
-KNOWN = {one.network: one for one in (INCEPTION, EFFNET, *(encoder.published for encoder in ENCODERS.values()))}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DownloadTask:
-    """Fetch one file of weights into the cache, checked; nothing is done if it is there."""
-
-    network: Annotated[str, tyro.conf.Positional]
-    """inception, dinov2-vitb14, dinov2-vitl14, clip-vitb32 or clip-vitl14; of effnet-lite0 the path in its package."""
-
-
-def run(task: DownloadTask) -> None:
-    """Find or fetch, and print the path."""
-    if task.network not in KNOWN:
-        raise UsageError(
-            f"{task.network} is no published network", "its weights are not known", nearest(task.network, KNOWN)
-        )
-    print(find_weights(KNOWN[task.network]))
-
+from start import start
 
 if __name__ == "__main__":
-    main(lambda arguments: run(resolve(DownloadTask, {}, arguments)), alone=True)
+    start("download-weights")

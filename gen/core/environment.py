@@ -50,7 +50,10 @@ def hardware() -> str:
 
 def command_line() -> str:
     """The command as typed, without the machine's paths: those outside of the current directory are their last part."""
-    return shlex.join(["python", os.path.relpath(sys.argv[0]), *map(_without_machine, sys.argv[1:])])
+    program = Path(sys.argv[0])
+    ours = program.stem == "midway" or (program.name == "__main__.py" and program.parent.name in ("midway", "front"))
+    start = ["midway"] if ours else ["python", os.path.relpath(program)]
+    return shlex.join([*start, *map(_without_machine, sys.argv[1:])])
 
 
 def _without_machine(argument: str) -> str:

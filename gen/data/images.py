@@ -89,7 +89,7 @@ def _load_stored(path: Path, channels: int | None, resize: int | None) -> ImageD
     if (resize or height, resize or height, channels or own) != (height, width, own):
         given = [f"--channels {channels}" if channels else "", f"--resize {resize}" if resize else ""]
         why = f"it was built of images {width}x{height} with {own} {'channel' if own == 1 else 'channels'}"
-        fix = "drop them, or build another set with them: scripts/data.py build SOURCE --out DIR"
+        fix = "drop them, or build another set with them: midway data build SOURCE --out DIR"
         raise UsageError(f"{' '.join(filter(None, given))} do not fit {path}", why, fix)
     digest = found.images.fingerprint(found.labels, found.classes)
     classes, left_out = tuple(map(printable, found.classes)), tuple(map(printable, found.left_out))
@@ -126,7 +126,7 @@ def _check_memory(path: Path, count: int, image: Decoded) -> None:
     needed, free = 2 * count * image.pixels.nbytes, free_memory()
     if needed > free:
         why = f"{count:,} images, and their split, need about {needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free"
-        build = f"scripts/data.py build {path} --out DIR"
+        build = f"midway data build {path} --out DIR"
         fix = f"build a set on the disk once, {build} (with --resize if need be), and give --data DIR"
         raise DataError(f"{path} is too large for memory", why, fix)
 

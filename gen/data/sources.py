@@ -113,7 +113,7 @@ def _torchvision(name: str, kind: str, pattern: str, place: str) -> Callable[[Pa
         else:
             what, fix = (
                 f"{name} is not on this machine",
-                f"pass --download, or fetch it once with scripts/data.py check {name} --download; without a network: {by_hand}",
+                f"pass --download, or fetch it once with midway data check {name} --download; without a network: {by_hand}",
             )
         _check_files(name, root, pattern)
         # network, checksum, archive, disk, or a torchvision that does not fit torch

@@ -1,4 +1,4 @@
-"""Images on the disk as `scripts/data.py build` writes them: read, and decoded where files are kept, when they are indexed.
+"""Images on the disk as `midway data build` writes them: read, and decoded where files are kept, when they are indexed.
 
 A built set is a folder of records (files/records.py) with `names.jsonl`, the name of each image in its source, one a line, and
 `fingerprints.json`, fingerprints of parts of it that were computed later than the build.
@@ -165,7 +165,7 @@ def is_stored(path: Path) -> bool:
 
 def open_stored(path: Path) -> StoredSet:
     """The set in a folder. DataError where it is unfinished or damaged, with the file's name."""
-    remake = f"build it again: scripts/data.py build SOURCE --out {path} --overwrite"
+    remake = f"build it again: midway data build SOURCE --out {path} --overwrite"
     if (path / PLAN).is_file() and not (path / MANIFEST).is_file():
         raise DataError(f"{path} is an unfinished set of images", "its build was ended", "run the same build again")
     records = open_records(path, KIND, remake)

@@ -281,7 +281,7 @@ def _check_pixels(tokenizer: ImageTokenizer) -> None:
         raise UsageError(
             "this model has no bits per dimension",
             "its tokenizer is learned, so its density is one of latents, not of pixels",
-            "train a pixel model: scripts/train_tokenizer.py digits-pixels, then scripts/train_latent.py on that tokenizer",
+            "train a pixel model: midway train tokenizer digits-pixels, then midway train latent on that tokenizer",
         )
 
 

@@ -161,7 +161,9 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sample
         return None
     run = Run.open(path, "solver")
     file = run.checkpoint / "solver.safetensors"
-    retrain = f"train it again: scripts/train_solver.py {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
+    retrain = (
+        f"train it again: midway train solver {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
+    )
     with reading(file, retrain):
         schedule = trained.model.schedule
         kind = Table if name in (TABLE, NOISY) else ResidualTable if name in RESIDUALS else LearnedSolver

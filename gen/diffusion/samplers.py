@@ -190,7 +190,7 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
         raise UsageError(
             f"{solver} at NFE {nfe} has not been learned for {trained.run.path}",
             "a learned solver belongs to one model, grid and budget",
-            f"python scripts/train_solver.py {solver} --model {trained.run.path} --nfe {nfe}",
+            f"midway train solver {solver} --model {trained.run.path} --nfe {nfe}",
         )
     mismatches = {grid: _mismatch(sampler.card, solver, grid, config) for grid, sampler in samplers.items()}
     fitting = {grid: sampler for grid, sampler in samplers.items() if mismatches[grid] is None}

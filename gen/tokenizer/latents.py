@@ -48,7 +48,7 @@ class Views:
 
     @property
     def flags(self) -> str:
-        """As flags of scripts/encode.py, each after a space."""
+        """As flags of midway encode, each after a space."""
         return " --crops 10" if self.windows > 1 else " --flip" * self.mirrored
 
     def choose(self, context: Context, flip: bool) -> Tensor | None:
@@ -123,7 +123,7 @@ def open_latents(path: Path, data: ImageData, tokenizer: ImageTokenizer, flip: b
 
     DataError when it is missing, unfinished, no folder of latents, made from other images or another tokenizer, or damaged.
     """
-    encoding = f"scripts/encode.py{' --flip' if flip else ''}"
+    encoding = f"midway encode{' --flip' if flip else ''}"
     remake = f"make it again with {encoding} --overwrite"
     if not path.exists():
         raise DataError(f"no latents at {path}", "there is no such folder", f"make them with {encoding}")

@@ -90,7 +90,7 @@ def give_statistics(tokenizer: ImageTokenizer, mean: Tensor, std: Tensor, images
         fix = "use other images" if len(constant) == images.shape[1] else "use --channels 1, or other images"
         words = " and ".join(constant)
         why = f"{words} in every pixel of every image, and so the latents do not vary in every channel"
-        raise DataError(what, why, f"{fix}; scripts/data.py check shows them") from error
+        raise DataError(what, why, f"{fix}; midway data check shows them") from error
 
 
 def constant_channels(images: Images) -> list[str]:

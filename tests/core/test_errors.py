@@ -10,9 +10,9 @@ import pytest
 import torch
 from pipelines import Script
 
-from cli import run
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError, raising
 from midway.gen.core.files import write_atomically
+from midway.gen.flags.cli import run
 
 USAGE, DATA, DISK = 2, 3, 5
 

@@ -4,16 +4,14 @@ from pathlib import Path
 
 import pytest
 from multiprocess import run_all
-from pipelines import SCRIPTS
 
 PROGRAM = """
 import fcntl, os, sys, time
-sys.path.insert(0, {scripts!r})
 import torch
 from torch import distributed
 from midway.gen.core import processes
 from midway.gen.core.errors import UsageError
-from cli import main
+from midway.gen.flags.cli import main
 
 processes.PATIENCE, processes.GRACE = 60, 0.5
 alive = open({lock!r} + os.environ["RANK"], "w")
@@ -48,7 +46,7 @@ FAIL = "raise UsageError('a flag', 'a reason', 'a remedy')"
 )
 def test_processes_exit_with_their_own_codes(body: str, codes: list[int], tmp_path: Path) -> None:
     """Rank 0 ends although rank 1 waits for its end; rank 1, its work done, needs no peer for the last barrier."""
-    (tmp_path / "program.py").write_text(PROGRAM.format(scripts=str(SCRIPTS), lock=f"{tmp_path}/lock", body=body))
+    (tmp_path / "program.py").write_text(PROGRAM.format(lock=f"{tmp_path}/lock", body=body))
     ended = run_all(tmp_path / "program.py")
     assert [process.returncode for process in ended] == codes, [process.stderr for process in ended]
     for process in ended:

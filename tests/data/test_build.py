@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import data as data_script
 import pytest
 import torch
 from pictures import noise, save, truncated_jpeg
 from PIL import Image
 
+from midway.gen.commands import data as data_script
 from midway.gen.core import files as core_files
 from midway.gen.core.errors import DataError, DiskError, MidwayError, UsageError
 from midway.gen.data.build import build

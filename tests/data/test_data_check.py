@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import data as data_script
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -13,6 +12,7 @@ from pictures import PIXEL_LIMIT, UNDECODABLE, UNUSABLE, Fault, noise, save
 from PIL import Image
 from pipelines import Script
 
+from midway.gen.commands import data as data_script
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data import check as checks
 from midway.gen.data import check_report

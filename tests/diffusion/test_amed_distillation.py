@@ -13,7 +13,6 @@ from oracles import exact_solution, mixture, noise_at, rmse
 from pipelines import Pipeline
 from tensors import grad
 from torch import Tensor
-from train_solver import SolverTask, card_for, train
 
 from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
 from midway.gen.diffusion.distillation import Lesson, learn
@@ -23,6 +22,8 @@ from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, g
 from midway.gen.diffusion.sampling import sample_latents
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings.solver_tasks import labels_for, make_objective, on_best_grid, tried_on
+from midway.gen.trainings.train_solver import SolverTask, card_for, train
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.distill import (
@@ -45,7 +46,6 @@ from midway.samplers.schedule import EDM, VP, Cosine, Schedule
 from midway.samplers.solvers import SOLVERS, heun
 from midway.samplers.step_parameters import AMEDConfig, Constants, Predictor, StepParameters, StepRule
 from midway.samplers.unipc import unipc
-from solver_tasks import labels_for, make_objective, on_best_grid, tried_on
 
 CONFIG = AMEDConfig(scale_dir=0.2, scale_time=0.1)
 RHO = 20.0

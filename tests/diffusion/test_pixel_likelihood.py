@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_latent
-import train_tokenizer
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
@@ -17,12 +15,13 @@ from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim, dequantised_latents
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_latent, train_tokenizer
 from midway.samplers.prediction import Prediction, expand
 from midway.samplers.schedule import SCHEDULES
 from midway.tokenizers.tokenizer import ImageTokenizer
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 DIT = DiTConfig(width=16, depth=1, heads=2, patch=1)
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from pipelines import Pipeline, Script
 from safetensors.torch import load_file, save_file
 from sweeps import images_task, measured, npz
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.images import to_float
 from midway.gen.diffusion.samplers import SamplerConfig

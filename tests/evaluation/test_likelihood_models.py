@@ -4,17 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
-import evaluate_likelihood
 import pytest
 import torch
-import train_latent
-import train_tokenizer
-from evaluate_likelihood import LikelihoodTask
 from pipelines import TINY, TINY_DIT, Pipeline
 from resuming import everything
 from sweeps import sweep_task
 
+from midway.gen.commands import evaluate, evaluate_likelihood
+from midway.gen.commands.evaluate_likelihood import LikelihoodTask
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import load_splits
@@ -26,10 +23,11 @@ from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import balanced_subject
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.training.batches import Context, LatentBatch
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_latent, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAST = LikelihoodConfig(steps=2, trace="hutchinson", probes=1)

@@ -5,15 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
-import train_latent
 from pipelines import TINY, TINY_DIT, Pipeline, Script
 from sweeps import measured, sweep_task
 
+from midway.gen.commands import evaluate
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.tasks import LatentTask
 from midway.gen.training.config import OnlineConfig
-from tasks import LatentTask
+from midway.gen.trainings import train_latent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TRAIN = replace(TINY, steps=10, measure_every=4)

@@ -157,7 +157,7 @@ def test_without_weights_there_are_three_remedies(published: Published, monkeypa
     _no_hub(monkeypatch)
     with pytest.raises(DataError) as error:
         find_weights(published)
-    script = f"scripts/download_weights.py {published.network}"
+    script = f"midway download-weights {published.network}"
     assert all(
         remedy in error.value.fix for remedy in (script, "--feature-weights", published.variable, published.source)
     )

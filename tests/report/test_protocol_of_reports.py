@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from measurements import changed, measurement
 from pipelines import Pipeline, Script
 from sweeps import sweep_task
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.images import ImageData

@@ -73,7 +73,7 @@ def _objective_of(**changes: Any) -> SolverObjective:
 
 
 def _prepared(guidance: float, constants: bool, mode: str) -> tuple[SolverObjective, TeacherNodes]:
-    """An objective after its teacher run and warm start, as scripts/train_solver.py prepares it, and all trajectories."""
+    """An objective after its teacher run and warm start, as midway train solver prepares it, and all trajectories."""
     objective, labels = _objective_of(guidance=guidance, constants=constants, mode=mode), torch.arange(6) % 4
     teacher = objective.run_teacher(labels)
     objective.warm_start(teacher, labels)

@@ -8,19 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import evaluate_likelihood
 import pytest
 import torch
-import train_baseline
-import train_features
-from evaluate_likelihood import LikelihoodTask
 from safetensors.torch import load_file
 
-from baseline_recipes import BASELINE_RECIPES
-from baseline_tasks import BASELINE_TASKS, FlowTask, VAETask
 from midway.gen.baselines.flow_config import nice
 from midway.gen.baselines.registry import load_trained_baseline, read_baseline
 from midway.gen.baselines.vae import VAE, VAEConfig
+from midway.gen.commands import evaluate_likelihood
+from midway.gen.commands.evaluate_likelihood import LikelihoodTask
 from midway.gen.core.config import read_yaml
 from midway.gen.data.levels import bits_per_dim, to_levels
 from midway.gen.data.splits import DataConfig, Splits, load_splits
@@ -34,9 +30,12 @@ from midway.gen.evaluation.likelihood import (
 )
 from midway.gen.evaluation.other_sources import BaselineSource
 from midway.gen.features.reference import balanced_subject
+from midway.gen.flags.baseline_tasks import BASELINE_TASKS, FlowTask, VAETask
+from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
 from midway.gen.report.likelihood import FILES
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_baseline, train_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = TrainConfig(steps=12, batch_size=32, lr=1e-2, warmup=2, ema=0.5, log_every=4, validate_every=3)

@@ -5,9 +5,9 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from metric_report import FILES
 from pipelines import Pipeline, Script
 
+from midway.gen.commands.metric_report import FILES
 from midway.gen.features.efficientnet import EFFNET
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*mostly bias")]

@@ -6,9 +6,9 @@ import signal
 from pathlib import Path
 from typing import Any, Literal
 
-import demo
 import pytest
 
+from midway.gen.commands import demo
 from midway.gen.core import signals
 from midway.gen.diffusion.load import LEARNED
 from midway.gen.diffusion.model import LatentModel

@@ -8,14 +8,14 @@ import pytest
 import torch
 from pipelines import Outcome, Pipeline, Script
 
-import dry_run
-from baseline_recipes import BASELINE_RECIPES
-from dry_run import micro_batch, random_splits
 from midway.gen.core.errors import UsageError
 from midway.gen.data import images as image_files
 from midway.gen.data.splits import DataConfig
+from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
+from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
+from midway.gen.trainings import dry_run
+from midway.gen.trainings.dry_run import micro_batch, random_splits
 from midway.tokenizers.memory import Need
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 Refuse = Callable[[str], Outcome]
@@ -198,9 +198,9 @@ def test_recipes_of_imagenet_have_the_published_sizes() -> None:
 
 
 def test_every_recipe_has_a_docstring_that_names_its_command() -> None:
-    for recipes, script in ((TOKENIZER_RECIPES, "train_tokenizer"), (LATENT_RECIPES, "train_latent")):
+    for recipes, kind in ((TOKENIZER_RECIPES, "tokenizer"), (LATENT_RECIPES, "latent")):
         for name, make in recipes.items():
-            assert f"scripts/{script}.py {name}" in (make.__doc__ or "")
+            assert f"midway train {kind} {name}" in (make.__doc__ or "")
     assert BASELINE_RECIPES
 
 

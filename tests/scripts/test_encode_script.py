@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_tokenizer
 from multiprocess import launch
 from pipelines import SCRIPTS, TINY, TINY_DIT, Pipeline, Script
 
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.files.records import open_records
+from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.latents import open_latents
-from tasks import TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DIT = f"--model.dit.width {TINY_DIT.width} --model.dit.depth 1 --model.dit.heads 2 --steps 2 --batch-size 16"

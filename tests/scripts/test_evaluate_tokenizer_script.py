@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate_tokenizer
 import numpy as np
 import pytest
 import torch
-import train_features
-import train_tokenizer
 from pipelines import Script
 
+from midway.gen.commands import evaluate_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
@@ -26,6 +24,7 @@ from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import make_reference
+from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.report import axes, tokenizer_plots
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import csv_text, jsonl_text
@@ -41,8 +40,8 @@ from midway.gen.report.tokenizers import (
 )
 from midway.gen.sweep.run import held_out_images, measure_images
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_features, train_tokenizer
 from midway.tokenizers import perceptual
-from tasks import TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TINY = TrainConfig(steps=20, batch_size=32, lr=1e-2, warmup=2, ema=0, log_every=20)
@@ -61,7 +60,7 @@ OF_CODES = "codebook usage used dead counted perplexity bits entropy_bits code_r
 BOUND: dict[str, Any] = {"rate": 200.0, "psnr_sampled": 25.5, "psnr_noisy": (27.0, 26.0), "decode_seconds": 0.125}
 KL = replace(ROW, name="k|l_1", psnr=27.0, distance=0.625, interpolated=0.5, **BOUND, **dict.fromkeys(OF_CODES.split()))
 ROWS = [ROW, KL]
-COMMAND = "python scripts/evaluate_tokenizer.py"
+COMMAND = "midway evaluate-tokenizer"
 CONTEXT = ReportContext(
     "Compared", "2 tokenizers", "digits", COMMAND, "2 cores", {"torch": "2.15"}, "0", ("rounded to 8 bits",)
 )

@@ -4,17 +4,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
 import pytest
 import torch
-import train_solver
 from pipelines import Pipeline, Script
 from resuming import seal
 from sweeps import measured, sweep_task
 
+from midway.gen.commands import evaluate
 from midway.gen.diffusion.distill_table import TableConfig
 from midway.gen.diffusion.load import load_model, load_solver
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_solver
 from midway.samplers.residual import Residual, ResidualShape
 from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.table import Table

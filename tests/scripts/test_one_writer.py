@@ -5,16 +5,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import demo
 import pytest
-import train_latent
 from pipelines import Pipeline, Script
 from resuming import everything, unchanged
 
+from midway.gen.commands import demo
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json
 from midway.gen.core.locks import lock
 from midway.gen.core.runs import Run
+from midway.gen.trainings import train_latent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
@@ -72,7 +72,7 @@ def test_a_demo_of_an_earlier_version_is_known_by_its_command(
     at_the_model: list[Any], pipeline: Pipeline, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(pipeline.tokenizer, tmp_path / "tokenizer"))
-    text = (run / "env.json").read_text().replace(read_json(run / "env.json")["command"], "python scripts/demo.py")
+    text = (run / "env.json").read_text().replace(read_json(run / "env.json")["command"], "midway demo")
     (run / "env.json").write_text(text)
     with pytest.raises(Stop):
         demo.run(demo.DemoTask(out=tmp_path, quick=True))

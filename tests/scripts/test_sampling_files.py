@@ -17,10 +17,9 @@ import torch
 from multiprocess import launch, programs
 from PIL import Image
 from pipelines import SCRIPTS, Pipeline, Script
-from sample import SampleTask, run
-from sample_inputs import chosen_labels, read_images
 from torch import Tensor
 
+from midway.gen.commands.sample import SampleTask, run
 from midway.gen.core.errors import MidwayError, UsageError
 from midway.gen.data.images import load_images
 from midway.gen.diffusion import sample_folder
@@ -29,6 +28,7 @@ from midway.gen.diffusion.sample_folder import SampleFolder, file_name
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, encode, noise_of, sample_latents
 from midway.gen.evaluation.sources import SolverSource
+from midway.gen.flags.sample_inputs import chosen_labels, read_images
 from midway.samplers.grids import logsnr
 from midway.samplers.schedule import EDM, VP, Linear, Schedule
 from midway.samplers.solvers import SOLVERS

@@ -14,16 +14,16 @@ import pytest
 import scaling_tables
 from pipelines import SCRIPTS
 
-from baseline_recipes import BASELINE_RECIPES
-from cli import resolve
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
-from tasks import LatentTask, TokenizerTask
+from midway.gen.flags.cli import resolve
+from midway.gen.flags.tasks import LatentTask, TokenizerTask
+from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
+from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 
 ROOT = SCRIPTS.parent
 PAGE = (ROOT / "docs" / "scaling.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 JOB = BLOCKS[0]
-COMMANDS = re.findall(r"scripts/(train_\w+)\.py (.*?)(?:' &| &|…)?$", PAGE.replace("\\\n", " "), re.MULTILINE)
+COMMANDS = re.findall(r"midway train (\w+) (.*?)(?:' &| &|…)?$", PAGE.replace("\\\n", " "), re.MULTILINE)
 
 
 def test_the_job_has_fifteen_lines_and_asks_for_the_signal() -> None:
@@ -34,9 +34,9 @@ def test_the_job_has_fifteen_lines_and_asks_for_the_signal() -> None:
     assert "--resume auto" in JOB
 
 
-@pytest.mark.parametrize(("script", "arguments"), COMMANDS)
-def test_its_trainings_are_command_lines(script: str, arguments: str) -> None:
-    task, recipes = (LatentTask, LATENT_RECIPES) if script == "train_latent" else (TokenizerTask, TOKENIZER_RECIPES)
+@pytest.mark.parametrize(("kind", "arguments"), COMMANDS)
+def test_its_trainings_are_command_lines(kind: str, arguments: str) -> None:
+    task, recipes = (LatentTask, LATENT_RECIPES) if kind == "latent" else (TokenizerTask, TOKENIZER_RECIPES)
     resolve(task, recipes, shlex.split(arguments))  # pyright: ignore[reportArgumentType]
     assert BASELINE_RECIPES
 
@@ -50,11 +50,11 @@ def job(folder: Path, out: Path) -> subprocess.Popen[str]:
     """The SLURM script on this machine: a training of digits under a launcher of one process, and scontrol that notes."""
     tools = folder / "tools"
     tools.mkdir(exist_ok=True)
-    program(tools / "accelerate", f'#!/bin/bash\nwhile [[ $1 != *.py ]]; do shift; done\nexec {sys.executable} "$@"\n')
+    program(tools / "accelerate", f'#!/bin/bash\nwhile [[ $1 != -m ]]; do shift; done\nexec {sys.executable} "$@"\n')
     program(tools / "scontrol", f'#!/bin/bash\necho "$@" >> {folder}/requeued\n')
     flags = f"digits-fsq --out {out} --model.width 8 --batch-size 8 --steps 400 --save-every 20 --log-every 10"
     text = JOB.replace("source .venv/bin/activate", f"cd {ROOT}")
-    text = text.replace("train_latent.py imagenet256-dit-xl", f"train_tokenizer.py {flags}")
+    text = text.replace("train latent imagenet256-dit-xl", f"train tokenizer {flags}")
     path = f"{tools}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "SLURM_JOB_ID": "17", "ACCELERATE_USE_CPU": "true"}
     (folder / "job.sh").write_text(text)

@@ -13,13 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import evaluate
 import numpy as np
 import pytest
 import torch
-import train_latent
-import train_solver
-import train_tokenizer
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from multiprocess import launch
 from PIL import Image
@@ -30,8 +26,7 @@ from safetensors.torch import load_file, save_file
 from sweeps import measured, sweep_task
 from torch import Tensor
 
-from baseline_recipes import BASELINE_RECIPES
-from cli import resolve
+from midway.gen.commands import evaluate
 from midway.gen.core.config import from_dict, read_yaml, to_dict, write_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
@@ -45,11 +40,16 @@ from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
 from midway.gen.evaluation.records import LIMITS, Measurement, to_records
 from midway.gen.files.records import open_records
+from midway.gen.flags.cli import resolve
+from midway.gen.flags.tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 from midway.gen.proving import report as proving
+from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
+from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_latent, train_solver, train_tokenizer
 from midway.samplers.grids import GRIDS
 from midway.samplers.prediction import TARGETS
 from midway.samplers.schedule import SCHEDULES
@@ -57,8 +57,6 @@ from midway.samplers.solvers import ALIASES, SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.networks import Upsample
 from midway.tokenizers.quantizers import QUANTIZERS
-from recipes import LATENT_RECIPES, TOKENIZER_RECIPES
-from tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 
 ALL_SCRIPTS = sorted(p.stem for p in SCRIPTS.glob("*.py") if '__name__ == "__main__"' in p.read_text())
 REPORT = ("results.csv", "results.jsonl", "report.md", "report.html", "distance_vs_nfe.png", "distance_vs_seconds.png")

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_latent
-import train_tokenizer
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -21,9 +19,10 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import load_model, load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.training import accelerator as accelerators
 from midway.gen.training.config import TrainConfig
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_latent, train_tokenizer
 
 TRAIN = TrainConfig(steps=4, batch_size=8, ema=0.5, log_every=2)
 

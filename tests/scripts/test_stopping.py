@@ -1,7 +1,6 @@
 """Scripts that a signal ends, alone and several processes of them: a line, its exit code, and the same command goes on."""
 
 import os
-import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,24 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import pytest
-import train_features
 from multiprocess import Program, programs
 from pipelines import SCRIPTS, TINY, Pipeline, Script
 from resuming import newest, steps_of
 from sweeps import sweep_task
 
-import cli
+from midway.gen.commands import evaluate, main
 from midway.gen.core import checkpoints
 from midway.gen.evaluation.sources import SolverSource
+from midway.gen.flags import cli
 from midway.gen.sweep.store import CellStore
 from midway.gen.training import fit
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_features
 
-TEXTS = {path.stem: path.read_text() for path in sorted(SCRIPTS.glob("*.py"))}
-COMMANDS = [name for name, text in TEXTS.items() if re.search(r"^    main\(", text, re.MULTILINE)]
-ALONE = [name for name in COMMANDS if "alone=True" in TEXTS[name]]
+COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "start")
+ALONE = sorted({command.module.split(".")[1] for command in main.COMMANDS.values() if command.alone})
 
 
 def stop(*_: object) -> None:
@@ -48,7 +46,7 @@ def stop_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_signal_ends_every_script_with_a_line(name: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "resolve", stop)
+    monkeypatch.setattr(cli, "_starting_point", stop)
     done = script(name, "check" if name == "data" else "--help")
     assert done.code == 143 and done.out == ""
     assert done.err == "stopped by SIGTERM: no result was stored; the same command starts again\n"

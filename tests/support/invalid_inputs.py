@@ -7,13 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
-import import_tokenizer
 import numpy as np
 import torch
-import train_baseline
-import train_features
-import train_latent
-import train_tokenizer
 from artefacts import WRONG_AMED, WRONG_TABLES, Change, add_table, change_solver
 from damages import damage
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -25,14 +20,16 @@ from resuming import seal
 from safetensors.torch import load, load_file
 from safetensors.torch import save as save_tensors
 
-from baseline_tasks import FlowTask
 from midway.gen.baselines.flow_config import glow, nice
+from midway.gen.commands import import_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.baseline_tasks import FlowTask
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.encoding import Encoding, encode
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_baseline, train_features, train_latent, train_tokenizer
 
 Maker = Callable[[Pipeline, Path], Path]
 """(pipeline, an empty folder) -> what is made in it."""

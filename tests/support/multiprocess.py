@@ -203,7 +203,7 @@ def programs(
 
 
 def _program(command: Callable[..., object], arguments: tuple[Any, ...], surroundings: Surroundings) -> None:
-    from cli import main
+    from midway.gen.flags.cli import main
 
     torch.set_num_threads(1)
     surroundings.enter()

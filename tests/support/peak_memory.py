@@ -10,18 +10,16 @@ import zipfile
 from pathlib import Path
 
 import torch
+from peaks import peak_kib
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import data
-import train_tokenizer
-from peaks import peak_kib
-
-from cli import resolve
+from midway.gen.commands import data
+from midway.gen.flags.cli import resolve
+from midway.gen.flags.tasks import TokenizerTask
+from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context
-from recipes import TOKENIZER_RECIPES
-from tasks import TokenizerTask
+from midway.gen.trainings import train_tokenizer
 
 
 def write_source(path: Path, count: int) -> None:

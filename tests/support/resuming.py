@@ -15,24 +15,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import train_baseline
-import train_features
-import train_latent
-import train_solver
-import train_tokenizer
 from multiprocess import together
 from regression import records
 from safetensors.torch import load_file
 from torch import Tensor
 
-from baseline_tasks import BaselineTask
-from cli import main
 from midway.gen.core import checkpoints, signals
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
+from midway.gen.flags.baseline_tasks import BaselineTask
+from midway.gen.flags.cli import main
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.config import TrainConfig
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
 
 Task = TokenizerTask | LatentTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
 

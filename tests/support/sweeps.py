@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
-from evaluate import EvaluateTask
 from pipelines import Pipeline
 from torch import Tensor
 
+from midway.gen.commands import evaluate
+from midway.gen.commands.evaluate import EvaluateTask
 from midway.gen.data.splits import DataConfig
 from midway.gen.evaluation.records import LIMITS, Measurement
 from midway.gen.evaluation.sources import SampledBatch, SolverSource

@@ -6,13 +6,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import evaluate
 import pytest
 from multiprocess import together
 from nobody import NOBODY
 from pipelines import Pipeline, Script
 from sweeps import sweep_in_parts, sweep_task
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import MACHINE
 from midway.gen.core.locks import lock

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from PIL import Image
 from pipelines import Pipeline, Script
 from sweeps import measured, sweep_task, watch_samples
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import UsageError
 from midway.gen.data.images import to_float
 from midway.gen.data.splits import load_splits

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -15,6 +14,7 @@ from pipelines import Pipeline
 from sweeps import beside_model, images_task, measured
 from torch import Tensor
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.data.pictures import png_name
 from midway.gen.data.splits import DataConfig, load_splits

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from pipelines import Pipeline, Script
 from sweeps import beside_model, images_task, measured, npz
 from traps import Trap
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.external import ReadingOptions, fitted, in_turn, read_all, read_external

@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import evaluate
 import pytest
 import torch
 from measurements import measurement
 from pipelines import Pipeline, Script
 from sweeps import sweep_task, watch_samples
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run

@@ -5,22 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
-import train_latent
 from measurements import changed, measurement
 from pipelines import TINY_DIT, TINY_LATENT, Pipeline, Script
 from sweeps import sweep_task
 
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import DataError
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.evaluation.comparing import differences
 from midway.gen.evaluation.records import LIMITS, Measurement, from_record
+from midway.gen.flags.tasks import LatentTask
 from midway.gen.sweep.repeats import check_repeats, left_out, merge_trainings
-from tasks import LatentTask
+from midway.gen.trainings import train_latent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 

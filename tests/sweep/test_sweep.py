@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from sweeps import measured, sweep_in_parts, sweep_task, watch_samples
 from torch import Tensor
 
 from midway.gen.baselines.registry import load_trained_baseline
+from midway.gen.commands import evaluate
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import read_tensors, state_hash
 from midway.gen.core.processes import ProcessInfo

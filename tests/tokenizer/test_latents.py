@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import encode as encode_script
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from stored_latents import encoded, read_whole
 from torch import Tensor, nn
 
+from midway.gen.commands import encode as encode_script
 from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.data.images import ImageData, load_images, to_float, to_uint8
 from midway.gen.data.pictures import grid_png, save_grid
@@ -204,7 +204,7 @@ def test_a_folder_without_mirrored_latents_raises_where_they_are_needed(tmp_path
         DataError, match=r"no latents of mirrored images\n.*made without --flip\n.*encode.py --flip --over"
     ):
         open_latents(path, images, model, flip=True)
-    with pytest.raises(DataError, match=r"make them with scripts/encode\.py --flip"):
+    with pytest.raises(DataError, match=r"make them with midway encode --flip"):
         open_latents(tmp_path / "absent", images, model, flip=True)
 
 
@@ -244,12 +244,12 @@ def test_what_is_no_folder_of_latents_raises(tmp_path: Path) -> None:
     """Also the single file of earlier versions."""
     model, images = tokenizer(), data()
     save_file({"raw": torch.zeros(1)}, tmp_path / "old.safetensors", {"format": "midway-latents-1"})
-    with pytest.raises(DataError, match=r"is not a latent cache\n.*encoded again\n.*scripts/encode\.py"):
+    with pytest.raises(DataError, match=r"is not a latent cache\n.*encoded again\n.*midway encode"):
         open_latents(tmp_path / "old.safetensors", images, model)
     with pytest.raises(DataError, match="no latents at"):
         open_latents(tmp_path / "absent", images, model)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no finished set of latents[\s\S]*scripts/encode\.py"):
+    with pytest.raises(DataError, match=r"no finished set of latents[\s\S]*midway encode"):
         open_latents(tmp_path / "empty", images, model)
 
 

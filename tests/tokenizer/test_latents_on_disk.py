@@ -149,7 +149,7 @@ def test_a_killed_encoding_goes_on_to_the_same_bytes(
         half = f".records-{shards:05}.npy.*"
         _killed(folder, lambda n=shards, half=half: len([*folder.glob("*.index")]) == n and any(folder.glob(half)))
         assert not is_records(folder) and len(list(folder.glob("records-*.npy"))) == shards
-        with pytest.raises(DataError, match=r"no finished set of latents[\s\S]*scripts/encode\.py"):
+        with pytest.raises(DataError, match=r"no finished set of latents[\s\S]*midway encode"):
             open_latents(folder, digits(), tokenizer())
     batches, raw_latents = list[int](), ImageTokenizer.raw_latents
 
@@ -372,7 +372,7 @@ def test_damage_is_named_with_the_command_that_repairs_it(
     damage(copy / name)
     with pytest.raises(DataError) as raised:
         open_latents(copy, digits(), tokenizer(), flip=True).read(torch.arange(60))
-    assert str(copy) in str(raised.value) and "scripts/encode.py --flip --overwrite" in raised.value.fix
+    assert str(copy) in str(raised.value) and "midway encode --flip --overwrite" in raised.value.fix
     assert name in str(raised.value) or "labels" in kind or kind == "no manifest"
 
 

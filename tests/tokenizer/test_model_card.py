@@ -54,7 +54,7 @@ def tokenizer(name: str = "fsq", measured: bool = True) -> ImageTokenizer:
 DATA = DataConfig(held_out=0.25, split_seed=7)
 TRAINING = TrainConfig(batch_size=256, seed=5, precision="bf16")
 ENVIRONMENT = {
-    "command": "python scripts/train_tokenizer.py x | tee <log>",
+    "command": "midway train tokenizer x | tee <log>",
     "python": "3.11.9",
     "hardware": "a machine",
     "git": "abc123-dirty",
@@ -142,7 +142,7 @@ def test_every_fact_is_in_the_card() -> None:
         "losses": "mse 1, lpips 0.1",
         "mse": "0.0123456",
         "psnr": "25.125",
-        "command": "python scripts/train_tokenizer.py x | tee <log>",
+        "command": "midway train tokenizer x | tee <log>",
         "python": "3.11.9",
         "hardware": "a machine",
         "git": "abc123-dirty",

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_tokenizer
 from accelerate.state import AcceleratorState
 from pipelines import Outcome, Script
 from resuming import newest, records
@@ -16,17 +15,18 @@ from torch import Tensor
 
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.distill_table import TableConfig, make_distance
+from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training import fit, optim
 from midway.gen.training.batches import Context, ImageBatch
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.optim import make_optimizers, set_rate
+from midway.gen.trainings import train_tokenizer
 from midway.tokenizers.adversarial import discriminator_loss, generator_loss, gradient_penalty, r1_penalty
 from midway.tokenizers.networks import Encoder
 from midway.tokenizers.perceptual import Perceptual
 from midway.tokenizers.tokenizer import ImageTokenizer
-from tasks import TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

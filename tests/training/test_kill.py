@@ -28,8 +28,8 @@ from resuming import (
 
 from midway.gen.core import checkpoints
 from midway.gen.core.errors import UsageError
+from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.training.config import TrainConfig
-from tasks import TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the other processes have one thread as well
 

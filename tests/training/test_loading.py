@@ -19,11 +19,12 @@ from regression import Regression, assert_same_bits, samples
 from resuming import DATA, TRAIN, VQ, Conditions, assert_same_run, start, steps_of
 from torch import Tensor
 
-import cli
 from midway.gen.core import randomness
 from midway.gen.core.config import from_dict, to_dict
 from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.runs import Run
+from midway.gen.flags import cli
+from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.training import loading
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context, ImageBatch, LatentBatch, RandomCrop
@@ -31,7 +32,6 @@ from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Items
 from midway.gen.training.loading import AHEAD, MOST, WORTH_A_THREAD, Loader, each, on_device, threads_for
-from tasks import TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 

@@ -203,8 +203,8 @@ def test_a_real_shortage_of_memory_is_explained(tmp_path: Path) -> None:
 
     root = Path(__file__).parents[2]
     code = (
-        "import resource, sys; sys.path[:0] = ['scripts']; sys.argv = ['train_tokenizer.py', *sys.argv[1:]]\n"
-        "import train_tokenizer as script\n"
+        "import resource, sys; sys.argv = ['train_tokenizer.py', *sys.argv[1:]]\n"
+        "from midway.gen.trainings import train_tokenizer as script\n"
         "import midway.gen.training.fit as fit\n"
         "start = fit.Training._step\n"
         "def step(self, *args):\n"
@@ -212,8 +212,8 @@ def test_a_real_shortage_of_memory_is_explained(tmp_path: Path) -> None:
         "    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)\n"
         "    return start(self, *args)\n"
         "fit.Training._step = step\n"
-        "from cli import main\n"
-        "main(lambda a: script.train(script.resolve(script.TokenizerTask, script.TOKENIZER_RECIPES, a)) and None)\n"
+        "from midway.gen.flags.cli import main\n"
+        "main(script.command)\n"
     )
     flags = f"digits-fsq --out {tmp_path}/run --model.width 64 --model.downsample 1 --train.batch-size 1024"
     flags = flags.replace("--train.", "--")

@@ -8,30 +8,26 @@ from typing import Any, Literal
 
 import pytest
 import torch
-import train_baseline
-import train_features
-import train_latent
-import train_solver
-import train_tokenizer
 from accelerate.state import AcceleratorState
 from multiprocess import together
 from pipelines import TINY, Pipeline
 
-from baseline_tasks import VAETask
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core.errors import UsageError
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.baseline_tasks import VAETask
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.gen.training import precision
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.precision import LEAST_WIDTH, has_bf16, resolve_precision
+from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
 from midway.tokenizers.tokenizer import ImageTokenizer
-from recipes import TOKENIZER_RECIPES
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 AUTO = replace(TINY, steps=1, precision="auto")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_tokenizer
 from nobody import NOBODY
 from PIL import Image
 from pipelines import TINY_DIT, Pipeline
@@ -33,11 +32,8 @@ from resuming import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from train_features import FeaturesTask
-from train_solver import SolverTask
 from traps import Trap
 
-from baseline_tasks import FlowTask, VAETask
 from midway.gen.baselines.flow_config import glow
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
@@ -51,12 +47,16 @@ from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.distill_table import TableConfig
 from midway.gen.diffusion.load import solver_path
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.baseline_tasks import FlowTask, VAETask
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_tokenizer
+from midway.gen.trainings.train_features import FeaturesTask
+from midway.gen.trainings.train_solver import SolverTask
 from midway.tokenizers import vq
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that sums are added in the same order, on a busy machine too
 

@@ -1,4 +1,4 @@
-"""What the scripts share: recipes and flags into one resolved configuration, and errors into exit codes."""
+"""What all commands share: recipes and flags into one resolved configuration, and errors into exit codes."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,6 +26,8 @@ Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
 _BOX = re.compile("\x1b\\[[0-9;]*m|^[+╭╰].*\n|^[|│]|[|│]$", re.MULTILINE)
 """Colours and the frame, with its title, of what the parser of flags prints."""
+PROGRAM = "midway"
+"""What to type before the flags of the command that runs."""
 RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
@@ -57,7 +59,7 @@ def _parsing(arguments: list[str]) -> Iterator[None]:
             raise
         what, *more = _BOX.sub("", printed.getvalue()).strip().splitlines() or ["these flags cannot be parsed"]
         about = [line.strip() for line in more if line.strip(" -─") and "full helptext" not in line]
-        fix = f"correct it; python {sys.argv[0]} --help lists all flags"
+        fix = f"correct it; {PROGRAM} --help lists all flags"
         raise UsageError(what.strip(), " ".join(about) or "this command does not take it", fix) from None
     finally:
         del os.environ["COLUMNS"]
@@ -91,7 +93,7 @@ def _starting_point(
     if arguments and not arguments[0].startswith("-") and recipes:
         name = arguments[0]
         if name not in recipes:
-            raise UsageError(f"unknown recipe '{name}'", "it is not in scripts/recipes.py", nearest(name, recipes))
+            raise UsageError(f"unknown recipe '{name}'", "it is not in gen/recipes/recipes.py", nearest(name, recipes))
         return recipes[name](), arguments[1:]
     return None, arguments
 
@@ -110,13 +112,22 @@ def own_fields(task: type, values: Any) -> Any:
     return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
 
 
-def main(command: Callable[[list[str]], object], alone: bool = False) -> NoReturn:
-    """Run a script, leave the other processes if there are any, and exit with the code of `run`."""
-    code = 1
+def main(
+    command: Callable[[list[str]], object],
+    words: Sequence[str] | None = None,
+    alone: bool = False,
+    program: str | None = None,
+) -> NoReturn:
+    """Run a command, leave the other processes if there are any, and exit with the code of `run`.
+
+    `words` are its flags (default: those of this process), and `program` is what to type before them.
+    """
+    global PROGRAM
+    code, typed = 1, sys.argv[1:] if words is None else words
+    PROGRAM = program or f"python {sys.argv[0]}"
     with lasting_output(), plain_warnings(), signals.handling(processes.end):
         try:
-            arguments = [a for a in sys.argv[1:] if a != "--debug"]
-            code = run(command, arguments, "--debug" in sys.argv[1:], alone)
+            code = run(command, [word for word in typed if word != "--debug"], "--debug" in typed, alone)
         except SystemExit as ended:  # of the parser of flags
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
             raise
@@ -130,7 +141,7 @@ def run(command: Callable[[list[str]], object], arguments: list[str], debug: boo
     """The exit code. Any error is three lines and its code (`debug`: the traceback as well), a stop signal a line and 128 + its
     number.
 
-    `alone`: the script does not divide its work, so that of several processes each would do all of it; UsageError.
+    `alone`: the command does not divide its work, so that of several processes each would do all of it; UsageError.
     """
     try:
         try:
@@ -155,8 +166,8 @@ def _join(alone: bool) -> None:
     if not alone:
         processes.watch()
     elif world_size > 1 and rank == 0:
-        name, why = Path(sys.argv[0]).name, f"WORLD_SIZE is {world_size}, and each would do all of the work"
-        raise UsageError(f"{name} runs in one process", why, f"start it by itself: python scripts/{name}")
+        why = f"WORLD_SIZE is {world_size}, and each would do all of the work"
+        raise UsageError(f"{PROGRAM} runs in one process", why, f"start it by itself: {PROGRAM}")
     elif world_size > 1:
         sys.exit(UsageError.exit_code)  # the first process prints the error
 

@@ -6,13 +6,13 @@ Times are for 2 CPU cores unless a GPU is named.
 from dataclasses import replace
 from pathlib import Path
 
-import imagenet_recipes as imagenet
-from cli import by_name
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.cli import by_name
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.recipes import imagenet_recipes as imagenet
 from midway.gen.training.config import TrainConfig
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 DIGITS_TOKENIZER_TRAIN = TrainConfig(steps=600, batch_size=128, lr=2e-3, decay="cosine", ema=0.99, log_every=50)
 
@@ -24,7 +24,7 @@ def _digits_tokenizer(name: str, model: TokenizerConfig) -> TokenizerTask:
 def digits_fsq() -> TokenizerTask:
     """8x8 digits to 4 FSQ codes of 64000 values (64 bits an image). Under 1 min; PSNR about 22 dB on held-out digits.
 
-    python scripts/train_tokenizer.py digits-fsq
+    midway train tokenizer digits-fsq
     """
     return _digits_tokenizer("fsq", TokenizerConfig(levels=(8, 8, 8, 5, 5, 5), width=64, downsample=4))
 
@@ -32,7 +32,7 @@ def digits_fsq() -> TokenizerTask:
 def digits_vq() -> TokenizerTask:
     """8x8 digits to 16 codes of a learned 512-entry codebook (144 bits an image). Under 1 min.
 
-    python scripts/train_tokenizer.py digits-vq
+    midway train tokenizer digits-vq
     """
     return _digits_tokenizer("vq", TokenizerConfig(quantizer="vq"))
 
@@ -40,7 +40,7 @@ def digits_vq() -> TokenizerTask:
 def digits_kl() -> TokenizerTask:
     """8x8 digits to 2x2 continuous latents of 6 channels with a small KL term. Under 1 min.
 
-    python scripts/train_tokenizer.py digits-kl
+    midway train tokenizer digits-kl
     """
     return _digits_tokenizer("kl", TokenizerConfig(quantizer="kl", dim=6, width=64, downsample=4))
 
@@ -48,7 +48,7 @@ def digits_kl() -> TokenizerTask:
 def digits_pixels() -> TokenizerTask:
     """No tokenizer: the latents are the pixels, so that a latent model becomes a pixel model. Seconds.
 
-    python scripts/train_tokenizer.py digits-pixels
+    midway train tokenizer digits-pixels
     """
     return TokenizerTask(
         out=Path("runs/digits-pixels"), model=TokenizerConfig(quantizer="identity", downsample=1), train=TrainConfig()
@@ -63,7 +63,7 @@ def mnist5k_fsq() -> TokenizerTask:
 
     At 28 pixels a latent would have 7x7 positions, which patches of 2 do not divide; 49 tokens cost three times as much as 16.
 
-    python scripts/train_tokenizer.py mnist5k-fsq
+    midway train tokenizer mnist5k-fsq
     """
     return TokenizerTask(
         out=Path("runs/mnist5k-fsq"),
@@ -76,7 +76,7 @@ def mnist5k_fsq() -> TokenizerTask:
 def cifar10_fsq() -> TokenizerTask:
     """CIFAR-10 to 8x8 FSQ codes of 64000 values (6 channels, 1024 bits an image).
 
-    python scripts/train_tokenizer.py cifar10-fsq --data cifar10-train.zip --max-seconds 480
+    midway train tokenizer cifar10-fsq --data cifar10-train.zip --max-seconds 480
     """
     return TokenizerTask(
         out=Path("runs/cifar10-fsq"),
@@ -111,7 +111,7 @@ def _digits_latent(name: str, model: LatentModelConfig) -> LatentTask:
 def digits_dit() -> LatentTask:
     """A 0.7M-parameter DiT of 4 tokens on the variance-preserving schedule. About 2 min.
 
-    python scripts/train_latent.py digits-dit --tokenizer runs/digits-fsq
+    midway train latent digits-dit --tokenizer runs/digits-fsq
     """
     model = LatentModelConfig(schedule="vp", target="v", time_mean=-0.4, time_std=1.2, dit=DIGITS_DIT)
     return _digits_latent("dit", model)
@@ -120,7 +120,7 @@ def digits_dit() -> LatentTask:
 def digits_flow() -> LatentTask:
     """The same DiT as a rectified flow with SD3's logit-normal time. About 2 min.
 
-    python scripts/train_latent.py digits-flow --tokenizer runs/digits-fsq
+    midway train latent digits-flow --tokenizer runs/digits-fsq
     """
     model = LatentModelConfig(schedule="linear", target="velocity", dit=DIGITS_DIT)
     return _digits_latent("flow", model)
@@ -129,7 +129,7 @@ def digits_flow() -> LatentTask:
 def digits_edm() -> LatentTask:
     """The same DiT with EDM's preconditioning and noise distribution. About 2 min.
 
-    python scripts/train_latent.py digits-edm --tokenizer runs/digits-fsq
+    midway train latent digits-edm --tokenizer runs/digits-fsq
     """
     model = LatentModelConfig(schedule="edm", target="v", time_mean=-1.2, time_std=1.2, dit=DIGITS_DIT)
     return _digits_latent("edm", model)
@@ -139,7 +139,7 @@ def digits_pixel_flow() -> LatentTask:
     """A pixel model: a rectified flow on the identity tokenizer, on dequantised pixels, so that it has bits per dimension.
     About 1 min.
 
-    python scripts/train_tokenizer.py digits-pixels && python scripts/train_latent.py digits-pixel-flow
+    midway train tokenizer digits-pixels && midway train latent digits-pixel-flow
     """
     return LatentTask(
         out=Path("runs/digits-pixel-flow"),
@@ -154,7 +154,7 @@ def mnist5k_dit() -> LatentTask:
 
     Fréchet distance (effnet-lite0, 64 axes) of 1,000 images: floor 0.16, ceiling 1.83, exact row 2.59.
 
-    python scripts/train_latent.py mnist5k-dit --tokenizer runs/mnist5k-fsq
+    midway train latent mnist5k-dit --tokenizer runs/mnist5k-fsq
     """
     return LatentTask(
         out=Path("runs/mnist5k-dit"),
@@ -169,7 +169,7 @@ def mnist5k_dit() -> LatentTask:
 def cifar10_dit() -> LatentTask:
     """A class-conditional DiT of 16 tokens on 8x8 latents of CIFAR-10, cosine schedule.
 
-    python scripts/train_latent.py cifar10-dit --max-seconds 900
+    midway train latent cifar10-dit --max-seconds 900
     """
     return LatentTask(
         out=Path("runs/cifar10-dit"),

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from cli import Flat
 from midway.gen.baselines.flow_config import FlowConfig
 from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
-from tasks import TrainingTask
+from midway.gen.flags.cli import Flat
+from midway.gen.flags.tasks import TrainingTask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.diffusion.distill_amed import TRIED, DistillConfig, SolverObjective, SolverTarget, objective_for
@@ -19,6 +18,8 @@ from midway.gen.diffusion.distillation import Distillation, Lesson, learn
 from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_solver
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.sampling import labels_of
+from midway.gen.flags.cli import Flat
+from midway.gen.flags.tasks import Resume
 from midway.gen.training.config import TrainConfig
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, NAMED
@@ -26,7 +27,6 @@ from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.residual_solver import NAMES as RESIDUALS
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import NOISY, Table
-from tasks import Resume
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def base_of(task: SolverTask, nfe: int, trained: TrainedModel) -> Table:
         raise UsageError(
             f"{task.solver} at NFE {nfe} has no learned table to stand beside",
             f"{trained.run.path} has none on grid {task.grid} at guidance {task.guidance}",
-            f"python scripts/train_solver.py table --model {trained.run.path} --nfe {nfe} --guidance {task.guidance}",
+            f"midway train solver table --model {trained.run.path} --nfe {nfe} --guidance {task.guidance}",
         )
     return base
 

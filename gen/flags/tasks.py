@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tile_flags import TileFlags
-
-from cli import Flat
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.cli import Flat
+from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
 

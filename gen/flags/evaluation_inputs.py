@@ -4,10 +4,7 @@ Modules that only some sweeps need are imported in the functions that open them,
 """
 
 import torch
-from evaluation_flags import EvaluateTask
-from evaluation_reference import draw_of
 
-from cli import names
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
 from midway.gen.data.splits import DataConfig, Splits, flags_of, same_images
@@ -16,6 +13,9 @@ from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
+from midway.gen.flags.cli import names
+from midway.gen.flags.evaluation_flags import EvaluateTask
+from midway.gen.flags.evaluation_reference import draw_of
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.samplers.solvers import ALIASES, SOLVERS
 

@@ -6,7 +6,7 @@ the activations of an image. Hours are on paper: the operations of all steps, on
 0.84 steps a second of DiT-XL/2 on 128 images are of an A100, in the README of fast-DiT); convolutions may reach less.
 Published results are of their authors' code, networks and runs.
 
-Training images are those of a built data set: python scripts/data.py build PATH/TO/train --resize 256 --out data/imagenet256
+Training images are those of a built data set: midway data build PATH/TO/train --resize 256 --out data/imagenet256
 """
 
 from dataclasses import replace
@@ -15,9 +15,9 @@ from pathlib import Path
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import TrainConfig
-from tasks import LatentTask, TokenizerConfig, TokenizerTask
 
 IMAGENET256 = DataConfig(data="data/imagenet256", resize=256, channels=3, held_out=0.01)
 F16 = TokenizerConfig(width=128, downsample=16, multipliers=(1, 1, 2, 2, 4), attention=True, upsample="nearest")
@@ -52,7 +52,7 @@ def imagenet256_vq() -> TokenizerTask:
     Planned: 41.9 M trained parameters (discriminator included), 0.78 GiB and 1.27 GiB an image, 1.09 TFLOP an image, 8 hours.
     Published: reconstruction FID 2.19, PSNR 20.8 dB on the validation images.
 
-    accelerate launch scripts/train_tokenizer.py imagenet256-vq
+    accelerate launch -m midway train tokenizer imagenet256-vq
     """
     codebook = {"quantizer": "vq_gradient", "codebook_size": 16384, "dim": 8, "options": '{"normalize": true}'}
     return _tokenizer("vq", replace(F16, **codebook))
@@ -65,7 +65,7 @@ def imagenet256_fsq() -> TokenizerTask:
     by the quantizer alone. Planned: 41.8 M trained parameters, 0.78 GiB and 1.27 GiB an image, 1.09 TFLOP an image, 8 hours.
     Published: not for this pair; the paper's FSQ and VQ of 2^10 codes reach FID 4.53 and 4.51 with MaskGIT.
 
-    accelerate launch scripts/train_tokenizer.py imagenet256-fsq
+    accelerate launch -m midway train tokenizer imagenet256-fsq
     """
     return _tokenizer("fsq", replace(F16, quantizer="fsq", levels=(8, 8, 8, 6, 5)))
 
@@ -78,7 +78,7 @@ def imagenet256_kl() -> TokenizerTask:
     LlamaGen's. Planned: 59.3 M trained parameters, 1.10 GiB and 1.63 GiB an image, 2.17 TFLOP an image, 16 hours.
     Published: reconstruction FID 0.90, PSNR 24.2 dB (their model, trained on OpenImages).
 
-    accelerate launch scripts/train_tokenizer.py imagenet256-kl
+    accelerate launch -m midway train tokenizer imagenet256-kl
     """
     model = TokenizerConfig(
         quantizer="kl",
@@ -125,7 +125,7 @@ def imagenet256_dit_b() -> LatentTask:
     Planned: 130.3 M trained parameters, 2.43 GiB and 0.16 GiB an image, 0.14 TFLOP an image, 2 hours.
     Published for DiT-B/2 (denoising diffusion, 400,000 steps, without guidance): FID-50k 43.5.
 
-    accelerate launch scripts/train_latent.py imagenet256-dit-b --tokenizer runs/imagenet256-kl
+    accelerate launch -m midway train latent imagenet256-dit-b --tokenizer runs/imagenet256-kl
     """
     return _latent("dit-b", DiTConfig(width=768, depth=12, heads=12, patch=2))
 
@@ -138,6 +138,6 @@ def imagenet256_dit_xl() -> LatentTask:
     time as well (Yao et al. 2025, arXiv 2501.01423, Table 1: `--model.time logit_normal`); SiT-XL/2 after 7,000,000 steps, with
     guidance, 2.06.
 
-    accelerate launch scripts/train_latent.py imagenet256-dit-xl --tokenizer runs/imagenet256-kl
+    accelerate launch -m midway train latent imagenet256-dit-xl --tokenizer runs/imagenet256-kl
     """
     return _latent("dit-xl", DiTConfig(width=1152, depth=28, heads=16, patch=2))

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from baseline_tasks import BaselineTask, FlowTask, TarFlowTask, VAETask
-from cli import by_name
 from midway.gen.baselines.flow_config import FlowConfig, glow, nice, realnvp
 from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
+from midway.gen.flags.baseline_tasks import BaselineTask, FlowTask, TarFlowTask, VAETask
+from midway.gen.flags.cli import by_name
 from midway.gen.training.config import TrainConfig
 
 DIGITS_BASELINE_TRAIN = TrainConfig(
@@ -27,7 +27,7 @@ CIFAR10_BASELINE_TRAIN = TrainConfig(
 def digits_vae() -> VAETask:
     """A VAE of 8 latent channels at 2x2 positions. Under 1 min; ELBO 1.90 bits per dimension of held-out digits.
 
-    python scripts/train_baseline.py digits-vae
+    midway train baseline digits-vae
     """
     train = replace(
         DIGITS_BASELINE_TRAIN, steps=600, batch_size=128, lr=3e-3, decay="cosine", weight_decay=0.5, validate_every=25
@@ -38,7 +38,7 @@ def digits_vae() -> VAETask:
 def digits_nice() -> FlowTask:
     """NICE: 6 additive couplings with fully connected networks. About 80 s; 2.24 bits per dimension of held-out digits.
 
-    python scripts/train_baseline.py digits-nice
+    midway train baseline digits-nice
     """
     train = replace(DIGITS_BASELINE_TRAIN, batch_size=128, lr=1e-3, weight_decay=0.5)
     return FlowTask(out=Path("runs/digits-nice"), model=nice(width=256, couplings=6), train=train)
@@ -47,7 +47,7 @@ def digits_nice() -> FlowTask:
 def digits_realnvp() -> FlowTask:
     """RealNVP of one scale. About 1 min; 2.00 bits per dimension of held-out digits (1.99 with --steps 3000).
 
-    python scripts/train_baseline.py digits-realnvp
+    midway train baseline digits-realnvp
     """
     train = replace(DIGITS_BASELINE_TRAIN, steps=850)
     return FlowTask(out=Path("runs/digits-realnvp"), model=realnvp(width=64, scales=1), train=train)
@@ -56,7 +56,7 @@ def digits_realnvp() -> FlowTask:
 def digits_glow() -> FlowTask:
     """Glow of one scale with 12 steps. About 1 min; 2.07 bits per dimension of held-out digits.
 
-    python scripts/train_baseline.py digits-glow
+    midway train baseline digits-glow
     """
     train = replace(DIGITS_BASELINE_TRAIN, steps=800)
     return FlowTask(out=Path("runs/digits-glow"), model=glow(width=64, scales=1, steps=12), train=train)
@@ -66,7 +66,7 @@ def digits_tarflow() -> TarFlowTask:
     """TarFlow of 16 tokens: 4 flows of 2 blocks. About 1 min; 2.11 bits per dimension of held-out digits, still falling
     (2.01 with --steps 3000, which takes 3 min).
 
-    python scripts/train_baseline.py digits-tarflow
+    midway train baseline digits-tarflow
     """
     train = replace(DIGITS_BASELINE_TRAIN, steps=500, lr=3e-3)
     return TarFlowTask(out=Path("runs/digits-tarflow"), train=train)
@@ -75,7 +75,7 @@ def digits_tarflow() -> TarFlowTask:
 def cifar10_vae() -> VAETask:
     """A VAE of 32 latent channels at 8x8 positions. Meant for a GPU; not measured yet.
 
-    python scripts/train_baseline.py cifar10-vae --data cifar10-train.zip --max-seconds 900
+    midway train baseline cifar10-vae --data cifar10-train.zip --max-seconds 900
     """
     model = VAEConfig(latent_dim=32, width=192, blocks=4, mixtures=5)
     return VAETask(
@@ -91,7 +91,7 @@ def _cifar10_flow(name: str, model: FlowConfig) -> FlowTask:
 def cifar10_nice() -> FlowTask:
     """NICE: 4 additive couplings of width 1000. Meant for a GPU; not measured yet.
 
-    python scripts/train_baseline.py cifar10-nice --data cifar10-train.zip --max-seconds 900
+    midway train baseline cifar10-nice --data cifar10-train.zip --max-seconds 900
     """
     return _cifar10_flow("nice", nice(width=1000, couplings=4, hidden=4))
 
@@ -99,7 +99,7 @@ def cifar10_nice() -> FlowTask:
 def cifar10_realnvp() -> FlowTask:
     """RealNVP of two scales. Meant for a GPU; not measured yet.
 
-    python scripts/train_baseline.py cifar10-realnvp --data cifar10-train.zip --max-seconds 900
+    midway train baseline cifar10-realnvp --data cifar10-train.zip --max-seconds 900
     """
     return _cifar10_flow("realnvp", realnvp(width=128, scales=2))
 
@@ -107,7 +107,7 @@ def cifar10_realnvp() -> FlowTask:
 def cifar10_glow() -> FlowTask:
     """Glow of three scales with 16 steps. Meant for a GPU; not measured yet.
 
-    python scripts/train_baseline.py cifar10-glow --data cifar10-train.zip --max-seconds 900
+    midway train baseline cifar10-glow --data cifar10-train.zip --max-seconds 900
     """
     return _cifar10_flow("glow", glow(width=128, scales=3, steps=16))
 
@@ -115,7 +115,7 @@ def cifar10_glow() -> FlowTask:
 def cifar10_tarflow() -> TarFlowTask:
     """TarFlow of 64 tokens: 6 flows of 4 blocks. Meant for a GPU.
 
-    python scripts/train_baseline.py cifar10-tarflow --data cifar10-train.zip --max-seconds 900
+    midway train baseline cifar10-tarflow --data cifar10-train.zip --max-seconds 900
     """
     model = TarFlowConfig(patch=4, flows=6, depth=4, width=256, heads=4)
     out = Path("runs/cifar10-tarflow")

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import names
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.core.files import read_bytes
 from midway.gen.core.text import printable
@@ -17,6 +16,7 @@ from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.files.decoding import IMAGE_LIMIT, Undecodable, decode, stack
 from midway.gen.files.names import is_image
+from midway.gen.flags.cli import names
 
 LabelOf = Callable[[Tensor], Tensor]
 """Seeds (B,) -> their classes, int64 (B,)."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from evaluation_flags import DEFAULT_SPACES, EvaluateTask
 
 from midway.gen.core.errors import UsageError
 from midway.gen.data.splits import Splits
@@ -14,6 +13,7 @@ from midway.gen.features.extractor import Extractor
 from midway.gen.features.protocols import PROTOCOLS, Setting, protocol_line, settled
 from midway.gen.features.published import NEED_IMAGES, PublishedReference, check_saved, has_images, open_reference
 from midway.gen.features.reference import FeatureReference, make_reference
+from midway.gen.flags.evaluation_flags import DEFAULT_SPACES, EvaluateTask
 
 METRICS = "kid,sliced"
 """Those that are measured where no flag names any."""

@@ -21,7 +21,7 @@ from midway.gen.training.interface import Items
 from midway.gen.training.precision import resolve_precision
 
 if TYPE_CHECKING:
-    from tasks import TrainingTask
+    from midway.gen.flags.tasks import TrainingTask
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 Task = TypeVar("Task", bound="TrainingTask")

@@ -1,0 +1,87 @@
+"""Encode a tokenizer's data set once: midway encode --tokenizer runs/digits-fsq
+
+With several processes, `torchrun --nproc_per_node 8 -m midway encode ...`, each encodes its share.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from midway.gen.core.config import PER_CALL
+from midway.gen.core.errors import UsageError
+from midway.gen.core.files import check_path, clear_temporaries
+from midway.gen.core.processes import device_and_process, raised_by_all
+from midway.gen.core.ranges import BATCH, WIDTH, check_flag_ranges
+from midway.gen.core.text import echo
+from midway.gen.data.images import describe
+from midway.gen.data.splits import load_splits
+from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.files.records import is_records
+from midway.gen.flags.cli import resolve
+from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.tokenizer.encoding import Dtype, Encoding, check_own, encode
+from midway.gen.tokenizer.latents import Views, cache_path, open_latents
+
+
+@dataclass(frozen=True)
+class EncodeTask(TileFlags):
+    """Encode the training images of a tokenizer's data set into a folder, with per-channel mean and std.
+
+    A call that was interrupted goes on where it stopped when it is repeated.
+    """
+
+    tokenizer: Path
+    """Run directory of the tokenizer."""
+    out: Path | None = None
+    """The folder to write (default: beside the tokenizer, named by data and weights)."""
+    batch_size: int | None = None
+    """Images encoded at once (default: by the memory of this machine)."""
+    flip: bool = False
+    """Encode the left-right mirrored images too, for training with mirror augmentation."""
+    crops: Literal[1, 10] = 1
+    """10: the corners and the centre of images that are larger than the tokenizer's (--crop), and their mirror images."""
+    dtype: Dtype = "float32"
+    """Of the stored numbers; mean and std are those of the stored numbers."""
+    overwrite: bool = field(default=False, metadata=PER_CALL)
+    """Replace a finished folder."""
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, batch_size=BATCH, tile=WIDTH)
+
+    @property
+    def views(self) -> Views:
+        """What is encoded of every image."""
+        return Views(5, True) if self.crops == 10 else Views(1, self.flip)
+
+
+def run(task: EncodeTask) -> Path:
+    """Write the folder; its path."""
+    if task.batch_size is not None and task.batch_size < 1:
+        raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
+    device, process = device_and_process()
+    tokenizer, data = load_tokenizer(task.tokenizer, device)
+    task.apply_tiles(tokenizer)
+    train = load_splits(data).train
+    path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.views, task.dtype))
+    with raised_by_all():
+        if process.rank == 0:
+            check_own(path)
+            if is_records(path) and not task.overwrite:
+                why = "encoding again would replace it"
+                raise UsageError(f"{path} exists", why, "pass --overwrite, or another --out")
+            clear_temporaries(task.tokenizer)
+            echo(describe(train))
+    encode(path, tokenizer, train, Encoding(task.views, task.dtype, task.batch_size), process, task.overwrite)
+    if process.rank == 0:
+        latents = open_latents(path, train, tokenizer)
+        echo("mean " + " ".join(f"{v:+.4f}" for v in latents.mean.tolist()))
+        echo("std  " + " ".join(f"{v:.4f}" for v in latents.std.tolist()))
+        if "rms_error" in latents.records.facts:
+            echo(f"{task.dtype}: relative RMS error {latents.records.facts['rms_error']:.2e}")
+        echo(f"saved {path}")
+    return path
+
+
+def command(arguments: list[str]) -> None:
+    """The command line, parsed and run."""
+    run(resolve(EncodeTask, {}, arguments))

@@ -1,0 +1,270 @@
+"""Measure the step budget: midway evaluate --model runs/digits-dit --features runs/digits-features
+
+Measurements are stored in cells/ of the report, so an interrupted sweep resumes, and a sweep with more solvers measures only the
+new ones. Several processes divide the work:
+
+    accelerate launch --num_processes 4 -m midway evaluate --model runs/cifar10-dit --samples 50000
+
+External samples: midway evaluate --images samples.npz --data digits --features runs/digits-features --out report
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from midway.gen.core.errors import DiskError, UsageError, raising
+from midway.gen.core.files import clear_temporaries, replaced_name
+from midway.gen.core.processes import ProcessInfo, device_and_process, raised_by_all
+from midway.gen.core.signals import stop_note
+from midway.gen.core.text import echo, printable
+from midway.gen.data.external import ExternalImages, images_per_block
+from midway.gen.data.splits import Splits, changed_since, load_splits
+from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.evaluation.metrics import check_metrics
+from midway.gen.evaluation.sources import EvaluatedModel
+from midway.gen.evaluation.spaces import Spaces, spaces_of
+from midway.gen.features.extractor import Extractor, plain_float32
+from midway.gen.features.published import save_reference
+from midway.gen.flags.cli import names, numbers, resolve
+from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder
+from midway.gen.flags.evaluation_inputs import (
+    baseline_jobs,
+    external_images,
+    image_jobs,
+    image_notes,
+    open_model,
+    open_repeats,
+    open_spaces,
+    solver_names,
+)
+from midway.gen.flags.evaluation_reference import (
+    check_reference,
+    draw_of,
+    protocol_note,
+    published,
+    references,
+    with_protocol,
+)
+from midway.gen.report.notes import (
+    class_notes,
+    common_notes,
+    exact_notes,
+    few_note,
+    floor_text,
+    notes,
+    timing_notes,
+)
+from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
+from midway.gen.report.sweep import check_out, terminal_text, write_report
+from midway.gen.report.sweep_page import pictures_of
+from midway.gen.report.table import ReportContext
+from midway.gen.sweep.jobs import Plan, SweepConfig, plan_of
+from midway.gen.sweep.run import Sweep, run_sweep
+from midway.gen.sweep.store import CellStore
+
+
+def run(task: EvaluateTask) -> Sweep:
+    """Measure, print the table, write the report; samples and features are computed in IEEE float32."""
+    device, process = device_and_process()
+    check_flags(task)
+    with plain_float32(device):
+        return measure_and_report(with_protocol(task), device, process)
+
+
+def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
+    """`run` on this device, as this share of the processes; everything is checked before anything is written."""
+    trained = load_model(task.model, device) if task.model else None
+    if trained is not None:
+        task.apply_tiles(trained.tokenizer)
+    model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
+    data = replace(trained.data, download=task.data.download) if trained else task.data
+    out = folder(task)
+    extractors = open_spaces(task, data, "the model" if trained else "the reference")
+    check_reference(task, extractors)
+    splits = load_splits(data)
+    for extractor in extractors:
+        extractor.check(splits.train.images, "the reference has")
+    if model is not None:
+        model.check_images(splits.train.images)
+    changed = changed_since(trained.run, splits.train) if trained else ()
+    externals = external_images(task, splits)
+    config = sweep_config(task, trained, model, externals, splits, device)
+    for extractor in extractors:
+        extractor.check_count(config.n)
+    dim = extractors[0].measured_dim(splits.train.images)
+    check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
+    others = [*baseline_jobs(task, data, splits, config, device), *image_jobs(externals, config)]
+    plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
+    plans[0].jobs.extend(others)
+    given = published(task, extractors, splits)
+
+    check_out(out)
+    stop_note(f"what was measured is stored in {out / 'cells'}; the same command goes on")
+    make_folders({"--export-npz": task.export_npz, "--save-images": task.save_images})
+    shown = process.rank == 0
+    with ExitStack() as stack:
+        with raised_by_all():
+            if shown:
+                stack.enter_context(claimed(out, task.fresh))
+        if shown:
+            echo(*changed, *class_notes(splits, config.n, config.draw), *image_notes(externals, config))
+        spaces = spaces_of(references(task, extractors, splits, given, out / "reference", device))
+        if shown and task.save_reference is not None:
+            save_reference(task.save_reference, spaces[""])
+        with tqdm(desc="sweep", disable=None if shown else True, leave=False) as bar:
+
+            def progress(cell: str) -> None:
+                bar.set_postfix_str(printable(cell))
+                bar.update()
+
+            sweeps: list[Sweep] = []
+            for plan in plans:
+                choice = sweeps[0].choice if sweeps else None
+                sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, progress, process, choice))
+        sweep, missing = merged(sweeps)
+        if shown:
+            facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
+            parts = sections(trained, splits, config, sweep)
+            write_report(out, sweep.measurements, facts, pictures_of(sweep), parts, sweep.choice)
+            echo(terminal_text(sweep.measurements))
+            if model is None:
+                echo(floor_text(sweep))
+            echo(f"report: {out / 'report.html'}")
+            export_images(task, sweep)
+        return sweep
+
+
+@contextmanager
+def claimed(out: Path, fresh: bool) -> Iterator[None]:
+    """Within the block the report is this sweep's own, tidied first; errors as CellStore.claimed."""
+    with CellStore(out / "cells").claimed(fresh):
+        for folder in (out, out / "reference"):
+            clear_temporaries(folder)
+        yield
+
+
+def sweep_config(
+    task: EvaluateTask,
+    trained: TrainedModel | None,
+    model: EvaluatedModel | None,
+    externals: dict[str, ExternalImages],
+    splits: Splits,
+    device: torch.device,
+) -> SweepConfig:
+    """What to measure; UsageError for nothing, and for numbers that measure nothing."""
+    budgets, count = numbers(task.nfe, "--nfe"), blocks(task)
+    n = len(splits.held_out.images) if task.n is None else task.n
+    if task.n is None and model is None and externals and count > 0:
+        n = images_per_block(list(externals.values()), count)
+    config = SweepConfig(
+        solvers=solver_names(task.solvers, trained, budgets),
+        nfe=budgets,
+        grids=names(task.grids),
+        n=n,
+        blocks=count,
+        first_seed=task.seed,
+        exact_nfe=task.exact_nfe if model else 0,
+        choice=task.choice_seeds,
+        metrics=names(task.metrics or ""),
+        overlap=task.overlap,
+        draw=None if model is None else draw_of(task, splits, model.classes, model.empty),
+        skip=task.skip_unreachable,
+        **task.sampler_options(device),
+    )
+    if not config.solvers or not config.grids:
+        raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
+    config.check()
+    return config
+
+
+def make_folders(folders: dict[str, Path | None]) -> None:
+    """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag.
+
+    Archives that killed exports left half-written are removed.
+    """
+    for flag, path in folders.items():
+        if path is not None:
+            with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
+                path.mkdir(parents=True, exist_ok=True)
+            for name in filter(None, map(replaced_name, [*path.glob(".*")])):
+                if name.endswith((".npz", ".zip")):
+                    clear_temporaries(path, name)
+
+
+def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
+    """Several trainings as one sweep, the pictures of the first, and what not all of them have."""
+    first, *rest = sweeps
+    if not rest:
+        return first, []
+    from midway.gen.sweep.repeats import left_out, merge_trainings
+
+    trainings = [sweep.measurements for sweep in sweeps]
+    return replace(first, measurements=merge_trainings(trainings)), left_out(trainings)
+
+
+def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig, sweep: Sweep) -> list[Section]:
+    """Report sections on a latent model: trajectories, and codes of the fine solution."""
+    if trained is None:
+        return []
+    latents = None if sweep.fine is None else sweep.fine.latents(CODED)
+    sound = latents is not None and bool(latents.isfinite().all())
+    codes = code_section(trained, splits.held_out.images, latents) if latents is not None and sound else None
+    found = [trajectory_section(trained, config.sampling()), codes]
+    return [section for section in found if section is not None]
+
+
+def export_images(task: EvaluateTask, sweep: Sweep) -> None:
+    """Write the images of --export-npz and --save-images."""
+    if task.export_npz is None and task.save_images is None:
+        return
+    from midway.gen.sweep.export import export_measurement, to_export
+
+    for m in to_export(sweep):
+        for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
+            echo(f"images: {path}")
+
+
+def context(
+    task: EvaluateTask,
+    model: EvaluatedModel | None,
+    splits: Splits,
+    config: SweepConfig,
+    externals: dict[str, ExternalImages],
+    sweep: Sweep,
+    spaces: Spaces,
+    extractors: Sequence[Extractor],
+    missing: list[str],
+    changed: tuple[str, ...],
+) -> ReportContext:
+    """Everything a reader needs beside the numbers."""
+    features = " ".join(extractor.note for extractor in extractors)
+    against = spaces[""].text
+    alone = (*common_notes(config, splits, features, against), floor_text(sweep))
+    protocol = notes(config, splits, len(task.repeats), features, against, missing) if model else alone
+    return ReportContext(
+        title=task.title,
+        model=model.description if model else "no model of ours",
+        data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
+        seeds=str(config.seeds),
+        guidance=config.guidance,
+        notes=(
+            *changed,
+            *few_note(config.n, spaces[""].statistics.dim),
+            *(line for reference in spaces.values() for line in reference.warnings),
+            *class_notes(splits, config.n, config.draw),
+            *protocol,
+            protocol_note(config.n, spaces[""], config.draw),
+            *exact_notes(config, sweep),
+            *timing_notes(sweep.measurements),
+            *image_notes(externals, config),
+        ),
+    )
+
+
+def command(arguments: list[str]) -> None:
+    """The command line, parsed and run."""
+    run(resolve(EvaluateTask, {}, arguments))

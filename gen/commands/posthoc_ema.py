@@ -1,0 +1,87 @@
+"""Another width of the weight average, after training: midway posthoc-ema runs/a --std 0.10 --out runs/b
+
+The run must have tracked power-function averages (--posthoc 0.05 0.10). What comes out is a run directory like the first,
+whose averaged weights have the requested width, so that sample.py, train_solver.py and evaluate.py take it with --model.
+"""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor
+
+from midway.gen.core import checkpoints
+from midway.gen.core.config import PER_CALL, from_file, to_dict
+from midway.gen.core.errors import DataError, UsageError, raising
+from midway.gen.core.files import read_tensors, reading
+from midway.gen.core.runs import Run
+from midway.gen.data.splits import data_of
+from midway.gen.flags.cli import own_fields, resolve
+from midway.gen.flags.tasks import LatentTask
+from midway.gen.training.power_ema import find_snapshots, reconstruct
+
+
+@dataclass(frozen=True)
+class PosthocTask:
+    """Make a latent model with an average of another width from the snapshots of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory of a latent model trained with --posthoc."""
+    std: float
+    """Relative width of the average, as a share of the training so far; 0.05 to 0.15 is usual."""
+    out: Path
+    """Run directory to create."""
+    step: int | None = None
+    """Average up to this optimizer step (default: the last snapshot)."""
+    overwrite: bool = field(default=False, metadata=PER_CALL)
+    """Delete a run that is already at --out."""
+
+
+def make(task: PosthocTask) -> Run:
+    """Reconstruct and save; the new run."""
+    source = Run.open(task.run, "latent_model")
+    newest = source.checkpoint
+    snapshots = find_snapshots(source.path / "posthoc")
+    if not snapshots:
+        raise DataError(
+            f"{source.path} has no snapshots of averages",
+            "it was trained without --posthoc",
+            "train with --posthoc 0.05 0.10",
+        )
+    step = snapshots[-1].step if task.step is None else task.step
+    with raising(UsageError, f"no average of width {task.std} at step {step}", "change --std or --step"):
+        averaged = reconstruct(snapshots, step, task.std, trained_weights(newest))
+    if task.out.exists() and task.out.samefile(source.path):
+        raise UsageError(f"--out {task.out}", "the average is made from this run", "choose another --out")
+    with Run.creating(task.out, "latent_model", configuration(task, source, step), task.overwrite) as run:
+
+        def write(folder: Path) -> None:
+            save_file(averaged, folder / "ema.safetensors")
+            shutil.copy(newest / "model.json", folder)
+            shutil.copytree(newest / "tokenizer", folder / "tokenizer")
+
+        checkpoints.save(run.checkpoints, step, write)
+        run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
+        return run
+
+
+def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The newest weights of the run, which its averages must be like; DataError if they cannot be read."""
+    with reading(checkpoint / "model.safetensors", "train the model again with --overwrite"):
+        return read_tensors(checkpoint / "model.safetensors")[0]
+
+
+def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
+    """What the source was trained with, and where the average comes from."""
+    values, fix = own_fields(LatentTask, source.config), "give a run that train_latent.py made"
+    trained = to_dict(from_file(LatentTask, values, source.path / "config.yaml", fix))
+    made = {"source": str(task.run), "std": task.std, "step": step}
+    return {**trained, "data": to_dict(data_of(source)), "posthoc": made}
+
+
+def command(arguments: list[str]) -> None:
+    """The command line, parsed and run."""
+    make(resolve(PosthocTask, {}, arguments))

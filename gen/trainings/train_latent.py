@@ -1,0 +1,194 @@
+"""Train a latent model: midway train latent digits-dit --tokenizer runs/digits-fsq"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from midway.gen.core.config import to_dict
+from midway.gen.core.errors import UsageError, nearest, raising
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.core.runs import Run
+from midway.gen.core.text import echo
+from midway.gen.data.images import ImageData, describe, empty_classes
+from midway.gen.data.levels import levels_of, values_of
+from midway.gen.data.pictures import save_grid
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.diffusion.class_draw import ClassDraw, class_draw
+from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.diffusion.samplers import SamplerConfig, make_table
+from midway.gen.diffusion.sampling import decode, sample_latents
+from midway.gen.evaluation.online import log_online, online_distances
+from midway.gen.features.open import named_extractor
+from midway.gen.features.reference import FeatureReference, make_reference
+from midway.gen.flags.cli import resolve
+from midway.gen.flags.tasks import LatentTask
+from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
+from midway.gen.tokenizer.encoding import Encoding, encode
+from midway.gen.tokenizer.latents import Views, cache_path, open_latents
+from midway.gen.tokenizer.statistics import give_statistics
+from midway.gen.training.accelerator import check_unused, make_accelerator
+from midway.gen.training.batches import LatentBatch
+from midway.gen.training.config import OnlineConfig
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
+from midway.gen.trainings.dry_run import IMAGES, random_splits, rehearse, resident
+from midway.gen.trainings.running import built, open_run, with_precision
+from midway.gen.trainings.train_tokenizer import make_tokenizer
+from midway.samplers.grids import karras
+from midway.samplers.solvers import heun
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+PREVIEW = 60
+PREVIEW_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what."""
+
+    model: LatentModel
+    items: Items
+    tokenizer: ImageTokenizer
+    data: DataConfig
+    about: str
+    """The images in words."""
+    draw: ClassDraw | None
+    """How seeds draw classes: as often as the images have them."""
+
+
+def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
+    """The model and its latents, which are encoded if they are not there.
+
+    UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
+    """
+    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    task.apply_tiles(tokenizer)
+    images = load_splits(data).train
+    torch.manual_seed(task.train.seed)
+    with raising(UsageError, "this model cannot be built", "change the --model flags"):
+        model = built(lambda: make_model(task, tokenizer, images))
+    views = Views(mirrored=task.flip)
+    path = task.latents or cache_path(task.tokenizer, images, tokenizer, views)
+    if task.latents is None:
+        process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+        encode(path, tokenizer, images, Encoding(views), process)
+    latents = open_latents(path, images, tokenizer, task.flip)
+    give_statistics(tokenizer, latents.mean, latents.std, images.images)
+    set_bins(task, model, tokenizer, images)
+    draw = class_draw(None, images, model.classes, model.empty)
+    return Parts(model, latents.items(task.flip), tokenizer, data, describe(images), draw)
+
+
+def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
+    """An untrained model of these classes. ValueError for a configuration that does not fit the latents."""
+    return LatentModel(task.model, tokenizer.latent_shape, len(train.classes), empty_classes(train), train.classes)
+
+
+def train(task: LatentTask) -> Run | None:
+    """Train and save. The run on the main process, None on the others."""
+    check_unused(task.train, measures=True)
+    task, precision = with_precision(task, "transformer", task.model.dit.width)
+    if task.dry_run:
+        return dry_run(task)
+    accelerator = make_accelerator(task.train, task.out)
+    reference = make_online_reference(task, accelerator.device)
+    parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
+    model, tokenizer = parts.model, parts.tokenizer
+    config = {**to_dict(task), "data": to_dict(parts.data)}
+    parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
+    about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
+    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *precision) as run:
+        hooks = Hooks(
+            preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
+            export=lambda folder, _: write_model(folder, model, tokenizer),
+            measure=None if reference is None else lambda step: write_online(run, parts, step, reference, task.early),
+        )
+        result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
+        return run
+
+
+def dry_run(task: LatentTask) -> None:
+    """Two steps on random latents (dry_run.py), of the tokenizer of the run or, if there is none, of the recipe of its name."""
+    start, train = resident(), replace(task.train, measure_every=0)
+    tokenizer = planned_tokenizer(task.tokenizer)
+    accelerator = make_accelerator(train)
+    torch.manual_seed(train.seed)
+    names = tuple(str(label) for label in range(task.dry_run_classes))
+    with raising(UsageError, "this model cannot be built", "change the --model flags"):
+        model = built(lambda: LatentModel(task.model, tokenizer.latent_shape, len(names), (), names))
+    raw = torch.randn(IMAGES, *tokenizer.latent_shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(IMAGES) % len(names)
+
+    def read(items: Tensor) -> LatentBatch:
+        return LatentBatch(raw[items], labels[items])
+
+    rehearse(model, Items(read, IMAGES), train, accelerator, start)
+
+
+def planned_tokenizer(path: Path) -> ImageTokenizer:
+    """The tokenizer of a run, or an untrained one of the recipe that has the name of the run's folder; UsageError for neither."""
+    if path.exists():
+        return load_tokenizer(path)[0]
+    if path.name not in TOKENIZER_RECIPES:
+        what, why = f"there is no tokenizer at {path}", f"no recipe is called '{path.name}'"
+        raise UsageError(what, why, f"train it, or name one: {nearest(path.name, TOKENIZER_RECIPES)}")
+    task = TOKENIZER_RECIPES[path.name]()
+    return make_tokenizer(task, random_splits(task.data, 1).train)
+
+
+def make_online_reference(task: LatentTask, device: torch.device) -> FeatureReference | None:
+    """The feature network of online evaluation, before anything is trained; errors as named_extractor."""
+    if not task.train.measure_every:
+        return None
+    tokenizer, data = load_tokenizer(task.tokenizer)
+    network = named_extractor(task.early.features, data, "the tokenizer")
+    network.check_count(task.early.n)
+    train = load_splits(data).train
+    network.check(train.images, "the tokenizer makes")
+    latent_model = make_model(task, tokenizer, train)
+    for nfe in task.early.nfe:  # an unreachable budget raises here
+        trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
+        make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
+    reference = make_reference(network.to(device), network.name, train)
+    echo(*reference.warnings)
+    return reference
+
+
+def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
+    """Online evaluation of the averaged weights, which are in the model."""
+    trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
+    log_online(run, step, online_distances(trained, reference, config, parts.draw), reference, config)
+
+
+def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
+    """Give a dequantising model the levels of its pixels; UsageError where latents are no pixels."""
+    if not task.model.dequantise:
+        return
+    if not tokenizer.passes_through:
+        raise UsageError(
+            "--model.dequantise",
+            "these latents are no pixels: the tokenizer is learned",
+            "drop it, or use the tokenizer of the recipe digits-pixels",
+        )
+    levels = levels_of(values_of(images.images))
+    model.set_bins(levels, tokenizer.latent_std)
+
+
+def write_preview(run: Run, parts: Parts, step: int, weights: str) -> None:
+    """Fixed seeds, Heun's method at 20 evaluations; the file's name contains the weights."""
+    trained = TrainedModel(parts.model, parts.tokenizer, parts.data, "", run)
+    table = heun(parts.model.schedule, karras(parts.model.schedule, PREVIEW_STEPS))
+    images = decode(trained, sample_latents(trained, table, torch.arange(PREVIEW)).latents)
+    save_grid(Path(run.path) / "samples" / f"{weights}-{step:06d}-nfe20.png", images, columns=10)
+
+
+def command(arguments: list[str]) -> None:
+    """The command line, parsed and run."""
+    train(resolve(LatentTask, LATENT_RECIPES, arguments))

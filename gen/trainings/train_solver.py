@@ -1,0 +1,159 @@
+"""Learn a solver for a trained model: midway train solver amed --model runs/digits-dit --nfe 6,8
+
+`table` learns every number of a multistep solver and its grid, end to end. `amed` is AMED-Solver, `amed-plugin-<base>` AMED
+inside another solver, with constants per step; with `-predictor` every sample has numbers of its own. `table-residual` adds a
+small network to a learned table of the same budget (`-1x1`: the control with as many parameters), and `adasde` learns how much
+noise each step adds.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from midway.gen.core.config import to_dict
+from midway.gen.core.runs import Run
+from midway.gen.diffusion.distill_residual import ResidualObjective
+from midway.gen.diffusion.distillation import Distillation
+from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
+from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
+from midway.gen.flags.cli import numbers, resolve
+from midway.gen.training.accelerator import check_unused, make_accelerator
+from midway.gen.training.fit import fit
+from midway.gen.training.interface import Hooks, Items
+from midway.gen.training.precision import resolve_precision
+from midway.gen.trainings.running import open_run
+from midway.gen.trainings.solver_tasks import (
+    SolverTask,
+    check,
+    labels_for,
+    make_objective,
+    on_best_grid,
+    pairs_of,
+    recipes,
+)
+from midway.samplers.card import SolverCard
+from midway.samplers.residual_solver import NAMES as RESIDUALS
+from midway.samplers.residual_solver import ResidualTable, describe
+from midway.samplers.table_facts import summary
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is trained, on what."""
+
+    model: Distillation
+    items: Items
+
+
+def train(task: SolverTask) -> list[Run]:
+    """One run per budget, on the main process."""
+    check(task)
+    check_unused(task.train, task.solver in RESIDUALS)
+    config, precision = resolve_precision(task.train)
+    task = replace(task, train=config)
+    accelerator = make_accelerator(task.train, task.model)
+    trained = load(task, accelerator)
+    objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
+    shared: dict[Any, Any] = {}
+    runs = [
+        train_one(task, nfe, objective, trained, accelerator, shared, precision)
+        for nfe, objective in objectives.items()
+    ]
+    return [run for run in runs if run is not None]
+
+
+def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel:
+    """The model; UsageError for guidance that it cannot have."""
+    trained = load_model(task.model, accelerator.device)
+    check_guidance(SamplerConfig(guidance=task.guidance), trained)
+    return trained
+
+
+def make_parts(task: SolverTask, accelerator: Accelerator) -> Parts:
+    """The objective at the one budget of `task`, warm-started, and its teacher's trajectories."""
+    trained = load(task, accelerator)
+    (nfe,) = numbers(task.nfe, "--nfe")
+    shared: dict[Any, Any] = {}
+    objective, _ = on_best_grid(task, nfe, make_objective(task, nfe, trained), trained, accelerator.device, shared)
+    return Parts(objective, run_teacher(task, objective, trained, accelerator.device, shared))
+
+
+def run_teacher(
+    task: SolverTask, objective: Distillation, trained: TrainedModel, device: torch.device, shared: dict[Any, Any]
+) -> Items:
+    """Run the teacher, and start from the best of a few; `shared` keeps what the next budget can use."""
+    count, _ = pairs_of(task)
+    take = objective.to(device).prepare(labels_for(task, trained.model, device), shared)
+    return Items(lambda items: take(items.to(device)), count, f"teacher of {trained.hash}")
+
+
+def train_one(
+    task: SolverTask,
+    nfe: int,
+    objective: Distillation,
+    trained: TrainedModel,
+    accelerator: Accelerator,
+    shared: dict[Any, Any],
+    precision: tuple[str, ...],
+) -> Run | None:
+    """Distil at one budget and save."""
+    path = solver_path(task.model, task.solver, task.grid, nfe)
+    config = to_dict(replace(task, nfe=str(nfe)))
+    with open_run(task, path, "solver", config, accelerator, *precision) as run:
+        objective, chosen = on_best_grid(task, nfe, objective, trained, accelerator.device, shared)
+        if chosen and run.is_new and accelerator.is_main_process:
+            run.say(chosen)
+        items = run_teacher(task, objective, trained, accelerator.device, shared)
+        processes = accelerator.num_processes
+        hooks = Hooks(
+            export=lambda folder, averaged: objective.save(
+                folder / "solver.safetensors", averaged, card_for(task, nfe, objective, trained, processes)
+            ),
+            validate=(lambda step: objective.validate()) if isinstance(objective, ResidualObjective) else None,
+        )
+        result = fit(objective, items, task.train, run, accelerator, hooks, task.resume == "auto")
+        if not accelerator.is_main_process:
+            return None
+        cost = objective.counter.evaluations * processes
+        run.say(
+            f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
+        )
+        learned = load_solver(trained, task.solver, task.grid, nfe)
+        if learned is not None and learned.table is not None:
+            run.say(f"its table: {summary(learned.table, trained.model.schedule)}")
+        if isinstance(objective, ResidualObjective):
+            report_residual(task, nfe, objective, trained, run)
+        return run
+
+
+def report_residual(task: SolverTask, nfe: int, objective: ResidualObjective, trained: TrainedModel, run: Run) -> None:
+    """What it costs, and what it does on pairs that nothing was trained on."""
+    sampler = load_solver(trained, task.solver, task.grid, nfe)
+    assert isinstance(sampler, ResidualTable)
+    found = objective.on_held_out(sampler)
+    run.say(f"{describe(sampler.residual)}; a sample costs {sampler.costs.describe(nfe)}")
+    run.say(
+        f"{task.residual.held_out} held-out pairs: RMSE {found.rmse:.4f}, table alone {found.base:.4f}; "
+        f"{100 * found.outside:.0f} % of what it adds is outside the span of the start and the clean estimates"
+    )
+
+
+def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: TrainedModel, processes: int) -> SolverCard:
+    """What the learned solver belongs to and what it cost."""
+    return SolverCard(
+        name=task.solver,
+        grid_name=task.grid,
+        schedule=trained.model.config.schedule,
+        model_hash=trained.hash,
+        nfe=nfe,
+        guidance=task.guidance,
+        training_nfe=objective.counter.evaluations * processes,
+        **objective.facts(),
+    )
+
+
+def command(arguments: list[str]) -> None:
+    """The command line, parsed and run."""
+    train(resolve(SolverTask, recipes(), arguments))  # pyright: ignore[reportArgumentType]
