@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from midway.gen.evaluation.records import LIMITS, TO_EXACT, Measurement
+from midway.gen.evaluation.records import EXACT, LIMITS, TO_EXACT, Measurement
 from midway.samplers.solvers import SOLVERS
 
 FID = "inception-v3-2015-12-05@6726825d"
@@ -144,3 +144,52 @@ def paired_difference(values: Sequence[float], others: Sequence[float], grid: st
     mean = sum(found) / len(found)
     error = math.sqrt(sum((v - mean) ** 2 for v in found) / (len(found) - 1) / len(found))
     return Difference(mean, error, len(found), grid)
+
+
+# ---- which cell ----
+
+Key = tuple[str, int]
+"""(solver, NFE)."""
+
+
+def best_cell(measurements: Sequence[Measurement]) -> Key | None:
+    """The least by the metric that ranks solvers, over all budgets; None where none is finite."""
+    ranks = _ranks(measurements)
+    best = min(ranks, key=lambda key: ranks[key], default=None)
+    return best if best is not None and math.isfinite(ranks[best]) else None
+
+
+def first_as_exact(measurements: Sequence[Measurement]) -> Key | None:
+    """The best by rank of the smallest budget at which a distance to the data is not significantly above the exact solution's."""
+    exact, ranks = limit_of(measurements, EXACT), _ranks(measurements)
+    every = {} if exact is None else {key: above_exact(m, exact) for key, m in shown(measurements).items()}
+    reached = [key for key, difference in every.items() if difference is not None and not difference.significant]
+    return min(reached, key=lambda key: (key[1], ranks[key]), default=None)
+
+
+def tied_with(measurements: Sequence[Measurement], cell: Key) -> list[Key]:
+    """The other cells of its budget that are not significantly worse than the best of that budget."""
+    found = differences(measurements)
+    return [key for key, d in found.items() if key[1] == cell[1] and key != cell and not d.significant]
+
+
+def contrast(measurements: Sequence[Measurement]) -> tuple[Key, Key] | None:
+    """The worst and the best cell of the smallest budget at which they differ significantly; one that diverged is the worst.
+
+    Below two blocks, where nothing is significant, any difference counts.
+    """
+    ranks, found = _ranks(measurements), differences(measurements)
+    for budget in sorted({nfe for _, nfe in ranks}):
+        keys = [key for key in ranks if key[1] == budget]
+        worst, best = max(keys, key=lambda key: ranks[key]), min(keys, key=lambda key: ranks[key])
+        difference = found.get(worst)
+        if ranks[best] < ranks[worst] and (difference is None or difference.significant):
+            return worst, best
+    return None
+
+
+def _ranks(measurements: Sequence[Measurement]) -> dict[Key, float]:
+    """What ranks each cell, infinite where it diverged or was not measured."""
+    name = question(measurements)
+    values = {key: m.value(name) for key, m in shown(measurements).items()}
+    return {key: math.inf if v is None or not math.isfinite(v) else v for key, v in values.items()}

@@ -1,4 +1,4 @@
-"""Values against cost on two logarithmic axes: a line per solver, named at its end, limits as bands, and how far each is from the best.
+"""Values against cost on two logarithmic axes: a line per solver, named at its end, limits as bands, ratios to the best.
 
 Lines that coincide in the first panel are apart in one of ratios: each value over the least of its cost.
 """
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from midway.gen.core.text import plot_label
 from midway.gen.report.drawing import (
     COLOURS,
-    HAIR,
     INK,
     NARROW,
     PAPER,
@@ -67,7 +66,7 @@ class Panel:
     curves: tuple[Curve, ...]
     bands: tuple[Band, ...] = ()
     front: tuple[tuple[float, float], ...] = ()
-    height: float = 340
+    height: float = 265
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -91,7 +90,9 @@ def ratios(curves: Iterable[Curve]) -> tuple[Curve, ...]:
         at.setdefault(cost, []).append(value)
     shared = {cost: min(values) for cost, values in at.items() if len(values) > 1}
     found = (
-        replace(curve, points=tuple((cost, value / shared[cost], 0.0) for cost, value, _ in curve.points if cost in shared))
+        replace(
+            curve, points=tuple((cost, value / shared[cost], 0.0) for cost, value, _ in curve.points if cost in shared)
+        )
         for curve in lines
     )
     return tuple(curve for curve in found if curve.points)
@@ -123,7 +124,9 @@ def _mean(values: Sequence[float]) -> float:
 # ---- the figure ----
 
 
-def curves_figure(panels: Sequence[Panel], across: str, ticks: Sequence[float] | None = None, narrow: bool = False) -> "Figure":
+def curves_figure(
+    panels: Sequence[Panel], across: str, ticks: Sequence[float] | None = None, narrow: bool = False
+) -> "Figure":
     """Panels below one another on the same costs; ticks: of the axis of costs (None: plain decades).
 
     Wide, lines and bands are named in the right margin; narrow, below the plot, so that it keeps its width.
@@ -132,18 +135,18 @@ def curves_figure(panels: Sequence[Panel], across: str, ticks: Sequence[float] |
     names = dict.fromkeys(plot_label(curve.name) for curve in curves)
     labels = [*names, *(plot_label(band.name) for panel in panels for band in panel.bands)]
     longest = max(map(len, labels), default=0)
-    columns = 2 if longest < 18 else 1
+    columns = 2 if longest < 20 else 1
     right = 14 if narrow else 24 + 0.56 * SIZE * longest
     foot = 50 + (legend_rows(len(labels), columns) if narrow else 0)
     heights = [panel.height * (0.75 if narrow else 1) for panel in panels]
-    total = sum(heights) + 38 * len(panels) + foot
+    total = sum(heights) + 38 * (len(panels) - 1) + 30 + foot
     figure = new_figure(NARROW if narrow else WIDE, total)
     top = 30.0
     for number, (panel, height) in enumerate(zip(panels, heights, strict=True)):
         last = number == len(panels) - 1
         axes = place(figure, 46, right, top, total - top - height)
-        dress(axes, across if last else "", "", panel.title)
-        axes.title.set_color(INK)
+        dress(axes, across if last else "", "")
+        axes.set_title(plot_label(panel.title, 46 if narrow else 105), color=INK, fontsize=SIZE, loc="left", pad=9)
         axes.tick_params(labelbottom=last)
         _panel(axes, panel, curves, ticks, narrow)
         top += height + 38
@@ -162,7 +165,9 @@ def _panel(axes: "Axes", panel: Panel, every: Sequence[Curve], ticks: Sequence[f
     axes.set_xscale("log")
     axes.set_yscale("log")
     if panel.front:
-        axes.plot(*zip(*panel.front, strict=True), color=QUIET, linewidth=7, alpha=0.25, solid_capstyle="round", zorder=2)
+        axes.plot(
+            *zip(*panel.front, strict=True), color=QUIET, linewidth=7, alpha=0.25, solid_capstyle="round", zorder=2
+        )
     for band in panel.bands:
         _band(axes, band, narrow)
     for curve in panel.curves:
@@ -212,8 +217,8 @@ def _band(axes: "Axes", band: Band, narrow: bool) -> None:
     if band.error:
         low = max(band.value - band.error, band.value / 10)
         axes.axhspan(low, band.value + band.error, color=QUIET, alpha=0.16, linewidth=0, zorder=1.5)
-    label = {"label": plot_label(band.name)} if narrow else {}
-    axes.axhline(band.value, color=QUIET, linestyle=band.dashes, linewidth=1.2, zorder=2, **label)
+    label = plot_label(band.name) if narrow else None  # wide, its name is in the margin
+    axes.axhline(band.value, color=QUIET, linestyle=band.dashes, linewidth=1.2, zorder=2, label=label)
 
 
 def _name_ends(axes: "Axes", panel: Panel) -> None:
@@ -238,6 +243,3 @@ def _name_ends(axes: "Axes", panel: Panel) -> None:
             annotation_clip=False,
             zorder=4,
         )
-
-
-_ = HAIR

@@ -60,7 +60,9 @@ def new_figure(width: float = WIDE, height: float = 560) -> "Figure":
 def place(figure: "Figure", left: float = 62, right: float = 14, top: float = 30, bottom: float = 52) -> "Axes":
     """Axes with these margins in pixels."""
     width, height = figure.get_size_inches() * 72
-    return figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height))
+    return figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+    )
 
 
 def dress(axes: "Axes", across: str, up: str, title: str = "") -> None:
@@ -105,7 +107,7 @@ def log_ticks(axis: "Axis") -> None:
 
 def legend_rows(count: int, columns: int) -> float:
     """Pixels that a legend of so many names takes below the plot."""
-    return 18.5 * -(-count // columns) + 10 if count else 0
+    return 17.2 * -(-count // columns) + 4 if count else 0
 
 
 def legend_below(figure: "Figure", axes: "Axes", columns: int = 3) -> None:

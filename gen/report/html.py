@@ -72,7 +72,7 @@ def smaller(png: bytes) -> tuple[str, bytes]:
 class Explorer:
     """Samples of the same seeds to look through: a slider over budgets, two panes with a list of solvers each.
 
-    All panels are in one table, which readers without JavaScript and printers see; page.js folds it up and shows two of its images.
+    All panels are in one table, for readers without JavaScript and for paper; page.js folds it up and shows two of its images.
     panels: by (solver, NFE). fixed: what does not depend on the budget, real images and the exact solution. start: the budget and
     the two names that are shown first.
     """

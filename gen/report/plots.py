@@ -26,6 +26,12 @@ Metric = Literal["distance", "to_exact"]
 Measurements = Sequence[Measurement]
 DASHES: dict[str, Any] = {FLOOR: (0, (1, 2)), CEILING: (0, (5, 3)), EXACT: (0, (8, 2, 1, 2))}
 """Of the lines of the limits."""
+PNGS: dict[str, tuple[Cost, Metric]] = {
+    "exact_vs_nfe": ("nfe", "to_exact"),
+    "distance_vs_nfe": ("nfe", "distance"),
+    "distance_vs_seconds": ("seconds", "distance"),
+}
+"""What the files of a report show."""
 
 
 def drawings(ms: Measurements) -> list[Drawing]:
@@ -35,7 +41,12 @@ def drawings(ms: Measurements) -> list[Drawing]:
     what, ranks = distance_name(ms), question(ms)
     below = f" Below: {_whose(ms, ranks)}, over the least of each budget." if ratios(_curves(ms, "nfe", ranks)) else ""
     found = [
-        Drawing("distance_vs_nfe", f"{what} to the data against NFE", f"{read}{below}", lambda n: distance_figure(ms, "nfe", narrow=n)),
+        Drawing(
+            "distance_vs_nfe",
+            f"{what} to the data against NFE",
+            f"{read}{below}",
+            lambda narrow: distance_figure(ms, "nfe", narrow=narrow),
+        ),
         Drawing(
             "exact_vs_nfe",
             f"{what} to the exact solution against NFE",
@@ -45,8 +56,8 @@ def drawings(ms: Measurements) -> list[Drawing]:
         Drawing(
             "distance_vs_seconds",
             f"{what} to the data against time",
-            "The same measurements against the time to make the images, sampling and decoding, on the hardware named below. Grey: "
-            "the Pareto front, better than all others in distance or time.",
+            "The same measurements against the time to make the images, sampling and decoding, on the hardware named below. "
+            "Grey: the Pareto front, better than all others in distance or time.",
             lambda n: distance_figure(ms, "seconds", narrow=n),
         ),
     ]
@@ -64,9 +75,10 @@ def distance_figure(ms: Measurements, x: Cost = "nfe", metric: Metric = "distanc
     features = "" if narrow else f" ({feature_names(ms)})"
     bands = _bands(ms) if metric == "distance" else ()
     front = _front(curves) if x == "seconds" else ()
-    panels = [Panel(f"{_whose(ms, metric)}{features}", curves, bands, front, 340)]
+    panels = [Panel(f"{_whose(ms, metric)}{features}", curves, bands, front)]
     if x == "nfe" and metric == "distance" and (over := ratios(_curves(ms, x, question(ms)))):
-        panels.append(Panel(f"{_whose(ms, question(ms))}, times the best", over, height=190))
+        by = ", by distance to exact" if question(ms) == TO_EXACT else ""
+        panels.append(Panel(f"Ratio to the best{by}", over, height=165))
     points = [m for m in ms if _plotted(m, x, metric)]
     counts = {m.n for m in points}
     images = f"{counts.pop()} images" if len(counts) == 1 else "all images"

@@ -36,7 +36,7 @@ def metric(name: str, head: str) -> Column[Measurement]:
 
 
 def above_floor(ms: Measurements) -> list[Measurement]:
-    """The measurements with every KID less that of the floor, which takes out what the images themselves have; without one, as is.
+    """The measurements with every KID less that of the floor; as they are without one.
 
     The estimate is unbiased, so that images of the reference's own distribution have a mean of 0; but held-out images that have
     every class equally often are nearer than that, and the floor a little below 0.
@@ -179,10 +179,8 @@ def rmse_table(ms: Measurements) -> Table:
 
 def further_tables(ms: Measurements) -> list[Table]:
     """Other distances to the data by NFE: of the same features, and of further feature spaces. They rank nothing."""
-    kid = (
-        "KID of the same features, less that of the floor: unbiased in the number of images, where the Fréchet distance is not. "
-        "results.csv has the values as measured."
-    )
+    less = ", less that of the floor (results.csv has the values as measured)" if limit_of(ms, FLOOR) else ""
+    kid = f"KID of the same features{less}: unbiased in the number of images, where the Fréchet distance is not."
     sliced = "Sliced 2-Wasserstein distance of the same features: it sees more than means and covariances."
     titles = {"kid": ("Kernel distance", kid), "sliced": ("Sliced Wasserstein distance", sliced)}
     for space, features in {space: name for m in ms for space, name in m.spaces.items()}.items():
@@ -190,9 +188,9 @@ def further_tables(ms: Measurements) -> list[Table]:
         second = "A second look at the same images: what one feature space alone supports is not a conclusion."
         titles[f"{space}_distance"] = (distance, second)
         titles[f"{space}_{TO_EXACT}"] = (f"{distance} to the exact solution", error_table(ms).note)
-    less = above_floor(ms)
+    reduced = above_floor(ms)
     return [
-        metric_table(less if is_kid(name) else ms, name, *text, ranks=name.endswith(TO_EXACT))
+        metric_table(reduced if is_kid(name) else ms, name, *text, ranks=name.endswith(TO_EXACT))
         for name, text in titles.items()
     ]
 
@@ -238,7 +236,9 @@ def _difference(found: Difference) -> Entry:
         return Entry("best", found.grid, True, True)
     decimals = decimals_for(found.error, 2)  # more digits than the error has carry no information
     sign = "" if found.significant else "≈ "
-    return Entry(f"{sign}+{found.mean:.{decimals}f} ± {found.error:.{decimals}f}", found.grid, tied=not found.significant)
+    return Entry(
+        f"{sign}+{found.mean:.{decimals}f} ± {found.error:.{decimals}f}", found.grid, tied=not found.significant
+    )
 
 
 def baseline_table(ms: Measurements) -> Table:
@@ -264,10 +264,11 @@ def all_figures(ms: Measurements) -> Table:
     rows = [*sorted(shown(ms).values(), key=lambda m: m.nfe), *baselines_of(ms), *limits.values()]
     names = [*(m.solver for m in rows[: len(rows) - len(limits)]), *limits]
     further = dict.fromkeys(name for m in ms for name in m.metrics if name.startswith(tuple(f"{s}_" for s in m.spaces)))
+    less = "KID is less that of the floor. " if any("kid" in m.metrics for m in rows) and limit_of(ms, FLOOR) else ""
     rows = above_floor(rows)
     note = (
-        "KID is less that of the floor. Seconds are for 1000 images, MFLOP (10^6 floating-point operations of products, before decoding) for one. Precision, "
-        "recall, density, coverage, PSNR and the inception score are better when larger, the others when smaller."
+        f"{less}Seconds are for 1000 images, MFLOP (10^6 floating-point operations of products, before decoding) for one. "
+        "Precision, recall, density, coverage, PSNR and the inception score are better when larger, the others when smaller."
     )
     columns = (_NFE, *METRIC_COLUMNS, *(metric(name, name.replace("_", " ")) for name in further), _FLOPS, *_TIMES)
     return columns_table("All figures and where the time went", note, "solver", names, rows, columns)
