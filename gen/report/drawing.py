@@ -178,7 +178,7 @@ def _svg(figure: "Figure", name: str, title: str, description: str) -> str:
     texts = re.split(r"(<text.*?</text>)", body.partition("</defs>")[2].rpartition("</svg>")[0], flags=re.DOTALL)
     shapes = "".join(_text(part) if place % 2 else _shape(part, name) for place, part in enumerate(texts))
     return (
-        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title {name}-desc">'
+        f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc">'
         f'<title id="{name}-title">{html(title)}</title><desc id="{name}-desc">{html(description)}</desc>{shapes}</svg>'
     )
 
