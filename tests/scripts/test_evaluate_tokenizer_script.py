@@ -203,6 +203,11 @@ def test_the_page_names_the_best_and_the_protocol(tmp_path: Path) -> None:
     assert "FID " not in page.replace("iFID", "")
 
 
+def places(values: Any) -> list[float]:
+    """Of a line."""
+    return np.asarray(values).tolist()
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_plots_show_their_rows(narrow: bool) -> None:
     """Names in the legend or beside the points, front and points where they were measured; a text where nothing was."""
@@ -213,8 +218,10 @@ def test_plots_show_their_rows(narrow: bool) -> None:
         ]
         assert set(found) == {f"t{i}" for i in range(9)}
     front, *points = rate_figure(many, narrow).axes[0].lines
-    assert (list(front.get_xdata()), list(front.get_ydata())) == ([100.0], [30.0]), "the others cost more and show less"
-    assert [list(point.get_xdata()) for point in points[1::2]] == [[100.0 + i] for i in range(9)]
+    assert (places(front.get_xdata()), places(front.get_ydata())) == ([100.0], [30.0]), (
+        "the others cost more and show less"
+    )
+    assert [places(point.get_xdata()) for point in points[1::2]] == [[100.0 + i] for i in range(9)]
     bare = measurements([replace(KL, rate=None, noise=(), psnr_noisy=())])
     for figure in (usage_figure(bare, narrow), noise_figure(bare, narrow), rate_figure(bare, narrow)):
         assert figure.axes[0].texts[0].get_text().startswith("no ")

@@ -135,7 +135,9 @@ def tokenizers_page(folder: Path) -> Path:
             "interpolated": 40.0,
             "features": "cnn",
         }
-        results.append(TokenizerResult(TokenizerRow(**fields), bits and shares / shares.sum(), images, images))
+        results.append(
+            TokenizerResult(TokenizerRow(**fields), None if bits is None else shares / shares.sum(), images, images)
+        )
     path = folder / "tokenizers.html"
     path.write_text(tokenizers.report_html(results, images, context("Compared")), encoding="utf-8")
     return path
