@@ -35,18 +35,6 @@ def metric(name: str, head: str) -> Column[Measurement]:
     return Column(head, lambda m: m.value(name))
 
 
-<<<<<<< HEAD
-def _seconds(
-    head: str, seconds: Callable[[Measurement], float], std: Callable[[Measurement], float | None] = lambda _: None
-) -> Column[Measurement]:
-    """Of 1000 images, with the deviation over blocks where it is known."""
-
-    def value(m: Measurement) -> tuple[float, float | None] | None:
-        error = std(m)
-        return None if m.solver in (FLOOR, CEILING) else (1000 * seconds(m) / m.n, error and 1000 * error / m.n)
-
-    return Column(head, value, lambda both: number(*both))
-=======
 def above_floor(ms: Measurements) -> list[Measurement]:
     """The measurements with every KID less that of the floor; as they are without one.
 
@@ -67,9 +55,16 @@ def is_kid(name: str) -> bool:
     return name == "kid" or name.endswith("_kid")
 
 
-def _seconds(head: str, seconds: Callable[[Measurement], float]) -> Column[Measurement]:
-    return Column(head, lambda m: None if m.solver in (FLOOR, CEILING) else 1000 * seconds(m) / m.n)
->>>>>>> main
+def _seconds(
+    head: str, seconds: Callable[[Measurement], float], std: Callable[[Measurement], float | None] = lambda _: None
+) -> Column[Measurement]:
+    """Of 1000 images, with the deviation over blocks where it is known."""
+
+    def value(m: Measurement) -> tuple[float, float | None] | None:
+        error = std(m)
+        return None if m.solver in (FLOOR, CEILING) else (1000 * seconds(m) / m.n, error and 1000 * error / m.n)
+
+    return Column(head, value, lambda both: number(*both))
 
 
 METRIC_COLUMNS = [
