@@ -3,12 +3,12 @@
     python docs/embed.py README.md demo runs/demo
 
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
-and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the two
-nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models
-(midway evaluate-likelihood) it is the table of results.json, with the facts that a reader needs beside it; of a check of
-metrics (midway check-metric) one table of all feature spaces. Of a proving ground (midway prove) a block `prove`
-has the RMSE of the solvers of its plot at a few budgets, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
-tables without a picture. Of a file in benchmarks/results it is the table of its rows.
+and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the
+two nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models (midway evaluate-
+likelihood) it is the table of results.json, with the facts that a reader needs beside it; of a check of metrics (midway check-
+metric) one table of all feature spaces. Of a proving ground (midway prove) a block `prove` has the RMSE of the solvers of its
+plot at a few budgets, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all tables without a
+picture. Of a file in benchmarks/results it is the table of its rows.
 """
 
 import csv
@@ -188,8 +188,8 @@ def short_facts(result: Result) -> str:
     cells = [cell for cell in result.cells if cell.solver in SHOWN and cell.nfe in BUDGETS]
     errors = [cell.error("rmse") / cell.mean("rmse") for cell in cells]
     return (
-        f"RMSE to the exact solution on `{result.ground}`, seeds {result.seeds} in blocks of {result.n}; standard errors are at most "
-        f"{max(errors):.1%}."
+        f"RMSE to the exact solution on `{result.ground}`, seeds {result.seeds} in blocks of {result.n}; standard errors are at "
+        f"most {max(errors):.1%}."
     )
 
 
