@@ -159,7 +159,7 @@ def embed_proof(page: Path, name: str, report: Path) -> None:
     shutil.copyfile(report / "rmse_vs_nfe.png", picture)
     link = f"![RMSE against NFE]({os.path.relpath(picture, page.parent)})"
     if name == "prove":
-        _replace(page, name, f"{proof_tables(result, SHOWN)}\n{short_facts(result)}\n")
+        _replace(page, name, f"{proof_tables(result, SHOWN)}\n\n{short_facts(result)}\n")
         return
     _replace(page, name, f"{proof_tables(result, ())}\n{proof_facts(result)}\n\n{link}\n")
 
