@@ -82,6 +82,7 @@ class TokenizersTask(TileFlags):
     seed: int = 0
     """Of the noise and of draws from posteriors."""
     title: str = "Tokenizers compared"
+    """Title of the report."""
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, n=COUNT, batch_size=BATCH, seed=SEED, tile=WIDTH)

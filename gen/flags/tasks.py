@@ -27,6 +27,7 @@ class TokenizerConfig:
     """Size and quantizer of an image tokenizer."""
 
     quantizer: QuantizerName = "fsq"
+    """Kind of quantizer."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: levels per channel; their product is the codebook size."""
     form: Literal["tanh", "sigmoid", "ifsq"] = "tanh"
@@ -41,10 +42,13 @@ class TokenizerConfig:
     kl_weight: float = 1e-4
     """kl: weight of the KL term."""
     width: int = 48
+    """Channels of the residual blocks at the lowest resolution."""
     downsample: int = 2
     """Pixels of the image per latent pixel, a power of two."""
     blocks: int = 2
+    """Residual blocks of the encoder, and of the decoder."""
     upsample: Literal["pixel_shuffle", "nearest", "bilinear", "transposed"] = "pixel_shuffle"
+    """How the decoder doubles the resolution."""
     attention: bool = False
     """Self-attention among the residual blocks at the lowest resolution."""
     multipliers: tuple[int, ...] = (1,)

@@ -112,6 +112,10 @@ def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
         def identity(self) -> dict[str, Any]:
             return {"source": "toy"}
 
+        @property
+        def kind(self) -> str:
+            return "toy"
+
         def sample(self, seeds: torch.Tensor) -> SampledBatch:
             return SampledBatch(seeds.float().view(-1, 1, 1, 1).expand(-1, 2, 2, 2).contiguous(), 8, 0.0)
 
