@@ -21,6 +21,7 @@ from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.baseline_tasks import VAETask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.progress import bar
 from midway.gen.report import plots, sections, tokenizer_plots
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
@@ -29,6 +30,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, w
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+bar.FIRST = bar.LONGEST = 1e9  # what tests look at does not depend on how busy a machine is
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,7 +49,7 @@ from midway.gen.flags.evaluation_reference import (
     references,
     with_protocol,
 )
-from midway.gen.progress.bar import duration
+from midway.gen.progress.bar import busy, duration
 from midway.gen.progress.memory import peak_memory
 from midway.gen.report.notes import (
     class_notes,
@@ -100,7 +100,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     dim = extractors[0].measured_dim(splits.train.images)
     check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
     others = [*baseline_jobs(task, data, splits, config, device), *image_jobs(externals, config)]
-    plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
+    with busy("making samplers and fitting their grids"):
+        plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
     plans[0].jobs.extend(others)
     given = published(task, extractors, splits)
 
@@ -126,8 +127,9 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         sweep, missing = merged(sweeps)
         if shown:
             facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
-            parts = sections(trained, splits, config, sweep)
-            write_report(out, sweep.measurements, facts, pictures_of(sweep), parts, sweep.choice)
+            with busy("writing the report"):
+                parts = sections(trained, splits, config, sweep)
+                write_report(out, sweep.measurements, facts, pictures_of(sweep), parts, sweep.choice)
             echo(terminal_text(sweep.measurements))
             if model is None:
                 echo(floor_text(sweep))

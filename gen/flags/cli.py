@@ -43,11 +43,14 @@ def resolve(
     what: str = "RECIPE",
     unread: Callable[[Task | None], Mapping[str, str]] = lambda _: {},
     more: str = "",
+    hidden: Sequence[str] = (),
+    extra: Callable[[Task | None], Iterable[OneFlag]] = lambda _: (),
 ) -> Task:
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override.
 
     `what` is a word for the first argument, and `more` the last line of the help; `unread` gives the groups of flags that a
-    starting point does not read, as `table.`, and why.
+    starting point does not read, as `table.`, and why. The help leaves out `hidden`, names of config.yaml, and has the flags of
+    `extra` besides.
     """
     asked = {"-h", "--help"} & {*arguments}
     file, words = config_of([word for word in arguments if word not in asked])
@@ -56,7 +59,8 @@ def resolve(
     every = list(flags_of(task, default))
     flags = [flag for flag in every if not flag.path.startswith(tuple(groups))]
     if asked:
-        _print_help(task, recipes, flags, words[0] if len(words) > len(rest) else what, more)
+        shown = [*(flag for flag in flags if flag.path not in hidden), *extra(default)]
+        _print_help(task, recipes, shown, words[0] if len(words) > len(rest) else what, more)
     rest = normalised(rest, every, PROGRAM)
     for flag in every:
         why = next((why for group, why in groups.items() if flag.path.startswith(group)), None)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.splits import DataConfig
@@ -13,6 +15,7 @@ from midway.gen.flags.cli import Flat
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
+from midway.tokenizers.hub import LICENSE
 
 Resume = Literal["no", "auto"]
 QuantizerName = Literal[
@@ -76,7 +79,7 @@ class TokenizerConfig:
         )
         check_ranges(self, depth=LAYERS, heads=WIDTH, latent_tokens=WIDTH, codebook_size=(1, 2**62), kl_weight=WEIGHT)
 
-    def quantizer_config(self, channels: int) -> dict[str, object]:
+    def quantizer_config(self, channels: int) -> dict[str, Any]:
         """The quantizer's own configuration. ValueError if `options` is not a JSON object."""
         try:
             more = json.loads(self.options)
@@ -112,6 +115,8 @@ class TrainingTask:
     out: Path
     """Run directory to create."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig, kw_only=True)
+    license: str = field(default=LICENSE, kw_only=True)
+    """Licence of the weights, for the card of the folder to share."""
     overwrite: bool = field(default=False, kw_only=True, metadata=PER_CALL)
     """Delete a run that is already at --out."""
     resume: Resume = field(default="no", kw_only=True, metadata=PER_CALL)
@@ -129,9 +134,18 @@ class TokenizerTask(TrainingTask):
 
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    quantizer: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Kind and arguments of the quantizer, where --quantizer flags or a file have them: then `model` has only its name."""
     loss: LossConfig = field(default_factory=LossConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
+
+    def quantizer_config(self, channels: int) -> dict[str, Any]:
+        """The quantizer's own configuration, for images of so many channels. ValueError as of TokenizerConfig."""
+        if not self.quantizer:
+            return self.model.quantizer_config(channels)
+        own = {"dim": channels if self.model.downsample == 1 else self.model.dim}
+        return {**(own if self.quantizer.get("type") == "identity" else {}), **self.quantizer}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from midway.gen.evaluation.spaces import Spaces, column, extract, key
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import psnr
-from midway.gen.sweep.store import Cell, CellStore, FineCosts, Part, Seeds, check_rows
+from midway.gen.sweep.figures import FineCosts
+from midway.gen.sweep.store import Cell, CellStore, Part, Seeds, check_rows
 from midway.gen.sweep.tally import Tally, Work
 
 

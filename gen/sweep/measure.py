@@ -19,18 +19,9 @@ from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
 from midway.gen.evaluation.spaces import Spaces, distances_and_metrics, extract, key
+from midway.gen.sweep.figures import Figures, SampleCosts, Seconds
 from midway.gen.sweep.fine import FineSolution
-from midway.gen.sweep.store import (
-    Cell,
-    CellStore,
-    Figures,
-    Numbers,
-    Part,
-    SampleCosts,
-    Seconds,
-    Seeds,
-    check_rows,
-)
+from midway.gen.sweep.store import Cell, CellStore, Numbers, Part, Seeds, check_rows
 from midway.gen.sweep.tally import Tally, Work
 
 SHOWN = 8

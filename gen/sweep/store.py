@@ -30,6 +30,7 @@ from midway.gen.core.errors import DiskError, UsageError, one_line, raising
 from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_tensors, state_hash, write_atomically
 from midway.gen.core.locks import check_no_link, lock, made, remove
 from midway.gen.core.text import echo, json_text
+from midway.gen.sweep.figures import Seconds
 
 SCHEMA = 4
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
@@ -48,46 +49,6 @@ class Part:
 
 Check = Callable[[int, Part], object]
 """Of the part of this number; an error of `DAMAGE` or UsageError unless it is what its reader needs."""
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Of a whole cell: sampling, decoding and features."""
-
-    solver: float
-    decode: float
-    features: float
-
-
-@dataclass(frozen=True)
-class FineCosts:
-    """Of a part of the fine solution."""
-
-    nfe: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SampleCosts:
-    """Of a part of samples: evaluations of one, seconds of all, and what these depend on."""
-
-    nfe: float
-    solver: float
-    decode: float
-    features: float
-    timing: str
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of a block, which has one entry of `nfe` and `timing` for each of its parts; no distance and metrics of what diverged."""
-
-    distance: float | None
-    metrics: dict[str, float]
-    nonfinite: int
-    nfe: tuple[float, ...]
-    seconds: Seconds
-    timing: tuple[str, ...]
 
 
 def check_rows(part: Part, count: int, *names: str) -> None:

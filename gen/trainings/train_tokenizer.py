@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from midway.gen.cards.parts import training_rows
+from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
@@ -17,11 +19,12 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import read_tokenizer
+from midway.gen.flags.arguments import typed_flags
 from midway.gen.flags.cli import resolve
+from midway.gen.flags.quantizer_flags import OLD, help_flags, taken, with_quantizer
 from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
-from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
@@ -132,7 +135,7 @@ def publish(
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
     weights = training_rows(config.weights_name, steps, config, losses) if steps else {"weights": "none were trained"}
-    card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
+    card = tokenizer_card(tokenizer, task.data, splits, quality, weights, task.flip, task.license)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 
 
@@ -141,7 +144,7 @@ def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor])
     copy = cast(ImageTokenizer, ImageTokenizer.from_config(tokenizer.config))
     prefix = "tokenizer."
     copy.load_state_dict({k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)})
-    copy.save_pretrained(folder / "tokenizer")
+    copy.write(folder / "tokenizer")
 
 
 def square(data: ImageData) -> tuple[int, int]:
@@ -158,7 +161,7 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
     """The tokenizer for these images; UsageError for sizes that do not fit."""
     channels, side = square(data)
     with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
-        quantizer = task.model.quantizer_config(channels)
+        quantizer = task.quantizer_config(channels)
         network = task.model.network_config()
         return built(lambda: ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **network))
 
@@ -178,6 +181,13 @@ def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, s
     return Preview(path, "reconstructions", {"preview_psnr": quality})
 
 
+def read_task(arguments: list[str]) -> TokenizerTask:
+    """`RECIPE | --config FILE` and flags, those of the quantizer included."""
+    tree, rest = taken(arguments)
+    task = resolve(TokenizerTask, TOKENIZER_RECIPES, rest, hidden=OLD, extra=help_flags)
+    return with_quantizer(task, tree, typed_flags(rest))
+
+
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(TokenizerTask, TOKENIZER_RECIPES, arguments))
+    train(read_task(arguments))

@@ -19,10 +19,11 @@ from midway.gen.evaluation.metrics import Features
 from midway.gen.evaluation.records import from_record, to_records
 from midway.gen.evaluation.sources import SampledBatch, SolverSource
 from midway.gen.sweep import measure, run, store, tally
+from midway.gen.sweep.figures import Seconds
 from midway.gen.sweep.jobs import Job
 from midway.gen.sweep.measure import EvaluationContext
 from midway.gen.sweep.run import seconds_of_blocks
-from midway.gen.sweep.store import Cell, CellStore, Numbers, Seconds, Seeds
+from midway.gen.sweep.store import Cell, CellStore, Numbers, Seeds
 from midway.gen.sweep.tally import Tally, Work
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
