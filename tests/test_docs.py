@@ -181,7 +181,9 @@ def test_a_proving_ground_becomes_a_short_and_a_whole_block(tmp_path: Path, monk
         module.embed(page, name, tmp_path / "prove")
     short, whole = page.read_text().split("<!-- end prove -->")
     assert "old" not in short + whole
-    assert "| euler | **0.300** |" in short and "seeds 0-127 in blocks of 64; standard errors are at most 20.0%." in short
+    assert (
+        "| euler | **0.300** |" in short and "seeds 0-127 in blocks of 64; standard errors are at most 20.0%." in short
+    )
     assert "| euler | **0.300 ± 0.050** (vp) |" in whole and "(docs/images/prove.png)" in whole
     assert "blocks of 64 seeds, 0-127; error of the exact solution 0.0001." in whole
     assert "rk4" not in short  # of all that are measured a few are shown
