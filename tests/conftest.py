@@ -22,7 +22,8 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.baseline_tasks import VAETask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.progress import bar
-from midway.gen.report import plots, sections, tokenizer_plots
+from midway.gen.report import sections
+from midway.gen.report.drawing import Drawing
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
 
@@ -50,8 +51,8 @@ def undrawn() -> Iterator[None]:
     empty = io.BytesIO()
     Image.new("L", (1, 1)).save(empty, "png")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plots, sections, tokenizer_plots):
-            patch.setattr(module, "png", lambda figure: empty.getvalue())
+        patch.setattr(Drawing, "png", lambda drawing: empty.getvalue())
+        patch.setattr(Drawing, "svg", lambda drawing, narrow: "<svg></svg>")
         yield
 
 

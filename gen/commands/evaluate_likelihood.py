@@ -31,10 +31,9 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
 from midway.gen.progress.bar import Progress
-from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.report.likelihood import check_out, terminal_text, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
-from midway.gen.report.text import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +110,8 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
         warnings += empty_notes(splits, conditional)
         echo(*warnings)
         write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
-    echo(text_table(likelihood_table(rows)))
-    echo(f"report: {out / 'report.md'}")
+    echo(terminal_text(rows))
+    echo(f"report: {out / 'report.html'}")
     return rows
 
 
