@@ -224,7 +224,7 @@ def test_messages_name_extras_that_exist() -> None:
     ]
     texts = {path: path.read_text() for path in [*sources, *PAGES]}
     found = {(name, path.name) for path, text in texts.items() for name in re.findall(r"midway\[([a-z]+)\]", text)}
-    assert {name for name, _ in found} >= {"effnet", "perceptual", "data"}
+    assert {name for name, _ in found} >= {"perceptual", "data"}
     assert not {pair for pair in found if pair[0] not in extras}
     weights = "".join(path.read_text() for path in (ROOT / "gen" / "features").glob("*.py"))
     found_in_code = set(re.findall(r"extra=\"(\w+)\"", weights))
