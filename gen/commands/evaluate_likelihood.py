@@ -30,10 +30,10 @@ from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
-from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.progress.bar import Progress
+from midway.gen.report.likelihood import check_out, terminal_text, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
-from midway.gen.report.text import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +98,20 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     with claimed(out):
         reference = open_reference(features, splits, subject.images, device, "the models make")
         instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
-        rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
+        rows = list[LikelihoodRow]()
+        with Progress("model", len(models)) as progress:
+            for name, trained in models.items():
+                progress.at(name)
+                rows.append(model_row(name, trained, *sources[name], instruments))
+                progress.advance()
         rows += references(splits, instruments)
         conditional = any(trained.model.classes for trained in models.values())
         warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
         warnings += empty_notes(splits, conditional)
         echo(*warnings)
         write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
-    echo(text_table(likelihood_table(rows)))
-    echo(f"report: {out / 'report.md'}")
+    echo(terminal_text(rows))
+    echo(f"report: {out / 'report.html'}")
     return rows
 
 

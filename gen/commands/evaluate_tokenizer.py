@@ -8,7 +8,6 @@ from typing import Annotated, TypeVar
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.locks import made
@@ -43,6 +42,7 @@ from midway.gen.features.reference import FeatureReference, Subject, make_refere
 from midway.gen.flags.cli import Flat, resolve
 from midway.gen.flags.evaluation_flags import UNNAMED
 from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.progress.bar import Progress
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
@@ -112,10 +112,11 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     instruments = Instruments(*reference, *perceptual)
     measured = []
     with made(out):  # an error before the work
-        with tqdm(tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
-            for name, tokenizer in bar:
-                bar.set_postfix_str(printable(name))
+        with Progress("tokenizer", len(tokenizers)) as progress:
+            for name, tokenizer in tokenizers.items():
+                progress.at(name)
                 measured.append(measure(name, tokenizer, subject, instruments, config))
+                progress.advance()
         write_tokenizer_report(
             out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings)
         )

@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from midway.gen.cards.parts import training_rows
+from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
@@ -25,7 +27,6 @@ from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.names.nearest import canonical
 from midway.gen.recipes.generic import GENERIC_TOKENIZERS, TOKENIZER_SIZES, describe_tokenizer, shape_of
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
-from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
@@ -140,7 +141,7 @@ def publish(
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
     weights = training_rows(config.weights_name, steps, config, losses) if steps else {"weights": "none were trained"}
-    card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
+    card = tokenizer_card(tokenizer, task.data, splits, quality, weights, task.flip, task.license)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 
 
@@ -149,7 +150,7 @@ def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor])
     copy = cast(ImageTokenizer, ImageTokenizer.from_config(tokenizer.config))
     prefix = "tokenizer."
     copy.load_state_dict({k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)})
-    copy.save_pretrained(folder / "tokenizer")
+    copy.write(folder / "tokenizer")
 
 
 def square(data: ImageData) -> tuple[int, int]:
