@@ -143,9 +143,9 @@ def python_of(page: str) -> list[str]:
 
 
 def shell_of(page: str) -> list[str]:
-    blocks = [block for _, language, block in FENCE.findall((ROOT / "docs" / page).read_text()) if language == "bash"]
-    text: str = "".join(blocks)
-    return text.replace("\\\n", " ").splitlines()
+    found = FENCE.findall((ROOT / "docs" / page).read_text())
+    blocks = [str(block).replace("\\\n", " ") for _, language, block in found if language == "bash"]
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def cells() -> list[str]:
