@@ -97,6 +97,23 @@ def test_every_command_of_the_pages_is_one_that_the_command_line_takes(parse_onl
     assert not wrong, "\n".join(wrong)
 
 
+def test_commands_within_sentences_exist_and_have_their_flags(parse_only: None) -> None:
+    """They may be without what they require."""
+    spans = {
+        (page.name, span)
+        for page in PAGES
+        for span in re.findall(r"`(midway [a-z][^`]*)`", FENCE.sub("", page.read_text()))
+    }
+    assert len(spans) > 20
+    for page, span in sorted(spans):
+        try:
+            parse([word for word in words_of(span)[1:] if word != "--help"])
+        except Parsed:
+            continue
+        except MidwayError as error:
+            assert not re.match("unknown|Unrecogni", str(error)), f"{page}: {span}\n{error}"
+
+
 @pytest.mark.parametrize("line", ["train tokenizer digits-fsq --stepz 3", "train latent no-such", "sampel --n 3"])
 def test_the_test_of_commands_sees_a_wrong_one(line: str, parse_only: None) -> None:
     with pytest.raises((MidwayError, AssertionError)):
@@ -127,7 +144,8 @@ def python_of(page: str) -> list[str]:
 
 def shell_of(page: str) -> list[str]:
     blocks = [block for _, language, block in FENCE.findall((ROOT / "docs" / page).read_text()) if language == "bash"]
-    return "".join(blocks).replace("\\\n", " ").splitlines()
+    text: str = "".join(blocks)
+    return text.replace("\\\n", " ").splitlines()
 
 
 def cells() -> list[str]:
@@ -192,7 +210,7 @@ def test_the_site_builds_and_its_links_lead_somewhere(tmp_path: Path) -> None:
     build(config)
     text = "".join(path.read_text() for path in tmp_path.rglob("*.html"))
     outside = set(re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(https?:[^"]+)"', text))
-    assert not outside, "pages fetch from elsewhere"
+    assert not outside and "unpkg.com" not in text, "pages fetch from elsewhere"
     for name in ("make_solver", "LatentModel"):
         assert f'id="{name.lower()}"' in (tmp_path / "api" / "index.html").read_text().lower()
 

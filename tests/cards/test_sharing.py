@@ -76,7 +76,8 @@ def tokenizer() -> ImageTokenizer:
 def model() -> LatentModel:
     torch.manual_seed(0)
     made = LatentModel(small_models.latent_config(), (3, 4, 4), 3, (1,), ("a", "b|c", "d"))
-    torch.nn.init.normal_(made.network.embed.weight)
+    for weight in made.network.parameters():  # at its start the network sees neither class nor time
+        torch.nn.init.normal_(weight, std=0.2)
     return made.eval()
 
 
@@ -105,7 +106,7 @@ def front_of(card: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", THINGS)
 def test_three_verbs_keep_every_bit_and_the_licence(
-    name: str, tmp_path: Path, hub: dict[str, dict[str, bytes]]
+    name: str, tmp_path: Path, hub: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, read = THINGS[name]
     thing = make()
@@ -128,6 +129,10 @@ def test_three_verbs_keep_every_bit_and_the_licence(
     for file, content in uploaded[1].items():
         (tmp_path / "uploaded" / file).write_bytes(content)
     assert is_same(read(tmp_path / "uploaded"), thing)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: tmp_path / "uploaded")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **options: tmp_path / "uploaded" / file)
+    monkeypatch.chdir(tmp_path)
+    assert is_same(read(Path("someone/thing")), thing)
     assert uploaded[1]["README.md"] == (tmp_path / "plain" / "README.md").read_bytes()
     assert sorted(uploaded[1]) == sorted(path.name for path in (tmp_path / "plain").iterdir())
 
