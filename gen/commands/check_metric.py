@@ -25,6 +25,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import Subject, balanced_subject, make_reference
 from midway.gen.flags.cli import Flat, names, resolve
 from midway.gen.report.table import ReportContext
+from midway.gen.training.checkpointing import unfinished
 
 LEAST, MOST = 20, 10_000
 """Held-out images of a check."""
@@ -118,6 +119,7 @@ def context(
     """Everything a reader needs beside the numbers."""
     return ReportContext(
         title=task.title,
+        warnings=unfinished(*names(task.features)),
         model="real images, damaged",
         data=f"{subject.name}, {len(subject.images)} images; reference {splits.train.name}@{splits.train.fingerprint[:12]}, "
         f"{len(splits.train.images)} images",

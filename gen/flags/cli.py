@@ -21,6 +21,7 @@ from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.terminal import lasting_output, plain_warnings
 from midway.gen.data.sources import check_unambiguous
+from midway.gen.features.open import check_feature_names
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -28,14 +29,20 @@ _BOX = re.compile("\x1b\\[[0-9;]*m|^[+╭╰].*\n|^[|│]|[|│]$", re.MULTILINE
 """Colours and the frame, with its title, of what the parser of flags prints."""
 PROGRAM = "midway"
 """What to type before the flags of the command that runs."""
+NAMES = {
+    **dict.fromkeys(("--data", "--data-path", "--against"), check_unambiguous),
+    **dict.fromkeys(("--features", "--early.features"), check_feature_names),
+}
+"""Flags that take a name or a path, and their check of names that something in the current directory has too."""
 RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
 def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
     default, rest = _starting_point(task, recipes, arguments)
-    for source in _typed(rest, "--data"):
-        check_unambiguous(source)
+    for flag, check in NAMES.items():
+        for value in _typed(rest, flag):
+            check(value)
     description = (task.__doc__ or "") + _recipe_help(recipes)
     given: dict[str, Any] = {} if default is None else {"default": default}
     own_checks = raising(UsageError, "these flags cannot be used", "correct the value")  # the configuration's

@@ -10,6 +10,7 @@ from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.cli import Flat
+from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
@@ -131,7 +132,7 @@ class TokenizerTask(TrainingTask):
 
 
 @dataclass(frozen=True)
-class LatentTask(TileFlags, TrainingTask):
+class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Train a latent model on a tokenizer's latents."""
 
     tokenizer: Path

@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from midway.gen.core.config import to_dict
+from midway.gen.core.checkpoints import split_step
+from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
@@ -15,7 +16,8 @@ from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of, values_of
 from midway.gen.data.pictures import save_grid
-from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.data.places import images_at, splits_of
+from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
@@ -32,6 +34,7 @@ from midway.gen.tokenizer.latents import Views, cache_path, open_latents
 from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
+from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
@@ -65,14 +68,15 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
 
     UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
     """
-    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)[0], images_at(source, task.data_path)
     task.apply_tiles(tokenizer)
-    images = load_splits(data).train
+    images = splits_of(source, data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
     views = Views(mirrored=task.flip)
-    path = task.latents or cache_path(task.tokenizer, images, tokenizer, views)
+    path = task.latents or cache_path(source.path, images, tokenizer, views)
     if task.latents is None:
         process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         encode(path, tokenizer, images, Encoding(views), process)
@@ -80,7 +84,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
     draw = class_draw(None, images, model.classes, model.empty)
-    return Parts(model, latents.items(task.flip), tokenizer, data, describe(images), draw)
+    about = "\n".join([describe(images), *unfinished(source)])
+    return Parts(model, latents.items(task.flip), tokenizer, data, about, draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -98,7 +103,7 @@ def train(task: LatentTask) -> Run | None:
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
-    config = {**to_dict(task), "data": to_dict(parts.data)}
+    config = {**to_record(task), "data": to_record(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
     with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *precision) as run:
@@ -134,7 +139,7 @@ def dry_run(task: LatentTask) -> None:
 
 def planned_tokenizer(path: Path) -> ImageTokenizer:
     """The tokenizer of a run, or an untrained one of the recipe that has the name of the run's folder; UsageError for neither."""
-    if path.exists():
+    if split_step(path)[0].exists():
         return load_tokenizer(path)[0]
     if path.name not in TOKENIZER_RECIPES:
         what, why = f"there is no tokenizer at {path}", f"no recipe is called '{path.name}'"
@@ -147,10 +152,11 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     """The feature network of online evaluation, before anything is trained; errors as named_extractor."""
     if not task.train.measure_every:
         return None
-    tokenizer, data = load_tokenizer(task.tokenizer)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer)[0], images_at(source, task.data_path)
     network = named_extractor(task.early.features, data, "the tokenizer")
     network.check_count(task.early.n)
-    train = load_splits(data).train
+    train = splits_of(source, data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core import checkpoints
-from midway.gen.core.config import to_dict
+from midway.gen.core.config import to_record
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
@@ -69,7 +69,7 @@ def train(task: TokenizerTask) -> Run | None:
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
     about = (describe(splits.train), describe(splits.held_out), *precision)
-    with open_run(task, task.out, "tokenizer", to_dict(task), accelerator, *about) as run:
+    with open_run(task, task.out, "tokenizer", to_record(task), accelerator, *about) as run:
         steps = 0
         if any(p.requires_grad for p in tokenizer.parameters()):
             hooks = Hooks(
@@ -81,6 +81,7 @@ def train(task: TokenizerTask) -> Run | None:
             if result.ema is not None:
                 parts.model.load_state_dict(result.ema.shadow)
         elif accelerator.is_main_process:
+            run.note({"data_fingerprint": splits.train.fingerprint})
             state = parts.model.state_dict()
             checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
         if not accelerator.is_main_process:

@@ -24,6 +24,7 @@ from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import make_reference
+from midway.gen.flags.compared import report_names
 from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.report import axes, tokenizer_plots
 from midway.gen.report.table import ReportContext
@@ -307,10 +308,10 @@ def test_how_images_were_fetched_makes_no_difference(runs: Path, tmp_path: Path)
 
 def test_runs_of_one_name_are_reported_by_path(tmp_path: Path) -> None:
     paths = (tmp_path / "x" / "fsq", tmp_path / "y" / "fsq", tmp_path / "y" / "vq")
-    names = evaluate_tokenizer.report_names(paths)
+    names = report_names(paths)
     assert list(names) == [str(paths[0]), str(paths[1]), "vq"]
     with pytest.raises(UsageError, match="nothing to measure"):
-        evaluate_tokenizer.report_names(())
+        report_names(())
 
 
 def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:
