@@ -89,11 +89,13 @@ def model_card(
     return ModelCard("\n\n".join(parts) + "\n")
 
 
-def training_rows(weights: str, steps: int, config: TrainConfig, losses: Sequence[str]) -> Rows:
+def training_rows(
+    weights: str, steps: int, config: TrainConfig, losses: Sequence[str], finished: bool = True
+) -> Rows:
     """How `weights` (averaged or newest) were trained; `losses` are named with their weights."""
     return {
         "weights": weights,
-        "optimizer steps": steps,
+        "optimizer steps": steps if finished else f"{steps} of {config.steps}, not finished",
         "effective batch": config.batch_size,
         "seed": config.seed,
         "precision": "float32" if config.precision == "no" else config.precision,

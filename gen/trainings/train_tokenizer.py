@@ -26,6 +26,7 @@ from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
+from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.gen.trainings.dry_run import random_splits, rehearse, resident, without_perceptual
@@ -131,7 +132,9 @@ def publish(
         return
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
-    weights = training_rows(config.weights_name, steps, config, losses) if steps else {"weights": "none were trained"}
+    weights = {"weights": "none were trained"}
+    if steps:
+        weights = training_rows(config.weights_name, steps, config, losses, not unfinished(run))
     card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 

@@ -114,7 +114,7 @@ def test_tokenizers_are_measured_on_another_source(
     quality = evaluate_tokenizer(load_tokenizer(pipeline.tokenizer)[0], held_out.images)
     row = (tmp_path / "out" / "results.csv").read_text().splitlines()[1]
     assert f"other-heldout@{held_out.fingerprint[:12]}" in row and f"{quality['psnr']:.4f}"[:6] in row
-    assert f"Measured on {other}; trained: tokenizer on digits." in done.out
+    assert f"Measured on {other.name}; trained: tokenizer on digits." in done.out
     assert "trained: tokenizer on digits" in (tmp_path / "out" / "report.md").read_text().replace("\\", "")
     succeed(f"train_features --data {other} --held-out 0.5 --steps 1 --width 8 --dim 4 --out {tmp_path / 'features'}")
     done = succeed(f"{call} --features {tmp_path / 'features'}")
