@@ -108,6 +108,8 @@ def benchmark_block(found: dict[str, Any]) -> str:
     rows = found.get("rows", found.get("results"))
     if isinstance(rows, dict):
         rows = [{"name": name, **row} for name, row in rows.items()]
+    if not rows:
+        raise SystemExit("the file has no rows")
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)

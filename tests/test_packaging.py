@@ -30,7 +30,9 @@ OPTIONAL = {
     "torchvision",
 }
 ROOMS = (
+    "names",
     "core",
+    "progress",
     "files",
     "data",
     "training",

@@ -97,7 +97,7 @@ def claimed(task: DemoTask) -> Iterator[None]:
 def _made_by_a_demo(run: Path) -> bool:
     """Whether an earlier version made this run, as its command has it."""
     try:
-        return Path(read_json(run / "env.json")["command"].split()[1]).name == "demo.py"
+        return Path(read_json(run / "env.json")["command"].split()[1]).stem == "demo"
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 

@@ -62,29 +62,29 @@ def main() -> NoReturn:
 
 def started(words: list[str], program: str = "midway") -> NoReturn:
     """Run the command that `words` begin with; `program` is what to type before it."""
-    name = named(words)
-    if name is None:
+    found = named(words)
+    if found is None:
         _exit_without_command(words, program)
-    command, arguments = COMMANDS[name], words[len(name.split()) :]
+    name, arguments = found
+    command = COMMANDS[name]
     try:
         run, module = import_module("midway.gen.flags.cli").main, import_module(f"midway.gen.{command.module}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("midway"):
             raise
         _exit(incomplete(error.name or "a package"))
-    run(
-        getattr(module, command.function),
-        arguments,
-        command.alone,
-        program if program != "midway" else f"midway {name}",
-    )
+    shown = f"midway {name}" if program == "midway" else program
+    raise SystemExit(run(getattr(module, command.function), arguments, command.alone, shown))  # `run` exits by itself
 
 
-def named(words: list[str]) -> str | None:
-    """The command that the first one or two words name, also joined by a hyphen or with underscores."""
+def named(words: list[str]) -> tuple[str, list[str]] | None:
+    """The command that the first one or two words name, also joined by a hyphen or with underscores, and what follows."""
     whole = {name.replace(" ", "-"): name for name in COMMANDS}
-    first = [word.replace("_", "-").lower() for word in words[:2] if not word.startswith("-")]
-    return next((whole[text] for text in ("-".join(first), *first[:1]) if text in whole), None)
+    for count in (2, 1):
+        text = "-".join(words[:count]).replace("_", "-").lower()
+        if text in whole:
+            return whole[text], words[count:]
+    return None
 
 
 def incomplete(package: str) -> UsageError:

@@ -1,4 +1,4 @@
-"""The report of check_metric.py: results.csv, results.jsonl, report.md and one self-contained report.html; a table per space."""
+"""The report of midway check-metric: results.csv, results.jsonl, report.md, and report.html with a table per space."""
 
 import dataclasses
 from collections.abc import Sequence

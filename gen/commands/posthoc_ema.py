@@ -1,7 +1,8 @@
 """Another width of the weight average, after training: midway posthoc-ema runs/a --std 0.10 --out runs/b
 
 The run must have tracked power-function averages (--posthoc 0.05 0.10). What comes out is a run directory like the first,
-whose averaged weights have the requested width, so that sample.py, train_solver.py and evaluate.py take it with --model.
+whose averaged weights have the requested width, so that midway sample, train solver and evaluate
+take it with --model.
 """
 
 import shutil
@@ -78,7 +79,7 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
     """What the source was trained with, and where the average comes from."""
-    values, fix = own_fields(LatentTask, source.config), "give a run that train_latent.py made"
+    values, fix = own_fields(LatentTask, source.config), "give a run that midway train latent made"
     trained = to_record(from_file(LatentTask, values, source.path / "config.yaml", fix))
     made = {"source": str(absolute(task.run)), "std": task.std, "step": step}
     return {**trained, "data": to_record(data_of(source)), "posthoc": made}

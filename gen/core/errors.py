@@ -5,12 +5,12 @@ Exit codes: 0 ok, 1 runtime, 2 usage, 3 data, 4 diverged, 5 disk, 128 + the numb
 """
 
 import contextlib
-import difflib
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 
 from midway.gen.core.text import printable
+from midway.gen.names.nearest import suggestion
 
 
 class MidwayError(Exception):
@@ -48,11 +48,8 @@ class DiskError(MidwayError):
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A hint naming the closest choice, then all of them: `did you mean 'ddim'? (ddim, euler)`."""
-    known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean '{close[0]}'? " if close else ""
-    return f"{hint}choose one of: {', '.join(known)}"
+    """`did you mean 'ddim'? choose one of: ddim, euler`: the nearest name, then at most eight, the nearest first."""
+    return suggestion(name, choices)
 
 
 def one_line(error: BaseException) -> str:

@@ -179,15 +179,18 @@ class Run:
         """Write config.yaml, which marks a directory as a run."""
         write_yaml(self.path / CONFIG, {"kind": self.kind, **self.config})
 
-    def note(self, facts: dict[str, Any]) -> None:
-        """Add to env.json the facts of one start of its training, with today's environment."""
+    def note(self, facts: dict[str, Any], again: bool = False) -> None:
+        """Add to env.json the facts of one start of its training, with today's environment; `again`: more of the last one."""
         path = self.path / "env.json"
         try:
             known = read_json(path)
             starts = [dict(start) for start in known.get("starts", [])]
         except DAMAGE:  # of a run that was killed as it began, say
             known, starts = environment(), []
-        starts.append({**environment(), **facts} if starts else facts)
+        if again and starts:
+            starts[-1] |= facts
+        else:
+            starts.append({**environment(), **facts} if starts else facts)
         write_atomically(path, (json.dumps({**known, "starts": starts}, indent=2) + "\n").encode())
 
     @property

@@ -1,13 +1,19 @@
-"""Output on a terminal or a pipe that may be gone: what is printed there is lost, and the program goes on."""
+"""Output on a terminal or a pipe that may be gone: what is printed there is lost, and the program goes on.
+
+Lines are written above progress bars, and warnings in one form, whoever raises them.
+"""
 
 import contextlib
 import errno
 import io
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn, TextIO
+
+from midway.gen.core.text import printable, write_line
 
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.ECONNRESET)
 """Errors of writing to a pipe that nobody reads, and to a terminal that was closed."""
@@ -44,13 +50,33 @@ def lasting_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Within the block, a warning is one line, `warning: <message>`, without the file and line that raised it."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"warning: {message}\n"
+    """Within the block a warning is one line on stderr, `warning: <message>`, above progress bars, and each is written once.
+
+    So are the messages of loggers that would write to stderr, libraries' among them, with their level in front.
+    """
+    before = warnings.showwarning, logging.Handler.handle
+    shown, streams = set[str](), (sys.stderr, sys.__stderr__)
+
+    def show(level: str, message: object) -> None:
+        text = f"{level.lower()}: {' '.join(str(message).split())}"
+        if text not in shown:
+            shown.add(text)
+            write_line(printable(text), sys.stderr)
+
+    def handle(self: logging.Handler, record: logging.LogRecord) -> Any:
+        if getattr(self, "stream", None) not in (sys.stderr, *streams):
+            return before[1](self, record)
+        passed = self.filter(record)
+        if passed:
+            show(record.levelname, record.getMessage())
+        return passed
+
+    warnings.showwarning = lambda message, category, filename, lineno, file=None, line=None: show("warning", message)
+    logging.Handler.handle = handle  # of all of them, also of libraries that are imported later
     try:
         yield
     finally:
-        warnings.formatwarning = before
+        warnings.showwarning, logging.Handler.handle = before
 
 
 def _lasting(stream: TextIO) -> TextIO:

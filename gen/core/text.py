@@ -10,10 +10,12 @@
 YAML escapes by itself.
 """
 
+import contextlib
 import html as hypertext
 import json
 import re
-from typing import Any
+import sys
+from typing import Any, TextIO
 
 _UNSEEN = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROL = re.compile(
@@ -34,7 +36,18 @@ def printable(text: object) -> str:
 def echo(*lines: object) -> None:
     """Print lines, each of which may hold line ends of its own."""
     for line in lines:
-        print(printable_lines(line), flush=True)
+        write_line(printable_lines(line), sys.stdout)
+
+
+def write_line(text: str, stream: TextIO | None) -> None:
+    """Write text and a line end in one piece, above the progress bars that are drawn; nothing where there is no stream."""
+    if stream is None:
+        return
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # what was not imported has drawn nothing
+    drawn = bars is not None and bool(getattr(bars, "_instances", None))
+    with bars.external_write_mode(file=stream) if bars and drawn else contextlib.nullcontext():
+        stream.write(f"{text}\n")
+        stream.flush()
 
 
 def printable_lines(text: object) -> str:

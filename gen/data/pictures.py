@@ -1,6 +1,6 @@
 """Images as files: grids for people, and what other people's evaluators read.
 
-    grid    a PNG of many images in rows
+    grid    a PNG of many images in rows, below a caption
     NPZ     arr_0 uint8 (N, H, W, 3), grey repeated; arr_1 int64 (N,), labels of a conditional model: what ADM's evaluator takes
     zip     stored, not compressed: 00000/img00000000.png, ... by thousands, and dataset.json with labels, or null: EDM's layout
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,8 +38,15 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 # ---- grids ----
 
 
-def grid_png(images: Tensor, columns: int, scale: int | None = None) -> bytes:
-    """uint8 (N, C, H, W) -> a PNG with `columns` images a row, 2 pixels apart, each enlarged by a whole factor."""
+CAPTION = 22
+"""Pixels of the type of a caption, twice the size of Pillow's default font."""
+
+
+def grid_png(images: Tensor, columns: int, scale: int | None = None, caption: str = "") -> bytes:
+    """uint8 (N, C, H, W) -> a PNG with `columns` images a row, 2 pixels apart, each enlarged by a whole factor.
+
+    A caption is drawn into a strip above, broken into lines between words where the picture is narrow.
+    """
     factor = scale or max(1, math.ceil(LEAST_SIDE / images.shape[-1]))
     large = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     large = F.pad(large.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
@@ -48,13 +55,31 @@ def grid_png(images: Tensor, columns: int, scale: int | None = None) -> bytes:
     rows = large.unflatten(0, (-1, columns))  # (R, K, 3, h, w)
     picture = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.numpy())).save(buffer, format="PNG")
+    made = Image.fromarray(np.ascontiguousarray(picture.numpy()))
+    (_captioned(made, caption) if caption else made).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def save_grid(path: Path, images: Tensor, columns: int) -> None:
+def _captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture below its caption, and wider where a word is."""
+    font, lines = ImageFont.load_default(CAPTION), list[str]()
+    for word in caption.split(" "):
+        longer = f"{lines[-1]} {word}" if lines else word
+        fits = bool(lines) and font.getlength(longer) <= picture.width - 8
+        lines = [*lines[:-1], longer] if fits else [*lines, word]
+    row = CAPTION + 8
+    width = max(picture.width, *(int(font.getlength(line)) + 9 for line in lines))
+    whole = Image.new("RGB", (width, picture.height + row * len(lines)), "white")
+    draw = ImageDraw.Draw(whole)
+    for number, line in enumerate(lines):
+        draw.text((4, row * number + 1), line, fill="black", font=font)
+    whole.paste(picture, (0, row * len(lines)))
+    return whole
+
+
+def save_grid(path: Path, images: Tensor, columns: int, caption: str = "") -> None:
     """Write `grid_png` to `path`, completely or not at all."""
-    write_atomically(path, grid_png(images, columns))
+    write_atomically(path, grid_png(images, columns, caption=caption))
 
 
 # ---- archives ----

@@ -109,7 +109,7 @@ class SavedNoise:
     @staticmethod
     def load(path: Path, latent_shape: tuple[int, ...], classes: int) -> "SavedNoise":
         """DataError for any other file, and for noise of another shape or of classes that the model does not have."""
-        fix = "give a file that sample.py --invert has written for this model"
+        fix = "give a file that midway sample --invert has written for this model"
         with reading(path, fix):
             tensors, header = read_tensors(path)
             if header.get("format") != FORMAT or {*tensors} != {"noise", "labels"}:

@@ -134,7 +134,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
 
 @dataclass(frozen=True)
 class Posthoc:
-    """What posthoc_ema.py writes into config.yaml: the run, the width and the step of an average."""
+    """What midway posthoc-ema writes into config.yaml: the run, the width and the step of an average."""
 
     source: str
     std: float

@@ -202,7 +202,9 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
 def _adaptive(schedule: Schedule, nfe: int, config: SamplerConfig) -> AdaptiveSampler:
     """Between the ends of the first grid; UsageError where a budget is measured, and for flags that it does not have."""
     if config.tolerances is None:
-        raise UsageError(f"{ADAPTIVE} at NFE {nfe}", "it has a tolerance, not a budget", "use it in sample.py alone")
+        raise UsageError(
+            f"{ADAPTIVE} at NFE {nfe}", "it has a tolerance, not a budget", "use it in midway sample alone"
+        )
     for flag, given in (("--eta", config.eta), ("--analytic-first", config.analytic_first)):
         if given:
             raise UsageError(

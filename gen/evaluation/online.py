@@ -31,8 +31,10 @@ def online_distances(
     return found
 
 
-def log_online(run: Run, step: int, found: dict[int, float], reference: FeatureReference, config: OnlineConfig) -> None:
-    """One line of metrics.jsonl and one of the log, with all that names the numbers."""
+def log_online(
+    run: Run, step: int, found: dict[int, float], reference: FeatureReference, config: OnlineConfig
+) -> dict[str, float]:
+    """One line of metrics.jsonl and one of the log, with all that names the numbers; these by name."""
     facts = {"n": config.n, "solver": config.solver, "grid": config.grid, "seeds": f"0-{config.n - 1}"}
     values = {f"distance_nfe_{nfe}": value for nfe, value in found.items()}
     run.log({"step": step, "early": True, **values, **facts, "features": reference.features})
@@ -41,3 +43,4 @@ def log_online(run: Run, step: int, found: dict[int, float], reference: FeatureR
         f"step {step}: Fréchet distance ({reference.features}, n = {config.n}, seeds {facts['seeds']}) by {config.solver} "
         f"on {config.grid}: {distances}"
     )
+    return values

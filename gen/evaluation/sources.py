@@ -194,5 +194,5 @@ class SolverSource:
             raise DivergedError(
                 f"the decoder of model {self.trained.hash} gives no image for some latents",
                 str(error),
-                "train its tokenizer again; evaluate_tokenizer.py measures it on real images",
+                "train its tokenizer again; midway evaluate-tokenizer measures it on real images",
             ) from None

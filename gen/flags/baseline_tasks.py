@@ -1,4 +1,4 @@
-"""Options of train_baseline.py: one dataclass for each kind of baseline, whose fields are its flags."""
+"""Options of midway train baseline: one dataclass for each kind of baseline, whose fields are its flags."""
 
 from dataclasses import dataclass, field
 from typing import Annotated

@@ -114,7 +114,7 @@ def own_fields(task: type, values: Any) -> Any:
         raise DataError(
             "this run was imported, not trained",
             f"its config.yaml names {values['source']} as its source",
-            "give a run that train_tokenizer.py made; imported ones serve as --tokenizer",
+            "give a run that midway train tokenizer made; imported ones serve as --tokenizer",
         )
     return {key: value for key, value in values.items() if key in fields or key not in RECORDED}
 

@@ -1,4 +1,4 @@
-"""The flags of evaluate.py, and the checks that need nothing but them."""
+"""The flags of midway evaluate, and the checks that need nothing but them."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path

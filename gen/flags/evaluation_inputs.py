@@ -1,4 +1,4 @@
-"""What the flags of evaluate.py name: the model, its repeats, baselines and external images.
+"""What the flags of midway evaluate name: the model, its repeats, baselines and external images.
 
 Modules that only some sweeps need are imported in the functions that open them, so that the path of a plain sweep is short.
 """

@@ -1,4 +1,4 @@
-"""What evaluate.py compares with: the training images, or a published reference; published protocols; the classes of seeds."""
+"""What midway evaluate compares with: the training images, or a published reference; protocols; the classes of seeds."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the flags of sample.py name: classes, images and noise."""
+"""What the flags of midway sample name: classes, images and noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where sample.py writes: a grid, or single images in a folder, a zip or an NPZ, by one process or several."""
+"""Where midway sample writes: a grid, or single images in a folder, a zip or an NPZ, by one process or several."""
 
 import math
 import os

@@ -89,9 +89,7 @@ def model_card(
     return ModelCard("\n\n".join(parts) + "\n")
 
 
-def training_rows(
-    weights: str, steps: int, config: TrainConfig, losses: Sequence[str], finished: bool = True
-) -> Rows:
+def training_rows(weights: str, steps: int, config: TrainConfig, losses: Sequence[str], finished: bool = True) -> Rows:
     """How `weights` (averaged or newest) were trained; `losses` are named with their weights."""
     return {
         "weights": weights,

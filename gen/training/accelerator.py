@@ -39,6 +39,7 @@ def make_accelerator(config: TrainConfig, out: Path | None = None, idle: bool = 
         torch.backends.cudnn.benchmark = False
     # its successor is not in older versions of torch
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+    warnings.filterwarnings("ignore", message=".*no supported trackers.*")  # an error follows
     several = launched()[1] > 1
     fix = "change --log-with or --precision"
     with raising(UsageError, "the accelerator cannot be set up", fix, ValueError, ImportError), joining() as patience:

@@ -74,7 +74,10 @@ class TrainConfig:
     """Latent models: optimizer steps between online evaluation, the Fréchet distance at a few small budgets (0: none)."""
     log_every: int = 50
     preview_every: int = 0
-    """Optimizer steps between preview grids (0: only at the end)."""
+    """Optimizer steps between preview grids (0: by time, see preview_seconds)."""
+    preview_seconds: float = 180.0
+    """Seconds between preview grids, or more so that they take at most 2 % of the time and a day makes some 150 (0: none by time;
+    there is one at the end)."""
     log_with: tuple[str, ...] = ()
     """Trackers besides metrics.jsonl: tensorboard, wandb, trackio or any other that Accelerate supports."""
     seed: int = 0
@@ -88,7 +91,17 @@ class TrainConfig:
         for name in ("batch_size", "accumulation", "log_every", "plateau", "posthoc_every", "patience", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        least_0 = ("steps", "warmup", "lr", "weight_decay", "preview_every", "save_every", "save_seconds", "seed")
+        least_0 = (
+            "steps",
+            "warmup",
+            "lr",
+            "weight_decay",
+            "preview_every",
+            "save_every",
+            "save_seconds",
+            "seed",
+            "preview_seconds",
+        )
         for name in (*least_0, "validate_every", "patience_validations", "measure_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -128,7 +141,7 @@ EARLIER = ("overwrite", "resume", "train.max_seconds", "train.max_steps", "data.
 """Flags of one call, which checkpoints of earlier versions name."""
 BUDGETS = ("save_every", "save_seconds", "keep", "patience", "patience_validations")
 LOADING = ("workers",)
-REPORTS = ("log_every", "preview_every", "log_with", "validate_every", "measure_every")
+REPORTS = ("log_every", "preview_every", "preview_seconds", "log_with", "validate_every", "measure_every")
 ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic")
 """The same numbers up to the order of floating-point sums."""
 
@@ -185,7 +198,7 @@ class OnlineConfig:
     solver: str = "dpmpp2m"
     grid: str = "karras"
     features: str | None = field(default=None, metadata={RECORDED_AS: recorded_run})
-    """Feature network, as in evaluate.py (default: effnet-lite0)."""
+    """Feature network, as in midway evaluate (default: effnet-lite0)."""
 
     def __post_init__(self) -> None:
         if self.n < 2 or not self.nfe or min(self.nfe) < 1:

@@ -13,7 +13,7 @@ Validation runs before checkpointing, so the checkpoint includes its result.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,8 @@ from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import at_work, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
+from midway.gen.progress.bar import duration
+from midway.gen.progress.memory import peak_memory
 from midway.gen.training.accelerator import check_unused, explaining_memory
 from midway.gen.training.batches import Context, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
@@ -43,9 +45,11 @@ from midway.gen.training.optim import (
     step_if,
 )
 from midway.gen.training.power_ema import PowerAverage, save_snapshot
-from midway.gen.training.progress import Averages, Reporter
+from midway.gen.training.progress import Averages, PreviewTimer, Reporter
 from midway.gen.training.starting import Routed, start
 from midway.gen.training.state import TrainingState, posthoc_file
+
+Shown = TypeVar("Shown")
 
 
 def fit(
@@ -104,6 +108,7 @@ class Training:
             model, self.optimizers, self.ema, self.posthoc, self.averages, self.guard, self.validation, accelerator
         )
         self.checkpointing = CheckpointManager(run, config, self.state, items.fingerprint, hooks.export)
+        self.previews = PreviewTimer(config, self.checkpointing.clock)
         self.last: dict[str, float] = {}
 
     # ---- the loop ----
@@ -128,7 +133,7 @@ class Training:
                 self._validate(step, report)
             done = step == config.steps or self.validation.is_over
             if _due(config.measure_every, step) or (done and config.measure_every):
-                self._show(self.hooks.measure, step)
+                report.measured(step, self._show(self.hooks.measure, step) or {})
             self._log(step, report, stop, done)
             due = decision.stop_flags.save or _due(config.save_every, step)
             if done or stop or (due and not self.guard.streak):  # a reset goes to the step before a streak
@@ -137,8 +142,10 @@ class Training:
             if decision.stop_flags.stop:  # the sender of the signal may not wait for previews
                 report.close()
                 raise Interrupted(interrupts.number or 15, step, self.run.checkpoints / f"step-{step}")
-            if _due(config.preview_every, step) or done or stop:
-                self._show(self.hooks.preview, step)
+            wanted = _due(config.preview_every, step) if config.preview_every else decision.stop_flags.preview
+            if wanted or done or stop:
+                with self.previews.timed():
+                    report.pictured(step, self._show(self.hooks.preview, step))
             if stop:
                 break
         if step == config.steps:  # also when there are no steps
@@ -194,7 +201,8 @@ class Training:
     def _stop_flags(self, interrupts: Interrupts) -> StopFlags:
         limit = self.config.max_seconds
         late = limit is not None and self.checkpointing.clock.here >= limit
-        return StopFlags(stop=bool(interrupts.number), late=late, save=self.checkpointing.is_due)
+        preview = self.accelerator.is_main_process and self.previews.is_due()
+        return StopFlags(bool(interrupts.number), late, self.checkpointing.is_due, preview)
 
     def _log(self, step: int, report: Reporter, stop: bool, done: bool) -> None:
         """Log the interval if it is over and store snapshots if due; the checkpoint of this step assumes both."""
@@ -208,15 +216,12 @@ class Training:
         if self.posthoc and (_due(config.posthoc_every, step) or done):
             self._snapshot(step)
 
-    def _show(self, hook: Callable[[int], None] | None, step: int) -> None:
+    def _show(self, hook: Callable[[int], Shown] | None, step: int) -> Shown | None:
         """Call the hook on the main process with the averaged weights in the model (not if the model is sharded)."""
-        if hook is None:
-            return
-        if not self.sharded:
-            with raised_by_all(), self._averaged():
-                if self.accelerator.is_main_process:
-                    with at_work("previews"):
-                        hook(step)
+        if hook is None or self.sharded:
+            return None
+        with raised_by_all(), self._averaged(), at_work("previews"):
+            return hook(step) if self.accelerator.is_main_process else None
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -251,6 +256,10 @@ class Training:
         stop_note(f"step {step} is saved in {self.run.path}; the same command with --resume auto goes on")
         finished = step == self.config.steps or self.validation.is_over
         skipped = self.guard.skipped
+        if self.accelerator.is_main_process:
+            peak = peak_memory()
+            self.run.note(peak.facts, again=True)
+            self.run.say(f"{step} steps in {duration(self.checkpointing.clock.total)}; {peak}")
         if skipped and self.accelerator.is_main_process:
             self.run.say(f"{skipped} of {step} steps were skipped: their loss or gradient was not finite")
         if not finished and self.accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """Interfaces of fit(): the model, the data and the hooks that it takes, and the result that it returns."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,15 +60,25 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """A picture that was written, what it shows in a few words, and figures of what is shown, for trackers."""
+
+    path: Path
+    title: str
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Hooks:
     """Callbacks on the main process: `preview(step)`, `measure(step)` and `validate(step)`, called with the averaged
     weights in the model, and `export(folder, averaged)`, which puts files for other commands into every checkpoint. The weights
-    with the lowest value of `validate` are stored in best/ of the run."""
+    with the lowest value of `validate` are stored in best/ of the run. `preview` returns what it has written, `measure` the
+    figures that it has logged; none of them changes what is learned."""
 
-    preview: Callable[[int], None] | None = None
+    preview: Callable[[int], Preview | None] | None = None
     export: Callable[[Path, dict[str, Tensor]], None] | None = None
     validate: Callable[[int], float] | None = None
-    measure: Callable[[int], None] | None = None
+    measure: Callable[[int], Mapping[str, float] | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ GPU) or of this one (on a CPU), so that a device always has work queued.
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import cast
 
 import torch
@@ -21,11 +21,12 @@ RECENT = 20
 
 @dataclass(frozen=True)
 class StopFlags:
-    """Conditions of one process: a stop signal arrived, the time limit has passed, a checkpoint is due."""
+    """Conditions of one process: a stop signal arrived, the time limit has passed, a checkpoint or a preview is due."""
 
     stop: bool = False
     late: bool = False
     save: bool = False
+    preview: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,8 @@ class NonFiniteGuard:
         return step_ok
 
     def _agree(self, loss: Tensor, stop_flags: StopFlags) -> Tensor:
-        """float64 (4,): the sums over all processes of the loss and of the flags."""
-        flags = torch.tensor(
-            [stop_flags.stop, stop_flags.late, stop_flags.save], dtype=torch.float64, device=loss.device
-        )
+        """float64 (5,): the sums over all processes of the loss and of the flags."""
+        flags = torch.tensor(astuple(stop_flags), dtype=torch.float64, device=loss.device)
         return cast(Tensor, self.accelerator.reduce(torch.cat([loss.double().view(1), flags]), "sum"))
 
     def _post(self, packet: Tensor, stop_flags: StopFlags) -> None:

@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from midway.gen.core.runs import Run
+from midway.gen.progress.bar import Progress
+from midway.gen.progress.trackers import Trackers
 from midway.gen.training.config import TrainConfig, flat, learning_rate
+from midway.gen.training.interface import Preview
 
-LINE_SECONDS = 30.0
 WAITING_LOGS = 64
 
 
@@ -129,27 +131,52 @@ class Clock:
         return self.before + self.here
 
 
+class PreviewTimer:
+    """When previews are due by time: every `preview_seconds`, or after 50 times what the last took, or 2 % of the time so far.
+
+    A preview writes a picture and changes nothing that is learned, so that its time is of no consequence for a run.
+    """
+
+    def __init__(self, config: TrainConfig, clock: Clock) -> None:
+        self.config, self.clock = config, clock
+        self._last = self._cost = 0.0
+
+    def is_due(self) -> bool:
+        """True once for every preview."""
+        least = self.config.preview_seconds
+        wait = max(least, 50 * self._cost, 0.02 * self.clock.total)
+        due = not self.config.preview_every and least > 0 and self.clock.here - self._last >= wait
+        self._last = self.clock.here if due else self._last
+        return due
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around a preview, whatever the reason for it."""
+        before = self.clock.here
+        yield
+        self._last = self.clock.here
+        self._cost = self._last - before
+
+
 class Reporter:
-    """A progress bar on a terminal, else one plain line every 30 s; metrics.jsonl always. Only the main process reports."""
+    """A progress bar on a terminal, else plain lines; metrics.jsonl and trackers always. Only the main process reports."""
 
     def __init__(self, config: TrainConfig, run: Run, accelerator: Accelerator, step: int) -> None:
         self.config, self.run, self.accelerator = config, run, accelerator
         self.main = accelerator.is_main_process
-        self.first, self.steps_before = step, step
-        self.bar = tqdm(
-            total=config.steps, initial=step, desc=run.kind, disable=None if self.main else True, leave=False
-        )
-        self.started = self.last_line = self.last_interval = time.monotonic()
+        self.steps_before = step
         self.shown: dict[str, str] = {}
-        if config.log_with:
-            accelerator.init_trackers("midway", _scalars(run.config))
+        self.progress = Progress(
+            run.kind, config.steps, "steps", step, self.main, write=run.say, text=self._line, clock=time.monotonic
+        ).__enter__()
+        self.last_interval = time.monotonic()
+        names = accelerator.log_with if self.main and config.log_with else ()
+        self.trackers = Trackers(names, run.path, _scalars(run.config), run.say)
 
     def back_to(self, step: int) -> None:
         """The run was reset to an earlier step."""
-        self.first = self.steps_before = step
-        self.started = self.last_interval = time.monotonic()
-        self.bar.n = step
-        self.bar.refresh()
+        self.steps_before, self.last_interval = step, time.monotonic()
+        self.progress.back_to(step)
 
     def interval(self, step: int, seconds: float, means: dict[str, float], skipped: int, partial: bool) -> None:
         """Means over the steps since the last interval; `partial` when the run stops before the interval is full."""
@@ -161,42 +188,46 @@ class Reporter:
         self.steps_before, self.last_interval = step, now
         if self.main:
             self.run.log(record | ({"partial": True} if partial else {}))
-            self._show(step, means, rate, skipped)
-        if self.config.log_with:
-            self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+            self.shown = {k: f"{v:.4g}" for k, v in means.items() if not k.startswith("loss_time")}
+            self.shown |= {"skipped": str(skipped)} if skipped else {}
+            self.progress.at(", ".join(f"{k}={v}" for k, v in self.shown.items()))
+        self.trackers.log({k: v for k, v in record.items() if k != "step"}, step)
 
     def validated(self, step: int, value: float) -> None:
-        """A validation; trackers take it if it is finite."""
+        """A validation."""
         if self.main:
             self.run.log({"step": step, "validation": value})
-        if self.config.log_with and math.isfinite(value):
-            self.accelerator.log({"validation": value}, step=step)
+        self.measured(step, {"validation": value})
 
-    def _show(self, step: int, means: dict[str, float], rate: float, skipped: int) -> None:
-        self.shown = {k: f"{v:.4g}" for k, v in means.items() if not k.startswith("loss_time")}
-        self.shown |= {"skipped": str(skipped)} if skipped else {}
-        self.bar.set_postfix(self.shown)
-        if self.bar.disable and step == self.config.steps:
-            self._line(step, rate)
+    def measured(self, step: int, figures: Mapping[str, float]) -> None:
+        """Figures of held-out images or of samples, which are logged elsewhere, for trackers; they take those that are finite."""
+        self.trackers.log({name: value for name, value in figures.items() if math.isfinite(value)}, step)
+
+    def pictured(self, step: int, preview: Preview | None) -> None:
+        """A preview and its figures, for trackers."""
+        if preview is not None:
+            self.measured(step, preview.figures)
+            self.trackers.picture(preview.title, preview.path, step)
 
     def tick(self, step: int) -> None:
-        """Step `step` is done; a plain line if the last one is 30 s old and there is no bar."""
-        self.bar.update()
-        since = time.monotonic() - self.last_line
-        if self.main and self.bar.disable and since >= LINE_SECONDS:
-            self._line(step, (step - self.first) * self.config.batch_size / (time.monotonic() - self.started))
+        """Step `step` is done; a plain line if one is due and there is no bar, and at the end."""
+        if step == self.config.steps and self.main and not self.progress.has_bar:
+            self.progress.done = step
+            self.progress.line()
+        else:
+            self.progress.advance(step - self.progress.done)
 
-    def _line(self, step: int, rate: float) -> None:
-        self.last_line = time.monotonic()
-        eta = (self.last_line - self.started) / max(step - self.first, 1) * (self.config.steps - step)
+    def _line(self) -> str:
+        made, config = self.progress.done - self.progress.before, self.config
         words = " ".join(f"{k} {v}" for k, v in self.shown.items())
-        self.run.say(f"{self.run.kind} step {step}/{self.config.steps} {words} {rate:.0f} images/s eta {eta:.0f} s")
+        rate = f"{made * config.batch_size / max(self.progress.elapsed, 1e-9):.0f} images/s"
+        parts = (f"{self.run.kind} step {self.progress.done}/{config.steps}", words, rate if made else "")
+        return " ".join(part for part in (*parts, self.progress.eta) if part)
 
     def close(self) -> None:
         """End the bar and the trackers."""
-        self.bar.close()
-        if self.config.log_with:
-            self.accelerator.end_training()
+        self.progress.close()
+        self.trackers.close()
 
 
 def _scalars(config: dict[str, Any]) -> dict[str, int | float | str | bool]:

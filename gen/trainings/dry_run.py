@@ -9,8 +9,6 @@ where a step has at most 10^12 floating-point operations (or one sample).
     time            steps x batch size / (samples a second of the second step), at the same speed for every step
 """
 
-import resource
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.data.images import image_data
 from midway.gen.data.splits import DataConfig, Splits
+from midway.gen.progress.memory import gib, most_resident
 from midway.gen.training.accelerator import ROOM, loss_flops, loss_need, share_of
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import Training
@@ -104,11 +103,6 @@ class Rehearsal:
         ]
 
 
-def gib(size: float) -> str:
-    """`2.4 GiB`."""
-    return f"{size / 2**30:.3g} GiB"
-
-
 def rehearse(
     model: nn.Module,
     items: Items,
@@ -143,7 +137,7 @@ def measure(model: nn.Module, items: Items, config: TrainConfig, accelerator: Ac
         share=share,
         processes=processes,
         seconds=seconds[-1],
-        peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(0, highest() - start),
+        peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else max(0, most_resident() - start),
         device=device,
     )
 
@@ -183,11 +177,6 @@ def timed_steps(training: Training, count: int) -> list[float]:
 def resident() -> int:
     """Bytes of memory in use by this process."""
     return psutil.Process().memory_info().rss
-
-
-def highest() -> int:
-    """Most bytes that this process has had in use."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def without_perceptual(task: Any) -> tuple[Any, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""What `train_solver.py` learns: its flags and defaults, their checks, and the objective of one budget on its grid."""
+"""What `midway train solver` learns: its flags and defaults, their checks, and the objective of one budget on its grid."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -29,7 +29,7 @@ from midway.gen.flags.cli import resolve
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import FitResult, Hooks
+from midway.gen.training.interface import FitResult, Hooks, Preview
 from midway.gen.trainings.dry_run import random_splits, rehearse, resident
 from midway.gen.trainings.running import Parts, built, image_parts, open_run, with_precision
 
@@ -121,7 +121,7 @@ def train(task: BaselineTask) -> Run | None:
     config = {"baseline": kind_of(task), **to_record(task)}
     with open_run(task, task.out, KIND, config, accelerator, *facts(parts), *precision) as run:
         hooks = Hooks(
-            preview=lambda step: write_samples(run, model, f"{weights}-{step:06d}"),
+            preview=lambda step: write_samples(run, model, weights, step),
             export=lambda folder, _: write_baseline(folder, model),
             validate=parts.validate,
         )
@@ -167,7 +167,7 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
             f"seed {bounds.seed}; weights {trained.weights}{selected})"
         )
     if result.best is not None:
-        write_samples(run, trained.model, f"best-{result.best[0]:06d}")
+        write_samples(run, trained.model, "best", result.best[0])
     if isinstance(trained.model, VAE):
         write_latents(run, trained.model, subject)
     run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
@@ -176,16 +176,18 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
 # ---- pictures ----
 
 
-def write_samples(run: Run, model: Baseline, name: str) -> None:
+def write_samples(run: Run, model: Baseline, weights: str, step: int) -> Preview | None:
     """Samples of fixed seeds; one log line instead if they are not finite."""
-    seeds = torch.arange(PREVIEW)
+    seeds, name = torch.arange(PREVIEW), f"{weights}-{step:06d}"
     labels = labels_of(seeds, model.classes, model.empty) if model.classes else None
     try:
         images = to_uint8(model.sample(seeds, labels)).cpu()
     except ValueError as error:
         run.say(f"no samples {name}: {error}")
-        return
-    save_grid(run.path / "samples" / f"samples-{name}.png", images, columns=10)
+        return None
+    path = run.path / "samples" / f"samples-{name}.png"
+    save_grid(path, images, 10, f"step {step:,}: seeds 0-{PREVIEW - 1}, {weights} weights")
+    return Preview(path, "samples")
 
 
 def write_latents(run: Run, model: VAE, subject: Subject) -> None:

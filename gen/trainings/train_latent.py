@@ -37,7 +37,7 @@ from midway.gen.training.batches import LatentBatch
 from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import Hooks, Items
+from midway.gen.training.interface import Hooks, Items, Preview
 from midway.gen.trainings.dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.trainings.running import built, open_run, with_precision
 from midway.gen.trainings.train_tokenizer import make_tokenizer
@@ -167,10 +167,12 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     return reference
 
 
-def write_online(run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig) -> None:
-    """Online evaluation of the averaged weights, which are in the model."""
+def write_online(
+    run: Run, parts: Parts, step: int, reference: FeatureReference, config: OnlineConfig
+) -> dict[str, float]:
+    """Online evaluation of the averaged weights, which are in the model; the distances by name."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
-    log_online(run, step, online_distances(trained, reference, config, parts.draw), reference, config)
+    return log_online(run, step, online_distances(trained, reference, config, parts.draw), reference, config)
 
 
 def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:
@@ -187,12 +189,14 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
     model.set_bins(levels, tokenizer.latent_std)
 
 
-def write_preview(run: Run, parts: Parts, step: int, weights: str) -> None:
+def write_preview(run: Run, parts: Parts, step: int, weights: str) -> Preview:
     """Fixed seeds, Heun's method at 20 evaluations; the file's name contains the weights."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, "", run)
     table = heun(parts.model.schedule, karras(parts.model.schedule, PREVIEW_STEPS))
     images = decode(trained, sample_latents(trained, table, torch.arange(PREVIEW)).latents)
-    save_grid(Path(run.path) / "samples" / f"{weights}-{step:06d}-nfe20.png", images, columns=10)
+    path = run.path / "samples" / f"{weights}-{step:06d}-nfe{table.nfe}.png"
+    save_grid(path, images, 10, f"step {step:,}: Heun, NFE {table.nfe}, seeds 0-{PREVIEW - 1}, {weights} weights")
+    return Preview(path, "samples")
 
 
 def command(arguments: list[str]) -> None:

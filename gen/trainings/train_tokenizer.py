@@ -19,6 +19,7 @@ from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import read_tokenizer
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import TokenizerTask
+from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
@@ -28,7 +29,7 @@ from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import Hooks
+from midway.gen.training.interface import Hooks, Preview
 from midway.gen.trainings.dry_run import random_splits, rehearse, resident, without_perceptual
 from midway.gen.trainings.running import Parts, built, image_parts, open_run, with_precision
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -166,15 +167,19 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
         return built(lambda: ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **network))
 
 
-def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> None:
-    """Held-out images over their reconstructions."""
+def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, step: int, weights: str) -> Preview:
+    """Held-out images over their reconstructions, with the mean of their PSNRs."""
     held_out = splits.held_out.images
     images = held_out[permutation(0, "shown", 0, len(held_out))[:SHOWN]]  # the files' order goes by class
-    pairs = torch.stack([images, reconstruct(tokenizer, images)], dim=1)  # (N, 2, C, H, W)
+    again = reconstruct(tokenizer, images)
+    quality = psnr(images, again).mean().item()
+    pairs = torch.stack([images, again], dim=1)  # (N, 2, C, H, W)
     rows = pairs.unflatten(0, (-1, 8)) if len(images) % 8 == 0 else pairs[None]
     ordered = rows.transpose(1, 2).flatten(0, 2)  # eight originals, then their eight reconstructions
-    name = f"reconstructions-{weights}-{step:06d}.png"
-    save_grid(run.path / "samples" / name, ordered, columns=rows.shape[1])
+    path = run.path / "samples" / f"reconstructions-{weights}-{step:06d}.png"
+    words = f"step {step:,}: PSNR {quality:.2f}\u00a0dB of {len(images)} held-out images, {weights} weights"
+    save_grid(path, ordered, rows.shape[1], words)
+    return Preview(path, "reconstructions", {"preview_psnr": quality})
 
 
 def command(arguments: list[str]) -> None:

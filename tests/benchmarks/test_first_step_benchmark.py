@@ -7,6 +7,7 @@ import benchmark_modules
 import pytest
 
 
+@pytest.mark.slow
 def test_the_first_step_of_two_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first_step = benchmark_modules.benchmark("first_step")
     first_step.main(tmp_path / "sets", [8, 12], 1, tmp_path / "out.json")

@@ -128,7 +128,7 @@ def test_options_of_a_built_set(tmp_path: Path) -> None:
     for options in fitting:
         assert load_images(str(out), **options).images.shape == (35, 3, 6, 6)
     for options in other:
-        with pytest.raises(UsageError, match=r"do not fit[\s\S]*6x6 with 3 channels[\s\S]*data.py build"):
+        with pytest.raises(UsageError, match=r"do not fit[\s\S]*6x6 with 3 channels[\s\S]*data build"):
             load_images(str(out), **options)
 
 
@@ -337,7 +337,6 @@ def test_too_little_space_is_known_before(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, out = source(tmp_path / "animals", 8, size=16), tmp_path / "out"
     line = [
-        "build",
         str(folder),
         "--out",
         str(out),
@@ -349,21 +348,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "--workers",
         "2",
     ]
-    data_script.command([*line, "--held-out", "0.5", "--split-seed", "3", "--on-bad-image", "skip"])
+    data_script.build_command([*line, "--held-out", "0.5", "--split-seed", "3", "--on-bad-image", "skip"])
     assert f"built        {out}" in capsys.readouterr().out
-    data_script.command(line)
+    data_script.build_command(line)
     assert f"was there    {out}" in capsys.readouterr().out
     load_splits(DataConfig(str(out), held_out=0.5, split_seed=3))
     assert "one pass" not in capsys.readouterr().out
-    data_script.command(["build", str(folder), "--out", str(out), "--overwrite", "--workers", "auto"])
+    data_script.build_command([str(folder), "--out", str(out), "--overwrite", "--workers", "auto"])
     assert load_images(str(out)).images.shape == (8, 3, 16, 16)
     with pytest.raises(UsageError, match="workers is 0"):
-        data_script.command([*line, "--workers", "0"])
+        data_script.build_command([*line, "--workers", "0"])
 
 
 def test_a_progress_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(data_script, "LINE_SECONDS", 0.0)
-    data_script.command(["build", str(source(tmp_path / "animals")), "--out", str(tmp_path / "out")])
+    data_script.build_command([str(source(tmp_path / "animals")), "--out", str(tmp_path / "out")])
     assert "10 of 35 images" in capsys.readouterr().out
 
 

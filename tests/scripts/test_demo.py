@@ -69,6 +69,7 @@ def test_the_full_demo_measures_every_solver_at_every_budget(source: Literal["di
     assert tokenizer.out.parent == demo.latent_task(task).tokenizer.parent == sweep.out == task.folder
 
 
+@pytest.mark.slow
 def test_the_quick_demo_on_mnist(tmp_path: Path) -> None:
     report = demo.run(demo.DemoTask("mnist5k", tmp_path / "demo", quick=True))
     assert report.parent == tmp_path / "demo" and "MNIST, 5,000 digits" in report.read_text()

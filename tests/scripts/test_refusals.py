@@ -29,7 +29,7 @@ HEADS = {
 """What the words in capitals begin a call with; {name} is a run of the pipeline, or an invalid input."""
 TABLE = """
 2 unknown names
-  SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? | amed-constants
+  SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? choose one of: heun, edm_heun | and 57 more
   SAMPLE --grid 0.9,0.5,0.1; --grid nan; --grid 1.5 -> unknown grid | by name | choose one of
   EVALUATE --grids 0.9,0.5,0.1; --grids 1.5,0.2; --grids nan,0.2; --grids uniform,0.5 -> unknown grid | by name | choose one of
   LATENT --measure-every 4 --early.grid karas --early.features {features} -> 'karas' | did you mean 'karras'?
@@ -46,7 +46,7 @@ TABLE = """
   train_solver --model {model} --grid unifrom -> unifrom | did you mean 'uniform'?
   train_solver --model {model} --distill.teacher hein -> hein | did you mean 'heun'?
   download_weights incepton -> incepton | did you mean 'inception'?
-  data chek digits -> did you mean 'check'
+  data chek digits -> did you mean 'data check'
   data check digit --out {out}; data check digits --against digit --out {out} -> did you mean 'digits'?
 2 budgets
   SAMPLE --solver heun --nfe 7; EVALUATE --solvers heun --nfe 7 -> heun | NFE 7 | 6 or 8 | analytic first step
@@ -54,7 +54,7 @@ TABLE = """
   EVALUATE --solvers heun --nfe 6 --analytic-first -> NFE 6 | 5 or 7 | analytic first step
   SOLVER --nfe 2,7 --distill.analytic-first False -> NFE 7 | 6 or 8
   SOLVER --nfe=; --nfe=4,x; --nfe=0; --nfe=4,-2; --nfe=4.5 -> --nfe | 4,6,8
-  EVALUATE --solvers rk45 -> rk45 at NFE 4 | tolerance, not a budget | sample.py
+  EVALUATE --solvers rk45 -> rk45 at NFE 4 | tolerance, not a budget | midway sample
   SAMPLE --solver rk45 --eta 1; --solver rk45 --analytic-first -> with rk45 | drop --
   SAMPLE --solver rk45 --rtol 0; --solver rk45 --atol nan -> positive tolerances | --rtol or --atol
   SAMPLE --solver rk45 --parallel gaussian -> --parallel with rk45
@@ -80,7 +80,8 @@ TABLE = """
 2 sample
   SAMPLE --n 0; --seed -1; --batch-size 0 -> FLAG
   SAMPLE --labels 10; --labels=-1; --labels 3,10 -> --labels | classes 0 to 9
-  SAMPLE --labels cat; --labels 3,1.5 -> is none of its classes | choose one of: 0, 1
+  SAMPLE --labels cat -> is none of its classes | choose one of: 0, 1
+  SAMPLE --labels 3,1.5 -> is none of its classes | choose one of: 1, 5
   SAMPLE --labels , -> names no class
   SAMPLE --out grid.jpg; --out grid.tar.gz; --out samples.npy -> .png | .npz, or a folder
   SAMPLE --out {tokenizer}; --out {a_file} -> holds other files | choose another --out
@@ -134,8 +135,8 @@ TABLE = """
   IMAGES {images} --guidance 2; {images} --guidance-interval 1 2; {images} --guide {model} -> no model is sampled
   SAMPLE --model {unconditional} --labels 0 -> without classes | --labels
 2 learned solvers
-  SAMPLE --solver amed --nfe 6 -> amed at NFE 6 | train_solver.py amed --model {model} --nfe 6
-  EVALUATE --solvers ddim,amed --nfe 4,6 -> amed at NFE 6 | train_solver.py amed --model {model} --nfe 6
+  SAMPLE --solver amed --nfe 6 -> amed at NFE 6 | train solver amed --model {model} --nfe 6
+  EVALUATE --solvers ddim,amed --nfe 4,6 -> amed at NFE 6 | train solver amed --model {model} --nfe 6
   SAMPLE --solver amed --guidance 2; EVALUATE --solvers amed --guidance 2 -> guidance 1.0 | guidance 2.0 | --guidance 1.0
 2 existing outputs
   train_tokenizer digits-fsq --out {tokenizer}; train_features --out {features} -> --overwrite
@@ -216,7 +217,7 @@ holds {with_images}/samples/photos | would be deleted
   posthoc_ema {model} --out {out} --std 0.5; {model} --out {out} --std nan -> width
   posthoc_ema {model} --out {out} --std 0.08 --step 26 -> step 26
 3 missing inputs of samples
-  SAMPLE --noise {gone}; --noise {model}/config.yaml -> cannot be read | sample.py --invert
+  SAMPLE --noise {gone}; --noise {model}/config.yaml -> cannot be read | midway sample --invert
   SAMPLE --init {gone}; --invert {gone}/x.png --out n.safetensors -> does not exist | gone
   SAMPLE --init {broken}; --init {broken}/0a.png -> 0a.png
 3 missing runs
@@ -251,11 +252,11 @@ holds {with_images}/samples/photos | would be deleted
   ENCODE {cut_tokenizer_inner}; {cut_tokenizer_config} -> damaged | tokenizer/
   ENCODE {sealed_tokenizer_inner}; {sealed_tokenizer_config} -> cannot be read | again
   EVALUATE --features {cut_features} -> damaged | features.safetensors
-  EVALUATE --features {sealed_features} -> features.safetensors | cannot be read | train_features
+  EVALUATE --features {sealed_features} -> features.safetensors | cannot be read | train features
   LIKELIHOOD {cut_best} -> damaged | ema.safetensors
   SAMPLE --model {cut_solver} --solver amed -> damaged | solver.safetensors
   SAMPLE --model {sealed_solver} --solver amed -> \
-solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwrite
+solver.safetensors | cannot be read | train solver amed | --nfe 4 | --overwrite
 3 configurations of runs
   SAMPLE --model {model_without_data}; EVALUATE --model {model_without_data} -> config.yaml | data is not a mapping
   train_solver amed --model {model_of_null_data}; posthoc_ema {model_of_null_data} --std 0.08 --out {out} -> data is not a mapping
@@ -274,7 +275,7 @@ solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwri
   SAMPLE --model {whole_numbers} -> int64 | instead of float32
   EVALUATE --features {diverged_features} -> not finite
 3 learned solvers that are none
-  SAMPLE --model {nan_table} --solver table --nfe 3 -> solver.safetensors cannot be read | not finite | train_solver.py table
+  SAMPLE --model {nan_table} --solver table --nfe 3 -> solver.safetensors cannot be read | not finite | train solver table
   SAMPLE --model {noisy_table} --solver table --nfe 3 -> solver.safetensors cannot be read | no learned solver but adasde
   SAMPLE --model {rising_table} --solver table --nfe 3; --model {rising_amed} --solver amed -> solver.safetensors | fall
   SAMPLE --model {outside_table} --solver table --nfe 3 -> solver.safetensors | times are in [0, 1]
@@ -291,10 +292,10 @@ solver.safetensors | cannot be read | train_solver.py amed | --nfe 4 | --overwri
   SAMPLE --model {retyped_amed} --solver amed -> solver.safetensors | guidance of the card is '1', not float
 3 runs that do not fit
   EVALUATE --features {other_features} -> trained on other images | train features
-  LATENT --latents {cache_of_tokenizer} -> stale | tokenizer is | encode.py
-  LATENT --latents {cache_of_split} -> stale | data is | encode.py
-  LATENT --latents {weights_of_features} -> latent cache | encode.py
-  LATENT --latents {gone} -> no latents at | encode.py
+  LATENT --latents {cache_of_tokenizer} -> stale | tokenizer is | midway encode
+  LATENT --latents {cache_of_split} -> stale | data is | midway encode
+  LATENT --latents {weights_of_features} -> latent cache | midway encode
+  LATENT --latents {gone} -> no latents at | midway encode
   SAMPLE --model {foreign_solvers} --solver amed; EVALUATE --model {foreign_solvers} --solvers amed -> \
 other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
   LIKELIHOOD {new_flow} --features none -> not been initialised from data
@@ -500,7 +501,7 @@ def test_an_interrupt_exits_with_130(script: Script, monkeypatch: pytest.MonkeyP
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("midway.gen.diffusion.load.load_model", interrupt)
+    monkeypatch.setattr("midway.gen.commands.sample.load_model", interrupt)
     done = script("sample", "--model", tmp_path)
     assert done.code == 130
     assert done.err == "stopped by SIGINT: no result was stored; the same command starts again\n"

@@ -19,7 +19,6 @@ from midway.gen.core import checkpoints
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.flags import cli
 from midway.gen.sweep.store import CellStore
-from midway.gen.training import fit
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_features
 
@@ -107,7 +106,7 @@ def test_a_training_that_is_stopped_before_its_first_step_says_how_to_go_on(
 ) -> None:
     line = ["train_features", "--out", tmp_path / "run", "--steps", 3, "--width", 8, "--batch-size", 32]
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "fit", stop)
+        patch.setattr(train_features, "fit", stop)
         done = script(*line)
     assert done.code == 143
     assert (
@@ -191,9 +190,9 @@ def test_a_script_that_does_not_divide_its_work_runs_in_one_process(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", str(rank))
-    done = script(name)
+    done = script(name, *(["check"] if name == "data" else []))
     assert done.code == 2 and done.out == ""
-    assert done.err.startswith(f"error: {name}.py runs in one process\n  why: WORLD_SIZE is 2") == (rank == 0)
+    assert (f"{name}.py runs in one process\n  why: WORLD_SIZE is 2" in done.err) == (rank == 0)
     assert rank == 0 or done.err == ""
 
 

@@ -37,7 +37,7 @@ def main(folder: Path, count: int) -> dict[str, int]:
     line = ["digits-fsq", "--data", str(folder / "set"), "--out", str(folder / "run"), "--model.width", "4"]
     task = resolve(TokenizerTask, TOKENIZER_RECIPES, [*line, "--model.downsample", "32", "--batch-size", "4"])
     accelerator, found = make_accelerator(task.train, task.out), {"imports": peak_kib()}
-    data.command(["build", str(folder / "set.zip"), "--out", str(folder / "set"), "--workers", "2"])
+    data.build_command([str(folder / "set.zip"), "--out", str(folder / "set"), "--workers", "2"])
     found["build"] = peak_kib()
     parts = train_tokenizer.make_parts(task, accelerator)
     items = torch.arange(0, count, count // 4)[:4] * 4 // 5

@@ -201,7 +201,7 @@ def test_a_folder_without_mirrored_latents_raises_where_they_are_needed(tmp_path
     model, images, path = tokenizer(), data(), tmp_path / "cache"
     encode(path, model, images, Encoding())
     with pytest.raises(
-        DataError, match=r"no latents of mirrored images\n.*made without --flip\n.*encode.py --flip --over"
+        DataError, match=r"no latents of mirrored images\n.*made without --flip\n.*midway encode --flip --over"
     ):
         open_latents(path, images, model, flip=True)
     with pytest.raises(DataError, match=r"make them with midway encode --flip"):

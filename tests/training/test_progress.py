@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from midway.gen.core.errors import UsageError
+from midway.gen.progress import bar
 from midway.gen.training import optim, progress
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig, learning_rate
@@ -198,6 +200,12 @@ def test_a_run_that_stopped_within_an_interval_logs_what_an_unbroken_one_does(tm
 # ---- lines and the bar ----
 
 
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is due at every step, and none comes between two."""
+    for name, value in (("FIRST", 0.0), ("SHARE", 0.0), ("BEAT", math.inf)):
+        monkeypatch.setattr(bar, name, value)
+
+
 def plain(trained: Trained) -> list[re.Match[str]]:
     """The plain lines of log.txt."""
     return [match for line in trained.lines if (match := LINE.search(line))]
@@ -207,12 +215,12 @@ def test_without_a_terminal_a_plain_line_comes_when_the_last_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Step, loss of the last interval, images per second, time left; also on standard output."""
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    always(monkeypatch)
     trained = train(tmp_path)
     found = plain(trained)
-    assert [int(match[1]) for match in found] == [2, 3, 4, 5, 6, 6]
+    assert [int(match[1]) for match in found] == [2, 3, 4, 5, 6]
     losses = [f"{record['loss']:.4g}" for record in trained.records]
-    assert [match[3] for match in found] == [losses[0], losses[0], losses[1], losses[1], losses[2], losses[2]]
+    assert [match[3] for match in found] == [losses[0], losses[0], losses[1], losses[1], losses[2]]
     assert all(int(match[4]) > 0 for match in found)
     assert found[-1][5] == "0"
     assert not any("loss_time" in match[0] for match in found), "too many for a line"
@@ -220,8 +228,9 @@ def test_without_a_terminal_a_plain_line_comes_when_the_last_is_old(
     assert all(match[0] in printed for match in found)
 
 
-def test_lines_are_half_a_minute_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 10 s a step: after steps 3 and 6, and one at the end; the time left is what the rest takes at that rate."""
+def test_lines_come_less_and_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 10 s a step: every step to 50 s, then after a fifth of the time so far, and one at the end; the time left is what the
+    rest takes at that rate."""
     now = [0.0]
 
     class Clock:
@@ -233,11 +242,14 @@ def test_lines_are_half_a_minute_apart(tmp_path: Path, monkeypatch: pytest.Monke
         def after_step(self, step_ok: Tensor) -> None:
             now[0] += 10
 
-    assert progress.LINE_SECONDS == 30
+    monkeypatch.setattr(bar, "BEAT", math.inf)
     monkeypatch.setattr(progress, "time", Clock)
     trained = regression.train(tmp_path, replace(CONFIG, steps=8), Slow())
     found = [re.search(r"step (\d+)/8 .* (\d+) images/s eta (\d+) s", line) for line in trained.lines]
-    assert [match.groups() for match in found if match] == [("3", "0", "50"), ("6", "0", "20"), ("8", "0", "0")]
+    assert [match.groups() for match in found if match] == [
+        *((str(step), "0", str(10 * (8 - step))) for step in (2, 3, 4, 5, 7)),
+        ("8", "0", "0"),
+    ]
     assert [record["images_per_second"] for record in trained.records] == [0.4] * 4
     assert trained.result.seconds == 80
 
@@ -252,7 +264,7 @@ class Terminal(io.StringIO):
 def test_on_a_terminal_there_is_a_bar_and_no_plain_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    always(monkeypatch)
     trained = train(tmp_path)
     assert plain(trained) == []
     assert re.search(r"test: .*%\|.*\| \d/6 ", terminal.getvalue())
@@ -263,7 +275,8 @@ def test_on_a_terminal_there_is_a_bar_and_no_plain_line(tmp_path: Path, monkeypa
 def test_without_a_terminal_there_is_no_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_SECONDS", 1e9)
+    monkeypatch.setattr(bar, "FIRST", 1e9)
+    monkeypatch.setattr(bar, "LONGEST", 1e9)
     trained = train(tmp_path)
     assert "%|" not in capsys.readouterr().err
     assert [int(match[1]) for match in plain(trained)] == [6], "the end is always written"

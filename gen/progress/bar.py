@@ -1,0 +1,152 @@
+"""How far a command is: a bar on a terminal, else a line now and then, the first after 5 s, then less and less often.
+
+    encoding 12,288 of 50,000 images, eta 3 min        so many are done
+    cell 12 of 75, dpmpp3m at NFE 6, eta 6 min         so many, and this one is worked on
+
+Of several that are open the newest alone writes lines. Lines also come while nothing advances, from a thread.
+"""
+
+import contextlib
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from midway.gen.core.text import echo, printable
+
+FIRST, SHARE, LONGEST = 5.0, 0.2, 60.0
+"""Seconds to the first line; the part of the time so far after which the next is due; and the most seconds between two."""
+BEAT = 1.0
+"""Seconds between two looks of the thread whether a line is due."""
+_open: list["Progress"] = []
+
+
+def pause(elapsed: float) -> float:
+    """Seconds from one line to the next, so long after the start."""
+    return min(max(FIRST, SHARE * elapsed), LONGEST)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `6 min`, `2.5 h` or `3.1 days`."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    for unit, size, least, digits in (("days", 86400, 172800, 1), ("h", 3600, 5400, 1), ("min", 60, 90, 0)):
+        if seconds >= least:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+class Progress:
+    """Counts to `total`, and reports within a `with` block. Only the first of several processes reports.
+
+    what: the activity, or, without `unit`, the name of an item. done: what was there before. left: the seconds that are left,
+    by default as long as the same number took here; None where that is not known. write: takes the lines; text: the line
+    in place of the default.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        unit: str = "",
+        done: int = 0,
+        shown: bool = True,
+        left: Callable[[], float | None] | None = None,
+        write: Callable[[str], object] = echo,
+        text: Callable[[], str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.what, self.total, self.unit, self.done, self.about = what, total, unit, done, ""
+        self.shown = shown and os.environ.get("RANK", "0") == "0"
+        self._left, self._write, self._text, self._clock = left or self._by_count, write, text or self._default, clock
+        self.before, self._began = done, clock()
+        self._last = self._began
+        self._bar: Any = None
+        self._ended = threading.Event()
+
+    # ---- reporting ----
+
+    def __enter__(self) -> Self:
+        if self.shown:
+            self._bar = tqdm(total=self.total, initial=self.done, desc=self.what, disable=None, leave=False)
+            _open.append(self)
+            if math.isfinite(BEAT):
+                threading.Thread(target=self._beats, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the bar and the thread; a second call does nothing."""
+        self._ended.set()
+        if self in _open:
+            _open.remove(self)
+            self._bar.close()
+
+    @property
+    def has_bar(self) -> bool:
+        """Whether a bar is drawn in place of lines."""
+        return self._bar is not None and not self._bar.disable
+
+    def at(self, about: str) -> None:
+        """Name what is done now."""
+        self.about = about
+        if self.has_bar:
+            self._bar.set_postfix_str(printable(about))
+
+    def advance(self, count: int = 1) -> None:
+        """So many more are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        self.beat()
+
+    def back_to(self, done: int) -> None:
+        """Begin again with so many done."""
+        self.done = self.before = done
+        self._began = self._last = self._clock()
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.refresh()
+
+    def beat(self) -> None:
+        """Write a line if one is due."""
+        if self in _open[-1:] and not self.has_bar and self._clock() - self._last >= pause(self.elapsed):
+            self.line()
+
+    def line(self) -> None:
+        """Write a line now."""
+        self._last = self._clock()
+        self._write(self._text())
+
+    def _beats(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a stream that was closed
+            while not self._ended.wait(BEAT):
+                self._bar.refresh() if self.has_bar else self.beat()
+
+    # ---- what is left ----
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._began
+
+    @property
+    def eta(self) -> str:
+        """`eta 6 min`, or how long it has taken where that is not known."""
+        left = self._left()
+        return f"{duration(self.elapsed)} so far" if left is None else f"eta {duration(left)}"
+
+    def _by_count(self) -> float | None:
+        made = self.done - self.before
+        return self.elapsed / made * (self.total - self.done) if made else None
+
+    def _default(self) -> str:
+        here = min(self.done + (not self.unit), self.total)
+        counted = f"{self.what} {here:,} of {self.total:,} {self.unit}".rstrip()
+        return ", ".join(part for part in (counted, self.about, self.eta) if part)
