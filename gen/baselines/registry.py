@@ -17,7 +17,7 @@ from midway.gen.core.ranges import check_classes
 from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
-from midway.gen.training.checkpointing import progress_of, selected
+from midway.gen.progress.finished import progress_of, selected
 from midway.tokenizers.weights import building, load_weights
 
 

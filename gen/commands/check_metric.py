@@ -24,8 +24,8 @@ from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import Subject, balanced_subject, make_reference
 from midway.gen.flags.cli import Flat, names, resolve
+from midway.gen.progress.finished import unfinished
 from midway.gen.report.table import ReportContext
-from midway.gen.training.checkpointing import unfinished
 
 LEAST, MOST = 20, 10_000
 """Held-out images of a check."""

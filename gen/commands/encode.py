@@ -21,9 +21,9 @@ from midway.gen.files.records import is_records
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.progress.finished import unfinished
 from midway.gen.tokenizer.encoding import Dtype, Encoding, check_own, encode
 from midway.gen.tokenizer.latents import Views, cache_path, open_latents
-from midway.gen.training.checkpointing import unfinished
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,11 @@ from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.compared import load_alike
 from midway.gen.flags.data_path import DataPathFlag
+from midway.gen.progress.finished import unfinished
 from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.text import text_table, under_warnings
-from midway.gen.training.checkpointing import unfinished
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,10 +44,10 @@ from midway.gen.flags.compared import load_alike
 from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.evaluation_flags import UNNAMED
 from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.progress.finished import unfinished
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
-from midway.gen.training.checkpointing import unfinished
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 NONE = "none"

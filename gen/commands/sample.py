@@ -38,7 +38,7 @@ from midway.gen.flags.sample_outputs import Drawing, check_finite, draw_grid, dr
 from midway.gen.flags.sampling_flags import SamplingFlags
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.metrics.psnr_ssim import psnr
-from midway.gen.training.checkpointing import unfinished
+from midway.gen.progress.finished import unfinished
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule

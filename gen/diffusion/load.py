@@ -23,7 +23,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.training.checkpointing import progress_of
+from midway.gen.progress.finished import progress_of
 from midway.gen.training.config import TrainConfig
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver, same_schedule

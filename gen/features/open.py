@@ -13,7 +13,7 @@ from midway.gen.data.sources import ambiguous
 from midway.gen.data.splits import DataConfig, flags_of
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
-from midway.gen.training.checkpointing import selected
+from midway.gen.progress.finished import selected
 
 DEFAULT = "effnet-lite0"
 PIXELS = "pixels"

@@ -17,8 +17,8 @@ from midway.gen.features.open import named_extractor
 from midway.gen.flags.cli import names
 from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import draw_of
+from midway.gen.progress.finished import unfinished
 from midway.gen.sweep.jobs import Job, SweepConfig
-from midway.gen.training.checkpointing import unfinished
 from midway.samplers.solvers import ALIASES, SOLVERS
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -14,10 +13,10 @@ from torch import Tensor
 from midway.gen.core import checkpoints
 from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import read_as
-from midway.gen.core.errors import DataError, DivergedError, MidwayError, UsageError
+from midway.gen.core.errors import DataError, DivergedError, UsageError
 from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import at_work, raised_by_all
-from midway.gen.core.runs import Run, kind_of
+from midway.gen.core.runs import Run
 from midway.gen.training.config import TrainConfig, check_resumable, flat
 from midway.gen.training.early_stopping import MANY, keep_only
 from midway.gen.training.progress import Clock, words_of
@@ -53,81 +52,6 @@ def read_state(checkpoint: Checkpoint) -> SavedState:
     if state.step != checkpoint.step:
         raise DataError(f"{file} cannot be used", f"it is of step {state.step}", MISFIT)
     return state
-
-
-def selected(run: Run) -> Path:
-    """The directory of the weights that commands use, verified: the best in validation if there are any, else the newest.
-
-    With `RUN@step` those of this step. DataError as of `Run.checkpoint`.
-    """
-    best = checkpoints.directories(run.best) if run.step is None else []
-    return checkpoints.verify(best[0]).path if best else run.checkpoint
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far weights are trained: optimizer step, of how many."""
-
-    step: int
-    steps: int
-    finished: bool
-
-    def __str__(self) -> str:
-        return f"step {self.step}" if self.finished else f"step {self.step} of {self.steps}"
-
-
-def progress_of(run: Run, folder: Path) -> Progress | None:
-    """Of the weights in a checkpoint directory of a run; None of weights that no training of the run made (imported ones).
-
-    The best weights of a validated run are as far as its newest checkpoint, unless their step was chosen.
-    """
-    newest = checkpoints.directories(run.checkpoints)
-    if folder.parent == run.best and run.step is None and newest:
-        folder = newest[0]
-    step, steps = (
-        int(folder.name.removeprefix("step-")),
-        run.part("train", TrainConfig).steps if "train" in run.config else 0,
-    )
-    found = None
-    with suppress(MidwayError):
-        found = read_state(Checkpoint(folder, step))
-    if found is None:
-        return Progress(step, steps, step >= steps) if "posthoc" in run.config else None
-    early = found.finished if found.finished is not None else _was_over(run, Checkpoint(folder, step))
-    return Progress(step, steps, step >= steps or (early and found.steps == steps))
-
-
-def _was_over(run: Run, checkpoint: Checkpoint) -> bool:
-    """Whether a training of an earlier version stopped early at this checkpoint."""
-    patience = run.part("train", TrainConfig).patience_validations
-    with suppress(MidwayError, KeyError, IndexError):
-        since = int(checkpoint.tensors("progress.safetensors")["validation/steps"][1])
-        return 0 < patience <= since
-    return False
-
-
-def unfinished(*runs: Run | Path | str | None) -> tuple[str, ...]:
-    """A warning for each of these runs whose weights are of an unfinished training; names that are no run have none."""
-    opened = [named_run(run) for run in runs]
-    return tuple(dict.fromkeys(line for run in opened if run is not None for line in _unfinished(run)))
-
-
-def named_run(run: Run | Path | str | None) -> Run | None:
-    """A run, or the one of any kind at a path, also `RUN@step`; None if there is none."""
-    if isinstance(run, Run) or not run:
-        return run or None
-    kind = kind_of(Path(run))
-    return Run.open(Path(run), kind) if kind else None
-
-
-def _unfinished(run: Run) -> tuple[str, ...]:
-    folders = checkpoints.directories(run.checkpoints)[:1]
-    if run.step is not None:
-        folders = [checkpoints.of_step(run.path, run.step, run.checkpoints, run.best)]
-    found = progress_of(run, folders[0]) if folders else None
-    if found is None or found.finished:
-        return ()
-    return (f"{run.path.resolve().name}: {found}; the training is not finished",)
 
 
 class CheckpointManager:

@@ -29,8 +29,8 @@ from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import Flat, resolve
 from midway.gen.flags.tasks import TrainingTask
 from midway.gen.metrics.class_share import MOST, between_class_share
+from midway.gen.progress.finished import selected
 from midway.gen.training.accelerator import check_unused, make_accelerator
-from midway.gen.training.checkpointing import selected
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks

@@ -28,13 +28,13 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import Encoding, encode
 from midway.gen.tokenizer.latents import Views, cache_path, open_latents
 from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
-from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items, Preview

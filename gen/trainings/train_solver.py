@@ -21,8 +21,8 @@ from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
 from midway.gen.flags.cli import numbers, resolve
+from midway.gen.progress.finished import unfinished
 from midway.gen.training.accelerator import check_unused, make_accelerator
-from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.gen.training.precision import resolve_precision

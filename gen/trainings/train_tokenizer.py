@@ -20,6 +20,7 @@ from midway.gen.diffusion.load import read_tokenizer
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
@@ -27,7 +28,6 @@ from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.tokenizer.statistics import give_statistics
 from midway.gen.training.accelerator import check_unused, make_accelerator
-from midway.gen.training.checkpointing import unfinished
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Preview
 from midway.gen.trainings.dry_run import random_splits, rehearse, resident, without_perceptual

@@ -149,7 +149,7 @@ def test_one_folder_by_two_names_is_one_source(
     done = script(*call.split())
     assert done.code == 3
     split = "--held-out 0.2 --split-seed 0"
-    assert f"its data are --data other {split}, the others are --data digits {split}" in done.err
+    assert f"its data are --data {Path('other').absolute()} {split}, the others are --data digits {split}" in done.err
 
 
 @pytest.mark.parametrize(
