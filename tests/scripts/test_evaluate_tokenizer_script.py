@@ -4,6 +4,7 @@ import base64
 import csv
 import dataclasses
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipelines import Script
+from pipelines import SCRIPTS, Script
 
 from midway.gen.commands import evaluate_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
@@ -251,6 +252,19 @@ def test_the_command_compares_two_tokenizers(runs: Path, succeed: Script, tmp_pa
     for old, new in zip((a, b), csv.DictReader((out / "results.csv").read_text().splitlines()), strict=True):
         for name in ("psnr", "ssim", "distance", "interpolated", "psnr_noisy_0.4", "latent_rank"):
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-5)
+
+
+def test_training_and_comparison_have_one_psnr(runs: Path, succeed: Script, tmp_path: Path) -> None:
+    """The mean over images, by the one function that has a logarithm of an error."""
+    final = json.loads((runs / "a/metrics.jsonl").read_text().splitlines()[-1])
+    succeed(f"evaluate_tokenizer --tokenizers {runs}/a --out {tmp_path}/out --features none --noise 0")
+    (row,) = csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines())
+    assert float(row["psnr"]) == pytest.approx(final["held_out_psnr"], rel=1e-9)
+    assert float(row["psnr"]) > 10 * math.log10(4 / final["held_out_mse"]) + 0.01, (
+        "that of the mean error is another figure"
+    )
+    sources = [path for room in ("gen", "tokenizers", "samplers") for path in (SCRIPTS.parent / room).rglob("*.py")]
+    assert [path.name for path in sources if "log10(4" in path.read_text()] == ["psnr_ssim.py"]
 
 
 def test_one_tile_changes_no_figure_and_four_do(runs: Path, succeed: Script, tmp_path: Path) -> None:
