@@ -32,6 +32,7 @@ class FlowConfig:
     """Layers, entry, dequantisation and prior of a coupling flow; see `nice`, `realnvp` and `glow`."""
 
     transform: Transform = "affine"
+    """What a coupling does to one half: additive shifts it, affine scales it too."""
     scales: int = 1
     """How often images are squeezed; from the second time on, half of the channels are factored out first."""
     checkerboards: int = 0
@@ -46,10 +47,13 @@ class FlowConfig:
     """A scale for every pixel at the end, as in NICE."""
     network: CouplingNetworkConfig = field(default_factory=CouplingNetworkConfig)
     prior: Literal["normal", "logistic"] = "normal"
+    """Density of the latents."""
     entry: Literal["logit", "symmetric", "unit"] = "logit"
+    """Map from pixels to the input of the couplings."""
     logit_margin: float = 0.05
     """a of the logit entry."""
     dequantise: Literal["uniform", "variational"] = "uniform"
+    """Noise that makes levels continuous: uniform in a bin, or learned (variational)."""
     dequantise_couplings: int = 4
     """variational: checkerboard couplings of q(u | k)."""
     draws: int = 1

@@ -40,12 +40,17 @@ class TarFlowConfig:
     patch: int = 2
     """Pixels a side of a token; sampling is sequential in (H / patch) (W / patch) tokens."""
     flows: int = 4
+    """Flows, each in the reverse order of the one before."""
     depth: int = 2
     """Transformer blocks of a flow."""
     width: int = 64
+    """Channels of a token."""
     heads: int = 4
+    """Attention heads."""
     mlp_ratio: float = 4.0
+    """Width of the hidden layer of each block, as a multiple of width."""
     noise: Literal["uniform", "gaussian"] = "uniform"
+    """What makes levels continuous: uniform noise in a bin, or Gaussian noise, which has no bits per dimension."""
     sigma: float = 0.05
     """gaussian: standard deviation of the noise, on images in [-1, 1]."""
     entry: Literal["logit", "symmetric"] = "logit"

@@ -50,6 +50,7 @@ class CheckTask:
     out: Path = Path("runs/metric-check")
     """Directory to write."""
     title: str = "Does the metric answer to damage?"
+    """Title of the report."""
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, n=COUNT)

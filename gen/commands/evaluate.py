@@ -8,19 +8,19 @@ new ones. Several processes divide the work:
 External samples: midway evaluate --images samples.npz --data digits --features runs/digits-features --out report
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from midway.gen.core.errors import DiskError, UsageError, raising
 from midway.gen.core.files import clear_temporaries, replaced_name
 from midway.gen.core.processes import ProcessInfo, device_and_process, raised_by_all
 from midway.gen.core.signals import stop_note
-from midway.gen.core.text import echo, printable
+from midway.gen.core.text import echo
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.places import changed_since, images_at, splits_of
 from midway.gen.data.splits import Splits, load_splits
@@ -51,6 +51,8 @@ from midway.gen.flags.evaluation_reference import (
     references,
     with_protocol,
 )
+from midway.gen.progress.bar import duration
+from midway.gen.progress.memory import peak_memory
 from midway.gen.report.notes import (
     class_notes,
     common_notes,
@@ -79,7 +81,7 @@ def run(task: EvaluateTask) -> Sweep:
 
 def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
     """`run` on this device, as this share of the processes; everything is checked before anything is written."""
-    trained = load_model(task.model, device) if task.model else None
+    begun, trained = time.monotonic(), load_model(task.model, device) if task.model else None
     if trained is not None:
         task.apply_tiles(trained.tokenizer)
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
@@ -122,16 +124,12 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         spaces = spaces_of(references(task, extractors, splits, given, out / "reference", device))
         if shown and task.save_reference is not None:
             save_reference(task.save_reference, spaces[""])
-        with tqdm(desc="sweep", disable=None if shown else True, leave=False) as bar:
-
-            def progress(cell: str) -> None:
-                bar.set_postfix_str(printable(cell))
-                bar.update()
-
-            sweeps: list[Sweep] = []
-            for plan in plans:
-                choice = sweeps[0].choice if sweeps else None
-                sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, progress, process, choice))
+        sweeps: list[Sweep] = []
+        for number, plan in enumerate(plans, 1):
+            if shown and len(plans) > 1:
+                echo(f"training {number} of {len(plans)}")
+            choice = sweeps[0].choice if sweeps else None
+            sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, process, choice))
         sweep, missing = merged(sweeps)
         if shown:
             facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
@@ -140,7 +138,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             echo(terminal_text(sweep.measurements, facts.warnings))
             if model is None:
                 echo(floor_text(sweep))
-            echo(f"report: {out / 'report.html'}")
+            echo(f"measured in {duration(time.monotonic() - begun)}; {peak_memory()}", f"report: {out / 'report.html'}")
             export_images(task, sweep)
         return sweep
 

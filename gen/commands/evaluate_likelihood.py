@@ -65,6 +65,7 @@ class LikelihoodTask(DataPathFlag):
     iwae: int = 64
     """VAE: draws K of the importance-weighted bound; 0 leaves it out."""
     batch_size: int = 256
+    """Images that are scored or sampled at once."""
     seed: int = 0
     """Of the draws of the bounds."""
     first_seed: int = 0
@@ -77,6 +78,7 @@ class LikelihoodTask(DataPathFlag):
     """Latent and pixel models: the spacing of the steps."""
     ode: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     title: str = "Bits per dimension and distance of samples"
+    """Title of the report."""
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, first_seed=SEED, iwae=(0, COUNT[1]), batch_size=BATCH)

@@ -83,6 +83,7 @@ class TokenizersTask(DataPathFlag, TileFlags):
     seed: int = 0
     """Of the noise and of draws from posteriors."""
     title: str = "Tokenizers compared"
+    """Title of the report."""
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, n=COUNT, batch_size=BATCH, seed=SEED, tile=WIDTH)

@@ -45,6 +45,7 @@ class ProveTask(GroundConfig):
     out: Path = Path("runs/prove")
     """Directory to write; an earlier report of this kind there is replaced."""
     title: str = "Solvers on an exact model"
+    """Title of the report."""
 
 
 def run(task: ProveTask) -> Result:

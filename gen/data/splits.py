@@ -33,6 +33,7 @@ class DataConfig:
     held_out: float = 0.2
     """Share of the images kept from all training; the floor of every distance is measured on them."""
     split_seed: int = 0
+    """Another number holds out other images."""
     channels: int | None = None
     """1 converts to grey, 3 to RGB."""
     resize: int | None = None

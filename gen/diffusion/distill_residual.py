@@ -35,6 +35,7 @@ class ResidualConfig:
     width: int = 64
     """Channels of the 3x3 residual; the 1x1 control has as many parameters."""
     blocks: int = 2
+    """Residual blocks of the network."""
     held_out: int = 256
     """Pairs, after those of training, that choose the weights."""
 

@@ -55,7 +55,9 @@ class TableConfig:
     teacher: str = "dpmpp3m"
     """Any deterministic solver of SOLVERS."""
     teacher_grid: str = "logsnr"
+    """The teacher's time grid."""
     teacher_steps: int = 48
+    """The teacher's steps."""
     pairs: int = 512
     """Teacher's end states, computed once; training draws batches of them."""
     seed: int = 0

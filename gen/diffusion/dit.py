@@ -30,10 +30,15 @@ class DiTConfig:
     """Size of the transformer. `patch` pixels of the latent a side make one token."""
 
     width: int = 96
+    """Channels of a token."""
     depth: int = 4
+    """Transformer blocks."""
     heads: int = 4
+    """Attention heads."""
     patch: int = 1
+    """Pixels of the latent a side that make one token."""
     mlp_ratio: float = 4.0
+    """Width of the hidden layer of each block, as a multiple of width."""
     dropout: float = 0.0
     """Share of each block's attention and MLP outputs that is set to 0 in training."""
 

@@ -208,22 +208,23 @@ class LikelihoodConfig:
     """How `bits_per_dim` integrates."""
 
     solver: str = "rk4"
+    """Solver of the ODE; it draws no noise."""
     steps: int = 20
+    """Steps of that solver."""
     grid: str = "quadratic"
+    """Its time grid."""
     rho_min: float = RHO_MIN
     """Noise level of the reported density, in standard deviations of the data."""
     trace: Trace | Literal["auto"] = "auto"
-    """exact: one backward pass per value of an image; hutchinson: one per probe, an unbiased estimate; auto: exact for images of
-    at most 32 values."""
+    """exact: a backward pass per value of an image; hutchinson: one per probe, unbiased; auto: exact up to 32 values."""
     probes: int = 4
+    """hutchinson: probes of an image."""
     probe: Probe = "rademacher"
     """rademacher is exact for diagonal Jacobians, and its variance is never the larger one."""
 
     def trace_for(self, dims: int) -> Trace:
         """The trace for images of `dims` values."""
-        if self.trace == "auto":
-            return "exact" if dims <= EXACT_DIMS else "hutchinson"
-        return self.trace
+        return self.trace if self.trace != "auto" else "exact" if dims <= EXACT_DIMS else "hutchinson"
 
 
 def bits_per_dim(

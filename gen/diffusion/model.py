@@ -56,8 +56,11 @@ class LatentModelConfig:
     """Process, target and network of a latent model."""
 
     schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    """Process from data to noise: linear is the rectified flow, vp and cosine keep the variance, edm adds noise."""
     target: Target = "velocity"
+    """What the network predicts."""
     time: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How noise levels are drawn in training."""
     time_mean: float = 0.0
     """Mean of log rho for logit_normal."""
     time_std: float = 1.0
@@ -142,10 +145,7 @@ class LatentModel(nn.Module):
     def forward_network(
         self, x: Tensor, t: Tensor, labels: Tensor, context: Context | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W), for x_t (B, C, H, W), t (B,), labels (B,).
-
-        With a context, under the network's dropout.
-        """
+        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W) for x_t, t and labels; a context gives its dropout."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
         return self.network(x / expand(scale, x), _angle(alpha, sigma), labels, context)

@@ -170,6 +170,11 @@ class DiffusersSource:
         own = {"diffusers": self.model.hash, "plan": self.sampler.hash, "precision": self.sampling.precision}
         return own | drawn(self.sampling.draw)
 
+    @property
+    def kind(self) -> str:
+        """The model."""
+        return self.model.hash
+
     @torch.no_grad()
     def sample(self, seeds: Tensor) -> SampledBatch:
         """States float32 (n, C, h, w), of noise that is a function of the seed."""

@@ -29,6 +29,11 @@ class BaselineSource:
         """The model, and how classes are drawn."""
         return {"baseline": self.trained.hash} | drawn(self.draw)
 
+    @property
+    def kind(self) -> str:
+        """The model."""
+        return self.trained.hash
+
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Float images (n, C, H, W) in [-1, 1], with the class of each seed."""
         model, begun, parts = self.trained.model, time.perf_counter(), []
@@ -53,6 +58,11 @@ class ImagesSource:
     def identity(self) -> dict[str, Any]:
         """The pixels, wherever they lie."""
         return {"images": self.external.fingerprint}
+
+    @property
+    def kind(self) -> str:
+        """No network."""
+        return "images"
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """The images themselves."""

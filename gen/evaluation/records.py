@@ -53,7 +53,7 @@ class Measurement:
     n: int
     blocks: int
     seconds: float
-    """Of sampling n images; `decode_seconds` and `feature_seconds` come on top of it."""
+    """Of sampling n images, the median over blocks; `decode_seconds` and `feature_seconds` come on top of it."""
     features: str
     """Name of the feature network, that of the first space."""
     reference: str
@@ -77,6 +77,8 @@ class Measurement:
     """What its seconds depend on: machine, processes, batches."""
     further: str = ""
     """Names of further feature networks, joined by `; `."""
+    seconds_blocks: tuple[float, ...] = ()
+    """Seconds of sampling each block; empty in results of earlier versions, whose `seconds` are the mean."""
 
     def value(self, name: str) -> float | None:
         """The metric's mean, None if it was not measured."""
@@ -108,6 +110,11 @@ class Measurement:
         """Names of further feature networks by the names of their columns."""
         names = [name for name in self.further.split("; ") if name]
         return dict(zip(space_names([self.features, *names])[1:], names, strict=True))
+
+    @property
+    def seconds_std(self) -> float | None:
+        """Standard deviation of the seconds over blocks; None of one block."""
+        return Estimate.of(self.seconds_blocks).std if self.seconds_blocks else None
 
     @property
     def image_seconds(self) -> float:
@@ -171,6 +178,7 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     "sliced_std": _std("sliced"),
     **{name: _mean(name) for name in _PLAIN},
     **{name: attrgetter(name) for name in ("nonfinite", "trainings", "record", "timing", "further", "flops")},
+    **{name: attrgetter(name) for name in ("seconds_std", "seconds_blocks")},
 }
 """By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 
@@ -195,6 +203,7 @@ def from_record(record: Mapping[str, Any]) -> Measurement:
         **dict.fromkeys(("nfe", "n", "blocks", "training_nfe", "flops", "nonfinite", "trainings"), int),
         **dict.fromkeys(("seconds", *_TIMES), float),
         "baseline": lambda value: value in (True, "true"),
+        "seconds_blocks": _floats,
     }
     fields: dict[str, Any] = {"grid": "", "seeds": ""} | {n: kinds.get(n, str)(value) for n, value in plain.items()}
     return Measurement(metrics=metrics, **fields)

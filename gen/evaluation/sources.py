@@ -4,6 +4,7 @@
 any part of a measurement.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -42,6 +43,11 @@ class SampleSource(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for sources that run the same networks, so that what only a first call costs is paid once for all of them."""
+        ...
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """One sample for each int64 seed (n,)."""
@@ -180,6 +186,11 @@ class SolverSource:
             | tiled
             | drawn(self.sampling.draw)
         )
+
+    @property
+    def kind(self) -> Hashable:
+        """The model and the kind of sampler, whose own network may be part of it."""
+        return (self.trained.hash, type(self.sampler).__name__, self.sampling.guidance)
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Latents float32 (n, C, h, w)."""

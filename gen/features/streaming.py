@@ -14,6 +14,7 @@ from midway.gen.features.extractor import ImageFeatures
 from midway.gen.metrics.class_share import ClassSums
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.principal_axes import PrincipalAxes, axes_of
+from midway.gen.progress.bar import Progress
 
 AT_ONCE = 256
 """Images that are read at once, a multiple of the networks' blocks."""
@@ -37,19 +38,24 @@ class FeatureStream:
             yield from self._kept
             return
         self._kept, fits = [], True
-        for start in range(0, len(self.images), self.piece):
-            found = self._features(start)
-            fits = fits and found[0].numel() * found.element_size() * len(self.images) <= IN_MEMORY
-            if fits:
-                self._kept.append(found)
-            yield found
+        with Progress("features of the training images:", len(self.images), "images") as progress:
+            for start in range(0, len(self.images), self.piece):
+                found = self._features(start, progress)
+                fits = fits and found[0].numel() * found.element_size() * len(self.images) <= IN_MEMORY
+                if fits:
+                    self._kept.append(found)
+                yield found
         self._complete = fits
 
-    def _features(self, start: int) -> Tensor:
+    def _features(self, start: int, progress: Progress) -> Tensor:
         """Of the piece that begins at this image."""
         end = min(start + self.piece, len(self.images))
         places = [slice(at, min(at + AT_ONCE, end)) for at in range(start, end, AT_ONCE)]
-        return torch.cat([self.network.features(self.images[place]).cpu() for place in places])
+        found = list[Tensor]()
+        for place in places:
+            found.append(self.network.features(self.images[place]).cpu())
+            progress.advance(place.stop - place.start)
+        return torch.cat(found)
 
 
 def principal_axes_of(stream: FeatureStream, count: int) -> PrincipalAxes:

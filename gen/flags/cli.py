@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +22,11 @@ from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway
 from midway.gen.core.terminal import lasting_output, plain_warnings
 from midway.gen.data.sources import check_unambiguous
 from midway.gen.features.open import check_feature_names
+from midway.gen.flags.arguments import check_required, config_of, normalised, typed_flags
+from midway.gen.flags.fields import Flag as OneFlag
+from midway.gen.flags.fields import flags_of
+from midway.gen.flags.help import page
+from midway.gen.names.nearest import canonical
 
 Task = TypeVar("Task")
 Flat = tyro.conf.arg(name="")  # flags without a prefix
@@ -37,25 +42,63 @@ NAMES = {
 RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
-def resolve(task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]) -> Task:
-    """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override."""
-    default, rest = _starting_point(task, recipes, arguments)
+def resolve(
+    task: type[Task],
+    recipes: Mapping[str, Callable[[], Task]],
+    arguments: list[str],
+    what: str = "RECIPE",
+    unread: Callable[[Task | None], Mapping[str, str]] = lambda _: {},
+    more: str = "",
+    hidden: Sequence[str] = (),
+    extra: Callable[[Task | None], Iterable[OneFlag]] = lambda _: (),
+) -> Task:
+    """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override.
+
+    `what` is a word for the first argument, and `more` the last line of the help; `unread` gives the groups of flags that a
+    starting point does not read, as `table.`, and why. The help leaves out `hidden`, names of config.yaml, and has the flags of
+    `extra` besides.
+    """
+    asked = {"-h", "--help"} & {*arguments}
+    file, words = config_of([word for word in arguments if word not in asked])
+    default, rest = _starting_point(task, recipes, file, words)
+    groups = unread(default) if asked or default is not None else {}
+    every = list(flags_of(task, default))
+    flags = [flag for flag in every if not flag.path.startswith(tuple(groups))]
+    if asked:
+        shown = [*(flag for flag in flags if flag.path not in hidden), *extra(default)]
+        _print_help(task, recipes, shown, words[0] if len(words) > len(rest) else what, more)
+    rest = normalised(rest, every, PROGRAM)
+    for flag in every:
+        why = next((why for group, why in groups.items() if flag.path.startswith(group)), None)
+        if why is not None and flag.name in typed_flags(rest):
+            raise UsageError(f"{flag.name} has no effect here", why, "drop it")
+    check_required(rest, every, PROGRAM, recipes if default is None else ())
     for flag, check in NAMES.items():
         for value in _typed(rest, flag):
             check(value)
-    description = (task.__doc__ or "") + _recipe_help(recipes)
     given: dict[str, Any] = {} if default is None else {"default": default}
     own_checks = raising(UsageError, "these flags cannot be used", "correct the value")  # the configuration's
-    with own_checks, _parsing(rest):
-        return tyro.cli(task, args=rest, description=description, **given)
+    with own_checks, _parsing():
+        return tyro.cli(task, prog=PROGRAM, args=rest, **given)
+
+
+def _print_help(
+    task: type, recipes: Mapping[str, Callable[[], Any]], flags: Iterable[OneFlag], what: str, more: str
+) -> NoReturn:
+    """The page of a recipe, or of all; the program ends."""
+    chosen = canonical(what, recipes)
+    about = (task.__doc__ if chosen is None else recipes[chosen].__doc__) or ""
+    shown = {} if chosen is not None else recipes
+    print(
+        page(PROGRAM, about, shown, flags, what=chosen or (what if recipes else ""), more="" if chosen else more),
+        end="",
+    )
+    raise SystemExit(0)
 
 
 @contextlib.contextmanager
-def _parsing(arguments: list[str]) -> Iterator[None]:
+def _parsing() -> Iterator[None]:
     """Within the block the exit of the parser of flags becomes a UsageError with the text of the box that it prints."""
-    if {"-h", "--help"} & {*arguments}:
-        yield
-        return
     printed, width = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"  # else lines are broken
     try:
@@ -84,25 +127,26 @@ def by_name(*recipes: Callable[[], Task]) -> dict[str, Callable[[], Task]]:
     return {recipe.__name__.replace("_", "-"): recipe for recipe in recipes}
 
 
-def _recipe_help(recipes: Mapping[str, Callable[[], Any]]) -> str:
-    lines = [f"  {name}: {(make.__doc__ or 'defaults').strip().splitlines()[0]}" for name, make in recipes.items()]
-    return "\n\nRecipes (first argument):\n\n" + "\n\n".join(lines) if lines else ""
+def with_text(text: str, recipe: Callable[[], Task]) -> Callable[[], Task]:
+    """The recipe with this text in the help."""
+    recipe.__doc__ = text
+    return recipe
 
 
 def _starting_point(
-    task: type[Task], recipes: Mapping[str, Callable[[], Task]], arguments: list[str]
+    task: type[Task], recipes: Mapping[str, Callable[[], Task]], file: str | None, arguments: list[str]
 ) -> tuple[Task | None, list[str]]:
-    if arguments[:1] == ["--config"]:
-        if len(arguments) < 2:
-            raise UsageError("--config needs a file", "none was given", "pass the config.yaml of a run")
-        values = read_yaml(Path(arguments[1]))
-        return from_dict(task, own_fields(task, values), arguments[1]), arguments[2:]
-    if arguments and not arguments[0].startswith("-") and recipes:
-        name = arguments[0]
-        if name not in recipes:
-            raise UsageError(f"unknown recipe '{name}'", "it is not in gen/recipes/recipes.py", nearest(name, recipes))
-        return recipes[name](), arguments[1:]
-    return None, arguments
+    named = arguments[0] if recipes and arguments and not arguments[0].startswith("-") else None
+    if file is not None:
+        if named is not None:
+            raise UsageError(f"'{named}' and --config", "a training starts from one configuration", "drop one of them")
+        return from_dict(task, own_fields(task, read_yaml(Path(file))), file), arguments
+    if named is None:
+        return None, arguments
+    name = canonical(named, recipes)
+    if name is None:
+        raise UsageError(f"unknown recipe '{named}'", f"{PROGRAM} has none of that name", nearest(named, recipes))
+    return recipes[name](), arguments[1:]
 
 
 def own_fields(task: type, values: Any) -> Any:

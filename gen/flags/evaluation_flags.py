@@ -105,6 +105,7 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     fresh: bool = field(default=False, metadata=PER_CALL)
     """Forget what was measured into --out before."""
     title: str = "Fréchet distance per step budget"
+    """Title of the report."""
 
     def __post_init__(self) -> None:
         SamplingFlags.__post_init__(self)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
+
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.splits import DataConfig
@@ -28,6 +30,7 @@ class TokenizerConfig:
     """Size and quantizer of an image tokenizer."""
 
     quantizer: QuantizerName = "fsq"
+    """Kind of quantizer."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: levels per channel; their product is the codebook size."""
     form: Literal["tanh", "sigmoid", "ifsq"] = "tanh"
@@ -42,10 +45,13 @@ class TokenizerConfig:
     kl_weight: float = 1e-4
     """kl: weight of the KL term."""
     width: int = 48
+    """Channels of the residual blocks at the lowest resolution."""
     downsample: int = 2
     """Pixels of the image per latent pixel, a power of two."""
     blocks: int = 2
+    """Residual blocks of the encoder, and of the decoder."""
     upsample: Literal["pixel_shuffle", "nearest", "bilinear", "transposed"] = "pixel_shuffle"
+    """How the decoder doubles the resolution."""
     attention: bool = False
     """Self-attention among the residual blocks at the lowest resolution."""
     multipliers: tuple[int, ...] = (1,)
@@ -73,7 +79,7 @@ class TokenizerConfig:
         )
         check_ranges(self, depth=LAYERS, heads=WIDTH, latent_tokens=WIDTH, codebook_size=(1, 2**62), kl_weight=WEIGHT)
 
-    def quantizer_config(self, channels: int) -> dict[str, object]:
+    def quantizer_config(self, channels: int) -> dict[str, Any]:
         """The quantizer's own configuration. ValueError if `options` is not a JSON object."""
         try:
             more = json.loads(self.options)
@@ -126,9 +132,18 @@ class TokenizerTask(TrainingTask):
 
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    quantizer: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Kind and arguments of the quantizer, where --quantizer flags or a file have them: then `model` has only its name."""
     loss: LossConfig = field(default_factory=LossConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
+
+    def quantizer_config(self, channels: int) -> dict[str, Any]:
+        """The quantizer's own configuration, for images of so many channels. ValueError as of TokenizerConfig."""
+        if not self.quantizer:
+            return self.model.quantizer_config(channels)
+        own = {"dim": channels if self.model.downsample == 1 else self.model.dim}
+        return {**(own if self.quantizer.get("type") == "identity" else {}), **self.quantizer}
 
 
 @dataclass(frozen=True)

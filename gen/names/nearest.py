@@ -55,9 +55,10 @@ def _likeness(wanted: str, choice: str, table: list[str]) -> float:
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
-    """`did you mean 'ddim'? choose one of: ddim, euler`: at most `SHOWN` names, the nearest first."""
+    """`did you mean 'ddim'? choose one of: ddim, euler`: the nearest first, at most `SHOWN`; of more, those that are near."""
     found = ranked(name, choices)
-    hint = f"did you mean '{found[0][1]}'? " if found and found[0][0] >= CLOSE else ""
-    listed = ", ".join(choice for _, choice in found[:SHOWN])
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"{hint}choose one of: {listed}{more}"
+    close = [choice for likeness, choice in found if likeness >= CLOSE]
+    shown = [choice for _, choice in found] if len(found) <= SHOWN or not close else close
+    more = len(found) - min(len(shown), SHOWN)
+    listed = ", ".join(shown[:SHOWN]) + (f" and {more} more" if more else "")
+    return f"did you mean '{close[0]}'? choose one of: {listed}" if close else f"choose one of: {listed}"

@@ -22,6 +22,8 @@ FIRST, SHARE, LONGEST = 5.0, 0.2, 60.0
 """Seconds to the first line; the part of the time so far after which the next is due; and the most seconds between two."""
 BEAT = 1.0
 """Seconds between two looks of the thread whether a line is due."""
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+"""Of a bar whose time left is known better than by counting."""
 _open: list["Progress"] = []
 
 
@@ -72,7 +74,9 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self.shown:
-            self._bar = tqdm(total=self.total, initial=self.done, desc=self.what, disable=None, leave=False)
+            form = None if self._left == self._by_count else BAR
+            shown: dict[str, Any] = {"desc": self.what, "disable": None, "leave": False, "bar_format": form}
+            self._bar = tqdm(total=self.total, initial=self.done, **shown)
             _open.append(self)
             if math.isfinite(BEAT):
                 threading.Thread(target=self._beats, daemon=True).start()
@@ -96,15 +100,22 @@ class Progress:
     def at(self, about: str) -> None:
         """Name what is done now."""
         self.about = about
+        self._describe()
+        if not self.unit:
+            self.beat()
+
+    def _describe(self) -> None:
         if self.has_bar:
-            self._bar.set_postfix_str(printable(about))
+            parts = (printable(self.about), "" if self._left == self._by_count else self.eta)
+            self._bar.set_postfix_str(", ".join(filter(None, parts)))
 
     def advance(self, count: int = 1) -> None:
         """So many more are done."""
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        self.beat()
+        if self.unit:  # an item is named before it is reported
+            self.beat()
 
     def back_to(self, done: int) -> None:
         """Begin again with so many done."""
@@ -127,7 +138,7 @@ class Progress:
     def _beats(self) -> None:
         with contextlib.suppress(OSError, ValueError):  # a stream that was closed
             while not self._ended.wait(BEAT):
-                self._bar.refresh() if self.has_bar else self.beat()
+                self._describe() if self.has_bar else self.beat()
 
     # ---- what is left ----
 

@@ -43,6 +43,7 @@ class GroundConfig:
     axes: int = 96
     """Principal axes that are kept, fewer where the data have fewer."""
     components: int = 20
+    """Gaussians of the mixture."""
     download: bool = False
     """Fetch a named source that is not on this machine."""
     channels: int | None = None

@@ -12,7 +12,7 @@ from midway.gen.baselines.tarflow import TarFlowConfig
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.data.splits import DataConfig
 from midway.gen.flags.baseline_tasks import BaselineTask, FlowTask, TarFlowTask, VAETask
-from midway.gen.flags.cli import by_name
+from midway.gen.flags.cli import by_name, with_text
 from midway.gen.training.config import TrainConfig
 
 DIGITS_BASELINE_TRAIN = TrainConfig(
@@ -123,11 +123,23 @@ def cifar10_tarflow() -> TarFlowTask:
 
 
 BASELINE_RECIPES: dict[str, Callable[[], BaselineTask]] = {
-    "vae": lambda: VAETask(out=Path("runs/vae")),
-    "nice": lambda: FlowTask(out=Path("runs/nice"), model=nice()),
-    "realnvp": lambda: FlowTask(out=Path("runs/realnvp"), model=realnvp()),
-    "glow": lambda: FlowTask(out=Path("runs/glow"), model=glow()),
-    "tarflow": lambda: TarFlowTask(out=Path("runs/tarflow")),
+    "vae": with_text("A variational autoencoder, for any images.", lambda: VAETask(out=Path("runs/vae"))),
+    "nice": with_text(
+        "Additive couplings with fully connected networks, for any images.",
+        lambda: FlowTask(out=Path("runs/nice"), model=nice()),
+    ),
+    "realnvp": with_text(
+        "Affine couplings on checkerboards and channels, for any images.",
+        lambda: FlowTask(out=Path("runs/realnvp"), model=realnvp()),
+    ),
+    "glow": with_text(
+        "Affine couplings with 1x1 convolutions, for any images.",
+        lambda: FlowTask(out=Path("runs/glow"), model=glow()),
+    ),
+    "tarflow": with_text(
+        "An autoregressive transformer flow over patches, for any images.",
+        lambda: TarFlowTask(out=Path("runs/tarflow")),
+    ),
     **by_name(digits_vae, digits_nice, digits_realnvp, digits_glow, digits_tarflow),
     **by_name(cifar10_vae, cifar10_nice, cifar10_realnvp, cifar10_glow, cifar10_tarflow),
 }

@@ -6,7 +6,7 @@ so the more grids there are; and scoring one grid of three costs a third.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,11 @@ from midway.gen.core.processes import at_work
 from midway.gen.evaluation.metrics import Features
 from midway.gen.evaluation.records import TO_EXACT
 from midway.gen.evaluation.spaces import extract
+from midway.gen.progress.bar import Progress
 from midway.gen.sweep.fine import FineSolution, square_errors
 from midway.gen.sweep.jobs import Job, Plan
 from midway.gen.sweep.store import Cell, Check, Part, check_rows
+from midway.gen.sweep.tally import Work
 
 Key = tuple[str, str, int]
 """(solver, grid, budget)."""
@@ -53,20 +55,32 @@ class Figure:
     figure: float | None
 
 
-def choose_grids(plan: Plan, fine: FineSolution, progress: Callable[[str], None] = lambda _: None) -> Choice:
+def candidates_of(plan: Plan) -> list[Job]:
+    """All jobs of solvers and budgets that have several grids, after the exact solution at twice its evaluations."""
+    assert plan.finer is not None
+    exact = Job("", "", plan.finer, 2 * plan.exact_nfe)
+    return [exact, *(job for group in groups(plan.jobs).values() if len(group) > 1 for job in group)]
+
+
+def choose_grids(plan: Plan, fine: FineSolution) -> Choice:
     """The grid of least figure for every solver and budget that has several; `fine` is the exact solution of the seeds of choice.
 
     The figures are kept in the store of `fine`, as the error of the exact solution is.
     """
-    assert plan.finer is not None
-    exact = Job("", "", plan.finer)
-    candidates = [exact, *(job for group in groups(plan.jobs).values() if len(group) > 1 for job in group)]
+    exact, *_ = candidates = candidates_of(plan)
     with at_work("choosing grids"):
-        fine.make()
-        fine.process.wait()
-        for _, job in fine.process.mine(candidates):
-            progress(f"choosing: {job.solver} {job.grid}")
-            _measure(job, fine)
+        mine = fine.process.mine(candidates)
+        with Progress("choosing grids: candidate", len(mine), left=fine.tally.left) as progress:
+            progress.at("the exact solution of other seeds")
+            fine.make()
+            fine.process.wait()
+            for _, job in mine:
+                named = (
+                    f"{job.solver} on {job.grid} at NFE {job.nfe}" if job.solver else "the error of the exact solution"
+                )
+                fine.tally.name(progress, named, 0)
+                _measure(job, fine)
+                progress.advance()
         fine.process.wait()
     figures = {key_of(job): _figure(job, fine) for job in candidates}
     error = figures.pop(key_of(exact))
@@ -83,7 +97,8 @@ def groups(jobs: Sequence[Job]) -> dict[tuple[str, int], list[Job]]:
     return found
 
 
-def _cell(job: Job, fine: FineSolution) -> Cell:
+def choice_cell(job: Job, fine: FineSolution) -> Cell:
+    """Where the figure of a candidate is."""
     return fine.store.cell({"choice": job.source.identity, "fine": fine.cell.identity, "noise": job.stochastic})
 
 
@@ -99,15 +114,17 @@ def _check(count: int) -> Check:
 
 def _measure(job: Job, fine: FineSolution) -> None:
     """Write the candidate's figure, and its square errors float64 (n,), unless they are there."""
-    cell, check = _cell(job, fine), _check(fine.seeds.n)
+    cell, check = choice_cell(job, fine), _check(fine.seeds.n)
     if cell.part(0, check) is not None:
         return
     errors, seen = list[Tensor](), list[Tensor]()
     for number, (_, seeds) in enumerate(fine.seeds.parts):
-        batch = job.source.sample(seeds)
+        batch, begun = job.source.sample(seeds), fine.tally.clock()
         errors.append(square_errors(batch.values, fine.part(number).tensors["latents"]))
         if job.stochastic:
             seen.append(extract({"": fine.spaces[""]}, job.source.images(batch))[""].features)
+        work = Work(round(batch.nfe * len(seeds)), len(seeds) * job.stochastic)
+        fine.tally.spend(work, batch.seconds, fine.tally.clock() - begun if job.stochastic else 0.0)
     mean = torch.cat(errors).mean().item()
     value = math.sqrt(mean) if math.isfinite(mean) else None
     if job.stochastic and value is not None:
@@ -118,6 +135,6 @@ def _measure(job: Job, fine: FineSolution) -> None:
 
 def _figure(job: Job, fine: FineSolution) -> float:
     """What was measured; infinite of a candidate that diverged."""
-    (part,) = _cell(job, fine).parts([0], _check(fine.seeds.n))
+    (part,) = choice_cell(job, fine).parts([0], _check(fine.seeds.n))
     value = from_dict(Figure, part.costs).figure
     return math.inf if value is None else value

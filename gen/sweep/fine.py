@@ -7,7 +7,7 @@ Both are 0 at convergence, whatever the model. The fine solution has an error of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,9 @@ from midway.gen.evaluation.spaces import Spaces, column, extract, key
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import psnr
-from midway.gen.sweep.store import Cell, CellStore, FineCosts, Part, Seeds, check_rows
+from midway.gen.sweep.figures import FineCosts
+from midway.gen.sweep.store import Cell, CellStore, Part, Seeds, check_rows
+from midway.gen.sweep.tally import Tally, Work
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class FineSolution:
     store: CellStore
     process: ProcessInfo
     spaces: Spaces
+    tally: Tally = field(default_factory=Tally, compare=False)
+    """Takes what was done."""
 
     @cached_property
     def cell(self) -> Cell:
@@ -47,10 +51,13 @@ class FineSolution:
         """Make the missing parts of this process."""
         for number, (_, seeds) in self.process.mine(self.seeds.parts):
             if self.cell.part(number, self.check) is None:
-                batch = self.source.sample(seeds)
+                self.tally.warm_up(self.source, seeds, self.spaces)
+                batch, begun = self.source.sample(seeds), self.tally.clock()
                 images = self.source.images(batch)
                 tensors = {"latents": batch.values, "images": images}
                 tensors |= {key(space): its.features for space, its in extract(self.spaces, images).items()}
+                work = Work(round(batch.nfe * len(images)), len(images))
+                self.tally.spend(work, batch.seconds, self.tally.clock() - begun)
                 self.cell.write(number, Part(tensors, to_dict(FineCosts(batch.nfe, batch.seconds))))
 
     def check(self, number: int, part: Part) -> None:
@@ -120,6 +127,11 @@ class StoredSolution(SampleSource):
     def identity(self) -> dict[str, Any]:
         """The fine solution's."""
         return {"exact": self.fine.cell.identity}
+
+    @property
+    def kind(self) -> str:
+        """Its images are decoded as those of the fine solution."""
+        return "stored"
 
     def sample(self, seeds: Tensor) -> SampledBatch:
         """Of the seeds of one part."""

@@ -88,6 +88,12 @@ class Job:
     empty: tuple[int, ...] = ()
     draw: ClassDraw | None = None
 
+    @property
+    def named(self) -> str:
+        """`ddim on karras at NFE 6`, for people."""
+        grid, nfe = f" on {self.grid}" if self.grid else "", f" at NFE {self.nfe}" if self.nfe else ""
+        return f"{self.solver}{grid}{nfe}"
+
 
 def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
     """Every solver on every grid at every budget; UsageError for an impossible combination. Nothing is sampled or written."""
@@ -151,6 +157,8 @@ class Plan:
     jobs: list[Job]
     exact: SampleSource | None = None
     finer: SampleSource | None = None
+    exact_nfe: int = 0
+    """Evaluations of the exact solution."""
     reconstruct: Callable[[Tensor], Tensor | None] = lambda images: None
     """uint8 images (n, C, H, W) through the tokenizer and back; None where the model has none."""
 
@@ -158,4 +166,4 @@ class Plan:
 def plan_of(model: EvaluatedModel, config: SweepConfig) -> Plan:
     """Everything of a model; errors as of `solver_jobs` and `exact_source`."""
     exact, finer = (exact_source(model, config, times) for times in (1, 2))
-    return Plan(solver_jobs(model, config), exact, finer, model.reconstruct)
+    return Plan(solver_jobs(model, config), exact, finer, config.exact_nfe, model.reconstruct)

@@ -5,11 +5,10 @@ order of the seeds, so the numbers are the same bits for any number of processes
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,18 +19,10 @@ from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metrics import Features
 from midway.gen.evaluation.sources import SampledBatch, SampleSource
 from midway.gen.evaluation.spaces import Spaces, distances_and_metrics, extract, key
+from midway.gen.sweep.figures import Figures, SampleCosts, Seconds
 from midway.gen.sweep.fine import FineSolution
-from midway.gen.sweep.store import (
-    Cell,
-    CellStore,
-    Figures,
-    Numbers,
-    Part,
-    SampleCosts,
-    Seconds,
-    Seeds,
-    check_rows,
-)
+from midway.gen.sweep.store import Cell, CellStore, Numbers, Part, Seeds, check_rows
+from midway.gen.sweep.tally import Tally, Work
 
 SHOWN = 8
 """Seeds shown in the sample grids."""
@@ -53,6 +44,8 @@ class EvaluationContext:
     """Decode a part and extract its features while the next one is sampled."""
     timing: str = ""
     """What seconds depend on."""
+    tally: Tally = field(default_factory=Tally)
+    """Takes what was done."""
 
     def cell(self, source: SampleSource, fine: FineSolution | None = None) -> Cell:
         """The source's place in the store, named by everything that its numbers depend on."""
@@ -115,6 +108,7 @@ def _sample(source: SampleSource, cell: Cell, context: EvaluationContext, fine: 
     with _worker(context.overlap) as run:
         for number, (_, seeds) in context.process.mine(context.seeds.parts):
             if cell.part(number, Checks(context, fine).samples) is None:
+                context.tally.warm_up(source, seeds, context.spaces)
                 batch = source.sample(seeds)
                 run(lambda batch=batch, number=number: cell.write(number, _part(source, batch, number, context, fine)))
 
@@ -123,12 +117,15 @@ def _part(
     source: SampleSource, batch: SampledBatch, number: int, context: EvaluationContext, fine: FineSolution | None
 ) -> Part:
     """Decode a batch and extract its features."""
-    begun = time.perf_counter()
+    clock = context.tally.clock
+    begun = clock()
     images = source.images(batch)
-    decoded = time.perf_counter()
+    decoded = clock()
     found = extract(context.spaces, images)
     costs = {"nfe": batch.nfe, "solver": batch.seconds, "decode": decoded - begun, "timing": context.timing}
-    costs["features"] = time.perf_counter() - decoded
+    costs["features"] = clock() - decoded
+    work = Work(round(batch.nfe * len(images)), len(images))
+    context.tally.spend(work, batch.seconds, costs["decode"] + costs["features"])
     tensors = {"finite": batch.finite, **{key(space): its.features for space, its in found.items()}}
     if (logits := found[""].logits) is not None:
         tensors["logits"] = logits
@@ -213,6 +210,7 @@ def _summary(blocks: Sequence[Part]) -> Numbers:
         nonfinite=nonfinite,
         metrics={name: tuple(its["metrics"][name] for its in figures) for name in names},
         seconds=Seconds(**{name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES}),
+        block_seconds=tuple(Seconds(**{name: round(its["seconds"][name], 4) for name in TIMES}) for its in figures),
         timing=" + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
     )
 

@@ -86,5 +86,6 @@ def _merged(trainings: Sequence[Measurement]) -> Measurement:
         trainings=len(trainings),
         record=" ".join(m.record for m in trainings if m.record),
         nonfinite=sum(m.nonfinite for m in trainings),
+        seconds_blocks=tuple(m.seconds for m in trainings),
         **times,
     )

@@ -7,7 +7,8 @@ chosen before, on other seeds (choice.py). Baselines are measured at their own n
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from midway.gen.core.environment import hardware
 from midway.gen.core.processes import ProcessInfo, at_work
+from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData
 from midway.gen.data.pictures import grid_png
 from midway.gen.data.pixels import Images, part_of
@@ -23,11 +25,14 @@ from midway.gen.evaluation.metrics import Features, joined_features, possible
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, Estimate, Measurement
 from midway.gen.evaluation.spaces import Spaces, distance_errors, distances_and_metrics, extract, further
 from midway.gen.features.reference import balanced
+from midway.gen.progress.bar import Progress
 from midway.gen.sweep.choice import Choice, choose_grids
+from midway.gen.sweep.costs import forecast
 from midway.gen.sweep.fine import FineSolution, StoredSolution
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig
-from midway.gen.sweep.measure import EvaluationContext, measure
+from midway.gen.sweep.measure import TIMES, EvaluationContext, measure
 from midway.gen.sweep.store import PART, Cell, CellStore, Numbers
+from midway.gen.sweep.tally import Tally
 
 PICTURED = 32
 """Images of each limit that a report shows."""
@@ -95,25 +100,32 @@ def run_sweep(
     held_out: ImageData,
     config: SweepConfig,
     folder: Path,
-    progress: Callable[[str], None] = lambda _: None,
     process: ProcessInfo | None = None,
     choice: Choice | None = None,
 ) -> Sweep:
     """Measure the chosen jobs, with errors to the exact solution of those that are solvers; what is in folder/cells is read.
 
-    The first process has claimed that folder, for all of them. `choice`: that of the first of several trainings.
+    The first process has claimed that folder, for all of them, and prints what will be measured at what cost. `choice`: that of
+    the first of several trainings.
     """
-    process, seeds, store = process or ProcessInfo(), config.seeds, CellStore(folder / "cells")
-    context = EvaluationContext(spaces, seeds, store, process, config.metrics, config.overlap, timing(config, process))
+    process, seeds, store, tally = process or ProcessInfo(), config.seeds, CellStore(folder / "cells"), Tally()
+    context = EvaluationContext(
+        spaces, seeds, store, process, config.metrics, config.overlap, timing(config, process), tally
+    )
+    solution, choosing = (
+        None if plan.exact is None else FineSolution(plan.exact, some, store, process, spaces, tally)
+        for some in (seeds, config.choice_seeds)
+    )
+    expected = forecast(plan, context, config, solution, None if choice else choosing)
+    tally.expect(expected.work, process.world_size)
+    if process.rank == 0:
+        echo(f"to measure: {expected}")
+    process.wait()  # all have looked at the store before one of them writes
     sweep = Sweep([])
     _measure_limits(sweep, held_out_images(held_out, seeds.n), plan, context)
-    if plan.exact is None:
-        return _measured(sweep, plan.jobs, context, None, progress)
-    choice = choice or choose_grids(
-        plan, FineSolution(plan.exact, config.choice_seeds, store, process, spaces), progress
-    )
-    progress(EXACT)
-    solution = FineSolution(plan.exact, seeds, store, process, spaces)
+    if plan.exact is None or solution is None or choosing is None:
+        return _measured(sweep, plan.jobs, context, None)
+    choice = choice or choose_grids(plan, choosing)
     with at_work("sampling"):
         solution.make()
     sweep = replace(sweep, fine=solution, choice=choice)
@@ -122,7 +134,7 @@ def run_sweep(
     found = _measurement(Job(EXACT, "", plan.exact), exact, context)
     sweep.measurements.append(found)
     sweep.pictures[EXACT, "", found.nfe] = grid_png(solution.images(PICTURED), columns=PICTURED // 4)
-    return _measured(sweep, choice.of(plan.jobs), context, solution, progress)
+    return _measured(sweep, choice.of(plan.jobs), context, solution)
 
 
 def _measure_limits(sweep: Sweep, images: Images, plan: Plan, context: EvaluationContext) -> None:
@@ -131,12 +143,14 @@ def _measure_limits(sweep: Sweep, images: Images, plan: Plan, context: Evaluatio
     Images are read, reconstructed and seen part by part: there may be many, and large ones.
     """
     real, made, lossy = _Seen(context.spaces), _Seen(context.spaces), False
-    for part in images.split(PART):
-        real.add(part)
-        reconstructed = plan.reconstruct(part)
-        if reconstructed is not None:
-            made.add(reconstructed)
-            lossy = lossy or not torch.equal(reconstructed, part)
+    with Progress("floor and ceiling", len(images), "images") as progress:
+        for part in images.split(PART):
+            real.add(part)
+            reconstructed = plan.reconstruct(part)
+            if reconstructed is not None:
+                made.add(reconstructed)
+                lossy = lossy or not torch.equal(reconstructed, part)
+            progress.advance(len(part))
     for name, seen in [(FLOOR, real), (CEILING, made)][: 1 + lossy]:
         sweep.measurements.append(_limit(name, seen.features(), context.spaces, context.metrics))
         sweep.pictures[name, "", 0] = grid_png(seen.first(), columns=PICTURED // 4)
@@ -163,21 +177,18 @@ class _Seen:
         return torch.cat(self.shown)[:PICTURED]
 
 
-def _measured(
-    sweep: Sweep,
-    jobs: Sequence[Job],
-    context: EvaluationContext,
-    solution: FineSolution | None,
-    progress: Callable[[str], None],
-) -> Sweep:
+def _measured(sweep: Sweep, jobs: Sequence[Job], context: EvaluationContext, solution: FineSolution | None) -> Sweep:
     """The sweep with the measurements of these jobs."""
-    for job in jobs:
-        progress(f"{job.solver} {job.grid}")
-        cell = measure(job.source, context, None if job.baseline else solution)
-        found = _measurement(job, cell, context)
-        sweep.measurements.append(found)
-        key = (job.solver, job.grid, found.nfe)
-        sweep.jobs[key], sweep.pictures[key] = job, cell.png()
+    tally, seeds = context.tally, context.seeds
+    with Progress("cell", len(jobs), left=tally.left) as progress:
+        for job in jobs:
+            tally.name(progress, job.named, seeds.n * seeds.blocks // context.process.world_size)
+            cell = measure(job.source, context, None if job.baseline else solution)
+            found = _measurement(job, cell, context)
+            sweep.measurements.append(found)
+            key = (job.solver, job.grid, found.nfe)
+            sweep.jobs[key], sweep.pictures[key] = job, cell.png()
+            progress.advance()
     return sweep
 
 
@@ -192,10 +203,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
     """A finished cell as a measurement."""
     seeds, numbers = context.seeds, cell.numbers()
     assert numbers is not None
-    sampling, decoding, features = (
-        round(value / seeds.blocks, 3)
-        for value in (numbers.seconds.solver, numbers.seconds.decode, numbers.seconds.features)
-    )
+    sampling, decoding, features = (seconds_of_blocks(numbers, seeds.blocks, name) for name in TIMES)
     return Measurement(
         solver=job.solver,
         grid=job.grid,
@@ -207,7 +215,8 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         },
         n=seeds.n,
         blocks=seeds.blocks,
-        seconds=sampling,
+        seconds=sampling[0],
+        seconds_blocks=sampling[1],
         features=context.spaces[""].features,
         reference=context.spaces[""].name,
         seeds=str(seeds),
@@ -217,10 +226,20 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         nonfinite=numbers.nonfinite,
         record=cell.id,
         timing=numbers.timing,
-        decode_seconds=decoding,
-        feature_seconds=features,
+        decode_seconds=decoding[0],
+        feature_seconds=features[0],
         further=further(context.spaces),
     )
+
+
+def seconds_of_blocks(numbers: Numbers, blocks: int, name: str) -> tuple[float, tuple[float, ...]]:
+    """Seconds of a block, the median, so that another program that was busy meanwhile does not count; and those of each.
+
+    Of cells of earlier versions the mean, and none of each.
+    """
+    each = tuple(getattr(its, name) for its in numbers.block_seconds)
+    value = statistics.median(each) if each else getattr(numbers.seconds, name) / blocks
+    return round(value, 4), each
 
 
 def _rmse(blocks: tuple[float, ...]) -> Estimate:

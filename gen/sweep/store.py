@@ -30,6 +30,7 @@ from midway.gen.core.errors import DiskError, UsageError, one_line, raising
 from midway.gen.core.files import DAMAGE, clear_temporaries, read_json, read_tensors, state_hash, write_atomically
 from midway.gen.core.locks import check_no_link, lock, made, remove
 from midway.gen.core.text import echo, json_text
+from midway.gen.sweep.figures import Seconds
 
 SCHEMA = 4
 """Of all that makes and measures a cell: raise it with every change of code that changes a number."""
@@ -50,46 +51,6 @@ Check = Callable[[int, Part], object]
 """Of the part of this number; an error of `DAMAGE` or UsageError unless it is what its reader needs."""
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Of a whole cell: sampling, decoding and features."""
-
-    solver: float
-    decode: float
-    features: float
-
-
-@dataclass(frozen=True)
-class FineCosts:
-    """Of a part of the fine solution."""
-
-    nfe: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SampleCosts:
-    """Of a part of samples: evaluations of one, seconds of all, and what these depend on."""
-
-    nfe: float
-    solver: float
-    decode: float
-    features: float
-    timing: str
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of a block, which has one entry of `nfe` and `timing` for each of its parts; no distance and metrics of what diverged."""
-
-    distance: float | None
-    metrics: dict[str, float]
-    nonfinite: int
-    nfe: tuple[float, ...]
-    seconds: Seconds
-    timing: tuple[str, ...]
-
-
 def check_rows(part: Part, count: int, *names: str) -> None:
     """ValueError unless the part has tensors of these names, each with `count` rows."""
     for name in names:
@@ -107,7 +68,10 @@ class Numbers:
     nonfinite: int
     metrics: dict[str, tuple[float, ...]]
     seconds: Seconds
+    """Of all blocks."""
     timing: str
+    block_seconds: tuple[Seconds, ...] = ()
+    """Of each block; empty in cells of earlier versions, which have the sum alone."""
 
     def __post_init__(self) -> None:
         if not self.distances or any(len(values) != len(self.distances) for values in self.metrics.values()):
@@ -146,6 +110,10 @@ def _canonical(value: object) -> bytes:
     return json_text(value, sort_keys=True).encode()
 
 
+def _hash(value: object) -> str:
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
 @dataclass(frozen=True)
 class Cell:
     """One measurement in the store: parts while it is measured, numbers and a picture when it is finished."""
@@ -157,14 +125,17 @@ class Cell:
     @cached_property
     def id(self) -> str:
         """16 hexadecimal digits of the identity."""
-        return hashlib.sha256(_canonical({"schema": SCHEMA, **self.identity})).hexdigest()[:16]
+        return _hash({"schema": SCHEMA, **self.identity})[:16]
 
-    # ---- finished ----
+    @property
+    def is_finished(self) -> bool:
+        """Whether there are numbers, which may be damaged."""
+        return self._path.exists()
 
     def numbers(self) -> Numbers | None:
         """None if the cell is not finished. A damaged file is renamed and counts as absent."""
         path = self._path
-        if not path.exists():
+        if not self.is_finished:
             return None
         try:
             identity, numbers = _verified(path)
@@ -182,7 +153,7 @@ class Cell:
     def finish(self, numbers: Numbers, png: bytes | None) -> None:
         """Write the numbers, then drop the parts."""
         body = {"identity": self.identity, "numbers": to_dict(numbers)}
-        content = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
+        content = {**body, "sha256": _hash(body)}
         if png is not None:
             write_atomically(self._path.with_suffix(".png"), png)
         write_atomically(self._path, (json_text(content, indent=1) + "\n").encode())
@@ -193,12 +164,14 @@ class Cell:
         path = self._path.with_suffix(".png")
         return path.read_bytes() if path.exists() else None
 
-    # ---- parts ----
+    def has_part(self, number: int) -> bool:
+        """Whether that part is there; it is not read."""
+        return self._part(number).exists()
 
     def part(self, number: int, check: Check | None = None) -> Part | None:
         """None if it is absent or damaged, also by `check`."""
         path = self._part(number)
-        if not path.exists():
+        if not self.has_part(number):
             return None
         try:
             tensors, header = read_tensors(path)
@@ -286,6 +259,6 @@ def _verified(path: Path) -> tuple[Any, Numbers]:
     """Identity and numbers in the file of a finished cell; an error of `DAMAGE` or UsageError if it is damaged."""
     content = read_json(path)
     body = {"identity": content["identity"], "numbers": content["numbers"]}
-    if content["sha256"] != hashlib.sha256(_canonical(body)).hexdigest():
+    if content["sha256"] != _hash(body):
         raise ValueError("its sha256 does not match")
     return body["identity"], from_dict(Numbers, body["numbers"], "numbers")

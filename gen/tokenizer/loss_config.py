@@ -19,11 +19,13 @@ class LossConfig:
     perceptual: float = 0.0
     """Weight of LPIPS (0: off). Its network's weights are downloaded unless --loss.perceptual-weights has them."""
     perceptual_net: Literal["vgg", "alex"] = "vgg"
+    """Network of LPIPS."""
     perceptual_weights: Path | None = None
     """torchvision's file of that network's weights, or the same as safetensors."""
     adversary: Adversary = "none"
     """Adversarial loss, against a patch discriminator."""
     adversary_weight: float = 0.1
+    """Weight of the adversarial loss."""
     adaptive: bool = False
     """Multiply that weight by the ratio of both gradients at the decoder's last layer (VQGAN)."""
     adversary_start: int = 0

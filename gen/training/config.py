@@ -20,10 +20,13 @@ class TrainConfig:
     """How to train. `batch_size` is the global batch of one optimizer step, whatever the processes and accumulation."""
 
     steps: int = 1000
+    """Optimizer steps of the whole training."""
     batch_size: int = 128
+    """Images of an optimizer step, over all processes and micro-batches."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: torch.optim.Muon on the hidden matrices, its updates scaled to AdamW's size; AdamW on everything else."""
     lr: float = 1e-3
+    """Learning rate after the warm-up."""
     warmup: int = 50
     """Optimizer steps of linear warm-up."""
     decay: Decay = "constant"
@@ -31,7 +34,9 @@ class TrainConfig:
     plateau: int = 1000
     """inverse_sqrt: the rate is lr sqrt(plateau / step) from this step on."""
     weight_decay: float = 0.0
+    """AdamW's, as a multiple of the learning rate."""
     betas: tuple[float, ...] = (0.9, 0.99)
+    """Decays of the means that AdamW keeps of gradients and of their squares."""
     clip: float = 1.0
     """Largest gradient norm."""
     ema: float = 0.999
@@ -73,6 +78,7 @@ class TrainConfig:
     measure_every: int = 0
     """Latent models: optimizer steps between online evaluation, the Fréchet distance at a few small budgets (0: none)."""
     log_every: int = 50
+    """Optimizer steps between lines of the log."""
     preview_every: int = 0
     """Optimizer steps between preview grids (0: by time, see preview_seconds)."""
     preview_seconds: float = 180.0
@@ -81,6 +87,7 @@ class TrainConfig:
     log_with: tuple[str, ...] = ()
     """Trackers besides metrics.jsonl: tensorboard, wandb, trackio or any other that Accelerate supports."""
     seed: int = 0
+    """Seed of everything random: start of the weights, order of the images, noise."""
 
     @property
     def weights_name(self) -> str:
@@ -196,7 +203,9 @@ class OnlineConfig:
     n: int = 1000
     """Images of each budget, seeds 0 to n - 1."""
     solver: str = "dpmpp2m"
+    """Solver that samples."""
     grid: str = "karras"
+    """Its time grid."""
     features: str | None = field(default=None, metadata={RECORDED_AS: recorded_run})
     """Feature network, as in midway evaluate (default: effnet-lite0)."""
 

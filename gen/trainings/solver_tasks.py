@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,12 @@ from midway.gen.diffusion.distillation import Distillation, Lesson, learn
 from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_solver
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.sampling import labels_of
-from midway.gen.flags.cli import Flat
+from midway.gen.flags.cli import Flat, with_text
 from midway.gen.flags.tasks import Resume
 from midway.gen.training.config import TrainConfig
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, NAMED
+from midway.samplers.learned_solver import EARLIER
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.residual_solver import NAMES as RESIDUALS
 from midway.samplers.solvers import SOLVERS
@@ -65,6 +67,13 @@ class SolverTask:
     """auto: go on with solvers that were begun, from their newest checkpoints."""
 
 
+TEXTS = {
+    TABLE: "All numbers of a multistep solver and its grid, learned end to end.",
+    "table-residual": "A small network beside a learned table of the same budget.",
+    "table-residual-1x1": "The control of table-residual: as many parameters, without a look at neighbours.",
+    NOISY: "How much noise each step adds, learned by a distance of distributions.",
+}
+MORE = "midway train solver SOLVER --help lists what that solver reads besides."
 TABLE_TRAIN = TrainConfig(steps=600, batch_size=16, lr=0.005, warmup=0, decay="cosine", ema=0, clip=1.0, log_every=50)
 NOISE_TRAIN = replace(TABLE_TRAIN, steps=300, batch_size=64)
 RESIDUAL_TRAIN = replace(TABLE_TRAIN, steps=800, batch_size=32, lr=0.001, warmup=50, validate_every=50)
@@ -72,10 +81,31 @@ RESIDUAL_TRAIN = replace(TABLE_TRAIN, steps=800, batch_size=32, lr=0.001, warmup
 
 def recipes() -> dict[str, Callable[[], SolverTask]]:
     """The solver's name is the first argument."""
-    amed = {name: (lambda name=name: SolverTask(model=tyro.MISSING, solver=name, grid=BEST)) for name in AMED}
-    table = {TABLE: lambda: SolverTask(model=tyro.MISSING, solver=TABLE, grid=BEST, train=TABLE_TRAIN)}
-    residual = {name: (lambda name=name: residual_task(name)) for name in RESIDUALS}
-    return {**table, **residual, NOISY: lambda: SolverTask(tyro.MISSING, NOISY, "5", "vp", train=NOISE_TRAIN), **amed}
+    made = {name: partial(SolverTask, model=tyro.MISSING, solver=name, grid=BEST) for name in (TABLE, *AMED)}
+    made[TABLE].keywords["train"] = TABLE_TRAIN
+    noisy = partial(SolverTask, tyro.MISSING, NOISY, "5", "vp", train=NOISE_TRAIN)
+    found = {TABLE: made[TABLE], **{name: partial(residual_task, name) for name in RESIDUALS}, NOISY: noisy, **made}
+    return {
+        name: with_text("" if name in EARLIER else TEXTS.get(name) or _amed_text(name), make)
+        for name, make in found.items()
+    }
+
+
+def _amed_text(name: str) -> str:
+    learned = AMED[name]
+    inside = "AMED-Solver" if learned.base == "none" else f"AMED inside {learned.base}"
+    return f"{inside}, {'constants per step' if learned.constants else 'numbers predicted for every sample'}."
+
+
+def unread(task: SolverTask | None) -> dict[str, str]:
+    """The groups of flags that this solver does not read, and why; without one, all that only some do."""
+    groups = dict.fromkeys(("distill", "table", "residual", "noise"), "some solvers read it")
+    if task is not None:
+        why = f"{task.solver} does not read it"
+        own = ("noise",) if task.solver == NOISY else ("table",) if task.solver == TABLE else ("distill",)
+        own = ("table", "residual") if task.solver in RESIDUALS else own
+        groups = {name: why for name in groups if name not in own}
+    return {f"{name}.": why for name, why in groups.items()}
 
 
 def residual_task(name: str) -> SolverTask:

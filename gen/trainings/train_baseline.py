@@ -24,8 +24,10 @@ from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.likelihood import Bounds, bits_of, bound_name, levels_in_data
 from midway.gen.features.reference import Subject, balanced_subject
-from midway.gen.flags.baseline_tasks import BASELINE_TASKS, BaselineTask, VAETask
+from midway.gen.flags.arguments import config_of
+from midway.gen.flags.baseline_tasks import BASELINE_TASKS, BaselineTask
 from midway.gen.flags.cli import resolve
+from midway.gen.names.nearest import canonical
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
@@ -34,6 +36,7 @@ from midway.gen.trainings.dry_run import random_splits, rehearse, resident
 from midway.gen.trainings.running import Parts, built, image_parts, open_run, with_precision
 
 PREVIEW = 60
+MORE = "midway train baseline RECIPE --help lists the flags of that recipe, with those of its model."
 PAIRS = 8
 COORDINATES = 8
 VALUES = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
@@ -58,14 +61,16 @@ def task_type(values: dict[str, object]) -> type[BaselineTask]:
 
 def read_task(arguments: list[str]) -> BaselineTask:
     """`RECIPE | --config FILE` and flags; the kind of the recipe or file determines the --model flags."""
-    first = arguments[:1]
-    if first == ["--config"] and len(arguments) > 1:
-        values = read_yaml(Path(arguments[1]))
+    file, words = config_of(arguments)
+    first = words[0] if words and not words[0].startswith("-") else None
+    if file is not None and first is None:
+        values = read_yaml(Path(file))
         return resolve(task_type(values if isinstance(values, dict) else {}), BASELINE_RECIPES, arguments)  # pyright: ignore
-    if first and first[0] in BASELINE_RECIPES:
-        return resolve(type(BASELINE_RECIPES[first[0]]()), BASELINE_RECIPES, arguments)
-    if "--help" in arguments or "-h" in arguments or (first and not first[0].startswith("-")):
-        return resolve(VAETask, BASELINE_RECIPES, arguments)  # pyright: ignore[reportArgumentType]
+    recipe = canonical(first, BASELINE_RECIPES) if first else None
+    if recipe is not None:
+        return resolve(type(BASELINE_RECIPES[recipe]()), BASELINE_RECIPES, arguments)
+    if first is not None or {"-h", "--help"} & {*words}:
+        return resolve(BaselineTask, BASELINE_RECIPES, arguments, more=MORE)
     raise UsageError(
         "no baseline is given", "the first argument must be a recipe", f"one of: {', '.join(BASELINE_RECIPES)}"
     )

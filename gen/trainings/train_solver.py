@@ -28,6 +28,7 @@ from midway.gen.training.interface import Hooks, Items
 from midway.gen.training.precision import resolve_precision
 from midway.gen.trainings.running import open_run
 from midway.gen.trainings.solver_tasks import (
+    MORE,
     SolverTask,
     check,
     labels_for,
@@ -35,6 +36,7 @@ from midway.gen.trainings.solver_tasks import (
     on_best_grid,
     pairs_of,
     recipes,
+    unread,
 )
 from midway.samplers.card import SolverCard
 from midway.samplers.residual_solver import NAMES as RESIDUALS
@@ -161,4 +163,4 @@ def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: Train
 
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(SolverTask, recipes(), arguments))  # pyright: ignore[reportArgumentType]
+    train(resolve(SolverTask, recipes(), arguments, "SOLVER", unread, MORE))  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,9 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import read_tokenizer
+from midway.gen.flags.arguments import typed_flags
 from midway.gen.flags.cli import resolve
+from midway.gen.flags.quantizer_flags import OLD, help_flags, taken, with_quantizer
 from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.progress.finished import unfinished
@@ -162,7 +164,7 @@ def make_tokenizer(task: TokenizerTask, data: ImageData) -> ImageTokenizer:
     """The tokenizer for these images; UsageError for sizes that do not fit."""
     channels, side = square(data)
     with raising(UsageError, "this tokenizer cannot be built", "change the --model flags"):
-        quantizer = task.model.quantizer_config(channels)
+        quantizer = task.quantizer_config(channels)
         network = task.model.network_config()
         return built(lambda: ImageTokenizer(in_channels=channels, image_size=side, quantizer=quantizer, **network))
 
@@ -182,6 +184,13 @@ def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, s
     return Preview(path, "reconstructions", {"preview_psnr": quality})
 
 
+def read_task(arguments: list[str]) -> TokenizerTask:
+    """`RECIPE | --config FILE` and flags, those of the quantizer included."""
+    tree, rest = taken(arguments)
+    task = resolve(TokenizerTask, TOKENIZER_RECIPES, rest, hidden=OLD, extra=help_flags)
+    return with_quantizer(task, tree, typed_flags(rest))
+
+
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(TokenizerTask, TOKENIZER_RECIPES, arguments))
+    train(read_task(arguments))

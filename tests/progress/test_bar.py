@@ -61,25 +61,19 @@ def test_of_items_the_one_that_is_worked_on_is_named(clock: Clock) -> None:
         clock.now += 10
         progress.advance()
         progress.at("heun at NFE 6")
-        clock.now += 2
-        progress.line()
-    assert lines == [
-        "cell 2 of 3, ddim at NFE 6, 0 s so far",
-        "cell 3 of 3, ddim at NFE 6, eta 10 s",
-        "cell 3 of 3, heun at NFE 6, eta 12 s",
-    ]
+    assert lines == ["cell 2 of 3, ddim at NFE 6, 0 s so far", "cell 3 of 3, heun at NFE 6, eta 10 s"]
 
 
 def test_of_several_the_newest_writes_and_other_processes_do_not(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = list[str]()
-    with Progress("outer", 9, write=lines.append, clock=clock) as outer:
-        with Progress("inner", 9, write=lines.append, clock=clock) as inner:
+    with Progress("outer", 9, "images", write=lines.append, clock=clock) as outer:
+        with Progress("inner", 9, "images", write=lines.append, clock=clock) as inner:
             clock.now += 10
             outer.advance()
             inner.advance()
         outer.advance()
         monkeypatch.setenv("RANK", "1")
-        with Progress("of another process", 9, write=lines.append, clock=clock) as other:
+        with Progress("of another process", 9, "images", write=lines.append, clock=clock) as other:
             clock.now += 10
             other.advance()
     assert [line.split()[0] for line in lines] == ["inner", "outer"]

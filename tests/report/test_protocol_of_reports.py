@@ -31,8 +31,9 @@ from midway.gen.report.plots import distance_figure
 from midway.gen.report.sweep import markdown_tables, report_html, report_md, terminal_text, write_report
 from midway.gen.report.sweep_tables import all_figures
 from midway.gen.report.table import ReportContext
+from midway.gen.sweep.figures import Seconds
 from midway.gen.sweep.measure import EvaluationContext, FineSolution
-from midway.gen.sweep.store import CellStore, Numbers, Seconds, Seeds
+from midway.gen.sweep.store import CellStore, Numbers, Seeds
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 CONTEXT = ReportContext("Budgets", "flow", "digits", "python x.py", "2 cores", {"torch": "2"}, "0-199")
@@ -111,6 +112,10 @@ def test_errors_to_the_fine_solution_by_hand(tmp_path: Path) -> None:
         @property
         def identity(self) -> dict[str, Any]:
             return {"source": "toy"}
+
+        @property
+        def kind(self) -> str:
+            return "toy"
 
         def sample(self, seeds: torch.Tensor) -> SampledBatch:
             return SampledBatch(seeds.float().view(-1, 1, 1, 1).expand(-1, 2, 2, 2).contiguous(), 8, 0.0)

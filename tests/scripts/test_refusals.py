@@ -29,7 +29,7 @@ HEADS = {
 """What the words in capitals begin a call with; {name} is a run of the pipeline, or an invalid input."""
 TABLE = """
 2 unknown names
-  SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? choose one of: heun, edm_heun | and 57 more
+  SAMPLE --solver hune; EVALUATE --solvers hune -> 'hune' | did you mean 'heun'? choose one of: heun, edm_heun
   SAMPLE --grid 0.9,0.5,0.1; --grid nan; --grid 1.5 -> unknown grid | by name | choose one of
   EVALUATE --grids 0.9,0.5,0.1; --grids 1.5,0.2; --grids nan,0.2; --grids uniform,0.5 -> unknown grid | by name | choose one of
   LATENT --measure-every 4 --early.grid karas --early.features {features} -> 'karas' | did you mean 'karras'?
@@ -376,18 +376,18 @@ other weights | --model {foreign_solvers} --nfe 4 --grid uniform --overwrite
 """
 UNPARSED = """
 2 flags
-  sample --model m --solvr ddim -> Unrecognized | --solver
-  evaluate --model m --features f --solver ddim -> Unrecognized | --solvers
-  train_tokenizer digits-fsq --levels 8 -> Unrecognized | --model.levels
-  train_latent digits-dit --model.width 64 -> Unrecognized | --model.dit.width
-  train_features --withd 8 -> Unrecognized | --width
-  train_solver amed --model m --trajectories 9 -> Unrecognized | --distill.trajectories
-  encode --tokeniser t --tokenizer t -> Unrecognized | --tokenizer
+  sample --model m --solvr ddim -> unknown flag | did you mean '--solver'?
+  evaluate --model m --features f --solver ddim -> unknown flag | did you mean '--solvers'?
+  train_tokenizer digits-fsq --levels 8 -> unknown flag | did you mean '--model.levels'?
+  train_latent digits-dit --model.width 64 -> unknown flag | did you mean '--model.dit.width'?
+  train_features --withd 8 -> unknown flag | did you mean '--width'?
+  train_solver amed --model m --trajectories 9 -> unknown flag | did you mean '--distill.trajectories'?
+  encode --tokeniser t --tokenizer t -> unknown flag | did you mean '--tokenizer'?
   sample; evaluate; train_solver amed -> --model
   encode -> --tokenizer
   sample --model m --nfe few -> --nfe | few
   train_latent digits-dit --model.dit.width 30 -> width 30
-  train_latent digits-dit --model.target noise -> noise | eps
+  train_latent digits-dit --model.target epsilom -> epsilom | did you mean 'eps'?
   train_tokenizer digits-fsq --betas 0.9 -> betas
   train_tokenizer digits-fsq --lr -1 -> lr
   train_tokenizer digits-fsq --ema 1 -> ema

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 class Coloured:
     """Images whose values are a function of the seed."""
 
+    kind = "coloured"
+
     def __init__(self, channels: int = 3) -> None:
         self.identity: dict[str, Any] = {}
         self.channels = channels

@@ -45,7 +45,7 @@ from midway.gen.sweep.run import Sweep
 from midway.gen.sweep.store import Cell, CellStore, Part, Seeds
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
-TIMES = ("seconds", "decode_seconds", "feature_seconds", "timing")
+TIMES = ("seconds", "seconds_std", "seconds_blocks", "decode_seconds", "feature_seconds", "timing")
 
 
 def task(pipeline: Pipeline, out: Path, **changes: Any) -> evaluate.EvaluateTask:

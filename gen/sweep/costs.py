@@ -1,0 +1,88 @@
+"""What a sweep will cost, counted before it begins.
+
+Network evaluations are passes of one image through the network: NFE x images, at most twice that with guidance. An image that
+was decoded passes through every feature network.
+"""
+
+from dataclasses import dataclass
+
+from midway.gen.sweep.choice import candidates_of, choice_cell, groups
+from midway.gen.sweep.fine import FineSolution, StoredSolution
+from midway.gen.sweep.jobs import Job, Plan, SweepConfig
+from midway.gen.sweep.measure import EvaluationContext
+from midway.gen.sweep.store import Cell
+from midway.gen.sweep.tally import Work
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is missing in the store, of how many cells."""
+
+    cells: int
+    stored: int
+    blocks: str
+    """Images of a cell, in words."""
+    measured: Work
+    exact: Work
+    choice: Work
+    networks: int
+    """Feature networks."""
+    guided: bool
+
+    @property
+    def work(self) -> Work:
+        """All of it."""
+        return self.measured + self.exact + self.choice
+
+    def __str__(self) -> str:
+        what = f"{self.cells} cell{'s' * (self.cells != 1)} of {self.blocks}, {self.stored} of them stored already"
+        if not (self.work.evaluations or self.work.images):
+            return f"{what}: nothing is left to sample"
+        parts = {"cells": self.measured, "exact solution": self.exact, "choice of grids": self.choice}
+        shares = ", ".join(f"{name} {its.evaluations:,}" for name, its in parts.items() if its.evaluations)
+        most = "at most " * self.guided
+        images = f"{self.work.images:,} images through {self.networks} feature network{'s' * (self.networks != 1)}"
+        return f"{what}: {most}{self.work.evaluations:,} network evaluations ({shares or 'none'}), {images}"
+
+
+def forecast(
+    plan: Plan,
+    context: EvaluationContext,
+    config: SweepConfig,
+    solution: FineSolution | None,
+    choosing: FineSolution | None,
+) -> Forecast:
+    """Of a plan with these exact solutions of the scored seeds and of those of the choice; None where there is none."""
+    passes = 1 if config.guidance == 1 else 2
+    each, exact, choice = config.n * config.blocks, Work(), Work()
+    if choosing is not None:
+        choice = _missing(choosing, config.exact_nfe * passes)
+        for job in candidates_of(plan):
+            if not choice_cell(job, choosing).has_part(0):
+                choice += Work(job.nfe * passes * config.choice, config.choice * job.stochastic)
+    if solution is not None:
+        exact = _missing(solution, config.exact_nfe * passes)
+        if not context.cell(StoredSolution(solution)).is_finished:
+            exact += Work(0, each)
+    others = [[job] for job in plan.jobs if not job.nfe]
+    missing = [
+        group
+        for group in (*groups(plan.jobs).values(), *others)
+        if not any(_cell(job, context, solution).is_finished for job in group)
+    ]
+    measured = Work(sum(group[0].nfe for group in missing) * passes * each, len(missing) * each)
+    cells = len(groups(plan.jobs)) + len(others)
+    blocks = f"{config.blocks} x {config.n:,} images"
+    return Forecast(
+        cells, cells - len(missing), blocks, measured, exact, choice, len(context.spaces), config.guidance != 1
+    )
+
+
+def _cell(job: Job, context: EvaluationContext, solution: FineSolution | None) -> Cell:
+    return context.cell(job.source, None if job.baseline else solution)
+
+
+def _missing(fine: FineSolution, nfe: int) -> Work:
+    """Of an exact solution, what is not stored."""
+    count = sum(len(seeds) for number, (_, seeds) in enumerate(fine.seeds.parts) if not fine.cell.has_part(number))
+    return Work(count * nfe, count)

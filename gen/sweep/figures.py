@@ -1,0 +1,43 @@
+"""What the parts and blocks of a cell cost, and the figures of a block, as the store holds them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a whole cell: sampling, decoding and features."""
+
+    solver: float
+    decode: float
+    features: float
+
+
+@dataclass(frozen=True)
+class FineCosts:
+    """Of a part of the fine solution."""
+
+    nfe: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SampleCosts:
+    """Of a part of samples: evaluations of one, seconds of all, and what these depend on."""
+
+    nfe: float
+    solver: float
+    decode: float
+    features: float
+    timing: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a block, which has one entry of `nfe` and `timing` for each of its parts; no distance and metrics of what diverged."""
+
+    distance: float | None
+    metrics: dict[str, float]
+    nonfinite: int
+    nfe: tuple[float, ...]
+    seconds: Seconds
+    timing: tuple[str, ...]
