@@ -62,7 +62,8 @@ def run(task: ImportTask) -> Run:
         checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
         write_reconstructions(made, tokenizer, splits, 0, "imported")
         made.note({"data_fingerprint": splits.train.fingerprint})
-        shown = Path(task.place).name if Path(task.source).exists() else task.place
+        source = Path(task.source)
+        shown = Path(task.place).relative_to(source.parent) if source.exists() else task.place
         weights = {"weights": "imported", "source": shown}
         finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
         made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
