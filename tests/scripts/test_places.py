@@ -162,6 +162,8 @@ def test_runs_of_moved_images_are_still_runs_of_the_same_images(moved: Place, tm
     assert not trained_on(features, DataConfig())
     other = replace(features, config={**features.config, "data": {"data": str(tmp_path / "others")}})
     assert trained_alike(other, features), "the record counts, not the path"
+    other = replace(features, config={**features.config, "data": {"data": str(moved.images), "held_out": 0.5}})
+    assert not trained_alike(other, features), "and the split"
 
 
 def test_paths_of_earlier_versions_are_relative(moved: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
