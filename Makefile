@@ -4,11 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.midway-installed
 ARGS   ?=
+# another index of torch's wheels, those for CPUs alone, say
+TORCH_INDEX ?=
 # a process for each core, up to 8, and each file's tests in one of them
 TESTS  := -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo demo-mnist prove test test-slow check format bench gpu clean
+.PHONY: help dev demo demo-mnist prove test test-slow check format docs bench gpu clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -17,7 +19,7 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Midway needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=python3.12, say.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing torch, torchvision and the rest into $(VENV) (several GB the first time)."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	mkdir -p .imports/midway
 	ln -sfn ../../gen .imports/midway/gen
@@ -51,6 +53,10 @@ check: $(STAMP) ## ruff and pyright
 format: $(STAMP) ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## the site, in build/site; links and anchors are checked
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.6,<10'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 bench: $(STAMP) ## measure speed beside named peers; writes benchmarks/results/*.json
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

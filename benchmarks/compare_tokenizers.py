@@ -35,7 +35,7 @@ from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.flags import cli
 from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
-from midway.gen.report.axes import COLOURS, MARKERS
+from midway.gen.report.drawing import COLOURS, MARKERS
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings.train_tokenizer import train
 from midway.tokenizers.fsq import FSQ_LEVELS

@@ -14,6 +14,7 @@ from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.artefacts import check_tensors, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import Grid, is_grid
+from midway.samplers.hub import Shared
 from midway.samplers.plugin import BASES, plugin_table
 from midway.samplers.prediction import Field
 from midway.samplers.rows import NoiseSource
@@ -56,7 +57,7 @@ def same_schedule(name: str, schedule: Schedule) -> bool:
 
 
 @dataclass(frozen=True)
-class LearnedSolver:
+class LearnedSolver(Shared):
     """An AMED solver on the schedule that it was learned on.
 
     ValueError for another schedule, numbers that are not finite, a grid that does not fall between finite noise levels, and for

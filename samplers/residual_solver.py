@@ -12,6 +12,7 @@ from torch import Tensor
 
 from midway.samplers.artefacts import check_tensors, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
+from midway.samplers.hub import Shared
 from midway.samplers.operations import Costs, flops
 from midway.samplers.prediction import Field
 from midway.samplers.residual import Residual, ResidualShape, parameter_count, steps
@@ -33,7 +34,7 @@ def residual_flops(residual: Residual, rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class ResidualTable:
+class ResidualTable(Shared):
     """The sampler. ValueError for a card, a base, a residual and a schedule that do not go together."""
 
     card: SolverCard

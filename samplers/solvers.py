@@ -16,6 +16,7 @@ name, with what they cost and how fast they converge; `steps_for` turns a budget
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from typing import Any, Literal
 from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
 from midway.samplers.generator import Method, exponential_step, multistep
-from midway.samplers.grids import Grid, to_data
+from midway.samplers.grids import NAMED, Grid, to_data
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
 from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
@@ -148,6 +149,19 @@ SOLVERS: dict[str, Solver] = {
 
 ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}
 """Solvers of the registry that are another one under a second name: usable by name, and measured once by `--solvers all`."""
+
+
+def make_solver(name: str, schedule: Schedule, nfe: int, grid: str = "karras") -> Table:
+    """The table of a solver of `SOLVERS` at exactly `nfe` evaluations on a grid of `grids.NAMED`.
+
+    ValueError for a name that is not there, and for a budget that the solver cannot spend.
+    """
+    for what, given, known in (("solver", name, SOLVERS), ("grid", grid, NAMED)):
+        if given not in known:
+            near = ", ".join(get_close_matches(given, known, n=3, cutoff=0.3)) or ", ".join(known)
+            raise ValueError(f"there is no {what} '{given}': the nearest are {near}")
+    solver = SOLVERS[name]
+    return solver.on(schedule, NAMED[grid](schedule, solver.steps(nfe)))
 
 
 def steps_for(evaluations: int, nfe: int, analytic_first: bool = False, euler_last: bool = False) -> int:

@@ -24,10 +24,12 @@ from torch import Tensor
 
 from midway.samplers.artefacts import check_tensors, read_object, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
+from midway.samplers.hub import Shared
 from midway.samplers.prediction import Field, at
 from midway.samplers.rows import Coefficients, CompiledRow, NoiseSource, Row, compile_rows, run_rows
 from midway.samplers.schedule import Schedule, fingerprint, schedule_of
 from midway.samplers.table_checks import check_consistent, check_grid, check_nodes, check_rows
+from midway.samplers.table_text import table_text
 
 FORMAT = "midway-table-1"
 NOISY = "adasde"
@@ -35,7 +37,7 @@ NOISY = "adasde"
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Shared):
     """A solver on one grid. `nodes[k]` is the index of the state that lives at `grid[k]`."""
 
     solver: str
@@ -61,6 +63,10 @@ class Table:
         schedule = schedule_of(self.schedule)
         if schedule is not None:
             self._check_method(schedule)
+
+    def __repr__(self) -> str:
+        """A few readable lines (table_text.py)."""
+        return table_text(self.solver, self.nfe, self.schedule, self.grid, self.rows)
 
     @property
     def is_learned(self) -> bool:

@@ -21,7 +21,9 @@ from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.baseline_tasks import VAETask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
-from midway.gen.report import plots, sections, tokenizer_plots
+from midway.gen.progress import bar
+from midway.gen.report import sections
+from midway.gen.report.drawing import Drawing
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
 
@@ -29,6 +31,9 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # tests train on the CPU, w
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: more threads than cores are many times slower
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+bar.FIRST = bar.LONGEST = 1e9  # what tests look at does not depend on how busy a machine is
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,8 +51,8 @@ def undrawn() -> Iterator[None]:
     empty = io.BytesIO()
     Image.new("L", (1, 1)).save(empty, "png")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (plots, sections, tokenizer_plots):
-            patch.setattr(module, "png", lambda figure: empty.getvalue())
+        patch.setattr(Drawing, "png", lambda drawing: empty.getvalue())
+        patch.setattr(Drawing, "svg", lambda drawing, narrow: "<svg></svg>")
         yield
 
 

@@ -14,6 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from midway.tokenizers.arguments import check_arguments
+from midway.tokenizers.hub import Shared, card_in
 from midway.tokenizers.weights import (
     CONFIG,
     HUB,
@@ -26,8 +27,11 @@ from midway.tokenizers.weights import (
 )
 
 
-class Pretrained(ModelMixin, ConfigMixin):
-    """Base of our models that `save_pretrained` writes."""
+class Pretrained(Shared, ModelMixin, ConfigMixin):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """Base of our models in the format of diffusers."""
+
+    def write(self, folder: Path, **options: Any) -> None:
+        ModelMixin.save_pretrained(self, folder, **options)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -57,6 +61,7 @@ class Pretrained(ModelMixin, ConfigMixin):
         for name, part in model.named_children():
             if name not in (cls._keep_in_fp32_modules or ()):
                 nn.Module.to(part, dtype=torch_dtype)
+        model.card = card_in(folder)
         return model.eval()
 
     def check_loaded(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from midway.tokenizers import principal
 from midway.tokenizers.base import Quantized, Quantizer
+from midway.tokenizers.card import plain_card
 from midway.tokenizers.diffusers_networks import build, check_diffusers_config, completed, networks_of
 from midway.tokenizers.kl import Identity
 from midway.tokenizers.memory import images_at_once
@@ -223,6 +224,9 @@ class ImageTokenizer(Pretrained):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
         self.latents_measured.fill_(True)
+
+    def own_card(self, license: str) -> str:
+        return plain_card(self.image_shape, self.latent_shape, self.config["quantizer"]["type"], license)
 
     def check_loaded(self) -> None:
         """ValueError for statistics of latents that `set_latent_statistics` does not take."""

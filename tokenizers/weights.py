@@ -66,11 +66,12 @@ def receive(url: str, path: Path, limit: int = DOWNLOAD_LIMIT, algorithm: str = 
 
 
 def local_folder(source: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
-    """The folder `source`, or a copy of the configuration and weights of that Hub id; OSError, ValueError if there is none."""
+    """The folder `source`, or a copy of that Hub id's configuration, weights and card; OSError, ValueError if there is none."""
     inner = subfolder or ""
     if Path(source).is_dir():
         return Path(source) / inner
-    wanted = [str(Path(inner) / name) for name in (CONFIG, FILE, INDEX, "diffusion_pytorch_model-*.safetensors")]
+    names = (CONFIG, FILE, INDEX, "diffusion_pytorch_model-*.safetensors", "README.md")
+    wanted = [str(Path(inner) / name) for name in names]
     return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted, **hub)) / inner
 
 

@@ -4,8 +4,6 @@ midway data check cifar10-train.zip --held-out 0.1
 midway data build imagenet/train --resize 256 --out imagenet-256
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -22,8 +20,6 @@ from midway.gen.data.images import describe
 from midway.gen.data.sources import check_unambiguous
 from midway.gen.data.splits import DataConfig, load
 from midway.gen.flags.cli import resolve
-
-LINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -92,27 +88,13 @@ def run_build(task: BuildTask) -> None:
         fix = "build without it, and pass it to the training; --resize brings images to one size here"
         raise UsageError(f"--crop {task.crop}", "windows are cut as images are used, not as they are stored", fix)
     workers = None if task.workers == "auto" else task.workers
-    built = build(_config(task), task.out, task.keep_encoded, workers, task.overwrite, _progress())
+    built = build(_config(task), task.out, task.keep_encoded, workers, task.overwrite)
     echo(describe(load(DataConfig(str(task.out)))))
     echo(f"{'built' if built else 'was there':<13}{task.out}")
 
 
 def _config(task: DataConfig) -> DataConfig:
     return DataConfig(**{f.name: getattr(task, f.name) for f in fields(DataConfig)})
-
-
-def _progress() -> Callable[[int, int], None]:
-    """A line each `LINE_SECONDS`."""
-    start = last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= LINE_SECONDS:
-            last = now
-            echo(f"{done:,} of {total:,} images, {now - start:,.0f} s")
-
-    return progress
 
 
 def check_command(arguments: list[str]) -> None:

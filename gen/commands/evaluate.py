@@ -51,8 +51,9 @@ from midway.gen.flags.evaluation_reference import (
     references,
     with_protocol,
 )
-from midway.gen.progress.bar import duration
+from midway.gen.progress.bar import busy, duration
 from midway.gen.progress.memory import peak_memory
+from midway.gen.report.html import Block
 from midway.gen.report.notes import (
     class_notes,
     common_notes,
@@ -62,7 +63,7 @@ from midway.gen.report.notes import (
     notes,
     timing_notes,
 )
-from midway.gen.report.sections import CODED, Section, code_section, trajectory_section
+from midway.gen.report.sections import CODED, code_section, trajectory_section
 from midway.gen.report.sweep import check_out, terminal_text, write_report
 from midway.gen.report.sweep_page import pictures_of
 from midway.gen.report.table import ReportContext
@@ -102,7 +103,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     dim = extractors[0].measured_dim(splits.train.images)
     check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
     others = [*baseline_jobs(task, data, splits, config, device), *image_jobs(externals, config)]
-    plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
+    with busy("making samplers and fitting their grids"):
+        plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
     plans[0].jobs.extend(others)
     given = published(task, extractors, splits)
 
@@ -133,8 +135,9 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
         sweep, missing = merged(sweeps)
         if shown:
             facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
-            parts = sections(trained, splits, config, sweep)
-            write_report(out, sweep.measurements, facts, pictures_of(sweep), parts, sweep.choice)
+            with busy("writing the report"):
+                parts = sections(trained, splits, config, sweep)
+                write_report(out, sweep.measurements, facts, pictures_of(sweep, splits, config), parts, sweep.choice)
             echo(terminal_text(sweep.measurements, facts.warnings))
             if model is None:
                 echo(floor_text(sweep))
@@ -211,7 +214,7 @@ def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
     return replace(first, measurements=merge_trainings(trainings)), left_out(trainings)
 
 
-def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig, sweep: Sweep) -> list[Section]:
+def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig, sweep: Sweep) -> list[Block]:
     """Report sections on a latent model: trajectories, and codes of the fine solution."""
     if trained is None:
         return []

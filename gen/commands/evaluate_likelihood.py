@@ -34,11 +34,12 @@ from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.compared import load_alike
 from midway.gen.flags.data_path import DataPathFlag
+from midway.gen.progress.bar import Progress
 from midway.gen.progress.finished import unfinished
-from midway.gen.report.likelihood import check_out, likelihood_table, write_likelihood_report
+from midway.gen.report.likelihood import check_out, terminal_text, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
-from midway.gen.report.text import text_table, under_warnings
+from midway.gen.report.text import under_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +106,20 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     with claimed(out):
         reference = open_reference(features, splits, subject.images, device, "the models make")
         instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
-        rows = [model_row(name, trained, *sources[name], instruments) for name, trained in models.items()]
+        rows = list[LikelihoodRow]()
+        with Progress("model", len(models)) as progress:
+            for name, trained in models.items():
+                progress.at(name)
+                rows.append(model_row(name, trained, *sources[name], instruments))
+                progress.advance()
         rows += references(splits, instruments)
         conditional = any(trained.model.classes for trained in models.values())
         warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
         warnings += empty_notes(splits, conditional)
         echo(*state, *warnings)
         write_likelihood_report(out, rows, context(task, splits, instruments, warnings, state))
-    echo(under_warnings(text_table(likelihood_table(rows)), state))
-    echo(f"report: {out / 'report.md'}")
+    echo(under_warnings(terminal_text(rows), state))
+    echo(f"report: {out / 'report.html'}")
     return rows
 
 

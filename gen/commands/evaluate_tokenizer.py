@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.locks import made
@@ -44,6 +43,7 @@ from midway.gen.flags.compared import load_alike
 from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.evaluation_flags import UNNAMED
 from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.progress.bar import Progress
 from midway.gen.progress.finished import unfinished
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
@@ -115,10 +115,11 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     instruments = Instruments(*reference, *perceptual)
     measured = []
     with made(out):  # an error before the work
-        with tqdm(tokenizers.items(), desc="tokenizers", disable=None, leave=False) as bar:
-            for name, tokenizer in bar:
-                bar.set_postfix_str(printable(name))
+        with Progress("tokenizer", len(tokenizers)) as progress:
+            for name, tokenizer in tokenizers.items():
+                progress.at(name)
                 measured.append(measure(name, tokenizer, subject, instruments, config))
+                progress.advance()
         write_tokenizer_report(
             out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings, state)
         )

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
 from midway.gen.core.config import PER_CALL, RECORDED_AS, absolute_if_there, to_record
+from midway.gen.core.environment import without_machine
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.processes import best_device
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe
 from midway.gen.data.splits import DataConfig, Splits, load_splits
 from midway.gen.flags.cli import Flat, resolve
-from midway.gen.tokenizer.card import finish, model_card
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.gen.tokenizer.statistics import give_statistics
@@ -37,6 +38,8 @@ class ImportTask:
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     batch_size: int = 64
     """Images encoded at once."""
+    license: str = "other"
+    """Licence of the imported weights for the card, such as mit."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Delete a run that is already at --out."""
 
@@ -59,13 +62,11 @@ def run(task: ImportTask) -> Run:
         made.say(describe(splits.train))
         made.say(describe(splits.held_out))
         quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
-        checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.save_pretrained(folder / "tokenizer"))
+        checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.write(folder / "tokenizer"))
         write_reconstructions(made, tokenizer, splits, 0, "imported")
         made.note({"data_fingerprint": splits.train.fingerprint})
-        source = Path(task.source)
-        shown = Path(task.place).relative_to(source.parent) if source.exists() else task.place
-        weights = {"weights": "imported", "source": shown}
-        finish(made, tokenizer, model_card(tokenizer, task.data, splits, quality, weights))
+        weights = {"weights": "imported", "source": without_machine(task.place)}
+        finish(made, tokenizer, tokenizer_card(tokenizer, task.data, splits, quality, weights, license=task.license))
         made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")
         log_quality(made, tokenizer, splits, 0, quality, "imported")
         made.say(f"saved {made.checkpoint}")

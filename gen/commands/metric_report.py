@@ -9,11 +9,10 @@ from torch import Tensor
 from midway.gen.core.errors import DiskError, UsageError, remedy
 from midway.gen.core.files import replacing, write_atomically
 from midway.gen.core.locks import check_no_link
-from midway.gen.core.text import html
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.metric_check import DamageRow, SpaceCheck
 from midway.gen.evaluation.records import FLOOR
-from midway.gen.report.html import facts_list, image_tag, notes_list, page, titled_table
+from midway.gen.report.html import Block, Page, Picture, facts_block, html_page, notes_block, table_block
 from midway.gen.report.table import Column, Entry, ReportContext, Table, columns_table, number, with_floor
 from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table
 
@@ -83,14 +82,17 @@ def report_md(checks: Sequence[SpaceCheck], context: ReportContext) -> str:
 
 def report_html(checks: Sequence[SpaceCheck], pictures: dict[str, Tensor], context: ReportContext) -> str:
     """One page: verdict of the first space, tables, and the same images under every damage."""
-    strips = "".join(
-        f"<div><p>{html(name)}</p>{image_tag(grid_png(images, columns=len(images)), name)}</div>"
+    strips = tuple(
+        Picture(grid_png(images, columns=len(images)), name, name, columns=len(images))
         for name, images in pictures.items()
     )
-    shown = f'<h2>The same images, damaged</h2><div class="strips">{strips}</div>'
-    tables = [titled_table(space_table(check)) for check in checks]
-    parts = [*tables, shown, notes_list(context.notes), facts_list(provenance(context))]
-    return page(context, f'<p class="lead">{html(verdict(checks[0]))}.</p>', parts)
+    blocks = [
+        *(table_block(space_table(check)) for check in checks),
+        Block("The same images, damaged", strips=strips),
+        *([notes_block(context.notes)] if context.notes else []),
+        facts_block(provenance(context)),
+    ]
+    return html_page(Page(context, f"{verdict(checks[0])}.", blocks=blocks))
 
 
 def provenance(context: ReportContext) -> list[tuple[str, str]]:

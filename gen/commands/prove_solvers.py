@@ -16,7 +16,7 @@ from midway.gen.proving.contest import Contest, ContestConfig, run_contest
 from midway.gen.proving.ground import Ground, GroundConfig, make_ground
 from midway.gen.proving.learning import NAMES
 from midway.gen.proving.model import MixtureModel
-from midway.gen.proving.report import LIMITS, Result, check_out, summary, terminal_text, training, write_prove_report
+from midway.gen.proving.report import LIMITS, Result, check_out, terminal_text, training, write_prove_report
 from midway.gen.report.table import ReportContext
 from midway.samplers.solvers import ALIASES, SOLVERS
 
@@ -62,7 +62,7 @@ def run(task: ProveTask) -> Result:
         result = measure(ground, config, solvers, learned)
         write_prove_report(task.out, result, context(task, ground, config))
     learning = (f"training: {line}" for line in training(result))
-    echo(f"\n{terminal_text(result)}", summary(result), *learning, f"report: {task.out / 'report.html'}")
+    echo(f"\n{terminal_text(result)}", *learning, f"report: {task.out / 'report.html'}")
     return result
 
 

@@ -53,10 +53,10 @@ def command_line() -> str:
     program = Path(sys.argv[0])
     ours = program.stem == "midway" or (program.name == "__main__.py" and program.parent.name in ("midway", "front"))
     start = ["midway"] if ours else ["python", os.path.relpath(program)]
-    return shlex.join([*start, *map(_without_machine, sys.argv[1:])])
+    return shlex.join([*start, *map(without_machine, sys.argv[1:])])
 
 
-def _without_machine(argument: str) -> str:
+def without_machine(argument: str) -> str:
     """An argument whose path, also behind a flag's `=`, is relative; others as they are."""
     flag, equals, value = argument.rpartition("=")
     if not os.path.isabs(value):

@@ -79,10 +79,13 @@ def csv_field(text: object) -> str:
     return f"'{shown}" if str(text).startswith(_FORMULA) else shown
 
 
-def plot_label(text: object) -> str:
-    """Text of a plot: `$` is no mathematics, and matplotlib leaves out of a legend what begins with an underscore."""
+def plot_label(text: object, most: int = _LABEL) -> str:
+    """Text of a plot: `$` is no mathematics, and matplotlib leaves out of a legend what begins with an underscore.
+
+    Cut to `most` letters.
+    """
     shown = printable(text)
-    shown = (shown if len(shown) <= _LABEL else f"{shown[: _LABEL - 1]}…").replace("$", r"\$")
+    shown = (shown if len(shown) <= most else f"{shown[: most - 1]}…").replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
 

@@ -19,7 +19,7 @@ from midway.gen.core.errors import DataError, DiskError, UsageError, raising
 from midway.gen.core.files import DAMAGE, file_hash, read_json, replaced_name, replacing, write_atomically
 from midway.gen.core.locks import LOCK, claimed
 from midway.gen.core.text import printable
-from midway.gen.data.build_pass import SPACE, BuildPass, Coloured, Progress
+from midway.gen.data.build_pass import SPACE, BuildPass, Coloured
 from midway.gen.data.build_source import differences, open_source, plan_of
 from midway.gen.data.pixels import PartFingerprints, in_parts
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask
@@ -49,7 +49,6 @@ def build(
     keep_encoded: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
 ) -> bool:
     """Build the images of `config` into the folder `out`; False if they are there already.
 
@@ -62,9 +61,7 @@ def build(
         plan = plan_of(source, config, keep_encoded)
         if not _begin(out, plan, overwrite):
             return False
-        building = BuildPass(
-            source, out, config.on_bad_image, keep_encoded, workers, progress or (lambda done, total: None)
-        )
+        building = BuildPass(source, out, config.on_bad_image, keep_encoded, workers)
         building.first_shape(int(_begun(out).get("planes", 0)))
         while True:
             try:

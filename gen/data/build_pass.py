@@ -8,7 +8,7 @@ import contextlib
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,6 @@ from midway.gen.files.file_set import check_bad, map_files
 from midway.gen.files.record_writer import RecordFormat, ShardIndex, read_shard_index, records_per_shard, write_shard
 
 Result = tuple[Decoded | Undecodable, bytes]
-Progress = Callable[[int, int], None]
-"""Called with the number of images that are done, and of all."""
 _AT_ONCE = 16
 SPACE = "free disk space, or choose another --out; the same command goes on where it stopped"
 
@@ -72,7 +70,6 @@ class BuildPass:
     policy: Literal["error", "skip"]
     encoded: bool
     workers: int | None
-    progress: Progress
     shape: _Shape = field(default_factory=_Shape)
     hashes: PartFingerprints | None = None
     bad: list[Undecodable] = field(default_factory=list)
@@ -112,7 +109,6 @@ class BuildPass:
                     facts: dict[str, Any] = {"items": [first, last], "bad": [], "notes": {}, "grey": 0}
                     batches = self._batches(islice(results, last - first), first, facts)
                     found[number] = write_shard(self.folder, number, form, batches, facts)
-                self.progress(last, total)
         return [index for index in found if index is not None]
 
     def _batches(

@@ -77,9 +77,9 @@ def _captioned(picture: Image.Image, caption: str) -> Image.Image:
     return whole
 
 
-def save_grid(path: Path, images: Tensor, columns: int, caption: str = "") -> None:
-    """Write `grid_png` to `path`, completely or not at all."""
-    write_atomically(path, grid_png(images, columns, caption=caption))
+def save_grid(path: str | Path, images: Tensor, columns: int, caption: str = "") -> None:
+    """Write `grid_png` of uint8 images (N, C, H, W) to `path`, completely or not at all. DiskError."""
+    write_atomically(Path(path), grid_png(images, columns, caption=caption))
 
 
 # ---- archives ----

@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from midway.gen.progress.bar import reported
+
 PART_BYTES = 32 << 20
 """Of pixels that a pass over all images takes at once."""
 
@@ -60,7 +62,7 @@ def part_of(images: Images, items: Tensor) -> Images:
 
 def in_parts(images: Images) -> Iterator[Tensor]:
     """All images in order, at most `PART_BYTES` at once."""
-    yield from images.split(part_length(images))
+    yield from reported(images.split(part_length(images)), "going through", len(images))
 
 
 def part_length(images: Images) -> int:

@@ -6,7 +6,6 @@ latent model run   checkpoints/step-N/model.json, model.safetensors, ema.safeten
 features run       checkpoints/step-N/features.safetensors
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +14,12 @@ import torch
 from torch import nn
 
 from midway.gen.core import checkpoints
-from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
-from midway.gen.core.ranges import check_classes
 from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.model import LatentModel
 from midway.gen.progress.finished import progress_of
 from midway.gen.training.config import TrainConfig
 from midway.samplers.learned_solver import LEARNED as AMED
@@ -33,7 +30,6 @@ from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import fingerprint
 from midway.samplers.table import NOISY, Table
 from midway.tokenizers.tokenizer import ImageTokenizer
-from midway.tokenizers.weights import building, load_weights
 
 CPU = torch.device("cpu")
 TABLE = "table"
@@ -78,26 +74,8 @@ def read_tokenizer(folder: Path, device: torch.device = CPU) -> ImageTokenizer:
 
 def write_model(folder: Path, model: LatentModel, tokenizer: ImageTokenizer) -> None:
     """Add the model's configuration and the tokenizer to a checkpoint directory."""
-    description = {"config": to_dict(model.config), "latent_shape": list(model.latent_shape), "classes": model.classes}
-    description |= {"empty": list(model.empty)} if model.empty else {}
-    description |= {"class_names": list(model.class_names)} if model.class_names else {}
-    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
-    tokenizer.save_pretrained(folder / "tokenizer")
-
-
-@dataclass(frozen=True)
-class Description:
-    """model.json: from which a latent model is built."""
-
-    config: LatentModelConfig
-    latent_shape: tuple[int, int, int]
-    classes: int
-    empty: tuple[int, ...] = ()
-    class_names: tuple[str, ...] = ()
-    """Neither is in older runs."""
-
-    def __post_init__(self) -> None:
-        check_classes(self.classes, self.empty, self.class_names)
+    (folder / "model.json").write_text(model.text)
+    tokenizer.write(folder / "tokenizer")
 
 
 def load_model(path: Path, device: torch.device) -> TrainedModel:
@@ -112,16 +90,13 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
             read_text(file),
             read_tensors(averaged if averaged.exists() else folder / "model.safetensors"),
         )
-        found = from_file(Description, json.loads(text), file, retrain)
-        if found.latent_shape != tokenizer.latent_shape:
+        model = LatentModel.built(text, state, file, retrain)
+        if model.latent_shape != tokenizer.latent_shape:
             raise ValueError(
-                f"model.json is of latents {found.latent_shape}, its tokenizer makes {tokenizer.latent_shape}"
+                f"model.json is of latents {model.latent_shape}, its tokenizer makes {tokenizer.latent_shape}"
             )
         if not bool(tokenizer.latents_measured):
             raise ValueError("the mean and std of its tokenizer's latents were never measured")
-        with building(file, state):
-            model = LatentModel(found.config, found.latent_shape, found.classes, found.empty, found.class_names)
-            load_weights(model, state)
     return TrainedModel(
         model=model.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -157,7 +132,7 @@ def solver_path(model: Run | Path, name: str, grid: str, nfe: int) -> Path:
     return (root / f"step-{run.step}" if chosen else root) / f"{name}-{grid}-nfe{nfe}"
 
 
-def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Sampler | None:
+def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Table | LearnedSolver | ResidualTable | None:
     """The learned solver of this model, None when it was not trained.
 
     DataError for a file whose numbers are of no solver for this model, name, grid and budget, and for other weights.

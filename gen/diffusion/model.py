@@ -16,17 +16,16 @@ arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uni
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from midway.gen.core.files import state_hash
-from midway.gen.core.ranges import POSITIVE, SHARE, check_ranges
-from midway.gen.diffusion.dit import DiT, DiTConfig
+from midway.gen.diffusion.description import DescribedModel, LatentModelConfig
+from midway.gen.diffusion.dit import DiT
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
@@ -35,7 +34,6 @@ from midway.samplers.prediction import (
     Evaluations,
     Field,
     Prediction,
-    Target,
     TimedField,
     expand,
     on_device,
@@ -43,42 +41,12 @@ from midway.samplers.prediction import (
     target_coefficients,
     x0_coefficients,
 )
-from midway.samplers.schedule import SCHEDULES, Schedule
+from midway.samplers.schedule import Schedule
 from midway.tokenizers.losses import mean
 from midway.tokenizers.precision import widened
 
 TIME_BUCKETS = 8
 EVERYWHERE = (0.0, math.inf)
-
-
-@dataclass(frozen=True)
-class LatentModelConfig:
-    """Process, target and network of a latent model."""
-
-    schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
-    """Process from data to noise: linear is the rectified flow, vp and cosine keep the variance, edm adds noise."""
-    target: Target = "velocity"
-    """What the network predicts."""
-    time: Literal["logit_normal", "uniform"] = "logit_normal"
-    """How noise levels are drawn in training."""
-    time_mean: float = 0.0
-    """Mean of log rho for logit_normal."""
-    time_std: float = 1.0
-    """Standard deviation of log rho for logit_normal."""
-    conditional: bool = True
-    """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
-    label_dropout: float = 0.1
-    """Share of samples trained without their class, for classifier-free guidance."""
-    dequantise: bool = False
-    """Pixel models: spread each level over its bin, so that the density is one of pixels and has bits per dimension."""
-    dit: DiTConfig = field(default_factory=DiTConfig)
-
-    def __post_init__(self) -> None:
-        check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
-
-    def make_schedule(self) -> Schedule:
-        """The schedule this names."""
-        return SCHEDULES[self.schedule]()
 
 
 @dataclass(frozen=True)
@@ -106,8 +74,10 @@ class Guidance:
             raise ValueError("at scale 1 nothing is guided, by no model and in no interval: give another scale, say 2")
 
 
-class LatentModel(nn.Module):
+class LatentModel(DescribedModel):
     """Denoiser of standardised latents (B, C, H, W); `loss` trains it, `field` is what solvers see.
+
+    Saved and loaded bit for bit by save_pretrained and from_pretrained; its tokenizer is a model of its own.
 
     `empty` are classes without a training image, which no seed draws; `class_names` are () where they are not known.
     """

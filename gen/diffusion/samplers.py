@@ -185,7 +185,7 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     if solver not in LEARNED:
         return {grid: make_table(solver, grid, nfe, trained, config) for grid in config.grids}
     found = {grid: load_solver(trained, solver, grid, nfe) for grid in LEARNED_ON}
-    samplers = {grid: sampler for grid, sampler in found.items() if sampler is not None}
+    samplers: dict[str, Sampler] = {grid: sampler for grid, sampler in found.items() if sampler is not None}
     if not samplers:
         raise UsageError(
             f"{solver} at NFE {nfe} has not been learned for {trained.run.path}",

@@ -14,11 +14,12 @@ from midway.gen.core import randomness
 from midway.gen.data.images import to_float, to_uint8
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.model import Guidance, start_state
+from midway.gen.diffusion.model import Guidance, LatentModel, start_state
 from midway.samplers.graph import Graphs
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.tokenizers.memory import images_at_once
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 
 def noise_of(seeds: Tensor, shape: tuple[int, ...], draw: int = 0) -> Tensor:
@@ -151,6 +152,31 @@ def encode(trained: TrainedModel, images: Tensor, batch_size: int | None = None)
     size = batch_size or images_at_once(tokenizer)
     parts = [tokenizer.encode_latents(to_float(part.to(tokenizer.device))) for part in images.split(size)]
     return torch.cat([part.cpu() for part in parts])
+
+
+def initial(model: LatentModel, sampler: Sampler, seeds: Tensor) -> Tensor:
+    """The states (B, C, h, w) of these seeds (B,) at which `sampler` begins, float32 on the CPU."""
+    return start_state(model.schedule, sampler.grid[0], noise_of(seeds, model.latent_shape))
+
+
+@torch.no_grad()
+def draw(
+    model: LatentModel,
+    tokenizer: ImageTokenizer,
+    sampler: Sampler,
+    seeds: Iterable[int],
+    labels: Iterable[int] | None = None,
+    guidance: float | Guidance = 1.0,
+) -> Tensor:
+    """One image a seed, uint8 (N, C, H, W) on the CPU, all in one batch; without `labels` classes take turns by seed.
+
+    The images of `midway sample` for the same seeds, classes, solver and guidance. ValueError as `LatentModel.field`.
+    """
+    numbers, device = torch.tensor([*seeds]), next(model.parameters()).device
+    classes = labels_of(numbers, model.classes, model.empty) if labels is None else torch.tensor([*labels])
+    field = model.field(classes.to(device), guidance)
+    latents = sampler.run(field, initial(model, sampler, numbers).to(device), SeededNoise(numbers))
+    return to_uint8(tokenizer.decode_latents(latents.to(tokenizer.device))).cpu()
 
 
 def reconstruct(trained: TrainedModel, images: Tensor, batch_size: int | None = None) -> Tensor:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from midway.gen.evaluation.records import LIMITS, TO_EXACT, Measurement
+from midway.gen.evaluation.records import EXACT, LIMITS, TO_EXACT, Measurement
 from midway.samplers.solvers import SOLVERS
 
 FID = "inception-v3-2015-12-05@6726825d"
@@ -111,13 +111,13 @@ def critical_t(blocks: int) -> float:
     return float(stdtrit(blocks - 1, 0.975))
 
 
-def differences(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Difference]:
-    """By (solver, NFE): the paired difference to the best of that NFE, by the metric that ranks solvers.
+def differences(measurements: Iterable[Measurement], name: str = "") -> dict[tuple[str, int], Difference]:
+    """By (solver, NFE): the paired difference to the best of that NFE, by a metric (default: the one that ranks solvers).
 
     Blocks share their seeds; none below two blocks.
     """
     measurements = list(measurements)
-    name = question(measurements)
+    name = name or question(measurements)
     chosen = {key: m for key, m in shown(measurements).items() if len(m.values(name)) > 1}
     chosen = {key: m for key, m in chosen.items() if math.isfinite(m.value(name) or 0.0)}
     best = {nfe: min((m for (_, n), m in chosen.items() if n == nfe), key=lambda m: m.metrics[name].mean)
@@ -135,7 +135,61 @@ def above_exact(m: Measurement, exact: Measurement) -> Difference | None:
 
 
 def _difference(m: Measurement, best: Measurement, name: str) -> Difference:
-    values = [a - b for a, b in zip(m.values(name), best.values(name), strict=True)]
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    return Difference(mean, error, len(values), m.grid, m is best)
+    return replace(paired_difference(m.values(name), best.values(name), m.grid), best=m is best)
+
+
+def paired_difference(values: Sequence[float], others: Sequence[float], grid: str = "") -> Difference:
+    """Of the values of two or more blocks from those of the same seeds."""
+    found = [a - b for a, b in zip(values, others, strict=True)]
+    mean = sum(found) / len(found)
+    error = math.sqrt(sum((v - mean) ** 2 for v in found) / (len(found) - 1) / len(found))
+    return Difference(mean, error, len(found), grid)
+
+
+# ---- which cell ----
+
+Key = tuple[str, int]
+"""(solver, NFE)."""
+
+
+def best_cell(measurements: Sequence[Measurement]) -> Key | None:
+    """The least by the metric that ranks solvers, over all budgets; None where none is finite."""
+    ranks = _ranks(measurements)
+    best = min(ranks, key=lambda key: ranks[key], default=None)
+    return best if best is not None and math.isfinite(ranks[best]) else None
+
+
+def first_as_exact(measurements: Sequence[Measurement]) -> Key | None:
+    """The best by rank of the smallest budget at which a distance to the data is not significantly above the exact solution's."""
+    exact, ranks = limit_of(measurements, EXACT), _ranks(measurements)
+    every = {} if exact is None else {key: above_exact(m, exact) for key, m in shown(measurements).items()}
+    reached = [key for key, difference in every.items() if difference is not None and not difference.significant]
+    return min(reached, key=lambda key: (key[1], ranks[key]), default=None)
+
+
+def tied_with(measurements: Sequence[Measurement], cell: Key) -> list[Key]:
+    """The other cells of its budget that are not significantly worse than the best of that budget."""
+    found = differences(measurements)
+    return [key for key, d in found.items() if key[1] == cell[1] and key != cell and not d.significant]
+
+
+def contrast(measurements: Sequence[Measurement]) -> tuple[Key, Key] | None:
+    """The worst and the best cell of the smallest budget at which they differ significantly; one that diverged is the worst.
+
+    Below two blocks, where nothing is significant, any difference counts.
+    """
+    ranks, found = _ranks(measurements), differences(measurements)
+    for budget in sorted({nfe for _, nfe in ranks}):
+        keys = [key for key in ranks if key[1] == budget]
+        worst, best = max(keys, key=lambda key: ranks[key]), min(keys, key=lambda key: ranks[key])
+        difference = found.get(worst)
+        if ranks[best] < ranks[worst] and (difference is None or difference.significant):
+            return worst, best
+    return None
+
+
+def _ranks(measurements: Sequence[Measurement]) -> dict[Key, float]:
+    """What ranks each cell, infinite where it diverged or was not measured."""
+    name = question(measurements)
+    values = {key: m.value(name) for key, m in shown(measurements).items()}
+    return {key: math.inf if v is None or not math.isfinite(v) else v for key, v in values.items()}

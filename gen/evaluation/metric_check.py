@@ -16,6 +16,7 @@ from torch import Tensor
 from midway.gen.evaluation.damages import DAMAGES, Damage, undamaged
 from midway.gen.features.reference import FeatureReference, Subject
 from midway.gen.metrics.kid import kid
+from midway.gen.progress.bar import Progress
 
 GROUPS = 10
 """Of the jackknife."""
@@ -76,13 +77,16 @@ def check_space(reference: FeatureReference, subject: Subject, damages: Sequence
     error = jackknife_error(meters["kid"], clean)
     floor = _row(reference.features, Damage("floor"), [clean], [clean], meters, error)
     rows = []
-    for damage in damages:
-        if len(subject.labels.unique()) >= damage.classes:
+    possible = [damage for damage in damages if len(subject.labels.unique()) >= damage.classes]
+    with Progress("damage", len(possible)) as progress:
+        for damage in possible:
+            progress.at(f"{damage.name} under {reference.features}")
             changed, chosen = damage.change(subject), damage.choose(subject.labels)
             features = clean if changed is subject.pixels else _features(reference, changed)
             alike = [clean[places] for places in undamaged(len(clean), chosen)]
             sets = [features[places] for places in chosen]
             rows.append(_row(reference.features, damage, sets, alike, meters, error))
+            progress.advance()
     return SpaceCheck(floor, tuple(rows), reference.between, error, reference.warnings)
 
 

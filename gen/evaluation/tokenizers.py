@@ -40,6 +40,7 @@ from midway.gen.metrics.code_usage import CodeCounter
 from midway.gen.metrics.latent_rank import channel_moments, interpolated, moments
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.metrics.psnr_ssim import mse, psnr, ssim
+from midway.gen.progress.bar import reported
 from midway.tokenizers.kl import KL, gaussian_kl
 from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -212,7 +213,8 @@ def _reconstruct(
 
 
 def _batches(subject: Subject, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(subject.images.split(size), subject.places.split(size), strict=True)
+    parts = reported(subject.images.split(size), "going through", len(subject.images))
+    return zip(parts, subject.places.split(size), strict=True)
 
 
 def _now(tokenizer: ImageTokenizer) -> float:

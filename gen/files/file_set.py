@@ -22,6 +22,7 @@ from midway.gen.files.names import EXTENSIONS, ending, is_image, is_library, jun
 from midway.gen.files.parquet import open_parquet
 from midway.gen.files.shards import TAR, shard_paths
 from midway.gen.files.tars import index_tars, reading_members, sidecar_labels
+from midway.gen.progress.bar import Progress
 
 Name = TypeVar("Name")
 Result = TypeVar("Result")
@@ -153,15 +154,19 @@ def map_files(
     start = time.perf_counter()
     first = work_chunk(names[:_CHUNK])
     threads = workers or _threads((time.perf_counter() - start) / len(first))
-    pool, ahead = ThreadPoolExecutor(threads), deque()
+    pool, ahead, progress = ThreadPoolExecutor(threads), deque(), Progress("reading", len(names), "images")
     try:
-        yield from first
-        for at in range(_CHUNK, len(names), _CHUNK):
-            ahead.append(pool.submit(work_chunk, names[at : at + _CHUNK]))
-            if len(ahead) > threads:  # decoded images must not pile up before they are taken
+        with progress:
+            yield from first
+            progress.advance(len(first))
+            for at in range(_CHUNK, len(names), _CHUNK):
+                ahead.append(pool.submit(work_chunk, names[at : at + _CHUNK]))
+                if len(ahead) > threads:  # decoded images must not pile up before they are taken
+                    yield from ahead.popleft().result()
+                    progress.advance(_CHUNK)
+            while ahead:
                 yield from ahead.popleft().result()
-        while ahead:
-            yield from ahead.popleft().result()
+                progress.advance(min(_CHUNK, len(names) - progress.done))
     finally:
         pool.shutdown(cancel_futures=True)
 

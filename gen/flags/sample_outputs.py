@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from midway.gen.core.errors import DivergedError, UsageError
 from midway.gen.core.locks import remove
@@ -22,6 +21,7 @@ from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sample_folder import PARTS, SampleFolder
 from midway.gen.diffusion.sampling import SamplingConfig, Start, decode, sample_batches, sample_latents
 from midway.gen.files.names import EXTENSIONS
+from midway.gen.progress.bar import Progress
 from midway.samplers.sampler import Sampler
 
 Kind = Literal["grid", "archive", "folder", "noise"]
@@ -120,14 +120,13 @@ def _draw_missing(drawing: Drawing, folder: SampleFolder, process: ProcessInfo) 
     if there and process.rank == 0:
         echo(f"{there} images are there already")
     evaluations, seconds = 0.0, 0.0
-    shown = {"desc": "images", "unit": "image", "disable": None if process.rank == 0 else True, "leave": False}
-    with tqdm(total=sum(map(len, batches)), initial=there, **shown) as bar:
+    with Progress("drawing", sum(map(len, batches)), "images", done=there) as progress:
         made = sample_batches(drawing.trained, drawing.sampler, todo, drawing.sampling, drawing.start)
         for (some, labels), samples in zip(todo, made, strict=True):
             check_finite(samples.latents)
             folder.write(some, labels, decode(drawing.trained, samples.latents))
             evaluations, seconds = evaluations + samples.nfe * len(some), seconds + samples.seconds
-            bar.update(len(some))
+            progress.advance(len(some))
     count = sum(len(some) for some, _ in todo)
     return Drawn(count, evaluations / max(count, 1), seconds)
 

@@ -10,7 +10,7 @@ NAMED = {
     "Optimizer": "train.optimizer train.warmup train.decay train.plateau train.weight_decay train.betas train.clip"
     " train.accumulation train.ema train.posthoc train.posthoc_every train.patience",
     "Saving and stopping": "train.max_steps train.save_every train.save_seconds train.keep train.validate_every"
-    " train.patience_validations",
+    " train.patience_validations license",
     "Logging": "train.log_every train.preview_every train.preview_seconds train.log_with train.measure_every",
     "Speed and precision": "train.precision train.gradient_checkpointing train.compile train.deterministic train.workers"
     " precision graph batch_size overlap",

@@ -16,6 +16,7 @@ from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
+from midway.tokenizers.hub import LICENSE
 
 Resume = Literal["no", "auto"]
 QuantizerName = Literal[
@@ -115,6 +116,8 @@ class TrainingTask:
     out: Path
     """Run directory to create."""
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig, kw_only=True)
+    license: str = field(default=LICENSE, kw_only=True)
+    """Licence of the weights, for the card of the folder to share."""
     overwrite: bool = field(default=False, kw_only=True, metadata=PER_CALL)
     """Delete a run that is already at --out."""
     resume: Resume = field(default="no", kw_only=True, metadata=PER_CALL)

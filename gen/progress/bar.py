@@ -2,6 +2,7 @@
 
     encoding 12,288 of 50,000 images, eta 3 min        so many are done
     cell 12 of 75, dpmpp3m at NFE 6, eta 6 min         so many, and this one is worked on
+    fitting the mixture, 12 s so far                   it is not counted
 
 Of several that are open the newest alone writes lines. Lines also come while nothing advances, from a thread.
 """
@@ -11,8 +12,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -24,7 +25,11 @@ BEAT = 1.0
 """Seconds between two looks of the thread whether a line is due."""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
 """Of a bar whose time left is known better than by counting."""
+UNCOUNTED = "{desc} [{elapsed}{postfix}]"
 _open: list["Progress"] = []
+
+
+Part = TypeVar("Part", bound=Sized)
 
 
 def pause(elapsed: float) -> float:
@@ -45,9 +50,9 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts to `total`, and reports within a `with` block. Only the first of several processes reports.
 
-    what: the activity, or, without `unit`, the name of an item. done: what was there before. left: the seconds that are left,
-    by default as long as the same number took here; None where that is not known. write: takes the lines; text: the line
-    in place of the default.
+    what: the activity, or, without `unit`, the name of an item; total 0: it is not counted. done: what was there before. left:
+    the seconds that are left, by default as long as the same number took here; None where that is not known. write: takes the
+    lines; text: the line in place of the default.
     """
 
     def __init__(
@@ -74,7 +79,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         if self.shown:
-            form = None if self._left == self._by_count else BAR
+            form = UNCOUNTED if not self.total else None if self._left == self._by_count else BAR
             shown: dict[str, Any] = {"desc": self.what, "disable": None, "leave": False, "bar_format": form}
             self._bar = tqdm(total=self.total, initial=self.done, **shown)
             _open.append(self)
@@ -99,14 +104,14 @@ class Progress:
 
     def at(self, about: str) -> None:
         """Name what is done now."""
-        self.about = about
+        self.about = printable(about)
         self._describe()
         if not self.unit:
             self.beat()
 
     def _describe(self) -> None:
         if self.has_bar:
-            parts = (printable(self.about), "" if self._left == self._by_count else self.eta)
+            parts = (self.about, "" if self._left == self._by_count else self.eta)
             self._bar.set_postfix_str(", ".join(filter(None, parts)))
 
     def advance(self, count: int = 1) -> None:
@@ -155,9 +160,22 @@ class Progress:
 
     def _by_count(self) -> float | None:
         made = self.done - self.before
-        return self.elapsed / made * (self.total - self.done) if made else None
+        return self.elapsed / made * (self.total - self.done) if made and self.total else None
 
     def _default(self) -> str:
         here = min(self.done + (not self.unit), self.total)
-        counted = f"{self.what} {here:,} of {self.total:,} {self.unit}".rstrip()
+        counted = f"{self.what} {here:,} of {self.total:,} {self.unit}".rstrip() if self.total else self.what
         return ", ".join(part for part in (counted, self.about, self.eta) if part)
+
+
+def busy(what: str) -> Progress:
+    """Of an activity of one piece."""
+    return Progress(what, 0)
+
+
+def reported(parts: Iterable[Part], what: str, total: int, unit: str = "images") -> Iterator[Part]:
+    """The parts, which are counted by their lengths as each has been used."""
+    with Progress(what, total, unit) as progress:
+        for part in parts:
+            yield part
+            progress.advance(len(part))

@@ -13,6 +13,7 @@ import torch
 from midway.gen.core import randomness
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_flag_ranges
 from midway.gen.diffusion.model import start_state
+from midway.gen.progress.bar import Progress, busy
 from midway.gen.proving.learning import Teaching, teach
 from midway.gen.proving.model import Block, Figures, MixtureModel, exact_error, figures, make_block
 from midway.samplers.gits import GITS, WarmUp, fitted_grid, warm_up
@@ -194,15 +195,24 @@ def run_contest(
 
     workers: cells measured at a time, each by a thread that torch leaves to one core; results do not depend on it.
     """
-    shared, (floor, exact) = dict[Any, Any](), contest.reference_cells()
-    contest.prepare()
+    with busy("solving the ground exactly"):
+        shared, (floor, exact) = dict[Any, Any](), contest.reference_cells()
+        contest.prepare()
 
-    cells, every = [floor, exact], (*solvers, *learned)
-    with one_thread_each(), ThreadPoolExecutor(workers) as pool:
+    cells, every, budgets = [floor, exact], (*solvers, *learned), contest.config.nfe
+    with (
+        one_thread_each(),
+        ThreadPoolExecutor(workers) as pool,
+        Progress("measuring", len(every) * len(budgets), "cells") as progress,
+    ):
+
+        def measured(name: str, nfe: int) -> Cell | None:
+            cell = contest.cell(name, nfe, shared)
+            progress.advance()
+            return cell
+
         try:
-            waiting = {
-                name: [pool.submit(contest.cell, name, nfe, shared) for nfe in contest.config.nfe] for name in every
-            }
+            waiting = {name: [pool.submit(measured, name, nfe) for nfe in budgets] for name in every}
             for name, ones in waiting.items():
                 made = [cell for one in ones if (cell := one.result()) is not None]
                 note(name, len(made))

@@ -19,6 +19,7 @@ from midway.gen.core.errors import DataError
 from midway.gen.core.ranges import SEED, WIDTH, check_ranges
 from midway.gen.data.images import load_images, to_float
 from midway.gen.data.pixels import Images
+from midway.gen.progress.bar import busy
 from midway.samplers.mixture import Mixture
 
 PATCHES = "patches"
@@ -79,7 +80,8 @@ def make_ground(config: GroundConfig) -> Ground:
             "give more images, or fewer --components and --axes",
         )
     turned, share = principal(vectors, config.axes)
-    mixture = fit(turned, config.components, config.seed)
+    with busy("fitting the mixture"):
+        mixture = fit(turned, config.components, config.seed)
     source = "two photographs" if config.data == PATCHES else name
     side = f"{config.patch}x{config.patch}x{images[0].shape[1]} patches" if config.patch else "images"
     return Ground(

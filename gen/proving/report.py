@@ -2,19 +2,21 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from midway.gen.core.files import read_text, write_atomically
 from midway.gen.core.locks import check_replaceable
-from midway.gen.core.text import html, markdown, plot_label
+from midway.gen.core.text import markdown
+from midway.gen.evaluation.comparing import paired_difference
 from midway.gen.proving.contest import EXACT_ROW, FLOOR, Cell
 from midway.gen.proving.published import PUBLISHED, RATIO, correlations, overall, ratio
-from midway.gen.report.axes import dress, legend_below, look, new_figure, plain_ticks, png
-from midway.gen.report.html import facts_list, figure, notes_list, page, titled_table
+from midway.gen.report.curves import Curve, Panel, curves_figure, ratios
+from midway.gen.report.drawing import Drawing
+from midway.gen.report.html import Block, Page, facts_block, html_page, table_block
 from midway.gen.report.table import Entry, Line, ReportContext, Table, joined, number
 from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table
 
@@ -94,11 +96,12 @@ def figure_table(result: Result, name: str, solvers: Sequence[str] = ()) -> Tabl
     cells = [cell for cell in result.cells if cell.nfe and (not solvers or cell.solver in solvers)]
     budgets = sorted({cell.nfe for cell in cells})
     limits = {nfe: _best(result, name, nfe, cells) for nfe in budgets}
+    tied = {id(cell) for nfe in budgets for cell in _tied([cell for cell in cells if cell.nfe == nfe], name)}
     lines = []
     for solver in dict.fromkeys(cell.solver for cell in cells):
         own = {cell.nfe: cell for cell in cells if cell.solver == solver}
         if any(name in cell.blocks for cell in own.values()):
-            lines.append(Line(solver, tuple(_entry(own.get(nfe), name, limits[nfe]) for nfe in budgets)))
+            lines.append(Line(solver, tuple(_entry(own.get(nfe), name, limits[nfe], tied) for nfe in budgets)))
     lines += [
         Line(label, (_entry(cell, name, None),) * len(budgets), floor=True)
         for label, cell in (("floor (fresh data)", _row(result, FLOOR)), ("exact solution", _row(result, EXACT_ROW)))
@@ -120,13 +123,22 @@ def _best(result: Result, name: str, nfe: int, cells: Sequence[Cell]) -> str | N
     return number(max(min(finite), least or 0.0)) if len(finite) > 1 else None
 
 
-def _entry(cell: Cell | None, name: str, best: str | None) -> Entry | None:
+def _tied(cells: Sequence[Cell], name: str) -> list[Cell]:
+    """Those of one budget whose difference from the least, over blocks of the same seeds, is not significant."""
+    found = [cell for cell in cells if len(cell.blocks.get(name, ())) > 1 and math.isfinite(cell.mean(name) or 0.0)]
+    best = min(found, key=lambda cell: cell.mean(name) or 0.0, default=None)
+    if best is None:
+        return []
+    return [c for c in found if not paired_difference(c.blocks[name], best.blocks[name]).significant]
+
+
+def _entry(cell: Cell | None, name: str, best: str | None, tied: Container[int] = ()) -> Entry | None:
     value = None if cell is None else cell.mean(name)
     if cell is None or value is None:
         return None
     small = f"{cell.grid}{' +' if cell.analytic_first else ''}"
     is_best = best is not None and math.isfinite(value) and value <= float(best) + _half_digit(best)
-    return Entry(number(value, cell.error(name)), small, is_best)
+    return Entry(number(value, cell.error(name)), small, is_best, id(cell) in tied)
 
 
 def _half_digit(text: str) -> float:
@@ -163,33 +175,35 @@ def tables(result: Result) -> list[Table]:
 
 
 def terminal_text(result: Result) -> str:
-    """RMSE, distance to data, and the agreement with the published order."""
+    """RMSE, distance to data, the agreement with the published order, answer and summary."""
     shown = (figure_table(result, "rmse"), figure_table(result, "to_data"), order_table(result))
-    return "\n\n".join(f"{table.title}\n\n{text_table(table)}" for table in shown)
+    return "\n\n".join([*(f"{table.title}\n\n{text_table(table)}" for table in shown), answer(result), summary(result)])
 
 
 # ---- files ----
 
 
-def plot(result: Result) -> bytes:
-    """RMSE of the `SHOWN` solvers against NFE, both axes logarithmic, as PNG."""
-    from matplotlib.ticker import FixedLocator, LogLocator
-
-    drawing = new_figure()
-    axes = drawing.add_subplot()
-    dress(axes, "NFE, evaluations per sample", FIGURES["rmse"])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+def drawing(result: Result) -> Drawing:
+    """RMSE of the `SHOWN` solvers against NFE, both axes logarithmic, and as a ratio to the best of them."""
     budgets = sorted({cell.nfe for cell in result.cells if cell.nfe})
-    for index, solver in enumerate(name for name in SHOWN if any(cell.solver == name for cell in result.cells)):
-        own = [cell for cell in result.cells if cell.solver == solver]
-        points = [(cell.nfe, value) for cell in own if (value := cell.mean("rmse")) and math.isfinite(value)]
-        face = {"markerfacecolor": "white", "markeredgewidth": 1.6} if any(cell.training_nfe for cell in own) else {}
-        axes.plot(*zip(*points, strict=True), **{**look(index), **face}, label=plot_label(solver))
-    plain_ticks(axes.xaxis, FixedLocator(budgets))
-    plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
-    legend_below(drawing, axes)
-    return png(drawing)
+    names = [name for name in SHOWN if any(cell.solver == name for cell in result.cells)]
+    curves = [curve for index, name in enumerate(names) if (curve := _curve(result, name, index)).points]
+    panels = [Panel(FIGURES["rmse"], tuple(curves)), Panel("Ratio to the best of these", ratios(curves), height=165)]
+    caption = "Both axes are logarithmic. Bars: standard error over blocks. Hollow: learned solvers."
+    return Drawing(
+        "rmse_vs_nfe",
+        "RMSE against NFE",
+        caption,
+        lambda narrow: curves_figure(
+            [panel for panel in panels if panel.curves] or panels[:1], "NFE, evaluations per sample", budgets, narrow
+        ),
+    )
+
+
+def _curve(result: Result, solver: str, index: int) -> Curve:
+    own = [cell for cell in result.cells if cell.solver == solver]
+    found = [(float(c.nfe), v, c.error("rmse") or 0.0) for c in own if (v := c.mean("rmse")) and math.isfinite(v)]
+    return Curve(solver, index, tuple(sorted(found)), hollow=any(cell.training_nfe for cell in own))
 
 
 def facts(result: Result, context: ReportContext) -> list[tuple[str, str]]:
@@ -226,25 +240,41 @@ def check_out(directory: Path) -> None:
 def write_prove_report(directory: Path, result: Result, context: ReportContext) -> None:
     """Write all five files, each whole or not at all. DiskError; UsageError as `check_out`."""
     check_out(directory)
-    picture, found, known = plot(result), tables(result), facts(result, context)
-    parts = [*map(markdown_section, found), f"![{markdown(FIGURES['rmse'])} against NFE]({FILES[4]})\n"]
-    caption = "Both axes are logarithmic. Hollow markers: learned solvers."
-    body = [
-        titled_table(found[0]),
-        f'<div class="plots">{figure(picture, "RMSE against NFE", caption)}</div>',
-        *map(titled_table, found[1:]),
-        notes_list(context.notes),
-        facts_list(known),
+    plot, found, known = drawing(result), tables(result), facts(result, context)
+    texts = [text for text in (answer(result), summary(result)) if text]
+    parts = [
+        *(f"{markdown(text)}\n" for text in texts),
+        *map(markdown_section, found),
+        f"![{markdown(plot.title)}]({FILES[4]})\n",
     ]
-    texts = {
+    order = replace(table_block(found[-1]), text=f"{summary(result)} {found[-1].note}")
+    blocks = [
+        *map(table_block, found[:-1]),
+        order,
+        Block("Limits of this measurement", items=context.notes),
+        facts_block(known),
+    ]
+    files = {
         FILES[0]: csv_text(records(result)),
         FILES[2]: markdown_page(context, parts, known),
-        FILES[3]: page(context, f'<p class="lead">{html(summary(result))}</p>', body),
+        FILES[3]: html_page(Page(context, answer(result), (), plot, blocks)),
         FILES[1]: jsonl_text(records(result)),
     }
-    write_atomically(directory / FILES[4], picture)
-    for name, text in texts.items():
+    write_atomically(directory / FILES[4], plot.png())
+    for name, text in files.items():
         write_atomically(directory / name, text.encode())
+
+
+def answer(result: Result) -> str:
+    """The solver of least RMSE at the smallest and at the largest budget, as the table has them."""
+    table, parts = figure_table(result, "rmse"), list[str]()
+    for column in dict.fromkeys((0, len(table.heads) - 2)) if table.lines else ():
+        found = [(line.name, entry) for line in table.lines if (entry := line.entries[column]) is not None]
+        tied = sum(entry.tied and not entry.best for _, entry in found)
+        others = f"; {tied} other{'s' if tied > 1 else ''} not significantly worse" if tied else ""
+        nfe = table.heads[column + 1].removeprefix("NFE ")
+        parts += [f"{name} at {nfe} evaluations ({entry.value}{others})" for name, entry in found if entry.best]
+    return f"Least RMSE to the exact solution: {', '.join(parts)}." if parts else ""
 
 
 def summary(result: Result) -> str:

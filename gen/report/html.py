@@ -1,96 +1,171 @@
-"""Tables, pictures and facts as one self-contained HTML page.
+"""A report as one self-contained HTML page: what it is made of, and page/page.html, the one template that all reports share.
 
-Images are base64 PNG, style and script are inline (page.css, page.js), light or dark by the reader's preference, and the page
-works at the width of a phone and in print. Every text from outside is escaped (core/text.py).
+Style and script are inline (page/page.css, page/page.js), plots are SVG, images base64; the page is light or dark by the reader's
+preference, and works at the width of a phone and in print. The template escapes every text, which has no control characters.
 """
 
 import base64
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-from midway.gen.core.text import html
-from midway.gen.report.table import Entry, Line, ReportContext, Table
+import jinja2
+from markupsafe import Markup
 
-STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-SCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+from midway.gen.core.text import printable
+from midway.gen.report.drawing import Drawing
+from midway.gen.report.table import ReportContext, Table
 
-
-def image_tag(png: bytes, alt: str) -> str:
-    """An image inside the page."""
-    return f'<img src="data:image/png;base64,{base64.b64encode(png).decode()}" alt="{html(alt)}">'
-
-
-def figure(png: bytes, alt: str, caption: str) -> str:
-    """A plot with its caption."""
-    return f'<figure><div class="plot">{image_tag(png, alt)}</div><figcaption>{html(caption)}</figcaption></figure>'
-
-
-def _value(entry: Entry) -> str:
-    """`3.21 ± 0.12` with the deviation set back and the best in bold."""
-    mean, sign, std = entry.value.partition(" ± ")
-    mean = f"<b>{html(mean)}</b>" if entry.best else html(mean)
-    return f'{mean}<span class="std"> ± {html(std)}</span>' if sign else mean
+FOLDER = Path(__file__).with_name("page")
+STYLE = (FOLDER / "page.css").read_text(encoding="utf-8")
+SCRIPT = (FOLDER / "page.js").read_text(encoding="utf-8")
+LARGE = 40_000
+"""Bytes of a PNG from which on a page holds a smaller copy."""
+SIDE = 640
+"""Pixels across of that copy."""
 
 
-def _small(text: str) -> str:
-    return f"<small>{html(text)}</small>" if text else ""
+@dataclass(frozen=True)
+class Picture:
+    """A PNG of samples with its description, a title, a caption, and the classes of its images, row by row, if they have any."""
+
+    png: bytes
+    alt: str
+    title: str = ""
+    caption: str = ""
+    classes: tuple[str, ...] = ()
+    columns: int = 4
+
+    @property
+    def rows(self) -> list[str]:
+        """Classes of the images of each row."""
+        rows = range(0, len(self.classes), self.columns)
+        return [", ".join(self.classes[i : i + self.columns]) for i in rows]
+
+    @property
+    def text(self) -> str:
+        """The description with the classes."""
+        return f"{self.alt}; classes row by row: {'; '.join(self.rows)}" if self.classes else self.alt
+
+    @property
+    def source(self) -> str:
+        """The image in the page."""
+        kind, data = smaller(self.png) if len(self.png) > LARGE else ("png", self.png)
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _entry(entry: Entry | None, floor: bool) -> str:
-    if entry is None:
-        return "<td></td>" if floor else '<td class="quiet">–</td>'
-    kind = ' class="best"' if entry.best else ""
-    return f"<td{kind}>{_value(entry)}{_small(entry.small)}</td>"
+def smaller(png: bytes) -> tuple[str, bytes]:
+    """A copy of at most `SIDE` pixels across as WebP of quality 90, or the PNG if that is no larger."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(png))
+    if image.width > SIDE:
+        image = image.resize((SIDE, round(image.height * SIDE / image.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", quality=90)
+    return ("webp", buffer.getvalue()) if len(buffer.getvalue()) < len(png) else ("png", png)
 
 
-def _row(line: Line, last: str | None) -> str:
-    cells = "".join(_entry(entry, line.floor) for entry in line.entries) + ("" if last is None else f"<td>{last}</td>")
-    kind = ' class="floor"' if line.floor else ""
-    return f'<tr{kind}><th scope="row">{html(line.name)}{_small(line.small)}</th>{cells}</tr>'
+@dataclass(frozen=True)
+class Explorer:
+    """Samples of the same seeds to look through: a slider over budgets, two panes with a list of solvers each.
+
+    All panels are in one table, for readers without JavaScript and for paper; page.js folds it up and shows two of its images.
+    panels: by (solver, NFE). fixed: what does not depend on the budget, real images and the exact solution. start: the budget and
+    the two names that are shown first.
+    """
+
+    panels: Mapping[tuple[str, int], Picture]
+    fixed: Mapping[str, Picture]
+    start: tuple[int, str, str]
+
+    @property
+    def solvers(self) -> list[str]:
+        """In the order of the panels."""
+        return list(dict.fromkeys(solver for solver, _ in self.panels))
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that a pane can show."""
+        return [*self.fixed, *self.solvers]
+
+    @property
+    def budgets(self) -> list[int]:
+        """Rising."""
+        return sorted({nfe for _, nfe in self.panels})
 
 
-def html_table(table: Table, pictures: Sequence[str] | None = None, kind: str = "") -> str:
-    """The table alone, in a box that scrolls; `pictures`, HTML per line, make a last column."""
-    heads = [*table.heads, *(["samples"] if pictures is not None else [])]
-    head = "".join(f'<th scope="col">{html(text)}</th>' for text in heads)
-    rows = zip(table.lines, pictures if pictures is not None else [None] * len(table.lines), strict=True)
-    body = "".join(_row(line, picture) for line, picture in rows)
-    attribute = f' class="{kind}"' if kind else ""
-    return f'<div class="scroll"><table{attribute}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+@dataclass(frozen=True)
+class Block:
+    """A part of a page: heading and text, then what it has of each kind, in this order; unfolded by a click if `folded`."""
+
+    title: str
+    text: str = ""
+    drawings: tuple[Drawing, ...] = ()
+    table: Table | None = None
+    beside: tuple[Picture | None, ...] = ()
+    """In a last column of the table."""
+    pictures: tuple[Picture, ...] = ()
+    strips: tuple[Picture, ...] = ()
+    """Below one another, their titles on the left."""
+    explorer: Explorer | None = None
+    items: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    """Names and values."""
+    folded: bool = False
 
 
-def titled_table(table: Table, folded: bool = False) -> str:
-    """The table under its title and note, unfolded by a click if `folded`; nothing without lines."""
-    if not table.lines:
-        return ""
-    title, note = html(table.title), f"<p>{html(table.note)}</p>" if table.note else ""
-    body = f"{note}{html_table(table)}"
-    return f"<details><summary>{title}</summary>{body}</details>" if folded else f"<h2>{title}</h2>{body}"
+def table_block(table: Table, folded: bool = False) -> Block:
+    """The table under its title and note."""
+    return Block(table.title, table.note, table=table, folded=folded)
 
 
-def notes_list(notes: Sequence[str]) -> str:
-    """Notes under their heading; nothing without any."""
-    return f"<h2>Notes</h2><ul>{''.join(f'<li>{html(note)}</li>' for note in notes)}</ul>" if notes else ""
+def notes_block(notes: Sequence[str]) -> Block:
+    """Notes, folded."""
+    return Block("Notes", items=tuple(notes), folded=True)
 
 
-def facts_list(facts: Sequence[tuple[str, str]]) -> str:
-    """Names and values, folded."""
-    items = "".join(
-        f"<dt>{html(name)}</dt><dd>{f'<code>{html(value)}</code>' if name == 'command' else html(value)}</dd>"
-        for name, value in facts
+def facts_block(facts: Sequence[tuple[str, str]]) -> Block:
+    """Provenance, folded."""
+    return Block("How these numbers were made", facts=tuple(facts), folded=True)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole report. answer: the result in a sentence. pictures and drawing: what the first screen shows below it."""
+
+    context: ReportContext
+    answer: str = ""
+    pictures: tuple[Picture, ...] = ()
+    drawing: Drawing | None = None
+    blocks: Sequence[Block] = field(default_factory=tuple)
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
     )
-    return f"<details><summary>How these numbers were made</summary><dl>{items}</dl></details>"
+    return environment.get_template("page.html")
 
 
-def page(context: ReportContext, lead: str, parts: Sequence[str], script: str = "") -> str:
-    """The whole page: title, model and data, `lead` (HTML), and parts (HTML); `script` runs at its end."""
-    title = html(context.title)
-    warned = "".join(f'<p class="warning">{html(warning)}</p>' for warning in context.warnings)
-    run = f"<script>{script}</script>" if script else ""
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}</title><style>{STYLE}</style></head><body><main>
-<header><h1>{title}</h1><p class="quiet">{html(context.model)} · {html(context.data)}</p>{warned}{lead}</header>
-{chr(10).join(part for part in parts if part)}
-</main>{run}</body></html>
-"""
+def _visible(value: object) -> object:
+    """Text without control characters, before it is escaped."""
+    return value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
+
+
+def html_page(page: Page) -> str:
+    """The page as text."""
+    return _template().render(page=page, style=Markup(STYLE), script=Markup(SCRIPT), svg=_svg)
+
+
+def _svg(drawing: Drawing, narrow: bool) -> Markup:
+    """An element that its own words cannot leave: `Drawing.svg` escapes them."""
+    return Markup(drawing.svg(narrow))

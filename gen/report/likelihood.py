@@ -1,4 +1,4 @@
-"""Bits per dimension of several models as JSON, CSV and a Markdown table."""
+"""Bits per dimension of several models: results.json, results.csv, report.md and one self-contained report.html."""
 
 import dataclasses
 import json
@@ -6,16 +6,23 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import read_json, write_atomically
 from midway.gen.core.locks import check_replaceable
-from midway.gen.core.text import markdown
+from midway.gen.core.text import markdown, plot_label, printable
 from midway.gen.evaluation.likelihood import LikelihoodRow
+from midway.gen.report.drawing import NARROW, QUIET, WIDE, Drawing, colour, dress, new_figure, place
+from midway.gen.report.html import Page, facts_block, html_page, notes_block, table_block
 from midway.gen.report.table import Column, ReportContext, Table, columns_table, number
-from midway.gen.report.text import csv_text, markdown_table, markdown_warnings
+from midway.gen.report.text import csv_text, markdown_page, markdown_table, text_table, under_warnings
 
-FILES = ("results.json", "results.csv", "report.md")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FILES = ("results.json", "results.csv", "report.md", "report.html")
+Rows = Sequence[LikelihoodRow]
 
 
 def _bits(row: LikelihoodRow) -> str | None:
@@ -37,30 +44,97 @@ _COLUMNS: tuple[Column[LikelihoodRow], ...] = (
 )
 
 
-def likelihood_table(rows: Sequence[LikelihoodRow]) -> Table:
+def likelihood_table(rows: Rows) -> Table:
     """Best bits first, those without bits last."""
-    ordered = sorted(rows, key=lambda row: math.inf if row.bits is None else row.bits)
+    ordered = _ordered(rows)
     return columns_table("", "", "model", [row.name for row in ordered], ordered, _COLUMNS)
 
 
-def report_md(rows: Sequence[LikelihoodRow], context: ReportContext) -> str:
-    """The whole report."""
+def _ordered(rows: Rows) -> list[LikelihoodRow]:
+    return sorted(rows, key=lambda row: math.inf if row.bits is None else row.bits)
+
+
+def answer(rows: Rows) -> str:
+    """The model of fewest bits, the next, and the nearest samples, as the table has them."""
+    models = [row for row in _ordered(rows) if row.model]
+    scored = [row for row in models if row.bits is not None]
+    parts = []
+    if scored:
+        best, *others = scored
+        conditional = ", given classes," if best.conditional else ""
+        follows = f", before {others[0].name} ({_bits(others[0])})" if others else ""
+        parts.append(f"{best.name}{conditional} needs the fewest bits per dimension, {_bits(best)}{follows}")
+    near = min((row for row in models if row.distance is not None), key=lambda row: row.distance or 0.0, default=None)
+    if near is not None and near.distance is not None:
+        parts.append(f"the samples of {near.name} are nearest to the data (distance {number(near.distance)})")
+    return f"{'; '.join(parts)}." if parts else ""
+
+
+def drawing(rows: Rows) -> Drawing:
+    """Bits per dimension of everything that has some, the fewest at the top."""
+    caption = (
+        "Further left is better. Bars: standard error over held-out images. Grey: what needs no network. Bounds of different "
+        "kinds do not quite compare; the table names each estimator."
+    )
+    return Drawing("bits", "Bits per dimension of held-out images", caption, lambda narrow: bits_figure(rows, narrow))
+
+
+def bits_figure(rows: Rows, narrow: bool = False) -> "Figure":
+    """A point with its error a row, the fewest bits at the top."""
+    shown = [row for row in _ordered(rows) if row.bits is not None]
+    names = [plot_label(row.name, 22 if narrow else 60) for row in shown]
+    figure = new_figure(NARROW if narrow else WIDE, 34 * max(len(shown), 1) + 82)
+    axes = place(figure, 18 + 6.9 * max(map(len, names), default=0), 24, 18, 54)
+    dress(axes, "bits per dimension", "")
+    for place_, row in enumerate(shown):
+        tone = colour(0) if row.model else QUIET
+        axes.errorbar(
+            [row.bits or 0.0], [place_], xerr=[row.error or 0.0], fmt="o", color=tone, markersize=8, elinewidth=2
+        )
+    axes.set_yticks(range(len(shown)), names)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    return figure
+
+
+def terminal_text(rows: Rows, warnings: Sequence[str] = ()) -> str:
+    """The table and the answer, below the warnings."""
+    return under_warnings("\n".join([text_table(likelihood_table(rows)), "", printable(answer(rows))]), warnings)
+
+
+def provenance(rows: Rows, context: ReportContext) -> list[tuple[str, str]]:
+    """(name, value) of what is needed to repeat the measurement."""
+    models = [(row.name, f"{row.kind}@{row.model}, weights {row.weights}") for row in rows if row.model]
+    return [
+        ("data", context.data),
+        *models,
+        ("seeds", context.seeds),
+        ("hardware", context.hardware),
+        ("versions", context.version_text),
+        ("command", context.command),
+    ]
+
+
+def _noted(rows: Rows, context: ReportContext) -> ReportContext:
+    """With a note on what distances are of."""
     floors = {number(row.floor) for row in rows if row.floor is not None}
     features = ", ".join(sorted({row.features for row in rows if row.features}))
     measured = [f"Distances: {features}; held-out images score {', '.join(floors)}."] if features else []
-    facts = {
-        "data": context.data,
-        **{row.name: f"{row.kind}@{row.model}, weights {row.weights}" for row in rows if row.model},
-        "seeds": context.seeds,
-        "hardware": context.hardware,
-        "versions": context.version_text,
-        "command": context.command,
-    }
-    notes = "\n".join(f"- {markdown(note)}" for note in (*context.notes, *measured))
-    listed = "\n".join(f"- {markdown(name)}: {markdown(fact)}" for name, fact in facts.items())
-    warned = markdown_warnings(context.warnings)
-    table = markdown_table(likelihood_table(rows))
-    return f"# {markdown(context.title)}\n\n{warned}{table}\n\n{notes}\n\n## Provenance\n\n{listed}\n"
+    return dataclasses.replace(context, notes=(*context.notes, *measured))
+
+
+def report_md(rows: Rows, context: ReportContext) -> str:
+    """The answer, the table, notes and provenance."""
+    parts = [f"{markdown(answer(rows))}\n", f"{markdown_table(likelihood_table(rows))}\n"]
+    return markdown_page(_noted(rows, context), parts, provenance(rows, context))
+
+
+def report_html(rows: Rows, context: ReportContext) -> str:
+    """One self-contained page."""
+    table = dataclasses.replace(likelihood_table(rows), title="All figures")
+    notes = notes_block(_noted(rows, context).notes)
+    blocks = [table_block(table), notes, facts_block(provenance(rows, context))]
+    return html_page(Page(context, answer(rows), (), drawing(rows), blocks))
 
 
 def check_out(out: Path) -> None:
@@ -82,11 +156,11 @@ def _is_report(path: Path) -> bool:
     return False
 
 
-def write_likelihood_report(out: Path, rows: Sequence[LikelihoodRow], context: ReportContext) -> None:
-    """results.json, results.csv and report.md, each whole or not at all. DiskError; UsageError as `check_out`."""
+def write_likelihood_report(out: Path, rows: Rows, context: ReportContext) -> None:
+    """All four files, each whole or not at all. DiskError; UsageError as `check_out`."""
     check_out(out)
     records = [dataclasses.asdict(row) for row in rows]
-    result = {"rows": records, "context": dataclasses.asdict(context)}
-    texts = (json.dumps(result, indent=2) + "\n", csv_text(records), report_md(rows, context))
+    result = json.dumps({"rows": records, "context": dataclasses.asdict(context)}, indent=2) + "\n"
+    texts = (result, csv_text(records), report_md(rows, context), report_html(rows, context))
     for name, text in zip(FILES, texts, strict=True):
         write_atomically(out / name, text.encode())

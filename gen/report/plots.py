@@ -1,173 +1,131 @@
-"""Distance against cost, on two logarithmic axes, as PNG bytes: one line per solver, the limits dashed.
-
-Solvers that needed training have hollow markers.
-"""
+"""The plots of a sweep: distance against evaluations with the limits as bands, against the exact solution, and against time."""
 
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from midway.gen.core.text import plot_label
 from midway.gen.evaluation.comparing import (
     baselines_of,
     distance_name,
     feature_names,
     limits_of,
+    question,
     shown,
     training_costs,
 )
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, TO_EXACT, Measurement
-from midway.gen.report.axes import (
-    COLOURS,
-    QUIET,
-    REFERENCE,
-    colour,
-    dress,
-    legend_below,
-    look,
-    new_figure,
-    plain_ticks,
-    png,
-    without_data,
-)
+from midway.gen.report.curves import Band, Curve, Panel, curves_figure, pareto_front, ratios
+from midway.gen.report.drawing import Drawing
+from midway.gen.report.table import number
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Cost = Literal["nfe", "seconds"]
 Metric = Literal["distance", "to_exact"]
-LIMIT_LOOKS: dict[str, tuple[str, Any]] = {
-    FLOOR: ("real images", (0, (1, 2))),
-    CEILING: ("tokenizer", (0, (5, 3))),
-    EXACT: ("model", (0, (8, 2, 1, 2))),
+Measurements = Sequence[Measurement]
+DASHES: dict[str, Any] = {FLOOR: (0, (1, 2)), CEILING: (0, (5, 3)), EXACT: (0, (8, 2, 1, 2))}
+"""Of the lines of the limits."""
+PNGS: dict[str, tuple[Cost, Metric]] = {
+    "exact_vs_nfe": ("nfe", "to_exact"),
+    "distance_vs_nfe": ("nfe", "distance"),
+    "distance_vs_seconds": ("seconds", "distance"),
 }
-"""What each limit is the limit of, and the dashes of its line."""
+"""What the files of a report show."""
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the non-dominated (cost, value), both lower is better, by rising cost; ties keep their order.
+def drawings(ms: Measurements) -> list[Drawing]:
+    """The plots of a report, the first first; that of the distance to the exact solution only where it was measured."""
+    spread = "trainings" if any(m.trainings > 1 for m in ms) else "seed blocks"
+    read = f"Bars and strips: standard deviation over {spread}, of real images that of a jackknife. Hollow: trained solvers."
+    what, ranks = distance_name(ms), question(ms)
+    below = f" Below: {_whose(ms, ranks)}, over the least of each budget." if ratios(_curves(ms, "nfe", ranks)) else ""
+    found = [
+        Drawing(
+            "distance_vs_nfe",
+            f"{what} to the data against NFE",
+            f"{read}{below}",
+            lambda narrow: distance_figure(ms, "nfe", narrow=narrow),
+        ),
+        Drawing(
+            "exact_vs_nfe",
+            f"{what} to the exact solution against NFE",
+            f"The solver's own error, 0 at convergence. {read}",
+            lambda n: distance_figure(ms, "nfe", "to_exact", n),
+        ),
+        Drawing(
+            "distance_vs_seconds",
+            f"{what} to the data against time",
+            "The same measurements against the time to make the images, sampling and decoding, on the hardware named below. "
+            "Grey: the Pareto front, better than all others in distance or time.",
+            lambda n: distance_figure(ms, "seconds", narrow=n),
+        ),
+    ]
+    return [drawing for drawing in found if drawing.name != "exact_vs_nfe" or ranks == TO_EXACT]
 
-    Points of equal cost and value are on the front together. Those with an infinite or undefined number are left out.
+
+def distance_figure(ms: Measurements, x: Cost = "nfe", metric: Metric = "distance", narrow: bool = False) -> "Figure":
+    """Distance to the data, or to the exact solution, against `x`. ValueError for another `x`.
+
+    Below the distance to the data by NFE: what ranks solvers, as a ratio to the best.
     """
-    finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
-    front: list[int] = []
-    for i in sorted(finite, key=lambda i: points[i]):
-        if not front or points[i][1] < points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
-    return front
+    if x not in ("nfe", "seconds"):
+        raise ValueError(f"x is {x!r}: a distance is plotted against 'nfe' or 'seconds'")
+    curves = _curves(ms, x, metric)
+    features = "" if narrow else f" ({feature_names(ms)})"
+    bands = _bands(ms) if metric == "distance" else ()
+    front = _front(curves) if x == "seconds" else ()
+    panels = [Panel(f"{_whose(ms, metric)}{features}", curves, bands, front)]
+    if x == "nfe" and metric == "distance" and (over := ratios(_curves(ms, x, question(ms)))):
+        by = ", by distance to exact" if question(ms) == TO_EXACT else ""
+        panels.append(Panel(f"Ratio to the best{by}", over, height=165))
+    points = [m for m in ms if _plotted(m, x, metric)]
+    counts = {m.n for m in points}
+    images = f"{counts.pop()} images" if len(counts) == 1 else "all images"
+    across = "NFE, network evaluations per image" if x == "nfe" else f"seconds to make {images}"
+    return curves_figure(panels, across, sorted({m.nfe for m in points}) if x == "nfe" else None, narrow)
 
 
-def _plottable(measurements: Sequence[Measurement], x: Cost, metric: Metric) -> list[Measurement]:
-    """The shown measurements that a logarithmic plot can hold."""
-    points = [*shown(measurements).values(), *(baselines_of(measurements) if metric == "distance" else [])]
-    return [m for m in points if 0 < (m.value(metric) or 0.0) < math.inf and _cost(m, x) > 0]
+def distance_png(ms: Measurements, x: Cost = "nfe", metric: Metric = "distance") -> bytes:
+    """`distance_figure` as PNG, the same bytes for the same measurements."""
+    return Drawing("distance", "", "", lambda narrow: distance_figure(ms, x, metric, narrow)).png()
+
+
+def _whose(ms: Measurements, metric: str) -> str:
+    return f"{distance_name(ms)} to {'the exact solution' if metric == TO_EXACT else 'the data'}"
 
 
 def _cost(m: Measurement, x: Cost) -> float:
     return float(m.nfe if x == "nfe" else m.image_seconds)
 
 
-def _line(
-    axes: "Axes", measurements: Sequence[Measurement], x: Cost, metric: Metric, index: int, label: str, hollow: bool
-) -> None:
-    """One solver's line with error bars; a bar that would reach 0 stops just above it."""
-    points = sorted(measurements, key=lambda m: _cost(m, x))
-    costs, values = [_cost(m, x) for m in points], [m.metrics[metric].mean for m in points]
-    spread = [m.std(metric) or 0.0 for m in points]
-    below = [min(std, 0.9 * value) for std, value in zip(spread, values, strict=True)]
-    bars = {"fmt": "none", "ecolor": colour(index), "elinewidth": 1.1, "capsize": 3}
-    axes.errorbar(costs, values, yerr=[below, spread], **bars, zorder=2.5)
-    face = {"markerfacecolor": "white" if hollow else colour(index), "markeredgewidth": 1.6, "markersize": 7}
-    axes.plot(costs, values, **look(index), **face, label=plot_label(label), zorder=3)
+def _plotted(m: Measurement, x: Cost, metric: str) -> bool:
+    """Whether a logarithmic plot can hold it."""
+    return 0 < (m.value(metric) or 0.0) < math.inf and _cost(m, x) > 0
 
 
-def _star(axes: "Axes", m: Measurement, x: Cost, index: int) -> None:
-    """A baseline: one star, in another order of colours than the lines."""
-    tone = COLOURS[-1 - index % len(COLOURS)]
-    at = {"color": tone, "marker": "*", "markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
-    axes.plot([_cost(m, x)], [m.distance], **at, label=plot_label(f"{m.solver} (baseline)"), zorder=4)
+def _curves(ms: Measurements, x: Cost, metric: str) -> tuple[Curve, ...]:
+    """A line per solver, and of the distance to the data a star per baseline."""
+    learned, every = training_costs(ms), shown(ms)
+    found: list[Curve] = []
+    for index, solver in enumerate(dict.fromkeys(solver for solver, _ in every)):
+        own = [m for m in every.values() if m.solver == solver and _plotted(m, x, metric)]
+        points = sorted((_cost(m, x), m.metrics[metric].mean, m.std(metric) or 0.0) for m in own)
+        found += [Curve(solver, index, tuple(points), hollow=solver in learned)] if points else []
+    stars = [m for m in baselines_of(ms) if metric == "distance" and _plotted(m, x, metric)]
+    found += [Curve(m.solver, i, ((_cost(m, x), m.distance, 0.0),), star=True) for i, m in enumerate(stars)]
+    return tuple(found)
 
 
-def _front(axes: "Axes", points: Sequence[Measurement]) -> None:
-    """A grey line through what nothing else beats in both time and distance."""
-    front = [points[i] for i in pareto_front([(_cost(m, "seconds"), m.distance) for m in points])]
-    costs, distances = [_cost(m, "seconds") for m in front], [m.distance for m in front]
-    axes.plot(
-        costs, distances, color=QUIET, linewidth=6, alpha=0.25, solid_capstyle="round", label="Pareto front", zorder=2
+def _bands(ms: Measurements) -> tuple[Band, ...]:
+    return tuple(
+        Band(f"{name} {number(m.distance)}", m.distance, m.std("distance") or 0.0, DASHES[m.solver])
+        for name, m in limits_of(ms).items()
+        if 0 < m.distance < math.inf
     )
 
 
-def _ticks(axes: "Axes", measurements: Sequence[Measurement], x: Cost) -> None:
-    """Plain numbers on both axes; the budgets themselves as ticks of the NFE axis, as far as they fit."""
-    from matplotlib.ticker import FixedLocator, LogLocator
-
-    budgets = _spaced(sorted({m.nfe for m in measurements}))
-    plain_ticks(axes.xaxis, FixedLocator(budgets) if x == "nfe" else LogLocator(subs=(1, 2, 5)))
-    plain_ticks(axes.yaxis, LogLocator(subs=(1, 2, 5)))
-
-
-def _spaced(budgets: Sequence[int]) -> list[int]:
-    """The budgets that are at least 8 % above the one before: more would print over each other."""
-    kept: list[int] = []
-    for budget in budgets:
-        if not kept or budget >= 1.08 * kept[-1]:
-            kept.append(budget)
-    return kept
-
-
-def distance_figure(measurements: Sequence[Measurement], x: Cost = "nfe", metric: Metric = "distance") -> "Figure":
-    """Distance to the data, or to the exact solution, against `x`, 7 x 6 inches. ValueError for another `x`."""
-    if x not in ("nfe", "seconds"):
-        raise ValueError(f"x is {x!r}: a distance is plotted against 'nfe' or 'seconds'")
-    figure = new_figure()
-    _draw(figure, figure.add_subplot(), measurements, x, metric)
-    return figure
-
-
-def distance_png(measurements: Sequence[Measurement], x: Cost = "nfe", metric: Metric = "distance") -> bytes:
-    """`distance_figure` as PNG (1400 x 1200), the same bytes for the same measurements."""
-    return png(distance_figure(measurements, x, metric))
-
-
-def _draw(figure: "Figure", axes: "Axes", measurements: Sequence[Measurement], x: Cost, metric: Metric) -> None:
-    points = _plottable(measurements, x, metric)
-    counts = {m.n for m in points}
-    images = f"{counts.pop()} images" if len(counts) == 1 else "all images"
-    across = "NFE, network evaluations per image" if x == "nfe" else f"seconds to make {images}"
-    whose = "the exact solution" if metric == TO_EXACT else "the data"
-    what = f"{distance_name(measurements)} to {whose}"
-    dress(axes, across, what, feature_names(measurements))
-    if not points:
-        without_data(axes, "no finite distance to plot")
-        return
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    learned = training_costs(measurements)
-    for index, solver in enumerate(dict.fromkeys(solver for solver, _ in shown(measurements))):
-        line = [m for m in points if m.solver == solver and not m.baseline]
-        if line:
-            label = f"{solver} (trained)" if solver in learned else solver
-            _line(axes, line, x, metric, index, label, solver in learned)
-    for index, m in enumerate(m for m in points if m.baseline):
-        _star(axes, m, x, index)
-    if x == "seconds":
-        _front(axes, points)
-    limits = _limits(axes, measurements) if metric == "distance" else []
-    values, costs = [m.metrics[metric].mean for m in points] + limits, [_cost(m, x) for m in points]
-    axes.set_ylim(min(values) / 1.35, max(values) * 1.35)  # error bars may be cut, points never
-    axes.set_xlim(min(costs) / 1.15, max(costs) * 1.15)
-    _ticks(axes, points, x)
-    legend_below(figure, axes)
-
-
-def _limits(axes: "Axes", measurements: Sequence[Measurement]) -> list[float]:
-    """Dashed lines, named in the legend (a label on a line would lie across the curves that end there); their distances."""
-    found: list[float] = []
-    for name, m in limits_of(measurements).items():
-        if 0 < m.distance < math.inf:
-            of, dashes = LIMIT_LOOKS[m.solver]
-            label = plot_label(f"{name} {m.distance:.3g} ({of})")
-            axes.axhline(m.distance, **(REFERENCE | {"linestyle": dashes}), label=label, zorder=2)
-            found.append(m.distance)
-    return found
+def _front(curves: Sequence[Curve]) -> tuple[tuple[float, float], ...]:
+    """What nothing else beats in both cost and value."""
+    points = [(cost, value) for curve in curves for cost, value, _ in curve.points]
+    return tuple(points[i] for i in pareto_front(points))

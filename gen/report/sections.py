@@ -1,21 +1,32 @@
 """Sections of a report beyond its tables: how flat the model's trajectories are, and which codes its samples use."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from midway.gen.core.text import html, plot_label
+from midway.gen.core.text import plot_label
 from midway.gen.data.images import to_float
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
 from midway.gen.diffusion.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
 from midway.gen.metrics.code_usage import CodeUse
-from midway.gen.report.axes import COLOURS, INK, REFERENCE, colour, dress, new_figure, png
-from midway.gen.report.html import image_tag
+from midway.gen.report.drawing import (
+    COLOURS,
+    INK,
+    NARROW,
+    PAPER,
+    REFERENCE,
+    SIZE,
+    Drawing,
+    colour,
+    dress,
+    new_figure,
+    place,
+)
+from midway.gen.report.html import Block
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
 
@@ -29,23 +40,7 @@ CODED = 1000
 """Images at most whose codes are counted."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading, a paragraph of plain text, and a picture with its description."""
-
-    title: str
-    text: str
-    png: bytes | None = None
-    alt: str = ""
-
-
-def section_html(section: Section) -> str:
-    """The section as a part of the page."""
-    picture = "" if section.png is None else f'<div class="plot">{image_tag(section.png, section.alt)}</div>'
-    return f"<h2>{html(section.title)}</h2><p>{html(section.text)}</p>{picture}"
-
-
-def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Section:
+def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Block:
     """Principal components of trajectories of Heun's method at 64 evaluations."""
     table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
     found = trajectory_geometry(trained, table, torch.arange(SEEDS), config)
@@ -59,12 +54,13 @@ def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Section
         "a single learned direction can do, the assumption of AMED; where alpha and sigma trace a curve, as under cosine or "
         "vp, part of the plane is the schedule's own."
     )
-    alt = "variance explained by the first components, and trajectories, each on its own first two components"
-    return Section("Shape of the trajectories", text, trajectory_png(found), alt)
+    alt = "Variance explained by the first components, and trajectories, each on its own first two components"
+    drawing = Drawing("trajectories", alt, "", lambda narrow: trajectory_figure(found, narrow))
+    return Block("Shape of the trajectories", text, (drawing,), folded=True)
 
 
 @torch.no_grad()
-def code_section(trained: TrainedModel, held_out: Images, latents: Tensor) -> Section | None:
+def code_section(trained: TrainedModel, held_out: Images, latents: Tensor) -> Block | None:
     """Codes of held-out images uint8 (N, C, H, W) and of samples' standardised latents (N, C, h, w); None without a codebook."""
     tokenizer = trained.tokenizer
     if tokenizer.quantizer.codebook_size is None:
@@ -81,7 +77,7 @@ def code_section(trained: TrainedModel, held_out: Images, latents: Tensor) -> Se
         f"held-out images; {_text(drawn, min(CODED, len(latents)))} samples (the fine solution, snapped to codes). "
         "Perplexity is the number of equally used codes of the same entropy; it cannot exceed the number of tokens."
     )
-    return Section("Use of the codes", text)
+    return Block("Use of the codes", text, folded=True)
 
 
 def _text(use: CodeUse, images: int) -> str:
@@ -92,22 +88,21 @@ def _text(use: CodeUse, images: int) -> str:
 # ---- the picture of trajectories ----
 
 
-def trajectory_png(geometry: TrajectoryGeometry) -> bytes:
-    """`trajectory_figure` as PNG (1760 x 800), the same bytes for the same geometry."""
-    return png(trajectory_figure(geometry))
+def trajectory_figure(geometry: TrajectoryGeometry, narrow: bool = False) -> "Figure":
+    """Two panels: variance explained by the first components, and the first trajectories.
 
-
-def trajectory_figure(geometry: TrajectoryGeometry) -> "Figure":
-    """Two panels, 11 x 5 inches: variance explained by the first components, and the first trajectories.
-
-    On the left the mean over trajectories with the standard deviation as bars, and for comparison a random walk of as many
-    steps; on the right each trajectory is in its own plane, since two samples move in nearly orthogonal directions where
-    there are many.
+    On the left, or above if narrow, the mean over trajectories with the standard deviation as bars, and for comparison a random
+    walk of as many steps; in the other each trajectory is in its own plane, since two samples move in nearly orthogonal
+    directions where there are many.
     """
-    figure = new_figure(11, 5, dpi=160, gap=0.06)
-    left, right = figure.subplots(1, 2)
-    _explained(left, geometry)
-    _paths(right, geometry)
+    if narrow:
+        figure = new_figure(NARROW, 620)
+        _explained(place(figure, 46, bottom=360), geometry)
+        _paths(place(figure, 46, top=350), geometry)
+    else:
+        figure = new_figure(height=380)
+        _explained(place(figure, right=415), geometry)
+        _paths(place(figure, left=455), geometry)
     return figure
 
 
@@ -133,9 +128,9 @@ def _explained(axes: "Axes", geometry: TrajectoryGeometry) -> None:
     axes.set_ylim(max(low - 5, 0), 101.5)
     axes.set_xlim(0.75, len(components) + 0.25)
     axes.set_xticks(components)
-    title = f"effective rank {_pair(geometry.effective_rank)}, deviation {_pair(geometry.deviation)}"
+    title = f"rank {_pair(geometry.effective_rank)}, deviation {_pair(geometry.deviation)}"
     dress(axes, "principal components of each trajectory", "variance explained, %", title)
-    axes.legend(loc="lower right", frameon=False, labelcolor=INK, fontsize=11)
+    axes.legend(loc="lower right", frameon=False, labelcolor=INK, fontsize=SIZE - 1)
 
 
 def _bars(explained: Sequence[Spread]) -> list[list[float]]:
@@ -151,7 +146,7 @@ def _pair(spread: Spread) -> str:
 
 def _paths(axes: "Axes", geometry: TrajectoryGeometry) -> None:
     """Lines from noise (hollow) to image (filled), on axes of one scale."""
-    noise: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "white"}
+    noise: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": PAPER}
     image: dict[str, Any] = {"marker": "o", "markersize": 8}
     for index, path in enumerate(geometry.paths.tolist()):
         across, up = zip(*path, strict=True)
@@ -162,6 +157,6 @@ def _paths(axes: "Axes", geometry: TrajectoryGeometry) -> None:
     axes.plot([], [], **image, linestyle="none", color=INK, label="image")
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.08)
-    title = f"{len(geometry.paths)} trajectories, each on its own two components"
+    title = f"{len(geometry.paths)} trajectories, each on its own plane"
     dress(axes, "first component", "second component", title)
-    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=11, handletextpad=0.2)
+    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=SIZE - 1, handletextpad=0.2)

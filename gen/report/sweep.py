@@ -6,11 +6,12 @@ from pathlib import Path
 
 from midway.gen.core.files import write_atomically
 from midway.gen.core.locks import check_replaceable
-from midway.gen.core.text import markdown
-from midway.gen.evaluation.comparing import check_comparable, question, training_costs
-from midway.gen.evaluation.records import TO_EXACT, to_records
-from midway.gen.report.sections import Section
-from midway.gen.report.sweep_page import PLOTS, Pictures, all_plots, provenance, report_html
+from midway.gen.core.text import markdown, printable
+from midway.gen.evaluation.comparing import check_comparable, training_costs
+from midway.gen.evaluation.records import to_records
+from midway.gen.report.html import Block
+from midway.gen.report.plots import PNGS, distance_png, drawings
+from midway.gen.report.sweep_page import Pictures, answer, provenance, report_html
 from midway.gen.report.sweep_tables import (
     Measurements,
     all_figures,
@@ -49,7 +50,7 @@ FILES = (
 
 
 def terminal_text(ms: Measurements, warnings: Sequence[str] = ()) -> str:
-    """The tables of what ranks solvers and of the distance to the data for a terminal, baselines below, warnings above.
+    """The tables of what ranks solvers and of the distance to the data for a terminal, then baselines and the answer.
 
     ValueError for measurements that do not compare.
     """
@@ -59,7 +60,8 @@ def terminal_text(ms: Measurements, warnings: Sequence[str] = ()) -> str:
     baselines = baseline_table(ms)
     name = f"{tables[1].title}, lower is better\n"
     parts += [] if tables[1].lines else [name]
-    return under_warnings("\n".join([*parts, *([text_table(baselines), ""] if baselines.lines else [])]), warnings)
+    parts += [text_table(baselines), ""] if baselines.lines else []
+    return under_warnings("\n".join([*parts, *filter(None, [printable(answer(ms))])]), warnings)
 
 
 def headline_tables(ms: Measurements) -> list[tuple[Table, str]]:
@@ -91,15 +93,16 @@ def markdown_tables(ms: Measurements) -> str:
 
 
 def report_md(
-    ms: Measurements, context: ReportContext, sections: Sequence[Section] = (), choice: Choice | None = None
+    ms: Measurements, context: ReportContext, sections: Sequence[Block] = (), choice: Choice | None = None
 ) -> str:
-    """The tables, the plots by relative name, notes and provenance."""
+    """The answer, the tables, the plots by relative name, notes and provenance."""
     figures = all_figures(ms)
     costs = [f"{solver}: {cost:,} evaluations of training" for solver, cost in training_costs(ms).items()]
     parts = [
+        *(f"{markdown(text)}\n" for text in [answer(ms)] if text),
         markdown_tables(ms),
-        *(f"![{alt}]({name})\n" for name, alt in PLOTS if name != "exact_vs_nfe.png" or question(ms) == TO_EXACT),
-        f"## {figures.title}\n\nSeconds are for 1000 images.\n\n{markdown_table(figures)}\n",
+        *(f"![{markdown(drawing.title)}]({drawing.name}.png)\n" for drawing in drawings(ms)),
+        markdown_section(figures),
         *([] if choice is None or not choice.figures else [markdown_section(choice_table(choice))]),
         *(f"## {markdown(section.title)}\n\n{markdown(section.text)}\n" for section in sections),
     ]
@@ -116,16 +119,16 @@ def write_report(
     ms: Measurements,
     context: ReportContext,
     pictures: Pictures | None = None,
-    sections: Sequence[Section] = (),
+    sections: Sequence[Block] = (),
     choice: Choice | None = None,
 ) -> None:
     """Write all files into `directory`. DiskError; UsageError as `check_out`; ValueError if measurements do not compare."""
     check_out(directory)
     check_comparable(ms)
-    records, plots = to_records(ms), all_plots(ms)
+    records, plots = to_records(ms), {f"{name}.png": distance_png(ms, *kind) for name, kind in PNGS.items()}
     write_atomically(directory / "results.csv", csv_text(records).encode())
     write_atomically(directory / "results.jsonl", jsonl_text(records).encode())
     for name, png in plots.items():
         write_atomically(directory / name, png)
     write_atomically(directory / "report.md", report_md(ms, context, sections, choice).encode())
-    write_atomically(directory / "report.html", report_html(ms, context, pictures, sections, plots, choice).encode())
+    write_atomically(directory / "report.html", report_html(ms, context, pictures, sections, choice).encode())

@@ -1,34 +1,32 @@
-"""The page of a sweep's report: what can be reached, who is nearest to the exact solution, and every figure."""
+"""The page of a sweep's report: the answer, who is nearest to the exact solution, samples, what can be reached, all figures."""
 
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from midway.gen.core.text import html
+import torch
+
+from midway.gen.data.splits import Splits
 from midway.gen.evaluation.comparing import (
+    above_exact,
     baselines_of,
+    best_cell,
     check_comparable,
-    differences,
+    contrast,
     distance_name,
     feature_names,
+    first_as_exact,
+    limit_of,
     limits_of,
     question,
     shown,
+    tied_with,
     training_costs,
 )
-from midway.gen.evaluation.records import LIMITS, TO_EXACT
-from midway.gen.report.explorer import explorer
-from midway.gen.report.html import (
-    SCRIPT,
-    facts_list,
-    figure,
-    html_table,
-    image_tag,
-    notes_list,
-    page,
-    titled_table,
-)
-from midway.gen.report.plots import distance_png
-from midway.gen.report.sections import Section, section_html
+from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, TO_EXACT, Measurement
+from midway.gen.features.reference import balanced
+from midway.gen.report.html import Block, Explorer, Page, Picture, facts_block, html_page, notes_block, table_block
+from midway.gen.report.plots import drawings
 from midway.gen.report.sweep_tables import (
     Measurements,
     all_figures,
@@ -42,28 +40,59 @@ from midway.gen.report.sweep_tables import (
 )
 from midway.gen.report.table import ReportContext, joined, number
 from midway.gen.sweep.choice import Choice
+from midway.gen.sweep.jobs import SweepConfig
+from midway.gen.sweep.measure import COLUMNS, SHOWN
 from midway.gen.sweep.run import Sweep
 
-Grids = Mapping[tuple[str, int], bytes]
-"""PNG of samples by (solver, NFE)."""
-PLOTS = (
-    ("exact_vs_nfe.png", "distance to the exact solution against NFE"),
-    ("distance_vs_nfe.png", "distance against NFE"),
-    ("distance_vs_seconds.png", "distance against time"),
-)
+LIMIT_NAMES = {FLOOR: "real images", CEILING: "through the tokenizer", EXACT: "exact solution"}
+LIMIT_TEXTS = {
+    FLOOR: "held-out images, the limit of the measure",
+    CEILING: "the same through the tokenizer and back, the limit of the tokenizer",
+    EXACT: "the fine solution of the first seeds, the limit of the model",
+}
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """PNG of samples of the same seeds by (solver, NFE), and of the limits by their names; may be empty."""
+    """PNG of samples of the same seeds by (solver, NFE), and of the limits by their names; may be empty.
 
-    grids: Grids = field(default_factory=dict)
+    classes: of the images shown, by FLOOR (held-out images) and EXACT (seeds); without entries where they have none.
+    """
+
+    grids: Mapping[tuple[str, int], bytes] = field(default_factory=dict)
     limits: Mapping[str, bytes] = field(default_factory=dict)
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def of(self, png: bytes, alt: str, title: str = "", caption: str = "", limit: str = EXACT) -> Picture:
+        """A picture with the classes of its images, which are those of the seeds or of another limit."""
+        return Picture(png, alt, title, caption, self.classes.get(FLOOR if limit == CEILING else limit, ()), COLUMNS)
+
+    def of_limit(self, name: str, caption: str) -> Picture | None:
+        """One of the limits, None if it was not drawn."""
+        if name not in self.limits:
+            return None
+        return self.of(self.limits[name], f"{LIMIT_NAMES[name]}: {LIMIT_TEXTS[name]}", LIMIT_NAMES[name], caption, name)
 
 
-def pictures_of(sweep: Sweep) -> Pictures:
-    """All of a sweep."""
-    return Pictures(sweep.grids, sweep.limits)
+def pictures_of(sweep: Sweep, splits: Splits, config: SweepConfig) -> Pictures:
+    """All of a sweep, with the classes of what they show."""
+    names, held_out = splits.train.classes, splits.held_out
+    classes: dict[str, tuple[str, ...]] = {}
+    if names:
+        classes[FLOOR] = tuple(names[label] for label in held_out.labels[balanced(held_out.labels)[:SHOWN]].tolist())
+    if config.draw is not None and len(config.draw.counts) == len(names):
+        seeds = torch.arange(config.first_seed, config.first_seed + min(SHOWN, config.n))
+        classes[EXACT] = tuple(names[label] for label in config.draw.labels(seeds).tolist())
+    return Pictures(sweep.grids, sweep.limits, {} if _older(sweep, splits) else classes)
+
+
+def _older(sweep: Sweep, splits: Splits) -> bool:
+    """Whether pictures are of an earlier version, which stored other numbers of images."""
+    from PIL import Image
+
+    height, width = splits.train.images.shape[-2:]
+    sizes = (Image.open(io.BytesIO(png)).size for png in [*sweep.grids.values(), *sweep.limits.values()])
+    return any(round(COLUMNS * high * width / (wide * height)) * COLUMNS != SHOWN for wide, high in sizes)
 
 
 def provenance(ms: Measurements, context: ReportContext) -> list[tuple[str, str]]:
@@ -89,125 +118,151 @@ def provenance(ms: Measurements, context: ReportContext) -> list[tuple[str, str]
     return [(name, value) for name, value in facts if value]
 
 
-def _lead(ms: Measurements) -> str:
-    """The best solver at the smallest and at the largest budget, and the limits."""
-    name, limits = question(ms), limits_of(ms)
-    table = error_table(ms) if name == TO_EXACT else distance_table(ms)
-    found = differences(ms)
-    rivals = {nfe: sum(not d.best and not d.significant for (_, n), d in found.items() if n == nfe) for _, nfe in found}
-    winners = []
-    for column in dict.fromkeys((0, len(table.heads) - 2)) if table.lines else ():
-        nfe = int(table.heads[column + 1].removeprefix("NFE "))
-        others = rivals.get(nfe, 0)
-        near = f"; {others} other{'s' if others > 1 else ''} not significantly worse" if others else ""
-        winners += [
-            f"<b>{html(line.name)}</b> at {nfe} evaluations ({entry.value}{near})"
-            for line in table.lines
-            if (entry := line.entries[column]) is not None and entry.best
-        ]
-    ground = ", ".join(f"{title} {number(m.distance)}" for title, m in limits.items())
-    ground = f" Distances to the data of the limits: {ground}." if ground else ""
-    what = "Nearest to the exact solution" if name == TO_EXACT else "Lowest distance"
-    return f'<p class="lead">{what}: {", ".join(winners)}.{ground}</p>' if winners else ""
+def answer(ms: Measurements) -> str:
+    """The result in a sentence, in the figures of the tables; nothing where no solver was measured.
 
-
-LIMIT_TEXTS = {
-    "floor": "floor: held-out real images, the limit of the measure",
-    "ceiling": "ceiling: held-out images through the tokenizer and back, the limit of the tokenizer",
-    "exact": "exact: the fine solution from the first seeds, the limit of the model",
-}
-
-
-def _limits(ms: Measurements, pictures: Pictures) -> str:
-    """Pictures of the limits beside one another, each with its distance."""
-    figures = [
-        figure(pictures.limits[m.solver], f"images of the {m.solver}", f"{LIMIT_TEXTS[m.solver]}; {number(m.distance)}")
-        for m in limits_of(ms).values()
-        if m.solver in pictures.limits
-    ]
-    if not figures:
+    The first cell whose distance to the data is not significantly above that of the exact solution (more evaluations gain nothing
+    that these images can show), and the one that is nearest to it; without an exact solution, the lowest distance to the data.
+    """
+    name, every, exact, best = question(ms), shown(ms), limit_of(ms, EXACT), best_cell(ms)
+    if best is None:
         return ""
+    near = len(tied_with(ms, best))
+    others = f" ({near} other{'s' if near > 1 else ''} at this budget not significantly worse)" if near else ""
+    if name != TO_EXACT or exact is None:
+        whose = "the exact solution" if name == TO_EXACT else "the data"
+        return f"The solver {_cell(best)} has the lowest distance to {whose}, {_figure(every[best], name)}{others}."
+    nearest = f"{_cell(best)} is nearest to the exact solution, at a distance of {_figure(every[best], name)}{others}"
+    limit, first = f"the exact solution's {_figure(exact, 'distance')}", first_as_exact(ms)
+    if first is None:
+        compared = any(above_exact(m, exact) for m in every.values())
+        missed = f"; every distance to the data is significantly above {limit}" if compared else ""
+        return f"The solver {nearest}{missed}."
+    data = _figure(every[first], "distance")
+    if first == best:
+        return f"The solver {nearest}; its distance to the data, {data}, is not significantly above {limit}."
+    reached = f"{_cell(first)} is the first whose distance to the data, {data}, is not significantly above {limit}"
+    return f"The solver {reached}; {nearest}."
+
+
+def _cell(key: tuple[str, int]) -> str:
+    return f"{key[0]} with {key[1]} evaluation{'s' if key[1] > 1 else ''}"
+
+
+def _figure(m: Measurement, name: str) -> str:
+    """As the tables write it."""
+    return number(m.metrics[name].mean, m.std(name))
+
+
+def _hero(ms: Measurements, pictures: Pictures) -> tuple[Picture, ...]:
+    """Samples of the cell that the answer names, and of the exact solution, else real images."""
+    key, name = first_as_exact(ms) or best_cell(ms), question(ms)
+    if key is None or key not in pictures.grids:
+        return ()
+    m = shown(ms)[key]
+    what = "distance to the exact solution" if name == TO_EXACT else "distance to the data"
+    best = pictures.of(
+        pictures.grids[key],
+        f"samples of {key[0]} with {key[1]} evaluations",
+        f"{key[0]}, {key[1]} NFE",
+        f"{what} {_figure(m, name)}",
+    )
+    limit = limit_of(ms, EXACT)
+    distance = "" if limit is None else f"; its distance to the data {number(limit.distance, limit.std('distance'))}"
+    exact = pictures.of_limit(EXACT, f"of the same seeds{distance}") or pictures.of_limit(FLOOR, LIMIT_TEXTS[FLOOR])
+    return (best,) if exact is None else (best, exact)
+
+
+def _limits(ms: Measurements, pictures: Pictures) -> Block | None:
+    """Pictures of the limits beside one another, each with its distance."""
     text = (
         "The first two are the same images before and after the tokenizer. What lies between floor and ceiling is the "
         "tokenizer's, between ceiling and exact the model's, and above exact the solver's. Below: Fréchet distance to the data."
     )
-    return f'<h2>What can be reached</h2><p>{text}</p><div class="limits">{"".join(figures)}</div>'
+    shown_limits = (
+        pictures.of_limit(m.solver, f"{title} {number(m.distance, m.std('distance'))}: {LIMIT_TEXTS[m.solver]}")
+        for title, m in limits_of(ms).items()
+    )
+    found = tuple(picture for picture in shown_limits if picture is not None)
+    return Block("What can be reached", text, pictures=found) if found else None
 
 
-def all_plots(ms: Measurements) -> dict[str, bytes]:
-    """PNG by file name."""
-    return {
-        "exact_vs_nfe.png": distance_png(ms, "nfe", "to_exact"),
-        "distance_vs_nfe.png": distance_png(ms, "nfe"),
-        "distance_vs_seconds.png": distance_png(ms, "seconds"),
-    }
-
-
-def _plot(ms: Measurements, name: str, png: bytes) -> str:
-    spread = "trainings" if any(m.trainings > 1 for m in ms) else "seed blocks"
-    bars = f"Both axes are logarithmic. Bars: standard deviation over {spread}. Hollow markers: trained solvers."
-    caption = {
-        "exact_vs_nfe.png": f"The solver's own error. {bars}",
-        "distance_vs_nfe.png": f"Distance to the data, which contains the errors of tokenizer and model. {bars}",
-        "distance_vs_seconds.png": "The same measurements against the time to make the images, sampling and decoding, on the "
-        "hardware below. Grey: the Pareto front, better than all others in distance or time.",
-    }[name]
-    return figure(png, dict(PLOTS)[name], caption)
-
-
-def _baselines(ms: Measurements, grids: Grids) -> str:
+def _baselines(ms: Measurements, pictures: Pictures) -> Block | None:
     table = baseline_table(ms)
     if not table.lines:
-        return ""
-    pngs = [(m.solver, grids.get((m.solver, m.nfe))) for m in baselines_of(ms)]
-    pictures = ["" if png is None else image_tag(png, f"samples of {name}") for name, png in pngs]
-    return f"<h2>{table.title}</h2><p>{table.note}</p>{html_table(table, pictures, 'baselines')}"
+        return None
+    pngs = [(m.solver, pictures.grids.get((m.solver, m.nfe))) for m in baselines_of(ms)]
+    beside = tuple(None if png is None else Picture(png, f"samples of {name}") for name, png in pngs)
+    return replace(table_block(table), beside=beside)
 
 
-def _samples(ms: Measurements, grids: Grids) -> str:
-    others = {(m.solver, m.nfe) for m in baselines_of(ms)}
-    name = question(ms)
-    captions = {
-        key: f"{number(m.metrics[name].mean) if name in m.metrics else 'diverged'} · {m.grid}".removesuffix(" · ")
-        for key, m in shown(ms).items()
+def _samples(ms: Measurements, pictures: Pictures) -> Block | None:
+    """All panels of the same seeds, with real images and the exact solution to compare."""
+    name, every = question(ms), shown(ms)
+    panels = {
+        key: pictures.of(
+            pictures.grids[key], f"samples of {key[0]} with {key[1]} evaluations", caption=_caption(m, name)
+        )
+        for key, m in every.items()
+        if key in pictures.grids
     }
+    if not panels:
+        return None
+    limits = {LIMIT_NAMES[key]: pictures.of_limit(key, LIMIT_TEXTS[key]) for key in (EXACT, FLOOR, CEILING)}
+    fixed = {title: picture for title, picture in limits.items() if picture is not None}
+    solvers = list(dict.fromkeys(solver for solver, _ in panels))
+    least = min(nfe for _, nfe in panels)
+    (worst, nfe), (best, _) = contrast(ms) or ((solvers[0], least), (solvers[-1], least))
     below = "distance to the exact solution" if name == TO_EXACT else "Fréchet distance"
-    return explorer({key: png for key, png in grids.items() if key not in others}, captions, below)
+    text = (
+        "Every panel starts from the same noise, so a difference between panels is the solver's doing. Real images are others. "
+        f"Below each: {below} and grid."
+    )
+    return Block("Samples from the same seeds", text, explorer=Explorer(panels, fixed, (nfe, worst, best)))
+
+
+def _caption(m: Measurement, name: str) -> str:
+    figure = number(m.metrics[name].mean) if name in m.metrics else "diverged"
+    return f"{figure} · {m.grid}".removesuffix(" · ")
+
+
+def blocks(
+    ms: Measurements, context: ReportContext, pictures: Pictures, sections: Sequence[Block], choice: Choice | None
+) -> list[Block]:
+    """Everything below the first screen: first what ranks solvers and what it looks like, then, folded, all else."""
+    _, *plots = drawings(ms)
+    error, data, what = error_table(ms), distance_table(ms), distance_name(ms)
+    reading = (
+        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: the time grid, chosen "
+        f"on other seeds. Comparable only with numbers of the same feature name, {feature_names(ms)}."
+    )
+    found = [
+        Block(f"{what} to the exact solution by step budget", error.note, table=error) if error.lines else None,
+        Block(f"{what} to the data by step budget", reading, table=data if data.lines else None),
+        Block("Error and time", drawings=tuple(plots)),
+        _samples(ms, pictures),
+        _limits(ms, pictures),
+        _baselines(ms, pictures),
+        *(table_block(table, folded=True) for table in (rmse_table(ms), difference_table(ms)) if table.lines),
+        *(table_block(table, folded=True) for table in further_tables(ms) if table.lines),
+        *sections,
+        table_block(choice_table(choice), folded=True) if choice is not None and choice.figures else None,
+        table_block(all_figures(ms), folded=True),
+        notes_block(context.notes) if context.notes else None,
+        facts_block(provenance(ms, context)),
+    ]
+    return [block for block in found if block is not None]
 
 
 def report_html(
     ms: Measurements,
     context: ReportContext,
     pictures: Pictures | None = None,
-    sections: Sequence[Section] = (),
-    plots: Mapping[str, bytes] | None = None,
+    sections: Sequence[Block] = (),
     choice: Choice | None = None,
 ) -> str:
     """One self-contained page. ValueError for measurements that do not compare."""
     check_comparable(ms)
-    plots, pictures = plots or all_plots(ms), pictures or Pictures()
-    plots = {name: png for name, png in plots.items() if name != "exact_vs_nfe.png" or question(ms) == TO_EXACT}
-    data, features = distance_table(ms), html(feature_names(ms))
-    return page(
-        context,
-        _lead(ms),
-        [
-            _limits(ms, pictures),
-            titled_table(error_table(ms)),
-            f"<h2>{distance_name(ms)} to the data by step budget</h2><p>{html(data.note.capitalize())}. NFE counts network "
-            "evaluations per image. Small print: the time grid, chosen on other seeds. Comparable only with numbers of the same "
-            f"feature name, <code>{features}</code>.</p>",
-            html_table(data) if shown(ms) else "",
-            f'<div class="plots">{"".join(_plot(ms, name, png) for name, png in plots.items())}</div>',
-            _baselines(ms, pictures.grids),
-            *map(titled_table, (rmse_table(ms), difference_table(ms))),
-            _samples(ms, pictures.grids),
-            *map(section_html, sections),
-            notes_list(context.notes),
-            *(titled_table(table, folded=True) for table in further_tables(ms)),
-            "" if choice is None else titled_table(choice_table(choice), folded=True),
-            titled_table(all_figures(ms), folded=True),
-            facts_list(provenance(ms, context)),
-        ],
-        SCRIPT,
-    )
+    pictures = pictures or Pictures()
+    parts = blocks(ms, context, pictures, sections, choice)
+    return html_page(Page(context, answer(ms), _hero(ms, pictures), drawings(ms)[0], parts))

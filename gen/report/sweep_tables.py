@@ -35,8 +35,36 @@ def metric(name: str, head: str) -> Column[Measurement]:
     return Column(head, lambda m: m.value(name))
 
 
-def _seconds(head: str, seconds: Callable[[Measurement], float]) -> Column[Measurement]:
-    return Column(head, lambda m: None if m.solver in (FLOOR, CEILING) else 1000 * seconds(m) / m.n)
+def above_floor(ms: Measurements) -> list[Measurement]:
+    """The measurements with every KID less that of the floor; as they are without one.
+
+    The estimate is unbiased, so that images of the reference's own distribution have a mean of 0; but held-out images that have
+    every class equally often are nearer than that, and the floor a little below 0.
+    """
+    floor = limit_of(ms, FLOOR)
+    if floor is None:
+        return list(ms)
+    less = {name: one.mean for name, one in floor.metrics.items() if is_kid(name)}
+    return [
+        replace(m, metrics={k: replace(v, mean=v.mean - less.get(k, 0.0)) for k, v in m.metrics.items()}) for m in ms
+    ]
+
+
+def is_kid(name: str) -> bool:
+    """Whether a metric is KID, of the first or of a further feature space."""
+    return name == "kid" or name.endswith("_kid")
+
+
+def _seconds(
+    head: str, seconds: Callable[[Measurement], float], std: Callable[[Measurement], float | None] = lambda _: None
+) -> Column[Measurement]:
+    """Of 1000 images, with the deviation over blocks where it is known."""
+
+    def value(m: Measurement) -> tuple[float, float | None] | None:
+        error = std(m)
+        return None if m.solver in (FLOOR, CEILING) else (1000 * seconds(m) / m.n, error and 1000 * error / m.n)
+
+    return Column(head, value, lambda both: number(*both))
 
 
 METRIC_COLUMNS = [
@@ -56,7 +84,7 @@ METRIC_COLUMNS = [
 _NFE = Column[Measurement]("NFE", lambda m: m.nfe or None, str)
 _FLOPS = Column[Measurement]("MFLOP", lambda m: m.flops / 1e6 or None)
 _TIMES = (
-    _seconds("solver s", lambda m: m.seconds),
+    _seconds("solver s", lambda m: m.seconds, lambda m: m.seconds_std),
     _seconds("decode s", lambda m: m.decode_seconds),
     _seconds("features s", lambda m: m.feature_seconds),
 )
@@ -77,16 +105,19 @@ def _by_budget(
 def metric_table(ms: Measurements, name: str, title: str, note: str, ranks: bool = True) -> Table:
     """The shown measurements by one metric, the limits last; no lines if none was measured.
 
-    ranks: mark the least of each NFE.
+    ranks: mark the least of each NFE, and what is tied with it.
     """
     values = {key: value for key, m in shown(ms).items() if (value := m.value(name)) is not None}
     least = {
         nfe: min((v for (_, n), v in values.items() if n == nfe and math.isfinite(v)), default=None)
         for _, nfe in values
     }
-    chosen = shown(ms)
+    chosen, paired = shown(ms), differences(ms, name) if ranks else {}
+    tied = {key for key, difference in paired.items() if not difference.significant}
     entries = {
-        key: Entry(number(value, chosen[key].std(name)), chosen[key].grid, ranks and value == least[key[1]])
+        key: Entry(
+            number(value, chosen[key].std(name)), chosen[key].grid, ranks and value == least[key[1]], key in tied
+        )
         for key, value in values.items()
     }
     small = {solver: f"trained, {cost:,} evaluations" for solver, cost in training_costs(ms).items()}
@@ -156,10 +187,8 @@ def rmse_table(ms: Measurements) -> Table:
 
 def further_tables(ms: Measurements) -> list[Table]:
     """Other distances to the data by NFE: of the same features, and of further feature spaces. They rank nothing."""
-    kid = (
-        "KID of the same features: unbiased in the number of images, where the Fréchet distance is not. Seeds and floor may have "
-        "every class equally often, which puts both a little below 0: compare with the floor."
-    )
+    less = ", less that of the floor (results.csv has the values as measured)" if limit_of(ms, FLOOR) else ""
+    kid = f"KID of the same features{less}: unbiased in the number of images, where the Fréchet distance is not."
     sliced = "Sliced 2-Wasserstein distance of the same features: it sees more than means and covariances."
     titles = {"kid": ("Kernel distance", kid), "sliced": ("Sliced Wasserstein distance", sliced)}
     for space, features in {space: name for m in ms for space, name in m.spaces.items()}.items():
@@ -167,7 +196,11 @@ def further_tables(ms: Measurements) -> list[Table]:
         second = "A second look at the same images: what one feature space alone supports is not a conclusion."
         titles[f"{space}_distance"] = (distance, second)
         titles[f"{space}_{TO_EXACT}"] = (f"{distance} to the exact solution", error_table(ms).note)
-    return [metric_table(ms, name, *text, ranks=name.endswith(TO_EXACT)) for name, text in titles.items()]
+    reduced = above_floor(ms)
+    return [
+        metric_table(reduced if is_kid(name) else ms, name, *text, ranks=name.endswith(TO_EXACT))
+        for name, text in titles.items()
+    ]
 
 
 def difference_table(ms: Measurements) -> Table:
@@ -208,10 +241,12 @@ def choice_table(choice: Choice) -> Table:
 
 def _difference(found: Difference) -> Entry:
     if found.best:
-        return Entry("best", found.grid, True)
+        return Entry("best", found.grid, True, True)
     decimals = decimals_for(found.error, 2)  # more digits than the error has carry no information
     sign = "" if found.significant else "≈ "
-    return Entry(f"{sign}+{found.mean:.{decimals}f} ± {found.error:.{decimals}f}", found.grid)
+    return Entry(
+        f"{sign}+{found.mean:.{decimals}f} ± {found.error:.{decimals}f}", found.grid, tied=not found.significant
+    )
 
 
 def baseline_table(ms: Measurements) -> Table:
@@ -237,9 +272,11 @@ def all_figures(ms: Measurements) -> Table:
     rows = [*sorted(shown(ms).values(), key=lambda m: m.nfe), *baselines_of(ms), *limits.values()]
     names = [*(m.solver for m in rows[: len(rows) - len(limits)]), *limits]
     further = dict.fromkeys(name for m in ms for name in m.metrics if name.startswith(tuple(f"{s}_" for s in m.spaces)))
+    less = "KID is less that of the floor. " if any("kid" in m.metrics for m in rows) and limit_of(ms, FLOOR) else ""
+    rows = above_floor(rows)
     note = (
-        "Seconds are for 1000 images, MFLOP (10^6 floating-point operations of products, before decoding) for one. Precision, "
-        "recall, density, coverage, PSNR and the inception score are better when larger, the others when smaller."
+        f"{less}Seconds are for 1000 images, MFLOP (10^6 floating-point operations of products, before decoding) for one. "
+        "Precision, recall, density, coverage, PSNR and the inception score are better when larger, the others when smaller."
     )
     columns = (_NFE, *METRIC_COLUMNS, *(metric(name, name.replace("_", " ")) for name in further), _FLOPS, *_TIMES)
     return columns_table("All figures and where the time went", note, "solver", names, rows, columns)

@@ -44,11 +44,15 @@ class ReportContext:
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table: "3.21 ± 0.12", small print such as the grid's name, whether it is the best of its column."""
+    """One place of a table: "3.21 ± 0.12", small print such as the grid's name, whether it is the best of its column.
+
+    tied: its difference from the best is not significant; the best is tied with itself.
+    """
 
     value: str
     small: str = ""
     best: bool = False
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ class Table:
     def has_best(self) -> bool:
         """Whether any entry is marked as the best of its column."""
         return any(entry is not None and entry.best for line in self.lines for entry in line.entries)
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether any entry but a best one is tied with the best of its column."""
+        return any(e is not None and e.tied and not e.best for line in self.lines for e in line.entries)
 
 
 def number(value: float, std: float | None = None) -> str:

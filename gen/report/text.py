@@ -13,7 +13,10 @@ from midway.gen.report.table import ABSENT, Entry, Line, ReportContext, Table
 
 
 def text_table(table: Table) -> str:
-    """Aligned, names flush left and figures flush right, small print before a figure, `*` after the best of each column."""
+    """Aligned, names flush left and figures flush right, small print before a figure, a mark after it.
+
+    `*`: the best of a column, `≈`: tied with it.
+    """
     marked = table.has_best
     rows = [
         [printable(line.name), *(_plain(entry, marked, line.floor) for entry in line.entries)] for line in table.lines
@@ -21,13 +24,15 @@ def text_table(table: Table) -> str:
     first, *others = map(printable, table.heads)
     heads = [first, *(f"{head} " if marked else head for head in others)]
     header, *body = _aligned([heads, *rows])
-    return "\n".join([header, "-" * max(map(len, [header, *body])), *body, *(["* best"] if marked else [])])
+    key = ", ".join(["* best"] * marked + ["≈ not significantly worse"] * table.has_ties)
+    return "\n".join([header, "-" * max(map(len, [header, *body])), *body, *filter(None, [key])])
 
 
 def _plain(entry: Entry | None, marked: bool, floor: bool) -> str:
     if entry is None:
         return "" if floor else ABSENT
-    return f"{printable(entry.small)} {entry.value}{'*' if entry.best else ' ' if marked else ''}".removeprefix(" ")
+    mark = "*" if entry.best else "≈" if entry.tied else " "
+    return f"{printable(entry.small)} {entry.value}{mark if marked else ''}".removeprefix(" ")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,12 +1,12 @@
 """The report of tokenizers: results.csv, results.jsonl, report.md, three plots and one self-contained report.html.
 
-Four tables, a line per tokenizer: reconstruction, codes and latents, noise on the latents, cost. The best of a column is bold
-where one direction is better. The directory is written whole or not at all.
+A ranking at equal rate, then four tables, a line per tokenizer: reconstruction, codes and latents, noise on the latents, cost.
+The best of a column is bold where one direction is better. The directory is written whole or not at all.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,17 +15,19 @@ from torch import Tensor
 from midway.gen.core.errors import DiskError, UsageError, remedy
 from midway.gen.core.files import replacing, write_atomically
 from midway.gen.core.locks import check_no_link
-from midway.gen.core.text import html
+from midway.gen.core.text import markdown, printable
 from midway.gen.data.pictures import grid_png
 from midway.gen.evaluation.records import FLOOR
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
-from midway.gen.report.html import facts_list, figure, image_tag, notes_list, page, titled_table
+from midway.gen.report.html import Block, Page, Picture, facts_block, html_page, notes_block, table_block
+from midway.gen.report.rates import answer, rate_table
 from midway.gen.report.table import Column, Entry, ReportContext, Table, columns_table, joined, number, with_floor
 from midway.gen.report.text import csv_text, jsonl_text, markdown_page, markdown_section, text_table, under_warnings
-from midway.gen.report.tokenizer_plots import PLOTS
+from midway.gen.report.tokenizer_plots import drawings
 
 _STRIP = 1280  # pixels: large images are shown fewer, or the page would be slow to open
+PLOTS = ("rate_distortion.png", "codebook_usage.png", "noise.png")
 FILES = ("results.csv", "results.jsonl", "report.md", "report.html", *PLOTS)
 
 # ---- columns ----
@@ -121,7 +123,9 @@ _NOISE_NOTE = (
 def tables(rows: Sequence[TokenizerRow]) -> list[Table]:
     """All tables; columns without any value are left out, and tables without columns."""
     noise = [_noise(index, sigma) for index, sigma in enumerate(rows[0].noise)] if rows else []
+    ranking = rate_table(rows)
     made = (
+        *([ranking] if ranking.lines else []),
         _table(rows, "Reconstruction", _RECONSTRUCTION, _reconstruction_note(rows)),
         _table(rows, "Codes and latents", _CODES, _CODES_NOTE),
         _table(rows, "Noise on the latents", noise, _NOISE_NOTE),
@@ -144,13 +148,15 @@ def _table(rows: Sequence[TokenizerRow], title: str, columns: Iterable[Column[To
 
 
 def terminal_text(rows: Sequence[TokenizerRow], warnings: Sequence[str] = ()) -> str:
-    """Reconstruction and codes for a terminal: the columns that it has room for, without small print, below the warnings."""
+    """Ranking, reconstruction and codes for a terminal, as far as there is room, between warnings and answer."""
     codes = [column for column in _CODES if column.head not in ("tokens", "dead codes")]
+    ranking = [table for table in [rate_table(rows)] if table.lines]
     made = [
         _table(rows, title, [replace(column, small=lambda _: "") for column in columns], "")
         for title, columns in (("Reconstruction", _RECONSTRUCTION), ("Codes and latents", codes))
     ]
-    return under_warnings("\n\n".join(f"{table.title}\n\n{text_table(table)}" for table in made) + "\n", warnings)
+    parts = [f"{table.title}\n\n{text_table(table)}" for table in (*ranking, *made)]
+    return under_warnings("\n\n".join([*parts, printable(answer(rows))]) + "\n", warnings)
 
 
 def provenance(rows: Sequence[TokenizerRow], context: ReportContext) -> list[tuple[str, str]]:
@@ -171,77 +177,55 @@ def provenance(rows: Sequence[TokenizerRow], context: ReportContext) -> list[tup
 
 
 def report_md(rows: Sequence[TokenizerRow], context: ReportContext) -> str:
-    """Tables, plots by relative name, notes and provenance."""
-    plots = [f"![{plot.title}]({name})\n" for name, plot in PLOTS.items()]
-    return markdown_page(context, [*map(markdown_section, tables(rows)), *plots], provenance(rows, context))
+    """The answer, tables, plots by relative name, notes and provenance."""
+    plots = [f"![{plot.title}]({plot.name}.png)\n" for plot in drawings([])]
+    parts = [f"{markdown(answer(rows))}\n", *map(markdown_section, tables(rows)), *plots]
+    return markdown_page(context, parts, provenance(rows, context))
 
 
 # ---- page ----
 
 
-def _lead(rows: Sequence[TokenizerRow]) -> str:
-    """The result in a sentence."""
-    if len(rows) < 2:
-        return ""
-    best = max(rows, key=lambda row: row.psnr)
-    parts = [f"<b>{html(best.name)}</b> reconstructs best ({best.psnr:.2f} dB)"]
-    for name, head in (("distance", "is nearest to the training images"), ("interpolated", "interpolates best")):
-        found = [(value, row.name) for row in rows if (value := getattr(row, name)) is not None]
-        if found:
-            value, winner = min(found)
-            parts.append(f"<b>{html(winner)}</b> {head} ({number(value)})")
-    return f'<p class="lead">{"; ".join(parts)}.</p>'
-
-
-def _strip(name: str, small: str, images: Tensor, kind: str = "") -> str:
+def _strip(name: str, small: str, images: Tensor) -> Picture:
     few = images[: max(4, _STRIP // images.shape[-1])]
-    picture = image_tag(grid_png(few, columns=len(few)), f"{name}, {small}" if small else name)
-    return f'<div class="{kind}"><p>{html(name)}<small>{html(small)}</small></p>{picture}</div>'
+    return Picture(grid_png(few, columns=len(few)), f"{name}, {small}" if small else name, name, small)
 
 
-def _strips(results: Sequence[TokenizerResult], originals: Tensor) -> str:
+def _strips(results: Sequence[TokenizerResult], originals: Tensor) -> Iterator[Block]:
     """The same images as every tokenizer reconstructs them, then half-way to their neighbours."""
-    first = _strip("held-out images", "", originals, "first")
-    rows = "".join(_strip(m.row.name, f"{m.row.psnr:.2f} dB", m.reconstructions) for m in results)
-    text = (
-        "<h2>Reconstructions</h2><p>The same held-out images, as every tokenizer reconstructs them.</p>"
-        f'<div class="strips">{first}{rows}</div>'
+    first = _strip("held-out images", "", originals)
+    made = (_strip(m.row.name, f"{m.row.psnr:.2f} dB", m.reconstructions) for m in results)
+    yield Block(
+        "Reconstructions", "The same held-out images, as every tokenizer reconstructs them.", strips=(first, *made)
     )
     between = [
         _strip(m.row.name, f"distance {number(m.row.interpolated)}", m.interpolations)
         for m in results
         if m.interpolations is not None and m.row.interpolated is not None
     ]
-    if not between:
-        return text
-    return (
-        f"{text}<h2>Half-way to the nearest neighbour</h2><p>The latent of each of these images mixed in equal parts with that "
-        "of its nearest neighbour. Where the result is no plausible image, a latent model that interpolates between training "
-        f'images is unlikely to make one.</p><div class="strips">{first}{"".join(between)}</div>'
+    text = (
+        "The latent of each of these images mixed in equal parts with that of its nearest neighbour. Where the result is no "
+        "plausible image, a latent model that interpolates between training images is unlikely to make one."
     )
+    if between:
+        yield Block("Half-way to the nearest neighbour", text, strips=(first, *between), folded=True)
 
 
-def report_html(
-    results: Sequence[TokenizerResult], originals: Tensor, context: ReportContext, plots: Mapping[str, bytes]
-) -> str:
+def report_html(results: Sequence[TokenizerResult], originals: Tensor, context: ReportContext) -> str:
     """One self-contained page."""
     rows = [result.row for result in results]
-    first, codes, *others = map(titled_table, tables(rows))
-    rate, usage, noise = (figure(plots[name], plot.title, plot.caption) for name, plot in PLOTS.items())
-    return page(
-        context,
-        _lead(rows),
-        [
-            first,
-            f'<div class="plots">{rate}{noise}</div>',
-            _strips(results, originals),
-            codes,
-            f'<div class="plots single">{usage}</div>',
-            *others,
-            notes_list(context.notes),
-            facts_list(provenance(rows, context)),
-        ],
-    )
+    rate, noise, usage = drawings(results)
+    ranking = [table for table in [rate_table(rows)] if table.lines]
+    first, *others = tables(rows)[len(ranking) :]
+    blocks = [
+        *map(table_block, (*ranking, first)),
+        *_strips(results, originals),
+        Block("Noise and codes", drawings=(noise, usage)),
+        *(table_block(table, folded=True) for table in others),
+        *([notes_block(context.notes)] if context.notes else []),
+        facts_block(provenance(rows, context)),
+    ]
+    return html_page(Page(context, answer(rows), (), rate, blocks))
 
 
 # ---- files ----
@@ -276,12 +260,11 @@ def write_tokenizer_report(
     """All seven files, replacing an earlier report; `originals` uint8 are the images shown. DiskError, UsageError."""
     check_out(directory)
     rows = [m.row for m in results]
-    plots = {name: plot.draw(results) for name, plot in PLOTS.items()}
-    files = plots | {
+    files = {f"{drawing.name}.png": drawing.png() for drawing in drawings(results)} | {
         "results.csv": csv_text([flat_record(row) for row in rows]).encode(),
         "results.jsonl": jsonl_text([dataclasses.asdict(row) for row in rows]).encode(),
         "report.md": report_md(rows, context).encode(),
-        "report.html": report_html(results, originals, context, plots).encode(),
+        "report.html": report_html(results, originals, context).encode(),
     }
     try:
         with replacing(directory) as new:

@@ -14,6 +14,7 @@ from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.records import LIMITS, Measurement
 from midway.gen.evaluation.sources import SampleSource
+from midway.gen.progress.bar import reported
 from midway.gen.sweep.run import Sweep
 from midway.gen.sweep.store import Seeds
 
@@ -53,7 +54,7 @@ def export(images: ImageSet, npz: Path | None = None, archive: Path | None = Non
             writers.append(stack.enter_context(npz_writer(npz, len(images.seeds.all), labels, images.about)))
         if archive is not None:
             writers.append(stack.enter_context(zip_writer(archive, labels, images.about)))
-        for part in images.parts():
+        for part in reported(images.parts(), "writing", len(images.seeds.all)):
             for writer in writers:
                 writer.add(part)
 

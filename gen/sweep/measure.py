@@ -24,8 +24,8 @@ from midway.gen.sweep.fine import FineSolution
 from midway.gen.sweep.store import Cell, CellStore, Numbers, Part, Seeds, check_rows
 from midway.gen.sweep.tally import Tally, Work
 
-SHOWN = 8
-"""Seeds shown in the sample grids."""
+SHOWN, COLUMNS = 16, 4
+"""Images of a sample grid, and of a row of it."""
 TIMES = ("solver", "decode", "features")
 """What a part's seconds are of."""
 
@@ -73,7 +73,7 @@ def measure(source: SampleSource, context: EvaluationContext, fine: FineSolution
         process.wait()
         if process.rank == 0:
             blocks = cell.parts(_block_places(context.seeds), checks.block)
-            cell.finish(_summary(blocks), grid_png(blocks[0].tensors["shown"], columns=SHOWN // 2))
+            cell.finish(_summary(blocks), grid_png(blocks[0].tensors["shown"], columns=COLUMNS))
         process.wait()
     return cell
 

@@ -30,12 +30,9 @@ from midway.gen.sweep.choice import Choice, choose_grids
 from midway.gen.sweep.costs import forecast
 from midway.gen.sweep.fine import FineSolution, StoredSolution
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig
-from midway.gen.sweep.measure import TIMES, EvaluationContext, measure
+from midway.gen.sweep.measure import COLUMNS, SHOWN, TIMES, EvaluationContext, measure
 from midway.gen.sweep.store import PART, Cell, CellStore, Numbers
 from midway.gen.sweep.tally import Tally
-
-PICTURED = 32
-"""Images of each limit that a report shows."""
 
 
 def measure_images(name: str, images: Images, spaces: Spaces, metrics: tuple[str, ...] = ()) -> Measurement:
@@ -133,7 +130,7 @@ def run_sweep(
     exact = measure(StoredSolution(solution), context)
     found = _measurement(Job(EXACT, "", plan.exact), exact, context)
     sweep.measurements.append(found)
-    sweep.pictures[EXACT, "", found.nfe] = grid_png(solution.images(PICTURED), columns=PICTURED // 4)
+    sweep.pictures[EXACT, "", found.nfe] = grid_png(solution.images(SHOWN), columns=COLUMNS)
     return _measured(sweep, choice.of(plan.jobs), context, solution)
 
 
@@ -153,7 +150,7 @@ def _measure_limits(sweep: Sweep, images: Images, plan: Plan, context: Evaluatio
             progress.advance(len(part))
     for name, seen in [(FLOOR, real), (CEILING, made)][: 1 + lossy]:
         sweep.measurements.append(_limit(name, seen.features(), context.spaces, context.metrics))
-        sweep.pictures[name, "", 0] = grid_png(seen.first(), columns=PICTURED // 4)
+        sweep.pictures[name, "", 0] = grid_png(seen.first(), columns=COLUMNS)
 
 
 class _Seen:
@@ -165,16 +162,16 @@ class _Seen:
     def add(self, images: Tensor) -> None:
         """uint8 (n, C, H, W)."""
         self.parts.append(extract(self.spaces, images))
-        if sum(map(len, self.shown)) < PICTURED:
-            self.shown.append(images[:PICTURED])
+        if sum(map(len, self.shown)) < SHOWN:
+            self.shown.append(images[:SHOWN])
 
     def features(self) -> dict[str, Features]:
         """Of all images, in every space."""
         return {space: joined_features([part[space] for part in self.parts]) for space in self.spaces}
 
     def first(self) -> Tensor:
-        """At most `PICTURED`."""
-        return torch.cat(self.shown)[:PICTURED]
+        """At most `SHOWN`."""
+        return torch.cat(self.shown)[:SHOWN]
 
 
 def _measured(sweep: Sweep, jobs: Sequence[Job], context: EvaluationContext, solution: FineSolution | None) -> Sweep:

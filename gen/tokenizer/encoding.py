@@ -36,6 +36,7 @@ from midway.gen.files.record_writer import (
     write_shard,
 )
 from midway.gen.files.records import DTYPES, is_records, record_bytes
+from midway.gen.progress.bar import Progress, reported
 from midway.gen.tokenizer.latents import KIND, Views, tokenizer_hash
 from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
 from midway.tokenizers.memory import images_at_once
@@ -88,10 +89,13 @@ def encode(
                 check_own(folder)
                 stack.enter_context(claimed(folder, "encoded"))
                 _prepare(folder, plan)
+        mine = [(number, span) for number, span in process.mine(spans)]
+        missing = [(number, span) for number, span in mine if read_shard_index(folder, number, form) is None]
+        counts = [sum(end - first for _, (first, end) in some) for some in (mine, missing)]
         try:
-            for number, span in process.mine(spans):
-                if read_shard_index(folder, number, form) is None:
-                    batches = _Batches(tokenizer, data, encoding, size, span)
+            with Progress("encoding", counts[0], "images", done=counts[0] - counts[1]) as progress:
+                for number, span in missing:
+                    batches = _Batches(tokenizer, data, encoding, size, span, progress)
                     write_shard(folder, number, form, batches, batches.facts)
         except MidwayError:
             if process.world_size == 1 and not list(folder.glob("records-*")):
@@ -146,7 +150,8 @@ def latent_statistics(
     tokenizer.eval()
     views, dim = Views(mirrored=flip), tokenizer.latent_shape[0]
     size = batch_size or images_at_once(tokenizer)
-    parts = (raw for part in images.split(size) for raw in _raw(tokenizer, part, views))
+    each = reported(images.split(size), "mean and deviation of latents:", len(images))
+    parts = (raw for part in each for raw in _raw(tokenizer, part, views))
     return merged(map(ChannelMoments.of, parts), dim).result()
 
 
@@ -217,8 +222,15 @@ class _Batches:
     """The batches of a shard, for write_shard; `facts` has the moments of each, and is filled on the way."""
 
     def __init__(
-        self, tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, size: int, span: tuple[int, int]
+        self,
+        tokenizer: ImageTokenizer,
+        data: ImageData,
+        encoding: Encoding,
+        size: int,
+        span: tuple[int, int],
+        progress: Progress,
     ) -> None:
+        self.progress = progress
         self.tokenizer, self.data, self.encoding, self.size, self.span = tokenizer.eval(), data, encoding, size, span
         self.facts: dict[str, Any] = {"moments": [], "squares": [], "errors": []}
 
@@ -228,6 +240,7 @@ class _Batches:
             part = slice(start, min(start + self.size, end))
             raw = list(_raw(self.tokenizer, images_of(self.data, views)[part], views))
             yield torch.stack([self._stored(each) for each in raw], dim=1), {"labels": self.data.labels[part]}
+            self.progress.advance(part.stop - part.start)
 
     def _stored(self, raw: Tensor) -> Tensor:
         """Latents in the dtype of the folder, whose moments and rounding errors are noted."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from midway.gen.data.images import to_float, to_uint8
 from midway.gen.data.pixels import Images
 from midway.gen.metrics.psnr_ssim import mse, psnr
+from midway.gen.progress.bar import reported
 from midway.gen.tokenizer.gan import Adversary
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.batches import Context, ImageBatch
@@ -116,7 +117,8 @@ def evaluate_tokenizer(tokenizer: ImageTokenizer, images: Images, batch_size: in
 
     `batch_size` by memory if it is None."""
     errors, quality, counts, start = *torch.empty(2, len(images), dtype=torch.float64), None, 0
-    for part in images.split(batch_size or images_at_once(tokenizer)):
+    parts = images.split(batch_size or images_at_once(tokenizer))
+    for part in reported(parts, "reconstructing held-out images:", len(images)):
         out = tokenizer(to_float(part.to(tokenizer.device)))
         shown = to_uint8(out.reconstruction).cpu()
         # in place: small results kept between large ones would split the heap, and memory would grow with every batch

@@ -24,6 +24,7 @@ from midway.gen.flags.tasks import Resume
 from midway.gen.training.config import TrainConfig
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, NAMED
+from midway.samplers.hub import LICENSE
 from midway.samplers.learned_solver import EARLIER
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.residual_solver import NAMES as RESIDUALS
@@ -61,6 +62,8 @@ class SolverTask:
             steps=80, batch_size=64, lr=0.01, warmup=0, decay="cosine", ema=0, clip=1e6, log_every=20
         )
     )
+    license: str = LICENSE
+    """Licence of the solver, for the card of the folder to share."""
     overwrite: bool = field(default=False, metadata=PER_CALL)
     """Replace solvers that were already learned."""
     resume: Resume = field(default="no", metadata=PER_CALL)

@@ -28,6 +28,7 @@ from midway.gen.flags.arguments import config_of
 from midway.gen.flags.baseline_tasks import BASELINE_TASKS, BaselineTask
 from midway.gen.flags.cli import resolve
 from midway.gen.names.nearest import canonical
+from midway.gen.progress.bar import busy
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
@@ -161,7 +162,8 @@ def report(task: BaselineTask, run: Run, splits: Splits, result: FitResult, devi
         balanced_subject(splits.held_out),
     )
     try:
-        score = bits_of(trained.model, subject, bounds)
+        with busy("scoring held-out images"):
+            score = bits_of(trained.model, subject, bounds)
     except ValueError as error:  # Gaussian noise, or uninitialised ActNorms
         run.say(f"no bits per dimension: {error}")
     else:

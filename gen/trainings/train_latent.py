@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from midway.gen.cards.latent import finish_model, model_card
+from midway.gen.cards.parts import training_rows
 from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError, nearest, raising
@@ -19,7 +21,7 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.places import images_at, splits_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
-from midway.gen.diffusion.load import TrainedModel, load_tokenizer, write_model
+from midway.gen.diffusion.load import CPU, TrainedModel, load_model, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_table
 from midway.gen.diffusion.sampling import decode, sample_latents
@@ -37,7 +39,7 @@ from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
-from midway.gen.training.interface import Hooks, Items, Preview
+from midway.gen.training.interface import FitResult, Hooks, Items, Preview
 from midway.gen.trainings.dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.trainings.running import built, open_run, with_precision
 from midway.gen.trainings.train_tokenizer import make_tokenizer
@@ -57,6 +59,7 @@ class Parts:
     items: Items
     tokenizer: ImageTokenizer
     data: DataConfig
+    images: ImageData
     about: str
     """The images in words."""
     draw: ClassDraw | None
@@ -85,7 +88,7 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     set_bins(task, model, tokenizer, images)
     draw = class_draw(None, images, model.classes, model.empty)
     about = "\n".join([describe(images), *unfinished(source)])
-    return Parts(model, latents.items(task.flip), tokenizer, data, about, draw)
+    return Parts(model, latents.items(task.flip), tokenizer, data, images, about, draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -115,8 +118,20 @@ def train(task: LatentTask) -> Run | None:
         result = fit(model, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
         if not accelerator.is_main_process:
             return None
+        publish(task, run, parts, result)
         run.say(f"saved {run.checkpoint} after {result.steps} steps in {result.seconds:.0f} s")
         return run
+
+
+def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None:
+    """Write the averaged model as a folder to share, with its tokenizer and its card, once all steps are done. DiskError."""
+    if not result.finished:
+        return
+    trained = load_model(run.path, CPU)
+    weights = training_rows(trained.weights, result.steps, task.train, finished=result.finished)
+    figures = {name: value for name, value in result.last.items() if name == "loss"}
+    card = model_card(trained.model, trained.tokenizer, parts.data, parts.images, weights, figures, task.license)
+    run.say(f"card  {finish_model(run, trained.model, trained.tokenizer, card) / 'README.md'}")
 
 
 def dry_run(task: LatentTask) -> None:

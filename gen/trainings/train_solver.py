@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from midway.gen.cards.solver import finish_solver
 from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import to_record
 from midway.gen.core.runs import Run
@@ -21,6 +22,7 @@ from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
 from midway.gen.flags.cli import numbers, resolve
+from midway.gen.progress.bar import busy
 from midway.gen.progress.finished import unfinished
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
@@ -109,10 +111,11 @@ def train_one(
     path = solver_path(trained.run, task.solver, task.grid, nfe)
     config = to_record(replace(task, nfe=str(nfe)))
     with open_run(task, path, "solver", config, accelerator, *precision) as run:
-        objective, chosen = on_best_grid(task, nfe, objective, trained, accelerator.device, shared)
+        with busy(f"trying grids and running the teacher of {task.solver} at NFE {nfe}"):
+            objective, chosen = on_best_grid(task, nfe, objective, trained, accelerator.device, shared)
+            items = run_teacher(task, objective, trained, accelerator.device, shared)
         if chosen and run.is_new and accelerator.is_main_process:
             run.say(chosen)
-        items = run_teacher(task, objective, trained, accelerator.device, shared)
         processes = accelerator.num_processes
         hooks = Hooks(
             export=lambda folder, averaged: objective.save(
@@ -124,6 +127,9 @@ def train_one(
         if not accelerator.is_main_process:
             return None
         cost = objective.counter.evaluations * processes
+        finished = load_solver(trained, task.solver, task.grid, nfe)
+        if finished is not None:
+            run.say(f"card  {finish_solver(run, finished, task.license) / 'README.md'}")
         run.say(
             f"{task.solver} at NFE {nfe}: {cost:,} evaluations of training in {result.seconds:.0f} s; saved {run.checkpoint}"
         )

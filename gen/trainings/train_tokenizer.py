@@ -8,6 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from midway.gen.cards.parts import training_rows
+from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_record
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
@@ -24,7 +26,6 @@ from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
-from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
@@ -138,7 +139,7 @@ def publish(
     weights = {"weights": "none were trained"}
     if steps:
         weights = training_rows(config.weights_name, steps, config, losses, not unfinished(run))
-    card = model_card(tokenizer, task.data, splits, quality, weights, task.flip)
+    card = tokenizer_card(tokenizer, task.data, splits, quality, weights, task.flip, task.license)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 
 
@@ -147,7 +148,7 @@ def export(folder: Path, tokenizer: ImageTokenizer, averaged: dict[str, Tensor])
     copy = cast(ImageTokenizer, ImageTokenizer.from_config(tokenizer.config))
     prefix = "tokenizer."
     copy.load_state_dict({k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)})
-    copy.save_pretrained(folder / "tokenizer")
+    copy.write(folder / "tokenizer")
 
 
 def square(data: ImageData) -> tuple[int, int]:

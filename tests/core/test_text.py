@@ -13,7 +13,7 @@ from matplotlib.text import Text
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.text import csv_field, html, json_text, markdown, plot_label, printable, printable_lines
-from midway.gen.report.axes import legend_below, new_figure, png
+from midway.gen.report.drawing import Drawing, legend_below, new_figure
 
 EACH = pytest.mark.parametrize("name", NAMES)
 
@@ -100,7 +100,7 @@ def test_every_label_is_in_the_legend_as_it_is() -> None:
     for name in NAMES:
         axes.plot([0, 1], label=plot_label(name))
     legend_below(figure, axes)
-    assert png(figure).startswith(b"\x89PNG")
+    assert Drawing("", "", "", lambda narrow: figure).png().startswith(b"\x89PNG")
     found = [text for text in figure.findobj(Text) if isinstance(text, Text) and text.get_text().strip()]
     drawn = [text._preprocess_math(text.get_text()) for text in found]  # pyright: ignore[reportAttributeAccessIssue]
     assert {mathematics for _, mathematics in drawn} == {False}

@@ -23,7 +23,8 @@ from midway.gen.diffusion.trajectories import (
     trajectories,
     trajectory_geometry,
 )
-from midway.gen.report.sections import trajectory_figure, trajectory_png
+from midway.gen.report.drawing import PAPER, Drawing
+from midway.gen.report.sections import trajectory_figure
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import karras
 from midway.samplers.learned_solver import LearnedSolver
@@ -199,7 +200,7 @@ def test_the_plot_shows_shares_in_per_cent_beside_the_random_walk_and_every_path
     paths = [at for at in drawn_at if len(at) == 13]
     assert np.array_equal(np.stack(paths), geometry.paths.numpy())
     assert np.array_equal(np.concatenate(drawn_at[1:3]), geometry.paths[0, [0, -1]].numpy())
-    assert right.lines[1].get_markerfacecolor() == "white" != right.lines[2].get_markerfacecolor()
+    assert right.lines[1].get_markerfacecolor() == PAPER != right.lines[2].get_markerfacecolor()
 
 
 def test_bars_stay_below_a_hundred_and_the_bytes_are_the_same() -> None:
@@ -209,4 +210,5 @@ def test_bars_stay_below_a_hundred_and_the_bytes_are_the_same() -> None:
     ends = [np.asarray(segment)[:, 1].max() for bar in bars for segment in bar.get_segments()]
     assert len(ends) == 6
     assert max(ends) <= 100 + 1e-9
-    assert trajectory_png(drawn()) == trajectory_png(drawn())
+    first, second = (Drawing("", "", "", lambda narrow: trajectory_figure(drawn(), narrow)) for _ in range(2))
+    assert first.png() == second.png() and first.svg(True) == second.svg(True)

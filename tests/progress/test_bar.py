@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from midway.gen.progress import bar
-from midway.gen.progress.bar import Progress, duration, pause
+from midway.gen.progress.bar import Progress, busy, duration, pause, reported
 
 
 class Clock:
@@ -30,8 +30,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """No line comes but by advancing."""
-    monkeypatch.setattr(bar, "BEAT", math.inf)
+    """No line comes but by advancing, as often as in commands."""
+    for name, value in (("FIRST", 5.0), ("LONGEST", 60.0), ("BEAT", math.inf)):
+        monkeypatch.setattr(bar, name, value)
     return Clock()
 
 
@@ -79,8 +80,24 @@ def test_of_several_the_newest_writes_and_other_processes_do_not(clock: Clock, m
     assert [line.split()[0] for line in lines] == ["inner", "outer"]
 
 
+def test_what_is_not_counted_has_no_estimate(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with busy("fitting") as progress:
+        progress._clock = clock
+        progress._began = clock.now - 90
+        progress.line()
+    assert capsys.readouterr().out == "fitting, 2 min so far\n"
+
+
+def test_parts_are_counted_when_they_have_been_used(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = list[int]()
+    monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append(count))
+    for part in reported(["ab", "c", "def"], "reading", 6):
+        assert sum(counts) == {"ab": 0, "c": 2, "def": 3}[part]
+    assert counts == [2, 1, 3] and not bar._open
+
+
 def test_lines_come_while_nothing_advances(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("BEAT", 0.001), ("FIRST", 0.0), ("SHARE", 0.0)):
+    for name, value in (("BEAT", 0.001), ("FIRST", 0.0), ("SHARE", 0.0), ("LONGEST", 0.0)):
         monkeypatch.setattr(bar, name, value)
     written = threading.Semaphore(0)
     with Progress("compiling", 1, write=lambda line: written.release()):

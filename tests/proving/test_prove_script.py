@@ -139,12 +139,11 @@ def test_nothing_below_the_exact_row_is_better_than_it() -> None:
     assert [line.name for line in own.lines if line.entries[0] is not None and line.entries[0].best] == ["a"]
 
 
-def test_figures_that_are_not_finite_are_null_in_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_that_are_not_finite_are_null_in_the_records(tmp_path: Path) -> None:
     from midway.gen.proving import report
     from midway.gen.report.table import ReportContext
 
     result = _result({"a": 0.1, "b": math.inf})
-    monkeypatch.setattr(report, "plot", lambda result: b"png")
     report.write_prove_report(tmp_path, result, ReportContext("t", "m", "d"))
     last = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
     assert last["rmse"] is None

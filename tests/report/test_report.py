@@ -1,6 +1,5 @@
 """Reports: all cells in the files, the best in bold, the floor everywhere, one page without links."""
 
-import base64
 import csv
 import dataclasses
 import io
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from measurements import changed, measurement
 
 from midway.gen.core.errors import DiskError
@@ -24,8 +24,9 @@ from midway.gen.evaluation.records import Estimate, Measurement, from_record, to
 from midway.gen.features.reference import FeatureReference
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.report import sweep_tables
+from midway.gen.report.curves import pareto_front
 from midway.gen.report.html import SCRIPT
-from midway.gen.report.plots import Cost, distance_figure, distance_png, pareto_front
+from midway.gen.report.plots import Cost, distance_figure, distance_png
 from midway.gen.report.sweep import markdown_tables, report_md, terminal_text, write_report
 from midway.gen.report.sweep_page import Pictures, report_html
 from midway.gen.report.sweep_tables import metric
@@ -62,9 +63,10 @@ CELLS = [FLOOR, cell("euler", 4, 66.0), cell("euler", 8, 5.0), LEARNED, cell("am
 
 
 def html(cells: list[Measurement], context: ReportContext = CONTEXT) -> str:
-    """The page's text, its images cut out."""
+    """The page's text, its images and plots cut out."""
     text = report_html(cells, context, Pictures({("euler", 4): PNG, ("amed", 8): PNG}, {"floor": PNG}))
     assert text.count(f"<script>{SCRIPT}</script>") == 1, "our own script, and in the page itself"
+    text = re.sub("<svg.*?</svg>", "", text, flags=re.DOTALL)
     text = text.replace(f"<script>{SCRIPT}</script>", "")
     return re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", text)
 
@@ -73,7 +75,7 @@ def test_csv_holds_every_cell_in_full_precision() -> None:
     odd = changed(cell('a,"b"', 6, 1 / 3), distance_std=None, rmse=None)
     rows = list(csv.DictReader(io.StringIO(csv_text(to_records([*CELLS, odd])), newline="")))
     assert [from_record(row) for row in rows] == [*CELLS, odd]
-    assert ",".join(rows[0]) == f"{COLUMNS},{MORE},{LAST},flops"
+    assert ",".join(rows[0]) == f"{COLUMNS},{MORE},{LAST},flops,seconds_std,seconds_blocks"
     assert len(rows) == len(CELLS) + 1
     assert float(rows[-1]["distance"]) == 1 / 3
     assert rows[-1]["solver"] == 'a,"b"'
@@ -136,7 +138,8 @@ def test_no_rmse_no_second_table() -> None:
 
 def test_text_table_is_aligned() -> None:
     lines = terminal_text(CELLS).splitlines()
-    rows = [line for line in lines if "±" in line]
+    rows = [line for line in lines[:-1] if "±" in line]
+    assert lines[-1] == "The solver euler with 8 evaluations has the lowest distance to the data, 5.00 ± 0.12."
     assert [row.split()[0] for row in rows] == ["euler", "amed", "floor"]
     assert len({row.rindex("±") for row in rows}) == 1
     assert "17.3 ± 0.1*" in rows[1]
@@ -158,9 +161,9 @@ def test_page_is_self_contained() -> None:
     page = html(CELLS)
     assert not re.search(r"https?:|//|<script|<link|@import|url\(|href=", page)
     sources = re.findall(r'src="([^"]*)"', page)
-    assert sources == ["data:image/png;base64,"] * 5
+    assert sources == ["data:image/png;base64,"] * 4, "two panels, the floor to compare them with, and among the limits"
     assert "prefers-color-scheme: dark" in page
-    assert "<details open>" in page
+    assert '<details class="panels" open>' in page
 
 
 def test_the_name_of_another_metric_is_never_used() -> None:
@@ -176,6 +179,12 @@ def test_page_escapes_all_text() -> None:
     page = report_html([nasty], context, Pictures({(evil, 4): PNG}))
     assert page.count("<script") == 1, "our own"
     assert page.count("&lt;script&gt;") > 10
+    assert page.count("<svg") == page.count("</svg>") == 4
+
+
+def names(axes: Axes) -> list[str]:
+    """What is written beside the ends of lines."""
+    return [text.get_text() for text in axes.texts]
 
 
 @pytest.mark.parametrize("x", ["nfe", "seconds"])
@@ -190,18 +199,23 @@ def test_plot_says_what_it_shows() -> None:
     """The floor is a labelled line, budgets are plain ticks, and the axis carries the features' name."""
     figure = distance_figure(CELLS)
     figure.draw_without_rendering()
-    axes = figure.axes[0]
-    assert axes.get_xscale() == axes.get_yscale() == "log"
-    assert axes.get_ylabel() == "Fréchet distance to the data" and axes.get_title(loc="left") == FEATURES
-    error = distance_figure([changed(m, to_exact=0.1) for m in CELLS], "nfe", "to_exact").axes[0]
-    assert error.get_ylabel() == "Fréchet distance to the exact solution"
-    assert error.get_legend_handles_labels()[1] == ["euler", "amed (trained)"], "limits are of the distance to the data"
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
-    assert any(
-        line.get_label() == "floor 2.61 (real images)" and set(np.asarray(line.get_ydata())) == {2.61}
-        for line in axes.lines
-    )
-    assert axes.get_legend_handles_labels()[1] == ["euler", "amed (trained)", "floor 2.61 (real images)"]
+    axes, below = figure.axes
+    assert axes.get_xscale() == axes.get_yscale() == below.get_yscale() == "log"
+    assert axes.get_title(loc="left") == f"Fréchet distance to the data ({FEATURES})"
+    assert below.get_title(loc="left") == "Ratio to the best"
+    (error,) = distance_figure([changed(m, to_exact=0.1) for m in CELLS], "nfe", "to_exact").axes
+    assert error.get_title(loc="left") == f"Fréchet distance to the exact solution ({FEATURES})"
+    assert names(error) == ["euler", "amed"], "limits are of the distance to the data"
+    assert [tick.get_text() for tick in below.get_xticklabels()] == ["4", "8"]
+    assert names(axes) == ["euler", "amed", "floor 2.61"] and names(below) == ["euler", "amed"]
+    assert any(set(np.asarray(line.get_ydata())) == {2.61} for line in axes.lines)
+    strip = axes.patches[0].get_extents().transformed(axes.transData.inverted())
+    assert (strip.y0, strip.y1) == pytest.approx((2.61 - 0.08, 2.61 + 0.08)), "the floor with its error"
+    ratios = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in below.lines}
+    assert ratios["euler"] == pytest.approx([66.0 / 17.3, 1.0]) and ratios["amed"] == pytest.approx([1.0, 5.55 / 5.0])
+    narrow = distance_figure(CELLS, narrow=True)
+    assert [text.get_text() for text in narrow.legends[0].get_texts()] == ["floor 2.61", "euler", "amed"]
+    assert not narrow.axes[0].texts
 
 
 def test_many_solvers_differ_in_colour_and_marker() -> None:
@@ -227,9 +241,8 @@ def test_report_directory(tmp_path: Path) -> None:
     assert names == plots | {"exact_vs_nfe.png", "results.csv", "results.jsonl", "report.md", "report.html"}
     page = (tmp_path / "new" / "report.html").read_text(encoding="utf-8")
     for plot in plots:
-        data = (tmp_path / "new" / plot).read_bytes()
-        assert data.startswith(PNG)
-        assert base64.b64encode(data).decode() in page
+        assert (tmp_path / "new" / plot).read_bytes().startswith(PNG)
+        assert page.count(f'id="{plot.removesuffix(".png")}-wide-title"') == 1
         assert f"({plot})" in (tmp_path / "new" / "report.md").read_text(encoding="utf-8")
 
 
@@ -292,7 +305,7 @@ def test_a_metric_is_one_function_and_one_column(monkeypatch: pytest.MonkeyPatch
     reference = FeatureReference(network, "a", FeatureStatistics.of(samples), "r")
     found = measure_metrics(("brightness",), Features(samples, None), reference)
     cells = [changed(cell("euler", 4, 1.0), **{name: Estimate.of([value, 3.5]).mean for name, value in found.items()})]
-    assert csv_text(to_records(cells)).splitlines()[0].endswith(",flops,brightness,brightness_std")
+    assert csv_text(to_records(cells)).splitlines()[0].endswith(",seconds_blocks,brightness,brightness_std")
     assert csv_text(to_records(cells)).splitlines()[1].endswith(",3.0,")
     assert json.loads(jsonl_text(to_records(cells)))["brightness"] == 3.0
     assert "| light |" in report_md(cells, CONTEXT) and "| 3.00 |" in report_md(cells, CONTEXT)

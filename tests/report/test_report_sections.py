@@ -18,7 +18,9 @@ def test_the_shape_of_the_trajectories_stands_beside_a_random_walks(
     monkeypatch.setattr(sections, "STEPS", 8)
     section = trajectory_section(pipeline.load(), SamplingConfig())
     assert "10 trajectories" in section.text and f"{100 * random_walk(8)[:2].sum():.0f} %" in section.text
-    assert section.png is not None and section.png.startswith(b"\x89PNG")
+    (drawing,) = section.drawings
+    assert drawing.png().startswith(b"\x89PNG")
+    assert all("of each trajectory" in drawing.svg(narrow) for narrow in (False, True))
 
 
 @pytest.mark.parametrize("count", [50, 30])

@@ -59,7 +59,7 @@ def test_an_imported_autoencoder_is_a_run_that_everything_works_on(
     assert f"imported weights): mse {quality['mse']:.4g}, psnr {quality['psnr']:.4g}" in done.out
     assert [p.name for p in (out / "samples").iterdir()] == ["reconstructions-imported-000000.png"]
     card = (out / "tokenizer" / "README.md").read_text()
-    assert "| weights | imported |" in card and f"| source | {source.name}/vae |" in card
+    assert "| weights | imported |" in card and "| source | vae |" in card and str(source) not in card
     assert f"| mean and std of | {len(splits.train.images)} training images" in card
     finished = read_tokenizer(out / "tokenizer").state_dict()
     assert all(torch.equal(value, finished[key]) for key, value in tokenizer.state_dict().items())

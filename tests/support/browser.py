@@ -28,6 +28,10 @@ KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Home
 
 PATIENCE = 60
 
+AXE = Path(os.environ.get("AXE_CORE", "/tmp/axe/node_modules/axe-core/axe.min.js"))
+needs_axe = pytest.mark.skipif(
+    not AXE.exists(), reason="no axe-core: npm install --prefix /tmp/axe axe-core, or AXE_CORE=FILE"
+)
 needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no chromium here: apt-get install chromium")
 
 
@@ -138,6 +142,17 @@ class Page:
     def pdf(self) -> bytes:
         """The page as it prints."""
         return base64.b64decode(self.send("Page.printToPDF", printBackground=True)["data"])
+
+    def faults(self) -> list[str]:
+        """Serious and critical faults of accessibility that axe-core finds."""
+        self.evaluate(AXE.read_text())
+        found = self.evaluate("axe.run({resultTypes: ['violations']}).then(found => found.violations)")
+        return [
+            f"{fault['id']}: {node['html']}"
+            for fault in found
+            if fault["impact"] in ("serious", "critical")
+            for node in fault["nodes"]
+        ]
 
     def _events(self, method: str) -> Iterator[dict[str, Any]]:
         for event in self.browser.events:

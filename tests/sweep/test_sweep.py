@@ -3,6 +3,7 @@
 import csv
 import json
 import multiprocessing
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -453,7 +454,7 @@ def test_paired_differences_by_hand() -> None:
         line("a", 8, (1.0, 1.0)),
     ]
     found = to_best(cells)
-    assert found["a"] == Entry("best", "uniform", True)
+    assert found["a"] == Entry("best", "uniform", best=True, tied=True)
     assert found["b"] is not None
     mean, error = found["b"].value.removeprefix("+").split(" ± ")
     differences = np.array([0.5, 0.7, 0.3])
@@ -469,7 +470,9 @@ def test_differences_that_are_not_significant_are_marked() -> None:
     found = to_best(cells)
     assert found["b"] is not None and found["b"].value.startswith("≈ +0.50 ± 0.12")
     assert found["c"] is not None and "≈" not in found["c"].value
-    assert "1 other not significantly worse" in report_html(cells, ReportContext("", "", "", "", "", {}, ""))
+    assert "1 other at this budget not significantly worse" in report_html(
+        cells, ReportContext("", "", "", "", "", {}, "")
+    )
     two = to_best([line("a", 4, (1.0, 3.0)), line("b", 4, (1.4, 3.6))])
     assert two["b"] is not None and two["b"].value.startswith("≈")
     assert "12.7 errors" in difference_table([line("a", 4, (1.0, 3.0))]).note
@@ -517,7 +520,8 @@ def test_evaluate_runs_as_a_command_with_every_new_flag(pipeline: Pipeline, succ
     record = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[1])
     assert record["fd_infinity"] is not None and record["kid"] is not None
     assert "overlapped" in (tmp_path / "report.md").read_text()
-    assert measure.SHOWN == 8
+    pictures = re.findall(r'alt="(samples of ddim[^"]*)"', (tmp_path / "report.html").read_text())
+    assert len(re.split("[,;] ", pictures[0])) == 1 + 16 == 1 + measure.SHOWN, "each image with its class"
 
 
 def test_fewer_images_than_features_are_measured_without_a_covariance(images: ImageData) -> None:

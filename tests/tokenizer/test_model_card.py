@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from nobody import NOBODY
 from safetensors.torch import load_file
 from stored_latents import encoded
 from torch import Tensor
 
+from midway.gen.cards import parts
+from midway.gen.cards.parts import training_rows
+from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import files
 from midway.gen.core.errors import DataError, DiskError
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, load_images
 from midway.gen.data.splits import DataConfig, Splits, load_splits
-from midway.gen.tokenizer import card
-from midway.gen.tokenizer.card import finish, model_card, training_rows
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -64,7 +64,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(autouse=True)
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "environment", lambda: ENVIRONMENT)
+    monkeypatch.setattr(parts, "environment", lambda: ENVIRONMENT)
 
 
 @cache
@@ -73,10 +73,10 @@ def splits() -> Splits:
     return replace(made, train=replace(made.train, name="dig|its"))
 
 
-def make_card(model: ImageTokenizer, weights: Mapping[str, object] | None = None, flip: bool = True) -> ModelCard:
+def make_card(model: ImageTokenizer, weights: Mapping[str, object] | None = None, flip: bool = True) -> str:
     quality = {"mse": 0.0123456, "psnr": 25.125}
     trained = training_rows("averaged", 1234, TRAINING, ("mse 1", "lpips 0.1"))
-    return model_card(model, DATA, splits(), quality, weights or trained, flip)
+    return tokenizer_card(model, DATA, splits(), quality, weights or trained, flip)
 
 
 # ---- statistics ----
@@ -110,9 +110,9 @@ def test_statistics_lose_nothing_far_from_zero(monkeypatch: pytest.MonkeyPatch) 
 # ---- the card ----
 
 
-def rows_of(made: ModelCard) -> dict[str, str]:
+def rows_of(made: str) -> dict[str, str]:
     """As Markdown shows them."""
-    found = re.findall(r"^\| (.+?) \| (.*) \|$", str(made), re.MULTILINE)
+    found = re.findall(r"^\| (.+?) \| (.*) \|$", made, re.MULTILINE)
     return {name: re.sub(r"\\(.)", r"\1", value) for name, value in found}
 
 
@@ -151,11 +151,12 @@ def test_every_fact_is_in_the_card() -> None:
 
 
 def test_the_header_is_yaml_and_the_licence_is_named() -> None:
-    _, header, body = str(make_card(tokenizer())).split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "midway", "tags": ["image-tokenizer", "fsq"]}
+    _, header, body = make_card(tokenizer()).split("---\n", 2)
+    tags = ["image-tokenizer", "fsq"]
+    assert yaml.safe_load(header) == {"license": "apache-2.0", "library_name": "midway", "tags": tags}
     assert "# Image tokenizer: fsq, 8x8, dig\\|its\n" in body
     assert "## Quality on 449 held-out images\n" in body
-    assert body.endswith("weights: the licence of the data and of the trainer applies\n")
+    assert body.endswith("## Licence\n\napache-2.0, for the weights; the licence of the data applies too.\n")
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -250,9 +251,9 @@ def test_a_failing_disk_leaves_the_older_one_or_nothing(
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     with monkeypatch.context() as patched:
         if where == "save":
-            patched.setattr(second, "save_pretrained", fail)
+            patched.setattr(second, "write", fail)
         else:
-            patched.setattr(*((ModelCard, "save") if where == "card" else (files, "sync")), fail)
+            patched.setattr(*((Path, "write_text") if where == "card" else (files, "sync")), fail)
         with pytest.raises(DiskError, match=r"tokenizer was not written.*\n.*No space.*\n.*free space"):
             finish(run, second, make_card(second))
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
@@ -265,7 +266,7 @@ def test_a_replacement_that_was_killed_between_its_renames_is_undone(run: Run, m
     folder = finish(run, first, make_card(first))
     folder.rename(run.path / f".tokenizer.{NOBODY}.old")
     (run.path / f".tokenizer.{NOBODY}.tmp").mkdir()
-    monkeypatch.setattr(second, "save_pretrained", fail)
+    monkeypatch.setattr(second, "write", fail)
     with pytest.raises(DiskError):
         finish(run, second, make_card(second))
     assert weights(folder).keys() == first.state_dict().keys()

@@ -202,7 +202,7 @@ def test_a_run_that_stopped_within_an_interval_logs_what_an_unbroken_one_does(tm
 
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line is due at every step, and none comes between two."""
-    for name, value in (("FIRST", 0.0), ("SHARE", 0.0), ("BEAT", math.inf)):
+    for name, value in (("FIRST", 0.0), ("SHARE", 0.0), ("LONGEST", 60.0), ("BEAT", math.inf)):
         monkeypatch.setattr(bar, name, value)
 
 
@@ -242,7 +242,8 @@ def test_lines_come_less_and_less_often(tmp_path: Path, monkeypatch: pytest.Monk
         def after_step(self, step_ok: Tensor) -> None:
             now[0] += 10
 
-    monkeypatch.setattr(bar, "BEAT", math.inf)
+    for name, value in (("FIRST", 5.0), ("LONGEST", 60.0), ("BEAT", math.inf)):
+        monkeypatch.setattr(bar, name, value)
     monkeypatch.setattr(progress, "time", Clock)
     trained = regression.train(tmp_path, replace(CONFIG, steps=8), Slow())
     found = [re.search(r"step (\d+)/8 .* (\d+) images/s eta (\d+) s", line) for line in trained.lines]

@@ -1,10 +1,10 @@
-// Shows two panels of a report's sample table at a time; without it the whole table is visible.
+// Shows two panels of a report's sample table at a time; without it the whole table is visible. Marks tables that scroll.
 "use strict";
 for (const section of document.querySelectorAll("section.explorer")) {
   const slider = section.querySelector("input[type=range]");
   const budgets = slider.dataset.values.split(" ");
   const ticks = section.querySelectorAll(".ticks span");
-  const table = section.querySelector("details");
+  const table = section.querySelector("details.panels");
   const shape = table.querySelector("img");
   const cells = new Map();
   for (const cell of section.querySelectorAll("td[data-panel]")) cells.set(cell.dataset.panel, cell);
@@ -12,7 +12,8 @@ for (const section of document.querySelectorAll("section.explorer")) {
   const setText = (element, text) => { if (element.textContent !== text) element.textContent = text; };
 
   const showPane = (pane) => {
-    const cell = cells.get(pane.querySelector("select").value + " " + slider.value);
+    const row = pane.querySelector("select").value;
+    const cell = cells.get(row + " *") ?? cells.get(row + " " + slider.value);
     const source = cell.querySelector("img");
     const image = pane.querySelector("img");
     image.hidden = source === null;
@@ -25,6 +26,8 @@ for (const section of document.querySelectorAll("section.explorer")) {
       missing.style.aspectRatio = shape.naturalWidth + " / " + shape.naturalHeight;
     }
     setText(pane.querySelector("figcaption"), cell.querySelector("small").textContent);
+    const classes = cell.querySelector(".classes");
+    setText(pane.querySelector(".classes"), classes === null ? "" : "classes, row by row: " + classes.textContent);
   };
 
   const show = () => {
@@ -35,11 +38,22 @@ for (const section of document.querySelectorAll("section.explorer")) {
     section.querySelectorAll(".pane").forEach(showPane);
   };
 
-  let opened = false;
-  addEventListener("beforeprint", () => { opened = table.open; table.open = true; });
-  addEventListener("afterprint", () => { table.open = opened; });
   section.addEventListener("input", show);
   section.querySelector(".chooser").hidden = false;
   table.open = false;
   show();
 }
+
+const scrolls = document.querySelectorAll(".scroll");
+const mark = (box) => box.parentElement.classList.toggle("more", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+const markAll = () => scrolls.forEach(mark);
+scrolls.forEach((box) => box.addEventListener("scroll", () => mark(box), { passive: true }));
+addEventListener("resize", markAll);
+document.addEventListener("toggle", markAll, true);
+markAll();
+
+const opened = new Map();
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details")) { opened.set(details, details.open); details.open = true; }
+});
+addEventListener("afterprint", () => opened.forEach((open, details) => { details.open = open; }));

@@ -1,0 +1,65 @@
+"""A finished latent model as one folder to distribute, with its tokenizer and a README.md of facts.
+
+run/model/    config.json, diffusion_pytorch_model.safetensors      read by LatentModel.from_pretrained
+              tokenizer/                                            read by ImageTokenizer.from_pretrained
+              README.md                                             the card
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from midway.gen.cards.parts import Rows, card, data_rows, environment_rows, shape_text, write_folder
+from midway.gen.core.runs import Run
+from midway.gen.core.text import markdown
+from midway.gen.data.images import ImageData
+from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.description import USAGE
+from midway.gen.diffusion.model import LatentModel
+from midway.tokenizers.hub import LICENSE
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+FOLDER = "model"
+
+
+def finish_model(run: Run, model: LatentModel, tokenizer: ImageTokenizer, text: str) -> Path:
+    """Write run.path/model, weights, tokenizer and card; errors and path as `write_folder`."""
+
+    def write(folder: Path) -> None:
+        model.write(folder)
+        tokenizer.save_pretrained(folder / "tokenizer")
+
+    return write_folder(run, FOLDER, write, text)
+
+
+def model_card(
+    model: LatentModel,
+    tokenizer: ImageTokenizer,
+    config: DataConfig,
+    train: ImageData,
+    weights: Rows,
+    figures: Mapping[str, float],
+    license: str = LICENSE,
+) -> str:
+    """The card of a latent model of these images; `figures` by name, `weights` as of `training_rows`. UsageError as `card`."""
+    options, name = model.config, markdown(train.name)
+    size = "x".join(map(str, tokenizer.image_shape[1:]))
+    sections = {
+        "Model": {
+            "hash": model.hash,
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "network": f"DiT, width {options.dit.width}, depth {options.dit.depth}, patch {options.dit.patch}",
+            "schedule": options.schedule,
+            "target": options.target,
+            "latents": shape_text(model.latent_shape),
+            "images": shape_text(tokenizer.image_shape),
+            "tokenizer": ", ".join(f"{key} {value}" for key, value in tokenizer.config["quantizer"].items()),
+            "classes": model.classes or "none",
+            **({"class names": ", ".join(model.class_names)} if 0 < len(model.class_names) <= 20 else {}),
+        },
+        "Data": data_rows(config, train),
+        "Weights": weights,
+        "Figures": {key: f"{value:.6g}" for key, value in figures.items()},
+        "Environment": environment_rows(),
+    }
+    tags = ("latent-model", options.schedule, "image-generation")
+    return card(f"Latent model: {options.schedule}, {size}, {name}", license, tags, sections, USAGE)

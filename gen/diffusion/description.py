@@ -1,0 +1,145 @@
+"""What a latent model is built from, and saved as: its configuration, the description in a folder, and its weights."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from midway.gen.core.config import from_file, to_dict
+from midway.gen.core.files import state_hash
+from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
+from midway.gen.diffusion.dit import DiTConfig
+from midway.samplers.prediction import Target
+from midway.samplers.schedule import SCHEDULES, Schedule
+from midway.tokenizers.hub import Shared, card_in, card_of
+from midway.tokenizers.weights import (
+    CONFIG,
+    CONFIG_LIMIT,
+    FILE,
+    building,
+    load_weights,
+    local_folder,
+    read_folder,
+    readable,
+)
+
+USAGE = """\
+from midway import ImageTokenizer, LatentModel, draw, make_solver, save_grid
+model = LatentModel.from_pretrained(".")
+tokenizer = ImageTokenizer.from_pretrained("tokenizer")
+images = draw(model, tokenizer, make_solver("dpmpp2m", model.schedule, nfe=10), seeds=range(16))
+save_grid("samples.png", images, columns=4)"""
+"""Python that loads the model in the current folder and its tokenizer, and draws a picture."""
+
+
+@dataclass(frozen=True)
+class LatentModelConfig:
+    """Process, target and network of a latent model."""
+
+    schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    """Process from data to noise: linear is the rectified flow, vp and cosine keep the variance, edm adds noise."""
+    target: Target = "velocity"
+    """What the network predicts."""
+    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How noise levels are drawn in training."""
+    time_mean: float = 0.0
+    """Mean of log rho for logit_normal."""
+    time_std: float = 1.0
+    """Standard deviation of log rho for logit_normal."""
+    conditional: bool = True
+    """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
+    label_dropout: float = 0.1
+    """Share of samples trained without their class, for classifier-free guidance."""
+    dequantise: bool = False
+    """Pixel models: spread each level over its bin, so that the density is one of pixels and has bits per dimension."""
+    dit: DiTConfig = field(default_factory=DiTConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
+
+    def make_schedule(self) -> Schedule:
+        """The schedule this names."""
+        return SCHEDULES[self.schedule]()
+
+
+@dataclass(frozen=True)
+class Description:
+    """From which a latent model is built: model.json of a checkpoint, config.json of a folder to share."""
+
+    config: LatentModelConfig
+    latent_shape: tuple[int, int, int]
+    classes: int
+    empty: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+    """Neither is in older runs."""
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes, self.empty, self.class_names)
+
+
+class DescribedModel(Shared, nn.Module):
+    """Base of a network that a description and its weights make again: what is saved, loaded and hashed of it.
+
+    `save_pretrained` and `push_to_hub` take its ImageTokenizer as `tokenizer`, for the folder of this name beside it.
+    """
+
+    config: LatentModelConfig
+    latent_shape: tuple[int, int, int]
+    classes: int
+    empty: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    @cached_property
+    def text(self) -> str:
+        """The description from which it is built, as JSON; of a model that was read, the text of its file."""
+        description = {"config": to_dict(self.config), "latent_shape": self.latent_shape, "classes": self.classes}
+        known = {name: getattr(self, name) for name in ("empty", "class_names") if getattr(self, name)}
+        return json.dumps({**description, **known}, indent=2) + "\n"
+
+    @property
+    def hash(self) -> str:
+        """12 hexadecimal digits of the description and the weights as they are now, which learned solvers name."""
+        return state_hash(self.text, self.state_dict())
+
+    @classmethod
+    def built(cls, text: str, state: dict[str, Tensor], file: Path, fix: str) -> Self:
+        """The model of a description, read from `file`, and its weights. DataError, OSError, ValueError where they do not fit."""
+        found = from_file(Description, json.loads(text), file, fix)
+        with building(file, state):
+            parts = (found.config, found.latent_shape, found.classes, found.empty, found.class_names)
+            model = cls(*parts)  # pyright: ignore[reportCallIssue]  (of a subclass)
+            load_weights(model, state)
+        model.__dict__["text"] = text
+        return model
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
+        """What `save_pretrained` wrote into a folder, or has on the Hub (`hub`: revision, token, ...), on the CPU, in eval mode.
+
+        OSError, SafetensorError, DataError or ValueError: files that are missing, damaged, or do not go together.
+        """
+        folder = local_folder(os.fspath(source), subfolder, **hub)
+        text = readable(folder / CONFIG, CONFIG_LIMIT).read_text(encoding="utf-8")
+        model = cls.built(text, read_folder(folder), folder / CONFIG, "get the whole folder again")
+        model.card = card_in(folder)
+        return model.eval()
+
+    def write(self, folder: Path, **options: Any) -> None:
+        tokenizer = options.pop("tokenizer", None)
+        if options:
+            raise ValueError(f"a latent model is saved with its tokenizer alone, without {', '.join(options)}")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "tokenizer")
+        (folder / CONFIG).write_text(self.text, encoding="utf-8")
+        save_file(
+            {name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILE, {"format": "pt"}
+        )
+
+    def own_card(self, license: str) -> str:
+        facts = {"schedule": self.config.schedule, "latents": self.latent_shape, "classes": self.classes}
+        return card_of("Latent model", license, ("latent-model", self.config.schedule), facts, USAGE)
