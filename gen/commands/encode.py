@@ -15,11 +15,10 @@ from midway.gen.core.ranges import BATCH, WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.data.images import describe
-from midway.gen.data.places import images_at, splits_of
+from midway.gen.data.places import DataPathFlag, images_at, splits_of
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.files.records import is_records
 from midway.gen.flags.cli import resolve
-from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.progress.finished import unfinished
 from midway.gen.tokenizer.encoding import Dtype, Encoding, check_own, encode

@@ -20,20 +20,19 @@ from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_fl
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels, values_of
-from midway.gen.data.places import changed_since, images_at, splits_of
+from midway.gen.data.places import DataPathFlag, changed_since, images_at, splits_of
 from midway.gen.data.splits import DataConfig, Splits
 from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
+from midway.gen.evaluation.compared import load_alike
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
-from midway.gen.flags.compared import load_alike
-from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.progress.bar import Progress
 from midway.gen.progress.finished import unfinished
 from midway.gen.report.likelihood import check_out, terminal_text, write_likelihood_report

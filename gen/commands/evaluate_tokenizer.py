@@ -16,7 +16,7 @@ from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo, printable
 from midway.gen.data.pixels import Images
-from midway.gen.data.places import changed_since, data_of, images_at, splits_of
+from midway.gen.data.places import DataPathFlag, changed_since, data_of, images_at, splits_of
 from midway.gen.data.sources import shown_source
 from midway.gen.data.splits import (
     DataConfig,
@@ -26,6 +26,7 @@ from midway.gen.data.splits import (
     same_source,
 )
 from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.evaluation.compared import load_alike
 from midway.gen.evaluation.tokenizers import (
     SHOWN,
     EvaluationConfig,
@@ -39,8 +40,6 @@ from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.flags.cli import Flat, resolve
-from midway.gen.flags.compared import load_alike
-from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.evaluation_flags import UNNAMED
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.progress.bar import Progress

@@ -29,10 +29,9 @@ from midway.gen.core.locks import check_no_link, empty, lock, made
 from midway.gen.core.processes import raised_by_all
 from midway.gen.core.ranges import EVENTS, check_flag_ranges
 from midway.gen.core.runs import Run, kind_of
-from midway.gen.data.places import images_at, moved_run, splits_of
+from midway.gen.data.places import DataPathFlag, images_at, moved_run, splits_of
 from midway.gen.data.splits import Splits
 from midway.gen.flags.cli import own_fields, resolve
-from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.tasks import LatentTask, TokenizerTask
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig

@@ -6,16 +6,26 @@ one are used only if their fingerprint is the one that the training recorded in 
 """
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from midway.gen.core.checkpoints import split_step
+from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import read_json
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.sources import SOURCES, is_there
 from midway.gen.data.splits import DataConfig, Splits, load_splits, same_choice, same_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPathFlag:
+    """The flag of commands that read the images of a run."""
+
+    data_path: str | None = field(default=None, metadata=PER_CALL)
+    """Where the images of the run are, if they are no longer where it was trained on them; their fingerprint must be the recorded
+    one."""
 
 
 def stored_data(run: Run) -> DataConfig:

@@ -11,11 +11,11 @@ from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path
 from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
+from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import LabelRule
 from midway.gen.features.protocols import ProtocolName
 from midway.gen.flags.cli import Flat
-from midway.gen.flags.data_path import DataPathFlag
 from midway.gen.flags.sampling_flags import SamplingFlags
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.metrics.frechet import Root

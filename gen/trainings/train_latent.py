@@ -128,7 +128,7 @@ def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None
     if not result.finished:
         return
     trained = load_model(run.path, CPU)
-    weights = training_rows(trained.weights, result.steps, task.train, finished=result.finished)
+    weights = training_rows(trained.weights, result.steps, task.train)
     figures = {name: value for name, value in result.last.items() if name == "loss"}
     card = model_card(trained.model, trained.tokenizer, parts.data, parts.images, weights, figures, task.license)
     run.say(f"card  {finish_model(run, trained.model, trained.tokenizer, card) / 'README.md'}")

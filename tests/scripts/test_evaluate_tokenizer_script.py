@@ -20,11 +20,11 @@ from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.evaluation.compared import report_names
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
 from midway.gen.features.reference import make_reference
-from midway.gen.flags.compared import report_names
 from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.report.html import SCRIPT
 from midway.gen.report.rates import rate_of

@@ -92,7 +92,7 @@ def test_a_moved_run_works_from_any_directory(
         == moved.tokenizer
     )
     succeed("sample --nfe 2 --n 4 --out x.png --model", moved.model)
-    succeed("verify_resume --steps 2", moved.model)
+    succeed("verify_resume", moved.model, "--steps", 2)
     succeed(f"evaluate {SWEEP} --out report --model", moved.model)
     succeed("encode --out latents --tokenizer", moved.tokenizer)
     task = train_latent.LatentTask(Path("m2"), moved.tokenizer, model=LatentModelConfig(dit=TINY_DIT), train=SHORT)
