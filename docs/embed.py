@@ -3,12 +3,12 @@
     python docs/embed.py README.md demo runs/demo
 
 replaces what stands between `<!-- begin demo -->` and `<!-- end demo -->` in the page by the tables of runs/demo/results.csv
-and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the two
-nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models
-(midway evaluate-likelihood) it is the table of results.json, with the facts that a reader needs beside it; of a check of
-metrics (midway check-metric) one table of all feature spaces. Of a proving ground (midway prove) a block `prove`
-has the RMSE of the solvers of its plot, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all
-tables without a picture. Of a file in benchmarks/results it is the table of its rows.
+and draws docs/images/demo.png, the distance to the exact solution; of more than 12 solvers it shows those that are among the
+two nearest at some budget, and of fewer than 3 budgets there is no picture. Of a comparison of models (midway evaluate-
+likelihood) it is the table of results.json, with the facts that a reader needs beside it; of a check of metrics (midway check-
+metric) one table of all feature spaces. Of a proving ground (midway prove) a block `prove` has the RMSE of the solvers of its
+plot at a few budgets, `prove-all` all tables, and the picture is rmse_vs_nfe.png; any other block has all tables without a
+picture. Of a file in benchmarks/results it is the table of its rows.
 """
 
 import csv
@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from midway.gen.report.text import markdown_table
 
 READABLE = 12
 """More lines than this cannot be distinguished in a plot."""
+BUDGETS = (3, 4, 6, 8, 10)
+"""Of the short table of a proving ground."""
 LINES = 3
 """Fewer budgets than this make no line worth a plot."""
 
@@ -155,15 +158,39 @@ def embed_proof(page: Path, name: str, report: Path) -> None:
     picture.parent.mkdir(exist_ok=True)
     shutil.copyfile(report / "rmse_vs_nfe.png", picture)
     link = f"![RMSE against NFE]({os.path.relpath(picture, page.parent)})"
-    _replace(page, name, f"{proof_tables(result, SHOWN if name == 'prove' else ())}\n{proof_facts(result)}\n\n{link}\n")
+    if name == "prove":
+        _replace(page, name, f"{proof_tables(result, SHOWN)}\n\n{short_facts(result)}\n")
+        return
+    _replace(page, name, f"{proof_tables(result, ())}\n{proof_facts(result)}\n\n{link}\n")
 
 
 def proof_tables(result: Result, solvers: Sequence[str]) -> str:
-    """RMSE of the solvers named, or every table of all."""
+    """RMSE of the solvers named at `BUDGETS`, or every table of all."""
     if solvers:
-        return f"{FIGURES['rmse']}, lower is better\n\n{markdown_table(figure_table(result, 'rmse', solvers))}\n"
+        return markdown_table(short(figure_table(result, "rmse", solvers)))
     tables = [*(figure_table(result, name) for name in FIGURES), order_table(result)]
     return "\n".join(f"**{markdown(t.title)}.** {markdown(t.note)}\n\n{markdown_table(t)}\n" for t in tables)
+
+
+def short(table: Table) -> Table:
+    """The columns of `BUDGETS`, means alone."""
+    kept = [i for i, head in enumerate(table.heads[1:]) if head in {f"NFE {nfe}" for nfe in BUDGETS}]
+
+    def entry(found: Entry | None) -> Entry | None:
+        return None if found is None else replace(found, value=found.value.split(" ± ")[0], small="")
+
+    lines = tuple(replace(line, entries=tuple(entry(line.entries[i]) for i in kept)) for line in table.lines)
+    return replace(table, heads=(table.heads[0], *(table.heads[1 + i] for i in kept)), lines=lines)
+
+
+def short_facts(result: Result) -> str:
+    """What the short table is of, with its greatest standard error."""
+    cells = [cell for cell in result.cells if cell.solver in SHOWN and cell.nfe in BUDGETS]
+    errors = [cell.error("rmse") / cell.mean("rmse") for cell in cells]
+    return (
+        f"RMSE to the exact solution on `{result.ground}`, seeds {result.seeds} in blocks of {result.n}; standard errors are at "
+        f"most {max(errors):.1%}."
+    )
 
 
 def proof_facts(result: Result) -> str:

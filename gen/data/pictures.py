@@ -45,7 +45,7 @@ CAPTION = 22
 def grid_png(images: Tensor, columns: int, scale: int | None = None, caption: str = "") -> bytes:
     """uint8 (N, C, H, W) -> a PNG with `columns` images a row, 2 pixels apart, each enlarged by a whole factor.
 
-    A caption is drawn into a strip above, broken into lines between words where the picture is narrow.
+    A caption is drawn into a strip above, broken into lines at spaces, but not at no-break spaces, where the picture is narrow.
     """
     factor = scale or max(1, math.ceil(LEAST_SIDE / images.shape[-1]))
     large = images.cpu().repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -72,7 +72,7 @@ def _captioned(picture: Image.Image, caption: str) -> Image.Image:
     whole = Image.new("RGB", (width, picture.height + row * len(lines)), "white")
     draw = ImageDraw.Draw(whole)
     for number, line in enumerate(lines):
-        draw.text((4, row * number + 1), line, fill="black", font=font)
+        draw.text((4, row * number + 1), line.replace("\u00a0", " "), fill="black", font=font)
     whole.paste(picture, (0, row * len(lines)))
     return whole
 

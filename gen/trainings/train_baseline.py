@@ -26,7 +26,7 @@ from midway.gen.evaluation.likelihood import Bounds, bits_of, bound_name, levels
 from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.flags.arguments import config_of
 from midway.gen.flags.baseline_tasks import BASELINE_TASKS, BaselineTask
-from midway.gen.flags.cli import resolve
+from midway.gen.flags.cli import Page, resolve
 from midway.gen.names.nearest import canonical
 from midway.gen.progress.bar import busy
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
@@ -71,7 +71,7 @@ def read_task(arguments: list[str]) -> BaselineTask:
     if recipe is not None:
         return resolve(type(BASELINE_RECIPES[recipe]()), BASELINE_RECIPES, arguments)
     if first is not None or {"-h", "--help"} & {*words}:
-        return resolve(BaselineTask, BASELINE_RECIPES, arguments, more=MORE)
+        return resolve(BaselineTask, BASELINE_RECIPES, arguments, Page(more=MORE))
     raise UsageError(
         "no baseline is given", "the first argument must be a recipe", f"one of: {', '.join(BASELINE_RECIPES)}"
     )

@@ -28,9 +28,12 @@ from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.flags.cli import resolve
+from midway.gen.flags.arguments import config_of
+from midway.gen.flags.cli import Page, resolve
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.names.nearest import canonical
 from midway.gen.progress.finished import unfinished
+from midway.gen.recipes.generic import GENERIC_LATENTS, GENERIC_TOKENIZERS, LATENT_SIZES, describe_latent
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import Encoding, encode
 from midway.gen.tokenizer.latents import Views, cache_path, open_latents
@@ -48,6 +51,7 @@ from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 PREVIEW = 60
+PAGE = Page(computed=dict.fromkeys(GENERIC_LATENTS, LATENT_SIZES))
 PREVIEW_STEPS = 10
 
 
@@ -96,8 +100,8 @@ def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) ->
     return LatentModel(task.model, tokenizer.latent_shape, len(train.classes), empty_classes(train), train.classes)
 
 
-def train(task: LatentTask) -> Run | None:
-    """Train and save. The run on the main process, None on the others."""
+def train(task: LatentTask, *lines: str) -> Run | None:
+    """Train and save, with `lines` in the log. The run on the main process, None on the others."""
     check_unused(task.train, measures=True)
     task, precision = with_precision(task, "transformer", task.model.dit.width)
     if task.dry_run:
@@ -109,7 +113,7 @@ def train(task: LatentTask) -> Run | None:
     config = {**to_record(task), "data": to_record(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
-    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *precision) as run:
+    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *lines, *precision) as run:
         hooks = Hooks(
             preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
             export=lambda folder, _: write_model(folder, model, tokenizer),
@@ -156,9 +160,13 @@ def planned_tokenizer(path: Path) -> ImageTokenizer:
     """The tokenizer of a run, or an untrained one of the recipe that has the name of the run's folder; UsageError for neither."""
     if split_step(path)[0].exists():
         return load_tokenizer(path)[0]
-    if path.name not in TOKENIZER_RECIPES:
-        what, why = f"there is no tokenizer at {path}", f"no recipe is called '{path.name}'"
-        raise UsageError(what, why, f"train it, or name one: {nearest(path.name, TOKENIZER_RECIPES)}")
+    sized = TOKENIZER_RECIPES.keys() - GENERIC_TOKENIZERS.keys()
+    if path.name not in sized:
+        what, why = (
+            f"there is no tokenizer at {path}",
+            f"no recipe is called '{path.name}', or its sizes follow from images",
+        )
+        raise UsageError(what, why, f"train it, or name one: {nearest(path.name, sized)}")
     task = TOKENIZER_RECIPES[path.name]()
     return make_tokenizer(task, random_splits(task.data, 1).train)
 
@@ -214,6 +222,18 @@ def write_preview(run: Run, parts: Parts, step: int, weights: str) -> Preview:
     return Preview(path, "samples")
 
 
+def read_fitted(arguments: list[str]) -> tuple[LatentTask, *tuple[str, ...]]:
+    """`RECIPE | --config FILE` and flags; of a recipe for any images with sizes from the latents, and a line about them."""
+    task, (_, words) = resolve(LatentTask, LATENT_RECIPES, arguments, PAGE), config_of(arguments)
+    name = canonical(words[0], GENERIC_LATENTS) if words else None
+    if name is None:
+        return (task,)
+    tokenizer = planned_tokenizer(task.tokenizer) if task.dry_run else load_tokenizer(task.tokenizer)[0]
+    latent = tokenizer.latent_shape
+    task = resolve(LatentTask, {name: lambda: GENERIC_LATENTS[name](latent)}, arguments)
+    return task, describe_latent(name, latent, task)
+
+
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(LatentTask, LATENT_RECIPES, arguments))
+    train(*read_fitted(arguments))

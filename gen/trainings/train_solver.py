@@ -21,7 +21,7 @@ from midway.gen.diffusion.distill_residual import ResidualObjective
 from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
-from midway.gen.flags.cli import numbers, resolve
+from midway.gen.flags.cli import Page, numbers, resolve
 from midway.gen.progress.bar import busy
 from midway.gen.progress.finished import unfinished
 from midway.gen.training.accelerator import check_unused, make_accelerator
@@ -169,4 +169,4 @@ def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: Train
 
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(SolverTask, recipes(), arguments, "SOLVER", unread, MORE))  # pyright: ignore[reportArgumentType]
+    train(resolve(SolverTask, recipes(), arguments, Page("SOLVER", MORE), unread))  # pyright: ignore[reportArgumentType]

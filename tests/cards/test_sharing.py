@@ -76,7 +76,8 @@ def tokenizer() -> ImageTokenizer:
 def model() -> LatentModel:
     torch.manual_seed(0)
     made = LatentModel(small_models.latent_config(), (3, 4, 4), 3, (1,), ("a", "b|c", "d"))
-    torch.nn.init.normal_(made.network.embed.weight)
+    for weight in made.network.parameters():  # at its start the network sees neither class nor time
+        torch.nn.init.normal_(weight, std=0.2)
     return made.eval()
 
 

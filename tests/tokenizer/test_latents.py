@@ -374,6 +374,23 @@ def test_small_images_are_enlarged_until_they_can_be_seen(side: int, factor: int
     assert opened(grid_png(numbered(1, 1, side, side), 1)).shape == (side * factor + 2, side * factor + 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("caption", "lines"), [("step 7", 1), ("step 7 supercalifragilistic", 2), ("step\u00a07\u00a0and\u00a0more", 1)]
+)
+def test_a_caption_is_a_strip_above_the_picture(caption: str, lines: int) -> None:
+    """Of 30 pixels a line, broken at spaces only, wider than the picture where it must be; the picture is as without it."""
+    images = numbered(4, 1, 8, 8)
+    bare, picture = opened(grid_png(images, 2)), opened(grid_png(images, 2, caption=caption))
+    height, width, _ = bare.shape
+    assert picture.shape[0] == height + 30 * lines and picture.shape[1] >= width
+    assert np.array_equal(picture[30 * lines :, :width], bare)
+    assert (picture[30 * lines :, width:] == 255).all()
+    rows = (picture[: 30 * lines] < 128).any((1, 2)).reshape(lines, 30)
+    assert rows.any(1).all(), "every line has letters"
+    assert (picture[: 30 * lines, 0] == 255).all() and (picture[: 30 * lines, -1] == 255).all(), "none is cut"
+    assert not np.array_equal(picture, opened(grid_png(images, 2, caption=caption.replace("7", "8"))))
+
+
 def test_a_saved_grid_is_the_picture_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     images = numbered(2, 1, 8, 8)
     save_grid(tmp_path / "samples" / "a.png", images, 2)

@@ -15,10 +15,17 @@ import torch
 from PIL import Image
 from regression import Trained, assert_same_bits
 
+from midway.gen.core.randomness import permutation
+from midway.gen.core.runs import Run
 from midway.gen.data.pictures import save_grid
+from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.metrics.psnr_ssim import PSNR_CAP, psnr
+from midway.gen.tokenizer.objective import reconstruct
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.interface import Hooks, Preview
 from midway.gen.training.progress import Clock, PreviewTimer
+from midway.gen.trainings.train_tokenizer import write_reconstructions
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 CONFIG = TrainConfig(steps=6, batch_size=4, lr=0.05, warmup=2, ema=0.5, log_every=2)
@@ -80,6 +87,23 @@ def test_previews_by_time_change_no_bit_of_a_run(tmp_path: Path, monkeypatch: py
     train(tmp_path / "every", every, preview_every=4)
     assert (rarely, often, every) == ([6], [1, 2, 3, 4, 5, 6], [4, 6])
     assert_same_bits(tmp_path / "often", tmp_path / "rarely")
+
+
+def test_the_preview_of_a_tokenizer_has_the_psnr_of_its_images(tmp_path: Path) -> None:
+    """Of a tokenizer that changes nothing the greatest, and of the others the mean over the images that are shown."""
+    run, splits = Run(tmp_path, "tokenizer"), load_splits(DataConfig())
+    torch.manual_seed(0)
+    for name, kind in (("none", {"type": "identity", "dim": 1}), ("some", {"type": "fsq", "levels": [3, 3]})):
+        tokenizer = ImageTokenizer(
+            in_channels=1, image_size=8, quantizer=kind, width=16, downsample=1 + (name == "some")
+        ).eval()
+        preview = write_reconstructions(run, tokenizer, splits, 7, name)
+        shown = splits.held_out.images[permutation(0, "shown", 0, len(splits.held_out.images))[:32]]
+        expected = psnr(shown, reconstruct(tokenizer, shown)).mean().item()
+        assert (
+            preview.figures == {"preview_psnr": expected} and preview.path.name == f"reconstructions-{name}-000007.png"
+        )
+        assert (expected == pytest.approx(PSNR_CAP)) == (name == "none")
 
 
 FIGURES = {
