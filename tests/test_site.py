@@ -144,7 +144,8 @@ def python_of(page: str) -> list[str]:
 
 def shell_of(page: str) -> list[str]:
     blocks = [block for _, language, block in FENCE.findall((ROOT / "docs" / page).read_text()) if language == "bash"]
-    return "".join(blocks).replace("\\\n", " ").splitlines()
+    text: str = "".join(blocks)
+    return text.replace("\\\n", " ").splitlines()
 
 
 def cells() -> list[str]:
