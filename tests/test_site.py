@@ -187,7 +187,7 @@ def test_the_commands_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypa
         assert words[0] == "midway"
         steps = ["--steps", "20"] if words[1] == "train" and "--dry-run" not in words else []
         command = [sys.executable, "-m", *words, *steps]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
