@@ -234,9 +234,14 @@ def test_messages_name_extras_that_exist() -> None:
     assert {"trackers", "hub", "data", "features", "perceptual", "docs"} <= {*extras}
 
 
-def test_the_lock_is_of_the_public_index_alone() -> None:
-    hosts = set(re.findall(r"https?://([^/\"]+)", (ROOT / "uv.lock").read_text()))
-    assert hosts == {"pypi.org", "files.pythonhosted.org"}
+def test_the_lock_is_of_the_public_index_alone_and_of_these_requirements() -> None:
+    text = (ROOT / "uv.lock").read_text()
+    assert set(re.findall(r"https?://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
+    (locked,) = (package for package in tomllib.loads(text)["package"] if package["name"] == "midway")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    names = {re.split(r"[^\w-]", line)[0] for line in asked}
+    assert {entry["name"] for entry in locked["metadata"]["requires-dist"]} == names, "run uv lock"
 
 
 def test_the_workflow_and_the_citation_are_what_their_readers_take() -> None:
