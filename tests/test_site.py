@@ -143,8 +143,9 @@ def python_of(page: str) -> list[str]:
 
 
 def shell_of(page: str) -> list[str]:
-    blocks = [block for _, language, block in FENCE.findall((ROOT / "docs" / page).read_text()) if language == "bash"]
-    return "".join(blocks).replace("\\\n", " ").splitlines()
+    found = FENCE.findall((ROOT / "docs" / page).read_text())
+    blocks = [str(block).replace("\\\n", " ") for _, language, block in found if language == "bash"]
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def cells() -> list[str]:
@@ -186,7 +187,7 @@ def test_the_commands_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypa
         assert words[0] == "midway"
         steps = ["--steps", "20"] if words[1] == "train" and "--dry-run" not in words else []
         command = [sys.executable, "-m", *words, *steps]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -21,6 +21,7 @@ from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.terminal import lasting_output, plain_warnings
 from midway.gen.data.sources import check_unambiguous
+from midway.gen.features.open import check_feature_names
 from midway.gen.flags.arguments import check_required, config_of, normalised, typed_flags
 from midway.gen.flags.fields import Flag as OneFlag
 from midway.gen.flags.fields import flags_of
@@ -33,6 +34,11 @@ _BOX = re.compile("\x1b\\[[0-9;]*m|^[+╭╰].*\n|^[|│]|[|│]$", re.MULTILINE
 """Colours and the frame, with its title, of what the parser of flags prints."""
 PROGRAM = "midway"
 """What to type before the flags of the command that runs."""
+NAMES = {
+    **dict.fromkeys(("--data", "--data-path", "--against"), check_unambiguous),
+    **dict.fromkeys(("--features", "--early.features"), check_feature_names),
+}
+"""Flags that take a name or a path, and their check of names that something in the current directory has too."""
 RECORDED = ("kind", "data", "posthoc", "baseline")
 
 
@@ -78,8 +84,9 @@ def resolve(
         if why is not None and flag.name in typed_flags(rest):
             raise UsageError(f"{flag.name} has no effect here", why, "drop it")
     check_required(rest, every, PROGRAM, recipes if default is None else ())
-    for source in _typed(rest, "--data"):
-        check_unambiguous(source)
+    for flag, check in NAMES.items():
+        for value in _typed(rest, flag):
+            check(value)
     given: dict[str, Any] = {} if default is None else {"default": default}
     own_checks = raising(UsageError, "these flags cannot be used", "correct the value")  # the configuration's
     with own_checks, _parsing():

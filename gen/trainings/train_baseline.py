@@ -15,7 +15,7 @@ from torch import Tensor
 from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
 from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
-from midway.gen.core.config import read_yaml, to_dict
+from midway.gen.core.config import read_yaml, to_record
 from midway.gen.core.errors import DataError, UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe, empty_classes, to_uint8
@@ -124,7 +124,7 @@ def train(task: BaselineTask) -> Run | None:
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, task.train.weights_name
-    config = {"baseline": kind_of(task), **to_dict(task)}
+    config = {"baseline": kind_of(task), **to_record(task)}
     with open_run(task, task.out, KIND, config, accelerator, *facts(parts), *precision) as run:
         hooks = Hooks(
             preview=lambda step: write_samples(run, model, weights, step),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from midway.gen.cards.latent import finish_model, model_card
 from midway.gen.cards.parts import training_rows
-from midway.gen.core.config import to_dict
+from midway.gen.core.checkpoints import split_step
+from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
@@ -17,7 +18,8 @@ from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of, values_of
 from midway.gen.data.pictures import save_grid
-from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.data.places import images_at, splits_of
+from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
@@ -30,6 +32,7 @@ from midway.gen.flags.arguments import config_of
 from midway.gen.flags.cli import Page, resolve
 from midway.gen.flags.tasks import LatentTask
 from midway.gen.names.nearest import canonical
+from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.generic import GENERIC_LATENTS, GENERIC_TOKENIZERS, LATENT_SIZES, describe_latent
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import Encoding, encode
@@ -72,14 +75,15 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
 
     UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
     """
-    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)[0], images_at(source, task.data_path)
     task.apply_tiles(tokenizer)
-    images = load_splits(data).train
+    images = splits_of(source, data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
     views = Views(mirrored=task.flip)
-    path = task.latents or cache_path(task.tokenizer, images, tokenizer, views)
+    path = task.latents or cache_path(source.path, images, tokenizer, views)
     if task.latents is None:
         process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         encode(path, tokenizer, images, Encoding(views), process)
@@ -87,7 +91,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
     draw = class_draw(None, images, model.classes, model.empty)
-    return Parts(model, latents.items(task.flip), tokenizer, data, images, describe(images), draw)
+    about = "\n".join([describe(images), *unfinished(source)])
+    return Parts(model, latents.items(task.flip), tokenizer, data, images, about, draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -105,7 +110,7 @@ def train(task: LatentTask, *lines: str) -> Run | None:
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
-    config = {**to_dict(task), "data": to_dict(parts.data)}
+    config = {**to_record(task), "data": to_record(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
     with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *lines, *precision) as run:
@@ -153,7 +158,7 @@ def dry_run(task: LatentTask) -> None:
 
 def planned_tokenizer(path: Path) -> ImageTokenizer:
     """The tokenizer of a run, or an untrained one of the recipe that has the name of the run's folder; UsageError for neither."""
-    if path.exists():
+    if split_step(path)[0].exists():
         return load_tokenizer(path)[0]
     sized = TOKENIZER_RECIPES.keys() - GENERIC_TOKENIZERS.keys()
     if path.name not in sized:
@@ -170,10 +175,11 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     """The feature network of online evaluation, before anything is trained; errors as named_extractor."""
     if not task.train.measure_every:
         return None
-    tokenizer, data = load_tokenizer(task.tokenizer)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer)[0], images_at(source, task.data_path)
     network = named_extractor(task.early.features, data, "the tokenizer")
     network.check_count(task.early.n)
-    train = load_splits(data).train
+    train = splits_of(source, data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from midway.gen.cards.parts import training_rows
 from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
-from midway.gen.core.config import to_dict
+from midway.gen.core.config import to_record
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
@@ -25,6 +25,7 @@ from midway.gen.flags.quantizer_flags import OLD, help_flags, taken, with_quanti
 from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.names.nearest import canonical
+from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.generic import GENERIC_TOKENIZERS, TOKENIZER_SIZES, describe_tokenizer, shape_of
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import latent_statistics
@@ -79,7 +80,7 @@ def train(task: TokenizerTask, splits: Splits | None = None, about: tuple[str, .
     parts = make_parts(task, accelerator, splits)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
     about = (describe(splits.train), describe(splits.held_out), *about, *precision)
-    with open_run(task, task.out, "tokenizer", to_dict(task), accelerator, *about) as run:
+    with open_run(task, task.out, "tokenizer", to_record(task), accelerator, *about) as run:
         steps = 0
         if any(p.requires_grad for p in tokenizer.parameters()):
             hooks = Hooks(
@@ -91,6 +92,7 @@ def train(task: TokenizerTask, splits: Splits | None = None, about: tuple[str, .
             if result.ema is not None:
                 parts.model.load_state_dict(result.ema.shadow)
         elif accelerator.is_main_process:
+            run.note({"data_fingerprint": splits.train.fingerprint})
             state = parts.model.state_dict()
             checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
         if not accelerator.is_main_process:
@@ -140,7 +142,9 @@ def publish(
         return
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
-    weights = training_rows(config.weights_name, steps, config, losses) if steps else {"weights": "none were trained"}
+    weights = {"weights": "none were trained"}
+    if steps:
+        weights = training_rows(config.weights_name, steps, config, losses, not unfinished(run))
     card = tokenizer_card(tokenizer, task.data, splits, quality, weights, task.flip, task.license)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 

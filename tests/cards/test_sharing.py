@@ -106,7 +106,7 @@ def front_of(card: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", THINGS)
 def test_three_verbs_keep_every_bit_and_the_licence(
-    name: str, tmp_path: Path, hub: dict[str, dict[str, bytes]]
+    name: str, tmp_path: Path, hub: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, read = THINGS[name]
     thing = make()
@@ -129,6 +129,10 @@ def test_three_verbs_keep_every_bit_and_the_licence(
     for file, content in uploaded[1].items():
         (tmp_path / "uploaded" / file).write_bytes(content)
     assert is_same(read(tmp_path / "uploaded"), thing)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: tmp_path / "uploaded")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, **options: tmp_path / "uploaded" / file)
+    monkeypatch.chdir(tmp_path)
+    assert is_same(read(Path("someone/thing")), thing)
     assert uploaded[1]["README.md"] == (tmp_path / "plain" / "README.md").read_bytes()
     assert sorted(uploaded[1]) == sorted(path.name for path in (tmp_path / "plain").iterdir())
 
