@@ -28,7 +28,8 @@ from midway.gen.core.config import from_dict
 from midway.gen.core.errors import DataError, MidwayError, UsageError
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run, kind_of
-from midway.gen.data.splits import data_of, load_splits
+from midway.gen.data.places import data_of
+from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_model, load_solver, load_tokenizer
 from midway.gen.features.classifier import load_features
 from midway.gen.features.open import open_features

@@ -11,12 +11,13 @@ from midway.gen.baselines.base import CPU, KIND, Baseline
 from midway.gen.baselines.flow import CouplingFlow
 from midway.gen.baselines.tarflow import TarFlow
 from midway.gen.baselines.vae import VAE
-from midway.gen.core import checkpoints
 from midway.gen.core.config import from_file
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.ranges import check_classes
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import DataConfig, data_of
+from midway.gen.data.places import data_of
+from midway.gen.data.splits import DataConfig
+from midway.gen.progress.finished import progress_of, selected
 from midway.tokenizers.weights import building, load_weights
 
 
@@ -53,19 +54,13 @@ class TrainedBaseline:
 def load_trained_baseline(path: Path, device: torch.device = CPU) -> TrainedBaseline:
     """The model of a baseline run, with its best weights if there are any, and its data; errors as `read_baseline`."""
     run = Run.open(path, KIND)
-    folder = _chosen(run)
+    folder = selected(run)
     model, digest = read_baseline(folder, device)
     averaged = "averaged" if _weights(folder).name == "ema.safetensors" else "newest"
     best = ", the best in validation" if folder.parent == run.best else ""
-    return TrainedBaseline(
-        model, data_of(run), digest, run, f"{averaged}, step {folder.name.removeprefix('step-')}{best}"
-    )
-
-
-def _chosen(run: Run) -> Path:
-    """The directory of the best weights, verified, or of the newest checkpoint."""
-    best = checkpoints.directories(run.best)
-    return checkpoints.verify(best[0]).path if best else run.checkpoint
+    progress = None if best else progress_of(run, folder)
+    weights = f"{averaged}, {progress or folder.name.replace('-', ' ')}{best}"
+    return TrainedBaseline(model, data_of(run), digest, run, weights)
 
 
 def _weights(folder: Path) -> Path:

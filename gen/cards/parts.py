@@ -48,12 +48,14 @@ def data_rows(config: DataConfig, train: ImageData, held_out: int | None = None)
     }
 
 
-def training_rows(weights: str, steps: int, config: TrainConfig, losses: Sequence[str] = ()) -> Rows:
+def training_rows(
+    weights: str, steps: int, config: TrainConfig, losses: Sequence[str] = (), finished: bool = True
+) -> Rows:
     """How `weights` (averaged or newest) were trained; `losses` are named with their weights."""
     named = {"losses": ", ".join(losses)} if losses else {}
     return {
         "weights": weights,
-        "optimizer steps": steps,
+        "optimizer steps": steps if finished else f"{steps} of {config.steps}, not finished",
         "effective batch": config.batch_size,
         "seed": config.seed,
         "precision": "float32" if config.precision == "no" else config.precision,

@@ -24,6 +24,7 @@ from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import Subject, balanced_subject, make_reference
 from midway.gen.flags.cli import Flat, names, resolve
+from midway.gen.progress.finished import unfinished
 from midway.gen.report.table import ReportContext
 
 LEAST, MOST = 20, 10_000
@@ -119,6 +120,7 @@ def context(
     """Everything a reader needs beside the numbers."""
     return ReportContext(
         title=task.title,
+        warnings=unfinished(*names(task.features)),
         model="real images, damaged",
         data=f"{subject.name}, {len(subject.images)} images; reference {splits.train.name}@{splits.train.fingerprint[:12]}, "
         f"{len(splits.train.images)} images",

@@ -12,19 +12,21 @@ from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path, clear_temporaries
 from midway.gen.core.processes import device_and_process, raised_by_all
 from midway.gen.core.ranges import BATCH, WIDTH, check_flag_ranges
+from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.data.images import describe
-from midway.gen.data.splits import load_splits
+from midway.gen.data.places import DataPathFlag, images_at, splits_of
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.files.records import is_records
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.progress.finished import unfinished
 from midway.gen.tokenizer.encoding import Dtype, Encoding, check_own, encode
 from midway.gen.tokenizer.latents import Views, cache_path, open_latents
 
 
 @dataclass(frozen=True)
-class EncodeTask(TileFlags):
+class EncodeTask(DataPathFlag, TileFlags):
     """Encode the training images of a tokenizer's data set into a folder, with per-channel mean and std.
 
     A call that was interrupted goes on where it stopped when it is repeated.
@@ -59,18 +61,19 @@ def run(task: EncodeTask) -> Path:
     if task.batch_size is not None and task.batch_size < 1:
         raise UsageError(f"--batch-size {task.batch_size}", "there is nothing to encode", "use 1 or more")
     device, process = device_and_process()
-    tokenizer, data = load_tokenizer(task.tokenizer, device)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer, device)[0], images_at(source, task.data_path)
     task.apply_tiles(tokenizer)
-    train = load_splits(data).train
-    path = check_path(task.out or cache_path(task.tokenizer, train, tokenizer, task.views, task.dtype))
+    train = splits_of(source, data).train
+    path = check_path(task.out or cache_path(source.path, train, tokenizer, task.views, task.dtype))
     with raised_by_all():
         if process.rank == 0:
             check_own(path)
             if is_records(path) and not task.overwrite:
                 why = "encoding again would replace it"
                 raise UsageError(f"{path} exists", why, "pass --overwrite, or another --out")
-            clear_temporaries(task.tokenizer)
-            echo(describe(train))
+            clear_temporaries(source.path)
+            echo(*unfinished(source), describe(train))
     encode(path, tokenizer, train, Encoding(task.views, task.dtype, task.batch_size), process, task.overwrite)
     if process.rank == 0:
         latents = open_latents(path, train, tokenizer)

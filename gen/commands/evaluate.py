@@ -22,7 +22,8 @@ from midway.gen.core.processes import ProcessInfo, device_and_process, raised_by
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo
 from midway.gen.data.external import ExternalImages, images_per_block
-from midway.gen.data.splits import Splits, changed_since, load_splits
+from midway.gen.data.places import changed_since, images_at, splits_of
+from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedModel
@@ -36,6 +37,7 @@ from midway.gen.flags.evaluation_inputs import (
     external_images,
     image_jobs,
     image_notes,
+    model_warnings,
     open_model,
     open_repeats,
     open_spaces,
@@ -84,11 +86,11 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     if trained is not None:
         task.apply_tiles(trained.tokenizer)
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
-    data = replace(trained.data, download=task.data.download) if trained else task.data
+    data = images_at(trained.run, task.data_path, task.data.download) if trained else task.data
     out = folder(task)
     extractors = open_spaces(task, data, "the model" if trained else "the reference")
     check_reference(task, extractors)
-    splits = load_splits(data)
+    splits = splits_of(trained.run, data) if trained else load_splits(data)
     for extractor in extractors:
         extractor.check(splits.train.images, "the reference has")
     if model is not None:
@@ -115,7 +117,12 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             if shown:
                 stack.enter_context(claimed(out, task.fresh))
         if shown:
-            echo(*changed, *class_notes(splits, config.n, config.draw), *image_notes(externals, config))
+            echo(
+                *model_warnings(task),
+                *changed,
+                *class_notes(splits, config.n, config.draw),
+                *image_notes(externals, config),
+            )
         spaces = spaces_of(references(task, extractors, splits, given, out / "reference", device))
         if shown and task.save_reference is not None:
             save_reference(task.save_reference, spaces[""])
@@ -252,6 +259,7 @@ def context(
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         seeds=str(config.seeds),
         guidance=config.guidance,
+        warnings=model_warnings(task),
         notes=(
             *changed,
             *few_note(config.n, spaces[""].statistics.dim),

@@ -10,20 +10,23 @@ from typing import Annotated
 import torch
 import tyro
 
+from midway.gen.baselines.base import KIND
 from midway.gen.baselines.registry import TrainedBaseline, load_trained_baseline
-from midway.gen.commands.evaluate_tokenizer import NONE, load_alike, open_reference
+from midway.gen.commands.evaluate_tokenizer import NONE, open_reference
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.locks import claimed
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, POSITIVE, SEED, STEPS, check_flag_ranges, check_ranges
-from midway.gen.core.runs import kind_of
+from midway.gen.core.runs import Run, kind_of
 from midway.gen.core.text import echo
 from midway.gen.data.levels import to_levels, values_of
-from midway.gen.data.splits import DataConfig, Splits, changed_since, load_splits
+from midway.gen.data.places import DataPathFlag, changed_since, images_at, splits_of
+from midway.gen.data.splits import DataConfig, Splits
 from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.likelihood import LikelihoodConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.samplers import SamplerConfig
+from midway.gen.evaluation.compared import load_alike
 from midway.gen.evaluation.likelihood import Bounds, LikelihoodRow, levels_in_data
 from midway.gen.evaluation.likelihood_models import Instruments, Trained, model_row, references, source_of
 from midway.gen.features.extractor import Extractor
@@ -31,13 +34,15 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
 from midway.gen.progress.bar import Progress
+from midway.gen.progress.finished import unfinished
 from midway.gen.report.likelihood import check_out, terminal_text, write_likelihood_report
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
+from midway.gen.report.text import under_warnings
 
 
 @dataclass(frozen=True, kw_only=True)
-class LikelihoodTask:
+class LikelihoodTask(DataPathFlag):
     """Bits per dimension of held-out images under models of the same images, and the distance and cost of their samples.
 
     Writes results.json, results.csv and report.md.
@@ -83,10 +88,12 @@ class LikelihoodTask:
 def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     """Check everything, measure, print the table, write the report."""
     bounds, device = check(task), best_device()
-    models = load_alike(task.models, "--models", lambda path: load_one(path, device), lambda found: found.data)
+    models = load_alike(task.models, "--models", lambda path: load_one(path, device), open_one)
     first = next(iter(models.values()))
-    features = find_features(task, first.data)
-    splits = load_splits(first.data)
+    data = images_at(first.run, task.data_path)
+    features = find_features(task, data)
+    splits = splits_of(first.run, data)
+    state = unfinished(*task.models, task.features)
     subject = balanced_subject(splits.held_out, task.n)
     levels = check_images(models, splits)
     draw = class_draw(None, splits.train, len(splits.train.classes))
@@ -108,9 +115,9 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
         conditional = any(trained.model.classes for trained in models.values())
         warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
         warnings += empty_notes(splits, conditional)
-        echo(*warnings)
-        write_likelihood_report(out, rows, context(task, splits, instruments, warnings))
-    echo(terminal_text(rows))
+        echo(*state, *warnings)
+        write_likelihood_report(out, rows, context(task, splits, instruments, warnings, state))
+    echo(under_warnings(terminal_text(rows), state))
     echo(f"report: {out / 'report.html'}")
     return rows
 
@@ -139,6 +146,11 @@ def load_one(path: Path, device: torch.device) -> Trained:
     if kind_of(path) == "latent_model":
         return load_model(path, device)
     return load_trained_baseline(path, device)
+
+
+def open_one(path: Path) -> Run:
+    """The run of `load_one`."""
+    return Run.open(path, "latent_model" if kind_of(path) == "latent_model" else KIND)
 
 
 def check_images(models: dict[str, Trained], splits: Splits) -> int:
@@ -184,11 +196,14 @@ def find_features(task: LikelihoodTask, data: DataConfig) -> Extractor | None:
 # ---- the report ----
 
 
-def context(task: LikelihoodTask, splits: Splits, instruments: Instruments, warnings: list[str]) -> ReportContext:
+def context(
+    task: LikelihoodTask, splits: Splits, instruments: Instruments, warnings: list[str], state: tuple[str, ...]
+) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n = len(instruments.subject.images)
     return ReportContext(
         title=task.title,
+        warnings=state,
         model=f"{len(task.models)} model(s)",
         data=f"{instruments.subject.name}, {n} of {len(splits.held_out.images)} held-out images",
         seeds=f"bounds {task.seed}; samples {task.first_seed}-{task.first_seed + n - 1}",

@@ -3,30 +3,30 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.errors import UsageError
 from midway.gen.core.locks import made
 from midway.gen.core.processes import best_device
 from midway.gen.core.ranges import BATCH, COUNT, SEED, WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo, printable
 from midway.gen.data.pixels import Images
+from midway.gen.data.places import DataPathFlag, changed_since, data_of, images_at, splits_of
+from midway.gen.data.sources import shown_source
 from midway.gen.data.splits import (
     DataConfig,
     Splits,
-    changed_since,
-    data_of,
-    flags_of,
     load_splits,
     same_images,
     same_source,
 )
 from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.evaluation.compared import load_alike
 from midway.gen.evaluation.tokenizers import (
     SHOWN,
     EvaluationConfig,
@@ -43,17 +43,17 @@ from midway.gen.flags.cli import Flat, resolve
 from midway.gen.flags.evaluation_flags import UNNAMED
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.progress.bar import Progress
+from midway.gen.progress.finished import unfinished
 from midway.gen.report.notes import empty_notes
 from midway.gen.report.table import ReportContext
 from midway.gen.report.tokenizers import check_out, terminal_text, write_tokenizer_report
 from midway.tokenizers.tokenizer import ImageTokenizer
 
-Loaded = TypeVar("Loaded")
 NONE = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizersTask(TileFlags):
+class TokenizersTask(DataPathFlag, TileFlags):
     """Reconstruction, codes, latents and robustness of tokenizers on the same images, in one report.
 
     Writes results.csv, results.jsonl, report.md, report.html and three plots.
@@ -93,10 +93,11 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     config = EvaluationConfig(task.n, task.batch_size, task.noise, task.seed)
     device = best_device()
     other = named_data(task.data)
-    tokenizers, own = load(task.tokenizers, device, other)
-    data = other or replace(own, download=task.data.download)
+    tokenizers, _ = load(task.tokenizers, device, other)
+    runs = [Run.open(path, "tokenizer") for path in task.tokenizers]
+    data = other or images_at(runs[0], task.data_path, task.data.download)
     features = read_features(task, data)
-    splits = load_splits(data)
+    splits = load_splits(data) if other else splits_of(runs[0], data)
     subject = choose(splits.held_out, config)
     for name, tokenizer in tokenizers.items():
         check_size(name, tokenizer, subject.images, named=other is not None)
@@ -104,7 +105,8 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
     out = task.out or task.tokenizers[0].resolve().parent / folder
     check_out(out)
     warnings = image_notes(task.tokenizers, other, splits)
-    echo(*warnings)
+    state = unfinished(*runs, task.features)
+    echo(*state, *warnings)
     for tokenizer in tokenizers.values():
         task.apply_tiles(tokenizer)
     perceptual = make_perceptual(task.lpips_weights, subject.images, device)
@@ -118,9 +120,9 @@ def run(task: TokenizersTask) -> list[TokenizerResult]:
                 measured.append(measure(name, tokenizer, subject, instruments, config))
                 progress.advance()
         write_tokenizer_report(
-            out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings)
+            out, measured, subject.images[:SHOWN], context(task, splits, subject, features, warnings, state)
         )
-    echo(terminal_text([m.row for m in measured]))
+    echo(terminal_text([m.row for m in measured], state))
     echo(f"report: {out / 'report.html'}")
     return measured
 
@@ -143,7 +145,11 @@ def load(
     Errors as `load_alike`; UsageError where `other` is a tokenizer's own source in another split.
     """
     loaded = load_alike(
-        paths, "--tokenizers", lambda path: load_tokenizer(path, device), lambda found: other or found[1]
+        paths,
+        "--tokenizers",
+        lambda path: load_tokenizer(path, device),
+        lambda path: Run.open(path, "tokenizer"),
+        other,
     )
     for name, (_, own) in loaded.items():
         if other is not None and same_source(own, other) and not same_split(own, other):
@@ -171,39 +177,8 @@ def image_notes(paths: tuple[Path, ...], other: DataConfig | None, splits: Split
     )
     if other is None:
         return notes
-    trained = ", ".join(f"{run.path.name} on {data_of(run).data}" for run in runs)
-    return (f"Measured on {other.data}; trained: {trained}.", *notes)
-
-
-def load_alike(
-    paths: tuple[Path, ...], flag: str, load: Callable[[Path], Loaded], data: Callable[[Loaded], DataConfig]
-) -> dict[str, Loaded]:
-    """What `load` makes of each run, by name; DataError for one that was trained on other images than the first."""
-    names = report_names(paths, flag)
-    loaded = {name: load(path) for name, path in names.items()}
-    first, *others = names
-    for name in others:
-        theirs, ours = data(loaded[name]), data(loaded[first])
-        if not same_images(theirs, ours):
-            raise DataError(
-                f"{names[name]} was trained on other images than {names[first]}",
-                f"its data are {flags_of(theirs)}, the first's are {flags_of(ours)}",
-                f"compare {flag.removeprefix('--')} of the same --data, --held-out, --split-seed, --channels and --resize",
-            )
-    return loaded
-
-
-def report_names(paths: tuple[Path, ...], flag: str = "--tokenizers") -> dict[str, Path]:
-    """Directory names, or whole paths where two have the same name. UsageError for none, and for one twice."""
-    resolved = [path.resolve() for path in paths]
-    if not paths or len(set(resolved)) < len(paths):
-        raise UsageError(
-            f"{flag} {' '.join(map(str, paths))}",
-            "a run is named twice" if paths else "there is nothing to measure",
-            "name every run once",
-        )
-    short = [path.name for path in resolved]
-    return {name if short.count(name) == 1 else str(path): path for name, path in zip(short, paths, strict=True)}
+    trained = ", ".join(f"{run.path.name} on {shown_source(data_of(run).data)}" for run in runs)
+    return (f"Measured on {shown_source(other.data)}; trained: {trained}.", *notes)
 
 
 def read_features(task: TokenizersTask, data: DataConfig) -> Extractor | None:
@@ -251,7 +226,12 @@ def make_perceptual(
 
 
 def context(
-    task: TokenizersTask, splits: Splits, subject: Subject, features: Extractor | None, warnings: tuple[str, ...]
+    task: TokenizersTask,
+    splits: Splits,
+    subject: Subject,
+    features: Extractor | None,
+    warnings: tuple[str, ...],
+    state: tuple[str, ...],
 ) -> ReportContext:
     """Everything a reader needs beside the numbers."""
     n, train = len(subject.images), len(splits.train.images)
@@ -267,6 +247,7 @@ def context(
         model=f"{count} tokenizer{'s' if count > 1 else ''}",
         data=f"{subject.name}, {len(subject.images)} images",
         seeds=str(task.seed),
+        warnings=state,
         notes=(
             *warnings,
             "Reconstructions are rounded to 8 bits. The PSNR of an image is at most 58.92 dB, that of rounding to 8 bits itself; "

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
-from midway.gen.core.config import PER_CALL, to_dict
+from midway.gen.core.config import PER_CALL, RECORDED_AS, absolute_if_there, to_record
 from midway.gen.core.environment import without_machine
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.processes import best_device
@@ -29,7 +29,7 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 class ImportTask:
     """Make a tokenizer run of an AutoencoderKL, AutoencoderTiny or VQModel of diffusers, with its weights, for these images."""
 
-    source: str
+    source: str = field(metadata={RECORDED_AS: absolute_if_there})
     """Directory with config.json and safetensors, or a Hub id, which needs a network."""
     out: Path
     """Run directory to create."""
@@ -58,12 +58,13 @@ def run(task: ImportTask) -> Run:
     published = words(tokenizer) if bool(tokenizer.latents_measured) else "none"
     images = splits.train.images
     give_statistics(tokenizer, *latent_statistics(tokenizer, images, task.batch_size), images)
-    with Run.creating(task.out, "tokenizer", to_dict(task), task.overwrite) as made:
+    with Run.creating(task.out, "tokenizer", to_record(task), task.overwrite) as made:
         made.say(describe(splits.train))
         made.say(describe(splits.held_out))
         quality = evaluate_tokenizer(tokenizer, splits.held_out.images, task.batch_size)
         checkpoints.save(made.checkpoints, 0, lambda folder: tokenizer.write(folder / "tokenizer"))
         write_reconstructions(made, tokenizer, splits, 0, "imported")
+        made.note({"data_fingerprint": splits.train.fingerprint})
         weights = {"weights": "imported", "source": without_machine(task.place)}
         finish(made, tokenizer, tokenizer_card(tokenizer, task.data, splits, quality, weights, license=task.license))
         made.say(f"latents of the training images: {words(tokenizer)}; published: {published}")

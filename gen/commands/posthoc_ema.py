@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from midway.gen.core import checkpoints
-from midway.gen.core.config import PER_CALL, from_file, to_dict
+from midway.gen.core.config import PER_CALL, absolute, from_file, to_record
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import read_tensors, reading
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import data_of
+from midway.gen.data.places import data_of, recorded_fingerprint
 from midway.gen.flags.cli import own_fields, resolve
 from midway.gen.flags.tasks import LatentTask
 from midway.gen.training.power_ema import find_snapshots, reconstruct
@@ -65,6 +65,8 @@ def make(task: PosthocTask) -> Run:
             shutil.copytree(newest / "tokenizer", folder / "tokenizer")
 
         checkpoints.save(run.checkpoints, step, write)
+        if then := recorded_fingerprint(source):
+            run.note({"data_fingerprint": then})
         run.say(f"saved {run.checkpoint}: average of width {task.std} at step {step} from {len(snapshots)} snapshots")
         return run
 
@@ -78,9 +80,9 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
 def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
     """What the source was trained with, and where the average comes from."""
     values, fix = own_fields(LatentTask, source.config), "give a run that midway train latent made"
-    trained = to_dict(from_file(LatentTask, values, source.path / "config.yaml", fix))
-    made = {"source": str(task.run), "std": task.std, "step": step}
-    return {**trained, "data": to_dict(data_of(source)), "posthoc": made}
+    trained = to_record(from_file(LatentTask, values, source.path / "config.yaml", fix))
+    made = {"source": str(absolute(task.run)), "std": task.std, "step": step}
+    return {**trained, "data": to_record(data_of(source)), "posthoc": made}
 
 
 def command(arguments: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Draw samples: midway sample --model runs/digits-dit --solver ddim --nfe 10 --n 64 --seed 0 --out grid.png"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.files import check_path
 from midway.gen.core.processes import device_and_process
 from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
-from midway.gen.core.text import echo
+from midway.gen.core.text import echo, printable
 from midway.gen.data.external import fingerprint
 from midway.gen.diffusion.inversion import (
     SavedNoise,
@@ -37,6 +38,7 @@ from midway.gen.flags.sample_outputs import Drawing, check_finite, draw_grid, dr
 from midway.gen.flags.sampling_flags import SamplingFlags
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.progress.finished import unfinished
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -110,6 +112,9 @@ def run(task: SampleTask) -> None:
     kind = kind_of(check_path(task.out), task.invert is not None)
     device, process = device_and_process()
     trained = load_model(task.model, device)
+    if process.rank == 0:
+        for line in unfinished(trained.run):
+            print(f"warning: {printable(line)}", file=sys.stderr)
     task.apply_tiles(trained.tokenizer)
     config = SamplerConfig((task.grid,), tolerances=(task.rtol, task.atol), **task.sampler_options(device))
     labels = () if task.labels is None else chosen_labels(task.labels, trained.model)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,8 @@ from midway.gen.core.locks import check_no_link, empty, lock, made
 from midway.gen.core.processes import raised_by_all
 from midway.gen.core.ranges import EVENTS, check_flag_ranges
 from midway.gen.core.runs import Run, kind_of
+from midway.gen.data.places import DataPathFlag, images_at, moved_run, splits_of
+from midway.gen.data.splits import Splits
 from midway.gen.flags.cli import own_fields, resolve
 from midway.gen.flags.tasks import LatentTask, TokenizerTask
 from midway.gen.training.accelerator import make_accelerator
@@ -43,13 +46,15 @@ START, GOAL = "start", "goal"
 
 
 @dataclass(frozen=True)
-class VerifyTask:
+class VerifyTask(DataPathFlag):
     """Replay steps from a checkpoint of a run, with and without a stop, and compare."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run directory of a tokenizer, latent model, baseline, feature network or learned solver."""
     steps: int = 20
     """Optimizer steps to replay, at least 2."""
+    tokenizer: Path | None = None
+    """Of a latent model: where its tokenizer is, if it is neither where it was nor moved together with the run."""
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, steps=(2, EVENTS[1]))
@@ -79,6 +84,8 @@ class NotExact(MidwayError):
 def verify(task: VerifyTask) -> list[str]:
     """Lines that say what was found equal; NotExact if something was not."""
     run, job = open_any(task.run)
+    job, splits = in_place(task, run, job)
+    rebuild = partial(KINDS[run.kind].make_parts, **({} if splits is None else {"splits": splits}))
     accelerator = make_accelerator(job.train)
     with temporary_folder(run.path / ".verify", accelerator) as scratch:
         with raised_by_all():
@@ -88,7 +95,7 @@ def verify(task: VerifyTask) -> list[str]:
         assert start is not None
         count = goal.step - start.step if goal is not None else task.steps
         ends = [
-            replay(run, job, start, stops, scratch / name, accelerator)
+            replay(run, job, rebuild, start, stops, scratch / name, accelerator)
             for name, stops in (("straight", [count]), ("stopped", [count // 2, count - count // 2]))
         ]
         accelerator.wait_for_everyone()  # all have read what the main process removes
@@ -134,7 +141,18 @@ def open_any(path: Path) -> tuple[Run, Any]:
         )
     run = Run.open(path, kind)
     task, fix = KINDS[kind].task(run.config), "give a run whose config.yaml is as its training wrote it"
-    return run, from_file(task, own_fields(task, run.config), path / "config.yaml", fix)
+    return run, from_file(task, own_fields(task, run.config), run.path / "config.yaml", fix)
+
+
+def in_place(task: VerifyTask, run: Run, job: Any) -> tuple[Any, Splits | None]:
+    """The task of a run with the paths of today, and the images of one that trains on images; errors as `splits_of`."""
+    if isinstance(job, LatentTask):
+        cache = job.latents if job.latents is not None and job.latents.exists() else None
+        tokenizer = task.tokenizer or moved_run(run, job.tokenizer)
+        return replace(job, tokenizer=tokenizer, latents=cache, data_path=task.data_path), None
+    if isinstance(job, train_solver.SolverTask):
+        return replace(job, model=moved_run(run, job.model)), None
+    return job, splits_of(run, images_at(run, task.data_path))
 
 
 def choose(run: Run, steps: int) -> tuple[Checkpoint, Checkpoint | None]:
@@ -172,7 +190,13 @@ def copied(scratch: Path, name: str) -> Checkpoint | None:
 
 
 def replay(
-    run: Run, job: Any, start: Checkpoint, stops: list[int], folder: Path, accelerator: Accelerator
+    run: Run,
+    job: Any,
+    rebuild: Callable[[Any, Accelerator], Any],
+    start: Checkpoint,
+    stops: list[int],
+    folder: Path,
+    accelerator: Accelerator,
 ) -> Checkpoint:
     """Train sum(stops) steps from `start` in a directory of its own, stopping and resuming with new objects in between."""
     if accelerator.is_main_process:
@@ -181,7 +205,7 @@ def replay(
     copy = Run(folder, run.kind, run.config, quiet=True)
     step = start.step
     for count in stops:
-        parts = KINDS[run.kind].make_parts(job, accelerator)
+        parts = rebuild(job, accelerator)
         torch.manual_seed(0)  # whatever was drawn before must not matter
         config = replay_config(job.train, start, sum(stops), count)
         hooks = Hooks(validate=getattr(parts, "validate", None))

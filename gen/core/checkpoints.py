@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from midway.gen.core.config import from_dict
+from midway.gen.core.config import absolute, from_dict
 from midway.gen.core.environment import versions
 from midway.gen.core.errors import DataError, DiskError, MidwayError, one_line, raising
 from midway.gen.core.files import (
@@ -39,6 +40,8 @@ from midway.gen.core.files import (
 
 FORMAT = "midway-checkpoint-1"
 MANIFEST = "manifest.json"
+AT = re.compile(r"(.+)@(?:step-)?(\d+)")
+"""A run directory and a step."""
 BACKOFF = (0.5, 2.0, 8.0)
 """Seconds to wait before each new attempt at a failed save."""
 
@@ -160,6 +163,29 @@ def directories(root: Path) -> list[Path]:
     """All step-N directories, newest first, verified or not."""
     found = [p for p in root.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+
+def split_step(path: Path) -> tuple[Path, int | None]:
+    """`RUN@300` as the run directory and the step of a checkpoint; a folder of this whole name has no step."""
+    found = None if path.exists() else AT.fullmatch(path.name)
+    return (path, None) if found is None else (path.with_name(found[1]), int(found[2]))
+
+
+def recorded_run(text: str) -> str:
+    """A text that may name a run directory, also `RUN@300`, as a run stores it: absolute if it does, else as it is."""
+    folder, _ = split_step(Path(text).expanduser())
+    return str(absolute(Path(text))) if text and (folder / "config.yaml").exists() else text
+
+
+def of_step(run: Path, step: int, *roots: Path) -> Path:
+    """The directory of this step in the first of `roots` that has it; DataError with the steps that there are."""
+    for root in roots:
+        if (root / f"step-{step}").is_dir():
+            return root / f"step-{step}"
+    there = sorted({int(path.name[5:]) for root in roots for path in directories(root)})
+    listed = f"its checkpoints are of steps {', '.join(map(str, there))}" if there else "it has no checkpoint"
+    fix = f"name one of them, such as {run}@{there[-1]}; --keep N keeps more of a training" if there else "train it"
+    raise DataError(f"{run} has no checkpoint of step {step}", listed, fix)
 
 
 def verify(path: Path) -> Checkpoint:

@@ -23,6 +23,8 @@ from midway.gen.core.files import read_json, read_text, reading, write_atomicall
 T = TypeVar("T")
 PER_CALL = {"per call": True}
 """Metadata of a field that concerns one call alone (`field(default=False, metadata=PER_CALL)`): never recorded, nor read back."""
+RECORDED_AS = "recorded as"
+"""Metadata of a text field that may be a path: the function whose result `to_record` stores."""
 
 YAML_LIMIT = 1 << 20
 """Bytes of a configuration. Those that are written here have 2 kB; PyYAML takes ten seconds for this many."""
@@ -56,6 +58,32 @@ _Loader.add_implicit_resolver(
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dataclasses as plain YAML types (paths as strings, tuples as lists), without the fields of one call."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config) if not _is_per_call(f)}
+
+
+def to_record(config: Any) -> dict[str, Any]:
+    """`to_dict` as a run stores it: every path is absolute, so that the run can be used from any directory."""
+    return {f.name: _recorded(getattr(config, f.name), f) for f in dataclasses.fields(config) if not _is_per_call(f)}
+
+
+def _recorded(value: Any, field: dataclasses.Field[Any]) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_record(value)
+    if isinstance(value, tuple | list):
+        return [_recorded(v, field) for v in value]
+    if isinstance(value, str) and RECORDED_AS in field.metadata:
+        return field.metadata[RECORDED_AS](value)
+    return str(absolute(value)) if isinstance(value, Path) else _plain(value)
+
+
+def absolute(path: Path) -> Path:
+    """The path from the root of the file system; links stay, except where `..` follows one."""
+    path = path.expanduser()
+    return path.resolve() if ".." in path.parts else path.absolute()
+
+
+def absolute_if_there(text: str) -> str:
+    """A text that may be a path: absolute if something is there, else as it is."""
+    return str(absolute(Path(text))) if text and Path(text).expanduser().exists() else text
 
 
 def _is_per_call(field: dataclasses.Field[Any]) -> bool:

@@ -42,7 +42,7 @@ CONFIG = "config.yaml"
 UNUSED = (CONFIG, "env.json", "log.txt", "samples", LOCK)
 """All that is in a run whose training has not begun; of samples/ nothing."""
 OWN = re.compile(
-    r"env\.json|metrics\.jsonl|log\.txt|checkpoints|best|posthoc|samples|tokenizer|model|solver|solvers|report|latents-.*\.safetensors"
+    r"env\.json|metrics\.jsonl|log\.txt|checkpoints|best|posthoc|samples|tokenizer|model|solver|solvers|report(-step-\d+)?|latents-.*\.safetensors"
     r"|latents-[0-9a-f]{8}-[0-9a-f]{8}(-flip|-crops10)?(-b?float16)?|midway|\.aim|mlruns|wandb|\.verify"
 )
 """What commands write into a run, trackers among them, beside its configuration and lock: anything else is the user's."""
@@ -56,6 +56,8 @@ class Run:
     kind: str
     config: dict[str, Any] = field(default_factory=dict)
     quiet: bool = False
+    step: int | None = None
+    """Of the checkpoint that is used (`RUN@300`); None: of the newest."""
 
     @staticmethod
     def create(path: Path, kind: str, config: dict[str, Any], overwrite: bool = False, resume: bool = False) -> "Run":
@@ -155,7 +157,8 @@ class Run:
 
     @staticmethod
     def open(path: Path, kind: str) -> "Run":
-        """The run at `path`; DataError when there is none, or it is of another kind."""
+        """The run at `path`, also `RUN@step`; DataError when there is none, or it is of another kind."""
+        path, step = checkpoints.split_step(path)
         if not (path / CONFIG).exists():
             raise DataError(
                 f"{path} is not a run directory", "it has no config.yaml", f"give the --out of a {kind} run"
@@ -165,7 +168,7 @@ class Run:
             raise DataError(
                 f"{path} is a run of kind '{found}'", f"this needs a '{kind}' run", f"give the --out of a {kind} run"
             )
-        return Run(path, kind, values)
+        return Run(path, kind, values, step=step)
 
     def part(self, name: str, shape: type[T]) -> T:
         """One part of the configuration; DataError if it is missing or does not fit."""
@@ -230,8 +233,15 @@ class Run:
         return self.path / "best"
 
     @property
+    def place(self) -> str:
+        """The path as commands take it, with the step if one was chosen."""
+        return str(self.path) if self.step is None else f"{self.path}@{self.step}"
+
+    @property
     def checkpoint(self) -> Path:
-        """The newest checkpoint, verified; DataError when there is none or it is damaged."""
+        """The newest checkpoint, or that of `step`, verified; DataError when there is none or it is damaged."""
+        if self.step is not None:
+            return checkpoints.verify(checkpoints.of_step(self.path, self.step, self.checkpoints, self.best)).path
         found = checkpoints.directories(self.checkpoints)
         if not found:
             raise DataError(
@@ -244,6 +254,7 @@ class Run:
 
 def kind_of(path: Path) -> str:
     """The kind of the run at `path`; empty if there is none, or its config.yaml names none. DataError if it cannot be read."""
+    path, _ = checkpoints.split_step(path)
     found = _kind_of(path)[0] if (path / CONFIG).exists() else None
     return found if isinstance(found, str) else ""
 

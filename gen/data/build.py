@@ -21,8 +21,7 @@ from midway.gen.core.locks import LOCK, claimed
 from midway.gen.core.text import printable
 from midway.gen.data.build_pass import SPACE, BuildPass, Coloured
 from midway.gen.data.build_source import differences, open_source, plan_of
-from midway.gen.data.fingerprint import PartFingerprints
-from midway.gen.data.pixels import in_parts
+from midway.gen.data.pixels import PartFingerprints, in_parts
 from midway.gen.data.splits import DataConfig, check_share, held_out_mask
 from midway.gen.data.stored import FINGERPRINTS, KIND, NAMES, PLAN, Encoding, StoredImages, open_stored
 from midway.gen.files.decoding import check_options, counted, stated

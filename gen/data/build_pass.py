@@ -20,7 +20,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DiskError
 from midway.gen.data.build_source import BuildSource
-from midway.gen.data.fingerprint import PartFingerprints
+from midway.gen.data.pixels import PartFingerprints
 from midway.gen.files.decoding import Decoded, Undecodable, Unusable, sizes_differ
 from midway.gen.files.file_set import check_bad, map_files
 from midway.gen.files.record_writer import RecordFormat, ShardIndex, read_shard_index, records_per_shard, write_shard

@@ -25,9 +25,9 @@ from torch import Tensor
 from midway.gen.core.errors import DataError
 from midway.gen.data.build_pass import as_planes
 from midway.gen.data.crops import cropped
-from midway.gen.data.fingerprint import Fingerprinter
 from midway.gen.data.images import ImageData
 from midway.gen.data.levels import levels_of
+from midway.gen.data.pixels import Fingerprinter
 from midway.gen.data.sources import SOURCES, existing_path, prepared, read_named
 from midway.gen.data.splits import DataConfig, load
 from midway.gen.data.stored import is_stored, open_stored

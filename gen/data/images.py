@@ -15,8 +15,7 @@ from torch import Tensor
 from midway.gen.core.environment import free_memory
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.text import printable
-from midway.gen.data.fingerprint import fingerprint
-from midway.gen.data.pixels import Images
+from midway.gen.data.pixels import Images, fingerprint
 from midway.gen.data.sources import SOURCES, check_unambiguous, existing_path, local_namesake, prepared, read_named
 from midway.gen.data.stored import StoredImages, is_stored, open_stored
 from midway.gen.files.decoding import Decoded, Undecodable, check_options, counted, listed_counts, stack

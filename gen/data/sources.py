@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from midway.gen.core.config import absolute
 from midway.gen.core.errors import DataError, UsageError, nearest, one_line, raising
 from midway.gen.core.files import read_bytes, regular_file, replacing
 from midway.gen.files.decoding import Decoded, prepare
@@ -162,11 +163,32 @@ def local_namesake(source: str) -> Path | None:
 def check_unambiguous(source: str) -> None:
     """UsageError for a name that a folder or zip here has too; a name that a run recorded is the named source regardless."""
     if local_namesake(source) is not None:
-        raise UsageError(
-            f"the data source {source} is ambiguous",
-            f"it is a named source, and {Path(source).absolute()} is here",
-            f"write ./{source} for what is here; for the named source rename that, or run from another directory",
-        )
+        raise ambiguous("data source", "named source", source)
+
+
+def ambiguous(what: str, named: str, name: str) -> UsageError:
+    """Of a name that something in the current directory has too."""
+    return UsageError(
+        f"the {what} {name} is ambiguous",
+        f"it is a {named}, and {Path(name).absolute()} is here",
+        f"write ./{name} for what is here; for the {named} rename that, or run from another directory",
+    )
+
+
+def recorded_source(source: str) -> str:
+    """A source as a run stores it: a name of `SOURCES` as it is, a path, `./digits` too, absolute."""
+    return source if source in SOURCES or not source else str(absolute(Path(source)))
+
+
+def shown_source(source: str) -> str:
+    """A source for reports that leave the machine: a path without its folders."""
+    return source if source in SOURCES else Path(source).name
+
+
+def is_there(source: str) -> bool:
+    """Whether a source is a name, or a path that exists; of the files of a pattern this is not known."""
+    path = Path(source).expanduser()
+    return source in SOURCES or path.exists() or is_pattern(path)
 
 
 def prepared(arrays: Arrays, channels: int | None, resize: int | None) -> Iterator[Decoded]:

@@ -14,23 +14,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from midway.gen.core.config import PER_CALL
+from midway.gen.core.config import PER_CALL, RECORDED_AS
 from midway.gen.core.errors import DataError, UsageError
-from midway.gen.core.files import read_json
 from midway.gen.core.randomness import permutation
 from midway.gen.core.ranges import SEED, WIDTH, check_ranges
-from midway.gen.core.runs import Run
 from midway.gen.data.crops import cropped
 from midway.gen.data.images import ImageData, image_data, load_recorded
 from midway.gen.data.pixels import part_of
-from midway.gen.data.sources import SOURCES
+from midway.gen.data.sources import SOURCES, recorded_source
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """A source and its split."""
 
-    data: str = "digits"
+    data: str = field(default="digits", metadata={RECORDED_AS: recorded_source})
     """digits, mnist5k, cifar10, mnist, fashion_mnist, or the path of an image folder or zip with class folders."""
     held_out: float = 0.2
     """Share of the images kept from all training; the floor of every distance is measured on them."""
@@ -60,7 +58,12 @@ def same_source(a: DataConfig, b: DataConfig) -> bool:
 
 def same_images(a: DataConfig, b: DataConfig) -> bool:
     """Whether two configurations have the same images in the same split."""
-    return same_source(a, b) and _chosen(a) == _chosen(b)
+    return same_source(a, b) and same_choice(a, b)
+
+
+def same_choice(a: DataConfig, b: DataConfig) -> bool:
+    """Whether two configurations take the same images of a source, in the same split."""
+    return _chosen(a) == _chosen(b)
 
 
 def _chosen(config: DataConfig) -> dict[str, object]:
@@ -83,11 +86,6 @@ class Splits:
     held_out: ImageData
 
 
-def data_of(run: Run) -> DataConfig:
-    """The data configuration of a run; DataError if it is missing or does not fit."""
-    return run.part("data", DataConfig)
-
-
 def load(config: DataConfig) -> ImageData:
     """All images of the source."""
     return load_recorded(config.data, config.download, config.channels, config.resize, config.on_bad_image)
@@ -97,20 +95,6 @@ def load_splits(config: DataConfig) -> Splits:
     """Load, split and crop; the same images in the same order for the same configuration. UsageError for too large a crop."""
     train, held_out = split(load(config), config.held_out, config.split_seed)
     return Splits(cropped(train, config.crop), cropped(held_out, config.crop))
-
-
-def changed_since(run: Run, train: ImageData) -> tuple[str, ...]:
-    """A warning where `train` are not the images that the run recorded as it was trained; () without a record."""
-    try:
-        then = str(read_json(run.path / "env.json")["starts"][-1]["data_fingerprint"]).split(" ")[0]
-    except (OSError, ValueError, LookupError, TypeError):
-        return ()
-    if then == train.fingerprint:
-        return ()
-    return (
-        f"{run.path.name} was trained on other images than {train.name} now has (fingerprint {then[:12]}, now "
-        f"{train.fingerprint[:12]}): the source or its split changed, and what is held out now may have been trained on.",
-    )
 
 
 def split(data: ImageData, held_out: float = 0.2, seed: int = 0) -> tuple[ImageData, ImageData]:

@@ -20,7 +20,7 @@ from midway.gen.core.errors import DataError, DiskError, UsageError, one_line, r
 from midway.gen.core.files import DAMAGE, file_hash, read_json, regular_file, write_atomically
 from midway.gen.core.locks import lock
 from midway.gen.core.text import echo
-from midway.gen.data.fingerprint import fingerprint, key_of
+from midway.gen.data.pixels import fingerprint, key_of
 from midway.gen.files.decoding import Undecodable, decode, decoder_versions
 from midway.gen.files.records import INDEX, MANIFEST, Records, is_records, open_records
 

@@ -17,8 +17,10 @@ from midway.gen.core import checkpoints
 from midway.gen.core.errors import DataError
 from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
-from midway.gen.data.splits import DataConfig, data_of
+from midway.gen.data.places import data_of
+from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModel
+from midway.gen.progress.finished import progress_of
 from midway.gen.training.config import TrainConfig
 from midway.samplers.learned_solver import LEARNED as AMED
 from midway.samplers.learned_solver import LearnedSolver, same_schedule
@@ -101,7 +103,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         data=data_of(run),
         hash=state_hash(text, state),
         run=run,
-        weights=f"{_which(run, averaged.exists())}, step {folder.name.removeprefix('step-')}",
+        weights=f"{_which(run, averaged.exists())}, {progress_of(run, folder) or folder.name.replace('-', ' ')}",
     )
 
 
@@ -121,9 +123,13 @@ def _which(run: Run, averaged: bool) -> str:
     return f"averaged, EMA {run.part('train', TrainConfig).ema}" if averaged else "newest"
 
 
-def solver_path(model_run: Path, name: str, grid: str, nfe: int) -> Path:
-    """The run directory of a learned solver of this model."""
-    return model_run / "solvers" / f"{name}-{grid}-nfe{nfe}"
+def solver_path(model: Run | Path, name: str, grid: str, nfe: int) -> Path:
+    """The run directory of a learned solver of this model; those of an older checkpoint, `RUN@300`, are in solvers/step-300."""
+    run = Run(model, "latent_model") if isinstance(model, Path) else model
+    newest = [path.name for path in checkpoints.directories(run.checkpoints)[:1]]
+    chosen = run.step is not None and newest != [f"step-{run.step}"]
+    root = run.path / "solvers"
+    return (root / f"step-{run.step}" if chosen else root) / f"{name}-{grid}-nfe{nfe}"
 
 
 def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Table | LearnedSolver | ResidualTable | None:
@@ -131,13 +137,13 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Table 
 
     DataError for a file whose numbers are of no solver for this model, name, grid and budget, and for other weights.
     """
-    path = solver_path(trained.run.path, name, grid, nfe)
+    path = solver_path(trained.run, name, grid, nfe)
     if not (path / "config.yaml").exists():
         return None
     run = Run.open(path, "solver")
     file = run.checkpoint / "solver.safetensors"
     retrain = (
-        f"train it again: midway train solver {name} --model {trained.run.path} --nfe {nfe} --grid {grid} --overwrite"
+        f"train it again: midway train solver {name} --model {trained.run.place} --nfe {nfe} --grid {grid} --overwrite"
     )
     with reading(file, retrain):
         schedule = trained.model.schedule

@@ -190,7 +190,7 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
         raise UsageError(
             f"{solver} at NFE {nfe} has not been learned for {trained.run.path}",
             "a learned solver belongs to one model, grid and budget",
-            f"midway train solver {solver} --model {trained.run.path} --nfe {nfe}",
+            f"midway train solver {solver} --model {trained.run.place} --nfe {nfe}",
         )
     mismatches = {grid: _mismatch(sampler.card, solver, grid, config) for grid, sampler in samplers.items()}
     fitting = {grid: sampler for grid, sampler in samplers.items() if mismatches[grid] is None}
@@ -219,7 +219,7 @@ def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:
     """Names of the solvers that were learned for this model at every budget, on any grid."""
 
     def exists(name: str, nfe: int) -> bool:
-        paths = (solver_path(trained.run.path, name, grid, nfe) for grid in LEARNED_ON)
+        paths = (solver_path(trained.run, name, grid, nfe) for grid in LEARNED_ON)
         return any((path / "config.yaml").exists() for path in paths)
 
     return [name for name in LEARNED if all(exists(name, nfe) for nfe in budgets)]

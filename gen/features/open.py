@@ -3,14 +3,17 @@
 A trained one must have the images and the split that are measured: one trained on held-out images would underestimate the floor.
 """
 
-import difflib
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, UsageError, nearest
-from midway.gen.core.runs import Run
-from midway.gen.data.splits import DataConfig, data_of, flags_of, same_images
+from midway.gen.core.runs import Run, kind_of
+from midway.gen.data.places import data_of, trained_on
+from midway.gen.data.sources import ambiguous
+from midway.gen.data.splits import DataConfig, flags_of
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
+from midway.gen.names.nearest import ranked
+from midway.gen.progress.finished import selected
 
 DEFAULT = "effnet-lite0"
 PIXELS = "pixels"
@@ -48,11 +51,18 @@ def named_extractor(words: str | Path | None, data: DataConfig, what: str, weigh
         from midway.gen.features.pixels import Pixels
 
         return Pixels()
-    if not Path(name).exists() and difflib.get_close_matches(name, NAMED):
+    if not Path(name).exists() and (len(Path(name).parts) == 1 or ranked(name, NAMED)[0][0] > 0.8):
         raise UsageError(
             f"--features {name}", "there is neither a network nor a run of this name", nearest(name, NAMED)
         )
-    return load_features(open_features(Path(name), data, what).checkpoint / "features.safetensors")
+    return load_features(selected(open_features(Path(name), data, what)) / "features.safetensors")
+
+
+def check_feature_names(words: str) -> None:
+    """UsageError for a name in a comma-separated list that a run directory here has too."""
+    for name in words.split(","):
+        if name.strip() in NAMED and kind_of(Path(name.strip())):
+            raise ambiguous("feature space", "named network", name.strip())
 
 
 def open_published(name: str, weights: Path | None = None) -> Extractor:
@@ -71,7 +81,7 @@ def open_published(name: str, weights: Path | None = None) -> Extractor:
 def open_features(path: Path, data: DataConfig, what: str) -> Run:
     """The feature run at `path`. DataError when it was trained on other images than `what`, whose data are `data`."""
     run = Run.open(path, "features")
-    if not same_images(data_of(run), data):
+    if not trained_on(run, data):
         raise DataError(
             f"{run.path} was trained on other images than {what}",
             f"its data are {flags_of(data_of(run))}, the others are {flags_of(data)}",

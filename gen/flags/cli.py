@@ -21,10 +21,11 @@ from midway.gen.core.config import from_dict, read_yaml
 from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway, nearest, raising
 from midway.gen.core.terminal import lasting_output, plain_warnings
 from midway.gen.data.sources import check_unambiguous
+from midway.gen.features.open import check_feature_names
 from midway.gen.flags.arguments import check_required, config_of, normalised, typed_flags
 from midway.gen.flags.fields import Flag as OneFlag
 from midway.gen.flags.fields import flags_of
-from midway.gen.flags.help import page
+from midway.gen.flags.help import FROM_IMAGES, page
 from midway.gen.names.nearest import canonical
 
 Task = TypeVar("Task")
@@ -33,24 +34,40 @@ _BOX = re.compile("\x1b\\[[0-9;]*m|^[+╭╰].*\n|^[|│]|[|│]$", re.MULTILINE
 """Colours and the frame, with its title, of what the parser of flags prints."""
 PROGRAM = "midway"
 """What to type before the flags of the command that runs."""
+NAMES = {
+    **dict.fromkeys(("--data", "--data-path", "--against"), check_unambiguous),
+    **dict.fromkeys(("--features", "--early.features"), check_feature_names),
+}
+"""Flags that take a name or a path, and their check of names that something in the current directory has too."""
 RECORDED = ("kind", "data", "posthoc", "baseline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What the help of a command has besides the fields of its task."""
+
+    what: str = "RECIPE"
+    """A word for the first argument."""
+    more: str = ""
+    """The last line."""
+    hidden: Sequence[str] = ()
+    """Flags that are left out, by their names in config.yaml."""
+    extra: Callable[[Any], Iterable[OneFlag]] = lambda _: ()
+    """Flags that are no fields of the task, for a starting point or None."""
+    computed: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """By recipe: flags whose defaults follow from the images."""
 
 
 def resolve(
     task: type[Task],
     recipes: Mapping[str, Callable[[], Task]],
     arguments: list[str],
-    what: str = "RECIPE",
+    more: Page = Page(),
     unread: Callable[[Task | None], Mapping[str, str]] = lambda _: {},
-    more: str = "",
-    hidden: Sequence[str] = (),
-    extra: Callable[[Task | None], Iterable[OneFlag]] = lambda _: (),
 ) -> Task:
     """`[RECIPE | --config FILE] [flags]` -> configuration. The recipe or file gives the defaults, the flags override.
 
-    `what` is a word for the first argument, and `more` the last line of the help; `unread` gives the groups of flags that a
-    starting point does not read, as `table.`, and why. The help leaves out `hidden`, names of config.yaml, and has the flags of
-    `extra` besides.
+    `unread` gives the groups of flags that a starting point does not read, as `table.`, and why.
     """
     asked = {"-h", "--help"} & {*arguments}
     file, words = config_of([word for word in arguments if word not in asked])
@@ -59,16 +76,17 @@ def resolve(
     every = list(flags_of(task, default))
     flags = [flag for flag in every if not flag.path.startswith(tuple(groups))]
     if asked:
-        shown = [*(flag for flag in flags if flag.path not in hidden), *extra(default)]
-        _print_help(task, recipes, shown, words[0] if len(words) > len(rest) else what, more)
+        shown = [*(flag for flag in flags if flag.path not in more.hidden), *more.extra(default)]
+        _print_help(task, recipes, shown, words[0] if len(words) > len(rest) else None, more)
     rest = normalised(rest, every, PROGRAM)
     for flag in every:
         why = next((why for group, why in groups.items() if flag.path.startswith(group)), None)
         if why is not None and flag.name in typed_flags(rest):
             raise UsageError(f"{flag.name} has no effect here", why, "drop it")
     check_required(rest, every, PROGRAM, recipes if default is None else ())
-    for source in _typed(rest, "--data"):
-        check_unambiguous(source)
+    for flag, check in NAMES.items():
+        for value in _typed(rest, flag):
+            check(value)
     given: dict[str, Any] = {} if default is None else {"default": default}
     own_checks = raising(UsageError, "these flags cannot be used", "correct the value")  # the configuration's
     with own_checks, _parsing():
@@ -76,16 +94,17 @@ def resolve(
 
 
 def _print_help(
-    task: type, recipes: Mapping[str, Callable[[], Any]], flags: Iterable[OneFlag], what: str, more: str
+    task: type, recipes: Mapping[str, Callable[[], Any]], flags: Iterable[OneFlag], first: str | None, more: Page
 ) -> NoReturn:
     """The page of a recipe, or of all; the program ends."""
-    chosen = canonical(what, recipes)
-    about = (task.__doc__ if chosen is None else recipes[chosen].__doc__) or ""
-    shown = {} if chosen is not None else recipes
-    print(
-        page(PROGRAM, about, shown, flags, what=chosen or (what if recipes else ""), more="" if chosen else more),
-        end="",
-    )
+    chosen = None if first is None else canonical(first, recipes)
+    if chosen is None:
+        text = page(PROGRAM, task.__doc__ or "", recipes, flags, what=more.what if recipes else "", more=more.more)
+    else:
+        own = more.computed.get(chosen, ())
+        shown = [dataclasses.replace(flag, default=FROM_IMAGES) if flag.path in own else flag for flag in flags]
+        text = page(PROGRAM, recipes[chosen].__doc__ or "", {}, shown, what=chosen)
+    print(text, end="")
     raise SystemExit(0)
 
 

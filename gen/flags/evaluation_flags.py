@@ -6,12 +6,15 @@ from typing import Annotated, Literal
 
 import tyro
 
+from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError
 from midway.gen.core.files import check_path
 from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
+from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import LabelRule
+from midway.gen.evaluation.metrics import check_names
 from midway.gen.features.protocols import ProtocolName
 from midway.gen.flags.cli import Flat
 from midway.gen.flags.sampling_flags import SamplingFlags
@@ -25,7 +28,7 @@ UNNAMED = DataConfig(data="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTask(TileFlags, SamplingFlags):
+class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     """Fréchet distance and RMSE of every solver at every budget, of baselines, and of external images.
 
     Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ stores the measurements, also of an
@@ -115,9 +118,12 @@ class EvaluateTask(TileFlags, SamplingFlags):
 
 def check_flags(task: EvaluateTask) -> None:
     """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
+    check_names(name for name in (task.metrics or "").split(",") if name.strip())
     named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
     if task.tile is not None and not task.model:
         raise UsageError(f"--tile {task.tile}", "only tokenizers of ours are tiled", "drop it, or pass --model")
+    if task.data_path is not None and not task.model:
+        raise UsageError(f"--data-path {task.data_path}", "it is the new place of a run's images", "use --data")
     if task.model and task.diffusers:
         raise UsageError("--model and --diffusers", "a report is of one model", "pass one of them")
     if task.model and named != UNNAMED:
@@ -162,7 +168,8 @@ def blocks(task: EvaluateTask) -> int:
 def folder(task: EvaluateTask) -> Path:
     """Where the report goes."""
     if task.out is None and task.model is not None:
-        return check_path(task.model / "report")
+        run, step = split_step(task.model)
+        return check_path(run / ("report" if step is None else f"report-step-{step}"))
     if task.out is None:
         raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
     return check_path(task.out)

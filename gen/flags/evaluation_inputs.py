@@ -7,7 +7,8 @@ import torch
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
-from midway.gen.data.splits import DataConfig, Splits, flags_of, same_images
+from midway.gen.data.places import trained_on
+from midway.gen.data.splits import DataConfig, Splits, flags_of
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
@@ -16,6 +17,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.flags.cli import names
 from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import draw_of
+from midway.gen.progress.finished import unfinished
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.samplers.solvers import ALIASES, SOLVERS
 
@@ -42,6 +44,11 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
         task.apply_tiles(repeat.tokenizer)
     check_repeats(trained, found)
     return [EvaluatedLatentModel(repeat) for repeat in found]
+
+
+def model_warnings(task: EvaluateTask) -> tuple[str, ...]:
+    """Of every run that the flags name and whose training is not finished."""
+    return unfinished(task.model, *task.repeats, *task.baselines, *names(task.features))
 
 
 def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
@@ -84,7 +91,7 @@ def baseline_jobs(
         name, baseline = path.resolve().name, load_trained_baseline(path, device)
         if name in found:
             raise UsageError(f"--baselines names {name} twice", "rows need different names", "rename one of the runs")
-        if not same_images(baseline.data, data):
+        if not trained_on(baseline.run, data):
             raise DataError(
                 f"{path} was trained on other images than the reference",
                 f"its data are {flags_of(baseline.data)}, the reference is {flags_of(data)}",

@@ -9,6 +9,7 @@ import tyro
 
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
+from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.cli import Flat
@@ -149,7 +150,7 @@ class TokenizerTask(TrainingTask):
 
 
 @dataclass(frozen=True)
-class LatentTask(TileFlags, TrainingTask):
+class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Train a latent model on a tokenizer's latents."""
 
     tokenizer: Path

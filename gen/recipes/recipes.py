@@ -12,7 +12,27 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.recipes import imagenet_recipes as imagenet
+from midway.gen.recipes.generic import Shape, base_latent, base_tokenizer, small_latent, small_tokenizer
 from midway.gen.training.config import TrainConfig
+
+
+def small() -> TokenizerTask:
+    """Your own images, grey or RGB, 8 to 512 pixels a side: FSQ, sizes from the images. 1 to 5 min.
+
+    Images are square, or are made so by --resize. The log has the sizes that were chosen, config.yaml too; every flag overrides.
+
+    midway train tokenizer small --data path/to/images --out runs/my-tokenizer
+    """
+    return small_tokenizer(Shape())
+
+
+def base() -> TokenizerTask:
+    """The same on a GPU: residual blocks at every resolution, 30,000 steps. Not measured yet.
+
+    midway train tokenizer base --data path/to/images --out runs/my-tokenizer
+    """
+    return base_tokenizer(Shape())
+
 
 DIGITS_TOKENIZER_TRAIN = TrainConfig(steps=600, batch_size=128, lr=2e-3, decay="cosine", ema=0.99, log_every=50)
 
@@ -22,7 +42,7 @@ def _digits_tokenizer(name: str, model: TokenizerConfig) -> TokenizerTask:
 
 
 def digits_fsq() -> TokenizerTask:
-    """8x8 digits to 4 FSQ codes of 64000 values (64 bits an image). Under 1 min; PSNR about 22 dB on held-out digits.
+    """8x8 digits to 4 FSQ codes of 64000 values (64 bits an image). Under 1 min; PSNR about 22.7 dB on held-out digits.
 
     midway train tokenizer digits-fsq
     """
@@ -87,6 +107,8 @@ def cifar10_fsq() -> TokenizerTask:
 
 
 TOKENIZER_RECIPES = by_name(
+    small,
+    base,
     digits_fsq,
     digits_vq,
     digits_kl,
@@ -97,6 +119,22 @@ TOKENIZER_RECIPES = by_name(
     imagenet.imagenet256_vq,
     imagenet.imagenet256_kl,
 )
+
+
+def small_latents() -> LatentTask:
+    """On a tokenizer of your own images: a DiT of at most 64 tokens, its sizes from the latents. 5 to 30 min.
+
+    midway train latent small --tokenizer runs/my-tokenizer --out runs/my-model
+    """
+    return small_latent((6, 8, 8))
+
+
+def base_latents() -> LatentTask:
+    """The same on a GPU: DiT-S of at most 256 tokens as a rectified flow, 100,000 steps. Not measured yet.
+
+    midway train latent base --tokenizer runs/my-tokenizer --out runs/my-model
+    """
+    return base_latent((6, 8, 8))
 
 
 DIGITS_DIT = DiTConfig(width=96, depth=4, heads=4, patch=1)
@@ -179,7 +217,7 @@ def cifar10_dit() -> LatentTask:
     )
 
 
-LATENT_RECIPES = by_name(
+LATENT_RECIPES = {"small": small_latents, "base": base_latents} | by_name(
     digits_dit,
     digits_flow,
     digits_edm,

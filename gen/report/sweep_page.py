@@ -141,8 +141,9 @@ def answer(ms: Measurements) -> str:
     data = _figure(every[first], "distance")
     if first == best:
         return f"The solver {nearest}; its distance to the data, {data}, is not significantly above {limit}."
-    reached = f"{_cell(first)} is the first whose distance to the data, {data}, is not significantly above {limit}"
-    return f"The solver {reached}; {nearest}."
+    enough = f"{first[1]} evaluation{'s are' if first[1] > 1 else ' is'} enough for the solver {first[0]}"
+    reached = f"its distance to the data, {data}, is not significantly above {limit}"
+    return f"{enough}: {reached}; {nearest}."
 
 
 def _cell(key: tuple[str, int]) -> str:

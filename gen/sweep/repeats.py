@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from midway.gen.core.config import to_dict
 from midway.gen.core.errors import DataError
-from midway.gen.data.splits import same_images
+from midway.gen.data.places import trained_alike
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.evaluation.comparing import by_solver
 from midway.gen.evaluation.records import EXACT, LIMITS, Estimate, Measurement
@@ -46,7 +46,7 @@ def _differences(first: TrainedModel, other: TrainedModel) -> list[str]:
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     found = [key for key in keys if key != "train.seed" and not key.startswith("data.") and not is_bookkeeping(key)]
     found += ["its model's configuration"] * (to_dict(first.model.config) != to_dict(other.model.config))
-    found += ["its images"] * (not same_images(other.data, first.data))
+    found += ["its images"] * (not trained_alike(other.run, first.run))
     return found + ["its tokenizer"] * (tokenizer_hash(first.tokenizer) != tokenizer_hash(other.tokenizer))
 
 

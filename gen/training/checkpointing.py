@@ -37,6 +37,8 @@ class SavedState:
     config: dict[str, Any]
     stateless: tuple[str, ...] | None = field(default=(), metadata={"absent": None})
     """Parameters without a state of their optimizer; None in files of earlier versions, which do not list them."""
+    finished: bool | None = field(default=None, metadata={"absent": None})
+    """Whether the training ended here, at its last step or early; None in files of earlier versions."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.step <= self.steps and 0 <= self.seconds < math.inf and self.processes >= 1):
@@ -214,4 +216,5 @@ class CheckpointManager:
             "processes": self.accelerator.num_processes,
             "config": self.identity,
             "stateless": self.state.stateless,
+            "finished": step == self.config.steps or self.state.validation.is_over,
         }

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from midway.gen.core.config import PER_CALL
+from midway.gen.core.checkpoints import recorded_run
+from midway.gen.core.config import PER_CALL, RECORDED_AS
 from midway.gen.core.errors import UsageError
 from midway.gen.core.ranges import BATCH, COUNT, EVENTS, SEED, STEPS, WEIGHT, check_ranges
 from midway.gen.training.power_ema import WIDEST
@@ -205,7 +206,7 @@ class OnlineConfig:
     """Solver that samples."""
     grid: str = "karras"
     """Its time grid."""
-    features: str | None = None
+    features: str | None = field(default=None, metadata={RECORDED_AS: recorded_run})
     """Feature network, as in midway evaluate (default: effnet-lite0)."""
 
     def __post_init__(self) -> None:

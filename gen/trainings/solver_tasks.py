@@ -186,7 +186,7 @@ def base_of(task: SolverTask, nfe: int, trained: TrainedModel) -> Table:
         raise UsageError(
             f"{task.solver} at NFE {nfe} has no learned table to stand beside",
             f"{trained.run.path} has none on grid {task.grid} at guidance {task.guidance}",
-            f"midway train solver table --model {trained.run.path} --nfe {nfe} --guidance {task.guidance}",
+            f"midway train solver table --model {trained.run.place} --nfe {nfe} --guidance {task.guidance}",
         )
     return base
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from midway.gen.baselines.base import KIND, Baseline, write_baseline
 from midway.gen.baselines.registry import BASELINES, load_trained_baseline
 from midway.gen.baselines.vae import VAE, coordinate_kl, interpolate, reconstruct, traverse
-from midway.gen.core.config import read_yaml, to_dict
+from midway.gen.core.config import read_yaml, to_record
 from midway.gen.core.errors import DataError, UsageError, nearest, raising
 from midway.gen.core.runs import Run
 from midway.gen.data.images import describe, empty_classes, to_uint8
@@ -26,7 +26,7 @@ from midway.gen.evaluation.likelihood import Bounds, bits_of, bound_name, levels
 from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.flags.arguments import config_of
 from midway.gen.flags.baseline_tasks import BASELINE_TASKS, BaselineTask
-from midway.gen.flags.cli import resolve
+from midway.gen.flags.cli import Page, resolve
 from midway.gen.names.nearest import canonical
 from midway.gen.progress.bar import busy
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
@@ -71,7 +71,7 @@ def read_task(arguments: list[str]) -> BaselineTask:
     if recipe is not None:
         return resolve(type(BASELINE_RECIPES[recipe]()), BASELINE_RECIPES, arguments)
     if first is not None or {"-h", "--help"} & {*words}:
-        return resolve(BaselineTask, BASELINE_RECIPES, arguments, more=MORE)
+        return resolve(BaselineTask, BASELINE_RECIPES, arguments, Page(more=MORE))
     raise UsageError(
         "no baseline is given", "the first argument must be a recipe", f"one of: {', '.join(BASELINE_RECIPES)}"
     )
@@ -124,7 +124,7 @@ def train(task: BaselineTask) -> Run | None:
     accelerator = make_accelerator(task.train, task.out)
     parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
     model, weights = parts.model, task.train.weights_name
-    config = {"baseline": kind_of(task), **to_dict(task)}
+    config = {"baseline": kind_of(task), **to_record(task)}
     with open_run(task, task.out, KIND, config, accelerator, *facts(parts), *precision) as run:
         hooks = Hooks(
             preview=lambda step: write_samples(run, model, weights, step),

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from midway.gen.cards.latent import finish_model, model_card
 from midway.gen.cards.parts import training_rows
-from midway.gen.core.config import to_dict
+from midway.gen.core.checkpoints import split_step
+from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
@@ -17,7 +18,8 @@ from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, describe, empty_classes
 from midway.gen.data.levels import levels_of, values_of
 from midway.gen.data.pictures import save_grid
-from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.data.places import images_at, splits_of
+from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
@@ -26,8 +28,12 @@ from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
-from midway.gen.flags.cli import resolve
+from midway.gen.flags.arguments import config_of
+from midway.gen.flags.cli import Page, resolve
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.names.nearest import canonical
+from midway.gen.progress.finished import unfinished
+from midway.gen.recipes.generic import GENERIC_LATENTS, GENERIC_TOKENIZERS, LATENT_SIZES, describe_latent
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import Encoding, encode
 from midway.gen.tokenizer.latents import Views, cache_path, open_latents
@@ -45,6 +51,7 @@ from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 PREVIEW = 60
+PAGE = Page(computed=dict.fromkeys(GENERIC_LATENTS, LATENT_SIZES))
 PREVIEW_STEPS = 10
 
 
@@ -68,14 +75,15 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
 
     UsageError for sizes that do not fit; DataError for a latent channel that does not vary.
     """
-    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer, accelerator.device)[0], images_at(source, task.data_path)
     task.apply_tiles(tokenizer)
-    images = load_splits(data).train
+    images = splits_of(source, data).train
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
     views = Views(mirrored=task.flip)
-    path = task.latents or cache_path(task.tokenizer, images, tokenizer, views)
+    path = task.latents or cache_path(source.path, images, tokenizer, views)
     if task.latents is None:
         process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         encode(path, tokenizer, images, Encoding(views), process)
@@ -83,7 +91,8 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
     draw = class_draw(None, images, model.classes, model.empty)
-    return Parts(model, latents.items(task.flip), tokenizer, data, images, describe(images), draw)
+    about = "\n".join([describe(images), *unfinished(source)])
+    return Parts(model, latents.items(task.flip), tokenizer, data, images, about, draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -91,8 +100,8 @@ def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) ->
     return LatentModel(task.model, tokenizer.latent_shape, len(train.classes), empty_classes(train), train.classes)
 
 
-def train(task: LatentTask) -> Run | None:
-    """Train and save. The run on the main process, None on the others."""
+def train(task: LatentTask, *lines: str) -> Run | None:
+    """Train and save, with `lines` in the log. The run on the main process, None on the others."""
     check_unused(task.train, measures=True)
     task, precision = with_precision(task, "transformer", task.model.dit.width)
     if task.dry_run:
@@ -101,10 +110,10 @@ def train(task: LatentTask) -> Run | None:
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
-    config = {**to_dict(task), "data": to_dict(parts.data)}
+    config = {**to_record(task), "data": to_record(parts.data)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
-    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *precision) as run:
+    with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *lines, *precision) as run:
         hooks = Hooks(
             preview=lambda step: write_preview(run, parts, step, task.train.weights_name),
             export=lambda folder, _: write_model(folder, model, tokenizer),
@@ -119,11 +128,11 @@ def train(task: LatentTask) -> Run | None:
 
 
 def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None:
-    """Write the averaged model as a folder to share, with its tokenizer and its card, once all steps are done. DiskError."""
-    if not result.finished:
+    """Write the averaged model as a folder to share, with its tokenizer; the card states how far it is trained. DiskError."""
+    if not result.steps:
         return
     trained = load_model(run.path, CPU)
-    weights = training_rows(trained.weights, result.steps, task.train)
+    weights = training_rows(trained.weights, result.steps, task.train, (), result.finished)
     figures = {name: value for name, value in result.last.items() if name == "loss"}
     card = model_card(trained.model, trained.tokenizer, parts.data, parts.images, weights, figures, task.license)
     run.say(f"card  {finish_model(run, trained.model, trained.tokenizer, card) / 'README.md'}")
@@ -149,11 +158,15 @@ def dry_run(task: LatentTask) -> None:
 
 def planned_tokenizer(path: Path) -> ImageTokenizer:
     """The tokenizer of a run, or an untrained one of the recipe that has the name of the run's folder; UsageError for neither."""
-    if path.exists():
+    if split_step(path)[0].exists():
         return load_tokenizer(path)[0]
-    if path.name not in TOKENIZER_RECIPES:
-        what, why = f"there is no tokenizer at {path}", f"no recipe is called '{path.name}'"
-        raise UsageError(what, why, f"train it, or name one: {nearest(path.name, TOKENIZER_RECIPES)}")
+    sized = TOKENIZER_RECIPES.keys() - GENERIC_TOKENIZERS.keys()
+    if path.name not in sized:
+        what, why = (
+            f"there is no tokenizer at {path}",
+            f"no recipe is called '{path.name}', or its sizes follow from images",
+        )
+        raise UsageError(what, why, f"train it, or name one: {nearest(path.name, sized)}")
     task = TOKENIZER_RECIPES[path.name]()
     return make_tokenizer(task, random_splits(task.data, 1).train)
 
@@ -162,10 +175,11 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     """The feature network of online evaluation, before anything is trained; errors as named_extractor."""
     if not task.train.measure_every:
         return None
-    tokenizer, data = load_tokenizer(task.tokenizer)
+    source = Run.open(task.tokenizer, "tokenizer")
+    tokenizer, data = load_tokenizer(task.tokenizer)[0], images_at(source, task.data_path)
     network = named_extractor(task.early.features, data, "the tokenizer")
     network.check_count(task.early.n)
-    train = load_splits(data).train
+    train = splits_of(source, data).train
     network.check(train.images, "the tokenizer makes")
     latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here
@@ -208,6 +222,18 @@ def write_preview(run: Run, parts: Parts, step: int, weights: str) -> Preview:
     return Preview(path, "samples")
 
 
+def read_fitted(arguments: list[str]) -> tuple[LatentTask, *tuple[str, ...]]:
+    """`RECIPE | --config FILE` and flags; of a recipe for any images with sizes from the latents, and a line about them."""
+    task, (_, words) = resolve(LatentTask, LATENT_RECIPES, arguments, PAGE), config_of(arguments)
+    name = canonical(words[0], GENERIC_LATENTS) if words else None
+    if name is None:
+        return (task,)
+    tokenizer = planned_tokenizer(task.tokenizer) if task.dry_run else load_tokenizer(task.tokenizer)[0]
+    latent = tokenizer.latent_shape
+    task = resolve(LatentTask, {name: lambda: GENERIC_LATENTS[name](latent)}, arguments)
+    return task, describe_latent(name, latent, task)
+
+
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(LatentTask, LATENT_RECIPES, arguments))
+    train(*read_fitted(arguments))

@@ -13,14 +13,17 @@ import torch
 from accelerate import Accelerator
 
 from midway.gen.cards.solver import finish_solver
-from midway.gen.core.config import to_dict
+from midway.gen.core.checkpoints import split_step
+from midway.gen.core.config import to_record
 from midway.gen.core.runs import Run
+from midway.gen.core.text import echo
 from midway.gen.diffusion.distill_residual import ResidualObjective
 from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
-from midway.gen.flags.cli import numbers, resolve
+from midway.gen.flags.cli import Page, numbers, resolve
 from midway.gen.progress.bar import busy
+from midway.gen.progress.finished import unfinished
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
@@ -57,8 +60,10 @@ def train(task: SolverTask) -> list[Run]:
     check_unused(task.train, task.solver in RESIDUALS)
     config, precision = resolve_precision(task.train)
     task = replace(task, train=config)
-    accelerator = make_accelerator(task.train, task.model)
+    accelerator = make_accelerator(task.train, split_step(task.model)[0])
     trained = load(task, accelerator)
+    if accelerator.is_main_process:
+        echo(*unfinished(trained.run))
     objectives = {nfe: make_objective(task, nfe, trained) for nfe in numbers(task.nfe, "--nfe")}  # all, before any run
     shared: dict[Any, Any] = {}
     runs = [
@@ -103,8 +108,8 @@ def train_one(
     precision: tuple[str, ...],
 ) -> Run | None:
     """Distil at one budget and save."""
-    path = solver_path(task.model, task.solver, task.grid, nfe)
-    config = to_dict(replace(task, nfe=str(nfe)))
+    path = solver_path(trained.run, task.solver, task.grid, nfe)
+    config = to_record(replace(task, nfe=str(nfe)))
     with open_run(task, path, "solver", config, accelerator, *precision) as run:
         with busy(f"trying grids and running the teacher of {task.solver} at NFE {nfe}"):
             objective, chosen = on_best_grid(task, nfe, objective, trained, accelerator.device, shared)
@@ -164,4 +169,4 @@ def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: Train
 
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(resolve(SolverTask, recipes(), arguments, "SOLVER", unread, MORE))  # pyright: ignore[reportArgumentType]
+    train(resolve(SolverTask, recipes(), arguments, Page("SOLVER", MORE), unread))  # pyright: ignore[reportArgumentType]

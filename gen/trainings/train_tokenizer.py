@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from midway.gen.cards.parts import training_rows
 from midway.gen.cards.tokenizer import finish, tokenizer_card
 from midway.gen.core import checkpoints
-from midway.gen.core.config import to_dict
+from midway.gen.core.config import to_record
 from midway.gen.core.errors import DataError, DivergedError, UsageError, raising
 from midway.gen.core.randomness import permutation
 from midway.gen.core.runs import Run
@@ -19,11 +19,14 @@ from midway.gen.data.images import ImageData, describe
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import read_tokenizer
-from midway.gen.flags.arguments import typed_flags
-from midway.gen.flags.cli import resolve
+from midway.gen.flags.arguments import config_of, typed_flags
+from midway.gen.flags.cli import Page, resolve
 from midway.gen.flags.quantizer_flags import OLD, help_flags, taken, with_quantizer
 from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.names.nearest import canonical
+from midway.gen.progress.finished import unfinished
+from midway.gen.recipes.generic import GENERIC_TOKENIZERS, TOKENIZER_SIZES, describe_tokenizer, shape_of
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import latent_statistics
 from midway.gen.tokenizer.loss_config import described
@@ -37,6 +40,7 @@ from midway.gen.trainings.running import Parts, built, image_parts, open_run, wi
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 SHOWN = 32
+PAGE = Page(hidden=OLD, extra=help_flags, computed=dict.fromkeys(GENERIC_TOKENIZERS, TOKENIZER_SIZES))
 
 
 def make_parts(
@@ -61,8 +65,11 @@ def make_objective(tokenizer: ImageTokenizer, task: TokenizerTask) -> TokenizerO
         return TokenizerObjective(tokenizer, task.flip, task.loss)
 
 
-def train(task: TokenizerTask) -> Run | None:
-    """Train, evaluate on held-out images, save. The run on the main process, None on the others."""
+def train(task: TokenizerTask, splits: Splits | None = None, about: tuple[str, ...] = ()) -> Run | None:
+    """Train, evaluate on held-out images, save. The run on the main process, None on the others.
+
+    `splits` are the images, where they are loaded already; `about` are lines for the log.
+    """
     check_unused(task.train)
     conv = task.model.network == "conv"
     narrowest = task.model.width * min(task.model.multipliers if conv else (1,))
@@ -70,10 +77,10 @@ def train(task: TokenizerTask) -> Run | None:
     if task.dry_run:
         return dry_run(task)
     accelerator = make_accelerator(task.train, task.out, idle=task.loss.adversary_start > 0)
-    parts = make_parts(task, accelerator)  # before the run: an error here leaves no directory
+    parts = make_parts(task, accelerator, splits)  # before the run: an error here leaves no directory
     tokenizer, splits = parts.model.tokenizer, parts.splits
-    about = (describe(splits.train), describe(splits.held_out), *precision)
-    with open_run(task, task.out, "tokenizer", to_dict(task), accelerator, *about) as run:
+    about = (describe(splits.train), describe(splits.held_out), *about, *precision)
+    with open_run(task, task.out, "tokenizer", to_record(task), accelerator, *about) as run:
         steps = 0
         if any(p.requires_grad for p in tokenizer.parameters()):
             hooks = Hooks(
@@ -85,6 +92,7 @@ def train(task: TokenizerTask) -> Run | None:
             if result.ema is not None:
                 parts.model.load_state_dict(result.ema.shadow)
         elif accelerator.is_main_process:
+            run.note({"data_fingerprint": splits.train.fingerprint})
             state = parts.model.state_dict()
             checkpoints.save(run.checkpoints, 0, lambda folder: export(folder, tokenizer, state))
         if not accelerator.is_main_process:
@@ -134,7 +142,9 @@ def publish(
         return
     config, perceptual = task.train, objective.perceptual
     losses = described(task.loss) if perceptual is None else described(task.loss, perceptual.protocol)
-    weights = training_rows(config.weights_name, steps, config, losses) if steps else {"weights": "none were trained"}
+    weights = {"weights": "none were trained"}
+    if steps:
+        weights = training_rows(config.weights_name, steps, config, losses, not unfinished(run))
     card = tokenizer_card(tokenizer, task.data, splits, quality, weights, task.flip, task.license)
     run.say(f"card  {finish(run, tokenizer, card) / 'README.md'}")
 
@@ -184,10 +194,23 @@ def write_reconstructions(run: Run, tokenizer: ImageTokenizer, splits: Splits, s
 def read_task(arguments: list[str]) -> TokenizerTask:
     """`RECIPE | --config FILE` and flags, those of the quantizer included."""
     tree, rest = taken(arguments)
-    task = resolve(TokenizerTask, TOKENIZER_RECIPES, rest, hidden=OLD, extra=help_flags)
+    task = resolve(TokenizerTask, TOKENIZER_RECIPES, rest, PAGE)
     return with_quantizer(task, tree, typed_flags(rest))
+
+
+def read_fitted(arguments: list[str]) -> tuple[TokenizerTask, Splits | None, tuple[str, ...]]:
+    """The same; of a recipe for any images with sizes that follow from these, which are loaded, and a line about them."""
+    task, (_, words) = read_task(arguments), config_of(arguments)
+    name = canonical(words[0], GENERIC_TOKENIZERS) if words else None
+    if name is None:
+        return task, None, ()
+    splits = random_splits(task.data, task.dry_run_classes) if task.dry_run else load_splits(task.data)
+    shape, (tree, rest) = shape_of(splits.train), taken(arguments)
+    task = resolve(TokenizerTask, {name: lambda: GENERIC_TOKENIZERS[name](shape)}, rest)
+    task = with_quantizer(task, tree, typed_flags(rest))
+    return task, splits, (describe_tokenizer(name, shape, task),)
 
 
 def command(arguments: list[str]) -> None:
     """The command line, parsed and run."""
-    train(read_task(arguments))
+    train(*read_fitted(arguments))

@@ -22,8 +22,8 @@ from PIL import Image
 
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.data import sources
-from midway.gen.data.fingerprint import fingerprint
 from midway.gen.data.images import ImageData, describe, load_images, to_float, to_uint8
+from midway.gen.data.pixels import fingerprint
 from midway.gen.data.sources import SOURCES, Arrays
 from midway.gen.data.splits import DataConfig, load_splits, split
 from midway.gen.files import file_set as files

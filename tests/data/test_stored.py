@@ -11,10 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.fingerprint import fingerprint
 from midway.gen.data.images import load_images
 from midway.gen.data.levels import values_of
-from midway.gen.data.pixels import LazyImages, in_parts, part_length
+from midway.gen.data.pixels import LazyImages, fingerprint, in_parts, part_length
 from midway.gen.data.splits import split
 from midway.gen.data.stored import KIND, Encoding, StoredImages
 from midway.gen.files.record_writer import RecordFormat, seal, write_shard

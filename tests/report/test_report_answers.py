@@ -76,8 +76,8 @@ def entry(table: Table, solver: str, nfe: int) -> Entry:
         ),
         (
             [cell("b", 4, NEAR, (0.5, 0.6, 0.7)), cell("a", 8, NEAR, (0.1, 0.2, 0.3))],
-            "The solver b with 4 evaluations is the first whose distance to the data, 1.01 ± 0.11, is not significantly above "
-            "the exact solution's 1.00 ± 0.10; a with 8 evaluations is nearest to the exact solution, at a distance of 0.200 ± "
+            "4 evaluations are enough for the solver b: its distance to the data, 1.01 ± 0.11, is not significantly above the "
+            "exact solution's 1.00 ± 0.10; a with 8 evaluations is nearest to the exact solution, at a distance of 0.200 ± "
             "0.100.",
         ),
         (

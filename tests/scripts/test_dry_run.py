@@ -58,7 +58,7 @@ LATENT = "train_latent digits-dit --tokenizer runs/digits-fsq --model.dit.width 
         TOKENIZER,
         LATENT,
         "train_baseline digits-vae --model.width 8 --batch-size 8",
-        "train_features --width 8 --batch-size 8",
+        "train_features --width 8 --batch-size 8 --out nowhere",
     ],
 )
 def test_every_training_reports_and_leaves_nothing(line: str, succeed: Script, nowhere: Path) -> None:

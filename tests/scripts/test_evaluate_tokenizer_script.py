@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -12,13 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipelines import Script
+from pipelines import SCRIPTS, Script
 
 from midway.gen.commands import evaluate_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.core.errors import DiskError, UsageError
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.evaluation.compared import report_names
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
 from midway.gen.evaluation.tokenizers import TokenizerResult
 from midway.gen.features.classifier import load_features
@@ -272,6 +274,19 @@ def test_the_command_compares_two_tokenizers(runs: Path, succeed: Script, tmp_pa
             assert float(new[name]) == pytest.approx(float(old[name]), rel=1e-5)
 
 
+def test_training_and_comparison_have_one_psnr(runs: Path, succeed: Script, tmp_path: Path) -> None:
+    """The mean over images, by the one function that has a logarithm of an error."""
+    final = json.loads((runs / "a/metrics.jsonl").read_text().splitlines()[-1])
+    succeed(f"evaluate_tokenizer --tokenizers {runs}/a --out {tmp_path}/out --features none --noise 0")
+    (row,) = csv.DictReader((tmp_path / "out/results.csv").read_text().splitlines())
+    assert float(row["psnr"]) == pytest.approx(final["held_out_psnr"], rel=1e-9)
+    assert float(row["psnr"]) > 10 * math.log10(4 / final["held_out_mse"]) + 0.01, (
+        "that of the mean error is another figure"
+    )
+    sources = [path for room in ("gen", "tokenizers", "samplers") for path in (SCRIPTS.parent / room).rglob("*.py")]
+    assert [path.name for path in sources if "log10(4" in path.read_text()] == ["psnr_ssim.py"]
+
+
 def test_one_tile_changes_no_figure_and_four_do(runs: Path, succeed: Script, tmp_path: Path) -> None:
     call = f"evaluate_tokenizer --tokenizers {runs}/a --out {tmp_path}/out --features none --n 20 --noise 0"
     figures = []
@@ -327,10 +342,10 @@ def test_how_images_were_fetched_makes_no_difference(runs: Path, tmp_path: Path)
 
 def test_runs_of_one_name_are_reported_by_path(tmp_path: Path) -> None:
     paths = (tmp_path / "x" / "fsq", tmp_path / "y" / "fsq", tmp_path / "y" / "vq")
-    names = evaluate_tokenizer.report_names(paths)
+    names = report_names(paths)
     assert list(names) == [str(paths[0]), str(paths[1]), "vq"]
     with pytest.raises(UsageError, match="nothing to measure"):
-        evaluate_tokenizer.report_names(())
+        report_names(())
 
 
 def test_the_floor_is_of_the_held_out_images_themselves(runs: Path) -> None:

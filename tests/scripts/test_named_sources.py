@@ -10,6 +10,7 @@ from pipelines import Pipeline, Script
 from midway.gen.core.errors import UsageError
 from midway.gen.data.images import describe, load_images
 from midway.gen.data.splits import DataConfig, load, load_splits
+from midway.gen.features.open import check_feature_names
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 USAGE = 2
@@ -62,6 +63,7 @@ def test_a_file_that_is_no_zip_is_no_source(tmp_path: Path, monkeypatch: pytest.
         "evaluate_tokenizer --tokenizers {tokenizer} --data digits --features none --out {out}",
         "data check digits",
         "data check ./digits --against digits",
+        "encode --tokenizer {tokenizer} --data-path digits --out {out}",
     ],
 )
 def test_commands_raise_for_an_ambiguous_name(
@@ -70,6 +72,28 @@ def test_commands_raise_for_an_ambiguous_name(
     out = beside_a_namesake / "out"
     done = script(*line.format(out=out, features=pipeline.features, tokenizer=pipeline.tokenizer).split())
     assert done.code == USAGE and "ambiguous" in done.err and "./digits" in done.err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --data digits --features pixels,inception --images x --out {out}",
+        "check_metric --data ./photos --features=inception --out {out}",
+        "train_latent digits-dit --tokenizer {tokenizer} --measure-every 1 --early.features inception --out {out}",
+    ],
+)
+def test_a_network_and_a_run_of_its_name_are_ambiguous(
+    line: str, pipeline: Pipeline, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is no run is not meant; the run can be named by a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inception").mkdir()
+    check_feature_names("inception")
+    (tmp_path / "inception/config.yaml").write_text((pipeline.features / "config.yaml").read_text())
+    done = script(*line.format(out="out", tokenizer=pipeline.tokenizer).split())
+    assert done.code == USAGE and "the feature space inception is ambiguous" in done.err
+    assert "write ./inception" in done.err and str(tmp_path / "inception") in done.err and not Path("out").exists()
+    check_feature_names("./inception,pixels")
 
 
 def test_recipes_and_runs_keep_their_named_source(
@@ -114,7 +138,7 @@ def test_tokenizers_are_measured_on_another_source(
     quality = evaluate_tokenizer(load_tokenizer(pipeline.tokenizer)[0], held_out.images)
     row = (tmp_path / "out" / "results.csv").read_text().splitlines()[1]
     assert f"other-heldout@{held_out.fingerprint[:12]}" in row and f"{quality['psnr']:.4f}"[:6] in row
-    assert f"Measured on {other}; trained: tokenizer on digits." in done.out
+    assert f"Measured on {other.name}; trained: tokenizer on digits." in done.out
     assert "trained: tokenizer on digits" in (tmp_path / "out" / "report.md").read_text().replace("\\", "")
     succeed(f"train_features --data {other} --held-out 0.5 --steps 1 --width 8 --dim 4 --out {tmp_path / 'features'}")
     done = succeed(f"{call} --features {tmp_path / 'features'}")
@@ -149,7 +173,7 @@ def test_one_folder_by_two_names_is_one_source(
     done = script(*call.split())
     assert done.code == 3
     split = "--held-out 0.2 --split-seed 0"
-    assert f"its data are --data other {split}, the others are --data digits {split}" in done.err
+    assert f"its data are --data {Path('other').absolute()} {split}, the others are --data digits {split}" in done.err
 
 
 @pytest.mark.parametrize(

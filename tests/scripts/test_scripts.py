@@ -30,6 +30,7 @@ from midway.gen.commands import evaluate
 from midway.gen.core.config import from_dict, read_yaml, to_dict, write_yaml
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.runs import Run
+from midway.gen.data import places
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion import sampling
 from midway.gen.diffusion.distill_amed import DistillConfig
@@ -797,7 +798,7 @@ def test_a_sweep_of_a_model_downloads_its_images_if_it_may(
         asked.append(config.download)
         raise DataError("no images", "this test has none", "none")
 
-    monkeypatch.setattr(evaluate, "load_splits", load)
+    monkeypatch.setattr(places, "load_splits", load)
     for download in (False, True):
         with pytest.raises(DataError):
             evaluate.run(sweep_task(pipeline, tmp_path, data=replace(evaluate.EvaluateTask().data, download=download)))
