@@ -35,7 +35,20 @@ GROUPS = {
     "ode.": "Likelihood of latent models",
     "train.": "Optimizer",
 }
-ORDER = ("Common flags", "More flags", "Data", "Model", "Transformer", "Quantizer", "Losses", "Optimizer")
+ORDER = (
+    "Common flags",
+    "Sampling",
+    "Measuring",
+    "More flags",
+    "Data",
+    "External images",
+    "Tiles",
+    "Model",
+    "Transformer",
+    "Quantizer",
+    "Losses",
+    "Optimizer",
+)
 ORDER += ("Saving and stopping", "Logging", "Speed and precision")
 """Other titles follow in the order of their flags."""
 
