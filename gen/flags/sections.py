@@ -45,11 +45,8 @@ ORDER = (
     "Tiles",
     "Model",
     "Transformer",
-    "Quantizer",
-    "Losses",
-    "Optimizer",
 )
-ORDER += ("Saving and stopping", "Logging", "Speed and precision")
+ORDER += ("Quantizer", "Losses", "Optimizer", "Saving and stopping", "Logging", "Speed and precision")
 """Other titles follow in the order of their flags."""
 
 

@@ -17,7 +17,7 @@ from midway.gen.training.config import TrainConfig
 
 
 def small() -> TokenizerTask:
-    """Your own images, grey or RGB, 8 to 512 pixels a side: FSQ, sizes from the images. Of one core, 1 min for 28x28 grey ones and
+    """Your own images, grey or RGB, 8 to 512 pixels a side: FSQ, sizes from the images. 1 min of one core for 28x28 grey,
     6 min for 96x96 RGB.
 
     Images are square, or are made so by --resize. The log has the sizes that were chosen, config.yaml too; every flag overrides.
