@@ -120,7 +120,7 @@ class DescribedModel(Shared, nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
-        """What `save_pretrained` wrote into a folder, a run left, or the Hub has (`hub`: revision, ...): on the CPU, in eval mode.
+        """What `save_pretrained` wrote into a folder, a run left, or the Hub has (`hub`: revision, ...): on the CPU, evaluating.
 
         OSError, SafetensorError, DataError or ValueError: files that are missing, damaged, or do not go together.
         """
