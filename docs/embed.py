@@ -186,7 +186,8 @@ def short(table: Table) -> Table:
 def short_facts(result: Result) -> str:
     """What the short table is of, with its greatest standard error."""
     cells = [cell for cell in result.cells if cell.solver in SHOWN and cell.nfe in BUDGETS]
-    errors = [cell.error("rmse") / cell.mean("rmse") for cell in cells]
+    measured = [(cell.error("rmse"), cell.mean("rmse")) for cell in cells]
+    errors = [error / mean for error, mean in measured if error is not None and mean is not None]
     return (
         f"RMSE to the exact solution on `{result.ground}`, seeds {result.seeds} in blocks of {result.n}; standard errors are at "
         f"most {max(errors):.1%}."

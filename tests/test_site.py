@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tyro
+import yaml
 from pictures import noise, save
 from pipelines import Pipeline
 
@@ -143,9 +144,9 @@ def python_of(page: str) -> list[str]:
 
 
 def shell_of(page: str) -> list[str]:
-    blocks = [block for _, language, block in FENCE.findall((ROOT / "docs" / page).read_text()) if language == "bash"]
-    text: str = "".join(blocks)
-    return text.replace("\\\n", " ").splitlines()
+    found = FENCE.findall((ROOT / "docs" / page).read_text())
+    blocks = [str(block).replace("\\\n", " ") for _, language, block in found if language == "bash"]
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def cells() -> list[str]:
@@ -187,7 +188,7 @@ def test_the_commands_of_a_page_run_in_order(page: str, tmp_path: Path, monkeypa
         assert words[0] == "midway"
         steps = ["--steps", "20"] if words[1] == "train" and "--dry-run" not in words else []
         command = [sys.executable, "-m", *words, *steps]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800, check=False)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
@@ -233,6 +234,28 @@ def test_messages_name_extras_that_exist() -> None:
     assert {"trackers", "hub", "data", "features", "perceptual", "docs"} <= {*extras}
 
 
-def test_the_lock_is_of_the_public_index_alone() -> None:
-    hosts = set(re.findall(r"https?://([^/\"]+)", (ROOT / "uv.lock").read_text()))
-    assert hosts == {"pypi.org", "files.pythonhosted.org"}
+def test_the_lock_is_of_the_public_index_alone_and_of_these_requirements() -> None:
+    text = (ROOT / "uv.lock").read_text()
+    assert set(re.findall(r"https?://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
+    (locked,) = (package for package in tomllib.loads(text)["package"] if package["name"] == "midway")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *(line for lines in project["optional-dependencies"].values() for line in lines)]
+    names = {re.split(r"[^\w-]", line)[0] for line in asked}
+    assert {entry["name"] for entry in locked["metadata"]["requires-dist"]} == names, "run uv lock"
+
+
+def test_the_workflow_and_the_citation_are_what_their_readers_take() -> None:
+    """Every make target that the workflow and the Dockerfile name exists; the image copies every package."""
+    flow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert flow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    runs = [step["run"] for job in flow["jobs"].values() for step in job["steps"] if "run" in step]
+    targets = {target for run in runs for target in re.findall(r"\bmake ([a-z-]+)", run)}
+    assert {"check", "test", "dev"} <= targets
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (project["project"]["version"], project["project"]["license"])
+    assert cited["authors"] == [{"name": "The Midway authors"}]
+    copied = set(re.findall(r"^COPY (\w+) \w+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    kept = set(re.findall(r"^!(\w+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
+    assert copied == {"gen", "samplers", "tokenizers"} and copied <= kept

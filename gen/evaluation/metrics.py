@@ -12,7 +12,7 @@ take turns: at most 10,000 for kid and sliced, and for the others, which depend 
 a larger block the first 10,000 count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from midway.gen.metrics.frechet_infinity import frechet_distance_at_infinity
 from midway.gen.metrics.inception_score import inception_score
 from midway.gen.metrics.kid import kid
 from midway.gen.metrics.precision_recall import density_coverage, precision_recall
+from midway.gen.names.nearest import normal
 
 Values = dict[str, float]
 
@@ -98,11 +99,22 @@ def _least(name: str, dim: int) -> int:
     return {"precision": 4, "density": 6, "infinity": 4 * dim}.get(name, 2)
 
 
-def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> None:
-    """UsageError for unknown names, and for metrics that blocks of n images of `dim` features cannot have."""
+DISTANCE = ("fid", "fd", "frechet", "frechetdistance", "frechetinceptiondistance")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """UsageError for unknown metrics, and for the one that is always measured."""
     for name in names:
+        if normal(name) in DISTANCE:
+            why = "the Fréchet distance is always measured, in every space of --features"
+            raise UsageError(f"--metrics {name}", why, "drop it; it is FID with --features inception")
         if name not in METRICS:
             raise UsageError(f"unknown metric '{name}'", "it is not in the registry", nearest(name, METRICS))
+
+
+def check_metrics(names: tuple[str, ...], n: int, dim: int, logits: bool) -> None:
+    """UsageError for unknown names, and for metrics that blocks of n images of `dim` features cannot have."""
+    check_names(names)
     for name in names:
         if n < _least(name, dim):
             raise UsageError(

@@ -3,7 +3,6 @@
 A trained one must have the images and the split that are measured: one trained on held-out images would underestimate the floor.
 """
 
-import difflib
 from pathlib import Path
 
 from midway.gen.core.errors import DataError, UsageError, nearest
@@ -13,6 +12,7 @@ from midway.gen.data.sources import ambiguous
 from midway.gen.data.splits import DataConfig, flags_of
 from midway.gen.features.classifier import load_features
 from midway.gen.features.extractor import Extractor
+from midway.gen.names.nearest import ranked
 from midway.gen.progress.finished import selected
 
 DEFAULT = "effnet-lite0"
@@ -51,7 +51,7 @@ def named_extractor(words: str | Path | None, data: DataConfig, what: str, weigh
         from midway.gen.features.pixels import Pixels
 
         return Pixels()
-    if not Path(name).exists() and difflib.get_close_matches(name, NAMED):
+    if not Path(name.split("@")[0]).exists() and (len(Path(name).parts) == 1 or ranked(name, NAMED)[0][0] > 0.8):
         raise UsageError(
             f"--features {name}", "there is neither a network nor a run of this name", nearest(name, NAMED)
         )

@@ -14,6 +14,7 @@ from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
 from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import LabelRule
+from midway.gen.evaluation.metrics import check_names
 from midway.gen.features.protocols import ProtocolName
 from midway.gen.flags.cli import Flat
 from midway.gen.flags.sampling_flags import SamplingFlags
@@ -117,6 +118,7 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
 
 def check_flags(task: EvaluateTask) -> None:
     """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
+    check_names(name for name in (task.metrics or "").split(",") if name.strip())
     named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
     if task.tile is not None and not task.model:
         raise UsageError(f"--tile {task.tile}", "only tokenizers of ours are tiled", "drop it, or pass --model")

@@ -165,7 +165,7 @@ _FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-family: [^;\"]*;? ?")
 
 
 def _svg(figure: "Figure", name: str, title: str, description: str) -> str:
-    """The figure as an <svg> element: text as text in the page's font, the page's colours, ids that begin with `name`."""
+    """The figure as an <svg> element: text as text in the page's font, the page's colours, ids that depend on `name`."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -176,17 +176,16 @@ def _svg(figure: "Figure", name: str, title: str, description: str) -> str:
     box = re.search(r'viewBox="([^"]*)"', head)
     assert box is not None
     texts = re.split(r"(<text.*?</text>)", body.partition("</defs>")[2].rpartition("</svg>")[0], flags=re.DOTALL)
-    shapes = "".join(_text(part) if place % 2 else _shape(part, name) for place, part in enumerate(texts))
+    shapes = "".join(_text(part) if place % 2 else _shape(part) for place, part in enumerate(texts))
     return (
         f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc">'
         f'<title id="{name}-title">{html(title)}</title><desc id="{name}-desc">{html(description)}</desc>{shapes}</svg>'
     )
 
 
-def _shape(text: str, name: str) -> str:
-    """Everything but letters: numbers to a hundredth, ids unique in the page, colours as properties, no white space."""
+def _shape(text: str) -> str:
+    """Everything but letters: numbers to a hundredth, colours as properties, neither white space nor ids of groups."""
     text = re.sub(r' id="(?![A-Za-z]+[0-9a-f]{10}")[^"]*"', "", text)  # of groups, to which nothing refers
-    text = re.sub(r'(id="|"#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), text)
     text = _COLOUR.sub(lambda found: _LOWER[found[0].lower()], text)
     text = text.replace("xlink:href", "href").replace("\n", " ")

@@ -21,10 +21,8 @@ from midway.gen.report.table import ReportContext, Table
 FOLDER = Path(__file__).with_name("page")
 STYLE = (FOLDER / "page.css").read_text(encoding="utf-8")
 SCRIPT = (FOLDER / "page.js").read_text(encoding="utf-8")
-LARGE = 40_000
-"""Bytes of a PNG from which on a page holds a smaller copy."""
-SIDE = 640
-"""Pixels across of that copy."""
+SMALL, LARGE, SIDE = 1000, 40_000, 640
+"""Bytes of a PNG up to which a page holds it as it is, up to which its copy loses nothing, and the width of a larger one's."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +50,19 @@ class Picture:
     @property
     def source(self) -> str:
         """The image in the page."""
-        kind, data = smaller(self.png) if len(self.png) > LARGE else ("png", self.png)
+        kind, data = ("png", self.png) if len(self.png) <= SMALL else smaller(self.png)
         return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def smaller(png: bytes) -> tuple[str, bytes]:
-    """A copy of at most `SIDE` pixels across as WebP of quality 90, or the PNG if that is no larger."""
+    """A copy as WebP without loss, of one above `LARGE` bytes at most `SIDE` pixels across and of quality 90; or the PNG."""
     from PIL import Image
 
-    image = Image.open(io.BytesIO(png))
-    if image.width > SIDE:
+    image, large = Image.open(io.BytesIO(png)), len(png) > LARGE
+    if large and image.width > SIDE:
         image = image.resize((SIDE, round(image.height * SIDE / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=90)
+    image.save(buffer, format="WEBP", lossless=not large, quality=90)
     return ("webp", buffer.getvalue()) if len(buffer.getvalue()) < len(png) else ("png", png)
 
 

@@ -128,11 +128,11 @@ def train(task: LatentTask, *lines: str) -> Run | None:
 
 
 def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None:
-    """Write the averaged model as a folder to share, with its tokenizer and its card, once all steps are done. DiskError."""
-    if not result.finished:
+    """Write the averaged model as a folder to share, with its tokenizer; the card states how far it is trained. DiskError."""
+    if not result.steps:
         return
     trained = load_model(run.path, CPU)
-    weights = training_rows(trained.weights, result.steps, task.train)
+    weights = training_rows(trained.weights, result.steps, task.train, (), result.finished)
     figures = {name: value for name, value in result.last.items() if name == "loss"}
     card = model_card(trained.model, trained.tokenizer, parts.data, parts.images, weights, figures, task.license)
     run.say(f"card  {finish_model(run, trained.model, trained.tokenizer, card) / 'README.md'}")

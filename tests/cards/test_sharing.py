@@ -12,6 +12,7 @@ import pytest
 import small_models
 import torch
 import yaml
+from pipelines import TINY, TINY_DIT, Pipeline
 from safetensors.torch import save_file
 
 from midway.gen.cards.latent import finish_model, model_card
@@ -23,9 +24,11 @@ from midway.gen.core.runs import Run
 from midway.gen.data.images import load_images
 from midway.gen.data.splits import DataConfig, split
 from midway.gen.diffusion.load import CPU, load_model, write_model
-from midway.gen.diffusion.model import LatentModel
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import draw, sample_latents
+from midway.gen.flags.tasks import LatentTask
 from midway.gen.training.config import TrainConfig
+from midway.gen.trainings import train_latent
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import karras
 from midway.samplers.loading import load_solver
@@ -264,3 +267,19 @@ def test_a_solver_by_name_spends_its_budget_and_near_names_are_shown() -> None:
         make_solver("ddim", VP(), 4, grid="kerras")
     with pytest.raises(ValueError, match="5 network evaluations cannot be reached at 2 a step"):
         make_solver("heun", VP(), 5)
+
+
+def test_training_leaves_the_folder_also_where_it_was_cut_short(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The card states the step; the folder has the weights of the newest checkpoint."""
+    out = tmp_path / "short"
+    model = LatentModelConfig(schedule="cosine", dit=TINY_DIT)
+    train_latent.train(
+        LatentTask(out, pipeline.tokenizer, model=model, train=replace(TINY, max_steps=2), license="mit")
+    )
+    card = (out / "model" / "README.md").read_text()
+    assert "| optimizer steps | 2 of 25, not finished |" in card
+    assert front_of(card)["license"] == "mit"
+    assert LatentModel.from_pretrained(out / "model").hash == load_model(out, CPU).hash
+    assert LatentModel.from_pretrained(out).hash == load_model(out, CPU).hash  # a run is enough
+    assert ImageTokenizer.from_pretrained(pipeline.tokenizer).card is not None
+    assert "| optimizer steps | 25 |" in (pipeline.model / "model" / "README.md").read_text()

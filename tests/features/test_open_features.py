@@ -92,7 +92,7 @@ def test_names_of_no_extractor_raise(pipeline, tmp_path: Path) -> None:
     data = load_model(pipeline.model, CPU).data
     assert (EFFNET.network, FULL, INCEPTION.network, PYTORCH, *ENCODERS) == PUBLISHED
     assert {*PUBLISHED, "pixels"} == {*NAMED}
-    with pytest.raises(UsageError, match=r"did you mean 'dinov2-vitl14'.*clip-vitb32"):
+    with pytest.raises(UsageError, match=r"did you mean 'dinov2-vitl14'"):
         named_extractor("dino2-vitl14", data, "the model")
     for words in ("pixels", pipeline.features):
         with pytest.raises(UsageError, match="a run has its own weights"):

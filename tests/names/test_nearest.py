@@ -15,6 +15,7 @@ from midway.samplers.schedule import SCHEDULES
 from midway.samplers.solvers import SOLVERS
 from midway.tokenizers.quantizers import QUANTIZERS
 
+FLAGS = "lr steps max-steps batch-size data out resize guidance nfe precision ema accumulation resume n solver solvers"
 CHOICES = {
     "solver": [*SOLVERS, "adaptive", *LEARNED],
     "grid": [*NAMED, "gits"],
@@ -32,6 +33,7 @@ CHOICES = {
     "network": ["conv", "vit"],
     "resume": ["no", "auto"],
     "baseline": BASELINES,
+    "flag": [f"--{name}" for name in FLAGS.split()],
 }
 
 ACCEPTED = """
@@ -62,6 +64,7 @@ data: cifar -> cifar10 | fashion -> fashion_mnist | digit -> digits
 decay: cosin -> cosine | inverse -> inverse_sqrt
 precision: fp16 -> bf16
 optimizer: adam -> adamw
+flag: learning-rate -> --lr | output-dir -> --out | cfg-scale -> --guidance | num_inference_steps -> --nfe
 network: transformer -> vit
 resume: yes -> auto
 """
@@ -104,6 +107,7 @@ def test_every_name_of_the_table_exists_and_no_spelling_is_two_of_one_kind() -> 
 
 
 def test_nothing_near_is_not_called_near() -> None:
+    assert canonical("A B", ["a_b", "a-b"]) is None and canonical("a-b", ["a_b", "a-b"]) == "a-b"
     assert canonical("xyz", ["euler", "ddim"]) is None and canonical("", ["euler"]) is None
     assert nearest("xyz", ["euler", "ddim"]) == "choose one of: ddim, euler"
     assert nearest("qq", map(str, range(100, 110))).endswith("and 2 more")

@@ -150,6 +150,8 @@ def test_nothing_overflows_complains_or_is_fetched(
     assert min(tab.evaluate(letters)) > 10, "letters of plots, in pixels of the screen"
     grid = tab.evaluate("getComputedStyle(document.querySelector('.plot text')).fill").strip("rgb()").split(", ")
     assert (int(grid[0]) > 128) is dark, "plots take the page's colours"
+    ids = tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids)), "also of what plots cut and repeat"
 
 
 @needs_axe
