@@ -15,6 +15,7 @@ import html as hypertext
 import json
 import re
 import sys
+import time
 from typing import Any, TextIO
 
 _UNSEEN = "\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
@@ -39,6 +40,14 @@ def echo(*lines: object) -> None:
         write_line(printable_lines(line), sys.stdout)
 
 
+_written = [time.monotonic()]
+
+
+def last_written() -> float:
+    """When the last line was written, on the clock of `time.monotonic`; at first when this module was imported."""
+    return _written[0]
+
+
 def write_line(text: str, stream: TextIO | None) -> None:
     """Write text and a line end in one piece, above the progress bars that are drawn; nothing where there is no stream."""
     if stream is None:
@@ -48,6 +57,7 @@ def write_line(text: str, stream: TextIO | None) -> None:
     with bars.external_write_mode(file=stream) if bars and drawn else contextlib.nullcontext():
         stream.write(f"{text}\n")
         stream.flush()
+    _written[0] = time.monotonic()
 
 
 def printable_lines(text: object) -> str:

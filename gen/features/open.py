@@ -51,7 +51,7 @@ def named_extractor(words: str | Path | None, data: DataConfig, what: str, weigh
         from midway.gen.features.pixels import Pixels
 
         return Pixels()
-    if not Path(name).exists() and (len(Path(name).parts) == 1 or ranked(name, NAMED)[0][0] > 0.8):
+    if not Path(name.split("@")[0]).exists() and (len(Path(name).parts) == 1 or ranked(name, NAMED)[0][0] > 0.8):
         raise UsageError(
             f"--features {name}", "there is neither a network nor a run of this name", nearest(name, NAMED)
         )

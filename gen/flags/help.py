@@ -53,7 +53,7 @@ def summary(make: Callable[[], Any]) -> str:
 
 
 def _usage(program: str, flags: list[Flag], what: str) -> str:
-    words = [what, *(flag.name.upper() for flag in flags if flag.positional), "[flags]"]
+    words = [what, *(flag.name.upper() for flag in flags if flag.positional), "[flags]", "[--debug]"]
     ways = [" ".join(word for word in (program, *words) if word)]
     ways += [f"{program} --config FILE [flags]"] if what else []
     return "\n".join(("usage: " if i == 0 else "       ") + way for i, way in enumerate(ways))

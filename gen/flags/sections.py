@@ -7,6 +7,11 @@ COMMON = (
     " features train.steps train.batch_size train.lr train.max_seconds resume overwrite train.seed seed"
 )
 NAMED = {
+    "Sampling": "guidance_interval guide analytic_first eta init strength invert parallel tolerance window rtol atol"
+    " choice_seeds exact_nfe skip_unreachable",
+    "Measuring": "feature_weights metrics reference save_reference protocol root blocks repeats baselines",
+    "External images": "images_resize images_channels export_npz save_images",
+    "Tiles": "tile tile_margin",
     "Optimizer": "train.optimizer train.warmup train.decay train.plateau train.weight_decay train.betas train.clip"
     " train.accumulation train.ema train.posthoc train.posthoc_every train.patience",
     "Saving and stopping": "train.max_steps train.save_every train.save_seconds train.keep train.validate_every"
@@ -30,8 +35,18 @@ GROUPS = {
     "ode.": "Likelihood of latent models",
     "train.": "Optimizer",
 }
-ORDER = ("Common flags", "More flags", "Data", "Model", "Transformer", "Quantizer", "Losses", "Optimizer")
-ORDER += ("Saving and stopping", "Logging", "Speed and precision")
+ORDER = (
+    "Common flags",
+    "Sampling",
+    "Measuring",
+    "More flags",
+    "Data",
+    "External images",
+    "Tiles",
+    "Model",
+    "Transformer",
+)
+ORDER += ("Quantizer", "Losses", "Optimizer", "Saving and stopping", "Logging", "Speed and precision")
 """Other titles follow in the order of their flags."""
 
 

@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, else a line now and then, the first after 5 s, then less and less often.
+"""How far a command is: a bar on a terminal, else a line now and then, the first after 5 s of silence, then less and less often.
 
     encoding 12,288 of 50,000 images, eta 3 min        so many are done
     cell 12 of 75, dpmpp3m at NFE 6, eta 6 min         so many, and this one is worked on
@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
-from midway.gen.core.text import echo, printable
+from midway.gen.core.text import echo, last_written, printable
 
 FIRST, SHARE, LONGEST = 5.0, 0.2, 60.0
 """Seconds to the first line; the part of the time so far after which the next is due; and the most seconds between two."""
@@ -71,7 +71,8 @@ class Progress:
         self.shown = shown and os.environ.get("RANK", "0") == "0"
         self._left, self._write, self._text, self._clock = left or self._by_count, write, text or self._default, clock
         self.before, self._began = done, clock()
-        self._last = self._began
+        # several short activities must not be silent one after the other
+        self._last = min(last_written(), self._began) if clock is time.monotonic else self._began
         self._bar: Any = None
         self._ended = threading.Event()
 
@@ -80,7 +81,10 @@ class Progress:
     def __enter__(self) -> Self:
         if self.shown:
             form = UNCOUNTED if not self.total else None if self._left == self._by_count else BAR
-            shown: dict[str, Any] = {"desc": self.what, "disable": None, "leave": False, "bar_format": form}
+            shown: dict[str, Any] = (
+                {"desc": self.what.rstrip(":"), "unit": f" {self.unit}"} if self.unit else {"desc": self.what}
+            )
+            shown |= {"disable": None, "leave": False, "bar_format": form}
             self._bar = tqdm(total=self.total, initial=self.done, **shown)
             _open.append(self)
             if math.isfinite(BEAT):

@@ -69,6 +69,7 @@ def test_the_table_of_the_module_is_what_is_computed() -> None:
     latent = table["latent side"]
     assert latent == [side // downsample_of(side) for side in SIDES]
     assert table["patch of small"] == [patch_of(side, 64) for side in latent]
+    assert [patch_of(side, 64) for side in (13, 25, 2)] == [1, 5, 1]  # 169 tokens rather than 1
     assert table["patch of base"] == [patch_of(side, 256) for side in latent]
 
 

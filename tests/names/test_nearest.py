@@ -107,6 +107,7 @@ def test_every_name_of_the_table_exists_and_no_spelling_is_two_of_one_kind() -> 
 
 
 def test_nothing_near_is_not_called_near() -> None:
+    assert canonical("A B", ["a_b", "a-b"]) is None and canonical("a-b", ["a_b", "a-b"]) == "a-b"
     assert canonical("xyz", ["euler", "ddim"]) is None and canonical("", ["euler"]) is None
     assert nearest("xyz", ["euler", "ddim"]) == "choose one of: ddim, euler"
     assert nearest("qq", map(str, range(100, 110))).endswith("and 2 more")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_parts_are_counted_when_they_have_been_used(clock: Clock, monkeypatch: p
     for part in reported(["ab", "c", "def"], "reading", 6):
         assert sum(counts) == {"ab": 0, "c": 2, "def": 3}[part]
     assert counts == [2, 1, 3] and not bar._open
+
+
+def test_an_activity_that_begins_in_silence_reports_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5 s after the last line of whatever kind, also if several short activities follow one another."""
+    for name, value in (("FIRST", 5.0), ("LONGEST", 60.0), ("BEAT", math.inf)):
+        monkeypatch.setattr(bar, name, value)
+    monkeypatch.setattr(bar, "last_written", lambda: time.monotonic() - 6)
+    lines = list[str]()
+    with Progress("first", 9, "images", write=lines.append) as progress:
+        progress.advance()
+        progress.advance()
+    monkeypatch.setattr(bar, "last_written", time.monotonic)
+    with Progress("second", 9, "images", write=lines.append) as progress:
+        progress.advance()
+    assert [line.split()[0] for line in lines] == ["first"]
 
 
 def test_lines_come_while_nothing_advances(monkeypatch: pytest.MonkeyPatch) -> None:
