@@ -22,6 +22,7 @@ from midway.tokenizers.weights import (
     check_published,
     load_weights,
     local_folder,
+    of_run,
     read_folder,
     read_object,
 )
@@ -42,7 +43,7 @@ class Pretrained(Shared, ModelMixin, ConfigMixin):  # pyright: ignore[reportInco
         torch_dtype: torch.dtype = torch.float32,
         **hub: Any,
     ) -> Self:
-        """What `save_pretrained` wrote into a folder, or has on the Hub (`hub`: revision, token, ...), in eval mode.
+        """What `save_pretrained` wrote into a folder, a run left, or the Hub has (`hub`: revision, token, ...), in eval mode.
 
         torch_dtype: of the networks, whose file is in it or in float32. OSError, SafetensorError or ValueError: files that are
         missing, damaged or pickled, options that this class does not have or that are of other types, and tensors that are
@@ -52,7 +53,7 @@ class Pretrained(Shared, ModelMixin, ConfigMixin):  # pyright: ignore[reportInco
             raise ValueError(
                 f"{cls.__name__} is loaded without {', '.join(sorted(unknown))}: give any of {', '.join(HUB)}"
             )
-        folder = local_folder(os.fspath(pretrained_model_name_or_path), subfolder, **hub)
+        folder = of_run(local_folder(os.fspath(pretrained_model_name_or_path), subfolder, **hub), "tokenizer")
         options, tensors = _options(cls, read_object(folder / CONFIG)), read_folder(folder)
         with building(folder / CONFIG, tensors):
             model = cls(**options)

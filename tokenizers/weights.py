@@ -75,6 +75,12 @@ def local_folder(source: str | Path, subfolder: str | None = None, **hub: Any) -
     return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted, **hub)) / inner
 
 
+def of_run(folder: Path, name: str) -> Path:
+    """`folder`, or the folder `name` in it where that alone has a configuration: what a training left in its run."""
+    inside = folder / name
+    return inside if (inside / CONFIG).exists() and not (folder / CONFIG).exists() else folder
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; OSError if there is none, ValueError for anything else."""
     try:

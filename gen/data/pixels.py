@@ -62,7 +62,7 @@ def part_of(images: Images, items: Tensor) -> Images:
 
 def in_parts(images: Images) -> Iterator[Tensor]:
     """All images in order, at most `PART_BYTES` at once."""
-    yield from reported(images.split(part_length(images)), "going through", len(images))
+    yield from reported(images.split(part_length(images)), "reading", len(images))
 
 
 def part_length(images: Images) -> int:

@@ -24,6 +24,7 @@ from midway.tokenizers.weights import (
     building,
     load_weights,
     local_folder,
+    of_run,
     read_folder,
     readable,
 )
@@ -119,11 +120,11 @@ class DescribedModel(Shared, nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
-        """What `save_pretrained` wrote into a folder, or has on the Hub (`hub`: revision, token, ...), on the CPU, in eval mode.
+        """What `save_pretrained` wrote into a folder, a run left, or the Hub has (`hub`: revision, ...): on the CPU, evaluating.
 
         OSError, SafetensorError, DataError or ValueError: files that are missing, damaged, or do not go together.
         """
-        folder = local_folder(os.fspath(source), subfolder, **hub)
+        folder = of_run(local_folder(os.fspath(source), subfolder, **hub), "model")
         text = readable(folder / CONFIG, CONFIG_LIMIT).read_text(encoding="utf-8")
         model = cls.built(text, read_folder(folder), folder / CONFIG, "get the whole folder again")
         model.card = card_in(folder)

@@ -213,7 +213,7 @@ def _reconstruct(
 
 
 def _batches(subject: Subject, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    parts = reported(subject.images.split(size), "going through", len(subject.images))
+    parts = reported(subject.images.split(size), "reconstructing", len(subject.images))
     return zip(parts, subject.places.split(size), strict=True)
 
 

@@ -81,7 +81,10 @@ class Progress:
     def __enter__(self) -> Self:
         if self.shown:
             form = UNCOUNTED if not self.total else None if self._left == self._by_count else BAR
-            shown: dict[str, Any] = {"desc": self.what, "disable": None, "leave": False, "bar_format": form}
+            shown: dict[str, Any] = (
+                {"desc": self.what.rstrip(":"), "unit": f" {self.unit}"} if self.unit else {"desc": self.what}
+            )
+            shown |= {"disable": None, "leave": False, "bar_format": form}
             self._bar = tqdm(total=self.total, initial=self.done, **shown)
             _open.append(self)
             if math.isfinite(BEAT):

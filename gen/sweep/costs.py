@@ -63,14 +63,15 @@ def forecast(
     if solution is not None:
         exact = _missing(solution, config.exact_nfe * passes)
         if not context.cell(StoredSolution(solution)).is_finished:
-            exact += Work(0, each)
+            exact += Work(0, each, config.blocks)
     others = [[job] for job in plan.jobs if not job.nfe]
     missing = [
         group
         for group in (*groups(plan.jobs).values(), *others)
         if not any(_cell(job, context, solution).is_finished for job in group)
     ]
-    measured = Work(sum(group[0].nfe for group in missing) * passes * each, len(missing) * each)
+    evaluations = sum(group[0].nfe for group in missing) * passes * each
+    measured = Work(evaluations, len(missing) * each, len(missing) * config.blocks)
     cells = len(groups(plan.jobs)) + len(others)
     blocks = f"{config.blocks} x {config.n:,} images"
     return Forecast(

@@ -167,8 +167,12 @@ def _sum_blocks(cell: Cell, context: EvaluationContext, checks: Checks) -> None:
     """Write the missing blocks of this process: at 50,000 images a block takes minutes, and so would the wait of the others."""
     for block, place in context.process.mine(_block_places(context.seeds)):
         if cell.part(place, checks.block) is None:
-            numbers = [number for number, (its, _) in enumerate(context.seeds.parts) if its == block]
+            numbers, begun = (
+                [n for n, (its, _) in enumerate(context.seeds.parts) if its == block],
+                context.tally.clock(),
+            )
             cell.write(place, _block(numbers, cell.parts(numbers, checks.samples), context, checks.fine))
+            context.tally.spend(Work(blocks=1), 0.0, 0.0, context.tally.clock() - begun)
 
 
 def _block(

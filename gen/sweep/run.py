@@ -123,7 +123,8 @@ def run_sweep(
     if plan.exact is None or solution is None or choosing is None:
         return _measured(sweep, plan.jobs, context, None)
     choice = choice or choose_grids(plan, choosing)
-    with at_work("sampling"):
+    with at_work("sampling"), Progress("sampling", 0, left=tally.left) as progress:
+        tally.name(progress, "the exact solution", seeds.n * seeds.blocks // process.world_size)
         solution.make()
     sweep = replace(sweep, fine=solution, choice=choice)
     process.wait()

@@ -280,4 +280,6 @@ def test_training_leaves_the_folder_also_where_it_was_cut_short(pipeline: Pipeli
     assert "| optimizer steps | 2 of 25, not finished |" in card
     assert front_of(card)["license"] == "mit"
     assert LatentModel.from_pretrained(out / "model").hash == load_model(out, CPU).hash
+    assert LatentModel.from_pretrained(out).hash == load_model(out, CPU).hash  # a run is enough
+    assert ImageTokenizer.from_pretrained(pipeline.tokenizer).card is not None
     assert "| optimizer steps | 25 |" in (pipeline.model / "model" / "README.md").read_text()

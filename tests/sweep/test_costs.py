@@ -147,6 +147,11 @@ def test_the_time_left_counts_evaluations_and_images_apart() -> None:
     assert mine.left() == pytest.approx(800 * 0.1 + 400 * 0.2 - 7)
     mine.spend(Work(5000, 5000), 500.0, 1000.0)
     assert mine.left() == 0
+    cells = Tally(clock)
+    cells.expect(Work(0, 0, 10), 2)
+    clock.now += 8.0
+    cells.spend(Work(blocks=2), 0.0, 0.0, 6.0)
+    assert cells.left() == pytest.approx(3 * 3.0), "of this process"
 
 
 # ---- the line before a sweep ----

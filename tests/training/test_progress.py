@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from midway.gen.core.errors import UsageError
 from midway.gen.progress import bar
+from midway.gen.progress.memory import PeakMemory
 from midway.gen.training import optim, progress
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig, learning_rate
@@ -362,6 +363,9 @@ def test_env_json_describes_the_run(tmp_path: Path) -> None:
         "precision": "no",
     }
     assert {name: start[name] for name in expected} == expected
+    assert start["peak_resident_bytes"] > 2**26
+    last = (tmp_path / "log.txt").read_text().splitlines()[-1]
+    assert last.endswith(f"; {PeakMemory(start['peak_resident_bytes'])}") and last.startswith("6 steps in ")
 
 
 def test_every_start_adds_to_env_json(tmp_path: Path) -> None:
