@@ -1,8 +1,8 @@
 """Train the offline feature network of a data set: midway train features --data digits --out runs/digits-features
 
 Such features are a choice beside the default, effnet-lite0, and not its equal: training for classes removes what varies within
-them (neural collapse, Papyan et al. 2020, arXiv 2008.08186). Training ends as soon as the classifier separates the classes; yet
-most of the variance lies between them, so that the distance hardly measures variety within a class, and samples with too little
+them (neural collapse, Papyan et al. 2020, arXiv 2008.08186). Training ends when the accuracy on held-out images stops rising; yet
+most of the variance lies between classes, so the distance hardly measures variety within a class, and samples with too little
 of it score well. The share is printed at the end; midway check-metric shows what it does to a distance.
 """
 

@@ -16,12 +16,13 @@ from pipelines import TINY, TINY_DIT, Pipeline, Script
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core import checkpoints
 from midway.gen.core.errors import DataError
-from midway.gen.core.runs import Run
+from midway.gen.core.runs import OWN, Run
 from midway.gen.data.places import data_of, images_at, moved_run, recorded_fingerprint, trained_alike, trained_on
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.load import load_model, solver_path
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.baseline_tasks import VAETask
+from midway.gen.flags.evaluation_flags import EvaluateTask, folder
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.progress.finished import progress_of, selected, unfinished
 from midway.gen.trainings import train_baseline, train_features, train_latent, train_tokenizer
@@ -143,6 +144,9 @@ def test_a_training_resumes_where_its_images_are_now(
     assert script(*f"train_latent {again}".split()).code == DATA
     assert "resuming from step 4" in succeed(f"train_latent {again} --data-path else").out
     assert unfinished(Path("runs/m")) == ()
+    shutil.copytree(moved.model, tmp_path / "alone")  # a latent model without its tokenizer's run beside it
+    assert script("verify_resume", "alone", "--steps", 2).code == DATA
+    succeed("verify_resume alone --steps 2 --tokenizer runs/t --data-path else")
     image_run = "train_features --config runs/f/config.yaml --out runs/f --resume auto --steps 6 --data"
     write_images(tmp_path / "others", first=100)
     done = script(*f"{image_run} others".split())
@@ -230,10 +234,10 @@ def test_a_training_that_stopped_early_is_finished(moved: Place, tmp_path: Path)
         assert unfinished(Path(f"{run.path}@{found.step - 1}")), "an earlier checkpoint of it is not"
         longer = replace(run, config={**run.config, "train": {**run.config["train"], "steps": 90}})
         assert unfinished(longer), "a training that is to go on is not"
-        for folder in checkpoints.directories(run.checkpoints) if recorded else ():
-            state = json.loads((folder / "state.json").read_text())
+        for path in checkpoints.directories(run.checkpoints) if recorded else ():
+            state = json.loads((path / "state.json").read_text())
             del state["finished"]
-            (folder / "state.json").write_text(json.dumps(state))
+            (path / "state.json").write_text(json.dumps(state))
 
 
 def test_a_checkpoint_is_chosen_by_its_step(
@@ -246,6 +250,8 @@ def test_a_checkpoint_is_chosen_by_its_step(
     assert early.weights.endswith("step 2 of 8") and early.run.place == f"{moved.model}@2"
     assert solver_path(early.run, "amed", "karras", 4) == moved.model / "solvers/step-2/amed-karras-nfe4"
     assert solver_path(late.run, "amed", "karras", 4) == moved.model / "solvers/amed-karras-nfe4"
+    own = folder(EvaluateTask(model=Path(f"{moved.model}@2")))
+    assert own == moved.model / "report-step-2" and OWN.fullmatch(own.name), "removed with the run by --overwrite"
     done = script("sample", "--model", f"{moved.model}@3")
     assert done.code == DATA and "steps 2, 4" in done.err and f"{moved.model}@4" in done.err
     for step, new in ((4, True), (2, True), (4, False)):

@@ -45,6 +45,7 @@ from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import LatentTask, QuantizerName, TokenizerConfig, TokenizerTask
 from midway.gen.proving import report as proving
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
+from midway.gen.recipes.generic import GENERIC_TOKENIZERS
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
@@ -470,7 +471,7 @@ def test_the_report_is_complete_and_results_jsonl_agrees_with_the_csv(swept: tup
     assert records == json.loads(json.dumps(to_records(sweep.measurements)))
     assert [r["distance"] for r in records] == [float(row["distance"]) for row in _rows(out)]
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 2 + len(sweep.grids)
+    assert page.count("data:image/") >= 2 + len(sweep.grids) and "<svg" in page
 
 
 def test_more_evaluations_bring_heun_to_the_fine_solution(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -667,7 +668,7 @@ def test_a_run_saves_the_average_of_its_weights(pipeline: Pipeline, tmp_path: Pa
     assert _equal(dict(pipeline.load().model.state_dict()), averaged)
 
 
-@pytest.mark.parametrize("name", [*TOKENIZER_RECIPES, *LATENT_RECIPES])
+@pytest.mark.parametrize("name", [n for n in [*TOKENIZER_RECIPES, *LATENT_RECIPES] if n not in GENERIC_TOKENIZERS])
 def test_a_recipe_builds_and_its_configuration_survives_yaml(name: str) -> None:
     if name in TOKENIZER_RECIPES:
         task = resolve(TokenizerTask, TOKENIZER_RECIPES, [name])
