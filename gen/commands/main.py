@@ -49,6 +49,7 @@ TOOLS = {
     "import-tokenizer": Command("commands.import_tokenizer", "an autoencoder of diffusers", True),
     "posthoc-ema": Command("commands.posthoc_ema", "averages of other lengths, after training", True),
     "verify-resume": Command("commands.verify_resume", "check that resuming a run is exact"),
+    "completion": Command("commands.completion", "a script that completes commands and flags in a shell", True),
     "download-weights": Command("commands.download_weights", "weights of feature networks, for machines offline", True),
 }
 SECTIONS = {"Train": TRAININGS, "Sample and measure": MEASURES, "Data and tools": TOOLS}

@@ -94,3 +94,24 @@ def test_every_command_is_found_and_its_module_has_it() -> None:
     for name, command in main.COMMANDS.items():
         assert main.named(name.split()) == (name, [])
         assert callable(getattr(import_module(f"midway.gen.{command.module}"), command.function))
+
+
+def test_completion_offers_commands_recipes_and_flags(tmp_path: Path) -> None:
+    """In bash itself; files are left to the shell."""
+    from midway.gen.commands.completion import script
+
+    (tmp_path / "midway").write_text(script("bash"))
+
+    def offered(*words: str) -> set[str]:
+        line = f"COMP_WORDS=(midway {' '.join(repr(word) for word in words)}); COMP_CWORD={len(words)}; _midway"
+        code = f"source {tmp_path}/midway; {line}; echo ${{COMPREPLY[@]}}"
+        return set(subprocess.check_output(["bash", "-c", code], text=True, timeout=60).split())
+
+    assert offered("tr") == {"train"} and offered("ev") == {"evaluate", "evaluate-tokenizer", "evaluate-likelihood"}
+    assert offered("train", "") == {"tokenizer", "latent", "solver", "baseline", "features"}
+    assert offered("train", "tokenizer", "sm") == {"small"}
+    assert offered("train", "tokenizer", "small", "--res") == {"--resize", "--resume"}
+    assert "--model.actnorm" in offered("train", "baseline", "digits-glow", "--model.")
+    assert offered("evaluate", "--model", "runs/a", "--nf") == {"--nfe"}
+    assert offered("data", "build", "x", "--keep") == {"--keep-encoded"} and offered("sample", "--out", "f") == set()
+    assert script("zsh").endswith(script("bash"))
