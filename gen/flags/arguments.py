@@ -3,11 +3,12 @@
 A flag is understood by its own name, by the name that it has in config.yaml (`--train.steps`), and with underscores for hyphens.
 """
 
+import typing
 from collections.abc import Iterable, Iterator
 
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.flags.fields import UNSET, Flag
-from midway.gen.flags.vocabulary import settled
+from midway.gen.flags.vocabulary import kinds_of, settled
 
 EXAMPLES = {
     "out": "--out runs/mine",
@@ -62,17 +63,23 @@ def normalised(arguments: list[str], flags: Iterable[Flag], program: str) -> lis
     UsageError for an unknown flag, with the flags nearest to it, and for a word that is none of a choice.
     """
     known = spellings(flags)
-    positional = [flag for flag in flags if flag.positional]
-    result, current = list[str](), (positional[0] if positional else None)
+    positional = next((flag for flag in flags if flag.positional), None)
+    result, current = list[str](), positional
     for word in arguments:
         if not _is_flag(word):
             result.append(word if current is None else settled(current, word))
+            current = current if current is not None and _takes_many(current) else positional
             continue
         name, has_value, value = word.partition("=")
         name, current = _found(name, known, program)
         result.append(f"{name}={settled(current, value)}" if has_value else name)
-        current = None if has_value or current.hint is bool else current
+        current = positional if has_value or current.hint is bool else current
     return result
+
+
+def _takes_many(flag: Flag) -> bool:
+    """Whether several values may follow the flag."""
+    return any(typing.get_origin(kind) is tuple for kind in kinds_of(flag.hint))
 
 
 def _is_flag(word: str) -> bool:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from midway.gen.commands.data import BuildTask
 from midway.gen.commands.main import COMMANDS
+from midway.gen.commands.verify_resume import VerifyTask
 from midway.gen.core.config import to_dict
 from midway.gen.flags import cli
 from midway.gen.flags.fields import Flag, flags_of
@@ -127,3 +129,15 @@ def test_the_file_of_config_may_stand_anywhere(tmp_path: Path) -> None:
         arguments = [word.replace("F", str(tmp_path / "c.yaml")) for word in words]
         task = cli.resolve(TokenizerTask, TOKENIZER_RECIPES, arguments)
         assert (task.train.steps, task.train.lr, task.out) == (6, 0.5, Path("there"))
+
+
+@pytest.mark.parametrize(
+    "words", ["runs/a --steps 3", "--steps 3 runs/a", "--steps=3 runs/a"], ids=["before", "after a value", "after ="]
+)
+def test_an_argument_without_a_flag_may_stand_before_and_after_flags(words: str) -> None:
+    assert cli.resolve(VerifyTask, {}, words.split()) == VerifyTask(Path("runs/a"), steps=3)
+
+
+def test_an_argument_may_follow_a_switch() -> None:
+    task = cli.resolve(BuildTask, {}, ["--out", "set", "--keep-encoded", "cifar-10"])
+    assert (task.data, task.keep_encoded) == ("cifar10", True)  # by the name of the source
