@@ -135,11 +135,11 @@ class TokenizerTask(TrainingTask):
 
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    quantizer: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
-    """Kind and arguments of the quantizer, where --quantizer flags or a file have them: then `model` has only its name."""
     loss: LossConfig = field(default_factory=LossConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
+    quantizer: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Kind and arguments of the quantizer, where --quantizer flags or a file have them: then `model` has only its name."""
 
     def quantizer_config(self, channels: int) -> dict[str, Any]:
         """The quantizer's own configuration, for images of so many channels. ValueError as of TokenizerConfig."""

@@ -39,6 +39,8 @@ class FineSolution:
     spaces: Spaces
     tally: Tally = field(default_factory=Tally, compare=False)
     """Takes what was done."""
+    timed: bool = True
+    """Whether its seconds are reported, so that a run is made before that is not timed."""
 
     @cached_property
     def cell(self) -> Cell:
@@ -51,7 +53,8 @@ class FineSolution:
         """Make the missing parts of this process."""
         for number, (_, seeds) in self.process.mine(self.seeds.parts):
             if self.cell.part(number, self.check) is None:
-                self.tally.warm_up(self.source, seeds, self.spaces)
+                if self.timed:
+                    self.tally.warm_up(self.source, seeds, self.spaces)
                 batch, begun = self.source.sample(seeds), self.tally.clock()
                 images = self.source.images(batch)
                 tensors = {"latents": batch.values, "images": images}

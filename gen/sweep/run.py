@@ -110,8 +110,8 @@ def run_sweep(
         spaces, seeds, store, process, config.metrics, config.overlap, timing(config, process), tally
     )
     solution, choosing = (
-        None if plan.exact is None else FineSolution(plan.exact, some, store, process, spaces, tally)
-        for some in (seeds, config.choice_seeds)
+        None if plan.exact is None else FineSolution(plan.exact, some, store, process, spaces, tally, timed)
+        for some, timed in ((seeds, True), (config.choice_seeds, False))
     )
     expected = forecast(plan, context, config, solution, None if choice else choosing)
     tally.expect(expected.work, process.world_size)

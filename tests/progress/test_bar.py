@@ -90,11 +90,11 @@ def test_what_is_not_counted_has_no_estimate(clock: Clock, capsys: pytest.Captur
 
 
 def test_parts_are_counted_when_they_have_been_used(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = list[int]()
+    counts, others = list[int](), list(bar._open)
     monkeypatch.setattr(Progress, "advance", lambda self, count: counts.append(count))
     for part in reported(["ab", "c", "def"], "reading", 6):
         assert sum(counts) == {"ab": 0, "c": 2, "def": 3}[part]
-    assert counts == [2, 1, 3] and not bar._open
+    assert counts == [2, 1, 3] and bar._open == others
 
 
 def test_an_activity_that_begins_in_silence_reports_soon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,8 +129,8 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
     }
 
 
-ELSEWHERE = {"demo", "download_weights", "check_metric"}
-"""test_demo.py; test_weights.py, since it needs a network or a server; test_check_metric.py."""
+ELSEWHERE = {"demo", "download_weights", "check_metric", "completion"}
+"""test_demo.py; test_weights.py, since it needs a network or a server; test_check_metric.py; test_midway_command.py."""
 
 
 @pytest.fixture(scope="module")
@@ -571,7 +571,8 @@ def test_batch_size_title_and_out_of_evaluate(
     flags = "--solvers ddim --nfe 4 --grids uniform --n 20 --blocks 2 --exact-nfe 8 --batch-size 7 --title Sieben"
     succeed(f"evaluate --model {pipeline.model} --features {pipeline.features} --out {out} {flags}")
     choice = 2 * [*18 * [7], 2]
-    assert sizes == choice + 4 * [7, 7, 6], "128 seeds by the exact solution, twice, two blocks of it and of ddim"
+    scored = 5 * [7, 7, 6]
+    assert sizes == choice + scored, "128 seeds by the exact solution, twice; an untimed block, two of it and of ddim"
     assert "# Sieben" in (out / "report.md").read_text() and "Sieben" in (out / "report.html").read_text()
     assert float(_rows(out)[-1]["distance"]) == pytest.approx(base_cell.distance, rel=1e-4)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from midway.gen.commands import encode as encode_script
 from midway.gen.core.errors import DataError, DivergedError
+from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData, load_images, to_float, to_uint8
 from midway.gen.data.pictures import grid_png, save_grid
 from midway.gen.data.splits import DataConfig, load_splits, split
@@ -212,8 +213,15 @@ def test_the_script_encodes_mirrored_images_into_a_folder_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config = tokenizer(), DataConfig(held_out=0.9)
-    monkeypatch.setattr(encode_script, "load_tokenizer", lambda *_: (model, config))
     train = load_splits(config).train
+    for name, found in (
+        ("load_tokenizer", (model, config)),
+        ("images_at", config),
+        ("splits_of", load_splits(config)),
+        ("unfinished", ()),
+    ):
+        monkeypatch.setattr(encode_script, name, lambda *_, found=found: found)
+    monkeypatch.setattr(encode_script.Run, "open", lambda *_: Run(tmp_path, "tokenizer"))
     paths = [encode_script.run(encode_script.EncodeTask(tmp_path, flip=flip)) for flip in (False, True)]
     assert paths == [cache_path(tmp_path, train, model, Views(mirrored=flip)) for flip in (False, True)]
     assert read_whole(paths[1], train, model, flip=True).mirrored is not None

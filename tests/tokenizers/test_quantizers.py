@@ -448,7 +448,7 @@ def test_an_artefact_is_saved_and_loaded_bit_for_bit(name: str, tmp_path: Path) 
     model.save_pretrained(tmp_path)
     loaded = ImageTokenizer.from_pretrained(tmp_path)
     assert isinstance(loaded, ImageTokenizer)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors", ".md"}
     settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
     assert settings.items() <= dict(loaded.config).items()
     assert_equal(loaded.state_dict(), model.state_dict())
