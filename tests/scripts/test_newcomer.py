@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -38,7 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_images(folder: Path, labelled: bool, count: int = 240) -> None:
     """Digits as PNG files of 28 x 28 pixels."""
-    found = load_digits()
+    found: Any = load_digits()
     for index, (pixels, label) in enumerate(zip(found.images[:count], found.target, strict=False)):
         path = folder / (f"digit {label}" if labelled else ".") / f"{index:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
