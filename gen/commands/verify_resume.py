@@ -9,7 +9,7 @@ further on. The run itself is not touched, and may be in training.
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -26,7 +26,7 @@ from midway.gen.core.config import from_file
 from midway.gen.core.errors import DataError, DiskError, MidwayError, one_line, raising
 from midway.gen.core.files import LOG_LIMIT, read_text, reading
 from midway.gen.core.locks import check_no_link, empty, lock, made
-from midway.gen.core.processes import raised_by_all
+from midway.gen.core.processes import one_thread, raised_by_all
 from midway.gen.core.ranges import EVENTS, check_flag_ranges
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.places import DataPathFlag, images_at, moved_run, splits_of
@@ -66,12 +66,14 @@ class Kind:
 
     task: Callable[[dict[str, Any]], type]
     make_parts: Callable[[Any, Accelerator], Any]
+    surroundings: Callable[[], AbstractContextManager[None]] = nullcontext
+    """What the kind is trained within."""
 
 
 KINDS = {
     "tokenizer": Kind(lambda _: TokenizerTask, train_tokenizer.make_parts),
     "latent_model": Kind(lambda _: LatentTask, train_latent.make_parts),
-    "features": Kind(lambda _: train_features.FeaturesTask, train_features.make_parts),
+    "features": Kind(lambda _: train_features.FeaturesTask, train_features.make_parts, one_thread),
     "solver": Kind(lambda _: train_solver.SolverTask, train_solver.make_parts),
     "baseline": Kind(train_baseline.task_type, train_baseline.make_parts),
 }
@@ -87,7 +89,7 @@ def verify(task: VerifyTask) -> list[str]:
     job, splits = in_place(task, run, job)
     rebuild = partial(KINDS[run.kind].make_parts, **({} if splits is None else {"splits": splits}))
     accelerator = make_accelerator(job.train)
-    with temporary_folder(run.path / ".verify", accelerator) as scratch:
+    with KINDS[run.kind].surroundings(), temporary_folder(run.path / ".verify", accelerator) as scratch:
         with raised_by_all():
             if accelerator.is_main_process:
                 take(run, task.steps, scratch)

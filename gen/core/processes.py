@@ -45,6 +45,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the block torch adds in one order on the CPU, whatever the number of threads: sums are the same bits on all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def launched() -> tuple[int, int]:
     """Rank and number of processes as the launcher set them, (0, 1) without one; UsageError if they are not valid."""
     texts = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")

@@ -13,7 +13,7 @@ SAME: dict[str, str] = {
     "rk4": "rungekutta4",
     "rk38": "rungekutta38",
     "dpm2": "dpmsolver2",
-    "dpmpp2m": "dpmsolverpp2m",
+    "dpmpp2m": "dpmsolverpp2m dpmsolverpp dpmpp dpmsolvermultistep dpmsolvermultistepscheduler",
     "dpmpp3m": "dpmsolverpp3m",
     "dpmpp2s": "dpmsolverpp2s",
     "dpmpp2m_sde": "dpmsolverpp2msde sdedpmsolverpp2m",
@@ -55,14 +55,10 @@ SAME: dict[str, str] = {
 
 NEAR: dict[str, str] = {
     # solvers
-    "dpmsolverpp": "dpmpp2m dpmpp3m dpmpp2s",
-    "dpmpp": "dpmpp2m dpmpp3m dpmpp2s",
     "dpmpp2": "dpmpp2m dpmpp2s",
     "dpmpp3": "dpmpp3m",
     "dpmsolver": "dpm2 dpmpp2m ddim",
     "dpmsolver3": "dpmpp3m dpm2",
-    "dpmsolvermultistep": "dpmpp2m dpmpp3m",
-    "dpmsolvermultistepscheduler": "dpmpp2m dpmpp3m",
     "dpmpp2mkarras": "dpmpp2m",
     "dpmppsde": "dpmpp2m_sde",
     "dpmpp3msde": "dpmpp2m_sde er_sde3",

@@ -135,7 +135,9 @@ class Progress:
             self._bar.refresh()
 
     def beat(self) -> None:
-        """Write a line if one is due."""
+        """Write a line if one is due, and something is left."""
+        if self.total and self.done >= self.total:
+            return
         if self in _open[-1:] and not self.has_bar and self._clock() - self._last >= pause(self.elapsed):
             self.line()
 

@@ -1,9 +1,8 @@
 """All solvers at all budgets on one ground: the grid of each chosen by RMSE on seeds that are not scored, then scored alone."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from midway.gen.core import randomness
+from midway.gen.core.processes import one_thread
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_flag_ranges
 from midway.gen.diffusion.model import start_state
 from midway.gen.progress.bar import Progress, busy
@@ -201,7 +201,7 @@ def run_contest(
 
     cells, every, budgets = [floor, exact], (*solvers, *learned), contest.config.nfe
     with (
-        one_thread_each(),
+        one_thread(),
         ThreadPoolExecutor(workers) as pool,
         Progress("measuring", len(every) * len(budgets), "cells") as progress,
     ):
@@ -221,14 +221,3 @@ def run_contest(
             pool.shutdown(cancel_futures=True)
             raise
     return cells
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Within the block torch divides no operation among threads: these are too short for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -6,8 +6,6 @@ most of the variance lies between classes, so the distance hardly measures varie
 of it score well. The share is printed at the end; midway check-metric shows what it does to a distance.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError, raising
+from midway.gen.core.processes import one_thread
 from midway.gen.core.ranges import WIDTH, check_flag_ranges
 from midway.gen.core.runs import Run
 from midway.gen.core.text import printable
@@ -82,17 +81,6 @@ def accuracy_of(network: FeatureNetwork, images: Images, labels: Tensor) -> tupl
     return right.float().mean().item(), features
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """Within the block the CPU adds in one order, so that weights, and the name with their hash, depend on no thread count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def dry_run(task: FeaturesTask) -> None:
     """Two steps on random images (dry_run.py)."""
     start, train = resident(), replace(task.train, validate_every=0, patience_validations=0)
@@ -117,7 +105,7 @@ def train(task: FeaturesTask) -> Run | None:
         hooks = Hooks(
             export=lambda folder, averaged: export(folder, network, averaged, source), validate=parts.validate
         )
-        with on_one_thread():
+        with one_thread():
             result = fit(network, parts.items, task.train, run, accelerator, hooks, task.resume == "auto")
             if not accelerator.is_main_process:
                 return None

@@ -39,7 +39,7 @@ train latent digits-dit --model.schedule ve -> did you mean 'edm'?
 train latent digits-dit --model.target vel -> did you mean 'velocity'?
 train solver amed --model m --distill.teacher hein -> did you mean 'heun'?
 train solver amed --model m --grid karas -> did you mean 'karras'?
-prove --solvers dpm-solver++ -> did you mean 'dpmpp2m'?
+prove --solvers dpm++3 -> did you mean 'dpmpp3m'?
 prove --solvers euler_a -> did you mean 'ddpm'?
 prove --learned amde -> did you mean 'amed'?
 evaluate --solver ddim -> did you mean '--solvers'?

@@ -37,7 +37,8 @@ CHOICES = {
 }
 
 ACCEPTED = """
-solver: DPM++ 2M = dpm++2m = dpmpp-2m = DPM-Solver++(2M) -> dpmpp2m | dpm++ 3m -> dpmpp3m | dpm++ 2m sde -> dpmpp2m_sde
+solver: DPM++ 2M = dpm++2m = dpmpp-2m = DPM-Solver++(2M) = dpm-solver++ = DPMSolverMultistep -> dpmpp2m
+solver: dpm++ 3m -> dpmpp3m | dpm++ 2m sde -> dpmpp2m_sde
 solver: flow-euler = euler-flow = FlowMatchEulerDiscreteScheduler -> euler | heun2 -> heun | DDIM -> ddim | edm-heun -> edm_heun
 solver: DPM-Solver-2 -> dpm2 | UniPC3 -> unipc3 | AMED -> amed | ddpm -> ddpm | adams-bashforth-2 -> ab2
 grid: ays-sd -> ays_sd | log-SNR -> logsnr
@@ -53,7 +54,7 @@ pixel loss: mse -> l2 | mae -> l1
 adversary: non-saturating -> non_saturating
 """
 SUGGESTED = """
-solver: dpm-solver++ -> dpmpp2m | unipc -> unipc3 | deis -> deis3 | edm -> edm_heun | hune -> heun | dimm -> ddim | eulr -> euler
+solver: unipc -> unipc3 | deis -> deis3 | edm -> edm_heun | hune -> heun | dimm -> ddim | eulr -> euler
 solver: plms -> ipndm4 | euler_a -> ddpm | tabel -> table | amde -> amed | dpmpp2 -> dpmpp2m | sa-solver -> sa_solver3
 grid: edm -> karras | karas -> karras | sd3 -> shift | ays -> ays_sd | exponential -> logsnr | unifrom -> uniform
 features: inception-v3 -> inception | dino -> dinov2-vitl14 | clip -> clip-vitl14 | pixel -> pixels | effnet -> effnet-lite0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pipelines import Script
 
+from midway.gen.commands.verify_resume import VerifyTask, verify
 from midway.gen.core import checkpoints
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig, load_splits
@@ -56,7 +57,8 @@ def test_the_name_depends_on_no_thread_count(tmp_path: Path) -> None:
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            trained(tmp_path / str(count), steps=5, patience_validations=0)
+            trained(tmp_path / str(count), steps=8, save_every=4, keep=2, patience_validations=0)
+            assert "the run's own step-8" in " ".join(verify(VerifyTask(tmp_path / str(count), steps=4)))
             assert torch.get_num_threads() == count, "the caller's threads come back"
             names.append(re.findall(r"metric (\S+)", (tmp_path / str(count) / "log.txt").read_text()))
     finally:
