@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torchvision.models import vgg16
 
 from midway.gen.baselines.vae import VAEConfig
-from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.distillation.amed import DistillConfig
 from midway.gen.flags.baseline_tasks import VAETask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.progress import bar

@@ -40,6 +40,7 @@ ROOMS = (
     "features",
     "baselines",
     "diffusion",
+    "distillation",
     "tokenizer",
     "cards",
     "evaluation",
@@ -287,7 +288,7 @@ def f():
             "sweep.run",
             "baselines training.fit tokenizer sweep.comparisons sweep.export sweep.repeats "
             "evaluation.diffusers evaluation.other_sources "
-            "diffusion.distill_table diffusion.distill_amed",
+            "distillation.table distillation.amed",
         ),
     ],
 )

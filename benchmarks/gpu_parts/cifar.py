@@ -102,7 +102,7 @@ def latent_model(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
 
 def amed(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
     """Learned at every budget of the sweep, as the demo does."""
-    from midway.gen.diffusion.distill_amed import DistillConfig
+    from midway.gen.distillation.amed import DistillConfig
     from midway.gen.trainings.train_solver import recipes, train
 
     default = replace(recipes()["amed"](), model=runs(setting)[1], nfe=BUDGETS)

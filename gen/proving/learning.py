@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
-from midway.gen.diffusion.distill_noise import NoiseConfig, NoiseObjective
-from midway.gen.diffusion.distill_residual import ResidualConfig, ResidualObjective
-from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget
-from midway.gen.diffusion.distillation import Distillation, Lesson, learn
+from midway.gen.distillation.amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.distillation.learning import Distillation, Lesson, learn
+from midway.gen.distillation.noise import NoiseConfig, NoiseObjective
+from midway.gen.distillation.residual import ResidualConfig, ResidualObjective
+from midway.gen.distillation.table import TableConfig, TableObjective, TableTarget
 from midway.gen.proving.model import Block, MixtureModel, figures
 from midway.samplers.card import SolverCard
 from midway.samplers.learned_solver import EARLIER, LEARNED, LearnedSolver

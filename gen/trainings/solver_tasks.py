@@ -11,14 +11,14 @@ import tyro
 
 from midway.gen.core.config import PER_CALL
 from midway.gen.core.errors import UsageError, nearest, raising
-from midway.gen.diffusion.distill_amed import TRIED, DistillConfig, SolverObjective, SolverTarget, objective_for
-from midway.gen.diffusion.distill_noise import NoiseConfig, NoiseObjective
-from midway.gen.diffusion.distill_residual import ResidualConfig, ResidualObjective
-from midway.gen.diffusion.distill_table import TableConfig, TableObjective, TableTarget, make_distance
-from midway.gen.diffusion.distillation import Distillation, Lesson, learn
 from midway.gen.diffusion.load import BEST, LEARNED, TABLE, TrainedModel, load_solver
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.sampling import labels_of
+from midway.gen.distillation.amed import TRIED, DistillConfig, SolverObjective, SolverTarget, objective_for
+from midway.gen.distillation.learning import Distillation, Lesson, learn
+from midway.gen.distillation.noise import NoiseConfig, NoiseObjective
+from midway.gen.distillation.residual import ResidualConfig, ResidualObjective
+from midway.gen.distillation.table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.flags.cli import Flat, with_text
 from midway.gen.flags.tasks import Resume
 from midway.gen.training.config import TrainConfig

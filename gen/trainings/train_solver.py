@@ -17,10 +17,10 @@ from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import to_record
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
-from midway.gen.diffusion.distill_residual import ResidualObjective
-from midway.gen.diffusion.distillation import Distillation
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
 from midway.gen.diffusion.samplers import SamplerConfig, check_guidance
+from midway.gen.distillation.learning import Distillation
+from midway.gen.distillation.residual import ResidualObjective
 from midway.gen.flags.cli import Page, numbers, resolve
 from midway.gen.progress.bar import busy
 from midway.gen.progress.finished import unfinished

@@ -13,9 +13,9 @@ from tensors import normal
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.diffusion.distill_amed import DistillConfig
-from midway.gen.diffusion.distill_table import TableConfig
-from midway.gen.diffusion.distillation import Lesson
+from midway.gen.distillation.amed import DistillConfig
+from midway.gen.distillation.learning import Lesson
+from midway.gen.distillation.table import TableConfig
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.moments import FeatureStatistics
 from midway.gen.proving.contest import EXACT_ROW, FLOOR, Cell, Contest, ContestConfig, run_contest

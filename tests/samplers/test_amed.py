@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
+from midway.gen.distillation.amed import DistillConfig, SolverObjective, SolverTarget, TrajectoryBatch
 from midway.samplers import grids
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard

@@ -11,10 +11,10 @@ from tensors import grad, normal
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
-from midway.gen.diffusion import distill_table
-from midway.gen.diffusion.distill_table import BEST, EndPairs, TableConfig, TableObjective, TableTarget, decoded, l1, l2
-from midway.gen.diffusion.distillation import Lesson
 from midway.gen.diffusion.sampling import noise_of
+from midway.gen.distillation import table as distill_table
+from midway.gen.distillation.learning import Lesson
+from midway.gen.distillation.table import BEST, EndPairs, TableConfig, TableObjective, TableTarget, decoded, l1, l2
 from midway.gen.training.batches import Context
 from midway.gen.training.ema import EMA
 from midway.samplers import grids

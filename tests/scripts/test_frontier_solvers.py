@@ -11,8 +11,8 @@ from resuming import seal
 from sweeps import measured, sweep_task
 
 from midway.gen.commands import evaluate
-from midway.gen.diffusion.distill_table import TableConfig
 from midway.gen.diffusion.load import load_model, load_solver
+from midway.gen.distillation.table import TableConfig
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_solver
 from midway.samplers.residual import Residual, ResidualShape

@@ -33,12 +33,12 @@ from midway.gen.core.runs import Run
 from midway.gen.data import places
 from midway.gen.data.splits import DataConfig, load_splits
 from midway.gen.diffusion import sampling
-from midway.gen.diffusion.distill_amed import DistillConfig
-from midway.gen.diffusion.distill_table import TRIAL, TableConfig
 from midway.gen.diffusion.load import TrainedModel, load_model, load_tokenizer, solver_path
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Samples, SamplingConfig, decode, sample_latents
+from midway.gen.distillation.amed import DistillConfig
+from midway.gen.distillation.table import TRIAL, TableConfig
 from midway.gen.evaluation.records import LIMITS, Measurement, to_records
 from midway.gen.files.records import open_records
 from midway.gen.flags.cli import resolve

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.distill_table import TableConfig, make_distance
+from midway.gen.distillation.table import TableConfig, make_distance
 from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective

@@ -15,9 +15,9 @@ from pipelines import TINY, Pipeline
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core.errors import UsageError
 from midway.gen.data.splits import load_splits
-from midway.gen.diffusion.distill_amed import DistillConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.distillation.amed import DistillConfig
 from midway.gen.flags.baseline_tasks import VAETask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES

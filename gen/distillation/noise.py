@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
-from midway.gen.diffusion.distill_table import l2
-from midway.gen.diffusion.distillation import Distillation, SampledModel, part
+from midway.gen.distillation.learning import Distillation, SampledModel, part
+from midway.gen.distillation.table import l2
 from midway.gen.metrics.batch_distance import BatchDistance
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard

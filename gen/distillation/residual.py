@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.ranges import COUNT, WIDTH, check_ranges
-from midway.gen.diffusion.distill_table import DISTANCES, Distance, EndPairs, TableConfig, end_pairs, fine_teacher, l2
-from midway.gen.diffusion.distillation import Distillation, SampledModel, part
+from midway.gen.distillation.learning import Distillation, SampledModel, part
+from midway.gen.distillation.table import DISTANCES, Distance, EndPairs, TableConfig, end_pairs, fine_teacher, l2
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import Grid

@@ -9,9 +9,9 @@ import torch
 from distillation import tiny_model, train_steps
 from tensors import randomised
 
-from midway.gen.diffusion.distill_residual import ResidualConfig, ResidualObjective
-from midway.gen.diffusion.distill_table import EndPairs, TableConfig
-from midway.gen.diffusion.distillation import Lesson, learn
+from midway.gen.distillation.learning import Lesson, learn
+from midway.gen.distillation.residual import ResidualConfig, ResidualObjective
+from midway.gen.distillation.table import EndPairs, TableConfig
 from midway.samplers import grids
 from midway.samplers.card import SolverCard
 from midway.samplers.learned import LearnedTable

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
-from midway.gen.diffusion.distillation import Distillation, SampledModel, part
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.samplers import gits_for
+from midway.gen.distillation.learning import Distillation, SampledModel, part
 from midway.gen.training.batches import Context
 from midway.samplers.amed import AMEDSolver, nodes
 from midway.samplers.card import SolverCard

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_ranges
-from midway.gen.diffusion.distillation import Distillation, Lesson, SampledModel, learn, part
 from midway.gen.diffusion.load import BEST
+from midway.gen.distillation.learning import Distillation, Lesson, SampledModel, learn, part
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.distill import need_no_noise

@@ -11,8 +11,8 @@ import torch
 from distillation import tiny_model, train_steps
 from tensors import normal
 
-from midway.gen.diffusion.distill_noise import CANDIDATES, NodeBatch, NoiseConfig, NoiseObjective, check_nested
-from midway.gen.diffusion.distillation import Lesson, learn
+from midway.gen.distillation.learning import Lesson, learn
+from midway.gen.distillation.noise import CANDIDATES, NodeBatch, NoiseConfig, NoiseObjective, check_nested
 from midway.gen.metrics.batch_distance import BatchDistance, marginal_distance
 from midway.gen.proving.model import MixtureModel
 from midway.gen.training.batches import Context

@@ -14,12 +14,12 @@ from pipelines import Pipeline
 from tensors import grad
 from torch import Tensor
 
-from midway.gen.diffusion.distill_amed import DistillConfig, SolverObjective, SolverTarget
-from midway.gen.diffusion.distillation import Lesson, learn
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import WARM_UP, SamplerConfig, fitting_nfe, gits_for, make_samplers, make_table
 from midway.gen.diffusion.sampling import sample_latents
+from midway.gen.distillation.amed import DistillConfig, SolverObjective, SolverTarget
+from midway.gen.distillation.learning import Lesson, learn
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings.solver_tasks import labels_for, make_objective, on_best_grid, tried_on
