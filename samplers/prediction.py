@@ -45,6 +45,11 @@ class Prediction:
 
 Field = Callable[[Tensor, Tensor], Prediction]
 """All that a solver sees of a model: (x_t (B, *), t (B,)) -> Prediction. A `TimedField` also prepares for known times."""
+ONE_TIME = (
+    "this field predicts average velocities of jumps, not the velocity at one time: sample with `jump` or `consistency`, or pass "
+    "its `velocity`, that of jumps of length 0"
+)
+"""What a solver that evaluates at one time raises of a `JumpField`."""
 
 
 def expand(t: Tensor, like: Tensor) -> Tensor:
@@ -153,6 +158,38 @@ class TimedField(ABC):
     def copies(self, count: int) -> Field:
         """The field of `count` copies of the batch, (count B, *): conditions repeat."""
         return self
+
+
+class JumpField(TimedField):
+    """A field of average velocities u(z_t, t, r) = (z_t - z_r) / (t - r), with z_r on the trajectory of z_t and r <= t.
+
+    Its predictions are those whose velocity at t is u: x_r = x_t - (t - r) u. Solvers that evaluate at one time raise ValueError;
+    they take `velocity`.
+    """
+
+    schedule: Schedule  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @abstractmethod
+    def average(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """u (B, *) for x_t (B, *), t (B,) and r (B,)."""
+
+    @abstractmethod
+    def jumps(self, times: tuple[float, ...], ends: tuple[float, ...], x: Tensor) -> Evaluations:
+        """The evaluations of jumps from known times to known ends, as `at`."""
+
+    @property
+    @abstractmethod
+    def velocity(self) -> TimedField:
+        """The field of jumps of length 0: the velocity at one time."""
+
+    def __call__(self, x: Tensor, t: Tensor, /, r: Tensor | None = None) -> Prediction:
+        """x_t (B, *), t (B,), r (B,) -> Prediction; ValueError without r."""
+        if r is None:
+            raise ValueError(ONE_TIME)
+        return solve(self.average(x, t, r), "velocity", x, t, self.schedule)
+
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        raise ValueError(ONE_TIME)
 
 
 def at(field: Field, times: tuple[float, ...], x: Tensor) -> Evaluations:

@@ -60,7 +60,7 @@ class Recorder:
         self.rows: list[Row] = []
         self.nodes = [0]
         self.evaluations = 0
-        self._pending: float | None = None
+        self._pending: tuple[float | None, float | None] = None, None
 
     @property
     def x(self) -> Combination:
@@ -88,9 +88,9 @@ class Recorder:
         d_alpha, d_sigma = (rate.item() for rate in self.schedule.rates(scalar(t)))
         return Symbols(self.x, x0, eps, d_alpha * x0 + d_sigma * eps)
 
-    def evaluate(self, t: float) -> Symbols:
-        """Evaluate the network at the newest state and time `t`."""
-        self._pending = t
+    def evaluate(self, t: float, to: float | None = None) -> Symbols:
+        """Evaluate the network at the newest state and time `t`; with `to`, the velocity is the average one to there."""
+        self._pending = t, to
         x0 = Combination({("D", self.evaluations): 1.0})
         self.evaluations += 1
         return self._symbols(t, x0, (self.x - self.alpha(t) * x0) / self.sigma(t))
@@ -109,16 +109,18 @@ class Recorder:
 
     def advance(self, value: Combination, t: float, node: bool = True) -> Combination:
         """Close the row: `value` becomes the newest state, living at `t`; a grid node unless it is an inner stage."""
+        time, to = self._pending
         self.rows.append(
             Row(
-                time=self._pending,
+                time=time,
                 arrival=t,
                 states=tuple(value.weights.get(("x", i), 0.0) for i in range(len(self.rows) + 1)),
                 predictions=tuple(value.weights.get(("D", j), 0.0) for j in range(self.evaluations)),
                 noise=value.weights.get(("z", 0), 0.0),
+                to=to,
             )
         )
-        self._pending = None
+        self._pending = None, None
         if node:
             self.nodes.append(len(self.rows))
         return self.x

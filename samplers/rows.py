@@ -36,6 +36,7 @@ class Row:
 
     time: where the newest state is evaluated, None for no evaluation. arrival: the time at which the new state lives.
     states: weights on x_0 .. x_i. predictions: weights on all D_j so far, this row's own last. noise: weight of fresh noise.
+    to: where the jump ends whose average velocity is evaluated (jumps.py); None for an evaluation at one time.
     """
 
     time: float | None
@@ -43,6 +44,13 @@ class Row:
     states: tuple[float, ...]
     predictions: tuple[float, ...]
     noise: float = 0.0
+    to: float | None = None
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """All of them, of which hashes are made."""
+        plain = (self.time, self.arrival, self.states, self.predictions, self.noise)
+        return plain if self.to is None else (*plain, self.to)
 
 
 @dataclass(frozen=True, slots=True)

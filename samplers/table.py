@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from midway.samplers.artefacts import check_tensors, read_object, read_record, read_tensors, write_tensors
 from midway.samplers.card import SolverCard
 from midway.samplers.hub import Shared
-from midway.samplers.prediction import Field, at
+from midway.samplers.prediction import Evaluations, Field, JumpField, at
 from midway.samplers.rows import Coefficients, CompiledRow, NoiseSource, Row, compile_rows, run_rows
 from midway.samplers.schedule import Schedule, fingerprint, schedule_of
 from midway.samplers.table_checks import check_consistent, check_grid, check_nodes, check_rows
@@ -78,6 +78,11 @@ class Table(Shared):
         """When the evaluations are made."""
         return tuple(row.time for row in self.rows if row.time is not None)
 
+    @functools.cached_property
+    def ends(self) -> tuple[float, ...]:
+        """Where the jump of each evaluation ends; () where evaluations are at one time."""
+        return tuple(row.to for row in self.rows if row.to is not None)
+
     @property
     def hash(self) -> str:
         """12 hexadecimal digits of all numbers."""
@@ -85,7 +90,7 @@ class Table(Shared):
 
     @functools.cached_property
     def _hash(self) -> str:
-        numbers = [self.grid, self.nodes, [astuple(row) for row in self.rows], self.schedule]
+        numbers = [self.grid, self.nodes, [row.numbers for row in self.rows], self.schedule]
         return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:12]
 
     @property
@@ -101,11 +106,22 @@ class Table(Shared):
     def states(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Iterator[Tensor]:
         """Every state from x (B, *) at `grid[0]`, the start included.
 
-        ValueError for a table that draws noise without a source, and for a field of another schedule.
+        ValueError for a table that draws noise without a source, for a field of another schedule, and for jumps of a field that
+        predicts at one time, or the other way round.
         """
         self.check(getattr(field, "schedule", None), noise)
-        coefficients, values = at(field, self.times, x)
+        coefficients, values = self._evaluations(field, x)
         return run_rows(self.rows_for(coefficients), values, x, noise)
+
+    def _evaluations(self, field: Field, x: Tensor) -> Evaluations:
+        if not self.ends:
+            return at(field, self.times, x)
+        if isinstance(field, JumpField):
+            return field.jumps(self.times, self.ends, x)
+        raise ValueError(
+            f"table '{self.solver}' jumps from one time to another by an average velocity, and this field predicts at one "
+            "time: pass the field of a model that was trained to jump, or use another solver, say euler"
+        )
 
     def run(self, field: Field, x: Tensor, noise: NoiseSource | None = None) -> Tensor:
         """x (B, *) at `grid[0]` -> (B, *) at `grid[-1]`; errors as `states`."""
@@ -169,6 +185,7 @@ class Table(Shared):
             "time": [math.nan if r.time is None else r.time for r in self.rows],
             "arrival": [r.arrival for r in self.rows],
             "noise": [r.noise for r in self.rows],
+            **({"to": [math.nan if r.to is None else r.to for r in self.rows]} if self.ends else {}),
             "states": [[*r.states, *[0.0] * (n - len(r.states))] for r in self.rows],
             "predictions": [[*r.predictions, *[0.0] * (n - len(r.predictions))] for r in self.rows],
             "grid": self.grid,
@@ -200,6 +217,7 @@ class Table(Shared):
         check_tensors(tensors, _layout(tensors))
         arrays = {name: tensor.tolist() for name, tensor in tensors.items()}
         rows, evaluations = [], 0
+        ends = arrays.get("to", [math.nan] * len(arrays["time"]))
         for i, time in enumerate(arrays["time"]):
             evaluations += not math.isnan(time)
             weights = arrays["states"][i], arrays["predictions"][i]
@@ -212,6 +230,7 @@ class Table(Shared):
                     states=tuple(weights[0][: i + 1]),
                     predictions=tuple(weights[1][:evaluations]),
                     noise=arrays["noise"][i],
+                    to=None if math.isnan(ends[i]) else ends[i],
                 )
             )
         table = Table(
@@ -231,4 +250,5 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple
     """dtype and shape of each array, for the numbers of rows and nodes that there are."""
     n, k = (tensors[name].numel() if name in tensors else 0 for name in ("time", "grid"))
     shapes = {"time": (n,), "arrival": (n,), "noise": (n,), "states": (n, n), "predictions": (n, n), "grid": (k,)}
+    shapes |= {"to": (n,)} if "to" in tensors else {}
     return {**{name: (torch.float64, shape) for name, shape in shapes.items()}, "nodes": (torch.int64, (k,))}

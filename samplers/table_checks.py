@@ -9,19 +9,21 @@ A table of a fixed method, too: every row maps exact states of one of two proble
     constant velocity      x_i = x_0 + (t_i - t_0) v           D_j of slope v             (solvers in t)
 
 which are one where alpha and sigma are straight in t. An analytic first step is exact for one ratio x0 / eps alone, that of its
-own estimate. Fresh noise and what is left of the start's add up to sigma_i.
+own estimate. Fresh noise and what is left of the start's add up to sigma_i. The D_j of a jump from t to r is the x0 of the
+average velocity (x_t - x_r) / (t - r) of the exact states.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from midway.samplers.grids import is_grid
-from midway.samplers.rows import Row, lines
+from midway.samplers.rows import Array, Row, lines, propagate
 from midway.samplers.schedule import Schedule, fingerprint
 
 TOLERANCE = 1e-6
@@ -46,9 +48,11 @@ def check_grid(solver: str, grid: Sequence[float]) -> None:
 
 def check_rows(solver: str, rows: Sequence[Row]) -> None:
     """ValueError for weights that are missing, left over, not finite or all zero, and for times outside [0, 1]."""
-    evaluations = 0
+    evaluations, jumps = 0, any(row.to is not None for row in rows)
     for i, row in enumerate(rows):
         evaluations += row.time is not None
+        if jumps and row.time is not None and row.to is None:
+            raise ValueError(f"row {i} of table '{solver}' evaluates at one time, and other rows jump")
         if len(row.states) != i + 1 or len(row.predictions) != evaluations:
             raise ValueError(
                 f"row {i} of table '{solver}' has {len(row.states)} state and {len(row.predictions)} prediction "
@@ -62,6 +66,10 @@ def check_rows(solver: str, rows: Sequence[Row]) -> None:
         if not all(is_number(t) and 0 <= t <= 1 for t in (row.arrival, *([] if row.time is None else [row.time]))):
             raise ValueError(
                 f"row {i} of table '{solver}' goes from t = {row.time} to {row.arrival}: times are in [0, 1]"
+            )
+        if row.to is not None and (row.time is None or not is_number(row.to) or not 0 <= row.to <= row.time):
+            raise ValueError(
+                f"row {i} of table '{solver}' jumps from t = {row.time} to {row.to}: a jump ends in [0, t]"
             )
         if not any((*row.states, *row.predictions, row.noise)):
             raise ValueError(f"row {i} of table '{solver}' weighs nothing, so that its state would be 0")
@@ -88,10 +96,10 @@ def check_consistent(solver: str, grid: Sequence[float], rows: Sequence[Row], sc
     for i, row in enumerate(rows):
         if row.time is not None and row.time != arrivals[i]:
             raise ValueError(f"row {i} of table '{solver}' evaluates at t = {row.time} the state of t = {arrivals[i]}")
-    noisy = any(row.noise for row in rows)
-    wrong = _wrong_row(rows, _PointMass(schedule, arrivals), noisy)
+    noisy, ends = any(row.noise for row in rows), [row.to for row in rows]
+    wrong = _wrong_row(rows, _PointMass(schedule, arrivals, ends), noisy)
     if wrong is not None and not noisy:
-        wrong = wrong if _wrong_row(rows, _Straight(schedule, arrivals)) is not None else None
+        wrong = wrong if _wrong_row(rows, _Straight(schedule, arrivals, ends)) is not None else None
     elif wrong is None and noisy:
         wrong = _wrong_variance(rows, schedule, arrivals)
     if wrong is not None:
@@ -102,10 +110,10 @@ def check_consistent(solver: str, grid: Sequence[float], rows: Sequence[Row], sc
 
 
 class _Problem(ABC):
-    """Exact states at the arrivals, of every pair (x0, eps) at the start."""
+    """Exact states at the arrivals, of every pair (x0, eps) at the start; `ends` of the jumps from each but the last."""
 
-    def __init__(self, schedule: Schedule, arrivals: Sequence[float]) -> None:
-        self.t = torch.tensor(arrivals, dtype=torch.float64)
+    def __init__(self, schedule: Schedule, arrivals: Sequence[float], ends: Sequence[float | None]) -> None:
+        self.t, self.ends, self.schedule = torch.tensor(arrivals, dtype=torch.float64), ends, schedule
         self.alpha, self.sigma, self.rates = schedule.alpha(self.t), schedule.sigma(self.t), schedule.rates(self.t)
 
     @property
@@ -121,7 +129,20 @@ class _Problem(ABC):
 
 class _PointMass(_Problem):
     def line(self, x0: float, eps: float) -> tuple[list[float], list[float]]:
-        return (self.alpha * x0 + self.sigma * eps).tolist(), [x0] * len(self.t)
+        states = self.alpha * x0 + self.sigma * eps
+        return states.tolist(), [*map(partial(self._estimate, states, x0, eps), range(len(self.ends))), x0]
+
+    def _estimate(self, states: torch.Tensor, x0: float, eps: float, i: int) -> float:
+        """D of state i: x0, or that of the average velocity of a jump."""
+        end = self.ends[i]
+        if end is None or end == self.t[i].item():
+            return x0
+        r = torch.tensor(end, dtype=torch.float64)
+        slope = (states[i] - self.schedule.alpha(r) * x0 - self.schedule.sigma(r) * eps) / (self.t[i] - r)
+        d_alpha, d_sigma = (rate[i] for rate in self.rates)
+        return (
+            (self.sigma[i] * slope - d_sigma * states[i]) / (d_alpha * self.sigma[i] - d_sigma * self.alpha[i])
+        ).item()
 
 
 class _Straight(_Problem):
@@ -159,12 +180,22 @@ def _weights(row: Row) -> tuple[list[tuple[int, float]], list[tuple[int, float]]
 
 def _wrong_variance(rows: Sequence[Row], schedule: Schedule, arrivals: Sequence[float]) -> int | None:
     """The first row after which the noise in the state of a point mass, the start's and fresh, is not sigma."""
-    problem = _PointMass(schedule, arrivals)
+    ends = [row.to for row in rows]
+    problem = _PointMass(schedule, arrivals, ends)
     x0 = problem.analytic[0] if rows[0].time is None else 0.0
-    start, predictions, draws = lines(rows)
+    start, predictions, draws = _noise_of_jumps(rows, problem) if any(ends) else lines(rows)
     left = start * problem.line(x0, 1.0)[0][0] + predictions.sum(1) * x0
     own, sigma = left - problem.alpha.numpy() * x0, problem.sigma.numpy()
     rounding = ROUNDING * (1 + np.abs(left))
     noise = np.hypot(own, np.linalg.norm(draws, axis=1))
     wrong = (own < -rounding) | (np.abs(noise - sigma) > TOLERANCE * sigma + rounding)
     return int(wrong[1:].argmax()) if wrong[1:].any() else None
+
+
+def _noise_of_jumps(rows: Sequence[Row], problem: _PointMass) -> tuple[Array, Array, Array]:
+    """`lines` where a prediction is a share of the noise in its state, as for a point mass at 0."""
+    shares = [d / x if x else 0.0 for x, d in zip(*problem.line(0.0, 1.0), strict=True)]
+    owner = [i for i, row in enumerate(rows) if row.time is not None]
+    states = propagate(rows, lambda j, state: shares[owner[j]] * state)
+    evaluations = len(owner)
+    return states[:, 0], states[:, 1 : 1 + evaluations], states[:, 1 + evaluations :]

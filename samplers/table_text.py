@@ -17,10 +17,16 @@ def table_text(solver: str, nfe: int, schedule: str, grid: Sequence[float], rows
     head = f"Table {solver}: NFE {nfe}, {schedule or 'any schedule'}, {steps}"
     lines = [("row", "evaluates at", "arrives at", "next state")]
     for i, row in enumerate(rows[:SHOWN]):
-        lines.append((str(i), "-" if row.time is None else f"{row.time:.5f}", f"{row.arrival:.5f}", _sum(row)))
+        time = "-" if row.time is None else f"{row.time:.5f}"
+        lines.append((str(i), time, f"{row.arrival:.5f}", _sum(row) + _jump(row)))
     text = "\n".join(f"{a:>5}  {b:>12}  {c:>10}  {d}" for a, b, c, d in lines)
     more = len(rows) - SHOWN
     return f"{head}\n{text}" + (f"\n  ... {more} more row{'s' if more > 1 else ''}" if more > 0 else "")
+
+
+def _jump(row: Row) -> str:
+    """Where its evaluation jumps to."""
+    return "" if row.to is None else f"   (jump to {row.to:.5f})"
 
 
 def _sum(row: Row) -> str:
