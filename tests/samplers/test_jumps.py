@@ -187,7 +187,9 @@ def test_on_a_straight_schedule_a_jump_is_a_step_of_eulers_method() -> None:
         plain, jumps = euler(schedule, GRID), jump(schedule, GRID)
         assert [replace(row, to=None) for row in jumps.rows] == list(plain.rows)
         assert jumps.ends == GRID[1:] and jumps.hash != plain.hash
-        assert normal_form(plain).times == normal_form(jumps).times and not normal_form(plain).equals(normal_form(jumps))
+        assert normal_form(plain).times == normal_form(jumps).times and not normal_form(plain).equals(
+            normal_form(jumps)
+        )
 
 
 @pytest.mark.parametrize("make", JUMPS.values(), ids=JUMPS)
