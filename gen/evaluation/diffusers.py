@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.data.images import to_float, to_uint8
 from midway.gen.data.pixels import Images
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import LEARNED
-from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, drawn, labels_of, noise_of
 from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
