@@ -95,7 +95,7 @@ def table_from_numbers(numbers: Mapping[str, Any]) -> Table:
     """The table whose `dataclasses.asdict` these numbers are, also after a journey through JSON; ValueError for any other."""
     try:
         rows = tuple(
-            Row(r["time"], r["arrival"], tuple(r["states"]), tuple(r["predictions"]), r["noise"])
+            Row(r["time"], r["arrival"], tuple(r["states"]), tuple(r["predictions"]), r["noise"], r.get("to"))
             for r in numbers["rows"]
         )
         grid, nodes, metadata = tuple(numbers["grid"]), tuple(numbers["nodes"]), dict(numbers["metadata"])
@@ -118,7 +118,8 @@ def read_table(path: Path, schedule: Schedule) -> Table:
 
 
 def _named(table: Table) -> Table:
-    """The table; ValueError for one that draws noise under the name of a solver that draws none."""
+    """The table; ValueError for one that jumps, and for one that draws noise under the name of a solver that draws none."""
+    table.check_plain("the network of a pipeline")
     solver = SOLVERS.get(table.solver)
     if table.stochastic and solver is not None and not solver.stochastic and "eta" not in table.metadata:
         raise ValueError(f"the table has weights of noise, and '{table.solver}' draws none")

@@ -111,9 +111,10 @@ def sample_parallel(
     """`sample` with many evaluations at a time. x: (B, *) at `table.grid[0]`; the end is at `table.grid[-1]`.
 
     The tolerance holds for every sample; the host waits for the device once a wave. ValueError for a table of another schedule,
-    or one that draws noise without a source; FloatingPointError when a state stops being finite.
+    one that jumps, or one that draws noise without a source; FloatingPointError when a state stops being finite.
     """
     table.check(schedule, noise)
+    table.check_plain("parallel sampling")
     draws = {i: noise(x) for i, row in enumerate(table.rows) if row.noise != 0 and noise is not None}
     system = _System(table, schedule, x, config or ParallelConfig(), draws)
     while not system.done:

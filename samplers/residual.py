@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.samplers.prediction import Field, at
+from midway.samplers.prediction import Field
 from midway.samplers.rows import Execution
 from midway.samplers.schedule import Schedule
 from midway.samplers.table import Table
@@ -157,7 +157,7 @@ def steps(
     field: Field, base: Table, g: Correction, unit: float | Tensor, x: Tensor, schedule: Schedule
 ) -> Iterator[Step]:
     """Every row from x (B, *) at the grid's start, differentiable. The base has one row per step, as learned tables have."""
-    coefficients, values = at(field, base.times, x)
+    coefficients, values = base.evaluations(field, x)
     levels, execution = factors(schedule, base.grid), Execution(base.rows_for(coefficients), x)
     previous: Tensor | None = None
     for (alpha, sigma, rho, factor), (_, _, rho_next, _) in pairwise(levels):

@@ -110,10 +110,11 @@ class Table(Shared):
         predicts at one time, or the other way round.
         """
         self.check(getattr(field, "schedule", None), noise)
-        coefficients, values = self._evaluations(field, x)
+        coefficients, values = self.evaluations(field, x)
         return run_rows(self.rows_for(coefficients), values, x, noise)
 
-    def _evaluations(self, field: Field, x: Tensor) -> Evaluations:
+    def evaluations(self, field: Field, x: Tensor) -> Evaluations:
+        """Those of a field at the table's times, for states like x (B, *); ValueError for jumps of a field without any."""
         if not self.ends:
             return at(field, self.times, x)
         if isinstance(field, JumpField):
@@ -128,6 +129,14 @@ class Table(Shared):
         for state in self.states(field, x, noise):
             x = state
         return x
+
+    def check_plain(self, who: str) -> None:
+        """ValueError for a table that jumps, which `who` cannot."""
+        if self.ends:
+            raise ValueError(
+                f"table '{self.solver}' jumps by average velocities, and {who} evaluates at one time: sample by the table "
+                "itself, or use a solver of another kind, say euler"
+            )
 
     def rows_for(self, coefficients: Coefficients) -> tuple[CompiledRow, ...]:
         """The rows compiled for values with these coefficients, once for each."""

@@ -96,6 +96,8 @@ def check_consistent(solver: str, grid: Sequence[float], rows: Sequence[Row], sc
     for i, row in enumerate(rows):
         if row.time is not None and row.time != arrivals[i]:
             raise ValueError(f"row {i} of table '{solver}' evaluates at t = {row.time} the state of t = {arrivals[i]}")
+        if row.to is not None and row.to not in arrivals[i + 1 :]:
+            raise ValueError(f"row {i} of table '{solver}' jumps to t = {row.to}, where no later state lives")
     noisy, ends = any(row.noise for row in rows), [row.to for row in rows]
     wrong = _wrong_row(rows, _PointMass(schedule, arrivals, ends), noisy)
     if wrong is not None and not noisy:
@@ -183,7 +185,7 @@ def _wrong_variance(rows: Sequence[Row], schedule: Schedule, arrivals: Sequence[
     ends = [row.to for row in rows]
     problem = _PointMass(schedule, arrivals, ends)
     x0 = problem.analytic[0] if rows[0].time is None else 0.0
-    start, predictions, draws = _noise_of_jumps(rows, problem) if any(ends) else lines(rows)
+    start, predictions, draws = _noise_of_jumps(rows, problem) if any(end is not None for end in ends) else lines(rows)
     left = start * problem.line(x0, 1.0)[0][0] + predictions.sum(1) * x0
     own, sigma = left - problem.alpha.numpy() * x0, problem.sigma.numpy()
     rounding = ROUNDING * (1 + np.abs(left))

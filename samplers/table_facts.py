@@ -29,16 +29,18 @@ from midway.samplers.table import Table
 
 @dataclass(frozen=True)
 class NormalForm:
-    """Lines of states: start (S,), predictions (S, E), draws (S, K); times (E,) of the evaluations. All float64."""
+    """Lines of states: start (S,), predictions (S, E), draws (S, K); times (E,) of the evaluations, and the ends of jumps, if it
+    jumps. All float64."""
 
     start: Array
     predictions: Array
     draws: Array
     times: tuple[float, ...]
+    ends: tuple[float, ...] = ()
 
     def equals(self, other: "NormalForm", tolerance: float = 1e-12) -> bool:
         """Whether both are one sampler: to `tolerance` of the largest number of a line."""
-        if self.times != other.times or self.draws.shape != other.draws.shape:
+        if (self.times, self.ends) != (other.times, other.ends) or self.draws.shape != other.draws.shape:
             return False
         mine, its = (np.column_stack([each.start, each.predictions, each.draws]) for each in (self, other))
         return bool((np.abs(mine - its) <= tolerance * np.maximum(1, np.abs(its).max(1, keepdims=True))).all())
@@ -48,7 +50,7 @@ def normal_form(table: Table) -> NormalForm:
     """The lines of the evaluated states and of the end."""
     some = [i for i, row in enumerate(table.rows) if row.time is not None] + [len(table.rows)]
     start, predictions, draws = (part[some] for part in lines(table.rows))
-    return NormalForm(start, predictions, draws, table.times)
+    return NormalForm(start, predictions, draws, table.times, table.ends)
 
 
 def levels(schedule: Schedule, times: Sequence[float]) -> tuple[Array, Array]:
@@ -63,7 +65,10 @@ def arrivals(table: Table) -> tuple[float, ...]:
 
 
 def gain_and_clock(table: Table, schedule: Schedule) -> tuple[Array, Array]:
-    """(S,) each, of every state: 1 where it has the signal and the noise that its time says. sigma may be 0 nowhere."""
+    """(S,) each, of every state: 1 where it has the signal and the noise that its time says. sigma may be 0 nowhere.
+
+    ValueError for a table that jumps, as of `variance_ratios`."""
+    table.check_plain("an estimate of clean data")
     alpha, sigma = levels(schedule, arrivals(table))
     start, predictions, draws = lines(table.rows)
     signal, noise = start * alpha[0] + predictions.sum(1), np.hypot(start * sigma[0], np.linalg.norm(draws, axis=1))
@@ -72,6 +77,7 @@ def gain_and_clock(table: Table, schedule: Schedule) -> tuple[Array, Array]:
 
 def variance_ratios(table: Table, schedule: Schedule, deviation: float) -> Array:
     """(S,) the variance of every state on data N(0, deviation^2), relative to alpha^2 deviation^2 + sigma^2: 1 is exact."""
+    table.check_plain("an estimate of clean data")
     at, evaluated = levels(schedule, arrivals(table)), levels(schedule, table.times)
     marginal, at_evaluation = (alpha**2 * deviation**2 + sigma**2 for alpha, sigma in (at, evaluated))
     slopes = evaluated[0] * deviation**2 / at_evaluation

@@ -26,9 +26,10 @@ def leading_factors(table: Table) -> list[float]:
 
 class TableWalk:
     """The rows of a table for a network of this parametrisation; `take`, called after each evaluation, gives the state of the
-    next, or the end."""
+    next, or the end. ValueError for a table that jumps."""
 
     def __init__(self, table: Table, model: Parametrisation) -> None:
+        table.check_plain("the network of a pipeline")
         self.rows = table.rows_for(x0_coefficients(model.target, model.schedule, table.times))
         self.leading = leading_factors(table)
         self._execution: Execution | None = None

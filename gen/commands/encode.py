@@ -17,12 +17,13 @@ from midway.gen.core.text import echo
 from midway.gen.data.images import describe
 from midway.gen.data.places import DataPathFlag, images_at, splits_of
 from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.files.record_work import check_own
 from midway.gen.files.records import is_records
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.progress.finished import unfinished
-from midway.gen.tokenizer.encoding import Dtype, Encoding, check_own, encode
-from midway.gen.tokenizer.latents import Views, cache_path, open_latents
+from midway.gen.tokenizer.encoding import PLAN, Dtype, Encoding, encode
+from midway.gen.tokenizer.latents import KIND, Views, cache_path, open_latents
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def run(task: EncodeTask) -> Path:
     path = check_path(task.out or cache_path(source.path, train, tokenizer, task.views, task.dtype))
     with raised_by_all():
         if process.rank == 0:
-            check_own(path)
+            check_own(path, PLAN, KIND)
             if is_records(path) and not task.overwrite:
                 why = "encoding again would replace it"
                 raise UsageError(f"{path} exists", why, "pass --overwrite, or another --out")

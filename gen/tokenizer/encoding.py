@@ -1,16 +1,11 @@
-"""Encode a data set into a folder of latents (latents.py), by one process or several, and on after a kill.
+"""Encode a data set into a folder of latents (latents.py), by one process or several, and on after a kill (record_work.py).
 
-Images are encoded in batches that are counted from the first image, so that each of them always has the same others beside it:
-convolutions of other batches round differently in the last digits. A shard is a whole number of batches, and process r of P
-makes shards r, r + P, ...; the first process then merges the moments of all batches, in their order, and seals the folder. Its
-bytes are therefore the same for any number of processes and however often it was interrupted, on the same kind of hardware.
+    latents.json     the plan: images, tokenizer, views, dtype, batch
 
-    latents.json     the plan: images, tokenizer, views, dtype, batch; shards of another plan are removed
+The moments of all batches are merged in their order, so that mean and std do not depend on who made which.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -19,23 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from midway.gen.core.errors import DataError, DivergedError, MidwayError, UsageError
-from midway.gen.core.files import read_json, write_atomically
-from midway.gen.core.locks import claimed, empty
-from midway.gen.core.processes import ProcessInfo, at_work, first_of_all, raised_by_all
+from midway.gen.core.errors import DataError, DivergedError, UsageError
+from midway.gen.core.files import read_json
+from midway.gen.core.locks import empty
+from midway.gen.core.processes import ProcessInfo, first_of_all
 from midway.gen.core.text import echo
 from midway.gen.data.images import ImageData, to_float
 from midway.gen.data.pixels import Images
-from midway.gen.files.record_writer import (
-    RecordFormat,
-    ShardIndex,
-    clear_unfinished,
-    read_shard_index,
-    records_per_shard,
-    seal,
-    write_shard,
-)
-from midway.gen.files.records import DTYPES, is_records, record_bytes
+from midway.gen.files.record_work import RecordWork, write_records
+from midway.gen.files.record_writer import RecordFormat, ShardIndex
+from midway.gen.files.records import DTYPES, is_records
 from midway.gen.progress.bar import Progress, reported
 from midway.gen.tokenizer.latents import KIND, Views, tokenizer_hash
 from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
@@ -43,8 +31,6 @@ from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 PLAN = "latents.json"
-SHARDS = 64
-"""As many at least where there are as many batches, so that processes have equal shares."""
 FLOAT16_MOST = 6e4
 """Above it float16 is near its end, 65504."""
 
@@ -80,31 +66,14 @@ def encode(
     if first_of_all(is_records(folder, KIND)) and not overwrite:
         return
     size = first_of_all(encoding.batch_size or _begun(folder, tokenizer, data, encoding) or images_at_once(tokenizer))
-    plan = _plan(tokenizer, data, encoding, size)
     form = RecordFormat(encoding.dtype, (encoding.views.count, *tokenizer.latent_shape))
-    spans = _spans(len(data.images), form, size)
-    with ExitStack() as stack, at_work("encoding"):
-        with raised_by_all():
-            if process.rank == 0:
-                check_own(folder)
-                stack.enter_context(claimed(folder, "encoded"))
-                _prepare(folder, plan)
-        mine = [(number, span) for number, span in process.mine(spans)]
-        missing = [(number, span) for number, span in mine if read_shard_index(folder, number, form) is None]
-        counts = [sum(end - first for _, (first, end) in some) for some in (mine, missing)]
-        try:
-            with Progress("encoding", counts[0], "images", done=counts[0] - counts[1]) as progress:
-                for number, span in missing:
-                    batches = _Batches(tokenizer, data, encoding, size, span, progress)
-                    write_shard(folder, number, form, batches, batches.facts)
-        except MidwayError:
-            if process.world_size == 1 and not list(folder.glob("records-*")):
-                empty(folder)
-            raise
-        process.wait()
-        with raised_by_all():
-            if process.rank == 0:
-                _finish(folder, form, len(spans), plan, tokenizer, data)
+    plan, words = _plan(tokenizer, data, encoding, size), (("encoding", "encoded"), "images", "encode again")
+    write_records(
+        RecordWork(folder, KIND, form, len(data.images), size, PLAN, plan, *words),
+        process,
+        lambda span, progress: _Batches(tokenizer, data, encoding, size, span, progress),
+        lambda indices: _facts(folder, form, indices, tokenizer, data),
+    )
 
 
 def check_large_enough(tokenizer: ImageTokenizer, data: ImageData, views: Views) -> None:
@@ -186,35 +155,6 @@ def _begun(folder: Path, tokenizer: ImageTokenizer, data: ImageData, encoding: E
         return None
 
 
-def _spans(count: int, form: RecordFormat, batch: int) -> list[tuple[int, int]]:
-    """First image of every shard, and the one after its last."""
-    fits = records_per_shard(count, record_bytes(form.dtype, form.shape or ()))
-    size = batch * max(1, min(fits // batch, -(-count // (batch * SHARDS))))
-    return [(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def check_own(folder: Path) -> None:
-    """UsageError for a folder, or a file, that `encode` would not have made."""
-    if folder.is_dir() and ((folder / PLAN).is_file() or not [p for p in folder.iterdir() if p.name != ".lock"]):
-        return
-    if folder.exists():
-        raise UsageError(
-            f"{folder} is no latent cache", "it would be replaced", "choose another --out, or move it away"
-        )
-
-
-def _prepare(folder: Path, plan: dict[str, Any]) -> None:
-    """An empty folder with this plan, or the unfinished one of the same plan."""
-    try:
-        same = read_json(folder / PLAN) == plan and not is_records(folder)
-    except (OSError, ValueError):
-        same = False
-    clear_unfinished(folder)
-    if not same:
-        empty(folder)
-        write_atomically(folder / PLAN, (json.dumps(plan, indent=1) + "\n").encode())
-
-
 # ---- shards ----
 
 
@@ -259,14 +199,10 @@ class _Batches:
         return stored
 
 
-def _finish(
-    folder: Path, form: RecordFormat, shards: int, plan: dict[str, Any], tokenizer: ImageTokenizer, data: ImageData
-) -> None:
-    """Merge the moments, check them, and seal. DataError if another program took a shard away."""
-    found = [read_shard_index(folder, number, form) for number in range(shards)]
-    indices = [index for index in found if index is not None]
-    if len(indices) < shards:
-        raise DataError(f"{folder} lost a file while it was written", "another program removed it", "encode again")
+def _facts(
+    folder: Path, form: RecordFormat, indices: list[ShardIndex], tokenizer: ImageTokenizer, data: ImageData
+) -> dict[str, Any]:
+    """Merge the moments, and check them: latents that do not vary leave an empty folder."""
     each = (ChannelMoments.from_json(part) for index in indices for part in index.facts["moments"])
     mean, std = merged(each, tokenizer.latent_shape[0]).result()
     try:
@@ -274,9 +210,8 @@ def _finish(
     except Exception:
         empty(folder)  # nobody can train on these
         raise
-    facts = {**plan, "mean": mean.tolist(), "std": std.tolist(), **_rounding(indices)}
-    seal(folder, KIND, form, indices, facts)
     echo(f"latents {(sum(index.count for index in indices), *(form.shape or ()))}, {form.dtype}")
+    return {"mean": mean.tolist(), "std": std.tolist(), **_rounding(indices)}
 
 
 def _rounding(indices: list[ShardIndex]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def test_encoding_replaces_latents_alone(pipeline: Pipeline, script: Script, suc
         mine.write_bytes(b"mine")
     for place in ("file", "folder"):
         done = script(*call.split(), tmp_path / place)
-        assert done.code == 2 and "no latent cache" in done.err
+        assert done.code == 2 and "no folder of latents" in done.err
     assert (tmp_path / "file").read_bytes() == (tmp_path / "folder/file").read_bytes() == b"mine"
     run = Path(shutil.copytree(pipeline.tokenizer, tmp_path / "run"))
     (own,) = run.glob("latents-*[0-9a-f]")

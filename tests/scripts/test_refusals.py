@@ -152,7 +152,7 @@ TABLE = """
   train_tokenizer digits-fsq --overwrite --out {with_images} --held-out 0.5 --resize 8 --data {with_images}/samples/photos -> \
 holds {with_images}/samples/photos | would be deleted
   posthoc_ema {model} --std 0.08 --overwrite --out {model} -> the average is made from this run
-  ENCODE {tokenizer} --overwrite --out {weights_of_features} -> no latent cache
+  ENCODE {tokenizer} --overwrite --out {weights_of_features} -> no folder of latents
   TOKENIZERS {tokenizer} --out {a_report} -> holds other files
   EVALUATE --out {a_report}; LIKELIHOOD {baseline} --out {a_report} -> report.md | not of an earlier report
   LIKELIHOOD {baseline} --out {a_results_json} -> results.json | not of an earlier report

@@ -24,8 +24,9 @@ from midway.gen.core.locks import lock
 from midway.gen.core.processes import device_and_process
 from midway.gen.data.crops import cropped
 from midway.gen.data.images import ImageData, load_images, to_float
+from midway.gen.files import record_work
 from midway.gen.files.records import INDEX, MANIFEST, is_records, open_records
-from midway.gen.tokenizer import encoding, latents
+from midway.gen.tokenizer import latents
 from midway.gen.tokenizer.encoding import Encoding, encode, images_of, latent_statistics, views_of
 from midway.gen.tokenizer.latents import StoredViews, Views, open_latents
 from midway.gen.tokenizer.statistics import ChannelMoments, merged
@@ -90,7 +91,7 @@ def test_moments_do_not_depend_on_shards_and_are_those_of_all(
     model, images = tokenizer(), digits()
     found = open_latents(whole, images, model, flip=True)
     for shards in (1, 2, 4):
-        monkeypatch.setattr(encoding, "SHARDS", shards)
+        monkeypatch.setattr(record_work, "SHARDS", shards)
         folder = tmp_path / f"{shards}"
         encode(folder, model, images, FLIPPED)
         assert len(list(folder.glob("records-*"))) in (shards, shards - 1)
@@ -198,7 +199,7 @@ def test_two_commands_do_not_write_one_folder(tmp_path: Path) -> None:
     with lock(folder), pytest.raises(UsageError, match="being encoded by another process"):
         encode(folder, tokenizer(), digits(), FLIPPED)
     (folder / "mine").touch()
-    with pytest.raises(UsageError, match="no latent cache"):
+    with pytest.raises(UsageError, match="no folder of latents"):
         encode(folder, tokenizer(), digits(), FLIPPED)
 
 
