@@ -23,8 +23,8 @@ from torch import Tensor
 
 from midway.gen.core.environment import environment
 from midway.gen.core.processes import best_device
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import TrainedModel, load_model
-from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, is_reachable, make_table
 from midway.gen.diffusion.sampling import labels_of, noise_of
 from midway.gen.distillation.amed import DistillConfig, SolverObjective, SolverTarget, objective_for

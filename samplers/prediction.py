@@ -178,9 +178,9 @@ class JumpField(TimedField):
         """The evaluations of jumps from known times to known ends, as `at`."""
 
     @property
-    @abstractmethod
     def velocity(self) -> TimedField:
         """The field of jumps of length 0: the velocity at one time."""
+        return Velocity(self)
 
     def __call__(self, x: Tensor, t: Tensor, /, r: Tensor | None = None) -> Prediction:
         """x_t (B, *), t (B,), r (B,) -> Prediction; ValueError without r."""
@@ -190,6 +190,28 @@ class JumpField(TimedField):
 
     def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
         raise ValueError(ONE_TIME)
+
+
+@dataclass(frozen=True, eq=False)
+class Velocity(TimedField):
+    """The jumps of length 0 of a jump field."""
+
+    jump: JumpField
+
+    @property
+    def schedule(self) -> Schedule:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.jump.schedule
+
+    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
+        return self.jump(x, t, t)
+
+    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
+        return self.jump.jumps(times, times, x)
+
+    def copies(self, count: int) -> Field:
+        found = self.jump.copies(count)
+        assert isinstance(found, JumpField)
+        return Velocity(found)
 
 
 def at(field: Field, times: tuple[float, ...], x: Tensor) -> Evaluations:

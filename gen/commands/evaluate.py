@@ -9,7 +9,7 @@ External samples: midway evaluate --images samples.npz --data digits --features 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,18 +26,20 @@ from midway.gen.data.places import changed_since, images_at, splits_of
 from midway.gen.data.splits import Splits, load_splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.evaluation.metrics import check_metrics
-from midway.gen.evaluation.sources import EvaluatedModel
+from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
 from midway.gen.evaluation.spaces import Spaces, spaces_of
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.published import save_reference
-from midway.gen.flags.cli import names, numbers, resolve
+from midway.gen.flags.cli import names, resolve
 from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder
 from midway.gen.flags.evaluation_inputs import (
-    baseline_jobs,
+    budgets_of,
     external_images,
     image_jobs,
     image_notes,
+    jobs_beside,
     model_warnings,
+    open_few_step,
     open_model,
     open_repeats,
     open_spaces,
@@ -59,6 +61,7 @@ from midway.gen.report.notes import (
     common_notes,
     exact_notes,
     few_note,
+    few_step_notes,
     floor_text,
     notes,
     timing_notes,
@@ -90,19 +93,20 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     out = folder(task)
     extractors = open_spaces(task, data, "the model" if trained else "the reference")
     check_reference(task, extractors)
+    few_step = open_few_step(task, trained, data, device)
     splits = splits_of(trained.run, data) if trained else load_splits(data)
     for extractor in extractors:
         extractor.check(splits.train.images, "the reference has")
-    if model is not None:
-        model.check_images(splits.train.images)
+    for one in [*filter(None, [model]), *map(EvaluatedLatentModel, few_step.values())]:
+        one.check_images(splits.train.images)
     changed = changed_since(trained.run, splits.train) if trained else ()
     externals = external_images(task, splits)
-    config = sweep_config(task, trained, model, externals, splits, device)
+    config = sweep_config(task, trained, model or first_of(few_step), externals, splits, device)
     for extractor in extractors:
         extractor.check_count(config.n)
     dim = extractors[0].measured_dim(splits.train.images)
     check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
-    others = [*baseline_jobs(task, data, splits, config, device), *image_jobs(externals, config)]
+    others = [*jobs_beside(task, few_step, data, splits, config, device), *image_jobs(externals, config)]
     with busy("making samplers and fitting their grids"):
         plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
     plans[0].jobs.extend(others)
@@ -134,12 +138,14 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, process, choice))
         sweep, missing = merged(sweeps)
         if shown:
-            facts = context(task, model, splits, config, externals, sweep, spaces, extractors, missing, changed)
+            facts = context(
+                task, model, few_step, splits, config, externals, sweep, spaces, extractors, missing, changed
+            )
             with busy("writing the report"):
                 parts = sections(trained, splits, config, sweep)
                 write_report(out, sweep.measurements, facts, pictures_of(sweep, splits, config), parts, sweep.choice)
             echo(terminal_text(sweep.measurements, facts.warnings))
-            if model is None:
+            if model is None and not few_step:
                 echo(floor_text(sweep))
             echo(f"measured in {duration(time.monotonic() - begun)}; {peak_memory()}", f"report: {out / 'report.html'}")
             export_images(task, sweep)
@@ -163,8 +169,8 @@ def sweep_config(
     splits: Splits,
     device: torch.device,
 ) -> SweepConfig:
-    """What to measure; UsageError for nothing, and for numbers that measure nothing."""
-    budgets, count = numbers(task.nfe, "--nfe"), blocks(task)
+    """What to measure, on seeds with the classes of `model`; UsageError for nothing, and for numbers that measure nothing."""
+    budgets, count = budgets_of(task), blocks(task)
     n = len(splits.held_out.images) if task.n is None else task.n
     if task.n is None and model is None and externals and count > 0:
         n = images_per_block(list(externals.values()), count)
@@ -175,18 +181,23 @@ def sweep_config(
         n=n,
         blocks=count,
         first_seed=task.seed,
-        exact_nfe=task.exact_nfe if model else 0,
+        exact_nfe=task.exact_nfe if task.model or task.diffusers else 0,
         choice=task.choice_seeds,
         metrics=names(task.metrics or ""),
         overlap=task.overlap,
         draw=None if model is None else draw_of(task, splits, model.classes, model.empty),
-        skip=task.skip_unreachable,
+        skip=task.skip_unreachable or (task.nfe is None and bool(task.few_step)),
         **task.sampler_options(device),
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
     config.check()
     return config
+
+
+def first_of(few_step: Mapping[str, TrainedModel]) -> EvaluatedModel | None:
+    """The first few-step model, whose classes the seeds have where there is no other."""
+    return next((EvaluatedLatentModel(trained) for trained in few_step.values()), None)
 
 
 def make_folders(folders: dict[str, Path | None]) -> None:
@@ -239,6 +250,7 @@ def export_images(task: EvaluateTask, sweep: Sweep) -> None:
 def context(
     task: EvaluateTask,
     model: EvaluatedModel | None,
+    few_step: Mapping[str, TrainedModel],
     splits: Splits,
     config: SweepConfig,
     externals: dict[str, ExternalImages],
@@ -252,10 +264,11 @@ def context(
     features = " ".join(extractor.note for extractor in extractors)
     against = spaces[""].text
     alone = (*common_notes(config, splits, features, against), floor_text(sweep))
-    protocol = notes(config, splits, len(task.repeats), features, against, missing) if model else alone
+    sampled = model or few_step
+    protocol = notes(config, splits, len(task.repeats), features, against, missing) if sampled else alone
     return ReportContext(
         title=task.title,
-        model=model.description if model else "no model of ours",
+        model=model.description if model else "few-step models" if few_step else "no model of ours",
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         seeds=str(config.seeds),
         guidance=config.guidance,
@@ -267,7 +280,8 @@ def context(
             *class_notes(splits, config.n, config.draw),
             *protocol,
             protocol_note(config.n, spaces[""], config.draw),
-            *exact_notes(config, sweep),
+            *few_step_notes({name: EvaluatedLatentModel(its).description for name, its in few_step.items()}, sweep),
+            *(() if model is None else exact_notes(config, sweep, model.exact)),
             *timing_notes(sweep.measurements),
             *image_notes(externals, config),
         ),

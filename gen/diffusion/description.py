@@ -14,6 +14,7 @@ from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.jump_config import JumpConfig, Objective, check_jumps
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
 from midway.tokenizers.hub import Shared, card_in, card_of
@@ -59,9 +60,28 @@ class LatentModelConfig:
     dequantise: bool = False
     """Pixel models: spread each level over its bin, so that the density is one of pixels and has bits per dimension."""
     dit: DiTConfig = field(default_factory=DiTConfig)
+    objective: Objective = "flow"
+    """flow: the target at one time, of flow matching or diffusion. Models that jump from one time to another in one evaluation:
+    shortcut, alphaflow, meanflow, imf."""
+    jump: JumpConfig = field(default_factory=JumpConfig)
+    """Of models that jump."""
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
+        if self.is_jump:
+            check_jumps(self.objective, self.jump, self.schedule, self.target)
+
+    @property
+    def is_jump(self) -> bool:
+        """Whether the model predicts average velocities of jumps."""
+        return self.objective != "flow"
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """What the network gets beside time and class: the length of a jump, and the guidance scale of one trained with it."""
+        if not self.is_jump:
+            return ()
+        return ("span", "guidance") if self.jump.guidance > 1 else ("span",)
 
     def make_schedule(self) -> Schedule:
         """The schedule this names."""

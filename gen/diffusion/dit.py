@@ -11,7 +11,9 @@ the same whatever batch a sample comes in, and when activation checkpointing com
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -23,6 +25,8 @@ from midway.gen.training.batches import Context
 from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
 from midway.tokenizers.vit import patchify, unpatchify
+
+EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,12 @@ class DiTConfig:
     """Width of the hidden layer of each block, as a multiple of width."""
     dropout: float = 0.0
     """Share of each block's attention and MLP outputs that is set to 0 in training."""
+    time_scale: float = 1000.0
+    """Factor of the time in its sinusoids. The derivative by time, which objectives of jumps take, is proportional to it: 1 for
+    those."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO)
+        check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO, time_scale=(1e-3, 1e6))
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4 (2-D positions)")
         if not 0 <= self.dropout < 1:
@@ -129,10 +136,25 @@ class Block(Recomputed):
         return x + gate_2[:, None] * drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
 
 
+def _embedding(width: int) -> nn.Sequential:
+    """Of the sinusoids of a number."""
+    return nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+
+def _start_at_zero(embedding: nn.Sequential) -> None:
+    """Output 0, whatever its input: a network that gets one more input predicts what it did before."""
+    first, _, last = embedding
+    nn.init.normal_(first.weight, std=0.02)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(first.bias)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(last.weight)  # pyright: ignore[reportArgumentType]
+    nn.init.zeros_(last.bias)  # pyright: ignore[reportArgumentType]
+
+
 class DiT(nn.Module):
     """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
 
-    Inputs of any floating-point dtype; the output has the weights'.
+    `more` names further numbers in [0, 1], (B,) each, that the modulation depends on (a jump's `span`, `guidance`), each with
+    an embedding that starts at 0. Inputs of any floating-point dtype; the output has the weights'.
     """
 
     compilable: ClassVar[bool] = True
@@ -140,7 +162,9 @@ class DiT(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, config: DiTConfig, channels: int, height: int, width: int, classes: int) -> None:
+    def __init__(
+        self, config: DiTConfig, channels: int, height: int, width: int, classes: int, more: tuple[str, ...] = ()
+    ) -> None:
         super().__init__()
         if height % config.patch or width % config.patch:
             raise ValueError(
@@ -149,13 +173,16 @@ class DiT(nn.Module):
         self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
         self.embed = nn.Linear(channels * config.patch**2, config.width)
         self.register_buffer("positions", positions_2d(*self.grid, config.width), persistent=False)
-        self.time = nn.Sequential(nn.Linear(256, config.width), nn.SiLU(), nn.Linear(config.width, config.width))
+        self.time = _embedding(config.width)
         self.label = nn.Embedding(classes + 1, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
         self._initialise()
+        self.more = nn.ModuleDict({name: _embedding(config.width) for name in more})
+        for embedding in self.more.values():
+            _start_at_zero(cast(nn.Sequential, embedding))
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -169,12 +196,16 @@ class DiT(nn.Module):
         for layer in (self.modulation, self.head):
             nn.init.zeros_(layer.weight)
 
-    def conditions(self, noise_angle: Tensor, labels: Tensor) -> Tensor:
-        """(E, B, W): the modulation's input, of time and class, for every noise_angle (E,) and every label (B,)."""
-        return F.silu(self._time(noise_angle)[:, None] + self.label(labels))
+    def conditions(self, noise_angle: Tensor, labels: Tensor, more: Mapping[str, Tensor] = EMPTY) -> Tensor:
+        """(E, B, W): the modulation's input for every noise_angle (E,), with `more` (E,), and every label (B,)."""
+        return F.silu(self._times(noise_angle, more)[:, None] + self.label(labels))
 
-    def _time(self, noise_angle: Tensor) -> Tensor:
-        return self.time(sinusoid(1000 * widened(noise_angle), 256).to(self.embed.weight.dtype))
+    def _times(self, noise_angle: Tensor, more: Mapping[str, Tensor]) -> Tensor:
+        dtype, scale = self.embed.weight.dtype, self.config.time_scale
+        found = self.time(sinusoid(scale * widened(noise_angle), 256).to(dtype))
+        for name, embedding in self.more.items():
+            found = found + embedding(sinusoid(more[name], 256).to(dtype))
+        return found
 
     def forward(
         self,
@@ -183,11 +214,13 @@ class DiT(nn.Module):
         labels: Tensor | None = None,
         context: Context | None = None,
         condition: Tensor | None = None,
+        more: Mapping[str, Tensor] = EMPTY,
     ) -> DiTOutput:
-        """For noise_angle and labels, or for the condition (B, W) made of them. With a context, as in training, dropout acts."""
+        """For noise_angle, labels and `more`, or for the condition (B, W) made of them. With a context, as in training, dropout
+        acts."""
         if condition is None:
             assert noise_angle is not None and labels is not None
-            condition = F.silu(self._time(noise_angle) + self.label(labels))
+            condition = F.silu(self._times(noise_angle, more) + self.label(labels))
         h = self.embed(patchify(x.to(self.embed.weight.dtype), self.config.patch)) + self.positions
         hidden = h
         for i, block in enumerate(self.blocks):

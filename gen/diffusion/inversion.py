@@ -20,7 +20,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import read_tensors, reading, state_hash, write_atomically
-from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.sampling import Start
 from midway.samplers.grids import Grid, reversed_grid
 from midway.samplers.sampler import Sampler

@@ -15,37 +15,25 @@ arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uni
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from midway.gen.core.files import state_hash
 from midway.gen.diffusion.description import DescribedModel, LatentModelConfig
 from midway.gen.diffusion.dit import DiT
+from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, noise_angle, pool
+from midway.gen.diffusion.jump_config import check_jump_guidance
+from midway.gen.diffusion.loss import flow_loss, jump_loss
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
 from midway.samplers.guidance_checks import TrainedOn, check_guide, check_interval, check_labels, check_scale
-from midway.samplers.prediction import (
-    Evaluations,
-    Field,
-    Prediction,
-    TimedField,
-    expand,
-    on_device,
-    solve,
-    target_coefficients,
-    x0_coefficients,
-)
+from midway.samplers.prediction import ONE_TIME, Field, Prediction, expand, solve, target_coefficients
 from midway.samplers.schedule import Schedule
-from midway.tokenizers.losses import mean
-from midway.tokenizers.precision import widened
 
-TIME_BUCKETS = 8
 EVERYWHERE = (0.0, math.inf)
 
 
@@ -77,6 +65,8 @@ class Guidance:
 class LatentModel(DescribedModel):
     """Denoiser of standardised latents (B, C, H, W); `loss` trains it, `field` is what solvers see.
 
+    With an objective of jumps the field is one of average velocities, a `JumpField`.
+
     Saved and loaded bit for bit by save_pretrained and from_pretrained; its tokenizer is a model of its own.
 
     `empty` are classes without a training image, which no seed draws; `class_names` are () where they are not known.
@@ -95,7 +85,9 @@ class LatentModel(DescribedModel):
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.schedule = config.make_schedule()
-        self.network = DiT(config.dit, *latent_shape, self.classes)
+        self.network = DiT(config.dit, *latent_shape, self.classes, config.further)
+        self.teacher: Velocity | None = None
+        """Whose velocity takes the place of the samples' own in training."""
         if config.dequantise:
             self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))
             self.half_cell: Tensor
@@ -107,39 +99,55 @@ class LatentModel(DescribedModel):
     def time_of(self, u: Tensor) -> Tensor:
         """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
         if self.config.time == "uniform":
-            ends = self.schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64, device=u.device))
-            return (ends[0] + (ends[1] - ends[0]) * u).float()
+            low, high = self.time_range
+            return (low + (high - low) * u).float()
         log_rho = self.config.time_mean + self.config.time_std * torch.special.ndtri(u)
         return self.schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX))).float()
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The least and the greatest time that is trained, and that grids sample."""
+        return _range(self.schedule)
+
     def forward_network(
-        self, x: Tensor, t: Tensor, labels: Tensor, context: Context | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor,
+        context: Context | None = None,
+        r: Tensor | None = None,
+        guidance: Tensor | None = None,
+        bare: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W) for x_t, t and labels; a context gives its dropout."""
+        """Unit-variance output F (B, C, H, W) and hidden tokens (B, N, W) for x_t, t and labels; a context gives its dropout.
+
+        Of a model that jumps, from t to r (B,), by default t, at guidance scales (B,), by default 1. bare: without what wraps the
+        network's forward, as torch.compile does.
+        """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
-        return self.network(x / expand(scale, x), _angle(alpha, sigma), labels, context)
+        network = self.network.forward if bare else self.network
+        more = self.further(t, t if r is None else r, guidance)
+        return network(x / expand(scale, x), noise_angle(alpha, sigma), labels, context, more=more)
+
+    def further(self, t: Tensor, r: Tensor, guidance: Tensor | float | None = None) -> dict[str, Tensor]:
+        """What a network of jumps gets beside the time, for t, r and guidance scales (B,) or one of all; {} of another."""
+        if not self.config.further:
+            return {}
+        angles = [noise_angle(self.schedule.alpha(time), self.schedule.sigma(time)) for time in (t, r)]
+        scale = torch.ones_like(t) if guidance is None else torch.ones_like(t) * guidance
+        found = {"span": angles[0] - angles[1], "guidance": 1 - 1 / scale}
+        return {name: found[name] for name in self.config.further}
 
     def loss(self, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`).
+        """The scalar to minimise, and what to log (loss.py)."""
+        return (jump_loss if self.config.is_jump else flow_loss)(self, batch, context)
 
-        With `dequantise` each pixel is uniform on the bin of its level, value (2 u - 1) / (levels - 1) around it.
-        """
-        x0 = batch.latents
-        if self.config.dequantise:
-            x0 = x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
-        u, label = context.uniforms("time", "label")
-        t, eps = self.time_of(u), context.normal("noise", x0.shape[1:])
-        kept = label >= self.config.label_dropout
-        labels = torch.where(kept & (batch.labels < self.classes), batch.labels, self.classes)
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        a, b = target_coefficients(self.config.target, t, self.schedule)
-        unit = (a.square() + b.square()).sqrt()
-        x_t = expand(alpha, x0) * x0 + expand(sigma, x0) * eps
-        target = expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
-        output, _ = self.forward_network(x_t, t, labels, context)
-        error = (widened(output) - target).square().flatten(1).mean(1)
-        return mean(error), {"loss_time": _loss_by_time(error.detach(), _angle(alpha, sigma))}
+    def pixels(self, x0: Tensor, context: Context) -> Tensor:
+        """x0, with `dequantise` each pixel uniform on the bin of its level: value (2 u - 1) / (levels - 1) around it."""
+        if not self.config.dequantise:
+            return x0
+        return x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
@@ -170,9 +178,13 @@ class LatentModel(DescribedModel):
         chosen = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         self.check_guidance(chosen)
         if network is not None:
+            if self.config.is_jump:
+                raise ValueError(ONE_TIME)
             if chosen != Guidance(chosen.scale):
                 raise ValueError("a network in place of the model's is guided by its own label alone, and everywhere")
             return classifier_free(network, labels, self.null_labels(labels), chosen.scale)
+        if self.config.is_jump:
+            return LatentJumpField(self, labels, chosen.scale)
         plain = LatentField(self, labels)
         if chosen.scale == 1:
             return plain
@@ -194,76 +206,18 @@ class LatentModel(DescribedModel):
     def check_guidance(self, guidance: Guidance) -> None:
         """ValueError for guidance that this model cannot have."""
         weak = guidance.weak
-        if weak is self:
+        if self.config.is_jump and guidance.scale != 1:
+            check_jump_guidance(self.config.jump, guidance.scale, weak is not None or guidance.interval != EVERYWHERE)
+            check_labels(guidance.scale, self.trained_on)
+        elif weak is self:
             raise ValueError("the guiding model is the model itself: guide with a smaller or less trained one")
-        if weak is not None:
+        elif weak is not None:
             check_guide(self.trained_on, weak.trained_on)
         elif guidance.scale != 1:
             check_labels(guidance.scale, self.trained_on)
 
 
-@dataclass(frozen=True, eq=False)
-class LatentField(TimedField):
-    """The field of `model` for labels (B,).
-
-    A sampler knows the times of all evaluations: `at` embeds them all at once, beside the labels, and leaves each evaluation
-    the network and one scaling of its input (none where alpha^2 + sigma^2 = 1).
-    """
-
-    model: LatentModel
-    labels: Tensor
-
-    @property
-    def schedule(self) -> Schedule:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.model.schedule
-
-    def __call__(self, x: Tensor, t: Tensor, /) -> Prediction:
-        return self.model.conditional_field(x, t, self.labels)
-
-    def copies(self, count: int) -> Field:
-        return replace(self, labels=self.labels.repeat(count))
-
-    def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:
-        """In terms of F, the network's output of unit variance."""
-        model, t = self.model, torch.tensor(times, dtype=torch.float64)
-        alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-        pairs = x0_coefficients(model.config.target, model.schedule, times)
-        coefficients = tuple(
-            (p, q * scale) for (p, q), scale in zip(pairs, model.output_scale(t).tolist(), strict=True)
-        )
-        dtype = torch.promote_types(model.network.embed.weight.dtype, torch.float32)
-        angles = on_device(tuple(_angle(alpha, sigma).tolist()), dtype, self.labels.device)
-        conditions = model.network.conditions(angles, self.labels)
-        scales = torch.hypot(alpha, sigma).tolist()
-        values = [_evaluation(model.network, *pair) for pair in zip(scales, conditions, strict=True)]
-        return Evaluations(coefficients, values)
-
-
-def _evaluation(network: DiT, scale: float, condition: Tensor) -> Callable[[Tensor], Tensor]:
-    def evaluate(x: Tensor) -> Tensor:
-        return network(x if abs(scale - 1) < 1e-12 else x / scale, condition=condition).value
-
-    return evaluate
-
-
-def _angle(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The network's time, 2/pi atan2(sigma, alpha) in [0, 1]."""
-    return 2 / math.pi * torch.atan2(sigma, alpha)
-
-
-def _loss_by_time(error: Tensor, angle: Tensor) -> Tensor:
-    """(8, 2): sum of the errors (B,) and count in 8 equal buckets of the angle (B,), so that intervals and processes add up."""
-    bucket = (angle * TIME_BUCKETS).long().clamp(max=TIME_BUCKETS - 1)
-    pairs = torch.stack([error, torch.ones_like(error)], dim=1)
-    return pairs.new_zeros(TIME_BUCKETS, 2).index_put_((bucket,), pairs, accumulate=True)
-
-
-def pool(hidden: Tensor) -> Tensor:
-    """Tokens (B, N, W) -> features (B, W): the mean token, normalised to zero mean and unit variance."""
-    return F.layer_norm(widened(hidden).mean(1), hidden.shape[-1:])
-
-
-def start_state(schedule: Schedule, t: float, noise: Tensor) -> Tensor:
-    """Standard normal noise -> the state at time `t`, with the standard deviation that unit-variance data has there."""
-    time = torch.tensor(t, dtype=torch.float64)
-    return noise * torch.hypot(schedule.alpha(time), schedule.sigma(time)).item()
+@lru_cache
+def _range(schedule: Schedule) -> tuple[float, float]:
+    low, high = schedule.time_of_rho(torch.tensor([RHO_MIN, RHO_MAX], dtype=torch.float64)).tolist()
+    return low, high

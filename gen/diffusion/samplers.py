@@ -14,8 +14,9 @@ from torch import nn
 from midway.gen.core import randomness
 from midway.gen.core.errors import UsageError, nearest, raising
 from midway.gen.diffusion.class_draw import ClassDraw
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
-from midway.gen.diffusion.model import EVERYWHERE, Guidance, start_state
+from midway.gen.diffusion.model import EVERYWHERE, Guidance
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.adaptive import AdaptiveSampler
 from midway.samplers.card import SolverCard

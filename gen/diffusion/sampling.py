@@ -13,8 +13,9 @@ from torch import Tensor
 from midway.gen.core import randomness
 from midway.gen.data.images import to_float, to_uint8
 from midway.gen.diffusion.class_draw import ClassDraw
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.model import Guidance, LatentModel, start_state
+from midway.gen.diffusion.model import Guidance, LatentModel
 from midway.samplers.graph import Graphs
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DivergedError, UsageError
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
 from midway.samplers.sample import trajectory
 from midway.samplers.sampler import Sampler

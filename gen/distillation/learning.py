@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.core import randomness
-from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.field import start_state
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import Grid

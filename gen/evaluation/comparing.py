@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from midway.gen.evaluation.records import EXACT, LIMITS, TO_EXACT, Measurement
+from midway.gen.evaluation.records import BASELINE, EXACT, FEW_STEP, FLOOR, LIMITS, SOLVER, TO_EXACT, Measurement
 from midway.samplers.solvers import SOLVERS
 
 FID = "inception-v3-2015-12-05@6726825d"
@@ -34,8 +34,13 @@ def baselines_of(measurements: Iterable[Measurement]) -> list[Measurement]:
 
 
 def by_solver(measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Without the limits and baselines."""
-    return [m for m in measurements if m.solver not in LIMITS and not m.baseline]
+    """Solvers of the sweep's model, without the limits."""
+    return [m for m in measurements if m.solver not in LIMITS and m.kind == SOLVER]
+
+
+def few_step(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Few-step models, each at every budget."""
+    return [m for m in measurements if m.kind == FEW_STEP]
 
 
 def check_comparable(measurements: Sequence[Measurement]) -> None:
@@ -50,9 +55,9 @@ def check_comparable(measurements: Sequence[Measurement]) -> None:
 
 
 def shown(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
-    """Solvers by (solver, NFE); the first of several."""
+    """Solvers and few-step models by (name, NFE); the first of several."""
     found: dict[tuple[str, int], Measurement] = {}
-    for m in by_solver(measurements):
+    for m in (m for m in measurements if m.solver not in LIMITS and m.kind != BASELINE):
         found.setdefault((m.solver, m.nfe), m)
     return found
 
@@ -85,6 +90,26 @@ def training_costs(measurements: Iterable[Measurement]) -> dict[str, int]:
     return costs
 
 
+def above_floor(ms: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements with every KID less that of the floor; as they are without one.
+
+    The estimate is unbiased, so that images of the reference's own distribution have a mean of 0; but held-out images that have
+    every class equally often are nearer than that, and the floor a little below 0.
+    """
+    floor = limit_of(ms, FLOOR)
+    if floor is None:
+        return list(ms)
+    less = {name: one.mean for name, one in floor.metrics.items() if is_kid(name)}
+    return [
+        replace(m, metrics={k: replace(v, mean=v.mean - less.get(k, 0.0)) for k, v in m.metrics.items()}) for m in ms
+    ]
+
+
+def is_kid(name: str) -> bool:
+    """Whether a metric is KID, of the first or of a further feature space."""
+    return name == "kid" or name.endswith("_kid")
+
+
 # ---- paired differences ----
 
 
@@ -114,7 +139,7 @@ def critical_t(blocks: int) -> float:
 def differences(measurements: Iterable[Measurement], name: str = "") -> dict[tuple[str, int], Difference]:
     """By (solver, NFE): the paired difference to the best of that NFE, by a metric (default: the one that ranks solvers).
 
-    Blocks share their seeds; none below two blocks.
+    Blocks share their seeds; none below two blocks, and none between means over different numbers of trainings.
     """
     measurements = list(measurements)
     name = name or question(measurements)
@@ -122,7 +147,8 @@ def differences(measurements: Iterable[Measurement], name: str = "") -> dict[tup
     chosen = {key: m for key, m in chosen.items() if math.isfinite(m.value(name) or 0.0)}
     best = {nfe: min((m for (_, n), m in chosen.items() if n == nfe), key=lambda m: m.metrics[name].mean)
             for _, nfe in chosen}  # fmt: skip
-    return {(solver, nfe): _difference(m, best[nfe], name) for (solver, nfe), m in chosen.items()}
+    alike = {key: m for key, m in chosen.items() if m.trainings == best[key[1]].trainings}
+    return {(solver, nfe): _difference(m, best[nfe], name) for (solver, nfe), m in alike.items()}
 
 
 def above_exact(m: Measurement, exact: Measurement) -> Difference | None:
@@ -162,14 +188,21 @@ def best_cell(measurements: Sequence[Measurement]) -> Key | None:
 def first_as_exact(measurements: Sequence[Measurement]) -> Key | None:
     """The best by rank of the smallest budget at which a distance to the data is not significantly above the exact solution's."""
     exact, ranks = limit_of(measurements, EXACT), _ranks(measurements)
-    every = {} if exact is None else {key: above_exact(m, exact) for key, m in shown(measurements).items()}
+    every = {} if exact is None else {key: above_exact(m, exact) for key, m in shown(by_solver(measurements)).items()}
     reached = [key for key, difference in every.items() if difference is not None and not difference.significant]
     return min(reached, key=lambda key: (key[1], ranks[key]), default=None)
 
 
-def tied_with(measurements: Sequence[Measurement], cell: Key) -> list[Key]:
-    """The other cells of its budget that are not significantly worse than the best of that budget."""
-    found = differences(measurements)
+def nearest_to_data(measurements: Sequence[Measurement]) -> dict[int, Key]:
+    """Of every budget of a few-step model, rising, the solver or few-step model of least distance to the data."""
+    finite = {key: m.distance for key, m in shown(measurements).items() if math.isfinite(m.distance)}
+    budgets = sorted({m.nfe for m in few_step(measurements)} & {nfe for _, nfe in finite})
+    return {budget: min((key for key in finite if key[1] == budget), key=lambda key: finite[key]) for budget in budgets}
+
+
+def tied_with(measurements: Sequence[Measurement], cell: Key, name: str = "") -> list[Key]:
+    """The other cells of its budget that are not significantly worse than the best of that budget, by `name` as `differences`."""
+    found = differences(measurements, name)
     return [key for key, d in found.items() if key[1] == cell[1] and key != cell and not d.significant]
 
 
@@ -189,7 +222,8 @@ def contrast(measurements: Sequence[Measurement]) -> tuple[Key, Key] | None:
 
 
 def _ranks(measurements: Sequence[Measurement]) -> dict[Key, float]:
-    """What ranks each cell, infinite where it diverged or was not measured."""
+    """What ranks each cell, infinite where it diverged or was not measured; few-step models have no exact solution to rank by."""
     name = question(measurements)
-    values = {key: m.value(name) for key, m in shown(measurements).items()}
+    ranked = by_solver(measurements) if name == TO_EXACT else measurements
+    values = {key: m.value(name) for key, m in shown(ranked).items()}
     return {key: math.inf if v is None or not math.isfinite(v) else v for key, v in values.items()}

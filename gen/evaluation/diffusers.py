@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from midway.gen.core.errors import DataError, UsageError, nearest
 from midway.gen.data.images import to_float, to_uint8
 from midway.gen.data.pixels import Images
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import LEARNED
-from midway.gen.diffusion.model import start_state
 from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, drawn, labels_of, noise_of
-from midway.gen.evaluation.sources import LATENT_LIMIT, Config, SampledBatch
+from midway.gen.evaluation.sources import EXACT_SOLUTION, LATENT_LIMIT, UNKNOWN, Config, ModelFacts, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
 from midway.samplers.grids import NAMED
 from midway.samplers.interop import trained_range
@@ -84,6 +84,16 @@ class DiffusersModel:
             f"sampled down to sigma / alpha = {lowest:.3g}"
         )
 
+    @property
+    def facts(self) -> ModelFacts:
+        """Nothing is known of its training."""
+        return UNKNOWN
+
+    @property
+    def exact(self) -> tuple[str, str]:
+        """Solver and grid of its exact solution."""
+        return EXACT_SOLUTION
+
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError for any: these models have no missing class."""
         check_guidance(config, None)
@@ -92,6 +102,11 @@ class DiffusersModel:
         """The same with grids that stay on noise levels that the model was trained on."""
         highest, lowest = trained_range(self.schedule)
         return replace(config, rho_max=min(config.rho_max, highest), rho_min=max(config.rho_min, lowest))
+
+    def reaches(self, solver: str, nfe: int) -> bool:
+        """No solver is learned for it."""
+        del solver, nfe
+        return False
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One table per grid; UsageError for what such a model cannot have."""

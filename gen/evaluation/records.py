@@ -12,11 +12,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 FLOOR, CEILING, EXACT = "floor", "ceiling", "exact"
 LIMITS = (FLOOR, CEILING, EXACT)
 """Rows that bound what a solver can reach."""
+LIMIT = "limit"
+"""Their kind in files."""
+Kind = Literal["solver", "few-step", "baseline"]
+SOLVER, FEW_STEP, BASELINE = "solver", "few-step", "baseline"
+"""What a row is: a solver of the sweep's model; a model that was trained for few steps, with weights of its own; anything else at
+its own cost, a baseline or external images."""
 TO_EXACT = "to_exact"
 """Fréchet distance to the images of the exact solution from the same seeds: the solver's error alone."""
 
@@ -47,6 +53,7 @@ class Measurement:
     """
 
     solver: str
+    """Of few-step models and baselines the name of their run."""
     grid: str
     nfe: int
     metrics: Mapping[str, Estimate]
@@ -63,8 +70,7 @@ class Measurement:
     """Network evaluations spent to train the solver."""
     flops: int = 0
     """Floating-point operations of a sample before it is decoded, those of products; 0: not counted."""
-    baseline: bool = False
-    """A model of its own at its own cost, or external images."""
+    kind: Kind = SOLVER
     decode_seconds: float = 0.0
     feature_seconds: float = 0.0
     nonfinite: int = 0
@@ -79,6 +85,21 @@ class Measurement:
     """Names of further feature networks, joined by `; `."""
     seconds_blocks: tuple[float, ...] = ()
     """Seconds of sampling each block; empty in results of earlier versions, whose `seconds` are the mean."""
+    model: str = ""
+    """Name of the run whose model was sampled; empty of images and of models without a run."""
+    sampler: str = ""
+    """What a few-step model was sampled by."""
+    training_images: int = 0
+    """Images that the model's training took, those of the models that it was made from included; 0: not known."""
+    model_nfe: int = 0
+    """Passes of images through networks in that training; 0: not known."""
+    guided: str = ""
+    """Guidance that was paid in training, in words."""
+
+    @property
+    def baseline(self) -> bool:
+        """Whether it is a model at its own cost, or external images."""
+        return self.kind == BASELINE
 
     def value(self, name: str) -> float | None:
         """The metric's mean, None if it was not measured."""
@@ -158,6 +179,8 @@ def _blocks(name: str) -> Callable[[Measurement], tuple[float, ...]]:
 
 _ATTRIBUTES = ("n", "blocks", "seconds", "features", "reference", "seeds", "training_nfe", "baseline")
 _TIMES = ("decode_seconds", "feature_seconds")
+_MODEL = ("model", "sampler", "training_images", "model_nfe", "guided")
+_COUNTS = ("nfe", "n", "blocks", "training_nfe", "flops", "nonfinite", "trainings", "training_images", "model_nfe")
 _PLAIN = ("precision", "recall", "density", "coverage", "inception_score", "fd_infinity")
 RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     **{name: attrgetter(name) for name in ("solver", "grid", "nfe")},
@@ -179,6 +202,8 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     **{name: _mean(name) for name in _PLAIN},
     **{name: attrgetter(name) for name in ("nonfinite", "trainings", "record", "timing", "further", "flops")},
     **{name: attrgetter(name) for name in ("seconds_std", "seconds_blocks")},
+    "kind": lambda m: LIMIT if m.solver in LIMITS else m.kind,
+    **{name: attrgetter(name) for name in _MODEL},
 }
 """By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 
@@ -196,16 +221,19 @@ def from_record(record: Mapping[str, Any]) -> Measurement:
     plain = {f: given[f] for f in Measurement.__dataclass_fields__ if f in given and f != "metrics"}
     stds = {name.removesuffix("_std"): float(value) for name, value in given.items() if name.endswith("_std")}
     blocks = {name.removesuffix("_blocks"): _floats(v) for name, v in given.items() if name.endswith("_blocks")}
-    names = [n for n in given if n not in plain and not n.endswith(("_std", "_blocks"))]
+    names = [n for n in given if n not in (*plain, "baseline") and not n.endswith(("_std", "_blocks"))]
     metrics = {name: Estimate(float(given[name]), stds.get(name), blocks.get(name, ())) for name in names}
     metrics.setdefault("distance", Estimate(math.nan, stds.get("distance"), blocks.get("distance", ())))
     kinds: dict[str, Callable[[Any], Any]] = {
-        **dict.fromkeys(("nfe", "n", "blocks", "training_nfe", "flops", "nonfinite", "trainings"), int),
+        **dict.fromkeys(_COUNTS, int),
         **dict.fromkeys(("seconds", *_TIMES), float),
-        "baseline": lambda value: value in (True, "true"),
         "seconds_blocks": _floats,
     }
     fields: dict[str, Any] = {"grid": "", "seeds": ""} | {n: kinds.get(n, str)(value) for n, value in plain.items()}
+    if given.get("baseline") in (True, "true"):  # results of earlier versions have no kind
+        fields["kind"] = BASELINE
+    elif fields.get("kind") == LIMIT:
+        fields["kind"] = SOLVER
     return Measurement(metrics=metrics, **fields)
 
 

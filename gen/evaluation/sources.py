@@ -6,6 +6,7 @@ any part of a measurement.
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, make_samplers
+from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, learned_for, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
+from midway.gen.training.config import TrainConfig
 from midway.samplers.operations import network_flops
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -22,6 +24,26 @@ from midway.samplers.schedule import Schedule
 LATENT_LIMIT = 100.0
 """Standard deviations at which a latent is clamped before it is decoded; a cell with latents that are not finite is diverged."""
 Config = TypeVar("Config", bound=SamplerConfig)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What rows of a model have besides their figures: the name of its run, and what its training took.
+
+    images: those that its training took, and of the models that it was made from; 0: not known. evaluations: passes of images
+    through networks in it. guided: guidance that was paid in training, in words.
+    """
+
+    name: str = ""
+    images: int = 0
+    evaluations: int = 0
+    guided: str = ""
+
+
+UNKNOWN = ModelFacts()
+"""Of a model without a run."""
+EXACT_SOLUTION = ("dpmpp3m", "logsnr")
+"""Solver and grid: a multistep solver of order 3, whose 48 evaluations are as near to the limit as 128 of Heun's method."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +101,16 @@ class EvaluatedModel(Protocol):
         """The model in a line."""
         ...
 
+    @property
+    def facts(self) -> ModelFacts:
+        """Of its training."""
+        ...
+
+    @property
+    def exact(self) -> tuple[str, str]:
+        """Solver and grid of its exact solution."""
+        ...
+
     def check_images(self, reference: Images) -> None:
         """DataError unless the model makes images of the shape of a reference (N, C, H, W)."""
 
@@ -88,6 +120,10 @@ class EvaluatedModel(Protocol):
     def within(self, config: Config) -> Config:
         """The same with grids that stay on noise levels of the model's training: all of them, for a model of ours."""
         return config
+
+    def reaches(self, solver: str, nfe: int) -> bool:
+        """Whether a learned solver was learned for this model and budget."""
+        ...
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One sampler per grid; UsageError for what this model cannot have."""
@@ -107,6 +143,13 @@ class EvaluatedModel(Protocol):
     def reconstruct(self, images: Tensor) -> Tensor | None:
         """uint8 images (n, C, H, W) through the tokenizer and back, on the CPU; None where there is no tokenizer."""
         ...
+
+
+def facts_of(trained: TrainedModel) -> ModelFacts:
+    """Of a latent model of ours."""
+    run = trained.run
+    images = int(run.checkpoint.name.removeprefix("step-")) * run.part("train", TrainConfig).batch_size
+    return ModelFacts(Path(run.place).resolve().name, images, images)
 
 
 @dataclass(frozen=True)
@@ -135,9 +178,23 @@ class EvaluatedLatentModel(EvaluatedModel):
         tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"
         return f"{self.trained.hash}: {network}; weights {self.trained.weights}{tiled}"
 
+    @property
+    def facts(self) -> ModelFacts:
+        """The name of its run, and what its training took."""
+        return facts_of(self.trained)
+
+    @property
+    def exact(self) -> tuple[str, str]:
+        """Solver and grid of its exact solution."""
+        return EXACT_SOLUTION
+
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError where there is nothing to guide."""
         check_guidance(config, self.trained)
+
+    def reaches(self, solver: str, nfe: int) -> bool:
+        """Whether a learned solver was learned for this model and budget."""
+        return solver in learned_for(self.trained, [nfe])
 
     def samplers(self, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
         """One per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""

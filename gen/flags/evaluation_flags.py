@@ -36,7 +36,7 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     """
 
     model: Path | None = None
-    """Run directory of the latent model; its training images are the reference."""
+    """Run directory of the latent model that solvers are measured on; its training images are the reference."""
     diffusers: Path | None = None
     """In place of --model: folder of a saved diffusers pipeline with a unet and a scheduler, and a vqvae or vae if latent."""
     images: tuple[Path, ...] = ()
@@ -58,20 +58,26 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     repeats: tuple[Path, ...] = ()
     """Run directories of trainings of the same configuration with other seeds: figures become means over trainings, and error
     bars their deviation. Learned solvers must have been learned for each."""
+    few_step: tuple[Path, ...] = ()
+    """Run directories of latent models for few steps, trained on the same images, each a line of its own beside the solvers of
+    --model: jump models are sampled by jump, flow models by euler, on grid uniform, without guidance."""
+    few_step_nfe: str = "1,2,4,8"
+    """Comma-separated budgets of --few-step."""
     baselines: tuple[Path, ...] = ()
     """Run directories of baselines of the same images, each a row at its own number of evaluations."""
-    solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
-    """Comma-separated; learned ones (table, amed, amed-plugin-...) must have been trained for every budget.
-    all: every solver there is, and what was learned for every budget."""
-    nfe: str = "4,6,8,10,20"
-    """Comma-separated budgets of network evaluations."""
+    solvers: str | None = None
+    """Comma-separated; learned ones (table, amed, amed-plugin-...) must have been trained for every budget (default:
+    euler,ddim,heun,dpm2,dpmpp2m; of a jump model jump). all: every solver there is, and what was learned for every budget."""
+    nfe: str | None = None
+    """Comma-separated budgets of network evaluations (default: 4,6,8,10,20; of a jump model 1,2,4,8). Beside --few-step, by
+    default also its budgets, where a solver can reach them."""
     grids: str = "uniform,logsnr,karras"
     """Comma-separated; the grid of each solver and budget is chosen among them on seeds that are not scored. gits is fitted to
     the model."""
     choice_seeds: int = 128
     """Seeds on which grids are chosen, by RMSE to the exact solution; they follow those that are measured."""
     skip_unreachable: bool = False
-    """Leave out budgets that a solver cannot reach (heun at 5), instead of raising an error."""
+    """Leave out budgets that a solver cannot reach (heun at 5) or was not learned for, instead of raising an error."""
     reference: Path | None = None
     """Mean and covariance that others publish, in place of the training images (the floor is still of held-out images): npz
     of pytorch-fid, EDM or ADM, tensors, or a state of torchmetrics."""
@@ -89,8 +95,8 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     seed: int = 0
     """First seed."""
     exact_nfe: int = EXACT_NFE
-    """Evaluations of the exact solution (dpmpp3m on logsnr), which solvers are compared with; 0 leaves it out, and with it all
-    that is compared with it, and the choice of a grid."""
+    """Evaluations of the exact solution (dpmpp3m on logsnr; of a jump model jump on uniform), which solvers are compared with;
+    0 leaves it out, and with it all that is compared with it, and the choice of a grid."""
     metrics: str | None = None
     """Comma-separated, beside the Fréchet distance: kid, sliced, precision (and recall), density (and coverage), is, infinity;
     empty for none (default: kid,sliced; of a --reference without images none)."""
@@ -120,7 +126,7 @@ def check_flags(task: EvaluateTask) -> None:
     """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
     check_names(name for name in (task.metrics or "").split(",") if name.strip())
     named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
-    if task.tile is not None and not task.model:
+    if task.tile is not None and not (task.model or task.few_step):
         raise UsageError(f"--tile {task.tile}", "only tokenizers of ours are tiled", "drop it, or pass --model")
     if task.data_path is not None and not task.model:
         raise UsageError(f"--data-path {task.data_path}", "it is the new place of a run's images", "use --data")
@@ -135,10 +141,10 @@ def check_flags(task: EvaluateTask) -> None:
     if task.guides and not (task.model or task.diffusers):
         raise UsageError(
             "guidance without --model",
-            "no model is sampled: baselines and images are as they are",
+            "no model is sampled with it: few-step models, baselines and images are as they are",
             "drop --guidance, --guidance-interval and --guide, or pass --model",
         )
-    if task.labels and not (task.model or task.diffusers or task.baselines):
+    if task.labels and not (_samples(task) or task.baselines):
         raise UsageError(
             "--labels without --model", "classes of images are as they are", "drop --labels, or pass --model"
         )
@@ -146,7 +152,7 @@ def check_flags(task: EvaluateTask) -> None:
         raise UsageError("--graph and --overlap", "nothing else may run while a graph is captured", "pass one of them")
     if task.repeats and not task.model:
         raise UsageError("--repeats without --model", "they repeat its training", "pass --model")
-    if not (task.model or task.diffusers or task.images or task.baselines):
+    if not (_samples(task) or task.images or task.baselines):
         raise UsageError(
             "nothing to measure", "no model and no images are named", "pass --model, --diffusers or --images"
         )
@@ -158,11 +164,16 @@ def check_flags(task: EvaluateTask) -> None:
         )
 
 
+def _samples(task: EvaluateTask) -> bool:
+    """Whether any model is sampled by a solver."""
+    return bool(task.model or task.diffusers or task.few_step)
+
+
 def blocks(task: EvaluateTask) -> int:
     """Four by default; external images alone are measured as one set."""
     if task.blocks is not None:
         return task.blocks
-    return 4 if task.model or task.diffusers or task.baselines else 1
+    return 4 if _samples(task) or task.baselines else 1
 
 
 def folder(task: EvaluateTask) -> Path:

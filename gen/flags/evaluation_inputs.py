@@ -1,20 +1,26 @@
-"""What the flags of midway evaluate name: the model, its repeats, baselines and external images.
+"""What the flags of midway evaluate name: the model, its repeats, few-step models, baselines and external images.
 
 Modules that only some sweeps need are imported in the functions that open them, so that the path of a plain sweep is short.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
 import torch
 
 from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.runs import Run
 from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
 from midway.gen.data.places import trained_on
 from midway.gen.data.splits import DataConfig, Splits, flags_of
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
+from midway.gen.evaluation.records import FEW_STEP, LIMITS
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
-from midway.gen.flags.cli import names
+from midway.gen.flags.cli import names, numbers
 from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import draw_of
 from midway.gen.progress.finished import unfinished
@@ -48,7 +54,7 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 
 def model_warnings(task: EvaluateTask) -> tuple[str, ...]:
     """Of every run that the flags name and whose training is not finished."""
-    return unfinished(task.model, *task.repeats, *task.baselines, *names(task.features))
+    return unfinished(task.model, *task.repeats, *task.few_step, *task.baselines, *names(task.features))
 
 
 def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
@@ -66,40 +72,102 @@ def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extrac
     return [named_extractor(word, data, whose, its) for word, its in zip(words, weights, strict=True)]
 
 
-def solver_names(words: str, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
-    """The solvers that --solvers names; of `all`, the learned ones that were trained for every budget."""
+FLOW_SOLVERS, FLOW_NFE = "euler,ddim,heun,dpm2,dpmpp2m", "4,6,8,10,20"
+"""What is measured of a model where no flag names anything."""
+
+
+def solver_names(words: str | None, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
+    """The solvers that --solvers names, or the default's; of `all`, the learned ones that were trained for every budget."""
     if words != "all":
-        return names(words)
+        return names(FLOW_SOLVERS if words is None else words)
     plain = tuple(name for name in SOLVERS if name not in ALIASES)
     return plain if trained is None else (*plain, *learned_for(trained, budgets))
 
 
-def baseline_jobs(
-    task: EvaluateTask, data: DataConfig, splits: Splits, config: SweepConfig, device: torch.device
+def budgets_of(task: EvaluateTask) -> tuple[int, ...]:
+    """The budgets of --nfe; by default also those of --few-step, so that both kinds of rows meet."""
+    if task.nfe is not None:
+        return numbers(task.nfe, "--nfe")
+    own = numbers(FLOW_NFE, "--nfe")
+    return tuple(sorted({*own, *few_step_budgets(task)}) if task.few_step else own)
+
+
+def few_step_budgets(task: EvaluateTask) -> tuple[int, ...]:
+    """The budgets of --few-step-nfe, each once."""
+    return tuple(dict.fromkeys(numbers(task.few_step_nfe, "--few-step-nfe")))
+
+
+def open_few_step(
+    task: EvaluateTask, trained: TrainedModel | None, data: DataConfig, device: torch.device
+) -> dict[str, TrainedModel]:
+    """The models of --few-step by the names of their runs; errors as `_alike`, UsageError for the model itself."""
+    found = _alike("--few-step", task.few_step, lambda path: load_model(path, device), data)
+    for name, model in found.items():
+        task.apply_tiles(model.tokenizer)
+        if trained is not None and model.hash == trained.hash:
+            why = "its weights are those of --model, whose lines they would repeat"
+            raise UsageError(f"--few-step names {name}", why, "name a model of other weights")
+    return found
+
+
+def jobs_beside(
+    task: EvaluateTask,
+    models: Mapping[str, TrainedModel],
+    data: DataConfig,
+    splits: Splits,
+    config: SweepConfig,
+    device: torch.device,
 ) -> list[Job]:
-    """Jobs of --baselines, by the names of their runs.
+    """Jobs of --few-step and --baselines by the names of their runs; errors as `_alike`, UsageError for the name of a row."""
+    from midway.gen.sweep.comparisons import baseline_job, few_step_jobs
 
-    UsageError for one name twice, DataError for other images than the reference.
-    """
-    if not task.baselines:
-        return []
-    from midway.gen.baselines.registry import load_trained_baseline
-    from midway.gen.sweep.comparisons import baseline_job
+    found = list[Job]()
+    for name, trained in models.items():
+        draw = draw_of(task, splits, trained.model.classes, trained.model.empty)
+        found += few_step_jobs(name, trained, few_step_budgets(task), config, draw)
+    if task.baselines:
+        from midway.gen.baselines.registry import load_trained_baseline
 
-    found: dict[str, Job] = {}
-    for path in task.baselines:
-        name, baseline = path.resolve().name, load_trained_baseline(path, device)
+        baselines = _alike("--baselines", task.baselines, lambda path: load_trained_baseline(path, device), data)
+        for name, its in baselines.items():
+            draw = draw_of(task, splits, its.model.classes, its.model.empty)
+            found.append(baseline_job(name, its, config.batch_size, draw))
+    solvers = config.solvers if task.model or task.diffusers else ()
+    taken = [*solvers, *LIMITS, *models]
+    for job in found:
+        if taken.count(job.solver) > (job.kind == FEW_STEP):
+            what = f"a run is named {job.solver}, as another row of the report"
+            raise UsageError(what, "rows need different names", "rename the run's folder")
+    return found
+
+
+class _Loaded(Protocol):
+    """A trained model of any kind."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def data(self) -> DataConfig: ...
+
+
+Loaded = TypeVar("Loaded", bound=_Loaded)
+
+
+def _alike(flag: str, paths: Sequence[Path], load: Callable[[Path], Loaded], data: DataConfig) -> dict[str, Loaded]:
+    """Runs by the names of their folders. UsageError for one name twice, DataError for other images than the reference."""
+    found = dict[str, Loaded]()
+    for path in paths:
+        name, loaded = path.resolve().name, load(path)
         if name in found:
-            raise UsageError(f"--baselines names {name} twice", "rows need different names", "rename one of the runs")
-        if not trained_on(baseline.run, data):
+            raise UsageError(f"{flag} names {name} twice", "rows need different names", "rename one of the runs")
+        if not trained_on(loaded.run, data):
             raise DataError(
                 f"{path} was trained on other images than the reference",
-                f"its data are {flags_of(baseline.data)}, the reference is {flags_of(data)}",
+                f"its data are {flags_of(loaded.data)}, the reference is {flags_of(data)}",
                 "train it on the same --data, --held-out, --split-seed, --channels and --resize",
             )
-        draw = draw_of(task, splits, baseline.model.classes, baseline.model.empty)
-        found[name] = baseline_job(name, baseline, config.batch_size, draw)
-    return list(found.values())
+        found[name] = loaded
+    return found
 
 
 def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:

@@ -9,7 +9,8 @@ COMMON = (
 NAMED = {
     "Sampling": "guidance_interval guide analytic_first eta init strength invert parallel tolerance window rtol atol"
     " choice_seeds exact_nfe skip_unreachable",
-    "Measuring": "feature_weights metrics reference save_reference protocol root blocks repeats baselines",
+    "Measuring": "feature_weights metrics reference save_reference protocol root blocks repeats few_step few_step_nfe"
+    " baselines",
     "External images": "images_resize images_channels export_npz save_images",
     "Tiles": "tile tile_margin",
     "Optimizer": "train.optimizer train.warmup train.decay train.plateau train.weight_decay train.betas train.clip"

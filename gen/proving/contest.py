@@ -12,7 +12,7 @@ import torch
 from midway.gen.core import randomness
 from midway.gen.core.processes import one_thread
 from midway.gen.core.ranges import COUNT, SEED, STEPS, check_flag_ranges
-from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.field import start_state
 from midway.gen.progress.bar import Progress, busy
 from midway.gen.proving.learning import Teaching, teach
 from midway.gen.proving.model import Block, Figures, MixtureModel, exact_error, figures, make_block

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core import randomness
-from midway.gen.diffusion.model import start_state
+from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.sampling import SeededNoise, noise_of
 from midway.gen.metrics.frechet import frechet_distance
 from midway.gen.metrics.moments import FeatureStatistics

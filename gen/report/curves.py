@@ -4,13 +4,14 @@ Lines that coincide in the first panel are apart in one of ratios: each value ov
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from midway.gen.core.text import plot_label
 from midway.gen.report.drawing import (
     COLOURS,
+    HAIR,
     INK,
     NARROW,
     PAPER,
@@ -20,9 +21,10 @@ from midway.gen.report.drawing import (
     colour,
     dress,
     legend_below,
-    legend_rows,
+    legend_groups,
     log_ticks,
     look,
+    model_look,
     new_figure,
     place,
     plain_ticks,
@@ -39,13 +41,17 @@ Point = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through points of rising cost; `index` is of its colour and marker. hollow: it needed training. star: one point."""
+    """A line through points of rising cost; `index` is of its colour and marker. hollow: it needed training. star: one point.
+
+    group: under which title of the legend it is, with all lines of a style of their own; empty for solvers.
+    """
 
     name: str
     index: int
     points: tuple[Point, ...]
     hollow: bool = False
     star: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,8 @@ def curves_figure(
     longest = max(map(len, labels), default=0)
     columns = 2 if longest < 20 else 1
     right = 14 if narrow else 24 + 0.56 * SIZE * longest
-    foot = 50 + (legend_rows(len(labels), columns) if narrow else 0)
+    titles = _titles(curves)
+    foot = 50 + (sum(height for *_, height in legend_groups(dict.fromkeys(labels), titles, columns)) if narrow else 0)
     heights = [panel.height * (0.75 if narrow else 1) for panel in panels]
     total = sum(heights) + 38 * (len(panels) - 1) + 30 + foot
     figure = new_figure(NARROW if narrow else WIDE, total)
@@ -151,8 +158,38 @@ def curves_figure(
         _panel(axes, panel, curves, ticks, narrow)
         top += height + 38
     if narrow and labels:
-        legend_below(figure, figure.axes[0], columns)
+        legend_below(figure, figure.axes[0], columns, titles)
+    elif titles:
+        _key(figure.axes[0], titles)
     return figure
+
+
+SOLVERS = "solvers"
+"""Title of the curves without one, where others have one."""
+
+
+def _titles(curves: Sequence[Curve]) -> dict[str, str]:
+    """The titles of the legend by the labels of curves; none where no curve has one."""
+    if not any(curve.group for curve in curves):
+        return {}
+    return {plot_label(curve.name): plot_label(curve.group or SOLVERS) for curve in curves if not curve.star}
+
+
+def _key(axes: "Axes", titles: Mapping[str, str]) -> None:
+    """What the styles of lines are of, in the plot: names are in its margin."""
+    first = {title: next(name for name, its in titles.items() if its == title) for title in titles.values()}
+    drawn = {line.get_label(): line for line in axes.lines}
+    axes.legend(
+        [drawn[name] for name in first.values()],
+        [*first],
+        loc="upper right",
+        facecolor=PAPER,
+        edgecolor=HAIR,
+        framealpha=0.9,
+        labelcolor=INK,
+        fontsize=SIZE - 0.5,
+        handlelength=3.6,
+    ).set_zorder(5)
 
 
 def _panel(axes: "Axes", panel: Panel, every: Sequence[Curve], ticks: Sequence[float] | None, narrow: bool) -> None:
@@ -192,14 +229,21 @@ def spaced(ticks: Sequence[float]) -> list[float]:
 
 
 def _line(axes: "Axes", curve: Curve) -> None:
-    """One solver's line with error bars; a bar that would reach 0 stops just above it."""
+    """One line with error bars; a bar that would reach 0 stops just above it."""
     costs, values, errors = zip(*curve.points, strict=True)
+    style = _style(curve)
     below = [min(error, 0.9 * value) for error, value in zip(errors, values, strict=True)]
     if any(errors):
-        bars = {"fmt": "none", "ecolor": colour(curve.index), "elinewidth": 1.2, "alpha": 0.55}
+        bars = {"fmt": "none", "ecolor": style["color"], "elinewidth": 1.2, "alpha": 0.55}
         axes.errorbar(costs, values, yerr=[below, errors], **bars, zorder=2.5)
     face = {"markerfacecolor": PAPER if curve.hollow else colour(curve.index), "markeredgewidth": 1.6, "markersize": 7}
-    axes.plot(costs, values, **look(curve.index), **face, label=plot_label(curve.name), zorder=3)
+    if curve.group:
+        face = {"markersize": 11, "markeredgecolor": PAPER, "markeredgewidth": 0.6}
+    axes.plot(costs, values, **style, **face, label=plot_label(curve.name), zorder=3.5 if curve.group else 3)
+
+
+def _style(curve: Curve) -> dict[str, Any]:
+    return model_look(curve.index) if curve.group else look(curve.index)
 
 
 def _star(axes: "Axes", curve: Curve, narrow: bool) -> None:
@@ -223,8 +267,8 @@ def _band(axes: "Axes", band: Band, narrow: bool) -> None:
 
 def _name_ends(axes: "Axes", panel: Panel) -> None:
     """The name of every line and band in the right margin, none over another, led to by a thin line from its end."""
-    edge = axes.get_xlim()[1]
-    ends = [(curve.name, *curve.points[-1][:2], colour(curve.index)) for curve in panel.curves if not curve.star]
+    edge, marked = axes.get_xlim()[1], {curve.name for curve in panel.curves if curve.group}
+    ends = [(curve.name, *curve.points[-1][:2], _style(curve)["color"]) for curve in panel.curves if not curve.star]
     ends += [(band.name, edge, band.value, QUIET) for band in panel.bands]
     frame = axes.get_window_extent()
     heights = [axes.transData.transform((cost, value))[1] for _, cost, value, _ in ends]
@@ -238,6 +282,7 @@ def _name_ends(axes: "Axes", panel: Panel) -> None:
             textcoords="figure points",
             va="center",
             fontsize=SIZE - 0.5,
+            fontweight="bold" if name in marked else "normal",
             color=QUIET if tone == QUIET else INK,
             arrowprops={**leader, "relpos": (0, 0.5)},
             annotation_clip=False,

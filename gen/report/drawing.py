@@ -8,7 +8,7 @@ lines apart. In SVG text stays text, and every colour is a custom property of th
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,17 @@ def look(index: int) -> dict[str, Any]:
     """Colour, marker and dashes of the line of this index."""
     dashes = DASHES[index // len(COLOURS) % len(DASHES)]
     return {"color": colour(index), "marker": MARKERS[index % len(MARKERS)], "linestyle": dashes, "linewidth": 1.8}
+
+
+MODEL_MARKERS: tuple[Any, ...] = ((4, 1, 0), "d", (6, 1, 0), "p", "8")
+MODEL_DASHES: Any = (0, (7, 2, 1.5, 2))
+
+
+def model_look(index: int) -> dict[str, Any]:
+    """As `look`, of a few-step model: other markers, dashes that no solver has, so that both kinds differ without colours, and
+    colours in another order."""
+    marker = MODEL_MARKERS[index % len(MODEL_MARKERS)]
+    return {"color": colour(5 - index), "marker": marker, "linestyle": MODEL_DASHES, "linewidth": 2.4}
 
 
 # ---- a figure and its axes ----
@@ -110,19 +121,37 @@ def legend_rows(count: int, columns: int) -> float:
     return 17.2 * -(-count // columns) + 4 if count else 0
 
 
-def legend_below(figure: "Figure", axes: "Axes", columns: int = 3) -> None:
-    """Names at the foot of the figure, so that the plot keeps its width on a phone."""
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="lower center",
-        ncols=columns,
-        frameon=False,
-        labelcolor=INK,
-        fontsize=SIZE - 0.5,
-        handlelength=2.2,
-        columnspacing=1.4,
-        borderaxespad=0.2,
-    )
+def legend_below(figure: "Figure", axes: "Axes", columns: int = 3, titles: Mapping[str, str] = {}) -> None:
+    """Names at the foot of the figure, so that the plot keeps its width on a phone.
+
+    titles: by name; the names of each title are a legend of their own.
+    """
+    every, below = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)), 0.0
+    for title, names, height in reversed(legend_groups(every, titles, columns)):
+        legend = figure.legend(
+            [every[name] for name in names],
+            names,
+            title=title or None,
+            title_fontproperties={"size": SIZE - 0.5, "weight": "bold"},
+            loc="lower center",
+            bbox_to_anchor=(0.5, below / (72 * figure.get_size_inches()[1])),
+            ncols=columns,
+            frameon=False,
+            labelcolor=INK,
+            fontsize=SIZE - 0.5,
+            handlelength=3.2 if titles else 2.2,
+            columnspacing=1.4,
+            borderaxespad=0.2,
+        )
+        legend.get_title().set_color(INK)
+        below += height
+
+
+def legend_groups(names: Iterable[str], titles: Mapping[str, str], columns: int) -> list[tuple[str, list[str], float]]:
+    """Title, names and pixels of each part of a legend; first what has no title."""
+    groups = {title: [name for name in names if titles.get(name, "") == title] for title in ("", *titles.values())}
+    found = [(title, its) for title, its in groups.items() if its]
+    return [(title, its, legend_rows(len(its) + columns * bool(title), columns)) for title, its in found]
 
 
 # ---- PNG and SVG ----
@@ -161,7 +190,7 @@ def _png(figure: "Figure") -> bytes:
 _PROPERTIES = {INK: "ink", QUIET: "quiet", HAIR: "hair", PAPER: "card"} | {c: f"line{i}" for i, c in enumerate(COLOURS)}
 _COLOUR = re.compile("|".join(_PROPERTIES), re.IGNORECASE)
 _LOWER = {colour.lower(): f"var(--{name})" for colour, name in _PROPERTIES.items()}
-_FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-family: [^;\"]*;? ?")
+_FONT = re.compile(r"font: (?:(bold|\d+) )?([\d.]+px)[^;\"]*|font-family: [^;\"]*;? ?")
 
 
 def _svg(figure: "Figure", name: str, title: str, description: str) -> str:
@@ -192,9 +221,15 @@ def _shape(text: str) -> str:
     return re.sub(r"> +<", "><", re.sub(r" {2,}", " ", text))
 
 
+def _font(found: re.Match[str]) -> str:
+    """Size and weight of a letter, which a page's own family has too."""
+    weight = f"font-weight: {found[1]}; " if found[1] else ""
+    return f"{weight}font-size: {found[2]}" if found[2] else ""
+
+
 def _text(element: str) -> str:
     """A <text> without its font's family, its own words as they are."""
     tag, _, words = element.partition(">")
-    tag = _FONT.sub(lambda found: f"font-size: {found[1]}" if found[1] else "", tag)
+    tag = _FONT.sub(_font, tag)
     tag = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), tag)
     return f"{_COLOUR.sub(lambda found: _LOWER[found[0].lower()], tag)}>{words}"

@@ -1,16 +1,91 @@
-"""Notes of a report: the measurement protocol, and how to read the numbers."""
+"""The words of a sweep's report: the answer, the measurement protocol, and how to read the numbers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from midway.gen.data.images import empty_classes, named_empty
 from midway.gen.data.splits import Splits
 from midway.gen.diffusion.class_draw import ClassDraw
-from midway.gen.evaluation.comparing import by_solver
-from midway.gen.evaluation.records import Measurement
+from midway.gen.evaluation.comparing import (
+    above_exact,
+    best_cell,
+    by_solver,
+    few_step,
+    first_as_exact,
+    limit_of,
+    nearest_to_data,
+    question,
+    shown,
+    tied_with,
+)
+from midway.gen.evaluation.records import EXACT, FEW_STEP, TO_EXACT, Measurement
 from midway.gen.report.table import number
-from midway.gen.sweep.jobs import EXACT_GRID, EXACT_SOLVER, SweepConfig
+from midway.gen.sweep.jobs import SweepConfig
 from midway.gen.sweep.run import Sweep
+
+
+def answer(ms: Sequence[Measurement]) -> str:
+    """The result in a sentence or two: of the solvers, and which of them and of few-step models is nearest to the data."""
+    alone = [m for m in ms if m.kind != FEW_STEP]
+    subject = "The solver" if len(alone) == len(ms) else "Of the solvers,"
+    return " ".join(filter(None, (solver_answer(alone, subject), nearest_text(ms))))
+
+
+def solver_answer(ms: Sequence[Measurement], subject: str = "The solver") -> str:
+    """The result of the solvers in a sentence, in the figures of the tables; nothing where no solver was measured.
+
+    The first cell whose distance to the data is not significantly above that of the exact solution (more evaluations gain nothing
+    that these images can show), and the one that is nearest to it; without an exact solution, the lowest distance to the data.
+    """
+    name, every, exact, best = question(ms), shown(ms), limit_of(ms, EXACT), best_cell(ms)
+    if best is None:
+        return ""
+    near = len(tied_with(ms, best))
+    others = f" ({near} other{'s' if near > 1 else ''} at this budget not significantly worse)" if near else ""
+    if name != TO_EXACT or exact is None:
+        whose = "the exact solution" if name == TO_EXACT else "the data"
+        return f"{subject} {named_cell(best)} has the lowest distance to {whose}, {figure(every[best], name)}{others}."
+    nearest = (
+        f"{named_cell(best)} is nearest to the exact solution, at a distance of {figure(every[best], name)}{others}"
+    )
+    limit, first = f"the exact solution's {figure(exact, 'distance')}", first_as_exact(ms)
+    if first is None:
+        compared = any(above_exact(m, exact) for m in every.values())
+        missed = f"; every distance to the data is significantly above {limit}" if compared else ""
+        return f"{subject} {nearest}{missed}."
+    data = figure(every[first], "distance")
+    if first == best:
+        return f"{subject} {nearest}; its distance to the data, {data}, is not significantly above {limit}."
+    enough = f"{first[1]} evaluation{'s are' if first[1] > 1 else ' is'} enough for the solver {first[0]}"
+    reached = f"its distance to the data, {data}, is not significantly above {limit}"
+    return f"{enough}: {reached}; {nearest}."
+
+
+def named_cell(key: tuple[str, int]) -> str:
+    return f"{key[0]} with {key[1]} evaluation{'s' if key[1] > 1 else ''}"
+
+
+def figure(m: Measurement, name: str) -> str:
+    """As the tables write it."""
+    return number(m.metrics[name].mean, m.std(name))
+
+
+def nearest_text(ms: Sequence[Measurement]) -> str:
+    """Which row is nearest to the data at every budget of a few-step model, in a sentence; nothing without few-step models."""
+    every, models, solvers = shown(ms), {m.solver for m in few_step(ms)}, {m.nfe for m in by_solver(ms)}
+    parts = list[str]()
+    for name, nfe in nearest_to_data(ms).values():
+        m, tied = every[name, nfe], len(tied_with(ms, (name, nfe), "distance"))
+        kind = "the few-step model" if name in models else "the solver"
+        others = f", {tied} other{'s' if tied > 1 else ''} not significantly farther" if tied else ""
+        paid = f", {m.guided}" if m.guided else ""
+        at = f"with {nfe} evaluation{'s' if nfe > 1 else ''}" if not parts else f"with {nfe}"
+        alone = "" if not solvers or nfe in solvers else ", where no solver was measured,"
+        parts.append(f"{at}{alone} {kind} {name} ({figure(m, 'distance')}{paid}{others})")
+    return f"Nearest to the data: {'; '.join(parts)}." if parts else ""
+
+
+# ---- notes ----
 
 
 def floor_text(sweep: Sweep) -> str:
@@ -19,14 +94,14 @@ def floor_text(sweep: Sweep) -> str:
     return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
-def exact_notes(config: SweepConfig, sweep: Sweep) -> Iterator[str]:
-    """What the exact solution is, its own error, and which solvers are nearer to it than that error can resolve."""
+def exact_notes(config: SweepConfig, sweep: Sweep, exact: tuple[str, str]) -> Iterator[str]:
+    """What the exact solution is, of which solver and grid; its own error, and the solvers nearer to it than that can resolve."""
     choice, ours = sweep.choice, by_solver(sweep.measurements)
     if choice is None or sweep.fine is None:
         return
     error = choice.exact_error
     yield (
-        f"The exact solution is {EXACT_SOLVER} on {EXACT_GRID} with {config.exact_nfe} evaluations from the same noise; its RMSE "
+        f"The exact solution is {' on '.join(exact)} with {config.exact_nfe} evaluations from the same noise; its RMSE "
         f"to twice the evaluations is {number(error) if math.isfinite(error) else 'infinite'} (seeds {choice.seeds})."
     )
     errors = [(m.solver, m.value("rmse")) for m in ours]
@@ -42,6 +117,22 @@ def exact_notes(config: SweepConfig, sweep: Sweep) -> Iterator[str]:
         yield (
             "The grid of each solver and budget is that of least RMSE on seeds that are not scored; it alone was scored."
         )
+
+
+def few_step_notes(descriptions: Mapping[str, str], sweep: Sweep) -> Iterator[str]:
+    """How few-step models were sampled, and what may be concluded of them."""
+    rows = {m.solver: m for m in few_step(sweep.measurements)}
+    if not rows:
+        return
+    yield (
+        "Few-step models have weights of their own: they compare with solvers of another model by the distance to data alone, "
+        "at their own cost of training. One below the exact row is nearer to the data than the exact solution of that other "
+        "model, and no solution of it. RMSE and distance to the exact solution are of the solvers alone. Few-step models have "
+        "the same seeds, and no guidance in sampling."
+    )
+    for name, m in rows.items():
+        paid = f"; {m.guided}" if m.guided else ""
+        yield f"Few-step model {name}, {m.sampler} on {m.grid}: {descriptions[name]}{paid}."
 
 
 RESOLVED = 3
@@ -60,7 +151,7 @@ def notes(
         yield (
             "Distance to the exact solution and RMSE (of standardised latents; of --diffusers, of the model's own states) are "
             "errors of the solver alone and rank solvers. The distance to the data contains the errors of tokenizer and model "
-            "which a solver's error may cancel by chance: nothing below the exact row is better than it. Of solvers that draw "
+            "which a solver's error may cancel by chance: no solver below the exact row is better than it. Of solvers that draw "
             "noise on the way RMSE is no error: they end elsewhere by design."
         )
     if left_out:
@@ -68,7 +159,8 @@ def notes(
     if repeats:
         yield (
             f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are "
-            "those among trainings, not among blocks. Baselines and sample images are of the first."
+            "those among trainings, not among blocks. Baselines, few-step models (trained once, and so not tested against means "
+            "over trainings) and sample images are of the first."
         )
     if config.overlap:
         yield "Sampling, decoding and features overlapped: their times do, too."

@@ -10,8 +10,9 @@ from midway.gen.core.text import markdown, printable
 from midway.gen.evaluation.comparing import check_comparable, training_costs
 from midway.gen.evaluation.records import to_records
 from midway.gen.report.html import Block
+from midway.gen.report.notes import answer
 from midway.gen.report.plots import PNGS, distance_png, drawings
-from midway.gen.report.sweep_page import Pictures, answer, provenance, report_html
+from midway.gen.report.sweep_page import Pictures, provenance, report_html
 from midway.gen.report.sweep_tables import (
     Measurements,
     all_figures,

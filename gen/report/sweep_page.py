@@ -8,24 +8,25 @@ import torch
 
 from midway.gen.data.splits import Splits
 from midway.gen.evaluation.comparing import (
-    above_exact,
     baselines_of,
     best_cell,
     check_comparable,
     contrast,
     distance_name,
     feature_names,
+    few_step,
     first_as_exact,
     limit_of,
     limits_of,
+    nearest_to_data,
     question,
     shown,
-    tied_with,
     training_costs,
 )
-from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, TO_EXACT, Measurement
+from midway.gen.evaluation.records import CEILING, EXACT, FEW_STEP, FLOOR, LIMITS, TO_EXACT, Measurement
 from midway.gen.features.reference import balanced
 from midway.gen.report.html import Block, Explorer, Page, Picture, facts_block, html_page, notes_block, table_block
+from midway.gen.report.notes import answer, figure, named_cell
 from midway.gen.report.plots import drawings
 from midway.gen.report.sweep_tables import (
     Measurements,
@@ -109,6 +110,7 @@ def provenance(ms: Measurements, context: ReportContext) -> list[tuple[str, str]
         ("seed blocks", joined(m.blocks for m in sampled)),
         ("seeds", context.seeds),
         ("guidance", f"{context.guidance:g}"),
+        ("training of models", "; ".join(_training(ms))),
         ("training of solvers", ", ".join(f"{name} {cost:,} evaluations" for name, cost in training_costs(ms).items())),
         ("hardware", context.hardware),
         ("seconds measured on", joined(m.timing for m in sampled)),
@@ -118,60 +120,35 @@ def provenance(ms: Measurements, context: ReportContext) -> list[tuple[str, str]
     return [(name, value) for name, value in facts if value]
 
 
-def answer(ms: Measurements) -> str:
-    """The result in a sentence, in the figures of the tables; nothing where no solver was measured.
-
-    The first cell whose distance to the data is not significantly above that of the exact solution (more evaluations gain nothing
-    that these images can show), and the one that is nearest to it; without an exact solution, the lowest distance to the data.
-    """
-    name, every, exact, best = question(ms), shown(ms), limit_of(ms, EXACT), best_cell(ms)
-    if best is None:
-        return ""
-    near = len(tied_with(ms, best))
-    others = f" ({near} other{'s' if near > 1 else ''} at this budget not significantly worse)" if near else ""
-    if name != TO_EXACT or exact is None:
-        whose = "the exact solution" if name == TO_EXACT else "the data"
-        return f"The solver {_cell(best)} has the lowest distance to {whose}, {_figure(every[best], name)}{others}."
-    nearest = f"{_cell(best)} is nearest to the exact solution, at a distance of {_figure(every[best], name)}{others}"
-    limit, first = f"the exact solution's {_figure(exact, 'distance')}", first_as_exact(ms)
-    if first is None:
-        compared = any(above_exact(m, exact) for m in every.values())
-        missed = f"; every distance to the data is significantly above {limit}" if compared else ""
-        return f"The solver {nearest}{missed}."
-    data = _figure(every[first], "distance")
-    if first == best:
-        return f"The solver {nearest}; its distance to the data, {data}, is not significantly above {limit}."
-    enough = f"{first[1]} evaluation{'s are' if first[1] > 1 else ' is'} enough for the solver {first[0]}"
-    reached = f"its distance to the data, {data}, is not significantly above {limit}"
-    return f"{enough}: {reached}; {nearest}."
-
-
-def _cell(key: tuple[str, int]) -> str:
-    return f"{key[0]} with {key[1]} evaluation{'s' if key[1] > 1 else ''}"
-
-
-def _figure(m: Measurement, name: str) -> str:
-    """As the tables write it."""
-    return number(m.metrics[name].mean, m.std(name))
+def _training(ms: Sequence[Measurement]) -> list[str]:
+    """What the training of each model took: `digits-dit 256,000 images, 256,000 evaluations`."""
+    models = {m.model: m for m in ms if m.model and m.training_images}
+    return [f"{name} {m.training_images:,} images, {m.model_nfe:,} evaluations" for name, m in models.items()]
 
 
 def _hero(ms: Measurements, pictures: Pictures) -> tuple[Picture, ...]:
-    """Samples of the cell that the answer names, and of the exact solution, else real images."""
-    key, name = first_as_exact(ms) or best_cell(ms), question(ms)
-    if key is None or key not in pictures.grids:
-        return ()
-    m = shown(ms)[key]
-    what = "distance to the exact solution" if name == TO_EXACT else "distance to the data"
-    best = pictures.of(
-        pictures.grids[key],
-        f"samples of {key[0]} with {key[1]} evaluations",
-        f"{key[0]}, {key[1]} NFE",
-        f"{what} {_figure(m, name)}",
+    """Samples of the cells that the answer names, and of the exact solution, else real images."""
+    best, models = first_as_exact(ms) or best_cell(ms), {m.solver for m in few_step(ms)}
+    few = next((key for key in nearest_to_data(ms).values() if key[0] in models), None)
+    found = tuple(
+        _picture(key, shown(ms)[key], question(ms), pictures)
+        for key in dict.fromkeys((best, few))
+        if key is not None and key in pictures.grids
     )
+    if not found:
+        return ()
     limit = limit_of(ms, EXACT)
     distance = "" if limit is None else f"; its distance to the data {number(limit.distance, limit.std('distance'))}"
     exact = pictures.of_limit(EXACT, f"of the same seeds{distance}") or pictures.of_limit(FLOOR, LIMIT_TEXTS[FLOOR])
-    return (best,) if exact is None else (best, exact)
+    return found if exact is None else (*found, exact)
+
+
+def _picture(key: tuple[str, int], m: Measurement, name: str, pictures: Pictures) -> Picture:
+    """Samples of a cell over what ranks it, or over the distance to the data."""
+    name = name if name in m.metrics else "distance"
+    what = "distance to the exact solution" if name == TO_EXACT else "distance to the data"
+    text = f"{what} {figure(m, name)}"
+    return pictures.of(pictures.grids[key], f"samples of {named_cell(key)}", f"{key[0]}, {key[1]} NFE", text)
 
 
 def _limits(ms: Measurements, pictures: Pictures) -> Block | None:
@@ -216,13 +193,16 @@ def _samples(ms: Measurements, pictures: Pictures) -> Block | None:
     (worst, nfe), (best, _) = contrast(ms) or ((solvers[0], least), (solvers[-1], least))
     below = "distance to the exact solution" if name == TO_EXACT else "Fréchet distance"
     text = (
-        "Every panel starts from the same noise, so a difference between panels is the solver's doing. Real images are others. "
+        f"Every panel {'of a solver ' * bool(few_step(ms))}starts from the same noise, so a difference between panels is the "
+        f"solver's doing. {'Few-step models have other weights. ' * bool(few_step(ms))}Real images are others. "
         f"Below each: {below} and grid."
     )
     return Block("Samples from the same seeds", text, explorer=Explorer(panels, fixed, (nfe, worst, best)))
 
 
 def _caption(m: Measurement, name: str) -> str:
+    if m.kind == FEW_STEP and not m.nonfinite:
+        return f"{number(m.distance)} to the data · {m.sampler}"
     figure = number(m.metrics[name].mean) if name in m.metrics else "diverged"
     return f"{figure} · {m.grid}".removesuffix(" · ")
 
@@ -234,8 +214,9 @@ def blocks(
     _, *plots = drawings(ms)
     error, data, what = error_table(ms), distance_table(ms), distance_name(ms)
     reading = (
-        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: the time grid, chosen "
-        f"on other seeds. Comparable only with numbers of the same feature name, {feature_names(ms)}."
+        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: the time grid, "
+        f"{'of solvers ' * bool(few_step(ms))}chosen on other seeds. Comparable only with numbers of the same feature name, "
+        f"{feature_names(ms)}."
     )
     found = [
         Block(f"{what} to the exact solution by step budget", error.note, table=error) if error.lines else None,

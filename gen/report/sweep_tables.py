@@ -1,22 +1,26 @@
 """Tables of a sweep's report: which columns and notes it has. A metric is added by one more entry of `METRIC_COLUMNS`.
 
 A table has a line per solver and a column per number of network evaluations (NFE): value ± standard deviation, and the grid's
-name. Solvers are ranked by their distance to the exact solution where there is one; the distance to the data has the limits below
-it (floor, ceiling, exact), and nothing below the exact row is better than it.
+name. Solvers are ranked by their distance to the exact solution where there is one; the distance to the data has few-step models
+of other weights below solvers, then the limits (floor, ceiling, exact), and no solver below the exact row is better than it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from midway.gen.evaluation.comparing import (
     Difference,
     above_exact,
+    above_floor,
     baselines_of,
+    by_solver,
     critical_t,
     differences,
     distance_name,
     feature_names,
+    few_step,
+    is_kid,
     limit_of,
     limits_of,
     question,
@@ -24,7 +28,19 @@ from midway.gen.evaluation.comparing import (
     training_costs,
 )
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, TO_EXACT, Measurement
-from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, decimals_for, number, with_floor
+from midway.gen.report.table import (
+    ABSENT,
+    Column,
+    Entry,
+    Line,
+    Table,
+    budget_table,
+    columns_table,
+    decimals_for,
+    joined,
+    number,
+    with_floor,
+)
 from midway.gen.sweep.choice import Choice
 
 Measurements = Sequence[Measurement]
@@ -33,26 +49,6 @@ Measurements = Sequence[Measurement]
 def metric(name: str, head: str) -> Column[Measurement]:
     """The column of a metric in "All figures"."""
     return Column(head, lambda m: m.value(name))
-
-
-def above_floor(ms: Measurements) -> list[Measurement]:
-    """The measurements with every KID less that of the floor; as they are without one.
-
-    The estimate is unbiased, so that images of the reference's own distribution have a mean of 0; but held-out images that have
-    every class equally often are nearer than that, and the floor a little below 0.
-    """
-    floor = limit_of(ms, FLOOR)
-    if floor is None:
-        return list(ms)
-    less = {name: one.mean for name, one in floor.metrics.items() if is_kid(name)}
-    return [
-        replace(m, metrics={k: replace(v, mean=v.mean - less.get(k, 0.0)) for k, v in m.metrics.items()}) for m in ms
-    ]
-
-
-def is_kid(name: str) -> bool:
-    """Whether a metric is KID, of the first or of a further feature space."""
-    return name == "kid" or name.endswith("_kid")
 
 
 def _seconds(
@@ -92,16 +88,6 @@ _TIMES = (
 # ---- tables ----
 
 
-def _by_budget(
-    title: str, note: str, entries: Mapping[tuple[str, int], Entry], small: Mapping[str, str] | None = None
-) -> Table:
-    """A line per solver, in the order of first appearance, with small print by its name, and a column per NFE."""
-    nfes = sorted({nfe for _, nfe in entries})
-    solvers = dict.fromkeys(solver for solver, _ in entries)
-    lines = (Line(s, tuple(entries.get((s, nfe)) for nfe in nfes), (small or {}).get(s, "")) for s in solvers)
-    return Table(title, note, ("solver", *(f"NFE {nfe}" for nfe in nfes)), tuple(lines))
-
-
 def metric_table(ms: Measurements, name: str, title: str, note: str, ranks: bool = True) -> Table:
     """The shown measurements by one metric, the limits last; no lines if none was measured.
 
@@ -121,7 +107,7 @@ def metric_table(ms: Measurements, name: str, title: str, note: str, ranks: bool
         for key, value in values.items()
     }
     small = {solver: f"trained, {cost:,} evaluations" for solver, cost in training_costs(ms).items()}
-    return _with_limits(_by_budget(title, note, entries, small), ms, name)
+    return _with_limits(budget_table(title, note, entries, small), ms, name)
 
 
 def _with_limits(table: Table, ms: Measurements, name: str) -> Table:
@@ -134,13 +120,14 @@ def _with_limits(table: Table, ms: Measurements, name: str) -> Table:
 
 
 def distance_table(ms: Measurements) -> Table:
-    """Fréchet distance to the data by NFE; it ranks solvers only where there is no exact solution."""
+    """Fréchet distance to the data by NFE; it ranks where there is no exact solution, and few-step models beside solvers."""
     title, ranks = f"{distance_name(ms)} ({feature_names(ms)})", question(ms) == "distance"
-    table, exact = metric_table(ms, "distance", title, "lower is better", ranks), limit_of(ms, EXACT)
-    if ranks or exact is None or not any(above_exact(m, exact) for m in shown(ms).values()):
-        return table
-    note = f"lower is better; {AS_EXACT}: not significantly above the exact solution"
-    return _marked(replace(table, note=note), ms, exact)
+    nearest, exact = ranks or bool(few_step(ms)), limit_of(ms, EXACT)
+    table = metric_table(ms, "distance", title, "lower is better", nearest)
+    if not ranks and exact is not None and any(above_exact(m, exact) for m in shown(by_solver(ms)).values()):
+        note = f"lower is better; {AS_EXACT}: not significantly above the exact solution"
+        table = _marked(replace(table, note=note), ms, exact)
+    return grouped(table, ms)
 
 
 AS_EXACT = "≈ exact"
@@ -148,7 +135,7 @@ AS_EXACT = "≈ exact"
 
 def _marked(table: Table, ms: Measurements, exact: Measurement) -> Table:
     """The table with `AS_EXACT` in the small print where the solver's error is lost in that of the model."""
-    budgets, chosen = [int(head.removeprefix("NFE ")) for head in table.heads[1:]], shown(ms)
+    budgets, chosen = [int(head.removeprefix("NFE ")) for head in table.heads[1:]], shown(by_solver(ms))
 
     def entry(solver: str, nfe: int, found: Entry | None) -> Entry | None:
         difference = above_exact(chosen[solver, nfe], exact) if (solver, nfe) in chosen else None
@@ -165,6 +152,34 @@ def _marked(table: Table, ms: Measurements, exact: Measurement) -> Table:
         for line in table.lines
     )
     return replace(table, lines=tuple(lines))
+
+
+GROUPS = ("solvers", "few-step models, each on weights of its own", "limits")
+"""Headings of a table, in this order; that of solvers has the name of their model."""
+TRAINING = ("training images", "training NFE")
+"""Heads of the columns of what the training of a row took, its model's and its own."""
+
+
+def grouped(table: Table, ms: Sequence[Measurement]) -> Table:
+    """Its lines under headings, few-step models after solvers, and two more columns: what training took."""
+    models, limits, learned = {m.solver: m for m in few_step(ms)}, limits_of(ms), training_costs(ms)
+    if not any(line.name in models for line in table.lines):
+        return table
+    solvers = {solver: m for (solver, _), m in shown(by_solver(ms)).items()}
+    name = joined(m.model for m in solvers.values())
+    headings = (f"{GROUPS[0]}, all on the weights of {name}" if name else GROUPS[0], *GROUPS[1:])
+
+    def line(its: Line) -> Line:
+        """With its heading, and the numbers of its training."""
+        m = limits[its.name] if its.floor else (solvers | models)[its.name]
+        evaluations = m.model_nfe + learned.get(m.solver, 0)
+        costs = tuple(Entry(f"{count:,}") if count else None for count in (m.training_images, evaluations))
+        small = ", ".join(filter(None, (m.sampler, m.guided, "trained" if m.solver in learned else "")))
+        group = headings[2 if its.floor else int(its.name in models)]
+        return replace(its, group=group, small=small, entries=(*its.entries, *costs))
+
+    lines = sorted(map(line, table.lines), key=lambda its: headings.index(its.group))
+    return replace(table, heads=("solver or model", *table.heads[1:], *TRAINING), lines=tuple(lines))
 
 
 def error_table(ms: Measurements) -> Table:
@@ -197,8 +212,11 @@ def further_tables(ms: Measurements) -> list[Table]:
         titles[f"{space}_distance"] = (distance, second)
         titles[f"{space}_{TO_EXACT}"] = (f"{distance} to the exact solution", error_table(ms).note)
     reduced = above_floor(ms)
+    models = bool(few_step(ms))
     return [
-        metric_table(reduced if is_kid(name) else ms, name, *text, ranks=name.endswith(TO_EXACT))
+        grouped(
+            metric_table(its := reduced if is_kid(name) else ms, name, *text, models or name.endswith(TO_EXACT)), its
+        )
         for name, text in titles.items()
     ]
 
@@ -215,7 +233,7 @@ def difference_table(ms: Measurements) -> Table:
         f"{critical_t(blocks):.3g} errors (Student's t, 95 %). The best was chosen among all of its column, which favours it; "
         "more --blocks give smaller errors."
     )
-    return _by_budget("Difference from the best", note, {key: _difference(one) for key, one in found.items()})
+    return budget_table("Difference from the best", note, {key: _difference(one) for key, one in found.items()})
 
 
 def choice_table(choice: Choice) -> Table:

@@ -5,8 +5,9 @@ adding one `Column`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any, Generic, Literal, TypeVar
 
 from midway.gen.core.environment import command_line, environment, hardware
@@ -57,12 +58,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a table: its name with small print, and an entry, or None, per column; `floor` sets it apart."""
+    """One row of a table: its name with small print, and an entry, or None, per column; `floor` sets it apart.
+
+    group: the heading above it and the lines of the same after it; empty in tables without headings.
+    """
 
     name: str
     entries: tuple[Entry | None, ...]
     small: str = ""
     floor: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,11 @@ class Table:
     note: str
     heads: tuple[str, ...]
     lines: tuple[Line, ...]
+
+    @property
+    def groups(self) -> list[tuple[str, list[Line]]]:
+        """Lines that follow one another under the same heading."""
+        return [(group, list(lines)) for group, lines in groupby(self.lines, lambda line: line.group)]
 
     @property
     def has_best(self) -> bool:
@@ -135,6 +145,16 @@ def columns_table(
     found = {name: entries for name, entries in found.items() if any(entry is not None for entry in entries)}
     lines = (Line(name, tuple(entries[i] for entries in found.values())) for i, name in enumerate(names))
     return Table(title, note, (head, *found), tuple(lines))
+
+
+def budget_table(
+    title: str, note: str, entries: Mapping[tuple[str, int], Entry], small: Mapping[str, str] | None = None
+) -> Table:
+    """A line per solver, in the order of first appearance, with small print by its name, and a column per NFE."""
+    nfes = sorted({nfe for _, nfe in entries})
+    solvers = dict.fromkeys(solver for solver, _ in entries)
+    lines = (Line(s, tuple(entries.get((s, nfe)) for nfe in nfes), (small or {}).get(s, "")) for s in solvers)
+    return Table(title, note, ("solver", *(f"NFE {nfe}" for nfe in nfes)), tuple(lines))
 
 
 def with_floor(table: Table, name: str, entries: Iterable[Entry | None]) -> Table:

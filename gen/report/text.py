@@ -18,14 +18,24 @@ def text_table(table: Table) -> str:
     `*`: the best of a column, `≈`: tied with it.
     """
     marked = table.has_best
-    rows = [
-        [printable(line.name), *(_plain(entry, marked, line.floor) for entry in line.entries)] for line in table.lines
-    ]
+    rows = [[_title(line), *(_plain(entry, marked, line.floor) for entry in line.entries)] for line in table.lines]
     first, *others = map(printable, table.heads)
     heads = [first, *(f"{head} " if marked else head for head in others)]
-    header, *body = _aligned([heads, *rows])
+    header, *lines = _aligned([heads, *rows])
+    left = iter(lines)
+    body = [
+        line
+        for group, under in table.groups
+        for line in ([printable(group)] * bool(group) + [next(left) for _ in under])
+    ]
     key = ", ".join(["* best"] * marked + ["≈ not significantly worse"] * table.has_ties)
     return "\n".join([header, "-" * max(map(len, [header, *body])), *body, *filter(None, [key])])
+
+
+def _title(line: Line) -> str:
+    """The name, below a heading with its small print, and set in."""
+    small = f" ({line.small})" if line.group and line.small else ""
+    return printable(f"{'  ' * bool(line.group)}{line.name}{small}")
 
 
 def _plain(entry: Entry | None, marked: bool, floor: bool) -> str:
@@ -52,15 +62,18 @@ def under_warnings(text: str, warnings: Sequence[str]) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """The best of each column in bold, the floor in italics, small print in brackets."""
+    """The best of each column in bold, the floor in italics, small print in brackets, headings as lines of their own."""
     heads = [markdown(head) for head in table.heads]
-    rows = [[_name(line), *(_markdown(entry, line.floor) for entry in line.entries)] for line in table.lines]
-    rule = ["---", *("---:" for _ in heads[1:])]
+    rule, rows = ["---", *("---:" for _ in heads[1:])], list[list[str]]()
+    for group, lines in table.groups:
+        rows += [[f"**{markdown(group)}**", *("" for _ in heads[1:])]] if group else []
+        rows += [[_name(line), *(_markdown(entry, line.floor) for entry in line.entries)] for line in lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, rule, *rows))
 
 
 def _name(line: Line) -> str:
-    return f"*{line.name}*" if line.floor else markdown(line.name)
+    small = f" ({markdown(line.small)})" if line.group and line.small else ""
+    return (f"*{line.name}*" if line.floor else markdown(line.name)) + small
 
 
 def _markdown(entry: Entry | None, floor: bool) -> str:

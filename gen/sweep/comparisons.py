@@ -1,17 +1,66 @@
-"""Jobs beside those of solvers: baselines and external images."""
+"""Jobs beside those of solvers: few-step models, baselines and external images."""
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.core.errors import DataError
 from midway.gen.data.external import ExternalImages
 from midway.gen.diffusion.class_draw import ClassDraw
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.model import EVERYWHERE
 from midway.gen.evaluation.other_sources import BaselineSource, ImagesSource
+from midway.gen.evaluation.records import BASELINE, FEW_STEP
+from midway.gen.evaluation.sources import EvaluatedLatentModel
 from midway.gen.sweep.jobs import Job, SweepConfig
+
+FEW_STEP_GRID = "uniform"
+"""That of few-step models, equal steps of t: none is chosen, so that none favours them."""
+
+
+def few_step_jobs(
+    name: str, trained: TrainedModel, budgets: Sequence[int], config: SweepConfig, draw: ClassDraw | None
+) -> list[Job]:
+    """A model of its own weights at every budget, unguided, on `FEW_STEP_GRID`: by `jump`, a flow model by Euler's method."""
+    model, sampler = EvaluatedLatentModel(trained), few_step_sampler(trained)
+    own = replace(
+        config,
+        grids=(FEW_STEP_GRID,),
+        analytic_first=False,
+        eta=0.0,
+        guidance=1.0,
+        interval=EVERYWHERE,
+        weak=None,
+        draw=draw,
+    )
+    return [
+        Job(
+            name,
+            FEW_STEP_GRID,
+            model.source(model.samplers(sampler, nfe, own)[FEW_STEP_GRID], own.sampling()),
+            nfe,
+            network_flops=model.network_flops,
+            kind=FEW_STEP,
+            model=model.facts,
+            sampler=sampler,
+            classes=model.classes,
+            empty=model.empty,
+            draw=draw,
+        )
+        for nfe in budgets
+    ]
+
+
+def few_step_sampler(trained: TrainedModel) -> str:
+    """The solver of a few-step model."""
+    del trained
+    return "euler"
 
 
 def baseline_job(name: str, trained: TrainedBaseline, batch_size: int, draw: ClassDraw | None = None) -> Job:
     """Its samples, in batches, of classes by `draw`."""
     model, source = trained.model, BaselineSource(trained, batch_size, draw)
-    return Job(name, "", source, baseline=True, classes=model.classes, empty=model.empty, draw=draw)
+    return Job(name, "", source, kind=BASELINE, classes=model.classes, empty=model.empty, draw=draw)
 
 
 def image_job(name: str, external: ExternalImages, config: SweepConfig) -> Job:
@@ -23,4 +72,4 @@ def image_job(name: str, external: ExternalImages, config: SweepConfig) -> Job:
             f"{config.blocks} blocks of {config.n} images each are measured",
             f"make more samples, or pass --n {max(count // config.blocks, 1)}, or fewer --blocks",
         )
-    return Job(f"images: {name}", "", ImagesSource(external, config.first_seed), baseline=True)
+    return Job(f"images: {name}", "", ImagesSource(external, config.first_seed), kind=BASELINE)

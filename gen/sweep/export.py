@@ -60,7 +60,7 @@ def export(images: ImageSet, npz: Path | None = None, archive: Path | None = Non
 
 
 def to_export(sweep: Sweep) -> list[Measurement]:
-    """Solvers and baselines; none that diverged, no limits, and no external images, which have no NFE."""
+    """Solvers, few-step models and baselines; none that diverged, no limits, and no external images, which have no NFE."""
     return [m for m in sweep.measurements if m.nfe and not m.nonfinite and m.solver not in LIMITS]
 
 

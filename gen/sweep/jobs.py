@@ -5,17 +5,17 @@ is chosen before the measurement (choice.py). Jobs of baselines and external ima
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.samplers import SamplerConfig, is_reachable
-from midway.gen.evaluation.sources import EvaluatedModel, SampleSource
+from midway.gen.evaluation.records import SOLVER, Kind
+from midway.gen.evaluation.sources import UNKNOWN, EvaluatedModel, ModelFacts, SampleSource
 from midway.gen.sweep.store import PART, Seeds
 from midway.samplers.gits import GITS
-from midway.samplers.grids import GRIDS
 from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.sampler import Sampler
 from midway.samplers.solvers import SOLVERS
@@ -72,6 +72,7 @@ class Job:
     """One measurement to be made; `classes` of the seeds' labels, 0 without, of which `empty` are not drawn, by `draw`."""
 
     solver: str
+    """Of few-step models, baselines and images their name."""
     grid: str
     source: SampleSource
     nfe: int = 0
@@ -83,7 +84,11 @@ class Job:
     """Floating-point operations of an evaluation of the network; 0 where they are not counted."""
     further_flops: int = 0
     """Of what else a sample runs through."""
-    baseline: bool = False
+    kind: Kind = SOLVER
+    model: ModelFacts = UNKNOWN
+    """Of the model that is sampled."""
+    sampler: str = ""
+    """Of a few-step model, what it is sampled by."""
     classes: int = 0
     empty: tuple[int, ...] = ()
     draw: ClassDraw | None = None
@@ -98,7 +103,10 @@ class Job:
 def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
     """Every solver on every grid at every budget; UsageError for an impossible combination. Nothing is sampled or written."""
     pairs = [(solver, nfe) for solver in config.solvers for nfe in config.nfe]
-    pairs = [(s, k) for s, k in pairs if not config.skip or is_reachable(s, k, config.analytic_first)]
+    learned = {s for s, k in pairs if s not in SOLVERS and model.reaches(s, k)}
+    if config.skip:  # a solver that was learned for no budget at all is an error
+        pairs = [(s, k) for s, k in pairs if is_reachable(s, k, config.analytic_first)]
+        pairs = [(s, k) for s, k in pairs if s not in learned or model.reaches(s, k)]
     samplers = [(solver, nfe, model.samplers(solver, nfe, config)) for solver, nfe in pairs]
     several = next(((solver, nfe) for solver, nfe, by_grid in samplers if len(by_grid) > 1), None)
     if several and not config.exact_nfe:
@@ -107,7 +115,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             "the grid of a solver is chosen by its error to the exact solution",
             "pass one of --grids, or drop --exact-nfe",
         )
-    flops = model.network_flops
+    flops, facts = model.network_flops, model.facts
     return [
         Job(
             solver,
@@ -118,6 +126,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             _training_nfe(model, sampler, grid, config),
             flops,
             sampler.costs.residual if isinstance(sampler, ResidualTable) else 0,
+            model=facts,
             classes=model.classes,
             empty=model.empty,
             draw=config.draw,
@@ -133,10 +142,6 @@ def _training_nfe(model: EvaluatedModel, sampler: Sampler, grid: str, config: Sw
     return model.fitting_nfe(config, sampler) if grid == GITS else 0
 
 
-EXACT_SOLVER, EXACT_GRID = "dpmpp3m", "logsnr"
-"""A multistep solver of order 3: 48 evaluations are as near to the limit as 128 of Heun's method."""
-
-
 def exact_source(model: EvaluatedModel, config: SweepConfig, finer: int = 1) -> SampleSource | None:
     """The exact solution, of `finer` times its evaluations, on noise levels of the model's training; None if there is none.
 
@@ -145,9 +150,10 @@ def exact_source(model: EvaluatedModel, config: SweepConfig, finer: int = 1) -> 
     model.check_guidance(config)
     if not config.exact_nfe:
         return None
-    config = model.within(config)
-    times = GRIDS[EXACT_GRID](model.schedule, finer * config.exact_nfe, config.rho_max, config.rho_min)
-    return model.source(SOLVERS[EXACT_SOLVER].build(model.schedule, times), config.sampling())
+    solver, grid = model.exact
+    plain = replace(config, grids=(grid,), analytic_first=False, eta=0.0)
+    sampler = model.samplers(solver, finer * config.exact_nfe, plain)[grid]
+    return model.source(sampler, config.sampling())
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ class Plan:
     finer: SampleSource | None = None
     exact_nfe: int = 0
     """Evaluations of the exact solution."""
+    model: ModelFacts = UNKNOWN
     reconstruct: Callable[[Tensor], Tensor | None] = lambda images: None
     """uint8 images (n, C, H, W) through the tokenizer and back; None where the model has none."""
 
@@ -166,4 +173,4 @@ class Plan:
 def plan_of(model: EvaluatedModel, config: SweepConfig) -> Plan:
     """Everything of a model; errors as of `solver_jobs` and `exact_source`."""
     exact, finer = (exact_source(model, config, times) for times in (1, 2))
-    return Plan(solver_jobs(model, config), exact, finer, config.exact_nfe, model.reconstruct)
+    return Plan(solver_jobs(model, config), exact, finer, config.exact_nfe, model.facts, model.reconstruct)

@@ -13,7 +13,7 @@ from midway.gen.core.errors import DataError
 from midway.gen.data.places import trained_alike
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.evaluation.comparing import by_solver
-from midway.gen.evaluation.records import EXACT, LIMITS, Estimate, Measurement
+from midway.gen.evaluation.records import EXACT, LIMITS, SOLVER, Estimate, Measurement
 from midway.gen.tokenizer.latents import tokenizer_hash
 from midway.gen.training.config import flat, is_bookkeeping
 
@@ -58,13 +58,13 @@ def left_out(sweeps: Sequence[Sequence[Measurement]]) -> list[str]:
 
 
 def merge_trainings(sweeps: Sequence[Sequence[Measurement]]) -> list[Measurement]:
-    """Several trainings as one list, without what only some have; floor, ceiling and baselines are the first's."""
+    """Several trainings as one list, without what only some have; only solvers and the exact solution are not the first's."""
     first, *rest = sweeps
     found = [{_key(m): m for m in measurements} for measurements in rest]
     merged = []
     for m in first:
         others = [measurements[_key(m)] for measurements in found if _key(m) in measurements]
-        if (m.solver in LIMITS and m.solver != EXACT) or m.baseline:
+        if (m.solver in LIMITS and m.solver != EXACT) or m.kind != SOLVER:
             merged.append(m)
         elif len(others) == len(rest):
             merged.append(_merged([m, *others]))

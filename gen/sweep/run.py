@@ -3,7 +3,8 @@
 Each measurement samples `blocks` disjoint blocks of n seeds; by default n is the number of held-out images, so that every
 distance has the image count of the floor. It reports means over blocks and their standard deviations: distances to the data in
 every feature space, and the solver's own error, the distance to the exact solution of the same seeds. The grid of each solver is
-chosen before, on other seeds (choice.py). Baselines are measured at their own number of evaluations, external images at none.
+chosen before, on other seeds (choice.py). Few-step models, each of its own weights, are measured at their budgets, baselines at
+their own number of evaluations, external images at none.
 """
 
 import math
@@ -22,7 +23,7 @@ from midway.gen.data.images import ImageData
 from midway.gen.data.pictures import grid_png
 from midway.gen.data.pixels import Images, part_of
 from midway.gen.evaluation.metrics import Features, joined_features, possible
-from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, Estimate, Measurement
+from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, SOLVER, Estimate, Measurement
 from midway.gen.evaluation.spaces import Spaces, distance_errors, distances_and_metrics, extract, further
 from midway.gen.features.reference import balanced
 from midway.gen.progress.bar import Progress
@@ -81,7 +82,7 @@ class Sweep:
 
     @property
     def grids(self) -> dict[tuple[str, int], bytes]:
-        """Pictures of solvers and baselines by (solver, NFE)."""
+        """Pictures of solvers, few-step models and baselines by (solver, NFE)."""
         found = {(solver, nfe): png for (solver, _, nfe), png in self.pictures.items() if solver not in LIMITS}
         return {key: png for key, png in found.items() if png is not None}
 
@@ -129,7 +130,7 @@ def run_sweep(
     sweep = replace(sweep, fine=solution, choice=choice)
     process.wait()
     exact = measure(StoredSolution(solution), context)
-    found = _measurement(Job(EXACT, "", plan.exact), exact, context)
+    found = _measurement(Job(EXACT, "", plan.exact, model=plan.model), exact, context)
     sweep.measurements.append(found)
     sweep.pictures[EXACT, "", found.nfe] = grid_png(solution.images(SHOWN), columns=COLUMNS)
     return _measured(sweep, choice.of(plan.jobs), context, solution)
@@ -181,7 +182,7 @@ def _measured(sweep: Sweep, jobs: Sequence[Job], context: EvaluationContext, sol
     with Progress("cell", len(jobs), left=tally.left) as progress:
         for job in jobs:
             tally.name(progress, job.named, seeds.n * seeds.blocks // context.process.world_size)
-            cell = measure(job.source, context, None if job.baseline else solution)
+            cell = measure(job.source, context, solution if job.kind == SOLVER else None)
             found = _measurement(job, cell, context)
             sweep.measurements.append(found)
             key = (job.solver, job.grid, found.nfe)
@@ -220,13 +221,18 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         seeds=str(seeds),
         training_nfe=job.training_nfe,
         flops=numbers.nfe * job.network_flops + job.further_flops,
-        baseline=job.baseline,
+        kind=job.kind,
         nonfinite=numbers.nonfinite,
         record=cell.id,
         timing=numbers.timing,
         decode_seconds=decoding[0],
         feature_seconds=features[0],
         further=further(context.spaces),
+        model=job.model.name,
+        sampler=job.sampler,
+        training_images=job.model.images,
+        model_nfe=job.model.evaluations,
+        guided=job.model.guided,
     )
 
 

@@ -11,7 +11,8 @@ from tensors import normal, randomised
 from torch import Tensor
 
 from midway.gen.diffusion.dit import Block, DiT, DiTConfig, drop, positions_2d
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig, pool, start_state
+from midway.gen.diffusion.field import pool, start_state
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.optim import checkpoint_activations
 from midway.samplers.grids import uniform

@@ -20,10 +20,10 @@ from midway.gen.proving.contest import Cell
 from midway.gen.proving.report import Result, figure_table
 from midway.gen.proving.report import answer as prove_answer
 from midway.gen.report.curves import Curve, ratios, spread
+from midway.gen.report.notes import answer
 from midway.gen.report.plots import drawings
 from midway.gen.report.rates import answer as rates_answer
 from midway.gen.report.rates import front, groups, rate_table
-from midway.gen.report.sweep_page import answer
 from midway.gen.report.sweep_tables import (
     AS_EXACT,
     all_figures,
