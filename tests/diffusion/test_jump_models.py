@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from average_velocity import Gaussian, gaussian
-from tensors import normal, randomised
+from tensors import grad, normal, randomised
 from torch import Tensor, nn
 
 from midway.gen.diffusion.dit import DiTConfig, DiTOutput
 from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
 from midway.gen.diffusion.jump_objectives import time_derivative
-from midway.gen.diffusion.loss import states
+from midway.gen.diffusion.loss import states, target_of
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.optim import checkpoint_activations, compile_networks
 from midway.samplers.jumps import jump
-from midway.samplers.prediction import expand
+from midway.samplers.prediction import JumpField, expand
 from midway.samplers.sample import ForwardCounter, sample
 from midway.samplers.schedule import Linear
 from midway.samplers.solvers import euler
@@ -38,12 +38,22 @@ def model(objective: str = "meanflow", dropout: float = 0.0, schedule: str = "li
     return randomised(LatentModel(config, SHAPE, 5), seed=1, std=0.2)
 
 
+def jumps_of(made: LatentModel, labels: Tensor, guidance: float = 1.0) -> JumpField:
+    field = made.field(labels, guidance)
+    assert isinstance(field, JumpField)
+    return field
+
+
 def context(count: int, step: int = 3, start: int = 0) -> Context:
     return Context(seed=0, step=step, sample_ids=torch.arange(start, start + count))
 
 
 def batch(count: int, shape: tuple[int, ...] = SHAPE) -> LatentBatch:
     return LatentBatch(normal(count, *shape), torch.arange(count) % 5)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"alphaflow": {"alpha_steps": 1, "alpha_end": 0.01}, "shortcut": {"finest": 12}}
+"""alpha is 0.01, and the shortest jumps, which are two steps along the velocity, are short."""
 
 
 # ---- the derivative of the network ----
@@ -91,7 +101,23 @@ def test_a_compiled_network_has_the_same_loss_and_gradients() -> None:
     for one in (plain, compiled):
         one.loss(batch(8), context(8))[0].backward()
     for a, b in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad(b), grad(a), rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("objective", JUMPS)
+def test_targets_in_half_precision_are_those_in_float32(objective: str) -> None:
+    """To the rounding of u: the differences of alpha-Flow, which are divided by alpha = 0.01, are taken in float32."""
+    made = model(objective, **SETTINGS.get(objective, {}))
+    some = states(made, batch(64), context(64))
+
+    def error(half: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            u = some.average(some.z, some.t, some.r)
+            return u - target_of(some, u)
+
+    whole = error(False)
+    assert (error(True) - whole).square().mean().sqrt() < 0.02 * whole.square().mean().sqrt()
 
 
 # ---- the loss of the exact network ----
@@ -120,10 +146,6 @@ class ExactNetwork(nn.Module):
     def _time(self, angle: Tensor) -> Tensor:
         rho = torch.tan(math.pi / 2 * angle)
         return self.data.schedule.time_of_rho(rho)
-
-
-SETTINGS: dict[str, dict[str, Any]] = {"alphaflow": {"alpha_steps": 1, "alpha_end": 0.01}, "shortcut": {"finest": 12}}
-"""alpha is 0.01, and the shortest jumps, which are two steps along the velocity, are short."""
 
 
 def loss_of(objective: str, scale: float, start: int = 0, teacher: bool = False) -> tuple[LatentModel, Tensor]:
@@ -197,7 +219,7 @@ def test_with_the_weights_of_a_flow_model_it_is_that_model() -> None:
     flow, made = flow_and("meanflow")
     labels, grid = torch.arange(4), (0.98, 0.5, 0.3, 0.01)
     x = normal(4, *SHAPE)
-    plain, average = flow.field(labels), made.field(labels)
+    plain, average = flow.field(labels), jumps_of(made, labels)
     with ForwardCounter(made.network) as counter:
         jumped = sample(average, jump(made.schedule, grid), x)
     assert counter.evaluations == 3 * len(x)
@@ -214,7 +236,7 @@ def test_prepared_for_a_table_it_is_the_field_that_is_called(schedule: str) -> N
     made, labels, grid = model(schedule=schedule, guidance=4.0), torch.arange(4), (0.9, 0.5, 0.3, 0.1)
     ends = []
     for scale in (1.0, 3.0):
-        field, x = made.field(labels, scale), normal(4, *SHAPE)
+        field, x = jumps_of(made, labels, scale), normal(4, *SHAPE)
         prepared = sample(field, jump(made.schedule, grid), x)
         for time, end in pairwise(grid):
             t, r = torch.full((4,), time), torch.full((4,), end)
@@ -222,7 +244,8 @@ def test_prepared_for_a_table_it_is_the_field_that_is_called(schedule: str) -> N
         torch.testing.assert_close(prepared, x, rtol=1e-4, atol=1e-4)
         ends.append(prepared)
     assert (ends[0] - ends[1]).abs().max() > 1e-2
-    assert (made.field(labels).average(x, t, r) - made.field(labels).average(x, t, t)).abs().max() > 1e-2
+    field, x, (t, r) = jumps_of(made, labels), normal(4, *SHAPE), torch.tensor([0.9, 0.1])[:, None].expand(2, 4)
+    assert (field.average(x, t, r) - field.average(x, t, t)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("objective", JUMPS)
@@ -230,10 +253,10 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(objective: str) -> None
     """Draws are functions of a sample's position: neither accumulation nor processes change them."""
     made = model(objective, dropout=0.2, alpha_steps=6)
     made.loss(batch(64), context(64))[0].backward()
-    whole = [parameter.grad.clone() for parameter in made.parameters()]
+    whole = [grad(parameter).clone() for parameter in made.parameters()]
     made.zero_grad()
     for start in (0, 32):
         part = LatentBatch(*(value[start : start + 32] for value in (batch(64).latents, batch(64).labels)))
         (made.loss(part, context(32, start=start))[0] / 2).backward()
     for a, b in zip(made.parameters(), whole, strict=True):
-        torch.testing.assert_close(a.grad, b, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(grad(a), b, rtol=1e-3, atol=1e-6)

@@ -1,5 +1,6 @@
 """The objectives of average velocities on data whose average velocities are known: their targets, and where they are least."""
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -77,6 +78,11 @@ def test_what_alpha_flow_is_at_one_half_and_in_the_limit(name: str) -> None:
 
     assert missed(1e-3) / missed(1e-4) == pytest.approx(10, rel=0.05)
     assert missed(1e-6) < 1e-4
+
+
+def test_alpha_falls_from_one_to_the_least_and_stays_there() -> None:
+    found = [jumps.alpha_at(progress, 0.02) for progress in (0.0, 0.4, 0.5, 0.6, 1.0, 1e3)]
+    assert found == pytest.approx([1, 1 - 1 / (1 + math.exp(2.5)), 0.5, 1 / (1 + math.exp(2.5)), 0.02, 0.02], abs=1e-5)
 
 
 def test_the_shortest_shortcuts_take_two_steps_along_the_velocity() -> None:
