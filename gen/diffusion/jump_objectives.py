@@ -81,7 +81,7 @@ def guided(v: Tensor, labelled: Tensor, unlabelled: Tensor, scale: Tensor) -> Te
 
 def alpha_at(progress: float, least: float) -> float:
     """alpha after this share of the training: 1 - sigmoid(25 (progress - 1/2)), not below `least`."""
-    return max(1 / (1 + math.exp(STEEPNESS * (progress - 0.5))), least)
+    return max(1 / (1 + math.exp(STEEPNESS * (min(progress, 2) - 0.5))), least)
 
 
 def adaptive_weight(error: Tensor, power: float, offset: float) -> Tensor:

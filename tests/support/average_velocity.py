@@ -20,7 +20,7 @@ import torch
 from tensors import normal
 from torch import Tensor
 
-from midway.samplers.prediction import Evaluations, JumpField, NetworkField, TimedField, expand, times_of
+from midway.samplers.prediction import Evaluations, JumpField, expand, times_of
 from midway.samplers.schedule import Cosine, Linear, Schedule
 
 HALVINGS = 60
@@ -178,10 +178,6 @@ class ExactJumps(JumpField):
 
     def _estimate(self, t: Tensor, r: Tensor, x: Tensor) -> Tensor:
         return self(x, t, r).x0
-
-    @property
-    def velocity(self) -> TimedField:
-        return NetworkField(self.data.velocity, "velocity", self.schedule)
 
 
 def gaussian(schedule: Schedule) -> Gaussian:
