@@ -183,9 +183,11 @@ class JumpField(TimedField):
         return Velocity(self)
 
     def __call__(self, x: Tensor, t: Tensor, /, r: Tensor | None = None) -> Prediction:
-        """x_t (B, *), t (B,), r (B,) -> Prediction; ValueError without r."""
+        """x_t (B, *), t (B,), r (B,) -> Prediction; ValueError without r, and, on the host, for r > t."""
         if r is None:
             raise ValueError(ONE_TIME)
+        if t.device.type == r.device.type == "cpu" and bool((r > t).any()):  # nothing waits for a device
+            raise ValueError("a jump goes from noise to data, r <= t, and these rise: exchange t and r")
         return solve(self.average(x, t, r), "velocity", x, t, self.schedule)
 
     def at(self, times: tuple[float, ...], x: Tensor) -> Evaluations:

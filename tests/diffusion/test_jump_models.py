@@ -1,15 +1,19 @@
 """Latent models that jump: derivatives of the network, the loss of the exact network, and what they share with flow models."""
 
 import copy
+import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from average_velocity import Gaussian, gaussian
+from scipy import stats
 from tensors import grad, normal, randomised
 from torch import Tensor, nn
 
@@ -17,7 +21,7 @@ from midway.gen.diffusion.dit import DiTConfig, DiTOutput
 from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
 from midway.gen.diffusion.jump_objectives import time_derivative
 from midway.gen.diffusion.loss import states, target_of
-from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.optim import checkpoint_activations, compile_networks
 from midway.samplers.jumps import jump
@@ -90,6 +94,22 @@ def test_the_derivative_of_the_network_is_that_of_central_differences(case: str)
     found, expected = derivative(model(**options), recomputed)
     assert found.abs().max() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", JUMPS)
+def test_only_the_prediction_has_a_gradient_and_goes_through_what_wraps_the_network(objective: str) -> None:
+    """Once for every sample; a guided model's scales are log-uniform, and 1 for samples without a class."""
+    made = model(objective, dropout=0.2, guidance=4.0, **SETTINGS.get(objective, {}))
+    with ForwardCounter(made.network) as counter:
+        loss, _ = made.loss(batch(256), context(256))
+    assert counter.evaluations == 256
+    loss.backward()
+    assert all(grad(parameter).abs().sum() > 0 for parameter in made.parameters())
+    some = states(made, batch(256), context(256))
+    unlabelled = some.labels == made.classes
+    assert some.guidance[unlabelled].eq(1).all() and not some.v.requires_grad
+    assert stats.kstest((some.guidance[~unlabelled].log() / math.log(4)).numpy(), "uniform").pvalue > 0.01
+    assert some.r.le(some.t).all() and some.r.lt(some.t).any()
 
 
 @pytest.mark.slow
@@ -260,3 +280,81 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(objective: str) -> None
         (made.loss(part, context(32, start=start))[0] / 2).backward()
     for a, b in zip(made.parameters(), whole, strict=True):
         torch.testing.assert_close(grad(a), b, rtol=1e-3, atol=1e-6)
+
+
+# ---- saved and loaded ----
+
+
+def test_a_model_that_jumps_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+    made = model("alphaflow", guidance=4.0, alpha_steps=9)
+    made.save_pretrained(tmp_path / "model")
+    loaded = LatentModel.from_pretrained(tmp_path / "model")
+    assert (loaded.config, loaded.hash, loaded.text) == (made.config, made.hash, made.text)
+    labels, x, (t, r) = torch.arange(4), normal(4, *SHAPE), torch.tensor([0.9, 0.1])[:, None].expand(2, 4)
+    assert torch.equal(
+        jumps_of(loaded, labels, 2.0).average(x, t, r), jumps_of(made.eval(), labels, 2.0).average(x, t, r)
+    )
+
+
+def test_a_model_from_before_jumps_is_the_flow_model_that_it_was(tmp_path: Path) -> None:
+    """Its description names no objective, no time scale: 1000 at one time. Neither of the two has the weights of the other."""
+    flow, made = flow_and("meanflow")
+    flow = randomised(LatentModel(LatentModelConfig(dit=replace(DIT, time_scale=1000.0)), SHAPE, 5), seed=2)
+    for name, one in (("flow", flow), ("jumps", made)):
+        one.save_pretrained(tmp_path / name)
+        text = json.loads((tmp_path / name / "config.json").read_text())
+        if name == "jumps":
+            shutil.copytree(tmp_path / "flow", tmp_path / "weights of a flow")
+            (tmp_path / "weights of a flow/config.json").write_text(json.dumps(text))
+        del text["config"]["objective"], text["config"]["jump"], text["config"]["dit"]["time_scale"]
+        (tmp_path / name / "config.json").write_text(json.dumps(text))
+    old = LatentModel.from_pretrained(tmp_path / "flow")
+    assert old.config == flow.config and not old.config.is_jump
+    x, t, labels = normal(4, *SHAPE), torch.full((4,), 0.4), torch.arange(4)
+    assert torch.equal(old.field(labels)(x, t).x0, flow.eval().field(labels)(x, t).x0)
+    for name in ("jumps", "weights of a flow"):
+        with pytest.raises(
+            ValueError, match=r"the weights beside it do not fit .*network\.more\.span.* get both again"
+        ):
+            LatentModel.from_pretrained(tmp_path / name)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "predicts velocities": ({"objective": "imf", "target": "x0"}, "use target velocity"),
+    "on schedule edm": ({"objective": "meanflow", "schedule": "edm"}, "use linear or cosine"),
+    "halves its jumps": ({"objective": "shortcut", "jump": {"ends": "data"}}, "alphaflow, meanflow or imf"),
+    "every jump ends at the data": ({"jump": {"ends": "data", "flow_share": 0.5}}, "leave out flow_share"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_configuration_on_which_jumps_are_not_defined_names_another(why: str) -> None:
+    values, fix = REFUSED[why]
+    with pytest.raises(ValueError, match=rf"{why}.*{fix}"):
+        LatentModelConfig(**{**values, "jump": JumpConfig(**values.get("jump", {}))})
+
+
+def test_guidance_of_jumps_is_what_they_were_trained_with() -> None:
+    """A model without guidance in training has none; one with it takes scales up to its own, everywhere, by itself."""
+    labels = torch.arange(4)
+    plain, guided, other = model(), model(guidance=4.0), model("imf")
+    for made, guidance, why in (
+        (plain, 2.0, r"train the model with guidance.*--teacher"),
+        (guided, 5.0, "scales from 1 to 4"),
+        (guided, 0.5, "scales from 1 to 4"),
+        (guided, Guidance(2.0, (0.1, 5.0)), "by its own input alone, and everywhere"),
+        (guided, Guidance(2.0, weak=other), "by its own input alone, and everywhere"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            made.field(labels, guidance)
+    assert isinstance(guided.field(labels, 4.0), JumpField)
+    with pytest.raises(ValueError, match="sample with `jump`"):
+        plain.field(labels, network=plain.conditional_field)
+
+
+def test_jumps_that_rise_or_leave_the_clock_raise_errors() -> None:
+    field, x = jumps_of(model(), torch.arange(4)), normal(4, *SHAPE)
+    with pytest.raises(ValueError, match="from noise to data"):
+        field.jumps((0.2,), (0.5,), x)
+    with pytest.raises(ValueError, match="exchange t and r"):
+        field(x, torch.full((4,), 0.2), torch.full((4,), 0.5))

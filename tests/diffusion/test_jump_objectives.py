@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from average_velocity import MAKERS, Data, gaussian, states
+from tensors import normal
 from torch import Tensor
 
 from midway.gen.diffusion import jump_objectives as jumps
@@ -96,6 +97,16 @@ def test_the_shortest_shortcuts_take_two_steps_along_the_velocity() -> None:
     torch.testing.assert_close(found, (first + second) / 2, rtol=0, atol=1e-15)
 
 
+def test_guidance_in_training_ends_at_the_guided_velocity() -> None:
+    """A network whose velocity is U + s (V - U) has it as its target; without guidance the target is V."""
+    labelled, unlabelled = normal(2, 8, 3, dtype=torch.float64)
+    scale = torch.linspace(1, 5, 8, dtype=torch.float64)
+    guided = unlabelled + expand(scale, labelled) * (labelled - unlabelled)
+    target = jumps.guided(labelled, guided, unlabelled, scale)
+    torch.testing.assert_close(target, guided, rtol=0, atol=EXACT)
+    assert torch.equal(target[0], labelled[0])
+
+
 # ---- wrong tangents ----
 
 TANGENTS = {"dr = 1": (1, 1, 1), "dz = 0": (0, 1, 0), "dz = -v": (-1, 1, 0), "dt = 0": (1, 0, 0), "dt = -1": (1, -1, 0)}
@@ -130,7 +141,7 @@ def test_wrong_tangents_show(tangents: str, target: Callable[..., Tensor], monke
 
 def conditional(data: Data, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The law of the samples' velocity v_c at z for Gaussian data: values (Q, B, D) and weights (Q,), exact for polynomials."""
-    nodes, weights = np.polynomial.hermite_e.hermegauss(16)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(10)
     schedule = data.schedule
     alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
     d_alpha, d_sigma = (rate[:, None] for rate in schedule.rates(t))
@@ -147,14 +158,14 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("power", [0.0, 1.0])
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "alphaflow"])
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=["linear", "cosine"])
 def test_the_exact_network_has_no_expected_gradient(schedule: Schedule, objective: str, power: float) -> None:
     """At any state and times the mean of weight x error over the samples that are there is 0, for Gaussian data and any weight;
     and a network 1% off is seen. That of alpha-Flow falls with alpha."""
     data = gaussian(schedule)
-    z, t, r = states(data)
+    z, t, r = states(data, 12)
     r = t if objective == "flow" else r
     velocities, shares = conditional(data, z, t)
 
