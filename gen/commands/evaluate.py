@@ -34,6 +34,7 @@ from midway.gen.flags.cli import names, resolve
 from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder
 from midway.gen.flags.evaluation_inputs import (
     budgets_of,
+    defaults_of,
     external_images,
     image_jobs,
     image_notes,
@@ -170,18 +171,18 @@ def sweep_config(
     device: torch.device,
 ) -> SweepConfig:
     """What to measure, on seeds with the classes of `model`; UsageError for nothing, and for numbers that measure nothing."""
-    budgets, count = budgets_of(task), blocks(task)
+    budgets, count = budgets_of(task, trained), blocks(task)
     n = len(splits.held_out.images) if task.n is None else task.n
     if task.n is None and model is None and externals and count > 0:
         n = images_per_block(list(externals.values()), count)
     config = SweepConfig(
         solvers=solver_names(task.solvers, trained, budgets),
         nfe=budgets,
-        grids=names(task.grids),
+        grids=names(defaults_of(trained).grids if task.grids is None else task.grids),
         n=n,
         blocks=count,
         first_seed=task.seed,
-        exact_nfe=task.exact_nfe if task.model or task.diffusers else 0,
+        exact_nfe=task.exact_nfe if (task.model or task.diffusers) and model and model.exact else 0,
         choice=task.choice_seeds,
         metrics=names(task.metrics or ""),
         overlap=task.overlap,
@@ -281,7 +282,7 @@ def context(
             *protocol,
             protocol_note(config.n, spaces[""], config.draw),
             *few_step_notes({name: EvaluatedLatentModel(its).description for name, its in few_step.items()}, sweep),
-            *(() if model is None else exact_notes(config, sweep, model.exact)),
+            *exact_notes(config, sweep, None if model is None else model.exact),
             *timing_notes(sweep.measurements),
             *image_notes(externals, config),
         ),

@@ -44,6 +44,8 @@ UNKNOWN = ModelFacts()
 """Of a model without a run."""
 EXACT_SOLUTION = ("dpmpp3m", "logsnr")
 """Solver and grid: a multistep solver of order 3, whose 48 evaluations are as near to the limit as 128 of Heun's method."""
+EXACT_JUMPS = ("jump", "uniform")
+"""Of a model that jumps: many short jumps of its own."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class EvaluatedModel(Protocol):
         ...
 
     @property
-    def exact(self) -> tuple[str, str]:
-        """Solver and grid of its exact solution."""
+    def exact(self) -> tuple[str, str] | None:
+        """Solver and grid of its exact solution; None where it has none."""
         ...
 
     def check_images(self, reference: Images) -> None:
@@ -184,9 +186,18 @@ class EvaluatedLatentModel(EvaluatedModel):
         return facts_of(self.trained)
 
     @property
-    def exact(self) -> tuple[str, str]:
-        """Solver and grid of its exact solution."""
-        return EXACT_SOLUTION
+    def exact(self) -> tuple[str, str] | None:
+        """Solver and grid of its exact solution; a consistency model, whose jumps all end at the data, has none."""
+        config = self.trained.model.config
+        if not config.is_jump:
+            return EXACT_SOLUTION
+        return None if config.jump.ends == "data" else EXACT_JUMPS
+
+    @property
+    def few_step(self) -> str:
+        """What it is sampled by at few evaluations."""
+        config = self.trained.model.config
+        return "euler" if not config.is_jump else "consistency" if config.jump.ends == "data" else "jump"
 
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError where there is nothing to guide."""

@@ -60,7 +60,7 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     bars their deviation. Learned solvers must have been learned for each."""
     few_step: tuple[Path, ...] = ()
     """Run directories of latent models for few steps, trained on the same images, each a line of its own beside the solvers of
-    --model: jump models are sampled by jump, flow models by euler, on grid uniform, without guidance."""
+    --model: jump models are sampled by jump, flow models by euler, on grid uniform; guided only if trained with guidance."""
     few_step_nfe: str = "1,2,4,8"
     """Comma-separated budgets of --few-step."""
     baselines: tuple[Path, ...] = ()
@@ -71,9 +71,9 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     nfe: str | None = None
     """Comma-separated budgets of network evaluations (default: 4,6,8,10,20; of a jump model 1,2,4,8). Beside --few-step, by
     default also its budgets, where a solver can reach them."""
-    grids: str = "uniform,logsnr,karras"
-    """Comma-separated; the grid of each solver and budget is chosen among them on seeds that are not scored. gits is fitted to
-    the model."""
+    grids: str | None = None
+    """Comma-separated; the grid of each solver and budget is chosen among them on seeds that are not scored (default:
+    uniform,logsnr,karras; of a jump model uniform). gits is fitted to the model."""
     choice_seeds: int = 128
     """Seeds on which grids are chosen, by RMSE to the exact solution; they follow those that are measured."""
     skip_unreachable: bool = False
@@ -138,10 +138,10 @@ def check_flags(task: EvaluateTask) -> None:
             "the reference is what the model was trained on",
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
-    if task.guides and not (task.model or task.diffusers):
+    if task.guides and not _samples(task):
         raise UsageError(
             "guidance without --model",
-            "no model is sampled with it: few-step models, baselines and images are as they are",
+            "no model is sampled: baselines and images are as they are",
             "drop --guidance, --guidance-interval and --guide, or pass --model",
         )
     if task.labels and not (_samples(task) or task.baselines):

@@ -4,6 +4,7 @@ Modules that only some sweeps need are imported in the functions that open them,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import draw_of
 from midway.gen.progress.finished import unfinished
 from midway.gen.sweep.jobs import Job, SweepConfig
+from midway.samplers.jumps import JUMPS
 from midway.samplers.solvers import ALIASES, SOLVERS
 
 
@@ -72,23 +74,37 @@ def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extrac
     return [named_extractor(word, data, whose, its) for word, its in zip(words, weights, strict=True)]
 
 
-FLOW_SOLVERS, FLOW_NFE = "euler,ddim,heun,dpm2,dpmpp2m", "4,6,8,10,20"
-"""What is measured of a model where no flag names anything."""
+@dataclass(frozen=True)
+class Defaults:
+    """What is measured of a model where no flag names it."""
+
+    solvers: str = "euler,ddim,heun,dpm2,dpmpp2m"
+    nfe: str = "4,6,8,10,20"
+    grids: str = "uniform,logsnr,karras"
+
+
+def defaults_of(trained: TrainedModel | None) -> Defaults:
+    """Of a model that jumps, what it is as a few-step model of another sweep."""
+    if trained is None or not trained.model.config.is_jump:
+        return Defaults()
+    return Defaults(EvaluatedLatentModel(trained).few_step, "1,2,4,8", "uniform")
 
 
 def solver_names(words: str | None, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
     """The solvers that --solvers names, or the default's; of `all`, the learned ones that were trained for every budget."""
     if words != "all":
-        return names(FLOW_SOLVERS if words is None else words)
+        return names(defaults_of(trained).solvers if words is None else words)
+    if trained is not None and trained.model.config.is_jump:
+        return tuple(JUMPS)
     plain = tuple(name for name in SOLVERS if name not in ALIASES)
     return plain if trained is None else (*plain, *learned_for(trained, budgets))
 
 
-def budgets_of(task: EvaluateTask) -> tuple[int, ...]:
+def budgets_of(task: EvaluateTask, trained: TrainedModel | None) -> tuple[int, ...]:
     """The budgets of --nfe; by default also those of --few-step, so that both kinds of rows meet."""
     if task.nfe is not None:
         return numbers(task.nfe, "--nfe")
-    own = numbers(FLOW_NFE, "--nfe")
+    own = numbers(defaults_of(trained).nfe, "--nfe")
     return tuple(sorted({*own, *few_step_budgets(task)}) if task.few_step else own)
 
 

@@ -140,7 +140,8 @@ def curves_figure(
     curves = [curve for panel in panels for curve in panel.curves]
     names = dict.fromkeys(plot_label(curve.name) for curve in curves)
     labels = [*names, *(plot_label(band.name) for panel in panels for band in panel.bands)]
-    longest = max(map(len, labels), default=0)
+    bold = {plot_label(curve.name) for curve in curves if curve.group}
+    longest = max((len(label) * (1.1 if label in bold else 1) for label in labels), default=0)
     columns = 2 if longest < 20 else 1
     right = 14 if narrow else 24 + 0.56 * SIZE * longest
     titles = _titles(curves)

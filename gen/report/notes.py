@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 from midway.gen.data.images import empty_classes, named_empty
 from midway.gen.data.splits import Splits
@@ -74,15 +75,26 @@ def nearest_text(ms: Sequence[Measurement]) -> str:
     """Which row is nearest to the data at every budget of a few-step model, in a sentence; nothing without few-step models."""
     every, models, solvers = shown(ms), {m.solver for m in few_step(ms)}, {m.nfe for m in by_solver(ms)}
     parts = list[str]()
-    for name, nfe in nearest_to_data(ms).values():
-        m, tied = every[name, nfe], len(tied_with(ms, (name, nfe), "distance"))
+    for (name, lonely), some in groupby(
+        nearest_to_data(ms).values(), lambda key: (key[0], bool(solvers) and key[1] not in solvers)
+    ):
+        keys = list(some)
+        budgets, figures = (
+            " and ".join(map(str, its)) for its in ([nfe for _, nfe in keys], [_near(ms, k) for k in keys])
+        )
+        paid = next((f" ({m.guided})" for key in keys if (m := every[key]).guided), "")
+        unit = "" if parts else " evaluation" if keys == [(name, 1)] else " evaluations"
         kind = "the few-step model" if name in models else "the solver"
-        others = f", {tied} other{'s' if tied > 1 else ''} not significantly farther" if tied else ""
-        paid = f", {m.guided}" if m.guided else ""
-        at = f"with {nfe} evaluation{'s' if nfe > 1 else ''}" if not parts else f"with {nfe}"
-        alone = "" if not solvers or nfe in solvers else ", where no solver was measured,"
-        parts.append(f"{at}{alone} {kind} {name} ({figure(m, 'distance')}{paid}{others})")
+        alone = ", where no solver was measured," if lonely else ""
+        parts.append(f"with {budgets}{unit}{alone} {kind} {name}{paid}, {figures}")
     return f"Nearest to the data: {'; '.join(parts)}." if parts else ""
+
+
+def _near(ms: Sequence[Measurement], key: tuple[str, int]) -> str:
+    """The distance of a cell to the data, and how many others are not significantly farther."""
+    tied = len(tied_with(ms, key, "distance"))
+    others = f" ({tied} other{'s' if tied > 1 else ''} not significantly farther)" if tied else ""
+    return f"{figure(shown(ms)[key], 'distance')}{others}"
 
 
 # ---- notes ----
@@ -94,10 +106,10 @@ def floor_text(sweep: Sweep) -> str:
     return f"Floor, real images against real images (n = {floor.n}): {number(floor.distance)}"
 
 
-def exact_notes(config: SweepConfig, sweep: Sweep, exact: tuple[str, str]) -> Iterator[str]:
+def exact_notes(config: SweepConfig, sweep: Sweep, exact: tuple[str, str] | None) -> Iterator[str]:
     """What the exact solution is, of which solver and grid; its own error, and the solvers nearer to it than that can resolve."""
     choice, ours = sweep.choice, by_solver(sweep.measurements)
-    if choice is None or sweep.fine is None:
+    if choice is None or sweep.fine is None or exact is None:
         return
     error = choice.exact_error
     yield (

@@ -40,8 +40,10 @@ CODED = 1000
 """Images at most whose codes are counted."""
 
 
-def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Block:
-    """Principal components of trajectories of Heun's method at 64 evaluations."""
+def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Block | None:
+    """Principal components of trajectories of Heun's method at 64 evaluations; None of a model that jumps."""
+    if trained.model.config.is_jump:
+        return None
     table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
     found = trajectory_geometry(trained, table, torch.arange(SEEDS), config)
     rank, off, two = found.effective_rank, found.deviation, found.explained[1]

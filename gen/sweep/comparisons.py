@@ -21,14 +21,18 @@ FEW_STEP_GRID = "uniform"
 def few_step_jobs(
     name: str, trained: TrainedModel, budgets: Sequence[int], config: SweepConfig, draw: ClassDraw | None
 ) -> list[Job]:
-    """A model of its own weights at every budget, unguided, on `FEW_STEP_GRID`: by `jump`, a flow model by Euler's method."""
-    model, sampler = EvaluatedLatentModel(trained), few_step_sampler(trained)
+    """A model of its own weights at every budget on `FEW_STEP_GRID`: by `jump`, `consistency`, or Euler's method.
+
+    Unguided, but for a model that takes the scale of guidance as an input, which costs nothing.
+    """
+    model = EvaluatedLatentModel(trained)
+    sampler, learned = model.few_step, trained.model.config.is_jump and trained.model.config.jump.guidance > 1
     own = replace(
         config,
         grids=(FEW_STEP_GRID,),
         analytic_first=False,
         eta=0.0,
-        guidance=1.0,
+        guidance=config.guidance if learned else 1.0,
         interval=EVERYWHERE,
         weak=None,
         draw=draw,
@@ -49,12 +53,6 @@ def few_step_jobs(
         )
         for nfe in budgets
     ]
-
-
-def few_step_sampler(trained: TrainedModel) -> str:
-    """The solver of a few-step model."""
-    del trained
-    return "euler"
 
 
 def baseline_job(name: str, trained: TrainedBaseline, batch_size: int, draw: ClassDraw | None = None) -> Job:

@@ -111,9 +111,9 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
     several = next(((solver, nfe) for solver, nfe, by_grid in samplers if len(by_grid) > 1), None)
     if several and not config.exact_nfe:
         raise UsageError(
-            f"{several[0]} at NFE {several[1]} on several grids, with --exact-nfe 0",
+            f"{several[0]} at NFE {several[1]} on several grids, without an exact solution",
             "the grid of a solver is chosen by its error to the exact solution",
-            "pass one of --grids, or drop --exact-nfe",
+            "pass one of --grids, or drop --exact-nfe 0",
         )
     flops, facts = model.network_flops, model.facts
     return [
@@ -148,7 +148,7 @@ def exact_source(model: EvaluatedModel, config: SweepConfig, finer: int = 1) -> 
     UsageError where there is nothing to guide.
     """
     model.check_guidance(config)
-    if not config.exact_nfe:
+    if not config.exact_nfe or model.exact is None:
         return None
     solver, grid = model.exact
     plain = replace(config, grids=(grid,), analytic_first=False, eta=0.0)

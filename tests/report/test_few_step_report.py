@@ -122,19 +122,19 @@ def test_the_nearest_to_the_data_is_marked_and_only_solvers_are_compared_with_th
             MS,
             "Of the solvers, table with 4 evaluations is nearest to the exact solution, at a distance of 0.200 ± 0.100; its "
             "distance to the data, 1.01 ± 0.11, is not significantly above the exact solution's 1.00 ± 0.10. Nearest to the "
-            "data: with 1 evaluation the few-step model imf (0.450 ± 0.050, guidance 2 in training, 1 other not significantly "
-            "farther); with 4 the few-step model imf (1.00 ± 0.10, guidance 2 in training, 2 others not significantly farther); "
-            "with 8, where no solver was measured, the few-step model shortcut (2.00 ± 0.10).",
+            "data: with 1 and 4 evaluations the few-step model imf (guidance 2 in training), 0.450 ± 0.050 (1 other not "
+            "significantly farther) and 1.00 ± 0.10 (2 others not significantly farther); with 8, where no solver was measured, "
+            "the few-step model shortcut, 2.00 ± 0.10.",
         ),
         (
             [m for m in MS if m.kind == FEW_STEP and m.nfe == 1],
-            "Nearest to the data: with 1 evaluation the few-step model imf (0.450 ± 0.050, guidance 2 in training, 1 other not "
+            "Nearest to the data: with 1 evaluation the few-step model imf (guidance 2 in training), 0.450 ± 0.050 (1 other not "
             "significantly farther).",
         ),
         (
             [cell("euler", 4, NEARER), few("imf", 4, FAR), few("imf", 1, (float("inf"),) * 3)],
             "Of the solvers, euler with 4 evaluations has the lowest distance to the data, 0.450 ± 0.050. Nearest to the data: "
-            "with 4 evaluations the solver euler (0.450 ± 0.050).",
+            "with 4 evaluations the solver euler, 0.450 ± 0.050.",
         ),
     ],
     ids=["with an exact solution", "few-step models alone", "without an exact solution"],
@@ -148,7 +148,7 @@ def test_names_are_text_in_every_output() -> None:
         ms = [*MS[:5], few(name, 1, NEARER, guided="<b>")]
         page = report_html(ms, CONTEXT, Pictures({(name, 1): b"x", ("table", 4): b"x"}))
         assert html(name) in page and page.count("<script") == 1 and "&lt;b&gt;" in page
-        assert f"the few-step model {printable(name)} (0.450" in terminal_text(ms)
+        assert f"the few-step model {printable(name)} (<b>), 0.450" in terminal_text(ms)
         assert f"| {markdown(name)} (jump, {markdown('<b>')}) | **0.450" in markdown_tables(ms)
         assert '<tr class="group"><th scope="rowgroup" colspan="5"><span>few-step models, each' in page
 

@@ -117,7 +117,7 @@ def test_without_it_nothing_is_compared_with_it_and_no_grid_chosen(pipeline: Pip
     assert [m.solver for m in found.measurements] == ["floor", "ceiling", "ddim"] and question(
         found.measurements
     ) == "distance"
-    with pytest.raises(UsageError, match="on several grids, with --exact-nfe 0"):
+    with pytest.raises(UsageError, match="on several grids, without an exact solution"):
         evaluate.run(replace(without, grids="uniform,karras"))
 
 

@@ -12,12 +12,15 @@ from pipelines import Pipeline, Script
 from sweeps import measured, sweep_task, watch_samples
 
 from midway.gen.commands import evaluate
+from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.splits import DataConfig
 from midway.gen.evaluation.comparing import differences, nearest_to_data
 from midway.gen.evaluation.records import FEW_STEP, SOLVER, Measurement, from_record
+from midway.gen.evaluation.sources import EvaluatedLatentModel
 from midway.gen.flags.evaluation_inputs import budgets_of
 from midway.gen.sweep import measure, store
+from midway.gen.sweep.jobs import SweepConfig, solver_jobs
 from midway.gen.sweep.repeats import left_out, merge_trainings
 from midway.gen.sweep.run import Sweep
 
@@ -72,7 +75,7 @@ def test_a_few_step_model_has_the_figures_that_it_has_alone(
         assert [m.metrics for m in rows] == [m.metrics for m in others], "none of them is of an exact solution"
     assert [(m.solver, m.kind) for m in rest[0]] == 2 * [("unconditional", FEW_STEP)]
     report = (tmp_path / "data" / "report.md").read_text()
-    assert "Nearest to the data: with 1 evaluation the few-step model unconditional (" in report
+    assert "Nearest to the data: with 1 and 2 evaluations the few-step model unconditional, " in report
     assert "The solver" not in report and "euler on uniform" in report
 
 
@@ -115,11 +118,21 @@ def test_a_sweep_that_was_killed_in_a_few_step_model_gives_the_same_table(
     assert lines(tmp_path) == lines(whole[0])
 
 
+def test_learned_solvers_are_left_out_where_they_were_not_learned(pipeline: Pipeline) -> None:
+    """With --skip-unreachable; one that was learned for no budget at all is an error."""
+    model = EvaluatedLatentModel(pipeline.load())
+    config = SweepConfig(solvers=("amed", "heun"), nfe=(1, 4), grids=("uniform",), n=2, skip=True)
+    assert [(job.solver, job.nfe) for job in solver_jobs(model, config)] == [("amed", 4), ("heun", 4)]
+    for nfe, skip in (((1, 4), False), ((1,), True)):
+        with pytest.raises(UsageError, match="amed at NFE 1 has not been learned"):
+            solver_jobs(model, replace(config, nfe=nfe, skip=skip))
+
+
 def test_solvers_meet_few_step_models_at_their_budgets(pipeline: Pipeline, tmp_path: Path) -> None:
     both = sweep_task(pipeline, tmp_path, few_step=(tmp_path,), nfe=None)
-    assert budgets_of(both) == (1, 2, 4, 6, 8, 10, 20)
-    assert budgets_of(replace(both, few_step=())) == (4, 6, 8, 10, 20)
-    assert budgets_of(replace(both, nfe="3")) == (3,)
+    assert budgets_of(both, None) == (1, 2, 4, 6, 8, 10, 20)
+    assert budgets_of(replace(both, few_step=()), None) == (4, 6, 8, 10, 20)
+    assert budgets_of(replace(both, nfe="3"), None) == (3,)
 
 
 def test_names_of_few_step_models_are_those_of_no_other_row(
