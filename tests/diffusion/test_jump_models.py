@@ -106,11 +106,20 @@ def test_the_derivative_of_the_network_is_that_of_central_differences(case: str)
 
 @pytest.mark.parametrize("objective", JUMPS)
 def test_only_the_prediction_has_a_gradient_and_goes_through_what_wraps_the_network(objective: str) -> None:
-    """Once for every sample; a guided model's scales are log-uniform, and 1 for samples without a class."""
+    """Once; the passes of samples through the network are known; scales of guidance are log-uniform, and 1 without a class."""
     made = model(objective, dropout=0.2, guidance=4.0, **SETTINGS.get(objective, {}))
+    wrapped = list[int]()
+
+    def compiled(*arguments: Any, **more: Any) -> DiTOutput:
+        wrapped.append(len(arguments[0]))
+        return made.network._call_impl(*arguments, **more)
+
+    made.network._compiled_call_impl = compiled  # as torch.compile does  # pyright: ignore[reportAttributeAccessIssue]
     with ForwardCounter(made.network) as counter:
         loss, _ = made.loss(batch(256), context(256))
-    assert counter.evaluations == 256
+    assert wrapped == [256]
+    further = {"shortcut": 64 * 2, "alphaflow": 128, "meanflow": 64, "imf": 128 * 2}[objective]  # and guidance at r = t
+    assert counter.evaluations == 256 + further + 2 * 256
     loss.backward()
     assert all(grad(parameter).abs().sum() > 0 for parameter in made.parameters())
     some = states(made, batch(256), context(256))
