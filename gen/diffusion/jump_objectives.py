@@ -18,6 +18,7 @@ have one size for every alpha, and go over into meanflow's.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -30,6 +31,16 @@ Average = Callable[[Tensor, Tensor, Tensor], Tensor]
 PERIOD = 64
 STEEPNESS = 25.0
 """Of alpha's fall."""
+
+
+def is_half(x: Tensor) -> bool:
+    """Whether networks compute in half precision on the device of x: under autocast, which tensors without numbers have not."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Within the block the device of x computes in the dtypes that there are."""
+    return torch.autocast(x.device.type, enabled=False) if is_half(x) else nullcontext()
 
 
 def shortcut_target(average: Average, z: Tensor, t: Tensor, r: Tensor, shortest: float) -> Tensor:
@@ -58,7 +69,10 @@ def time_derivative(average: Average, z: Tensor, t: Tensor, r: Tensor, tangent: 
 
     Attention must be the plain products: the fused kernels of scaled_dot_product_attention have no forward derivative.
     """
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(z.device.type, enabled=False):
+    if z.is_meta:  # without numbers there is no derivative either, whose cost is about that of two passes
+        average(z, t, r)
+        return average(z, t, r)
+    with sdpa_kernel(SDPBackend.MATH), without_autocast(z):
         ones = torch.ones_like(t)
         return torch.func.jvp(lambda z, t: average(z, t, r), (z, t), (tangent, ones))[1]
 

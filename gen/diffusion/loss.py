@@ -171,9 +171,9 @@ def jump_target(made: Jumps, u: Tensor) -> Tensor:
     alpha = alpha_of(model, made.context.step) if config.objective == "alphaflow" else 0.0
     if alpha < DERIVATIVE:
         return jumps.meanflow_target(average, z, t, r, v)
-    if not torch.is_autocast_enabled(z.device.type):
+    if not jumps.is_half(z):
         return jumps.enlarged(u, jumps.alphaflow_target(average, z, t, r, v, alpha), alpha)
-    with torch.autocast(z.device.type, enabled=False):  # a small difference by alpha, which bfloat16 does not resolve
+    with jumps.without_autocast(z):  # a small difference by alpha, which bfloat16 does not resolve
         own = average(z, t, r)
         return u + jumps.enlarged(own, jumps.alphaflow_target(average, z, t, r, v, alpha), alpha) - own
 
