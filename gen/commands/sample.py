@@ -222,12 +222,18 @@ def settings_of(
 
 
 def in_parallel(task: SampleTask, sampler: Sampler, schedule: Schedule) -> ParallelSampler:
-    """The same in waves; UsageError for a solver without fixed rows."""
+    """The same in waves; UsageError for a solver without fixed rows, and for jumps."""
     if sampler.table is None:
         raise UsageError(
             f"--parallel with {task.solver}",
             "its steps follow from the network's features",
             "use its form without -predictor",
+        )
+    if sampler.table.ends:
+        raise UsageError(
+            f"--parallel with {task.solver}",
+            "waves evaluate at one time, and it jumps in few evaluations",
+            "drop --parallel",
         )
     assert task.parallel != "no"
     with raising(UsageError, "--tolerance or --window", "change it"):

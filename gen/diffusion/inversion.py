@@ -23,6 +23,7 @@ from midway.gen.core.files import read_tensors, reading, state_hash, write_atomi
 from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.sampling import Start
 from midway.samplers.grids import Grid, reversed_grid
+from midway.samplers.jumps import JUMPS
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, ddim
@@ -32,7 +33,13 @@ FORMAT = "midway-noise-1"
 
 
 def on_grid(solver: str, schedule: Schedule, grid: Grid, eta: float = 0.0) -> Table:
-    """A solver of the registry on this grid, rising or falling. UsageError for any other, and where it cannot run there."""
+    """A solver of the registry on this grid, rising or falling, or jumps down it. UsageError for any other, and where it cannot
+    run there."""
+    if solver in JUMPS:
+        if grid[-1] > grid[0]:
+            why = "jumps go from noise to data, and their average velocities have no inverse"
+            raise UsageError(f"--invert with {solver}", why, "invert by a flow model, with a deterministic solver")
+        return JUMPS[solver](schedule, grid)
     if solver not in SOLVERS:
         why = "it has steps of its own, learned for the whole way from noise to data or chosen on the way"
         raise UsageError(f"{solver} on another grid than its own", why, "take a solver of the registry, say dpmpp2m")
@@ -59,7 +66,7 @@ def rest_of(sampler: Sampler, solver: str, schedule: Schedule, strength: float, 
         )
     steps = len(sampler.grid) - 1
     left_out = steps - max(1, round(strength * steps))
-    whole = strength == 1 or (left_out == 0 and solver in SOLVERS)
+    whole = strength == 1 or (left_out == 0 and solver in (*SOLVERS, *JUMPS))
     return sampler if whole else on_grid(solver, schedule, sampler.grid[left_out:], eta)
 
 

@@ -239,11 +239,11 @@ def bits_per_dim(
     """Bits per dimension, float64 (B,), an upper bound, of the levels of uint8 images (B, C, H, W) under a pixel model; the cost.
 
     A conditional model needs labels (B,). levels: levels_of() of the training images. One uniform u per value, and the probes,
-    come from the context by sample. UsageError for a learned tokenizer, invalid labels, and as `log_likelihood`; ValueError for
-    values that are no levels.
+    come from the context by sample. UsageError for a learned tokenizer, a model that jumps, invalid labels, and as
+    `log_likelihood`; ValueError for values that are no levels.
     """
     config = config or LikelihoodConfig()
-    _check_pixels(tokenizer)
+    _check_density(model, tokenizer)
     labels = _labels(model, labels, images)
     z, log_det = dequantised_latents(tokenizer, images, levels, context)
     table = cosine_table(model.schedule, config.solver, config.steps, config.grid, config.rho_min)
@@ -277,13 +277,13 @@ def dequantised_latents(
     return z, z[0].numel() * math.log(2 * levels / (levels - 1)) - shrinking
 
 
-def _check_pixels(tokenizer: ImageTokenizer) -> None:
+def _check_density(model: LatentModel, tokenizer: ImageTokenizer) -> None:
+    what, pixels = "this model has no bits per dimension", "midway train tokenizer digits-pixels"
     if not tokenizer.passes_through:
-        raise UsageError(
-            "this model has no bits per dimension",
-            "its tokenizer is learned, so its density is one of latents, not of pixels",
-            "train a pixel model: midway train tokenizer digits-pixels, then midway train latent on that tokenizer",
-        )
+        why = "its tokenizer is learned, so its density is one of latents, not of pixels"
+        raise UsageError(what, why, f"train a pixel model: {pixels}, then midway train latent on that tokenizer")
+    if model.config.is_jump:
+        raise UsageError(what, "its samples are made by jumps, which are no probability flow", "score a flow model")
 
 
 def _labels(model: LatentModel, labels: Tensor | None, images: Tensor) -> Tensor:

@@ -126,7 +126,9 @@ class LatentModel(DescribedModel):
         """
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         scale = (alpha.square() + sigma.square()).sqrt()
-        network = self.network.forward if bare else self.network
+        network = (
+            self.network._call_impl if bare else self.network
+        )  # hooks act: they gather the parts of a sharded network
         more = self.further(t, t if r is None else r, guidance)
         return network(x / expand(scale, x), noise_angle(alpha, sigma), labels, context, more=more)
 

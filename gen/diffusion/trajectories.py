@@ -27,6 +27,7 @@ from midway.gen.core.errors import DivergedError, UsageError
 from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, labels_of, noise_of
+from midway.samplers.prediction import JumpField
 from midway.samplers.sample import trajectory
 from midway.samplers.sampler import Sampler
 from midway.samplers.table import Table
@@ -136,7 +137,9 @@ def _spread(values: Tensor) -> Spread:
 
 @torch.no_grad()
 def trajectories(trained: TrainedModel, table: Table, seeds: Tensor, config: SamplingConfig | None = None) -> Tensor:
-    """The states at the table's nodes, one trajectory per seed (S,): (S, N + 1, D) in the solver's dtype, on the CPU."""
+    """The states at the table's nodes, one trajectory per seed (S,): (S, N + 1, D) in the solver's dtype, on the CPU.
+
+    Of a model that jumps, by a solver at one time, those of its velocity."""
     config, model = config or SamplingConfig(), trained.model
     device = next(model.parameters()).device
     parts = []
@@ -144,6 +147,8 @@ def trajectories(trained: TrainedModel, table: Table, seeds: Tensor, config: Sam
         for some in seeds.split(config.batch_size):
             x = start_state(model.schedule, table.grid[0], noise_of(some, model.latent_shape).to(device))
             field = model.field(labels_of(some, model.classes, model.empty, config.draw).to(device), config.guidance)
+            if isinstance(field, JumpField) and not table.ends:
+                field = field.velocity
             states = trajectory(field, table, x, SeededNoise(some) if table.stochastic else None)
             parts.append(torch.stack(states, 1).flatten(2).cpu())
     return torch.cat(parts)

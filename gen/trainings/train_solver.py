@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from midway.gen.cards.solver import finish_solver
 from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import to_record
+from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
@@ -74,8 +75,14 @@ def train(task: SolverTask) -> list[Run]:
 
 
 def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel:
-    """The model; UsageError for guidance that it cannot have."""
+    """The model; UsageError for one that jumps, and for guidance that it cannot have."""
     trained = load_model(task.model, accelerator.device)
+    if trained.model.config.is_jump:
+        raise UsageError(
+            f"a solver for {task.model}",
+            "solvers approximate what this model was trained to do in one evaluation",
+            "sample it with --solver jump, or learn a solver for a flow model",
+        )
     check_guidance(SamplerConfig(guidance=task.guidance), trained)
     return trained
 

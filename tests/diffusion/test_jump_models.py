@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,18 +18,25 @@ from scipy import stats
 from tensors import grad, normal, randomised
 from torch import Tensor, nn
 
+from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.dit import DiTConfig, DiTOutput
+from midway.gen.diffusion.inversion import inverse, rest_of
 from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
 from midway.gen.diffusion.jump_objectives import time_derivative
+from midway.gen.diffusion.likelihood import bits_per_dim
+from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.loss import states, target_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
+from midway.gen.diffusion.trajectories import trajectories
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.optim import checkpoint_activations, compile_networks
+from midway.samplers.jumps import JUMPS as SAMPLERS
 from midway.samplers.jumps import jump
 from midway.samplers.prediction import JumpField, expand
 from midway.samplers.sample import ForwardCounter, sample
 from midway.samplers.schedule import Linear
 from midway.samplers.solvers import euler
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 SHAPE = (3, 4, 4)
 DIT = DiTConfig(width=16, depth=2, heads=2, time_scale=1.0)
@@ -98,11 +106,20 @@ def test_the_derivative_of_the_network_is_that_of_central_differences(case: str)
 
 @pytest.mark.parametrize("objective", JUMPS)
 def test_only_the_prediction_has_a_gradient_and_goes_through_what_wraps_the_network(objective: str) -> None:
-    """Once for every sample; a guided model's scales are log-uniform, and 1 for samples without a class."""
+    """Once; the passes of samples through the network are known; scales of guidance are log-uniform, and 1 without a class."""
     made = model(objective, dropout=0.2, guidance=4.0, **SETTINGS.get(objective, {}))
+    wrapped = list[int]()
+
+    def compiled(*arguments: Any, **more: Any) -> DiTOutput:
+        wrapped.append(len(arguments[0]))
+        return made.network._call_impl(*arguments, **more)
+
+    made.network._compiled_call_impl = compiled  # as torch.compile does  # pyright: ignore[reportAttributeAccessIssue]
     with ForwardCounter(made.network) as counter:
         loss, _ = made.loss(batch(256), context(256))
-    assert counter.evaluations == 256
+    assert wrapped == [256]
+    further = {"shortcut": 64 * 2, "alphaflow": 128, "meanflow": 64, "imf": 128 * 2}[objective]  # and guidance at r = t
+    assert counter.evaluations == 256 + further + 2 * 256
     loss.backward()
     assert all(grad(parameter).abs().sum() > 0 for parameter in made.parameters())
     some = states(made, batch(256), context(256))
@@ -358,3 +375,32 @@ def test_jumps_that_rise_or_leave_the_clock_raise_errors() -> None:
         field.jumps((0.2,), (0.5,), x)
     with pytest.raises(ValueError, match="exchange t and r"):
         field(x, torch.full((4,), 0.2), torch.full((4,), 0.5))
+
+
+# ---- what cannot use jumps ----
+
+
+def test_image_to_image_takes_the_last_jumps_and_nothing_inverts_them() -> None:
+    grid = (0.9, 0.6, 0.3, 0.1)
+    for name, build in SAMPLERS.items():
+        table = build(Linear(), grid)
+        assert rest_of(table, name, Linear(), 0.6) == build(Linear(), grid[1:])
+        with pytest.raises(UsageError, match="no inverse"):
+            inverse(table, name, Linear())
+
+
+def test_the_density_of_pixels_is_that_of_a_flow_model() -> None:
+    tokenizer = ImageTokenizer(3, 4, downsample=1, quantizer={"type": "identity", "dim": 3})
+    tokenizer.set_latent_statistics(torch.zeros(3), torch.ones(3))
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(UsageError, match=r"no probability flow\n.*score a flow model"):
+        bits_per_dim(model(), tokenizer, images, labels, 256, context(2))
+
+
+def test_trajectories_by_a_solver_at_one_time_are_those_of_the_velocity() -> None:
+    flow, made = flow_and("meanflow")
+    table = euler(Linear(), (0.9, 0.5, 0.1))
+    found = [
+        trajectories(cast(TrainedModel, SimpleNamespace(model=one)), table, torch.arange(3)) for one in (flow, made)
+    ]
+    assert torch.equal(*found) and found[0].std() > 0.1

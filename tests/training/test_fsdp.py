@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.runs import Run
+from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context, LatentBatch
@@ -37,13 +38,17 @@ CONFIG = TrainConfig(steps=6, batch_size=8, lr=1e-2, warmup=2, clip=0.3, ema=0.8
 CONFIG = replace(CONFIG, weight_decay=0.1, log_every=2, keep=9)
 
 
+JUMPS: dict[str, Any] = {"objective": "alphaflow", "jump": JumpConfig(alpha_steps=6)}
+"""First with jumps of its own in its targets, at the end with derivatives."""
+
+
 class Watched(LatentModel):
     """A small latent model that notes the kinds of its parameters, and how large a share of them this process holds after
     each step; one sample of the steps `bad` has no finite loss."""
 
-    def __init__(self, bad: tuple[int, ...] = ()) -> None:
+    def __init__(self, bad: tuple[int, ...] = (), jumps: bool = False) -> None:
         torch.manual_seed(0)
-        super().__init__(latent_config(), LATENT_SHAPE, CLASSES)
+        super().__init__(replace(latent_config(), **JUMPS) if jumps else latent_config(), LATENT_SHAPE, CLASSES)
         self.bad = torch.tensor([(step + 1) * CONFIG.batch_size - 1 for step in bad])
         self.kinds: set[str] = set()
         self.share = 0.0
@@ -80,6 +85,7 @@ class Case:
     config: TrainConfig = CONFIG
     bad: tuple[int, ...] = ()
     resume: str = ""
+    jumps: bool = False
 
 
 STOPPING = replace(CONFIG, max_steps=3)
@@ -94,6 +100,7 @@ CASES = {
     "again": Case("block", resume="stopped"),
     "plain stopped": Case("", STOPPING),
     "sharded later": Case("block", resume="plain stopped"),
+    **{f"jumps {policy}": Case(policy, jumps=True) for policy in ("", "size")},
 }
 
 
@@ -101,7 +108,7 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     """Train a case in this process; what it saw."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder.mkdir(parents=True, exist_ok=True)
-    model, accelerator, previews = Watched(case.bad), make_accelerator(case.config), list[int]()
+    model, accelerator, previews = Watched(case.bad, case.jumps), make_accelerator(case.config), list[int]()
     if case.policy:
         shard(accelerator, case.policy)
     run, items = Run(folder, "test"), Items(latents, SIZE)
@@ -214,6 +221,14 @@ def test_sharded_training_is_that_of_one_process(name: str, two: Sharded, one: O
     assert_close(two.saved(name), tensors(alone))
     assert {file.partition("/")[0] for file in two.saved(name)} == {"model", "ema", "optimizer", "posthoc-0.100"}
     assert two.saved(name)["model/network.embed.weight"].shape == (16, 3)
+
+
+def test_jumps_are_those_of_one_process(tmp_path: Path, two: Sharded) -> None:
+    """Whose targets are computed without what wraps the network, but for what gathers its shards."""
+    train(tmp_path, Case(jumps=True))
+    for policy in ("", "size"):
+        assert losses(two.folder / f"jumps {policy}") == pytest.approx(losses(tmp_path), rel=1e-5)
+        assert_close(two.saved(f"jumps {policy}"), tensors(tmp_path))
 
 
 def test_the_average_is_not_the_newest_weights(two: Sharded) -> None:
