@@ -37,7 +37,6 @@ from midway.gen.report.table import (
     budget_table,
     columns_table,
     decimals_for,
-    joined,
     number,
     with_floor,
 )
@@ -155,31 +154,29 @@ def _marked(table: Table, ms: Measurements, exact: Measurement) -> Table:
 
 
 GROUPS = ("solvers", "few-step models, each on weights of its own", "limits")
-"""Headings of a table, in this order; that of solvers has the name of their model."""
-TRAINING = ("training images", "training NFE")
-"""Heads of the columns of what the training of a row took, its model's and its own."""
+"""Headings of a table, in this order; that of solvers has their model, and what its training took."""
 
 
-def grouped(table: Table, ms: Sequence[Measurement]) -> Table:
-    """Its lines under headings, few-step models after solvers, and two more columns: what training took."""
-    models, limits, learned = {m.solver: m for m in few_step(ms)}, limits_of(ms), training_costs(ms)
+def grouped(table: Table, ms: Measurements) -> Table:
+    """Its lines under headings, few-step models after solvers, each with what its training took; as it is without such models."""
+    models = {m.solver: m for m in few_step(ms)}
     if not any(line.name in models for line in table.lines):
         return table
-    solvers = {solver: m for (solver, _), m in shown(by_solver(ms)).items()}
-    name = joined(m.model for m in solvers.values())
-    headings = (f"{GROUPS[0]}, all on the weights of {name}" if name else GROUPS[0], *GROUPS[1:])
+    its = next((m for m in by_solver(ms) if m.model), None)
+    whose = "" if its is None else f", all on the weights of {its.model}{_took(its, ': ')}"
+    headings = (f"{GROUPS[0]}{whose}", *GROUPS[1:])
 
     def line(its: Line) -> Line:
-        """With its heading, and the numbers of its training."""
-        m = limits[its.name] if its.floor else (solvers | models)[its.name]
-        evaluations = m.model_nfe + learned.get(m.solver, 0)
-        costs = tuple(Entry(f"{count:,}") if count else None for count in (m.training_images, evaluations))
-        small = ", ".join(filter(None, (m.sampler, m.guided, "trained" if m.solver in learned else "")))
-        group = headings[2 if its.floor else int(its.name in models)]
-        return replace(its, group=group, small=small, entries=(*its.entries, *costs))
+        m = models.get(its.name)
+        small = its.small if m is None else ", ".join(filter(None, (f"{m.sampler}{_took(m, ', ')}", m.guided)))
+        return replace(its, group=headings[2 if its.floor else int(m is not None)], small=small)
 
-    lines = sorted(map(line, table.lines), key=lambda its: headings.index(its.group))
-    return replace(table, heads=("solver or model", *table.heads[1:], *TRAINING), lines=tuple(lines))
+    return replace(table, lines=tuple(sorted(map(line, table.lines), key=lambda its: headings.index(its.group))))
+
+
+def _took(m: Measurement, before: str) -> str:
+    """Images and evaluations of the training of its model, where they are known."""
+    return f"{before}{m.training_images:,} images, {m.model_nfe:,} evaluations of training" if m.training_images else ""
 
 
 def error_table(ms: Measurements) -> Table:
