@@ -151,7 +151,10 @@ def in_place(task: VerifyTask, run: Run, job: Any) -> tuple[Any, Splits | None]:
     if isinstance(job, LatentTask):
         cache = job.latents if job.latents is not None and job.latents.exists() else None
         tokenizer = task.tokenizer or moved_run(run, job.tokenizer)
-        return replace(job, tokenizer=tokenizer, latents=cache, data_path=task.data_path), None
+        others = {
+            name: moved_run(run, path) for name in ("init", "teacher") if (path := getattr(job, name)) is not None
+        }
+        return replace(job, tokenizer=tokenizer, latents=cache, data_path=task.data_path, **others), None
     if isinstance(job, train_solver.SolverTask):
         return replace(job, model=moved_run(run, job.model)), None
     return job, splits_of(run, images_at(run, task.data_path))

@@ -17,6 +17,7 @@ have one size for every alpha, and go over into meanflow's.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,6 +26,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.samplers.prediction import expand
+
+# torch itself compiles its forward derivatives so
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated.*")
 
 Average = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t (B, *), t (B,), r (B,)) -> u (B, *)."""

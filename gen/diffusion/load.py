@@ -19,6 +19,7 @@ from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.loss import evaluations_of
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.progress.finished import progress_of
 from midway.gen.training.config import TrainConfig
@@ -56,6 +57,34 @@ class TrainedModel:
     def decoder_hash(self) -> str:
         """12 hexadecimal digits of the tokenizer's weights."""
         return state_hash("decoder", self.tokenizer.state_dict())
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from, by hash, and what that took: images seen in training, and passes of images through networks."""
+
+    init: str = ""
+    """The model of its first weights."""
+    teacher: str = ""
+    """The model whose velocities it learned."""
+    images: int = 0
+    evaluations: int = 0
+
+    def __add__(self, other: "Origin") -> "Origin":
+        hashes = self.init or other.init, self.teacher or other.teacher
+        return Origin(*hashes, self.images + other.images, self.evaluations + other.evaluations)
+
+
+NOTHING = Origin()
+
+
+def origin_of(trained: TrainedModel) -> Origin:
+    """What a trained model took, with all that it was made from."""
+    run = trained.run
+    before = run.part("origin", Origin) if "origin" in run.config else NOTHING  # not in older runs
+    images = int(run.checkpoint.name.removeprefix("step-")) * run.part("train", TrainConfig).batch_size
+    passes = evaluations_of(trained.model.config, bool(before.teacher))
+    return Origin(images=before.images + images, evaluations=before.evaluations + round(images * passes))
 
 
 def load_tokenizer(path: Path, device: torch.device = CPU) -> tuple[ImageTokenizer, DataConfig]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.diffusion import jump_objectives as jumps
+from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.diffusion.field import Denoiser, noise_angle
 from midway.gen.diffusion.jump_config import DERIVATIVE
 from midway.gen.training.batches import Context, LatentBatch
@@ -182,3 +183,13 @@ def alpha_of(model: Denoiser, step: int) -> float:
     """alpha-Flow's alpha in this optimizer step."""
     jump = model.config.jump
     return jumps.alpha_at(step / max(jump.alpha_steps, 1), jump.alpha_end)
+
+
+def evaluations_of(config: LatentModelConfig, taught: bool) -> float:
+    """Passes of an image through networks in a training step, forward ones: of the model, of targets, and of a teacher."""
+    if not config.is_jump:
+        return 1.0
+    jumping = 1 - round(jumps.PERIOD * config.jump.share(config.objective)) / jumps.PERIOD
+    targets = {"shortcut": 2, "alphaflow": 1, "meanflow": 1, "imf": 2}[config.objective]
+    teacher = taught * (1 + (config.jump.teacher_guidance != 1))
+    return 1 + jumping * targets + teacher + 2 * (config.jump.guidance > 1)

@@ -8,7 +8,7 @@ import torch
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import SamplerConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.features.reference import FeatureReference
 from midway.gen.training.config import OnlineConfig
@@ -24,7 +24,7 @@ def online_distances(
     plans = SamplerConfig(grids=(config.grid,), draw=draw)
     found = {}
     for nfe in config.nfe:
-        table = make_table(config.solver, config.grid, nfe, trained, plans)
+        table = make_samplers(trained, config.solver, nfe, plans)[config.grid]
         source = SolverSource(trained, table, plans.sampling())
         raw = source.sample(torch.arange(config.n))
         found[nfe] = reference.distance(source.images(raw)) if raw.finite.all() else float("inf")

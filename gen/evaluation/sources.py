@@ -13,11 +13,10 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.data.pixels import Images
-from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.load import TrainedModel, origin_of
 from midway.gen.diffusion.sampler_checks import check_guidance
 from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, learned_for, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
-from midway.gen.training.config import TrainConfig
 from midway.samplers.operations import network_flops
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
@@ -150,9 +149,10 @@ class EvaluatedModel(Protocol):
 
 def facts_of(trained: TrainedModel) -> ModelFacts:
     """Of a latent model of ours."""
-    run = trained.run
-    images = int(run.checkpoint.name.removeprefix("step-")) * run.part("train", TrainConfig).batch_size
-    return ModelFacts(Path(run.place).resolve().name, images, images)
+    took, jump = origin_of(trained), trained.model.config.jump
+    paid = trained.model.config.is_jump and max(jump.guidance, jump.teacher_guidance) > 1
+    name = Path(trained.run.place).resolve().name
+    return ModelFacts(name, took.images, took.evaluations, "guidance in training" if paid else "")
 
 
 @dataclass(frozen=True)

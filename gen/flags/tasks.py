@@ -158,6 +158,11 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     latents: Path | None = None
     """Latent cache (default: next to the tokenizer; created if missing)."""
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
+    init: Path | None = None
+    """Run directory of a trained latent model of the same sizes: training starts from its averaged weights, which jump at first as
+    Euler's method does."""
+    teacher: Path | None = None
+    """Distillation: run directory of a trained flow model, whose velocities objectives of jumps take in place of the samples'."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)

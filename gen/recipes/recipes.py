@@ -8,6 +8,7 @@ from pathlib import Path
 
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.jump_config import Objective
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
@@ -165,6 +166,47 @@ def digits_flow() -> LatentTask:
     return _digits_latent("flow", model)
 
 
+def _digits_jumps(objective: Objective, steps: int) -> LatentTask:
+    """A few-step model: it jumps from one time to another in one evaluation (docs/few-step.md)."""
+    model = LatentModelConfig(
+        schedule="linear", target="velocity", objective=objective, dit=replace(DIGITS_DIT, time_scale=1.0)
+    )
+    task = _digits_latent(objective, model)
+    return replace(task, train=replace(task.train, steps=steps))
+
+
+def digits_shortcut() -> LatentTask:
+    """A few-step model of the same size, trained without derivatives: images in 1, 2, 4, ... evaluations. About 2 min.
+
+    midway train latent digits-shortcut --tokenizer runs/digits-fsq
+    """
+    return _digits_jumps("shortcut", 3200)
+
+
+def digits_alphaflow() -> LatentTask:
+    """alpha-Flow: from flow matching to MeanFlow in one training. About 2 min.
+
+    midway train latent digits-alphaflow --tokenizer runs/digits-fsq
+    """
+    return _digits_jumps("alphaflow", 2600)
+
+
+def digits_meanflow() -> LatentTask:
+    """MeanFlow: average velocities by the derivative of the network. About 2 min.
+
+    midway train latent digits-meanflow --tokenizer runs/digits-fsq
+    """
+    return _digits_jumps("meanflow", 2600)
+
+
+def digits_imf() -> LatentTask:
+    """Improved MeanFlow: the same along the network's own velocity. About 2 min.
+
+    midway train latent digits-imf --tokenizer runs/digits-fsq
+    """
+    return _digits_jumps("imf", 2000)
+
+
 def digits_edm() -> LatentTask:
     """The same DiT with EDM's preconditioning and noise distribution. About 2 min.
 
@@ -221,6 +263,10 @@ def cifar10_dit() -> LatentTask:
 LATENT_RECIPES = {"small": small_latents, "base": base_latents} | by_name(
     digits_dit,
     digits_flow,
+    digits_shortcut,
+    digits_alphaflow,
+    digits_meanflow,
+    digits_imf,
     digits_edm,
     digits_pixel_flow,
     mnist5k_dit,

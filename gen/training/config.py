@@ -142,7 +142,18 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 # ---- what a resumed run may change ----
 
-PATHS = ("out", "tokenizer", "latents", "model", "data.data", "loss.perceptual_weights", "tile", "tile_margin")
+PATHS = (
+    "out",
+    "tokenizer",
+    "latents",
+    "init",
+    "teacher",
+    "model",
+    "data.data",
+    "loss.perceptual_weights",
+    "tile",
+    "tile_margin",
+)
 """Their contents are compared by fingerprint."""
 EARLIER = ("overwrite", "resume", "train.max_seconds", "train.max_steps", "data.download")
 """Flags of one call, which checkpoints of earlier versions name."""

@@ -21,9 +21,9 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.places import images_at, splits_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
-from midway.gen.diffusion.load import CPU, TrainedModel, load_model, load_tokenizer, write_model
+from midway.gen.diffusion.load import CPU, Origin, TrainedModel, load_model, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
-from midway.gen.diffusion.samplers import SamplerConfig, make_table
+from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import decode, sample_latents
 from midway.gen.evaluation.online import log_online, online_distances
 from midway.gen.features.open import named_extractor
@@ -43,16 +43,19 @@ from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items, Preview
+from midway.gen.trainings.beginning import begin, planned
 from midway.gen.trainings.dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.trainings.running import built, open_run, with_precision
 from midway.gen.trainings.train_tokenizer import make_tokenizer
-from midway.samplers.grids import karras
+from midway.samplers.grids import karras, uniform
+from midway.samplers.jumps import JUMPS
 from midway.samplers.solvers import heun
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 PREVIEW = 60
 PAGE = Page(computed=dict.fromkeys(GENERIC_LATENTS, LATENT_SIZES))
 PREVIEW_STEPS = 10
+PREVIEW_JUMPS = 4
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Parts:
     images: ImageData
     about: str
     """The images in words."""
+    origin: Origin
+    """What it was made from, and what that took."""
     draw: ClassDraw | None
     """How seeds draw classes: as often as the images have them."""
 
@@ -91,8 +96,9 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
     draw = class_draw(None, images, model.classes, model.empty)
-    about = "\n".join([describe(images), *unfinished(source)])
-    return Parts(model, latents.items(task.flip), tokenizer, data, images, about, draw)
+    origin = begin(task, model, tokenizer, accelerator.device)
+    about = "\n".join([describe(images), *unfinished(source, task.init, task.teacher)])
+    return Parts(model, latents.items(task.flip), tokenizer, data, images, about, origin, draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
@@ -104,13 +110,14 @@ def train(task: LatentTask, *lines: str) -> Run | None:
     """Train and save, with `lines` in the log. The run on the main process, None on the others."""
     check_unused(task.train, measures=True)
     task, precision = with_precision(task, "transformer", task.model.dit.width)
+    task = planned(task)
     if task.dry_run:
         return dry_run(task)
     accelerator = make_accelerator(task.train, task.out)
     reference = make_online_reference(task, accelerator.device)
     parts = make_parts(task, accelerator)  # before the run, so that an invalid configuration leaves no directory
     model, tokenizer = parts.model, parts.tokenizer
-    config = {**to_record(task), "data": to_record(parts.data)}
+    config = {**to_record(task), "data": to_record(parts.data), "origin": to_record(parts.origin)}
     parameters, shape = sum(p.numel() for p in model.parameters()), (parts.items.size, *model.latent_shape)
     about = f"{parameters:,} parameters, latents {shape}, schedule {task.model.schedule}"
     with open_run(task, task.out, "latent_model", config, accelerator, parts.about, about, *lines, *precision) as run:
@@ -184,7 +191,7 @@ def make_online_reference(task: LatentTask, device: torch.device) -> FeatureRefe
     latent_model = make_model(task, tokenizer, train)
     for nfe in task.early.nfe:  # an unreachable budget raises here
         trained = TrainedModel(latent_model, tokenizer, data, "", Run(task.out, "latent_model"))
-        make_table(task.early.solver, task.early.grid, nfe, trained, SamplerConfig(grids=(task.early.grid,)))
+        make_samplers(trained, task.early.solver, nfe, SamplerConfig(grids=(task.early.grid,)))
     reference = make_reference(network.to(device), network.name, train)
     echo(*reference.warnings)
     return reference
@@ -213,12 +220,15 @@ def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, im
 
 
 def write_preview(run: Run, parts: Parts, step: int, weights: str) -> Preview:
-    """Fixed seeds, Heun's method at 20 evaluations; the file's name contains the weights."""
-    trained = TrainedModel(parts.model, parts.tokenizer, parts.data, "", run)
-    table = heun(parts.model.schedule, karras(parts.model.schedule, PREVIEW_STEPS))
+    """Fixed seeds, Heun's method at 20 evaluations, or a few jumps; the file's name contains the weights."""
+    trained, schedule = TrainedModel(parts.model, parts.tokenizer, parts.data, "", run), parts.model.schedule
+    table, name = heun(schedule, karras(schedule, PREVIEW_STEPS)), "Heun"
+    if parts.model.config.is_jump:
+        name = "consistency" if parts.model.config.jump.ends == "data" else "jump"
+        table = JUMPS[name](schedule, uniform(schedule, PREVIEW_JUMPS))
     images = decode(trained, sample_latents(trained, table, torch.arange(PREVIEW)).latents)
     path = run.path / "samples" / f"{weights}-{step:06d}-nfe{table.nfe}.png"
-    save_grid(path, images, 10, f"step {step:,}: Heun, NFE {table.nfe}, seeds 0-{PREVIEW - 1}, {weights} weights")
+    save_grid(path, images, 10, f"step {step:,}: {name}, NFE {table.nfe}, seeds 0-{PREVIEW - 1}, {weights} weights")
     return Preview(path, "samples")
 
 

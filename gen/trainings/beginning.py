@@ -1,0 +1,137 @@
+"""What a training begins with: the weights of another model, a teacher's velocities, and what both cost before."""
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from midway.gen.core.errors import UsageError
+from midway.gen.diffusion.dit import DiTConfig
+from midway.gen.diffusion.field import Velocity
+from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model, origin_of
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.flags.tasks import LatentTask
+from midway.samplers.jumps import JUMPS
+from midway.samplers.prediction import expand
+from midway.tokenizers.tokenizer import ImageTokenizer
+
+NEW = "network.more."
+"""Weights that a model that jumps has beside those of a flow model; they start as 0."""
+
+
+def planned(task: LatentTask) -> LatentTask:
+    """The task with what follows from others of its flags: alpha's steps, and the time scale of the weights of --init.
+
+    UsageError for flags that have no effect.
+    """
+    model, jump = task.model, task.model.jump
+    if task.teacher is not None and not model.is_jump:
+        raise UsageError(
+            "--teacher with objective flow",
+            "its velocities are for models that jump",
+            "add --model.objective alphaflow, say, or drop it",
+        )
+    if task.teacher is None and jump.teacher_guidance != 1:
+        raise UsageError("--model.jump.teacher-guidance without --teacher", "there is nobody to guide", "add --teacher")
+    if task.teacher is not None and jump.guidance != 1:
+        raise UsageError(
+            "--teacher and --model.jump.guidance",
+            "guidance is learned from one of them",
+            "use --model.jump.teacher-guidance, or drop --teacher",
+        )
+    if model.objective == "alphaflow" and jump.alpha_steps == 0:
+        model = replace(model, jump=replace(jump, alpha_steps=task.train.steps))
+    if task.init is not None and not task.dry_run:
+        scale = load_model(task.init, torch.device("cpu")).model.config.dit.time_scale
+        model = replace(model, dit=replace(model.dit, time_scale=scale))
+    early = task.early
+    if model.is_jump and early.solver not in JUMPS:  # the default is a solver at one time
+        early = replace(early, solver="consistency" if jump.ends == "data" else "jump", grid="uniform")
+    return replace(task, model=model, early=early)
+
+
+def begin(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, device: torch.device) -> Origin:
+    """Give `model` the weights of --init and the teacher of --teacher; what both are, and what their trainings took.
+
+    UsageError for models of another process, network, classes or latents.
+    """
+    origin = NOTHING
+    if task.init is not None:
+        source = load_model(task.init, torch.device("cpu"))
+        _check_same(f"--init {task.init}", source, model, tokenizer, task.model.dit)
+        state = source.model.state_dict()
+        model.load_state_dict(
+            model.state_dict() | {name: value for name, value in state.items() if name in _names(model)}
+        )
+        origin += replace(origin_of(source), init=source.hash)
+    if task.teacher is not None:
+        teacher = load_model(task.teacher, device)
+        _check_same(f"--teacher {task.teacher}", teacher, model, tokenizer)
+        if teacher.model.config.is_jump:
+            raise UsageError(
+                f"--teacher {task.teacher}", "it jumps, and a teacher gives velocities at one time", "give a flow model"
+            )
+        model.teacher = velocity_of(teacher, task.model.jump.teacher_guidance)
+        spent = NOTHING if task.init is not None and task.init == task.teacher else origin_of(teacher)
+        origin += replace(spent, teacher=teacher.hash)
+    return origin
+
+
+def velocity_of(trained: TrainedModel, guidance: float = 1.0) -> Velocity:
+    """The velocity of a model's field at the guidance scale: (z_t (B, *), t (B,), labels (B,)) -> (B, *).
+
+    UsageError for guidance that the model cannot have.
+    """
+    model = trained.model
+
+    def velocity(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        null = model.null_labels(labels)
+        plain = model.conditional_field(z, t, labels)
+        d_alpha, d_sigma = (expand(rate, z) for rate in model.schedule.rates(t))
+        found = d_alpha * plain.x0 + d_sigma * plain.eps
+        if guidance == 1:
+            return found
+        weak = model.conditional_field(z, t, null)
+        return torch.lerp(d_alpha * weak.x0 + d_sigma * weak.eps, found, guidance)
+
+    if guidance != 1:
+        from midway.gen.diffusion.model import Guidance
+        from midway.gen.diffusion.sampler_checks import check_guidance
+
+        check_guidance(Guidance(guidance), None, trained)
+    return velocity
+
+
+def _names(model: LatentModel) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+def _check_same(
+    flag: str, source: TrainedModel, model: LatentModel, tokenizer: ImageTokenizer, dit: DiTConfig | None = None
+) -> None:
+    """UsageError unless a model is of the same process, latents and classes; with `dit` of the same network and target too."""
+    theirs, ours = source.model, model
+    pairs = {
+        "schedule": (theirs.config.schedule, ours.config.schedule),
+        "latents": (theirs.latent_shape, ours.latent_shape),
+        "classes": (theirs.classes, ours.classes),
+    }
+    if dit is not None:
+        sizes = [field.name for field in fields(DiTConfig) if field.name != "dropout"]
+        pairs |= {f"dit.{name}": (getattr(theirs.config.dit, name), getattr(dit, name)) for name in sizes}
+        pairs["target"] = (theirs.config.target, ours.config.target)
+    for name, (its, own) in pairs.items():
+        if its != own:
+            raise UsageError(
+                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give --model.{name} {its}"
+            )
+    if not _same_latents(source.tokenizer, tokenizer):
+        raise UsageError(
+            f"{flag} is of another tokenizer", "its latents mean something else", "give the --tokenizer of that run"
+        )
+
+
+def _same_latents(theirs: ImageTokenizer, ours: ImageTokenizer) -> bool:
+    """Whether two tokenizers have equal weights, wherever they are."""
+    a, b = theirs.state_dict(), ours.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(value.cpu(), b[name].cpu()) for name, value in a.items())
