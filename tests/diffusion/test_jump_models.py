@@ -28,7 +28,7 @@ from midway.gen.diffusion.likelihood import bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.loss import alpha_of, states, target_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
-from midway.gen.diffusion.trajectories import trajectories
+from midway.gen.sweep.trajectories import trajectories
 from midway.gen.training.accelerator import loss_need
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.interface import Items
