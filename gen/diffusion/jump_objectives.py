@@ -17,6 +17,7 @@ have one size for every alpha, and go over into meanflow's.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -26,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.samplers.prediction import expand
 
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*")  # which torch.func.jvp calls, the first time
 Average = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t (B, *), t (B,), r (B,)) -> u (B, *)."""
 PERIOD = 64

@@ -17,12 +17,13 @@ from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import BEST, LEARNED, TrainedModel, load_solver, solver_path
 from midway.gen.diffusion.model import EVERYWHERE, Guidance
+from midway.gen.diffusion.sampler_checks import check_flags, check_guidance, check_jump
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.adaptive import AdaptiveSampler
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, WarmUp, fitted_grid, warm_up
 from midway.samplers.grids import NAMED, RHO_MAX, RHO_MIN, Grid, karras
-from midway.samplers.guidance_checks import check_interval, check_scale
+from midway.samplers.jumps import JUMPS
 from midway.samplers.prediction import Field
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
@@ -63,7 +64,7 @@ class SamplerConfig:
     """Relative and absolute, of `ADAPTIVE`; None where samplers have a budget."""
 
     def __post_init__(self) -> None:
-        _check_flags(self)
+        check_flags(self.guidance, self.interval, self.weak is not None, (self.rho_max, self.rho_min))
 
     def sampling(self) -> SamplingConfig:
         """How samples are drawn; one object, which hashes the worse model once."""
@@ -79,7 +80,9 @@ def make_table(solver: str, grid: str, nfe: int, trained: TrainedModel, config: 
     """The table of a named solver at exactly `nfe` evaluations; UsageError for a name or a budget that does not exist."""
     if solver not in SOLVERS:
         raise UsageError(
-            f"unknown solver '{solver}'", "it is not in the registry", nearest(solver, [*SOLVERS, ADAPTIVE, *LEARNED])
+            f"unknown solver '{solver}'",
+            "it is not in the registry",
+            nearest(solver, [*SOLVERS, ADAPTIVE, *LEARNED, *JUMPS]),
         )
     check_grid(grid)
     if config.eta and solver != "ddim":
@@ -180,7 +183,9 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     """One sampler per grid; of a learned solver, the grids that it was learned on. UsageError when there is none."""
     for grid in config.grids:
         check_grid(grid)
-    check_guidance(config, trained)
+    check_guidance(config.sampling().guidance, config.weak, trained)
+    if trained.model.config.is_jump or solver in JUMPS:
+        return _jumps(trained, solver, nfe, config)
     if solver == ADAPTIVE:
         return {config.grids[0]: _adaptive(trained.model.schedule, nfe, config)}
     if solver not in LEARNED:
@@ -198,6 +203,17 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
     if not fitting:
         raise next(mismatch for mismatch in mismatches.values() if mismatch is not None)
     return fitting
+
+
+def _jumps(trained: TrainedModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
+    """The samplers of a model of average velocities, on grids of the registry. UsageError for any other of either."""
+    check_jump(trained, solver, config.eta, config.analytic_first, GITS in config.grids, nfe)
+    schedule, build = trained.model.schedule, JUMPS[solver]
+    with raising(UsageError, f"{solver} at NFE {nfe} is not possible", "change --nfe"):
+        grids = {grid: NAMED[grid](schedule, nfe, config.rho_max, config.rho_min) for grid in config.grids}
+        if nfe == 1:  # every grid has the same two times
+            grids = dict([next(iter(grids.items()))])
+        return {grid: build(schedule, times) for grid, times in grids.items()}
 
 
 def _adaptive(schedule: Schedule, nfe: int, config: SamplerConfig) -> AdaptiveSampler:
@@ -224,54 +240,6 @@ def learned_for(trained: TrainedModel, budgets: Sequence[int]) -> list[str]:
         return any((path / "config.yaml").exists() for path in paths)
 
     return [name for name in LEARNED if all(exists(name, nfe) for nfe in budgets)]
-
-
-def check_guidance(config: SamplerConfig, trained: TrainedModel | None) -> None:
-    """UsageError where there is nothing to guide. trained: None for a model without a missing class or a guide."""
-    if config.guidance == 1:
-        return
-    if trained is None:
-        raise UsageError(
-            "guidance with --diffusers", "these models have no missing class", "drop --guidance and --guide"
-        )
-    what, fix = f"--guidance {config.guidance}", "drop --guidance"
-    if config.weak is not None:
-        what = f"--guide {config.weak.run.path} cannot guide this model"
-        fix = "give a smaller or less trained model of the same recipe and tokenizer"
-    with raising(UsageError, what, fix):
-        trained.model.check_guidance(config.sampling().guidance)
-        if config.weak is not None:
-            _check_origin(trained, config.weak)
-
-
-def _check_flags(config: SamplerConfig) -> None:
-    """UsageError for a scale or an interval that guides nothing, whatever the model."""
-    scale, (low, high) = config.guidance, config.interval
-    if scale == 1 and (config.weak is not None or config.interval != EVERYWHERE):
-        raise UsageError(
-            "--guide or --guidance-interval without --guidance",
-            "at scale 1 nothing is guided",
-            "give --guidance, say 2",
-        )
-    with raising(UsageError, f"--guidance {scale}", "give --guidance, say 2"):
-        check_scale(scale)
-    with raising(UsageError, f"--guidance-interval {low} {high}", "give two noise levels sigma / alpha, say 0.3 5"):
-        check_interval(low, high)
-    if low >= config.rho_max or high < config.rho_min:
-        raise UsageError(
-            f"--guidance-interval {low} {high}",
-            f"sampling passes noise levels sigma / alpha from {config.rho_max:g} to {config.rho_min:g}, none of them inside",
-            "give an interval that holds some, say 0.3 5",
-        )
-
-
-def _check_origin(trained: TrainedModel, weak: TrainedModel) -> None:
-    """ValueError for a guide of the same weights, or of other latents."""
-    ours, theirs = trained.model.state_dict(), weak.model.state_dict()
-    if all(name in theirs and torch.equal(value, theirs[name]) for name, value in ours.items()):
-        raise ValueError("its weights are those of the model itself")
-    if weak.decoder_hash != trained.decoder_hash:
-        raise ValueError("its latents are of another tokenizer, or standardised by others' statistics")
 
 
 def _mismatch(card: SolverCard | None, solver: str, grid: str, config: SamplerConfig) -> UsageError | None:

@@ -18,7 +18,8 @@ from midway.gen.data.images import to_float, to_uint8
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import LEARNED
-from midway.gen.diffusion.samplers import SamplerConfig, build_table, check_guidance
+from midway.gen.diffusion.sampler_checks import check_guidance
+from midway.gen.diffusion.samplers import SamplerConfig, build_table
 from midway.gen.diffusion.sampling import SamplingConfig, SeededNoise, drawn, labels_of, noise_of
 from midway.gen.evaluation.sources import EXACT_SOLUTION, LATENT_LIMIT, UNKNOWN, Config, ModelFacts, SampledBatch
 from midway.samplers.denoisers import field_from_diffusers
@@ -96,7 +97,7 @@ class DiffusersModel:
 
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError for any: these models have no missing class."""
-        check_guidance(config, None)
+        check_guidance(config.sampling().guidance, config.weak, None)
 
     def within(self, config: Config) -> Config:
         """The same with grids that stay on noise levels that the model was trained on."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.samplers import SamplerConfig, check_guidance, fitting_nfe, learned_for, make_samplers
+from midway.gen.diffusion.sampler_checks import check_guidance
+from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, learned_for, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
 from midway.gen.training.config import TrainConfig
 from midway.samplers.operations import network_flops
@@ -201,7 +202,7 @@ class EvaluatedLatentModel(EvaluatedModel):
 
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError where there is nothing to guide."""
-        check_guidance(config, self.trained)
+        check_guidance(config.sampling().guidance, config.weak, self.trained)
 
     def reaches(self, solver: str, nfe: int) -> bool:
         """Whether a learned solver was learned for this model and budget."""

@@ -14,9 +14,10 @@ from midway.gen.names.nearest import canonical
 def _solvers() -> list[str]:
     from midway.gen.diffusion.load import LEARNED
     from midway.gen.diffusion.samplers import ADAPTIVE
+    from midway.samplers.jumps import JUMPS
     from midway.samplers.solvers import SOLVERS
 
-    return [*SOLVERS, ADAPTIVE, *LEARNED]
+    return [*SOLVERS, ADAPTIVE, *JUMPS, *LEARNED]
 
 
 def _grids() -> list[str]:

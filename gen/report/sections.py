@@ -11,7 +11,6 @@ from midway.gen.data.images import to_float
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.diffusion.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
 from midway.gen.metrics.code_usage import CodeUse
 from midway.gen.report.drawing import (
     COLOURS,
@@ -27,6 +26,7 @@ from midway.gen.report.drawing import (
     place,
 )
 from midway.gen.report.html import Block
+from midway.gen.sweep.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
 

@@ -6,9 +6,9 @@ from pipelines import Pipeline
 
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.sampling import SamplingConfig
-from midway.gen.diffusion.trajectories import random_walk
 from midway.gen.report import sections
 from midway.gen.report.sections import code_section, trajectory_section
+from midway.gen.sweep.trajectories import random_walk
 
 
 def test_the_shape_of_the_trajectories_stands_beside_a_random_walks(

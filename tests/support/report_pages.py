@@ -9,7 +9,6 @@ import torch
 from measurements import changed, measurement
 from PIL import Image
 
-from midway.gen.diffusion.trajectories import geometry_of
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.evaluation.records import CEILING, EXACT, FLOOR
 from midway.gen.evaluation.tokenizer_records import TokenizerRow
@@ -22,6 +21,7 @@ from midway.gen.report.html import Block
 from midway.gen.report.sections import trajectory_figure
 from midway.gen.report.sweep_page import Pictures, report_html
 from midway.gen.report.table import ReportContext
+from midway.gen.sweep.trajectories import geometry_of
 
 SOLVERS = ("euler", "heun", "amed-plugin-dpmpp3m-constants")
 NFES = (3, 4, 5, 6, 7, 8, 9, 10, 20)

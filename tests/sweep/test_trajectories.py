@@ -12,7 +12,9 @@ from torch import Tensor
 from midway.gen.core.errors import DivergedError, UsageError
 from midway.gen.diffusion.model import Guidance
 from midway.gen.diffusion.sampling import SamplingConfig, labels_of, noise_of, sample_latents
-from midway.gen.diffusion.trajectories import (
+from midway.gen.report.drawing import PAPER, Drawing
+from midway.gen.report.sections import trajectory_figure
+from midway.gen.sweep.trajectories import (
     TrajectoryGeometry,
     deviation,
     effective_rank,
@@ -23,8 +25,6 @@ from midway.gen.diffusion.trajectories import (
     trajectories,
     trajectory_geometry,
 )
-from midway.gen.report.drawing import PAPER, Drawing
-from midway.gen.report.sections import trajectory_figure
 from midway.samplers.card import SolverCard
 from midway.samplers.grids import karras
 from midway.samplers.learned_solver import LearnedSolver
@@ -178,7 +178,7 @@ def test_a_solver_per_sample_and_states_that_are_not_finite_raise(
     card = SolverCard("amed-predictor", "karras", fingerprint(schedule), trained.hash, 4, False, 1.0, 0, "")
     with pytest.raises(UsageError, match="learned constants"):
         trajectory_geometry(trained, LearnedSolver(card, grid, Predictor(4, 2, AMEDConfig()), schedule), SEEDS)
-    monkeypatch.setattr("midway.gen.diffusion.trajectories.trajectories", lambda *_: torch.full((2, 3, 4), math.nan))
+    monkeypatch.setattr("midway.gen.sweep.trajectories.trajectories", lambda *_: torch.full((2, 3, 4), math.nan))
     with pytest.raises(DivergedError, match="euler"):
         trajectory_geometry(trained, SOLVERS["euler"].build(schedule, grid), SEEDS)
 
