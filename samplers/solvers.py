@@ -25,6 +25,7 @@ from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
 from midway.samplers.generator import Method, exponential_step, multistep
 from midway.samplers.grids import NAMED, Grid, to_data
+from midway.samplers.jumps import JUMPS
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
 from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
 from midway.samplers.schedule import Schedule
@@ -152,14 +153,16 @@ ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}
 
 
 def make_solver(name: str, schedule: Schedule, nfe: int, grid: str = "karras") -> Table:
-    """The table of a solver of `SOLVERS` at exactly `nfe` evaluations on a grid of `grids.NAMED`.
+    """The table of a solver of `SOLVERS`, or of `JUMPS`, at exactly `nfe` evaluations on a grid of `grids.NAMED`.
 
     ValueError for a name that is not there, and for a budget that the solver cannot spend.
     """
-    for what, given, known in (("solver", name, SOLVERS), ("grid", grid, NAMED)):
+    for what, given, known in (("solver", name, [*SOLVERS, *JUMPS]), ("grid", grid, NAMED)):
         if given not in known:
             near = ", ".join(get_close_matches(given, known, n=3, cutoff=0.3)) or ", ".join(known)
             raise ValueError(f"there is no {what} '{given}': the nearest are {near}")
+    if name in JUMPS:
+        return JUMPS[name](schedule, NAMED[grid](schedule, nfe))
     solver = SOLVERS[name]
     return solver.on(schedule, NAMED[grid](schedule, solver.steps(nfe)))
 

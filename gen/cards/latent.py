@@ -13,7 +13,6 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import markdown
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.description import USAGE
 from midway.gen.diffusion.model import LatentModel
 from midway.tokenizers.hub import LICENSE
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -50,6 +49,8 @@ def model_card(
             "network": f"DiT, width {options.dit.width}, depth {options.dit.depth}, patch {options.dit.patch}",
             "schedule": options.schedule,
             "target": options.target,
+            **({"objective": options.objective} if options.is_jump else {}),
+            **({"guidance in training": f"up to {options.jump.guidance:g}"} if options.jump.guidance > 1 else {}),
             "latents": shape_text(model.latent_shape),
             "images": shape_text(tokenizer.image_shape),
             "tokenizer": ", ".join(f"{key} {value}" for key, value in tokenizer.config["quantizer"].items()),
@@ -62,4 +63,4 @@ def model_card(
         "Environment": environment_rows(),
     }
     tags = ("latent-model", options.schedule, "image-generation")
-    return card(f"Latent model: {options.schedule}, {size}, {name}", license, tags, sections, USAGE)
+    return card(f"Latent model: {options.schedule}, {size}, {name}", license, tags, sections, options.usage)

@@ -1,7 +1,7 @@
 """Draw samples: midway sample --model runs/digits-dit --solver ddim --nfe 10 --n 64 --seed 0 --out grid.png"""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,9 @@ from midway.gen.diffusion.inversion import (
     noise_of_state,
     rest_of,
 )
+from midway.gen.diffusion.jump_config import own_solver
 from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Start, decode, encode, sample_latents
 from midway.gen.evaluation.sources import SolverSource
@@ -52,12 +54,14 @@ class SampleFlags:
     """Run directory of the latent model."""
     out: Path = Path("grid.png")
     """grid.png: a grid. A folder, .zip or .npz: single images. With --invert: noise, .safetensors."""
-    solver: str = "dpmpp2m"
-    """euler, ddim, heun, dpmpp2m, ... (docs/solvers.md), rk45, or one learned for this model: table, amed, amed-plugin-..."""
+    solver: str = ""
+    """euler, ddim, heun, dpmpp2m, ... (docs/solvers.md), rk45, or one learned for this model: table, amed, amed-plugin-...; of a
+    model that jumps: jump, consistency. By default dpmpp2m, or what the model was trained for."""
     nfe: int = 10
     """Network evaluations per image (guidance doubles what the network runs)."""
-    grid: str = "karras"
-    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, ays_sd, ays_sdxl or gits; learned ones have theirs."""
+    grid: str = ""
+    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, ays_sd, ays_sdxl or gits; learned ones have theirs. By
+    default karras, of jumps uniform."""
     n: int | None = None
     """Number of images: 64, or as many as --init, --noise or --invert has."""
     seed: int = 0
@@ -115,6 +119,7 @@ def run(task: SampleTask) -> None:
     if process.rank == 0:
         for line in unfinished(trained.run):
             print(f"warning: {printable(line)}", file=sys.stderr)
+    task = with_solver(task, trained.model)
     task.apply_tiles(trained.tokenizer)
     config = SamplerConfig((task.grid,), tolerances=(task.rtol, task.atol), **task.sampler_options(device))
     labels = () if task.labels is None else chosen_labels(task.labels, trained.model)
@@ -140,6 +145,12 @@ def run(task: SampleTask) -> None:
     if trained.model.classes:
         echo(f"classes: {numbered_classes(trained.model)}")
     return None
+
+
+def with_solver(task: SampleTask, model: LatentModel) -> SampleTask:
+    """With the solver and the grid that the model is sampled by where none is given."""
+    solver, grid = own_solver(model.config.objective, model.config.jump)
+    return replace(task, solver=task.solver or solver, grid=task.grid or grid)
 
 
 # ---- where images begin ----

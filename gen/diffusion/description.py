@@ -14,7 +14,7 @@ from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
 from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.jump_config import JumpConfig, Objective, check_jumps
+from midway.gen.diffusion.jump_config import JumpConfig, Objective, check_jumps, own_solver
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
 from midway.tokenizers.hub import Shared, card_in, card_of
@@ -34,9 +34,9 @@ USAGE = """\
 from midway import ImageTokenizer, LatentModel, draw, make_solver, save_grid
 model = LatentModel.from_pretrained(".")
 tokenizer = ImageTokenizer.from_pretrained("tokenizer")
-images = draw(model, tokenizer, make_solver("dpmpp2m", model.schedule, nfe=10), seeds=range(16))
+images = draw(model, tokenizer, make_solver({solver}), seeds=range(16))
 save_grid("samples.png", images, columns=4)"""
-"""Python that loads the model in the current folder and its tokenizer, and draws a picture."""
+"""Python that loads the model in the current folder and its tokenizer, and draws a picture by a `solver`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ class LatentModelConfig:
     def is_jump(self) -> bool:
         """Whether the model predicts average velocities of jumps."""
         return self.objective != "flow"
+
+    @property
+    def usage(self) -> str:
+        """Python that draws a picture in the folder of such a model."""
+        solver, grid = own_solver(self.objective, self.jump)
+        few = f'"{solver}", model.schedule, nfe=2, grid="{grid}"'
+        return USAGE.format(solver=few if self.is_jump else '"dpmpp2m", model.schedule, nfe=10')
 
     @property
     def further(self) -> tuple[str, ...]:
@@ -163,4 +170,4 @@ class DescribedModel(Shared, nn.Module):
 
     def own_card(self, license: str) -> str:
         facts = {"schedule": self.config.schedule, "latents": self.latent_shape, "classes": self.classes}
-        return card_of("Latent model", license, ("latent-model", self.config.schedule), facts, USAGE)
+        return card_of("Latent model", license, ("latent-model", self.config.schedule), facts, self.config.usage)

@@ -83,3 +83,10 @@ def check_jump_guidance(jump: JumpConfig, scale: float, elsewhere: bool) -> None
         )
     if not 1 <= scale <= jump.guidance:
         raise ValueError(f"the model was trained with guidance scales from 1 to {jump.guidance:g}")
+
+
+def own_solver(objective: Objective, jump: JumpConfig) -> tuple[str, str]:
+    """Solver and grid that a model is sampled by where nothing else is given."""
+    if objective == "flow":
+        return "dpmpp2m", "karras"
+    return ("consistency" if jump.ends == "data" else "jump"), "uniform"

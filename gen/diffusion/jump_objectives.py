@@ -27,9 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.samplers.prediction import expand
 
-# torch itself compiles its forward derivatives so
-warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.* is deprecated.*")
-
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script.*")  # which torch.func.jvp calls, the first time
 Average = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t (B, *), t (B,), r (B,)) -> u (B, *)."""
 PERIOD = 64

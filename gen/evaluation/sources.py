@@ -13,6 +13,7 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.data.pixels import Images
+from midway.gen.diffusion.jump_config import own_solver
 from midway.gen.diffusion.load import TrainedModel, origin_of
 from midway.gen.diffusion.sampler_checks import check_guidance
 from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, learned_for, make_samplers
@@ -198,7 +199,7 @@ class EvaluatedLatentModel(EvaluatedModel):
     def few_step(self) -> str:
         """What it is sampled by at few evaluations."""
         config = self.trained.model.config
-        return "euler" if not config.is_jump else "consistency" if config.jump.ends == "data" else "jump"
+        return own_solver(config.objective, config.jump)[0] if config.is_jump else "euler"
 
     def check_guidance(self, config: SamplerConfig) -> None:
         """UsageError where there is nothing to guide."""

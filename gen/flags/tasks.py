@@ -159,8 +159,8 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Latent cache (default: next to the tokenizer; created if missing)."""
     model: LatentModelConfig = field(default_factory=LatentModelConfig)
     init: Path | None = None
-    """Run directory of a trained latent model of the same sizes: training starts from its averaged weights, which jump at first as
-    Euler's method does."""
+    """Run directory of a trained latent model of the same sizes: training starts from its averaged weights, which jump as Euler's
+    method steps."""
     teacher: Path | None = None
     """Distillation: run directory of a trained flow model, whose velocities objectives of jumps take in place of the samples'."""
     flip: bool = False

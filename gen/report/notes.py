@@ -140,7 +140,7 @@ def few_step_notes(descriptions: Mapping[str, str], sweep: Sweep) -> Iterator[st
         "Few-step models have weights of their own: they compare with solvers of another model by the distance to data alone, "
         "at their own cost of training. One below the exact row is nearer to the data than the exact solution of that other "
         "model, and no solution of it. RMSE and distance to the exact solution are of the solvers alone. Few-step models have "
-        "the same seeds, and no guidance in sampling."
+        "the same seeds, and guidance only if they were trained with it."
     )
     for name, m in rows.items():
         paid = f"; {m.guided}" if m.guided else ""

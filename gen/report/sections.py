@@ -40,10 +40,8 @@ CODED = 1000
 """Images at most whose codes are counted."""
 
 
-def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Block | None:
-    """Principal components of trajectories of Heun's method at 64 evaluations; None of a model that jumps."""
-    if trained.model.config.is_jump:
-        return None
+def trajectory_section(trained: TrainedModel, config: SamplingConfig) -> Block:
+    """Principal components of trajectories of Heun's method at 64 evaluations; of a model that jumps, those of its velocity."""
     table = SOLVERS["heun"].build(trained.model.schedule, GRIDS["karras"](trained.model.schedule, STEPS))
     found = trajectory_geometry(trained, table, torch.arange(SEEDS), config)
     rank, off, two = found.effective_rank, found.deviation, found.explained[1]

@@ -25,14 +25,17 @@ def few_step_jobs(
 
     Unguided, but for a model that takes the scale of guidance as an input, which costs nothing.
     """
-    model = EvaluatedLatentModel(trained)
-    sampler, learned = model.few_step, trained.model.config.is_jump and trained.model.config.jump.guidance > 1
+    model, settings = EvaluatedLatentModel(trained), trained.model.config
+    sampler, learned = model.few_step, settings.is_jump and settings.jump.guidance > 1
+    scale, facts = config.guidance if learned else 1.0, model.facts
+    if learned:  # as much of it as is used
+        facts = replace(facts, guided=f"guidance {scale:g} paid in training" if scale != 1 else "")
     own = replace(
         config,
         grids=(FEW_STEP_GRID,),
         analytic_first=False,
         eta=0.0,
-        guidance=config.guidance if learned else 1.0,
+        guidance=scale,
         interval=EVERYWHERE,
         weak=None,
         draw=draw,
@@ -45,7 +48,7 @@ def few_step_jobs(
             nfe,
             network_flops=model.network_flops,
             kind=FEW_STEP,
-            model=model.facts,
+            model=facts,
             sampler=sampler,
             classes=model.classes,
             empty=model.empty,

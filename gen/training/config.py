@@ -213,10 +213,10 @@ class OnlineConfig:
     """Network evaluations per image."""
     n: int = 1000
     """Images of each budget, seeds 0 to n - 1."""
-    solver: str = "dpmpp2m"
-    """Solver that samples."""
-    grid: str = "karras"
-    """Its time grid."""
+    solver: str = ""
+    """Solver that samples; by default dpmpp2m, of a model that jumps its own."""
+    grid: str = ""
+    """Its time grid; by default karras, of a model that jumps uniform."""
     features: str | None = field(default=None, metadata={RECORDED_AS: recorded_run})
     """Feature network, as in midway evaluate (default: effnet-lite0)."""
 

@@ -11,7 +11,6 @@ from midway.gen.diffusion.field import Velocity
 from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model, origin_of
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.flags.tasks import LatentTask
-from midway.samplers.jumps import JUMPS
 from midway.samplers.prediction import expand
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -44,10 +43,7 @@ def planned(task: LatentTask) -> LatentTask:
     if task.init is not None and not task.dry_run:
         scale = load_model(task.init, torch.device("cpu")).model.config.dit.time_scale
         model = replace(model, dit=replace(model.dit, time_scale=scale))
-    early = task.early
-    if model.is_jump and early.solver not in JUMPS:  # the default is a solver at one time
-        early = replace(early, solver="consistency" if jump.ends == "data" else "jump", grid="uniform")
-    return replace(task, model=model, early=early)
+    return replace(task, model=model)
 
 
 def begin(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, device: torch.device) -> Origin:

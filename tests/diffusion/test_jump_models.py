@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
 from midway.gen.diffusion.jump_objectives import time_derivative
 from midway.gen.diffusion.likelihood import bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.loss import states, target_of
+from midway.gen.diffusion.loss import alpha_of, states, target_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.sweep.trajectories import trajectories
 from midway.gen.training.accelerator import loss_need
@@ -313,12 +314,25 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(objective: str) -> None
         torch.testing.assert_close(grad(a), b, rtol=1e-3, atol=1e-6)
 
 
+def test_alpha_falls_over_all_of_the_training_or_over_its_own_steps() -> None:
+    for steps, expected in ((0, [1.0, 0.5, 0.0]), (10, [1.0, 0.0, 0.0])):
+        made = model("alphaflow", alpha_steps=steps)
+        made.total_steps = 20
+        assert [alpha_of(made, step) for step in (0, 10, 20)] == pytest.approx(expected, abs=1e-5)
+
+
 # ---- saved and loaded ----
 
 
-def test_a_model_that_jumps_is_saved_and_loaded_bit_for_bit(tmp_path: Path) -> None:
+def test_a_model_that_jumps_is_saved_and_loaded_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card whose lines draw a picture by jumps."""
     made = model("alphaflow", guidance=4.0, alpha_steps=9)
-    made.save_pretrained(tmp_path / "model")
+    made.save_pretrained(tmp_path / "model", tokenizer=pixels())
+    monkeypatch.chdir(tmp_path / "model")
+    (lines,) = re.findall(r"```python\n(.*?)\n```", Path("README.md").read_text(), re.DOTALL)
+    assert 'make_solver("jump", model.schedule, nfe=2, grid="uniform")' in lines
+    exec(lines, {})
+    assert Path("samples.png").read_bytes().startswith(b"\x89PNG")
     loaded = LatentModel.from_pretrained(tmp_path / "model")
     assert (loaded.config, loaded.hash, loaded.text) == (made.config, made.hash, made.text)
     labels, x, (t, r) = torch.arange(4), normal(4, *SHAPE), torch.tensor([0.9, 0.1])[:, None].expand(2, 4)
@@ -403,12 +417,16 @@ def test_image_to_image_takes_the_last_jumps_and_nothing_inverts_them() -> None:
             inverse(table, name, Linear())
 
 
-def test_the_density_of_pixels_is_that_of_a_flow_model() -> None:
+def pixels() -> ImageTokenizer:
     tokenizer = ImageTokenizer(3, 4, downsample=1, quantizer={"type": "identity", "dim": 3})
     tokenizer.set_latent_statistics(torch.zeros(3), torch.ones(3))
+    return tokenizer
+
+
+def test_the_density_of_pixels_is_that_of_a_flow_model() -> None:
     images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(UsageError, match=r"no probability flow\n.*score a flow model"):
-        bits_per_dim(model(), tokenizer, images, labels, 256, context(2))
+        bits_per_dim(model(), pixels(), images, labels, 256, context(2))
 
 
 def test_trajectories_by_a_solver_at_one_time_are_those_of_the_velocity() -> None:

@@ -12,6 +12,7 @@ from midway.gen.evaluation import tokenizers
 USAGE, DATA, DIVERGED = 2, 3, 4
 HEADS = {
     "SAMPLE": "sample --model {model} --n 2 --out {out}/grid.png --nfe 4 --grid uniform",
+    "JUMPS": "sample --model {jumps} --n 2 --out {out}/grid.png",
     "EVALUATE": "evaluate --model {model} --features {features} --out {out} --n 16 --exact-nfe 8 --solvers ddim --nfe 4 "
     "--grids uniform",
     "SOLVER": "train_solver amed --model {model}",
@@ -105,6 +106,19 @@ TABLE = """
   SAMPLE --parallel picard --tolerance -1 -> tolerance
   SAMPLE --parallel picard --window 0 -> window
   SAMPLE --tile 8 --tile-margin 4 -> --tile 8 --tile-margin 4
+2 jumps
+  SAMPLE --solver jump --nfe 2; EVALUATE --solvers consistency -> predicts at one time | no second time | use euler
+  JUMPS --solver heun; --solver table; --solver amed; --solver rk45 -> average velocities of jumps | jump, consistency | velocity
+  JUMPS --grid gits; --analytic-first; --eta 1 -> for solvers at one time | drop
+  JUMPS --parallel gaussian -> drop --parallel
+  JUMPS --guidance 2 -> train the model with guidance | --teacher RUN
+  JUMPS --invert digits --out n.safetensors -> no inverse | flow model
+  sample --model {consistent} --out {out}/grid.png --solver jump --nfe 2 -> to the data alone | use consistency
+  evaluate --model {jumps} --features {features} --out {out} --n 16 --solvers heun --nfe 4 -> average velocities of jumps
+  train_solver amed --model {jumps} -> solver for | --solver jump
+  LATENT --model.objective imf --model.schedule vp --model.target velocity -> use linear or cosine
+  LATENT --model.objective imf --model.schedule linear --model.target x0 -> use target velocity
+  LATENT --model.objective imf --model.jump.flow-share 2 -> flow_share
 2 guidance
   SAMPLE --guidance-interval 0.1 5; --guide {twin}; --guide {model} --guidance-interval 0.1 5 -> nothing is guided
   EVALUATE --guidance-interval 0.1 5; --guide {twin} -> nothing is guided
@@ -482,8 +496,12 @@ def test_training_that_diverges_exits_with_4(script: Script, pipeline: Pipeline,
 
 
 def test_valid_neighbours_of_the_table_run(script: Script, places: Places, tmp_path: Path) -> None:
-    """An unconditional model samples, and an image folder trains."""
+    """An unconditional model samples, one that jumps does so by default, and an image folder trains."""
     places["out"] = tmp_path
+    for flags in ("--nfe 2", "--nfe 1 --graph", "--solver consistency --nfe 3", "--init digits --strength 0.5 --nfe 4"):
+        done = script(*f"{HEADS['JUMPS']} {flags}".format_map(places).split())
+        assert done.code == 0 and (tmp_path / "grid.png").exists(), done.err
+        (tmp_path / "grid.png").unlink()
     done = script(*f"{HEADS['SAMPLE']} --model {{unconditional}}".format_map(places).split())
     assert done.code == 0 and (tmp_path / "grid.png").exists(), done.err
     places["out"] = tmp_path / "run"

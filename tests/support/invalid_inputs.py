@@ -24,6 +24,7 @@ from midway.gen.baselines.flow_config import glow, nice
 from midway.gen.commands import import_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
+from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.baseline_tasks import FlowTask
@@ -272,6 +273,15 @@ def imported(pipeline: Pipeline, folder: Path) -> Path:
 
 
 @maker
+def jumps(pipeline: Pipeline, folder: Path, **options: Any) -> Path:
+    """A latent model that jumps, trained for one step."""
+    model = LatentModelConfig(objective="alphaflow", dit=TINY_DIT, jump=JumpConfig(**options))
+    train = replace(TINY, steps=1, batch_size=32)
+    train_latent.train(LatentTask(folder / "run", pipeline.tokenizer, model=model, train=train))
+    return folder / "run"
+
+
+@maker
 def flow(pipeline: Pipeline, folder: Path, **options: Any) -> Path:
     """A flow baseline trained for no step or one."""
     train = replace(TINY, batch_size=32, validate_every=0, **{"steps": 1, **options.pop("train", {})})
@@ -418,6 +428,8 @@ PLACES: dict[str, Maker] = {
     "weights_of_features": weights_of_features,
     "other_features": other_features,
     "foreign_solvers": with_foreign_solvers,
+    "jumps": jumps(),
+    "consistent": jumps(ends="data"),
     "new_flow": new_flow,
     "flow": flow(),
     "flow_of_other_images": flow(data=DataConfig(held_out=0.3)),

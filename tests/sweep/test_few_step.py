@@ -7,22 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from measurements import changed, measurement
-from pipelines import Pipeline, Script
+from pipelines import TINY, TINY_DIT, Pipeline, Script
 from sweeps import measured, sweep_task, watch_samples
 
 from midway.gen.commands import evaluate
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.jump_config import JumpConfig
+from midway.gen.diffusion.load import load_model
+from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.evaluation.comparing import differences, nearest_to_data
 from midway.gen.evaluation.records import FEW_STEP, SOLVER, Measurement, from_record
-from midway.gen.evaluation.sources import EvaluatedLatentModel
+from midway.gen.evaluation.sources import EvaluatedLatentModel, SolverSource
 from midway.gen.flags.evaluation_inputs import budgets_of
+from midway.gen.flags.tasks import LatentTask
 from midway.gen.sweep import measure, store
+from midway.gen.sweep.comparisons import few_step_jobs
 from midway.gen.sweep.jobs import SweepConfig, solver_jobs
 from midway.gen.sweep.repeats import left_out, merge_trainings
 from midway.gen.sweep.run import Sweep
+from midway.gen.trainings import train_latent
 
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 TIMES = ("seconds", "seconds_std", "seconds_blocks", "decode_seconds", "feature_seconds", "timing")
@@ -173,3 +180,65 @@ def test_few_step_models_are_not_repeated_and_not_tested_against_means_over_trai
     assert merged[1] == few and merged[0].trainings == 2 and left_out([sweeps[0], sweeps[1][:1]]) == []
     assert list(differences(merged, "distance")) == [("few", 1)], "blocks and trainings are no pairs"
     assert nearest_to_data(merged) == {1: ("few", 1)}
+
+
+# ---- models that jump ----
+
+
+@pytest.fixture(scope="module")
+def jumper(pipeline: Pipeline) -> Path:
+    """A model of jumps on the pipeline's tokenizer, with the scale of guidance as an input."""
+    path = pipeline.root / "jumper"
+    jump = JumpConfig(guidance=2.0)
+    config = LatentModelConfig(objective="shortcut", jump=jump, dit=replace(TINY_DIT, time_scale=1.0))
+    train_latent.train(LatentTask(path, pipeline.tokenizer, model=config, train=replace(TINY, steps=3)))
+    return path
+
+
+def test_a_jump_model_has_the_same_figures_alone_and_beside_solvers(
+    pipeline: Pipeline, jumper: Path, succeed: Script, script: Script, tmp_path: Path
+) -> None:
+    """By default `jump` at 1, 2, 4 and 8 on grid uniform; its exact solution is many jumps of its own."""
+    begin = f"--features {pipeline.features} --n 20 --blocks 2 --batch-size 8 --choice-seeds 8"
+    succeed(f"evaluate --model {jumper} {begin} --exact-nfe 8 --out {tmp_path}/alone")
+    beside = f"--few-step {jumper} --solvers ddim --nfe 4 --grids uniform --exact-nfe 0 --out {tmp_path}/beside"
+    succeed(f"evaluate --model {pipeline.model} {begin} {beside}")
+    alone, rows = lines(tmp_path / "alone"), [row for row in lines(tmp_path / "beside") if row["kind"] == "few-step"]
+    solvers = [row for row in alone if row["kind"] == "solver"]
+    assert [(row["solver"], row["grid"], row["nfe"]) for row in solvers] == [
+        ("jump", "uniform", n) for n in (1, 2, 4, 8)
+    ]
+    assert [(row["solver"], row["sampler"]) for row in rows] == 4 * [("jumper", "jump")]
+    same = ("nfe", "grid", "distance", "distance_blocks", "kid", "sliced", "model", "training_images", "model_nfe")
+    assert [[row[name] for name in same] for row in rows] == [[row[name] for name in same] for row in solvers]
+    (exact,) = (row for row in alone if row["solver"] == "exact")
+    assert exact["nfe"] == 8 and exact["distance_blocks"] == solvers[-1]["distance_blocks"], "of as many jumps"
+    assert solvers[-1]["to_exact"] == pytest.approx(0, abs=1e-9) and solvers[0]["to_exact"] > 1e-4
+    assert solvers[-1]["rmse"] == 0
+    assert "The exact solution is jump on uniform with 8 evaluations" in (tmp_path / "alone" / "report.md").read_text()
+    for model, solver, words in (
+        (jumper, "euler", "use one of jump, consistency"),
+        (pipeline.model, "jump", "it jumps by average velocities"),
+    ):
+        done = script(*f"evaluate --model {model} {begin} --out {tmp_path}/none --solvers {solver}".split())
+        assert done.code == 2 and words in done.err and done.err.count("\n") == 3, done.err
+
+
+def test_guidance_is_of_few_step_models_that_were_trained_with_it(
+    jumper: Path, unconditional: Path, pipeline: Pipeline
+) -> None:
+    """One evaluation a jump, and named; flow models are not guided; in forecasts neither counts twice."""
+    config = SweepConfig(n=2, guidance=1.5, batch_size=2)
+    trained, found = (
+        {path: load_model(path, torch.device("cpu")) for path in (jumper, unconditional, pipeline.model)},
+        [],
+    )
+    for one in trained.values():
+        (job,) = few_step_jobs("few", one, (2,), config, None)
+        assert isinstance(job.source, SolverSource)
+        scale, nfe = job.source.sampling.guidance.scale, job.source.sample(torch.arange(2)).nfe
+        found.append((job.sampler, scale, nfe, job.model.guided))
+    unguided = ("euler", 1.0, 2.0, "")
+    assert found == [("jump", 1.5, 2.0, "guidance 1.5 paid in training"), unguided, unguided]
+    (plain,) = few_step_jobs("few", trained[jumper], (2,), replace(config, guidance=1.0), None)
+    assert plain.model.guided == "", "trained with it, and sampled without"

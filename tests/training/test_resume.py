@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ from midway.gen.core.files import MACHINE
 from midway.gen.core.locks import lock
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.load import solver_path
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.distillation.amed import DistillConfig
@@ -73,6 +75,13 @@ def tokenizer_task(out: Path, train: TrainConfig = TRAIN, model: TokenizerConfig
 def latent_task(out: Path, pipeline: Pipeline, train: TrainConfig = LATENT) -> LatentTask:
     """A DiT with everything random that it has: flips, dropout, dropped labels."""
     return LatentTask(out, pipeline.tokenizer, model=DIT, flip=True, train=train, resume="auto")
+
+
+def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
+    """A DiT that jumps, guided in training; alpha falls within the run from jumps of its own to derivatives."""
+    dit = replace(DIT.dit, time_scale=1.0)
+    model = replace(DIT, schedule="linear", objective=objective, jump=JumpConfig(guidance=3.0), dit=dit)
+    return replace(latent_task(out, pipeline), model=model)
 
 
 def solver_task(out: Path, pipeline: Pipeline) -> SolverTask:
@@ -127,6 +136,8 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
+SLOW = ("shortcut", "meanflow", "imf")
+"""Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
     "vq": lambda out, _: tokenizer_task(out),
@@ -146,6 +157,8 @@ KINDS: dict[str, Make] = {
     "latent with muon": lambda out, pipeline: latent_task(
         out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
     ),
+    "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
+    **{objective: partial(jump_task, objective=objective) for objective in SLOW},
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
     "vae": lambda out, _: vae_task(out),
     "flow": lambda out, _: flow_task(out),
@@ -186,7 +199,7 @@ def stopped(half: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(half, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in KINDS])
 def test_a_run_that_was_stopped_twice_is_one_that_was_not(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """After 3 and after 7 of 11 steps: within an epoch, within a log interval. Steps, losses and every saved byte agree."""
     make = KINDS[kind]
