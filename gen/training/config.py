@@ -164,8 +164,18 @@ ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic"
 """The same numbers up to the order of floating-point sums."""
 
 
-ABSENT = {"model.shortcut": "orthogonal"}
+ABSENT = {
+    "model.shortcut": "orthogonal",
+    "model.dit.time_scale": 1000.0,
+    "model.objective": "flow",
+    "origin.init": "",
+    "origin.teacher": "",
+    "origin.images": 0,
+    "origin.evaluations": 0,
+}
 """What a key means where it is missing: in the configuration of a run from before there was such a key."""
+LATER = ("model.jump.",)
+"""Groups of keys that runs from before them do not depend on."""
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -194,7 +204,9 @@ def check_resumable(before: dict[str, Any], now: dict[str, Any], train: TrainCon
     Returns the keys whose change leaves the run the same up to rounding.
     """
     before = {key: value for key, value in ABSENT.items() if key in now} | before
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    missing = tuple(group for group in LATER if not any(key.startswith(group) for key in before))
+    every = [key for key in {**before, **now} if not key.startswith(missing)]
+    changed = [key for key in every if before.get(key) != now.get(key)]
     fatal = [key for key in changed if not may_change(key, train)]
     if fatal:
         raise UsageError(

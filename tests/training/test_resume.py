@@ -372,6 +372,26 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
     assert_same_run(run, whole)
 
 
+def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Its files name no objective, no time scale and no origin."""
+    new = {"model.objective", "model.dit.time_scale", "init", "teacher"}
+    config = replace(TRAIN, steps=3, posthoc=())
+    whole = train(latent_task(tmp_path / "whole", pipeline, config))
+    run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
+    values = read_yaml(run / "config.yaml")
+    del values["model"]["objective"], values["model"]["jump"], values["model"]["dit"]["time_scale"]
+    for name in ("origin", "init", "teacher"):
+        values.pop(name, None)
+    write_yaml(run / "config.yaml", values)
+    checkpoint = newest(run)
+    state = json.loads((checkpoint / "state.json").read_text())
+    old = {key: value for key, value in state["config"].items() if key not in new and ".jump." not in key}
+    state["config"] = {key: value for key, value in old.items() if not key.startswith("origin.")}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint)
+    assert_same_run(train(latent_task(run, pipeline, config)), whole)
+
+
 # ---- several processes ----
 
 
