@@ -41,7 +41,6 @@ class Denoiser(Protocol):
     schedule: Schedule
     classes: int
     teacher: Velocity | None
-    total_steps: int
 
     @property
     def time_range(self) -> tuple[float, float]: ...

@@ -182,7 +182,7 @@ def jump_target(made: Jumps, u: Tensor) -> Tensor:
 def alpha_of(model: Denoiser, step: int) -> float:
     """alpha-Flow's alpha in this optimizer step."""
     jump = model.config.jump
-    return jumps.alpha_at(step / (jump.alpha_steps or model.total_steps), jump.alpha_end)
+    return jumps.alpha_at(step / max(jump.alpha_steps, 1), jump.alpha_end)
 
 
 def evaluations_of(config: LatentModelConfig, taught: bool) -> float:

@@ -87,7 +87,6 @@ class LatentModel(DescribedModel):
         self.schedule = config.make_schedule()
         self.network = DiT(config.dit, *latent_shape, self.classes, config.further)
         self.teacher: Velocity | None = None
-        self.total_steps = 1  # of a training, over which alpha-Flow's alpha falls
         """Whose velocity takes the place of the samples' own in training."""
         if config.dequantise:
             self.register_buffer("half_cell", torch.zeros(latent_shape[0], 1, 1))

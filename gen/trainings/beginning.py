@@ -68,7 +68,7 @@ def begin(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, devic
                 f"--teacher {task.teacher}", "it jumps, and a teacher gives velocities at one time", "give a flow model"
             )
         model.teacher = velocity_of(teacher, task.model.jump.teacher_guidance)
-        spent = NOTHING if task.init is not None and task.init == task.teacher else origin_of(teacher)
+        spent = NOTHING if teacher.hash == origin.init else origin_of(teacher)  # paid for once
         origin += replace(spent, teacher=teacher.hash)
     return origin
 
@@ -118,9 +118,9 @@ def _check_same(
         pairs["target"] = (theirs.config.target, ours.config.target)
     for name, (its, own) in pairs.items():
         if its != own:
-            raise UsageError(
-                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give --model.{name} {its}"
-            )
+            of_data = name in ("latents", "classes")
+            fix = "give the --tokenizer of that run" if of_data else f"give --model.{name} {its}"
+            raise UsageError(f"{flag} is of another {name}", f"{its}, this model has {own}", fix)
     if not _same_latents(source.tokenizer, tokenizer):
         raise UsageError(
             f"{flag} is of another tokenizer", "its latents mean something else", "give the --tokenizer of that run"

@@ -88,7 +88,6 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     torch.manual_seed(task.train.seed)
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: make_model(task, tokenizer, images))
-    model.total_steps = max(task.train.steps, 1)
     views = Views(mirrored=task.flip)
     path = task.latents or cache_path(source.path, images, tokenizer, views)
     if task.latents is None:

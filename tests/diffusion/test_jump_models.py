@@ -26,7 +26,7 @@ from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
 from midway.gen.diffusion.jump_objectives import time_derivative
 from midway.gen.diffusion.likelihood import bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
-from midway.gen.diffusion.loss import alpha_of, states, target_of
+from midway.gen.diffusion.loss import states, target_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.sweep.trajectories import trajectories
 from midway.gen.training.accelerator import loss_need
@@ -312,13 +312,6 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(objective: str) -> None
         (made.loss(part, context(32, start=start))[0] / 2).backward()
     for a, b in zip(made.parameters(), whole, strict=True):
         torch.testing.assert_close(grad(a), b, rtol=1e-3, atol=1e-6)
-
-
-def test_alpha_falls_over_all_of_the_training_or_over_its_own_steps() -> None:
-    for steps, expected in ((0, [1.0, 0.5, 0.0]), (10, [1.0, 0.0, 0.0])):
-        made = model("alphaflow", alpha_steps=steps)
-        made.total_steps = 20
-        assert [alpha_of(made, step) for step in (0, 10, 20)] == pytest.approx(expected, abs=1e-5)
 
 
 # ---- saved and loaded ----
