@@ -123,11 +123,13 @@ def _check_same(
             raise UsageError(f"{flag} is of another {name}", f"{its}, this model has {own}", fix)
     if not _same_latents(source.tokenizer, tokenizer):
         raise UsageError(
-            f"{flag} is of another tokenizer", "its latents mean something else", "give the --tokenizer of that run"
+            f"{flag} is of other latents",
+            "their tokenizer, or the mean and std that they are standardised by, is another",
+            "give --tokenizer and --flip as in that run",
         )
 
 
 def _same_latents(theirs: ImageTokenizer, ours: ImageTokenizer) -> bool:
-    """Whether two tokenizers have equal weights, wherever they are."""
+    """Whether two tokenizers have equal weights and statistics of latents, wherever they are."""
     a, b = theirs.state_dict(), ours.state_dict()
     return a.keys() == b.keys() and all(torch.equal(value.cpu(), b[name].cpu()) for name, value in a.items())

@@ -148,6 +148,20 @@ def test_costs_add_up_from_the_models_that_a_model_was_made_from(
     assert again is not None and origin_of(load_model(again.path, CPU)).images == 3 * images
 
 
+def test_a_run_goes_on_with_its_own_teacher_alone(pipeline: Pipeline, flow: TrainedModel, tmp_path: Path) -> None:
+    """And not over another number of steps, over which its alpha would fall; weights of --init were taken already."""
+    task = task_of(pipeline, tmp_path / "run", "alphaflow", init=flow.run.path, teacher=flow.run.path)
+    train_latent.train(replace(task, train=replace(TRAIN, max_steps=1)))
+    for words, other in (
+        (r"another .*origin\.teacher", replace(task, teacher=None)),
+        (r"another .*origin\.init", replace(task, init=None)),
+        (r"another model\.jump\.alpha_steps", replace(task, train=replace(TRAIN, steps=6))),
+    ):
+        with pytest.raises(UsageError, match=words):
+            train_latent.train(replace(other, resume="auto"))
+    assert train_latent.train(replace(task, resume="auto")) is not None
+
+
 def test_what_does_not_fit_raises_an_error(pipeline: Pipeline, flow: TrainedModel, tmp_path: Path) -> None:
     """No run is left behind."""
     out, path = tmp_path / "run", flow.run.path
@@ -155,6 +169,7 @@ def test_what_does_not_fit_raises_an_error(pipeline: Pipeline, flow: TrainedMode
     assert jumps is not None
     cases: dict[str, LatentTask] = {
         "another dit.width": task_of(pipeline, out, "imf", init=path, dit={"width": 16}),
+        "tokenizer and --flip": task_of(pipeline, out, "imf", init=path, flip=True),
         "another schedule": task_of(pipeline, out, "imf", teacher=pipeline.model),
         "it jumps, and a teacher gives velocities at one time": task_of(pipeline, out, "imf", teacher=jumps.path),
         "are for models that jump": task_of(pipeline, out, teacher=path),

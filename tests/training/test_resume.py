@@ -84,6 +84,19 @@ def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
     return replace(latent_task(out, pipeline), model=model)
 
 
+def distilled_task(out: Path, pipeline: Pipeline) -> LatentTask:
+    """From the weights of a flow model on its guided velocities."""
+    task = jump_task(out, pipeline, "imf")
+    jump = JumpConfig(teacher_guidance=2.0)
+    return replace(
+        task,
+        model=replace(task.model, schedule="cosine", jump=jump),
+        init=pipeline.model,
+        teacher=pipeline.model,
+        flip=False,
+    )
+
+
 def solver_task(out: Path, pipeline: Pipeline) -> SolverTask:
     """A per-sample predictor, learned in a copy of the model's run."""
     if not out.exists():
@@ -136,7 +149,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("shortcut", "meanflow", "imf")
+SLOW = ("shortcut", "meanflow", "imf", "distilled")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -158,7 +171,8 @@ KINDS: dict[str, Make] = {
         out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
     ),
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
-    **{objective: partial(jump_task, objective=objective) for objective in SLOW},
+    **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
+    "distilled": lambda out, pipeline: distilled_task(out, pipeline),
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
     "vae": lambda out, _: vae_task(out),
     "flow": lambda out, _: flow_task(out),
