@@ -21,7 +21,8 @@ class JumpConfig:
     flow_share: float | None = None
     """Share of a batch that is trained at r = t, by flow matching; default 0.75 of shortcut and meanflow, 0.5 of the others."""
     weight_power: float | None = None
-    """A sample's loss L is weighted by (L + offset)^-power, the weight held fixed; default 0 of shortcut, 1 of the others."""
+    """A sample's loss L is weighted by (L + offset)^-power, the weight held fixed; default 0 of shortcut, 1 of the others.
+    Above 0 the optimum is not the mean velocity where velocities are skewed, least so for latents of many values."""
     weight_offset: float = 1e-3
     """The offset of that weight."""
     finest: int = 7
