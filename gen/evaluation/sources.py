@@ -178,6 +178,7 @@ class EvaluatedLatentModel(EvaluatedModel):
     def description(self) -> str:
         config = self.trained.model.config
         network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+        network += f", objective {config.objective}" if config.is_jump else ""
         tiles = self.trained.tokenizer.tiles
         tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"
         return f"{self.trained.hash}: {network}; weights {self.trained.weights}{tiled}"
