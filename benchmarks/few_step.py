@@ -1,0 +1,212 @@
+"""Few-step models and solvers at equal CPU seconds of training, on digits: distance to the data per number of evaluations.
+
+    python benchmarks/few_step.py --tokenizer runs/digits-fsq --folder runs/few-step --json benchmarks/results/few_step.json
+
+1. The process time of an optimizer step of every recipe, in turns, one thread: the steps of each that take --seconds.
+2. For every training seed a flow model and the few-step models (midway train latent digits-...), and learned tables of the flow
+   model, whose time comes on top.
+3. A sweep of each seed's models (midway evaluate --few-step) on the same sampling seeds, in two feature spaces.
+
+Every part goes on after a stop. The figures are means over training seeds and their standard deviations. Checked: with 1 and 2
+evaluations every few-step model against the best solver, learned tables included; with 8 against 1.2 times what Euler's method
+converges to, the exact row. About an hour and a half on two free cores.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from midway.gen.commands import evaluate
+from midway.gen.core.environment import environment, hardware
+from midway.gen.core.files import write_atomically
+from midway.gen.diffusion.load import load_tokenizer
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.evaluation.records import EXACT, LIMITS, Measurement
+from midway.gen.recipes.recipes import LATENT_RECIPES
+from midway.gen.sweep.run import Sweep
+from midway.gen.training.batches import Context, LatentBatch
+from midway.gen.trainings import train_latent, train_solver
+
+FLOW = "flow"
+FEW_STEP = ("shortcut", "alphaflow", "meanflow", "imf")
+SOLVERS = "euler,dpmpp2m,unipc3,table"
+BUDGETS = (1, 2, 4, 8)
+TURNS, TURN = 5, 20
+"""Turns of the timing, and steps of each."""
+LIMIT = 1.2
+
+
+@dataclass(frozen=True)
+class FewStep:
+    """What to train, and how long."""
+
+    tokenizer: Path
+    """Run directory of the digits' tokenizer."""
+    folder: Path
+    """Where the runs and reports are written."""
+    json: Path
+    """File of the figures."""
+    seconds: float = 120.0
+    """Process time of each training, on one thread."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of the trainings."""
+    table_steps: int = 600
+    """Optimizer steps of a learned table."""
+
+
+def step_seconds(recipe: str, task: FewStep) -> "Timed":
+    """A model of the recipe on random latents."""
+    made, shape = LATENT_RECIPES[recipe](), load_tokenizer(task.tokenizer)[0].latent_shape
+    torch.manual_seed(0)
+    model = LatentModel(replace(made.model, jump=replace(made.model.jump, alpha_steps=made.train.steps)), shape, 10)
+    return Timed(model, torch.optim.AdamW(model.parameters(), lr=1e-4), made.train.batch_size, made.train.steps)
+
+
+@dataclass
+class Timed:
+    """A training loop that is timed; alpha-Flow's objective changes on the way, so steps are spread over all of it."""
+
+    model: LatentModel
+    optimizer: torch.optim.Optimizer
+    batch: int
+    total: int
+    """Steps of the training."""
+
+    def turn(self, number: int) -> float:
+        """Seconds of a step, mean over one turn."""
+        size, total = self.batch, self.total
+        batch = LatentBatch(torch.randn(size, *self.model.latent_shape), torch.arange(size) % 10)
+        begun = time.process_time()
+        for i in range(TURN):
+            step = int(total * (number * TURN + i + 0.5) / (TURNS * TURN))
+            loss, _ = self.model.loss(batch, Context(0, step, torch.arange(step * size, (step + 1) * size)))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return (time.process_time() - begun) / TURN
+
+
+def steps_of(task: FewStep) -> dict[str, int]:
+    """Optimizer steps that take the seconds, by recipe; written once, so that a run that goes on has the same."""
+    path = task.folder / "steps.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    timed = {name: step_seconds(f"digits-{name}", task) for name in (FLOW, *FEW_STEP)}
+    for one in timed.values():
+        one.turn(0)
+    turns = {name: list[float]() for name in timed}
+    for number in range(TURNS):
+        for name, one in timed.items():
+            turns[name].append(one.turn(number))
+    found = {name: round(task.seconds / statistics.mean(values), -1) for name, values in turns.items()}
+    task.folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({name: int(value) for name, value in found.items()}).encode())
+    return steps_of(task)
+
+
+def train_all(task: FewStep, steps: dict[str, int], seed: int) -> None:
+    """The models of a training seed, and the flow model's tables."""
+    for name, count in steps.items():
+        words = [f"digits-{name}", "--tokenizer", str(task.tokenizer), "--out", str(place(task, name, seed))]
+        numbers = ["--steps", str(count), "--seed", str(seed), "--preview-seconds", "0", "--resume", "auto"]
+        train_latent.command([*words, *numbers])
+    budgets = ",".join(map(str, BUDGETS))
+    learned = ["table", "--model", str(place(task, FLOW, seed)), "--nfe", budgets, "--steps", str(task.table_steps)]
+    train_solver.command([*learned, "--resume", "auto"])
+
+
+def place(task: FewStep, name: str, seed: int) -> Path:
+    """The run of a recipe and a seed."""
+    return task.folder / f"seed-{seed}" / name
+
+
+def sweep_of(task: FewStep, seed: int) -> Sweep:
+    """All of a seed on one axis."""
+    models = [str(place(task, name, seed)) for name in FEW_STEP]
+    words = ["--model", str(place(task, FLOW, seed)), "--solvers", SOLVERS, "--nfe", ",".join(map(str, BUDGETS))]
+    flags = ["--few-step", *models, "--out", str(task.folder / f"report-{seed}")]
+    return evaluate.run(evaluate.resolve(evaluate.EvaluateTask, {}, [*words, *flags]))
+
+
+def figures(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
+    """A row for every (model or solver, budget): means over trainings and deviations, in every feature space."""
+    cells: dict[tuple[str, int], list[Measurement]] = {}
+    for sweep in sweeps:
+        for m in sweep.measurements:
+            cells.setdefault((m.solver, 0 if m.solver in LIMITS else m.nfe), []).append(m)
+    return [row(name, nfe, found) for (name, nfe), found in cells.items()]
+
+
+def row(name: str, nfe: int, found: Sequence[Measurement]) -> dict[str, Any]:
+    """One row."""
+    first = found[0]
+    spaces = {"distance": first.features, **{f"{short}:distance": long for short, long in first.spaces.items()}}
+    names = [metric for metric in first.metrics if metric == "distance" or metric.endswith("distance")]
+    values = {metric: [m.metrics[metric].mean for m in found] for metric in names}
+    means = {metric: statistics.mean(each) for metric, each in values.items()}
+    return {
+        "name": name,
+        "nfe": nfe,
+        "kind": first.kind,
+        "features": spaces,
+        "distances": means,
+        "deviations": {metric: statistics.stdev(each) if len(each) > 1 else None for metric, each in values.items()},
+        "values": values,
+        "training_images": first.training_images,
+        "model_nfe": first.model_nfe,
+        "training_nfe": first.training_nfe,
+        "n": first.n,
+        "blocks": first.blocks,
+        "seeds": first.seeds,
+        "reference": first.reference,
+    }
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was to hold, by feature space, budget and model: its distance, the other one, and whether it is less."""
+    found, exact = [], next(r for r in rows if r["name"] == EXACT)
+    by = {(r["name"], r["nfe"]): r for r in rows}
+    for metric in exact["distances"]:
+        for nfe in (1, 2, 8):
+            solvers = {name: by[name, nfe]["distances"][metric] for name in SOLVERS.split(",") if (name, nfe) in by}
+            best = min(solvers, key=lambda name: solvers[name])
+            beside, than = (best, solvers[best]) if nfe < 8 else (EXACT, LIMIT * exact["distances"][metric])
+            for name in FEW_STEP:
+                own = by[name, nfe]["distances"][metric]
+                line = {"metric": metric, "nfe": nfe, "model": name, "distance": own, "beside": beside, "than": than}
+                found.append({**line, "held": own < than})
+    return found
+
+
+def main(task: FewStep) -> None:
+    """Train, measure, write, print what was to hold."""
+    torch.set_num_threads(1)
+    steps = steps_of(task)
+    for seed in task.seeds:
+        train_all(task, steps, seed)
+    rows = figures([sweep_of(task, seed) for seed in task.seeds])
+    found = {
+        "environment": environment(),
+        "hardware": hardware(),
+        "seconds": task.seconds,
+        "steps": steps,
+        "training_seeds": list(task.seeds),
+        "rows": rows,
+        "verdicts": verdicts(rows),
+    }
+    write_atomically(task.json, (json.dumps(found, indent=1) + "\n").encode())
+    for line in found["verdicts"]:
+        than = f"{line['beside']} {line['than']:.3f}" if line["nfe"] < 8 else f"{LIMIT} x exact {line['than']:.3f}"
+        held = "less" if line["held"] else "NOT LESS"
+        print(f"{line['metric']} NFE {line['nfe']}: {line['model']} {line['distance']:.3f}, {held} than {than}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(FewStep, description=__doc__))
