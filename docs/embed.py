@@ -113,12 +113,61 @@ def benchmark_block(found: dict[str, Any]) -> str:
         rows = [{"name": name, **row} for name, row in rows.items()]
     if not rows:
         raise SystemExit("the file has no rows")
+    if "model_nfe" in rows[0]:
+        return few_step_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)
     cells = [[cell.format_map(row) for cell in COLUMNS[kind].values()] for row in rows]
     rule = ["---" if heading in ("", "beside", "unit", "aimed at") else "---:" for heading in COLUMNS[kind]]
     return "".join(f"| {' | '.join(row)} |\n" for row in [list(COLUMNS[kind]), rule, *cells])
+
+
+def few_step_block(found: dict[str, Any]) -> str:
+    """Distances of benchmarks/few_step.py by model and budget, one table a feature space, and what was to hold."""
+    rows = found["rows"]
+    budgets = sorted({row["nfe"] for row in rows if row["nfe"]})
+    seeds, first = len(found["training_seeds"]), rows[0]
+    parts = []
+    for metric, features in first["features"].items():
+        lines = ["| | " + " | ".join(f"NFE {nfe}" for nfe in budgets) + " | training |"]
+        lines.append("| --- |" + " ---: |" * len(budgets) + " --- |")
+        for name in dict.fromkeys(row["name"] for row in rows):
+            own = {row["nfe"]: row for row in rows if row["name"] == name}
+            cells = [_figure(own.get(nfe, own.get(0)), metric) for nfe in budgets]
+            lines.append(f"| {name} | {' | '.join(cells)} | {_took(next(iter(own.values())), found['steps'])} |")
+        parts.append(f"Fréchet distance (`{features}`)\n\n" + "\n".join(lines) + "\n")
+    kept = [line for line in found["verdicts"] if line["held"]]
+    missed = [line for line in found["verdicts"] if not line["held"]]
+    named = "; ".join(
+        f"{line['model']} with {line['nfe']}, {line['distance']:.3g} beside {line['than']:.3g} of {line['beside']}"
+        f"{' times 1.2' * (line['nfe'] == 8)} ({first['features'][line['metric']].partition('@')[0]})"
+        for line in missed
+    )
+    count = f"{seeds} trainings, {found['seconds']:g} s of process time each on one thread"
+    images = f"n = {first['n']} images per block, {first['blocks']} blocks, seeds {rows[-1]['seeds']}"
+    asked = "with 1 and 2 evaluations every few-step model below every solver, with 8 below 1.2 times the exact row"
+    facts = (
+        f"Means and standard deviations over {count}; {images}, reference `{first['reference']}`. Of {len(found['verdicts'])} "
+        f"comparisons ({asked}) {len(kept)} hold{f', and not: {named}' if missed else ''}."
+    )
+    return "\n".join([*parts, f"{facts}\n"])
+
+
+def _figure(row: dict[str, Any] | None, metric: str) -> str:
+    if row is None:
+        return "–"
+    deviation = row["deviations"][metric]
+    return f"{row['distances'][metric]:.3g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+
+
+def _took(row: dict[str, Any], steps: dict[str, int]) -> str:
+    """Images and evaluations of a row's training."""
+    if not row["training_images"]:
+        return ""
+    shown = f"{row['training_images']:,} images, {row['model_nfe']:,} evaluations"
+    more = f", and {row['training_nfe']:,} to learn it" if row["training_nfe"] else ""
+    return shown + more + (f", {steps[row['name']]:,} steps" if row["name"] in steps else "")
 
 
 def ablation_block(results: Sequence[dict[str, Any]]) -> str:

@@ -19,7 +19,8 @@ class JumpConfig:
     """How a model that jumps is trained; the defaults of None depend on the objective (jump_objectives.py)."""
 
     flow_share: float | None = None
-    """Share of a batch that is trained at r = t, by flow matching; default 0.75 of shortcut and meanflow, 0.5 of the others."""
+    """Share of a batch that is trained at r = t, by flow matching; default 0.75 of shortcut and meanflow, 0.5 of the others, 0
+    where jumps end at the data."""
     weight_power: float | None = None
     """A sample's loss L is weighted by (L + offset)^-power, the weight held fixed; default 0 of shortcut, 1 of the others.
     Above 0 the optimum is not the mean velocity where velocities are skewed, least so for latents of many values."""
@@ -42,15 +43,13 @@ class JumpConfig:
     def __post_init__(self) -> None:
         check_ranges(self, flow_share=SHARE, weight_power=(0, 4), weight_offset=(1e-12, 1e6), finest=(1, 20))
         check_ranges(self, alpha_steps=EVENTS, alpha_end=SHARE, guidance=(1, 1000))
-        if self.ends == "data" and self.flow_share:
-            raise ValueError("with ends data every jump ends at the data: leave out flow_share")
 
     def share(self, objective: Objective) -> float:
         """Of a batch, what is trained at r = t."""
-        if self.ends == "data":
-            return 0.0
         if self.flow_share is not None:
             return self.flow_share
+        if self.ends == "data":
+            return 0.0
         return 0.75 if objective in ("shortcut", "meanflow") else 0.5
 
     def power(self, objective: Objective) -> float:

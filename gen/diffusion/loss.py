@@ -136,13 +136,12 @@ def times(model: Denoiser, first: Tensor, second: Tensor, sample_ids: Tensor) ->
     """(t, r) float32 (B,) for uniform float64 (B,) and the samples' ids."""
     config, (low, high) = model.config, model.time_range
     t = model.time_of(first)
-    if config.jump.ends == "data":
-        return t, torch.full_like(t, low)
     if config.objective == "shortcut":
         a, b = (each.float() for each in jumps.dyadic_times(first, second, config.jump.finest, low, high))
         is_flow = jumps.is_flow(sample_ids, config.jump.share(config.objective))
         return torch.where(is_flow, t, a), torch.where(is_flow, t, b)
-    a, b = jumps.sorted_times(t, model.time_of(second))
+    to_data = config.jump.ends == "data"
+    a, b = (t, torch.full_like(t, low)) if to_data else jumps.sorted_times(t, model.time_of(second))
     return a, torch.where(jumps.is_flow(sample_ids, config.jump.share(config.objective)), a, b)
 
 

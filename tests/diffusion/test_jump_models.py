@@ -361,7 +361,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "predicts velocities": ({"objective": "imf", "target": "x0"}, "use target velocity"),
     "on schedule edm": ({"objective": "meanflow", "schedule": "edm"}, "use linear or cosine"),
     "halves its jumps": ({"objective": "shortcut", "jump": {"ends": "data"}}, "alphaflow, meanflow or imf"),
-    "every jump ends at the data": ({"jump": {"ends": "data", "flow_share": 0.5}}, "leave out flow_share"),
 }
 
 
