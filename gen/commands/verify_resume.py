@@ -151,9 +151,11 @@ def in_place(task: VerifyTask, run: Run, job: Any) -> tuple[Any, Splits | None]:
     if isinstance(job, LatentTask):
         cache = job.latents if job.latents is not None and job.latents.exists() else None
         tokenizer = task.tokenizer or moved_run(run, job.tokenizer)
-        others = {
+        others: dict[str, Any] = {
             name: moved_run(run, path) for name in ("init", "teacher") if (path := getattr(job, name)) is not None
         }
+        if job.reflow.source is not None:
+            others["reflow"] = replace(job.reflow, source=moved_run(run, job.reflow.source))
         return replace(job, tokenizer=tokenizer, latents=cache, data_path=task.data_path, **others), None
     if isinstance(job, train_solver.SolverTask):
         return replace(job, model=moved_run(run, job.model)), None

@@ -67,11 +67,13 @@ class Origin:
     """The model of its first weights."""
     teacher: str = ""
     """The model whose velocities it learned."""
+    pairs: str = ""
+    """The pairs of noise and samples that it learned from, in place of images."""
     images: int = 0
     evaluations: int = 0
 
     def __add__(self, other: "Origin") -> "Origin":
-        hashes = self.init or other.init, self.teacher or other.teacher
+        hashes = self.init or other.init, self.teacher or other.teacher, self.pairs or other.pairs
         return Origin(*hashes, self.images + other.images, self.evaluations + other.evaluations)
 
 

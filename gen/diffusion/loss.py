@@ -35,12 +35,14 @@ class Draws:
 
 
 def draws(model: Denoiser, batch: LatentBatch, context: Context, *times: str) -> Draws:
-    """Of a batch."""
-    x0 = model.pixels(batch.latents, context)
+    """Of a batch; where it has pairs, x0 and eps are theirs."""
+    x0, eps = batch.latents, batch.noise
+    if eps is None:
+        x0, eps = model.pixels(x0, context), context.normal("noise", x0.shape[1:])
     label, *drawn = context.uniforms("label", *times)
     kept = (label >= model.config.label_dropout) & (batch.labels < model.classes)
     labels = torch.where(kept, batch.labels, model.classes)
-    return Draws(x0, context.normal("noise", x0.shape[1:]), labels, drawn)
+    return Draws(x0, eps, labels, drawn)
 
 
 def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:

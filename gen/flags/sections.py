@@ -28,6 +28,7 @@ GROUPS = {
     "model.dit.": "Transformer",
     "model.": "Model",
     "loss.": "Losses",
+    "reflow.": "Pairs of another model",
     "early.": "Online evaluation",
     "distill.": "AMED",
     "table.": "Learned table",

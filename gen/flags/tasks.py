@@ -12,6 +12,7 @@ from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
 from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import Flat
 from midway.gen.flags.tile_flags import TileFlags
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -163,6 +164,8 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     method steps."""
     teacher: Path | None = None
     """Distillation: run directory of a trained flow model, whose velocities objectives of jumps take in place of the samples'."""
+    reflow: ReflowConfig = field(default_factory=ReflowConfig)
+    """Train on pairs of noise and samples of another model in place of images, where it names one as source."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)

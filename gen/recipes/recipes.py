@@ -10,6 +10,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.jump_config import JumpConfig, Objective
 from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.recipes import imagenet_recipes as imagenet
@@ -217,6 +218,16 @@ def digits_imf() -> LatentTask:
     return _digits_jumps("imf", 2600, 0.75)
 
 
+def digits_reflow() -> LatentTask:
+    """A second rectified flow, from the weights of digits-flow and on pairs of its own sampler. About 2 min.
+
+    midway train latent digits-reflow --tokenizer runs/digits-fsq
+    """
+    flow = Path("runs/digits-flow")
+    task = replace(digits_flow(), out=Path("runs/digits-reflow"), init=flow, reflow=ReflowConfig(source=flow))
+    return replace(task, train=replace(task.train, steps=2000, lr=1e-3))
+
+
 def digits_edm() -> LatentTask:
     """The same DiT with EDM's preconditioning and noise distribution. About 2 min.
 
@@ -277,6 +288,7 @@ LATENT_RECIPES = {"small": small_latents, "base": base_latents} | by_name(
     digits_alphaflow,
     digits_meanflow,
     digits_imf,
+    digits_reflow,
     digits_edm,
     digits_pixel_flow,
     mnist5k_dit,

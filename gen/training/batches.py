@@ -23,10 +23,14 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Standardised latents float32 (B, C, H, W), labels int64 (B,)."""
+    """Standardised latents float32 (B, C, H, W), labels int64 (B,), and the noise of each like latents, where pairs fix it.
+
+    noise None: it is drawn for the step.
+    """
 
     latents: Tensor
     labels: Tensor
+    noise: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,9 @@ PATHS = (
     "latents",
     "init",
     "teacher",
+    "reflow.source",
+    "reflow.folder",
+    "reflow.batch_size",
     "model",
     "data.data",
     "loss.perceptual_weights",
@@ -170,11 +173,12 @@ ABSENT = {
     "model.objective": "flow",
     "origin.init": "",
     "origin.teacher": "",
+    "origin.pairs": "",
     "origin.images": 0,
     "origin.evaluations": 0,
 }
 """What a key means where it is missing: in the configuration of a run from before there was such a key."""
-LATER = ("model.jump.",)
+LATER = ("model.jump.", "reflow.")
 """Groups of keys that runs from before them do not depend on."""
 
 

@@ -1,15 +1,20 @@
 """What a training begins with: the weights of another model, a teacher's velocities, and what both cost before."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
+from midway.gen.core.processes import ProcessInfo
+from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.field import Velocity
 from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model, origin_of
 from midway.gen.diffusion.model import LatentModel
+from midway.gen.diffusion.pairs import Pairs, PairSource, draw_pairs
 from midway.gen.flags.tasks import LatentTask
 from midway.samplers.prediction import expand
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -73,6 +78,32 @@ def begin(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, devic
     return origin
 
 
+def begin_pairs(
+    task: LatentTask,
+    model: LatentModel,
+    tokenizer: ImageTokenizer,
+    accelerator: Accelerator,
+    draw: ClassDraw | None,
+    origin: Origin,
+) -> tuple[Pairs, Origin]:
+    """The pairs of --reflow, drawn if they are not there, and `origin` with what the source and they took.
+
+    UsageError for a source of other latents or classes, or that jumps; errors as `draw_pairs`.
+    """
+    assert task.reflow.source is not None
+    source = load_model(task.reflow.source, accelerator.device)
+    _check_latents(f"--reflow.source {task.reflow.source}", source, model, tokenizer)
+    if source.model.config.is_jump:
+        why = "it jumps, and pairs are those of an ODE that is solved"
+        raise UsageError(f"--reflow.source {task.reflow.source}", why, "give a flow model")
+    from_where = PairSource(source, task.reflow, draw)
+    process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
+    pairs = draw_pairs(from_where, process)
+    spent = NOTHING if source.hash in (origin.init, origin.teacher) else origin_of(source)  # paid for once
+    total = replace(spent, evaluations=spent.evaluations + pairs.evaluations, pairs=from_where.hash)
+    return pairs, origin + total
+
+
 def velocity_of(trained: TrainedModel, guidance: float = 1.0) -> Velocity:
     """The velocity of a model's field at the guidance scale: (z_t (B, *), t (B,), labels (B,)) -> (B, *).
 
@@ -107,19 +138,28 @@ def _check_same(
 ) -> None:
     """UsageError unless a model is of the same process, latents and classes; with `dit` of the same network and target too."""
     theirs, ours = source.model, model
-    pairs = {
-        "schedule": (theirs.config.schedule, ours.config.schedule),
-        "latents": (theirs.latent_shape, ours.latent_shape),
-        "classes": (theirs.classes, ours.classes),
-    }
+    pairs: dict[str, tuple[Any, Any]] = {"schedule": (theirs.config.schedule, ours.config.schedule)}
     if dit is not None:
         sizes = [field.name for field in fields(DiTConfig) if field.name != "dropout"]
         pairs |= {f"dit.{name}": (getattr(theirs.config.dit, name), getattr(dit, name)) for name in sizes}
         pairs["target"] = (theirs.config.target, ours.config.target)
     for name, (its, own) in pairs.items():
         if its != own:
-            of_data = name in ("latents", "classes")
-            fix = "give the --tokenizer of that run" if of_data else f"give --model.{name} {its}"
+            raise UsageError(
+                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give --model.{name} {its}"
+            )
+    _check_latents(flag, source, model, tokenizer)
+
+
+def _check_latents(flag: str, source: TrainedModel, model: LatentModel, tokenizer: ImageTokenizer) -> None:
+    """UsageError unless a model is of the same latents and classes."""
+    shapes = {
+        "latents": (source.model.latent_shape, model.latent_shape),
+        "classes": (source.model.classes, model.classes),
+    }
+    for name, (its, own) in shapes.items():
+        if its != own:
+            fix = "give the --tokenizer of that run"
             raise UsageError(f"{flag} is of another {name}", f"{its}, this model has {own}", fix)
     if not _same_latents(source.tokenizer, tokenizer):
         raise UsageError(

@@ -44,7 +44,7 @@ from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks, Items, Preview
-from midway.gen.trainings.beginning import begin, planned
+from midway.gen.trainings.beginning import begin, begin_pairs, planned
 from midway.gen.trainings.dry_run import IMAGES, random_splits, rehearse, resident
 from midway.gen.trainings.running import built, open_run, with_precision
 from midway.gen.trainings.train_tokenizer import make_tokenizer
@@ -93,13 +93,16 @@ def make_parts(task: LatentTask, accelerator: Accelerator) -> Parts:
     if task.latents is None:
         process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
         encode(path, tokenizer, images, Encoding(views), process)
-    latents = open_latents(path, images, tokenizer, task.flip)
+    latents = open_latents(path, images, tokenizer, task.flip)  # of pairs, for their mean and std
     give_statistics(tokenizer, latents.mean, latents.std, images.images)
     set_bins(task, model, tokenizer, images)
     draw = class_draw(None, images, model.classes, model.empty)
-    origin = begin(task, model, tokenizer, accelerator.device)
-    about = "\n".join([describe(images), *unfinished(source, task.init, task.teacher)])
-    return Parts(model, latents.items(task.flip), tokenizer, data, images, about, origin, draw)
+    origin, items = begin(task, model, tokenizer, accelerator.device), latents.items(task.flip)
+    if task.reflow.source is not None:
+        pairs, origin = begin_pairs(task, model, tokenizer, accelerator, draw, origin)
+        items = pairs.items(images.fingerprint)
+    about = "\n".join([describe(images), *unfinished(source, task.init, task.teacher, task.reflow.source)])
+    return Parts(model, items, tokenizer, data, images, about, origin, draw)
 
 
 def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) -> LatentModel:
