@@ -91,8 +91,6 @@ def begin_pairs(
     UsageError for a source of other latents or classes, or that jumps; errors as `draw_pairs`.
     """
     assert task.reflow.source is not None
-    if task.flip:
-        raise UsageError("--flip with --reflow.source", "pairs are as they were drawn", "drop --flip")
     source = load_model(task.reflow.source, accelerator.device)
     _check_latents(f"--reflow.source {task.reflow.source}", source, model, tokenizer)
     if source.model.config.is_jump:
