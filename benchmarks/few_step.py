@@ -147,7 +147,7 @@ def figures(sweeps: Sequence[Sweep]) -> list[dict[str, Any]]:
 def row(name: str, nfe: int, found: Sequence[Measurement]) -> dict[str, Any]:
     """One row."""
     first = found[0]
-    spaces = {"distance": first.features, **{f"{short}:distance": long for short, long in first.spaces.items()}}
+    spaces = {"distance": first.features, **{f"{short}_distance": long for short, long in first.spaces.items()}}
     names = [metric for metric in first.metrics if metric == "distance" or metric.endswith("distance")]
     values = {metric: [m.metrics[metric].mean for m in found] for metric in names}
     means = {metric: statistics.mean(each) for metric, each in values.items()}
