@@ -145,9 +145,9 @@ def few_step_block(found: dict[str, Any]) -> str:
 
     images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
     facts = (
-        f"Means and standard deviations over {seeds} trainings, {found['seconds']:g} s of process time each on one thread; {images}, "
-        f"reference `{first['reference']}`. Over both feature spaces, few-step models are below every solver {held(1)} times with 1 "
-        f"evaluation and {held(2)} times with 2; with 8 they are below 1.2 times the exact row {held(8)} times."
+        f"Means and standard deviations over {seeds} trainings, {found['seconds']:g} s of process time each on one thread; "
+        f"{images}, reference `{first['reference']}`. Over both feature spaces, few-step models are below every solver "
+        f"{held(1)} times with 1 evaluation and {held(2)} times with 2; with 8 they are below 1.2 times exact {held(8)} times."
     )
     return "\n".join([*parts, f"{facts}\n"])
 
