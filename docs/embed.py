@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from midway.gen.core.text import markdown
-from midway.gen.evaluation.comparing import by_solver, question
+from midway.gen.evaluation.comparing import by_solver, few_step, question
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.evaluation.records import FLOOR, LIMITS, TO_EXACT, Measurement, from_record
 from midway.gen.proving.report import FIGURES, SHOWN, Result, figure_table, order_table, read_result, summary
@@ -87,7 +87,7 @@ def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str
     picture = Path(__file__).parent / "images" / f"{name}.png"
     picture.parent.mkdir(exist_ok=True)
     drawn = leaders(measurements) if len({m.solver for m in by_solver(measurements)}) > READABLE else measurements
-    ranked = question(measurements) == TO_EXACT
+    ranked = question(measurements) == TO_EXACT and not few_step(measurements)
     picture.write_bytes(distance_png(drawn, "nfe", "to_exact" if ranked else "distance"))
     shown = "Distance to the exact solution" if ranked else "Fréchet distance"
     return f"![{shown} against NFE]({os.path.relpath(picture, page.parent)})"
