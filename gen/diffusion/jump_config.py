@@ -42,7 +42,8 @@ class JumpConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, flow_share=SHARE, weight_power=(0, 4), weight_offset=(1e-12, 1e6), finest=(1, 20))
-        check_ranges(self, alpha_steps=EVENTS, alpha_end=SHARE, guidance=(1, 1000))
+        check_ranges(self, alpha_steps=EVENTS, alpha_end=SHARE)
+        check_ranges(self, guidance=(1, 1000), teacher_guidance=(0, 1000))
 
     def share(self, objective: Objective) -> float:
         """Of a batch, what is trained at r = t."""

@@ -19,8 +19,8 @@ from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
-from midway.gen.diffusion.model import Guidance
 from midway.gen.diffusion.sampler_checks import check_guidance
+from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.distillation.learning import Distillation
 from midway.gen.distillation.residual import ResidualObjective
 from midway.gen.flags.cli import Page, numbers, resolve
@@ -84,7 +84,7 @@ def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel:
             "solvers approximate what this model was trained to do in one evaluation",
             "sample it with --solver jump, or learn a solver for a flow model",
         )
-    check_guidance(Guidance(task.guidance), None, trained)
+    check_guidance(SamplerConfig(guidance=task.guidance).sampling().guidance, None, trained)
     return trained
 
 

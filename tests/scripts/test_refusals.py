@@ -119,6 +119,7 @@ TABLE = """
   LATENT --model.objective imf --model.schedule vp --model.target velocity -> use linear or cosine
   LATENT --model.objective imf --model.schedule linear --model.target x0 -> use target velocity
   LATENT --model.objective imf --model.jump.flow-share 2 -> flow_share
+  LATENT --model.objective imf --model.jump.teacher-guidance nan -> teacher_guidance
 2 guidance
   SAMPLE --guidance-interval 0.1 5; --guide {twin}; --guide {model} --guidance-interval 0.1 5 -> nothing is guided
   EVALUATE --guidance-interval 0.1 5; --guide {twin} -> nothing is guided
