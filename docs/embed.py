@@ -156,7 +156,7 @@ def _figure(row: dict[str, Any] | None, metric: str) -> str:
     if row is None:
         return "–"
     deviation = row["deviations"][metric]
-    return f"{row['distances'][metric]:.3g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+    return f"{row['distances'][metric]:.3g}" + ("" if not deviation else f" ± {deviation:.2g}")
 
 
 def _took(row: dict[str, Any], steps: dict[str, int]) -> str:
