@@ -60,7 +60,7 @@ def per_second(schedule: Schedule, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor
         alpha, sigma = -2 * torch.sin(quarter * (t + r)) * slow, 2 * torch.cos(quarter * (t + r)) * slow
         square = torch.sin(half * (t + r)) * fast
         return alpha, sigma, -square, square
-    raise NotImplementedError(schedule)
+    raise ValueError(f"no closed form on {schedule}: use Linear or Cosine")
 
 
 @dataclass(frozen=True, eq=False)

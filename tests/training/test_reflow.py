@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from multiprocess import together
 from pipelines import TINY, TINY_DIT, Pipeline
 from tensors import normal
 
-from midway.gen.core.errors import MidwayError, UsageError
+from midway.gen.core.errors import DataError, MidwayError, UsageError
+from midway.gen.core.processes import device_and_process
 from midway.gen.diffusion import pairs as pairs_module
 from midway.gen.diffusion.field import start_state
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
-from midway.gen.diffusion.pairs import PairSource, ReflowConfig, draw_pairs, pair_of
+from midway.gen.diffusion.pairs import PairSource, ReflowConfig, draw_pairs, open_pairs, pair_of
 from midway.gen.diffusion.sampling import noise_of, sample_latents
 from midway.gen.flags.tasks import LatentTask
 from midway.gen.training.batches import Context, LatentBatch
@@ -26,11 +28,11 @@ from midway.samplers.grids import karras
 from midway.samplers.prediction import NetworkField
 from midway.samplers.sample import sample
 from midway.samplers.schedule import SCHEDULES
-from midway.samplers.solvers import ddim, euler
+from midway.samplers.solvers import euler
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "one_thread")
 TRAIN = replace(TINY, steps=4, batch_size=32, lr=1e-2, warmup=0)
-PAIRS = {"pairs": 70, "nfe": 3, "batch_size": 16}
+PAIRS: dict[str, Any] = {"pairs": 70, "nfe": 3, "batch_size": 16}
 
 
 def task_of(pipeline: Pipeline, out: Path, **options: Any) -> LatentTask:
@@ -75,11 +77,29 @@ def test_a_model_of_the_pairs_needs_one_step_where_its_source_needs_many() -> No
     last = sample(field, euler(schedule, grid), start)
     assert (sample(field, euler(schedule, (grid[0], grid[-1])), start) - last).abs().max() > 0.5
     x0, e = pair_of(schedule, (grid[0], grid[-1]), noise, last)
-    slope, offset = (last[0, 0] - last[1, 0]) / (noise[0, 0] - noise[1, 0]), 0.0
-    offset = last[0, 0] - slope * noise[0, 0]
-    torch.testing.assert_close(last, slope * noise + offset, rtol=1e-9, atol=1e-9)
-    again = sample(NetworkField(lambda x, t: e - x0, "velocity", schedule), ddim(schedule, (grid[0], grid[-1])), start)
-    torch.testing.assert_close(again, last, rtol=1e-9, atol=1e-9)
+    (a, b), (c, d) = (line_of(noise, each) for each in (x0, e))  # x0 = a n + b, e = c n + d
+
+    def straight(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = t.view(-1, 1)
+        n = (z - (1 - t) * b - t * d) / ((1 - t) * a + t * c)
+        return (c - a) * n + d - b
+
+    t = torch.linspace(0.01, 0.98, 64, dtype=torch.float64)
+    z = (1 - t)[:, None] * x0 + t[:, None] * e
+    torch.testing.assert_close(
+        straight(z, t), e - x0, rtol=1e-8, atol=1e-8
+    )  # no error is left: a function of z and t alone
+    assert (velocity(z, t) - (e - x0)).abs().max() > 0.1
+    again = sample(NetworkField(straight, "velocity", schedule), euler(schedule, (grid[0], grid[-1])), start)
+    torch.testing.assert_close(again, last, rtol=1e-8, atol=1e-8)
+
+
+def line_of(n: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(slope, offset) of values that are a line of n; AssertionError if they are not."""
+    slope = (values[0, 0] - values[1, 0]) / (n[0, 0] - n[1, 0])
+    offset = values[0, 0] - slope * n[0, 0]
+    torch.testing.assert_close(values, slope * n + offset, rtol=1e-8, atol=1e-8)
+    return slope, offset
 
 
 def test_pairs_are_the_samples_of_their_seeds_and_are_drawn_once(
@@ -121,6 +141,35 @@ def test_pairs_are_the_samples_of_their_seeds_and_are_drawn_once(
     assert kept == {path.name: path.read_bytes() for path in (tmp_path / "parted").iterdir() if path.is_file()}
     with pytest.raises(MidwayError, match="pairs of another source"):
         draw_pairs(PairSource(source, replace(config, nfe=4), None))
+    with pytest.raises(MidwayError, match="pairs of another source"):
+        draw_pairs(PairSource(replace(source, hash="0" * 12), config, None))  # trained on since
+    monkeypatch.setattr(pairs_module, "IN_MEMORY", 0)
+    from_disk = open_pairs(own)
+    assert from_disk.kept is None and whole.kept is not None
+    assert torch.equal(from_disk.read(items).latents, batch.latents)
+    shard = max((tmp_path / "whole").glob("records-*.npy"))
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=shard.name) as raised:
+        open_pairs(own).read(torch.arange(70))
+    assert "draws the pairs again" in raised.value.fix
+
+
+def _draw(_: int, run: Path, folder: Path) -> None:
+    trained = load_model(run, CPU)
+    draw_pairs(PairSource(trained, ReflowConfig(run, folder=folder, **PAIRS), None), device_and_process()[1])
+
+
+def test_two_processes_draw_the_pairs_of_one(source: TrainedModel, tmp_path: Path) -> None:
+    one = ReflowConfig(source.run.path, folder=tmp_path / "one", **PAIRS)
+    draw_pairs(PairSource(source, one, None))
+    together(_draw, 2, source.run.path, tmp_path / "two")
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+        for name in ("one", "two")
+    )
+    assert first == second
 
 
 def test_a_batch_with_pairs_is_trained_on_their_line() -> None:
@@ -155,7 +204,7 @@ def test_a_training_on_pairs_resumes_bit_for_bit(source: TrainedModel, pipeline:
 
 
 def test_pairs_of_what_has_none(source: TrainedModel, pipeline: Pipeline, tmp_path: Path) -> None:
-    own = {"source": source.run.path, "folder": tmp_path / "pairs", **PAIRS}
+    own: dict[str, Any] = {"source": source.run.path, "folder": tmp_path / "pairs", **PAIRS}
     for words, changed in {
         "draws noise on the way": {"solver": "ddpm"},
         "errors of its own": {"solver": "table"},
