@@ -29,6 +29,7 @@ from midway.gen.proving.report import FIGURES, SHOWN, Result, figure_table, orde
 from midway.gen.report.likelihood import likelihood_table
 from midway.gen.report.plots import distance_png
 from midway.gen.report.sweep import captioned, headline_tables
+from midway.gen.report.sweep_tables import further_tables
 from midway.gen.report.table import Entry, Line, Table, number
 from midway.gen.report.text import markdown_table
 
@@ -76,7 +77,10 @@ def embed(page: Path, name: str, report: Path) -> None:
         f"n = {sampled.n} images per block, {sampled.blocks} block(s), seeds {sampled.seeds}; "
         f"features `{sampled.features}`{further}, reference `{sampled.reference}`."
     )
-    block = f"{captioned(headline_tables(measurements))}\n{facts}\n"
+    tables = headline_tables(measurements)
+    if few_step(measurements):  # one space alone would support another order
+        tables += [(table, f"{table.title}, lower is better") for table in further_tables(measurements)]
+    block = f"{captioned(tables)}\n{facts}\n"
     if len({m.nfe for m in by_solver(measurements)}) >= LINES:
         block += f"\n{sweep_picture(page, name, measurements)}\n"
     return _replace(page, name, block)
