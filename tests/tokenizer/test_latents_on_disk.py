@@ -78,7 +78,7 @@ def _encode(_: int, folder: Path) -> None:
     encode(folder, tokenizer(), digits(), FLIPPED, device_and_process()[1])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_together_write_the_bytes_of_one(processes: int, whole: Path, tmp_path: Path) -> None:
     """Mean and std in the manifest among them."""
     together(_encode, processes, tmp_path / "latents")

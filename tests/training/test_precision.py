@@ -165,6 +165,7 @@ def _different(rank: int) -> None:
         make_accelerator(TrainConfig(precision="bf16" if rank else "no"))
 
 
+@pytest.mark.slow
 def test_quality_in_bfloat16_is_that_of_float32(tmp_path: Path) -> None:
     """The digits recipe cut short, same seeds: the difference is small beside that between seeds (benchmarks/precision.py)."""
     recipe = TOKENIZER_RECIPES["digits-fsq"]()

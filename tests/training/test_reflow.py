@@ -161,6 +161,7 @@ def _draw(_: int, run: Path, folder: Path) -> None:
     draw_pairs(PairSource(trained, ReflowConfig(run, folder=folder, **PAIRS), None), device_and_process()[1])
 
 
+@pytest.mark.slow  # latents are written by the same function, whose processes tests/tokenizer has
 def test_two_processes_draw_the_pairs_of_one(source: TrainedModel, tmp_path: Path) -> None:
     one = ReflowConfig(source.run.path, folder=tmp_path / "one", **PAIRS)
     draw_pairs(PairSource(source, one, None))

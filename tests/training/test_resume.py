@@ -409,7 +409,10 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
 # ---- several processes ----
 
 
-@pytest.mark.parametrize("kind", ["vq", "critic", "latent", "vae"])
+@pytest.mark.parametrize(
+    "kind",
+    ["vq", pytest.param("critic", marks=pytest.mark.slow), "latent", pytest.param("vae", marks=pytest.mark.slow)],
+)
 def test_two_processes_resume_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
     task = KINDS[kind](tmp_path / "whole", pipeline)
