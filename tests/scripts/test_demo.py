@@ -61,7 +61,7 @@ def test_the_quick_demo_ends_with_a_report(
 def test_the_full_demo_measures_every_solver_at_every_budget(source: Literal["digits", "mnist5k"]) -> None:
     task = demo.DemoTask(source)
     sweep = demo.evaluate_task(task)
-    assert {*sweep.solvers.split(",")} <= {*SOLVERS, *LEARNED}
+    assert sweep.solvers and {*sweep.solvers.split(",")} <= {*SOLVERS, *LEARNED}
     assert sweep.nfe == "4,6,8,10" == demo.solver_task(task, "amed").nfe == demo.solver_task(task, "table").nfe
     assert demo.latent_task(task).model.schedule == "vp"
     tokenizer = demo.tokenizer_task(task)
