@@ -42,6 +42,7 @@ ROOMS = (
     "diffusion",
     "distillation",
     "tokenizer",
+    "priors",
     "cards",
     "evaluation",
     "sweep",

@@ -103,11 +103,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(_normed(q, self.norm_q), _normed(k, self.norm_k), v)
+        mixed = F.scaled_dot_product_attention(normed(q, self.norm_q), normed(k, self.norm_k), v)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """`norm` in float32 or float64, the result in x's dtype."""
     return F.rms_norm(widened(x), norm.normalized_shape, widened(norm.weight), norm.eps).to(x.dtype)
 

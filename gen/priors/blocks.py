@@ -1,0 +1,109 @@
+"""A transformer over tokens with places in the plane, causal or not.
+
+    h = h + drop(attention(norm(h)))        h = h + drop(down(silu(gate(norm(h))) * up(norm(h))))
+
+RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), SwiGLU with a hidden layer of 8/3 of the width (Shazeer 2020, arXiv
+2002.05202), RMSNorm on queries and keys (Dehghani et al. 2023, arXiv 2302.05442), and rotations by place (Su et al. 2021, arXiv
+2104.09864): half of a head's channels are rotated by the row, half by the column, so that attention depends on differences of
+places alone.
+
+With a `Cache` a causal trunk takes tokens one after the other and computes each once.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from midway.gen.diffusion.dit import drop, normed
+from midway.gen.training.batches import Context
+from midway.tokenizers.recomputed import Recomputed
+
+PERIOD = 100.0
+"""Of the slowest rotation, in positions over 2 pi: a grid has tens of positions a side."""
+
+
+@dataclass
+class Cache:
+    """Keys and values (B, heads, N, C) of the tokens so far, for every layer; None before the first."""
+
+    layers: list[tuple[Tensor, Tensor] | None]
+
+    @classmethod
+    def empty(cls, depth: int) -> "Cache":
+        """For a trunk of this depth."""
+        return cls([None] * depth)
+
+
+def rotation(places: Tensor, channels: int) -> Tensor:
+    """Angles float32 (*, channels / 2) of places (*, 2): rows, then columns, each at channels / 4 geometric frequencies."""
+    quarter = channels // 4
+    frequencies = torch.exp(-math.log(PERIOD) * torch.arange(quarter, device=places.device) / quarter)
+    return (places[..., None] * frequencies).flatten(-2)
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x (B, heads, N, C), as C / 2 pairs (i, i + C / 2), by angles (N, C / 2) or (B, N, C / 2)."""
+    angles = angles.unsqueeze(-3).to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(Recomputed):
+    """Attention and SwiGLU; `layer` keeps its dropout masks apart from those of other blocks."""
+
+    def __init__(self, width: int, heads: int, dropout: float, layer: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.layer, self.causal = heads, dropout, layer, causal
+        inner = -(-8 * width // 24) * 8
+        self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.norm_q, self.norm_k = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
+
+    def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, angles: Tensor, context: Context | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, after the tokens in it."""
+        mixed = self._attend(normed(x, self.norm_1), angles, cache)
+        x = x + drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
+        gate, up = self.up(normed(x, self.norm_2)).chunk(2, dim=-1)
+        return x + drop(self.down(F.silu(gate) * up), self.dropout, context, f"dropout {self.layer} mlp")
+
+    def _attend(self, x: Tensor, angles: Tensor, cache: Cache | None) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = rotated(normed(q, self.norm_q), angles), rotated(normed(k, self.norm_k), angles)
+        if cache is not None:
+            if (before := cache.layers[self.layer]) is not None:
+                k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
+            cache.layers[self.layer] = k, v
+        whole = self.causal and tokens == k.shape[2]  # one new token sees all that are before it
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=whole and tokens > 1)
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Trunk(nn.Module):
+    """Tokens (B, N, W) at places (N, 2) or (B, N, 2) -> hidden (B, N, W), normed. Causal: token n sees tokens 0 .. n.
+
+    With a cache tokens come one at a time.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, dropout: float, causal: bool) -> None:
+        super().__init__()
+        self.channels = width // heads
+        self.blocks = nn.ModuleList(Block(width, heads, dropout, layer, causal) for layer in range(depth))
+        self.norm = nn.RMSNorm(width)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                last = name.endswith(("out.weight", "down.weight"))  # so that the sum over layers stays of one size
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * depth) if last else 0.02)
+
+    def forward(self, x: Tensor, places: Tensor, context: Context | None = None, cache: Cache | None = None) -> Tensor:
+        angles = rotation(places, self.channels)
+        for block in self.blocks:
+            x = block(x, angles, context, cache)
+        return normed(x, self.norm)

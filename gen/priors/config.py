@@ -1,0 +1,46 @@
+"""What a prior over codes is built from."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from midway.gen.core.ranges import EVENTS, LAYERS, SHARE, WIDTH, check_ranges
+
+Kind = Literal["causal", "masked"]
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Kind and size of a prior."""
+
+    kind: Kind = "causal"
+    """causal: one token after the other, with exact bits. masked: all that are missing at once, in any number of evaluations."""
+    split: Literal["auto", "joint", "digits"] = "auto"
+    """How the code of a position is predicted: by one softmax (joint), or digit by digit (fsq and bits); auto: one softmax of at
+    most 16,384 codes."""
+    width: int = 128
+    """Channels of a token."""
+    depth: int = 4
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.1
+    """Share of each block's attention and MLP outputs that is set to 0 in training."""
+    conditional: bool = True
+    """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
+    label_dropout: float = 0.1
+    """Share of samples trained without their class, for classifier-free guidance."""
+    shuffle_steps: int = 0
+    """causal: optimizer steps with tokens in random orders, for all samples in the first half of them, then for ever fewer; 0:
+    always row by row."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, label_dropout=SHARE, shuffle_steps=EVENTS)
+        if self.width % self.heads or self.width // self.heads % 4:
+            raise ValueError(
+                f"width {self.width} with {self.heads} heads: heads of {self.width / self.heads:g} channels, and 2-D rotations "
+                "need whole multiples of 4"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")
+        if self.kind == "masked" and self.shuffle_steps:
+            raise ValueError("a masked prior is trained in every order: shuffle_steps is for causal ones")

@@ -1,0 +1,43 @@
+"""The random numbers of a decoder: every one is a function of (seed of the image, purpose, place in the sequence)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from midway.gen.core import randomness
+
+
+class Draws(Protocol):
+    """What a decoder draws, for images of one batch."""
+
+    def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
+        """One of K, int64 (B, n), by log-probabilities (B, n, K), -inf among them: this digit of the tokens at places (B, n).
+
+        attempt: of a rule that draws a token again.
+        """
+        ...
+
+    def keys(self, purpose: str, length: int) -> Tensor:
+        """float64 (B, length), uniform on (0, 1): to sort by, or to make other numbers of."""
+        ...
+
+
+@dataclass(frozen=True)
+class SeededDraws:
+    """By seeds int64 (B,): not by batch, process, or the number of evaluations, so that decoders share their numbers."""
+
+    seeds: Tensor
+
+    def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
+        """By the inverse of the distribution function, in float64."""
+        at = randomness.uniform(0, f"prior digit {digit}", attempt, self.seeds, (int(places.max()) + 1,)).to(
+            places.device
+        )
+        total = law.double().exp().cumsum(-1)
+        u = at.gather(1, places)[..., None] * total[..., -1:]
+        return torch.searchsorted(total, u, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
+
+    def keys(self, purpose: str, length: int) -> Tensor:
+        return randomness.uniform(0, f"prior {purpose}", 0, self.seeds, (length,))

@@ -1,0 +1,143 @@
+"""How the codes of an image are a sequence of tokens, and a token a few digits.
+
+    indices as the tokenizer has them (B, *S) or (B, *S, G)   <->   tokens (B, L, D), digit d in {0, ..., sizes_d - 1}
+
+A token is one position: a grid is read row by row, two levels the top first. Its digits are the codes of the position (stages,
+groups), and of FSQ with more codes than one softmax should have the digits of each code, in mixed radix with the least
+significant first (tokenizers/fsq.py).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from midway.tokenizers.base import Quantizer
+from midway.tokenizers.fsq import FSQ
+from midway.tokenizers.grouped import Grouped
+from midway.tokenizers.residual import Residual
+from midway.tokenizers.tokenizer import ImageTokenizer
+from midway.tokenizers.two_level import TwoLevel
+
+ONE_SOFTMAX = 2**14
+"""Most codes of one softmax."""
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """The sequence of an image.
+
+    grids: (rows, columns) of each level, in the order of the sequence. radices: of each code of a position, the sizes of its
+    digits.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    radices: tuple[tuple[int, ...], ...]
+    flat: bool = False
+    """Whether indices have one axis for the sequence, as those of two levels have, and not one for rows and one for columns."""
+
+    def __post_init__(self) -> None:
+        numbers = [*(n for grid in self.grids for n in grid), *(n for radix in self.radices for n in radix)]
+        if not self.grids or not self.radices or not all(self.radices) or min(numbers) < 1:
+            raise ValueError(f"a sequence has grids {self.grids} and digits {self.radices}: give sizes of at least 1")
+        if len(self.grids) > 1 and not self.flat:
+            raise ValueError("codes of several levels are a sequence")
+
+    @property
+    def length(self) -> int:
+        """L, tokens of an image."""
+        return sum(rows * columns for rows, columns in self.grids)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the D digits of a token."""
+        return tuple(size for radix in self.radices for size in radix)
+
+    @property
+    def bits(self) -> float:
+        """L log2 of the codes of a position: what an image takes without a prior."""
+        return self.length * sum(map(math.log2, self.sizes))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image's indices."""
+        places = (self.length,) if self.flat else self.grids[0]
+        return (*places, len(self.radices)) if len(self.radices) > 1 else places
+
+    @cached_property
+    def places(self) -> Tensor:
+        """float32 (L, 2): row and column of each token's centre, in positions of the finest level from 1 on."""
+        finest = max(rows for rows, _ in self.grids), max(columns for _, columns in self.grids)
+        found = []
+        for rows, columns in self.grids:
+            a, b = finest[0] / rows, finest[1] / columns
+            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+            found.append(torch.stack([(y.flatten() + 0.5) * a + 0.5, (x.flatten() + 0.5) * b + 0.5], dim=1))
+        return torch.cat(found)
+
+    def tokens(self, indices: Tensor) -> Tensor:
+        """int64 (B, *shape) -> digits int64 (B, L, D). ValueError for another shape, or a code that does not exist."""
+        self._check(indices, self.shape, "indices")
+        codes = indices.long().reshape(len(indices), self.length, len(self.radices))
+        digits = []
+        for code, radix in zip(codes.unbind(-1), self.radices, strict=True):
+            if code.numel() and not 0 <= int(code.min()) <= int(code.max()) < math.prod(radix):
+                raise ValueError(f"codes are {int(code.min())} to {int(code.max())}, there are {math.prod(radix)}")
+            for size in radix:
+                digits.append(code % size)
+                code = code.div(size, rounding_mode="floor")
+        return torch.stack(digits, dim=-1)
+
+    def indices(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`."""
+        self._check(tokens, (self.length, len(self.sizes)), "tokens")
+        digits, codes = iter(tokens.unbind(-1)), []
+        for radix in self.radices:
+            code, unit = torch.zeros_like(tokens[..., 0]), 1
+            for size in radix:
+                code, unit = code + unit * next(digits), unit * size
+            codes.append(code)
+        joined = codes[0] if len(codes) == 1 else torch.stack(codes, dim=-1)
+        return joined.reshape(len(tokens), *self.shape)
+
+    def _check(self, x: Tensor, shape: tuple[int, ...], name: str) -> None:
+        if tuple(x.shape[1:]) != shape:
+            raise ValueError(f"{name} have shape {tuple(x.shape)}; this prior takes (B, {', '.join(map(str, shape))})")
+
+
+def layout_of(tokenizer: ImageTokenizer, split: str = "auto") -> CodeLayout:
+    """That of a tokenizer. split: `joint` has one softmax over all codes, `digits` those of FSQ, `auto` what has at most 16,384.
+
+    ValueError for a continuous quantizer, for codes without digits, and for more codes than a softmax can have.
+    """
+    quantizer, (_, rows, columns) = tokenizer.quantizer, tokenizer.latent_shape
+    if quantizer.codebook_size is None:
+        raise ValueError("the tokenizer is continuous and has no codes: give one of fsq, vq, lfq or bsq")
+    radices = _radices(quantizer, split)
+    if isinstance(quantizer, TwoLevel):
+        return CodeLayout(((rows // 2, columns // 2), (rows, columns)), radices, flat=True)
+    return CodeLayout(((rows, columns),), radices)
+
+
+def _radices(quantizer: Quantizer, split: str) -> tuple[tuple[int, ...], ...]:
+    if isinstance(quantizer, Grouped | Residual | TwoLevel):  # all their members have the same codes
+        members = quantizer.members[:1] if isinstance(quantizer, TwoLevel) else quantizer.members
+        return tuple(radix for member in members for radix in _radices(member, split))
+    size = quantizer.codebook_size or 0
+    if split == "joint" or (split == "auto" and size <= ONE_SOFTMAX):
+        if size > 2**20:
+            raise ValueError(f"{size} codes are too many for one softmax: take --model.split digits, of fsq")
+        return ((size,),)
+    if isinstance(quantizer, FSQ):
+        return (tuple(quantizer.levels.tolist()),)
+    bits = _bits(size)
+    if bits is None:
+        raise ValueError(f"{size} codes of {type(quantizer).__name__} have no digits: take --model.split joint")
+    return ((2,) * bits,)
+
+
+def _bits(size: int) -> int | None:
+    """log2 of a power of two."""
+    return size.bit_length() - 1 if size > 1 and size & (size - 1) == 0 else None

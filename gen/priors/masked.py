@@ -1,0 +1,178 @@
+"""All missing tokens at once, given those that are there: p(c_i | visible, class) for every i.
+
+    loss = E over k ~ U{1 .. L}, masks of size k:  (1 / k) sum over masked i of -log p(c_i | visible)
+    L loss >= -log p(c)  on average, with equality where the conditionals are those of one law
+
+It is the mean over all orders of the chain rule (Uria et al. 2014, arXiv 1310.1757; Shih et al. 2022, arXiv 2205.13554), so
+bits stand beside those of a causal prior.
+
+Decoding takes any number of evaluations S: each decides some tokens, given all those before.
+
+    random, halton    places in a fixed order, then a draw. At S = L the law is that of the model, whatever the order
+    certain           the places whose most probable token is most probable, then a draw
+    maskgit           a draw at every place, of which the most probable stay (Chang et al. 2022, arXiv 2202.04200). Its law is
+                      biased at every S: probable tokens are drawn more often than they should be (arXiv 2510.04525)
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from midway.gen.priors.decoding import Decoding, counts, halton_order
+from midway.gen.priors.draws import Draws
+from midway.gen.priors.layout import CodeLayout
+from midway.gen.priors.prior import CodeBatch, Prior, draw_tokens
+from midway.gen.training.batches import Context
+
+
+class Conditionals(Protocol):
+    """Laws of missing tokens, given the others."""
+
+    layout: CodeLayout
+
+    def hidden(self, tokens: Tensor, known: Tensor) -> Tensor:
+        """(B, L, W) of tokens (B, L, D), of which those with known (B, L) are read: one evaluation. (2 B, L, W) with guidance."""
+        ...
+
+    def logits(self, hidden: Tensor, tokens: Tensor, digit: int) -> Tensor:
+        """See `DigitHead.logits`."""
+        ...
+
+
+class MaskedPrior(Prior):
+    """See the top of the file."""
+
+    def __init__(self, *parts: object, **more: object) -> None:
+        super().__init__(*parts, **more)  # pyright: ignore[reportArgumentType]
+        self.missing = nn.Parameter(torch.randn(self.config.width) * 0.02)
+
+    def hidden(self, tokens: Tensor, known: Tensor, labels: Tensor, context: Context | None = None) -> Tensor:
+        """(B, L, W) for tokens int64 (B, L, D), of which those with known, bool (B, L), are read, and labels (B,)."""
+        vectors = torch.where(known[..., None], self.embed(tokens), self.missing) + self.position.weight
+        x = torch.cat([self.label(labels)[:, None], vectors], dim=1)
+        return self.trunk(x, self.places, context)[:, 1:]
+
+    def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        length, labels = self.layout.length, self.kept_labels(batch.labels, context)
+        count = (context.uniform("count") * length).floor() + 1
+        rank = context.uniform("mask", (length,)).argsort(-1).argsort(-1)
+        missing = rank < count[:, None]
+        found = self.head.log_probs(self.hidden(batch.tokens, ~missing, labels, context), batch.tokens).sum(-1)
+        nats = -(found * missing).sum(1) / count.to(found)
+        return nats.mean(), {"bits": nats.detach().mean() * length / math.log(2)}
+
+    @torch.no_grad()
+    def bits(self, tokens: Tensor, labels: Tensor, draws: Draws, evaluations: int) -> Tensor:
+        """An upper bound of the bits per image, float64 (B,), up to the chance of `evaluations` masks.
+
+        The numbers of masked tokens are spread evenly over 1 .. L; at multiples of L each occurs equally often.
+        """
+        length, total = self.layout.length, torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        start = (draws.keys("count", 1) * length).to(tokens.device)
+        for e in range(evaluations):
+            count = ((start + (e * length) / evaluations) % length).floor() + 1
+            rank = draws.keys(f"mask {e}", length).to(tokens.device).argsort(-1).argsort(-1)
+            missing = rank < count
+            found = self.head.log_probs(self.hidden(tokens, ~missing, labels), tokens).sum(-1).double()
+            total -= (found * missing).sum(1) * length / count.squeeze(1)
+        return total / evaluations / math.log(2)
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
+        both = torch.cat([labels, self.null_labels(labels)]) if decoding.guidance != 1 else labels
+        return decode(_Labelled(self, both), len(labels), draws, decoding, labels.device)
+
+
+class _Labelled:
+    """Conditionals of these labels, (B,) or (2 B,)."""
+
+    def __init__(self, prior: MaskedPrior, labels: Tensor) -> None:
+        self.prior, self.labels, self.layout = prior, labels, prior.layout
+        self.logits = prior.head.logits
+
+    def hidden(self, tokens: Tensor, known: Tensor) -> Tensor:
+        copies = len(self.labels) // len(tokens)
+        return self.prior.hidden(torch.cat([tokens] * copies), torch.cat([known] * copies), self.labels)
+
+
+def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device: torch.device | None = None) -> Tensor:
+    """Tokens int64 (batch, L, D), in `how.steps` evaluations. ValueError for the rule causal, or more steps than tokens."""
+    layout = model.layout
+    length, sizes = layout.length, layout.sizes
+    tokens = torch.zeros(batch, length, len(sizes), dtype=torch.int64, device=device)
+    known = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    orders, done = _orders(layout, batch, draws, how, device), 0
+    if how.rule == "causal":
+        raise ValueError("a masked prior decodes by random, halton, certain or maskgit")
+    steps = counts(how.decay, length, length if how.steps is None else how.steps)
+    for step, count in enumerate(steps):
+        hidden, scale = model.hidden(tokens, known), how.scale(done / length)
+        at = _Step(model, hidden, scale, draws, how)
+        if how.rule == "maskgit":
+            everywhere = torch.arange(length, device=device).expand(batch, -1)
+            drawn, law = at.draw(everywhere, step)
+            noise = how.choice_noise * (1 - (step + 1) / len(steps))
+            keys = draws.keys(f"confidence {step}", length).to(law)
+            confidence = law - noise * (-keys.log()).log()  # plus Gumbel noise
+            places = confidence.masked_fill(known, -math.inf).topk(count).indices
+            new = drawn.gather(1, places[..., None].expand(-1, -1, len(sizes)))
+        else:
+            places = next(orders) if how.rule != "certain" else at.certain(known, count)
+            new, _ = at.draw(places)
+        tokens = tokens.scatter(1, places[..., None].expand_as(new), new)
+        known = known.scatter(1, places, True)
+        done += count
+    return tokens
+
+
+class _Step:
+    """One evaluation."""
+
+    def __init__(self, model: Conditionals, hidden: Tensor, scale: float, draws: Draws, how: Decoding) -> None:
+        self.model, self.hidden, self.scale, self.draws, self.how = model, hidden, scale, draws, how
+
+    def draw(self, places: Tensor, attempt: int = 0) -> tuple[Tensor, Tensor]:
+        """Tokens (B, n, D) at places (B, n), and the log-probabilities (B, n) of what was drawn."""
+        index = torch.cat([places] * (len(self.hidden) // len(places)))
+        some = self.hidden.gather(1, index[..., None].expand(-1, -1, self.hidden.shape[-1]))
+        sizes = self.model.layout.sizes
+        return draw_tokens(self.model.logits, some, places, sizes, self.scale, self.draws, self.how, attempt)
+
+    def certain(self, known: Tensor, count: int) -> Tensor:
+        """Places (B, count) whose most probable token, digit by digit, is most probable."""
+        batch, length = known.shape
+        everywhere = torch.arange(length, device=known.device).expand(batch, -1)
+        sizes = self.model.layout.sizes
+        best = draw_tokens(self.model.logits, self.hidden, everywhere, sizes, self.scale, _Most(), self.how)[1]
+        return best.masked_fill(known, -math.inf).topk(count).indices
+
+
+class _Most:
+    """The most probable values."""
+
+    def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
+        return law.argmax(-1)
+
+    def keys(self, purpose: str, length: int) -> Tensor:
+        raise NotImplementedError
+
+
+def _orders(
+    layout: CodeLayout, batch: int, draws: Draws, how: Decoding, device: torch.device | None
+) -> Iterator[Tensor]:
+    """Places (B, n) of each step in turn, of a rule whose order is fixed."""
+    length = layout.length
+    if how.rule == "random":
+        order = draws.keys("order", length).argsort(-1).to(device)
+    elif how.rule == "halton":
+        starts, places = 0, []
+        for rows, columns in layout.grids:
+            places += [starts + place for place in halton_order(rows, columns)]
+            starts += rows * columns
+        order = torch.tensor(places, device=device).expand(batch, -1)
+    else:
+        return
+    yield from order.split(counts(how.decay, length, length if how.steps is None else how.steps), dim=1)
