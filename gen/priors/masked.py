@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from midway.gen.priors.decoding import Decoding, counts, halton_order
 from midway.gen.priors.draws import Draws
 from midway.gen.priors.layout import CodeLayout
-from midway.gen.priors.prior import CodeBatch, Prior, draw_tokens
-from midway.gen.training.batches import Context
+from midway.gen.priors.prior import Prior, draw_tokens
+from midway.gen.training.batches import CodeBatch, Context
 
 
 class Conditionals(Protocol):
