@@ -32,11 +32,9 @@ class SeededDraws:
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         """By the inverse of the distribution function, in float64."""
-        at = randomness.uniform(0, f"prior digit {digit}", attempt, self.seeds, (int(places.max()) + 1,)).to(
-            places.device
-        )
+        u = randomness.uniform_at(0, f"prior digit {digit}", attempt, self.seeds, places)
         total = law.double().exp().cumsum(-1)
-        u = at.gather(1, places)[..., None] * total[..., -1:]
+        u = u[..., None] * total[..., -1:]
         return torch.searchsorted(total, u, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
 
     def keys(self, purpose: str, length: int) -> Tensor:

@@ -93,6 +93,8 @@ class CodeLayout:
     def indices(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`."""
         self._check(tokens, (self.length, len(self.sizes)), "tokens")
+        if not bool(((tokens >= 0) & (tokens < torch.tensor(self.sizes, device=tokens.device))).all()):
+            raise ValueError(f"tokens have digits outside their sizes, {self.sizes}")
         digits, codes = iter(tokens.unbind(-1)), []
         for radix in self.radices:
             code, unit = torch.zeros_like(tokens[..., 0]), 1
@@ -128,7 +130,7 @@ def _radices(quantizer: Quantizer, split: str) -> tuple[tuple[int, ...], ...]:
     size = quantizer.codebook_size or 0
     if split == "joint" or (split == "auto" and size <= ONE_SOFTMAX):
         if size > 2**20:
-            raise ValueError(f"{size} codes are too many for one softmax: take --model.split digits, of fsq")
+            raise ValueError(f"{size} codes are too many for one softmax: take --model.split digits")
         return ((size,),)
     if isinstance(quantizer, FSQ):
         return (tuple(quantizer.levels.tolist()),)

@@ -17,6 +17,7 @@ from midway.gen.priors.digits import DigitHead, TokenEmbedding
 from midway.gen.priors.draws import Draws
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.training.batches import CodeBatch, Context
+from midway.samplers.guidance_checks import why_unguided
 from midway.tokenizers.hub import card_of
 
 Logits = Callable[[Tensor, Tensor, int], Tensor]
@@ -103,13 +104,36 @@ class Prior(DescribedModel, ABC):
         kept = (context.uniform("label") >= self.config.label_dropout) & (labels < self.classes)
         return torch.where(kept, labels, self.classes)
 
+    def given(self, labels: Tensor) -> Tensor:
+        """Labels (B,) as inputs: those of an unconditional prior are all "no class". ValueError for one that does not exist."""
+        if not self.classes:
+            return self.null_labels(labels)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= self.classes:
+            raise ValueError(
+                f"labels are {int(labels.min())} to {int(labels.max())}: this prior has the classes 0 to {self.classes - 1}, and "
+                f"{self.classes} for none"
+            )
+        return labels
+
+    def check(self, decoding: Decoding) -> None:
+        """ValueError for a decoding that this prior cannot have; a warning of one that draws something else than is expected."""
+        lacking = why_unguided(self.classes, len(self.empty), self.config.label_dropout)
+        if decoding.guidance != 1 and lacking:
+            raise ValueError(f"guidance {decoding.guidance:g} {lacking}: use guidance 1")
+
+    def inputs(self, labels: Tensor, decoding: Decoding) -> Tensor:
+        """Labels (B,) as inputs of an evaluation, (2 B,) with guidance: with the class, then without. ValueError: see `draw`."""
+        self.check(decoding)
+        labels = self.given(labels)
+        return torch.cat([labels, self.null_labels(labels)]) if decoding.copies == 2 else labels
+
     @abstractmethod
     def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, nats a token, and what to log: `bits` of an image."""
 
     @abstractmethod
     def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        """Tokens int64 (B, L, D) for labels (B,). ValueError for a decoding that this prior cannot have."""
+        """Tokens int64 (B, L, D) for labels (B,). ValueError for a decoding that this prior cannot have, or another class."""
 
 
 def draw_tokens(
@@ -122,19 +146,19 @@ def draw_tokens(
     how: Decoding,
     attempt: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The tokens int64 (B, n, D) at places (B, n), digit by digit, and log p (B, n) of what was drawn, under the law drawn from.
+    """The tokens int64 (B, n, D) at places (B, n), digit by digit, and log p (B, n) of what was drawn.
 
-    hidden (B, n, W), or (2 B, n, W) with guidance: with the class, then without.
+    hidden (B, n, W), or (2 B, n, W) with guidance: with the class, then without. p is the guided law before temperature, top-k
+    and top-p, at whose limits all that is drawn would be equally probable.
     """
-    copies = len(hidden) // len(places)
     tokens = places.new_zeros(*places.shape, len(sizes))
     total: Tensor | None = None
     for digit in range(len(sizes)):
-        found = logits(hidden, torch.cat([tokens] * copies), digit)
-        law = law_of(guided(found, scale) if copies == 2 else found, how)
-        value = draws.categorical(law, places, digit, attempt)
+        found = logits(hidden, torch.cat([tokens] * how.copies), digit)
+        found = guided(found, scale) if how.copies == 2 else found
+        value = draws.categorical(law_of(found, how), places, digit, attempt)
         tokens[..., digit] = value
-        own = law.gather(-1, value.unsqueeze(-1)).squeeze(-1)
+        own = found.log_softmax(-1).gather(-1, value.unsqueeze(-1)).squeeze(-1)
         total = own if total is None else total + own
     assert total is not None
     return tokens, total

@@ -4,6 +4,7 @@ causal                              of causal priors, one evaluation a token
 random, halton, certain, maskgit    of masked priors, in 1 to L evaluations
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from midway.gen.core.errors import UsageError
 from midway.gen.priors.decoding import DECAYS, RULES, Decoding
 from midway.gen.priors.prior import Prior
+from midway.samplers.guidance_checks import why_unguided
 
 MASKED = RULES[1:]
 """Rules of masked priors."""
@@ -98,26 +100,21 @@ def _check_decay(prior: Prior, decay: str, flag: str, place: str) -> None:
 def _check_guidance(prior: Prior, scale: float, ramp: float, place: str) -> None:
     if ramp and scale == 1:
         raise UsageError("--guidance-ramp without --guidance", "at scale 1 nothing is guided", "give --guidance, say 2")
-    if scale == 1:
-        return
-    if not prior.classes:
-        raise UsageError(f"--guidance {scale:g} on {place}", "it was trained without classes", "drop --guidance")
-    if not prior.config.label_dropout:
-        why = "it was trained with the class of every sample, and has no law without one"
-        fix = "drop --guidance, or train it with --model.label-dropout 0.1"
-        raise UsageError(f"--guidance {scale:g} on {place}", why, fix)
+    lacking = why_unguided(prior.classes, len(prior.empty), prior.config.label_dropout)
+    if scale != 1 and lacking:
+        raise UsageError(f"--guidance {scale:g} on {place}", f"it {lacking}", "drop --guidance")
 
 
 def draw_warnings(prior: Prior, decodings: Sequence[Decoding]) -> tuple[str, ...]:
     """Of settings that draw something other than one may expect."""
-    length, found = prior.layout.length, list[str]()
+    found = list[str]()
     for how in decodings:
-        steps = how.steps or length
-        if how.temperature == 0 and steps < length:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prior.check(how)
+        found += [str(warning.message) for warning in caught]
+        if how.temperature == 0 and not caught:
             found.append(
-                f"temperature 0 with {steps} evaluations for {length} tokens: those of an evaluation are each the most probable "
-                "one, and need not go together; and images of a class are nearly all the same"
+                "at temperature 0 every token is the most probable one: images of a class are nearly all the same"
             )
-        elif how.temperature == 0:
-            found.append("temperature 0 draws the most probable tokens: images of a class are nearly all the same")
     return tuple(dict.fromkeys(found))

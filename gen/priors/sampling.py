@@ -9,6 +9,7 @@ What is counted, at the trunk, where it happens:
 """
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,10 +21,10 @@ from midway.gen.core.config import to_dict
 from midway.gen.data.images import to_float, to_uint8
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
+from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.load import TrainedPrior
-from midway.samplers.sample import ForwardCounter
 from midway.tokenizers.memory import images_at_once
 
 
@@ -50,24 +51,34 @@ class CodeSampling:
     """How seeds draw their classes; None: in turn."""
 
 
-class TrunkCounter(ForwardCounter):
-    """Counts samples and tokens that go through a trunk, and sees which samples' outputs are finite."""
+class TrunkCounter:
+    """Counts samples and tokens that go through a trunk while the `with` block lasts, and sees whose outputs are finite."""
 
-    def __init__(self, trunk: nn.Module) -> None:
-        super().__init__(trunk)
-        self.tokens, self._finite = 0, list[Tensor]()
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk, self.evaluations, self.tokens, self._finite = trunk, 0, 0, list[Tensor]()
 
     def __enter__(self) -> "TrunkCounter":
-        super().__enter__()
-        self._hooks += [module.register_forward_hook(self._see) for module in self.modules]
+        self._hook = self.trunk.register_forward_hook(self._see)
+        step = self.trunk.step
+
+        def counted(x: Tensor, *arguments: Any) -> Tensor:
+            self._count(x, output := step(x, *arguments))
+            return output
+
+        self.trunk.__dict__["step"] = counted  # no call of the module, so no hook sees it
         return self
 
-    def _count(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        super()._count(module, arguments)
-        self.tokens += arguments[0].shape[0] * arguments[0].shape[1]
+    def _see(self, trunk: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        self._count(arguments[0], output)
 
-    def _see(self, module: nn.Module, arguments: object, output: Tensor) -> None:
+    def _count(self, x: Tensor, output: Tensor) -> None:
+        self.evaluations += x.shape[0]
+        self.tokens += x.shape[0] * x.shape[1]
         self._finite.append(output.isfinite().flatten(1).all(1))
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        del self.trunk.__dict__["step"]
 
     def finite(self, batch: int) -> Tensor:
         """bool (batch,) on the CPU, of samples that went through in copies of a whole batch."""
@@ -86,7 +97,9 @@ def code_batches(
         with (
             TrunkCounter(prior.trunk) as counter,
             torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore", UserWarning)  # `draw_warnings` has them, once
             tokens = prior.draw(labels.to(device), SeededDraws(seeds.cpu()), config.decoding).cpu()
         finite, seconds = counter.finite(len(seeds)), time.perf_counter() - before
         yield CodeSamples(tokens, finite, counter.evaluations / len(seeds), counter.tokens / len(seeds), seconds)
