@@ -62,10 +62,7 @@ def load_prior(path: Path, device: torch.device = CPU) -> TrainedPrior:
         weights = averaged if averaged.exists() else folder / "model.safetensors"
         text, (state, _) = read_text(file), read_tensors(weights)
         prior = Prior.built(text, state, file, retrain)
-        if prior.layout != layout_of(tokenizer, prior.config.split):
-            raise ValueError(
-                f"model.json is of codes {prior.layout.shape}, its tokenizer makes {layout_of(tokenizer).shape}"
-            )
+        check_layout(prior, tokenizer)
     return TrainedPrior(
         prior=prior.to(device).eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -74,6 +71,14 @@ def load_prior(path: Path, device: torch.device = CPU) -> TrainedPrior:
         run=run,
         weights=_which(run, folder, averaged.exists()),
     )
+
+
+def check_layout(prior: Prior, tokenizer: ImageTokenizer) -> None:
+    """ValueError unless the prior is one of this tokenizer's codes."""
+    own = layout_of(tokenizer, prior.config.split)
+    if own != prior.layout:
+        mine, its = (f"{layout.length} x {layout.sizes}" for layout in (prior.layout, own))
+        raise ValueError(f"the prior is of codes {mine}, its tokenizer has codes {its}")
 
 
 def _which(run: Run, folder: Path, averaged: bool) -> str:
