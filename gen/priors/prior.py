@@ -79,7 +79,9 @@ class Prior(DescribedModel, ABC):
         self.head = DigitHead(config.width, layout.sizes)
         for table in (self.label, self.position):
             nn.init.normal_(table.weight, std=0.02)
-        self.register_buffer("places", torch.cat([torch.zeros(1, 2), layout.places]), persistent=False)
+        self.register_buffer(
+            "places", torch.cat([torch.zeros_like(layout.places[:1]), layout.places]), persistent=False
+        )
 
     @classmethod
     def make(cls, found: PriorDescription) -> Self:
