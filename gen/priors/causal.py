@@ -12,8 +12,8 @@ from torch import Tensor
 from midway.gen.priors.blocks import Cache
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.draws import Draws
-from midway.gen.priors.prior import CodeBatch, Prior, draw_tokens
-from midway.gen.training.batches import Context
+from midway.gen.priors.prior import Prior, draw_tokens
+from midway.gen.training.batches import CodeBatch, Context
 
 
 class CausalPrior(Prior):

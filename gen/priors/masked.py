@@ -26,8 +26,8 @@ from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, halton_order, steps_of
 from midway.gen.priors.draws import Draws
 from midway.gen.priors.layout import CodeLayout
-from midway.gen.priors.prior import CodeBatch, Prior, draw_tokens
-from midway.gen.training.batches import Context
+from midway.gen.priors.prior import Prior, draw_tokens
+from midway.gen.training.batches import CodeBatch, Context
 
 
 class Conditionals(Protocol):

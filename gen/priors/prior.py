@@ -3,38 +3,61 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from midway.gen.core.ranges import check_classes
+from midway.gen.diffusion.description import DescribedModel
 from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided, law_of
 from midway.gen.priors.digits import DigitHead, TokenEmbedding
 from midway.gen.priors.draws import Draws
 from midway.gen.priors.layout import CodeLayout
-from midway.gen.training.batches import Context
+from midway.gen.training.batches import CodeBatch, Context
 from midway.samplers.guidance_checks import why_unguided
+from midway.tokenizers.hub import card_of
 
 Logits = Callable[[Tensor, Tensor, int], Tensor]
 """(hidden (B, n, W), tokens (B, n, D), digit) -> logits (B, n, K)."""
 
 
+USAGE = """\
+from midway import ImageTokenizer, Prior
+prior = Prior.from_pretrained(".")
+tokenizer = ImageTokenizer.from_pretrained("tokenizer")"""
+"""Python that loads the prior in the current folder and its tokenizer."""
+
+
 @dataclass(frozen=True)
-class CodeBatch:
-    """tokens int64 (B, L, D), labels int64 (B,)."""
+class PriorDescription:
+    """From which a prior is built: model.json of a checkpoint, config.json of a folder to share."""
 
-    tokens: Tensor
-    labels: Tensor
+    config: PriorConfig
+    layout: CodeLayout
+    classes: int
+    empty: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes, self.empty, self.class_names)
 
 
-class Prior(nn.Module, ABC):
+class Prior(DescribedModel, ABC):
     """A law of the codes of images, given their class; `loss` trains it.
 
     The trunk is evaluated with the class as token 0, at place (0, 0), and the tokens of the image behind it. Label `classes`
     means "no class". `empty` are classes without a training image; `class_names` are () where they are not known.
+
+    Saved and loaded bit for bit by save_pretrained and from_pretrained; its tokenizer is a model of its own.
     """
 
+    described = PriorDescription
+    noun = "prior"
+    kinds: ClassVar[dict[str, type["Prior"]]] = {}
+    """By the kind of their configuration; registry.py fills it."""
     places: Tensor
 
     def __init__(
@@ -57,6 +80,17 @@ class Prior(nn.Module, ABC):
         for table in (self.label, self.position):
             nn.init.normal_(table.weight, std=0.02)
         self.register_buffer("places", torch.cat([torch.zeros(1, 2), layout.places]), persistent=False)
+
+    @classmethod
+    def make(cls, found: PriorDescription) -> Self:
+        kind = cls.kinds[found.config.kind]
+        if not issubclass(kind, cls):
+            raise ValueError(f"it is a {found.config.kind} prior, which Prior.from_pretrained loads")
+        return kind(found.config, found.layout, found.classes, found.empty, found.class_names)
+
+    def own_card(self, license: str) -> str:
+        facts = {"kind": self.config.kind, "tokens": self.layout.length, "classes": self.classes}
+        return card_of("Prior over codes", license, ("prior", self.config.kind), facts, USAGE)
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""

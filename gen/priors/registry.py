@@ -4,9 +4,9 @@ from midway.gen.priors.causal import CausalPrior
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.masked import MaskedPrior
-from midway.gen.priors.prior import Prior
+from midway.gen.priors.prior import Prior, PriorDescription
 
-PRIORS: dict[str, type[Prior]] = {"causal": CausalPrior, "masked": MaskedPrior}
+Prior.kinds.update(causal=CausalPrior, masked=MaskedPrior)
 
 
 def make_prior(
@@ -17,4 +17,4 @@ def make_prior(
     class_names: tuple[str, ...] = (),
 ) -> Prior:
     """The prior of a configuration, with new weights."""
-    return PRIORS[config.kind](config, layout, classes, empty, class_names)
+    return Prior.make(PriorDescription(config, layout, classes, empty, class_names))
