@@ -14,8 +14,7 @@ from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided
 from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.layout import CodeLayout
-from midway.gen.priors.prior import CodeBatch
-from midway.gen.training.batches import Context
+from midway.gen.training.batches import CodeBatch, Context
 
 SIX = CodeLayout(((2, 3),), ((5, 2),))
 LAYOUTS = {

@@ -16,8 +16,7 @@ from midway.gen.priors.decoding import Decoding, Rule, counts, guided, halton_or
 from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.masked import MaskedPrior
-from midway.gen.priors.prior import CodeBatch
-from midway.gen.training.batches import Context
+from midway.gen.training.batches import CodeBatch, Context
 
 SIX = CodeLayout(((2, 3),), ((5, 2),))
 FOUR = CodeLayout(((2, 2),), ((3,),))
