@@ -42,17 +42,22 @@ class TrainedOn:
 
 def check_labels(scale: float, network: TrainedOn) -> None:
     """ValueError unless the network predicts differently with and without a label."""
-    if not network.classes:
-        why = "needs classes, and this model was trained without classes"
-    elif network.classes - network.empty < 2:
-        why = "needs classes, and this model was trained on one class, whose label tells nothing"
-    elif network.dropout == 0:
-        why = "needs label dropout, and this model (label_dropout 0) has no prediction without a label"
-    elif network.dropout == 1:
-        why = "needs labels, and this model (label_dropout 1) was trained without labels"
-    else:
-        return
-    raise ValueError(f"guidance {scale} {why}: use guidance 1, or guide with another model")
+    why = why_unguided(network.classes, network.empty, network.dropout)
+    if why:
+        raise ValueError(f"guidance {scale} {why}: use guidance 1, or guide with another model")
+
+
+def why_unguided(classes: int, empty: int, dropout: float) -> str:
+    """Why predictions of a network with and without a label are no guidance: what that needs; "" if they are."""
+    if not classes:
+        return "needs classes, and this model was trained without classes"
+    if classes - empty < 2:
+        return "needs classes, and this model was trained on one class, whose label tells nothing"
+    if dropout == 0:
+        return "needs label dropout, and this model (label_dropout 0) has no prediction without a label"
+    if dropout == 1:
+        return "needs labels, and this model (label_dropout 1) was trained without labels"
+    return ""
 
 
 def check_guide(network: TrainedOn, guide: TrainedOn) -> None:

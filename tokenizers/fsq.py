@@ -2,7 +2,7 @@
 
 One affine map joins the two ways to write a channel, a digit in {0, ..., L - 1} and a code of about [-1, 1]:
 
-    code = (digit - c) / c          digit = round(latent c + c), clamped to {0, ..., L - 1}
+    code = (digit - c) / a          digit = round(latent a + c), clamped to {0, ..., L - 1}          a = c but for "fsp"
 
     form "tanh" (the paper, app. A.1)    c = L // 2
         half = (L - 1)(1 + 1e-3) / 2,  offset = 1/2 if L is even else 0,  shift = atanh(offset / half)
@@ -11,15 +11,19 @@ One affine map joins the two ways to write a channel, a digit in {0, ..., L - 1}
         "tanh", symmetric                latent(z) = tanh(z)                  (Parker et al. 2024, arXiv 2411.19842, sec. 3.2)
         "sigmoid"                        latent(z) = 2 sigmoid(z) - 1,        so that digit = round((L - 1) sigmoid(z))
         "ifsq", odd L                    latent(z) = 2 sigmoid(1.6 z) - 1     (iFSQ, arXiv 2601.17124)
+        "fsp", a = L / 2                 latent(z) = 2 Phi(z) - 1             (FSP of VP-VAE, arXiv 2602.17133)
 
     index = sum_i digit_i basis_i,   basis_i = prod_{j < i} L_j      (mixed radix, int64 from end to end)
 
-As tanh(z) = 2 sigmoid(2 z) - 1, the last three are one function of slope 2, 1 and 1.6. A slope only rescales z, which the last
-layer of an encoder can do, so it is no option of its own; 1.6 and odd L, where 0 is a code, are what iFSQ is.
+As tanh(z) = 2 sigmoid(2 z) - 1, three of them are one function of slope 2, 1 and 1.6. A slope only rescales z, which the last
+layer of an encoder can do, so it is no option of its own; 1.6 and odd L, where 0 is a code, are what iFSQ is. FSP cuts [-1, 1]
+into L equal bins, on which a normal z is spread evenly, and codes are their centres.
 
 Noise dropout (arXiv 2411.19842, sec. 3.2), only in training: with probability p a whole sample is not rounded but has
 
-    code = clamp(latent + u / c),   u ~ U(-1/2, 1/2) per element: half a step to either side; within the range of codes
+    code = clamp(latent + u / a),   u ~ U(-1/2, 1/2) per element: half a step to either side; within the range of codes
+
+FSP has p = 1 by default: its decoder never sees a code in training, only noise of one bin, within [-1, 1].
 
 The indices are still those of the rounded value: of these samples alone, codes differ from indices_to_codes(indices), by
 one step of 1 / c at most. The draw is a function of the noise given to `forward`.
@@ -32,6 +36,7 @@ for symmetric codes of even L, z = 0 is such a point. There is no loss, no state
 import functools
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Literal, get_args
 
 import torch
@@ -41,7 +46,7 @@ from midway.tokenizers.base import Channel, Quantized, Quantizer, discrete, floa
 from midway.tokenizers.checks import check_channels, check_indices, dropout_noise, one_a_sample
 from midway.tokenizers.losses import mean
 
-Form = Literal["tanh", "sigmoid", "ifsq"]
+Form = Literal["tanh", "sigmoid", "ifsq", "fsp"]
 
 FSQ_LEVELS: dict[int, tuple[int, ...]] = {  # by bits; arXiv 2309.15505, Table 1 and app. A.4.1
     4: (5, 3),
@@ -63,17 +68,20 @@ _MAX_SIZE = 2**62  # half of int64, so that a few indices more, such as a mask, 
 class FSQ(Quantizer):
     """One channel per entry of `levels`; K is their product. float32 inside, whatever the caller's autocast.
 
-    `symmetric` concerns the tanh form, the others always are; L = 2 needs it, or another form. `noise_dropout` is p in
-    [0, 1]; above 0, `forward` takes noise of D + 1 channels in training. levels: 2 to 2**16 each, K at most 2**62.
+    `symmetric` concerns the tanh form, the others always are; L = 2 needs it, or another form. `noise_dropout` is p in [0, 1],
+    by default 0, of fsp 1; above 0, `forward` takes noise of D + 1 channels in training. levels: 2 to 2**16 each, K at most
+    2**62.
     """
 
     levels: Tensor
     basis: Tensor
 
     def __init__(
-        self, levels: Sequence[int], form: Form = "tanh", symmetric: bool = False, noise_dropout: float = 0.0
+        self, levels: Sequence[int], form: Form = "tanh", symmetric: bool = False, noise_dropout: float | None = None
     ) -> None:
         super().__init__()
+        if noise_dropout is None:
+            noise_dropout = 1.0 if form == "fsp" else 0.0
         _check(levels, form, symmetric, noise_dropout)
         self.form: Form = form
         self.symmetric = symmetric
@@ -114,6 +122,8 @@ class FSQ(Quantizer):
         """The bounded value in code units, (B, D, *S) float32; even levels of the paper's form reach from -1 to 1 - 2/L."""
         check_channels(z, self.dim)
         with float32_island(z):
+            if self.form == "fsp":
+                return 2 * torch.special.ndtr(z.float()) - 1
             if self.form != "tanh":
                 return 2 * torch.sigmoid(z.float() * _SLOPE[self.form]) - 1
             if self.symmetric:
@@ -139,14 +149,13 @@ class FSQ(Quantizer):
         """(B, D, *S) -> int64 digits (B, D, *S), digit i in {0, ..., L_i - 1}."""
         check_channels(latents, self.dim, "latents")
         with float32_island(latents):
-            centre = channelwise(self._centre(), latents)
-            digits = torch.round(latents.float() * centre + centre).to(torch.int64)
+            centre, scale = channelwise(self._centre(), latents), channelwise(self._scale(), latents)
+            digits = torch.round(latents.float() * scale + centre).to(torch.int64)
             return digits.clamp(min=0).minimum(channelwise(self.levels - 1, latents))
 
     def digits_to_codes(self, digits: Tensor) -> Tensor:
         """int64 digits (B, D, *S) -> codes, the same shape, float32."""
-        centre = channelwise(self._centre(), digits)
-        return (digits - centre) / centre
+        return (digits - channelwise(self._centre(), digits)) / channelwise(self._scale(), digits)
 
     def digits_to_indices(self, digits: Tensor) -> Tensor:
         """int64 digits (B, D, *S) -> indices (B, *S); the first channel is the least significant."""
@@ -167,13 +176,18 @@ class FSQ(Quantizer):
         """c, (D,) float32. (The quotient of integers would have the default dtype, which may be bfloat16.)"""
         return (self.levels // 2).float() if self._shifted else (self.levels - 1).float() / 2
 
+    def _scale(self) -> Tensor:
+        """a, (D,) float32."""
+        return self.levels.float() / 2 if self.form == "fsp" else self._centre()
+
     def _drop(self, codes: Tensor, latents: Tensor, noise: Tensor | None) -> Tensor:
         """`codes`, but latents with uniform noise of one step in the samples that `noise` picks."""
         uniform = torch.special.ndtr(dropout_noise(noise, latents, self.noise_channels, "noise_dropout").to(latents))
-        centre, tops = channelwise(self._centre(), latents), channelwise(self.levels - 1, latents)
-        noisy = latents + (uniform[:, :-1] - 0.5) / centre
+        scale, tops = channelwise(self._scale(), latents), channelwise(self.levels - 1, latents)
+        noisy = latents + (uniform[:, :-1] - 0.5) / scale
         dropped = one_a_sample(uniform) <= self.noise_dropout
-        return torch.where(dropped, noisy.clamp(min=-1).minimum((tops - centre) / centre), codes)
+        highest = torch.ones_like(scale) if self.form == "fsp" else tops / scale - 1
+        return torch.where(dropped, noisy.clamp(min=-1).minimum(highest), codes)
 
 
 def saturation(quantizer: FSQ, z: Tensor) -> dict[str, Tensor]:
@@ -195,9 +209,11 @@ def _on(device: torch.device, rows: tuple[tuple[float, ...], ...]) -> Tensor:
 
 
 def _outer_z(levels: Sequence[int], form: Form, shifted: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The z (D,) below which a digit is 0, and those (D,) above which it is L - 1: where latent c + c is 1/2 and L - 3/2."""
+    """The z (D,) below which a digit is 0, and those (D,) above which it is L - 1: where latent a + c is 1/2 and L - 3/2."""
 
-    def z_of(value: float, level: int) -> float:  # of latent c + c
+    def z_of(value: float, level: int) -> float:  # of latent a + c
+        if form == "fsp":
+            return NormalDist().inv_cdf((value + 0.5) / level)
         if not shifted:
             return 2 / _SLOPE.get(form, 2.0) * math.atanh(2 * value / (level - 1) - 1)
         half, offset = (level - 1) * (1 + _MARGIN) / 2, (level % 2 == 0) / 2
@@ -220,7 +236,7 @@ def channelwise(vector: Tensor, like: Tensor) -> Tensor:
 
 def _check(levels: Sequence[int], form: str, symmetric: bool, noise_dropout: float) -> None:
     if form not in get_args(Form):
-        raise ValueError(f"form is {form!r}; choose 'tanh', 'sigmoid' or 'ifsq'")
+        raise ValueError(f"form is {form!r}; choose 'tanh', 'sigmoid', 'ifsq' or 'fsp'")
     if not levels or any(not isinstance(level, int) or level < 2 or level > _MAX_LEVEL for level in levels):
         raise ValueError(f"levels are {list(levels)}; give at least one, each an integer from 2 to {_MAX_LEVEL}")
     if form == "tanh" and min(levels) == 2 and not symmetric:

@@ -129,6 +129,12 @@ def uniform(seed: int, purpose: str, step: int, sample_ids: Tensor, shape: Seque
     return _unit(seed, purpose, step, sample_ids, math.prod(shape)).view(len(sample_ids), *shape)
 
 
+def uniform_at(seed: int, purpose: str, step: int, sample_ids: Tensor, places: Tensor) -> Tensor:
+    """float64 (B, n): of what `uniform` gives for each sample in a row, the numbers at places int64 (B, n), on their device."""
+    own = _mix(_signed(_key(seed, purpose, step)) + sample_ids.to(places.device) * _GOLDEN)
+    return _unit_tensor(_mix(own[:, None] + (places + 1) * _GOLDEN))
+
+
 def uniforms(seed: int, purposes: Sequence[str], step: int, sample_ids: Tensor) -> list[Tensor]:
     """What `uniform` gives for each purpose, float64 (B,); on a CPU for little more than the price of one."""
     if not _is_plain(sample_ids):

@@ -1,11 +1,14 @@
-"""What a latent model is built from, and saved as: its configuration, the description in a folder, and its weights."""
+"""What a latent model is built from, and saved as: its configuration, the description in a folder, and its weights.
+
+Priors are saved in the same way (gen/priors/prior.py).
+"""
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.jump_config import JumpConfig, Objective, check_jumps, own_solver
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
-from midway.tokenizers.hub import Shared, card_in, card_of
+from midway.tokenizers.hub import Shared, card_in
 from midway.tokenizers.weights import (
     CONFIG,
     CONFIG_LIMIT,
@@ -116,18 +119,18 @@ class DescribedModel(Shared, nn.Module):
     `save_pretrained` and `push_to_hub` take its ImageTokenizer as `tokenizer`, for the folder of this name beside it.
     """
 
-    config: LatentModelConfig
-    latent_shape: tuple[int, int, int]
-    classes: int
-    empty: tuple[int, ...]
-    class_names: tuple[str, ...]
+    described: ClassVar[type[Any]]
+    """Its description, a dataclass. The fields are attributes of the model and, in this order, arguments of its constructor."""
+    noun: ClassVar[str]
+    """What it is, for errors."""
 
     @cached_property
     def text(self) -> str:
         """The description from which it is built, as JSON; of a model that was read, the text of its file."""
-        description = {"config": to_dict(self.config), "latent_shape": self.latent_shape, "classes": self.classes}
-        known = {name: getattr(self, name) for name in ("empty", "class_names") if getattr(self, name)}
-        return json.dumps({**description, **known}, indent=2) + "\n"
+        values = {f.name: (getattr(self, f.name), f.default is MISSING) for f in fields(self.described)}
+        known = {name: value for name, (value, needed) in values.items() if needed or value}
+        plain = {name: to_dict(value) if is_dataclass(value) else value for name, value in known.items()}
+        return json.dumps(plain, indent=2) + "\n"
 
     @property
     def hash(self) -> str:
@@ -135,12 +138,16 @@ class DescribedModel(Shared, nn.Module):
         return state_hash(self.text, self.state_dict())
 
     @classmethod
+    def make(cls, found: Any) -> Self:
+        """The model of a description, with new weights."""
+        return cls(*(getattr(found, f.name) for f in fields(cls.described)))
+
+    @classmethod
     def built(cls, text: str, state: dict[str, Tensor], file: Path, fix: str) -> Self:
         """The model of a description, read from `file`, and its weights. DataError, OSError, ValueError where they do not fit."""
-        found = from_file(Description, json.loads(text), file, fix)
+        found = from_file(cls.described, json.loads(text), file, fix)
         with building(file, state):
-            parts = (found.config, found.latent_shape, found.classes, found.empty, found.class_names)
-            model = cls(*parts)  # pyright: ignore[reportCallIssue]  (of a subclass)
+            model = cls.make(found)
             load_weights(model, state)
         model.__dict__["text"] = text
         return model
@@ -160,14 +167,10 @@ class DescribedModel(Shared, nn.Module):
     def write(self, folder: Path, **options: Any) -> None:
         tokenizer = options.pop("tokenizer", None)
         if options:
-            raise ValueError(f"a latent model is saved with its tokenizer alone, without {', '.join(options)}")
+            raise ValueError(f"a {self.noun} is saved with its tokenizer alone, without {', '.join(options)}")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")
         (folder / CONFIG).write_text(self.text, encoding="utf-8")
         save_file(
             {name: value.contiguous() for name, value in self.state_dict().items()}, folder / FILE, {"format": "pt"}
         )
-
-    def own_card(self, license: str) -> str:
-        facts = {"schedule": self.config.schedule, "latents": self.latent_shape, "classes": self.classes}
-        return card_of("Latent model", license, ("latent-model", self.config.schedule), facts, self.config.usage)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.core.files import state_hash
-from midway.gen.diffusion.description import DescribedModel, LatentModelConfig
+from midway.gen.diffusion.description import DescribedModel, Description, LatentModelConfig
 from midway.gen.diffusion.dit import DiT
 from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, noise_angle, pool
 from midway.gen.diffusion.jump_config import check_jump_guidance
@@ -33,6 +33,7 @@ from midway.samplers.guidance import ConditionalField, Together, autoguidance, c
 from midway.samplers.guidance_checks import TrainedOn, check_guide, check_interval, check_labels, check_scale
 from midway.samplers.prediction import ONE_TIME, Field, Prediction, expand, solve, target_coefficients
 from midway.samplers.schedule import Schedule
+from midway.tokenizers.hub import card_of
 
 EVERYWHERE = (0.0, math.inf)
 
@@ -71,6 +72,9 @@ class LatentModel(DescribedModel):
 
     `empty` are classes without a training image, which no seed draws; `class_names` are () where they are not known.
     """
+
+    described = Description
+    noun = "latent model"
 
     def __init__(
         self,
@@ -152,6 +156,10 @@ class LatentModel(DescribedModel):
 
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
+
+    def own_card(self, license: str) -> str:
+        facts = {"schedule": self.config.schedule, "latents": self.latent_shape, "classes": self.classes}
+        return card_of("Latent model", license, ("latent-model", self.config.schedule), facts, self.config.usage)
 
     def output_scale(self, t: Tensor) -> Tensor:
         """target / F, with F the network's output of unit variance, shaped like t."""

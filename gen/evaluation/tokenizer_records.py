@@ -10,7 +10,7 @@ from torch import Tensor
 from midway.gen.metrics.code_usage import CodeUse
 from midway.gen.metrics.latent_rank import moments, ranks
 from midway.gen.metrics.moments import FeatureStatistics
-from midway.gen.tokenizer.latents import tokenizer_hash
+from midway.gen.tokenizer.stored import tokenizer_hash
 from midway.tokenizers.base import bits_per_image
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -35,8 +35,8 @@ class TokenizerConfig:
     """Kind of quantizer."""
     levels: tuple[int, ...] = (8, 5, 5, 5)
     """fsq: levels per channel; their product is the codebook size."""
-    form: Literal["tanh", "sigmoid", "ifsq"] = "tanh"
-    """fsq: the bounding function."""
+    form: Literal["tanh", "sigmoid", "ifsq", "fsp"] = "tanh"
+    """fsq: the bounding function; fsp also trains with noise of one bin in place of rounding."""
     codebook_size: int = 512
     """vq, vq_gradient, simvq: number of codes."""
     dim: int = 8

@@ -14,7 +14,9 @@ if _FOLDER.parts[-2:] == ("gen", "front"):  # a checkout, where gen, samplers an
 NAMES = {
     "ImageTokenizer": "midway.tokenizers.tokenizer",
     "LatentModel": "midway.gen.diffusion.model",
+    "Prior": "midway.gen.priors.registry",
     "load_model": "midway.gen.diffusion.load",
+    "load_prior": "midway.gen.priors.load",
     "load_images": "midway.gen.data.images",
     "to_float": "midway.gen.data.images",
     "to_uint8": "midway.gen.data.images",

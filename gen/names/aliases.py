@@ -115,6 +115,8 @@ NEAR: dict[str, str] = {
     "vqgan": "vq_gradient vq",
     "vectorquantization": "vq vq_gradient",
     "ifsq": "fsq",
+    "fsp": "fsq",
+    "vpvae": "fsq",
     "bsqvit": "bsq",
     "rvq": "residual",
     "rqvae": "residual",

@@ -7,11 +7,11 @@ RMSNorm (Zhang & Sennrich 2019, arXiv 1910.07467), SwiGLU with a hidden layer of
 2104.09864): half of a head's channels are rotated by the row, half by the column, so that attention depends on differences of
 places alone.
 
-With a `Cache` a causal trunk takes tokens one after the other and computes each once.
+With a `Cache` a causal trunk takes tokens one after the other and computes each once (`Trunk.step`).
 """
 
 import math
-from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +19,44 @@ from torch.nn import functional as F
 
 from midway.gen.diffusion.dit import drop, normed
 from midway.gen.training.batches import Context
+from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
 
 PERIOD = 100.0
 """Of the slowest rotation, in positions over 2 pi: a grid has tens of positions a side."""
 
 
-@dataclass
 class Cache:
-    """Keys and values (B, heads, N, C) of the tokens so far, for every layer; None before the first."""
+    """Keys and values of the first `length` tokens in every layer, with room for more: (B, heads, room, C)."""
 
-    layers: list[tuple[Tensor, Tensor] | None]
+    def __init__(self, depth: int, room: int) -> None:
+        self.room, self.length = room, 0
+        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * depth
 
-    @classmethod
-    def empty(cls, depth: int) -> "Cache":
-        """For a trunk of this depth."""
-        return cls([None] * depth)
+    def added(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, with those of the next token, (B, heads, 1, C)."""
+        shape = (*k.shape[:2], self.room, k.shape[3])
+        keys, values = self.layers[layer] or (k.new_empty(shape), v.new_empty(shape))
+        self.layers[layer], end = (keys, values), self.length + 1
+        keys[:, :, self.length], values[:, :, self.length] = k[:, :, 0], v[:, :, 0]
+        return keys[:, :, :end], values[:, :, :end]
 
 
 def rotation(places: Tensor, channels: int) -> Tensor:
-    """Angles float32 (*, channels / 2) of places (*, 2): rows, then columns, each at channels / 4 geometric frequencies."""
-    quarter = channels // 4
-    frequencies = torch.exp(-math.log(PERIOD) * torch.arange(quarter, device=places.device) / quarter)
-    return (places[..., None] * frequencies).flatten(-2)
+    """Cosines and sines (2, *, channels / 2) of places (*, 2): rows, then columns, each at channels / 4 geometric frequencies.
+
+    In float32 or float64, whatever is rotated.
+    """
+    places, quarter = widened(places), channels // 4
+    steps = torch.arange(quarter, device=places.device, dtype=places.dtype)
+    angles = (places[..., None] * torch.exp(-math.log(PERIOD) * steps / quarter)).flatten(-2)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """x (B, heads, N, C), as C / 2 pairs (i, i + C / 2), by angles (N, C / 2) or (B, N, C / 2)."""
-    angles = angles.unsqueeze(-3).to(x.dtype)
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    """x (B, heads, N, C), as C / 2 pairs (i, i + C / 2), by a `rotation` (2, N, C / 2) or (2, B, N, C / 2)."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = turn.unsqueeze(-3).to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
@@ -65,32 +73,30 @@ class Block(Recomputed):
         self.up, self.down = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
 
     def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, angles: Tensor, context: Context | None = None, cache: Cache | None = None
+        self, x: Tensor, turn: Tensor, context: Context | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, after the tokens in it."""
-        mixed = self._attend(normed(x, self.norm_1), angles, cache)
+        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, of the token after those in it, (B, 1, W)."""
+        mixed = self._attend(normed(x, self.norm_1), turn, cache)
         x = x + drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
         gate, up = self.up(normed(x, self.norm_2)).chunk(2, dim=-1)
         return x + drop(self.down(F.silu(gate) * up), self.dropout, context, f"dropout {self.layer} mlp")
 
-    def _attend(self, x: Tensor, angles: Tensor, cache: Cache | None) -> Tensor:
+    def _attend(self, x: Tensor, turn: Tensor, cache: Cache | None) -> Tensor:
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = rotated(normed(q, self.norm_q), angles), rotated(normed(k, self.norm_k), angles)
+        q, k = rotated(normed(q, self.norm_q), turn), rotated(normed(k, self.norm_k), turn)
         if cache is not None:
-            if (before := cache.layers[self.layer]) is not None:
-                k, v = torch.cat([before[0], k], dim=2), torch.cat([before[1], v], dim=2)
-            cache.layers[self.layer] = k, v
-        whole = self.causal and tokens == k.shape[2]  # one new token sees all that are before it
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=whole and tokens > 1)
+            k, v = cache.added(self.layer, k, v)
+        # a new token sees all that are before it
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Trunk(nn.Module):
-    """Tokens (B, N, W) at places (N, 2) or (B, N, 2) -> hidden (B, N, W), normed. Causal: token n sees tokens 0 .. n.
+    """Tokens (B, N, W) at places (N, 2) or (B, N, 2) -> hidden (B, N, W), normed. Causal: token n sees tokens 0 .. n."""
 
-    With a cache tokens come one at a time.
-    """
+    compilable: ClassVar[bool] = True
+    """`forward`: the same shapes in every step of a training."""
 
     def __init__(self, width: int, depth: int, heads: int, dropout: float, causal: bool) -> None:
         super().__init__()
@@ -102,8 +108,19 @@ class Trunk(nn.Module):
                 last = name.endswith(("out.weight", "down.weight"))  # so that the sum over layers stays of one size
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * depth) if last else 0.02)
 
-    def forward(self, x: Tensor, places: Tensor, context: Context | None = None, cache: Cache | None = None) -> Tensor:
-        angles = rotation(places, self.channels)
+    def forward(self, x: Tensor, places: Tensor, context: Context | None = None) -> Tensor:
+        turn = rotation(places, self.channels)
         for block in self.blocks:
-            x = block(x, angles, context, cache)
+            x = block(x, turn, context)
+        return normed(x, self.norm)
+
+    def step(self, x: Tensor, places: Tensor, cache: Cache) -> Tensor:
+        """Hidden (B, 1, W) of the next token (B, 1, W), at places (1, 2): what a causal `forward` of all has there.
+
+        Not compiled, as every length would be a graph of its own.
+        """
+        turn = rotation(places, self.channels)
+        for block in self.blocks:
+            x = cast(Block, block).compute(x, turn, cache=cache)
+        cache.length += 1
         return normed(x, self.norm)

@@ -12,8 +12,8 @@ from torch import Tensor
 from midway.gen.priors.blocks import Cache
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.draws import Draws
-from midway.gen.priors.prior import CodeBatch, CodePrior, draw_tokens
-from midway.gen.training.batches import Context
+from midway.gen.priors.prior import CodePrior, draw_tokens
+from midway.gen.training.batches import CodeBatch, Context
 
 
 class CausalPrior(CodePrior):
@@ -45,28 +45,36 @@ class CausalPrior(CodePrior):
         index = torch.arange(length, device=tokens.device).expand(len(tokens), -1) if orders is None else orders
         sorted_tokens = tokens.gather(1, index[..., None].expand_as(tokens))
         x = torch.cat([self.label(labels)[:, None], self.embed(sorted_tokens[:, :-1])], dim=1) + self.position(index)
-        places = torch.cat([self.places[:1].expand(len(tokens), 1, 2), self.places[1 + index[:, :-1]]], dim=1)
+        places = self.places[:-1]  # of the token before
+        if orders is not None:
+            places = torch.cat([places[:1].expand(len(tokens), 1, 2), self.places[1 + orders[:, :-1]]], dim=1)
         found = self.head.log_probs(self.trunk(x, places, context), sorted_tokens)
         return torch.zeros_like(found).scatter(1, index[..., None].expand_as(found), found)
 
     @torch.no_grad()
     def bits(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Exact bits per image, float64 (B,)."""
-        return -self.log_probs(tokens, labels).double().sum((1, 2)) / math.log(2)
+        return -self.log_probs(tokens, self.given(labels)).double().sum((1, 2)) / math.log(2)
+
+    def check(self, decoding: Decoding) -> None:
+        super().check(decoding)
+        if decoding.rule != "causal":
+            raise ValueError(f"{decoding.rule} is a rule of masked priors, and this one is causal: use the rule causal")
+        if decoding.steps not in (None, self.layout.length):
+            raise ValueError(
+                f"a causal prior takes one evaluation a token, {self.layout.length} and not {decoding.steps}: drop the number, "
+                "or train a masked prior"
+            )
 
     @torch.no_grad()
     def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        length = self.layout.length
-        if decoding.rule != "causal" or decoding.steps not in (None, length):
-            raise ValueError(f"a causal prior takes the rule causal, and one evaluation a token, {length}")
-        both = torch.cat([labels, self.null_labels(labels)]) if decoding.guidance != 1 else labels
-        copies, cache = len(both) // len(labels), Cache.empty(self.config.depth)
-        x, tokens = self.label(both)[:, None], []
+        inputs, length = self.inputs(labels, decoding), self.layout.length
+        cache, x, tokens = Cache(self.config.depth, length), self.label(inputs)[:, None], []
         for i in range(length):
-            hidden = self.trunk(x + self.position.weight[i], self.places[i : i + 1], cache=cache)
+            hidden = self.trunk.step(x + self.position.weight[i], self.places[i : i + 1], cache)
             here = torch.full((len(labels), 1), i, device=labels.device)
             scale = decoding.scale(i / length)
             token, _ = draw_tokens(self.head.logits, hidden, here, self.layout.sizes, scale, draws, decoding)
             tokens.append(token)
-            x = self.embed(torch.cat([token] * copies))
+            x = self.embed(torch.cat([token] * decoding.copies))
         return torch.cat(tokens, dim=1)

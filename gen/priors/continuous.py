@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from midway.gen.diffusion.field import noise_angle, start_state
 from midway.gen.diffusion.loss import loss_by_time
 from midway.gen.priors.config import PriorConfig
-from midway.gen.priors.decoding import Decoding
+from midway.gen.priors.decoding import Decoding, steps_of
 from midway.gen.priors.draws import NormalDraws
 from midway.gen.priors.layout import LatentLayout
 from midway.gen.priors.masked import Bidirectional, fixed_orders, random_masks
@@ -89,38 +89,40 @@ class ContinuousPrior(Bidirectional):
         begun = (context.uniform("first") * count).floor()
         return order.gather(1, ((begun[:, None] + slots) % count[:, None]).long())
 
+    def check(self, decoding: Decoding) -> None:
+        super().check(decoding)
+        check_rule(decoding)
+        steps_of(decoding, self.layout.length)
+
     @torch.no_grad()
     def draw(self, labels: Tensor, draws: NormalDraws, decoding: Decoding, sampler: Sampler | None = None) -> Tensor:
         """Standardised latents (B, C, rows, columns) for labels (B,), their tokens by `sampler`, or by DPM-Solver++(2M).
 
-        ValueError for a decoding that this prior cannot have.
+        ValueError for a decoding that this prior cannot have, or another class.
         """
-        both = torch.cat([labels, self.null_labels(labels)]) if decoding.guidance != 1 else labels
+        model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
         by = sampler or make_solver("dpmpp2m", self.head.schedule, HEAD_NFE)
-        tokens = decode_tokens(_Labelled(self, both), len(labels), draws, decoding, by, labels.device)
-        return self.layout.latents(tokens)
+        return self.layout.latents(decode_tokens(model, len(labels), draws, decoding, by, labels.device))
 
 
 class _Labelled:
     """Laws for these labels, (B,) or (2 B,)."""
 
-    def __init__(self, prior: ContinuousPrior, labels: Tensor) -> None:
-        self.prior, self.labels, self.layout, self.schedule = prior, labels, prior.layout, prior.head.schedule
+    def __init__(self, prior: ContinuousPrior, labels: Tensor, copies: int) -> None:
+        self.prior, self.labels, self.copies = prior, labels, copies
+        self.layout, self.schedule = prior.layout, prior.head.schedule
 
     def hidden(self, tokens: Tensor, known: Tensor) -> Tensor:
-        copies = len(self.labels) // len(tokens)
-        return self.prior.hidden(torch.cat([tokens] * copies), torch.cat([known] * copies), self.labels)
+        return self.prior.hidden(torch.cat([tokens] * self.copies), torch.cat([known] * self.copies), self.labels)
 
     def field(self, hidden: Tensor, scale: float) -> Field:
         return self.prior.head.field(hidden if hidden.shape[1] == 2 else hidden.squeeze(1), scale)
 
 
-def check_decoding(how: Decoding) -> None:
+def check_rule(how: Decoding) -> None:
     """ValueError for what only codes have."""
     if how.rule not in ("random", "halton"):
-        raise ValueError(
-            f"continuous tokens are decided in a fixed order, random or halton: there is no rule {how.rule}"
-        )
+        raise ValueError(f"{how.rule} is a rule of codes, and these tokens are continuous: use random or halton")
     if how.top_k or how.top_p != 1:
         raise ValueError("top_k and top_p are for codes: continuous tokens have a temperature")
 
@@ -136,9 +138,9 @@ def decode_tokens(
 ) -> Tensor:
     """Tokens (batch, L, C), in `how.steps` evaluations of `hidden`.
 
-    ValueError as `check_decoding`, for more steps than tokens, and as the sampler.
+    ValueError as `check_rule`, for more steps than tokens, and as the sampler.
     """
-    check_decoding(how)
+    check_rule(how)
     layout, schedule, spread = model.layout, model.schedule, math.sqrt(how.temperature)
     length, channels = layout.length, layout.channels
     tokens = torch.zeros(batch, length, channels, device=device, dtype=dtype)

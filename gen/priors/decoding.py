@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -19,13 +20,18 @@ DECAYS: tuple[str, ...] = get_args(Decay)
 
 @dataclass(frozen=True)
 class Decoding:
-    """One way to draw. ValueError for numbers that draw nothing."""
+    """One way to draw. ValueError for numbers that draw nothing.
+
+    Defaults draw from the law of the model, but for MaskGIT's rule, which has another. `choice_noise` 4.5 is that of MaskGIT's
+    code (Chang et al. 2022, arXiv 2202.04200) and of most after it; at 0 only the most probable tokens stay: images are alike.
+    """
 
     rule: Rule = "causal"
     steps: int | None = None
     """Evaluations S of a masked prior; None: one a token."""
     decay: Decay = "cosine"
-    """The share of tokens that are missing after step s of S: cos(pi s / 2 S), 2 / pi arccos(s / S), or 1 - s / S."""
+    """The share of tokens that are missing after step s of S: cos(pi s / 2 S) as of MaskGIT, 2 / pi arccos(s / S) as of Halton's
+    points (arXiv 2503.17076), or 1 - s / S."""
     temperature: float = 1.0
     """Logits are divided by it; 0: the most probable token always."""
     top_k: int = 0
@@ -37,7 +43,7 @@ class Decoding:
     ramp: float = 0.0
     """w grows from 1 as the share of tokens that are there to this power; 0: it is the same everywhere."""
     choice_noise: float = 4.5
-    """maskgit: Gumbel noise on the confidences by which tokens are kept, of this size at first and falling to 0 linearly."""
+    """maskgit: Gumbel noise on the log-probabilities by which tokens are kept, of this size at first, falling to 0 linearly."""
 
     def __post_init__(self) -> None:
         for name, value, choices in (("rule", self.rule, RULES), ("decay", self.decay, DECAYS)):
@@ -45,6 +51,11 @@ class Decoding:
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
         check_ranges(self, steps=STEPS, temperature=(0, 100), top_k=(0, 2**20), top_p=(1e-9, 1))
         check_ranges(self, guidance=(-1000, 1000), ramp=(0, 100), choice_noise=(0, 1000))
+
+    @property
+    def copies(self) -> int:
+        """Evaluations of the network each: 2 with guidance, with the class and without."""
+        return 2 if self.guidance != 1 else 1
 
     def scale(self, share: float) -> float:
         """w where this share of the tokens is there already."""
@@ -58,11 +69,15 @@ def guided(logits: Tensor, scale: float) -> Tensor:
 
 
 def law_of(logits: Tensor, decoding: Decoding) -> Tensor:
-    """Logits (*, K) -> log-probabilities (*, K) under temperature, then top-k, then top-p; -inf is never drawn."""
+    """Logits (*, K) -> log-probabilities (*, K) under temperature, then top-k, then top-p; -inf is never drawn.
+
+    At temperature 0 the first of equal logits. top-p keeps the most probable value, and then others until it is reached.
+    """
     if decoding.temperature == 0:
         best = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.argmax(-1, keepdim=True), True)
         return torch.where(best, 0.0, -math.inf)
-    law = (logits / decoding.temperature).log_softmax(-1)
+    below = logits - logits.amax(-1, keepdim=True)  # so that no temperature overflows
+    law = (below / decoding.temperature).log_softmax(-1)
     if 0 < decoding.top_k < law.shape[-1]:
         kept = torch.zeros_like(law, dtype=torch.bool).scatter_(-1, law.topk(decoding.top_k).indices, True)
         law = law.masked_fill(~kept, -math.inf).log_softmax(-1)
@@ -94,24 +109,29 @@ def counts(decay: Decay, length: int, steps: int) -> list[int]:
     return found
 
 
-def halton_order(rows: int, columns: int) -> list[int]:
+def steps_of(how: Decoding, length: int) -> list[int]:
+    """How many tokens each evaluation of a masked prior decides."""
+    return counts(how.decay, length, length if how.steps is None else how.steps)
+
+
+@cache
+def halton_order(rows: int, columns: int) -> tuple[int, ...]:
     """Places of a grid, row by row from 0, in the order in which 2-D Halton points (bases 2 and 3) first visit them.
 
-    Besnier et al. 2025, arXiv 2503.17076.
+    Besnier et al. 2025, arXiv 2503.17076; from the first point on, (1/2, 1/3).
     """
     seen: dict[int, None] = {}
     n = 0
     while len(seen) < rows * columns:
         n += 1
-        seen.setdefault(int(_van_der_corput(n, 2) * rows) * columns + int(_van_der_corput(n, 3) * columns))
-    return list(seen)
+        seen.setdefault(_cell(n, 2, rows) * columns + _cell(n, 3, columns))
+    return tuple(seen)
 
 
-def _van_der_corput(n: int, base: int) -> float:
-    """The digits of n mirrored at the point, in [0, 1)."""
-    value, unit = 0.0, 1.0
+def _cell(n: int, base: int, cells: int) -> int:
+    """Of `cells` equal ones in [0, 1) that with the digits of n mirrored at the point, in integers: many are on an edge."""
+    mirrored, unit = 0, 1
     while n:
-        unit /= base
         n, digit = divmod(n, base)
-        value += digit * unit
-    return value
+        mirrored, unit = mirrored * base + digit, unit * base
+    return mirrored * cells // unit

@@ -47,11 +47,9 @@ class SeededDraws:
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         """By the inverse of the distribution function, in float64."""
-        at = randomness.uniform(0, f"prior digit {digit}", attempt, self.seeds, (int(places.max()) + 1,)).to(
-            places.device
-        )
+        u = randomness.uniform_at(0, f"prior digit {digit}", attempt, self.seeds, places)
         total = law.double().exp().cumsum(-1)
-        u = at.gather(1, places)[..., None] * total[..., -1:]
+        u = u[..., None] * total[..., -1:]
         return torch.searchsorted(total, u, right=True).squeeze(-1).clamp(max=law.shape[-1] - 1)
 
     def keys(self, purpose: str, length: int) -> Tensor:
@@ -59,10 +57,6 @@ class SeededDraws:
 
     def normal(self, draw: int, places: Tensor, channels: int) -> Tensor:
         """float32."""
-        batch, count = places.shape
-        ids = (
-            self.seeds[:, None] * MOST_PLACES + places.cpu()
-        ).flatten()  # beyond int64 seeds wrap, and stay apart in a batch
-        return (
-            randomness.normal(0, "prior token", draw, ids, (channels,)).view(batch, count, channels).to(places.device)
-        )
+        ids = self.seeds[:, None] * MOST_PLACES + places.cpu()  # of great seeds wrapped, and still apart within a batch
+        drawn = randomness.normal(0, "prior token", draw, ids.flatten(), (channels,))
+        return drawn.view(*places.shape, channels).to(places.device)

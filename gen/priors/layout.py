@@ -56,6 +56,11 @@ class CodeLayout:
         return tuple(size for radix in self.radices for size in radix)
 
     @property
+    def about(self) -> str:
+        """In words."""
+        return f"codes {self.length} x {self.sizes}"
+
+    @property
     def bits(self) -> float:
         """L log2 of the codes of a position: what an image takes without a prior."""
         return self.length * sum(map(math.log2, self.sizes))
@@ -87,6 +92,8 @@ class CodeLayout:
     def indices(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`."""
         self._check(tokens, (self.length, len(self.sizes)), "tokens")
+        if not bool(((tokens >= 0) & (tokens < torch.tensor(self.sizes, device=tokens.device))).all()):
+            raise ValueError(f"tokens have digits outside their sizes, {self.sizes}")
         digits, codes = iter(tokens.unbind(-1)), []
         for radix in self.radices:
             code, unit = torch.zeros_like(tokens[..., 0]), 1
@@ -122,6 +129,11 @@ class LatentLayout:
     def length(self) -> int:
         """L, tokens of an image."""
         return self.rows * self.columns
+
+    @property
+    def about(self) -> str:
+        """In words."""
+        return f"latents {self.shape}"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -176,7 +188,7 @@ def _radices(quantizer: Quantizer, split: str) -> tuple[tuple[int, ...], ...]:
     size = quantizer.codebook_size or 0
     if split == "joint" or (split == "auto" and size <= ONE_SOFTMAX):
         if size > 2**20:
-            raise ValueError(f"{size} codes are too many for one softmax: take --model.split digits, of fsq")
+            raise ValueError(f"{size} codes are too many for one softmax: take --model.split digits")
         return ((size,),)
     if isinstance(quantizer, FSQ):
         return (tuple(quantizer.levels.tolist()),)

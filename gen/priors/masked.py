@@ -15,23 +15,25 @@ Decoding takes any number of evaluations S: each decides some tokens, given all 
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from midway.gen.priors.decoding import Decoding, counts, halton_order
+from midway.gen.priors.decoding import Decoding, halton_order, steps_of
 from midway.gen.priors.draws import Draws, NormalDraws
 from midway.gen.priors.layout import CodeLayout, LatentLayout
-from midway.gen.priors.prior import CodeBatch, CodePrior, Prior, draw_tokens
-from midway.gen.training.batches import Context
+from midway.gen.priors.prior import CodePrior, Prior, draw_tokens
+from midway.gen.training.batches import CodeBatch, Context
 
 
 class Conditionals(Protocol):
     """Laws of missing tokens, given the others."""
 
-    layout: CodeLayout
+    @property
+    def layout(self) -> CodeLayout: ...
 
     def hidden(self, tokens: Tensor, known: Tensor) -> Tensor:
         """(B, L, W) of tokens (B, L, D), of which those with known (B, L) are read: one evaluation. (2 B, L, W) with guidance."""
@@ -82,7 +84,11 @@ class MaskedPrior(Bidirectional, CodePrior):
 
         The numbers of masked tokens are spread evenly over 1 .. L; at multiples of L each occurs equally often.
         """
-        length, total = self.layout.length, torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        labels, length, total = (
+            self.given(labels),
+            self.layout.length,
+            torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device),
+        )
         start = (draws.keys("count", 1) * length).to(tokens.device)
         for e in range(evaluations):
             count = ((start + (e * length) / evaluations) % length).floor() + 1
@@ -92,34 +98,45 @@ class MaskedPrior(Bidirectional, CodePrior):
             total -= (found * missing).sum(1) * length / count.squeeze(1)
         return total / evaluations / math.log(2)
 
+    def check(self, decoding: Decoding) -> None:
+        super().check(decoding)
+        if decoding.rule == "causal":
+            raise ValueError(
+                "causal is the rule of causal priors, and this one is masked: use random, halton, certain or maskgit"
+            )
+        steps = len(steps_of(decoding, self.layout.length))
+        if decoding.temperature == 0 and steps < self.layout.length:
+            warnings.warn(
+                f"at temperature 0 the tokens of one evaluation ({self.layout.length} in {steps}) are each the most probable, "
+                "whatever the others are: images are alike and flat; use temperature 1",
+                stacklevel=2,
+            )
+
     @torch.no_grad()
     def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        both = torch.cat([labels, self.null_labels(labels)]) if decoding.guidance != 1 else labels
-        return decode(_Labelled(self, both), len(labels), draws, decoding, labels.device)
+        model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
+        return decode(model, len(labels), draws, decoding, labels.device)
 
 
 class _Labelled:
     """Conditionals of these labels, (B,) or (2 B,)."""
 
-    def __init__(self, prior: MaskedPrior, labels: Tensor) -> None:
-        self.prior, self.labels, self.layout = prior, labels, prior.layout
+    def __init__(self, prior: MaskedPrior, labels: Tensor, copies: int) -> None:
+        self.prior, self.labels, self.copies, self.layout = prior, labels, copies, prior.layout
         self.logits = prior.head.logits
 
     def hidden(self, tokens: Tensor, known: Tensor) -> Tensor:
-        copies = len(self.labels) // len(tokens)
-        return self.prior.hidden(torch.cat([tokens] * copies), torch.cat([known] * copies), self.labels)
+        return self.prior.hidden(torch.cat([tokens] * self.copies), torch.cat([known] * self.copies), self.labels)
 
 
 def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device: torch.device | None = None) -> Tensor:
-    """Tokens int64 (batch, L, D), in `how.steps` evaluations. ValueError for the rule causal, or more steps than tokens."""
+    """Tokens int64 (batch, L, D), in `how.steps` evaluations, by a rule of masked priors. ValueError for S > L."""
     layout = model.layout
     length, sizes = layout.length, layout.sizes
     tokens = torch.zeros(batch, length, len(sizes), dtype=torch.int64, device=device)
     known = torch.zeros(batch, length, dtype=torch.bool, device=device)
     orders, done = fixed_orders(layout, batch, draws, how, device), 0
-    if how.rule == "causal":
-        raise ValueError("a masked prior decodes by random, halton, certain or maskgit")
-    steps = counts(how.decay, length, length if how.steps is None else how.steps)
+    steps = steps_of(how, length)
     for step, count in enumerate(steps):
         hidden, scale = model.hidden(tokens, known), how.scale(done / length)
         at = _Step(model, hidden, scale, draws, how)
@@ -127,8 +144,8 @@ def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device:
             everywhere = torch.arange(length, device=device).expand(batch, -1)
             drawn, law = at.draw(everywhere, step)
             noise = how.choice_noise * (1 - (step + 1) / len(steps))
-            keys = draws.keys(f"confidence {step}", length).to(law)
-            confidence = law - noise * (-keys.log()).log()  # plus Gumbel noise
+            gumbel = -(-draws.keys(f"confidence {step}", length).log()).log()
+            confidence = law + noise * gumbel.to(law)
             places = confidence.masked_fill(known, -math.inf).topk(count).indices
             new = drawn.gather(1, places[..., None].expand(-1, -1, len(sizes)))
         else:
@@ -148,7 +165,7 @@ class _Step:
 
     def draw(self, places: Tensor, attempt: int = 0) -> tuple[Tensor, Tensor]:
         """Tokens (B, n, D) at places (B, n), and the log-probabilities (B, n) of what was drawn."""
-        index = torch.cat([places] * (len(self.hidden) // len(places)))
+        index = torch.cat([places] * self.how.copies)
         some = self.hidden.gather(1, index[..., None].expand(-1, -1, self.hidden.shape[-1]))
         sizes = self.model.layout.sizes
         return draw_tokens(self.model.logits, some, places, sizes, self.scale, self.draws, self.how, attempt)
@@ -191,4 +208,4 @@ def fixed_orders(
         order = torch.tensor(places, device=device).expand(batch, -1)
     else:
         return
-    yield from order.split(counts(how.decay, length, length if how.steps is None else how.steps), dim=1)
+    yield from order.split(steps_of(how, length), dim=1)

@@ -3,38 +3,61 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from midway.gen.core.ranges import check_classes
+from midway.gen.diffusion.description import DescribedModel
 from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided, law_of
 from midway.gen.priors.digits import DigitHead, TokenEmbedding
 from midway.gen.priors.draws import Draws
 from midway.gen.priors.layout import CodeLayout, LatentLayout
-from midway.gen.training.batches import Context
+from midway.gen.training.batches import CodeBatch, Context
+from midway.samplers.guidance_checks import why_unguided
+from midway.tokenizers.hub import card_of
 
 Logits = Callable[[Tensor, Tensor, int], Tensor]
 """(hidden (B, n, W), tokens (B, n, D), digit) -> logits (B, n, K)."""
 
 
+USAGE = """\
+from midway import ImageTokenizer, Prior
+prior = Prior.from_pretrained(".")
+tokenizer = ImageTokenizer.from_pretrained("tokenizer")"""
+"""Python that loads the prior in the current folder and its tokenizer."""
+
+
 @dataclass(frozen=True)
-class CodeBatch:
-    """tokens int64 (B, L, D), labels int64 (B,)."""
+class PriorDescription:
+    """From which a prior is built: model.json of a checkpoint, config.json of a folder to share."""
 
-    tokens: Tensor
-    labels: Tensor
+    config: PriorConfig
+    layout: CodeLayout | LatentLayout
+    classes: int
+    empty: tuple[int, ...] = ()
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_classes(self.classes, self.empty, self.class_names)
 
 
-class Prior(nn.Module, ABC):
+class Prior(DescribedModel, ABC):
     """A law of the tokens of images, given their class; `loss` trains it.
 
     The trunk is evaluated with the class as token 0, at place (0, 0), and the tokens of the image behind it. Label `classes`
     means "no class". `empty` are classes without a training image; `class_names` are () where they are not known.
+
+    Saved and loaded bit for bit by save_pretrained and from_pretrained; its tokenizer is a model of its own.
     """
 
+    described = PriorDescription
+    noun = "prior"
+    kinds: ClassVar[dict[str, type["Prior"]]] = {}
+    """By the kind of their configuration; registry.py fills it."""
     places: Tensor
 
     def __init__(
@@ -56,6 +79,17 @@ class Prior(nn.Module, ABC):
             nn.init.normal_(table.weight, std=0.02)
         self.register_buffer("places", torch.cat([torch.zeros(1, 2), layout.places]), persistent=False)
 
+    @classmethod
+    def make(cls, found: PriorDescription) -> Self:
+        kind = cls.kinds[found.config.kind]
+        if not issubclass(kind, cls):
+            raise ValueError(f"it is a {found.config.kind} prior, which Prior.from_pretrained loads")
+        return kind(found.config, found.layout, found.classes, found.empty, found.class_names)
+
+    def own_card(self, license: str) -> str:
+        facts = {"kind": self.config.kind, "tokens": self.layout.length, "classes": self.classes}
+        return card_of("Prior over codes", license, ("prior", self.config.kind), facts, USAGE)
+
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 
@@ -67,6 +101,29 @@ class Prior(nn.Module, ABC):
         """Those of a training step, some of them dropped."""
         kept = (context.uniform("label") >= self.config.label_dropout) & (labels < self.classes)
         return torch.where(kept, labels, self.classes)
+
+    def given(self, labels: Tensor) -> Tensor:
+        """Labels (B,) as inputs: those of an unconditional prior are all "no class". ValueError for one that does not exist."""
+        if not self.classes:
+            return self.null_labels(labels)
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= self.classes:
+            raise ValueError(
+                f"labels are {int(labels.min())} to {int(labels.max())}: this prior has the classes 0 to {self.classes - 1}, and "
+                f"{self.classes} for none"
+            )
+        return labels
+
+    def check(self, decoding: Decoding) -> None:
+        """ValueError for a decoding that this prior cannot have; a warning of one that draws something else than is expected."""
+        lacking = why_unguided(self.classes, len(self.empty), self.config.label_dropout)
+        if decoding.guidance != 1 and lacking:
+            raise ValueError(f"guidance {decoding.guidance:g} {lacking}: use guidance 1")
+
+    def inputs(self, labels: Tensor, decoding: Decoding) -> Tensor:
+        """Labels (B,) as inputs of an evaluation, (2 B,) with guidance: with the class, then without. ValueError: see `draw`."""
+        self.check(decoding)
+        labels = self.given(labels)
+        return torch.cat([labels, self.null_labels(labels)]) if decoding.copies == 2 else labels
 
     @abstractmethod
     def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
@@ -89,7 +146,7 @@ class CodePrior(Prior):
 
     @abstractmethod
     def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        """Tokens int64 (B, L, D) for labels (B,). ValueError for a decoding that this prior cannot have."""
+        """Tokens int64 (B, L, D) for labels (B,). ValueError for a decoding that this prior cannot have, or another class."""
 
 
 def draw_tokens(
@@ -102,19 +159,19 @@ def draw_tokens(
     how: Decoding,
     attempt: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The tokens int64 (B, n, D) at places (B, n), digit by digit, and log p (B, n) of what was drawn, under the law drawn from.
+    """The tokens int64 (B, n, D) at places (B, n), digit by digit, and log p (B, n) of what was drawn.
 
-    hidden (B, n, W), or (2 B, n, W) with guidance: with the class, then without.
+    hidden (B, n, W), or (2 B, n, W) with guidance: with the class, then without. p is the guided law before temperature, top-k
+    and top-p, at whose limits all that is drawn would be equally probable.
     """
-    copies = len(hidden) // len(places)
     tokens = places.new_zeros(*places.shape, len(sizes))
     total: Tensor | None = None
     for digit in range(len(sizes)):
-        found = logits(hidden, torch.cat([tokens] * copies), digit)
-        law = law_of(guided(found, scale) if copies == 2 else found, how)
-        value = draws.categorical(law, places, digit, attempt)
+        found = logits(hidden, torch.cat([tokens] * how.copies), digit)
+        found = guided(found, scale) if how.copies == 2 else found
+        value = draws.categorical(law_of(found, how), places, digit, attempt)
         tokens[..., digit] = value
-        own = law.gather(-1, value.unsqueeze(-1)).squeeze(-1)
+        own = found.log_softmax(-1).gather(-1, value.unsqueeze(-1)).squeeze(-1)
         total = own if total is None else total + own
     assert total is not None
     return tokens, total

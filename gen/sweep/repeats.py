@@ -14,7 +14,7 @@ from midway.gen.data.places import trained_alike
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.evaluation.comparing import by_solver
 from midway.gen.evaluation.records import EXACT, LIMITS, SOLVER, Estimate, Measurement
-from midway.gen.tokenizer.latents import tokenizer_hash
+from midway.gen.tokenizer.stored import tokenizer_hash
 from midway.gen.training.config import flat, is_bookkeeping
 
 TIMES = ("seconds", "decode_seconds", "feature_seconds")

@@ -1,11 +1,12 @@
-"""Encode a data set into a folder of latents (latents.py), by one process or several, and on after a kill (record_work.py).
+"""Encode a data set into a folder of records (stored.py), by one process or several, and on after a kill (record_work.py):
+latents here, codes in codes.py.
 
     latents.json     the plan: images, tokenizer, views, dtype, batch
 
 The moments of all batches are merged in their order, so that mean and std do not depend on who made which.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -25,8 +26,9 @@ from midway.gen.files.record_work import RecordWork, write_records
 from midway.gen.files.record_writer import RecordFormat, ShardIndex
 from midway.gen.files.records import DTYPES, is_records
 from midway.gen.progress.bar import Progress, reported
-from midway.gen.tokenizer.latents import KIND, Views, tokenizer_hash
+from midway.gen.tokenizer.latents import KIND
 from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
+from midway.gen.tokenizer.stored import Views, tokenizer_hash
 from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -47,6 +49,24 @@ class Encoding:
     """None: by the memory of the machine of the first process."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """What becomes of a view of images, and how it is stored."""
+
+    kind: str
+    """Of the folder."""
+    plan_file: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of a view of one image."""
+    make: Callable[[Tensor, dict[str, Any]], Tensor]
+    """float32 images (B, C, H, W) on the tokenizer's device -> (B, *shape) of `dtype` on the CPU; adds to facts of the shard."""
+    facts: tuple[str, ...] = ()
+    """Names of these facts, lists that are empty at first."""
+    finish: Callable[[list[ShardIndex]], dict[str, Any]] = lambda _: {}
+    """What the manifest has beside the plan."""
+
+
 def encode(
     folder: Path,
     tokenizer: ImageTokenizer,
@@ -61,19 +81,44 @@ def encode(
     another command; DataError for values that the dtype does not hold and channels that do not vary, DivergedError for values
     that are not finite, DiskError.
     """
-    process = process or ProcessInfo()
-    check_large_enough(tokenizer, data, encoding.views)
-    if first_of_all(is_records(folder, KIND)) and not overwrite:
-        return
-    size = first_of_all(encoding.batch_size or _begun(folder, tokenizer, data, encoding) or images_at_once(tokenizer))
-    form = RecordFormat(encoding.dtype, (encoding.views.count, *tokenizer.latent_shape))
-    plan, words = _plan(tokenizer, data, encoding, size), (("encoding", "encoded"), "images", "encode again")
-    write_records(
-        RecordWork(folder, KIND, form, len(data.images), size, PLAN, plan, *words),
-        process,
-        lambda span, progress: _Batches(tokenizer, data, encoding, size, span, progress),
-        lambda indices: _facts(folder, form, indices, tokenizer, data),
+    form = Form(
+        KIND.name,
+        PLAN,
+        encoding.dtype,
+        tokenizer.latent_shape,
+        lambda images, facts: _stored(tokenizer.raw_latents(images).cpu(), encoding.dtype, facts),
+        ("moments", "squares", "errors"),
+        lambda indices: _facts(folder, indices, tokenizer, data),
     )
+    write_views(folder, tokenizer, data, encoding, form, process or ProcessInfo(), overwrite)
+
+
+def write_views(
+    folder: Path,
+    tokenizer: ImageTokenizer,
+    data: ImageData,
+    encoding: Encoding,
+    form: Form,
+    process: ProcessInfo,
+    overwrite: bool,
+) -> None:
+    """`encode`, for any form; of `encoding` the views and the batch size are read."""
+    check_large_enough(tokenizer, data, encoding.views)
+    if first_of_all(is_records(folder, form.kind)) and not overwrite:
+        return
+    views = encoding.views
+    size = encoding.batch_size or _begun(folder, tokenizer, data, views, form) or images_at_once(tokenizer)
+    size, shape = first_of_all(size), (views.count, *form.shape)
+    plan, words = _plan(tokenizer, data, views, form, size), (("encoding", "encoded"), "images", "encode again")
+    count = len(data.images)
+    write_records(
+        RecordWork(folder, form.kind, RecordFormat(form.dtype, shape), count, size, form.plan_file, plan, *words),
+        process,
+        lambda span, progress: _Batches(tokenizer, data, views, form, size, span, progress),
+        form.finish,
+    )
+    if process.rank == 0:
+        echo(f"{form.kind} {(count, *shape)}, {form.dtype}")
 
 
 def check_large_enough(tokenizer: ImageTokenizer, data: ImageData, views: Views) -> None:
@@ -120,37 +165,36 @@ def latent_statistics(
     views, dim = Views(mirrored=flip), tokenizer.latent_shape[0]
     size = batch_size or images_at_once(tokenizer)
     each = reported(images.split(size), "mean and deviation of latents:", len(images))
-    parts = (raw for part in each for raw in _raw(tokenizer, part, views))
-    return merged(map(ChannelMoments.of, parts), dim).result()
+    parts = (tokenizer.raw_latents(images).cpu() for part in each for images in _floats(tokenizer, part, views))
+    with torch.no_grad():
+        return merged(map(ChannelMoments.of, parts), dim).result()
 
 
-@torch.no_grad()
-def _raw(tokenizer: ImageTokenizer, images: Tensor, views: Views) -> Iterator[Tensor]:
-    """Of each view of uint8 images the raw latents float32 (B, D, h, w) on the CPU."""
+def _floats(tokenizer: ImageTokenizer, images: Tensor, views: Views) -> Iterator[Tensor]:
+    """Each view of uint8 images, float32 on the tokenizer's device."""
     for view in views_of(images, views, tokenizer.image_shape[-1]):
-        yield tokenizer.raw_latents(to_float(view.to(tokenizer.device))).cpu()
+        yield to_float(view.to(tokenizer.device))
 
 
 # ---- the plan ----
 
 
-def _plan(tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding, batch: int) -> dict[str, Any]:
-    views = encoding.views
+def _plan(tokenizer: ImageTokenizer, data: ImageData, views: Views, form: Form, batch: int) -> dict[str, Any]:
     return {
         "data": data.fingerprint,
         "tokenizer": tokenizer_hash(tokenizer),
         "windows": views.windows,
         "mirrored": views.mirrored,
-        "dtype": encoding.dtype,
+        "dtype": form.dtype,
         "batch": batch,
     }
 
 
-def _begun(folder: Path, tokenizer: ImageTokenizer, data: ImageData, encoding: Encoding) -> int | None:
+def _begun(folder: Path, tokenizer: ImageTokenizer, data: ImageData, views: Views, form: Form) -> int | None:
     """The batch of the same plan in an unfinished folder: another machine may have begun it."""
     try:
-        found = read_json(folder / PLAN)
-        return found["batch"] if found == _plan(tokenizer, data, encoding, found["batch"]) else None
+        found = read_json(folder / form.plan_file)
+        return found["batch"] if found == _plan(tokenizer, data, views, form, found["batch"]) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -159,49 +203,54 @@ def _begun(folder: Path, tokenizer: ImageTokenizer, data: ImageData, encoding: E
 
 
 class _Batches:
-    """The batches of a shard, for write_shard; `facts` has the moments of each, and is filled on the way."""
+    """The batches of a shard, for write_shard; `facts` is filled on the way."""
 
     def __init__(
         self,
         tokenizer: ImageTokenizer,
         data: ImageData,
-        encoding: Encoding,
+        views: Views,
+        form: Form,
         size: int,
         span: tuple[int, int],
         progress: Progress,
     ) -> None:
         self.progress = progress
-        self.tokenizer, self.data, self.encoding, self.size, self.span = tokenizer.eval(), data, encoding, size, span
-        self.facts: dict[str, Any] = {"moments": [], "squares": [], "errors": []}
+        self.tokenizer, self.data, self.views, self.form = tokenizer.eval(), data, views, form
+        self.size, self.span = size, span
+        self.facts: dict[str, Any] = {name: [] for name in form.facts}
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        (first, end), views = self.span, self.encoding.views
+        (first, end), images = self.span, images_of(self.data, self.views)
         for start in range(first, end, self.size):
             part = slice(start, min(start + self.size, end))
-            raw = list(_raw(self.tokenizer, images_of(self.data, views)[part], views))
-            yield torch.stack([self._stored(each) for each in raw], dim=1), {"labels": self.data.labels[part]}
+            views = _floats(self.tokenizer, images[part], self.views)
+            made = [self.form.make(view, self.facts) for view in views]
+            yield torch.stack(made, dim=1), {"labels": self.data.labels[part]}
             self.progress.advance(part.stop - part.start)
 
-    def _stored(self, raw: Tensor) -> Tensor:
-        """Latents in the dtype of the folder, whose moments and rounding errors are noted."""
-        dtype = self.encoding.dtype
-        if not bool(raw.isfinite().all()):
-            what, why = "these latents cannot be standardised", "the encoder's output is not finite"
-            raise DivergedError(what, why, "its training diverged: train it again, at a lower --lr")
-        if dtype == "float16" and raw.numel() and raw.abs().max() >= FLOAT16_MOST:
-            why = f"one of these is {float(raw.abs().max()):.4g}, and float16 holds numbers below {FLOAT16_MOST:g}"
-            raise DataError("--dtype float16 does not hold these latents", why, "use --dtype bfloat16 or float32")
-        stored = raw.to(DTYPES[dtype])
-        self.facts["moments"].append(ChannelMoments.of(stored.float()).to_json())
-        if dtype != "float32":
-            self.facts["squares"].append(float(raw.double().square().sum()))
-            self.facts["errors"].append(float((stored.double() - raw.double()).square().sum()))
-        return stored
+
+# ---- latents ----
 
 
-def _facts(
-    folder: Path, form: RecordFormat, indices: list[ShardIndex], tokenizer: ImageTokenizer, data: ImageData
-) -> dict[str, Any]:
+def _stored(raw: Tensor, dtype: Dtype, facts: dict[str, Any]) -> Tensor:
+    """Latents in the dtype of the folder, whose moments and rounding errors are noted."""
+    if not bool(raw.isfinite().all()):
+        what, why = "these latents cannot be standardised", "the encoder's output is not finite"
+        raise DivergedError(what, why, "its training diverged: train it again, at a lower --lr")
+    if dtype == "float16" and raw.numel() and raw.abs().max() >= FLOAT16_MOST:
+        why = f"one of these is {float(raw.abs().max()):.4g}, and float16 holds numbers below {FLOAT16_MOST:g}"
+        raise DataError("--dtype float16 does not hold these latents", why, "use --dtype bfloat16 or float32")
+    stored = raw.to(DTYPES[dtype])
+    facts["moments"].append(ChannelMoments.of(stored.float()).to_json())
+    if dtype != "float32":
+        facts["squares"].append(float(raw.double().square().sum()))
+        facts["errors"].append(float((stored.double() - raw.double()).square().sum()))
+    return stored
+
+
+def _facts(folder: Path, indices: list[ShardIndex], tokenizer: ImageTokenizer, data: ImageData) -> dict[str, Any]:
     """Merge the moments, and check them: latents that do not vary leave an empty folder."""
     each = (ChannelMoments.from_json(part) for index in indices for part in index.facts["moments"])
     mean, std = merged(each, tokenizer.latent_shape[0]).result()
@@ -210,7 +259,6 @@ def _facts(
     except Exception:
         empty(folder)  # nobody can train on these
         raise
-    echo(f"latents {(sum(index.count for index in indices), *(form.shape or ()))}, {form.dtype}")
     return {"mean": mean.tolist(), "std": std.tolist(), **_rounding(indices)}
 
 

@@ -34,6 +34,14 @@ class LatentBatch:
 
 
 @dataclass(frozen=True)
+class CodeBatch:
+    """Codes as tokens of digits (gen/priors/layout.py): tokens int64 (B, L, D), labels int64 (B,)."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class Context:
     """Randomness of a step, a function of (seed, step, global position of each sample); sample_ids int64 (B,)."""
 

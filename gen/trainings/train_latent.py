@@ -37,8 +37,9 @@ from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.generic import GENERIC_LATENTS, GENERIC_TOKENIZERS, LATENT_SIZES, describe_latent
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.tokenizer.encoding import Encoding, encode
-from midway.gen.tokenizer.latents import Views, cache_path, open_latents
+from midway.gen.tokenizer.latents import cache_path, open_latents
 from midway.gen.tokenizer.statistics import give_statistics
+from midway.gen.tokenizer.stored import Views
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.batches import LatentBatch
 from midway.gen.training.config import OnlineConfig

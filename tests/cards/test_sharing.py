@@ -27,6 +27,9 @@ from midway.gen.diffusion.load import CPU, load_model, write_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import draw, sample_latents
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.priors.config import Kind, PriorConfig
+from midway.gen.priors.layout import CodeLayout
+from midway.gen.priors.registry import Prior, make_prior
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_latent
 from midway.samplers.card import SolverCard
@@ -69,6 +72,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, bytes]]:
     return Api.uploads
 
 
+LAYOUT = CodeLayout(((4, 4),), ((5, 3, 3),))
+
+
 def tokenizer() -> ImageTokenizer:
     torch.manual_seed(0)
     made = ImageTokenizer(width=16, blocks=1, quantizer={"type": "fsq", "levels": [5, 3, 3]})
@@ -84,6 +90,11 @@ def model() -> LatentModel:
     return made.eval()
 
 
+def prior(kind: Kind) -> Prior:
+    torch.manual_seed(0)
+    return make_prior(PriorConfig(kind, width=16, depth=1, heads=2), LAYOUT, 3, (1,), ("a", "b|c", "d")).eval()
+
+
 def solver() -> Table:
     return make_solver("dpmpp2m", Cosine(), nfe=4)
 
@@ -91,6 +102,8 @@ def solver() -> Table:
 THINGS: dict[str, tuple[Callable[[], Any], Callable[[Path], Any]]] = {
     "tokenizer": (tokenizer, ImageTokenizer.from_pretrained),
     "model": (model, LatentModel.from_pretrained),
+    "causal prior": (lambda: prior("causal"), Prior.from_pretrained),
+    "masked prior": (lambda: prior("masked"), Prior.from_pretrained),
     "solver": (solver, lambda folder: Table.from_pretrained(folder, Cosine())),
 }
 

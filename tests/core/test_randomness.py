@@ -228,3 +228,10 @@ def test_every_item_visits_every_place_equally_often() -> None:
     counts = torch.stack([(places == item).sum(0) for item in range(size)]).double()
     statistic = ((counts - epochs / size).square() / (epochs / size)).sum().item()
     assert stats.chi2.sf(statistic, (size - 1) ** 2) > 1e-3
+
+
+def test_numbers_at_places_are_those_of_the_whole_row() -> None:
+    ids = torch.tensor([5, 0, 2**61, 3])
+    places = torch.tensor([[0, 6], [6, 6], [3, 1], [5, 2]])
+    expected = uniform(7, "noise", 3, ids, (7,)).gather(1, places)
+    assert torch.equal(randomness.uniform_at(7, "noise", 3, ids, places), expected)

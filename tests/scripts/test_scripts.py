@@ -607,6 +607,7 @@ TOKENIZERS = {
     **{f"fsq {u}": TokenizerConfig(levels=(5, 3), width=16, downsample=4, upsample=u) for u in get_args(Upsample)},
     "fsq sigmoid post": TokenizerConfig(levels=(5, 3), width=16, form="sigmoid", latent_space="post"),
     "fsq ifsq": TokenizerConfig(levels=(5, 3), width=16, form="ifsq", options='{"noise_dropout": 0.5}'),
+    "fsq fsp": TokenizerConfig(levels=(5, 4), width=16, form="fsp"),
     "fsq, attention": TokenizerConfig(levels=(5, 3), width=16, downsample=4, attention=True, multipliers=(1, 2)),
     "fsq, vit": TokenizerConfig(levels=(5, 3), width=16, downsample=4, network="vit", depth=1, heads=2),
     "vq, latent tokens": TokenizerConfig(

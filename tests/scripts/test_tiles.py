@@ -13,7 +13,8 @@ from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_model, load_tokenizer
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.evaluation.sources import EvaluatedLatentModel, SolverSource
-from midway.gen.tokenizer.latents import open_latents, tokenizer_hash
+from midway.gen.tokenizer.latents import open_latents
+from midway.gen.tokenizer.stored import tokenizer_hash
 from midway.tokenizers.tiling import tile_networks
 
 CPU = torch.device("cpu")

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsq, sigmoid": {"type": "fsq", "levels": [2, 9, 4], "form": "sigmoid"},
     "fsq, noise dropout": {"type": "fsq", "levels": [8, 5, 4], "noise_dropout": 0.5},
     "fsq, ifsq": {"type": "fsq", "levels": [5, 9, 3], "form": "ifsq", "noise_dropout": 0.5},
+    "fsq, fsp": {"type": "fsq", "levels": [2, 9, 4], "form": "fsp", "noise_dropout": 0.5},
     "vq": VQ,
     "vq, unit, rotation": {**VQ, "normalize": True, "gradient": "rotation"},
     "gradient": GRADIENT,

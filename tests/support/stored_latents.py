@@ -9,7 +9,8 @@ from torch import Tensor
 
 from midway.gen.data.images import ImageData
 from midway.gen.tokenizer.encoding import Encoding, encode
-from midway.gen.tokenizer.latents import Views, open_latents
+from midway.gen.tokenizer.latents import open_latents
+from midway.gen.tokenizer.stored import Views
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 

@@ -23,9 +23,10 @@ from midway.gen.data.pictures import grid_png, save_grid
 from midway.gen.data.splits import DataConfig, load_splits, split
 from midway.gen.metrics.psnr_ssim import PSNR_CAP
 from midway.gen.tokenizer.encoding import Encoding, encode, latent_statistics
-from midway.gen.tokenizer.latents import Views, cache_path, open_latents, tokenizer_hash
+from midway.gen.tokenizer.latents import cache_path, open_latents
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer, reconstruct
 from midway.gen.tokenizer.statistics import ChannelMoments, give_statistics, merged
+from midway.gen.tokenizer.stored import Views, tokenizer_hash
 from midway.gen.training.batches import Context, ImageBatch
 from midway.tokenizers.base import bits_per_image, perplexity, usage
 from midway.tokenizers.networks import Encoder

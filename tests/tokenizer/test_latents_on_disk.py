@@ -26,10 +26,11 @@ from midway.gen.data.crops import cropped
 from midway.gen.data.images import ImageData, load_images, to_float
 from midway.gen.files import record_work
 from midway.gen.files.records import INDEX, MANIFEST, is_records, open_records
-from midway.gen.tokenizer import latents
+from midway.gen.tokenizer import stored as stored_file
 from midway.gen.tokenizer.encoding import Encoding, encode, images_of, latent_statistics, views_of
-from midway.gen.tokenizer.latents import StoredViews, Views, open_latents
+from midway.gen.tokenizer.latents import open_latents
 from midway.gen.tokenizer.statistics import ChannelMoments, merged
+from midway.gen.tokenizer.stored import StoredViews, Views
 from midway.gen.training.batches import Context
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -368,7 +369,7 @@ def test_damage_is_named_with_the_command_that_repairs_it(
     kind: str, bound: int, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the disk batch by batch, and where all is kept in memory."""
-    monkeypatch.setattr(latents, "IN_MEMORY", bound)
+    monkeypatch.setattr(stored_file, "IN_MEMORY", bound)
     name, damage = DAMAGE[kind]
     damage(copy / name)
     with pytest.raises(DataError) as raised:
@@ -381,7 +382,7 @@ def test_from_memory_and_from_disk_are_the_same(whole: Path, monkeypatch: pytest
     model, images, context = tokenizer(), digits(), Context(0, 2, torch.arange(40))
     items, found = torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(0)), []
     for bound in (1 << 30, 0):
-        monkeypatch.setattr(latents, "IN_MEMORY", bound)
+        monkeypatch.setattr(stored_file, "IN_MEMORY", bound)
         opened = open_latents(whole, images, model, flip=True)
         assert (opened.kept is None) == (bound == 0)
         batch = opened.items(True)

@@ -20,6 +20,7 @@ CASES: list[tuple[tuple[int, ...], Form, bool]] = [
     *((levels, "sigmoid", False) for levels in WITH_TWO),
     *((levels, "tanh", True) for levels in LEVEL_SETS + WITH_TWO),
     *((levels, "ifsq", False) for levels in ODD),
+    *((levels, "fsp", False) for levels in LEVEL_SETS + WITH_TWO),
 ]
 
 

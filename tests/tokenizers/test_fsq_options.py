@@ -17,6 +17,7 @@ VARIANTS: dict[str, tuple[Form, bool]] = {
     "symmetric": ("tanh", True),
     "sigmoid": ("sigmoid", False),
     "ifsq": ("ifsq", False),
+    "fsp": ("fsp", False),
 }
 
 
@@ -29,6 +30,7 @@ def bounded(variant: str, z: Tensor, level: int) -> Tensor:
         "symmetric": torch.tanh(z),
         "sigmoid": 2 / (1 + torch.exp(-z)) - 1,
         "ifsq": 2 / (1 + torch.exp(-1.6 * z)) - 1,
+        "fsp": torch.erf(z / math.sqrt(2)),
     }[variant]
 
 
@@ -37,7 +39,7 @@ def test_value_codes_and_gradient_are_those_of_the_closed_form(variant: str) -> 
     levels = {"tanh": [8, 5, 6, 7], "ifsq": [5, 17, 3, 7]}.get(variant, [2, 5, 8, 17])
     z, weight = 1.5 * normal(2, 4, 200), normal(2, 4, 200, seed=1)
     ours, reference = z.clone().requires_grad_(), z.double().requires_grad_()
-    quantizer = FSQ(levels, *VARIANTS[variant])
+    quantizer = FSQ(levels, *VARIANTS[variant], noise_dropout=0.0)
     out = quantizer(ours)
     (out.codes * weight).sum().backward()
     expected = torch.stack([bounded(variant, reference[:, i], level) for i, level in enumerate(levels)], 1)
@@ -45,9 +47,15 @@ def test_value_codes_and_gradient_are_those_of_the_closed_form(variant: str) -> 
     torch.testing.assert_close(quantizer.latents(z).double(), expected.detach(), atol=1e-6, rtol=0)
     torch.testing.assert_close(grad(ours).double(), reference.grad, atol=1e-6, rtol=1e-5)
     halves = torch.tensor([level // 2 if variant == "tanh" else (level - 1) / 2 for level in levels]).view(4, 1)
-    digits = torch.round((expected.detach() + 1) * halves)
+    whole = torch.tensor(levels).view(4, 1).double()
+    if variant == "fsp":  # L equal bins, and their centres
+        digits = torch.floor((expected.detach() + 1) * whole / 2).minimum(whole - 1)
+        codes = (2 * digits + 1) / whole - 1
+    else:
+        digits = torch.round((expected.detach() + 1) * halves)
+        codes = digits / halves - 1
     assert torch.equal(quantizer.indices_to_digits(out.indices), digits.long())
-    torch.testing.assert_close(out.codes.double(), digits / halves - 1, atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.codes.double(), codes, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("level", [2, 3, 4, 8, 17, 256])
@@ -72,7 +80,7 @@ def test_zero_is_in_the_middle_bin(variant: str, level: int) -> None:
     """Of two middle bins that of the even digit, unless code 0 is one of the codes."""
     if variant == "ifsq" and level % 2 == 0:
         return
-    quantizer = FSQ([level], *VARIANTS[variant])
+    quantizer = FSQ([level], *VARIANTS[variant], noise_dropout=0.0)
     z = torch.zeros(1, 1, 1)
     even = level // 2 - level // 2 % 2 if level % 2 == 0 and variant != "tanh" else level // 2
     assert quantizer(z).indices.item() == even
@@ -96,14 +104,14 @@ def dropped_and_rounded(quantizer: FSQ, z: Tensor, noise: Tensor) -> tuple[Tenso
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropped_samples_are_the_latents_with_half_a_step_of_uniform_noise(variant: str) -> None:
     """Noise added to normalised codes would reach 1.75 steps at L = 8."""
-    levels = [5, 17, 3] if variant == "ifsq" else [8, 5, 2] if variant in ("symmetric", "sigmoid") else [8, 5, 4]
+    levels = [5, 17, 3] if variant == "ifsq" else [8, 5, 2] if variant in ("symmetric", "sigmoid", "fsp") else [8, 5, 4]
     quantizer = FSQ(levels, *VARIANTS[variant], noise_dropout=0.5)
     z, noise = 0.2 * normal(20, 3, 500), normal(20, 4, 500, seed=1)
     latents = quantizer.latents(z).double()
     dropped, rounded = dropped_and_rounded(quantizer, z, noise)
     assert torch.equal(rounded, quantizer.snap(quantizer.latents(z)))
     for i, level in enumerate(levels):
-        step = 1 / (level // 2) if variant == "tanh" else 2 / (level - 1)
+        step = 1 / (level // 2) if variant == "tanh" else 2 / level if variant == "fsp" else 2 / (level - 1)
         uniform = 0.5 * torch.erfc(-noise[:, i].double() / math.sqrt(2)) - 0.5
         in_steps = (dropped[:, i] - latents[:, i]) / step
         noisy = latents[:, i] + uniform * step
@@ -127,6 +135,8 @@ def test_dropped_codes_stay_in_the_range_of_the_codes_and_keep_their_gradient(va
     quantizer.latents(straight).sum().backward()
     assert torch.equal(grad(z), grad(straight))
     every = quantizer.indices_to_codes(torch.arange(math.prod(levels))[None])
+    if variant == "fsp":  # noise of a whole bin reaches from the outermost centres to the ends
+        every = torch.tensor([-1.0, 1]).expand(1, 2, 2)
     assert torch.equal(codes.amin((0, 2)), every.amin((0, 2)))
     assert torch.equal(codes.amax((0, 2)), every.amax((0, 2)))
 
@@ -160,6 +170,22 @@ def test_the_draw_is_a_function_of_the_noise_of_the_first_position() -> None:
     elsewhere[:, -1, 1:] = 0
     elsewhere[:, -1, :, 1:] = 0
     assert torch.equal(codes, quantizer(z, elsewhere).codes)
+
+
+def test_fsp_never_rounds_in_training_and_evaluates_on_equal_bins() -> None:
+    """arXiv 2602.17133: bins of one width, their centres as codes, noise of one bin; a normal z fills all bins alike."""
+    quantizer, z = FSQ([4, 5], "fsp"), normal(2000, 2, 5)
+    assert (quantizer.noise_dropout, quantizer.noise_channels) == (1.0, 3)
+    with pytest.raises(ValueError, match="none was given"):
+        quantizer(z)
+    out = quantizer(z, normal(2000, 3, 5, seed=1))
+    off = (out.codes - quantizer.indices_to_codes(out.indices)).abs()
+    assert bool((off > 0).any()) and bool((off <= torch.tensor([2 / 4, 2 / 5]).view(2, 1) * (1 + 1e-5)).all())
+    evaluated = quantizer.eval()(z)
+    assert torch.equal(evaluated.codes, quantizer.indices_to_codes(evaluated.indices))
+    assert quantizer.indices_to_codes(torch.arange(4)[None])[0, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]
+    shares = [quantizer.indices_to_digits(evaluated.indices)[:, i].unique(return_counts=True)[1] for i in (0, 1)]
+    assert all((share / share.sum() * len(share) - 1).abs().max() < 0.1 for share in shares)
 
 
 def test_unusable_noise_raises() -> None:
@@ -201,8 +227,8 @@ def test_saturation_counts_edge_bins_and_the_magnitude_of_z() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_edge_bins_of_saturation_are_those_of_the_digits(variant: str) -> None:
     levels = [3, 5, 17, 255] if variant == "ifsq" else [3, 4, 8, 255]
-    levels += [2] if variant in ("symmetric", "sigmoid") else []
-    quantizer, z = FSQ(levels, *VARIANTS[variant]), 2 * normal(4000, len(levels), 5)
+    levels += [2] if variant in ("symmetric", "sigmoid", "fsp") else []
+    quantizer, z = FSQ(levels, *VARIANTS[variant], noise_dropout=0.0), 2 * normal(4000, len(levels), 5)
     digits = quantizer.indices_to_digits(quantizer(z).indices)
     edge = (digits == 0) | (digits == torch.tensor(levels).view(1, -1, 1) - 1)
     assert saturation(quantizer, z)["edge_mass"].item() == pytest.approx(edge.double().mean().item(), abs=1e-5)

@@ -112,7 +112,7 @@ def test_unit_vectors_start_whitened() -> None:
 
 
 FORMS = {"tanh": ({}, 1.0), "sigmoid": ({"form": "sigmoid"}, 2.0), "ifsq": ({"form": "ifsq"}, 1.25)}
-FORMS["symmetric"] = ({"symmetric": True}, 1.0)
+FORMS |= {"symmetric": ({"symmetric": True}, 1.0), "fsp": ({"form": "fsp", "noise_dropout": 0.0}, 1.0)}
 
 
 @pytest.mark.parametrize("form", FORMS)
