@@ -14,7 +14,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import Flat
-from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.flags.sampling_flags import TileFlags
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
 from midway.tokenizers.hub import LICENSE
