@@ -38,10 +38,10 @@ from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
 from midway.gen.trainings import (
+    prior_parts,
     train_baseline,
     train_features,
     train_latent,
-    train_prior,
     train_solver,
     train_tokenizer,
 )
@@ -80,7 +80,7 @@ class Kind:
 KINDS = {
     "tokenizer": Kind(lambda _: TokenizerTask, train_tokenizer.make_parts),
     "latent_model": Kind(lambda _: LatentTask, train_latent.make_parts),
-    "prior": Kind(lambda _: PriorTask, train_prior.make_parts),
+    "prior": Kind(lambda _: PriorTask, prior_parts.make_parts),
     "features": Kind(lambda _: train_features.FeaturesTask, train_features.make_parts, one_thread),
     "solver": Kind(lambda _: train_solver.SolverTask, train_solver.make_parts),
     "baseline": Kind(train_baseline.task_type, train_baseline.make_parts),

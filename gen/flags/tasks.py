@@ -175,17 +175,17 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
 
 @dataclass(frozen=True)
 class PriorTask(DataPathFlag, TileFlags, TrainingTask):
-    """Train a prior over a tokenizer's codes: a law of codes by class, from which images are generated."""
+    """Train a prior: a law of a tokenizer's codes by class, or of its latents token by token, from which images are drawn."""
 
     tokenizer: Path
     """Run directory of the tokenizer; its data set is used."""
     codes: Path | None = None
-    """Folder of codes (default: next to the tokenizer; created if missing)."""
+    """Folder of codes, of a continuous prior of latents (default: next to the tokenizer; created if missing)."""
     model: PriorConfig = field(default_factory=PriorConfig)
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     validation_images: int | None = None
-    """Number of held-out images whose bits are measured (default: all)."""
+    """Number of held-out images in validation (default: all)."""
     masks: int | None = None
     """Masked priors: masks of an image in the bound of held-out bits (default: one a token, at most 16)."""
     early: PriorOnlineConfig = field(default_factory=PriorOnlineConfig)

@@ -5,9 +5,39 @@ from typing import Literal
 
 from midway.gen.core.checkpoints import recorded_run
 from midway.gen.core.config import RECORDED_AS
-from midway.gen.core.ranges import COUNT, EVENTS, LAYERS, SHARE, STEPS, WIDTH, check_ranges
+from midway.gen.core.ranges import COUNT, EVENTS, LAYERS, POSITIVE, SHARE, STEPS, WIDTH, check_ranges
+from midway.samplers.prediction import Target
+from midway.samplers.schedule import SCHEDULES, Schedule
 
-Kind = Literal["causal", "masked"]
+Kind = Literal["causal", "masked", "continuous"]
+
+
+@dataclass(frozen=True)
+class TokenHeadConfig:
+    """Process and size of the small diffusion model of one continuous token."""
+
+    width: int = 256
+    """Channels of its hidden layers."""
+    depth: int = 3
+    """Residual blocks."""
+    schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    """Process from a token to noise, as of a latent model."""
+    target: Target = "velocity"
+    """What the head predicts."""
+    time_mean: float = 0.0
+    """Mean of log rho, by whose normal law noise levels are drawn in training."""
+    time_std: float = 1.0
+    """Standard deviation of log rho."""
+    repeats: int = 4
+    """Noise levels that a training step draws for an image, as a multiple of its tokens; they are spread evenly over those that
+    are missing."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, width=WIDTH, depth=LAYERS, time_mean=(-100, 100), time_std=POSITIVE, repeats=(1, 1000))
+
+    def make_schedule(self) -> Schedule:
+        """The schedule this names."""
+        return SCHEDULES[self.schedule]()
 
 
 @dataclass(frozen=True)
@@ -15,7 +45,8 @@ class PriorConfig:
     """Kind and size of a prior."""
 
     kind: Kind = "causal"
-    """causal: one token after the other, with exact bits. masked: all that are missing at once, in any number of evaluations."""
+    """causal: one token after the other, with exact bits. masked: all that are missing at once, in any number of evaluations.
+    continuous: latents themselves in place of codes, a token's by a small diffusion model given the others."""
     split: Literal["auto", "joint", "digits"] = "auto"
     """How the code of a position is predicted: by one softmax (joint), or digit by digit (fsq and bits); auto: one softmax of at
     most 16,384 codes."""
@@ -34,6 +65,8 @@ class PriorConfig:
     shuffle_steps: int = 0
     """causal: optimizer steps with tokens in random orders, for all samples in the first half of them, then for ever fewer; 0:
     always row by row."""
+    head: TokenHeadConfig = field(default_factory=TokenHeadConfig)
+    """continuous: the diffusion model of a token."""
 
     def __post_init__(self) -> None:
         check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, label_dropout=SHARE, shuffle_steps=EVENTS)
@@ -44,8 +77,8 @@ class PriorConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")
-        if self.kind == "masked" and self.shuffle_steps:
-            raise ValueError("a masked prior is trained in every order: shuffle_steps is for causal ones")
+        if self.kind != "causal" and self.shuffle_steps:
+            raise ValueError(f"a {self.kind} prior is trained in every order: shuffle_steps is for causal ones")
 
 
 @dataclass(frozen=True)

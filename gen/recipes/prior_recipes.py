@@ -9,7 +9,7 @@ import tyro
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import PriorTask
 from midway.gen.priors.config import Kind, PriorConfig
-from midway.gen.priors.layout import CodeLayout
+from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.training.config import TrainConfig
 
 DIGITS = TrainConfig(
@@ -38,7 +38,7 @@ def digits_masked() -> PriorTask:
     return _digits("masked")
 
 
-def small_prior(layout: CodeLayout) -> PriorTask:
+def small_prior(layout: CodeLayout | LatentLayout) -> PriorTask:
     """Wider where there are more tokens."""
     wide = layout.length > 64
     model = PriorConfig("causal", width=128 if wide else 96, depth=6 if wide else 4, heads=4, dropout=0.1)
@@ -55,14 +55,14 @@ def small() -> PriorTask:
     return small_prior(CodeLayout(((8, 8),), ((512,),)))
 
 
-def describe_prior(name: str, layout: CodeLayout, task: PriorTask) -> str:
-    """`small for 64 tokens of 1 digit(s): width 96, depth 4, batch 64`."""
+def describe_prior(name: str, layout: CodeLayout | LatentLayout, task: PriorTask) -> str:
+    """`small for 64 tokens: width 96, depth 4, batch 64`."""
     model = task.model
     sizes = f"width {model.width}, depth {model.depth}, batch {task.train.batch_size}"
-    return f"{name} for {layout.length} tokens of {len(layout.sizes)} digit(s): {sizes}"
+    return f"{name} for {layout.length} tokens: {sizes}"
 
 
-GENERIC_PRIORS: dict[str, Callable[[CodeLayout], PriorTask]] = {"small": small_prior}
+GENERIC_PRIORS: dict[str, Callable[[CodeLayout | LatentLayout], PriorTask]] = {"small": small_prior}
 PRIOR_SIZES = ("model.width", "model.depth", "train.batch_size")
 """What the number of tokens decides."""
 PRIOR_RECIPES = by_name(small, digits_causal, digits_masked)
