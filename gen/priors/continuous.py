@@ -96,13 +96,13 @@ class ContinuousPrior(Bidirectional):
 
     @torch.no_grad()
     def draw(self, labels: Tensor, draws: NormalDraws, decoding: Decoding, sampler: Sampler | None = None) -> Tensor:
-        """Standardised latents (B, C, rows, columns) for labels (B,), their tokens by `sampler`, or by DPM-Solver++(2M).
+        """Tokens (B, L, C) for labels (B,), each by `sampler`, or by DPM-Solver++(2M).
 
         ValueError for a decoding that this prior cannot have, or another class.
         """
         model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
         by = sampler or make_solver("dpmpp2m", self.head.schedule, HEAD_NFE)
-        return self.layout.latents(decode_tokens(model, len(labels), draws, decoding, by, labels.device))
+        return decode_tokens(model, len(labels), draws, decoding, by, labels.device)
 
 
 class _Labelled:
