@@ -35,8 +35,8 @@ from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import make_solver
 from midway.tokenizers.losses import mean
 
-HEAD_NFE = 20
-"""Of the sampler where none is given."""
+HEAD_SOLVER, HEAD_NFE, HEAD_GRID = "dpmpp2m", 20, "karras"
+"""The sampler of a head where none is given."""
 
 
 class TokenLaws(Protocol):
@@ -101,8 +101,13 @@ class ContinuousPrior(Bidirectional):
         ValueError for a decoding that this prior cannot have, or another class.
         """
         model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
-        by = sampler or make_solver("dpmpp2m", self.head.schedule, HEAD_NFE)
+        by = sampler or own_sampler(self.head.schedule)
         return decode_tokens(model, len(labels), draws, decoding, by, labels.device)
+
+
+def own_sampler(schedule: Schedule) -> Sampler:
+    """What tokens are drawn by where nothing else is given."""
+    return make_solver(HEAD_SOLVER, schedule, HEAD_NFE, HEAD_GRID)
 
 
 class _Labelled:

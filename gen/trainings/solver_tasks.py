@@ -45,7 +45,7 @@ class SolverTask:
     """table (all numbers of a multistep solver), amed (constants per step), or AMED in another solver: amed-plugin-<base> with
     base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m. AMED with -predictor has numbers per sample. Also the first argument."""
     nfe: str = "6"
-    """Budgets, comma-separated, of a prior evaluations of the head a token; at odd ones AMED takes the first slope analytically."""
+    """Budgets, comma-separated, of a prior those of its head, a token; at odd ones AMED takes the first slope analytically."""
     grid: str = "karras"
     """Grid of the learned solver; gits is fitted for it. best, the default of amed and plugins: that of gits, vp and logsnr on
     which a quarter of the steps leads nearest to the teacher. A table begins on this grid, or on the best of all, and learns its
