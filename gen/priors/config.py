@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from midway.gen.core.ranges import EVENTS, LAYERS, POSITIVE, SHARE, WIDTH, check_ranges
+from midway.gen.core.checkpoints import recorded_run
+from midway.gen.core.config import RECORDED_AS
+from midway.gen.core.ranges import COUNT, EVENTS, LAYERS, POSITIVE, SHARE, STEPS, WIDTH, check_ranges
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
 
@@ -77,3 +79,20 @@ class PriorConfig:
             raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")
         if self.kind != "causal" and self.shuffle_steps:
             raise ValueError(f"a {self.kind} prior is trained in every order: shuffle_steps is for causal ones")
+
+
+@dataclass(frozen=True)
+class PriorOnlineConfig:
+    """Online evaluation of a prior, every `--measure-every` steps."""
+
+    nfe: tuple[int, ...] = ()
+    """Evaluations per image of a masked prior (default: a quarter of its tokens, and all); a causal one takes one a token."""
+    n: int = 1000
+    """Images of each budget, seeds 0 to n - 1."""
+    features: str | None = field(default=None, metadata={RECORDED_AS: recorded_run})
+    """Feature network, as in midway evaluate (default: effnet-lite0)."""
+
+    def __post_init__(self) -> None:
+        if self.n < 2 or min(self.nfe, default=1) < 1:
+            raise ValueError(f"online evaluation of n {self.n} at NFE {self.nfe}: use n >= 2 and NFE >= 1")
+        check_ranges(self, n=COUNT, nfe=STEPS)

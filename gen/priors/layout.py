@@ -162,7 +162,7 @@ def places_of(grids: tuple[tuple[int, int], ...]) -> Tensor:
     found = []
     for rows, columns in grids:
         a, b = finest[0] / rows, finest[1] / columns
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (rows, columns)), indexing="ij")
         found.append(torch.stack([(y.flatten() + 0.5) * a + 0.5, (x.flatten() + 0.5) * b + 0.5], dim=1))
     return torch.cat(found)
 

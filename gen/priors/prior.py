@@ -77,7 +77,9 @@ class Prior(DescribedModel, ABC):
         self.position = nn.Embedding(layout.length, config.width)
         for table in (self.label, self.position):
             nn.init.normal_(table.weight, std=0.02)
-        self.register_buffer("places", torch.cat([torch.zeros(1, 2), layout.places]), persistent=False)
+        self.register_buffer(
+            "places", torch.cat([torch.zeros_like(layout.places[:1]), layout.places]), persistent=False
+        )
 
     @classmethod
     def make(cls, found: PriorDescription) -> Self:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.core.config import to_dict
-from midway.gen.data.images import to_float, to_uint8
+from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.priors.blocks import Trunk
@@ -28,6 +28,7 @@ from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
 from midway.gen.priors.prior import CodePrior, Prior
+from midway.gen.tokenizer.codes import all_codes
 from midway.samplers.sample import ForwardCounter
 from midway.samplers.sampler import Sampler
 from midway.tokenizers.memory import images_at_once
@@ -158,10 +159,7 @@ def decode_codes(trained: TrainedPrior, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_codes(trained: TrainedPrior, images: Tensor) -> Tensor:
     """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU, as many at once as fit."""
-    tokenizer = trained.tokenizer
-    parts = images.split(images_at_once(tokenizer))
-    found = [tokenizer.encode_indices(to_float(part.to(tokenizer.device))).cpu() for part in parts]
-    return trained.prior.layout.tokens(torch.cat(found))
+    return trained.prior.layout.tokens(all_codes(trained.tokenizer, images))
 
 
 def settled(decoding: Decoding, length: int) -> Decoding:
