@@ -21,8 +21,8 @@ from midway.gen.distillation.residual import ResidualConfig, ResidualObjective
 from midway.gen.distillation.table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.flags.cli import Flat, with_text
 from midway.gen.flags.tasks import Resume
-from midway.gen.priors.head_samplers import TrainedHead, head_of
 from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.rules import TrainedHead, head_of
 from midway.gen.training.config import TrainConfig
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, NAMED

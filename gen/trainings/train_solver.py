@@ -25,14 +25,15 @@ from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.distillation.learning import Distillation
 from midway.gen.distillation.residual import ResidualObjective
 from midway.gen.flags.cli import Page, numbers, resolve
-from midway.gen.priors.head_samplers import TrainedHead, hidden_vectors
 from midway.gen.priors.load import KIND, load_prior
+from midway.gen.priors.rules import TrainedHead
 from midway.gen.progress.bar import busy
 from midway.gen.progress.finished import unfinished
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.gen.training.precision import resolve_precision
+from midway.gen.trainings.head_vectors import hidden_vectors
 from midway.gen.trainings.running import open_run
 from midway.gen.trainings.solver_tasks import (
     MORE,

@@ -14,9 +14,10 @@ from midway.gen.distillation.table import TableConfig, TableObjective, TableTarg
 from midway.gen.priors.config import TokenHeadConfig
 from midway.gen.priors.continuous import ContinuousPrior
 from midway.gen.priors.decoding import Decoding
-from midway.gen.priors.head_samplers import head_of, head_sampler, hidden_vectors
 from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.rules import head_of, head_sampler
 from midway.gen.priors.sampling import CodeSampling, decode_codes, identity_of, sample_codes
+from midway.gen.trainings.head_vectors import hidden_vectors
 from midway.samplers.sample import ForwardCounter, sample
 from midway.samplers.solvers import make_solver
 from midway.samplers.table import Table
