@@ -18,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.core.config import to_dict
-from midway.gen.data.images import to_float, to_uint8
+from midway.gen.data.images import to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.load import TrainedPrior
+from midway.gen.tokenizer.codes import all_codes
 from midway.tokenizers.memory import images_at_once
 
 
@@ -129,13 +131,9 @@ def decode_codes(trained: TrainedPrior, tokens: Tensor) -> Tensor:
     return torch.cat([to_uint8(tokenizer.decode_indices(part.to(tokenizer.device))).cpu() for part in parts])
 
 
-@torch.no_grad()
-def encode_codes(trained: TrainedPrior, images: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU, as many at once as fit."""
-    tokenizer = trained.tokenizer
-    parts = images.split(images_at_once(tokenizer))
-    found = [tokenizer.encode_indices(to_float(part.to(tokenizer.device))).cpu() for part in parts]
-    return trained.prior.layout.tokens(torch.cat(found))
+def encode_codes(trained: TrainedPrior, images: Images) -> Tensor:
+    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU. DivergedError as of `all_codes`."""
+    return trained.prior.layout.tokens(all_codes(trained.tokenizer, images))
 
 
 def settled(decoding: Decoding, length: int) -> Decoding:
