@@ -16,7 +16,7 @@ from midway.gen.flags.cli import names, numbers
 from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import alike, draw_of
 from midway.gen.priors.load import TrainedPrior, load_prior
-from midway.gen.priors.rules import MASKED, draw_warnings
+from midway.gen.priors.rules import draw_warnings, rules_of
 from midway.gen.report.notes import prior_notes
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.priors import (
@@ -86,8 +86,7 @@ class Priors:
         if len(decays) > 1:
             why = "the exact solution chooses among grids, and samples of a prior, which are draws, have none"
             raise UsageError(f"--grids {task.grids} on {task.model}", why, "name one of cosine, arccos, linear")
-        if not rules and trained.prior.config.kind == "masked":
-            rules = MASKED
+        rules = rules or rules_of(trained.prior)
         budgets = None if task.nfe is None else numbers(task.nfe, "--nfe")
         decay = decays[0] if decays else ""
         return PriorPlan(rules, budgets, decay, options, ("--solvers", "--nfe", "--grids"), shared=False, skip=skip)

@@ -17,16 +17,16 @@ Decoding takes any number of evaluations S: each decides some tokens, given all 
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, halton_order, steps_of
-from midway.gen.priors.draws import Draws
-from midway.gen.priors.layout import CodeLayout
-from midway.gen.priors.prior import Prior, draw_tokens
+from midway.gen.priors.draws import Draws, NormalDraws
+from midway.gen.priors.layout import CodeLayout, LatentLayout
+from midway.gen.priors.prior import CodePrior, Prior, draw_tokens
 from midway.gen.training.batches import CodeBatch, Context
 
 
@@ -45,31 +45,36 @@ class Conditionals(Protocol):
         ...
 
 
-class MaskedPrior(Prior):
-    """See the top of the file."""
+class Bidirectional(Prior):
+    """A prior whose trunk sees the tokens that are there, and one vector in place of each that is missing."""
 
-    def __init__(
-        self,
-        config: PriorConfig,
-        layout: CodeLayout,
-        classes: int,
-        empty: tuple[int, ...] = (),
-        class_names: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(config, layout, classes, empty, class_names)
-        self.missing = nn.Parameter(torch.randn(config.width) * 0.02)
+    embed: nn.Module
+    """Tokens (B, L, *) -> (B, L, W)."""
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self.missing = nn.Parameter(torch.randn(self.config.width) * 0.02)
 
     def hidden(self, tokens: Tensor, known: Tensor, labels: Tensor, context: Context | None = None) -> Tensor:
-        """(B, L, W) for tokens int64 (B, L, D), of which those with known, bool (B, L), are read, and labels (B,)."""
+        """(B, L, W) for tokens (B, L, *), of which those with known, bool (B, L), are read, and labels (B,)."""
         vectors = torch.where(known[..., None], self.embed(tokens), self.missing) + self.position.weight
         x = torch.cat([self.label(labels)[:, None], vectors], dim=1)
         return self.trunk(x, self.places, context)[:, 1:]
 
+
+def random_masks(length: int, context: Context) -> tuple[Tensor, Tensor]:
+    """What a training step masks: how many k, float64 (B,) uniform on 1 .. L, and places int64 (B, L), the first k of them."""
+    count = (context.uniform("count") * length).floor() + 1
+    return count, context.uniform("mask", (length,)).argsort(-1)
+
+
+class MaskedPrior(Bidirectional, CodePrior):
+    """See the top of the file."""
+
     def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         length, labels = self.layout.length, self.kept_labels(batch.labels, context)
-        count = (context.uniform("count") * length).floor() + 1
-        rank = context.uniform("mask", (length,)).argsort(-1).argsort(-1)
-        missing = rank < count[:, None]
+        count, order = random_masks(length, context)
+        missing = order.argsort(-1) < count[:, None]
         found = self.head.log_probs(self.hidden(batch.tokens, ~missing, labels, context), batch.tokens).sum(-1)
         nats = -(found * missing).sum(1) / count.to(found)
         return nats.mean(), {"bits": nats.detach().mean() * length / math.log(2)}
@@ -128,55 +133,41 @@ class _Labelled:
 def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device: torch.device | None = None) -> Tensor:
     """Tokens int64 (batch, L, D), in `how.steps` evaluations, by a rule of masked priors. ValueError for S > L."""
     layout = model.layout
-    length, sizes = layout.length, layout.sizes
-    tokens = torch.zeros(batch, length, len(sizes), dtype=torch.int64, device=device)
+    length, steps = layout.length, steps_of(how, layout.length)
+    tokens = torch.zeros(batch, length, len(layout.sizes), dtype=torch.int64, device=device)
     known = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    orders, done = _orders(layout, batch, draws, how, device), 0
-    steps = steps_of(how, length)
+    orders, done = fixed_orders(layout, batch, draws, how, device), 0
     for step, count in enumerate(steps):
-        hidden, scale = model.hidden(tokens, known), how.scale(done / length)
-        at = _Step(model, hidden, scale, draws, how)
+        drawn = partial(_drawn, model, model.hidden(tokens, known), how, how.scale(done / length))
+        left = known.int().argsort(dim=1, stable=True)[:, : length - done]  # places that are missing, in order
         if how.rule == "maskgit":
-            everywhere = torch.arange(length, device=device).expand(batch, -1)
-            drawn, law = at.draw(everywhere, step)
+            values, confidence = drawn(left, draws, step)
+            gumbel = -(-draws.keys(f"confidence {step}", length).log()).log().to(left.device).gather(1, left)
             noise = how.choice_noise * (1 - (step + 1) / len(steps))
-            gumbel = -(-draws.keys(f"confidence {step}", length).log()).log()
-            confidence = law + noise * gumbel.to(law)
-            places = confidence.masked_fill(known, -math.inf).topk(count).indices
-            new = drawn.gather(1, places[..., None].expand(-1, -1, len(sizes)))
+            best = (confidence + noise * gumbel.to(confidence)).topk(count).indices
+            places, new = left.gather(1, best), values.gather(1, best[..., None].expand(-1, -1, tokens.shape[2]))
+        elif how.rule == "certain":
+            places = left.gather(1, drawn(left, _Most())[1].topk(count).indices)
+            new, _ = drawn(places, draws)
         else:
-            places = next(orders) if how.rule != "certain" else at.certain(known, count)
-            new, _ = at.draw(places)
+            places = next(orders)
+            new, _ = drawn(places, draws)
         tokens = tokens.scatter(1, places[..., None].expand_as(new), new)
         known = known.scatter(1, places, True)
         done += count
     return tokens
 
 
-class _Step:
-    """One evaluation."""
-
-    def __init__(self, model: Conditionals, hidden: Tensor, scale: float, draws: Draws, how: Decoding) -> None:
-        self.model, self.hidden, self.scale, self.draws, self.how = model, hidden, scale, draws, how
-
-    def draw(self, places: Tensor, attempt: int = 0) -> tuple[Tensor, Tensor]:
-        """Tokens (B, n, D) at places (B, n), and the log-probabilities (B, n) of what was drawn."""
-        index = torch.cat([places] * self.how.copies)
-        some = self.hidden.gather(1, index[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        sizes = self.model.layout.sizes
-        return draw_tokens(self.model.logits, some, places, sizes, self.scale, self.draws, self.how, attempt)
-
-    def certain(self, known: Tensor, count: int) -> Tensor:
-        """Places (B, count) whose most probable token, digit by digit, is most probable."""
-        batch, length = known.shape
-        everywhere = torch.arange(length, device=known.device).expand(batch, -1)
-        sizes = self.model.layout.sizes
-        best = draw_tokens(self.model.logits, self.hidden, everywhere, sizes, self.scale, _Most(), self.how)[1]
-        return best.masked_fill(known, -math.inf).topk(count).indices
+def _drawn(
+    model: Conditionals, hidden: Tensor, how: Decoding, scale: float, places: Tensor, draws: Draws, attempt: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B, n, D) at places (B, n) of an evaluation (B, L, W) or (2 B, L, W), and their log-probabilities (B, n)."""
+    index = torch.cat([places] * how.copies)[..., None].expand(-1, -1, hidden.shape[-1])
+    return draw_tokens(model.logits, hidden.gather(1, index), places, model.layout.sizes, scale, draws, how, attempt)
 
 
 class _Most:
-    """The most probable values."""
+    """The most probable value of every digit."""
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         return law.argmax(-1)
@@ -185,8 +176,12 @@ class _Most:
         raise NotImplementedError
 
 
-def _orders(
-    layout: CodeLayout, batch: int, draws: Draws, how: Decoding, device: torch.device | None
+def fixed_orders(
+    layout: CodeLayout | LatentLayout,
+    batch: int,
+    draws: Draws | NormalDraws,
+    how: Decoding,
+    device: torch.device | None,
 ) -> Iterator[Tensor]:
     """Places (B, n) of each step in turn, of a rule whose order is fixed."""
     length = layout.length
