@@ -79,6 +79,7 @@ def test_no_token_depends_on_itself_or_on_later_ones(shuffled: bool) -> None:
     vectors: list[Tensor] = []
 
     def watched(module: torch.nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        assert torch.equal(args[0], tokens.gather(1, order[..., None].expand(-1, -1, 2))[:, :-1])
         vectors.append(out.detach().requires_grad_())
         return vectors[0]
 
