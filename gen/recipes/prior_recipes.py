@@ -26,7 +26,8 @@ def digits_causal() -> PriorTask:
     held-out digits, where independent codes take 59.8 and a fixed length 63.9.
 
     So few images are soon known by heart: half of the network is dropped out, weights decay, and validation chooses the step. On
-    `--tokenizer runs/digits-vq`, 16 tokens of 512 codes: VQ_CAUSAL
+    `--tokenizer runs/digits-vq`, 16 tokens of 512 codes: 94.8 bits, where independent codes take 118.8 and
+    a fixed length 144.
 
     midway train prior digits-causal --tokenizer runs/digits-fsq
     """
@@ -48,7 +49,7 @@ def digits_masked() -> PriorTask:
 
 
 def mnist5k_causal() -> PriorTask:
-    """64 tokens of 512 codes, one after the other. MNIST_CAUSAL
+    """64 tokens of 512 codes, one after the other. About 4 min of one core.
 
     midway train prior mnist5k-causal --tokenizer runs/mnist5k-fsq
     """
@@ -58,7 +59,7 @@ def mnist5k_causal() -> PriorTask:
 
 
 def mnist5k_masked() -> PriorTask:
-    """The same tokens in any order, in 1 to 64 evaluations. MNIST_MASKED
+    """The same tokens in any order, in 1 to 64 evaluations. Not trained to its end yet.
 
     midway train prior mnist5k-masked --tokenizer runs/mnist5k-fsq
     """
@@ -74,7 +75,7 @@ def _cifar10(kind: Kind) -> PriorTask:
 
 
 def cifar10_causal() -> PriorTask:
-    """64 tokens of 6 digits on CIFAR-10, with mirror images. CIFAR_CAUSAL
+    """64 tokens of 6 digits on CIFAR-10, with mirror images. Not trained to its end yet.
 
     midway train prior cifar10-causal --max-seconds 900
     """
@@ -82,7 +83,7 @@ def cifar10_causal() -> PriorTask:
 
 
 def cifar10_masked() -> PriorTask:
-    """The same tokens in any order. CIFAR_MASKED
+    """The same tokens in any order. Not trained to its end yet.
 
     midway train prior cifar10-masked --max-seconds 900
     """
