@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from midway.gen.core.config import to_dict
 from midway.gen.data.images import to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.priors.blocks import Trunk
@@ -156,9 +157,8 @@ def decode_codes(trained: TrainedPrior, tokens: Tensor) -> Tensor:
     return torch.cat([to_uint8(decoded(part.to(tokenizer.device))).cpu() for part in parts])
 
 
-@torch.no_grad()
-def encode_codes(trained: TrainedPrior, images: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU, as many at once as fit."""
+def encode_codes(trained: TrainedPrior, images: Images) -> Tensor:
+    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU. DivergedError as of `all_codes`."""
     return trained.prior.layout.tokens(all_codes(trained.tokenizer, images))
 
 

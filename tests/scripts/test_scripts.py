@@ -159,7 +159,7 @@ def test_a_script_works_as_a_command_line(
         "import_tokenizer": imported,
         "evaluate_tokenizer": tokenizers.FILES,
         "train_latent": ("checkpoints/step-2/ema.safetensors", "samples/averaged-000002-nfe20.png"),
-        "train_prior": ("best/step-2/ema.safetensors", "model/README.md", "samples/averaged-000002-nfe16.png"),
+        "train_prior": ("best/step-2/ema.safetensors", "model/README.md", "samples/averaged-000002-nfe4.png"),
         "train_features": ("checkpoints/step-2/features.safetensors",),
         "train_baseline": ("best/step-2/ema.safetensors", "samples/traversals.png"),
         "evaluate_likelihood": likelihood.FILES,

@@ -92,7 +92,7 @@ def test_fit_gets_one_view_of_each_as_tokens(tmp_path: Path) -> None:
 
 
 def _write(_: int, folder: Path) -> None:
-    _, process = device_and_process()
+    process = device_and_process()[1]
     encode_codes(folder, tokenizer(), digits(), FLIPPED, 7, process)
 
 
