@@ -178,6 +178,10 @@ class AskedHead:
     nfe: int | None = None
     grid: str = ""
 
+    def settled(self) -> "AskedHead":
+        """With the head's own sampler where nothing is named."""
+        return AskedHead(self.solver or HEAD_SOLVER, self.nfe or HEAD_NFE, self.grid or HEAD_GRID)
+
 
 def head_for(trained: TrainedPrior, asked: AskedHead, guidance: float) -> Sampler | None:
     """The sampler of a continuous prior's head, None of a prior over codes; errors as of `head_sampler`, and for codes."""
@@ -187,8 +191,8 @@ def head_for(trained: TrainedPrior, asked: AskedHead, guidance: float) -> Sample
             why = f"only continuous priors have a diffusion head, and this is a {trained.prior.config.kind} prior over codes"
             raise UsageError(f"{flag} on {trained.run.place}", why, f"drop {flag}")
         return None
-    solver, grid = asked.solver or HEAD_SOLVER, asked.grid or HEAD_GRID
-    return head_sampler(trained, solver, grid, asked.nfe or HEAD_NFE, guidance)
+    found = asked.settled()
+    return head_sampler(trained, found.solver, found.grid, found.nfe or HEAD_NFE, guidance)
 
 
 def head_sampler(trained: TrainedPrior, solver: str, grid: str, nfe: int, guidance: float = 1.0) -> Sampler:
