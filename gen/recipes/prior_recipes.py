@@ -8,7 +8,7 @@ import tyro
 
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import PriorTask
-from midway.gen.priors.config import Kind, PriorConfig
+from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.training.config import TrainConfig
 
@@ -22,12 +22,11 @@ def _prior(name: str, tokenizer: str, model: PriorConfig, train: TrainConfig) ->
 
 
 def digits_causal() -> PriorTask:
-    """4 tokens of 6 digits, one after the other. Under 1 min; 47.5 bits an image on
-    held-out digits, where independent codes take 59.8 and a fixed length 63.9.
+    """4 tokens of 6 digits, one after the other. Under 1 min; 47.5 bits an image on held-out digits, where independent codes take
+    59.8 and a fixed length 63.9.
 
     So few images are soon known by heart: half of the network is dropped out, weights decay, and validation chooses the step. On
-    `--tokenizer runs/digits-vq`, 16 tokens of 512 codes: 94.8 bits, where independent codes take 118.8 and
-    a fixed length 144.
+    `--tokenizer runs/digits-vq`, 16 tokens of 512 codes: 94.8 bits, where independent codes take 118.8 and a fixed length 144.
 
     midway train prior digits-causal --tokenizer runs/digits-fsq
     """
@@ -37,8 +36,7 @@ def digits_causal() -> PriorTask:
 
 
 def digits_masked() -> PriorTask:
-    """The same tokens in any order, in 1 to 4 evaluations. About 1 min; at most 46.1 bits an image on
-    held-out digits.
+    """The same tokens in any order, in 1 to 4 evaluations. About 1 min; at most 46.1 bits an image on held-out digits.
 
     On `--tokenizer runs/digits-vq`: at most 94.4 bits with --steps 1500 (3 min).
 
@@ -46,6 +44,17 @@ def digits_masked() -> PriorTask:
     """
     model = PriorConfig("masked", width=96, depth=4, heads=4, dropout=0.2)
     return _prior("digits-masked", "digits-fsq", model, replace(DIGITS, steps=1000, ema=0.99))
+
+
+def digits_mar() -> PriorTask:
+    """4 continuous tokens of 6 channels, each drawn by a diffusion head: MAR.
+
+    midway train prior digits-mar --tokenizer runs/digits-kl
+    """
+    head = TokenHeadConfig(width=128, repeats=4)
+    model = PriorConfig("continuous", width=96, depth=4, heads=4, dropout=0.1, head=head)
+    train = replace(DIGITS, ema=0.999)
+    return PriorTask(Path("runs/digits-mar"), tokenizer=Path("runs/digits-kl"), model=model, train=train)
 
 
 def mnist5k_causal() -> PriorTask:
@@ -66,6 +75,17 @@ def mnist5k_masked() -> PriorTask:
     model = PriorConfig("masked", width=96, depth=4, heads=4, dropout=0.1)
     train = replace(DIGITS, steps=1800, batch_size=32, ema=0.99, validate_every=300, patience_validations=3)
     return _prior("mnist5k-masked", "mnist5k-fsq", model, train)
+
+
+def mnist5k_mar() -> PriorTask:
+    """64 continuous tokens of 3 channels, the latents of an FSQ tokenizer before they are rounded: MAR.
+
+    midway train prior mnist5k-mar --tokenizer runs/mnist5k-fsq
+    """
+    head = TokenHeadConfig(width=128, repeats=1)
+    model = PriorConfig("continuous", width=128, depth=4, heads=4, dropout=0.1, head=head)
+    train = replace(DIGITS, steps=3000, batch_size=32, ema=0.999)
+    return PriorTask(Path("runs/mnist5k-mar"), tokenizer=Path("runs/mnist5k-fsq"), model=model, train=train)
 
 
 def _cifar10(kind: Kind) -> PriorTask:
@@ -118,5 +138,13 @@ GENERIC_PRIORS: dict[str, Callable[[CodeLayout | LatentLayout], PriorTask]] = {"
 PRIOR_SIZES = ("model.width", "model.depth", "train.batch_size")
 """What the number of tokens decides."""
 PRIOR_RECIPES = by_name(
-    small, digits_causal, digits_masked, mnist5k_causal, mnist5k_masked, cifar10_causal, cifar10_masked
+    small,
+    digits_causal,
+    digits_masked,
+    digits_mar,
+    mnist5k_causal,
+    mnist5k_masked,
+    mnist5k_mar,
+    cifar10_causal,
+    cifar10_masked,
 )
