@@ -148,8 +148,12 @@ def few_step_block(found: dict[str, Any]) -> str:
         return f"{sum(line['held'] for line in lines)} of {len(lines)}"
 
     images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
+    after, more = found["seconds"], found["few_step_seconds"]
+    spent = f"{after:g} s of process time each on one thread"
+    if found["start"] == "flow":
+        spent = f"{after:g} s of process time of the flow model on one thread, then {more:.0f} s of tables or a few-step model"
     facts = (
-        f"Means and standard deviations over {seeds} trainings, {found['seconds']:g} s of process time each on one thread; "
+        f"Means and standard deviations over {seeds} trainings, {spent}; "
         f"{images}, reference `{first['reference']}`. Over both feature spaces, few-step models are below every solver "
         f"{held(1)} times with 1 evaluation and {held(2)} times with 2; with 8 they are below 1.2 times exact {held(8)} times."
     )
