@@ -1,4 +1,4 @@
-"""A finished latent model as one folder to distribute, with its tokenizer and a README.md of facts.
+"""A finished latent model as one folder to distribute, with its tokenizer and a README.md of facts; a prior's is alike.
 
 run/model/    config.json, diffusion_pytorch_model.safetensors      read by LatentModel.from_pretrained
               tokenizer/                                            read by ImageTokenizer.from_pretrained
@@ -13,6 +13,7 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import markdown
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.description import DescribedModel
 from midway.gen.diffusion.model import LatentModel
 from midway.tokenizers.hub import LICENSE
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -20,7 +21,7 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 FOLDER = "model"
 
 
-def finish_model(run: Run, model: LatentModel, tokenizer: ImageTokenizer, text: str) -> Path:
+def finish_model(run: Run, model: DescribedModel, tokenizer: ImageTokenizer, text: str) -> Path:
     """Write run.path/model, weights, tokenizer and card; errors and path as `write_folder`."""
 
     def write(folder: Path) -> None:

@@ -20,7 +20,7 @@ from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.files.record_work import check_own
 from midway.gen.files.records import is_records
 from midway.gen.flags.cli import resolve
-from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.flags.sampling_flags import TileFlags
 from midway.gen.progress.finished import unfinished
 from midway.gen.tokenizer.codes import PLAN as CODES_PLAN
 from midway.gen.tokenizer.codes import check_codes, codes_path, encode_codes, open_codes

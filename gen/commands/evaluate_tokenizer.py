@@ -41,7 +41,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, Subject, make_reference
 from midway.gen.flags.cli import Flat, resolve
 from midway.gen.flags.evaluation_flags import UNNAMED
-from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.flags.sampling_flags import TileFlags
 from midway.gen.progress.bar import Progress
 from midway.gen.progress.finished import unfinished
 from midway.gen.report.notes import empty_notes

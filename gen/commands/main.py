@@ -25,10 +25,11 @@ class Command:
 TRAININGS = {
     "train tokenizer": Command("trainings.train_tokenizer", "an image tokenizer: FSQ, VQ, LFQ, residual, KL, ..."),
     "train latent": Command("trainings.train_latent", "a latent diffusion or flow model on a tokenizer"),
+    "train prior": Command("trainings.train_prior", "a causal or masked prior over a tokenizer's codes"),
     "train solver": Command("trainings.train_solver", "a solver for one model: AMED, a learned table, ..."),
     "train baseline": Command("trainings.train_baseline", "a VAE, NICE, RealNVP, Glow or TarFlow"),
     "train features": Command("trainings.train_features", "a feature network on your own labelled images"),
-    "encode": Command("commands.encode", "store the latents of a tokenizer, by several processes"),
+    "encode": Command("commands.encode", "store latents or codes of a tokenizer, by several processes"),
 }
 MEASURES = {
     "sample": Command("commands.sample", "images of a model, to a grid, a folder, a zip or an npz"),

@@ -1,16 +1,18 @@
-"""Draw samples: midway sample --model runs/digits-dit --solver ddim --nfe 10 --n 64 --seed 0 --out grid.png"""
+"""Draw samples: midway sample --model runs/digits-dit --solver ddim --nfe 10 --n 64 --seed 0 --out grid.png
+
+Of a prior over codes: midway sample --model runs/digits-masked --solver halton --nfe 4
+"""
 
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.files import check_path
-from midway.gen.core.processes import device_and_process
-from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
+from midway.gen.core.processes import ProcessInfo, device_and_process
+from midway.gen.core.runs import kind_of as run_kind
 from midway.gen.core.text import echo, printable
 from midway.gen.data.external import fingerprint
 from midway.gen.diffusion.inversion import (
@@ -28,6 +30,7 @@ from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
 from midway.gen.diffusion.sampling import Start, decode, encode, sample_latents
 from midway.gen.evaluation.sources import SolverSource
 from midway.gen.flags.cli import resolve
+from midway.gen.flags.sample_flags import SampleTask
 from midway.gen.flags.sample_inputs import (
     InputImages,
     LabelOf,
@@ -36,94 +39,46 @@ from midway.gen.flags.sample_inputs import (
     numbered_classes,
     read_images,
 )
-from midway.gen.flags.sample_outputs import Drawing, check_finite, draw_grid, draw_set, kind_of
-from midway.gen.flags.sampling_flags import SamplingFlags
-from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.flags.sample_outputs import (
+    Drawing,
+    Kind,
+    by_prior,
+    by_sampler,
+    check_finite,
+    draw_grid,
+    draw_set,
+    kind_of,
+)
 from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.priors.load import KIND, TrainedPrior, load_prior
+from midway.gen.priors.rules import Asked, check_solver, decoding_for, draw_warnings
+from midway.gen.priors.sampling import CodeSampling, identity_of
 from midway.gen.progress.finished import unfinished
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule
 
-
-@dataclass(frozen=True, kw_only=True)
-class SampleFlags:
-    """What is drawn."""
-
-    model: Path
-    """Run directory of the latent model."""
-    out: Path = Path("grid.png")
-    """grid.png: a grid. A folder, .zip or .npz: single images. With --invert: noise, .safetensors."""
-    solver: str = ""
-    """euler, ddim, heun, dpmpp2m, ... (docs/solvers.md), rk45, or one learned for this model: table, amed, amed-plugin-...; of a
-    model that jumps: jump, consistency. By default dpmpp2m, or what the model was trained for."""
-    nfe: int = 10
-    """Network evaluations per image (guidance doubles what the network runs)."""
-    grid: str = ""
-    """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, ays_sd, ays_sdxl or gits; learned ones have theirs. By
-    default karras, of jumps uniform."""
-    n: int | None = None
-    """Number of images: 64, or as many as --init, --noise or --invert has."""
-    seed: int = 0
-    """Seed of the first image; the others follow."""
-    labels: str | None = None
-    """Classes, by number or name: 3, or cat,dog. Seed s has number s mod N of these N; otherwise all classes in turn."""
-    init: str | None = None
-    """Image to image: an image, a folder, a zip, an .npz or a named source. Seed s begins at image number s mod N."""
-    strength: float | None = None
-    """With --init: the share of the steps that run, in (0, 1]; 1 begins at the noise of the first step. 0.6 by default."""
-    invert: str | None = None
-    """Find the noise that gives these images (as --init names them), and write it to --out."""
-    noise: Path | None = None
-    """Begin at the noise that --invert has written; its classes unless --labels names others."""
-    parallel: Literal["no", "gaussian", "picard"] = "no"
-    """Evaluate many times at once, in waves, until nothing changes (samplers/parallel.py); costs evaluations, saves waiting."""
-    tolerance: float = 1e-3
-    """With --parallel: a state has settled when it changes by less, in standard deviations."""
-    window: int | None = None
-    """With --parallel: evaluations of a wave, per image; by default the whole trajectory."""
-    rtol: float = 1e-5
-    """With --solver rk45, which has no budget and chooses its steps: greatest error of a step, relative to the state."""
-    atol: float = 1e-5
-    """The same, absolute."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleTask(TileFlags, SamplingFlags, SampleFlags):
-    """Draw samples of a model; an image depends on its seed alone.
-
-    A grid: --out grid.png. Single images named by seed and class: --out FOLDER, x.zip or x.npz, with any --n; after a kill
-    the same command draws what is missing, and processes share it: accelerate launch --num_processes 4 -m midway sample ...
-
-    Image to image: --init photos --strength 0.6. Inversion: --invert photos --out n.safetensors, then --noise n.safetensors.
-    """
-
-    def __post_init__(self) -> None:
-        SamplingFlags.__post_init__(self)
-        check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, window=STEPS, tile=WIDTH)
-        given = [f"--{name}" for name in ("init", "noise", "invert") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageError(" and ".join(given), "images begin at one of them", "drop all but one")
-        if self.strength is not None and self.init is None:
-            raise UsageError("--strength without --init", "there are no images to begin at", "give --init, or drop it")
-        if self.invert is not None and (self.analytic_first or self.parallel != "no"):
-            flag = "--analytic-first" if self.analytic_first else "--parallel"
-            raise UsageError(f"--invert with {flag}", "the reversed grid begins at data, row by row", f"drop {flag}")
+NFE = 10
+"""Of a latent model where none is given."""
 
 
 def run(task: SampleTask) -> None:
     """Sample, decode, write."""
     kind = kind_of(check_path(task.out), task.invert is not None)
     device, process = device_and_process()
+    if run_kind(task.model) == KIND:
+        prior = load_prior(task.model, device)
+        drawing, warnings = prior_drawing(task, prior)
+        warn(process, *unfinished(prior.run), *warnings)
+        return write(task, drawing, kind, process, prior.weights)
     trained = load_model(task.model, device)
-    if process.rank == 0:
-        for line in unfinished(trained.run):
-            print(f"warning: {printable(line)}", file=sys.stderr)
+    warn(process, *unfinished(trained.run))
+    check_latent(task)
     task = with_solver(task, trained.model)
     task.apply_tiles(trained.tokenizer)
     config = SamplerConfig((task.grid,), tolerances=(task.rtol, task.atol), **task.sampler_options(device))
     labels = () if task.labels is None else chosen_labels(task.labels, trained.model)
-    samplers = make_samplers(trained, task.solver, task.nfe, config)
+    samplers = make_samplers(trained, task.solver, task.nfe or NFE, config)
     sampler = samplers.get(task.grid) or next(iter(samplers.values()))
     if task.invert is not None:
         return invert(task, trained, sampler, config, labels)
@@ -132,25 +87,78 @@ def run(task: SampleTask) -> None:
     seeds = torch.arange(task.seed, task.seed + begun.count)
     used, sampling = parallel or begun.sampler, config.sampling()
     settings = settings_of(task, SolverSource(trained, used, sampling).identity, labels, begun.about)
-    drawing = Drawing(trained, used, seeds, sampling, begun.label_of, begun.start, settings)
+    make = by_sampler(trained, used, sampling, begun.start)
+    drawing = Drawing(make, trained.model, seeds, task.batch_size, begun.label_of, settings)
+    return write(task, drawing, kind, process, trained.weights, parallel)
+
+
+def warn(process: ProcessInfo, *lines: str) -> None:
+    """On the terminal, by the first process."""
+    for line in lines if process.rank == 0 else ():
+        print(f"warning: {printable(line)}", file=sys.stderr)
+
+
+def write(
+    task: SampleTask,
+    drawing: Drawing,
+    kind: Kind,
+    process: ProcessInfo,
+    weights: str,
+    parallel: ParallelSampler | None = None,
+) -> None:
+    """Draw, and print what it took."""
     made = draw_grid(drawing, task.out) if kind == "grid" else draw_set(drawing, task.out, kind, process)
     if process.rank > 0:
-        return None
+        return
+    passed = f" ({made.token_evaluations:g} token-evaluations)" * bool(made.token_evaluations)
     waves = f" in {parallel.waves} waves" if parallel and made.images else ""
-    drawn = (
-        f"{made.nfe:g} evaluations each{waves}, {made.seconds:.2f} s" if made.images else "all of them there already"
-    )
+    took = f"{made.nfe:g} evaluations{passed} each{waves}, {made.seconds:.2f} s"
+    drawn = took if made.images else "all of them there already"
     own = f" ({made.images} drawn here)" if process.world_size > 1 else ""
-    echo(f"{begun.count} images{own}, {drawn}; weights {trained.weights}; saved {task.out}")
-    if trained.model.classes:
-        echo(f"classes: {numbered_classes(trained.model)}")
-    return None
+    echo(f"{len(drawing.seeds)} images{own}, {drawn}; weights {weights}; saved {task.out}")
+    if drawing.model.classes:
+        echo(f"classes: {numbered_classes(drawing.model)}")
+
+
+def check_latent(task: SampleTask) -> None:
+    """UsageError for flags of priors, and the name of a rule, where the model is a latent one."""
+    task.without_priors("this is a latent model")
+    check_solver(task.solver, "--solver", str(task.model))
 
 
 def with_solver(task: SampleTask, model: LatentModel) -> SampleTask:
     """With the solver and the grid that the model is sampled by where none is given."""
     solver, grid = own_solver(model.config.objective, model.config.jump)
-    return replace(task, solver=task.solver or solver, grid=task.grid or grid)
+    return replace(task, solver=task.solver or solver, grid=task.grid or grid, nfe=task.nfe or NFE)
+
+
+# ---- priors ----
+
+OF_SOLVERS = (
+    "init strength invert noise parallel tolerance window rtol atol guidance_interval guide analytic_first eta graph"
+)
+"""Flags without effect on priors."""
+
+
+def prior_drawing(task: SampleTask, trained: TrainedPrior) -> tuple[Drawing, tuple[str, ...]]:
+    """Images of a prior, and warnings. UsageError for a rule, a number of evaluations or a flag that it cannot have."""
+    prior = trained.prior
+    given = [f.name for f in fields(task) if f.name in OF_SOLVERS.split() and getattr(task, f.name) != f.default]
+    if given:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UsageError(
+            f"{flag} on {task.model}", "it is for models that are solved, and this is a prior", f"drop {flag}"
+        )
+    asked = Asked(task.solver, task.nfe, task.grid, task.guidance, task.draw_options, ("--solver", "--nfe", "--grid"))
+    decoding = decoding_for(prior, asked, trained.run.place)
+    task.apply_tiles(trained.tokenizer)
+    labels = () if task.labels is None else chosen_labels(task.labels, prior)
+    sampling = CodeSampling(decoding, task.batch_size, task.precision)
+    tiles = {} if task.tile is None else {"--tile": [task.tile, task.tile_margin]}
+    settings = {**tiles, "--labels": list(labels) or "in turn", **identity_of(trained, sampling)}
+    seeds, make = torch.arange(task.seed, task.seed + (task.n or 64)), by_prior(trained, sampling)
+    drawing = Drawing(make, prior, seeds, task.batch_size, label_rule(labels, prior), settings)
+    return drawing, draw_warnings(prior, [decoding])
 
 
 # ---- where images begin ----

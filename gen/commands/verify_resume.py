@@ -25,19 +25,26 @@ from midway.gen.core.checkpoints import Checkpoint
 from midway.gen.core.config import from_file
 from midway.gen.core.errors import DataError, DiskError, MidwayError, one_line, raising
 from midway.gen.core.files import LOG_LIMIT, read_text, reading
-from midway.gen.core.locks import check_no_link, empty, lock, made
+from midway.gen.core.locks import made_empty
 from midway.gen.core.processes import one_thread, raised_by_all
 from midway.gen.core.ranges import EVENTS, check_flag_ranges
 from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.places import DataPathFlag, images_at, moved_run, splits_of
 from midway.gen.data.splits import Splits
 from midway.gen.flags.cli import own_fields, resolve
-from midway.gen.flags.tasks import LatentTask, TokenizerTask
+from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerTask
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import TrainConfig
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks
-from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
+from midway.gen.trainings import (
+    prior_parts,
+    train_baseline,
+    train_features,
+    train_latent,
+    train_solver,
+    train_tokenizer,
+)
 
 FILES = ("model", "ema", "optimizer", "progress")
 TIMES = ("seconds", "images_per_second")
@@ -50,11 +57,11 @@ class VerifyTask(DataPathFlag):
     """Replay steps from a checkpoint of a run, with and without a stop, and compare."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a tokenizer, latent model, baseline, feature network or learned solver."""
+    """Run directory of a tokenizer, latent model, prior, baseline, feature network or learned solver."""
     steps: int = 20
     """Optimizer steps to replay, at least 2."""
     tokenizer: Path | None = None
-    """Of a latent model: where its tokenizer is, if it is neither where it was nor moved together with the run."""
+    """Of a latent model or prior: where its tokenizer is, if it is neither where it was nor moved together with the run."""
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, steps=(2, EVENTS[1]))
@@ -73,6 +80,7 @@ class Kind:
 KINDS = {
     "tokenizer": Kind(lambda _: TokenizerTask, train_tokenizer.make_parts),
     "latent_model": Kind(lambda _: LatentTask, train_latent.make_parts),
+    "prior": Kind(lambda _: PriorTask, prior_parts.make_parts),
     "features": Kind(lambda _: train_features.FeaturesTask, train_features.make_parts, one_thread),
     "solver": Kind(lambda _: train_solver.SolverTask, train_solver.make_parts),
     "baseline": Kind(train_baseline.task_type, train_baseline.make_parts),
@@ -122,18 +130,6 @@ def temporary_folder(path: Path, accelerator: Accelerator) -> Iterator[Path]:
         yield path
 
 
-@contextmanager
-def made_empty(path: Path) -> Iterator[None]:
-    """Within the block an empty folder and its lock."""
-    check_no_link(path)
-    with made(path), lock(path, "used"):
-        empty(path)  # of a killed process
-        try:
-            yield
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def open_any(path: Path) -> tuple[Run, Any]:
     """A run of any kind and the task it was started with."""
     kind = kind_of(path)
@@ -148,15 +144,17 @@ def open_any(path: Path) -> tuple[Run, Any]:
 
 def in_place(task: VerifyTask, run: Run, job: Any) -> tuple[Any, Splits | None]:
     """The task of a run with the paths of today, and the images of one that trains on images; errors as `splits_of`."""
-    if isinstance(job, LatentTask):
-        cache = job.latents if job.latents is not None and job.latents.exists() else None
-        tokenizer = task.tokenizer or moved_run(run, job.tokenizer)
-        others: dict[str, Any] = {
-            name: moved_run(run, path) for name in ("init", "teacher") if (path := getattr(job, name)) is not None
-        }
-        if job.reflow.source is not None:
+    if isinstance(job, LatentTask | PriorTask):
+        stored = "latents" if isinstance(job, LatentTask) else "codes"
+        cache = getattr(job, stored)
+        others: dict[str, Any] = {stored: cache if cache is not None and cache.exists() else None}
+        for name in ("init", "teacher"):
+            if (path := getattr(job, name, None)) is not None:
+                others[name] = moved_run(run, path)
+        if isinstance(job, LatentTask) and job.reflow.source is not None:
             others["reflow"] = replace(job.reflow, source=moved_run(run, job.reflow.source))
-        return replace(job, tokenizer=tokenizer, latents=cache, data_path=task.data_path, **others), None
+        tokenizer = task.tokenizer or moved_run(run, job.tokenizer)
+        return replace(job, tokenizer=tokenizer, data_path=task.data_path, **others), None
     if isinstance(job, train_solver.SolverTask):
         return replace(job, model=moved_run(run, job.model)), None
     return job, splits_of(run, images_at(run, task.data_path))

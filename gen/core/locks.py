@@ -124,3 +124,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+@contextlib.contextmanager
+def made_empty(path: Path) -> Iterator[None]:
+    """Within the block an empty folder and its lock."""
+    check_no_link(path)
+    with made(path), lock(path, "used"):
+        empty(path)  # of a killed process
+        try:
+            yield
+        finally:
+            shutil.rmtree(path, ignore_errors=True)

@@ -136,8 +136,8 @@ class Block(Recomputed):
         return x + gate_2[:, None] * drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
 
 
-def _embedding(width: int) -> nn.Sequential:
-    """Of the sinusoids of a number."""
+def number_embedding(width: int) -> nn.Sequential:
+    """Of the 256 sinusoids of a number."""
     return nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
 
@@ -173,14 +173,14 @@ class DiT(nn.Module):
         self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
         self.embed = nn.Linear(channels * config.patch**2, config.width)
         self.register_buffer("positions", positions_2d(*self.grid, config.width), persistent=False)
-        self.time = _embedding(config.width)
+        self.time = number_embedding(config.width)
         self.label = nn.Embedding(classes + 1, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
         self._initialise()
-        self.more = nn.ModuleDict({name: _embedding(config.width) for name in more})
+        self.more = nn.ModuleDict({name: number_embedding(config.width) for name in more})
         for embedding in self.more.values():
             _start_at_zero(cast(nn.Sequential, embedding))
 

@@ -17,7 +17,8 @@ from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.diffusion.field import Denoiser, noise_angle
 from midway.gen.diffusion.jump_config import DERIVATIVE
 from midway.gen.training.batches import Context, LatentBatch
-from midway.samplers.prediction import expand, target_coefficients
+from midway.samplers.prediction import Target, expand, target_coefficients
+from midway.samplers.schedule import Schedule
 from midway.tokenizers.losses import mean
 from midway.tokenizers.precision import widened
 
@@ -49,14 +50,19 @@ def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
     """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`)."""
     drawn = draws(model, batch, context, "time")
     t = model.time_of(drawn.times[0])
-    alpha, sigma = model.schedule.alpha(t), model.schedule.sigma(t)
-    a, b = target_coefficients(model.config.target, t, model.schedule)
-    unit = (a.square() + b.square()).sqrt()
-    x_t = expand(alpha, drawn.x0) * drawn.x0 + expand(sigma, drawn.x0) * drawn.eps
-    target = expand(a / unit, drawn.x0) * drawn.x0 + expand(b / unit, drawn.x0) * drawn.eps
+    x_t, target = noised(model.schedule, model.config.target, t, drawn.x0, drawn.eps)
     output, _ = model.forward_network(x_t, t, drawn.labels, context)
     error = (widened(output) - target).square().flatten(1).mean(1)
-    return mean(error), {"loss_time": loss_by_time(error.detach(), noise_angle(alpha, sigma))}
+    angle = noise_angle(model.schedule.alpha(t), model.schedule.sigma(t))
+    return mean(error), {"loss_time": loss_by_time(error.detach(), angle)}
+
+
+def noised(schedule: Schedule, target: Target, t: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """The state x_t and the unit-variance target there, (B, *) each, for x0 and eps (B, *) at t (B,)."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    a, b = target_coefficients(target, t, schedule)
+    unit = (a.square() + b.square()).sqrt()
+    return expand(alpha, x0) * x0 + expand(sigma, x0) * eps, expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
 
 
 def loss_by_time(error: Tensor, angle: Tensor) -> Tensor:

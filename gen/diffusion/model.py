@@ -105,8 +105,7 @@ class LatentModel(DescribedModel):
         if self.config.time == "uniform":
             low, high = self.time_range
             return (low + (high - low) * u).float()
-        log_rho = self.config.time_mean + self.config.time_std * torch.special.ndtri(u)
-        return self.schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX))).float()
+        return logit_normal(self.schedule, u, self.config.time_mean, self.config.time_std).float()
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -225,6 +224,12 @@ class LatentModel(DescribedModel):
             check_guide(self.trained_on, weak.trained_on)
         elif guidance.scale != 1:
             check_labels(guidance.scale, self.trained_on)
+
+
+def logit_normal(schedule: Schedule, u: Tensor, mean: float, std: float) -> Tensor:
+    """The times (B,), within the range that grids sample, at which log rho is normal, for float64 u (B,) uniform on (0, 1)."""
+    log_rho = mean + std * torch.special.ndtri(u)
+    return schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX)))
 
 
 @lru_cache

@@ -32,15 +32,18 @@ def online_distances(
 
 
 def log_online(
-    run: Run, step: int, found: dict[int, float], reference: FeatureReference, config: OnlineConfig
+    run: Run, step: int, found: dict[int, float], reference: FeatureReference, n: int, by: dict[str, str]
 ) -> dict[str, float]:
-    """One line of metrics.jsonl and one of the log, with all that names the numbers; these by name."""
-    facts = {"n": config.n, "solver": config.solver, "grid": config.grid, "seeds": f"0-{config.n - 1}"}
+    """One line of metrics.jsonl and one of the log, with all that names the numbers; these by name.
+
+    by: the solver and its grid, or the rule of a prior.
+    """
+    facts = {"n": n, **by, "seeds": f"0-{n - 1}"}
     values = {f"distance_nfe_{nfe}": value for nfe, value in found.items()}
     run.log({"step": step, "early": True, **values, **facts, "features": reference.features})
     distances = ", ".join(f"NFE {nfe}: {value:.3g}" for nfe, value in found.items())
     run.say(
-        f"step {step}: Fréchet distance ({reference.features}, n = {config.n}, seeds {facts['seeds']}) by {config.solver} "
-        f"on {config.grid}: {distances}"
+        f"step {step}: Fréchet distance ({reference.features}, n = {n}, seeds {facts['seeds']}) by "
+        f"{' on '.join(by.values())}: {distances}"
     )
     return values

@@ -17,8 +17,7 @@ from midway.gen.diffusion.class_draw import LabelRule
 from midway.gen.evaluation.metrics import check_names
 from midway.gen.features.protocols import ProtocolName
 from midway.gen.flags.cli import Flat
-from midway.gen.flags.sampling_flags import SamplingFlags
-from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.flags.sampling_flags import SamplingFlags, TileFlags
 from midway.gen.metrics.frechet import Root
 from midway.gen.sweep.jobs import EXACT_NFE
 

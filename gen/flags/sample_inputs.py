@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from midway.gen.core.files import read_bytes
 from midway.gen.core.text import printable
 from midway.gen.data.external import ReadingOptions, read_external
 from midway.gen.data.images import load_images
-from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.sampling import labels_of
 from midway.gen.files.decoding import IMAGE_LIMIT, Undecodable, decode, stack
 from midway.gen.files.names import is_image
@@ -22,10 +22,18 @@ LabelOf = Callable[[Tensor], Tensor]
 """Seeds (B,) -> their classes, int64 (B,)."""
 
 
+class Classed(Protocol):
+    """A model of classes, 0 without; `empty` had no training image, `class_names` are () where they are not known."""
+
+    classes: int
+    empty: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+
 # ---- classes ----
 
 
-def chosen_labels(words: str, model: LatentModel) -> tuple[int, ...]:
+def chosen_labels(words: str, model: Classed) -> tuple[int, ...]:
     """The classes that --labels names, by number or name; a word that is a class's name is that class.
 
     UsageError for none, for a class that the model does not have, and for one that had no training image.
@@ -38,7 +46,7 @@ def chosen_labels(words: str, model: LatentModel) -> tuple[int, ...]:
     return found
 
 
-def _label(word: str, words: str, model: LatentModel) -> int:
+def _label(word: str, words: str, model: Classed) -> int:
     if word in model.class_names:
         label = model.class_names.index(word)
     elif word.lstrip("-").isdecimal() and 0 <= int(word) < model.classes:
@@ -59,7 +67,7 @@ def _label(word: str, words: str, model: LatentModel) -> int:
     return label
 
 
-def label_rule(labels: Sequence[int], model: LatentModel) -> LabelOf:
+def label_rule(labels: Sequence[int], model: Classed) -> LabelOf:
     """Seed s has number s mod N of N labels; without labels its own class."""
     if not labels:
         return lambda seeds: labels_of(seeds, model.classes, model.empty)
@@ -67,13 +75,13 @@ def label_rule(labels: Sequence[int], model: LatentModel) -> LabelOf:
     return lambda seeds: listed[seeds % len(listed)]
 
 
-def numbered_classes(model: LatentModel) -> str:
+def numbered_classes(model: Classed) -> str:
     """`0: cat, 1: dog`: every class that --labels takes; numbers alone of a run that does not hold the names."""
     trained = [label for label in range(model.classes) if label not in model.empty]
     return ", ".join(named(model, label) for label in trained)
 
 
-def named(model: LatentModel, label: int) -> str:
+def named(model: Classed, label: int) -> str:
     """A class as its number and its name."""
     return f"{label}: {model.class_names[label]}" if model.class_names else str(label)
 
@@ -89,7 +97,7 @@ class InputImages:
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def labels(self, model: LatentModel) -> tuple[int, ...]:
+    def labels(self, model: Classed) -> tuple[int, ...]:
         """The model's class of each image, by name; () unless all of them are the model's."""
         if not self.classes or not {*self.classes} <= {*model.class_names}:
             return ()

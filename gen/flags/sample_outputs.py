@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,11 @@ from midway.gen.core.text import echo
 from midway.gen.data.pictures import check_own, is_of, save_grid
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sample_folder import PARTS, SampleFolder
-from midway.gen.diffusion.sampling import SamplingConfig, Start, decode, sample_batches, sample_latents
+from midway.gen.diffusion.sampling import SamplingConfig, Start, decode, sample_batches
 from midway.gen.files.names import EXTENSIONS
+from midway.gen.flags.sample_inputs import Classed, LabelOf
+from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.sampling import CodeSampling, code_batches, decode_codes
 from midway.gen.progress.bar import Progress
 from midway.samplers.sampler import Sampler
 
@@ -48,35 +51,83 @@ def kind_of(out: Path, inverts: bool) -> Kind:
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What is drawn: one image for each seed."""
+class Made:
+    """uint8 images (B, C, H, W) of a batch, evaluations of one, seconds of sampling all of them, and tokens through a prior."""
 
-    trained: TrainedModel
-    sampler: Sampler
+    images: Tensor
+    nfe: float
+    seconds: float
+    token_evaluations: float = 0.0
+
+
+Make = Callable[[Iterable[tuple[Tensor, Tensor]]], Iterator[Made]]
+"""Batches of seeds (B,) and labels (B,) -> their images, one batch at a time. DivergedError."""
+
+
+def by_sampler(trained: TrainedModel, sampler: Sampler, sampling: SamplingConfig, start: Start | None) -> Make:
+    """Images of a latent model."""
+
+    def make(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Made]:
+        for samples in sample_batches(trained, sampler, batches, sampling, start):
+            check_finite(samples.latents)
+            yield Made(decode(trained, samples.latents), samples.nfe, samples.seconds)
+
+    return make
+
+
+def by_prior(trained: TrainedPrior, sampling: CodeSampling) -> Make:
+    """Images of a prior over codes."""
+
+    def make(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Made]:
+        for samples in code_batches(trained, batches, sampling):
+            if not bool(samples.finite.all()):
+                fix = "train the prior again, with less --lr or with --precision no"
+                raise DivergedError("sampling diverged", "the prior's laws stopped being finite", fix)
+            images = decode_codes(trained, samples.tokens)
+            yield Made(images, samples.nfe, samples.seconds, samples.token_evaluations)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn: one image for each seed, of this model's classes."""
+
+    make: Make
+    model: Classed
     seeds: Tensor
-    sampling: SamplingConfig
-    label_of: Callable[[Tensor], Tensor]
-    start: Start | None
+    batch_size: int
+    label_of: LabelOf
     settings: dict[str, Any]
     """JSON of everything that the images depend on beside their seeds."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """How many images were drawn, evaluations of one, and seconds of sampling."""
+    """How many images were drawn, evaluations of one, seconds of sampling, and token-evaluations of one of a prior."""
 
     images: int
     nfe: float
     seconds: float
+    token_evaluations: float = 0.0
+
+    @classmethod
+    def of(cls, made: Iterable[Made]) -> "Drawn":
+        """Of all batches."""
+        count, nfe, seconds, passed = 0, 0.0, 0.0, 0.0
+        for its in made:
+            size = len(its.images)
+            count, seconds = count + size, seconds + its.seconds
+            nfe, passed = nfe + its.nfe * size, passed + its.token_evaluations * size
+        return cls(count, nfe / max(count, 1), seconds, passed / max(count, 1))
 
 
 def draw_grid(drawing: Drawing, out: Path) -> Drawn:
     """Write a PNG of all images in rows. DivergedError, DiskError."""
-    labels = drawing.label_of(drawing.seeds)
-    made = sample_latents(drawing.trained, drawing.sampler, drawing.seeds, drawing.sampling, labels, drawing.start)
-    check_finite(made.latents)
-    save_grid(out, decode(drawing.trained, made.latents), columns=math.ceil(math.sqrt(len(drawing.seeds))))
-    return Drawn(len(drawing.seeds), made.nfe, made.seconds)
+    made = list(drawing.make((some, drawing.label_of(some)) for some in drawing.seeds.split(drawing.batch_size)))
+    images = torch.cat([its.images for its in made])
+    save_grid(out, images, columns=math.ceil(math.sqrt(len(drawing.seeds))))
+    return Drawn.of(made)
 
 
 def draw_set(drawing: Drawing, out: Path, kind: Kind, process: ProcessInfo) -> Drawn:
@@ -84,7 +135,7 @@ def draw_set(drawing: Drawing, out: Path, kind: Kind, process: ProcessInfo) -> D
 
     UsageError for a folder or a file of anything else, DivergedError, DiskError.
     """
-    model = drawing.trained.model
+    model = drawing.model
     place = out if kind == "folder" else out.with_name(out.name + PARTS)
     folder = SampleFolder(place, drawing.settings, model.classes, model.class_names)
     about, first = folder.about(drawing.seeds), process.rank == 0
@@ -114,21 +165,20 @@ def draw_set(drawing: Drawing, out: Path, kind: Kind, process: ProcessInfo) -> D
 
 def _draw_missing(drawing: Drawing, folder: SampleFolder, process: ProcessInfo) -> Drawn:
     """Draw the batches of this process of which an image is missing: whole, so that no image depends on what was there."""
-    batches = [part for _, part in process.mine(drawing.seeds.split(drawing.sampling.batch_size))]
+    batches = [part for _, part in process.mine(drawing.seeds.split(drawing.batch_size))]
     todo = [(some, labels) for some in batches if folder.missing(some, labels := drawing.label_of(some))]
     there = sum(map(len, batches)) - sum(len(some) for some, _ in todo)
     if there and process.rank == 0:
         echo(f"{there} images are there already")
-    evaluations, seconds = 0.0, 0.0
     with Progress("drawing", sum(map(len, batches)), "images", done=there) as progress:
-        made = sample_batches(drawing.trained, drawing.sampler, todo, drawing.sampling, drawing.start)
-        for (some, labels), samples in zip(todo, made, strict=True):
-            check_finite(samples.latents)
-            folder.write(some, labels, decode(drawing.trained, samples.latents))
-            evaluations, seconds = evaluations + samples.nfe * len(some), seconds + samples.seconds
-            progress.advance(len(some))
-    count = sum(len(some) for some, _ in todo)
-    return Drawn(count, evaluations / max(count, 1), seconds)
+
+        def written() -> Iterator[Made]:
+            for (some, labels), made in zip(todo, drawing.make(todo), strict=True):
+                folder.write(some, labels, made.images)
+                progress.advance(len(some))
+                yield made
+
+        return Drawn.of(written())
 
 
 def check_finite(latents: Tensor) -> None:

@@ -9,6 +9,7 @@ COMMON = (
 NAMED = {
     "Sampling": "guidance_interval guide analytic_first eta init strength invert parallel tolerance window rtol atol"
     " choice_seeds exact_nfe skip_unreachable",
+    "Priors over codes": "priors prior_rules prior_nfe prior_decay temperature top_k top_p guidance_ramp choice_noise",
     "Measuring": "feature_weights metrics reference save_reference protocol root blocks repeats few_step few_step_nfe"
     " baselines",
     "External images": "images_resize images_channels export_npz save_images",
@@ -40,6 +41,7 @@ GROUPS = {
 ORDER = (
     "Common flags",
     "Sampling",
+    "Priors over codes",
     "Measuring",
     "More flags",
     "Data",

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from midway.gen.core.config import PER_CALL
-from midway.gen.core.ranges import LAYERS, WEIGHT, WIDTH, check_ranges
+from midway.gen.core.ranges import COUNT, LAYERS, WEIGHT, WIDTH, check_flag_ranges, check_ranges
 from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import Flat
-from midway.gen.flags.tile_flags import TileFlags
+from midway.gen.flags.sampling_flags import TileFlags
+from midway.gen.priors.config import PriorConfig, PriorOnlineConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
 from midway.tokenizers.hub import LICENSE
@@ -170,3 +171,25 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)
     """Settings of --measure-every."""
+
+
+@dataclass(frozen=True)
+class PriorTask(DataPathFlag, TileFlags, TrainingTask):
+    """Train a prior: a law of a tokenizer's codes by class, or of its latents token by token, from which images are drawn."""
+
+    tokenizer: Path
+    """Run directory of the tokenizer; its data set is used."""
+    codes: Path | None = None
+    """Folder of codes, of a continuous prior of latents (default: next to the tokenizer; created if missing)."""
+    model: PriorConfig = field(default_factory=PriorConfig)
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
+    validation_images: int | None = None
+    """Number of held-out images in validation (default: all)."""
+    masks: int | None = None
+    """Masked priors: masks of an image in the bound of held-out bits (default: one a token, at most 16)."""
+    early: PriorOnlineConfig = field(default_factory=PriorOnlineConfig)
+    """Settings of --measure-every."""
+
+    def __post_init__(self) -> None:
+        check_flag_ranges(self, validation_images=COUNT, masks=COUNT)

@@ -12,11 +12,11 @@ from torch import Tensor
 from midway.gen.priors.blocks import Cache
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.draws import Draws
-from midway.gen.priors.prior import Prior, draw_tokens
+from midway.gen.priors.prior import CodePrior, draw_tokens
 from midway.gen.training.batches import CodeBatch, Context
 
 
-class CausalPrior(Prior):
+class CausalPrior(CodePrior):
     """See the top of the file."""
 
     def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:

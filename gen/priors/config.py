@@ -1,11 +1,43 @@
 """What a prior over codes is built from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from midway.gen.core.ranges import EVENTS, LAYERS, SHARE, WIDTH, check_ranges
+from midway.gen.core.checkpoints import recorded_run
+from midway.gen.core.config import RECORDED_AS
+from midway.gen.core.ranges import COUNT, EVENTS, LAYERS, POSITIVE, SHARE, STEPS, WIDTH, check_ranges
+from midway.samplers.prediction import Target
+from midway.samplers.schedule import SCHEDULES, Schedule
 
-Kind = Literal["causal", "masked"]
+Kind = Literal["causal", "masked", "continuous"]
+
+
+@dataclass(frozen=True)
+class TokenHeadConfig:
+    """Process and size of the small diffusion model of one continuous token."""
+
+    width: int = 256
+    """Channels of its hidden layers."""
+    depth: int = 3
+    """Residual blocks."""
+    schedule: Literal["linear", "cosine", "vp", "edm"] = "linear"
+    """Process from a token to noise, as of a latent model."""
+    target: Target = "velocity"
+    """What the head predicts."""
+    time_mean: float = 0.0
+    """Mean of log rho, by whose normal law noise levels are drawn in training."""
+    time_std: float = 1.0
+    """Standard deviation of log rho."""
+    repeats: int = 4
+    """Noise levels that a training step draws for an image, as a multiple of its tokens; they are spread evenly over those that
+    are missing."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, width=WIDTH, depth=LAYERS, time_mean=(-100, 100), time_std=POSITIVE, repeats=(1, 1000))
+
+    def make_schedule(self) -> Schedule:
+        """The schedule this names."""
+        return SCHEDULES[self.schedule]()
 
 
 @dataclass(frozen=True)
@@ -13,7 +45,8 @@ class PriorConfig:
     """Kind and size of a prior."""
 
     kind: Kind = "causal"
-    """causal: one token after the other, with exact bits. masked: all that are missing at once, in any number of evaluations."""
+    """causal: one token after the other, with exact bits. masked: all that are missing at once, in any number of evaluations.
+    continuous: latents themselves in place of codes, a token's by a small diffusion model given the others."""
     split: Literal["auto", "joint", "digits"] = "auto"
     """How the code of a position is predicted: by one softmax (joint), or digit by digit (fsq and bits); auto: one softmax of at
     most 16,384 codes."""
@@ -32,6 +65,8 @@ class PriorConfig:
     shuffle_steps: int = 0
     """causal: optimizer steps with tokens in random orders, for all samples in the first half of them, then for ever fewer; 0:
     always row by row."""
+    head: TokenHeadConfig = field(default_factory=TokenHeadConfig)
+    """continuous: the diffusion model of a token."""
 
     def __post_init__(self) -> None:
         check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, label_dropout=SHARE, shuffle_steps=EVENTS)
@@ -42,5 +77,22 @@ class PriorConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")
-        if self.kind == "masked" and self.shuffle_steps:
-            raise ValueError("a masked prior is trained in every order: shuffle_steps is for causal ones")
+        if self.kind != "causal" and self.shuffle_steps:
+            raise ValueError(f"a {self.kind} prior is trained in every order: shuffle_steps is for causal ones")
+
+
+@dataclass(frozen=True)
+class PriorOnlineConfig:
+    """Online evaluation of a prior, every `--measure-every` steps."""
+
+    nfe: tuple[int, ...] = ()
+    """Evaluations per image of a masked prior (default: a quarter of its tokens, and all); a causal one takes one a token."""
+    n: int = 1000
+    """Images of each budget, seeds 0 to n - 1."""
+    features: str | None = field(default=None, metadata={RECORDED_AS: recorded_run})
+    """Feature network, as in midway evaluate (default: effnet-lite0)."""
+
+    def __post_init__(self) -> None:
+        if self.n < 2 or min(self.nfe, default=1) < 1:
+            raise ValueError(f"online evaluation of n {self.n} at NFE {self.nfe}: use n >= 2 and NFE >= 1")
+        check_ranges(self, n=COUNT, nfe=STEPS)

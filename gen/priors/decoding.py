@@ -77,7 +77,7 @@ def law_of(logits: Tensor, decoding: Decoding) -> Tensor:
         best = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, logits.argmax(-1, keepdim=True), True)
         return torch.where(best, 0.0, -math.inf)
     below = logits - logits.amax(-1, keepdim=True)  # so that no temperature overflows
-    law = (below / decoding.temperature).log_softmax(-1)
+    law = (below / max(decoding.temperature, 1e-30)).log_softmax(-1)
     if 0 < decoding.top_k < law.shape[-1]:
         kept = torch.zeros_like(law, dtype=torch.bool).scatter_(-1, law.topk(decoding.top_k).indices, True)
         law = law.masked_fill(~kept, -math.inf).log_softmax(-1)

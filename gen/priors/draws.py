@@ -8,6 +8,9 @@ from torch import Tensor
 
 from midway.gen.core import randomness
 
+MOST_PLACES = 2**20
+"""More than an image has tokens."""
+
 
 class Draws(Protocol):
     """What a decoder draws, for images of one batch."""
@@ -21,6 +24,18 @@ class Draws(Protocol):
 
     def keys(self, purpose: str, length: int) -> Tensor:
         """float64 (B, length), uniform on (0, 1): to sort by, or to make other numbers of."""
+        ...
+
+
+class NormalDraws(Protocol):
+    """What a decoder of continuous tokens draws."""
+
+    def keys(self, purpose: str, length: int) -> Tensor:
+        """As of `Draws`."""
+        ...
+
+    def normal(self, draw: int, places: Tensor, channels: int) -> Tensor:
+        """Standard normal numbers (B, n, C) for the tokens at places (B, n): draw 0 where a sampler begins, later on the way."""
         ...
 
 
@@ -39,3 +54,9 @@ class SeededDraws:
 
     def keys(self, purpose: str, length: int) -> Tensor:
         return randomness.uniform(0, f"prior {purpose}", 0, self.seeds, (length,))
+
+    def normal(self, draw: int, places: Tensor, channels: int) -> Tensor:
+        """float32."""
+        ids = self.seeds[:, None] * MOST_PLACES + places.cpu()  # of great seeds wrapped, and still apart within a batch
+        drawn = randomness.normal(0, "prior token", draw, ids.flatten(), (channels,))
+        return drawn.view(*places.shape, channels).to(places.device)

@@ -56,6 +56,11 @@ class CodeLayout:
         return tuple(size for radix in self.radices for size in radix)
 
     @property
+    def about(self) -> str:
+        """In words."""
+        return f"codes {self.length} x {self.sizes}"
+
+    @property
     def bits(self) -> float:
         """L log2 of the codes of a position: what an image takes without a prior."""
         return self.length * sum(map(math.log2, self.sizes))
@@ -69,13 +74,7 @@ class CodeLayout:
     @cached_property
     def places(self) -> Tensor:
         """float32 (L, 2): row and column of each token's centre, in positions of the finest level from 1 on."""
-        finest = max(rows for rows, _ in self.grids), max(columns for _, columns in self.grids)
-        found = []
-        for rows, columns in self.grids:
-            a, b = finest[0] / rows, finest[1] / columns
-            y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-            found.append(torch.stack([(y.flatten() + 0.5) * a + 0.5, (x.flatten() + 0.5) * b + 0.5], dim=1))
-        return torch.cat(found)
+        return places_of(self.grids)
 
     def tokens(self, indices: Tensor) -> Tensor:
         """int64 (B, *shape) -> digits int64 (B, L, D). ValueError for another shape, or a code that does not exist."""
@@ -107,6 +106,65 @@ class CodeLayout:
     def _check(self, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         if tuple(x.shape[1:]) != shape:
             raise ValueError(f"{name} have shape {tuple(x.shape)}; this prior takes (B, {', '.join(map(str, shape))})")
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """The sequence of an image whose tokens are the latents of its positions, row by row: (B, C, rows, columns) <-> (B, L, C)."""
+
+    channels: int
+    rows: int
+    columns: int
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.rows, self.columns) < 1:
+            raise ValueError(f"latents of shape {self.shape}: give sizes of at least 1")
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """As of codes."""
+        return ((self.rows, self.columns),)
+
+    @property
+    def length(self) -> int:
+        """L, tokens of an image."""
+        return self.rows * self.columns
+
+    @property
+    def about(self) -> str:
+        """In words."""
+        return f"latents {self.shape}"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image's latents."""
+        return self.channels, self.rows, self.columns
+
+    @cached_property
+    def places(self) -> Tensor:
+        """As of codes."""
+        return places_of(self.grids)
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """(B, C, rows, columns) -> (B, L, C). ValueError for another shape."""
+        if tuple(latents.shape[1:]) != self.shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; this prior takes (B, {self.shape})")
+        return latents.flatten(2).transpose(1, 2)
+
+    def latents(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`."""
+        return tokens.transpose(1, 2).reshape(len(tokens), *self.shape)
+
+
+def places_of(grids: tuple[tuple[int, int], ...]) -> Tensor:
+    """float32 (L, 2): row and column of each token's centre, in positions of the finest level from 1 on."""
+    finest = max(rows for rows, _ in grids), max(columns for _, columns in grids)
+    found = []
+    for rows, columns in grids:
+        a, b = finest[0] / rows, finest[1] / columns
+        y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (rows, columns)), indexing="ij")
+        found.append(torch.stack([(y.flatten() + 0.5) * a + 0.5, (x.flatten() + 0.5) * b + 0.5], dim=1))
+    return torch.cat(found)
 
 
 def layout_of(tokenizer: ImageTokenizer, split: str = "auto") -> CodeLayout:

@@ -15,8 +15,7 @@ from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.load import CPU, read_tokenizer
-from midway.gen.priors.layout import layout_of
-from midway.gen.priors.registry import Prior
+from midway.gen.priors.registry import Prior, layout_for
 from midway.gen.progress.finished import progress_of, selected
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers.tokenizer import ImageTokenizer
@@ -74,11 +73,10 @@ def load_prior(path: Path, device: torch.device = CPU) -> TrainedPrior:
 
 
 def check_layout(prior: Prior, tokenizer: ImageTokenizer) -> None:
-    """ValueError unless the prior is one of this tokenizer's codes."""
-    own = layout_of(tokenizer, prior.config.split)
+    """ValueError unless the prior is one of this tokenizer's codes or latents."""
+    own = layout_for(prior.config, tokenizer)
     if own != prior.layout:
-        mine, its = (f"{layout.length} x {layout.sizes}" for layout in (prior.layout, own))
-        raise ValueError(f"the prior is of codes {mine}, its tokenizer has codes {its}")
+        raise ValueError(f"the prior is of {prior.layout.about}, its tokenizer has {own.about}")
 
 
 def _which(run: Run, folder: Path, averaged: bool) -> str:

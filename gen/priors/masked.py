@@ -17,16 +17,15 @@ Decoding takes any number of evaluations S: each decides some tokens, given all 
 import math
 import warnings
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, halton_order, steps_of
-from midway.gen.priors.draws import Draws
-from midway.gen.priors.layout import CodeLayout
-from midway.gen.priors.prior import Prior, draw_tokens
+from midway.gen.priors.draws import Draws, NormalDraws
+from midway.gen.priors.layout import CodeLayout, LatentLayout
+from midway.gen.priors.prior import CodePrior, Prior, draw_tokens
 from midway.gen.training.batches import CodeBatch, Context
 
 
@@ -45,31 +44,36 @@ class Conditionals(Protocol):
         ...
 
 
-class MaskedPrior(Prior):
-    """See the top of the file."""
+class Bidirectional(Prior):
+    """A prior whose trunk sees the tokens that are there, and one vector in place of each that is missing."""
 
-    def __init__(
-        self,
-        config: PriorConfig,
-        layout: CodeLayout,
-        classes: int,
-        empty: tuple[int, ...] = (),
-        class_names: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(config, layout, classes, empty, class_names)
-        self.missing = nn.Parameter(torch.randn(config.width) * 0.02)
+    embed: nn.Module
+    """Tokens (B, L, *) -> (B, L, W)."""
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        super().__init__(*parts, **more)
+        self.missing = nn.Parameter(torch.randn(self.config.width) * 0.02)
 
     def hidden(self, tokens: Tensor, known: Tensor, labels: Tensor, context: Context | None = None) -> Tensor:
-        """(B, L, W) for tokens int64 (B, L, D), of which those with known, bool (B, L), are read, and labels (B,)."""
+        """(B, L, W) for tokens (B, L, *), of which those with known, bool (B, L), are read, and labels (B,)."""
         vectors = torch.where(known[..., None], self.embed(tokens), self.missing) + self.position.weight
         x = torch.cat([self.label(labels)[:, None], vectors], dim=1)
         return self.trunk(x, self.places, context)[:, 1:]
 
+
+def random_masks(length: int, context: Context) -> tuple[Tensor, Tensor]:
+    """What a training step masks: how many k, float64 (B,) uniform on 1 .. L, and places int64 (B, L), the first k of them."""
+    count = (context.uniform("count") * length).floor() + 1
+    return count, context.uniform("mask", (length,)).argsort(-1)
+
+
+class MaskedPrior(Bidirectional, CodePrior):
+    """See the top of the file."""
+
     def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         length, labels = self.layout.length, self.kept_labels(batch.labels, context)
-        count = (context.uniform("count") * length).floor() + 1
-        rank = context.uniform("mask", (length,)).argsort(-1).argsort(-1)
-        missing = rank < count[:, None]
+        count, order = random_masks(length, context)
+        missing = order.argsort(-1) < count[:, None]
         found = self.head.log_probs(self.hidden(batch.tokens, ~missing, labels, context), batch.tokens).sum(-1)
         nats = -(found * missing).sum(1) / count.to(found)
         return nats.mean(), {"bits": nats.detach().mean() * length / math.log(2)}
@@ -131,7 +135,7 @@ def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device:
     length, sizes = layout.length, layout.sizes
     tokens = torch.zeros(batch, length, len(sizes), dtype=torch.int64, device=device)
     known = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    orders, done = _orders(layout, batch, draws, how, device), 0
+    orders, done = fixed_orders(layout, batch, draws, how, device), 0
     steps = steps_of(how, length)
     for step, count in enumerate(steps):
         hidden, scale = model.hidden(tokens, known), how.scale(done / length)
@@ -185,8 +189,12 @@ class _Most:
         raise NotImplementedError
 
 
-def _orders(
-    layout: CodeLayout, batch: int, draws: Draws, how: Decoding, device: torch.device | None
+def fixed_orders(
+    layout: CodeLayout | LatentLayout,
+    batch: int,
+    draws: Draws | NormalDraws,
+    how: Decoding,
+    device: torch.device | None,
 ) -> Iterator[Tensor]:
     """Places (B, n) of each step in turn, of a rule whose order is fixed."""
     length = layout.length

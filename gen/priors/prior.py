@@ -1,9 +1,9 @@
-"""What causal and masked priors have in common."""
+"""What priors have in common: all of them, and those over codes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided, law_of
 from midway.gen.priors.digits import DigitHead, TokenEmbedding
 from midway.gen.priors.draws import Draws
-from midway.gen.priors.layout import CodeLayout
+from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.training.batches import CodeBatch, Context
 from midway.samplers.guidance_checks import why_unguided
 from midway.tokenizers.hub import card_of
@@ -36,7 +36,7 @@ class PriorDescription:
     """From which a prior is built: model.json of a checkpoint, config.json of a folder to share."""
 
     config: PriorConfig
-    layout: CodeLayout
+    layout: CodeLayout | LatentLayout
     classes: int
     empty: tuple[int, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class PriorDescription:
 
 
 class Prior(DescribedModel, ABC):
-    """A law of the codes of images, given their class; `loss` trains it.
+    """A law of the tokens of images, given their class; `loss` trains it.
 
     The trunk is evaluated with the class as token 0, at place (0, 0), and the tokens of the image behind it. Label `classes`
     means "no class". `empty` are classes without a training image; `class_names` are () where they are not known.
@@ -63,7 +63,7 @@ class Prior(DescribedModel, ABC):
     def __init__(
         self,
         config: PriorConfig,
-        layout: CodeLayout,
+        layout: CodeLayout | LatentLayout,
         classes: int,
         empty: tuple[int, ...] = (),
         class_names: tuple[str, ...] = (),
@@ -73,13 +73,13 @@ class Prior(DescribedModel, ABC):
         self.classes = classes if config.conditional else 0
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.trunk = Trunk(config.width, config.depth, config.heads, config.dropout, config.kind == "causal")
-        self.embed = TokenEmbedding(config.width, layout.sizes)
         self.label = nn.Embedding(self.classes + 1, config.width)
         self.position = nn.Embedding(layout.length, config.width)
-        self.head = DigitHead(config.width, layout.sizes)
         for table in (self.label, self.position):
             nn.init.normal_(table.weight, std=0.02)
-        self.register_buffer("places", torch.cat([torch.zeros(1, 2), layout.places]), persistent=False)
+        self.register_buffer(
+            "places", torch.cat([torch.zeros_like(layout.places[:1]), layout.places]), persistent=False
+        )
 
     @classmethod
     def make(cls, found: PriorDescription) -> Self:
@@ -126,6 +126,21 @@ class Prior(DescribedModel, ABC):
         self.check(decoding)
         labels = self.given(labels)
         return torch.cat([labels, self.null_labels(labels)]) if decoding.copies == 2 else labels
+
+    @abstractmethod
+    def loss(self, batch: Any, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar to minimise, and what to log."""
+
+
+class CodePrior(Prior):
+    """A law of codes as tokens of digits."""
+
+    layout: CodeLayout  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: PriorConfig, layout: CodeLayout, *classes: Any, **names: Any) -> None:
+        super().__init__(config, layout, *classes, **names)
+        self.embed = TokenEmbedding(config.width, layout.sizes)
+        self.head = DigitHead(config.width, layout.sizes)
 
     @abstractmethod
     def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:

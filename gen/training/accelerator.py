@@ -83,7 +83,9 @@ def check_unused(config: TrainConfig, validates: bool = False, measures: bool = 
     if config.validate_every and not validates:
         raise UsageError(validation, "this training has no validation", "use --validate-every 0")
     if config.measure_every and not measures:
-        raise UsageError(measures_every, "only latent models have online evaluation", "use --measure-every 0")
+        raise UsageError(
+            measures_every, "only latent models and priors have online evaluation", "use --measure-every 0"
+        )
     if config.validate_every and sharded:
         what, why = (
             "FSDP does not support validation",

@@ -76,7 +76,7 @@ class TrainConfig:
     patience_validations: int = 0
     """Stop after so many validations in a row without a new best (0: never)."""
     measure_every: int = 0
-    """Latent models: optimizer steps between online evaluation, the Fréchet distance at a few small budgets (0: none)."""
+    """Latent models and priors: optimizer steps between online evaluation, the Fréchet distance at a few budgets (0: none)."""
     log_every: int = 50
     """Optimizer steps between lines of the log."""
     preview_every: int = 0
@@ -146,6 +146,7 @@ PATHS = (
     "out",
     "tokenizer",
     "latents",
+    "codes",
     "init",
     "teacher",
     "reflow.source",

@@ -210,7 +210,8 @@ def write_online(
 ) -> dict[str, float]:
     """Online evaluation of the averaged weights, which are in the model; the distances by name."""
     trained = TrainedModel(parts.model, parts.tokenizer, parts.data, f"step-{step}", run)
-    return log_online(run, step, online_distances(trained, reference, config, parts.draw), reference, config)
+    found, by = online_distances(trained, reference, config, parts.draw), {"solver": config.solver, "grid": config.grid}
+    return log_online(run, step, found, reference, config.n, by)
 
 
 def set_bins(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, images: ImageData) -> None:

@@ -1,0 +1,120 @@
+"""What a prior cannot be asked to draw by, before the first token is drawn: UsageError with what is possible instead.
+
+causal                              of causal priors, one evaluation a token
+random, halton, certain, maskgit    of masked priors, in 1 to L evaluations
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from midway.gen.core.errors import UsageError
+from midway.gen.priors.decoding import DECAYS, RULES, Decoding
+from midway.gen.priors.prior import Prior
+from midway.samplers.guidance_checks import why_unguided
+
+MASKED = RULES[1:]
+"""Rules of masked priors."""
+DEFAULT = {"causal": "causal", "masked": "halton"}
+"""The rule of each kind of prior where none is named: at one evaluation a token it draws from the prior's own law."""
+NOISE = Decoding().choice_noise
+BIASED = "maskgit"
+"""The rule whose samples are of another law than the model's at every number of evaluations."""
+
+
+def rules_of(prior: Prior) -> tuple[str, ...]:
+    """What it can be drawn by."""
+    return RULES[:1] if prior.config.kind == "causal" else MASKED
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What flags ask of a prior; "" and None where they name nothing. flags: those of rule, evaluations and decay."""
+
+    rule: str
+    steps: int | None
+    decay: str
+    guidance: float
+    options: dict[str, Any]
+    """Further fields of Decoding."""
+    flags: tuple[str, str, str]
+
+
+def decoding_for(prior: Prior, asked: Asked, place: str) -> Decoding:
+    """How a prior is drawn from; UsageError, with what it can be asked in place, for a rule or a setting that it cannot have."""
+    rule_flag, steps_flag, decay_flag = asked.flags
+    rule = asked.rule or DEFAULT[prior.config.kind]
+    _check_rule(prior, rule, rule_flag, place)
+    if asked.steps is not None:
+        _check_steps(prior, asked.steps, steps_flag, place)
+    if asked.decay:
+        _check_decay(prior, asked.decay, decay_flag, place)
+    noise = asked.options.get("choice_noise", NOISE)
+    if noise != NOISE and rule != BIASED:
+        what, why = f"--choice-noise {noise:g} with {rule}", "only maskgit keeps tokens by noisy confidences"
+        raise UsageError(what, why, "drop --choice-noise")
+    _check_guidance(prior, asked.guidance, asked.options.get("ramp", 0.0), place)
+    decay = {"decay": asked.decay} if asked.decay else {}
+    steps = asked.steps or prior.layout.length
+    return Decoding(rule, steps, guidance=asked.guidance, **asked.options, **decay)  # pyright: ignore[reportArgumentType]
+
+
+def check_solver(name: str, flag: str, place: str) -> None:
+    """UsageError for the name of a rule where a model is solved."""
+    if name in RULES:
+        why = "it is a rule by which codes are drawn from a prior, and this is a latent model"
+        raise UsageError(f"{flag} {name} on {place}", why, "use a solver, dpmpp2m or one of docs/solvers.md")
+
+
+def _check_rule(prior: Prior, rule: str, flag: str, place: str) -> None:
+    able = rules_of(prior)
+    if rule in able:
+        return
+    kind, whose = prior.config.kind, "causal" if rule == "causal" else "masked"
+    why = f"it is a rule of {whose} priors" if rule in RULES else "it is no rule by which codes are drawn"
+    fix = f"drop {flag}: its rule is causal" if kind == "causal" else f"use one of {', '.join(able)}"
+    raise UsageError(f"{flag} {rule} on {place}", f"{why}, and this model is a {kind} prior over codes", fix)
+
+
+def _check_steps(prior: Prior, steps: int, flag: str, place: str) -> None:
+    length = prior.layout.length
+    if prior.config.kind == "causal" and steps != length:
+        why = f"a causal prior takes one evaluation a token, and its images have {length}"
+        raise UsageError(
+            f"{flag} {steps} on {place}", why, f"drop {flag}; masked priors take any number up to {length}"
+        )
+    if not 1 <= steps <= length:
+        why = f"every evaluation decides at least one token, and its images have {length}"
+        raise UsageError(f"{flag} {steps} on {place}", why, f"give 1 to {length}")
+
+
+def _check_decay(prior: Prior, decay: str, flag: str, place: str) -> None:
+    if prior.config.kind == "causal":
+        raise UsageError(f"{flag} {decay} on {place}", "a causal prior decides one token at a time", f"drop {flag}")
+    if decay not in DECAYS:
+        why = "of priors it is how the share of missing tokens falls"
+        raise UsageError(f"{flag} {decay} on {place}", why, f"choose one of {', '.join(DECAYS)}")
+
+
+def _check_guidance(prior: Prior, scale: float, ramp: float, place: str) -> None:
+    if ramp and scale == 1:
+        raise UsageError("--guidance-ramp without --guidance", "at scale 1 nothing is guided", "give --guidance, say 2")
+    lacking = why_unguided(prior.classes, len(prior.empty), prior.config.label_dropout)
+    if scale != 1 and lacking:
+        raise UsageError(f"--guidance {scale:g} on {place}", f"it {lacking}", "drop --guidance")
+
+
+def draw_warnings(prior: Prior, decodings: Sequence[Decoding]) -> tuple[str, ...]:
+    """Of settings that draw something other than one may expect."""
+    found = list[str]()
+    for how in decodings:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prior.check(how)
+        found += [str(warning.message) for warning in caught]
+        if how.temperature == 0 and not caught:
+            found.append(
+                "at temperature 0 every token is the most probable one: images of a class are nearly all the same"
+            )
+    return tuple(dict.fromkeys(found))
