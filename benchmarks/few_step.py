@@ -40,15 +40,11 @@ from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.trainings import train_latent, train_solver
 
 FLOW = "flow"
-FEW_STEP: dict[str, tuple[str, ...]] = {
-    "shortcut": ("--model.jump.flow-share", "0.25"),
-    "alphaflow": ("--model.jump.ends", "data"),
-    "meanflow": ("--model.jump.ends", "data"),
-    "imf": ("--model.jump.flow-share", "0.5"),
-}
-"""Recipes digits-... and what is different where they begin at a flow model; chosen with a training seed that is not measured."""
-CONTINUED_RATE = "0.001"
-"""Learning rate of those."""
+FEW_STEP = ("shortcut", "alphaflow", "meanflow", "imf")
+"""Recipes digits-..."""
+CONTINUED = ("--model.jump.flow-share", "0.25", "--lr", "0.001")
+"""What is different where they begin at a flow model, whose velocity is there already; chosen with a training seed that is not
+measured."""
 SOLVERS = "euler,dpmpp2m,unipc3,table"
 BUDGETS = (1, 2, 4, 8)
 TURNS, TURN = 5, 20
@@ -79,7 +75,7 @@ class FewStep:
 def step_seconds(recipe: str, task: FewStep) -> "Timed":
     """A model of the recipe on random latents, trained as `train_few` does."""
     name = recipe.removeprefix("digits-")
-    words = [recipe, "--tokenizer", str(task.tokenizer), *(flags_of(task, name) if name != FLOW else [])]
+    words = [recipe, "--tokenizer", str(task.tokenizer), *(flags_of(task) if name != FLOW else [])]
     made = train_latent.resolve(train_latent.LatentTask, LATENT_RECIPES, words)
     shape = load_tokenizer(task.tokenizer)[0].latent_shape
     torch.manual_seed(0)
@@ -154,17 +150,17 @@ def train_few(task: FewStep, seed: int) -> dict[str, int]:
     """The few-step models of a training seed; their steps."""
     steps = {name: steps_of(task, name, few_step_seconds(task)) for name in FEW_STEP}
     for name, count in steps.items():
-        train(task, name, seed, count, flags_of(task, name, seed))
+        train(task, name, seed, count, flags_of(task, seed))
     return steps
 
 
-def flags_of(task: FewStep, name: str, seed: int | None = None) -> list[str]:
+def flags_of(task: FewStep, seed: int | None = None) -> list[str]:
     """Those of a few-step model; without a seed not what it begins at."""
     if task.start == "random":
         return []
     flow = str(place(task, FLOW, seed or 0))
     begin = [] if seed is None else ["--init", flow, "--teacher", flow]
-    return [*FEW_STEP[name], "--lr", CONTINUED_RATE, *begin]
+    return [*CONTINUED, *begin]
 
 
 def train(task: FewStep, name: str, seed: int, count: int, flags: Sequence[str]) -> None:
