@@ -16,32 +16,33 @@ from pathlib import Path
 
 import torch
 
-from midway.gen.core.errors import DiskError, UsageError, raising
-from midway.gen.core.files import clear_temporaries, replaced_name
+from midway.gen.core.errors import UsageError
+from midway.gen.core.files import clear_temporaries
 from midway.gen.core.processes import ProcessInfo, device_and_process, raised_by_all
 from midway.gen.core.signals import stop_note
 from midway.gen.core.text import echo
 from midway.gen.data.external import ExternalImages, images_per_block
 from midway.gen.data.places import changed_since, images_at, splits_of
 from midway.gen.data.splits import Splits, load_splits
-from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.load import TrainedModel
 from midway.gen.evaluation.metrics import check_metrics
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
 from midway.gen.evaluation.spaces import Spaces, spaces_of
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.published import save_reference
 from midway.gen.flags.cli import names, resolve
-from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder
+from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder, make_folders
 from midway.gen.flags.evaluation_inputs import (
     budgets_of,
+    check_rows,
+    classes_of,
     defaults_of,
-    external_images,
-    image_jobs,
-    image_notes,
     jobs_beside,
     model_warnings,
     open_few_step,
+    open_main,
     open_model,
+    open_priors,
     open_repeats,
     open_spaces,
     solver_names,
@@ -49,6 +50,9 @@ from midway.gen.flags.evaluation_inputs import (
 from midway.gen.flags.evaluation_reference import (
     check_reference,
     draw_of,
+    external_images,
+    image_jobs,
+    image_notes,
     protocol_note,
     published,
     references,
@@ -72,7 +76,7 @@ from midway.gen.report.sweep import check_out, terminal_text, write_report
 from midway.gen.report.sweep_page import pictures_of
 from midway.gen.report.table import ReportContext
 from midway.gen.sweep.jobs import Plan, SweepConfig, plan_of
-from midway.gen.sweep.run import Sweep, run_sweep
+from midway.gen.sweep.run import Sweep, held_out_images, run_sweep
 from midway.gen.sweep.store import CellStore
 
 
@@ -86,30 +90,40 @@ def run(task: EvaluateTask) -> Sweep:
 
 def measure_and_report(task: EvaluateTask, device: torch.device, process: ProcessInfo) -> Sweep:
     """`run` on this device, as this share of the processes; everything is checked before anything is written."""
-    begun, trained = time.monotonic(), load_model(task.model, device) if task.model else None
-    if trained is not None:
-        task.apply_tiles(trained.tokenizer)
+    begun, main = time.monotonic(), open_main(task, device)
+    trained = main if isinstance(main, TrainedModel) else None
     model, repeats = open_model(task, trained, device), open_repeats(task, trained, device)
-    data = images_at(trained.run, task.data_path, task.data.download) if trained else task.data
+    data = images_at(main.run, task.data_path, task.data.download) if main else task.data
     out = folder(task)
-    extractors = open_spaces(task, data, "the model" if trained else "the reference")
+    extractors = open_spaces(task, data, "the model" if main else "the reference")
     check_reference(task, extractors)
     few_step = open_few_step(task, trained, data, device)
-    splits = splits_of(trained.run, data) if trained else load_splits(data)
+    priors = open_priors(task, main, data, device)
+    splits = splits_of(main.run, data) if main else load_splits(data)
     for extractor in extractors:
         extractor.check(splits.train.images, "the reference has")
     for one in [*filter(None, [model]), *map(EvaluatedLatentModel, few_step.values())]:
         one.check_images(splits.train.images)
-    changed = changed_since(trained.run, splits.train) if trained else ()
+    if priors is not None:
+        priors.check_images(splits.train.images)
+    changed = changed_since(main.run, splits.train) if main else ()
     externals = external_images(task, splits)
-    config = sweep_config(task, trained, model or first_of(few_step), externals, splits, device)
+    solved = task if main is trained else replace(task, solvers=None, nfe=None, grids=None)  # those of a prior
+    config = sweep_config(solved, trained, model, classes_of(model, few_step, priors), externals, splits, device)
     for extractor in extractors:
         extractor.check_count(config.n)
     dim = extractors[0].measured_dim(splits.train.images)
     check_metrics(config.metrics, config.n, dim, extractors[0].has_logits)
-    others = [*jobs_beside(task, few_step, data, splits, config, device), *image_jobs(externals, config)]
+    others = [
+        *jobs_beside(task, few_step, data, splits, config, device),
+        *([] if priors is None else priors.jobs(splits, config)),
+        *image_jobs(externals, config),
+    ]
+    check_rows(others, config.solvers if model else ())
     with busy("making samplers and fitting their grids"):
-        plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [Plan([])]
+        plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [
+            Plan([]) if priors is None else Plan([], reconstruct=priors.reconstruct)
+        ]
     plans[0].jobs.extend(others)
     given = published(task, extractors, splits)
 
@@ -125,6 +139,7 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             echo(
                 *model_warnings(task),
                 *changed,
+                *(() if priors is None else priors.warnings),
                 *class_notes(splits, config.n, config.draw),
                 *image_notes(externals, config),
             )
@@ -139,17 +154,24 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
             sweeps.append(run_sweep(plan, spaces, splits.held_out, config, out, process, choice))
         sweep, missing = merged(sweeps)
         if shown:
+            own = trained.tokenizer if trained else None
+            real = held_out_images(splits.held_out, config.n)
+            drawn = () if priors is None else tuple(priors.lines(own, real, spaces))
             facts = context(
-                task, model, few_step, splits, config, externals, sweep, spaces, extractors, missing, changed
+                task, model, few_step, drawn, splits, config, externals, sweep, spaces, extractors, missing, changed
             )
             with busy("writing the report"):
                 parts = sections(trained, splits, config, sweep)
                 write_report(out, sweep.measurements, facts, pictures_of(sweep, splits, config), parts, sweep.choice)
             echo(terminal_text(sweep.measurements, facts.warnings))
-            if model is None and not few_step:
+            if model is None and not (few_step or priors):
                 echo(floor_text(sweep))
             echo(f"measured in {duration(time.monotonic() - begun)}; {peak_memory()}", f"report: {out / 'report.html'}")
-            export_images(task, sweep)
+            if task.export_npz or task.save_images:
+                from midway.gen.sweep.export import exported
+
+                for path in exported(sweep, task.seed, task.export_npz, task.save_images):
+                    echo(f"images: {path}")
         return sweep
 
 
@@ -166,14 +188,15 @@ def sweep_config(
     task: EvaluateTask,
     trained: TrainedModel | None,
     model: EvaluatedModel | None,
+    classes: tuple[int, tuple[int, ...]] | None,
     externals: dict[str, ExternalImages],
     splits: Splits,
     device: torch.device,
 ) -> SweepConfig:
-    """What to measure, on seeds with the classes of `model`; UsageError for nothing, and for numbers that measure nothing."""
+    """What to measure, on seeds with these classes; UsageError for nothing, and for numbers that measure nothing."""
     budgets, count = budgets_of(task, trained), blocks(task)
     n = len(splits.held_out.images) if task.n is None else task.n
-    if task.n is None and model is None and externals and count > 0:
+    if task.n is None and classes is None and externals and count > 0:
         n = images_per_block(list(externals.values()), count)
     config = SweepConfig(
         solvers=solver_names(task.solvers, trained, budgets),
@@ -182,11 +205,11 @@ def sweep_config(
         n=n,
         blocks=count,
         first_seed=task.seed,
-        exact_nfe=task.exact_nfe if (task.model or task.diffusers) and model and model.exact else 0,
+        exact_nfe=task.exact_nfe if model and model.exact else 0,
         choice=task.choice_seeds,
         metrics=names(task.metrics or ""),
         overlap=task.overlap,
-        draw=None if model is None else draw_of(task, splits, model.classes, model.empty),
+        draw=None if classes is None else draw_of(task, splits, *classes),
         skip=task.skip_unreachable or (task.nfe is None and bool(task.few_step)),
         **task.sampler_options(device),
     )
@@ -194,25 +217,6 @@ def sweep_config(
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
     config.check()
     return config
-
-
-def first_of(few_step: Mapping[str, TrainedModel]) -> EvaluatedModel | None:
-    """The first few-step model, whose classes the seeds have where there is no other."""
-    return next((EvaluatedLatentModel(trained) for trained in few_step.values()), None)
-
-
-def make_folders(folders: dict[str, Path | None]) -> None:
-    """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag.
-
-    Archives that killed exports left half-written are removed.
-    """
-    for flag, path in folders.items():
-        if path is not None:
-            with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
-                path.mkdir(parents=True, exist_ok=True)
-            for name in filter(None, map(replaced_name, [*path.glob(".*")])):
-                if name.endswith((".npz", ".zip")):
-                    clear_temporaries(path, name)
 
 
 def merged(sweeps: list[Sweep]) -> tuple[Sweep, list[str]]:
@@ -237,21 +241,11 @@ def sections(trained: TrainedModel | None, splits: Splits, config: SweepConfig, 
     return [section for section in found if section is not None]
 
 
-def export_images(task: EvaluateTask, sweep: Sweep) -> None:
-    """Write the images of --export-npz and --save-images."""
-    if task.export_npz is None and task.save_images is None:
-        return
-    from midway.gen.sweep.export import export_measurement, to_export
-
-    for m in to_export(sweep):
-        for path in export_measurement(sweep, m, task.seed, task.export_npz, task.save_images):
-            echo(f"images: {path}")
-
-
 def context(
     task: EvaluateTask,
     model: EvaluatedModel | None,
     few_step: Mapping[str, TrainedModel],
+    drawn: tuple[str, ...],
     splits: Splits,
     config: SweepConfig,
     externals: dict[str, ExternalImages],
@@ -265,11 +259,12 @@ def context(
     features = " ".join(extractor.note for extractor in extractors)
     against = spaces[""].text
     alone = (*common_notes(config, splits, features, against), floor_text(sweep))
-    sampled = model or few_step
+    sampled = model or few_step or drawn
+    whose = " and ".join(["few-step models"] * bool(few_step) + ["priors over codes"] * bool(drawn))
     protocol = notes(config, splits, len(task.repeats), features, against, missing) if sampled else alone
     return ReportContext(
         title=task.title,
-        model=model.description if model else "few-step models" if few_step else "no model of ours",
+        model=model.description if model else whose or "no model of ours",
         data=f"{splits.train.name} {splits.train.fingerprint[:12]} ({len(splits.train.images)} images)",
         seeds=str(config.seeds),
         guidance=config.guidance,
@@ -282,6 +277,7 @@ def context(
             *protocol,
             protocol_note(config.n, spaces[""], config.draw),
             *few_step_notes({name: EvaluatedLatentModel(its).description for name, its in few_step.items()}, sweep),
+            *drawn,
             *exact_notes(config, sweep, None if model is None else model.exact),
             *timing_notes(sweep.measurements),
             *image_notes(externals, config),

@@ -230,6 +230,7 @@ def replay_config(train: TrainConfig, start: Checkpoint, total: int, count: int)
         save_every=0,
         save_seconds=0,
         patience_validations=0,
+        measure_every=0,
         log_with=(),
     )
 

@@ -9,6 +9,7 @@ features run       checkpoints/step-N/features.safetensors
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ from midway.samplers.learned_solver import LearnedSolver, same_schedule
 from midway.samplers.residual_solver import NAMES as RESIDUALS
 from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.sampler import Sampler
-from midway.samplers.schedule import fingerprint
+from midway.samplers.schedule import Schedule, fingerprint
 from midway.samplers.table import NOISY, Table
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -163,7 +164,33 @@ def solver_path(model: Run | Path, name: str, grid: str, nfe: int) -> Path:
     return (root / f"step-{run.step}" if chosen else root) / f"{name}-{grid}-nfe{nfe}"
 
 
-def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Table | LearnedSolver | ResidualTable | None:
+class SolvedNetwork(Protocol):
+    """A latent model, or the head of a continuous prior."""
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def feature_dim(self) -> int: ...
+
+
+class Solved(Protocol):
+    """What learned solvers belong to."""
+
+    @property
+    def model(self) -> SolvedNetwork: ...
+
+    @property
+    def hash(self) -> str: ...
+
+    @property
+    def run(self) -> Run: ...
+
+
+def load_solver(trained: Solved, name: str, grid: str, nfe: int) -> Table | LearnedSolver | ResidualTable | None:
     """The learned solver of this model, None when it was not trained.
 
     DataError for a file whose numbers are of no solver for this model, name, grid and budget, and for other weights.
@@ -196,7 +223,7 @@ def load_solver(trained: TrainedModel, name: str, grid: str, nfe: int) -> Table 
     return solver
 
 
-def _check_place(solver: Sampler, trained: TrainedModel, place: tuple[str, str, int]) -> None:
+def _check_place(solver: Sampler, trained: Solved, place: tuple[str, str, int]) -> None:
     """ValueError unless the solver is that of its folder: (name, grid, NFE), and the model's schedule and features."""
     card = solver.card
     if card is None:
@@ -211,6 +238,6 @@ def _check_place(solver: Sampler, trained: TrainedModel, place: tuple[str, str, 
         )
     if isinstance(solver, ResidualTable):
         solver.check_shape(trained.model.latent_shape)
-    width = trained.model.config.dit.width
+    width = trained.model.feature_dim
     if isinstance(solver, LearnedSolver) and solver.rule.feature_dim not in (0, width):
         raise ValueError(f"it reads {solver.rule.feature_dim} features, the model has {width}")

@@ -4,7 +4,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from midway.gen.evaluation.records import BASELINE, EXACT, FEW_STEP, FLOOR, LIMITS, SOLVER, TO_EXACT, Measurement
+from midway.gen.evaluation.records import (
+    BASELINE,
+    EXACT,
+    FEW_STEP,
+    FLOOR,
+    LIMITS,
+    PRIOR,
+    SOLVER,
+    TO_EXACT,
+    Measurement,
+)
 from midway.samplers.solvers import SOLVERS
 
 FID = "inception-v3-2015-12-05@6726825d"
@@ -43,6 +53,16 @@ def few_step(measurements: Iterable[Measurement]) -> list[Measurement]:
     return [m for m in measurements if m.kind == FEW_STEP]
 
 
+def priors(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Priors over codes, each by its rules at every budget."""
+    return [m for m in measurements if m.kind == PRIOR]
+
+
+def own_weights(measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Few-step models and priors: rows that budgets compare with solvers, on weights of their own."""
+    return [m for m in measurements if m.kind in (FEW_STEP, PRIOR)]
+
+
 def check_comparable(measurements: Sequence[Measurement]) -> None:
     """ValueError for measurements of different image counts, features or references; limits may have fewer images."""
     kinds = {(m.n, m.features, m.reference) for m in measurements if m.solver not in LIMITS}
@@ -55,7 +75,7 @@ def check_comparable(measurements: Sequence[Measurement]) -> None:
 
 
 def shown(measurements: Iterable[Measurement]) -> dict[tuple[str, int], Measurement]:
-    """Solvers and few-step models by (name, NFE); the first of several."""
+    """Solvers, few-step models and priors by (name, NFE); the first of several."""
     found: dict[tuple[str, int], Measurement] = {}
     for m in (m for m in measurements if m.solver not in LIMITS and m.kind != BASELINE):
         found.setdefault((m.solver, m.nfe), m)
@@ -194,9 +214,9 @@ def first_as_exact(measurements: Sequence[Measurement]) -> Key | None:
 
 
 def nearest_to_data(measurements: Sequence[Measurement]) -> dict[int, Key]:
-    """Of every budget of a few-step model, rising, the solver or few-step model of least distance to the data."""
+    """Of every budget of a few-step model or prior, rising, the row of least distance to the data."""
     finite = {key: m.distance for key, m in shown(measurements).items() if math.isfinite(m.distance)}
-    budgets = sorted({m.nfe for m in few_step(measurements)} & {nfe for _, nfe in finite})
+    budgets = sorted({m.nfe for m in own_weights(measurements)} & {nfe for _, nfe in finite})
     return {budget: min((key for key in finite if key[1] == budget), key=lambda key: finite[key]) for budget in budgets}
 
 

@@ -126,6 +126,11 @@ class DiffusersModel:
         field, x = self.field(torch.zeros(1, dtype=torch.long)), torch.zeros(1, *self.shape, device=self.device)
         return flops(lambda: field(x, torch.full((1,), 0.5, device=self.device)))
 
+    @property
+    def network_tokens(self) -> int:
+        """A U-Net has none."""
+        return 0
+
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """None of its grids is fitted."""
         del config, sampler

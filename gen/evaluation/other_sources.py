@@ -1,6 +1,8 @@
-"""Sources of samples beside solvers: baselines at their own number of evaluations, and external images at none."""
+"""Sources of samples beside solvers: priors over codes, baselines at their own number of evaluations, external images at none."""
 
+import math
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,36 @@ from midway.gen.data.images import to_uint8
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.evaluation.sources import SampledBatch
+from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.sampling import CodeSampling, decode_codes, identity_of, sample_codes
+
+
+@dataclass(frozen=True)
+class PriorSource:
+    """Samples of a prior over codes by one rule, in one number of evaluations."""
+
+    trained: TrainedPrior
+    sampling: CodeSampling
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Prior, decoder, tiles, how codes are drawn, precision, classes."""
+        return identity_of(self.trained, self.sampling)
+
+    @property
+    def kind(self) -> Hashable:
+        """The prior, with guidance or without."""
+        return (self.trained.hash, self.sampling.decoding.guidance != 1)
+
+    def sample(self, seeds: Tensor) -> SampledBatch:
+        """Tokens float64 (n, L, D), NaN where the prior had no finite law."""
+        found = sample_codes(self.trained, seeds, self.sampling)
+        values = found.tokens.double().masked_fill(~found.finite[:, None, None], math.nan)
+        return SampledBatch(values, found.nfe, found.seconds, found.token_evaluations)
+
+    def images(self, raw: SampledBatch) -> Tensor:
+        """Decoded."""
+        return decode_codes(self.trained, raw.values.nan_to_num().long())
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ LIMITS = (FLOOR, CEILING, EXACT)
 """Rows that bound what a solver can reach."""
 LIMIT = "limit"
 """Their kind in files."""
-Kind = Literal["solver", "few-step", "baseline"]
-SOLVER, FEW_STEP, BASELINE = "solver", "few-step", "baseline"
-"""What a row is: a solver of the sweep's model; a model that was trained for few steps, with weights of its own; anything else at
-its own cost, a baseline or external images."""
+Kind = Literal["solver", "few-step", "prior", "baseline"]
+SOLVER, FEW_STEP, PRIOR, BASELINE = "solver", "few-step", "prior", "baseline"
+"""What a row is: a solver of the sweep's model; a model that was trained for few steps, with weights of its own; a prior over
+codes by one of its rules; anything else at its own cost, a baseline or external images."""
 TO_EXACT = "to_exact"
 """Fréchet distance to the images of the exact solution from the same seeds: the solver's error alone."""
 
@@ -53,7 +53,7 @@ class Measurement:
     """
 
     solver: str
-    """Of few-step models and baselines the name of their run."""
+    """Of few-step models and baselines the name of their run, of masked priors with that of the rule."""
     grid: str
     nfe: int
     metrics: Mapping[str, Estimate]
@@ -88,13 +88,15 @@ class Measurement:
     model: str = ""
     """Name of the run whose model was sampled; empty of images and of models without a run."""
     sampler: str = ""
-    """What a few-step model was sampled by."""
+    """What a few-step model was sampled by; the rule of a prior."""
     training_images: int = 0
     """Images that the model's training took, those of the models that it was made from included; 0: not known."""
     model_nfe: int = 0
     """Passes of images through networks in that training; 0: not known."""
     guided: str = ""
     """Guidance that was paid in training, in words."""
+    token_evaluations: int = 0
+    """Tokens that went through the network for a sample; 0: not known."""
 
     @property
     def baseline(self) -> bool:
@@ -179,8 +181,9 @@ def _blocks(name: str) -> Callable[[Measurement], tuple[float, ...]]:
 
 _ATTRIBUTES = ("n", "blocks", "seconds", "features", "reference", "seeds", "training_nfe", "baseline")
 _TIMES = ("decode_seconds", "feature_seconds")
-_MODEL = ("model", "sampler", "training_images", "model_nfe", "guided")
+_MODEL = ("model", "sampler", "training_images", "model_nfe", "guided", "token_evaluations")
 _COUNTS = ("nfe", "n", "blocks", "training_nfe", "flops", "nonfinite", "trainings", "training_images", "model_nfe")
+_COUNTS += ("token_evaluations",)
 _PLAIN = ("precision", "recall", "density", "coverage", "inception_score", "fd_infinity")
 RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     **{name: attrgetter(name) for name in ("solver", "grid", "nfe")},

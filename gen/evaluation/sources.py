@@ -4,6 +4,7 @@
 any part of a measurement.
 """
 
+import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,15 @@ EXACT_JUMPS = ("jump", "uniform")
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """What was sampled for n seeds, before it is images: float values (n, *) on the CPU, evaluations of one, seconds of all."""
+    """What was sampled for n seeds, before it is images: float values (n, *) on the CPU, evaluations of one, seconds of all.
+
+    token_evaluations: tokens of a sample that went through the network, where the source counts them; 0: it does not.
+    """
 
     values: Tensor
     nfe: float
     seconds: float
+    token_evaluations: float = 0.0
 
     @property
     def finite(self) -> Tensor:
@@ -138,6 +143,11 @@ class EvaluatedModel(Protocol):
     def network_flops(self) -> int:
         """Floating-point operations of one evaluation of the network, without guidance."""
         ...
+
+    @property
+    def network_tokens(self) -> int:
+        """Tokens of one evaluation; 0 where they are not known."""
+        return 0
 
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """Passes of samples through the network that fitting the grid of a sampler costs."""
@@ -223,6 +233,11 @@ class EvaluatedLatentModel(EvaluatedModel):
         """Counted without guidance."""
         model = self.trained.model
         return network_flops(model.conditional_field, model.latent_shape, next(model.parameters()).device)
+
+    @property
+    def network_tokens(self) -> int:
+        """Patches of its latents."""
+        return math.prod(self.trained.model.network.grid)
 
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:
         """As if it were fitted alone; the fine trajectories are shared by all grids of a model."""

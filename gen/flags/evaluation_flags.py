@@ -1,6 +1,6 @@
 """The flags of midway evaluate, and the checks that need nothing but them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,16 +8,17 @@ import tyro
 
 from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import PER_CALL
-from midway.gen.core.errors import UsageError
-from midway.gen.core.files import check_path
+from midway.gen.core.errors import DiskError, UsageError, raising
+from midway.gen.core.files import check_path, clear_temporaries, replaced_name
 from midway.gen.core.ranges import COUNT, SEED, STEPS, WIDTH, check_flag_ranges
+from midway.gen.core.runs import kind_of
 from midway.gen.data.places import DataPathFlag
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import LabelRule
 from midway.gen.evaluation.metrics import check_names
 from midway.gen.features.protocols import ProtocolName
 from midway.gen.flags.cli import Flat
-from midway.gen.flags.sampling_flags import SamplingFlags, TileFlags
+from midway.gen.flags.sampling_flags import PriorFlags, SamplingFlags, TileFlags
 from midway.gen.metrics.frechet import Root
 from midway.gen.sweep.jobs import EXACT_NFE
 
@@ -27,15 +28,16 @@ UNNAMED = DataConfig(data="")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
-    """Fréchet distance and RMSE of every solver at every budget, of baselines, and of external images.
+class EvaluateTask(DataPathFlag, TileFlags, PriorFlags, SamplingFlags):
+    """Fréchet distance and RMSE of every solver at every budget, of priors over codes, baselines, and external images.
 
     Writes results.csv, results.jsonl, report.md, report.html and two plots; cells/ stores the measurements, also of an
     interrupted sweep.
     """
 
     model: Path | None = None
-    """Run directory of the latent model that solvers are measured on; its training images are the reference."""
+    """Run directory of the latent model that solvers are measured on, or of a prior over codes; its training images are the
+    reference."""
     diffusers: Path | None = None
     """In place of --model: folder of a saved diffusers pipeline with a unet and a scheduler, and a vqvae or vae if latent."""
     images: tuple[Path, ...] = ()
@@ -62,17 +64,29 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
     --model: jump models are sampled by jump, flow models by euler, on grid uniform; guided only if trained with guidance."""
     few_step_nfe: str = "1,2,4,8"
     """Comma-separated budgets of --few-step."""
+    priors: tuple[Path, ...] = ()
+    """Run directories of priors over codes of the same images, each a line for each of its rules, beside the solvers of --model;
+    each decodes by its own tokenizer. Guided by --guidance."""
+    prior_rules: str | None = None
+    """Comma-separated rules of masked --priors: random, halton, certain, maskgit (default: halton). Causal ones have one."""
+    prior_nfe: str | None = None
+    """Comma-separated budgets of masked --priors (default: 1,2,4,8,... up to their tokens, at most 64). Causal ones have one,
+    an evaluation a token."""
+    prior_decay: Literal["cosine", "arccos", "linear"] | None = None
+    """How the share of missing tokens of masked --priors falls (default: cosine)."""
     baselines: tuple[Path, ...] = ()
     """Run directories of baselines of the same images, each a row at its own number of evaluations."""
     solvers: str | None = None
     """Comma-separated; learned ones (table, amed, amed-plugin-...) must have been trained for every budget (default:
-    euler,ddim,heun,dpm2,dpmpp2m; of a jump model jump). all: every solver there is, and what was learned for every budget."""
+    euler,ddim,heun,dpm2,dpmpp2m; of a jump model jump; of a masked prior all rules). all: every solver there is, and what was
+    learned for every budget."""
     nfe: str | None = None
-    """Comma-separated budgets of network evaluations (default: 4,6,8,10,20; of a jump model 1,2,4,8). Beside --few-step, by
-    default also its budgets, where a solver can reach them."""
+    """Comma-separated budgets of network evaluations (default: 4,6,8,10,20; of a jump model 1,2,4,8; of a prior as --prior-nfe).
+    Beside --few-step, by default also its budgets, where a solver can reach them."""
     grids: str | None = None
     """Comma-separated; the grid of each solver and budget is chosen among them on seeds that are not scored (default:
-    uniform,logsnr,karras; of a jump model uniform). gits is fitted to the model."""
+    uniform,logsnr,karras; of a jump model uniform). gits is fitted to the model. Of a masked prior one of cosine,
+    arccos, linear."""
     choice_seeds: int = 128
     """Seeds on which grids are chosen, by RMSE to the exact solution; they follow those that are measured."""
     skip_unreachable: bool = False
@@ -115,6 +129,7 @@ class EvaluateTask(DataPathFlag, TileFlags, SamplingFlags):
 
     def __post_init__(self) -> None:
         SamplingFlags.__post_init__(self)
+        self.check_prior_flags()
         check_flag_ranges(
             self, n=COUNT, blocks=COUNT, seed=SEED, exact_nfe=(0, STEPS[1]), choice_seeds=COUNT, images_resize=WIDTH
         )
@@ -125,7 +140,7 @@ def check_flags(task: EvaluateTask) -> None:
     """UsageError for a reference that is named twice, or not at all, and for nothing to measure."""
     check_names(name for name in (task.metrics or "").split(",") if name.strip())
     named = replace(task.data, on_bad_image=UNNAMED.on_bad_image, download=UNNAMED.download)
-    if task.tile is not None and not (task.model or task.few_step):
+    if task.tile is not None and not (task.model or task.few_step or task.priors):
         raise UsageError(f"--tile {task.tile}", "only tokenizers of ours are tiled", "drop it, or pass --model")
     if task.data_path is not None and not task.model:
         raise UsageError(f"--data-path {task.data_path}", "it is the new place of a run's images", "use --data")
@@ -137,6 +152,7 @@ def check_flags(task: EvaluateTask) -> None:
             "the reference is what the model was trained on",
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
+    _check_prior_flags(task)
     if task.guides and not _samples(task):
         raise UsageError(
             "guidance without --model",
@@ -163,9 +179,37 @@ def check_flags(task: EvaluateTask) -> None:
         )
 
 
+PRIOR = "prior"
+"""The kind of its run."""
+PRIOR_FLAGS = ("prior_rules", "prior_nfe", "prior_decay")
+OF_SOLVERS = ("guidance_interval", "guide", "analytic_first", "eta", "graph", "repeats")
+"""Flags without effect where --model is a prior."""
+
+
+def _check_prior_flags(task: EvaluateTask) -> None:
+    """UsageError for flags of priors where there are none, and for those of solvers where --model is one."""
+    main = task.model is not None and kind_of(task.model) == PRIOR
+    if not (task.priors or main):
+        task.without_priors("none is measured: --priors names none")
+    given = [name for name in PRIOR_FLAGS if getattr(task, name) is not None]
+    if given and not task.priors:
+        flag = f"--{given[0].replace('_', '-')}"
+        raise UsageError(
+            f"{flag} without --priors",
+            "it is for them; of a prior as --model: --solvers, --nfe, --grids",
+            f"drop {flag}",
+        )
+    changed = [f.name for f in fields(task) if f.name in OF_SOLVERS and getattr(task, f.name) != f.default]
+    if main and changed:
+        flag = f"--{changed[0].replace('_', '-')}"
+        raise UsageError(
+            f"{flag} on {task.model}", "it is for models that are solved, and this is a prior", f"drop {flag}"
+        )
+
+
 def _samples(task: EvaluateTask) -> bool:
-    """Whether any model is sampled by a solver."""
-    return bool(task.model or task.diffusers or task.few_step)
+    """Whether any model is sampled by a solver, or any prior."""
+    return bool(task.model or task.diffusers or task.few_step or task.priors)
 
 
 def blocks(task: EvaluateTask) -> int:
@@ -183,3 +227,17 @@ def folder(task: EvaluateTask) -> Path:
     if task.out is None:
         raise UsageError("--out is not given", "there is no run that the report belongs to", "pass --out FOLDER")
     return check_path(task.out)
+
+
+def make_folders(folders: dict[str, Path | None]) -> None:
+    """Folders of exported images, so that one that cannot be made shows before anything is sampled. DiskError naming the flag.
+
+    Archives that killed exports left half-written are removed.
+    """
+    for flag, path in folders.items():
+        if path is not None:
+            with raising(DiskError, f"{flag} {path} cannot be made", "choose another folder", OSError):
+                path.mkdir(parents=True, exist_ok=True)
+            for name in filter(None, map(replaced_name, [*path.glob(".*")])):
+                if name.endswith((".npz", ".zip")):
+                    clear_temporaries(path, name)

@@ -1,33 +1,34 @@
-"""What the flags of midway evaluate name: the model, its repeats, few-step models, baselines and external images.
+"""What the flags of midway evaluate name: the model, its repeats, few-step models, priors and baselines.
 
 Modules that only some sweeps need are imported in the functions that open them, so that the path of a plain sweep is short.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from midway.gen.core.errors import DataError, UsageError
-from midway.gen.core.runs import Run
-from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
-from midway.gen.data.places import trained_on
-from midway.gen.data.splits import DataConfig, Splits, flags_of
+from midway.gen.core.errors import UsageError
+from midway.gen.core.runs import kind_of
+from midway.gen.data.splits import DataConfig, Splits
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
-from midway.gen.evaluation.records import FEW_STEP, LIMITS
+from midway.gen.evaluation.records import LIMITS
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
 from midway.gen.flags.cli import names, numbers
-from midway.gen.flags.evaluation_flags import EvaluateTask
-from midway.gen.flags.evaluation_reference import draw_of
+from midway.gen.flags.evaluation_flags import PRIOR, EvaluateTask
+from midway.gen.flags.evaluation_reference import alike, draw_of
 from midway.gen.progress.finished import unfinished
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.samplers.jumps import JUMPS
 from midway.samplers.solvers import ALIASES, SOLVERS
+
+if TYPE_CHECKING:
+    from midway.gen.flags.evaluation_priors import Priors
+    from midway.gen.priors.load import TrainedPrior
 
 
 def open_model(task: EvaluateTask, trained: TrainedModel | None, device: torch.device) -> EvaluatedModel | None:
@@ -56,7 +57,7 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 
 def model_warnings(task: EvaluateTask) -> tuple[str, ...]:
     """Of every run that the flags name and whose training is not finished."""
-    return unfinished(task.model, *task.repeats, *task.few_step, *task.baselines, *names(task.features))
+    return unfinished(task.model, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features))
 
 
 def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
@@ -90,10 +91,51 @@ def defaults_of(trained: TrainedModel | None) -> Defaults:
     return Defaults(EvaluatedLatentModel(trained).few_step, "1,2,4,8", "uniform")
 
 
+def open_main(task: EvaluateTask, device: torch.device) -> "TrainedModel | TrainedPrior | None":
+    """The latent model or prior of --model, in tiles if --tile has them."""
+    if task.model is None:
+        return None
+    if kind_of(task.model) == PRIOR:
+        from midway.gen.priors.load import load_prior
+
+        found = load_prior(task.model, device)
+    else:
+        found = load_model(task.model, device)
+    task.apply_tiles(found.tokenizer)
+    return found
+
+
+def open_priors(
+    task: EvaluateTask, main: "TrainedModel | TrainedPrior | None", data: DataConfig, device: torch.device
+) -> "Priors | None":
+    """The prior that is --model, and those of --priors; None of a sweep without any. Errors as `Priors.opened`."""
+    own = None if main is None or isinstance(main, TrainedModel) else main
+    if own is None and not task.priors:
+        return None
+    from midway.gen.flags.evaluation_priors import Priors
+
+    return Priors.opened(task, own, data, device)
+
+
+def classes_of(
+    model: EvaluatedModel | None, few_step: Mapping[str, TrainedModel], priors: "Priors | None"
+) -> tuple[int, tuple[int, ...]] | None:
+    """How many classes the seeds have, and those without images: of the model, or of the first few-step model or prior."""
+    others = [*(its.model for its in few_step.values()), *([] if priors is None else [priors.first.prior])]
+    first = model or next(iter(others), None)
+    return None if first is None else (first.classes, first.empty)
+
+
 def solver_names(words: str | None, trained: TrainedModel | None, budgets: tuple[int, ...]) -> tuple[str, ...]:
     """The solvers that --solvers names, or the default's; of `all`, the learned ones that were trained for every budget."""
     if words != "all":
-        return names(defaults_of(trained).solvers if words is None else words)
+        found = names(defaults_of(trained).solvers if words is None else words)
+        if unknown := [name for name in found if name not in SOLVERS]:
+            from midway.gen.priors.rules import check_solver
+
+            for name in unknown:
+                check_solver(name, "--solvers", "a model that is solved")
+        return found
     if trained is not None and trained.model.config.is_jump:
         return tuple(JUMPS)
     plain = tuple(name for name in SOLVERS if name not in ALIASES)
@@ -116,8 +158,8 @@ def few_step_budgets(task: EvaluateTask) -> tuple[int, ...]:
 def open_few_step(
     task: EvaluateTask, trained: TrainedModel | None, data: DataConfig, device: torch.device
 ) -> dict[str, TrainedModel]:
-    """The models of --few-step by the names of their runs; errors as `_alike`, UsageError for the model itself."""
-    found = _alike("--few-step", task.few_step, lambda path: load_model(path, device), data)
+    """The models of --few-step by the names of their runs; errors as `alike`, UsageError for the model itself."""
+    found = alike("--few-step", task.few_step, lambda path: load_model(path, device), data)
     for name, model in found.items():
         task.apply_tiles(model.tokenizer)
         if trained is not None and model.hash == trained.hash:
@@ -134,7 +176,7 @@ def jobs_beside(
     config: SweepConfig,
     device: torch.device,
 ) -> list[Job]:
-    """Jobs of --few-step and --baselines by the names of their runs; errors as `_alike`, UsageError for the name of a row."""
+    """Jobs of --few-step and --baselines by the names of their runs; errors as `alike`."""
     from midway.gen.sweep.comparisons import baseline_job, few_step_jobs
 
     found = list[Job]()
@@ -144,70 +186,18 @@ def jobs_beside(
     if task.baselines:
         from midway.gen.baselines.registry import load_trained_baseline
 
-        baselines = _alike("--baselines", task.baselines, lambda path: load_trained_baseline(path, device), data)
+        baselines = alike("--baselines", task.baselines, lambda path: load_trained_baseline(path, device), data)
         for name, its in baselines.items():
             draw = draw_of(task, splits, its.model.classes, its.model.empty)
             found.append(baseline_job(name, its, config.batch_size, draw))
-    solvers = config.solvers if task.model or task.diffusers else ()
-    taken = [*solvers, *LIMITS, *models]
-    for job in found:
-        if taken.count(job.solver) > (job.kind == FEW_STEP):
-            what = f"a run is named {job.solver}, as another row of the report"
-            raise UsageError(what, "rows need different names", "rename the run's folder")
     return found
 
 
-class _Loaded(Protocol):
-    """A trained model of any kind."""
-
-    @property
-    def run(self) -> Run: ...
-    @property
-    def data(self) -> DataConfig: ...
-
-
-Loaded = TypeVar("Loaded", bound=_Loaded)
-
-
-def _alike(flag: str, paths: Sequence[Path], load: Callable[[Path], Loaded], data: DataConfig) -> dict[str, Loaded]:
-    """Runs by the names of their folders. UsageError for one name twice, DataError for other images than the reference."""
-    found = dict[str, Loaded]()
-    for path in paths:
-        name, loaded = path.resolve().name, load(path)
-        if name in found:
-            raise UsageError(f"{flag} names {name} twice", "rows need different names", "rename one of the runs")
-        if not trained_on(loaded.run, data):
-            raise DataError(
-                f"{path} was trained on other images than the reference",
-                f"its data are {flags_of(loaded.data)}, the reference is {flags_of(data)}",
-                "train it on the same --data, --held-out, --split-seed, --channels and --resize",
-            )
-        found[name] = loaded
-    return found
-
-
-def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:
-    """What --images names, in the channels of the reference; DataError for what does not compare with it."""
-    options = ReadingOptions(task.images_channels, task.images_resize, task.data.on_bad_image)
-    found = read_all(task.images, options)
-    return {name: fitted(images, splits.train.images) for name, images in found.items()}
-
-
-def image_jobs(externals: dict[str, ExternalImages], config: SweepConfig) -> list[Job]:
-    """Jobs of --images; DataError for fewer images than the blocks hold."""
-    if not externals:
-        return []
-    from midway.gen.sweep.comparisons import image_job
-
-    return [image_job(name, images, config) for name, images in externals.items()]
-
-
-def image_notes(externals: dict[str, ExternalImages], config: SweepConfig) -> tuple[str, ...]:
-    """How external images were read and converted, and how many of them count."""
-    found = [
-        f"images: {name} ({images.fingerprint}): {text}"
-        for name, images in externals.items()
-        for text in (f"the first {config.n * config.blocks} of {len(images.pixels)} images", *images.notes)
-    ]
-    sorting = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
-    return (*((sorting,) if externals and config.blocks > 1 else ()), *found)
+def check_rows(jobs: Sequence[Job], solvers: Sequence[str]) -> None:
+    """UsageError where rows of two models, or of a model and a solver or limit, have one name."""
+    owners = {name: {("", "")} for name in (*solvers, *LIMITS)}
+    for job in jobs:
+        owners.setdefault(job.solver, set()).add((job.kind, job.model.name))
+    for name in (name for name, its in owners.items() if len(its) > 1):
+        what = f"a run is named {name}, as another row of the report"
+        raise UsageError(what, "rows need different names", "rename the run's folder")

@@ -1,19 +1,25 @@
-"""What midway evaluate compares with: the training images, or a published reference; protocols; the classes of seeds."""
+"""What midway evaluate compares with: the training images, or a published reference; protocols; the classes of seeds; and
+external images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 
-from midway.gen.core.errors import UsageError
-from midway.gen.data.splits import Splits
+from midway.gen.core.errors import DataError, UsageError
+from midway.gen.core.runs import Run
+from midway.gen.data.external import ExternalImages, ReadingOptions, fitted, read_all
+from midway.gen.data.places import trained_on
+from midway.gen.data.splits import DataConfig, Splits, flags_of
 from midway.gen.diffusion.class_draw import ClassDraw, LabelRule, class_draw
 from midway.gen.features.extractor import Extractor
 from midway.gen.features.protocols import PROTOCOLS, Setting, protocol_line, settled
 from midway.gen.features.published import NEED_IMAGES, PublishedReference, check_saved, has_images, open_reference
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.flags.evaluation_flags import DEFAULT_SPACES, EvaluateTask
+from midway.gen.sweep.jobs import Job, SweepConfig
 
 METRICS = "kid,sliced"
 """Those that are measured where no flag names any."""
@@ -84,3 +90,59 @@ def protocol_note(n: int, reference: FeatureReference, draw: ClassDraw | None) -
     """The line of a report on published protocols."""
     file = reference.name if isinstance(reference, PublishedReference) else None
     return protocol_line(Setting(reference.features, n, file, None if draw is None else draw.rule))
+
+
+class _Loaded(Protocol):
+    """A trained model of any kind."""
+
+    @property
+    def run(self) -> Run: ...
+    @property
+    def data(self) -> DataConfig: ...
+
+
+Loaded = TypeVar("Loaded", bound=_Loaded)
+
+
+def alike(flag: str, paths: Sequence[Path], load: Callable[[Path], Loaded], data: DataConfig) -> dict[str, Loaded]:
+    """Runs by the names of their folders. UsageError for one name twice, DataError for other images than the reference."""
+    found = dict[str, Loaded]()
+    for path in paths:
+        name, loaded = path.resolve().name, load(path)
+        if name in found:
+            raise UsageError(f"{flag} names {name} twice", "rows need different names", "rename one of the runs")
+        if not trained_on(loaded.run, data):
+            raise DataError(
+                f"{path} was trained on other images than the reference",
+                f"its data are {flags_of(loaded.data)}, the reference is {flags_of(data)}",
+                "train it on the same --data, --held-out, --split-seed, --channels and --resize",
+            )
+        found[name] = loaded
+    return found
+
+
+def external_images(task: EvaluateTask, splits: Splits) -> dict[str, ExternalImages]:
+    """What --images names, in the channels of the reference; DataError for what does not compare with it."""
+    options = ReadingOptions(task.images_channels, task.images_resize, task.data.on_bad_image)
+    found = read_all(task.images, options)
+    return {name: fitted(images, splits.train.images) for name, images in found.items()}
+
+
+def image_jobs(externals: dict[str, ExternalImages], config: SweepConfig) -> list[Job]:
+    """Jobs of --images; DataError for fewer images than the blocks hold."""
+    if not externals:
+        return []
+    from midway.gen.sweep.comparisons import image_job
+
+    return [image_job(name, images, config) for name, images in externals.items()]
+
+
+def image_notes(externals: dict[str, ExternalImages], config: SweepConfig) -> tuple[str, ...]:
+    """How external images were read and converted, and how many of them count."""
+    found = [
+        f"images: {name} ({images.fingerprint}): {text}"
+        for name, images in externals.items()
+        for text in (f"the first {config.n * config.blocks} of {len(images.pixels)} images", *images.notes)
+    ]
+    sorting = "Blocks of external images are consecutive: samples sorted by class need --blocks 1."
+    return (*((sorting,) if externals and config.blocks > 1 else ()), *found)

@@ -35,8 +35,8 @@ from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import make_solver
 from midway.tokenizers.losses import mean
 
-HEAD_NFE = 20
-"""Of the sampler where none is given."""
+HEAD_SOLVER, HEAD_NFE, HEAD_GRID = "dpmpp2m", 20, "karras"
+"""The sampler of a head where none is given."""
 
 
 class TokenLaws(Protocol):
@@ -96,13 +96,18 @@ class ContinuousPrior(Bidirectional):
 
     @torch.no_grad()
     def draw(self, labels: Tensor, draws: NormalDraws, decoding: Decoding, sampler: Sampler | None = None) -> Tensor:
-        """Standardised latents (B, C, rows, columns) for labels (B,), their tokens by `sampler`, or by DPM-Solver++(2M).
+        """Tokens (B, L, C) for labels (B,), each by `sampler`, or by DPM-Solver++(2M).
 
         ValueError for a decoding that this prior cannot have, or another class.
         """
         model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
-        by = sampler or make_solver("dpmpp2m", self.head.schedule, HEAD_NFE)
-        return self.layout.latents(decode_tokens(model, len(labels), draws, decoding, by, labels.device))
+        by = sampler or own_sampler(self.head.schedule)
+        return decode_tokens(model, len(labels), draws, decoding, by, labels.device)
+
+
+def own_sampler(schedule: Schedule) -> Sampler:
+    """What tokens are drawn by where nothing else is given."""
+    return make_solver(HEAD_SOLVER, schedule, HEAD_NFE, HEAD_GRID)
 
 
 class _Labelled:

@@ -77,6 +77,8 @@ def check_layout(prior: Prior, tokenizer: ImageTokenizer) -> None:
     own = layout_for(prior.config, tokenizer)
     if own != prior.layout:
         raise ValueError(f"the prior is of {prior.layout.about}, its tokenizer has {own.about}")
+    if prior.config.kind == "continuous" and not bool(tokenizer.latents_measured):
+        raise ValueError("the mean and std of its tokenizer's latents were never measured")
 
 
 def _which(run: Run, folder: Path, averaged: bool) -> str:

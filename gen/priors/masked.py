@@ -17,6 +17,7 @@ Decoding takes any number of evaluations S: each decides some tokens, given all 
 import math
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -132,55 +133,41 @@ class _Labelled:
 def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device: torch.device | None = None) -> Tensor:
     """Tokens int64 (batch, L, D), in `how.steps` evaluations, by a rule of masked priors. ValueError for S > L."""
     layout = model.layout
-    length, sizes = layout.length, layout.sizes
-    tokens = torch.zeros(batch, length, len(sizes), dtype=torch.int64, device=device)
+    length, steps = layout.length, steps_of(how, layout.length)
+    tokens = torch.zeros(batch, length, len(layout.sizes), dtype=torch.int64, device=device)
     known = torch.zeros(batch, length, dtype=torch.bool, device=device)
     orders, done = fixed_orders(layout, batch, draws, how, device), 0
-    steps = steps_of(how, length)
     for step, count in enumerate(steps):
-        hidden, scale = model.hidden(tokens, known), how.scale(done / length)
-        at = _Step(model, hidden, scale, draws, how)
+        drawn = partial(_drawn, model, model.hidden(tokens, known), how, how.scale(done / length))
+        left = known.int().argsort(dim=1, stable=True)[:, : length - done]  # places that are missing, in order
         if how.rule == "maskgit":
-            everywhere = torch.arange(length, device=device).expand(batch, -1)
-            drawn, law = at.draw(everywhere, step)
+            values, confidence = drawn(left, draws, step)
+            gumbel = -(-draws.keys(f"confidence {step}", length).log()).log().to(left.device).gather(1, left)
             noise = how.choice_noise * (1 - (step + 1) / len(steps))
-            gumbel = -(-draws.keys(f"confidence {step}", length).log()).log()
-            confidence = law + noise * gumbel.to(law)
-            places = confidence.masked_fill(known, -math.inf).topk(count).indices
-            new = drawn.gather(1, places[..., None].expand(-1, -1, len(sizes)))
+            best = (confidence + noise * gumbel.to(confidence)).topk(count).indices
+            places, new = left.gather(1, best), values.gather(1, best[..., None].expand(-1, -1, tokens.shape[2]))
+        elif how.rule == "certain":
+            places = left.gather(1, drawn(left, _Most())[1].topk(count).indices)
+            new, _ = drawn(places, draws)
         else:
-            places = next(orders) if how.rule != "certain" else at.certain(known, count)
-            new, _ = at.draw(places)
+            places = next(orders)
+            new, _ = drawn(places, draws)
         tokens = tokens.scatter(1, places[..., None].expand_as(new), new)
         known = known.scatter(1, places, True)
         done += count
     return tokens
 
 
-class _Step:
-    """One evaluation."""
-
-    def __init__(self, model: Conditionals, hidden: Tensor, scale: float, draws: Draws, how: Decoding) -> None:
-        self.model, self.hidden, self.scale, self.draws, self.how = model, hidden, scale, draws, how
-
-    def draw(self, places: Tensor, attempt: int = 0) -> tuple[Tensor, Tensor]:
-        """Tokens (B, n, D) at places (B, n), and the log-probabilities (B, n) of what was drawn."""
-        index = torch.cat([places] * self.how.copies)
-        some = self.hidden.gather(1, index[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        sizes = self.model.layout.sizes
-        return draw_tokens(self.model.logits, some, places, sizes, self.scale, self.draws, self.how, attempt)
-
-    def certain(self, known: Tensor, count: int) -> Tensor:
-        """Places (B, count) whose most probable token, digit by digit, is most probable."""
-        batch, length = known.shape
-        everywhere = torch.arange(length, device=known.device).expand(batch, -1)
-        sizes = self.model.layout.sizes
-        best = draw_tokens(self.model.logits, self.hidden, everywhere, sizes, self.scale, _Most(), self.how)[1]
-        return best.masked_fill(known, -math.inf).topk(count).indices
+def _drawn(
+    model: Conditionals, hidden: Tensor, how: Decoding, scale: float, places: Tensor, draws: Draws, attempt: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B, n, D) at places (B, n) of an evaluation (B, L, W) or (2 B, L, W), and their log-probabilities (B, n)."""
+    index = torch.cat([places] * how.copies)[..., None].expand(-1, -1, hidden.shape[-1])
+    return draw_tokens(model.logits, hidden.gather(1, index), places, model.layout.sizes, scale, draws, how, attempt)
 
 
 class _Most:
-    """The most probable values."""
+    """The most probable value of every digit."""
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         return law.argmax(-1)

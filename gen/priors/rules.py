@@ -2,6 +2,7 @@
 
 causal                              of causal priors, one evaluation a token
 random, halton, certain, maskgit    of masked priors, in 1 to L evaluations
+random, halton                      of continuous priors, with a sampler of their head: a solver, or a table learned for it
 """
 
 import warnings
@@ -9,14 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from midway.gen.core.errors import UsageError
+from midway.gen.core.errors import UsageError, nearest
+from midway.gen.core.runs import Run
+from midway.gen.diffusion.load import BEST, TABLE, load_solver
+from midway.gen.diffusion.samplers import SamplerConfig, build_table
+from midway.gen.priors.continuous import ContinuousPrior
 from midway.gen.priors.decoding import DECAYS, RULES, Decoding
+from midway.gen.priors.load import TrainedPrior
 from midway.gen.priors.prior import Prior
+from midway.gen.priors.token_head import TokenHead
+from midway.samplers.grids import NAMED
 from midway.samplers.guidance_checks import why_unguided
+from midway.samplers.sampler import Sampler
+from midway.samplers.solvers import SOLVERS
+from midway.tokenizers.tokenizer import ImageTokenizer
 
-MASKED = RULES[1:]
-"""Rules of masked priors."""
-DEFAULT = {"causal": "causal", "masked": "halton"}
+OWN: dict[str, tuple[str, ...]] = {"causal": RULES[:1], "masked": RULES[1:], "continuous": RULES[1:3]}
+"""The rules of each kind of prior."""
+DEFAULT = {"causal": "causal", "masked": "halton", "continuous": "halton"}
 """The rule of each kind of prior where none is named: at one evaluation a token it draws from the prior's own law."""
 NOISE = Decoding().choice_noise
 BIASED = "maskgit"
@@ -25,7 +36,7 @@ BIASED = "maskgit"
 
 def rules_of(prior: Prior) -> tuple[str, ...]:
     """What it can be drawn by."""
-    return RULES[:1] if prior.config.kind == "causal" else MASKED
+    return OWN[prior.config.kind]
 
 
 @dataclass(frozen=True)
@@ -118,3 +129,55 @@ def draw_warnings(prior: Prior, decodings: Sequence[Decoding]) -> tuple[str, ...
                 "at temperature 0 every token is the most probable one: images of a class are nearly all the same"
             )
     return tuple(dict.fromkeys(found))
+
+
+# ---- the head of a continuous prior ----
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """The head of a trained prior, in place of a `TrainedModel` where solvers are learned and loaded."""
+
+    model: TokenHead
+    prior: TrainedPrior
+    tokenizer: ImageTokenizer
+    hash: str
+    """Of the whole prior."""
+    run: Run
+
+
+def head_of(trained: TrainedPrior) -> TrainedHead:
+    """UsageError for a prior over codes."""
+    prior = trained.prior
+    if not isinstance(prior, ContinuousPrior):
+        why = f"it is a {prior.config.kind} prior over codes, which are drawn without a solver"
+        raise UsageError(f"a solver for {trained.run.place}", why, "give a continuous prior, or a latent model")
+    return TrainedHead(prior.head, trained, trained.tokenizer, trained.hash, trained.run)
+
+
+def head_sampler(trained: TrainedPrior, solver: str, grid: str, nfe: int, guidance: float = 1.0) -> Sampler:
+    """Of `nfe` evaluations a token: a solver of SOLVERS on a named grid, or the table learned on it, or on any.
+
+    UsageError for names and budgets that do not exist, and a table that was not learned, or at another guidance.
+    """
+    head = head_of(trained)
+    if solver == TABLE:
+        return _learned(head, grid, nfe, guidance)
+    for flag, name, known in (("--head-solver", solver, [*SOLVERS, TABLE]), ("--head-grid", grid, [*NAMED])):
+        if name not in known:
+            raise UsageError(f"{flag} {name}", "the head of a continuous prior has no such one", nearest(name, known))
+    return build_table(head.model.schedule, solver, nfe, SamplerConfig(), grid)
+
+
+def _learned(head: TrainedHead, grid: str, nfe: int, guidance: float) -> Sampler:
+    found = [load_solver(head, TABLE, name, nfe) for name in dict.fromkeys((grid, BEST, *NAMED))]
+    learned = next((each for each in found if each is not None), None)
+    again = f"midway train solver table --model {head.run.place} --nfe {nfe} --guidance {guidance:g}"
+    if learned is None:
+        why = "a learned table belongs to one prior and budget"
+        raise UsageError(f"no table at head NFE {nfe} was learned for {head.run.path}", why, again)
+    assert learned.card is not None
+    if learned.card.guidance != guidance:
+        why = f"it was learned at guidance {learned.card.guidance:g}, and this is guidance {guidance:g}"
+        raise UsageError(f"the table at head NFE {nfe} of {head.run.path}", why, f"{again} --overwrite")
+    return learned

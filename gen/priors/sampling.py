@@ -19,25 +19,35 @@ from torch import Tensor, nn
 
 from midway.gen.core.config import to_dict
 from midway.gen.data.images import to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.priors.blocks import Trunk
+from midway.gen.priors.continuous import ContinuousPrior, own_sampler
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.draws import SeededDraws
+from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.prior import CodePrior, Prior
 from midway.gen.tokenizer.codes import all_codes
+from midway.samplers.sample import ForwardCounter
+from midway.samplers.sampler import Sampler
 from midway.tokenizers.memory import images_at_once
 
 
 @dataclass(frozen=True)
 class CodeSamples:
-    """Tokens int64 (N, L, D) on the CPU, whether their laws were finite, bool (N,), evaluations of one, seconds of all."""
+    """Tokens int64 (N, L, D) on the CPU, whether their laws were finite, bool (N,), evaluations of one, seconds of all.
+
+    Of a continuous prior tokens are float32 (N, L, C), and head_nfe evaluations of its head were made for each of them.
+    """
 
     tokens: Tensor
     finite: Tensor
     nfe: float
     token_evaluations: float
     seconds: float
+    head_nfe: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class CodeSampling:
     """bf16: the trunk runs under autocast; laws are float32, and drawn from in float64."""
     draw: ClassDraw | None = None
     """How seeds draw their classes; None: in turn."""
+    head: Sampler | None = None
+    """Of a continuous prior, what its tokens are drawn by; None: `own_sampler`."""
 
 
 class TrunkCounter:
@@ -97,13 +109,23 @@ def code_batches(
         before = time.perf_counter()
         with (
             TrunkCounter(prior.trunk) as counter,
+            ForwardCounter(*([prior.head] if isinstance(prior, ContinuousPrior) else [])) as head,
             torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", UserWarning)  # `draw_warnings` has them, once
-            tokens = prior.draw(labels.to(device), SeededDraws(seeds.cpu()), config.decoding).cpu()
-        finite, seconds = counter.finite(len(seeds)), time.perf_counter() - before
-        yield CodeSamples(tokens, finite, counter.evaluations / len(seeds), counter.tokens / len(seeds), seconds)
+            tokens = _drawn(prior, labels.to(device), SeededDraws(seeds.cpu()), config).cpu()
+        finite = counter.finite(len(seeds)) & tokens.isfinite().flatten(1).all(1)
+        nfe, passed = counter.evaluations / len(seeds), counter.tokens / len(seeds)
+        head_nfe = head.evaluations / len(seeds) / prior.layout.length
+        yield CodeSamples(tokens, finite, nfe, passed, time.perf_counter() - before, head_nfe)
+
+
+def _drawn(prior: Prior, labels: Tensor, draws: SeededDraws, config: CodeSampling) -> Tensor:
+    if isinstance(prior, ContinuousPrior):
+        return prior.draw(labels, draws, config.decoding, config.head)
+    assert isinstance(prior, CodePrior)
+    return prior.draw(labels, draws, config.decoding)
 
 
 def sample_codes(
@@ -118,21 +140,25 @@ def sample_codes(
         sum(round(getattr(part, name) * len(part.tokens)) for part in parts) / len(seeds)
         for name in ("nfe", "token_evaluations")
     )
+    head = sum(part.head_nfe * len(part.tokens) for part in parts) / len(seeds)
     tokens, finite = torch.cat([part.tokens for part in parts]), torch.cat([part.finite for part in parts])
-    return CodeSamples(tokens, finite, nfe, passed, sum(part.seconds for part in parts))
+    return CodeSamples(tokens, finite, nfe, passed, sum(part.seconds for part in parts), head)
 
 
 @torch.no_grad()
 def decode_codes(trained: TrainedPrior, tokens: Tensor) -> Tensor:
-    """Tokens int64 (N, L, D) -> uint8 images (N, C, H, W) on the CPU, as many at once as fit."""
-    tokenizer, indices = trained.tokenizer, trained.prior.layout.indices(tokens)
-    parts = indices.split(images_at_once(tokenizer))
-    return torch.cat([to_uint8(tokenizer.decode_indices(part.to(tokenizer.device))).cpu() for part in parts])
+    """Tokens (N, L, *), whole numbers or latents -> uint8 images (N, C, H, W) on the CPU, as many at once as fit."""
+    tokenizer, layout = trained.tokenizer, trained.prior.layout
+    if isinstance(layout, CodeLayout):
+        decoded, values = tokenizer.decode_indices, layout.indices(tokens.long())
+    else:
+        decoded, values = tokenizer.decode_latents, layout.latents(tokens.float())
+    parts = values.split(images_at_once(tokenizer))
+    return torch.cat([to_uint8(decoded(part.to(tokenizer.device))).cpu() for part in parts])
 
 
-@torch.no_grad()
-def encode_codes(trained: TrainedPrior, images: Tensor) -> Tensor:
-    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU, as many at once as fit."""
+def encode_codes(trained: TrainedPrior, images: Images) -> Tensor:
+    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU. DivergedError as of `all_codes`."""
     return trained.prior.layout.tokens(all_codes(trained.tokenizer, images))
 
 
@@ -149,6 +175,10 @@ def settled(decoding: Decoding, length: int) -> Decoding:
     )
 
 
+def _head_of(prior: ContinuousPrior, config: CodeSampling) -> Sampler:
+    return config.head or own_sampler(prior.head.schedule)
+
+
 def identity_of(trained: TrainedPrior, config: CodeSampling) -> dict[str, Any]:
     """All that the images of seeds depend on, as JSON takes it."""
     tiles = trained.tokenizer.tiles
@@ -160,6 +190,7 @@ def identity_of(trained: TrainedPrior, config: CodeSampling) -> dict[str, Any]:
             "decoding": to_dict(settled(config.decoding, trained.prior.layout.length)),
             "precision": config.precision,
         }
+        | ({} if not isinstance(trained.prior, ContinuousPrior) else {"head": _head_of(trained.prior, config).hash})
         | tiled
         | drawn(config.draw)
     )

@@ -28,6 +28,7 @@ from midway.gen.report.drawing import (
     new_figure,
     place,
     plain_ticks,
+    prior_look,
     without_data,
 )
 
@@ -165,6 +166,8 @@ def curves_figure(
     return figure
 
 
+PRIORS = "priors over codes"
+"""Title of their curves."""
 SOLVERS = "solvers"
 """Title of the curves without one, where others have one."""
 
@@ -244,7 +247,8 @@ def _line(axes: "Axes", curve: Curve) -> None:
 
 
 def _style(curve: Curve) -> dict[str, Any]:
-    return model_look(curve.index) if curve.group else look(curve.index)
+    look_of = prior_look if curve.group == PRIORS else model_look if curve.group else look
+    return look_of(curve.index)
 
 
 def _star(axes: "Axes", curve: Curve, narrow: bool) -> None:

@@ -55,6 +55,16 @@ def model_look(index: int) -> dict[str, Any]:
     return {"color": colour(5 - index), "marker": marker, "linestyle": MODEL_DASHES, "linewidth": 2.4}
 
 
+PRIOR_MARKERS: tuple[Any, ...] = ((3, 1, 0), (8, 1, 0), "H", (5, 1, 0), (12, 1, 0))
+PRIOR_DASHES: Any = (0, (1.2, 1.4))
+
+
+def prior_look(index: int) -> dict[str, Any]:
+    """As `model_look`, of a prior by a rule: dotted, as no solver and no few-step model is."""
+    marker = PRIOR_MARKERS[index % len(PRIOR_MARKERS)]
+    return {"color": colour(2 + index), "marker": marker, "linestyle": PRIOR_DASHES, "linewidth": 2.4}
+
+
 # ---- a figure and its axes ----
 
 

@@ -15,21 +15,33 @@ from midway.gen.evaluation.comparing import (
     first_as_exact,
     limit_of,
     nearest_to_data,
+    own_weights,
+    priors,
     question,
     shown,
     tied_with,
 )
-from midway.gen.evaluation.records import EXACT, FEW_STEP, TO_EXACT, Measurement
+from midway.gen.evaluation.records import EXACT, FEW_STEP, PRIOR, TO_EXACT, Measurement
 from midway.gen.report.table import number
 from midway.gen.sweep.jobs import SweepConfig
 from midway.gen.sweep.run import Sweep
 
 
 def answer(ms: Sequence[Measurement]) -> str:
-    """The result in a sentence or two: of the solvers, and which of them and of few-step models is nearest to the data."""
-    alone = [m for m in ms if m.kind != FEW_STEP]
+    """The result in some sentences: of the solvers, of the priors, and which row is nearest to the data at every budget."""
+    alone = [m for m in ms if m.kind not in (FEW_STEP, PRIOR)]
     subject = "The solver" if len(alone) == len(ms) else "Of the solvers,"
-    return " ".join(filter(None, (solver_answer(alone, subject), nearest_text(ms))))
+    return " ".join(filter(None, (solver_answer(alone, subject), prior_answer(ms), nearest_text(ms))))
+
+
+def prior_answer(ms: Sequence[Measurement]) -> str:
+    """The prior, rule and budget of least distance to the data, in a sentence; nothing without priors that did not diverge."""
+    best = min(priors(ms), key=lambda m: m.rank, default=None)
+    if best is None or not math.isfinite(best.distance):
+        return ""
+    passed = f" ({best.token_evaluations:,} token-evaluations)" if best.token_evaluations else ""
+    cell = f"{named_cell((best.solver, best.nfe))}{passed}"
+    return f"Of the priors, {cell} has the lowest distance to the data, {figure(best, 'distance')}."
 
 
 def solver_answer(ms: Sequence[Measurement], subject: str = "The solver") -> str:
@@ -72,8 +84,8 @@ def figure(m: Measurement, name: str) -> str:
 
 
 def nearest_text(ms: Sequence[Measurement]) -> str:
-    """Which row is nearest to the data at every budget of a few-step model, in a sentence; nothing without few-step models."""
-    every, models, solvers = shown(ms), {m.solver for m in few_step(ms)}, {m.nfe for m in by_solver(ms)}
+    """Which row is nearest to the data at every budget of a few-step model or a prior, in a sentence; nothing without them."""
+    every, models, solvers = shown(ms), {m.solver: m.kind for m in own_weights(ms)}, {m.nfe for m in by_solver(ms)}
     parts = list[str]()
     for (name, lonely), some in groupby(
         nearest_to_data(ms).values(), lambda key: (key[0], bool(solvers) and key[1] not in solvers)
@@ -84,7 +96,7 @@ def nearest_text(ms: Sequence[Measurement]) -> str:
         )
         paid = next((f" ({m.guided})" for key in keys if (m := every[key]).guided), "")
         unit = "" if parts else " evaluation" if keys == [(name, 1)] else " evaluations"
-        kind = "the few-step model" if name in models else "the solver"
+        kind = {FEW_STEP: "the few-step model", PRIOR: "the prior"}.get(models.get(name, ""), "the solver")
         alone = ", where no solver was measured," if lonely else ""
         parts.append(f"with {budgets}{unit}{alone} {kind} {name}{paid}, {figures}")
     return f"Nearest to the data: {'; '.join(parts)}." if parts else ""
@@ -147,6 +159,27 @@ def few_step_notes(descriptions: Mapping[str, str], sweep: Sweep) -> Iterator[st
         yield f"Few-step model {name}, {m.sampler} on {m.grid}: {descriptions[name]}{paid}."
 
 
+def prior_notes(
+    descriptions: Mapping[str, str], ceilings: Sequence[tuple[Sequence[str], Measurement]]
+) -> Iterator[str]:
+    """How priors over codes were drawn, and what may be concluded of them. ceilings: of tokenizers that are not the sweep's."""
+    if not descriptions:
+        return
+    yield (
+        "Priors over codes have weights of their own, and draw: they compare with solvers by the distance to data alone, and "
+        "there is no exact solution of their samples. Their NFE are passes of an image through the trunk; guidance doubles them. "
+        "The rules random, halton and certain choose places and then draw: at one evaluation a token from the model's own law, "
+        "at fewer from another. maskgit keeps the most probable of its draws, and draws from another law at any number (arXiv "
+        "2510.04525)."
+    )
+    for name, description in descriptions.items():
+        yield f"Prior {name}: {description}."
+    for names, its in ceilings:
+        value = number(its.distance, its.std("distance"))
+        whose = "is its limit" if len(names) == 1 else "is their limit"
+        yield f"{', '.join(names)}: of another tokenizer than the ceiling row; its own ceiling, {value}, {whose}."
+
+
 RESOLVED = 3
 """An error to the exact solution below so many times that solution's own is not resolved."""
 
@@ -171,8 +204,8 @@ def notes(
     if repeats:
         yield (
             f"Means over {repeats + 1} trainings of the same configuration of different seeds; deviations and differences are "
-            "those among trainings, not among blocks. Baselines, few-step models (trained once, and so not tested against means "
-            "over trainings) and sample images are of the first."
+            "those among trainings, not among blocks. Baselines, few-step models and priors (trained once, and so not tested "
+            "against means over trainings) and sample images are of the first."
         )
     if config.overlap:
         yield "Sampling, decoding and features overlapped: their times do, too."

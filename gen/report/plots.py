@@ -11,12 +11,14 @@ from midway.gen.evaluation.comparing import (
     feature_names,
     few_step,
     limits_of,
+    own_weights,
+    priors,
     question,
     shown,
     training_costs,
 )
-from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, TO_EXACT, Measurement
-from midway.gen.report.curves import Band, Curve, Panel, curves_figure, pareto_front, ratios
+from midway.gen.evaluation.records import CEILING, EXACT, FEW_STEP, FLOOR, PRIOR, TO_EXACT, Measurement
+from midway.gen.report.curves import PRIORS, Band, Curve, Panel, curves_figure, pareto_front, ratios
 from midway.gen.report.drawing import Drawing
 from midway.gen.report.table import number
 
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 Cost = Literal["nfe", "seconds"]
 Metric = Literal["distance", "to_exact"]
 Measurements = Sequence[Measurement]
-FEW_STEP_GROUP = "few-step models"
-"""Title of their lines in legends."""
+GROUP_TITLES = {FEW_STEP: "few-step models", PRIOR: PRIORS}
+"""Titles of their lines in legends."""
 DASHES: dict[str, Any] = {FLOOR: (0, (1, 2)), CEILING: (0, (5, 3)), EXACT: (0, (8, 2, 1, 2))}
 """Of the lines of the limits."""
 PNGS: dict[str, tuple[Cost, Metric]] = {
@@ -42,7 +44,9 @@ def drawings(ms: Measurements) -> list[Drawing]:
     """The plots of a report, the first first; that of the distance to the exact solution only where it was measured."""
     spread = "trainings" if any(m.trainings > 1 for m in ms) else "seed blocks"
     read = f"Bars and strips: standard deviation over {spread}, of real images that of a jackknife. Hollow: trained solvers."
-    data = f"{read} Dash-dotted: few-step models, each of its own weights." if few_step(ms) else read
+    lines = " Dash-dotted: few-step models, each of its own weights." * bool(few_step(ms))
+    lines += " Dotted: priors over codes, each of its own weights, by rule." * bool(priors(ms))
+    data = f"{read}{lines}"
     what, ranks = distance_name(ms), question(ms)
     below = f" Below: {_whose(ms, ranks)}, over the least of each budget." if ratios(_curves(ms, "nfe", ranks)) else ""
     found = [
@@ -62,9 +66,7 @@ def drawings(ms: Measurements) -> list[Drawing]:
             "distance_vs_seconds",
             f"{what} to the data against time",
             "The same measurements against the time to make the images, sampling and decoding, on the hardware named below. "
-            "Grey: the Pareto front, better than all others in distance or time."
-            + " Dash-dotted: few-step models, each of its own weights."
-            * bool(few_step(ms)),
+            f"Grey: the Pareto front, better than all others in distance or time.{lines}",
             lambda n: distance_figure(ms, "seconds", narrow=n),
         ),
     ]
@@ -112,15 +114,15 @@ def _plotted(m: Measurement, x: Cost, metric: str) -> bool:
 
 
 def _curves(ms: Measurements, x: Cost, metric: str) -> tuple[Curve, ...]:
-    """A line per solver and few-step model, and of the distance to the data a star per baseline."""
-    learned, every, models = training_costs(ms), shown(ms), {m.solver for m in few_step(ms)}
+    """A line per solver, few-step model and rule of a prior, and of the distance to the data a star per baseline."""
+    learned, every, kinds = training_costs(ms), shown(ms), {m.solver: m.kind for m in own_weights(ms)}
     found: list[Curve] = []
     names = dict.fromkeys(solver for solver, _ in every)
-    levels = [[name for name in names if (name in models) == level] for level in (False, True)]
+    levels = [[name for name in names if kinds.get(name) == kind] for kind in (None, *GROUP_TITLES)]
     for index, solver in chain(*map(enumerate, levels)):
         own = [m for m in every.values() if m.solver == solver and _plotted(m, x, metric)]
         points = sorted((_cost(m, x), m.metrics[metric].mean, m.std(metric) or 0.0) for m in own)
-        group = FEW_STEP_GROUP if solver in models else ""
+        group = GROUP_TITLES[kinds[solver]] if solver in kinds else ""
         found += [Curve(solver, index, tuple(points), solver in learned, group=group)] if points else []
     stars = [m for m in baselines_of(ms) if metric == "distance" and _plotted(m, x, metric)]
     found += [Curve(m.solver, i, ((_cost(m, x), m.distance, 0.0),), star=True) for i, m in enumerate(stars)]

@@ -1,4 +1,5 @@
-"""Sections of a report beyond its tables: how flat the model's trajectories are, and which codes its samples use."""
+"""Parts of a report beside its tables by budget: baselines, priors over codes, and the choice of the grids as tables; how flat
+the model's trajectories are, and which codes its samples use."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from midway.gen.data.images import to_float
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.sampling import SamplingConfig
+from midway.gen.evaluation.comparing import baselines_of, distance_name, priors
+from midway.gen.evaluation.records import Measurement
 from midway.gen.metrics.code_usage import CodeUse
 from midway.gen.report.drawing import (
     COLOURS,
@@ -26,6 +29,8 @@ from midway.gen.report.drawing import (
     place,
 )
 from midway.gen.report.html import Block
+from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, number
+from midway.gen.sweep.choice import Choice
 from midway.gen.sweep.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
@@ -83,6 +88,68 @@ def code_section(trained: TrainedModel, held_out: Images, latents: Tensor) -> Bl
 def _text(use: CodeUse, images: int) -> str:
     perplexity = sum(use.perplexities) / len(use.perplexities)
     return f"{use.used:,} different ones (perplexity {perplexity:,.0f}) in {use.counted:,} tokens of {images:,}"
+
+
+# ---- tables ----
+
+Measurements = Sequence[Measurement]
+_DISTANCE = Column[Measurement]("distance", lambda m: number(m.distance, m.std("distance")), str)
+
+
+def baseline_table(ms: Measurements) -> Table:
+    """Baselines, lowest distance first, each at its own NFE; that of external images is unknown."""
+    rows = baselines_of(ms)
+    columns = (
+        Column[Measurement]("NFE", lambda m: str(m.nfe) if m.nfe else ABSENT, str),
+        _DISTANCE,
+        Column[Measurement](
+            "s / 1000 images", lambda m: number(1000 * m.image_seconds / m.n) if m.nfe else ABSENT, str
+        ),
+    )
+    note = (
+        "Other models, and external images, measured alike: the same image count, features and reference. Each costs its own "
+        "number of network evaluations."
+    )
+    return columns_table("Baselines", note, "baseline", [m.solver for m in rows], rows, columns)
+
+
+def prior_table(ms: Measurements) -> Table:
+    """Every rule of every prior at every budget, in the order of measurement; no lines without priors."""
+    rows = priors(ms)
+    columns = (
+        Column[Measurement]("rule", lambda m: f"{m.sampler}, {m.grid}".removesuffix(", "), str),
+        Column[Measurement]("NFE", lambda m: m.nfe, str),
+        Column[Measurement]("token-evaluations", lambda m: m.token_evaluations, lambda v: f"{v:,}"),
+        _DISTANCE,
+        Column[Measurement]("s / 1000 images", lambda m: 1000 * m.image_seconds / m.n),
+    )
+    note = (
+        f"{distance_name(ms)} to the data. NFE: passes of an image through the trunk, twice with guidance. Token-evaluations: "
+        "the tokens of all these passes, one each for a causal prior with its cache, all for a masked one. maskgit draws from "
+        "another law than the model's at every NFE; random, halton and certain from the model's own at one evaluation a token."
+    )
+    return columns_table("Priors over codes", note, "prior", [m.model or m.solver for m in rows], rows, columns)
+
+
+def choice_table(choice: Choice) -> Table:
+    """What the grid of each solver and budget was chosen by; no lines where there was nothing to choose."""
+    columns = sorted({(grid, nfe) for _, grid, nfe in choice.figures}, key=lambda place: (place[1], place[0]))
+    lines = (
+        Line(
+            solver,
+            tuple(
+                None if (figure := choice.figures.get((solver, grid, nfe))) is None
+                else Entry(number(figure), "", (solver, grid, nfe) in choice.chosen)
+                for grid, nfe in columns
+            ),
+        )
+        for solver in dict.fromkeys(solver for solver, _, _ in choice.figures)
+    )  # fmt: skip
+    note = (
+        f"RMSE to the exact solution on seeds {choice.seeds}, none of which is scored (of solvers that draw noise, the distance "
+        "to the exact solution). Bold: the chosen grid, the only one that was scored."
+    )
+    return Table("Choice of the grids", note, ("solver", *(f"{nfe} {grid}" for grid, nfe in columns)), tuple(lines))
 
 
 # ---- the picture of trajectories ----

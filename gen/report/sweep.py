@@ -12,12 +12,11 @@ from midway.gen.evaluation.records import to_records
 from midway.gen.report.html import Block
 from midway.gen.report.notes import answer
 from midway.gen.report.plots import PNGS, distance_png, drawings
+from midway.gen.report.sections import baseline_table, choice_table, prior_table
 from midway.gen.report.sweep_page import Pictures, provenance, report_html
 from midway.gen.report.sweep_tables import (
     Measurements,
     all_figures,
-    baseline_table,
-    choice_table,
     difference_table,
     distance_table,
     error_table,
@@ -51,7 +50,7 @@ FILES = (
 
 
 def terminal_text(ms: Measurements, warnings: Sequence[str] = ()) -> str:
-    """The tables of what ranks solvers and of the distance to the data for a terminal, then baselines and the answer.
+    """The tables of what ranks solvers and of the distance to the data for a terminal, then priors, baselines and the answer.
 
     ValueError for measurements that do not compare.
     """
@@ -61,7 +60,7 @@ def terminal_text(ms: Measurements, warnings: Sequence[str] = ()) -> str:
     baselines = baseline_table(ms)
     name = f"{tables[1].title}, lower is better\n"
     parts += [] if tables[1].lines else [name]
-    parts += [text_table(baselines), ""] if baselines.lines else []
+    parts += [f"{text_table(table)}\n" for table in (prior_table(ms), baselines) if table.lines]
     return under_warnings("\n".join([*parts, *filter(None, [printable(answer(ms))])]), warnings)
 
 
@@ -82,10 +81,11 @@ def captioned(tables: Sequence[tuple[Table, str]]) -> str:
 
 
 def markdown_tables(ms: Measurements) -> str:
-    """The headline's, baselines, further distances and differences. ValueError for measurements that do not compare."""
+    """The headline's, priors, baselines, further distances and differences. ValueError for measurements that do not compare."""
     check_comparable(ms)
     difference = difference_table(ms)
     others = [
+        (prior_table(ms), f"Priors over codes, lower is better. {prior_table(ms).note}"),
         (baseline_table(ms), "Baselines, measured alike, each at its own number of evaluations"),
         *((table, f"{table.title}, lower is better. {table.note}") for table in further_tables(ms)),
         (difference, f"{difference.title}. {difference.note}"),

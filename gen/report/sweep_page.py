@@ -19,20 +19,21 @@ from midway.gen.evaluation.comparing import (
     limit_of,
     limits_of,
     nearest_to_data,
+    own_weights,
+    priors,
     question,
     shown,
     training_costs,
 )
-from midway.gen.evaluation.records import CEILING, EXACT, FEW_STEP, FLOOR, LIMITS, TO_EXACT, Measurement
+from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, LIMITS, SOLVER, TO_EXACT, Measurement
 from midway.gen.features.reference import balanced
 from midway.gen.report.html import Block, Explorer, Page, Picture, facts_block, html_page, notes_block, table_block
 from midway.gen.report.notes import answer, figure, named_cell
 from midway.gen.report.plots import drawings
+from midway.gen.report.sections import baseline_table, choice_table, prior_table
 from midway.gen.report.sweep_tables import (
     Measurements,
     all_figures,
-    baseline_table,
-    choice_table,
     difference_table,
     distance_table,
     error_table,
@@ -128,7 +129,7 @@ def _training(ms: Sequence[Measurement]) -> list[str]:
 
 def _hero(ms: Measurements, pictures: Pictures) -> tuple[Picture, ...]:
     """Samples of the cells that the answer names, and of the exact solution, else real images."""
-    best, models = first_as_exact(ms) or best_cell(ms), {m.solver for m in few_step(ms)}
+    best, models = first_as_exact(ms) or best_cell(ms), {m.solver for m in own_weights(ms)}
     few = next((key for key in nearest_to_data(ms).values() if key[0] in models), None)
     found = tuple(
         _picture(key, shown(ms)[key], question(ms), pictures)
@@ -193,15 +194,16 @@ def _samples(ms: Measurements, pictures: Pictures) -> Block | None:
     (worst, nfe), (best, _) = contrast(ms) or ((solvers[0], least), (solvers[-1], least))
     below = "distance to the exact solution" if name == TO_EXACT else "Fréchet distance"
     text = (
-        f"Every panel {'of a solver ' * bool(few_step(ms))}starts from the same noise, so a difference between panels is the "
-        f"solver's doing. {'Few-step models have other weights. ' * bool(few_step(ms))}Real images are others. "
+        f"Every panel {'of a solver ' * bool(own_weights(ms))}starts from the same noise, so a difference between panels is the "
+        f"solver's doing. {'Few-step models have other weights. ' * bool(few_step(ms))}"
+        f"{'Priors draw tokens by the same seeds, from weights of their own. ' * bool(priors(ms))}Real images are others. "
         f"Below each: {below} and grid."
     )
     return Block("Samples from the same seeds", text, explorer=Explorer(panels, fixed, (nfe, worst, best)))
 
 
 def _caption(m: Measurement, name: str) -> str:
-    if m.kind == FEW_STEP and not m.nonfinite:
+    if m.kind != SOLVER and not m.nonfinite:
         return f"{number(m.distance)} to the data · {m.sampler}"
     figure = number(m.metrics[name].mean) if name in m.metrics else "diverged"
     return f"{figure} · {m.grid}".removesuffix(" · ")
@@ -215,7 +217,7 @@ def blocks(
     error, data, what = error_table(ms), distance_table(ms), distance_name(ms)
     reading = (
         f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: the time grid, "
-        f"{'of solvers ' * bool(few_step(ms))}chosen on other seeds. Comparable only with numbers of the same feature name, "
+        f"{'of solvers ' * bool(own_weights(ms))}chosen on other seeds. Comparable only with numbers of the same feature name, "
         f"{feature_names(ms)}."
     )
     found = [
@@ -224,6 +226,7 @@ def blocks(
         Block("Error and time", drawings=tuple(plots)),
         _samples(ms, pictures),
         _limits(ms, pictures),
+        *(table_block(table) for table in [prior_table(ms)] if table.lines),
         _baselines(ms, pictures),
         *(table_block(table, folded=True) for table in (rmse_table(ms), difference_table(ms)) if table.lines),
         *(table_block(table, folded=True) for table in further_tables(ms) if table.lines),

@@ -2,7 +2,8 @@
 
 A table has a line per solver and a column per number of network evaluations (NFE): value ± standard deviation, and the grid's
 name. Solvers are ranked by their distance to the exact solution where there is one; the distance to the data has few-step models
-of other weights below solvers, then the limits (floor, ceiling, exact), and no solver below the exact row is better than it.
+and priors of other weights below solvers, then the limits (floor, ceiling, exact); no solver below the exact row is better than
+it.
 """
 
 import math
@@ -19,17 +20,26 @@ from midway.gen.evaluation.comparing import (
     differences,
     distance_name,
     feature_names,
-    few_step,
     is_kid,
     limit_of,
     limits_of,
+    own_weights,
     question,
     shown,
     training_costs,
 )
-from midway.gen.evaluation.records import CEILING, EXACT, FLOOR, TO_EXACT, Measurement
+from midway.gen.evaluation.records import (
+    CEILING,
+    EXACT,
+    FEW_STEP,
+    FLOOR,
+    LIMIT,
+    PRIOR,
+    SOLVER,
+    TO_EXACT,
+    Measurement,
+)
 from midway.gen.report.table import (
-    ABSENT,
     Column,
     Entry,
     Line,
@@ -40,7 +50,6 @@ from midway.gen.report.table import (
     number,
     with_floor,
 )
-from midway.gen.sweep.choice import Choice
 
 Measurements = Sequence[Measurement]
 
@@ -77,6 +86,7 @@ METRIC_COLUMNS = [
     metric("fd_infinity", "distance at n = ∞"),
 ]
 _NFE = Column[Measurement]("NFE", lambda m: m.nfe or None, str)
+_TOKENS = Column[Measurement]("token-evaluations", lambda m: m.token_evaluations or None, lambda v: f"{v:,}")
 _FLOPS = Column[Measurement]("MFLOP", lambda m: m.flops / 1e6 or None)
 _TIMES = (
     _seconds("solver s", lambda m: m.seconds, lambda m: m.seconds_std),
@@ -119,9 +129,9 @@ def _with_limits(table: Table, ms: Measurements, name: str) -> Table:
 
 
 def distance_table(ms: Measurements) -> Table:
-    """Fréchet distance to the data by NFE; it ranks where there is no exact solution, and few-step models beside solvers."""
+    """Fréchet distance to the data by NFE; it ranks where there is no exact solution, and models beside solvers."""
     title, ranks = f"{distance_name(ms)} ({feature_names(ms)})", question(ms) == "distance"
-    nearest, exact = ranks or bool(few_step(ms)), limit_of(ms, EXACT)
+    nearest, exact = ranks or bool(own_weights(ms)), limit_of(ms, EXACT)
     table = metric_table(ms, "distance", title, "lower is better", nearest)
     if not ranks and exact is not None and any(above_exact(m, exact) for m in shown(by_solver(ms)).values()):
         note = f"lower is better; {AS_EXACT}: not significantly above the exact solution"
@@ -153,25 +163,31 @@ def _marked(table: Table, ms: Measurements, exact: Measurement) -> Table:
     return replace(table, lines=tuple(lines))
 
 
-GROUPS = ("solvers", "few-step models, each on weights of its own", "limits")
+GROUPS = {
+    SOLVER: "solvers",
+    FEW_STEP: "few-step models, each on weights of its own",
+    PRIOR: "priors over codes, each on weights of its own",
+    LIMIT: "limits",
+}
 """Headings of a table, in this order; that of solvers has their model, and what its training took."""
 
 
 def grouped(table: Table, ms: Measurements) -> Table:
-    """Its lines under headings, few-step models after solvers, each with what its training took; as it is without such models."""
-    models = {m.solver: m for m in few_step(ms)}
+    """Its lines under headings, models of own weights after solvers, with what their training took; as it is without such."""
+    models = {m.solver: m for m in own_weights(ms)}
     if not any(line.name in models for line in table.lines):
         return table
     its = next((m for m in by_solver(ms) if m.model), None)
     whose = "" if its is None else f", all on the weights of {its.model}{_took(its, ': ')}"
-    headings = (f"{GROUPS[0]}{whose}", *GROUPS[1:])
+    headings = {**GROUPS, SOLVER: f"{GROUPS[SOLVER]}{whose}"}
+    order = [*headings.values()]
 
     def line(its: Line) -> Line:
         m = models.get(its.name)
         small = its.small if m is None else ", ".join(filter(None, (f"{m.sampler}{_took(m, ', ')}", m.guided)))
-        return replace(its, group=headings[2 if its.floor else int(m is not None)], small=small)
+        return replace(its, group=headings[LIMIT if its.floor else SOLVER if m is None else m.kind], small=small)
 
-    return replace(table, lines=tuple(sorted(map(line, table.lines), key=lambda its: headings.index(its.group))))
+    return replace(table, lines=tuple(sorted(map(line, table.lines), key=lambda its: order.index(its.group))))
 
 
 def _took(m: Measurement, before: str) -> str:
@@ -209,7 +225,7 @@ def further_tables(ms: Measurements) -> list[Table]:
         titles[f"{space}_distance"] = (distance, second)
         titles[f"{space}_{TO_EXACT}"] = (f"{distance} to the exact solution", error_table(ms).note)
     reduced = above_floor(ms)
-    models = bool(few_step(ms))
+    models = bool(own_weights(ms))
     return [
         grouped(
             metric_table(its := reduced if is_kid(name) else ms, name, *text, models or name.endswith(TO_EXACT)), its
@@ -233,27 +249,6 @@ def difference_table(ms: Measurements) -> Table:
     return budget_table("Difference from the best", note, {key: _difference(one) for key, one in found.items()})
 
 
-def choice_table(choice: Choice) -> Table:
-    """What the grid of each solver and budget was chosen by; no lines where there was nothing to choose."""
-    columns = sorted({(grid, nfe) for _, grid, nfe in choice.figures}, key=lambda place: (place[1], place[0]))
-    lines = (
-        Line(
-            solver,
-            tuple(
-                None if (figure := choice.figures.get((solver, grid, nfe))) is None
-                else Entry(number(figure), "", (solver, grid, nfe) in choice.chosen)
-                for grid, nfe in columns
-            ),
-        )
-        for solver in dict.fromkeys(solver for solver, _, _ in choice.figures)
-    )  # fmt: skip
-    note = (
-        f"RMSE to the exact solution on seeds {choice.seeds}, none of which is scored (of solvers that draw noise, the distance "
-        "to the exact solution). Bold: the chosen grid, the only one that was scored."
-    )
-    return Table("Choice of the grids", note, ("solver", *(f"{nfe} {grid}" for grid, nfe in columns)), tuple(lines))
-
-
 def _difference(found: Difference) -> Entry:
     if found.best:
         return Entry("best", found.grid, True, True)
@@ -262,23 +257,6 @@ def _difference(found: Difference) -> Entry:
     return Entry(
         f"{sign}+{found.mean:.{decimals}f} ± {found.error:.{decimals}f}", found.grid, tied=not found.significant
     )
-
-
-def baseline_table(ms: Measurements) -> Table:
-    """Baselines, lowest distance first, each at its own NFE; that of external images is unknown."""
-    rows = baselines_of(ms)
-    columns = (
-        Column[Measurement]("NFE", lambda m: str(m.nfe) if m.nfe else ABSENT, str),
-        Column[Measurement]("distance", lambda m: number(m.distance, m.std("distance")), str),
-        Column[Measurement](
-            "s / 1000 images", lambda m: number(1000 * m.image_seconds / m.n) if m.nfe else ABSENT, str
-        ),
-    )
-    note = (
-        "Other models, and external images, measured alike: the same image count, features and reference. Each costs its own "
-        "number of network evaluations."
-    )
-    return columns_table("Baselines", note, "baseline", [m.solver for m in rows], rows, columns)
 
 
 def all_figures(ms: Measurements) -> Table:
@@ -293,5 +271,12 @@ def all_figures(ms: Measurements) -> Table:
         f"{less}Seconds are for 1000 images, MFLOP (10^6 floating-point operations of products, before decoding) for one. "
         "Precision, recall, density, coverage, PSNR and the inception score are better when larger, the others when smaller."
     )
-    columns = (_NFE, *METRIC_COLUMNS, *(metric(name, name.replace("_", " ")) for name in further), _FLOPS, *_TIMES)
+    columns = (
+        _NFE,
+        _TOKENS,
+        *METRIC_COLUMNS,
+        *(metric(name, name.replace("_", " ")) for name in further),
+        _FLOPS,
+        *_TIMES,
+    )
     return columns_table("All figures and where the time went", note, "solver", names, rows, columns)

@@ -47,6 +47,7 @@ def few_step_jobs(
             model.source(model.samplers(sampler, nfe, own)[FEW_STEP_GRID], own.sampling()),
             nfe,
             network_flops=model.network_flops,
+            network_tokens=model.network_tokens,
             kind=FEW_STEP,
             model=facts,
             sampler=sampler,

@@ -6,7 +6,7 @@ was decoded passes through every feature network.
 
 from dataclasses import dataclass
 
-from midway.gen.evaluation.records import SOLVER
+from midway.gen.evaluation.records import PRIOR, SOLVER
 from midway.gen.sweep.choice import candidates_of, choice_cell, groups
 from midway.gen.sweep.fine import FineSolution, StoredSolution
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig
@@ -71,7 +71,7 @@ def forecast(
         for group in (*groups(plan.jobs).values(), *others)
         if not any(_cell(job, context, solution).is_finished for job in group)
     ]
-    evaluations = sum(group[0].nfe * (passes if group[0].kind == SOLVER else 1) for group in missing) * each
+    evaluations = sum(group[0].nfe * (passes if group[0].kind in (SOLVER, PRIOR) else 1) for group in missing) * each
     measured = Work(evaluations, len(missing) * each, len(missing) * config.blocks)
     cells = len(groups(plan.jobs)) + len(others)
     blocks = f"{config.blocks} x {config.n:,} images"

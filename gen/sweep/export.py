@@ -69,7 +69,13 @@ def export_measurement(
 ) -> list[Path]:
     """The files written of a measurement into the folders `npz` and `archive`: <solver>-<grid>-nfe<k>."""
     job = sweep.jobs[m.solver, m.grid, m.nfe]
-    stem = "-".join(part for part in (m.solver, m.grid, f"nfe{m.nfe}") if part)
+    stem = "-".join(part for part in (m.solver.replace(" ", "-"), m.grid, f"nfe{m.nfe}") if part)
     npz, archive = npz and npz / f"{stem}.npz", archive and archive / f"{stem}.zip"
     export(ImageSet(job.source, Seeds(first_seed, m.n, m.blocks), job.classes, job.empty, job.draw), npz, archive)
     return [path for path in (npz, archive) if path is not None]
+
+
+def exported(sweep: Sweep, first_seed: int, npz: Path | None, archive: Path | None) -> Iterator[Path]:
+    """The files of `export_measurement` of all that `to_export` has, as they are written; none without a folder."""
+    for m in to_export(sweep) if npz or archive else ():
+        yield from export_measurement(sweep, m, first_seed, npz, archive)

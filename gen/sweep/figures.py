@@ -22,18 +22,22 @@ class FineCosts:
 
 @dataclass(frozen=True)
 class SampleCosts:
-    """Of a part of samples: evaluations of one, seconds of all, and what these depend on."""
+    """Of a part of samples: evaluations of one, seconds of all and what these depend on, tokens through the network of one."""
 
     nfe: float
     solver: float
     decode: float
     features: float
     timing: str
+    token_evaluations: float = 0.0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a block, which has one entry of `nfe` and `timing` for each of its parts; no distance and metrics of what diverged."""
+    """Of a block, with one entry of `nfe`, `timing` and `token_evaluations` for each of its parts.
+
+    No distance and metrics of what diverged.
+    """
 
     distance: float | None
     metrics: dict[str, float]
@@ -41,3 +45,4 @@ class Figures:
     nfe: tuple[float, ...]
     seconds: Seconds
     timing: tuple[str, ...]
+    token_evaluations: tuple[float, ...] = ()

@@ -72,7 +72,7 @@ class Job:
     """One measurement to be made; `classes` of the seeds' labels, 0 without, of which `empty` are not drawn, by `draw`."""
 
     solver: str
-    """Of few-step models, baselines and images their name."""
+    """Of few-step models, priors, baselines and images their name."""
     grid: str
     source: SampleSource
     nfe: int = 0
@@ -84,11 +84,13 @@ class Job:
     """Floating-point operations of an evaluation of the network; 0 where they are not counted."""
     further_flops: int = 0
     """Of what else a sample runs through."""
+    network_tokens: int = 0
+    """Tokens of an evaluation of the network; 0 where they are not known, or counted by the source."""
     kind: Kind = SOLVER
     model: ModelFacts = UNKNOWN
     """Of the model that is sampled."""
     sampler: str = ""
-    """Of a few-step model, what it is sampled by."""
+    """Of a few-step model, what it is sampled by; of a prior its rule."""
     classes: int = 0
     empty: tuple[int, ...] = ()
     draw: ClassDraw | None = None
@@ -126,6 +128,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
             _training_nfe(model, sampler, grid, config),
             flops,
             sampler.costs.residual if isinstance(sampler, ResidualTable) else 0,
+            model.network_tokens,
             model=facts,
             classes=model.classes,
             empty=model.empty,

@@ -124,6 +124,7 @@ def _part(
     found = extract(context.spaces, images)
     costs = {"nfe": batch.nfe, "solver": batch.seconds, "decode": decoded - begun, "timing": context.timing}
     costs["features"] = clock() - decoded
+    costs |= {"token_evaluations": batch.token_evaluations} if batch.token_evaluations else {}
     work = Work(round(batch.nfe * len(images)), len(images))
     context.tally.spend(work, batch.seconds, costs["decode"] + costs["features"])
     tensors = {"finite": batch.finite, **{key(space): its.features for space, its in found.items()}}
@@ -192,6 +193,7 @@ def _block(
         "nfe": [part.costs["nfe"] for part in parts],
         "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
         "timing": [part.costs["timing"] for part in parts],
+        "token_evaluations": [part.costs.get("token_evaluations", 0.0) for part in parts],
     }
     return Part({"shown": parts[0].tensors.get("shown", torch.empty(0))}, costs)
 
@@ -216,6 +218,7 @@ def _summary(blocks: Sequence[Part]) -> Numbers:
         seconds=Seconds(**{name: round(sum(its["seconds"][name] for its in figures), 4) for name in TIMES}),
         block_seconds=tuple(Seconds(**{name: round(its["seconds"][name], 4) for name in TIMES}) for its in figures),
         timing=" + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
+        token_evaluations=_whole([count for its in figures for count in its.get("token_evaluations", [0.0])]),
     )
 
 
@@ -223,6 +226,6 @@ def _whole(counts: list[float]) -> int:
     """Evaluations per sample as a whole number; guided evaluations run the network twice."""
     if len(set(counts)) != 1 or counts[0] != int(counts[0]):
         raise RuntimeError(
-            f"{sorted(set(counts))} evaluations per sample were counted; a fixed-step solver must make one whole number"
+            f"{sorted(set(counts))} per sample were counted; a fixed number of evaluations must make one whole number"
         )
     return int(counts[0])

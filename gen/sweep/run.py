@@ -233,6 +233,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         training_images=job.model.images,
         model_nfe=job.model.evaluations,
         guided=job.model.guided,
+        token_evaluations=numbers.token_evaluations or numbers.nfe * job.network_tokens,
     )
 
 

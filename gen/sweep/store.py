@@ -72,6 +72,8 @@ class Numbers:
     timing: str
     block_seconds: tuple[Seconds, ...] = ()
     """Of each block; empty in cells of earlier versions, which have the sum alone."""
+    token_evaluations: int = 0
+    """Tokens of a sample that went through the network; 0 where the source does not count them."""
 
     def __post_init__(self) -> None:
         if not self.distances or any(len(values) != len(self.distances) for values in self.metrics.values()):

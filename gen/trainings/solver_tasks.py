@@ -21,9 +21,12 @@ from midway.gen.distillation.residual import ResidualConfig, ResidualObjective
 from midway.gen.distillation.table import TableConfig, TableObjective, TableTarget, make_distance
 from midway.gen.flags.cli import Flat, with_text
 from midway.gen.flags.tasks import Resume
+from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.rules import TrainedHead, head_of
 from midway.gen.training.config import TrainConfig
 from midway.samplers.gits import GITS
 from midway.samplers.grids import GRIDS, NAMED
+from midway.samplers.guidance_checks import why_unguided
 from midway.samplers.hub import LICENSE
 from midway.samplers.learned_solver import EARLIER
 from midway.samplers.learned_solver import LEARNED as AMED
@@ -37,12 +40,12 @@ class SolverTask:
     """Learn a solver for one model: one per budget, stored with the model."""
 
     model: Path
-    """Run directory of the latent model."""
+    """Run directory of the latent model, or of a continuous prior: a table for its head."""
     solver: str = "amed"
     """table (all numbers of a multistep solver), amed (constants per step), or AMED in another solver: amed-plugin-<base> with
     base euler, dpm2, ipndm3, ipndm4, dpmpp2m or dpmpp3m. AMED with -predictor has numbers per sample. Also the first argument."""
     nfe: str = "6"
-    """Budgets, comma-separated; at odd ones AMED takes the first slope analytically."""
+    """Budgets, comma-separated, of a prior those of its head, a token; at odd ones AMED takes the first slope analytically."""
     grid: str = "karras"
     """Grid of the learned solver; gits is fitted for it. best, the default of amed and plugins: that of gits, vp and logsnr on
     which a quarter of the steps leads nearest to the teacher. A table begins on this grid, or on the best of all, and learns its
@@ -117,6 +120,24 @@ def residual_task(name: str) -> SolverTask:
     return SolverTask(model=tyro.MISSING, solver=name, grid=BEST, table=pairs, train=RESIDUAL_TRAIN)
 
 
+def check_head(task: SolverTask, trained: TrainedPrior) -> TrainedHead:
+    """The head of a prior; UsageError for a prior over codes, and for what a table of tokens cannot be learned by."""
+    head = head_of(trained)
+    if task.solver != TABLE:
+        raise UsageError(
+            f"{task.solver} for {task.model}",
+            "it is a continuous prior, and only tables are learned for its head",
+            f"midway train solver table --model {task.model}",
+        )
+    if task.table.loss == "lpips":
+        raise UsageError("--table.loss lpips", "the head draws single tokens, which are no images", "use l2 or l1")
+    prior = trained.prior
+    lacking = why_unguided(prior.classes, len(prior.empty), prior.config.label_dropout)
+    if task.guidance != 1 and lacking:
+        raise UsageError(f"--guidance {task.guidance:g} on {task.model}", f"it {lacking}", "drop --guidance")
+    return head
+
+
 def labels_for(task: SolverTask, model: LatentModel, device: torch.device) -> torch.Tensor:
     """Of the teacher's results, those that are held out behind those that are trained on."""
     count, first = pairs_of(task)
@@ -157,7 +178,7 @@ def check(task: SolverTask) -> None:
         )
 
 
-def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distillation:
+def make_objective(task: SolverTask, nfe: int, trained: TrainedModel | TrainedHead) -> Distillation:
     """The objective of one budget; UsageError for a budget that does not exist."""
     torch.manual_seed(task.train.seed)
     fix = "change --nfe, --distill.analytic-first or --distill.teacher"
@@ -165,6 +186,7 @@ def make_objective(task: SolverTask, nfe: int, trained: TrainedModel) -> Distill
         if task.solver == TABLE:
             distance = make_distance(task.table, trained.tokenizer)
             return TableObjective(trained.model, TableTarget(nfe, task.grid, task.guidance), task.table, distance)
+        assert isinstance(trained, TrainedModel)
         if task.solver == NOISY:
             return NoiseObjective(trained.model, nfe, task.grid, task.guidance, task.noise)
         if task.solver in RESIDUALS:
@@ -195,7 +217,7 @@ def on_best_grid(
     task: SolverTask,
     nfe: int,
     objective: Distillation,
-    trained: TrainedModel,
+    trained: TrainedModel | TrainedHead,
     device: torch.device,
     shared: dict[Any, Any],
 ) -> tuple[Distillation, str]:
@@ -205,6 +227,7 @@ def on_best_grid(
     """
     if not isinstance(objective, SolverObjective) or task.grid != BEST:
         return objective, ""
+    assert isinstance(trained, TrainedModel)
     errors, spent = dict[str, float](), 0
     lesson = Lesson(task.train.steps // 4, task.train.batch_size, task.train.lr, task.train.clip, task.train.seed)
     for grid in tried_on(task):

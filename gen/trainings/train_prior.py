@@ -17,12 +17,10 @@ from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.runs import Run
 from midway.gen.core.text import echo
-from midway.gen.data.images import to_uint8
 from midway.gen.data.pictures import save_grid
 from midway.gen.data.places import images_at, splits_of
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.load import CPU, load_tokenizer
-from midway.gen.diffusion.sampling import labels_of
 from midway.gen.evaluation.likelihood import score_of
 from midway.gen.evaluation.online import log_online
 from midway.gen.features.open import named_extractor
@@ -31,9 +29,7 @@ from midway.gen.flags.arguments import config_of
 from midway.gen.flags.cli import Page, resolve
 from midway.gen.flags.tasks import PriorTask
 from midway.gen.names.nearest import canonical
-from midway.gen.priors.continuous import ContinuousPrior
 from midway.gen.priors.decoding import Decoding, Rule
-from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.likelihood import bits_name
 from midway.gen.priors.load import KIND, TrainedPrior, load_prior, write_prior
@@ -52,8 +48,6 @@ from midway.gen.trainings.train_latent import planned_tokenizer
 
 PREVIEW, PREVIEW_STEPS = 60, 16
 """Images, and evaluations of a masked prior for them, or fewer if it has fewer tokens."""
-BATCH = 256
-"""Images of a continuous prior that are drawn at once."""
 PAGE = Page(computed=dict.fromkeys(GENERIC_PRIORS, PRIOR_SIZES))
 
 
@@ -197,21 +191,10 @@ def write_preview(run: Run, parts: Parts, step: int, weights: str) -> Preview | 
     return Preview(path, "samples")
 
 
-@torch.no_grad()
 def draw_images(trained: TrainedPrior, seeds: Tensor, how: Decoding, draw: ClassDraw | None = None) -> Tensor | None:
     """uint8 images (N, C, H, W) of seeds (N,), on the CPU; None unless all are finite."""
-    prior = trained.prior
-    if not isinstance(prior, ContinuousPrior):
-        samples = sample_codes(trained, seeds, CodeSampling(how, draw=draw))
-        return decode_codes(trained, samples.tokens) if samples.finite.all() else None
-    device, found = next(prior.parameters()).device, list[Tensor]()
-    for part in seeds.split(BATCH):
-        labels = labels_of(part, prior.classes, prior.empty, draw).to(device)
-        latents = prior.draw(labels, SeededDraws(part), how)
-        if not latents.isfinite().all():
-            return None
-        found.append(to_uint8(trained.tokenizer.decode_latents(latents)).cpu())
-    return torch.cat(found)
+    samples = sample_codes(trained, seeds, CodeSampling(how, draw=draw))
+    return decode_codes(trained, samples.tokens) if samples.finite.all() else None
 
 
 # ---- the command ----

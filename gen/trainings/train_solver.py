@@ -16,25 +16,30 @@ from midway.gen.cards.solver import finish_solver
 from midway.gen.core.checkpoints import split_step
 from midway.gen.core.config import to_record
 from midway.gen.core.errors import UsageError
-from midway.gen.core.runs import Run
+from midway.gen.core.runs import Run, kind_of
 from midway.gen.core.text import echo
+from midway.gen.data.places import images_at, splits_of
 from midway.gen.diffusion.load import TrainedModel, load_model, load_solver, solver_path
 from midway.gen.diffusion.sampler_checks import check_guidance
 from midway.gen.diffusion.samplers import SamplerConfig
 from midway.gen.distillation.learning import Distillation
 from midway.gen.distillation.residual import ResidualObjective
 from midway.gen.flags.cli import Page, numbers, resolve
+from midway.gen.priors.load import KIND, load_prior
+from midway.gen.priors.rules import TrainedHead
 from midway.gen.progress.bar import busy
 from midway.gen.progress.finished import unfinished
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import Hooks, Items
 from midway.gen.training.precision import resolve_precision
+from midway.gen.trainings.head_vectors import hidden_vectors
 from midway.gen.trainings.running import open_run
 from midway.gen.trainings.solver_tasks import (
     MORE,
     SolverTask,
     check,
+    check_head,
     labels_for,
     make_objective,
     on_best_grid,
@@ -75,8 +80,10 @@ def train(task: SolverTask) -> list[Run]:
     return [run for run in runs if run is not None]
 
 
-def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel:
-    """The model; UsageError for one that jumps, and for guidance that it cannot have."""
+def load(task: SolverTask, accelerator: Accelerator) -> TrainedModel | TrainedHead:
+    """The model, or the head of a prior; UsageError for a model that jumps, for codes, and for guidance that it cannot have."""
+    if kind_of(task.model) == KIND:
+        return check_head(task, load_prior(task.model, accelerator.device))
     trained = load_model(task.model, accelerator.device)
     if trained.model.config.is_jump:
         raise UsageError(
@@ -98,11 +105,21 @@ def make_parts(task: SolverTask, accelerator: Accelerator) -> Parts:
 
 
 def run_teacher(
-    task: SolverTask, objective: Distillation, trained: TrainedModel, device: torch.device, shared: dict[Any, Any]
+    task: SolverTask,
+    objective: Distillation,
+    trained: TrainedModel | TrainedHead,
+    device: torch.device,
+    shared: dict[Any, Any],
 ) -> Items:
     """Run the teacher, and start from the best of a few; `shared` keeps what the next budget can use."""
-    count, _ = pairs_of(task)
-    take = objective.to(device).prepare(labels_for(task, trained.model, device), shared)
+    count, first = pairs_of(task)
+    if isinstance(trained, TrainedHead):
+        prior = trained.prior
+        train = splits_of(trained.run, images_at(trained.run)).train
+        labels = hidden_vectors(prior, train.images, train.labels, first, count, task.guidance != 1)
+    else:
+        labels = labels_for(task, trained.model, device)
+    take = objective.to(device).prepare(labels, shared)
     return Items(lambda items: take(items.to(device)), count, f"teacher of {trained.hash}")
 
 
@@ -110,7 +127,7 @@ def train_one(
     task: SolverTask,
     nfe: int,
     objective: Distillation,
-    trained: TrainedModel,
+    trained: TrainedModel | TrainedHead,
     accelerator: Accelerator,
     shared: dict[Any, Any],
     precision: tuple[str, ...],
@@ -144,7 +161,7 @@ def train_one(
         learned = load_solver(trained, task.solver, task.grid, nfe)
         if learned is not None and learned.table is not None:
             run.say(f"its table: {summary(learned.table, trained.model.schedule)}")
-        if isinstance(objective, ResidualObjective):
+        if isinstance(objective, ResidualObjective) and isinstance(trained, TrainedModel):
             report_residual(task, nfe, objective, trained, run)
         return run
 
@@ -161,7 +178,9 @@ def report_residual(task: SolverTask, nfe: int, objective: ResidualObjective, tr
     )
 
 
-def card_for(task: SolverTask, nfe: int, objective: Distillation, trained: TrainedModel, processes: int) -> SolverCard:
+def card_for(
+    task: SolverTask, nfe: int, objective: Distillation, trained: TrainedModel | TrainedHead, processes: int
+) -> SolverCard:
     """What the learned solver belongs to and what it cost."""
     return SolverCard(
         name=task.solver,

@@ -15,12 +15,14 @@ from midway.gen.flags.fields import Flag, flags_of
 from midway.gen.flags.help import summary
 from midway.gen.flags.tasks import TokenizerTask
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
+from midway.gen.recipes.prior_recipes import PRIOR_RECIPES
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.training.config import flat
 
 STARTS = {
     "train tokenizer": (TOKENIZER_RECIPES, ("digits-vq",)),
     "train latent": (LATENT_RECIPES, ("digits-dit",)),
+    "train prior": (PRIOR_RECIPES, ("digits-masked",)),
     "train baseline": (BASELINE_RECIPES, ("vae", "glow", "tarflow")),
     "train solver": ({}, ("table", "table-residual", "adasde", "amed")),
 }

@@ -70,7 +70,7 @@ def test_one_evaluation_a_token_draws_from_the_law_of_the_conditionals(rule: Rul
     if script.orders is not None:  # in each order by itself
         orders = math.factorial(layout.length)
         for first in range(orders):
-            own = Script(script.outcomes[first::orders], script.orders[first::orders])
+            own = Script(script.outcomes[first::orders], layout.sizes, script.orders[first::orders])
             drawn = decode(table, len(own.outcomes), own, Decoding(rule))
             own.orders = None
             assert total_variation(law_drawn(layout, drawn, own), table.joint) < 1e-12

@@ -273,5 +273,5 @@ def test_one_token() -> None:
     bits = prior.bits(codes, labels, SeededDraws(torch.arange(6)), 2)
     assert float(torch.exp2(-bits).sum()) == pytest.approx(1, abs=1e-12)  # all of it is missing at once
     for rule in RULES:
-        script = Script(codes[:, None])
+        script = Script(codes[:, None], layout.sizes)
         assert torch.allclose(law_drawn(layout, prior.draw(labels, script, Decoding(rule)), script), torch.exp2(-bits))

@@ -10,6 +10,7 @@ from prior_runs import open_prior, prior_run
 from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.priors.decoding import Decoding, Rule
+from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
 from midway.gen.priors.sampling import (
     CodeSampling,
@@ -82,7 +83,8 @@ def test_codes_are_images_and_images_codes(masked: TrainedPrior) -> None:
     tokens = encode_codes(masked, images)
     floats = images.float() / 127.5 - 1
     indices = masked.tokenizer.encode_indices(floats)
-    assert torch.equal(masked.prior.layout.indices(tokens), indices)
+    layout = masked.prior.layout
+    assert isinstance(layout, CodeLayout) and torch.equal(layout.indices(tokens), indices)
     made = decode_codes(masked, tokens)
     expected = ((masked.tokenizer.decode_indices(indices).clamp(-1, 1) + 1) * 127.5).round()
     assert made.dtype == torch.uint8 and (made - expected).abs().max() <= 1

@@ -51,12 +51,16 @@ def number(text: str, pattern: str) -> float:
 TOKENIZER = "train_tokenizer digits-fsq --model.width 16 --model.blocks 1 --batch-size 8"
 LATENT = "train_latent digits-dit --tokenizer runs/digits-fsq --model.dit.width 16 --model.dit.depth 1 --batch-size 8"
 
+PRIOR = "train_prior digits-masked --tokenizer runs/digits-vq --model.width 16 --model.depth 1 --batch-size 8"
+
 
 @pytest.mark.parametrize(
     "line",
     [
         TOKENIZER,
         LATENT,
+        PRIOR,
+        f"{PRIOR} --model.kind continuous",
         "train_baseline digits-vae --model.width 8 --batch-size 8",
         "train_features --width 8 --batch-size 8 --out nowhere",
     ],

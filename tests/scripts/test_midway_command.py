@@ -108,7 +108,7 @@ def test_completion_offers_commands_recipes_and_flags(tmp_path: Path) -> None:
         return set(subprocess.check_output(["bash", "-c", code], text=True, timeout=60).split())
 
     assert offered("tr") == {"train"} and offered("ev") == {"evaluate", "evaluate-tokenizer", "evaluate-likelihood"}
-    assert offered("train", "") == {"tokenizer", "latent", "solver", "baseline", "features"}
+    assert offered("train", "") == {"tokenizer", "latent", "prior", "solver", "baseline", "features"}
     assert offered("train", "tokenizer", "sm") == {"small"}
     assert offered("train", "tokenizer", "small", "--res") == {"--resize", "--resume"}
     assert "--model.actnorm" in offered("train", "baseline", "digits-glow", "--model.")

@@ -46,6 +46,7 @@ from midway.gen.flags.tasks import LatentTask, QuantizerName, TokenizerConfig, T
 from midway.gen.proving import report as proving
 from midway.gen.recipes.baseline_recipes import BASELINE_RECIPES
 from midway.gen.recipes.generic import GENERIC_TOKENIZERS
+from midway.gen.recipes.prior_recipes import PRIOR_RECIPES
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.report import likelihood, tokenizers
 from midway.gen.sweep.run import Sweep
@@ -113,6 +114,7 @@ def _commands(pipeline: Pipeline, root: Path) -> dict[str, str]:
         "import_tokenizer": f"--source {vae}",
         "evaluate_tokenizer": f"--tokenizers {tokenizer} --features {features} --n 16",
         "train_latent": f"digits-flow {tiny} --tokenizer {tokenizer}",
+        "train_prior": f"digits-causal {tiny} --tokenizer {tokenizer} --model.width 16 --model.depth 1 --validate-every 1",
         "train_features": f"{tiny} --width 8",
         "train_baseline": f"digits-vae {tiny} --model.width 8 --validation-images 20",
         "evaluate_likelihood": f"--models {pipeline.baseline} --features pixels --n 16 --iwae 2 --draws 2",
@@ -157,6 +159,7 @@ def test_a_script_works_as_a_command_line(
         "import_tokenizer": imported,
         "evaluate_tokenizer": tokenizers.FILES,
         "train_latent": ("checkpoints/step-2/ema.safetensors", "samples/averaged-000002-nfe20.png"),
+        "train_prior": ("best/step-2/ema.safetensors", "model/README.md", "samples/averaged-000002-nfe4.png"),
         "train_features": ("checkpoints/step-2/features.safetensors",),
         "train_baseline": ("best/step-2/ema.safetensors", "samples/traversals.png"),
         "evaluate_likelihood": likelihood.FILES,
@@ -198,7 +201,12 @@ def test_every_training_flag_together(pipeline: Pipeline, tmp_path: Path) -> Non
     assert len(json.loads((out / "env.json").read_text())["starts"]) == 2
 
 
-RECIPES = {"train_tokenizer": TOKENIZER_RECIPES, "train_latent": LATENT_RECIPES, "train_baseline": BASELINE_RECIPES}
+RECIPES = {
+    "train_tokenizer": TOKENIZER_RECIPES,
+    "train_latent": LATENT_RECIPES,
+    "train_prior": PRIOR_RECIPES,
+    "train_baseline": BASELINE_RECIPES,
+}
 
 
 @pytest.mark.parametrize("name", ALL_SCRIPTS)

@@ -120,21 +120,24 @@ class TableCausal(CausalPrior):
 
 @dataclass
 class Script:
-    """Draws that are given: in row r `outcomes` int64 (R, attempts, L, D), in order `orders` (R, L).
+    """Draws that are given: in row r `outcomes` int64 (R, attempts, L, D) of digits of these sizes, in order `orders` (R, L).
 
-    `log_weight` float64 (R,) adds up how probable they were.
+    `log_weight` float64 (R,) adds up how probable they were, those that were not asked for being equally probable.
     """
 
     outcomes: Tensor
+    sizes: tuple[int, ...]
     orders: Tensor | None = None
     log_weight: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.log_weight = torch.zeros(len(self.outcomes), dtype=torch.float64)
+        self.log_weight = -torch.tensor(self.sizes).double().log().sum() * self.outcomes[0, :, :, 0].numel()
+        self.log_weight = self.log_weight.repeat(len(self.outcomes))
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         value = self.outcomes[:, attempt, :, digit].gather(1, places)
-        self.log_weight += law.double().gather(-1, value[..., None]).squeeze(-1).sum(1)
+        own = law.double().gather(-1, value[..., None]).squeeze(-1)
+        self.log_weight += (own + math.log(law.shape[-1])).sum(1)
         return value
 
     def keys(self, purpose: str, length: int) -> Tensor:
@@ -154,9 +157,9 @@ def scripts(layout: CodeLayout, attempts: int = 1, shuffled: bool = False) -> Sc
     index = torch.cartesian_prod(*[torch.arange(len(codes))] * attempts).view(-1, attempts)
     outcomes = codes[index]
     if not shuffled:
-        return Script(outcomes)
+        return Script(outcomes, layout.sizes)
     orders = torch.tensor(list(itertools.permutations(range(layout.length))))
-    return Script(outcomes.repeat_interleave(len(orders), 0), orders.repeat(len(outcomes), 1))
+    return Script(outcomes.repeat_interleave(len(orders), 0), layout.sizes, orders.repeat(len(outcomes), 1))
 
 
 def law_drawn(layout: CodeLayout, tokens: Tensor, script: Script) -> Tensor:

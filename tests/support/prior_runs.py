@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from midway.gen.core import checkpoints
 from midway.gen.core.config import to_dict
 from midway.gen.core.runs import Run
+from midway.gen.data.images import to_float
+from midway.gen.data.splits import load_splits
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.priors.config import PriorConfig
-from midway.gen.priors.layout import layout_of
 from midway.gen.priors.load import KIND, TrainedPrior, load_prior, write_prior
-from midway.gen.priors.registry import make_prior
+from midway.gen.priors.registry import layout_for, make_prior
 
 TINY_PRIOR: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2}
 
@@ -25,7 +26,10 @@ def prior_run(path: Path, tokenizer: Path, classes: int = 10, seed: int = 0, **c
     trained, data = load_tokenizer(tokenizer)
     settings = PriorConfig(**{**TINY_PRIOR, **config})
     torch.manual_seed(seed)
-    prior = make_prior(settings, layout_of(trained, settings.split), classes)
+    if settings.kind == "continuous":
+        raw = trained.raw_latents(to_float(load_splits(data).train.images[:64]))
+        trained.set_latent_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
+    prior = make_prior(settings, layout_for(settings, trained), classes)
     with torch.no_grad():
         for weight in (p for p in prior.parameters() if p.dim() > 1):
             weight.mul_(10)

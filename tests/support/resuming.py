@@ -25,12 +25,19 @@ from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
 from midway.gen.flags.baseline_tasks import BaselineTask
 from midway.gen.flags.cli import main
-from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.config import TrainConfig
-from midway.gen.trainings import train_baseline, train_features, train_latent, train_solver, train_tokenizer
+from midway.gen.trainings import (
+    train_baseline,
+    train_features,
+    train_latent,
+    train_prior,
+    train_solver,
+    train_tokenizer,
+)
 
-Task = TokenizerTask | LatentTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
+Task = TokenizerTask | LatentTask | PriorTask | BaselineTask | train_features.FeaturesTask | train_solver.SolverTask
 
 DATA = DataConfig(held_out=0.9)
 """180 training images: with batches of 32 an epoch ends in the middle of step 5."""
@@ -46,6 +53,8 @@ def train(task: Task) -> Path:
         runs = [train_tokenizer.train(task)]
     elif isinstance(task, LatentTask):
         runs = [train_latent.train(task)]
+    elif isinstance(task, PriorTask):
+        runs = [train_prior.train(task)]
     elif isinstance(task, BaselineTask):
         runs = [train_baseline.train(task)]
     elif isinstance(task, train_features.FeaturesTask):

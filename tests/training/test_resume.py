@@ -50,7 +50,8 @@ from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
-from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
@@ -94,6 +95,17 @@ def distilled_task(out: Path, pipeline: Pipeline) -> LatentTask:
         init=pipeline.model,
         teacher=pipeline.model,
         flip=False,
+    )
+
+
+def prior_task(out: Path, pipeline: Pipeline, kind: Kind) -> PriorTask:
+    """A prior with everything random that it has, orders among it, and validation that may end it."""
+    head = TokenHeadConfig(width=16, depth=1, repeats=1)
+    shuffled = 8 if kind == "causal" else 0
+    model = PriorConfig(kind, width=16, depth=1, heads=2, dropout=0.2, shuffle_steps=shuffled, head=head)
+    train = replace(LATENT, posthoc=(), accumulation=2, validate_every=2, patience_validations=5)
+    return PriorTask(
+        out, tokenizer=pipeline.tokenizer, model=model, flip=True, validation_images=20, train=train, resume="auto"
     )
 
 
@@ -149,7 +161,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("shortcut", "meanflow", "imf", "distilled")
+SLOW = ("shortcut", "meanflow", "imf", "distilled", "continuous prior")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -173,6 +185,7 @@ KINDS: dict[str, Make] = {
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
+    **{f"{kind} prior": partial(prior_task, kind=kind) for kind in ("causal", "masked", "continuous")},
     "features": lambda out, _: FeaturesTask(out, DATA, width=8, dim=8, train=COSINE, resume="auto"),
     "vae": lambda out, _: vae_task(out),
     "flow": lambda out, _: flow_task(out),
@@ -411,13 +424,13 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
 
 @pytest.mark.parametrize(
     "kind",
-    ["vq", pytest.param("critic", marks=pytest.mark.slow), "latent", pytest.param("vae", marks=pytest.mark.slow)],
+    ["vq", "latent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("critic", "vae", "masked prior"))],
 )
 def test_two_processes_resume_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
     task = KINDS[kind](tmp_path / "whole", pipeline)
     task = replace(task, train=replace(task.train, steps=9, lr=3e-3))
-    assert isinstance(task, TokenizerTask | LatentTask | VAETask)
+    assert isinstance(task, TokenizerTask | LatentTask | PriorTask | VAETask)
     whole, parts, alone = tmp_path / "whole", tmp_path / "parts", tmp_path / "alone"
     train_together(task)
     train_together(shortened(replace(task, out=parts), 5))
