@@ -33,9 +33,9 @@ from midway.gen.sweep.run import Sweep
 from midway.gen.trainings import train_prior, train_tokenizer
 
 TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "fsq": ("--quantizer", "fsq", "--levels", "8,8,8"),
-    "fsp": ("--quantizer", "fsq", "--levels", "8,8,8", "--form", "fsp"),
-    "vq": ("--quantizer", "vq", "--codebook-size", "512"),
+    "fsq": ("--model.quantizer", "fsq", "--model.levels", "8", "8", "8"),
+    "fsp": ("--model.quantizer", "fsq", "--model.levels", "8", "8", "8", "--model.form", "fsp"),
+    "vq": ("--model.quantizer", "vq", "--model.codebook-size", "512"),
 }
 """512 codes each."""
 RECIPES = {"digits": ("digits-vq", "digits"), "mnist5k": ("mnist5k-fsq", "mnist5k")}
