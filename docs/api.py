@@ -47,7 +47,8 @@ def _front() -> Iterator[str]:
     yield f"# API\n\nWhat `from midway import ...` offers. Modules: {modules}.\n"
     for name, module in names().items():
         yield f"## {name}\n\n`from midway import {name}`, of `{module}`.\n"
-        yield from _described(_find(module, name), module)
+        source = _source(module, name)
+        yield from _described(_find(source, name), source)
 
 
 def _page(package: str, modules: list[str]) -> Iterator[str]:
@@ -59,6 +60,14 @@ def _page(package: str, modules: list[str]) -> Iterator[str]:
             if isinstance(node, Definition) and not node.name.startswith("_"):
                 yield f"### {node.name}\n"
                 yield from _described(node, module)
+
+
+def _source(module: str, name: str) -> str:
+    """The module that defines the name, which `module` may import."""
+    for node in tree(module).body:
+        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+            return _source(str(node.module), name)
+    return module
 
 
 def _find(module: str, name: str) -> ast.stmt:

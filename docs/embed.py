@@ -15,8 +15,9 @@ import csv
 import json
 import os
 import shutil
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,48 @@ def benchmark_block(found: dict[str, Any]) -> str:
         raise SystemExit("the file has no rows")
     if "model_nfe" in rows[0]:
         return few_step_block(found)
+    if "head_nfe" in rows[0]:
+        return token_head_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)
     cells = [[cell.format_map(row) for cell in COLUMNS[kind].values()] for row in rows]
     rule = ["---" if heading in ("", "beside", "unit", "aimed at") else "---:" for heading in COLUMNS[kind]]
     return "".join(f"| {' | '.join(row)} |\n" for row in [list(COLUMNS[kind]), rule, *cells])
+
+
+def token_head_block(found: dict[str, Any]) -> str:
+    """Distances of benchmarks/token_head.py by solver and head NFE, one table a feature space, and one of the solvers' errors.
+
+    Of a solver on several grids each budget has the one of least error.
+    """
+    rows, budgets = found["rows"], sorted({int(row["head_nfe"]) for row in found["rows"]})
+    solvers = list(dict.fromkeys(row["head_solver"] for row in rows))
+    best = {
+        (solver, nfe): min(own, key=lambda row: row["rmse"])
+        for solver in solvers
+        for nfe in budgets
+        if (own := [row for row in rows if (row["head_solver"], row["head_nfe"]) == (solver, nfe)])
+    }
+    figures: dict[str, Callable[[dict[str, Any]], str]] = {
+        f"Fréchet distance, {name}": lambda row, name=name: f"{statistics.mean(row['distances'][name]):.3f}"
+        for name in found["features"]
+    }
+    figures["RMSE of tokens from the fine solution"] = lambda row: f"{row['rmse']:.3f}"
+    text = ""
+    for title, figure in figures.items():
+        text += f"{title}, by head NFE:\n\n| head solver | {' | '.join(map(str, budgets))} |\n|---|{'---:|' * len(budgets)}\n"
+        for solver in solvers:
+            cells = [figure(best[solver, nfe]) if (solver, nfe) in best else "" for nfe in budgets]
+            text += f"| {solver} | {' | '.join(cells)} |\n"
+        text += "\n"
+    trunk, fine = rows[0]["trunk_nfe"], found["fine"]
+    features = ", ".join(f"`{features}`" for features in found["features"].values())
+    return (
+        f"{text}{found['tokens']}, trunk NFE {trunk:g} by {found['rule']}; n = {found['n']} images per block, {found['blocks']} "
+        f"block(s), seeds {found['seeds'][0]}-{found['seeds'][1]}; features {features}; fine solution: {fine[0]} on {fine[1]}, "
+        f"head NFE {fine[2]}; prior `{found['model']}`.\n"
+    )
 
 
 def few_step_block(found: dict[str, Any]) -> str:

@@ -355,3 +355,22 @@ def test_the_table_of_tokenizers_is_the_one_that_was_measured() -> None:
         assert f"{cell['psnr']:.2f} dB" in row
     assert facts["protocol"]["images"] in block
     assert (ROOT / "docs" / "images" / "tokenizers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_a_token_head_becomes_tables() -> None:
+    """Of each solver and budget the grid of least error; one table a feature space, one of errors."""
+
+    def row(solver: str, grid: str, nfe: int, distance: float, rmse: float) -> dict[str, Any]:
+        counts = {"head_solver": solver, "grid": grid, "head_nfe": nfe, "trunk_nfe": 4}
+        return {**counts, "distances": {"pixels": [distance, distance]}, "rmse": rmse}
+
+    rows = [
+        row("euler", "uniform", 2, 0.5, 0.3),
+        row("euler", "karras", 2, 0.9, 0.2),
+        row("table", "best", 1, 0.4, 0.1),
+    ]
+    facts = {"features": {"pixels": "pixels-1"}, "n": 8, "blocks": 2, "seeds": [0, 15], "rule": "halton"}
+    found = {**facts, "rows": rows, "tokens": "latents (6, 2, 2)", "fine": ["dpmpp3m", "logsnr", 200], "model": "abc"}
+    block = _tool("embed").benchmark_block(found)
+    assert "| head solver | 1 | 2 |" in block and "| euler |  | 0.900 |" in block and "| table | 0.400 |  |" in block
+    assert "| euler |  | 0.200 |" in block and "trunk NFE 4 by halton" in block and "`pixels-1`" in block

@@ -51,7 +51,7 @@ from midway.gen.flags.sample_outputs import (
 )
 from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.priors.load import KIND, TrainedPrior, load_prior
-from midway.gen.priors.rules import Asked, check_solver, decoding_for, draw_warnings
+from midway.gen.priors.rules import Asked, check_solver, decoding_for, draw_warnings, head_for
 from midway.gen.priors.sampling import CodeSampling, identity_of
 from midway.gen.progress.finished import unfinished
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
@@ -110,7 +110,8 @@ def write(
     made = draw_grid(drawing, task.out) if kind == "grid" else draw_set(drawing, task.out, kind, process)
     if process.rank > 0:
         return
-    passed = f" ({made.token_evaluations:g} token-evaluations)" * bool(made.token_evaluations)
+    head = f", {made.head_nfe:g} of the head a token" * bool(made.head_nfe)
+    passed = f" ({made.token_evaluations:g} token-evaluations{head})" * bool(made.token_evaluations)
     waves = f" in {parallel.waves} waves" if parallel and made.images else ""
     took = f"{made.nfe:g} evaluations{passed} each{waves}, {made.seconds:.2f} s"
     drawn = took if made.images else "all of them there already"
@@ -153,7 +154,8 @@ def prior_drawing(task: SampleTask, trained: TrainedPrior) -> tuple[Drawing, tup
     decoding = decoding_for(prior, asked, trained.run.place)
     task.apply_tiles(trained.tokenizer)
     labels = () if task.labels is None else chosen_labels(task.labels, prior)
-    sampling = CodeSampling(decoding, task.batch_size, task.precision)
+    head = head_for(trained, task.head, task.guidance)
+    sampling = CodeSampling(decoding, task.batch_size, task.precision, head=head)
     tiles = {} if task.tile is None else {"--tile": [task.tile, task.tile_margin]}
     settings = {**tiles, "--labels": list(labels) or "in turn", **identity_of(trained, sampling)}
     seeds, make = torch.arange(task.seed, task.seed + (task.n or 64)), by_prior(trained, sampling)

@@ -37,14 +37,14 @@ class PriorSource:
         return (self.trained.hash, self.sampling.decoding.guidance != 1)
 
     def sample(self, seeds: Tensor) -> SampledBatch:
-        """Tokens float64 (n, L, D), NaN where the prior had no finite law."""
+        """Tokens float64 (n, L, *), whole numbers or latents, NaN where the prior had no finite law."""
         found = sample_codes(self.trained, seeds, self.sampling)
         values = found.tokens.double().masked_fill(~found.finite[:, None, None], math.nan)
         return SampledBatch(values, found.nfe, found.seconds, found.token_evaluations)
 
     def images(self, raw: SampledBatch) -> Tensor:
         """Decoded."""
-        return decode_codes(self.trained, raw.values.nan_to_num().long())
+        return decode_codes(self.trained, raw.values.nan_to_num())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from midway.gen.flags.cli import names, numbers
 from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import alike, draw_of
 from midway.gen.priors.load import TrainedPrior, load_prior
-from midway.gen.priors.rules import draw_warnings, rules_of
+from midway.gen.priors.rules import AskedHead, draw_warnings, rules_of
 from midway.gen.report.notes import prior_notes
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.priors import (
@@ -68,6 +68,10 @@ class Priors:
 
     def jobs(self, splits: Splits, config: SweepConfig) -> list[Job]:
         """Every rule of every prior at every budget; errors as of `prior_jobs`."""
+        kinds = {its.prior.config.kind for its in self.named.values()}
+        if self.named and self.task.head != AskedHead() and "continuous" not in kinds:
+            why = "only continuous priors have a diffusion head, and there is none"
+            raise UsageError("--head-solver, --head-nfe or --head-grid", why, "drop it")
         for name, its in self.named.items() if not self._jobs else ():
             plan, draw = self._plan(its), draw_of(self.task, splits, its.prior.classes, its.prior.empty)
             self._jobs.extend(prior_jobs(name, its, plan, config, draw))
@@ -79,9 +83,8 @@ class Priors:
         if trained is not self.main:
             flags = ("--prior-rules", "--prior-nfe", "--prior-decay")
             budgets = None if task.prior_nfe is None else numbers(task.prior_nfe, flags[1])
-            return PriorPlan(
-                names(task.prior_rules or "halton"), budgets, task.prior_decay or "", options, flags, skip=skip
-            )
+            rules, decay = names(task.prior_rules or "halton"), task.prior_decay or ""
+            return PriorPlan(rules, budgets, decay, options, flags, skip=skip, head=task.head)
         rules, decays = () if task.solvers in (None, "all") else names(task.solvers), names(task.grids or "")
         if len(decays) > 1:
             why = "the exact solution chooses among grids, and samples of a prior, which are draws, have none"
@@ -89,7 +92,8 @@ class Priors:
         rules = rules or rules_of(trained.prior)
         budgets = None if task.nfe is None else numbers(task.nfe, "--nfe")
         decay = decays[0] if decays else ""
-        return PriorPlan(rules, budgets, decay, options, ("--solvers", "--nfe", "--grids"), shared=False, skip=skip)
+        flags = ("--solvers", "--nfe", "--grids")
+        return PriorPlan(rules, budgets, decay, options, flags, shared=False, skip=skip, head=task.head)
 
     @property
     def warnings(self) -> tuple[str, ...]:

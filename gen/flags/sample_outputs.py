@@ -52,12 +52,16 @@ def kind_of(out: Path, inverts: bool) -> Kind:
 
 @dataclass(frozen=True)
 class Made:
-    """uint8 images (B, C, H, W) of a batch, evaluations of one, seconds of sampling all of them, and tokens through a prior."""
+    """uint8 images (B, C, H, W) of a batch, evaluations of one, seconds of sampling all of them.
+
+    Of a prior tokens that went through its trunk, of a continuous one evaluations of the head for a token.
+    """
 
     images: Tensor
     nfe: float
     seconds: float
     token_evaluations: float = 0.0
+    head_nfe: float = 0.0
 
 
 Make = Callable[[Iterable[tuple[Tensor, Tensor]]], Iterator[Made]]
@@ -84,7 +88,7 @@ def by_prior(trained: TrainedPrior, sampling: CodeSampling) -> Make:
                 fix = "train the prior again, with less --lr or with --precision no"
                 raise DivergedError("sampling diverged", "the prior's laws stopped being finite", fix)
             images = decode_codes(trained, samples.tokens)
-            yield Made(images, samples.nfe, samples.seconds, samples.token_evaluations)
+            yield Made(images, samples.nfe, samples.seconds, samples.token_evaluations, samples.head_nfe)
 
     return make
 
@@ -104,22 +108,25 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Drawn:
-    """How many images were drawn, evaluations of one, seconds of sampling, and token-evaluations of one of a prior."""
+    """How many images were drawn, evaluations of one, seconds of sampling, and of a prior the other counts of `Made`."""
 
     images: int
     nfe: float
     seconds: float
     token_evaluations: float = 0.0
+    head_nfe: float = 0.0
 
     @classmethod
     def of(cls, made: Iterable[Made]) -> "Drawn":
         """Of all batches."""
-        count, nfe, seconds, passed = 0, 0.0, 0.0, 0.0
+        count, seconds, counts = 0, 0.0, [0.0, 0.0, 0.0]
         for its in made:
             size = len(its.images)
             count, seconds = count + size, seconds + its.seconds
-            nfe, passed = nfe + its.nfe * size, passed + its.token_evaluations * size
-        return cls(count, nfe / max(count, 1), seconds, passed / max(count, 1))
+            own = (its.nfe, its.token_evaluations, its.head_nfe)
+            counts = [total + value * size for total, value in zip(counts, own, strict=True)]
+        nfe, passed, head = (total / max(count, 1) for total in counts)
+        return cls(count, nfe, seconds, passed, head)
 
 
 def draw_grid(drawing: Drawing, out: Path) -> Drawn:

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 
 from midway.gen.core.errors import UsageError, raising
-from midway.gen.core.ranges import BATCH, check_flag_ranges
+from midway.gen.core.ranges import BATCH, STEPS, check_flag_ranges
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import EVERYWHERE
+from midway.gen.priors.rules import AskedHead
 from midway.tokenizers.tiling import tile_networks
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -65,11 +66,18 @@ class PriorFlags:
     """Priors: guidance grows from 1 to --guidance as the share of decided tokens to this power; 0: it is the same everywhere."""
     choice_noise: float = 4.5
     """Priors by maskgit: Gumbel noise on the confidences by which tokens stay, at first, falling to 0 linearly."""
+    head_solver: str = ""
+    """Continuous priors: what draws a token from their diffusion head: dpmpp2m (default), another of docs/solvers.md, or table,
+    learned for it (midway train solver table)."""
+    head_nfe: int | None = None
+    """Continuous priors: evaluations of the head a token (default: 20)."""
+    head_grid: str = ""
+    """Continuous priors: spacing of the head's steps: karras (default), uniform, logsnr, ..."""
 
     def check_prior_flags(self) -> None:
         """UsageError for numbers that draw nothing."""
         check_flag_ranges(self, temperature=(0, 100), top_k=(0, 2**20), top_p=(1e-9, 1))
-        check_flag_ranges(self, guidance_ramp=(0, 100), choice_noise=(0, 1000))
+        check_flag_ranges(self, guidance_ramp=(0, 100), choice_noise=(0, 1000), head_nfe=STEPS)
 
     def without_priors(self, what: str) -> None:
         """UsageError for any of these flags, where `what` is no prior."""
@@ -85,6 +93,11 @@ class PriorFlags:
         """The same as fields of Decoding."""
         same = ("temperature", "top_k", "top_p", "choice_noise")
         return {**{name: getattr(self, name) for name in same}, "ramp": self.guidance_ramp}
+
+    @property
+    def head(self) -> AskedHead:
+        """What draws a continuous token."""
+        return AskedHead(self.head_solver, self.head_nfe, self.head_grid)
 
 
 @dataclass(frozen=True, kw_only=True)

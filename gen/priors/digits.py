@@ -45,6 +45,8 @@ class DigitHead(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for table in self.before:  # beside a hidden vector of root mean square 1
+            nn.init.normal_(cast(nn.Embedding, table).weight, std=0.3)
 
     def logits(self, hidden: Tensor, tokens: Tensor, digit: int) -> Tensor:
         """(B, N, sizes[digit]) in float32 or float64, given the digits of tokens (B, N, D) before this one."""

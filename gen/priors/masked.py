@@ -85,11 +85,8 @@ class MaskedPrior(Bidirectional, CodePrior):
 
         The numbers of masked tokens are spread evenly over 1 .. L; at multiples of L each occurs equally often.
         """
-        labels, length, total = (
-            self.given(labels),
-            self.layout.length,
-            torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device),
-        )
+        labels, length = self.given(labels), self.layout.length
+        total = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         start = (draws.keys("count", 1) * length).to(tokens.device)
         for e in range(evaluations):
             count = ((start + (e * length) / evaluations) % length).floor() + 1

@@ -7,14 +7,14 @@ random, halton                      of continuous priors, with a sampler of thei
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from midway.gen.core.errors import UsageError, nearest
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.load import BEST, TABLE, load_solver
 from midway.gen.diffusion.samplers import SamplerConfig, build_table
-from midway.gen.priors.continuous import ContinuousPrior
+from midway.gen.priors.continuous import HEAD_GRID, HEAD_NFE, HEAD_SOLVER, ContinuousPrior
 from midway.gen.priors.decoding import DECAYS, RULES, Decoding
 from midway.gen.priors.load import TrainedPrior
 from midway.gen.priors.prior import Prior
@@ -27,6 +27,7 @@ from midway.tokenizers.tokenizer import ImageTokenizer
 
 OWN: dict[str, tuple[str, ...]] = {"causal": RULES[:1], "masked": RULES[1:], "continuous": RULES[1:3]}
 """The rules of each kind of prior."""
+MASKED = OWN["masked"]
 DEFAULT = {"causal": "causal", "masked": "halton", "continuous": "halton"}
 """The rule of each kind of prior where none is named: at one evaluation a token it draws from the prior's own law."""
 NOISE = Decoding().choice_noise
@@ -65,6 +66,8 @@ def decoding_for(prior: Prior, asked: Asked, place: str) -> Decoding:
     if noise != NOISE and rule != BIASED:
         what, why = f"--choice-noise {noise:g} with {rule}", "only maskgit keeps tokens by noisy confidences"
         raise UsageError(what, why, "drop --choice-noise")
+    if prior.config.kind == "continuous":
+        _check_continuous(asked.options, place)
     _check_guidance(prior, asked.guidance, asked.options.get("ramp", 0.0), place)
     decay = {"decay": asked.decay} if asked.decay else {}
     steps = asked.steps or prior.layout.length
@@ -85,7 +88,10 @@ def _check_rule(prior: Prior, rule: str, flag: str, place: str) -> None:
     kind, whose = prior.config.kind, "causal" if rule == "causal" else "masked"
     why = f"it is a rule of {whose} priors" if rule in RULES else "it is no rule by which codes are drawn"
     fix = f"drop {flag}: its rule is causal" if kind == "causal" else f"use one of {', '.join(able)}"
-    raise UsageError(f"{flag} {rule} on {place}", f"{why}, and this model is a {kind} prior over codes", fix)
+    what = "continuous prior" if kind == "continuous" else f"{kind} prior over codes"
+    if kind == "continuous" and rule not in RULES:
+        fix += "; a solver of its head is --head-solver"
+    raise UsageError(f"{flag} {rule} on {place}", f"{why}, and this model is a {what}", fix)
 
 
 def _check_steps(prior: Prior, steps: int, flag: str, place: str) -> None:
@@ -98,6 +104,15 @@ def _check_steps(prior: Prior, steps: int, flag: str, place: str) -> None:
     if not 1 <= steps <= length:
         why = f"every evaluation decides at least one token, and its images have {length}"
         raise UsageError(f"{flag} {steps} on {place}", why, f"give 1 to {length}")
+
+
+def _check_continuous(options: dict[str, Any], place: str) -> None:
+    plain = Decoding()
+    for name in ("top_k", "top_p"):
+        if options.get(name, getattr(plain, name)) != getattr(plain, name):
+            flag = f"--{name.replace('_', '-')}"
+            why = "it is for laws of codes, and this prior is continuous"
+            raise UsageError(f"{flag} on {place}", why, f"drop {flag}, or use --temperature")
 
 
 def _check_decay(prior: Prior, decay: str, flag: str, place: str) -> None:
@@ -153,6 +168,31 @@ def head_of(trained: TrainedPrior) -> TrainedHead:
         why = f"it is a {prior.config.kind} prior over codes, which are drawn without a solver"
         raise UsageError(f"a solver for {trained.run.place}", why, "give a continuous prior, or a latent model")
     return TrainedHead(prior.head, trained, trained.tokenizer, trained.hash, trained.run)
+
+
+@dataclass(frozen=True)
+class AskedHead:
+    """What flags ask of a head; "" and None where they name nothing."""
+
+    solver: str = ""
+    nfe: int | None = None
+    grid: str = ""
+
+    def settled(self) -> "AskedHead":
+        """With the head's own sampler where nothing is named."""
+        return AskedHead(self.solver or HEAD_SOLVER, self.nfe or HEAD_NFE, self.grid or HEAD_GRID)
+
+
+def head_for(trained: TrainedPrior, asked: AskedHead, guidance: float) -> Sampler | None:
+    """The sampler of a continuous prior's head, None of a prior over codes; errors as of `head_sampler`, and for codes."""
+    if not isinstance(trained.prior, ContinuousPrior):
+        if asked != AskedHead():
+            flag = f"--head-{next(f.name for f in fields(asked) if getattr(asked, f.name) != f.default)}"
+            why = f"only continuous priors have a diffusion head, and this is a {trained.prior.config.kind} prior over codes"
+            raise UsageError(f"{flag} on {trained.run.place}", why, f"drop {flag}")
+        return None
+    found = asked.settled()
+    return head_sampler(trained, found.solver, found.grid, found.nfe or HEAD_NFE, guidance)
 
 
 def head_sampler(trained: TrainedPrior, solver: str, grid: str, nfe: int, guidance: float = 1.0) -> Sampler:

@@ -8,7 +8,7 @@ import tyro
 
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import PriorTask
-from midway.gen.priors.config import Kind, PriorConfig
+from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.training.config import TrainConfig
 
@@ -38,6 +38,28 @@ def digits_masked() -> PriorTask:
     return _digits("masked")
 
 
+def digits_mar() -> PriorTask:
+    """4 continuous tokens of 6 channels, each drawn by a diffusion head: MAR.
+
+    midway train prior digits-mar --tokenizer runs/digits-kl
+    """
+    head = TokenHeadConfig(width=128, repeats=4)
+    model = PriorConfig("continuous", width=96, depth=4, heads=4, dropout=0.1, head=head)
+    train = replace(DIGITS, ema=0.999)
+    return PriorTask(Path("runs/digits-mar"), tokenizer=Path("runs/digits-kl"), model=model, train=train)
+
+
+def mnist5k_mar() -> PriorTask:
+    """64 continuous tokens of 3 channels, the latents of an FSQ tokenizer before they are rounded: MAR.
+
+    midway train prior mnist5k-mar --tokenizer runs/mnist5k-fsq
+    """
+    head = TokenHeadConfig(width=128, repeats=1)
+    model = PriorConfig("continuous", width=128, depth=4, heads=4, dropout=0.1, head=head)
+    train = replace(DIGITS, steps=3000, batch_size=32, ema=0.999)
+    return PriorTask(Path("runs/mnist5k-mar"), tokenizer=Path("runs/mnist5k-fsq"), model=model, train=train)
+
+
 def small_prior(layout: CodeLayout | LatentLayout) -> PriorTask:
     """Wider where there are more tokens."""
     wide = layout.length > 64
@@ -65,4 +87,4 @@ def describe_prior(name: str, layout: CodeLayout | LatentLayout, task: PriorTask
 GENERIC_PRIORS: dict[str, Callable[[CodeLayout | LatentLayout], PriorTask]] = {"small": small_prior}
 PRIOR_SIZES = ("model.width", "model.depth", "train.batch_size")
 """What the number of tokens decides."""
-PRIOR_RECIPES = by_name(small, digits_causal, digits_masked)
+PRIOR_RECIPES = by_name(small, digits_causal, digits_masked, digits_mar, mnist5k_mar)

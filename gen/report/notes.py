@@ -170,7 +170,7 @@ def prior_notes(
         "there is no exact solution of their samples. Their NFE are passes of an image through the trunk; guidance doubles them. "
         "The rules random, halton and certain choose places and then draw: at one evaluation a token from the model's own law, "
         "at fewer from another. maskgit keeps the most probable of its draws, and draws from another law at any number (arXiv "
-        "2510.04525)."
+        "2510.04525). A token of a continuous prior takes evaluations of its small head besides, which NFE does not count."
     )
     for name, description in descriptions.items():
         yield f"Prior {name}: {description}."

@@ -5,7 +5,7 @@ halton, certain) draws from the prior's own law at one evaluation a token, and t
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from midway.gen.evaluation.spaces import Spaces
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
-from midway.gen.priors.rules import BIASED, Asked, decoding_for
+from midway.gen.priors.rules import BIASED, Asked, AskedHead, decoding_for, head_for
 from midway.gen.priors.sampling import CodeSampling, decode_codes, encode_codes
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.run import measure_images
@@ -54,6 +54,8 @@ class PriorPlan:
     """Whether it is of several priors, so that causal ones, which have one rule and one budget, ignore both."""
     skip: bool = False
     """Leave out budgets that a prior cannot have, instead of raising an error."""
+    head: AskedHead = field(default_factory=AskedHead)
+    """What draws the tokens of continuous priors; codes among them are without it where it is shared."""
 
 
 def budgets_for(length: int) -> tuple[int, ...]:
@@ -85,9 +87,12 @@ def decodings_of(trained: TrainedPrior, plan: PriorPlan, guidance: float) -> lis
 def prior_jobs(
     name: str, trained: TrainedPrior, plan: PriorPlan, config: SweepConfig, draw: ClassDraw | None
 ) -> list[Job]:
-    """A prior by every rule at every budget; errors as of `decoding_for`."""
-    prior, facts = trained.prior, prior_facts(trained)
-    sampling = CodeSampling(Decoding(), config.batch_size, config.precision, draw)
+    """A prior by every rule at every budget; errors as of `decoding_for` and `head_for`."""
+    prior, facts, continuous = trained.prior, prior_facts(trained), trained.prior.config.kind == "continuous"
+    head = head_for(trained, plan.head if continuous or not plan.shared else AskedHead(), config.guidance)
+    own = plan.head.settled()
+    by = f", head {own.solver} at NFE {own.nfe} a token" if continuous else ""
+    sampling = CodeSampling(Decoding(), config.batch_size, config.precision, draw, head)
     return [
         Job(
             row_name(name, how),
@@ -96,7 +101,7 @@ def prior_jobs(
             how.steps or prior.layout.length,
             kind=PRIOR,
             model=facts,
-            sampler=how.rule,
+            sampler=how.rule + by,
             classes=prior.classes,
             empty=prior.empty,
             draw=draw,

@@ -12,6 +12,7 @@ from midway.gen.priors.blocks import PERIOD, Block, rotated, rotation
 from midway.gen.priors.causal import CausalPrior
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided
+from midway.gen.priors.digits import DigitHead
 from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.training.batches import CodeBatch, Context
@@ -79,6 +80,7 @@ def test_no_token_depends_on_itself_or_on_later_ones(shuffled: bool) -> None:
     vectors: list[Tensor] = []
 
     def watched(module: torch.nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        assert torch.equal(args[0], tokens.gather(1, order[..., None].expand(-1, -1, 2))[:, :-1])
         vectors.append(out.detach().requires_grad_())
         return vectors[0]
 
@@ -91,6 +93,20 @@ def test_no_token_depends_on_itself_or_on_later_ones(shuffled: bool) -> None:
             torch.zeros(5) if slope is None else slope[0].abs().sum(-1)
         )  # by each token but the last one in the order
         assert bool((size[i:] == 0).all()) and bool((size[:i] > 1e-9).all())
+
+
+def test_a_digit_depends_on_those_before_it_and_on_the_trunk() -> None:
+    head = randomised(DigitHead(8, (3, 4, 5)), std=0.3)
+    hidden, tokens = normal(1, 1, 8), torch.tensor([[[1, 2, 3]]])
+    plain = [head.logits(hidden, tokens, digit) for digit in range(3)]
+    assert [law.shape[-1] for law in plain] == [3, 4, 5]
+    for changed in range(3):
+        other = tokens.index_fill(2, torch.tensor([changed]), 0)
+        same = [torch.equal(head.logits(hidden, other, digit), plain[digit]) for digit in range(3)]
+        assert same == [digit <= changed for digit in range(3)]
+    assert not any(torch.equal(head.logits(2 * hidden + 1, tokens, digit), plain[digit]) for digit in range(3))
+    found = head.log_probs(hidden, tokens)[0, 0]
+    assert found.tolist() == pytest.approx([law.log_softmax(-1)[0, 0, i].item() for law, i in zip(plain, (1, 2, 3))])
 
 
 # ---- laws ----

@@ -84,6 +84,7 @@ def test_the_law_approaches_that_of_the_conditionals_with_every_evaluation() -> 
     marginals = torch.einsum("c,clk->lk", table.joint, table.one_hot)
     product = torch.einsum("a,b,c,d->abcd", *marginals).flatten()
     assert total_variation(_law(table, "random", 1, shuffled=True), product) < 1e-12
+    assert total_variation(_law(table, "maskgit", 1), product) < 1e-12
 
 
 def test_the_rule_of_maskgit_prefers_what_is_probable() -> None:

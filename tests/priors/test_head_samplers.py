@@ -102,7 +102,7 @@ def test_a_learned_table_is_nearer_to_the_teacher_than_where_it_began(trained: T
             float((sample(head.field(labels, guidance), table, x) - exact).square().mean())
             for table in (begun, objective.learned.table())
         )
-    assert after < 0.6 * before
+    assert after < 0.8 * before
 
 
 def test_a_table_is_learned_and_found_with_the_prior(run: Path, succeed: Script, script: Script) -> None:

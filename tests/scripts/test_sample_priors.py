@@ -140,3 +140,30 @@ def test_what_a_prior_cannot_be_asked(
     done = script(*f"sample --model {runs[which]} {flags} --out {tmp_path}/x.png".split())
     assert done.code == UsageError.exit_code and words in done.err and done.err.count("\n") == 3, done.err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_continuous_prior_has_two_budgets(
+    pipeline: Pipeline, causal: Path, succeed: Script, script: Script, tmp_path: Path
+) -> None:
+    """--nfe of the trunk and --head-nfe of its head, by any solver; what its tokens cannot have is an error."""
+    run = prior_run(pipeline.root / "sampled-continuous", pipeline.tokenizer, kind="continuous")
+    begin = f"sample --model {run} --seed 3 --n 11 --batch-size 4"
+    done = succeed(f"{begin} --out {tmp_path}/plain")
+    assert "11 images, 4 evaluations (20 token-evaluations, 20 of the head a token) each" in done.out
+    assert np.array_equal(images_in(tmp_path / "plain"), expected(run, Decoding("halton")))
+    head = "--head-solver euler --head-nfe 3 --head-grid uniform"
+    done = succeed(f"{begin} --solver random --nfe 2 --guidance 2 --temperature .5 {head} --out {tmp_path}/more")
+    assert "11 images, 4 evaluations (20 token-evaluations, 6 of the head a token) each" in done.out
+    for flags, words in (
+        ("--solver certain", "use one of random, halton"),
+        ("--solver dpmpp2m", "--head-solver"),
+        ("--top-k 4", "drop --top-k"),
+        ("--nfe 5", "give 1 to 4"),
+        ("--head-solver eulr", "euler"),
+        ("--head-solver table", "midway train solver table"),
+        ("--head-nfe 0", "--head-nfe 0"),
+    ):
+        failed = script("sample", *f"--model {run} {flags} --out {tmp_path}/none".split())
+        assert failed.code == 2 and words in failed.err and "Traceback" not in failed.err, failed.err
+    failed = script("sample", "--model", causal, "--head-nfe", 3, "--out", tmp_path / "none")
+    assert failed.code == 2 and "drop --head-nfe" in failed.err

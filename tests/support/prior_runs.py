@@ -31,8 +31,11 @@ def prior_run(path: Path, tokenizer: Path, classes: int = 10, seed: int = 0, **c
         trained.set_latent_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
     prior = make_prior(settings, layout_for(settings, trained), classes)
     with torch.no_grad():
-        for weight in (p for p in prior.parameters() if p.dim() > 1):
-            weight.mul_(10)
+        for name, weight in prior.named_parameters():
+            if settings.kind == "continuous" and name.startswith("head."):
+                weight.add_(0.1 * torch.randn_like(weight))  # some begin at 0
+            elif weight.dim() > 1:
+                weight.mul_(10)
     train = replace(TINY, steps=5, ema=0.0)
     parts = {"data": to_dict(data), "model": to_dict(settings), "train": to_dict(train), "tokenizer": str(tokenizer)}
     run = Run.create(path, KIND, parts)

@@ -13,15 +13,17 @@ from prior_runs import open_prior, prior_run
 from sweeps import measured, sweep_task, watch_samples
 
 from midway.gen.commands import evaluate
+from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.evaluation.other_sources import PriorSource
 from midway.gen.evaluation.records import CEILING, PRIOR, from_record
 from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.rules import AskedHead
 from midway.gen.priors.sampling import CodeSampling
 from midway.gen.sweep import measure, store
-from midway.gen.sweep.jobs import SweepConfig
+from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.priors import PriorPlan, budgets_for, decodings_of, prior_jobs
 from midway.gen.sweep.run import Sweep
 from midway.gen.trainings import train_tokenizer
@@ -260,3 +262,30 @@ def test_what_cannot_be_measured(
     done = script(*f"evaluate {line} --features {pipeline.features} --out {tmp_path}/out".split())
     assert done.code in (2, 3) and words in done.err and done.err.count("\n") == 3, done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_continuous_prior_is_a_row_by_a_sampler_of_its_head(pipeline: Pipeline, masked: Path, tmp_path: Path) -> None:
+    """Beside a prior over codes, which has no head; its ceiling is that of its latents, and alone the flag is an error."""
+    run = prior_run(pipeline.root / "continuous", pipeline.tokenizer, kind="continuous")
+    named = {"head_solver": "euler", "head_nfe": 3, "head_grid": "uniform"}
+    done = evaluate.run(task(pipeline, tmp_path / "both", run, masked, prior_rules="random", **named))
+    rows = [m for m in done.measurements if m.kind == PRIOR]
+    assert {(m.solver, m.nfe, m.sampler) for m in rows} == {
+        (f"{run.name} random", 1, "random, head euler at NFE 3 a token"),
+        (f"{run.name} random", 4, "random, head euler at NFE 3 a token"),
+        (f"{masked.name} random", 1, "random"),
+        (f"{masked.name} random", 4, "random"),
+    }
+    assert all(m.token_evaluations == 5 * m.nfe for m in rows)
+    found = jobs_of(run, 2, **named)
+    assert [job.nfe for job in found] == [1, 4]
+    raw = found[0].source.sample(torch.arange(5))
+    assert raw.values.shape[:2] == (5, 4) and (raw.values != raw.values.round()).any()
+    assert found[0].source.images(raw).dtype == torch.uint8
+    with pytest.raises(UsageError, match="drop it"):
+        evaluate.run(task(pipeline, tmp_path / "none", masked, **named))
+
+
+def jobs_of(run: Path, blocks: int, **head: Any) -> list[Job]:
+    plan = PriorPlan(("random",), (1, 4), "", {}, ("", "", ""), head=AskedHead(*head.values()))
+    return prior_jobs("it", open_prior(run), plan, SweepConfig(n=20, blocks=blocks), None)
