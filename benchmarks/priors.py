@@ -102,9 +102,11 @@ def bits_of(task: Comparison, seed: int, tokenizer: str) -> dict[str, float]:
     """Bits of an image's held-out codes: by kind of prior, `independent` and `fixed`."""
     runs = [str(place(task, seed, tokenizer, kind)) for kind in KINDS]
     out = task.folder / f"bits-{seed}-{tokenizer}"
-    evaluate_likelihood.command(["--priors", *runs, "--out", str(out)])
+    if not (out / "results.json").exists():
+        evaluate_likelihood.command(["--models", *runs, "--features", "none", "--out", str(out)])
     rows = json.loads((out / "results.json").read_text())["rows"]
-    return {row["name"]: row["bits"] for row in rows}
+    found = {kind: row["code_bits"] for kind in KINDS for row in rows if row["name"].endswith(kind)}
+    return {**found, "independent": rows[0]["code_independent"], "fixed": rows[0]["code_fixed"]}
 
 
 def figures(
@@ -185,8 +187,7 @@ def verdicts(rows: Sequence[dict[str, Any]], codes: Sequence[dict[str, Any]]) ->
                 found.append({**line, "value": value, "than": than, "held": value < than})
         by = {r["code"]: r["bits"] for r in codes if r["tokenizer"] == tokenizer}
         for kind in KINDS:
-            value = next(bits for code, bits in by.items() if code.endswith(kind))
-            than = by["independent"]
+            value, than = by[kind], by["independent"]
             line = {"tokenizer": tokenizer, "prior": kind, "figure": "bits", "value": value, "than": than}
             found.append({**line, "held": value < than})
     return found
