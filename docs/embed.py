@@ -225,7 +225,7 @@ def priors_block(found: dict[str, Any]) -> str:
     of = [len(group) for group in _by_figure(found["verdicts"])]
     images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
     facts = (
-        f"Means and standard deviations over {len(found['training_seeds'])} trainings of tokenizer and prior, process time on one "
+        f"Means and standard deviations over {len(found['training_seeds'])} trainings of tokenizer and prior, seconds on one "
         f"thread; {images}, reference `{sampled['reference']}`. At its largest budget a prior is within twice its ceiling "
         f"{held[0]} of {of[0]} times; its bits are below those of independent positions {held[1]} of {of[1]} times."
     )
