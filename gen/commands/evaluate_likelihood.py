@@ -1,6 +1,7 @@
 """Compare models in bits per dimension: midway evaluate-likelihood --models runs/digits-vae runs/digits-glow
 
 Baselines have likelihoods or bounds of their own, pixel models the density of their ODE, latent models none; all have samples.
+Priors over codes have bits of the codes, in a table of their own: codes are not the image.
 """
 
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from midway.gen.features.extractor import Extractor
 from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import balanced_subject
 from midway.gen.flags.cli import resolve
+from midway.gen.priors.load import KIND as PRIOR
+from midway.gen.priors.load import TrainedPrior, load_prior
 from midway.gen.progress.bar import Progress
 from midway.gen.progress.finished import unfinished
 from midway.gen.report.likelihood import check_out, terminal_text, write_likelihood_report
@@ -44,12 +47,13 @@ from midway.gen.report.text import under_warnings
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodTask(DataPathFlag):
     """Bits per dimension of held-out images under models of the same images, and the distance and cost of their samples.
+    Of priors over codes bits per image of the codes, which are no bits of the images, in a table of their own.
 
     Writes results.json, results.csv and report.md.
     """
 
     models: tuple[Path, ...]
-    """Run directories of baselines, and of latent or pixel models, that were trained on the same data and split."""
+    """Run directories of baselines, of latent or pixel models, and of priors over codes, of the same data and split."""
     features: str | None = None
     """Feature network (default: effnet-lite0, if installed): effnet-lite0-full, pixels, inception, inception-pytorch,
     dinov2-vitb14, dinov2-vitl14, clip-vitb32, clip-vitl14, or the run directory of one trained on these images.
@@ -64,6 +68,8 @@ class LikelihoodTask(DataPathFlag):
     """Draws of the bound (default: 16 for a VAE, else the model's own)."""
     iwae: int = 64
     """VAE: draws K of the importance-weighted bound; 0 leaves it out."""
+    masks: int | None = None
+    """Masked priors: masks of the bound, of each image (default: one a token, at most 16)."""
     batch_size: int = 256
     """Images that are scored or sampled at once."""
     seed: int = 0
@@ -82,6 +88,7 @@ class LikelihoodTask(DataPathFlag):
 
     def __post_init__(self) -> None:
         check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, first_seed=SEED, iwae=(0, COUNT[1]), batch_size=BATCH)
+        check_flag_ranges(self, masks=COUNT)
         check_ranges(self.ode, steps=STEPS, probes=COUNT, rho_min=POSITIVE)
 
 
@@ -104,7 +111,9 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
     check_out(out)
     with claimed(out):
         reference = open_reference(features, splits, subject.images, device, "the models make")
-        instruments = Instruments(subject, bounds, task.iwae, seeds, *reference, levels, task.ode)
+        instruments = Instruments(
+            subject, bounds, task.iwae, seeds, *reference, levels, task.ode, splits.train.images, task.masks
+        )
         rows = list[LikelihoodRow]()
         with Progress("model", len(models)) as progress:
             for name, trained in models.items():
@@ -112,7 +121,7 @@ def run(task: LikelihoodTask) -> list[LikelihoodRow]:
                 rows.append(model_row(name, trained, *sources[name], instruments))
                 progress.advance()
         rows += references(splits, instruments)
-        conditional = any(trained.model.classes for trained in models.values())
+        conditional = any(classes_of(trained) for trained in models.values())
         warnings = [note for trained in models.values() for note in changed_since(trained.run, splits.train)]
         warnings += empty_notes(splits, conditional)
         echo(*state, *warnings)
@@ -142,7 +151,9 @@ def check(task: LikelihoodTask) -> Bounds:
 
 
 def load_one(path: Path, device: torch.device) -> Trained:
-    """A latent model, or else a baseline; DataError for any other run."""
+    """A latent model, a prior, or else a baseline; DataError for any other run."""
+    if kind_of(path) == PRIOR:
+        return load_prior(path, device)
     if kind_of(path) == "latent_model":
         return load_model(path, device)
     return load_trained_baseline(path, device)
@@ -150,7 +161,13 @@ def load_one(path: Path, device: torch.device) -> Trained:
 
 def open_one(path: Path) -> Run:
     """The run of `load_one`."""
-    return Run.open(path, "latent_model" if kind_of(path) == "latent_model" else KIND)
+    kind = kind_of(path)
+    return Run.open(path, kind if kind in ("latent_model", PRIOR) else KIND)
+
+
+def classes_of(trained: Trained) -> int:
+    """0 of a model without classes."""
+    return (trained.prior if isinstance(trained, TrainedPrior) else trained.model).classes
 
 
 def check_images(models: dict[str, Trained], splits: Splits) -> int:
@@ -213,8 +230,22 @@ def context(
             "Weights that are the best in validation were chosen on held-out images: their figures are a little too good.",
             f"Distances are of {n} samples to all {len(splits.train.images)} training images; samples of a VAE are expected "
             "images, without the noise of values.",
+            *prior_notes(instruments, task),
             *warnings,
         ),
+    )
+
+
+def prior_notes(instruments: Instruments, task: LikelihoodTask) -> tuple[str, ...]:
+    """How to read bits of codes, where there are any."""
+    if not any(kind_of(path) == PRIOR for path in task.models):
+        return ()
+    n = len(instruments.subject.images)
+    return (
+        "Bits of codes are bits per image of the tokenizer's codes, given the class where the prior takes one: no bits of "
+        "pixels, and none per dimension, since a decoder does not give the image back. They compare between priors of one "
+        f"tokenizer. Mean and standard error over {n} held-out images. Exact of causal priors; of masked ones an upper bound, "
+        "unbiased in the masks that are drawn, and tight where the conditionals are those of one law.",
     )
 
 

@@ -172,3 +172,16 @@ class LikelihoodRow:
     """Fréchet distance of n samples to the training images, and its feature network."""
     floor: float | None = None
     features: str | None = None
+    code_bits: float | None = None
+    """Of a prior: bits of the codes of an image, mean over the same n images. Not of its pixels: codes are not the image."""
+    code_error: float | None = None
+    code_bound: str = ""
+    """What `code_bits` is: exact, or a bound by how many masks."""
+    code_fixed: float | None = None
+    """Bits of the same codes at a fixed length, tokens times log2 of the codes of one."""
+    code_independent: float | None = None
+    """Bits under the frequencies of every digit of every position in the training codes, each counted once more."""
+    code_independent_error: float | None = None
+    code_tokens: int | None = None
+    tokenizer: str = ""
+    """Hash of the tokenizer whose codes they are: bits of codes of different tokenizers do not compare."""

@@ -10,6 +10,7 @@ from midway.gen.baselines.registry import TrainedBaseline
 from midway.gen.baselines.vae import VAE
 from midway.gen.core.errors import DataError, DivergedError
 from midway.gen.data.images import to_uint8
+from midway.gen.data.pixels import Images
 from midway.gen.data.splits import Splits
 from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
@@ -26,12 +27,20 @@ from midway.gen.evaluation.likelihood import (
     score_of,
     uniform_score,
 )
-from midway.gen.evaluation.other_sources import BaselineSource
+from midway.gen.evaluation.other_sources import BaselineSource, PriorSource
 from midway.gen.evaluation.sources import SampledBatch, SampleSource, SolverSource
 from midway.gen.features.reference import FeatureReference, Subject
-from midway.gen.training.batches import Context
+from midway.gen.priors.layout import CodeLayout
+from midway.gen.priors.likelihood import bits_name, code_bits, independent_bits
+from midway.gen.priors.load import TrainedPrior
+from midway.gen.priors.rules import Asked, decoding_for
+from midway.gen.priors.sampling import CodeSampling, encode_codes
+from midway.gen.tokenizer.stored import tokenizer_hash
+from midway.gen.training.batches import CodeBatch, Context
 
-Trained = TrainedBaseline | TrainedModel
+Trained = TrainedBaseline | TrainedModel | TrainedPrior
+BATCH = 1024
+"""Training images whose codes are counted at once."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,19 @@ class Instruments:
     """Of the data."""
     ode: LikelihoodConfig
     """How likelihoods of pixel models are integrated."""
+    train: Images | None = None
+    """uint8 (N, C, H, W): those whose codes have the frequencies of `code_independent`."""
+    masks: int | None = None
+    """Of the bound of a masked prior; None: one a token, at most 16."""
 
 
 def source_of(trained: Trained, solver: str, nfe: int, config: SamplerConfig) -> tuple[SampleSource, str]:
     """How a model is sampled; solver and grid of models that need one. UsageError for a solver that cannot spend the budget."""
     if isinstance(trained, TrainedBaseline):
         return BaselineSource(trained, config.batch_size, config.draw), ""
+    if isinstance(trained, TrainedPrior):
+        how = decoding_for(trained.prior, Asked("", None, "", 1.0, {}, ("", "", "")), trained.run.place)
+        return PriorSource(trained, CodeSampling(how, config.batch_size, draw=config.draw)), how.rule
     sampler = next(iter(make_samplers(trained, solver, nfe, config).values()))
     grid = config.grids[0] if sampler.card is None else sampler.card.grid_name  # a learned solver brings its own
     return SolverSource(trained, sampler, config.sampling()), f"{solver}, {grid}"
@@ -63,21 +79,17 @@ def model_row(
     name: str, trained: Trained, source: SampleSource, sampler: str, instruments: Instruments
 ) -> LikelihoodRow:
     """One model. DataError for a baseline that was never initialised or has no likelihood, DivergedError for bad samples."""
-    model, reference, tight = trained.model, instruments.reference, None
+    if isinstance(trained, TrainedPrior):
+        return prior_row(name, trained, source, sampler, instruments)
+    model, tight = trained.model, None
     kind, networks = _kind(trained)
     begun = time.perf_counter()
     score, bound = _likelihood(name, trained, instruments)
     seconds = round(time.perf_counter() - begun, 3)
     if isinstance(model, VAE) and instruments.iwae:
         tight = iwae_of(model, instruments.subject, instruments.bounds, instruments.iwae).bits
-    # what only a first call costs is not timed
-    _sample(name, source, instruments.seeds[: instruments.bounds.batch_size])
-    raw = _sample(name, source, instruments.seeds)
-    begun = time.perf_counter()
-    images = source.images(raw)
-    sampling = raw.seconds + time.perf_counter() - begun
     return replace(
-        _row(name, kind, score, bound, instruments),
+        _sampled(_row(name, kind, score, bound, instruments), source, sampler, instruments),
         iwae_bits=tight,
         iwae_draws=None if tight is None else instruments.iwae,
         parameters=sum(p.numel() for network in networks for p in network.parameters()),
@@ -85,6 +97,54 @@ def model_row(
         weights=trained.weights,
         model=trained.hash,
         seconds=None if score is None else seconds,
+    )
+
+
+def prior_row(
+    name: str, trained: TrainedPrior, source: SampleSource, sampler: str, instruments: Instruments
+) -> LikelihoodRow:
+    """A prior: no bits of pixels, but those of the codes, of one that has codes. DivergedError for bad samples."""
+    prior, subject = trained.prior, instruments.subject
+    row = replace(
+        _row(name, f"{prior.config.kind} prior", None, "", instruments),
+        parameters=sum(p.numel() for network in (prior, trained.tokenizer) for p in network.parameters()),
+        conditional=prior.classes > 0,
+        weights=trained.weights,
+        model=trained.hash,
+        tokenizer=tokenizer_hash(trained.tokenizer),
+    )
+    if isinstance(layout := prior.layout, CodeLayout):
+        tokens = encode_codes(trained, subject.images)
+        begun = time.perf_counter()
+        bits = score_of(
+            code_bits(prior, CodeBatch(tokens, subject.labels), instruments.masks, instruments.bounds.batch_size)
+        )
+        row = replace(
+            row,
+            code_bits=bits.bits,
+            code_error=bits.error,
+            code_bound=bits_name(prior, instruments.masks),
+            code_fixed=layout.bits,
+            code_tokens=layout.length,
+            seconds=round(time.perf_counter() - begun, 3),
+        )
+        if instruments.train is not None:
+            train = (encode_codes(trained, part) for part in instruments.train.split(BATCH))
+            alone = score_of(independent_bits(train, tokens, layout))
+            row = replace(row, code_independent=alone.bits, code_independent_error=alone.error)
+    return _sampled(row, source, sampler, instruments)
+
+
+def _sampled(row: LikelihoodRow, source: SampleSource, sampler: str, instruments: Instruments) -> LikelihoodRow:
+    """With the cost and the distance of samples."""
+    # what only a first call costs is not timed
+    _sample(row.name, source, instruments.seeds[: instruments.bounds.batch_size])
+    raw = _sample(row.name, source, instruments.seeds)
+    begun, reference = time.perf_counter(), instruments.reference
+    images = source.images(raw)
+    sampling = raw.seconds + time.perf_counter() - begun
+    return replace(
+        row,
         sample_nfe=int(raw.nfe),
         sampler=sampler,
         sample_seconds=round(1000 * sampling / len(images), 3),
@@ -105,6 +165,8 @@ def _sample(name: str, source: SampleSource, seeds: Tensor) -> SampledBatch:
             raise DivergedError(what, str(error), "leave it out, or train it again") from error
         return raw
     raw = source.sample(seeds)
+    if not raw.finite.all() and isinstance(source, PriorSource):
+        raise DivergedError(what, "its laws are not finite", "leave it out, or train it again")
     if not raw.finite.all():
         raise DivergedError(what, "its latents are not finite", "use more --nfe, or another --solver")
     return raw
@@ -128,7 +190,7 @@ def _row(name: str, kind: str, score: Score | None, bound: str, instruments: Ins
     return LikelihoodRow(name, kind, bits, error, n, instruments.levels, dims, bound, seed, subject.name)
 
 
-def _kind(trained: Trained) -> tuple[str, list[nn.Module]]:
+def _kind(trained: TrainedBaseline | TrainedModel) -> tuple[str, list[nn.Module]]:
     """What kind of model it is, and the networks that it consists of."""
     if isinstance(trained, TrainedBaseline):
         return trained.model.kind, [trained.model]
@@ -137,7 +199,9 @@ def _kind(trained: Trained) -> tuple[str, list[nn.Module]]:
     return "latent model", [trained.model, trained.tokenizer]
 
 
-def _likelihood(name: str, trained: Trained, instruments: Instruments) -> tuple[Score | None, str]:
+def _likelihood(
+    name: str, trained: TrainedBaseline | TrainedModel, instruments: Instruments
+) -> tuple[Score | None, str]:
     """Bits per dimension, of a pixel model by the density of its ODE, and what bounds them; None of a latent model."""
     if isinstance(trained, TrainedModel):
         return density_score(trained, instruments) if trained.tokenizer.passes_through else (None, "")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -10,9 +10,11 @@ from midway.gen.core.errors import UsageError, raising
 from midway.gen.core.ranges import BATCH, STEPS, check_flag_ranges
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import EVERYWHERE
-from midway.gen.priors.rules import AskedHead
 from midway.tokenizers.tiling import tile_networks
 from midway.tokenizers.tokenizer import ImageTokenizer
+
+if TYPE_CHECKING:
+    from midway.gen.priors.rules import AskedHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,10 @@ class PriorFlags:
         return {**{name: getattr(self, name) for name in same}, "ramp": self.guidance_ramp}
 
     @property
-    def head(self) -> AskedHead:
+    def head(self) -> "AskedHead":
         """What draws a continuous token."""
+        from midway.gen.priors.rules import AskedHead
+
         return AskedHead(self.head_solver, self.head_nfe, self.head_grid)
 
 

@@ -17,25 +17,33 @@ DIGITS = TrainConfig(
 )
 
 
-def _digits(kind: Kind) -> PriorTask:
-    model = PriorConfig(kind, width=96, depth=4, heads=4, dropout=0.2)
-    return PriorTask(Path(f"runs/digits-{kind}"), tokenizer=Path("runs/digits-fsq"), model=model, train=DIGITS)
+def _prior(name: str, tokenizer: str, model: PriorConfig, train: TrainConfig) -> PriorTask:
+    return PriorTask(Path(f"runs/{name}"), tokenizer=Path(f"runs/{tokenizer}"), model=model, train=train)
 
 
 def digits_causal() -> PriorTask:
-    """TODO
+    """4 tokens of 6 digits, one after the other. Under 1 min; 47.5 bits an image on held-out digits, where independent codes take
+    59.8 and a fixed length 63.9.
+
+    So few images are soon known by heart: half of the network is dropped out, weights decay, and validation chooses the step. On
+    `--tokenizer runs/digits-vq`, 16 tokens of 512 codes: 94.8 bits, where independent codes take 118.8 and a fixed length 144.
 
     midway train prior digits-causal --tokenizer runs/digits-fsq
     """
-    return _digits("causal")
+    model = PriorConfig("causal", width=64, depth=4, heads=4, dropout=0.5)
+    train = replace(DIGITS, steps=500, weight_decay=1.0, ema=0.99, validate_every=50, patience_validations=5)
+    return _prior("digits-causal", "digits-fsq", model, train)
 
 
 def digits_masked() -> PriorTask:
-    """TODO
+    """The same tokens in any order, in 1 to 4 evaluations. About 1 min; at most 46.1 bits an image on held-out digits.
+
+    On `--tokenizer runs/digits-vq`: at most 94.4 bits with --steps 1500 (3 min).
 
     midway train prior digits-masked --tokenizer runs/digits-fsq
     """
-    return _digits("masked")
+    model = PriorConfig("masked", width=96, depth=4, heads=4, dropout=0.2)
+    return _prior("digits-masked", "digits-fsq", model, replace(DIGITS, steps=1000, ema=0.99))
 
 
 def digits_mar() -> PriorTask:
@@ -49,6 +57,26 @@ def digits_mar() -> PriorTask:
     return PriorTask(Path("runs/digits-mar"), tokenizer=Path("runs/digits-kl"), model=model, train=train)
 
 
+def mnist5k_causal() -> PriorTask:
+    """64 tokens of 512 codes, one after the other. About 4 min of one core.
+
+    midway train prior mnist5k-causal --tokenizer runs/mnist5k-fsq
+    """
+    model = PriorConfig("causal", width=96, depth=4, heads=4, dropout=0.2)
+    train = replace(DIGITS, steps=900, batch_size=32, ema=0.99, validate_every=150, patience_validations=3)
+    return _prior("mnist5k-causal", "mnist5k-fsq", model, train)
+
+
+def mnist5k_masked() -> PriorTask:
+    """The same tokens in any order, in 1 to 64 evaluations. Not trained to its end yet.
+
+    midway train prior mnist5k-masked --tokenizer runs/mnist5k-fsq
+    """
+    model = PriorConfig("masked", width=96, depth=4, heads=4, dropout=0.1)
+    train = replace(DIGITS, steps=1800, batch_size=32, ema=0.99, validate_every=300, patience_validations=3)
+    return _prior("mnist5k-masked", "mnist5k-fsq", model, train)
+
+
 def mnist5k_mar() -> PriorTask:
     """64 continuous tokens of 3 channels, the latents of an FSQ tokenizer before they are rounded: MAR.
 
@@ -60,17 +88,39 @@ def mnist5k_mar() -> PriorTask:
     return PriorTask(Path("runs/mnist5k-mar"), tokenizer=Path("runs/mnist5k-fsq"), model=model, train=train)
 
 
+def _cifar10(kind: Kind) -> PriorTask:
+    model = PriorConfig(kind, width=192, depth=6, heads=6, dropout=0.1)
+    train = replace(DIGITS, steps=100_000, lr=1e-3, ema=0.999, log_every=50, validate_every=500)
+    return replace(_prior(f"cifar10-{kind}", "cifar10-fsq", model, train), flip=True, validation_images=500)
+
+
+def cifar10_causal() -> PriorTask:
+    """64 tokens of 6 digits on CIFAR-10, with mirror images. Not trained to its end yet.
+
+    midway train prior cifar10-causal --max-seconds 900
+    """
+    return _cifar10("causal")
+
+
+def cifar10_masked() -> PriorTask:
+    """The same tokens in any order. Not trained to its end yet.
+
+    midway train prior cifar10-masked --max-seconds 900
+    """
+    return _cifar10("masked")
+
+
 def small_prior(layout: CodeLayout | LatentLayout) -> PriorTask:
-    """Wider where there are more tokens."""
-    wide = layout.length > 64
-    model = PriorConfig("causal", width=128 if wide else 96, depth=6 if wide else 4, heads=4, dropout=0.1)
-    batch = 64 if layout.length <= 64 else 32
-    train = replace(DIGITS, steps=2400, batch_size=batch)
+    """A causal transformer, wider where there are more than 64 tokens; it ends where held-out bits no longer fall."""
+    many = layout.length > 64
+    width, depth = (128, 6) if many else (96, 4)
+    model = PriorConfig("causal", width=width, depth=depth, heads=4, dropout=0.2)
+    train = replace(DIGITS, steps=2400, batch_size=32 if many else 64, patience_validations=5)
     return PriorTask(tyro.MISSING, tokenizer=tyro.MISSING, model=model, train=train)
 
 
 def small() -> PriorTask:
-    """On a tokenizer of your own images: causal, sizes from the codes.
+    """On a tokenizer of your own images: causal, sizes from the codes; it ends where held-out bits no longer fall.
 
     midway train prior small --tokenizer runs/my-tokenizer --out runs/my-prior
     """
@@ -87,4 +137,14 @@ def describe_prior(name: str, layout: CodeLayout | LatentLayout, task: PriorTask
 GENERIC_PRIORS: dict[str, Callable[[CodeLayout | LatentLayout], PriorTask]] = {"small": small_prior}
 PRIOR_SIZES = ("model.width", "model.depth", "train.batch_size")
 """What the number of tokens decides."""
-PRIOR_RECIPES = by_name(small, digits_causal, digits_masked, digits_mar, mnist5k_mar)
+PRIOR_RECIPES = by_name(
+    small,
+    digits_causal,
+    digits_masked,
+    digits_mar,
+    mnist5k_causal,
+    mnist5k_masked,
+    mnist5k_mar,
+    cifar10_causal,
+    cifar10_masked,
+)

@@ -54,6 +54,48 @@ def _ordered(rows: Rows) -> list[LikelihoodRow]:
     return sorted(rows, key=lambda row: math.inf if row.bits is None else row.bits)
 
 
+def _code_bits(row: LikelihoodRow) -> str:
+    return f"{row.code_bits or 0.0:.2f} ± {row.code_error or 0.0:.2f}"
+
+
+_CODE_COLUMNS: tuple[Column[LikelihoodRow], ...] = (
+    Column("bits per image", _code_bits, str),
+    Column("estimator", lambda row: row.code_bound, str),
+    Column("fixed length", lambda row: row.code_fixed, lambda v: f"{v:.2f}"),
+    Column("independent positions", lambda row: row.code_independent, lambda v: f"{v:.2f}"),
+    Column("tokens", lambda row: row.code_tokens, str),
+    Column("classes", lambda row: row.conditional, lambda v: "given" if v else "not given"),
+    Column("tokenizer", lambda row: row.tokenizer, str),
+    Column("s of bits", lambda row: row.seconds),
+)
+
+
+def code_table(rows: Rows) -> Table:
+    """Bits of the codes under priors, those of one tokenizer together, the fewest first; no lines without priors."""
+    found = sorted((row for row in rows if row.code_bits is not None), key=lambda row: (row.tokenizer, row.code_bits))
+    note = (
+        "Bits per image of the codes, lower is better: not of pixels, and so in no column with bits per dimension. They compare "
+        "between priors of one tokenizer. Fixed length: what the codes take without a prior. Independent positions: by the "
+        "frequencies of every digit of every position in the training codes."
+    )
+    return columns_table("Bits of the codes", note, "prior", [row.name for row in found], found, _CODE_COLUMNS)
+
+
+def code_answer(rows: Rows) -> str:
+    """Of every tokenizer the prior of fewest bits, in a sentence."""
+    found = list[str]()
+    for row in sorted((r for r in rows if r.code_bits is not None), key=lambda row: (row.tokenizer, row.code_bits)):
+        if row.tokenizer not in {r.tokenizer for r in rows if r.name in found}:
+            found.append(row.name)
+    by_name = {row.name: row for row in rows}
+    parts = [
+        f"{name} needs the fewest bits per image for the codes of tokenizer {by_name[name].tokenizer}, "
+        f"{_code_bits(by_name[name])} ({by_name[name].code_bound}) of {by_name[name].code_fixed or 0.0:.2f} at a fixed length"
+        for name in found
+    ]
+    return f"Of the priors, {'; '.join(parts)}." if parts else ""
+
+
 def answer(rows: Rows) -> str:
     """The model of fewest bits, the next, and the nearest samples, as the table has them."""
     models = [row for row in _ordered(rows) if row.model]
@@ -67,7 +109,8 @@ def answer(rows: Rows) -> str:
     near = min((row for row in models if row.distance is not None), key=lambda row: row.distance or 0.0, default=None)
     if near is not None and near.distance is not None:
         parts.append(f"the samples of {near.name} are nearest to the data (distance {number(near.distance)})")
-    return f"{'; '.join(parts)}." if parts else ""
+    first = f"{'; '.join(parts)}." if parts else ""
+    return " ".join(filter(None, (first, code_answer(rows))))
 
 
 def drawing(rows: Rows) -> Drawing:
@@ -99,7 +142,9 @@ def bits_figure(rows: Rows, narrow: bool = False) -> "Figure":
 
 def terminal_text(rows: Rows, warnings: Sequence[str] = ()) -> str:
     """The table and the answer, below the warnings."""
-    return under_warnings("\n".join([text_table(likelihood_table(rows)), "", printable(answer(rows))]), warnings)
+    codes = code_table(rows)
+    more = [f"{codes.title}, which are no bits of pixels", "", text_table(codes), ""] if codes.lines else []
+    return under_warnings("\n".join([text_table(likelihood_table(rows)), "", *more, printable(answer(rows))]), warnings)
 
 
 def provenance(rows: Rows, context: ReportContext) -> list[tuple[str, str]]:
@@ -125,7 +170,9 @@ def _noted(rows: Rows, context: ReportContext) -> ReportContext:
 
 def report_md(rows: Rows, context: ReportContext) -> str:
     """The answer, the table, notes and provenance."""
-    parts = [f"{markdown(answer(rows))}\n", f"{markdown_table(likelihood_table(rows))}\n"]
+    parts, codes = [f"{markdown(answer(rows))}\n", f"{markdown_table(likelihood_table(rows))}\n"], code_table(rows)
+    if codes.lines:
+        parts.append(f"## {codes.title}\n\n{markdown(codes.note)}\n\n{markdown_table(codes)}\n")
     return markdown_page(_noted(rows, context), parts, provenance(rows, context))
 
 
@@ -133,7 +180,13 @@ def report_html(rows: Rows, context: ReportContext) -> str:
     """One self-contained page."""
     table = dataclasses.replace(likelihood_table(rows), title="All figures")
     notes = notes_block(_noted(rows, context).notes)
-    blocks = [table_block(table), notes, facts_block(provenance(rows, context))]
+    codes = code_table(rows)
+    blocks = [
+        table_block(table),
+        *([table_block(codes)] if codes.lines else []),
+        notes,
+        facts_block(provenance(rows, context)),
+    ]
     return html_page(Page(context, answer(rows), (), drawing(rows), blocks))
 
 

@@ -13,17 +13,23 @@ from pipelines import SCRIPTS, Pipeline, Script
 from regression import records
 from safetensors.torch import load_file
 
+from midway.gen.core.config import from_dict, to_dict
 from midway.gen.data.places import data_of, splits_of
+from midway.gen.flags.cli import resolve
+from midway.gen.flags.tasks import PriorTask
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.likelihood import code_bits
 from midway.gen.priors.load import load_prior
-from midway.gen.priors.registry import Prior
+from midway.gen.priors.registry import Prior, layout_for, make_prior
 from midway.gen.priors.sampling import encode_codes
-from midway.gen.recipes.prior_recipes import GENERIC_PRIORS
+from midway.gen.recipes.prior_recipes import GENERIC_PRIORS, PRIOR_RECIPES
+from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.codes import codes_path
 from midway.gen.tokenizer.stored import Views
 from midway.gen.training.batches import CodeBatch
 from midway.gen.trainings import train_prior
+from midway.gen.trainings.dry_run import random_splits
+from midway.gen.trainings.train_tokenizer import make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 TINY = "--model.width 16 --model.depth 1 --model.heads 2 --batch-size 64 --warmup 2 --lr 1e-2 --ema 0.9 --log-every 4"
@@ -88,6 +94,18 @@ def test_two_processes_train_what_one_does(run: Path, tmp_path: Path) -> None:
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
     assert [r["loss"] for r in records(run)] == pytest.approx([r["loss"] for r in records(tmp_path / "two")], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in PRIOR_RECIPES if name not in GENERIC_PRIORS])
+def test_a_recipe_builds_and_its_configuration_survives_yaml(name: str) -> None:
+    task = resolve(PriorTask, PRIOR_RECIPES, [name])
+    assert task == PRIOR_RECIPES[name]() == from_dict(PriorTask, to_dict(task))
+    make = PRIOR_RECIPES[name]
+    assert f"midway train prior {name}" in (make.__doc__ or "") and task.out == Path("runs", name)
+    tokenizer = TOKENIZER_RECIPES[task.tokenizer.name]()
+    planned = make_tokenizer(tokenizer, random_splits(tokenizer.data, 10).train)
+    with torch.device("meta"):
+        assert make_prior(task.model, layout_for(task.model, planned), 10).layout.length in (4, 16, 64)
 
 
 def test_sizes_of_small_follow_from_the_codes(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
