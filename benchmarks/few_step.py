@@ -1,15 +1,20 @@
 """Few-step models and solvers at equal CPU seconds of training, on digits: distance to the data per number of evaluations.
 
     python benchmarks/few_step.py --tokenizer runs/digits-fsq --folder runs/few-step --json benchmarks/results/few_step.json
+    python benchmarks/few_step.py --start random ... --json benchmarks/results/few_step_random.json
 
-1. The process time of an optimizer step of every recipe, in turns, one thread: the steps of each that take --seconds.
-2. For every training seed a flow model and the few-step models (midway train latent digits-...), and learned tables of the flow
-   model, whose time comes on top.
+1. For every training seed a flow model of --seconds of process time, and learned tables of it, whose process time is measured.
+2. --start flow: few-step models begin at that flow model and have the same time on top as all its tables together, so that both
+   are the same model and the same seconds more. --start random: they begin at random weights and have the flow model's seconds,
+   without those of tables.
 3. A sweep of each seed's models (midway evaluate --few-step) on the same sampling seeds, in two feature spaces.
 
-Every part goes on after a stop. The figures are means over training seeds and their standard deviations. Checked: with 1 and 2
-evaluations every few-step model against the best solver, learned tables included; with 8 against 1.2 times what Euler's method
-converges to, the exact row. About an hour and a half on two free cores.
+Numbers of steps follow from the process time of a step of every recipe, timed in turns on one thread, those of few-step models
+also from the time of the first seed's tables. Every part goes on after a stop; of tables that were interrupted only the time of
+the last call counts. The figures are means over training seeds and their standard deviations. Checked: with 1 and 2 evaluations
+every few-step model against the best solver, learned tables included; with 8 against 1.2 times what Euler's method converges
+to, the exact row. About an hour
+on one free core.
 """
 
 import json
@@ -18,7 +23,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -36,6 +41,10 @@ from midway.gen.trainings import train_latent, train_solver
 
 FLOW = "flow"
 FEW_STEP = ("shortcut", "alphaflow", "meanflow", "imf")
+"""Recipes digits-..."""
+CONTINUED = ("--model.jump.flow-share", "0.25", "--lr", "0.001")
+"""What is different where they begin at a flow model, whose velocity is there already; chosen with a training seed that is not
+measured."""
 SOLVERS = "euler,dpmpp2m,unipc3,table"
 BUDGETS = (1, 2, 4, 8)
 TURNS, TURN = 5, 20
@@ -59,13 +68,21 @@ class FewStep:
     """Of the trainings."""
     table_steps: int = 600
     """Optimizer steps of a learned table."""
+    start: Literal["flow", "random"] = "flow"
+    """What few-step models begin at: the weights of the flow model, whose velocities are also their teacher, or random ones."""
 
 
 def step_seconds(recipe: str, task: FewStep) -> "Timed":
-    """A model of the recipe on random latents."""
-    made, shape = LATENT_RECIPES[recipe](), load_tokenizer(task.tokenizer)[0].latent_shape
+    """A model of the recipe on random latents, trained as `train_few` does."""
+    name = recipe.removeprefix("digits-")
+    words = [recipe, "--tokenizer", str(task.tokenizer), *(flags_of(task) if name != FLOW else [])]
+    made = train_latent.resolve(train_latent.LatentTask, LATENT_RECIPES, words)
+    shape = load_tokenizer(task.tokenizer)[0].latent_shape
     torch.manual_seed(0)
     model = LatentModel(replace(made.model, jump=replace(made.model.jump, alpha_steps=made.train.steps)), shape, 10)
+    if name != FLOW and task.start == "flow":
+        flow = LatentModel(LATENT_RECIPES[f"digits-{FLOW}"]().model, shape, 10).eval().requires_grad_(False)
+        model.teacher = lambda z, t, labels: flow.conditional_field(z, t, labels).x0  # costs what its velocity does
     return Timed(model, torch.optim.AdamW(model.parameters(), lr=1e-4), made.train.batch_size, made.train.steps)
 
 
@@ -93,33 +110,64 @@ class Timed:
         return (time.process_time() - begun) / TURN
 
 
-def steps_of(task: FewStep) -> dict[str, int]:
-    """Optimizer steps that take the seconds, by recipe; written once, so that a run that goes on has the same."""
-    path = task.folder / "steps.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    timed = {name: step_seconds(f"digits-{name}", task) for name in (FLOW, *FEW_STEP)}
-    for one in timed.values():
-        one.turn(0)
-    turns = {name: list[float]() for name in timed}
-    for number in range(TURNS):
-        for name, one in timed.items():
-            turns[name].append(one.turn(number))
-    found = {name: round(task.seconds / statistics.mean(values), -1) for name, values in turns.items()}
-    task.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({name: int(value) for name, value in found.items()}).encode())
-    return steps_of(task)
+def steps_of(task: FewStep, name: str, seconds: float) -> int:
+    """Optimizer steps of a recipe that take the seconds."""
+    path = task.folder / "step-seconds.json"
+    if not path.exists():
+        timed = {each: step_seconds(f"digits-{each}", task) for each in (FLOW, *FEW_STEP)}
+        for one in timed.values():
+            one.turn(0)
+        turns = {each: [one.turn(number) for number in range(TURNS)] for each, one in timed.items()}
+        task.folder.mkdir(parents=True, exist_ok=True)
+        found = {each: statistics.mean(values) for each, values in turns.items()}
+        write_atomically(path, json.dumps(found).encode())
+    return round(seconds / json.loads(path.read_text())[name] / 10) * 10
 
 
-def train_all(task: FewStep, steps: dict[str, int], seed: int) -> None:
-    """The models of a training seed, and the flow model's tables."""
+def train_flow(task: FewStep, seed: int) -> None:
+    """The flow model of a training seed, and its tables, whose process time is noted."""
+    train(task, FLOW, seed, steps_of(task, FLOW, task.seconds), [])
+    path = task.folder / f"seed-{seed}" / "table-seconds.json"
+    took: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    for nfe in BUDGETS:
+        if str(nfe) in took:
+            continue
+        learned = ["table", "--model", str(place(task, FLOW, seed)), "--nfe", str(nfe)]
+        begun = time.process_time()
+        train_solver.command([*learned, "--steps", str(task.table_steps), "--resume", "auto"])
+        took[str(nfe)] = time.process_time() - begun
+        write_atomically(path, json.dumps(took).encode())
+
+
+def few_step_seconds(task: FewStep) -> float:
+    """What each few-step model is trained for, beside the flow model that it may begin at."""
+    if task.start == "random":
+        return task.seconds
+    return sum(json.loads((task.folder / f"seed-{task.seeds[0]}" / "table-seconds.json").read_text()).values())
+
+
+def train_few(task: FewStep, seed: int) -> dict[str, int]:
+    """The few-step models of a training seed; their steps."""
+    steps = {name: steps_of(task, name, few_step_seconds(task)) for name in FEW_STEP}
     for name, count in steps.items():
-        words = [f"digits-{name}", "--tokenizer", str(task.tokenizer), "--out", str(place(task, name, seed))]
-        numbers = ["--steps", str(count), "--seed", str(seed), "--preview-seconds", "0", "--resume", "auto"]
-        train_latent.command([*words, *numbers])
-    budgets = ",".join(map(str, BUDGETS))
-    learned = ["table", "--model", str(place(task, FLOW, seed)), "--nfe", budgets, "--steps", str(task.table_steps)]
-    train_solver.command([*learned, "--resume", "auto"])
+        train(task, name, seed, count, flags_of(task, seed))
+    return steps
+
+
+def flags_of(task: FewStep, seed: int | None = None) -> list[str]:
+    """Those of a few-step model; without a seed not what it begins at."""
+    if task.start == "random":
+        return []
+    flow = str(place(task, FLOW, seed or 0))
+    begin = [] if seed is None else ["--init", flow, "--teacher", flow]
+    return [*CONTINUED, *begin]
+
+
+def train(task: FewStep, name: str, seed: int, count: int, flags: Sequence[str]) -> None:
+    """A recipe, for a number of steps."""
+    words = [f"digits-{name}", "--tokenizer", str(task.tokenizer), "--out", str(place(task, name, seed)), *flags]
+    numbers = ["--steps", str(count), "--seed", str(seed), "--preview-seconds", "0", "--resume", "auto"]
+    train_latent.command([*words, *numbers])
 
 
 def place(task: FewStep, name: str, seed: int) -> Path:
@@ -188,14 +236,18 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(task: FewStep) -> None:
     """Train, measure, write, print what was to hold."""
     torch.set_num_threads(1)
-    steps = steps_of(task)
+    steps: dict[str, int] = {}
     for seed in task.seeds:
-        train_all(task, steps, seed)
+        train_flow(task, seed)
+    for seed in task.seeds:
+        steps = train_few(task, seed)
     rows = figures([sweep_of(task, seed) for seed in task.seeds])
     found = {
         "environment": environment(),
         "hardware": hardware(),
+        "start": task.start,
         "seconds": task.seconds,
+        "few_step_seconds": few_step_seconds(task),
         "steps": steps,
         "training_seeds": list(task.seeds),
         "rows": rows,

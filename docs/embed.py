@@ -120,6 +120,8 @@ def benchmark_block(found: dict[str, Any]) -> str:
         raise SystemExit("the file has no rows")
     if "model_nfe" in rows[0]:
         return few_step_block(found)
+    if "tokenizer" in rows[0]:
+        return priors_block(found)
     if "head_nfe" in rows[0]:
         return token_head_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
@@ -185,19 +187,65 @@ def few_step_block(found: dict[str, Any]) -> str:
         return f"{sum(line['held'] for line in lines)} of {len(lines)}"
 
     images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
+    after, more = found["seconds"], found["few_step_seconds"]
+    spent = f"{after:g} s of process time each on one thread"
+    if found["start"] == "flow":
+        spent = f"{after:g} s of process time of the flow model on one thread, then {more:.0f} s of tables or a few-step model"
     facts = (
-        f"Means and standard deviations over {seeds} trainings, {found['seconds']:g} s of process time each on one thread; "
+        f"Means and standard deviations over {seeds} trainings, {spent}; "
         f"{images}, reference `{first['reference']}`. Over both feature spaces, few-step models are below every solver "
         f"{held(1)} times with 1 evaluation and {held(2)} times with 2; with 8 they are below 1.2 times exact {held(8)} times."
     )
     return "\n".join([*parts, f"{facts}\n"])
 
 
+def priors_block(found: dict[str, Any]) -> str:
+    """Bits and distances of benchmarks/priors.py, by tokenizer, prior and budget."""
+    rows, bits, seconds = found["rows"], found["bits"], found["seconds"]
+    tokenizers, codes = (list(dict.fromkeys(one[name] for one in bits)) for name in ("tokenizer", "code"))
+    by = {(one["tokenizer"], one["code"]): f"{one['bits']:.1f}" + _spread(one["deviation"], ".1f") for one in bits}
+    lines = ["| bits per image of the codes | " + " | ".join(codes) + " |", "| --- |" + " ---: |" * len(codes)]
+    lines += [f"| {name} | " + " | ".join(by[name, code] for code in codes) + " |" for name in tokenizers]
+    parts = ["\n".join(lines) + "\n"]
+    budgets = sorted({row["nfe"] for row in rows if row["nfe"]})
+    for metric, features in rows[0]["features"].items():
+        lines = ["| | " + " | ".join(f"NFE {nfe}" for nfe in budgets) + " | seconds of training |"]
+        lines.append("| --- |" + " ---: |" * (len(budgets) + 1))
+        for tokenizer in tokenizers:
+            own = [row for row in rows if row["tokenizer"] == tokenizer and row["name"] != "exact"]
+            for name in dict.fromkeys(row["name"] for row in own):
+                cells = {row["nfe"]: row for row in own if row["name"] == name}
+                shown = [_figure(cells.get(nfe, cells.get(0)), metric) for nfe in budgets]
+                took = seconds[next(iter(cells.values()))["prior"] or tokenizer]
+                label = name if name.startswith(tokenizer) else f"{tokenizer}: {name}"
+                lines.append(f"| {label} | {' | '.join(shown)} | {took:.0f} |")
+        parts.append(f"Fréchet distance (`{features}`)\n\n" + "\n".join(lines) + "\n")
+    sampled = next(row for row in rows if row["nfe"])
+    held = [sum(line["held"] for line in group) for group in _by_figure(found["verdicts"])]
+    of = [len(group) for group in _by_figure(found["verdicts"])]
+    images = f"n = {sampled['n']} images per block, {sampled['blocks']} blocks, seeds {sampled['seeds']}"
+    facts = (
+        f"Means and standard deviations over {len(found['training_seeds'])} trainings of tokenizer and prior, seconds on one "
+        f"thread; {images}, reference `{sampled['reference']}`. At its largest budget a prior is within twice its ceiling "
+        f"{held[0]} of {of[0]} times; its bits are below those of independent positions {held[1]} of {of[1]} times."
+    )
+    return "\n".join([*parts, f"{facts}\n"])
+
+
+def _by_figure(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What was to hold of distances, and of bits."""
+    return [[line for line in lines if (line["figure"] == "bits") is bits] for bits in (False, True)]
+
+
+def _spread(deviation: float | None, form: str) -> str:
+    return "" if not deviation else f" ± {deviation:{form}}"
+
+
 def _figure(row: dict[str, Any] | None, metric: str) -> str:
     if row is None:
         return "–"
     deviation = row["deviations"][metric]
-    return f"{row['distances'][metric]:.3g}" + ("" if not deviation else f" ± {deviation:.2g}")
+    return f"{row['distances'][metric]:.3g}" + _spread(deviation, ".2g")
 
 
 def _took(row: dict[str, Any], steps: dict[str, int]) -> str:

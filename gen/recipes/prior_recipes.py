@@ -47,7 +47,9 @@ def digits_masked() -> PriorTask:
 
 
 def digits_mar() -> PriorTask:
-    """4 continuous tokens of 6 channels, each drawn by a diffusion head: MAR.
+    """4 continuous tokens of 6 channels, each drawn by a diffusion head: MAR. 3 min of one core; held-out loss 0.48.
+
+    Fréchet distance (effnet-lite0, 64 axes) of 1,000 images: 1.10 at 50 head evaluations a token, 1.16 by a table of 2.
 
     midway train prior digits-mar --tokenizer runs/digits-kl
     """
@@ -79,7 +81,7 @@ def mnist5k_masked() -> PriorTask:
 
 
 def mnist5k_mar() -> PriorTask:
-    """64 continuous tokens of 3 channels, the latents of an FSQ tokenizer before they are rounded: MAR.
+    """64 continuous tokens of 3 channels, the latents of an FSQ tokenizer: MAR. About 17 min of one core; not measured yet.
 
     midway train prior mnist5k-mar --tokenizer runs/mnist5k-fsq
     """

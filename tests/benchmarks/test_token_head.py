@@ -31,11 +31,11 @@ def test_rows_are_counted_and_not_measured_twice(
     found = json.loads(study.json.read_text())
     rows = [(row["head_solver"], row["grid"], row["head_nfe"], row["trunk_nfe"]) for row in found["rows"]]
     assert rows == [
+        ("table", "best", 2, 2),
         ("euler", "uniform", 1, 2),
         ("euler", "uniform", 2, 2),
         ("euler", "karras", 1, 2),
         ("euler", "karras", 2, 2),
-        ("table", "best", 2, 2),
     ]
     assert all(len(row["distances"]["pixels"]) == 2 and row["rmse"] > 0 for row in found["rows"])
     written = study.json.read_bytes()

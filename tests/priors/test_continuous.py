@@ -167,7 +167,7 @@ def test_a_temperature_divides_the_log_density_of_a_gaussian_token() -> None:
 
 
 def test_noise_is_that_of_image_and_place_whenever_a_token_is_decided() -> None:
-    laws = GaussianLaws(gaussian().mean, torch.eye(L * C).double())
+    laws = GaussianLaws(torch.zeros(L * C).double(), torch.eye(L * C).double())
     table = make_solver("ddpm", Linear(), 5)
 
     def drawn(seeds: Tensor, how: Decoding) -> Tensor:
@@ -269,7 +269,7 @@ def test_the_loss_has_no_gradient_at_the_exact_head(target: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "edm"])
 def test_the_field_of_a_head_at_known_times_is_its_field(schedule: str) -> None:
-    head, x, hidden = small(schedule=schedule, target="v").head, normal(5, C), normal(5, 16, seed=1)
+    head, x, hidden = small(schedule=schedule, target="velocity").head, normal(5, C), normal(5, 16, seed=1)
     times = (0.9, 0.4, 0.05)
     for labels, guidance in ((hidden, 1.0), (torch.stack([hidden, normal(5, 16, seed=2)], 1), 2.5)):
         field = head.field(labels, guidance)
