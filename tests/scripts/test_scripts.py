@@ -336,7 +336,7 @@ CHANGES: list[tuple[Flags, Flags]] = [
     *(({}, {"grid": name}) for name in ("logsnr", "karras", "shift", "quadratic", "vp")),
     ({"grid": "karras"}, {"grid": "gits"}),
     *(({}, {"grid": "ays_sd"}), ({"grid": "ays_sd"}, {"grid": "ays_sdxl"}), ({}, {"solver": "rk45"})),
-    *(({"solver": "rk45"}, {"solver": "rk45", flag: 0.3}) for flag in ("rtol", "atol")),
+    *(({"solver": "rk45"}, {"solver": "rk45", flag: 100.0}) for flag in ("rtol", "atol")),
     *(({}, {"nfe": 9}), ({}, {"seed": 4}), ({}, {"labels": "5"}), ({}, {"analytic-first": True}), ({}, {"eta": 1.0})),
     *(({}, GUIDED), ({}, IN_INTERVAL), (GUIDED, IN_INTERVAL), ({"solver": "heun", "nfe": 6}, ODD_HEUN)),
 ]

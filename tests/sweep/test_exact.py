@@ -24,9 +24,10 @@ from midway.gen.evaluation.comparing import limit_of, question
 from midway.gen.evaluation.records import Estimate, Measurement
 from midway.gen.evaluation.sources import SampledBatch
 from midway.gen.features.reference import balanced
+from midway.gen.report.sections import choice_table
 from midway.gen.report.sweep import headline_tables, markdown_tables
 from midway.gen.report.sweep_page import report_html
-from midway.gen.report.sweep_tables import choice_table, difference_table, distance_table, error_table
+from midway.gen.report.sweep_tables import difference_table, distance_table, error_table
 from midway.gen.report.table import ReportContext
 from midway.gen.sweep import choice as choices
 from midway.gen.sweep import run

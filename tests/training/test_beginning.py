@@ -67,7 +67,7 @@ def test_a_model_that_jumps_begins_as_the_flow_model_of_its_weights(
     assert isinstance(average, JumpField)
     grid = (0.98, 0.4, 0.1)
     expected = sample(flow.model.field(LABELS), euler(made.schedule, grid), x)
-    assert torch.equal(sample(average, jump(made.schedule, grid), x), expected)
+    torch.testing.assert_close(sample(average, jump(made.schedule, grid), x), expected)  # their sums round by processor
     assert torch.equal(average.velocity(x, t).x0, flow.model.field(LABELS)(x, t).x0)
     assert not torch.equal(average.velocity(x, t).x0, begun(replace(task, init=None)).field(LABELS).velocity(x, t).x0)  # pyright: ignore
 
