@@ -1,7 +1,6 @@
 """The whole path on real images in minutes: what `make demo` runs.
 
 images -> FSQ tokenizer -> latent DiT on a variance-preserving schedule -> AMED and a learned table -> sweep -> report
-                        -> a few-step model of the same size (digits)                        ->
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from midway.gen.diffusion.load import TABLE
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import LatentTask, TokenizerTask
-from midway.gen.recipes.recipes import digits_alphaflow, digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
+from midway.gen.recipes.recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig
@@ -40,9 +39,7 @@ IMAGES = {"digits": None, "mnist5k": 500}
 """A block of seeds: as many as are held out, or half of them."""
 PLUGIN = "amed-plugin-ipndm3"
 LEARNED = ("amed", PLUGIN, TABLE)
-FEW_STEP = {"digits": digits_alphaflow}
-"""By the source, the recipe of a few-step model beside the solvers, in the run `alphaflow`."""
-RUNS = ("tokenizer", "model", "alphaflow")
+RUNS = ("tokenizer", "model")
 MARK = ".demo"
 """The file that marks the folder of an earlier demo, and holds its finished stages."""
 
@@ -91,7 +88,7 @@ def claimed(task: DemoTask) -> Iterator[None]:
         raise UsageError(f"{out / there[0]} is not of an earlier demo", "it would be replaced", "choose another --out")
     with made(out), lock(out, "written"):
         finished = read_mark(task)
-        if finished is None or len(finished) == len(stages_of(task)):
+        if finished is None or len(finished) == len(STAGES):
             clear(out)
             write_mark(task, [])
         yield
@@ -119,10 +116,9 @@ def clear(out: Path) -> None:
 def _run(task: DemoTask, finished: list[str], locks: ExitStack | None) -> Path:
     start = time.monotonic()
     stop_note(f"what is finished is stored in {task.folder}; the same command goes on", last=True)
-    stages = stages_of(task)
-    for number, (name, stage) in enumerate(stages.items(), 1):
+    for number, (name, stage) in enumerate(STAGES.items(), 1):
         began = time.monotonic()
-        echo(f"[{number}/{len(stages)}] {name}{', finished before' * (name in finished)}")
+        echo(f"[{number}/{len(STAGES)}] {name}{', finished before' * (name in finished)}")
         if name in finished:
             continue
         try:
@@ -162,8 +158,7 @@ def write_mark(task: DemoTask, finished: list[str]) -> None:
 def configuration(task: DemoTask) -> str:
     """Hash of everything that the stages are."""
     solvers = [solver_task(task, name) for name in LEARNED]
-    few = [few_step_task(task)] if task.source in FEW_STEP else []
-    tasks = [tokenizer_task(task), latent_task(task), *few, *solvers, evaluate_task(task)]
+    tasks = [tokenizer_task(task), latent_task(task), *solvers, evaluate_task(task)]
     return hashlib.sha256(json.dumps([asdict(one) for one in tasks], default=str).encode()).hexdigest()
 
 
@@ -183,20 +178,11 @@ def tokenizer_task(task: DemoTask) -> TokenizerTask:
 
 def latent_task(task: DemoTask) -> LatentTask:
     """The recipe digits-dit or mnist5k-dit."""
-    return _model_task(task, {"digits": digits_dit, "mnist5k": mnist5k_dit}[task.source](), "model")
-
-
-def few_step_task(task: DemoTask) -> LatentTask:
-    """The recipe of `FEW_STEP`."""
-    return _model_task(task, FEW_STEP[task.source](), "alphaflow")
-
-
-def _model_task(task: DemoTask, recipe: LatentTask, name: str) -> LatentTask:
-    small = DiTConfig(width=32, depth=2, heads=2, time_scale=recipe.model.dit.time_scale)
-    model = replace(recipe.model, dit=small) if task.quick else recipe.model
+    recipe = {"digits": digits_dit, "mnist5k": mnist5k_dit}[task.source]()
+    model = replace(recipe.model, dit=DiTConfig(width=32, depth=2, heads=2)) if task.quick else recipe.model
     return replace(
         recipe,
-        out=task.folder / name,
+        out=task.folder / "model",
         tokenizer=task.folder / "tokenizer",
         model=model,
         train=_steps(recipe.train, task),
@@ -231,32 +217,23 @@ def evaluate_task(task: DemoTask) -> evaluate.EvaluateTask:
         out=task.folder,
         solvers=f"euler,ddim,heun,dpm2,dpmpp2m,dpmpp3m,ipndm3,{','.join(LEARNED)}",
         nfe=BUDGETS,
-        few_step=(task.folder / "alphaflow",) if task.source in FEW_STEP else (),
         n=IMAGES[task.source],
         grids="uniform,logsnr,karras,gits",
         title=f"{TITLES[task.source]}: solvers by step budget",
     )
     return (
-        replace(full, nfe="4", few_step_nfe="2", grids="uniform", n=64, blocks=1, exact_nfe=16, choice_seeds=16)
-        if task.quick
-        else full
+        replace(full, nfe="4", grids="uniform", n=64, blocks=1, exact_nfe=16, choice_seeds=16) if task.quick else full
     )
 
 
 STAGES: dict[str, Callable[[DemoTask], object]] = {
     "tokenizer": lambda task: train_tokenizer.train(tokenizer_task(task)),
     "latent model": lambda task: train_latent.train(latent_task(task)),
-    "few-step model": lambda task: train_latent.train(few_step_task(task)),
     "AMED": lambda task: train_solver.train(solver_task(task, "amed")),
     "AMED in iPNDM": lambda task: train_solver.train(solver_task(task, PLUGIN)),
     "learned table": lambda task: train_solver.train(solver_task(task, "table")),
     "sweep": lambda task: evaluate.run(evaluate_task(task)),
 }
-
-
-def stages_of(task: DemoTask) -> dict[str, Callable[[DemoTask], object]]:
-    """The stages that this demo has, by name."""
-    return {name: stage for name, stage in STAGES.items() if name != "few-step model" or task.source in FEW_STEP}
 
 
 def command(arguments: list[str]) -> None:

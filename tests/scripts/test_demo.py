@@ -42,7 +42,7 @@ def test_the_quick_demo_ends_with_a_report(
         assert not (out / "report.html").exists()
     capsys.readouterr()
     report = demo.run(task)
-    assert capsys.readouterr().out.count("finished before") == 6
+    assert capsys.readouterr().out.count("finished before") == 5
     assert (out / "model" / "log.txt").read_text().count("resuming from step") == 1
     assert report == out / "report.html"
     assert report.read_text().startswith("<!")
@@ -50,10 +50,8 @@ def test_the_quick_demo_ends_with_a_report(
         rows = list(csv.DictReader(file))
     assert [row["solver"] for row in rows[:3]] == ["floor", "ceiling", "exact"]
     solvers = ["euler", "ddim", "heun", "dpm2", "dpmpp2m", "dpmpp3m", "ipndm3", "amed", "amed-plugin-ipndm3", "table"]
-    assert [row["solver"] for row in rows[3:]] == [*solvers, "alphaflow"]
-    assert [row["nfe"] for row in rows[3:]] == [*["4"] * len(solvers), "2"] and rows[0]["features"].startswith(
-        "effnet-lite0@"
-    )
+    assert [row["solver"] for row in rows[3:]] == solvers
+    assert {row["nfe"] for row in rows[3:]} == {"4"} and rows[0]["features"].startswith("effnet-lite0@")
     for name in ("results.jsonl", "report.md", "distance_vs_nfe.png", "distance_vs_seconds.png"):
         assert (out / name).stat().st_size > 0
     demo.run(demo.DemoTask(out=out, quick=True))  # a second demo replaces the first
