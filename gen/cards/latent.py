@@ -8,7 +8,7 @@ run/model/    config.json, diffusion_pytorch_model.safetensors      read by Late
 from collections.abc import Mapping
 from pathlib import Path
 
-from midway.gen.cards.parts import Rows, card, data_rows, environment_rows, shape_text, write_folder
+from midway.gen.cards.parts import Rows, card, data_rows, environment_rows, model_rows, shape_text, write_folder
 from midway.gen.core.runs import Run
 from midway.gen.core.text import markdown
 from midway.gen.data.images import ImageData
@@ -43,21 +43,16 @@ def model_card(
     """The card of a latent model of these images; `figures` by name, `weights` as of `training_rows`. UsageError as `card`."""
     options, name = model.config, markdown(train.name)
     size = "x".join(map(str, tokenizer.image_shape[1:]))
+    own = {
+        "network": f"DiT, width {options.dit.width}, depth {options.dit.depth}, patch {options.dit.patch}",
+        "schedule": options.schedule,
+        "target": options.target,
+        **({"objective": options.objective} if options.is_jump else {}),
+        **({"guidance in training": f"up to {options.jump.guidance:g}"} if options.jump.guidance > 1 else {}),
+        "latents": shape_text(model.latent_shape),
+    }
     sections = {
-        "Model": {
-            "hash": model.hash,
-            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-            "network": f"DiT, width {options.dit.width}, depth {options.dit.depth}, patch {options.dit.patch}",
-            "schedule": options.schedule,
-            "target": options.target,
-            **({"objective": options.objective} if options.is_jump else {}),
-            **({"guidance in training": f"up to {options.jump.guidance:g}"} if options.jump.guidance > 1 else {}),
-            "latents": shape_text(model.latent_shape),
-            "images": shape_text(tokenizer.image_shape),
-            "tokenizer": ", ".join(f"{key} {value}" for key, value in tokenizer.config["quantizer"].items()),
-            "classes": model.classes or "none",
-            **({"class names": ", ".join(model.class_names)} if 0 < len(model.class_names) <= 20 else {}),
-        },
+        "Model": model_rows(model, tokenizer, own),
         "Data": data_rows(config, train),
         "Weights": weights,
         "Figures": {key: f"{value:.6g}" for key, value in figures.items()},

@@ -12,8 +12,11 @@ from midway.gen.core.runs import Run
 from midway.gen.core.text import markdown
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import DataConfig
+from midway.gen.diffusion.model import LatentModel
+from midway.gen.priors.prior import Prior
 from midway.gen.training.config import TrainConfig
 from midway.tokenizers.hub import CARD, header, licence, loading
+from midway.tokenizers.tokenizer import ImageTokenizer
 
 Rows = Mapping[str, object]
 """A table of the card: a name and a value a row."""
@@ -45,6 +48,20 @@ def data_rows(config: DataConfig, train: ImageData, held_out: int | None = None)
         "training images": len(train.images),
         **left,
         "split": f"share {config.held_out:g} held out, seed {config.split_seed}",
+    }
+
+
+def model_rows(model: LatentModel | Prior, tokenizer: ImageTokenizer, own: Rows) -> dict[str, object]:
+    """Hash and size of a model with its tokenizer, what only its kind has, images and classes."""
+    names = ", ".join(model.class_names)
+    return {
+        "hash": model.hash,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        **own,
+        "images": shape_text(tokenizer.image_shape),
+        "tokenizer": ", ".join(f"{key} {value}" for key, value in tokenizer.config["quantizer"].items()),
+        "classes": model.classes or "none",
+        **({"class names": names} if 0 < len(model.class_names) <= 20 else {}),
     }
 
 

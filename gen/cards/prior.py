@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from midway.gen.cards.parts import Rows, card, data_rows, environment_rows, shape_text
+from midway.gen.cards.parts import Rows, card, data_rows, environment_rows, model_rows
 from midway.gen.core.text import markdown
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import DataConfig
@@ -21,20 +21,12 @@ def prior_card(
     license: str = LICENSE,
 ) -> str:
     """The card of a prior of these images; `figures` by name, `weights` as of `training_rows`. UsageError as `card`."""
-    options, layout = prior.config, prior.layout
+    options = prior.config
     size = "x".join(map(str, tokenizer.image_shape[1:]))
+    network = f"transformer, width {options.width}, depth {options.depth}"
+    own = {"kind": options.kind, "network": network, "tokens": prior.layout.about}
     sections = {
-        "Model": {
-            "hash": prior.hash,
-            "parameters": f"{sum(p.numel() for p in prior.parameters()):,}",
-            "kind": options.kind,
-            "network": f"transformer, width {options.width}, depth {options.depth}",
-            "tokens": layout.about,
-            "images": shape_text(tokenizer.image_shape),
-            "tokenizer": ", ".join(f"{key} {value}" for key, value in tokenizer.config["quantizer"].items()),
-            "classes": prior.classes or "none",
-            **({"class names": ", ".join(prior.class_names)} if 0 < len(prior.class_names) <= 20 else {}),
-        },
+        "Model": model_rows(prior, tokenizer, own),
         "Data": data_rows(config, train),
         "Weights": weights,
         "Figures": {key: f"{value:.6g}" for key, value in figures.items()},

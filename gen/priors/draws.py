@@ -12,8 +12,8 @@ MOST_PLACES = 2**20
 """More than an image has tokens."""
 
 
-class Draws(Protocol):
-    """What a decoder draws, for images of one batch."""
+class Values(Protocol):
+    """How the values of digits are chosen, for images of one batch."""
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         """One of K, int64 (B, n), by log-probabilities (B, n, K), -inf among them: this digit of the tokens at places (B, n).
@@ -21,6 +21,10 @@ class Draws(Protocol):
         attempt: of a rule that draws a token again.
         """
         ...
+
+
+class Draws(Values, Protocol):
+    """What a decoder draws."""
 
     def keys(self, purpose: str, length: int) -> Tensor:
         """float64 (B, length), uniform on (0, 1): to sort by, or to make other numbers of."""

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.priors.decoding import Decoding, halton_order, steps_of
-from midway.gen.priors.draws import Draws, NormalDraws
+from midway.gen.priors.draws import Draws, NormalDraws, Values
 from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.priors.prior import CodePrior, Prior, draw_tokens
 from midway.gen.training.batches import CodeBatch, Context
@@ -156,7 +156,7 @@ def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device:
 
 
 def _drawn(
-    model: Conditionals, hidden: Tensor, how: Decoding, scale: float, places: Tensor, draws: Draws, attempt: int = 0
+    model: Conditionals, hidden: Tensor, how: Decoding, scale: float, places: Tensor, draws: Values, attempt: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Tokens (B, n, D) at places (B, n) of an evaluation (B, L, W) or (2 B, L, W), and their log-probabilities (B, n)."""
     index = torch.cat([places] * how.copies)[..., None].expand(-1, -1, hidden.shape[-1])
@@ -168,9 +168,6 @@ class _Most:
 
     def categorical(self, law: Tensor, places: Tensor, digit: int, attempt: int = 0) -> Tensor:
         return law.argmax(-1)
-
-    def keys(self, purpose: str, length: int) -> Tensor:
-        raise NotImplementedError
 
 
 def fixed_orders(

@@ -14,7 +14,7 @@ from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided, law_of
 from midway.gen.priors.digits import DigitHead, TokenEmbedding
-from midway.gen.priors.draws import Draws
+from midway.gen.priors.draws import Draws, Values
 from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.training.batches import CodeBatch, Context
 from midway.samplers.guidance_checks import why_unguided
@@ -157,7 +157,7 @@ def draw_tokens(
     places: Tensor,
     sizes: tuple[int, ...],
     scale: float,
-    draws: Draws,
+    draws: Values,
     how: Decoding,
     attempt: int = 0,
 ) -> tuple[Tensor, Tensor]:
