@@ -5,8 +5,9 @@
 
 1. For every training seed a flow model of --seconds of process time, and learned tables of it, whose process time is measured.
 2. --start flow: few-step models begin at that flow model and have the same time on top as all its tables together, so that both
-   are the same model and the same seconds more. --start random: they begin at random weights and have the flow model's seconds,
-   without those of tables.
+   are the same model and the same seconds more. Objectives with the derivative of the network by time begin at a flow model of
+   the same seconds with --model.dit.time-scale 1, since at the usual 1000 that derivative is mostly noise. --start random: they
+   begin at random weights and have the flow model's seconds, without those of tables.
 3. A sweep of each seed's models (midway evaluate --few-step) on the same sampling seeds, in two feature spaces.
 
 Numbers of steps follow from the process time of a step of every recipe, timed in turns on one thread, those of few-step models
@@ -40,8 +41,12 @@ from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.trainings import train_latent, train_solver
 
 FLOW = "flow"
+SLOW = "flow-slow"
+"""The run of the flow model with the slow clock."""
 FEW_STEP = ("shortcut", "alphaflow", "meanflow", "imf")
 """Recipes digits-..."""
+DERIVED = ("meanflow", "imf")
+"""Those with the derivative of the network."""
 CONTINUED = ("--model.jump.flow-share", "0.25", "--lr", "0.001")
 """What is different where they begin at a flow model, whose velocity is there already; chosen with a training seed that is not
 measured."""
@@ -126,7 +131,10 @@ def steps_of(task: FewStep, name: str, seconds: float) -> int:
 
 def train_flow(task: FewStep, seed: int) -> None:
     """The flow model of a training seed, and its tables, whose process time is noted."""
-    train(task, FLOW, seed, steps_of(task, FLOW, task.seconds), [])
+    count = steps_of(task, FLOW, task.seconds)
+    train(task, FLOW, seed, count, [])
+    if task.start == "flow":
+        train(task, FLOW, seed, count, ["--model.dit.time-scale", "1"], SLOW)
     path = task.folder / f"seed-{seed}" / "table-seconds.json"
     took: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
     for nfe in BUDGETS:
@@ -150,22 +158,23 @@ def train_few(task: FewStep, seed: int) -> dict[str, int]:
     """The few-step models of a training seed; their steps."""
     steps = {name: steps_of(task, name, few_step_seconds(task)) for name in FEW_STEP}
     for name, count in steps.items():
-        train(task, name, seed, count, flags_of(task, seed))
+        train(task, name, seed, count, flags_of(task, seed, SLOW if name in DERIVED else FLOW))
     return steps
 
 
-def flags_of(task: FewStep, seed: int | None = None) -> list[str]:
-    """Those of a few-step model; without a seed not what it begins at."""
+def flags_of(task: FewStep, seed: int | None = None, first: str = FLOW) -> list[str]:
+    """Those of a few-step model that begins at the run `first`; without a seed not what it begins at."""
     if task.start == "random":
         return []
-    flow = str(place(task, FLOW, seed or 0))
+    flow = str(place(task, first, seed or 0))
     begin = [] if seed is None else ["--init", flow, "--teacher", flow]
     return [*CONTINUED, *begin]
 
 
-def train(task: FewStep, name: str, seed: int, count: int, flags: Sequence[str]) -> None:
-    """A recipe, for a number of steps."""
-    words = [f"digits-{name}", "--tokenizer", str(task.tokenizer), "--out", str(place(task, name, seed)), *flags]
+def train(task: FewStep, name: str, seed: int, count: int, flags: Sequence[str], run: str = "") -> None:
+    """A recipe, for a number of steps, in the run of its name unless another is given."""
+    out = str(place(task, run or name, seed))
+    words = [f"digits-{name}", "--tokenizer", str(task.tokenizer), "--out", out, *flags]
     numbers = ["--steps", str(count), "--seed", str(seed), "--preview-seconds", "0", "--resume", "auto"]
     train_latent.command([*words, *numbers])
 
