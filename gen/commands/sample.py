@@ -51,7 +51,7 @@ from midway.gen.flags.sample_outputs import (
 )
 from midway.gen.metrics.psnr_ssim import psnr
 from midway.gen.priors.load import KIND, TrainedPrior, load_prior
-from midway.gen.priors.rules import Asked, check_solver, decoding_for, draw_warnings, head_for
+from midway.gen.priors.rules import DecodingFlags, check_solver, decoding_for, draw_warnings, head_for
 from midway.gen.priors.sampling import CodeSampling, identity_of
 from midway.gen.progress.finished import unfinished
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
@@ -150,8 +150,10 @@ def prior_drawing(task: SampleTask, trained: TrainedPrior) -> tuple[Drawing, tup
         raise UsageError(
             f"{flag} on {task.model}", "it is for models that are solved, and this is a prior", f"drop {flag}"
         )
-    asked = Asked(task.solver, task.nfe, task.grid, task.guidance, task.draw_options, ("--solver", "--nfe", "--grid"))
-    decoding = decoding_for(prior, asked, trained.run.place)
+    given = DecodingFlags(
+        task.solver, task.nfe, task.grid, task.guidance, task.draw_options, ("--solver", "--nfe", "--grid")
+    )
+    decoding = decoding_for(prior, given, trained.run.place)
     task.apply_tiles(trained.tokenizer)
     labels = () if task.labels is None else chosen_labels(task.labels, prior)
     head = head_for(trained, task.head, task.guidance)

@@ -33,7 +33,7 @@ from midway.gen.features.reference import FeatureReference, Subject
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.likelihood import bits_name, code_bits, independent_bits
 from midway.gen.priors.load import TrainedPrior
-from midway.gen.priors.rules import Asked, decoding_for
+from midway.gen.priors.rules import DecodingFlags, decoding_for
 from midway.gen.priors.sampling import CodeSampling, encode_codes
 from midway.gen.tokenizer.stored import tokenizer_hash
 from midway.gen.training.batches import CodeBatch, Context
@@ -68,7 +68,7 @@ def source_of(trained: Trained, solver: str, nfe: int, config: SamplerConfig) ->
     if isinstance(trained, TrainedBaseline):
         return BaselineSource(trained, config.batch_size, config.draw), ""
     if isinstance(trained, TrainedPrior):
-        how = decoding_for(trained.prior, Asked("", None, "", 1.0, {}, ("", "", "")), trained.run.place)
+        how = decoding_for(trained.prior, DecodingFlags("", None, "", 1.0, {}, ("", "", "")), trained.run.place)
         return PriorSource(trained, CodeSampling(how, config.batch_size, draw=config.draw)), how.rule
     sampler = next(iter(make_samplers(trained, solver, nfe, config).values()))
     grid = config.grids[0] if sampler.card is None else sampler.card.grid_name  # a learned solver brings its own

@@ -16,7 +16,7 @@ from midway.gen.flags.cli import names, numbers
 from midway.gen.flags.evaluation_flags import EvaluateTask
 from midway.gen.flags.evaluation_reference import alike, draw_of
 from midway.gen.priors.load import TrainedPrior, load_prior
-from midway.gen.priors.rules import AskedHead, draw_warnings, rules_of
+from midway.gen.priors.rules import HeadFlags, draw_warnings, rules_of
 from midway.gen.report.notes import prior_notes
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.priors import (
@@ -69,7 +69,7 @@ class Priors:
     def jobs(self, splits: Splits, config: SweepConfig) -> list[Job]:
         """Every rule of every prior at every budget; errors as of `prior_jobs`."""
         kinds = {its.prior.config.kind for its in self.named.values()}
-        if self.named and self.task.head != AskedHead() and "continuous" not in kinds:
+        if self.named and self.task.head != HeadFlags() and "continuous" not in kinds:
             why = "only continuous priors have a diffusion head, and there is none"
             raise UsageError("--head-solver, --head-nfe or --head-grid", why, "drop it")
         for name, its in self.named.items() if not self._jobs else ():

@@ -14,7 +14,7 @@ from midway.tokenizers.tiling import tile_networks
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 if TYPE_CHECKING:
-    from midway.gen.priors.rules import AskedHead
+    from midway.gen.priors.rules import HeadFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +97,11 @@ class PriorFlags:
         return {**{name: getattr(self, name) for name in same}, "ramp": self.guidance_ramp}
 
     @property
-    def head(self) -> "AskedHead":
+    def head(self) -> "HeadFlags":
         """What draws a continuous token."""
-        from midway.gen.priors.rules import AskedHead
+        from midway.gen.priors.rules import HeadFlags
 
-        return AskedHead(self.head_solver, self.head_nfe, self.head_grid)
+        return HeadFlags(self.head_solver, self.head_nfe, self.head_grid)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from midway.gen.priors.prior import Prior
 from midway.gen.training.batches import CodeBatch
 
 MASKS = 16
-"""Most masks of an image, unless more are asked for."""
+"""Most masks of an image, unless more are given."""
 
 
 def masks_of(prior: Prior, masks: int | None = None) -> int:

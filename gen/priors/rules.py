@@ -1,4 +1,4 @@
-"""What a prior cannot be asked to draw by, before the first token is drawn: UsageError with what is possible instead.
+"""How a prior can be drawn from, checked before the first token is drawn: UsageError with what is possible instead.
 
 causal                              of causal priors, one evaluation a token
 random, halton, certain, maskgit    of masked priors, in 1 to L evaluations
@@ -41,8 +41,8 @@ def rules_of(prior: Prior) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What flags ask of a prior; "" and None where they name nothing. flags: those of rule, evaluations and decay."""
+class DecodingFlags:
+    """What flags name of a decoding; "" and None where they name nothing. flags: those of rule, evaluations and decay."""
 
     rule: str
     steps: int | None
@@ -53,25 +53,25 @@ class Asked:
     flags: tuple[str, str, str]
 
 
-def decoding_for(prior: Prior, asked: Asked, place: str) -> Decoding:
-    """How a prior is drawn from; UsageError, with what it can be asked in place, for a rule or a setting that it cannot have."""
-    rule_flag, steps_flag, decay_flag = asked.flags
-    rule = asked.rule or DEFAULT[prior.config.kind]
+def decoding_for(prior: Prior, given: DecodingFlags, place: str) -> Decoding:
+    """How a prior is drawn from; UsageError, with what is possible instead, for a rule or a setting that it cannot have."""
+    rule_flag, steps_flag, decay_flag = given.flags
+    rule = given.rule or DEFAULT[prior.config.kind]
     _check_rule(prior, rule, rule_flag, place)
-    if asked.steps is not None:
-        _check_steps(prior, asked.steps, steps_flag, place)
-    if asked.decay:
-        _check_decay(prior, asked.decay, decay_flag, place)
-    noise = asked.options.get("choice_noise", NOISE)
+    if given.steps is not None:
+        _check_steps(prior, given.steps, steps_flag, place)
+    if given.decay:
+        _check_decay(prior, given.decay, decay_flag, place)
+    noise = given.options.get("choice_noise", NOISE)
     if noise != NOISE and rule != BIASED:
         what, why = f"--choice-noise {noise:g} with {rule}", "only maskgit keeps tokens by noisy confidences"
         raise UsageError(what, why, "drop --choice-noise")
     if prior.config.kind == "continuous":
-        _check_continuous(asked.options, place)
-    _check_guidance(prior, asked.guidance, asked.options.get("ramp", 0.0), place)
-    decay = {"decay": asked.decay} if asked.decay else {}
-    steps = asked.steps or prior.layout.length
-    return Decoding(rule, steps, guidance=asked.guidance, **asked.options, **decay)  # pyright: ignore[reportArgumentType]
+        _check_continuous(given.options, place)
+    _check_guidance(prior, given.guidance, given.options.get("ramp", 0.0), place)
+    decay = {"decay": given.decay} if given.decay else {}
+    steps = given.steps or prior.layout.length
+    return Decoding(rule, steps, guidance=given.guidance, **given.options, **decay)  # pyright: ignore[reportArgumentType]
 
 
 def check_solver(name: str, flag: str, place: str) -> None:
@@ -171,27 +171,27 @@ def head_of(trained: TrainedPrior) -> TrainedHead:
 
 
 @dataclass(frozen=True)
-class AskedHead:
-    """What flags ask of a head; "" and None where they name nothing."""
+class HeadFlags:
+    """What flags name of the sampler of a head; "" and None where they name nothing."""
 
     solver: str = ""
     nfe: int | None = None
     grid: str = ""
 
-    def settled(self) -> "AskedHead":
+    def settled(self) -> "HeadFlags":
         """With the head's own sampler where nothing is named."""
-        return AskedHead(self.solver or HEAD_SOLVER, self.nfe or HEAD_NFE, self.grid or HEAD_GRID)
+        return HeadFlags(self.solver or HEAD_SOLVER, self.nfe or HEAD_NFE, self.grid or HEAD_GRID)
 
 
-def head_for(trained: TrainedPrior, asked: AskedHead, guidance: float) -> Sampler | None:
+def head_for(trained: TrainedPrior, given: HeadFlags, guidance: float) -> Sampler | None:
     """The sampler of a continuous prior's head, None of a prior over codes; errors as of `head_sampler`, and for codes."""
     if not isinstance(trained.prior, ContinuousPrior):
-        if asked != AskedHead():
-            flag = f"--head-{next(f.name for f in fields(asked) if getattr(asked, f.name) != f.default)}"
+        if given != HeadFlags():
+            flag = f"--head-{next(f.name for f in fields(given) if getattr(given, f.name) != f.default)}"
             why = f"only continuous priors have a diffusion head, and this is a {trained.prior.config.kind} prior over codes"
             raise UsageError(f"{flag} on {trained.run.place}", why, f"drop {flag}")
         return None
-    found = asked.settled()
+    found = given.settled()
     return head_sampler(trained, found.solver, found.grid, found.nfe or HEAD_NFE, guidance)
 
 

@@ -23,7 +23,7 @@ from midway.gen.evaluation.spaces import Spaces
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
-from midway.gen.priors.rules import BIASED, Asked, AskedHead, decoding_for, head_for
+from midway.gen.priors.rules import BIASED, DecodingFlags, HeadFlags, decoding_for, head_for
 from midway.gen.priors.sampling import CodeSampling, decode_codes, encode_codes
 from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.run import measure_images
@@ -54,7 +54,7 @@ class PriorPlan:
     """Whether it is of several priors, so that causal ones, which have one rule and one budget, ignore both."""
     skip: bool = False
     """Leave out budgets that a prior cannot have, instead of raising an error."""
-    head: AskedHead = field(default_factory=AskedHead)
+    head: HeadFlags = field(default_factory=HeadFlags)
     """What draws the tokens of continuous priors; codes among them are without it where it is shared."""
 
 
@@ -79,7 +79,7 @@ def decodings_of(trained: TrainedPrior, plan: PriorPlan, guidance: float) -> lis
 
     def one(rule: str, steps: int | None) -> Decoding:
         own = {k: v for k, v in plan.options.items() if rule == BIASED or k != "choice_noise"}
-        return decoding_for(prior, Asked(rule, steps, decay, guidance, own, plan.flags), place)
+        return decoding_for(prior, DecodingFlags(rule, steps, decay, guidance, own, plan.flags), place)
 
     return list(dict.fromkeys(one(rule, steps) for rule in rules for steps in budgets))
 
@@ -89,7 +89,7 @@ def prior_jobs(
 ) -> list[Job]:
     """A prior by every rule at every budget; errors as of `decoding_for` and `head_for`."""
     prior, facts, continuous = trained.prior, prior_facts(trained), trained.prior.config.kind == "continuous"
-    head = head_for(trained, plan.head if continuous or not plan.shared else AskedHead(), config.guidance)
+    head = head_for(trained, plan.head if continuous or not plan.shared else HeadFlags(), config.guidance)
     own = plan.head.settled()
     by = f", head {own.solver} at NFE {own.nfe} a token" if continuous else ""
     sampling = CodeSampling(Decoding(), config.batch_size, config.precision, draw, head)

@@ -20,7 +20,7 @@ from midway.gen.evaluation.records import CEILING, PRIOR, from_record
 from midway.gen.flags.tasks import TokenizerConfig, TokenizerTask
 from midway.gen.priors.decoding import Decoding
 from midway.gen.priors.load import TrainedPrior
-from midway.gen.priors.rules import AskedHead
+from midway.gen.priors.rules import HeadFlags
 from midway.gen.priors.sampling import CodeSampling
 from midway.gen.sweep import measure, store
 from midway.gen.sweep.jobs import Job, SweepConfig
@@ -287,5 +287,5 @@ def test_a_continuous_prior_is_a_row_by_a_sampler_of_its_head(pipeline: Pipeline
 
 
 def jobs_of(run: Path, blocks: int, **head: Any) -> list[Job]:
-    plan = PriorPlan(("random",), (1, 4), "", {}, ("", "", ""), head=AskedHead(*head.values()))
+    plan = PriorPlan(("random",), (1, 4), "", {}, ("", "", ""), head=HeadFlags(*head.values()))
     return prior_jobs("it", open_prior(run), plan, SweepConfig(n=20, blocks=blocks), None)
