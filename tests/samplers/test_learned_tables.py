@@ -407,7 +407,7 @@ def test_the_two_nearest_grids_are_tried(
     )
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_objective_is_the_uninterrupted_one(gradient_checkpointing: bool) -> None:
     """Its numbers, the grid that it started from and what it has spent are all in its state."""
     target, config = TableTarget(3, BEST), replace(CONFIG, gradient_checkpointing=gradient_checkpointing)

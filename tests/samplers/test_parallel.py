@@ -121,7 +121,7 @@ def test_the_gaussian_iteration_does_not_see_the_schedule(method: str) -> None:
         torch.testing.assert_close(f.x / alpha, found[-1][0].x, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("steps", [20, 50, 100])
+@pytest.mark.parametrize("steps", [20, 50, pytest.param(100, marks=pytest.mark.slow)])
 def test_gaussian_takes_at_most_six_tenths_of_picards_waves(steps: int) -> None:
     """On EDM, to within 1e-4 of the sequential end. Mixing brings Picard part of the way."""
 

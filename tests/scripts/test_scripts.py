@@ -679,7 +679,17 @@ def test_a_run_saves_the_average_of_its_weights(pipeline: Pipeline, tmp_path: Pa
     assert _equal(dict(pipeline.load().model.state_dict()), averaged)
 
 
-@pytest.mark.parametrize("name", [n for n in [*TOKENIZER_RECIPES, *LATENT_RECIPES] if n not in GENERIC_TOKENIZERS])
+LARGE = ("imagenet256-dit-xl",)
+"""Recipes whose networks take seconds to build."""
+
+
+def _recipe(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+
+
+@pytest.mark.parametrize(
+    "name", [_recipe(n) for n in [*TOKENIZER_RECIPES, *LATENT_RECIPES] if n not in GENERIC_TOKENIZERS]
+)
 def test_a_recipe_builds_and_its_configuration_survives_yaml(name: str) -> None:
     if name in TOKENIZER_RECIPES:
         task = resolve(TokenizerTask, TOKENIZER_RECIPES, [name])

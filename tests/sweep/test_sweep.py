@@ -104,7 +104,15 @@ class Killed(BaseException):
     """Nothing in the program catches it."""
 
 
-@pytest.mark.parametrize(("seed", "overlap"), [(0, False), (1, False), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("seed", "overlap"),
+    [
+        (0, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        (3, True),
+    ],
+)
 def test_a_sweep_that_was_killed_again_and_again_gives_the_same_table(
     seed: int,
     overlap: bool,

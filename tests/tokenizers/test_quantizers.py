@@ -365,7 +365,7 @@ def histories(rank: int, processes: int, folder: Path) -> None:
     torch.save(found | {name: quantizer.state_dict() for name, quantizer in others.items()}, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_agree_with_one(processes: int, tmp_path: Path) -> None:
     together(histories, processes, processes, tmp_path)
     first, *others = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(processes))
