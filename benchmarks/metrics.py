@@ -36,7 +36,6 @@ from midway.gen.core.processes import ProcessInfo
 from midway.gen.core.runs import Run
 from midway.gen.data.images import ImageData
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.diffusion.sampling import SamplingConfig
@@ -45,6 +44,7 @@ from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
 from midway.gen.features.reference import make_reference
 from midway.gen.metrics.frechet import frechet_distance, frechet_distance_of_features
 from midway.gen.metrics.moments import FeatureStatistics
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.sweep.measure import EvaluationContext, measure
 from midway.gen.sweep.store import CellStore, Seeds
 from midway.samplers.grids import GRIDS

@@ -29,9 +29,9 @@ from midway.gen.core.environment import environment
 from midway.gen.core.runs import Run
 from midway.gen.data.images import load_images, to_float
 from midway.gen.data.splits import load_splits
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.flags.tasks import TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.objective import TokenizerObjective, evaluate_tokenizer
 from midway.gen.training.accelerator import make_accelerator

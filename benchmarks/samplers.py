@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.samplers.graph import Graphs
 from midway.samplers.grids import karras, logsnr, uniform
 from midway.samplers.parallel import ParallelConfig, sample_parallel

@@ -39,6 +39,8 @@ ROOMS = (
     "metrics",
     "features",
     "baselines",
+    "networks",
+    "objectives",
     "diffusion",
     "distillation",
     "tokenizer",

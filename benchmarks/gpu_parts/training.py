@@ -14,8 +14,8 @@ import training as benchmark
 from gpu_parts.part import Maker, Setting
 from torch import Tensor, nn
 
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.config import TrainConfig
 
 BATCH = 128

@@ -21,11 +21,11 @@ from midway.gen.core.processes import device_and_process, raised_by_all
 from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Stopped, stop_note
 from midway.gen.core.text import echo
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import TABLE
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import LatentTask, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.recipes.recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore

@@ -23,7 +23,6 @@ from midway.gen.diffusion.inversion import (
     noise_of_state,
     rest_of,
 )
-from midway.gen.diffusion.jump_config import own_solver
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
@@ -50,6 +49,7 @@ from midway.gen.flags.sample_outputs import (
     kind_of,
 )
 from midway.gen.metrics.psnr_ssim import psnr
+from midway.gen.objectives.jump_config import own_solver
 from midway.gen.priors.load import KIND, TrainedPrior, load_prior
 from midway.gen.priors.rules import DecodingFlags, check_solver, decoding_for, draw_warnings, head_for
 from midway.gen.priors.sampling import CodeSampling, identity_of

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
-from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.jump_config import JumpConfig, Objective, check_jumps, own_solver
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.objectives.jump_config import JumpConfig, Objective, check_jumps, own_solver
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
 from midway.tokenizers.hub import Shared, card_in

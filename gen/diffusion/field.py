@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from midway.gen.diffusion.description import LatentModelConfig
-from midway.gen.diffusion.dit import DiT
+from midway.gen.networks.dit import DiT
 from midway.gen.training.batches import Context
 from midway.samplers.prediction import (
     Evaluations,

@@ -1,6 +1,6 @@
 """What a latent model is trained for: at one time (model.py has the equations), or from one time to another.
 
-The objectives of jumps are in jump_objectives.py. All are a regression of u on a target without a gradient,
+The objectives of jumps are in gen/objectives/jumps.py. All are a regression of u on a target without a gradient,
 
     loss = mean of w L,   L = mean square of (u - target) / unit,   w = sg (L + offset)^-power,   unit = |velocity| of unit data
 
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from midway.gen.diffusion import jump_objectives as jumps
 from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.diffusion.field import Denoiser, noise_angle
-from midway.gen.diffusion.jump_config import DERIVATIVE
+from midway.gen.objectives import jumps
+from midway.gen.objectives.jump_config import DERIVATIVE
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.prediction import Target, expand, target_coefficients
 from midway.samplers.schedule import Schedule

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from midway.gen.core.files import state_hash
 from midway.gen.diffusion.description import DescribedModel, Description, LatentModelConfig
-from midway.gen.diffusion.dit import DiT
 from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, noise_angle, pool
-from midway.gen.diffusion.jump_config import check_jump_guidance
 from midway.gen.diffusion.loss import flow_loss, jump_loss
+from midway.gen.networks.dit import DiT
+from midway.gen.objectives.jump_config import check_jump_guidance
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval

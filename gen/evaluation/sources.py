@@ -14,11 +14,11 @@ from torch import Tensor
 
 from midway.gen.core.errors import DivergedError
 from midway.gen.data.pixels import Images
-from midway.gen.diffusion.jump_config import own_solver
 from midway.gen.diffusion.load import TrainedModel, origin_of
 from midway.gen.diffusion.sampler_checks import check_guidance
 from midway.gen.diffusion.samplers import SamplerConfig, fitting_nfe, learned_for, make_samplers
 from midway.gen.diffusion.sampling import SamplingConfig, decode, drawn, reconstruct, sample_latents
+from midway.gen.objectives.jump_config import own_solver
 from midway.samplers.operations import network_flops
 from midway.samplers.sampler import Sampler
 from midway.samplers.schedule import Schedule

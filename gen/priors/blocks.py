@@ -13,17 +13,12 @@ With a `Cache` a causal trunk takes tokens one after the other and computes each
 import math
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.diffusion.dit import drop, normed
+from midway.gen.networks.layers import drop, normed, rotated, rotation
 from midway.gen.training.batches import Context
-from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
-
-PERIOD = 100.0
-"""Of the slowest rotation, in positions over 2 pi: a grid has tens of positions a side."""
 
 
 class Cache:
@@ -40,24 +35,6 @@ class Cache:
         self.layers[layer], end = (keys, values), self.length + 1
         keys[:, :, self.length], values[:, :, self.length] = k[:, :, 0], v[:, :, 0]
         return keys[:, :, :end], values[:, :, :end]
-
-
-def rotation(places: Tensor, channels: int) -> Tensor:
-    """Cosines and sines (2, *, channels / 2) of places (*, 2): rows, then columns, each at channels / 4 geometric frequencies.
-
-    In float32 or float64, whatever is rotated.
-    """
-    places, quarter = widened(places), channels // 4
-    steps = torch.arange(quarter, device=places.device, dtype=places.dtype)
-    angles = (places[..., None] * torch.exp(-math.log(PERIOD) * steps / quarter)).flatten(-2)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotated(x: Tensor, turn: Tensor) -> Tensor:
-    """x (B, heads, N, C), as C / 2 pairs (i, i + C / 2), by a `rotation` (2, N, C / 2) or (2, B, N, C / 2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = turn.unsqueeze(-3).to(x.dtype)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Block(Recomputed):

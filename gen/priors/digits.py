@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.diffusion.dit import normed
+from midway.gen.networks.layers import normed
 from midway.tokenizers.precision import widened
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.diffusion.dit import number_embedding, sinusoid
 from midway.gen.diffusion.field import noise_angle
 from midway.gen.diffusion.loss import noised
 from midway.gen.diffusion.model import logit_normal
+from midway.gen.networks.layers import number_embedding, sinusoid
 from midway.gen.priors.config import TokenHeadConfig
 from midway.samplers.guidance import ConditionalField, Together, classifier_free, conditional
 from midway.samplers.prediction import (

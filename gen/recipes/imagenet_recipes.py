@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import TrainConfig
 

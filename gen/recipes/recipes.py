@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.dit import DiTConfig
-from midway.gen.diffusion.jump_config import JumpConfig, Objective
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import by_name
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.objectives.jump_config import JumpConfig, Objective
 from midway.gen.recipes import imagenet_recipes as imagenet
 from midway.gen.recipes.generic import Shape, base_latent, base_tokenizer, small_latent, small_tokenizer
 from midway.gen.training.config import TrainConfig

@@ -10,12 +10,12 @@ from torch import Tensor
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.diffusion.class_draw import ClassDraw
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.field import Velocity
 from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model, origin_of
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.pairs import Pairs, PairSource, draw_pairs
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.samplers.prediction import expand
 from midway.tokenizers.tokenizer import ImageTokenizer
 

@@ -21,7 +21,6 @@ from midway.gen.data.pictures import save_grid
 from midway.gen.data.places import images_at, splits_of
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import ClassDraw, class_draw
-from midway.gen.diffusion.jump_config import own_solver
 from midway.gen.diffusion.load import CPU, Origin, TrainedModel, load_model, load_tokenizer, write_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.samplers import SamplerConfig, make_samplers
@@ -33,6 +32,7 @@ from midway.gen.flags.arguments import config_of
 from midway.gen.flags.cli import Page, resolve
 from midway.gen.flags.tasks import LatentTask
 from midway.gen.names.nearest import canonical
+from midway.gen.objectives.jump_config import own_solver
 from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.generic import GENERIC_LATENTS, GENERIC_TOKENIZERS, LATENT_SIZES, describe_latent
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES

@@ -7,8 +7,8 @@ from devices import every_device, on_cuda
 from torch import Tensor
 
 from midway.gen.core import randomness
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers import grids
 from midway.samplers.graph import Graphs

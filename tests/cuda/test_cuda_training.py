@@ -17,8 +17,8 @@ from accelerate.state import AcceleratorState
 from midway.gen.core import randomness
 from midway.gen.core.config import to_dict
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.config import TrainConfig

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion import likelihood
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.likelihood import COSINE, Cost, cosine_table, on_cosine
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.samplers.grids import RHO_MIN, Grid, uniform
 from midway.samplers.prediction import Field, Prediction, expand
 from midway.samplers.sample import EvaluationCounter

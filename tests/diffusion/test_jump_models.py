@@ -20,14 +20,15 @@ from tensors import grad, normal, randomised
 from torch import Tensor, nn
 
 from midway.gen.core.errors import UsageError
-from midway.gen.diffusion.dit import DiTConfig, DiTOutput
 from midway.gen.diffusion.inversion import inverse, rest_of
-from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
-from midway.gen.diffusion.jump_objectives import time_derivative
 from midway.gen.diffusion.likelihood import bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.loss import states, target_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
+from midway.gen.networks.dit import DiTOutput
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.objectives.jump_config import JUMPS, JumpConfig
+from midway.gen.objectives.jumps import time_derivative
 from midway.gen.sweep.trajectories import trajectories
 from midway.gen.training.accelerator import loss_need
 from midway.gen.training.batches import Context, LatentBatch

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.samplers import grids
 from midway.samplers.parallel import ParallelConfig, ParallelSampler
 from midway.samplers.prediction import TARGETS

@@ -10,9 +10,11 @@ from scipy import stats
 from tensors import normal, randomised
 from torch import Tensor
 
-from midway.gen.diffusion.dit import Block, DiT, DiTConfig, drop, positions_2d
 from midway.gen.diffusion.field import pool, start_state
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit import Block, DiT
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.layers import drop, positions_2d
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.optim import checkpoint_activations
 from midway.samplers.grids import uniform

@@ -11,11 +11,11 @@ from torch import Tensor
 from midway.gen.core.errors import UsageError
 from midway.gen.data.images import load_images, to_float
 from midway.gen.data.levels import from_levels
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.likelihood import Cost, LikelihoodConfig, bits_per_dim, dequantised_latents
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.batches import Context
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_latent, train_tokenizer

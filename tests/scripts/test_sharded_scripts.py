@@ -16,10 +16,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from multiprocess import together
 
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import load_model, load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training import accelerator as accelerators
 from midway.gen.training.config import TrainConfig
 from midway.gen.trainings import train_latent, train_tokenizer

@@ -7,8 +7,8 @@ import torch
 from tensors import normal
 from torch import Tensor
 
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.batches import Context
 
 

@@ -24,11 +24,11 @@ from midway.gen.baselines.flow_config import glow, nice
 from midway.gen.commands import import_tokenizer
 from midway.gen.core.config import read_yaml, write_yaml
 from midway.gen.data.splits import DataConfig, load_splits
-from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.baseline_tasks import FlowTask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.tokenizer.encoding import Encoding, encode
 from midway.gen.trainings import train_baseline, train_features, train_latent, train_tokenizer
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.config import TrainConfig
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

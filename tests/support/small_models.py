@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import ImageBatch, LatentBatch
 from midway.tokenizers.tokenizer import ImageTokenizer

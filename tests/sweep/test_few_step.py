@@ -16,7 +16,6 @@ from midway.gen.commands import evaluate
 from midway.gen.core.errors import UsageError
 from midway.gen.core.processes import ProcessInfo
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.load import load_model
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.evaluation.comparing import differences, nearest_to_data
@@ -24,6 +23,7 @@ from midway.gen.evaluation.records import FEW_STEP, SOLVER, Measurement, from_re
 from midway.gen.evaluation.sources import EvaluatedLatentModel, SolverSource
 from midway.gen.flags.evaluation_inputs import budgets_of
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.sweep import measure, store
 from midway.gen.sweep.comparisons import few_step_jobs
 from midway.gen.sweep.jobs import SweepConfig, solver_jobs

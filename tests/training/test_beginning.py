@@ -12,11 +12,11 @@ from tensors import normal
 from torch import Tensor
 
 from midway.gen.core.errors import UsageError
-from midway.gen.diffusion.jump_config import JUMPS, JumpConfig
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of
 from midway.gen.diffusion.loss import alpha_of, evaluations_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
 from midway.gen.flags.tasks import LatentTask
+from midway.gen.objectives.jump_config import JUMPS, JumpConfig
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.trainings import train_latent
 from midway.gen.trainings.beginning import planned, velocity_of

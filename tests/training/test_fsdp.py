@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.model import LatentModel
+from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.config import TrainConfig

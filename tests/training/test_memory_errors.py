@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from midway.gen.core.errors import MidwayError
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModel
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.training.accelerator import explaining_memory, loss_need, make_accelerator, memory_error
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.config import TrainConfig

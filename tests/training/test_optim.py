@@ -23,9 +23,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import Run
-from midway.gen.diffusion.dit import Block
 from midway.gen.distillation.amed import DistillConfig, SolverObjective, SolverTarget
 from midway.gen.features.classifier import FeatureConfig, FeatureNetwork
+from midway.gen.networks.dit import Block
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.config import Decay, TrainConfig, learning_rate
 from midway.gen.training.fit import fit

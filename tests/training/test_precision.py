@@ -15,11 +15,11 @@ from pipelines import TINY, Pipeline
 from midway.gen.baselines.vae import VAEConfig
 from midway.gen.core.errors import UsageError
 from midway.gen.data.splits import load_splits
-from midway.gen.diffusion.dit import DiTConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.flags.baseline_tasks import VAETask
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.gen.training import precision

@@ -44,13 +44,13 @@ from midway.gen.core.files import MACHINE
 from midway.gen.core.locks import lock
 from midway.gen.core.runs import Run
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.jump_config import JumpConfig
 from midway.gen.diffusion.load import solver_path
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.distillation.amed import DistillConfig
 from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
 from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective

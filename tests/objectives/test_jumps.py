@@ -10,7 +10,7 @@ from average_velocity import MAKERS, Data, gaussian, mixture, states
 from tensors import normal
 from torch import Tensor
 
-from midway.gen.diffusion import jump_objectives as jumps
+from midway.gen.objectives import jumps
 from midway.samplers.prediction import expand
 from midway.samplers.schedule import Cosine, Linear, Schedule
 

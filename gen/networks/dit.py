@@ -10,17 +10,15 @@ network's first output is 0) and fixed 2-D sine-cosine positions. RMSNorm on que
 the same whatever batch a sample comes in, and when activation checkpointing computes a block twice.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.core.ranges import LAYERS, RATIO, WIDTH, check_ranges
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.layers import drop, modulate, normed, number_embedding, positions_2d, sinusoid, start_at_zero
 from midway.gen.training.batches import Context
 from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
@@ -29,65 +27,11 @@ from midway.tokenizers.vit import patchify, unpatchify
 EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class DiTConfig:
-    """Size of the transformer. `patch` pixels of the latent a side make one token."""
-
-    width: int = 96
-    """Channels of a token."""
-    depth: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Attention heads."""
-    patch: int = 1
-    """Pixels of the latent a side that make one token."""
-    mlp_ratio: float = 4.0
-    """Width of the hidden layer of each block, as a multiple of width."""
-    dropout: float = 0.0
-    """Share of each block's attention and MLP outputs that is set to 0 in training."""
-    time_scale: float = 1000.0
-    """Factor of the time in its sinusoids. The derivative by time, which objectives of jumps take, is proportional to it: 1 for
-    those."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO, time_scale=(1e-3, 1e6))
-        if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4 (2-D positions)")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")
-
-
 class DiTOutput(NamedTuple):
     """value: (B, C, H, W). hidden: (B, tokens, width), the tokens after the middle block (an existing tensor, no extra cost)."""
 
     value: Tensor
     hidden: Tensor
-
-
-def sinusoid(values: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """(N,) -> (N, dim): cosines and sines at `dim / 2` geometric frequencies, in float32 or float64."""
-    half, values = dim // 2, widened(values)
-    steps = torch.arange(half, device=values.device, dtype=values.dtype)
-    angles = values[:, None] * torch.exp(-math.log(max_period) * steps / half)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def positions_2d(height: int, width: int, dim: int) -> Tensor:
-    """(height * width, dim): half of the channels encode the row, half the column."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.cat([sinusoid(rows.flatten(), dim // 2), sinusoid(columns.flatten(), dim // 2)], dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) under shift, scale (B, W)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def drop(x: Tensor, share: float, context: Context | None, purpose: str) -> Tensor:
-    """x (B, *) with a `share` of its numbers set to 0 and the others divided by 1 - share; without a context, x itself."""
-    if context is None or share == 0:
-        return x
-    return torch.where(context.keep(purpose, x.shape[1:], 1 - share), x / (1 - share), 0)
 
 
 class Attention(nn.Module):
@@ -105,11 +49,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(normed(q, self.norm_q), normed(k, self.norm_k), v)
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-
-
-def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """`norm` in float32 or float64, the result in x's dtype."""
-    return F.rms_norm(widened(x), norm.normalized_shape, widened(norm.weight), norm.eps).to(x.dtype)
 
 
 class Block(Recomputed):
@@ -134,20 +73,6 @@ class Block(Recomputed):
         x = x + gate_1[:, None] * drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
         inner = self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
         return x + gate_2[:, None] * drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
-
-
-def number_embedding(width: int) -> nn.Sequential:
-    """Of the 256 sinusoids of a number."""
-    return nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-
-def _start_at_zero(embedding: nn.Sequential) -> None:
-    """Output 0, whatever its input: a network that gets one more input predicts what it did before."""
-    first, _, last = embedding
-    nn.init.normal_(first.weight, std=0.02)  # pyright: ignore[reportArgumentType]
-    nn.init.zeros_(first.bias)  # pyright: ignore[reportArgumentType]
-    nn.init.zeros_(last.weight)  # pyright: ignore[reportArgumentType]
-    nn.init.zeros_(last.bias)  # pyright: ignore[reportArgumentType]
 
 
 class DiT(nn.Module):
@@ -182,7 +107,7 @@ class DiT(nn.Module):
         self._initialise()
         self.more = nn.ModuleDict({name: number_embedding(config.width) for name in more})
         for embedding in self.more.values():
-            _start_at_zero(cast(nn.Sequential, embedding))
+            start_at_zero(cast(nn.Sequential, embedding))
 
     def _initialise(self) -> None:
         for module in self.modules():

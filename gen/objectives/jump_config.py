@@ -16,7 +16,7 @@ SCHEDULES = ("linear", "cosine")
 
 @dataclass(frozen=True)
 class JumpConfig:
-    """How a model that jumps is trained; the defaults of None depend on the objective (jump_objectives.py)."""
+    """How a model that jumps is trained; the defaults of None depend on the objective (jumps.py)."""
 
     flow_share: float | None = None
     """Share of a batch that is trained at r = t, by flow matching; default 0.75 of shortcut and meanflow, 0.5 of the others, 0
