@@ -8,7 +8,8 @@ from enumerating import every_code
 from tensors import normal, randomised
 from torch import Tensor
 
-from midway.gen.priors.blocks import PERIOD, Block, rotated, rotation
+from midway.gen.networks.layers import PERIOD, rotated, rotation
+from midway.gen.priors.blocks import Block
 from midway.gen.priors.causal import CausalPrior
 from midway.gen.priors.config import PriorConfig
 from midway.gen.priors.decoding import Decoding, guided
