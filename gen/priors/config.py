@@ -65,6 +65,9 @@ class PriorConfig:
     shuffle_steps: int = 0
     """causal: optimizer steps with tokens in random orders, for all samples in the first half of them, then for ever fewer; 0:
     always row by row."""
+    start: Literal["codes", "random"] = "codes"
+    """Start of the embeddings and logits of codes: linear images of the tokenizer's code vectors, by which codes that are near to
+    one another have similar laws from the first step on, or random."""
     head: TokenHeadConfig = field(default_factory=TokenHeadConfig)
     """continuous: the diffusion model of a token."""
 

@@ -25,6 +25,11 @@ class TokenEmbedding(nn.Module):
         for table in self.digits:
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
 
+    def start_from(self, vectors: list[Tensor]) -> None:
+        """See `CodePrior.start_from`."""
+        for table, own in zip(self.digits, vectors, strict=True):
+            _set(table, own, 0.2 / len(vectors) ** 0.5)
+
     def forward(self, tokens: Tensor) -> Tensor:
         vectors = [table(digit) for table, digit in zip(self.digits, tokens.unbind(-1), strict=True)]
         return torch.stack(vectors).sum(0) if len(vectors) > 1 else vectors[0]
@@ -48,6 +53,13 @@ class DigitHead(nn.Module):
         for table in self.before:  # beside a hidden vector of root mean square 1
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.3)
 
+    def start_from(self, vectors: list[Tensor]) -> None:
+        """See `CodePrior.start_from`."""
+        for output, own in zip(self.outputs, vectors, strict=True):
+            _set(output, own, 0.02)
+        for table, own in zip(self.before, vectors[:-1], strict=True):
+            _set(table, own, 0.3)
+
     def logits(self, hidden: Tensor, tokens: Tensor, digit: int) -> Tensor:
         """(B, N, sizes[digit]) in float32 or float64, given the digits of tokens (B, N, D) before this one."""
         h = hidden
@@ -63,6 +75,15 @@ class DigitHead(nn.Module):
             law = self.logits(hidden, tokens, digit).log_softmax(-1)
             found.append(law.gather(-1, value.unsqueeze(-1)).squeeze(-1))
         return torch.stack(found, dim=-1)
+
+
+@torch.no_grad()
+def _set(table: nn.Module, vectors: Tensor, std: float) -> None:
+    """Set its weight (K, W) to a random linear image of vectors (K, C), of root mean square about `std`."""
+    centred = vectors - vectors.mean(0)
+    unit = centred / centred.square().sum(1).mean().sqrt().clamp_min(1e-12)
+    weight = cast(nn.Embedding, table).weight
+    weight.copy_(unit.to(weight) @ (torch.randn(vectors.shape[1], weight.shape[1]) * std).to(weight))
 
 
 class _Layer(nn.Module):

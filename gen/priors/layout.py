@@ -175,27 +175,44 @@ def layout_of(tokenizer: ImageTokenizer, split: str = "auto") -> CodeLayout:
     quantizer, (_, rows, columns) = tokenizer.quantizer, tokenizer.latent_shape
     if quantizer.codebook_size is None:
         raise ValueError("the tokenizer is continuous and has no codes: give one of fsq, vq, lfq or bsq")
-    radices = _radices(quantizer, split)
+    radices = tuple(radix for _, radix in _codes(quantizer, split))
     if isinstance(quantizer, TwoLevel):
         return CodeLayout(((rows // 2, columns // 2), (rows, columns)), radices, flat=True)
     return CodeLayout(((rows, columns),), radices)
 
 
-def _radices(quantizer: Quantizer, split: str) -> tuple[tuple[int, ...], ...]:
-    if isinstance(quantizer, Grouped | Residual | TwoLevel):  # all their members have the same codes
-        members = quantizer.members[:1] if isinstance(quantizer, TwoLevel) else quantizer.members
-        return tuple(radix for member in members for radix in _radices(member, split))
+@torch.no_grad()
+def digit_vectors(tokenizer: ImageTokenizer, split: str = "auto") -> list[Tensor]:
+    """float32 (sizes_d, C) of each digit of a token: the code vectors with this digit, whose other digits are 0.
+
+    Of two levels, which share their digits, those of the finer one.
+    """
+    found = []
+    for quantizer, radix in _codes(tokenizer.quantizer, split):
+        unit = 1
+        for size in radix:
+            codes = unit * torch.arange(size, device=next(tokenizer.parameters()).device)
+            found.append(quantizer.indices_to_codes(codes[None])[0].T.float())
+            unit *= size
+    return found
+
+
+def _codes(quantizer: Quantizer, split: str) -> list[tuple[Quantizer, tuple[int, ...]]]:
+    """The quantizers of a position's codes, and the sizes of the digits of each."""
+    if isinstance(quantizer, Grouped | Residual | TwoLevel):  # all their members have as many codes
+        members = quantizer.members[-1:] if isinstance(quantizer, TwoLevel) else quantizer.members
+        return [found for member in members for found in _codes(member, split)]
     size = quantizer.codebook_size or 0
     if split == "joint" or (split == "auto" and size <= ONE_SOFTMAX):
         if size > 2**20:
             raise ValueError(f"{size} codes are too many for one softmax: take --model.split digits")
-        return ((size,),)
+        return [(quantizer, (size,))]
     if isinstance(quantizer, FSQ):
-        return (tuple(quantizer.levels.tolist()),)
+        return [(quantizer, tuple(quantizer.levels.tolist()))]
     bits = _bits(size)
     if bits is None:
         raise ValueError(f"{size} codes of {type(quantizer).__name__} have no digits: take --model.split joint")
-    return ((2,) * bits,)
+    return [(quantizer, (2,) * bits)]
 
 
 def _bits(size: int) -> int | None:

@@ -142,6 +142,11 @@ class CodePrior(Prior):
         self.embed = TokenEmbedding(config.width, layout.sizes)
         self.head = DigitHead(config.width, layout.sizes)
 
+    def start_from(self, vectors: list[Tensor]) -> None:
+        """Start embeddings and logits as random linear images of vectors (size, C), one tensor for each digit."""
+        self.embed.start_from(vectors)
+        self.head.start_from(vectors)
+
     @abstractmethod
     def loss(self, batch: CodeBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """The scalar to minimise, nats a token, and what to log: `bits` of an image."""

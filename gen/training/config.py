@@ -172,6 +172,7 @@ ABSENT = {
     "model.shortcut": "orthogonal",
     "model.dit.time_scale": 1000.0,
     "model.objective": "flow",
+    "model.start": "random",
     "origin.init": "",
     "origin.teacher": "",
     "origin.pairs": "",

@@ -17,9 +17,9 @@ from midway.gen.diffusion.class_draw import ClassDraw, class_draw
 from midway.gen.diffusion.load import load_tokenizer
 from midway.gen.features.reference import Subject, balanced_subject
 from midway.gen.flags.tasks import PriorTask
-from midway.gen.priors.layout import CodeLayout, LatentLayout
+from midway.gen.priors.layout import CodeLayout, LatentLayout, digit_vectors
 from midway.gen.priors.likelihood import code_bits, independent_bits
-from midway.gen.priors.prior import Prior
+from midway.gen.priors.prior import CodePrior, Prior
 from midway.gen.priors.registry import layout_for, make_prior
 from midway.gen.progress.bar import busy
 from midway.gen.progress.finished import unfinished
@@ -133,6 +133,8 @@ def make_parts(task: PriorTask, accelerator: Accelerator) -> Parts:
     layout = layout_of_task(task, tokenizer)
     torch.manual_seed(task.train.seed)
     model = make_model(task, layout, splits.train)
+    if isinstance(model, CodePrior) and task.model.start == "codes":
+        model.start_from(digit_vectors(tokenizer, task.model.split))
     process = ProcessInfo(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone)
     subject = balanced_subject(splits.held_out, task.validation_images)
     if isinstance(layout, CodeLayout):
