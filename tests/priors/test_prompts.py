@@ -127,7 +127,7 @@ def test_the_schedule_runs_over_the_tokens_that_are_missing(rule: Rule) -> None:
         seen.append(known[0].clone())
         return MaskedPrior.hidden(prior, tokens, known, labels, context)  # pyright: ignore[reportArgumentType]
 
-    prior.hidden = hidden  # pyright: ignore[reportAttributeAccessIssue]
+    prior.hidden = hidden  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     tokens = (normal(4, 6, 2, seed=2).abs() * 7).long() % torch.tensor([5, 2])
     prompt = Prompt(tokens, torch.tensor([False, True, False, False, True, False]))
     found = prior.draw(LABELS, SeededDraws(SEEDS), Decoding(rule, 2, "linear"), prompt)

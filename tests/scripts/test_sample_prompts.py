@@ -1,6 +1,8 @@
-"""midway sample --prompt: images and codes completed by priors, every way to name what is kept, and errors that name what works."""
+"""midway sample --prompt: images and codes completed by priors, every way to name what is kept, and errors with a remedy."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +130,20 @@ def test_codes_are_completed(
     labels = load_splits(open_prior(runs["causal"]).data).train.labels[:4]
     with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
         assert arrays["arr_1"].tolist() == labels.tolist()
+
+
+def test_the_code_of_the_page_runs_as_printed(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/digits-masked").symlink_to(runs["masked"])
+    page = (Path(__file__).parents[2] / "docs/priors.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["images"].shape == (64, 1, 8, 8) and names["prompt"].known.tolist() == HALF.tolist()
+    assert torch.equal(names["found"].tokens[:8, :2], names["tokens"][:, :2])
 
 
 @pytest.mark.parametrize(
