@@ -171,6 +171,13 @@ ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic"
 ABSENT = {
     "model.shortcut": "orthogonal",
     "model.dit.time_scale": 1000.0,
+    "model.dit.norm": "layer",
+    "model.dit.mlp": "gelu",
+    "model.dit.positions": "sincos",
+    "model.dit.qk_norm": True,
+    "model.dit.conditioning": "adaln",
+    "model.dit.mixer": "softmax",
+    "model.dit.attention_scale": "fixed",
     "model.objective": "flow",
     "origin.init": "",
     "origin.teacher": "",

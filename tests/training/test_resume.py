@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +50,7 @@ from midway.gen.distillation.amed import DistillConfig
 from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
 from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -400,13 +401,15 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
 
 
 def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
-    """Its files name no objective, no time scale and no origin."""
-    new = {"model.objective", "model.dit.time_scale", "init", "teacher"}
+    """Its files name no objective, no time scale, no kinds of blocks and no origin."""
+    later = [field.name for field in fields(DiTConfig)][6:]
+    new = {"model.objective", "init", "teacher", *(f"model.dit.{name}" for name in later)}
     config = replace(TRAIN, steps=3, posthoc=())
     whole = train(latent_task(tmp_path / "whole", pipeline, config))
     run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
     values = read_yaml(run / "config.yaml")
-    del values["model"]["objective"], values["model"]["jump"], values["model"]["dit"]["time_scale"]
+    del values["model"]["objective"], values["model"]["jump"]
+    values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
     for name in ("origin", "init", "teacher"):
         values.pop(name, None)
     write_yaml(run / "config.yaml", values)
