@@ -29,11 +29,11 @@ class Cache:
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * depth
 
     def added(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, with those of the next token, (B, heads, 1, C)."""
+        """All keys and values, with those of the next tokens, (B, heads, n, C)."""
         shape = (*k.shape[:2], self.room, k.shape[3])
         keys, values = self.layers[layer] or (k.new_empty(shape), v.new_empty(shape))
-        self.layers[layer], end = (keys, values), self.length + 1
-        keys[:, :, self.length], values[:, :, self.length] = k[:, :, 0], v[:, :, 0]
+        self.layers[layer], end = (keys, values), self.length + k.shape[2]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
 
@@ -52,7 +52,7 @@ class Block(Recomputed):
     def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, turn: Tensor, context: Context | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, of the token after those in it, (B, 1, W)."""
+        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, of the tokens after those in it."""
         mixed = self._attend(normed(x, self.norm_1), turn, cache)
         x = x + drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
         inner = swiglu(normed(x, self.norm_2), self.up, self.down)
@@ -65,7 +65,7 @@ class Block(Recomputed):
         if cache is not None:
             k, v = cache.added(self.layer, k, v)
         # a new token sees all that are before it
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and (cache is None or tokens > 1))
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -92,12 +92,14 @@ class Trunk(nn.Module):
         return normed(x, self.norm)
 
     def step(self, x: Tensor, places: Tensor, cache: Cache) -> Tensor:
-        """Hidden (B, 1, W) of the next token (B, 1, W), at places (1, 2): what a causal `forward` of all has there.
+        """Hidden (B, n, W) of the next tokens (B, n, W), at places (n, 2): what a causal `forward` of all has there.
 
-        Not compiled, as every length would be a graph of its own.
+        ValueError for several tokens after others. Not compiled, as every length would be a graph of its own.
         """
+        if x.shape[1] > 1 and cache.length:
+            raise ValueError(f"{x.shape[1]} tokens after {cache.length}: only the first ones come together")
         turn = rotation(places, self.channels)
         for block in self.blocks:
             x = cast(Block, block).compute(x, turn, cache=cache)
-        cache.length += 1
+        cache.length += x.shape[1]
         return normed(x, self.norm)
