@@ -45,6 +45,7 @@ def model_card(
     size = "x".join(map(str, tokenizer.image_shape[1:]))
     own = {
         "network": f"DiT, width {options.dit.width}, depth {options.dit.depth}, patch {options.dit.patch}",
+        **({"blocks": options.dit.changes} if options.dit.changes else {}),
         "schedule": options.schedule,
         "target": options.target,
         **({"objective": options.objective} if options.is_jump else {}),

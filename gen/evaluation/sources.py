@@ -188,6 +188,7 @@ class EvaluatedLatentModel(EvaluatedModel):
     def description(self) -> str:
         config = self.trained.model.config
         network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+        network += f", {config.dit.changes}" if config.dit.changes else ""
         network += f", objective {config.objective}" if config.is_jump else ""
         tiles = self.trained.tokenizer.tiles
         tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"

@@ -1,16 +1,19 @@
 """Sizes and blocks of the transformer of a latent model. The defaults of the switches are what runs without them have."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from midway.gen.core.ranges import LAYERS, RATIO, WIDTH, check_ranges
 from midway.gen.networks.layers import Norm
 from midway.gen.networks.mixers import MixerName, Scale
+from midway.gen.networks.presets import DIT2023, SHORTHANDS, Shorthand
 
 
 @dataclass(frozen=True)
 class DiTConfig:
     """Size and blocks of the transformer. `patch` pixels of the latent a side make one token."""
+
+    shorthands: ClassVar[dict[str, Shorthand]] = SHORTHANDS
 
     width: int = 96
     """Channels of a token."""
@@ -41,6 +44,12 @@ class DiTConfig:
     """Softmax attention, or linear attention, whose cost is linear in the number of tokens."""
     attention_scale: Scale = "fixed"
     """Factor of softmax attention's logits: by the width of a head alone, or times sqrt(log(tokens) / log(256))."""
+
+    @property
+    def changes(self) -> str:
+        """The kinds of blocks that are not the default, in words; empty without any."""
+        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in DIT2023}
+        return ", ".join(f"{name} {value}" for name, (value, default) in values.items() if value != default)
 
     def __post_init__(self) -> None:
         check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO, time_scale=(1e-3, 1e6))

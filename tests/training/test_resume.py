@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
 from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.presets import MODERN
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -77,6 +79,12 @@ def tokenizer_task(out: Path, train: TrainConfig = TRAIN, model: TokenizerConfig
 def latent_task(out: Path, pipeline: Pipeline, train: TrainConfig = LATENT) -> LatentTask:
     """A DiT with everything random that it has: flips, dropout, dropped labels."""
     return LatentTask(out, pipeline.tokenizer, model=DIT, flip=True, train=train, resume="auto")
+
+
+def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
+    """The modern blocks, and others."""
+    task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
+    return replace(task, model=replace(DIT, dit=replace(DIT.dit, **{**MODERN, **switches})))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
@@ -162,7 +170,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("shortcut", "meanflow", "imf", "distilled", "continuous prior")
+SLOW = ("latent by tokens", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -183,6 +191,8 @@ KINDS: dict[str, Make] = {
     "latent with muon": lambda out, pipeline: latent_task(
         out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
     ),
+    "modern latent": modern_task,
+    "latent by tokens": partial(modern_task, conditioning="tokens", norm="dyt", mixer="linear"),
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
