@@ -15,9 +15,7 @@ Dropout acts only in training, and its masks are functions of (seed, step, sampl
 sample comes in, and when activation checkpointing computes a block twice.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import ClassVar, NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,26 +32,16 @@ from midway.gen.networks.layers import (
     places_2d,
     positions_2d,
     rotation,
-    sinusoid,
-    start_at_zero,
     swiglu_width,
 )
 from midway.gen.networks.mixers import MIXERS, Scale, logit_scale
+from midway.gen.networks.network import Network, NetworkOutput
 from midway.gen.training.batches import Context
-from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
 from midway.tokenizers.vit import patchify, unpatchify
 
-EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 TIME_TOKENS, CLASS_TOKENS = 4, 8
 """Of conditioning by tokens, as published."""
-
-
-class DiTOutput(NamedTuple):
-    """value: (B, C, H, W). hidden: (B, tokens, width), the tokens after the middle block (an existing tensor, no extra cost)."""
-
-    value: Tensor
-    hidden: Tensor
 
 
 class Attention(nn.Module):
@@ -118,15 +106,8 @@ class Block(Recomputed):
         return drop(self.mlp(x), self.dropout, context, f"dropout {self.layer} mlp")
 
 
-class DiT(nn.Module):
-    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
-
-    `more` names further numbers in [0, 1], (B,) each, that the modulation depends on (a jump's `span`, `guidance`), each with
-    an embedding that starts at 0. Inputs of any floating-point dtype; the output has the weights'.
-    """
-
-    compilable: ClassVar[bool] = True
-    """A function of tensors alone, which torch.compile can take whole."""
+class DiT(Network):
+    """The transformer; its hidden tokens are those after the middle block."""
 
     positions: Tensor
     turn: Tensor | None
@@ -139,6 +120,7 @@ class DiT(nn.Module):
             raise ValueError(
                 f"latents of {height}x{width} cannot be cut into patches of {config.patch}: choose a divisor"
             )
+        self.feature_dim, self.time_scale = config.width, config.time_scale
         self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
         self.front = TIME_TOKENS + CLASS_TOKENS if config.conditioning == "tokens" else 0
         self.embed = nn.Linear(channels * config.patch**2, config.width)
@@ -151,9 +133,7 @@ class DiT(nn.Module):
         self.modulation = None if self.front else nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
         self._initialise()
-        self.more = nn.ModuleDict({name: number_embedding(config.width) for name in more})
-        for embedding in self.more.values():
-            start_at_zero(cast(nn.Sequential, embedding))
+        self.add_more(more)
 
     def _place(self, config: DiTConfig) -> None:
         """Buffers of positions: what is added, 0 where nothing is, and rotations; those of tokens in front are none."""
@@ -177,12 +157,8 @@ class DiT(nn.Module):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
 
-    def conditions(self, noise_angle: Tensor, labels: Tensor, more: Mapping[str, Tensor] = EMPTY) -> Tensor:
-        """For every noise_angle (E,), with `more` (E,), and every label (B,): the modulation's input (E, B, W), or the tokens in
-        front (E, B, 12, W)."""
-        return self._condition(self._times(noise_angle, more)[:, None], self.label(labels))
-
-    def _condition(self, times: Tensor, classes: Tensor) -> Tensor:
+    def join(self, times: Tensor, classes: Tensor) -> Tensor:
+        """The modulation's input (*, W), or the tokens in front (*, 12, W)."""
         if self.prefix is None:
             return F.silu(times + classes)
         shape = torch.broadcast_shapes(times.shape, classes.shape)
@@ -190,28 +166,8 @@ class DiT(nn.Module):
         own = self.prefix.split([TIME_TOKENS, CLASS_TOKENS])
         return torch.cat([part + each for part, each in zip(found, own, strict=True)], dim=-2)
 
-    def _times(self, noise_angle: Tensor, more: Mapping[str, Tensor]) -> Tensor:
-        dtype, scale = self.embed.weight.dtype, self.config.time_scale
-        found = self.time(sinusoid(scale * widened(noise_angle), 256).to(dtype))
-        for name, embedding in self.more.items():
-            found = found + embedding(sinusoid(more[name], 256).to(dtype))
-        return found
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_angle: Tensor | None = None,
-        labels: Tensor | None = None,
-        context: Context | None = None,
-        condition: Tensor | None = None,
-        more: Mapping[str, Tensor] = EMPTY,
-    ) -> DiTOutput:
-        """For noise_angle, labels and `more`, or for the condition made of them, (B, W) or (B, 12, W). With a context, as in
-        training, dropout acts."""
-        if condition is None:
-            assert noise_angle is not None and labels is not None
-            condition = self._condition(self._times(noise_angle, more), self.label(labels))
-        h = self.embed(patchify(x.to(self.embed.weight.dtype), self.config.patch)) + self.positions
+    def predict(self, x: Tensor, condition: Tensor, context: Context | None) -> NetworkOutput:
+        h = self.embed(patchify(x, self.config.patch)) + self.positions
         if self.front:
             h = torch.cat([condition.to(h.dtype), h], dim=1)
         hidden = h
@@ -222,4 +178,4 @@ class DiT(nn.Module):
         hidden, h = hidden[:, self.front :], self.norm(h[:, self.front :])
         if self.modulation is not None:
             h = modulate(h, *self.modulation(condition).chunk(2, dim=1))
-        return DiTOutput(unpatchify(self.head(h), self.grid, self.config.patch), hidden)
+        return NetworkOutput(unpatchify(self.head(h), self.grid, self.config.patch), hidden)

@@ -46,10 +46,11 @@ class DiTConfig:
     """Factor of softmax attention's logits: by the width of a head alone, or times sqrt(log(tokens) / log(256))."""
 
     @property
-    def changes(self) -> str:
-        """The kinds of blocks that are not the default, in words; empty without any."""
-        values = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in DIT2023}
-        return ", ".join(f"{name} {value}" for name, (value, default) in values.items() if value != default)
+    def about(self) -> str:
+        """The network in words: its size, and the kinds of blocks that are not the default."""
+        kinds = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in DIT2023}
+        changes = [f"{name} {value}" for name, (value, default) in kinds.items() if value != default]
+        return ", ".join([f"DiT, width {self.width}, depth {self.depth}, patch {self.patch}", *changes])
 
     def __post_init__(self) -> None:
         check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO, time_scale=(1e-3, 1e6))

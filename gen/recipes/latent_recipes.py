@@ -8,6 +8,7 @@ from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.tasks import LatentTask
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.presets import MODERN
+from midway.gen.networks.unet import UNetConfig
 from midway.gen.objectives.jump_config import JumpConfig, Objective
 from midway.gen.recipes.generic import base_latent, small_latent
 from midway.gen.training.config import TrainConfig
@@ -148,6 +149,16 @@ def digits_pixel_flow() -> LatentTask:
         model=LatentModelConfig(dequantise=True, dit=DiTConfig(width=64, depth=4, heads=4, patch=2)),
         train=replace(DIGITS_TRAIN, steps=1000, lr=2e-3, ema=0.99),
     )
+
+
+def digits_unet() -> LatentTask:
+    """The same pixel model with diffusers' U-Net in place of the transformer. About 2 min.
+
+    midway train tokenizer digits-pixels && midway train latent digits-unet
+    """
+    task = digits_pixel_flow()
+    model = LatentModelConfig(dequantise=True, network="unet", unet=UNetConfig(widths=(32, 64)))
+    return replace(task, out=Path("runs/digits-unet"), model=model)
 
 
 def mnist5k_dit() -> LatentTask:

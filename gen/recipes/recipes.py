@@ -133,6 +133,7 @@ LATENT_RECIPES = {"small": latent.small_latents, "base": latent.base_latents} | 
     latent.digits_modern,
     latent.digits_edm,
     latent.digits_pixel_flow,
+    latent.digits_unet,
     latent.mnist5k_dit,
     latent.cifar10_dit,
     imagenet.imagenet256_dit_b,

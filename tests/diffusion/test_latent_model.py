@@ -229,7 +229,7 @@ def test_activation_checkpointing_changes_no_bit(
     """And computes every block once more, in the backward pass; without gradients it does nothing."""
     model = _perturbed(_model(dropout=dropout))
     calls: list[int] = []
-    for block in model.network.blocks:
+    for block in model.network.get_submodule("blocks").children():
         block.attention.register_forward_hook(lambda *_: calls.append(1))  # pyright: ignore
     plain = _loss_and_gradients(model, autocast)
     assert len(plain) == 1 + len(list(model.parameters()))
@@ -293,7 +293,7 @@ def test_bf16_autocast_keeps_parameters_and_noise_in_float32(tmp_path) -> None:
     AcceleratorState._reset_state(True)  # another test's precision would otherwise stay in force
     model, batch = _model(), _batch(64)
     seen: list[torch.dtype] = []
-    embed = model.network.embed
+    embed = model.network.get_submodule("embed")
     embed.register_forward_hook(lambda _module, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
     config = TrainConfig(steps=3, batch_size=16, precision="bf16", log_every=1)
     try:

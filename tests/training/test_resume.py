@@ -58,7 +58,7 @@ from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
-from midway.gen.training.config import TrainConfig
+from midway.gen.training.config import LATER, TrainConfig
 from midway.gen.trainings import train_tokenizer
 from midway.gen.trainings.train_features import FeaturesTask
 from midway.gen.trainings.train_solver import SolverTask
@@ -170,7 +170,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("latent by tokens", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
+SLOW = ("latent by tokens", "unet", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -193,6 +193,9 @@ KINDS: dict[str, Make] = {
     ),
     "modern latent": modern_task,
     "latent by tokens": partial(modern_task, conditioning="tokens", norm="dyt", mixer="linear"),
+    "unet": lambda out, pipeline: replace(
+        latent_task(out, pipeline), model=replace(DIT, network="unet", dit=DiTConfig())
+    ),
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
@@ -413,19 +416,20 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
 def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
     """Its files name no objective, no time scale, no kinds of blocks and no origin."""
     later = [field.name for field in fields(DiTConfig)][6:]
-    new = {"model.objective", "init", "teacher", *(f"model.dit.{name}" for name in later)}
+    new = {"model.objective", "model.network", "init", "teacher", *(f"model.dit.{name}" for name in later)}
     config = replace(TRAIN, steps=3, posthoc=())
     whole = train(latent_task(tmp_path / "whole", pipeline, config))
     run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
     values = read_yaml(run / "config.yaml")
-    del values["model"]["objective"], values["model"]["jump"]
+    for name in ("objective", "jump", "network", "unet"):
+        del values["model"][name]
     values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
     for name in ("origin", "init", "teacher"):
         values.pop(name, None)
     write_yaml(run / "config.yaml", values)
     checkpoint = newest(run)
     state = json.loads((checkpoint / "state.json").read_text())
-    old = {key: value for key, value in state["config"].items() if key not in new and ".jump." not in key}
+    old = {key: value for key, value in state["config"].items() if key not in new and not key.startswith(LATER)}
     state["config"] = {key: value for key, value in old.items() if not key.startswith("origin.")}
     (checkpoint / "state.json").write_text(json.dumps(state))
     seal(checkpoint)
