@@ -55,7 +55,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("kind", [*NETWORKS, "images"])
 def test_the_need_is_that_of_real_steps(kind: str) -> None:
-    """Counted without numbers, for micro-batches of 16 and 40 samples: the bytes of the real tensors to within 0.1 % (U-Net: 2 %)."""
+    """Counted without numbers, for micro-batches of 16 and 40 samples: real bytes to within 0.1 %, of a U-Net to within 2 %."""
     of_latents = kind in NETWORKS
     model = LatentModel(NETWORKS[kind], (3, 4, 4), 4) if of_latents else tokenizer({"type": "kl", "dim": 4})
     items = Items(latents if of_latents else images, 20)
