@@ -187,7 +187,7 @@ class EvaluatedLatentModel(EvaluatedModel):
     @property
     def description(self) -> str:
         config = self.trained.model.config
-        network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+        network = f"{config.size.about}, schedule {config.schedule}, target {config.target}"
         network += f", objective {config.objective}" if config.is_jump else ""
         tiles = self.trained.tokenizer.tiles
         tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"
@@ -236,7 +236,7 @@ class EvaluatedLatentModel(EvaluatedModel):
 
     @property
     def network_tokens(self) -> int:
-        """Patches of its latents."""
+        """Patches of its latents, or pixels at a U-Net's lowest resolution."""
         return math.prod(self.trained.model.network.grid)
 
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:

@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.networks.layers import drop, normed, rotated, rotation
+from midway.gen.networks.layers import drop, normed, rotated, rotation, swiglu, swiglu_width
 from midway.gen.training.batches import Context
 from midway.tokenizers.recomputed import Recomputed
 
@@ -43,7 +43,7 @@ class Block(Recomputed):
     def __init__(self, width: int, heads: int, dropout: float, layer: int, causal: bool) -> None:
         super().__init__()
         self.heads, self.dropout, self.layer, self.causal = heads, dropout, layer, causal
-        inner = -(-8 * width // 24) * 8
+        inner = swiglu_width(width)
         self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.norm_q, self.norm_k = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
@@ -55,8 +55,8 @@ class Block(Recomputed):
         """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, of the tokens after those in it."""
         mixed = self._attend(normed(x, self.norm_1), turn, cache)
         x = x + drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
-        gate, up = self.up(normed(x, self.norm_2)).chunk(2, dim=-1)
-        return x + drop(self.down(F.silu(gate) * up), self.dropout, context, f"dropout {self.layer} mlp")
+        inner = swiglu(normed(x, self.norm_2), self.up, self.down)
+        return x + drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
 
     def _attend(self, x: Tensor, turn: Tensor, cache: Cache | None) -> Tensor:
         batch, tokens, width = x.shape
