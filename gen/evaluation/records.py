@@ -97,6 +97,8 @@ class Measurement:
     """Guidance that was paid in training, in words."""
     token_evaluations: int = 0
     """Tokens that went through the network for a sample; 0: not known."""
+    head_nfe: float = 0.0
+    """Of a continuous prior, evaluations of its diffusion head for a token, which `nfe` does not count; 0 of all others."""
 
     @property
     def baseline(self) -> bool:
@@ -207,6 +209,7 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     **{name: attrgetter(name) for name in ("seconds_std", "seconds_blocks")},
     "kind": lambda m: LIMIT if m.solver in LIMITS else m.kind,
     **{name: attrgetter(name) for name in _MODEL},
+    "head_nfe": lambda m: m.head_nfe or None,
 }
 """By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 
@@ -229,7 +232,7 @@ def from_record(record: Mapping[str, Any]) -> Measurement:
     metrics.setdefault("distance", Estimate(math.nan, stds.get("distance"), blocks.get("distance", ())))
     kinds: dict[str, Callable[[Any], Any]] = {
         **dict.fromkeys(_COUNTS, int),
-        **dict.fromkeys(("seconds", *_TIMES), float),
+        **dict.fromkeys(("seconds", "head_nfe", *_TIMES), float),
         "seconds_blocks": _floats,
     }
     fields: dict[str, Any] = {"grid": "", "seeds": ""} | {n: kinds.get(n, str)(value) for n, value in plain.items()}

@@ -54,13 +54,15 @@ EXACT_JUMPS = ("jump", "uniform")
 class SampledBatch:
     """What was sampled for n seeds, before it is images: float values (n, *) on the CPU, evaluations of one, seconds of all.
 
-    token_evaluations: tokens of a sample that went through the network, where the source counts them; 0: it does not.
+    token_evaluations: tokens of a sample that went through the network, where the source counts them; 0: it does not. head_nfe:
+    evaluations of a diffusion head for a token; 0: there is none.
     """
 
     values: Tensor
     nfe: float
     seconds: float
     token_evaluations: float = 0.0
+    head_nfe: float = 0.0
 
     @property
     def finite(self) -> Tensor:

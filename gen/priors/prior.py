@@ -56,6 +56,8 @@ class Prior(DescribedModel, ABC):
 
     described = PriorDescription
     noun = "prior"
+    read_in_parts: ClassVar[tuple[str, ...]] = ("head", "position")
+    """Modules that are not called as a whole, so that FSDP shards them with the root alone."""
     kinds: ClassVar[dict[str, type["Prior"]]] = {}
     """By the kind of their configuration; registry.py fills it."""
     places: Tensor

@@ -120,6 +120,7 @@ def prior_table(ms: Measurements) -> Table:
         Column[Measurement]("rule", lambda m: f"{m.sampler}, {m.grid}".removesuffix(", "), str),
         Column[Measurement]("NFE", lambda m: m.nfe, str),
         Column[Measurement]("token-evaluations", lambda m: m.token_evaluations, lambda v: f"{v:,}"),
+        Column[Measurement]("head NFE a token", lambda m: m.head_nfe or None, lambda v: f"{v:g}"),
         _DISTANCE,
         Column[Measurement]("s / 1000 images", lambda m: 1000 * m.image_seconds / m.n),
     )

@@ -87,6 +87,7 @@ METRIC_COLUMNS = [
 ]
 _NFE = Column[Measurement]("NFE", lambda m: m.nfe or None, str)
 _TOKENS = Column[Measurement]("token-evaluations", lambda m: m.token_evaluations or None, lambda v: f"{v:,}")
+_HEAD = Column[Measurement]("head NFE a token", lambda m: m.head_nfe or None, lambda v: f"{v:g}")
 _FLOPS = Column[Measurement]("MFLOP", lambda m: m.flops / 1e6 or None)
 _TIMES = (
     _seconds("solver s", lambda m: m.seconds, lambda m: m.seconds_std),
@@ -274,6 +275,7 @@ def all_figures(ms: Measurements) -> Table:
     columns = (
         _NFE,
         _TOKENS,
+        _HEAD,
         *METRIC_COLUMNS,
         *(metric(name, name.replace("_", " ")) for name in further),
         _FLOPS,

@@ -234,6 +234,7 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         model_nfe=job.model.evaluations,
         guided=job.model.guided,
         token_evaluations=numbers.token_evaluations or numbers.nfe * job.network_tokens,
+        head_nfe=numbers.head_nfe,
     )
 
 
