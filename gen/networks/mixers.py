@@ -35,9 +35,14 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scal
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def phi(x: Tensor) -> Tensor:
+    """elu(x) + 1 = x + 1 for x > 0, e^x below, where the sum would round to 0."""
+    return F.relu(x) + x.clamp(max=0).exp()
+
+
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, turn: Tensor | None, scale: float | None) -> Tensor:
     """Has no logits, so `scale` does not act. Sums over tokens are means, which half precision can hold."""
-    q, k = F.elu(q) + 1, (F.elu(k) + 1) / k.shape[-2]
+    q, k = phi(q), phi(k) / k.shape[-2]
     total = q @ k.sum(-2)[..., None]
     if turn is not None:
         q, k = rotated(q, turn), rotated(k, turn)

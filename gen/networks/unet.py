@@ -41,7 +41,7 @@ class UNetConfig:
     @property
     def about(self) -> str:
         """The network in words."""
-        return f"U-Net, widths {' '.join(map(str, self.widths))}, {self.blocks} blocks each"
+        return f"U-Net, widths {', '.join(map(str, self.widths))}, residual blocks {self.blocks}"
 
 
 class UNet(Network):

@@ -147,9 +147,17 @@ def _check_same(
     for name, (its, own) in pairs.items():
         if its != own:
             raise UsageError(
-                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give --model.{name} {its}"
+                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give {_typed(name, its)}"
             )
     _check_latents(flag, source, model, tokenizer)
+
+
+def _typed(name: str, value: object) -> str:
+    """The flag of a setting as it is typed."""
+    group, _, own = f"--model.{name}".replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return f"{group}.{own}" if value else f"{group}.no-{own}"
+    return f"{group}.{own} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _check_latents(flag: str, source: TrainedModel, model: LatentModel, tokenizer: ImageTokenizer) -> None:

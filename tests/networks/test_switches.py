@@ -8,12 +8,13 @@ import pytest
 import torch
 from tensors import normal, randomised
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.gen.networks.dit import CLASS_TOKENS, TIME_TOKENS, Block, DiT
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.layers import SwiGLU, make_norm, places_2d, rotated, rotation, swiglu_width
-from midway.gen.networks.mixers import MIXERS, TOKENS, linear_attention, logit_scale, softmax_attention
+from midway.gen.networks.mixers import MIXERS, TOKENS, linear_attention, logit_scale, phi, softmax_attention
 from midway.gen.training.batches import Context
 from midway.gen.training.optim import checkpoint_activations, is_hidden_matrix
 
@@ -218,7 +219,48 @@ def test_the_scale_of_logits_follows_the_number_of_tokens() -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_linear_attention_neither_overflows_nor_divides_by_0() -> None:
+    x = normal(1000) * 5
+    torch.testing.assert_close(phi(x), F.elu(x) + 1, rtol=1e-6, atol=1e-6)
+    low, v = torch.full((1, 1, 3, 8), -30.0), normal(1, 1, 3, 8)  # which elu(x) + 1 makes 0
+    torch.testing.assert_close(linear_attention(low, low, v, None, None), v.mean(2, keepdim=True).expand_as(v))
+    q, k, v = 6 * normal(3, 1, 1, 4096, 8)
+    expected = linear_attention(q.double(), k.double(), v.double(), None, None)
+    got = linear_attention(q.half(), k.half(), v.half(), None, None)
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.2)
+
+
+@pytest.mark.parametrize("conditioning", ["adaln", "tokens"])
+def test_tokens_are_rotated_by_row_and_column_and_those_in_front_are_not(conditioning: str) -> None:
+    made = network(positions="rope", conditioning=conditioning, width=32)  # 2x3 tokens, 8 pairs of channels a head
+    assert made.turn is not None
+    assert not made.positions.any()
+    front, patches = made.turn[:, : made.front], made.turn[:, made.front :].unflatten(1, (2, 3))
+    assert torch.equal(front, torch.tensor([1.0, 0.0])[:, None, None].expand_as(front))
+    rows, columns = patches.split(4, dim=-1)
+    for row in range(2):
+        expected = torch.tensor([math.cos(row), math.sin(row)])[:, None].expand(2, 3)
+        torch.testing.assert_close(rows[:, row, :, 0], expected, rtol=0, atol=1e-6)
+    for column in range(3):
+        expected = torch.tensor([math.cos(column), math.sin(column)])[:, None].expand(2, 2)
+        torch.testing.assert_close(columns[:, :, column, 0], expected, rtol=0, atol=1e-6)
+
+
 # ---- all that networks are used for ----
+
+
+@every_switch
+def test_a_further_number_enters_by_an_embedding_that_starts_at_0(name: str) -> None:
+    """So that the weights of a network without it begin where they were."""
+    plain, made = randomised(network(**SWITCHES[name])), network(("span",), **SWITCHES[name])
+    made.load_state_dict(made.state_dict() | plain.state_dict())
+    spans = [{"span": torch.full((3,), value)} for value in (0.2, 0.7)]
+    with torch.no_grad():
+        for more in spans:
+            assert torch.equal(made(*inputs(), more=more).value, plain(*inputs()).value)
+        randomised(made.more, std=0.3)
+        a, b = (made(*inputs(), more=more).value for more in spans)
+    assert (a - b).abs().max() > 1e-3
 
 
 @every_switch
@@ -312,11 +354,13 @@ def test_muon_has_the_hidden_matrices_of_attention_and_mlp(name: str) -> None:
     assert found == {f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in layers}
 
 
-def test_dropout_acts_on_both_branches_of_blocks_without_modulation() -> None:
-    """The expectation over masks is the output without, as of blocks with one."""
+@pytest.mark.parametrize("other", ["attention.out", "mlp.2"])
+def test_dropout_acts_on_both_branches_of_blocks_without_modulation(other: str) -> None:
+    """The expectation over masks is the output without, as of blocks with one; the other branch is 0."""
     torch.manual_seed(0)
     block = randomised(Block(replace(TINY, dropout=0.4, conditioning="tokens"), layer=0), std=0.3).requires_grad_(False)
-    torch.nn.init.zeros_(block.mlp[2].weight)  # pyright: ignore  # so that the output is linear in the masks
+    for parameter in block.get_submodule(other).parameters():
+        torch.nn.init.zeros_(parameter)
     x, context = normal(1, 5, 16).expand(4000, -1, -1), Context(0, 0, torch.arange(4000))
     got, plain = block(x, torch.empty(0), context), block(x, torch.empty(0))[0]
     error = got.std(0) / math.sqrt(4000)
