@@ -97,6 +97,8 @@ class Measurement:
     """Guidance that was paid in training, in words."""
     token_evaluations: int = 0
     """Tokens that went through the network for a sample; 0: not known."""
+    guidance: str = ""
+    """Scale, noise levels and guide where a sweep chose them, in words."""
     head_nfe: float = 0.0
     """Of a continuous prior, evaluations of its diffusion head for a token, which `nfe` does not count; 0 of all others."""
 
@@ -145,6 +147,11 @@ class Measurement:
     def image_seconds(self) -> float:
         """Seconds to make n images: sampling and decoding."""
         return self.seconds + self.decode_seconds
+
+    @property
+    def place(self) -> str:
+        """Its grid, and the guidance that was chosen."""
+        return ", ".join(filter(None, (self.grid, self.guidance)))
 
     @property
     def rank(self) -> float:
@@ -210,6 +217,7 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     "kind": lambda m: LIMIT if m.solver in LIMITS else m.kind,
     **{name: attrgetter(name) for name in _MODEL},
     "head_nfe": lambda m: m.head_nfe or None,
+    "guidance": attrgetter("guidance"),
 }
 """By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 

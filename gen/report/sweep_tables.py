@@ -112,7 +112,7 @@ def metric_table(ms: Measurements, name: str, title: str, note: str, ranks: bool
     tied = {key for key, difference in paired.items() if not difference.significant}
     entries = {
         key: Entry(
-            number(value, chosen[key].std(name)), chosen[key].grid, ranks and value == least[key[1]], key in tied
+            number(value, chosen[key].std(name)), chosen[key].place, ranks and value == least[key[1]], key in tied
         )
         for key, value in values.items()
     }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from midway.gen.evaluation.records import PRIOR, SOLVER
 from midway.gen.sweep.choice import candidates_of, choice_cell, groups
 from midway.gen.sweep.fine import FineSolution, StoredSolution
+from midway.gen.sweep.guidance import tried_cell
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig
 from midway.gen.sweep.measure import EvaluationContext
 from midway.gen.sweep.store import Cell
@@ -39,7 +40,7 @@ class Forecast:
         what = f"{self.cells} cell{'s' * (self.cells != 1)} of {self.blocks}, {self.stored} of them stored already"
         if not (self.work.evaluations or self.work.images):
             return f"{what}: nothing is left to sample"
-        parts = {"cells": self.measured, "exact solution": self.exact, "choice of grids": self.choice}
+        parts = {"cells": self.measured, "exact solution": self.exact, "choice": self.choice}
         shares = ", ".join(f"{name} {its.evaluations:,}" for name, its in parts.items() if its.evaluations)
         most = "at most " * self.guided
         images = f"{self.work.images:,} images through {self.networks} feature network{'s' * (self.networks != 1)}"
@@ -54,13 +55,16 @@ def forecast(
     choosing: FineSolution | None,
 ) -> Forecast:
     """Of a plan with these exact solutions of the scored seeds and of those of the choice; None where there is none."""
-    passes = 1 if config.guidance == 1 else 2
+    passes = 1 if config.guidance == 1 and config.search is None else 2
     each, exact, choice = config.n * config.blocks, Work(), Work()
     if choosing is not None:
         choice = _missing(choosing, config.exact_nfe * passes)
         for job in candidates_of(plan):
             if not choice_cell(job, choosing).has_part(0):
                 choice += Work(job.nfe * passes * config.choice, config.choice * job.stochastic)
+    for job in plan.jobs if config.search is not None else ():
+        if job.guidance and not tried_cell(job, context, config.choice_seeds).has_part(0):
+            choice += Work(job.nfe * passes * config.choice, config.choice)
     if solution is not None:
         exact = _missing(solution, config.exact_nfe * passes)
         if not context.cell(StoredSolution(solution)).is_finished:
@@ -75,9 +79,7 @@ def forecast(
     measured = Work(evaluations, len(missing) * each, len(missing) * config.blocks)
     cells = len(groups(plan.jobs)) + len(others)
     blocks = f"{config.blocks} x {config.n:,} images"
-    return Forecast(
-        cells, cells - len(missing), blocks, measured, exact, choice, len(context.spaces), config.guidance != 1
-    )
+    return Forecast(cells, cells - len(missing), blocks, measured, exact, choice, len(context.spaces), passes > 1)
 
 
 def _cell(job: Job, context: EvaluationContext, solution: FineSolution | None) -> Cell:
