@@ -192,7 +192,9 @@ def grouped(table: Table, ms: Measurements) -> Table:
 
 
 def _took(m: Measurement, before: str) -> str:
-    """Images and evaluations of the training of its model, where they are known."""
+    """Images and evaluations of the training of its model, where they are known; of a prior one is the other."""
+    if m.kind == PRIOR and m.training_images == m.model_nfe:
+        return f"{before}{m.training_images:,} images of training" if m.training_images else ""
     return f"{before}{m.training_images:,} images, {m.model_nfe:,} evaluations of training" if m.training_images else ""
 
 
