@@ -90,7 +90,7 @@ class EvaluateTask(DataPathFlag, TileFlags, PriorFlags, SamplingFlags):
     choice_seeds: int = 128
     """Seeds on which grids are chosen, by RMSE to the exact solution, and guidance; they follow those that are measured."""
     guidance_scales: str | None = None
-    """Comma-separated scales, 1 for none: choose the guidance of every solver and budget among them, with the grid, by the
+    """Comma-separated scales, 1 for none: choose the guidance of every solver among them, at every cost, with the grid, by the
     distance to the data on --choice-seeds. With --guide by that model, too. There is no exact solution then."""
     guidance_intervals: str | None = None
     """With --guidance-scales: comma-separated intervals LOW:HIGH of noise levels sigma / alpha to guide, as 0:inf,0.3:5."""

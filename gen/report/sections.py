@@ -169,7 +169,8 @@ def guidance_table(choice: GuidanceChoice) -> Table:
     note = (
         f"Fréchet distance to the data on seeds {choice.seeds}, none of which is scored, on the best grid; below it what an "
         "image costs. w: the scale, the noise levels sigma / alpha that are guided, and the model that guides, if it is another. "
-        "Bold: what was scored. Distances of so few images compare within this table alone."
+        "Bold: what was scored, the best of the solver at its cost, and better than all that is cheaper. Distances of so few "
+        "images compare within this table alone."
     )
     return Table("Choice of the guidance", note, ("solver, budget", *columns), tuple(lines))
 
@@ -188,9 +189,10 @@ def guidance_notes(choice: object) -> Iterator[str]:
     if not isinstance(choice, GuidanceChoice):
         return
     yield (
-        f"Guidance and grid of each solver and budget were chosen among {len(choice.figures):,} candidates by the distance to "
-        f"the data on seeds {choice.seeds}, which took {choice.evaluations:,} network evaluations; none of them is scored. NFE "
-        "counts both passes where a step is guided, and one elsewhere."
+        f"Guidance, grid and steps at every NFE were chosen among {len(choice.figures):,} candidates by the distance to the "
+        f"data on seeds {choice.seeds}, which took {choice.evaluations:,} network evaluations; none of these seeds is scored. "
+        "NFE counts both passes where a step is guided, and one elsewhere. Of each solver the best at every NFE was scored, "
+        "unless a cheaper one was as good."
     )
 
 

@@ -1,11 +1,11 @@
-"""The guidance of each solver and budget, chosen on seeds that are not scored.
+"""The guidance of each solver at every cost, chosen on seeds that are not scored.
 
 Candidates are no guidance and every scale in every interval of noise levels, by the missing class and by a weaker model if
 there is one, on every grid. The figure is the Fréchet distance to the data on seeds of their own: the scored distance of the best
 of many candidates would be too good, the more so the more there are. A scale changes what an exact solution is: there is none.
 
 A budget is what the solver spends; what a candidate costs is counted as it is sampled: two passes within its interval, one
-outside. Of two budgets of a solver whose choices cost the same, the better choice is scored.
+outside. Of each solver the best candidate at every cost is scored, unless a cheaper one is as good.
 """
 
 import math
@@ -136,7 +136,7 @@ def searched_plan(model: EvaluatedModel, config: SweepConfig) -> Plan:
 
 
 def choose_guidance(plan: Plan, context: EvaluationContext, seeds: Seeds) -> GuidanceChoice:
-    """The candidate of least distance to the data for every solver and budget; figures are kept in the store."""
+    """The candidates of least distance to the data; figures are kept in the store."""
     jobs, tally = [job for job in plan.jobs if job.guidance], context.tally
     with at_work("choosing guidance"):
         mine = context.process.mine(jobs)
@@ -154,16 +154,18 @@ def choose_guidance(plan: Plan, context: EvaluationContext, seeds: Seeds) -> Gui
 
 
 def best_of(figures: dict[Key, Tried]) -> frozenset[Key]:
-    """The best of every (solver, budget), and of these the best of every (solver, cost); the first of equals."""
-    by_budget, by_cost = dict[tuple[str, int], Key](), dict[tuple[str, float], Key]()
-    for key, its in figures.items():
-        best = by_budget.setdefault(key[:2], key)
-        by_budget[key[:2]] = key if its.rank < figures[best].rank else best
-    for key in by_budget.values():
-        place = (key[0], figures[key].nfe)
-        best = by_cost.setdefault(place, key)
-        by_cost[place] = key if figures[key].rank < figures[best].rank else best
-    return frozenset(by_cost.values())
+    """Of every solver the best at every cost, where nothing cheaper is as good; the first of equals."""
+    found = list[Key]()
+    for solver in dict.fromkeys(solver for solver, *_ in figures):
+        least = math.inf
+        own = [key for key in figures if key[0] == solver]
+        for key in sorted(own, key=lambda key: (figures[key].nfe, figures[key].rank)):
+            if figures[key].rank < least:
+                found.append(key)
+                least = figures[key].rank
+        if least == math.inf:  # all diverged
+            found.append(own[0])
+    return frozenset(found)
 
 
 def tried_cell(job: Job, context: EvaluationContext, seeds: Seeds) -> Cell:
