@@ -147,10 +147,17 @@ def choose_guidance(plan: Plan, context: EvaluationContext, seeds: Seeds) -> Gui
                     _try(job, context, seeds)
                 progress.advance()
         context.process.wait()
-    figures = {key_of(job): its for job in jobs if (its := _tried(job, context, seeds)) is not None}
-    if len(figures) < len(jobs):
+    found = stored_choice(jobs, context, seeds)
+    if found is None:
         raise RuntimeError("figures of the choice of guidance are gone: run again")
-    return GuidanceChoice(figures, best_of(figures), seeds)
+    return found
+
+
+def stored_choice(jobs: Sequence[Job], context: EvaluationContext, seeds: Seeds) -> GuidanceChoice | None:
+    """The choice among these jobs, None unless the figures of all candidates are in the store."""
+    tried = {key_of(job): _tried(job, context, seeds) for job in jobs if job.guidance}
+    figures = {key: its for key, its in tried.items() if its is not None}
+    return GuidanceChoice(figures, best_of(figures), seeds) if len(figures) == len(tried) else None
 
 
 def best_of(figures: dict[Key, Tried]) -> frozenset[Key]:

@@ -141,6 +141,21 @@ def test_the_report_shows_every_candidate_and_marks_what_was_scored(done: Any) -
     assert "Choice of the guidance" in (out / "report.html").read_text()
 
 
+def test_the_cost_is_announced(
+    done: Any, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the choice as a bound, afterwards as it is."""
+    sweep, out, _ = done
+    evaluate.run(task(pipeline, out))
+    assert (
+        f"to measure: {len(measured(sweep))} cells of 2 x 20 images, {len(measured(sweep))} of them"
+        in (text := capsys.readouterr().out)
+        and "nothing is left to sample" in text
+    )
+    evaluate.run(task(pipeline, tmp_path, nfe="4", guidance_scales="1,2", guidance_intervals=None))
+    assert "to measure: at most 2 cells of 2 x 20 images, 0 of them stored already: at most " in capsys.readouterr().out
+
+
 def test_a_killed_choice_goes_on_to_the_same_bytes(
     done: Any, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
