@@ -39,7 +39,8 @@ class Forecast:
         return self.measured + self.exact + self.choice
 
     def __str__(self) -> str:
-        what = f"{'at most ' * self.undecided}{self.cells} cell{'s' * (self.cells != 1)} of {self.blocks}, {self.stored} of them stored already"
+        cells = f"{'at most ' * self.undecided}{self.cells} cell{'s' * (self.cells != 1)}"
+        what = f"{cells} of {self.blocks}, {self.stored} of them stored already"
         if not (self.work.evaluations or self.work.images):
             return f"{what}: nothing is left to sample"
         parts = {"cells": self.measured, "exact solution": self.exact, "choice": self.choice}

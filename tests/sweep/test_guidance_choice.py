@@ -147,11 +147,8 @@ def test_the_cost_is_announced(
     """Before the choice as a bound, afterwards as it is."""
     sweep, out, _ = done
     evaluate.run(task(pipeline, out))
-    assert (
-        f"to measure: {len(measured(sweep))} cells of 2 x 20 images, {len(measured(sweep))} of them"
-        in (text := capsys.readouterr().out)
-        and "nothing is left to sample" in text
-    )
+    text, count = capsys.readouterr().out, len(measured(sweep))
+    assert f"to measure: {count} cells of 2 x 20 images, {count} of them stored already: nothing is left" in text
     evaluate.run(task(pipeline, tmp_path, nfe="4", guidance_scales="1,2", guidance_intervals=None))
     assert "to measure: at most 2 cells of 2 x 20 images, 0 of them stored already: at most " in capsys.readouterr().out
 
