@@ -220,8 +220,9 @@ def blocks(
     """Everything below the first screen: first what ranks solvers and what it looks like, then, folded, all else."""
     _, *plots = drawings(ms)
     error, data, what = error_table(ms), distance_table(ms), distance_name(ms)
+    small = "the time grid and the scale w of guidance" if any(m.guidance for m in ms) else "the time grid"
     reading = (
-        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: the time grid, "
+        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: {small}, "
         f"{'of solvers ' * bool(own_weights(ms))}chosen on other seeds. Comparable only with numbers of the same feature name, "
         f"{feature_names(ms)}."
     )

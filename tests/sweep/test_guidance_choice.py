@@ -138,7 +138,10 @@ def test_the_report_shows_every_candidate_and_marks_what_was_scored(done: Any) -
     text = (out / "report.md").read_text()
     assert "Choice of the guidance" in text and "were chosen among 10 candidates" in text
     assert rows[0]["guidance"] in text.split("## ")[0] and "chosen for every row" in text
-    assert "Choice of the guidance" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert (
+        "Choice of the guidance" in page and "the time grid and the scale w of guidance, chosen on other seeds" in page
+    )
 
 
 def test_the_cost_is_announced(
