@@ -1,10 +1,12 @@
 """Tokenizers compared by what priors make of their codes, on one axis with priors of every kind: bits of an image and distance.
 
     python benchmarks/priors.py --data digits --folder runs/priors --json benchmarks/results/priors_digits.json
-    python benchmarks/priors.py --data mnist5k --folder runs/priors-mnist5k --json benchmarks/results/priors_mnist5k.json
+    python benchmarks/priors.py --data mnist5k --folder runs/priors-mnist5k --json benchmarks/results/priors_mnist5k.json \
+        --tokenizers fsq
 
 1. For every training seed tokenizers of one network and equally many codes, FSQ, FSP and VQ, 512 each (midway train tokenizer).
-2. On each a causal and a masked prior by the recipes of the data (midway train prior), the same for all tokenizers.
+2. On each a causal and a masked prior by the recipes of the data (midway train prior), the same for all tokenizers, but that codes of
+   FSQ are predicted digit by digit.
 3. Bits of held-out codes (midway evaluate-likelihood): of the prior, of independent positions, of a fixed length.
 4. A sweep (midway evaluate) of both priors on the same sampling seeds, in two feature spaces. Its ceiling row is the tokenizer
    alone: decoded codes of held-out images, which no prior can be nearer than but by chance.
@@ -32,6 +34,8 @@ from midway.gen.evaluation.records import CEILING, Measurement
 from midway.gen.sweep.run import Sweep
 from midway.gen.trainings import train_prior, train_tokenizer
 
+SPLIT = {"fsq": "digits", "fsp": "digits", "vq": "joint"}
+"""How priors predict a code: codes of FSQ have digits, those of a codebook have none."""
 TOKENIZERS: dict[str, tuple[str, ...]] = {
     "fsq": ("--model.quantizer", "fsq", "--model.levels", "8", "8", "8"),
     "fsp": ("--model.quantizer", "fsq", "--model.levels", "8", "8", "8", "--model.form", "fsp"),
@@ -56,6 +60,8 @@ class Comparison:
     """The images."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the trainings."""
+    tokenizers: tuple[Literal["fsq", "fsp", "vq"], ...] = ("fsq", "fsp", "vq")
+    """What is compared."""
     steps: int | None = None
     """Optimizer steps of a prior (default: those of its recipe)."""
 
@@ -64,11 +70,13 @@ def train_all(task: Comparison, seed: int) -> None:
     """The tokenizers of a training seed, and their priors; the process time of each is noted."""
     of_tokenizer, of_prior = RECIPES[task.data]
     same = ["--seed", str(seed), "--preview-seconds", "0", "--resume", "auto"]
-    for name, words in TOKENIZERS.items():
+    for name in task.tokenizers:
+        words = TOKENIZERS[name]
         tokenizer = str(place(task, seed, name))
         timed(task, seed, name, train_tokenizer.command, [of_tokenizer, *words, "--out", tokenizer, *same])
         for kind in KINDS:
             run = [f"{of_prior}-{kind}", "--tokenizer", tokenizer, "--out", str(place(task, seed, name, kind)), *same]
+            run += ["--model.split", SPLIT[name]]
             steps = [] if task.steps is None else ["--steps", str(task.steps)]
             timed(task, seed, f"{name}-{kind}", train_prior.command, [*run, *steps])
 
@@ -174,7 +182,7 @@ def bit_rows(bits: dict[tuple[str, int], dict[str, float]]) -> list[dict[str, An
 def verdicts(rows: Sequence[dict[str, Any]], codes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was to hold: distance at the largest budget against twice the ceiling, bits against independent positions."""
     found = []
-    for tokenizer in TOKENIZERS:
+    for tokenizer in dict.fromkeys(r["tokenizer"] for r in rows):
         own = [r for r in rows if r["tokenizer"] == tokenizer]
         ceiling = next(r for r in own if r["name"] == CEILING)
         for kind in KINDS:
@@ -198,7 +206,7 @@ def main(task: Comparison) -> None:
     torch.set_num_threads(1)
     for seed in task.seeds:
         train_all(task, seed)
-    keys = [(tokenizer, seed) for seed in task.seeds for tokenizer in TOKENIZERS]
+    keys = [(tokenizer, seed) for seed in task.seeds for tokenizer in task.tokenizers]
     bits = {(tokenizer, seed): bits_of(task, seed, tokenizer) for tokenizer, seed in keys}
     sweeps = {(tokenizer, seed): sweep_of(task, seed, tokenizer) for tokenizer, seed in keys}
     each = [json.loads((task.folder / f"seed-{seed}" / "seconds.json").read_text()) for seed in task.seeds]

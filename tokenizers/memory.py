@@ -94,8 +94,8 @@ class _AsOnDevice(TorchFunctionMode):
             args, kwargs = tree_map(_to(torch.float32, torch.bfloat16), (args, kwargs))
         elif self.half and func in _WIDE:
             args, kwargs = tree_map(_to(torch.bfloat16, torch.float32), (args, kwargs))
-        if attention and args[0].is_meta and len(args) == 3 and not kwargs:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+        if attention and args[0].is_meta and len(args) == 3 and not kwargs.keys() - {"scale"}:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
         return func(*args, **kwargs)
 
 

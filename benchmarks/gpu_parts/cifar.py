@@ -86,7 +86,7 @@ def tokenizer(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
 def latent_model(setting: Setting, data: Path) -> Iterator[dict[str, Any]]:
     """The recipe cifar10-dit in larger batches."""
     from midway.gen.networks.dit_config import DiTConfig
-    from midway.gen.recipes.recipes import cifar10_dit
+    from midway.gen.recipes.latent_recipes import cifar10_dit
     from midway.gen.trainings.train_latent import train
 
     recipe, (tokens, out) = cifar10_dit(), runs(setting)

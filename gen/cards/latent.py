@@ -44,7 +44,7 @@ def model_card(
     options, name = model.config, markdown(train.name)
     size = "x".join(map(str, tokenizer.image_shape[1:]))
     own = {
-        "network": f"DiT, width {options.dit.width}, depth {options.dit.depth}, patch {options.dit.patch}",
+        "network": options.size.about,
         "schedule": options.schedule,
         "target": options.target,
         **({"objective": options.objective} if options.is_jump else {}),

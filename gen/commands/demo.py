@@ -26,7 +26,8 @@ from midway.gen.distillation.amed import DistillConfig
 from midway.gen.flags.cli import resolve
 from midway.gen.flags.tasks import LatentTask, TokenizerTask
 from midway.gen.networks.dit_config import DiTConfig
-from midway.gen.recipes.recipes import digits_dit, digits_fsq, mnist5k_dit, mnist5k_fsq
+from midway.gen.recipes.latent_recipes import digits_dit, mnist5k_dit
+from midway.gen.recipes.recipes import digits_fsq, mnist5k_fsq
 from midway.gen.report.sweep import FILES
 from midway.gen.sweep.store import CellStore
 from midway.gen.training.config import TrainConfig

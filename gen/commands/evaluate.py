@@ -31,7 +31,7 @@ from midway.gen.evaluation.spaces import Spaces, spaces_of
 from midway.gen.features.extractor import Extractor, plain_float32
 from midway.gen.features.published import save_reference
 from midway.gen.flags.cli import names, resolve
-from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder, make_folders
+from midway.gen.flags.evaluation_flags import EvaluateTask, blocks, check_flags, folder, make_folders, search_of
 from midway.gen.flags.evaluation_inputs import (
     budgets_of,
     check_rows,
@@ -71,10 +71,11 @@ from midway.gen.report.notes import (
     notes,
     timing_notes,
 )
-from midway.gen.report.sections import CODED, code_section, trajectory_section
+from midway.gen.report.sections import CODED, code_section, guidance_notes, trajectory_section
 from midway.gen.report.sweep import check_out, terminal_text, write_report
 from midway.gen.report.sweep_page import pictures_of
 from midway.gen.report.table import ReportContext
+from midway.gen.sweep.guidance import searched_plan
 from midway.gen.sweep.jobs import Plan, SweepConfig, plan_of
 from midway.gen.sweep.run import Sweep, held_out_images, run_sweep
 from midway.gen.sweep.store import CellStore
@@ -121,7 +122,8 @@ def measure_and_report(task: EvaluateTask, device: torch.device, process: Proces
     ]
     check_rows(others, config.solvers if model else ())
     with busy("making samplers and fitting their grids"):
-        plans = [plan_of(one, config) for one in ([] if model is None else [model, *repeats])] or [
+        plan = plan_of if config.search is None else searched_plan
+        plans = [plan(one, config) for one in ([] if model is None else [model, *repeats])] or [
             Plan([]) if priors is None else Plan([], reconstruct=priors.reconstruct)
         ]
     plans[0].jobs.extend(others)
@@ -194,7 +196,8 @@ def sweep_config(
     device: torch.device,
 ) -> SweepConfig:
     """What to measure, on seeds with these classes; UsageError for nothing, and for numbers that measure nothing."""
-    budgets, count = budgets_of(task, trained), blocks(task)
+    budgets, count, options = budgets_of(task, trained), blocks(task), task.sampler_options(device)
+    search = search_of(task, options)
     n = len(splits.held_out.images) if task.n is None else task.n
     if task.n is None and classes is None and externals and count > 0:
         n = images_per_block(list(externals.values()), count)
@@ -205,13 +208,14 @@ def sweep_config(
         n=n,
         blocks=count,
         first_seed=task.seed,
-        exact_nfe=task.exact_nfe if model and model.exact else 0,
+        exact_nfe=task.exact_nfe if model and model.exact and search is None else 0,
         choice=task.choice_seeds,
         metrics=names(task.metrics or ""),
         overlap=task.overlap,
         draw=None if classes is None else draw_of(task, splits, *classes),
         skip=task.skip_unreachable or (task.nfe is None and bool(task.few_step)),
-        **task.sampler_options(device),
+        search=search,
+        **options,
     )
     if not config.solvers or not config.grids:
         raise UsageError("--solvers or --grids is empty", "there is nothing to measure", "name at least one of each")
@@ -279,6 +283,7 @@ def context(
             *few_step_notes({name: EvaluatedLatentModel(its).description for name, its in few_step.items()}, sweep),
             *drawn,
             *exact_notes(config, sweep, None if model is None else model.exact),
+            *guidance_notes(sweep.choice),
             *timing_notes(sweep.measurements),
             *image_notes(externals, config),
         ),

@@ -18,19 +18,20 @@ from midway.gen.core import checkpoints
 from midway.gen.core.config import PER_CALL, absolute, from_file, to_record
 from midway.gen.core.errors import DataError, UsageError, raising
 from midway.gen.core.files import read_tensors, reading
-from midway.gen.core.runs import Run
+from midway.gen.core.runs import Run, kind_of
 from midway.gen.data.places import data_of, recorded_fingerprint
 from midway.gen.flags.cli import own_fields, resolve
-from midway.gen.flags.tasks import LatentTask
+from midway.gen.flags.tasks import LatentTask, PriorTask
+from midway.gen.priors.load import KIND as PRIOR
 from midway.gen.training.power_ema import find_snapshots, reconstruct
 
 
 @dataclass(frozen=True)
 class PosthocTask:
-    """Make a latent model with an average of another width from the snapshots of a run."""
+    """Make a latent model or a prior with an average of another width from the snapshots of a run."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run directory of a latent model trained with --posthoc."""
+    """Run directory of a latent model or a prior trained with --posthoc."""
     std: float
     """Relative width of the average, as a share of the training so far; 0.05 to 0.15 is usual."""
     out: Path
@@ -43,7 +44,8 @@ class PosthocTask:
 
 def make(task: PosthocTask) -> Run:
     """Reconstruct and save; the new run."""
-    source = Run.open(task.run, "latent_model")
+    kind = PRIOR if kind_of(task.run) == PRIOR else "latent_model"
+    source = Run.open(task.run, kind)
     newest = source.checkpoint
     snapshots = find_snapshots(source.path / "posthoc")
     if not snapshots:
@@ -57,7 +59,7 @@ def make(task: PosthocTask) -> Run:
         averaged = reconstruct(snapshots, step, task.std, trained_weights(newest))
     if task.out.exists() and task.out.samefile(source.path):
         raise UsageError(f"--out {task.out}", "the average is made from this run", "choose another --out")
-    with Run.creating(task.out, "latent_model", configuration(task, source, step), task.overwrite) as run:
+    with Run.creating(task.out, kind, configuration(task, source, step), task.overwrite) as run:
 
         def write(folder: Path) -> None:
             save_file(averaged, folder / "ema.safetensors")
@@ -79,8 +81,9 @@ def trained_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
     """What the source was trained with, and where the average comes from."""
-    values, fix = own_fields(LatentTask, source.config), "give a run that midway train latent made"
-    trained = to_record(from_file(LatentTask, values, source.path / "config.yaml", fix))
+    of = PriorTask if source.kind == PRIOR else LatentTask
+    fix = f"give a run that midway train {'prior' if source.kind == PRIOR else 'latent'} made"
+    trained = to_record(from_file(of, own_fields(of, source.config), source.path / "config.yaml", fix))
     made = {"source": str(absolute(task.run)), "std": task.std, "step": step}
     return {**trained, "data": to_record(data_of(source)), "posthoc": made}
 

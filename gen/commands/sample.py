@@ -37,6 +37,7 @@ from midway.gen.flags.sample_inputs import (
     label_rule,
     numbered_classes,
     read_images,
+    read_prompt,
 )
 from midway.gen.flags.sample_outputs import (
     Drawing,
@@ -124,6 +125,9 @@ def write(
 def check_latent(task: SampleTask) -> None:
     """UsageError for flags of priors, and the name of a rule, where the model is a latent one."""
     task.without_priors("this is a latent model")
+    if task.prompt is not None:
+        why, fix = "only priors complete tokens, and this is a latent model", "drop it; image to image is --init"
+        raise UsageError(f"--prompt {task.prompt}", why, fix)
     check_solver(task.solver, "--solver", str(task.model))
 
 
@@ -150,19 +154,21 @@ def prior_drawing(task: SampleTask, trained: TrainedPrior) -> tuple[Drawing, tup
         raise UsageError(
             f"{flag} on {task.model}", "it is for models that are solved, and this is a prior", f"drop {flag}"
         )
-    given = DecodingFlags(
-        task.solver, task.nfe, task.grid, task.guidance, task.draw_options, ("--solver", "--nfe", "--grid")
-    )
-    decoding = decoding_for(prior, given, trained.run.place)
     task.apply_tiles(trained.tokenizer)
-    labels = () if task.labels is None else chosen_labels(task.labels, prior)
+    found = None if task.prompt is None else read_prompt(task, trained)
+    prompt, own = (None, ()) if found is None else (found.prompt, found.labels)
+    left, flags = None if prompt is None else prompt.left, ("--solver", "--nfe", "--grid")
+    given = DecodingFlags(task.solver, task.nfe, task.grid, task.guidance, task.draw_options, flags, left)
+    decoding = decoding_for(prior, given, trained.run.place)
+    labels = own if task.labels is None else chosen_labels(task.labels, prior)
     head = head_for(trained, task.head, task.guidance)
-    sampling = CodeSampling(decoding, task.batch_size, task.precision, head=head)
+    sampling = CodeSampling(decoding, task.batch_size, task.precision, head=head, prompt=prompt)
     tiles = {} if task.tile is None else {"--tile": [task.tile, task.tile_margin]}
     settings = {**tiles, "--labels": list(labels) or "in turn", **identity_of(trained, sampling)}
-    seeds, make = torch.arange(task.seed, task.seed + (task.n or 64)), by_prior(trained, sampling)
+    count = task.n or (64 if prompt is None else len(prompt.tokens))
+    seeds, make = torch.arange(task.seed, task.seed + count), by_prior(trained, sampling)
     drawing = Drawing(make, prior, seeds, task.batch_size, label_rule(labels, prior), settings)
-    return drawing, draw_warnings(prior, [decoding])
+    return drawing, draw_warnings(prior, [decoding], prompt)
 
 
 # ---- where images begin ----

@@ -17,6 +17,7 @@ from midway.gen.core.config import from_file, to_dict
 from midway.gen.core.files import state_hash
 from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.unet import UNetConfig
 from midway.gen.objectives.jump_config import JumpConfig, Objective, check_jumps, own_solver
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
@@ -68,11 +69,22 @@ class LatentModelConfig:
     shortcut, alphaflow, meanflow, imf."""
     jump: JumpConfig = field(default_factory=JumpConfig)
     """Of models that jump."""
+    network: Literal["dit", "unet"] = "dit"
+    """A transformer, or diffusers' U-Net."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
+        for name, value, plain in (("dit", self.dit, DiTConfig()), ("unet", self.unet, UNetConfig())):
+            if name != self.network and value != plain:
+                raise ValueError(f"settings of {name} have no effect with network {self.network}: drop them")
         if self.is_jump:
             check_jumps(self.objective, self.jump, self.schedule, self.target)
+
+    @property
+    def size(self) -> DiTConfig | UNetConfig:
+        """Of the network."""
+        return self.dit if self.network == "dit" else self.unet
 
     @property
     def is_jump(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from midway.gen.diffusion.description import LatentModelConfig
-from midway.gen.networks.dit import DiT
+from midway.gen.networks.network import Network
 from midway.gen.training.batches import Context
 from midway.samplers.prediction import (
     Evaluations,
@@ -36,7 +36,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Denoiser(Protocol):
     """What fields and losses need of a `LatentModel`."""
 
-    network: DiT
+    network: Network
     config: LatentModelConfig
     schedule: Schedule
     classes: int
@@ -126,7 +126,7 @@ def _evaluations(model: Denoiser, labels: Tensor, times: tuple[float, ...], more
     pairs = x0_coefficients(model.config.target, model.schedule, times)
     scales = zip(pairs, model.output_scale(t).tolist(), strict=True)
     coefficients = tuple((p, q * scale) for (p, q), scale in scales)
-    dtype = torch.promote_types(model.network.embed.weight.dtype, torch.float32)
+    dtype = torch.promote_types(model.network.dtype, torch.float32)
 
     def placed(values: Tensor) -> Tensor:
         return on_device(tuple(values.tolist()), dtype, labels.device)
@@ -138,7 +138,7 @@ def _evaluations(model: Denoiser, labels: Tensor, times: tuple[float, ...], more
     return Evaluations(coefficients, values)
 
 
-def _evaluation(network: DiT, scale: float, condition: Tensor) -> Callable[[Tensor], Tensor]:
+def _evaluation(network: Network, scale: float, condition: Tensor) -> Callable[[Tensor], Tensor]:
     def evaluate(x: Tensor) -> Tensor:
         return network(x if abs(scale - 1) < 1e-12 else x / scale, condition=condition).value
 

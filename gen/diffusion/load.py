@@ -135,7 +135,7 @@ def load_model(path: Path, device: torch.device) -> TrainedModel:
         data=data_of(run),
         hash=state_hash(text, state),
         run=run,
-        weights=f"{_which(run, averaged.exists())}, {progress_of(run, folder) or folder.name.replace('-', ' ')}",
+        weights=f"{which_weights(run, averaged.exists())}, {progress_of(run, folder) or folder.name.replace('-', ' ')}",
     )
 
 
@@ -148,7 +148,7 @@ class Posthoc:
     step: int
 
 
-def _which(run: Run, averaged: bool) -> str:
+def which_weights(run: Run, averaged: bool) -> str:
     """`averaged` by what, or `newest`."""
     if "posthoc" in run.config:
         return f"averaged post hoc, width {run.part('posthoc', Posthoc).std}"

@@ -26,6 +26,9 @@ from midway.gen.diffusion.description import DescribedModel, Description, Latent
 from midway.gen.diffusion.field import LatentField, LatentJumpField, Velocity, noise_angle, pool
 from midway.gen.diffusion.loss import flow_loss, jump_loss
 from midway.gen.networks.dit import DiT
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.network import Network
+from midway.gen.networks.unet import UNet, UNetConfig
 from midway.gen.objectives.jump_config import check_jump_guidance
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
@@ -85,11 +88,12 @@ class LatentModel(DescribedModel):
         class_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.config, self.latent_shape, self.feature_dim = config, latent_shape, config.dit.width
+        self.config, self.latent_shape = config, latent_shape
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.schedule = config.make_schedule()
-        self.network = DiT(config.dit, *latent_shape, self.classes, config.further)
+        self.network = make_network(config.size, latent_shape, self.classes, config.further)
+        self.feature_dim = self.network.feature_dim
         self.teacher: Velocity | None = None
         """Whose velocity takes the place of the samples' own in training."""
         if config.dequantise:
@@ -224,6 +228,15 @@ class LatentModel(DescribedModel):
             check_guide(self.trained_on, weak.trained_on)
         elif guidance.scale != 1:
             check_labels(guidance.scale, self.trained_on)
+
+
+def make_network(
+    size: DiTConfig | UNetConfig, latent_shape: tuple[int, int, int], classes: int, further: tuple[str, ...]
+) -> Network:
+    """ValueError for latents that it cannot take; UsageError for a U-Net without diffusers."""
+    if isinstance(size, DiTConfig):
+        return DiT(size, *latent_shape, classes, further)
+    return UNet(size, *latent_shape, classes, further)
 
 
 def logit_normal(schedule: Schedule, u: Tensor, mean: float, std: float) -> Tensor:

@@ -40,7 +40,7 @@ class PriorSource:
         """Tokens float64 (n, L, *), whole numbers or latents, NaN where the prior had no finite law."""
         found = sample_codes(self.trained, seeds, self.sampling)
         values = found.tokens.double().masked_fill(~found.finite[:, None, None], math.nan)
-        return SampledBatch(values, found.nfe, found.seconds, found.token_evaluations)
+        return SampledBatch(values, found.nfe, found.seconds, found.token_evaluations, found.head_nfe)
 
     def images(self, raw: SampledBatch) -> Tensor:
         """Decoded."""

@@ -97,6 +97,10 @@ class Measurement:
     """Guidance that was paid in training, in words."""
     token_evaluations: int = 0
     """Tokens that went through the network for a sample; 0: not known."""
+    guidance: str = ""
+    """Scale, noise levels and guide where a sweep chose them, in words."""
+    head_nfe: float = 0.0
+    """Of a continuous prior, evaluations of its diffusion head for a token, which `nfe` does not count; 0 of all others."""
 
     @property
     def baseline(self) -> bool:
@@ -143,6 +147,11 @@ class Measurement:
     def image_seconds(self) -> float:
         """Seconds to make n images: sampling and decoding."""
         return self.seconds + self.decode_seconds
+
+    @property
+    def place(self) -> str:
+        """Its grid, and the guidance that was chosen."""
+        return ", ".join(filter(None, (self.grid, self.guidance)))
 
     @property
     def rank(self) -> float:
@@ -207,6 +216,8 @@ RESULT_COLUMNS: dict[str, Callable[[Measurement], Any]] = {
     **{name: attrgetter(name) for name in ("seconds_std", "seconds_blocks")},
     "kind": lambda m: LIMIT if m.solver in LIMITS else m.kind,
     **{name: attrgetter(name) for name in _MODEL},
+    "head_nfe": lambda m: m.head_nfe or None,
+    "guidance": attrgetter("guidance"),
 }
 """By name in the order of the files; metrics that are not listed follow, each with its deviation."""
 
@@ -229,7 +240,7 @@ def from_record(record: Mapping[str, Any]) -> Measurement:
     metrics.setdefault("distance", Estimate(math.nan, stds.get("distance"), blocks.get("distance", ())))
     kinds: dict[str, Callable[[Any], Any]] = {
         **dict.fromkeys(_COUNTS, int),
-        **dict.fromkeys(("seconds", *_TIMES), float),
+        **dict.fromkeys(("seconds", "head_nfe", *_TIMES), float),
         "seconds_blocks": _floats,
     }
     fields: dict[str, Any] = {"grid": "", "seeds": ""} | {n: kinds.get(n, str)(value) for n, value in plain.items()}

@@ -54,13 +54,15 @@ EXACT_JUMPS = ("jump", "uniform")
 class SampledBatch:
     """What was sampled for n seeds, before it is images: float values (n, *) on the CPU, evaluations of one, seconds of all.
 
-    token_evaluations: tokens of a sample that went through the network, where the source counts them; 0: it does not.
+    token_evaluations: tokens of a sample that went through the network, where the source counts them; 0: it does not. head_nfe:
+    evaluations of a diffusion head for a token; 0: there is none.
     """
 
     values: Tensor
     nfe: float
     seconds: float
     token_evaluations: float = 0.0
+    head_nfe: float = 0.0
 
     @property
     def finite(self) -> Tensor:
@@ -187,7 +189,7 @@ class EvaluatedLatentModel(EvaluatedModel):
     @property
     def description(self) -> str:
         config = self.trained.model.config
-        network = f"DiT {config.dit.depth}x{config.dit.width}, schedule {config.schedule}, target {config.target}"
+        network = f"{config.size.about}, schedule {config.schedule}, target {config.target}"
         network += f", objective {config.objective}" if config.is_jump else ""
         tiles = self.trained.tokenizer.tiles
         tiled = "" if tiles is None else f"; decoded in tiles of {tiles[0]} pixels, margin {tiles[1]}"
@@ -236,7 +238,7 @@ class EvaluatedLatentModel(EvaluatedModel):
 
     @property
     def network_tokens(self) -> int:
-        """Patches of its latents."""
+        """Patches of its latents, or pixels at a U-Net's lowest resolution."""
         return math.prod(self.trained.model.network.grid)
 
     def fitting_nfe(self, config: SamplerConfig, sampler: Sampler) -> int:

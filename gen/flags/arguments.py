@@ -108,6 +108,38 @@ def check_required(arguments: list[str], flags: Iterable[Flag], program: str, re
         raise UsageError(f"{program} needs {names}", missing[0].text, f"add {ways}{more}")
 
 
+def expanded(arguments: list[str], flags: Iterable[Flag]) -> list[str]:
+    """Normalised arguments with flags that stand for others replaced by those, but for what is typed besides.
+
+    UsageError for one without a value.
+    """
+    by_path = {flag.path: flag for flag in flags}
+    short = {flag.name: flag for flag in by_path.values() if flag.stands_for is not None}
+    given, rest, words = dict[str, str](), list[str](), iter(arguments)
+    for word in words:
+        name, has_value, value = word.partition("=")
+        if name in short:
+            given[name] = value if has_value else next(words, "")
+        else:
+            rest.append(word)
+    typed = {*typed_flags(rest)}
+    for name, value in given.items():
+        flag, values = short[name], short[name].stands_for or {}
+        if value not in values:
+            raise UsageError(f"{name} needs a value", flag.text, f"add one of {', '.join(values)}")
+        for key, each in values[value].items():
+            field = by_path[f"{flag.path.rpartition('.')[0]}.{key}"]
+            rest = rest if typed & {field.name, field.negative} else [*_words(field, each), *rest]
+    return rest
+
+
+def _words(flag: Flag, value: object) -> list[str]:
+    """What to type for a value of a flag."""
+    if flag.negative is None:
+        return [flag.name, str(value)]
+    return [flag.name if value else flag.negative]
+
+
 def typed_flags(arguments: list[str]) -> Iterator[str]:
     """The flags of normalised arguments, without their values."""
     return (word.partition("=")[0] for word in arguments if _is_flag(word))

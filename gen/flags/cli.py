@@ -22,7 +22,7 @@ from midway.gen.core.errors import DataError, MidwayError, UsageError, as_midway
 from midway.gen.core.terminal import lasting_output, plain_warnings
 from midway.gen.data.sources import check_unambiguous
 from midway.gen.features.open import check_feature_names
-from midway.gen.flags.arguments import check_required, config_of, normalised, typed_flags
+from midway.gen.flags.arguments import check_required, config_of, expanded, normalised, typed_flags
 from midway.gen.flags.fields import Flag as OneFlag
 from midway.gen.flags.fields import flags_of
 from midway.gen.flags.help import FROM_IMAGES, page
@@ -90,7 +90,7 @@ def resolve(
     given: dict[str, Any] = {} if default is None else {"default": default}
     own_checks = raising(UsageError, "these flags cannot be used", "correct the value")  # the configuration's
     with own_checks, _parsing():
-        return tyro.cli(task, prog=PROGRAM, args=rest, **given)
+        return tyro.cli(task, prog=PROGRAM, args=expanded(rest, every), **given)
 
 
 def _print_help(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -17,10 +17,10 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.class_draw import LabelRule
 from midway.gen.evaluation.metrics import check_names
 from midway.gen.features.protocols import ProtocolName
-from midway.gen.flags.cli import Flat
+from midway.gen.flags.cli import Flat, names
 from midway.gen.flags.sampling_flags import PriorFlags, SamplingFlags, TileFlags
 from midway.gen.metrics.frechet import Root
-from midway.gen.sweep.jobs import EXACT_NFE
+from midway.gen.sweep.jobs import EXACT_NFE, GuidanceSearch
 
 DEFAULT_SPACES = ("effnet-lite0", "pixels")
 UNNAMED = DataConfig(data="")
@@ -88,7 +88,12 @@ class EvaluateTask(DataPathFlag, TileFlags, PriorFlags, SamplingFlags):
     uniform,logsnr,karras; of a jump model uniform). gits is fitted to the model. Of a masked prior one of cosine,
     arccos, linear."""
     choice_seeds: int = 128
-    """Seeds on which grids are chosen, by RMSE to the exact solution; they follow those that are measured."""
+    """Seeds on which grids are chosen, by RMSE to the exact solution, and guidance; they follow those that are measured."""
+    guidance_scales: str | None = None
+    """Comma-separated scales, 1 for none: choose the guidance of every solver among them, at every cost, with the grid, by the
+    distance to the data on --choice-seeds. With --guide by that model, too. There is no exact solution then."""
+    guidance_intervals: str | None = None
+    """With --guidance-scales: comma-separated intervals LOW:HIGH of noise levels sigma / alpha to guide, as 0:inf,0.3:5."""
     skip_unreachable: bool = False
     """Leave out budgets that a solver cannot reach (heun at 5) or was not learned for, instead of raising an error."""
     reference: Path | None = None
@@ -153,6 +158,7 @@ def check_flags(task: EvaluateTask) -> None:
             "drop --data, --held-out, --split-seed, --channels and --resize (of samples: --images-resize, --images-channels)",
         )
     _check_prior_flags(task)
+    _check_search(task)
     if task.guides and not _samples(task):
         raise UsageError(
             "guidance without --model",
@@ -182,7 +188,16 @@ def check_flags(task: EvaluateTask) -> None:
 PRIOR = "prior"
 """The kind of its run."""
 PRIOR_FLAGS = ("prior_rules", "prior_nfe", "prior_decay")
-OF_SOLVERS = ("guidance_interval", "guide", "analytic_first", "eta", "graph", "repeats")
+OF_SOLVERS = (
+    "guidance_scales",
+    "guidance_intervals",
+    "guidance_interval",
+    "guide",
+    "analytic_first",
+    "eta",
+    "graph",
+    "repeats",
+)
 """Flags without effect where --model is a prior."""
 
 
@@ -205,6 +220,45 @@ def _check_prior_flags(task: EvaluateTask) -> None:
         raise UsageError(
             f"{flag} on {task.model}", "it is for models that are solved, and this is a prior", f"drop {flag}"
         )
+
+
+def _check_search(task: EvaluateTask) -> None:
+    """UsageError for flags that do not go with a choice of guidance."""
+    if task.guidance_scales is None:
+        if task.guidance_intervals is not None:
+            why = "they are guided at scales to choose among"
+            raise UsageError("--guidance-intervals without --guidance-scales", why, "give --guidance-scales 1,1.5,2,3")
+        return
+    if not task.model:
+        raise UsageError("--guidance-scales without --model", "no latent model of ours is sampled", "pass --model")
+    for flag, given in (
+        ("--guidance", task.guidance != 1),
+        ("--guidance-interval", task.guidance_interval is not None),
+        ("--repeats", bool(task.repeats)),
+    ):
+        if given:
+            why = (
+                "its guidance is that of a choice" if flag != "--repeats" else "each training would have its own choice"
+            )
+            raise UsageError(f"--guidance-scales and {flag}", why, f"drop {flag}")
+
+
+def search_of(task: EvaluateTask, options: dict[str, Any]) -> GuidanceSearch | None:
+    """What --guidance-scales and --guidance-intervals name, with the model of --guide, taken out of `options`. UsageError."""
+    if task.guidance_scales is None:
+        return None
+    words = task.guidance_intervals or "0:inf"
+    what = f"--guidance-scales {task.guidance_scales} --guidance-intervals {words}"
+    with raising(UsageError, what, "write them as --guidance-scales 1,1.5,2 --guidance-intervals 0:inf,0.3:5"):
+        scales = tuple(dict.fromkeys(float(word) for word in names(task.guidance_scales)))
+        intervals = tuple(dict.fromkeys(_interval(word) for word in names(words)))
+        weak, options["weak"] = options["weak"], None
+        return GuidanceSearch(scales, intervals, weak)
+
+
+def _interval(word: str) -> tuple[float, float]:
+    low, _, high = word.partition(":")
+    return float(low), float(high)
 
 
 def _samples(task: EvaluateTask) -> bool:

@@ -1,6 +1,7 @@
 """The flags of a task: its fields and those of the dataclasses in it, by the names that config.yaml has and that are typed.
 
 `train.steps` of the file is the flag --steps, where the group has no prefix of its own, and `model.width` is --model.width.
+A dataclass with `shorthands` has further flags, which stand for several of its fields.
 """
 
 import ast
@@ -9,7 +10,7 @@ import functools
 import inspect
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class Flag:
     """The docstring of the field, in one line."""
     aliases: tuple[str, ...] = ()
     positional: bool = False
+    stands_for: Mapping[str, Mapping[str, Any]] | None = None
+    """Of a flag that is no field itself: by its value those of fields beside it."""
 
     @property
     def last(self) -> str:
@@ -67,6 +70,9 @@ def flags_of(task: type, default: Any = None, path: str = "", typed: str = "") -
             alone = tyro.conf.Positional in marks
             name = own if alone else f"--{typed}{own}"
             yield Flag(path + field.name, name, hint, value, text_of(task, field.name), spelled, alone)
+    for name, (text, values) in getattr(task, "shorthands", {}).items():
+        hint = typing.Literal[tuple(values)]
+        yield Flag(path + name, f"--{typed}{name}", hint, None, text, stands_for=values)
 
 
 def _plain(hint: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -159,6 +159,7 @@ GROUPS = {
     "data.": "Data",
     "quantizer.": "Quantizer",
     "model.dit.": "Transformer",
+    "model.unet.": "U-Net",
     "model.": "Model",
     "loss.": "Losses",
     "reflow.": "Pairs of another model",
@@ -181,6 +182,7 @@ ORDER = (
     "Tiles",
     "Model",
     "Transformer",
+    "U-Net",
 )
 ORDER += ("Quantizer", "Losses", "Optimizer", "Saving and stopping", "Logging", "Speed and precision")
 """Other titles follow in the order of their flags."""

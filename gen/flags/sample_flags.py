@@ -27,7 +27,7 @@ class SampleFlags:
     """Spacing of the steps: uniform, logsnr, karras, shift, quadratic, vp, ays_sd, ays_sdxl or gits; learned ones have theirs. By
     default karras, of jumps uniform. Of masked priors how the share of missing tokens falls: cosine (default), arccos, linear."""
     n: int | None = None
-    """Number of images: 64, or as many as --init, --noise or --invert has."""
+    """Number of images: 64, or as many as --init, --noise, --invert or --prompt has."""
     seed: int = 0
     """Seed of the first image; the others follow."""
     labels: str | None = None
@@ -53,18 +53,44 @@ class SampleFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleTask(TileFlags, PriorFlags, SamplingFlags, SampleFlags):
+class PromptFlags:
+    """What priors complete."""
+
+    prompt: str | None = None
+    """Priors: draw the rest of images (as --init names them), or of codes: a folder of midway encode --kind codes, or `codes`
+    of a .safetensors or .npz. Seed s completes number s mod N."""
+    prompt_tokens: int | None = None
+    """With --prompt: the number of tokens that are kept, row by row (default: half of them)."""
+    prompt_region: str | None = None
+    """With --prompt: what is kept instead: top, bottom, left, right, center, border, or the white of a picture."""
+
+    def check_prompt_flags(self) -> None:
+        """UsageError for flags that do not go together."""
+        check_flag_ranges(self, prompt_tokens=STEPS)
+        given = [f"--{name.replace('_', '-')}" for name in ("prompt_tokens", "prompt_region") if getattr(self, name)]
+        if given and self.prompt is None:
+            raise UsageError(
+                f"{given[0]} without --prompt", "there is nothing to complete", "give --prompt, or drop it"
+            )
+        if len(given) > 1:
+            raise UsageError(" and ".join(given), "both name what is kept", "drop one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleTask(TileFlags, PromptFlags, PriorFlags, SamplingFlags, SampleFlags):
     """Draw samples of a model; an image depends on its seed alone.
 
     A grid: --out grid.png. Single images named by seed and class: --out FOLDER, x.zip or x.npz, with any --n; after a kill
     the same command draws what is missing, and processes share it: accelerate launch --num_processes 4 -m midway sample ...
 
     Image to image: --init photos --strength 0.6. Inversion: --invert photos --out n.safetensors, then --noise n.safetensors.
+    The rest of images, by a prior: --prompt photos --prompt-region top.
     """
 
     def __post_init__(self) -> None:
         SamplingFlags.__post_init__(self)
         self.check_prior_flags()
+        self.check_prompt_flags()
         check_flag_ranges(self, n=COUNT, nfe=STEPS, seed=SEED, window=STEPS, tile=WIDTH)
         given = [f"--{name}" for name in ("init", "noise", "invert") if getattr(self, name) is not None]
         if len(given) > 1:

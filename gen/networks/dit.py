@@ -6,86 +6,111 @@
 
 Peebles & Xie 2022, arXiv 2212.09748: adaLN-zero (the modulation starts at 0, so every block starts as the identity and the
 network's first output is 0) and fixed 2-D sine-cosine positions. RMSNorm on queries and keys: Esser et al. 2024, arXiv
-2403.03206, section 5.3.2. Dropout acts only in training, and its masks are functions of (seed, step, sample, layer): they are
-the same whatever batch a sample comes in, and when activation checkpointing computes a block twice.
+2403.03206, section 5.3.2. Norms, MLPs, rotations: layers.py; attention: mixers.py; `DiTConfig` has the switches.
+
+With `conditioning` tokens time and class are tokens in front of the patches, as in Geng et al. 2025, arXiv 2512.02012, and blocks
+have no modulation: norms have gamma and beta of their own, and the last layers of attention and MLP start at 0.
+
+Dropout acts only in training, and its masks are functions of (seed, step, sample, layer): they are the same whatever batch a
+sample comes in, and when activation checkpointing computes a block twice.
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import ClassVar, NamedTuple, cast
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.networks.dit_config import DiTConfig
-from midway.gen.networks.layers import drop, modulate, normed, number_embedding, positions_2d, sinusoid, start_at_zero
+from midway.gen.networks.layers import (
+    SwiGLU,
+    drop,
+    make_norm,
+    modulate,
+    normed,
+    number_embedding,
+    places_2d,
+    positions_2d,
+    rotation,
+    swiglu_width,
+)
+from midway.gen.networks.mixers import MIXERS, Scale, logit_scale
+from midway.gen.networks.network import Network, NetworkOutput
 from midway.gen.training.batches import Context
-from midway.tokenizers.precision import widened
 from midway.tokenizers.recomputed import Recomputed
 from midway.tokenizers.vit import patchify, unpatchify
 
-EMPTY: Mapping[str, Tensor] = MappingProxyType({})
-
-
-class DiTOutput(NamedTuple):
-    """value: (B, C, H, W). hidden: (B, tokens, width), the tokens after the middle block (an existing tensor, no extra cost)."""
-
-    value: Tensor
-    hidden: Tensor
+TIME_TOKENS, CLASS_TOKENS = 4, 8
+"""Of conditioning by tokens, as published."""
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with RMS-normalised queries and keys."""
+    """Multi-head self-attention."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.heads = heads
+        width, channels = config.width, config.width // config.heads
+        self.heads, self.mix = config.heads, MIXERS[config.mixer]
+        self.scale: Scale = config.attention_scale
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
+        self.norm_q = nn.RMSNorm(channels) if config.qk_norm else None
+        self.norm_k = nn.RMSNorm(channels) if config.qk_norm else None
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(normed(q, self.norm_q), normed(k, self.norm_k), v)
+        channels = width // self.heads
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, channels).permute(2, 0, 3, 1, 4)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = normed(q, self.norm_q), normed(k, self.norm_k)
+        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels))
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Block(Recomputed):
-    """Attention and MLP with adaLN-zero modulation; `layer` keeps its dropout masks apart from those of other blocks."""
+    """Attention and MLP; `layer` keeps its dropout masks apart from those of other blocks."""
 
     def __init__(self, config: DiTConfig, layer: int) -> None:
         super().__init__()
         self.dropout, self.layer = config.dropout, layer
-        width, inner = config.width, int(config.width * config.mlp_ratio)
-        self.norm_1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.norm_2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attention = Attention(width, config.heads)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
-        self.modulation = nn.Linear(width, 6 * width)
+        width, inner, own = config.width, int(config.width * config.mlp_ratio), config.conditioning == "tokens"
+        self.norm_1, self.norm_2 = make_norm(config.norm, width, own), make_norm(config.norm, width, own)
+        self.attention = Attention(config)
+        if config.mlp == "swiglu":
+            self.mlp = SwiGLU(width, swiglu_width(width, config.mlp_ratio))
+        else:
+            self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+        self.modulation = None if own else nn.Linear(width, 6 * width)
+
+    def start_as_identity(self) -> None:
+        """Set to 0 what makes every branch 0: the gates or, without them, the last layers."""
+        last = self.mlp.down if isinstance(self.mlp, SwiGLU) else cast(nn.Linear, self.mlp[2])
+        for layer in (self.attention.out, last) if self.modulation is None else (self.modulation,):
+            nn.init.zeros_(layer.weight)
 
     def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, condition: Tensor, context: Context | None = None
+        self, x: Tensor, condition: Tensor, context: Context | None = None, turn: Tensor | None = None
     ) -> Tensor:
-        """x (B, N, W) and condition (B, W) -> (B, N, W); with a context, under dropout."""
+        """x (B, N, W) -> (B, N, W), for the modulation's condition (B, W); with a context, under dropout."""
+        if self.modulation is None:
+            x = x + self._mixed(self.norm_1(x), context, turn)
+            return x + self._inner(self.norm_2(x), context)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=1)
-        mixed = self.attention(modulate(self.norm_1(x), shift_1, scale_1))
-        x = x + gate_1[:, None] * drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
-        inner = self.mlp(modulate(self.norm_2(x), shift_2, scale_2))
-        return x + gate_2[:, None] * drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
+        x = x + gate_1[:, None] * self._mixed(modulate(self.norm_1(x), shift_1, scale_1), context, turn)
+        return x + gate_2[:, None] * self._inner(modulate(self.norm_2(x), shift_2, scale_2), context)
+
+    def _mixed(self, x: Tensor, context: Context | None, turn: Tensor | None) -> Tensor:
+        return drop(self.attention(x, turn), self.dropout, context, f"dropout {self.layer} attention")
+
+    def _inner(self, x: Tensor, context: Context | None) -> Tensor:
+        return drop(self.mlp(x), self.dropout, context, f"dropout {self.layer} mlp")
 
 
-class DiT(nn.Module):
-    """(x (B, C, H, W), noise_angle (B,) in [0, 1], labels (B,)) -> DiTOutput. Label `classes` means "no class".
-
-    `more` names further numbers in [0, 1], (B,) each, that the modulation depends on (a jump's `span`, `guidance`), each with
-    an embedding that starts at 0. Inputs of any floating-point dtype; the output has the weights'.
-    """
-
-    compilable: ClassVar[bool] = True
-    """A function of tensors alone, which torch.compile can take whole."""
+class DiT(Network):
+    """The transformer; its hidden tokens are those after the middle block."""
 
     positions: Tensor
+    turn: Tensor | None
 
     def __init__(
         self, config: DiTConfig, channels: int, height: int, width: int, classes: int, more: tuple[str, ...] = ()
@@ -95,63 +120,62 @@ class DiT(nn.Module):
             raise ValueError(
                 f"latents of {height}x{width} cannot be cut into patches of {config.patch}: choose a divisor"
             )
+        self.feature_dim, self.time_scale = config.width, config.time_scale
         self.config, self.channels, self.grid = config, channels, (height // config.patch, width // config.patch)
+        self.front = TIME_TOKENS + CLASS_TOKENS if config.conditioning == "tokens" else 0
         self.embed = nn.Linear(channels * config.patch**2, config.width)
-        self.register_buffer("positions", positions_2d(*self.grid, config.width), persistent=False)
+        self._place(config)
         self.time = number_embedding(config.width)
         self.label = nn.Embedding(classes + 1, config.width)
+        self.prefix = nn.Parameter(torch.empty(self.front, config.width)) if self.front else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.norm = make_norm(config.norm, config.width, self.front > 0)
+        self.modulation = None if self.front else nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
         self._initialise()
-        self.more = nn.ModuleDict({name: number_embedding(config.width) for name in more})
-        for embedding in self.more.values():
-            start_at_zero(cast(nn.Sequential, embedding))
+        self.add_more(more)
+
+    def _place(self, config: DiTConfig) -> None:
+        """Buffers of positions: what is added, 0 where nothing is, and rotations; those of tokens in front are none."""
+        added = positions_2d(*self.grid, config.width) * (config.positions != "rope")
+        self.register_buffer("positions", added, persistent=False)
+        places = torch.cat([torch.zeros(self.front, 2), places_2d(*self.grid)])
+        turn = None if config.positions == "sincos" else rotation(places, config.width // config.heads)
+        self.register_buffer("turn", turn, persistent=False)
 
     def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time[0], self.time[2], self.label):
-            nn.init.normal_(layer.weight, std=0.02)  # pyright: ignore[reportArgumentType]
+        for weight in (self.time[0].weight, self.time[2].weight, self.label.weight, self.prefix):
+            if weight is not None:
+                nn.init.normal_(cast(Tensor, weight), std=0.02)
         for module in self.blocks:
-            nn.init.zeros_(cast(Block, module).modulation.weight)
+            cast(Block, module).start_as_identity()
         for layer in (self.modulation, self.head):
-            nn.init.zeros_(layer.weight)
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
 
-    def conditions(self, noise_angle: Tensor, labels: Tensor, more: Mapping[str, Tensor] = EMPTY) -> Tensor:
-        """(E, B, W): the modulation's input for every noise_angle (E,), with `more` (E,), and every label (B,)."""
-        return F.silu(self._times(noise_angle, more)[:, None] + self.label(labels))
+    def join(self, times: Tensor, classes: Tensor) -> Tensor:
+        """The modulation's input (*, W), or the tokens in front (*, 12, W)."""
+        if self.prefix is None:
+            return F.silu(times + classes)
+        shape = torch.broadcast_shapes(times.shape, classes.shape)
+        found = [part.expand(shape)[..., None, :] for part in (times, classes)]
+        own = self.prefix.split([TIME_TOKENS, CLASS_TOKENS])
+        return torch.cat([part + each for part, each in zip(found, own, strict=True)], dim=-2)
 
-    def _times(self, noise_angle: Tensor, more: Mapping[str, Tensor]) -> Tensor:
-        dtype, scale = self.embed.weight.dtype, self.config.time_scale
-        found = self.time(sinusoid(scale * widened(noise_angle), 256).to(dtype))
-        for name, embedding in self.more.items():
-            found = found + embedding(sinusoid(more[name], 256).to(dtype))
-        return found
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_angle: Tensor | None = None,
-        labels: Tensor | None = None,
-        context: Context | None = None,
-        condition: Tensor | None = None,
-        more: Mapping[str, Tensor] = EMPTY,
-    ) -> DiTOutput:
-        """For noise_angle, labels and `more`, or for the condition (B, W) made of them. With a context, as in training, dropout
-        acts."""
-        if condition is None:
-            assert noise_angle is not None and labels is not None
-            condition = F.silu(self._times(noise_angle, more) + self.label(labels))
-        h = self.embed(patchify(x.to(self.embed.weight.dtype), self.config.patch)) + self.positions
+    def predict(self, x: Tensor, condition: Tensor, context: Context | None) -> NetworkOutput:
+        h = self.embed(patchify(x, self.config.patch)) + self.positions
+        if self.front:
+            h = torch.cat([condition.to(h.dtype), h], dim=1)
         hidden = h
         for i, block in enumerate(self.blocks):
-            h = block(h, condition, context)
+            h = block(h, condition, context, self.turn)
             if i == (len(self.blocks) - 1) // 2:
                 hidden = h
-        shift, scale = self.modulation(condition).chunk(2, dim=1)
-        tokens = self.head(modulate(self.norm(h), shift, scale))
-        return DiTOutput(unpatchify(tokens, self.grid, self.config.patch), hidden)
+        hidden, h = hidden[:, self.front :], self.norm(h[:, self.front :])
+        if self.modulation is not None:
+            h = modulate(h, *self.modulation(condition).chunk(2, dim=1))
+        return NetworkOutput(unpatchify(self.head(h), self.grid, self.config.patch), hidden)

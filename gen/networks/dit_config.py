@@ -1,13 +1,19 @@
-"""Sizes of the transformer of a latent model."""
+"""Sizes and blocks of the transformer of a latent model. The defaults of the switches are what runs without them have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from midway.gen.core.ranges import LAYERS, RATIO, WIDTH, check_ranges
+from midway.gen.networks.layers import Norm
+from midway.gen.networks.mixers import MixerName, Scale
+from midway.gen.networks.presets import DIT2023, SHORTHANDS, Shorthand
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Size of the transformer. `patch` pixels of the latent a side make one token."""
+    """Size and blocks of the transformer. `patch` pixels of the latent a side make one token."""
+
+    shorthands: ClassVar[dict[str, Shorthand]] = SHORTHANDS
 
     width: int = 96
     """Channels of a token."""
@@ -24,10 +30,37 @@ class DiTConfig:
     time_scale: float = 1000.0
     """Factor of the time in its sinusoids. The derivative by time, which objectives of jumps take, is proportional to it: 1 for
     those."""
+    norm: Norm = "layer"
+    """Norm before attention and MLP: LayerNorm, RMSNorm, or tanh(alpha x) in place of one (dyt)."""
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    """MLP of each block. swiglu is gated, with 2/3 of the hidden width and so as many weights (rounded up to a multiple of 8)."""
+    positions: Literal["sincos", "rope", "both"] = "sincos"
+    """How tokens get their places: sines and cosines added to them, rotations of queries and keys, or both."""
+    qk_norm: bool = True
+    """RMSNorm on queries and keys."""
+    conditioning: Literal["adaln", "tokens"] = "adaln"
+    """How time and class enter: by the scales, shifts and gates of every block, or as 12 tokens more, without those weights."""
+    mixer: MixerName = "softmax"
+    """Softmax attention, or linear attention, whose cost is linear in the number of tokens."""
+    attention_scale: Scale = "fixed"
+    """Factor of softmax attention's logits: by the width of a head alone, or times sqrt(log(tokens) / log(256))."""
+
+    @property
+    def about(self) -> str:
+        """The network in words: its size, and the kinds of blocks that are not the default."""
+        kinds = {f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name in DIT2023}
+        changes = [f"{name} {value}" for name, (value, default) in kinds.items() if value != default]
+        return ", ".join([f"DiT, width {self.width}, depth {self.depth}, patch {self.patch}", *changes])
 
     def __post_init__(self) -> None:
         check_ranges(self, width=WIDTH, depth=LAYERS, heads=WIDTH, patch=WIDTH, mlp_ratio=RATIO, time_scale=(1e-3, 1e6))
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be divisible by heads ({self.heads}) and by 4 (2-D positions)")
+        if self.positions != "sincos" and self.width // self.heads % 4:
+            raise ValueError(
+                f"positions {self.positions}: a head has {self.width // self.heads} channels, not a multiple of 4"
+            )
+        if self.mixer == "linear" and self.attention_scale != "fixed":
+            raise ValueError("attention_scale tokens needs mixer softmax: linear attention has no logits")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; give a number in [0, 1)")

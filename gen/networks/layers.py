@@ -1,6 +1,14 @@
-"""What transformers over places in the plane share: positions, rotations, modulation, dropout and norms."""
+"""What transformers over places in the plane share: positions, rotations, modulation, dropout, norms and gated layers.
+
+    LayerNorm  (x - mean) / std        RMSNorm  x / rms        DyT  tanh(alpha x)        each times gamma, plus beta
+    SwiGLU     down(silu(a) * b),      (a, b) = up(x)
+
+RMSNorm: Zhang & Sennrich 2019, arXiv 1910.07467 (without beta). DyT: Zhu et al. 2025, arXiv 2503.10622, eq. 1. SwiGLU: Shazeer
+2020, arXiv 2002.05202.
+"""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +17,7 @@ from torch.nn import functional as F
 from midway.gen.training.batches import Context
 from midway.tokenizers.precision import widened
 
+Norm = Literal["layer", "rms", "dyt"]
 PERIOD = 100.0
 """Of the slowest rotation, in positions over 2 pi: a grid has tens of positions a side."""
 
@@ -39,6 +48,11 @@ def drop(x: Tensor, share: float, context: Context | None, purpose: str) -> Tens
     return torch.where(context.keep(purpose, x.shape[1:], 1 - share), x / (1 - share), 0)
 
 
+def places_2d(height: int, width: int) -> Tensor:
+    """(height * width, 2): row and column of every place of a grid, row by row."""
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width))
+
+
 def rotation(places: Tensor, channels: int) -> Tensor:
     """Cosines and sines (2, *, channels / 2) of places (*, 2): rows, then columns, each at channels / 4 geometric frequencies.
 
@@ -59,7 +73,61 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
 
 def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """`norm` in float32 or float64, the result in x's dtype."""
-    return F.rms_norm(widened(x), norm.normalized_shape, widened(norm.weight), norm.eps).to(x.dtype)
+    weight = None if norm.weight is None else widened(norm.weight)
+    return F.rms_norm(widened(x), norm.normalized_shape, weight, norm.eps).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm in float32 or float64, the result in x's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normed(x, self)
+
+
+class DyT(nn.Module):
+    """Dynamic tanh in place of a norm, in float32 or float64: alpha, one number, starts as 1/2."""
+
+    def __init__(self, width: int, affine: bool) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), 0.5))
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        squashed = torch.tanh(widened(self.alpha) * widened(x))
+        if self.weight is not None and self.bias is not None:
+            squashed = widened(self.weight) * squashed + widened(self.bias)
+        return squashed.to(x.dtype)
+
+
+def make_norm(kind: Norm, width: int, affine: bool) -> nn.Module:
+    """A norm of the last axis; `affine`: with gamma and, but for rms, beta of its own."""
+    if kind == "dyt":
+        return DyT(width, affine)
+    norm = RMSNorm if kind == "rms" else nn.LayerNorm
+    return norm(width, elementwise_affine=affine, eps=1e-6)
+
+
+def swiglu_width(width: int, ratio: float = 4.0) -> int:
+    """Hidden width with as many weights as a layer of `ratio` times the width: 2/3 of that, up to the next multiple of 8."""
+    return math.ceil(width * ratio * 2 / 24) * 8
+
+
+def swiglu(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """x (*, W), up W -> 2 H and down H -> W."""
+    gate, value = up(x).chunk(2, dim=-1)
+    return down(F.silu(gate) * value)
+
+
+class SwiGLU(nn.Module):
+    """Gated layers (*, width) -> (*, width) with `hidden` channels between."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x, self.up, self.down)
 
 
 def number_embedding(width: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from midway.gen.networks.layers import drop, normed, rotated, rotation
+from midway.gen.networks.layers import drop, normed, rotated, rotation, swiglu, swiglu_width
 from midway.gen.training.batches import Context
 from midway.tokenizers.recomputed import Recomputed
 
@@ -29,11 +29,11 @@ class Cache:
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * depth
 
     def added(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, with those of the next token, (B, heads, 1, C)."""
+        """All keys and values, with those of the next tokens, (B, heads, n, C)."""
         shape = (*k.shape[:2], self.room, k.shape[3])
         keys, values = self.layers[layer] or (k.new_empty(shape), v.new_empty(shape))
-        self.layers[layer], end = (keys, values), self.length + 1
-        keys[:, :, self.length], values[:, :, self.length] = k[:, :, 0], v[:, :, 0]
+        self.layers[layer], end = (keys, values), self.length + k.shape[2]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
 
@@ -43,7 +43,7 @@ class Block(Recomputed):
     def __init__(self, width: int, heads: int, dropout: float, layer: int, causal: bool) -> None:
         super().__init__()
         self.heads, self.dropout, self.layer, self.causal = heads, dropout, layer, causal
-        inner = -(-8 * width // 24) * 8
+        inner = swiglu_width(width)
         self.norm_1, self.norm_2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.norm_q, self.norm_k = nn.RMSNorm(width // heads), nn.RMSNorm(width // heads)
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
@@ -52,11 +52,11 @@ class Block(Recomputed):
     def compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, turn: Tensor, context: Context | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, of the token after those in it, (B, 1, W)."""
+        """x (B, N, W) -> (B, N, W); with a context, under dropout; with a cache, of the tokens after those in it."""
         mixed = self._attend(normed(x, self.norm_1), turn, cache)
         x = x + drop(mixed, self.dropout, context, f"dropout {self.layer} attention")
-        gate, up = self.up(normed(x, self.norm_2)).chunk(2, dim=-1)
-        return x + drop(self.down(F.silu(gate) * up), self.dropout, context, f"dropout {self.layer} mlp")
+        inner = swiglu(normed(x, self.norm_2), self.up, self.down)
+        return x + drop(inner, self.dropout, context, f"dropout {self.layer} mlp")
 
     def _attend(self, x: Tensor, turn: Tensor, cache: Cache | None) -> Tensor:
         batch, tokens, width = x.shape
@@ -65,7 +65,7 @@ class Block(Recomputed):
         if cache is not None:
             k, v = cache.added(self.layer, k, v)
         # a new token sees all that are before it
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and cache is None)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and (cache is None or tokens > 1))
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -92,12 +92,14 @@ class Trunk(nn.Module):
         return normed(x, self.norm)
 
     def step(self, x: Tensor, places: Tensor, cache: Cache) -> Tensor:
-        """Hidden (B, 1, W) of the next token (B, 1, W), at places (1, 2): what a causal `forward` of all has there.
+        """Hidden (B, n, W) of the next tokens (B, n, W), at places (n, 2): what a causal `forward` of all has there.
 
-        Not compiled, as every length would be a graph of its own.
+        ValueError for several tokens after others. Not compiled, as every length would be a graph of its own.
         """
+        if x.shape[1] > 1 and cache.length:
+            raise ValueError(f"{x.shape[1]} tokens after {cache.length}: only the first ones come together")
         turn = rotation(places, self.channels)
         for block in self.blocks:
             x = cast(Block, block).compute(x, turn, cache=cache)
-        cache.length += 1
+        cache.length += x.shape[1]
         return normed(x, self.norm)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from midway.gen.priors.blocks import Cache
-from midway.gen.priors.decoding import Decoding
+from midway.gen.priors.decoding import Decoding, Prompt
 from midway.gen.priors.draws import Draws
 from midway.gen.priors.prior import CodePrior, draw_tokens
 from midway.gen.training.batches import CodeBatch, Context
@@ -56,22 +56,31 @@ class CausalPrior(CodePrior):
         """Exact bits per image, float64 (B,)."""
         return -self.log_probs(tokens, self.given(labels)).double().sum((1, 2)) / math.log(2)
 
-    def check(self, decoding: Decoding) -> None:
-        super().check(decoding)
+    def check(self, decoding: Decoding, prompt: Prompt | None = None) -> None:
+        super().check(decoding, prompt)
+        left = self.layout.length if prompt is None else prompt.left
         if decoding.rule != "causal":
             raise ValueError(f"{decoding.rule} is a rule of masked priors, and this one is causal: use the rule causal")
-        if decoding.steps not in (None, self.layout.length):
+        if decoding.steps not in (None, left):
             raise ValueError(
-                f"a causal prior takes one evaluation a token, {self.layout.length} and not {decoding.steps}: drop the number, "
+                f"a causal prior takes one evaluation a token, {left} and not {decoding.steps}: drop the number, "
                 "or train a masked prior"
+            )
+        if prompt is not None and not bool(prompt.known[: prompt.count].all()):
+            raise ValueError(
+                "a causal prior completes the first tokens of its sequence: use Prompt.first, or a masked prior"
             )
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        inputs, length = self.inputs(labels, decoding), self.layout.length
-        cache, x, tokens = Cache(self.config.depth, length), self.label(inputs)[:, None], []
-        for i in range(length):
-            hidden = self.trunk.step(x + self.position.weight[i], self.places[i : i + 1], cache)
+    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding, prompt: Prompt | None = None) -> Tensor:
+        inputs, length = self.inputs(labels, decoding, prompt), self.layout.length
+        cache, x, tokens = Cache(self.config.depth, length), self.label(inputs)[:, None], list[Tensor]()
+        if prompt is not None:  # its tokens go through the trunk at once, with the class
+            tokens = [prompt.tokens[:, : prompt.count].to(labels)]
+            x = torch.cat([x, self.embed(torch.cat(tokens * decoding.copies))], dim=1)
+        for i in range(x.shape[1] - 1, length):
+            own = slice(i + 1 - x.shape[1], i + 1)
+            hidden = self.trunk.step(x + self.position.weight[own], self.places[own], cache)[:, -1:]
             here = torch.full((len(labels), 1), i, device=labels.device)
             scale = decoding.scale(i / length)
             token, _ = draw_tokens(self.head.logits, hidden, here, self.layout.sizes, scale, draws, decoding)

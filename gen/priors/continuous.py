@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from midway.gen.diffusion.field import noise_angle, start_state
 from midway.gen.diffusion.loss import loss_by_time
 from midway.gen.priors.config import PriorConfig
-from midway.gen.priors.decoding import Decoding, steps_of
+from midway.gen.priors.decoding import Decoding, Prompt, begun, steps_of
 from midway.gen.priors.draws import NormalDraws
 from midway.gen.priors.layout import LatentLayout
 from midway.gen.priors.masked import Bidirectional, fixed_orders, random_masks
@@ -89,20 +89,27 @@ class ContinuousPrior(Bidirectional):
         begun = (context.uniform("first") * count).floor()
         return order.gather(1, ((begun[:, None] + slots) % count[:, None]).long())
 
-    def check(self, decoding: Decoding) -> None:
-        super().check(decoding)
+    def check(self, decoding: Decoding, prompt: Prompt | None = None) -> None:
+        super().check(decoding, prompt)
         check_rule(decoding)
-        steps_of(decoding, self.layout.length)
+        steps_of(decoding, self.layout.length if prompt is None else prompt.left)
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, draws: NormalDraws, decoding: Decoding, sampler: Sampler | None = None) -> Tensor:
-        """Tokens (B, L, C) for labels (B,), each by `sampler`, or by DPM-Solver++(2M).
+    def draw(
+        self,
+        labels: Tensor,
+        draws: NormalDraws,
+        decoding: Decoding,
+        sampler: Sampler | None = None,
+        prompt: Prompt | None = None,
+    ) -> Tensor:
+        """Tokens (B, L, C) for labels (B,), those of a prompt (B, L, C) among them, others by `sampler`, or DPM-Solver++(2M).
 
-        ValueError for a decoding that this prior cannot have, or another class.
+        ValueError for a decoding or a prompt that this prior cannot have, or another class.
         """
-        model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
+        model = _Labelled(self, self.inputs(labels, decoding, prompt), decoding.copies)
         by = sampler or own_sampler(self.head.schedule)
-        return decode_tokens(model, len(labels), draws, decoding, by, labels.device)
+        return decode_tokens(model, len(labels), draws, decoding, by, labels.device, prompt=prompt)
 
 
 def own_sampler(schedule: Schedule) -> Sampler:
@@ -140,17 +147,18 @@ def decode_tokens(
     sampler: Sampler,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    prompt: Prompt | None = None,
 ) -> Tensor:
-    """Tokens (batch, L, C), in `how.steps` evaluations of `hidden`.
+    """Tokens (batch, L, C), in `how.steps` evaluations of `hidden`; those of a prompt (batch, L, C) are there from the start.
 
     ValueError as `check_rule`, for more steps than tokens, and as the sampler.
     """
     check_rule(how)
     layout, schedule, spread = model.layout, model.schedule, math.sqrt(how.temperature)
     length, channels = layout.length, layout.channels
-    tokens = torch.zeros(batch, length, channels, device=device, dtype=dtype)
-    known, done = torch.zeros(batch, length, dtype=torch.bool, device=device), 0
-    for places in fixed_orders(layout, batch, draws, how, device):
+    tokens, given = begun(torch.zeros(batch, length, channels, device=device, dtype=dtype), prompt)
+    known, done = given.expand(batch, -1), int(given.sum())
+    for places in fixed_orders(layout, batch, draws, how, given):
         count = places.shape[1]
         noise = _TokenNoise(draws, places, channels, spread)
         hidden = torch.stack(model.hidden(tokens, known).split(batch), dim=2)  # (B, L, 1 or 2, *)

@@ -1,9 +1,9 @@
 """How codes are drawn from a prior: settings, and the pure functions between logits and a token."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +60,54 @@ class Decoding:
     def scale(self, share: float) -> float:
         """w where this share of the tokens is there already."""
         return 1 + (self.guidance - 1) * (share**self.ramp if self.ramp else 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Tokens that are given, the same places of every image: a prior draws the others. ValueError for none of them, or all.
+
+    tokens (N, L, *) as the prior has them, of which those with known, bool (L,), are read.
+    """
+
+    tokens: Tensor
+    known: Tensor
+
+    def __post_init__(self) -> None:
+        length = self.tokens.shape[1] if self.tokens.dim() == 3 else None
+        if self.known.dtype != torch.bool or self.known.shape != (length,) or not len(self.tokens):
+            shapes = f"tokens {tuple(self.tokens.shape)} and known {self.known.dtype} {tuple(self.known.shape)}"
+            raise ValueError(f"a prompt of {shapes}: give (N, L, *) of 1 or more images, and bool (L,)")
+        if not 1 <= self.count < len(self.known):
+            raise ValueError(
+                f"a prompt of {self.count} tokens of {length}: give at least 1, and leave at least 1 to draw"
+            )
+
+    @classmethod
+    def first(cls, tokens: Tensor, count: int) -> Self:
+        """The first `count` of tokens (N, L, *)."""
+        return cls(tokens, torch.arange(tokens.shape[1], device=tokens.device) < count)
+
+    @property
+    def count(self) -> int:
+        """How many tokens of an image are given."""
+        return int(self.known.sum())
+
+    @property
+    def left(self) -> int:
+        """How many are drawn."""
+        return len(self.known) - self.count
+
+    def of(self, seeds: Tensor) -> Self:
+        """Image s mod N for each seed s of (B,)."""
+        return replace(self, tokens=self.tokens[seeds.to(self.tokens.device) % len(self.tokens)])
+
+
+def begun(empty: Tensor, prompt: Prompt | None) -> tuple[Tensor, Tensor]:
+    """Tokens (B, L, *) like `empty` with those of a prompt (B, L, *) among them, and which are there, bool (L,)."""
+    if prompt is None:
+        return empty, torch.zeros(empty.shape[1], dtype=torch.bool, device=empty.device)
+    known = prompt.known.to(empty.device)
+    return torch.where(known[:, None], prompt.tokens.to(empty), empty), known
 
 
 def guided(logits: Tensor, scale: float) -> Tensor:

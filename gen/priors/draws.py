@@ -61,6 +61,8 @@ class SeededDraws:
 
     def normal(self, draw: int, places: Tensor, channels: int) -> Tensor:
         """float32."""
-        ids = self.seeds[:, None] * MOST_PLACES + places.cpu()  # of great seeds wrapped, and still apart within a batch
+        great = self.seeds >> 64 - (MOST_PLACES.bit_length() - 1)  # what the next line drops
+        apart = torch.where(great == 0, 0, randomness.words(0, "prior seed", 0, great, 1)[:, 0])
+        ids = (self.seeds * MOST_PLACES + apart)[:, None] + places.cpu()
         drawn = randomness.normal(0, "prior token", draw, ids.flatten(), (channels,))
         return drawn.view(*places.shape, channels).to(places.device)

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from midway.tokenizers.base import Quantizer
 from midway.tokenizers.fsq import FSQ
@@ -56,6 +57,11 @@ class CodeLayout:
         return tuple(size for radix in self.radices for size in radix)
 
     @property
+    def width(self) -> int:
+        """D, numbers of a token."""
+        return len(self.sizes)
+
+    @property
     def about(self) -> str:
         """In words."""
         return f"codes {self.length} x {self.sizes}"
@@ -92,8 +98,7 @@ class CodeLayout:
     def indices(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`."""
         self._check(tokens, (self.length, len(self.sizes)), "tokens")
-        if not bool(((tokens >= 0) & (tokens < torch.tensor(self.sizes, device=tokens.device))).all()):
-            raise ValueError(f"tokens have digits outside their sizes, {self.sizes}")
+        self.check_digits(tokens)
         digits, codes = iter(tokens.unbind(-1)), []
         for radix in self.radices:
             code, unit = torch.zeros_like(tokens[..., 0]), 1
@@ -102,6 +107,11 @@ class CodeLayout:
             codes.append(code)
         joined = codes[0] if len(codes) == 1 else torch.stack(codes, dim=-1)
         return joined.reshape(len(tokens), *self.shape)
+
+    def check_digits(self, tokens: Tensor) -> None:
+        """ValueError for digits (*, D) that do not exist."""
+        if not bool(((tokens >= 0) & (tokens < torch.tensor(self.sizes, device=tokens.device))).all()):
+            raise ValueError(f"tokens have digits outside their sizes, {self.sizes}")
 
     def _check(self, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         if tuple(x.shape[1:]) != shape:
@@ -131,6 +141,11 @@ class LatentLayout:
         return self.rows * self.columns
 
     @property
+    def width(self) -> int:
+        """Numbers of a token: its channels."""
+        return self.channels
+
+    @property
     def about(self) -> str:
         """In words."""
         return f"latents {self.shape}"
@@ -154,6 +169,27 @@ class LatentLayout:
     def latents(self, tokens: Tensor) -> Tensor:
         """The inverse of `tokens`."""
         return tokens.transpose(1, 2).reshape(len(tokens), *self.shape)
+
+
+REGIONS = ("top", "bottom", "left", "right", "center", "border")
+"""Halves of the plane, its middle (half of the rows and of the columns), and what is around that."""
+
+
+def region(layout: CodeLayout | LatentLayout, name: str) -> Tensor:
+    """bool (L,): the tokens whose centres are in one of `REGIONS`."""
+    rows, columns = (max(sizes) for sizes in zip(*layout.grids, strict=True))
+    y, x = ((layout.places - 0.5) / torch.tensor([rows, columns])).unbind(1)
+    middle = ((y - 0.5).abs() < 0.25) & ((x - 0.5).abs() < 0.25)
+    return {"top": y < 0.5, "bottom": y > 0.5, "left": x < 0.5, "right": x > 0.5, "center": middle, "border": ~middle}[
+        name
+    ]
+
+
+def covered(layout: CodeLayout | LatentLayout, mask: Tensor) -> Tensor:
+    """bool (L,): the tokens all of whose pixels are in a mask, bool (H, W)."""
+    outside = 1 - mask.float()[None, None]
+    found = [F.adaptive_max_pool2d(outside, grid).flatten() for grid in layout.grids]
+    return torch.cat(found) == 0
 
 
 def places_of(grids: tuple[tuple[int, int], ...]) -> Tensor:

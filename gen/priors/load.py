@@ -14,10 +14,9 @@ from midway.gen.core.files import read_tensors, read_text, reading, state_hash
 from midway.gen.core.runs import Run
 from midway.gen.data.places import data_of
 from midway.gen.data.splits import DataConfig
-from midway.gen.diffusion.load import CPU, read_tokenizer
+from midway.gen.diffusion.load import CPU, read_tokenizer, which_weights
 from midway.gen.priors.registry import Prior, layout_for
 from midway.gen.progress.finished import progress_of, selected
-from midway.gen.training.config import TrainConfig
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 KIND = "prior"
@@ -83,7 +82,8 @@ def check_layout(prior: Prior, tokenizer: ImageTokenizer) -> None:
 
 def _which(run: Run, folder: Path, averaged: bool) -> str:
     """`averaged, EMA 0.999, step 3000, the best in validation`."""
-    kind = f"averaged, EMA {run.part('train', TrainConfig).ema}" if averaged else "newest"
     best = folder.parent == run.best
     progress = None if best else progress_of(run, folder)
-    return f"{kind}, {progress or folder.name.replace('-', ' ')}" + (", the best in validation" if best else "")
+    return f"{which_weights(run, averaged)}, {progress or folder.name.replace('-', ' ')}" + (
+        ", the best in validation" if best else ""
+    )

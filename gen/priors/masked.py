@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from midway.gen.priors.decoding import Decoding, halton_order, steps_of
+from midway.gen.priors.decoding import Decoding, Prompt, begun, halton_order, steps_of
 from midway.gen.priors.draws import Draws, NormalDraws, Values
 from midway.gen.priors.layout import CodeLayout, LatentLayout
 from midway.gen.priors.prior import CodePrior, Prior, draw_tokens
@@ -96,24 +96,25 @@ class MaskedPrior(Bidirectional, CodePrior):
             total -= (found * missing).sum(1) * length / count.squeeze(1)
         return total / evaluations / math.log(2)
 
-    def check(self, decoding: Decoding) -> None:
-        super().check(decoding)
+    def check(self, decoding: Decoding, prompt: Prompt | None = None) -> None:
+        super().check(decoding, prompt)
         if decoding.rule == "causal":
             raise ValueError(
                 "causal is the rule of causal priors, and this one is masked: use random, halton, certain or maskgit"
             )
-        steps = len(steps_of(decoding, self.layout.length))
-        if decoding.temperature == 0 and steps < self.layout.length:
+        left = self.layout.length if prompt is None else prompt.left
+        steps = len(steps_of(decoding, left))
+        if decoding.temperature == 0 and steps < left:
             warnings.warn(
-                f"at temperature 0 the tokens of one evaluation ({self.layout.length} in {steps}) are each the most probable, "
+                f"at temperature 0 the tokens of one evaluation ({left} in {steps}) are each the most probable, "
                 "whatever the others are: images are alike and flat; use temperature 1",
                 stacklevel=2,
             )
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        model = _Labelled(self, self.inputs(labels, decoding), decoding.copies)
-        return decode(model, len(labels), draws, decoding, labels.device)
+    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding, prompt: Prompt | None = None) -> Tensor:
+        model = _Labelled(self, self.inputs(labels, decoding, prompt), decoding.copies)
+        return decode(model, len(labels), draws, decoding, labels.device, prompt)
 
 
 class _Labelled:
@@ -127,13 +128,23 @@ class _Labelled:
         return self.prior.hidden(torch.cat([tokens] * self.copies), torch.cat([known] * self.copies), self.labels)
 
 
-def decode(model: Conditionals, batch: int, draws: Draws, how: Decoding, device: torch.device | None = None) -> Tensor:
-    """Tokens int64 (batch, L, D), in `how.steps` evaluations, by a rule of masked priors. ValueError for S > L."""
+def decode(
+    model: Conditionals,
+    batch: int,
+    draws: Draws,
+    how: Decoding,
+    device: torch.device | None = None,
+    prompt: Prompt | None = None,
+) -> Tensor:
+    """Tokens int64 (batch, L, D), in `how.steps` evaluations, by a rule of masked priors.
+
+    Those of a prompt (batch, L, D) are there from the start. ValueError for more steps than tokens to draw.
+    """
     layout = model.layout
-    length, steps = layout.length, steps_of(how, layout.length)
-    tokens = torch.zeros(batch, length, len(layout.sizes), dtype=torch.int64, device=device)
-    known = torch.zeros(batch, length, dtype=torch.bool, device=device)
-    orders, done = fixed_orders(layout, batch, draws, how, device), 0
+    tokens = torch.zeros(batch, layout.length, layout.width, dtype=torch.int64, device=device)
+    tokens, given = begun(tokens, prompt)
+    length, done, known = layout.length, int(given.sum()), given.expand(batch, -1)
+    steps, orders = steps_of(how, length - done), fixed_orders(layout, batch, draws, how, given)
     for step, count in enumerate(steps):
         drawn = partial(_drawn, model, model.hidden(tokens, known), how, how.scale(done / length))
         left = known.int().argsort(dim=1, stable=True)[:, : length - done]  # places that are missing, in order
@@ -175,18 +186,18 @@ def fixed_orders(
     batch: int,
     draws: Draws | NormalDraws,
     how: Decoding,
-    device: torch.device | None,
+    given: Tensor,
 ) -> Iterator[Tensor]:
-    """Places (B, n) of each step in turn, of a rule whose order is fixed."""
-    length = layout.length
+    """Places (B, n) of each step in turn, without those that are given, bool (L,), of a rule whose order is fixed."""
     if how.rule == "random":
-        order = draws.keys("order", length).argsort(-1).to(device)
+        order = draws.keys("order", layout.length).argsort(-1).to(given.device)
     elif how.rule == "halton":
         starts, places = 0, []
         for rows, columns in layout.grids:
             places += [starts + place for place in halton_order(rows, columns)]
             starts += rows * columns
-        order = torch.tensor(places, device=device).expand(batch, -1)
+        order = torch.tensor(places, device=given.device).expand(batch, -1)
     else:
         return
-    yield from order.split(steps_of(how, length), dim=1)
+    left = layout.length - int(given.sum())
+    yield from order[~given[order]].view(batch, left).split(steps_of(how, left), dim=1)

@@ -12,7 +12,7 @@ from midway.gen.core.ranges import check_classes
 from midway.gen.diffusion.description import DescribedModel
 from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.config import PriorConfig
-from midway.gen.priors.decoding import Decoding, guided, law_of
+from midway.gen.priors.decoding import Decoding, Prompt, guided, law_of
 from midway.gen.priors.digits import DigitHead, TokenEmbedding
 from midway.gen.priors.draws import Draws, Values
 from midway.gen.priors.layout import CodeLayout, LatentLayout
@@ -56,6 +56,8 @@ class Prior(DescribedModel, ABC):
 
     described = PriorDescription
     noun = "prior"
+    read_in_parts: ClassVar[tuple[str, ...]] = ("head", "position")
+    """Modules that are not called as a whole, so that FSDP shards them with the root alone."""
     kinds: ClassVar[dict[str, type["Prior"]]] = {}
     """By the kind of their configuration; registry.py fills it."""
     places: Tensor
@@ -115,15 +117,22 @@ class Prior(DescribedModel, ABC):
             )
         return labels
 
-    def check(self, decoding: Decoding) -> None:
-        """ValueError for a decoding that this prior cannot have; a warning of one that draws something else than is expected."""
+    def check(self, decoding: Decoding, prompt: Prompt | None = None) -> None:
+        """ValueError for what this prior cannot draw by, or from; a warning of what draws something else than is expected."""
         lacking = why_unguided(self.classes, len(self.empty), self.config.label_dropout)
         if decoding.guidance != 1 and lacking:
             raise ValueError(f"guidance {decoding.guidance:g} {lacking}: use guidance 1")
+        shape = (self.layout.length, self.layout.width)
+        if prompt is not None and tuple(prompt.tokens.shape[1:]) != shape:
+            raise ValueError(
+                f"a prompt of shape {tuple(prompt.tokens.shape)}: this prior has tokens (B, {shape[0]}, {shape[1]})"
+            )
 
-    def inputs(self, labels: Tensor, decoding: Decoding) -> Tensor:
+    def inputs(self, labels: Tensor, decoding: Decoding, prompt: Prompt | None = None) -> Tensor:
         """Labels (B,) as inputs of an evaluation, (2 B,) with guidance: with the class, then without. ValueError: see `draw`."""
-        self.check(decoding)
+        self.check(decoding, prompt)
+        if prompt is not None and len(prompt.tokens) != len(labels):
+            raise ValueError(f"{len(prompt.tokens)} prompts for {len(labels)} images: give one each")
         labels = self.given(labels)
         return torch.cat([labels, self.null_labels(labels)]) if decoding.copies == 2 else labels
 
@@ -152,8 +161,16 @@ class CodePrior(Prior):
         """The scalar to minimise, nats a token, and what to log: `bits` of an image."""
 
     @abstractmethod
-    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding) -> Tensor:
-        """Tokens int64 (B, L, D) for labels (B,). ValueError for a decoding that this prior cannot have, or another class."""
+    def draw(self, labels: Tensor, draws: Draws, decoding: Decoding, prompt: Prompt | None = None) -> Tensor:
+        """Tokens int64 (B, L, D) for labels (B,), those of a prompt (B, L, D) among them.
+
+        ValueError for a decoding or a prompt that this prior cannot have, or another class.
+        """
+
+    def check(self, decoding: Decoding, prompt: Prompt | None = None) -> None:
+        super().check(decoding, prompt)
+        if prompt is not None:
+            self.layout.check_digits(prompt.tokens[:, prompt.known])
 
 
 def draw_tokens(

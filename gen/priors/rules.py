@@ -15,7 +15,7 @@ from midway.gen.core.runs import Run
 from midway.gen.diffusion.load import BEST, TABLE, load_solver
 from midway.gen.diffusion.samplers import SamplerConfig, build_table
 from midway.gen.priors.continuous import HEAD_GRID, HEAD_NFE, HEAD_SOLVER, ContinuousPrior
-from midway.gen.priors.decoding import DECAYS, RULES, Decoding
+from midway.gen.priors.decoding import DECAYS, RULES, Decoding, Prompt
 from midway.gen.priors.load import TrainedPrior
 from midway.gen.priors.prior import Prior
 from midway.gen.priors.token_head import TokenHead
@@ -51,6 +51,8 @@ class DecodingFlags:
     options: dict[str, Any]
     """Further fields of Decoding."""
     flags: tuple[str, str, str]
+    left: int | None = None
+    """Tokens to draw beside those of a prompt; None: all."""
 
 
 def decoding_for(prior: Prior, given: DecodingFlags, place: str) -> Decoding:
@@ -58,8 +60,9 @@ def decoding_for(prior: Prior, given: DecodingFlags, place: str) -> Decoding:
     rule_flag, steps_flag, decay_flag = given.flags
     rule = given.rule or DEFAULT[prior.config.kind]
     _check_rule(prior, rule, rule_flag, place)
+    left = given.left or prior.layout.length
     if given.steps is not None:
-        _check_steps(prior, given.steps, steps_flag, place)
+        _check_steps(prior, given.steps, steps_flag, place, left)
     if given.decay:
         _check_decay(prior, given.decay, decay_flag, place)
     noise = given.options.get("choice_noise", NOISE)
@@ -70,7 +73,7 @@ def decoding_for(prior: Prior, given: DecodingFlags, place: str) -> Decoding:
         _check_continuous(given.options, place)
     _check_guidance(prior, given.guidance, given.options.get("ramp", 0.0), place)
     decay = {"decay": given.decay} if given.decay else {}
-    steps = given.steps or prior.layout.length
+    steps = given.steps or left
     return Decoding(rule, steps, guidance=given.guidance, **given.options, **decay)  # pyright: ignore[reportArgumentType]
 
 
@@ -94,16 +97,15 @@ def _check_rule(prior: Prior, rule: str, flag: str, place: str) -> None:
     raise UsageError(f"{flag} {rule} on {place}", f"{why}, and this model is a {what}", fix)
 
 
-def _check_steps(prior: Prior, steps: int, flag: str, place: str) -> None:
-    length = prior.layout.length
-    if prior.config.kind == "causal" and steps != length:
-        why = f"a causal prior takes one evaluation a token, and its images have {length}"
-        raise UsageError(
-            f"{flag} {steps} on {place}", why, f"drop {flag}; masked priors take any number up to {length}"
-        )
-    if not 1 <= steps <= length:
-        why = f"every evaluation decides at least one token, and its images have {length}"
-        raise UsageError(f"{flag} {steps} on {place}", why, f"give 1 to {length}")
+def _check_steps(prior: Prior, steps: int, flag: str, place: str, left: int) -> None:
+    given = prior.layout.length - left
+    having = f"and its images have {left}" + f" beside the {given} of the prompt" * bool(given)
+    if prior.config.kind == "causal" and steps != left:
+        why = f"a causal prior takes one evaluation a token, {having}"
+        raise UsageError(f"{flag} {steps} on {place}", why, f"drop {flag}; masked priors take any number up to {left}")
+    if not 1 <= steps <= left:
+        why = f"every evaluation decides at least one token, {having}"
+        raise UsageError(f"{flag} {steps} on {place}", why, f"give 1 to {left}")
 
 
 def _check_continuous(options: dict[str, Any], place: str) -> None:
@@ -131,13 +133,13 @@ def _check_guidance(prior: Prior, scale: float, ramp: float, place: str) -> None
         raise UsageError(f"--guidance {scale:g} on {place}", f"it {lacking}", "drop --guidance")
 
 
-def draw_warnings(prior: Prior, decodings: Sequence[Decoding]) -> tuple[str, ...]:
+def draw_warnings(prior: Prior, decodings: Sequence[Decoding], prompt: Prompt | None = None) -> tuple[str, ...]:
     """Of settings that draw something other than one may expect."""
     found = list[str]()
     for how in decodings:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            prior.check(how)
+            prior.check(how, prompt)
         found += [str(warning.message) for warning in caught]
         if how.temperature == 0 and not caught:
             found.append(

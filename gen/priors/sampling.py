@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from midway.gen.core.config import to_dict
-from midway.gen.data.images import to_uint8
+from midway.gen.core.files import state_hash
+from midway.gen.data.images import to_float, to_uint8
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.diffusion.sampling import drawn, labels_of
 from midway.gen.priors.blocks import Trunk
 from midway.gen.priors.continuous import ContinuousPrior, own_sampler
-from midway.gen.priors.decoding import Decoding
+from midway.gen.priors.decoding import Decoding, Prompt, begun
 from midway.gen.priors.draws import SeededDraws
 from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
@@ -62,6 +63,12 @@ class CodeSampling:
     """How seeds draw their classes; None: in turn."""
     head: Sampler | None = None
     """Of a continuous prior, what its tokens are drawn by; None: `own_sampler`."""
+    prompt: Prompt | None = None
+    """Tokens that are given: of seed s those of image s mod N."""
+
+    def left(self, length: int) -> int:
+        """How many of `length` tokens are drawn."""
+        return length if self.prompt is None else self.prompt.left
 
 
 class TrunkCounter:
@@ -117,15 +124,16 @@ def code_batches(
             tokens = _drawn(prior, labels.to(device), SeededDraws(seeds.cpu()), config).cpu()
         finite = counter.finite(len(seeds)) & tokens.isfinite().flatten(1).all(1)
         nfe, passed = counter.evaluations / len(seeds), counter.tokens / len(seeds)
-        head_nfe = head.evaluations / len(seeds) / prior.layout.length
+        head_nfe = head.evaluations / len(seeds) / config.left(prior.layout.length)
         yield CodeSamples(tokens, finite, nfe, passed, time.perf_counter() - before, head_nfe)
 
 
 def _drawn(prior: Prior, labels: Tensor, draws: SeededDraws, config: CodeSampling) -> Tensor:
+    prompt = None if config.prompt is None else config.prompt.of(draws.seeds)
     if isinstance(prior, ContinuousPrior):
-        return prior.draw(labels, draws, config.decoding, config.head)
+        return prior.draw(labels, draws, config.decoding, config.head, prompt)
     assert isinstance(prior, CodePrior)
-    return prior.draw(labels, draws, config.decoding)
+    return prior.draw(labels, draws, config.decoding, prompt)
 
 
 def sample_codes(
@@ -157,9 +165,16 @@ def decode_codes(trained: TrainedPrior, tokens: Tensor) -> Tensor:
     return torch.cat([to_uint8(decoded(part.to(tokenizer.device))).cpu() for part in parts])
 
 
+@torch.no_grad()
 def encode_codes(trained: TrainedPrior, images: Images) -> Tensor:
-    """uint8 images (N, C, H, W) -> tokens int64 (N, L, D) on the CPU. DivergedError as of `all_codes`."""
-    return trained.prior.layout.tokens(all_codes(trained.tokenizer, images))
+    """uint8 images (N, C, H, W) -> tokens (N, L, *) on the CPU, whole numbers or latents. DivergedError as of `all_codes`."""
+    tokenizer, layout = trained.tokenizer, trained.prior.layout
+    if isinstance(layout, CodeLayout):
+        return layout.tokens(all_codes(tokenizer, images))
+    parts = images.split(images_at_once(tokenizer))
+    return layout.tokens(
+        torch.cat([tokenizer.encode_latents(to_float(part.to(tokenizer.device))).cpu() for part in parts])
+    )
 
 
 def settled(decoding: Decoding, length: int) -> Decoding:
@@ -187,10 +202,17 @@ def identity_of(trained: TrainedPrior, config: CodeSampling) -> dict[str, Any]:
         {
             "prior": trained.hash,
             "decoder": trained.decoder_hash,
-            "decoding": to_dict(settled(config.decoding, trained.prior.layout.length)),
+            "decoding": to_dict(settled(config.decoding, config.left(trained.prior.layout.length))),
             "precision": config.precision,
         }
         | ({} if not isinstance(trained.prior, ContinuousPrior) else {"head": _head_of(trained.prior, config).hash})
+        | ({} if config.prompt is None else {"prompt": prompt_hash(config.prompt)})
         | tiled
         | drawn(config.draw)
     )
+
+
+def prompt_hash(prompt: Prompt) -> str:
+    """12 hexadecimal digits of what is read of it."""
+    tokens, known = begun(torch.zeros_like(prompt.tokens), prompt)
+    return state_hash("prompt", {"tokens": tokens, "known": known})

@@ -21,6 +21,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.presets import SIZES
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import TrainConfig
 
@@ -149,7 +150,7 @@ def small_latent(latent: tuple[int, int, int]) -> LatentTask:
 def base_latent(latent: tuple[int, int, int]) -> LatentTask:
     """DiT-S as a rectified flow with logit-normal times, the settings of SiT otherwise."""
     patch = patch_of(latent[1], 256)
-    model = LatentModelConfig(dit=DiTConfig(width=384, depth=12, heads=6, patch=patch))
+    model = LatentModelConfig(dit=DiTConfig(**SIZES["S"], patch=patch))
     train = TrainConfig(
         steps=100_000, batch_size=256, lr=2e-4, betas=(0.9, 0.999), ema=0.9995, precision="auto", log_every=100
     )

@@ -16,6 +16,7 @@ from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.model import LatentModelConfig
 from midway.gen.flags.tasks import LatentTask, TokenizerConfig, TokenizerTask
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.presets import SIZES
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import TrainConfig
 
@@ -127,7 +128,7 @@ def imagenet256_dit_b() -> LatentTask:
 
     accelerate launch -m midway train latent imagenet256-dit-b --tokenizer runs/imagenet256-kl
     """
-    return _latent("dit-b", DiTConfig(width=768, depth=12, heads=12, patch=2))
+    return _latent("dit-b", DiTConfig(**SIZES["B"], patch=2))
 
 
 def imagenet256_dit_xl() -> LatentTask:
@@ -140,4 +141,4 @@ def imagenet256_dit_xl() -> LatentTask:
 
     accelerate launch -m midway train latent imagenet256-dit-xl --tokenizer runs/imagenet256-kl
     """
-    return _latent("dit-xl", DiTConfig(width=1152, depth=28, heads=16, patch=2))
+    return _latent("dit-xl", DiTConfig(**SIZES["XL"], patch=2))

@@ -30,8 +30,8 @@ def digits_causal() -> PriorTask:
 
     midway train prior digits-causal --tokenizer runs/digits-fsq
     """
-    model = PriorConfig("causal", width=64, depth=4, heads=4, dropout=0.5)
-    train = replace(DIGITS, steps=500, weight_decay=1.0, ema=0.99, validate_every=50, patience_validations=5)
+    model = PriorConfig("causal", width=128, depth=4, heads=4, dropout=0.3)
+    train = replace(DIGITS, steps=500, weight_decay=0.3, ema=0.99, validate_every=50, patience_validations=5)
     return _prior("digits-causal", "digits-fsq", model, train)
 
 
@@ -42,8 +42,9 @@ def digits_masked() -> PriorTask:
 
     midway train prior digits-masked --tokenizer runs/digits-fsq
     """
-    model = PriorConfig("masked", width=96, depth=4, heads=4, dropout=0.2)
-    return _prior("digits-masked", "digits-fsq", model, replace(DIGITS, steps=1000, ema=0.99))
+    model = PriorConfig("masked", width=128, depth=4, heads=4, dropout=0.3)
+    train = replace(DIGITS, steps=1500, weight_decay=0.3, ema=0.99)
+    return _prior("digits-masked", "digits-fsq", model, train)
 
 
 def digits_mar() -> PriorTask:

@@ -23,6 +23,7 @@ from midway.gen.evaluation.comparing import (
 )
 from midway.gen.evaluation.records import EXACT, FEW_STEP, PRIOR, TO_EXACT, Measurement
 from midway.gen.report.table import number
+from midway.gen.sweep.choice import Choice
 from midway.gen.sweep.jobs import SweepConfig
 from midway.gen.sweep.run import Sweep
 
@@ -121,7 +122,7 @@ def floor_text(sweep: Sweep) -> str:
 def exact_notes(config: SweepConfig, sweep: Sweep, exact: tuple[str, str] | None) -> Iterator[str]:
     """What the exact solution is, of which solver and grid; its own error, and the solvers nearer to it than that can resolve."""
     choice, ours = sweep.choice, by_solver(sweep.measurements)
-    if choice is None or sweep.fine is None or exact is None:
+    if not isinstance(choice, Choice) or sweep.fine is None or exact is None:
         return
     error = choice.exact_error
     yield (

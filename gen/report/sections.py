@@ -1,7 +1,7 @@
 """Parts of a report beside its tables by budget: baselines, priors over codes, and the choice of the grids as tables; how flat
 the model's trajectories are, and which codes its samples use."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ from midway.gen.report.drawing import (
 from midway.gen.report.html import Block
 from midway.gen.report.table import ABSENT, Column, Entry, Line, Table, columns_table, number
 from midway.gen.sweep.choice import Choice
+from midway.gen.sweep.guidance import GuidanceChoice, in_order
 from midway.gen.sweep.trajectories import Spread, TrajectoryGeometry, random_walk, trajectory_geometry
 from midway.samplers.grids import GRIDS
 from midway.samplers.solvers import SOLVERS
@@ -120,6 +121,7 @@ def prior_table(ms: Measurements) -> Table:
         Column[Measurement]("rule", lambda m: f"{m.sampler}, {m.grid}".removesuffix(", "), str),
         Column[Measurement]("NFE", lambda m: m.nfe, str),
         Column[Measurement]("token-evaluations", lambda m: m.token_evaluations, lambda v: f"{v:,}"),
+        Column[Measurement]("head NFE a token", lambda m: m.head_nfe or None, lambda v: f"{v:g}"),
         _DISTANCE,
         Column[Measurement]("s / 1000 images", lambda m: 1000 * m.image_seconds / m.n),
     )
@@ -131,8 +133,10 @@ def prior_table(ms: Measurements) -> Table:
     return columns_table("Priors over codes", note, "prior", [m.model or m.solver for m in rows], rows, columns)
 
 
-def choice_table(choice: Choice) -> Table:
-    """What the grid of each solver and budget was chosen by; no lines where there was nothing to choose."""
+def choice_table(choice: Choice | GuidanceChoice) -> Table:
+    """What the grid, or the guidance, of each solver and budget was chosen by; no lines where there was nothing to choose."""
+    if isinstance(choice, GuidanceChoice):
+        return guidance_table(choice)
     columns = sorted({(grid, nfe) for _, grid, nfe in choice.figures}, key=lambda place: (place[1], place[0]))
     lines = (
         Line(
@@ -150,6 +154,46 @@ def choice_table(choice: Choice) -> Table:
         "to the exact solution). Bold: the chosen grid, the only one that was scored."
     )
     return Table("Choice of the grids", note, ("solver", *(f"{nfe} {grid}" for grid, nfe in columns)), tuple(lines))
+
+
+# ---- guidance ----
+
+
+def guidance_table(choice: GuidanceChoice) -> Table:
+    """A line per solver and budget and a column per guidance, each on its best grid; bold: the chosen ones."""
+    columns = dict.fromkeys(words for _, _, words, _ in choice.figures)
+    lines = (
+        Line(f"{solver}, {nfe}", tuple(_entry(choice, solver, nfe, words) for words in columns))
+        for solver, nfe in in_order([*choice.figures])
+    )
+    note = (
+        f"Fréchet distance to the data on seeds {choice.seeds}, none of which is scored, on the best grid; below it what an "
+        "image costs. w: the scale, the noise levels sigma / alpha that are guided, and the model that guides, if it is another. "
+        "Bold: what was scored, the best of the solver at its cost, and better than all that is cheaper. Distances of so few "
+        "images compare within this table alone."
+    )
+    return Table("Choice of the guidance", note, ("solver, budget", *columns), tuple(lines))
+
+
+def _entry(choice: GuidanceChoice, solver: str, nfe: int, words: str) -> Entry | None:
+    keys = [key for key in choice.figures if key[:3] == (solver, nfe, words)]
+    if not keys:
+        return None
+    best = min(keys, key=lambda key: choice.figures[key].rank)
+    its = choice.figures[best]
+    return Entry(number(its.rank), f"NFE {its.nfe:g}", best in choice.chosen)
+
+
+def guidance_notes(choice: object) -> Iterator[str]:
+    """How guidance was chosen, and at what cost; nothing of any other choice."""
+    if not isinstance(choice, GuidanceChoice):
+        return
+    yield (
+        f"Guidance, grid and steps at every NFE were chosen among {len(choice.figures):,} candidates by the distance to the "
+        f"data on seeds {choice.seeds}, which took {choice.evaluations:,} network evaluations; none of these seeds is scored. "
+        "NFE counts both passes where a step is guided, and one elsewhere. Of each solver the best at every NFE was scored, "
+        "unless a cheaper one was as good."
+    )
 
 
 # ---- the picture of trajectories ----

@@ -34,6 +34,7 @@ from midway.gen.report.text import (
     under_warnings,
 )
 from midway.gen.sweep.choice import Choice
+from midway.gen.sweep.guidance import GuidanceChoice
 
 FILES = (
     "results.csv",
@@ -94,7 +95,10 @@ def markdown_tables(ms: Measurements) -> str:
 
 
 def report_md(
-    ms: Measurements, context: ReportContext, sections: Sequence[Block] = (), choice: Choice | None = None
+    ms: Measurements,
+    context: ReportContext,
+    sections: Sequence[Block] = (),
+    choice: Choice | GuidanceChoice | None = None,
 ) -> str:
     """The answer, the tables, the plots by relative name, notes and provenance."""
     figures = all_figures(ms)
@@ -121,7 +125,7 @@ def write_report(
     context: ReportContext,
     pictures: Pictures | None = None,
     sections: Sequence[Block] = (),
-    choice: Choice | None = None,
+    choice: Choice | GuidanceChoice | None = None,
 ) -> None:
     """Write all files into `directory`. DiskError; UsageError as `check_out`; ValueError if measurements do not compare."""
     check_out(directory)

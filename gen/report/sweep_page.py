@@ -42,6 +42,7 @@ from midway.gen.report.sweep_tables import (
 )
 from midway.gen.report.table import ReportContext, joined, number
 from midway.gen.sweep.choice import Choice
+from midway.gen.sweep.guidance import GuidanceChoice
 from midway.gen.sweep.jobs import SweepConfig
 from midway.gen.sweep.measure import COLUMNS, SHOWN
 from midway.gen.sweep.run import Sweep
@@ -110,7 +111,7 @@ def provenance(ms: Measurements, context: ReportContext) -> list[tuple[str, str]
         ("images of the limits", ", ".join(f"{m.solver} {m.n}" for m in limits.values())),
         ("seed blocks", joined(m.blocks for m in sampled)),
         ("seeds", context.seeds),
-        ("guidance", f"{context.guidance:g}"),
+        ("guidance", "chosen for every row" if any(m.guidance for m in ms) else f"{context.guidance:g}"),
         ("training of models", "; ".join(_training(ms))),
         ("training of solvers", ", ".join(f"{name} {cost:,} evaluations" for name, cost in training_costs(ms).items())),
         ("hardware", context.hardware),
@@ -206,17 +207,22 @@ def _caption(m: Measurement, name: str) -> str:
     if m.kind != SOLVER and not m.nonfinite:
         return f"{number(m.distance)} to the data · {m.sampler}"
     figure = number(m.metrics[name].mean) if name in m.metrics else "diverged"
-    return f"{figure} · {m.grid}".removesuffix(" · ")
+    return f"{figure} · {m.place}".removesuffix(" · ")
 
 
 def blocks(
-    ms: Measurements, context: ReportContext, pictures: Pictures, sections: Sequence[Block], choice: Choice | None
+    ms: Measurements,
+    context: ReportContext,
+    pictures: Pictures,
+    sections: Sequence[Block],
+    choice: Choice | GuidanceChoice | None,
 ) -> list[Block]:
     """Everything below the first screen: first what ranks solvers and what it looks like, then, folded, all else."""
     _, *plots = drawings(ms)
     error, data, what = error_table(ms), distance_table(ms), distance_name(ms)
+    small = "the time grid and the scale w of guidance" if any(m.guidance for m in ms) else "the time grid"
     reading = (
-        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: the time grid, "
+        f"{data.note[:1].upper()}{data.note[1:]}. NFE counts network evaluations per image. Small print: {small}, "
         f"{'of solvers ' * bool(own_weights(ms))}chosen on other seeds. Comparable only with numbers of the same feature name, "
         f"{feature_names(ms)}."
     )
@@ -244,7 +250,7 @@ def report_html(
     context: ReportContext,
     pictures: Pictures | None = None,
     sections: Sequence[Block] = (),
-    choice: Choice | None = None,
+    choice: Choice | GuidanceChoice | None = None,
 ) -> str:
     """One self-contained page. ValueError for measurements that do not compare."""
     check_comparable(ms)

@@ -87,6 +87,7 @@ METRIC_COLUMNS = [
 ]
 _NFE = Column[Measurement]("NFE", lambda m: m.nfe or None, str)
 _TOKENS = Column[Measurement]("token-evaluations", lambda m: m.token_evaluations or None, lambda v: f"{v:,}")
+_HEAD = Column[Measurement]("head NFE a token", lambda m: m.head_nfe or None, lambda v: f"{v:g}")
 _FLOPS = Column[Measurement]("MFLOP", lambda m: m.flops / 1e6 or None)
 _TIMES = (
     _seconds("solver s", lambda m: m.seconds, lambda m: m.seconds_std),
@@ -111,7 +112,7 @@ def metric_table(ms: Measurements, name: str, title: str, note: str, ranks: bool
     tied = {key for key, difference in paired.items() if not difference.significant}
     entries = {
         key: Entry(
-            number(value, chosen[key].std(name)), chosen[key].grid, ranks and value == least[key[1]], key in tied
+            number(value, chosen[key].std(name)), chosen[key].place, ranks and value == least[key[1]], key in tied
         )
         for key, value in values.items()
     }
@@ -191,7 +192,9 @@ def grouped(table: Table, ms: Measurements) -> Table:
 
 
 def _took(m: Measurement, before: str) -> str:
-    """Images and evaluations of the training of its model, where they are known."""
+    """Images and evaluations of the training of its model, where they are known; of a prior one is the other."""
+    if m.kind == PRIOR and m.training_images == m.model_nfe:
+        return f"{before}{m.training_images:,} images of training" if m.training_images else ""
     return f"{before}{m.training_images:,} images, {m.model_nfe:,} evaluations of training" if m.training_images else ""
 
 
@@ -274,6 +277,7 @@ def all_figures(ms: Measurements) -> Table:
     columns = (
         _NFE,
         _TOKENS,
+        _HEAD,
         *METRIC_COLUMNS,
         *(metric(name, name.replace("_", " ")) for name in further),
         _FLOPS,

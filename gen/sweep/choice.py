@@ -88,12 +88,12 @@ def choose_grids(plan: Plan, fine: FineSolution) -> Choice:
     return Choice(figures, frozenset(map(key_of, best)), str(fine.seeds), error if math.isfinite(error) else math.nan)
 
 
-def groups(jobs: Sequence[Job]) -> dict[tuple[str, int], list[Job]]:
-    """Candidates by solver and budget."""
-    found: dict[tuple[str, int], list[Job]] = {}
+def groups(jobs: Sequence[Job]) -> dict[tuple[str, int, str], list[Job]]:
+    """Candidates by solver, budget and guidance, each on its grids."""
+    found: dict[tuple[str, int, str], list[Job]] = {}
     for job in jobs:
         if job.nfe:
-            found.setdefault((job.solver, job.nfe), []).append(job)
+            found.setdefault((job.solver, job.nfe, job.guidance), []).append(job)
     return found
 
 

@@ -22,7 +22,8 @@ class FineCosts:
 
 @dataclass(frozen=True)
 class SampleCosts:
-    """Of a part of samples: evaluations of one, seconds of all and what these depend on, tokens through the network of one."""
+    """Of a part of samples: evaluations of one, seconds of all and what these depend on, tokens through the network of one, and
+    evaluations of a head for a token."""
 
     nfe: float
     solver: float
@@ -30,11 +31,12 @@ class SampleCosts:
     features: float
     timing: str
     token_evaluations: float = 0.0
+    head_nfe: float = 0.0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a block, with one entry of `nfe`, `timing` and `token_evaluations` for each of its parts.
+    """Of a block, with one entry of `nfe`, `timing`, `token_evaluations` and `head_nfe` for each of its parts.
 
     No distance and metrics of what diverged.
     """
@@ -46,3 +48,4 @@ class Figures:
     seconds: Seconds
     timing: tuple[str, ...]
     token_evaluations: tuple[float, ...] = ()
+    head_nfe: tuple[float, ...] = ()

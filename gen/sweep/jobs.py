@@ -11,17 +11,40 @@ from torch import Tensor
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.class_draw import ClassDraw
+from midway.gen.diffusion.load import TrainedModel
+from midway.gen.diffusion.model import EVERYWHERE
 from midway.gen.diffusion.samplers import SamplerConfig, is_reachable
 from midway.gen.evaluation.records import SOLVER, Kind
 from midway.gen.evaluation.sources import UNKNOWN, EvaluatedModel, ModelFacts, SampleSource
 from midway.gen.sweep.store import PART, Seeds
 from midway.samplers.gits import GITS
+from midway.samplers.guidance_checks import check_interval, check_scale
 from midway.samplers.residual_solver import ResidualTable
 from midway.samplers.sampler import Sampler
 from midway.samplers.solvers import SOLVERS
 
 EXACT_NFE = 48
 """Evaluations of the exact solution."""
+
+
+@dataclass(frozen=True)
+class GuidanceSearch:
+    """Guidance among which a sweep chooses (guidance.py). ValueError for none, and for what guides nothing."""
+
+    scales: tuple[float, ...]
+    """1 is no guidance."""
+    intervals: tuple[tuple[float, float], ...] = (EVERYWHERE,)
+    """Noise levels rho with low < rho <= high are guided."""
+    weak: TrainedModel | None = None
+    """The worse model of autoguidance, beside the missing class."""
+
+    def __post_init__(self) -> None:
+        for scale in self.scales:
+            check_scale(scale)
+        for interval in self.intervals:
+            check_interval(*interval)
+        if not self.scales or not self.intervals:
+            raise ValueError("no scale or no interval is named: give one or more of each")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +67,8 @@ class SweepConfig(SamplerConfig):
     """Decode and look at images while the next are sampled; times then overlap too."""
     skip: bool = False
     """Leave out budgets that a solver cannot reach, instead of raising an error."""
+    search: GuidanceSearch | None = None
+    """Choose the guidance of every solver and budget, in place of `guidance`, `interval` and `weak`."""
 
     @property
     def seeds(self) -> Seeds:
@@ -94,6 +119,8 @@ class Job:
     classes: int = 0
     empty: tuple[int, ...] = ()
     draw: ClassDraw | None = None
+    guidance: str = ""
+    """Of a candidate of a search its guidance in words."""
 
     @property
     def named(self) -> str:
@@ -111,7 +138,7 @@ def solver_jobs(model: EvaluatedModel, config: SweepConfig) -> list[Job]:
         pairs = [(s, k) for s, k in pairs if s not in learned or model.reaches(s, k)]
     samplers = [(solver, nfe, model.samplers(solver, nfe, config)) for solver, nfe in pairs]
     several = next(((solver, nfe) for solver, nfe, by_grid in samplers if len(by_grid) > 1), None)
-    if several and not config.exact_nfe:
+    if several and not config.exact_nfe and config.search is None:
         raise UsageError(
             f"{several[0]} at NFE {several[1]} on several grids, without an exact solution",
             "the grid of a solver is chosen by its error to the exact solution",

@@ -28,6 +28,8 @@ SHOWN, COLUMNS = 16, 4
 """Images of a sample grid, and of a row of it."""
 TIMES = ("solver", "decode", "features")
 """What a part's seconds are of."""
+COUNTED = ("token_evaluations", "head_nfe")
+"""What sources count besides their evaluations, if they do."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _part(
     found = extract(context.spaces, images)
     costs = {"nfe": batch.nfe, "solver": batch.seconds, "decode": decoded - begun, "timing": context.timing}
     costs["features"] = clock() - decoded
-    costs |= {"token_evaluations": batch.token_evaluations} if batch.token_evaluations else {}
+    costs |= {name: getattr(batch, name) for name in COUNTED if getattr(batch, name)}
     work = Work(round(batch.nfe * len(images)), len(images))
     context.tally.spend(work, batch.seconds, costs["decode"] + costs["features"])
     tensors = {"finite": batch.finite, **{key(space): its.features for space, its in found.items()}}
@@ -193,7 +195,7 @@ def _block(
         "nfe": [part.costs["nfe"] for part in parts],
         "seconds": {name: sum(part.costs[name] for part in parts) for name in TIMES},
         "timing": [part.costs["timing"] for part in parts],
-        "token_evaluations": [part.costs.get("token_evaluations", 0.0) for part in parts],
+        **{name: [part.costs.get(name, 0.0) for part in parts] for name in COUNTED},
     }
     return Part({"shown": parts[0].tensors.get("shown", torch.empty(0))}, costs)
 
@@ -219,6 +221,7 @@ def _summary(blocks: Sequence[Part]) -> Numbers:
         block_seconds=tuple(Seconds(**{name: round(its["seconds"][name], 4) for name in TIMES}) for its in figures),
         timing=" + ".join(dict.fromkeys(line for its in figures for line in its["timing"])),
         token_evaluations=_whole([count for its in figures for count in its.get("token_evaluations", [0.0])]),
+        head_nfe=max((round(count, 6) for its in figures for count in its.get("head_nfe", [0.0])), default=0.0),
     )
 
 

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from midway.gen.core.errors import DataError
-from midway.gen.data.images import to_float, to_uint8
 from midway.gen.data.pixels import Images
 from midway.gen.diffusion.class_draw import ClassDraw
 from midway.gen.evaluation.other_sources import PriorSource
@@ -21,7 +19,6 @@ from midway.gen.evaluation.records import CEILING, PRIOR, Measurement
 from midway.gen.evaluation.sources import ModelFacts
 from midway.gen.evaluation.spaces import Spaces
 from midway.gen.priors.decoding import Decoding
-from midway.gen.priors.layout import CodeLayout
 from midway.gen.priors.load import TrainedPrior
 from midway.gen.priors.rules import BIASED, DecodingFlags, HeadFlags, decoding_for, head_for
 from midway.gen.priors.sampling import CodeSampling, decode_codes, encode_codes
@@ -29,7 +26,6 @@ from midway.gen.sweep.jobs import Job, SweepConfig
 from midway.gen.sweep.run import measure_images
 from midway.gen.tokenizer.stored import tokenizer_hash
 from midway.gen.training.config import TrainConfig
-from midway.tokenizers.memory import images_at_once
 from midway.tokenizers.tokenizer import ImageTokenizer
 
 MOST = 64
@@ -160,14 +156,8 @@ def through_codes(priors: Mapping[str, TrainedPrior]) -> Callable[[Tensor], Tens
     return lambda images: _reconstructed(first, images)
 
 
-@torch.no_grad()
 def _reconstructed(trained: TrainedPrior, images: Images) -> Tensor:
-    """Of latents where the prior has no codes."""
-    if isinstance(trained.prior.layout, CodeLayout):
-        return decode_codes(trained, encode_codes(trained, images))
-    tokenizer, parts = trained.tokenizer, images.split(images_at_once(trained.tokenizer))
-    latents = (tokenizer.encode_latents(to_float(part.to(tokenizer.device))) for part in parts)
-    return torch.cat([to_uint8(tokenizer.decode_latents(part)).cpu() for part in latents])
+    return decode_codes(trained, encode_codes(trained, images))
 
 
 def other_ceilings(

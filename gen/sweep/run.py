@@ -30,6 +30,7 @@ from midway.gen.progress.bar import Progress
 from midway.gen.sweep.choice import Choice, choose_grids
 from midway.gen.sweep.costs import forecast
 from midway.gen.sweep.fine import FineSolution, StoredSolution
+from midway.gen.sweep.guidance import GuidanceChoice, choose_guidance
 from midway.gen.sweep.jobs import Job, Plan, SweepConfig
 from midway.gen.sweep.measure import COLUMNS, SHOWN, TIMES, EvaluationContext, measure
 from midway.gen.sweep.store import PART, Cell, CellStore, Numbers
@@ -78,7 +79,7 @@ class Sweep:
     jobs: dict[tuple[str, str, int], Job] = field(default_factory=dict)
     fine: FineSolution | None = None
     """The exact solution of every seed, if there was one."""
-    choice: Choice | None = None
+    choice: Choice | GuidanceChoice | None = None
 
     @property
     def grids(self) -> dict[tuple[str, int], bytes]:
@@ -99,7 +100,7 @@ def run_sweep(
     config: SweepConfig,
     folder: Path,
     process: ProcessInfo | None = None,
-    choice: Choice | None = None,
+    choice: Choice | GuidanceChoice | None = None,
 ) -> Sweep:
     """Measure the chosen jobs, with errors to the exact solution of those that are solvers; what is in folder/cells is read.
 
@@ -121,6 +122,10 @@ def run_sweep(
     process.wait()  # all have looked at the store before one of them writes
     sweep = Sweep([])
     _measure_limits(sweep, held_out_images(held_out, seeds.n), plan, context)
+    if config.search is not None:
+        found = choose_guidance(plan, context, config.choice_seeds)
+        return _measured(replace(sweep, choice=found), found.of(plan.jobs), context, None)
+    assert not isinstance(choice, GuidanceChoice)
     if plan.exact is None or solution is None or choosing is None:
         return _measured(sweep, plan.jobs, context, None)
     choice = choice or choose_grids(plan, choosing)
@@ -234,6 +239,8 @@ def _measurement(job: Job, cell: Cell, context: EvaluationContext) -> Measuremen
         model_nfe=job.model.evaluations,
         guided=job.model.guided,
         token_evaluations=numbers.token_evaluations or numbers.nfe * job.network_tokens,
+        head_nfe=numbers.head_nfe,
+        guidance=job.guidance,
     )
 
 

@@ -74,6 +74,8 @@ class Numbers:
     """Of each block; empty in cells of earlier versions, which have the sum alone."""
     token_evaluations: int = 0
     """Tokens of a sample that went through the network; 0 where the source does not count them."""
+    head_nfe: float = 0.0
+    """Evaluations of a diffusion head for a token; 0 where there is none, and in cells of earlier versions."""
 
     def __post_init__(self) -> None:
         if not self.distances or any(len(values) != len(self.distances) for values in self.metrics.values()):

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.utils.flop_counter import FlopCounterMode
 
 from midway.gen.core.errors import MidwayError, UsageError, is_memory, one_line, raising
@@ -92,6 +93,27 @@ def check_unused(config: TrainConfig, validates: bool = False, measures: bool = 
             "validation needs the whole model, and every process has a shard of it",
         )
         raise UsageError(what, why, "use DDP (accelerate launch --multi_gpu), or --validate-every 0")
+
+
+def check_sharding(model: nn.Module, accelerator: Accelerator) -> None:
+    """UsageError for FSDP by size where it would shard a list of modules, or what `model` names in `read_in_parts`.
+
+    FSDP gathers the weights of a module when it is called, which these are not.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if (
+        plugin is None
+        or getattr(plugin.auto_wrap_policy, "func", plugin.auto_wrap_policy) is not size_based_auto_wrap_policy
+    ):
+        return
+    for name, module in model.named_modules():
+        uncalled = isinstance(module, nn.ModuleList) or name in getattr(model, "read_in_parts", ())
+        size = sum(parameter.numel() for parameter in module.parameters())
+        if uncalled and size > plugin.min_num_params:
+            what = f"FSDP by size cannot shard {name} of this model"
+            why = f"it has {size:,} weights, more than {plugin.min_num_params:,}, and is evaluated in parts"
+            fix = "use fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP with Block, as docs/accelerate_fsdp.yaml does"
+            raise UsageError(what, why, fix)
 
 
 @contextmanager

@@ -171,8 +171,16 @@ ROUNDING = ("accumulation", "gradient_checkpointing", "compile", "deterministic"
 ABSENT = {
     "model.shortcut": "orthogonal",
     "model.dit.time_scale": 1000.0,
+    "model.dit.norm": "layer",
+    "model.dit.mlp": "gelu",
+    "model.dit.positions": "sincos",
+    "model.dit.qk_norm": True,
+    "model.dit.conditioning": "adaln",
+    "model.dit.mixer": "softmax",
+    "model.dit.attention_scale": "fixed",
     "model.objective": "flow",
     "model.start": "random",
+    "model.network": "dit",
     "origin.init": "",
     "origin.teacher": "",
     "origin.pairs": "",
@@ -180,7 +188,7 @@ ABSENT = {
     "origin.evaluations": 0,
 }
 """What a key means where it is missing: in the configuration of a run from before there was such a key."""
-LATER = ("model.jump.", "reflow.")
+LATER = ("model.jump.", "model.unet.", "reflow.")
 """Groups of keys that runs from before them do not depend on."""
 
 

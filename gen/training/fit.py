@@ -26,7 +26,7 @@ from midway.gen.core.runs import Run
 from midway.gen.core.signals import Interrupted, Interrupts, stop_note
 from midway.gen.progress.bar import duration
 from midway.gen.progress.memory import peak_memory
-from midway.gen.training.accelerator import check_unused, explaining_memory
+from midway.gen.training.accelerator import check_sharding, check_unused, explaining_memory
 from midway.gen.training.batches import Context, seed_global
 from midway.gen.training.checkpointing import CheckpointManager
 from midway.gen.training.config import TrainConfig, learning_rate
@@ -86,6 +86,7 @@ class Training:
         if config.compile:
             compile_networks(model)
         optimizers = make_optimizers(model, config, accelerator.device)
+        check_sharding(model, accelerator)
         self.routed = Routed(model)
         self.wrapped, *prepared = accelerator.prepare(self.routed, *optimizers)
         # the wrapper searches for a package at every step

@@ -15,7 +15,6 @@ from midway.gen.diffusion.load import NOTHING, Origin, TrainedModel, load_model,
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.diffusion.pairs import Pairs, PairSource, draw_pairs
 from midway.gen.flags.tasks import LatentTask
-from midway.gen.networks.dit_config import DiTConfig
 from midway.samplers.prediction import expand
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -46,8 +45,8 @@ def planned(task: LatentTask) -> LatentTask:
     if model.objective == "alphaflow" and jump.alpha_steps == 0:
         model = replace(model, jump=replace(jump, alpha_steps=task.train.steps))
     if task.init is not None and not task.dry_run:
-        scale = load_model(task.init, torch.device("cpu")).model.config.dit.time_scale
-        model = replace(model, dit=replace(model.dit, time_scale=scale))
+        scale = load_model(task.init, torch.device("cpu")).model.config.size.time_scale
+        model = replace(model, **{model.network: replace(model.size, time_scale=scale)})
     return replace(task, model=model)
 
 
@@ -59,7 +58,7 @@ def begin(task: LatentTask, model: LatentModel, tokenizer: ImageTokenizer, devic
     origin = NOTHING
     if task.init is not None:
         source = load_model(task.init, torch.device("cpu"))
-        _check_same(f"--init {task.init}", source, model, tokenizer, task.model.dit)
+        _check_same(f"--init {task.init}", source, model, tokenizer, weights=True)
         state = source.model.state_dict()
         model.load_state_dict(
             model.state_dict() | {name: value for name, value in state.items() if name in _names(model)}
@@ -134,21 +133,31 @@ def _names(model: LatentModel) -> set[str]:
 
 
 def _check_same(
-    flag: str, source: TrainedModel, model: LatentModel, tokenizer: ImageTokenizer, dit: DiTConfig | None = None
+    flag: str, source: TrainedModel, model: LatentModel, tokenizer: ImageTokenizer, weights: bool = False
 ) -> None:
-    """UsageError unless a model is of the same process, latents and classes; with `dit` of the same network and target too."""
-    theirs, ours = source.model, model
-    pairs: dict[str, tuple[Any, Any]] = {"schedule": (theirs.config.schedule, ours.config.schedule)}
-    if dit is not None:
-        sizes = [field.name for field in fields(DiTConfig) if field.name != "dropout"]
-        pairs |= {f"dit.{name}": (getattr(theirs.config.dit, name), getattr(dit, name)) for name in sizes}
-        pairs["target"] = (theirs.config.target, ours.config.target)
+    """UsageError unless a model is of the same process, latents and classes; for its weights of the same network and target."""
+    theirs, ours = source.model.config, model.config
+    pairs: dict[str, tuple[Any, Any]] = {"schedule": (theirs.schedule, ours.schedule)}
+    if weights:
+        pairs["network"] = (theirs.network, ours.network)
+        group, sizes = ours.network, [field.name for field in fields(ours.size) if field.name != "dropout"]
+        both = getattr(theirs, group), ours.size
+        pairs |= {f"{group}.{name}": (getattr(both[0], name), getattr(both[1], name)) for name in sizes}
+        pairs["target"] = (theirs.target, ours.target)
     for name, (its, own) in pairs.items():
         if its != own:
             raise UsageError(
-                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give --model.{name} {its}"
+                f"{flag} is of another {name}", f"{its}, this model has {own}", f"give {_typed(name, its)}"
             )
     _check_latents(flag, source, model, tokenizer)
+
+
+def _typed(name: str, value: object) -> str:
+    """The flag of a setting as it is typed."""
+    group, _, own = f"--model.{name}".replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return f"{group}.{own}" if value else f"{group}.no-{own}"
+    return f"{group}.{own} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _check_latents(flag: str, source: TrainedModel, model: LatentModel, tokenizer: ImageTokenizer) -> None:

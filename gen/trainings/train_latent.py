@@ -114,7 +114,8 @@ def make_model(task: LatentTask, tokenizer: ImageTokenizer, train: ImageData) ->
 def train(task: LatentTask, *lines: str) -> Run | None:
     """Train and save, with `lines` in the log. The run on the main process, None on the others."""
     check_unused(task.train, measures=True)
-    task, precision = with_precision(task, "transformer", task.model.dit.width)
+    width = task.model.dit.width if task.model.network == "dit" else 0  # bfloat16 was not measured for others
+    task, precision = with_precision(task, "transformer", width)
     task = planned(task)
     solver, grid = own_solver(task.model.objective, task.model.jump)
     early = replace(task.early, solver=task.early.solver or solver, grid=task.early.grid or grid)

@@ -25,8 +25,8 @@ from midway.gen.diffusion.likelihood import bits_per_dim
 from midway.gen.diffusion.load import TrainedModel
 from midway.gen.diffusion.loss import states, target_of
 from midway.gen.diffusion.model import Guidance, LatentModel, LatentModelConfig
-from midway.gen.networks.dit import DiTOutput
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.network import NetworkOutput
 from midway.gen.objectives.jump_config import JUMPS, JumpConfig
 from midway.gen.objectives.jumps import time_derivative
 from midway.gen.sweep.trajectories import trajectories
@@ -186,7 +186,7 @@ class ExactNetwork(nn.Module):
 
     def forward(
         self, x: Tensor, angle: Tensor, labels: Tensor, context: Context, more: Mapping[str, Tensor]
-    ) -> DiTOutput:
+    ) -> NetworkOutput:
         t, r = (self._time(each.double()) for each in (angle, angle - more["span"]))
         schedule = self.data.schedule
         z = x.flatten(1).double() * torch.hypot(schedule.alpha(t), schedule.sigma(t))[:, None]
@@ -194,7 +194,7 @@ class ExactNetwork(nn.Module):
         others = torch.stack([u, z, expand(t - r, z).expand_as(z)])
         d_alpha, d_sigma = schedule.rates(t)
         value = (u + torch.einsum("k,kbd->bd", self.more, others)) / torch.hypot(d_alpha, d_sigma)[:, None]
-        return DiTOutput(value.view_as(x), value[:, None])
+        return NetworkOutput(value.view_as(x), value[:, None])
 
     def _time(self, angle: Tensor) -> Tensor:
         rho = torch.tan(math.pi / 2 * angle)
@@ -261,7 +261,8 @@ def test_at_one_time_the_loss_is_that_of_flow_matching(objective: str) -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(logs["error"], loss, rtol=1e-6, atol=0)
     a, b = (
-        torch.autograd.grad(one, network.network.head.weight)[0] for one, network in ((loss, made), (expected, flow))
+        torch.autograd.grad(one, some.network.get_parameter("head.weight"))[0]
+        for one, some in ((loss, made), (expected, flow))
     )
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

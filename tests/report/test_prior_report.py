@@ -1,5 +1,6 @@
 """Priors over codes in reports: told apart in tables and plots, and in the answer with what goes through their network."""
 
+import csv
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from midway.gen.report.notes import answer, prior_notes
 from midway.gen.report.plots import distance_figure, drawings
 from midway.gen.report.sections import prior_table
 from midway.gen.report.sweep_tables import all_figures, distance_table
+from midway.gen.report.text import csv_text
 
 
 def row(name: str, nfe: int, distances: tuple[float, ...], kind: str = "solver", **more: Any) -> Measurement:
@@ -52,6 +54,26 @@ def test_tables_have_them_under_a_heading_and_what_goes_through_their_network() 
     assert values == [["causal", "16", "16"], ["halton, cosine", "4", "68"], ["halton, cosine", "16", "272"]]
     assert not prior_table(MS[:3]).lines and "token-evaluations" in all_figures(MS).heads
     assert "token-evaluations" not in all_figures(MS[:3]).heads
+
+
+def test_head_evaluations_are_a_column_where_there_is_a_head() -> None:
+    """Empty elsewhere, in files and tables; files of earlier versions have no such column, and load."""
+    ms = [*MS, row("mar halton", 4, (1.4, 1.45), PRIOR, sampler="halton, head table", head_nfe=2.5)]
+    records = to_records(ms)
+    assert [record["head_nfe"] for record in records] == [None] * 6 + [2.5]
+    text = csv_text(records).splitlines()
+    assert [record["head_nfe"] for record in csv.DictReader(text)] == [""] * 6 + ["2.5"]
+    assert [from_record(record).head_nfe for record in csv.DictReader(text)] == [m.head_nfe for m in ms]
+    earlier = [{name: value for name, value in record.items() if name != "head_nfe"} for record in records]
+    assert [from_record(record).head_nfe for record in earlier] == [0.0] * 7
+    for table in (prior_table(ms), all_figures(ms)):
+        column = table.heads.index("head NFE a token") - 1
+        values = {line.name: entry and entry.value for line in table.lines for entry in [line.entries[column]]}
+        assert {name for name, value in values.items() if value} in (
+            {"mar"},
+            {"mar halton"},
+        ) and "2.5" in values.values()
+    assert "head NFE a token" not in (*prior_table(MS).heads, *all_figures(MS).heads)
 
 
 def test_the_answer_has_them() -> None:

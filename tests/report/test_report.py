@@ -40,7 +40,7 @@ MORE = "training_nfe,baseline,distance_blocks,to_exact_blocks,decode_seconds,fea
 LAST = (
     "sliced_std,precision,recall,density,coverage,inception_score,fd_infinity,nonfinite,trainings,record,timing,further"
 )
-MODEL = "model,sampler,training_images,model_nfe,guided,token_evaluations"
+MODEL = "model,sampler,training_images,model_nfe,guided,token_evaluations,head_nfe,guidance"
 CONTEXT = ReportContext(
     title="Budgets",
     model="flow",
@@ -306,7 +306,11 @@ def test_a_metric_is_one_function_and_one_column(monkeypatch: pytest.MonkeyPatch
     reference = FeatureReference(network, "a", FeatureStatistics.of(samples), "r")
     found = measure_metrics(("brightness",), Features(samples, None), reference)
     cells = [changed(cell("euler", 4, 1.0), **{name: Estimate.of([value, 3.5]).mean for name, value in found.items()})]
-    assert csv_text(to_records(cells)).splitlines()[0].endswith(",guided,token_evaluations,brightness,brightness_std")
+    assert (
+        csv_text(to_records(cells))
+        .splitlines()[0]
+        .endswith(",token_evaluations,head_nfe,guidance,brightness,brightness_std")
+    )
     assert csv_text(to_records(cells)).splitlines()[1].endswith(",3.0,")
     assert json.loads(jsonl_text(to_records(cells)))["brightness"] == 3.0
     assert "| light |" in report_md(cells, CONTEXT) and "| 3.00 |" in report_md(cells, CONTEXT)

@@ -27,6 +27,7 @@ from midway.gen.recipes.recipes import TOKENIZER_RECIPES
 from midway.gen.tokenizer.codes import codes_path
 from midway.gen.tokenizer.stored import Views
 from midway.gen.training.batches import CodeBatch
+from midway.gen.training.power_ema import find_snapshots, reconstruct
 from midway.gen.trainings import train_prior
 from midway.gen.trainings.dry_run import random_splits
 from midway.gen.trainings.train_tokenizer import make_tokenizer
@@ -73,6 +74,25 @@ def test_a_run_holds_the_prior_its_bits_and_what_others_take(run: Path, pipeline
     assert "| held-out bits per image |" in card and "Prior.from_pretrained" in card and str(run) not in card
     train = splits_of(trained.run, trained.data).train
     assert codes_path(pipeline.tokenizer, train, trained.tokenizer, Views(mirrored=True)).exists()
+
+
+def test_another_width_of_its_average_is_a_prior(pipeline: Pipeline, succeed: Script, tmp_path: Path) -> None:
+    """midway posthoc-ema: weights of the snapshots, which other commands take, beside the best ones of a validated run."""
+    flags = f"{TINY} --steps 4 --validate-every 2 --posthoc .05 .1 --posthoc-every 2"
+    train_prior.command(f"digits-causal --tokenizer {pipeline.tokenizer} --out {tmp_path}/run {flags}".split())
+    succeed(f"posthoc_ema {tmp_path}/run --std 0.08 --out {tmp_path}/wide")
+    trained, expected = load_prior(tmp_path / "wide"), reconstruct(find_snapshots(tmp_path / "run/posthoc"), 4, 0.08)
+    assert all(torch.equal(value, expected[name]) for name, value in trained.prior.state_dict().items())
+    assert trained.weights == "averaged post hoc, width 0.08, step 4"
+    own = load_prior(tmp_path / "run")
+    assert trained.hash != own.hash and trained.data == own.data and trained.decoder_hash == own.decoder_hash
+    done = succeed(f"sample --model {tmp_path}/wide --n 4 --out {tmp_path}/a.png")
+    assert "width 0.08" in done.out
+    succeed(f"posthoc_ema {tmp_path}/run --std 0.1 --step 2 --out {tmp_path}/tracked")
+    (stored,) = (each for each in find_snapshots(tmp_path / "run/posthoc") if (each.step, each.std) == (2, 0.1))
+    made = load_prior(tmp_path / "tracked").prior.state_dict()
+    for name, value in load_file(stored.path).items():
+        torch.testing.assert_close(made[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_it_resumes_exactly_and_named_codes_are_the_same_training(

@@ -103,8 +103,8 @@ class _TableTrunk(nn.Module):
 
     def step(self, x: Tensor, places: Tensor, cache: Cache) -> Tensor:
         self.seen = [*(self.seen if cache.length else []), x]
-        cache.length += 1
-        return self(torch.cat(self.seen, dim=1), places)[:, -1:]
+        cache.length += x.shape[1]
+        return self(torch.cat(self.seen, dim=1), places)[:, -x.shape[1] :]
 
 
 class TableCausal(CausalPrior):

@@ -197,11 +197,11 @@ def test_a_sweep_begins_with_its_cost_which_is_what_it_then_spends(
     cells, exact, choice = 2 * 4 * each, 8 * each, 8 * (8 + 16 + 4 * 4)
     assert expected == [
         f"to measure: 2 cells of 2 x 20 images, 0 of them stored already: {cells + exact + choice} network evaluations "
-        f"(cells {cells}, exact solution {exact}, choice of grids {choice}), {2 * each + 2 * each + 8} images through 1 "
+        f"(cells {cells}, exact solution {exact}, choice {choice}), {2 * each + 2 * each + 8} images through 1 "
         "feature network",
         "to measure: 2 cells of 2 x 20 images, 2 of them stored already: nothing is left to sample",
         f"to measure: 2 cells of 2 x 20 images, 1 of them stored already: {4 * each + 8 * 8} network evaluations (cells "
-        f"{4 * each}, choice of grids {8 * 8}), {each} images through 1 feature network",
+        f"{4 * each}, choice {8 * 8}), {each} images through 1 feature network",
     ]
 
 

@@ -277,6 +277,7 @@ def test_a_continuous_prior_is_a_row_by_a_sampler_of_its_head(pipeline: Pipeline
         (f"{masked.name} random", 4, "random"),
     }
     assert all(m.token_evaluations == 5 * m.nfe for m in rows)
+    assert {m.solver: m.head_nfe for m in rows} == {f"{run.name} random": 3.0, f"{masked.name} random": 0.0}
     found = jobs_of(run, 2, **named)
     assert [job.nfe for job in found] == [1, 4]
     raw = found[0].source.sample(torch.arange(5))

@@ -169,6 +169,8 @@ def test_what_does_not_fit_raises_an_error(pipeline: Pipeline, flow: TrainedMode
     assert jumps is not None
     cases: dict[str, LatentTask] = {
         "another dit.width": task_of(pipeline, out, "imf", init=path, dit={"width": 16}),
+        "give --model.dit.qk-norm": task_of(pipeline, out, "imf", init=path, dit={"qk_norm": False}),
+        "give --model.network dit": replace(task_of(pipeline, out, init=path), model=LatentModelConfig(network="unet")),
         "tokenizer and --flip": task_of(pipeline, out, "imf", init=path, flip=True),
         "another schedule": task_of(pipeline, out, "imf", teacher=pipeline.model),
         "it jumps, and a teacher gives velocities at one time": task_of(pipeline, out, "imf", teacher=jumps.path),

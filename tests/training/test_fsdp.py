@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.model import LatentModel
+from midway.gen.networks.presets import MODERN
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.training.accelerator import make_accelerator
 from midway.gen.training.batches import Context, LatentBatch
@@ -40,15 +41,19 @@ CONFIG = replace(CONFIG, weight_decay=0.1, log_every=2, keep=9)
 
 JUMPS: dict[str, Any] = {"objective": "alphaflow", "jump": JumpConfig(alpha_steps=6)}
 """First with jumps of its own in its targets, at the end with derivatives."""
+KINDS: dict[str, Any] = {**MODERN, "norm": "dyt", "conditioning": "tokens"}
+"""Blocks whose parameters others have not: one number per norm, and tokens of the network's own."""
 
 
 class Watched(LatentModel):
     """A small latent model that notes the kinds of its parameters, and how large a share of them this process holds after
     each step; one sample of the steps `bad` has no finite loss."""
 
-    def __init__(self, bad: tuple[int, ...] = (), jumps: bool = False) -> None:
+    def __init__(self, bad: tuple[int, ...] = (), jumps: bool = False, kinds: bool = False) -> None:
         torch.manual_seed(0)
-        super().__init__(replace(latent_config(), **JUMPS) if jumps else latent_config(), LATENT_SHAPE, CLASSES)
+        config = replace(latent_config(), **(JUMPS if jumps else {}))
+        config = replace(config, dit=replace(config.dit, **(KINDS if kinds else {})))
+        super().__init__(config, LATENT_SHAPE, CLASSES)
         self.bad = torch.tensor([(step + 1) * CONFIG.batch_size - 1 for step in bad])
         self.kinds: set[str] = set()
         self.share = 0.0
@@ -86,6 +91,7 @@ class Case:
     bad: tuple[int, ...] = ()
     resume: str = ""
     jumps: bool = False
+    kinds: bool = False
 
 
 STOPPING = replace(CONFIG, max_steps=3)
@@ -101,6 +107,7 @@ CASES = {
     "plain stopped": Case("", STOPPING),
     "sharded later": Case("block", resume="plain stopped"),
     **{f"jumps {policy}": Case(policy, jumps=True) for policy in ("", "size")},
+    **{f"kinds {policy}": Case(policy, jumps=policy != "block", kinds=True) for policy in ("block", "root")},
 }
 
 
@@ -108,7 +115,7 @@ def train(folder: Path, case: Case) -> dict[str, Any]:
     """Train a case in this process; what it saw."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder.mkdir(parents=True, exist_ok=True)
-    model, accelerator, previews = Watched(case.bad, case.jumps), make_accelerator(case.config), list[int]()
+    model, accelerator, previews = Watched(case.bad, case.jumps, case.kinds), make_accelerator(case.config), list[int]()
     if case.policy:
         shard(accelerator, case.policy)
     run, items = Run(folder, "test"), Items(latents, SIZE)
@@ -229,6 +236,14 @@ def test_jumps_are_those_of_one_process(tmp_path: Path, two: Sharded) -> None:
     for policy in ("", "size"):
         assert losses(two.folder / f"jumps {policy}") == pytest.approx(losses(tmp_path), rel=1e-5)
         assert_close(two.saved(f"jumps {policy}"), tensors(tmp_path))
+
+
+@pytest.mark.parametrize("policy", ["block", "root"])
+def test_other_blocks_are_those_of_one_process(policy: str, tmp_path: Path, two: Sharded) -> None:
+    """Also in jumps, which differentiate them."""
+    train(tmp_path, replace(CASES[f"kinds {policy}"], policy=""))
+    assert losses(two.folder / f"kinds {policy}") == pytest.approx(losses(tmp_path), rel=1e-5)
+    assert_close(two.saved(f"kinds {policy}"), tensors(tmp_path))
 
 
 def test_the_average_is_not_the_newest_weights(two: Sharded) -> None:

@@ -14,6 +14,7 @@ from midway.gen.core.errors import MidwayError
 from midway.gen.core.runs import Run
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.presets import MODERN
 from midway.gen.training.accelerator import explaining_memory, loss_need, make_accelerator, memory_error
 from midway.gen.training.batches import Context, LatentBatch
 from midway.gen.training.config import TrainConfig
@@ -43,19 +44,28 @@ def test_a_need_is_linear_in_the_samples() -> None:
     assert all(need.fits(need.of(n)) == n for n in range(50))
 
 
-@pytest.mark.parametrize("kind", ["latents", "images"])
+DIT = DiTConfig(width=64, depth=3, heads=4)
+NETWORKS = {
+    "latents": replace(latent_config(), dit=DIT),
+    "modern latents": replace(latent_config(), dit=replace(DIT, **MODERN)),
+    "latents by tokens": replace(latent_config(), dit=replace(DIT, conditioning="tokens", mixer="linear", norm="dyt")),
+    "U-Net": replace(latent_config(), network="unet", dit=DiTConfig()),
+}
+
+
+@pytest.mark.parametrize("kind", [*NETWORKS, "images"])
 def test_the_need_is_that_of_real_steps(kind: str) -> None:
-    """Counted without numbers, for micro-batches of 16 and 40 samples: the bytes of the real tensors, to within 0.1 %."""
-    config = replace(latent_config(), dit=DiTConfig(width=64, depth=3, heads=4))
-    model: nn.Module = LatentModel(config, (3, 4, 4), 4) if kind == "latents" else tokenizer({"type": "kl", "dim": 4})
-    items = Items(latents if kind == "latents" else images, 20)
+    """Counted without numbers, for micro-batches of 16 and 40 samples: real bytes to within 0.1 %, of a U-Net to within 2 %."""
+    of_latents = kind in NETWORKS
+    model = LatentModel(NETWORKS[kind], (3, 4, 4), 4) if of_latents else tokenizer({"type": "kl", "dim": 4})
+    items = Items(latents if of_latents else images, 20)
     need = loss_need(model, batches_like(items, CPU))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for count in (16, 40):
         batch, context = items.read(torch.arange(count) % 20), Context(0, 0, torch.arange(count))
         real = peak_bytes(lambda batch=batch, context=context: model.loss(batch, context)[0].backward())
-        assert need.of(count) == pytest.approx(real, rel=0.001)
+        assert need.of(count) == pytest.approx(real, rel=0.02 if kind == "U-Net" else 0.001)
 
 
 def test_autocast_is_counted_as_the_cpu_does_it() -> None:
@@ -79,7 +89,7 @@ def test_half_precision_takes_less_and_recomputed_blocks_much_less() -> None:
     model, items = LatentModel(config, (3, 4, 4), 4), Items(latents, 20)
     whole = loss_need(model, batches_like(items, CPU)).each
     assert 0.5 * whole < loss_need(model, batches_like(items, CPU), half=True).each < 0.8 * whole
-    for block in model.network.blocks:
+    for block in model.network.get_submodule("blocks").children():
         block.gradient_checkpointing = True  # pyright: ignore[reportArgumentType]
     assert loss_need(model, batches_like(items, CPU)).each < 0.5 * whole
 
@@ -102,12 +112,12 @@ def test_what_training_keeps_is_weights_gradients_moments_and_averages() -> None
     assert state_bytes(layer, replace(plain, ema=0.9, posthoc=(0.05, 0.1))) == 55 * 4 * 7
     model = LatentModel(latent_config(), (3, 4, 4), 4)
     total, matrices = (sum(p.numel() for p in some) for some in (model.parameters(), hidden(model)))
-    positions = model.network.positions.nbytes
+    positions = model.network.get_buffer("positions").nbytes
     assert state_bytes(model, replace(plain, optimizer="muon")) == 4 * (4 * total - matrices) + positions
 
 
 def hidden(model: LatentModel) -> list[Tensor]:
-    named = model.network.blocks.named_parameters()
+    named = model.network.get_submodule("blocks").named_parameters()
     return [p for name, p in named if p.dim() == 2 and "modulation" not in name]
 
 

@@ -157,7 +157,7 @@ def test_two_processes_step_as_often_and_at_the_same_rates_as_one(tmp_path: Path
 def test_every_parameter_is_in_exactly_one_optimizer() -> None:
     """Muon has the matrices of attention and MLP; embeddings, time, modulation, head, norms and biases are AdamW's."""
     model = latent_model()
-    model.network.blocks[1].requires_grad_(False)
+    model.network.get_submodule("blocks.1").requires_grad_(False)
     names = {parameter: name for name, parameter in model.named_parameters()}
     adamw, muon = make_optimizers(model, replace(CONFIG, optimizer="muon"), CPU)
     owned = [[names[p] for group in o.param_groups for p in group["params"]] for o in (adamw, muon)]

@@ -5,9 +5,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,12 +51,14 @@ from midway.gen.distillation.amed import DistillConfig
 from midway.gen.distillation.table import TableConfig
 from midway.gen.flags.baseline_tasks import FlowTask, VAETask
 from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
+from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.presets import MODERN
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.tokenizer.objective import TokenizerObjective
 from midway.gen.training.batches import Context, ImageBatch
-from midway.gen.training.config import TrainConfig
+from midway.gen.training.config import LATER, TrainConfig
 from midway.gen.trainings import train_tokenizer
 from midway.gen.trainings.train_features import FeaturesTask
 from midway.gen.trainings.train_solver import SolverTask
@@ -76,6 +79,12 @@ def tokenizer_task(out: Path, train: TrainConfig = TRAIN, model: TokenizerConfig
 def latent_task(out: Path, pipeline: Pipeline, train: TrainConfig = LATENT) -> LatentTask:
     """A DiT with everything random that it has: flips, dropout, dropped labels."""
     return LatentTask(out, pipeline.tokenizer, model=DIT, flip=True, train=train, resume="auto")
+
+
+def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
+    """The modern blocks, and others."""
+    task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
+    return replace(task, model=replace(DIT, dit=replace(DIT.dit, **{**MODERN, **switches})))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
@@ -161,7 +170,7 @@ CRITIC = LossConfig(
 )
 """Everything that a game remembers from step to step, begun within the first part of a run."""
 Make = Callable[[Path, Pipeline], Task]
-SLOW = ("shortcut", "meanflow", "imf", "distilled", "continuous prior")
+SLOW = ("latent by tokens", "unet", "shortcut", "meanflow", "imf", "distilled", "continuous prior")
 """Kinds whose parts another kind has: alphaflow goes from jumps of its own to derivatives of the network."""
 COSINE = replace(TRAIN, decay="cosine", save_every=2, keep=2)
 KINDS: dict[str, Make] = {
@@ -181,6 +190,11 @@ KINDS: dict[str, Make] = {
     "latent": lambda out, pipeline: latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
     "latent with muon": lambda out, pipeline: latent_task(
         out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
+    ),
+    "modern latent": modern_task,
+    "latent by tokens": partial(modern_task, conditioning="tokens", norm="dyt", mixer="linear"),
+    "unet": lambda out, pipeline: replace(
+        latent_task(out, pipeline), model=replace(DIT, network="unet", dit=DiTConfig())
     ),
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
@@ -400,19 +414,22 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
 
 
 def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
-    """Its files name no objective, no time scale and no origin."""
-    new = {"model.objective", "model.dit.time_scale", "init", "teacher"}
+    """Its files name no objective, no time scale, no kinds of blocks and no origin."""
+    later = [field.name for field in fields(DiTConfig)][6:]
+    new = {"model.objective", "model.network", "init", "teacher", *(f"model.dit.{name}" for name in later)}
     config = replace(TRAIN, steps=3, posthoc=())
     whole = train(latent_task(tmp_path / "whole", pipeline, config))
     run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
     values = read_yaml(run / "config.yaml")
-    del values["model"]["objective"], values["model"]["jump"], values["model"]["dit"]["time_scale"]
+    for name in ("objective", "jump", "network", "unet"):
+        del values["model"][name]
+    values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
     for name in ("origin", "init", "teacher"):
         values.pop(name, None)
     write_yaml(run / "config.yaml", values)
     checkpoint = newest(run)
     state = json.loads((checkpoint / "state.json").read_text())
-    old = {key: value for key, value in state["config"].items() if key not in new and ".jump." not in key}
+    old = {key: value for key, value in state["config"].items() if key not in new and not key.startswith(LATER)}
     state["config"] = {key: value for key, value in old.items() if not key.startswith("origin.")}
     (checkpoint / "state.json").write_text(json.dumps(state))
     seal(checkpoint)
