@@ -2,7 +2,7 @@
 
     python benchmarks/priors.py --data digits --folder runs/priors --json benchmarks/results/priors_digits.json
     python benchmarks/priors.py --data mnist5k --folder runs/priors-mnist5k --json benchmarks/results/priors_mnist5k.json \
-        --tokenizers fsq
+        --tokenizers fsq --rules halton maskgit --nfe 8 64
 
 1. For every training seed tokenizers of one network and equally many codes, FSQ, FSP and VQ, 512 each (midway train tokenizer).
 2. On each a causal and a masked prior by the recipes of the data (midway train prior), the same for all tokenizers, but that codes of
@@ -62,6 +62,10 @@ class Comparison:
     """Of the trainings."""
     tokenizers: tuple[Literal["fsq", "fsp", "vq"], ...] = ("fsq", "fsp", "vq")
     """What is compared."""
+    rules: tuple[str, ...] = ("random", "halton", "certain", "maskgit")
+    """Of the masked priors."""
+    nfe: tuple[int, ...] = ()
+    """Their budgets (default: those of midway evaluate)."""
     steps: int | None = None
     """Optimizer steps of a prior (default: those of its recipe)."""
 
@@ -99,10 +103,12 @@ def place(task: Comparison, seed: int, tokenizer: str, kind: str = "") -> Path:
 
 
 def sweep_of(task: Comparison, seed: int, tokenizer: str) -> Sweep:
-    """Both priors of a tokenizer; the masked one by all its rules."""
+    """Both priors of a tokenizer; the masked one by several rules."""
     causal, masked = (str(place(task, seed, tokenizer, kind)) for kind in KINDS)
     out = str(task.folder / f"report-{seed}-{tokenizer}")
-    words = ["--model", causal, "--priors", masked, "--prior-rules", "random,halton,certain,maskgit", "--out", out]
+    words = ["--model", causal, "--priors", masked, "--prior-rules", ",".join(task.rules), "--out", out]
+    if task.nfe:
+        words += ["--prior-nfe", ",".join(map(str, task.nfe))]
     return evaluate.run(evaluate.resolve(evaluate.EvaluateTask, {}, words))
 
 

@@ -43,7 +43,7 @@ def digits_masked() -> PriorTask:
     midway train prior digits-masked --tokenizer runs/digits-fsq
     """
     model = PriorConfig("masked", width=128, depth=4, heads=4, dropout=0.3)
-    train = replace(DIGITS, steps=1500, weight_decay=0.3, ema=0.99)
+    train = replace(DIGITS, steps=1000, weight_decay=0.3, ema=0.99)
     return _prior("digits-masked", "digits-fsq", model, train)
 
 
