@@ -1,12 +1,12 @@
 """Tokenizers compared by what priors make of their codes, on one axis with priors of every kind: bits of an image and distance.
 
     python benchmarks/priors.py --data digits --folder runs/priors --json benchmarks/results/priors_digits.json
-    python benchmarks/priors.py --data mnist5k --folder runs/priors-mnist5k --json benchmarks/results/priors_mnist5k.json \
-        --tokenizers fsq --rules halton maskgit --nfe 8 64
+    python benchmarks/priors.py --data mnist5k --tokenizers fsq --rules halton maskgit --nfe 8 64 --folder runs/priors-mnist5k
+        --json benchmarks/results/priors_mnist5k.json
 
 1. For every training seed tokenizers of one network and equally many codes, FSQ, FSP and VQ, 512 each (midway train tokenizer).
-2. On each a causal and a masked prior by the recipes of the data (midway train prior), the same for all tokenizers, but that codes of
-   FSQ are predicted digit by digit.
+2. On each a causal and a masked prior by the recipes of the data (midway train prior), the same for all tokenizers but in that
+   codes of FSQ are predicted digit by digit.
 3. Bits of held-out codes (midway evaluate-likelihood): of the prior, of independent positions, of a fixed length.
 4. A sweep (midway evaluate) of both priors on the same sampling seeds, in two feature spaces. Its ceiling row is the tokenizer
    alone: decoded codes of held-out images, which no prior can be nearer than but by chance.

@@ -9,7 +9,7 @@ from quantizer_cases import CASES, CONTINUOUS, DISCRETE, every_index
 from tensors import pixels
 
 from midway.gen.data.images import to_float
-from midway.gen.priors.layout import CodeLayout, layout_of
+from midway.gen.priors.layout import CodeLayout, digit_vectors, layout_of
 from midway.tokenizers.fsq import FSQ
 from midway.tokenizers.tokenizer import ImageTokenizer
 
@@ -42,6 +42,26 @@ def test_indices_become_tokens_and_come_back(case: str, split: str) -> None:
     assert layout.bits == pytest.approx(layout.length * math.log2(codes))
     assert len(layout.radices) == tokenizer.quantizer.groups
     assert split == "digits" or len(layout.sizes) == tokenizer.quantizer.groups
+
+
+@pytest.mark.parametrize(
+    ("case", "split"), [*((name, "joint") for name in DISCRETE), *((name, "digits") for name in DIGITS)]
+)
+def test_every_digit_has_the_vectors_of_its_values(case: str, split: str) -> None:
+    tokenizer = _tokenizer(CASES[case])
+    found = digit_vectors(tokenizer, split)
+    assert tuple(len(vectors) for vectors in found) == layout_of(tokenizer, split).sizes
+    for vectors in found:
+        assert vectors.dtype == torch.float32 and len(vectors.unique(dim=0)) == len(vectors)
+
+
+def test_vectors_of_digits_of_fsq_differ_in_one_channel() -> None:
+    tokenizer = _tokenizer(CASES["fsq"])
+    for channel, vectors in enumerate(digit_vectors(tokenizer, "digits")):
+        steps = vectors.diff(dim=0)
+        assert bool((steps[:, channel] > 0).all()) and int((steps != 0).sum()) == len(steps)
+    whole = digit_vectors(tokenizer, "joint")[0]
+    assert torch.equal(whole, tokenizer.quantizer.indices_to_codes(torch.arange(160)[None])[0].T)
 
 
 @pytest.mark.parametrize("case", ["fsq", "residual", "grouped", "two_level", "two_level, parts", "lfq"])

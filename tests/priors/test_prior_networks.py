@@ -2,12 +2,12 @@
 
 import math
 import shutil
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from tensors import randomised
-from torch import Tensor
+from torch import Tensor, nn
 
 from midway.gen.priors.causal import CausalPrior
 from midway.gen.priors.config import Kind, PriorConfig
@@ -204,3 +204,29 @@ def test_bits_approach_the_entropy_of_a_known_source_and_are_never_below(kind: K
     drawn = prior.draw(none, SeededDraws(torch.arange(count)), Decoding("causal" if kind == "causal" else "random"))
     spread = chain.bits(drawn).std().item() / math.sqrt(count)
     assert chain.bits(drawn).mean().item() == pytest.approx(chain.entropy, abs=0.3 + 5 * spread)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_starts_as_linear_images_of_code_vectors(kind: Kind) -> None:
+    """Equal vectors have equal laws, and what lies between two vectors has logits and embeddings between theirs."""
+    layout = CodeLayout(((2, 3),), ((5, 4),))
+    prior = _prior(kind, layout)
+    line = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0], [3.0, 6.0], [3.0, 6.0]])
+    apart = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    prior.start_from([line, apart])
+    for table in (prior.embed.digits[0], prior.head.outputs[0], prior.head.before[0]):
+        weight = cast(nn.Embedding, table).weight
+        torch.testing.assert_close(weight[1], (weight[0] + weight[2]) / 2)
+        torch.testing.assert_close(weight[3], weight[4])
+        assert int(torch.linalg.matrix_rank(weight, rtol=1e-4)) == 1
+    second = cast(nn.Embedding, prior.embed.digits[1]).weight
+    assert int(torch.linalg.matrix_rank(second, rtol=1e-4)) == 3
+    sizes = [cast(nn.Embedding, table).weight.square().mean().sqrt() for table in prior.embed.digits]
+    torch.testing.assert_close(torch.stack(sizes), torch.full((2,), 0.2 / 2**0.5), rtol=0.4, atol=0)
+    torch.testing.assert_close(second.mean(0), torch.zeros(16), rtol=0, atol=1e-6)
+
+
+def test_digits_with_one_value_start_at_zero_and_numbers_stay_finite() -> None:
+    prior = _prior("causal", CodeLayout(((2, 3),), ((1, 3),)))
+    prior.start_from([torch.ones(1, 2), torch.eye(3)])
+    assert all(bool(p.isfinite().all()) for p in prior.parameters())

@@ -95,6 +95,19 @@ def test_another_width_of_its_average_is_a_prior(pipeline: Pipeline, succeed: Sc
         torch.testing.assert_close(made[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_it_starts_from_the_vectors_of_its_codes_or_at_random(
+    pipeline: Pipeline, succeed: Script, tmp_path: Path
+) -> None:
+    """Of 6 codes of FSQ the tokenizer has vectors of few channels, and rows at random are of more."""
+    ranks = {}
+    for start in ("codes", "random"):
+        flags = f"{TINY} --steps 0 --preview-seconds 0 --model.start {start}"
+        succeed(f"train_prior digits-causal --tokenizer {pipeline.tokenizer} --out {tmp_path / start} {flags}")
+        weights = load_file(tmp_path / start / "checkpoints/step-0/model.safetensors")
+        ranks[start] = [int(torch.linalg.matrix_rank(w, rtol=1e-4)) for name, w in weights.items() if "embed" in name]
+    assert all(few < many for few, many in zip(ranks["codes"], ranks["random"], strict=True))
+
+
 def test_it_resumes_exactly_and_named_codes_are_the_same_training(
     run: Path, pipeline: Pipeline, succeed: Script, tmp_path: Path
 ) -> None:
