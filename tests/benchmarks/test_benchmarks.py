@@ -462,6 +462,7 @@ def test_the_ablation_writes_every_row_at_every_budget(
 # ---- precision.py ----
 
 
+@pytest.mark.slow
 def test_both_precisions_are_timed_and_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = benchmark("precision")
     monkeypatch.setattr(module, "WIDTHS", {"conv": (16,), "vit": (16,)})

@@ -163,7 +163,7 @@ def started(tmp_path: Path, more: str = "") -> tuple[subprocess.Popen[bytes], li
     raise AssertionError("the second part did not begin")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_driver_that_is_stopped_leaves_a_valid_report_and_no_process(number: int, tmp_path: Path) -> None:
     process, children = started(tmp_path)
     process.send_signal(number)

@@ -213,6 +213,7 @@ def test_parallel_sampling_is_beside_both_loops(setting: Any) -> None:
     assert found[graph]["differences"]["x, relative"] < 1e-2
 
 
+@pytest.mark.slow
 def test_compiled_networks_are_beside_eager_ones(setting: Any) -> None:
     """Marked for compilation only: that takes a C++ compiler minutes."""
     with torch.compiler.set_stance("force_eager"):
@@ -221,6 +222,7 @@ def test_compiled_networks_are_beside_eager_ones(setting: Any) -> None:
     assert found["sampling, 10 steps, B = 1, compiled, graph beside eager"]["differences"]["x, relative"] < 1e-5
 
 
+@pytest.mark.slow
 def test_fit_is_beside_a_bare_loop_and_the_loop_of_diffusers_example(setting: Any) -> None:
     found = rows("training", setting, "DiT-S, bf16, recipe", "DiT-S, no, bare loop")
     assert [(row["name"], row["peer_name"], row["unit"]) for row in found] == [
@@ -287,6 +289,7 @@ def test_tests_that_need_cuda_are_rows(setting: Any) -> None:
         list(tests.outcomes(setting, file))
 
 
+@pytest.mark.slow
 def test_the_tests_that_need_cuda_can_be_collected_without_the_fixtures_of_the_suite(
     setting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +382,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_parts_without_diffusers_tyro_and_accelerate_skip_what_needs_them(tmp_path: Path) -> None:
     """Solvers, graphs, kernels, the matrix root and parallel sampling need torch alone; the nearest code needs no tokenizer."""
     names = ("machine", "graph", "syncs", "precision", "frechet", "parallel", "compiled", "training", "quantizers")

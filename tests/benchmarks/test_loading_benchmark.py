@@ -29,6 +29,7 @@ def loading() -> ModuleType:
     return benchmark("loading")
 
 
+@pytest.mark.slow
 def test_every_row_is_there_printed_and_judged(
     loading: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ def comparison() -> ModuleType:
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.slow
 def test_every_quantizer_ends_in_the_table_the_json_and_the_page(comparison: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- begin tokenizers -->\nold\n<!-- end tokenizers -->\nafter\n")

@@ -27,6 +27,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.usefixtures("one_thread", "on_the_cpu")
+@pytest.mark.slow
 def test_every_cell_trains_once_and_ends_in_the_table(
     study: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

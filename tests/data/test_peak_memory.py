@@ -29,6 +29,7 @@ def check(tmp_path: Path, few: int, many: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs getrusage")
+@pytest.mark.slow
 def test_peak_memory_of_2000_images_is_that_of_200(tmp_path: Path) -> None:
     check(tmp_path, 200, 2000)
 

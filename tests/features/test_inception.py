@@ -175,6 +175,7 @@ def test_the_resize_is_tensorflow_1s(size: tuple[int, int]) -> None:
 # ---- as pytorch-fid reads images ----
 
 
+@pytest.mark.slow
 def test_pytorch_fids_network_is_the_same_on_other_pixels(extractor: Inception, file: Path) -> None:
     """At 299 pixels neither resizes: (x - 128) / 128 of torch-fidelity becomes 2 x / 255 - 1."""
     theirs, images = open_pytorch_inception(file, block=BLOCK), pixels(BLOCK, 3, 299)

@@ -431,6 +431,7 @@ def test_the_dtype_of_the_pipeline_is_kept_and_half_precision_is_not_computed_in
     assert torch.equal(narrow, exact.to(dtype))
 
 
+@pytest.mark.slow
 def test_without_diffusers_only_the_scheduler_is_missing() -> None:
     code = (
         "import sys; sys.modules['diffusers'] = None\n"

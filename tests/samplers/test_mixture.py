@@ -128,7 +128,7 @@ def test_a_time_that_all_samples_share_gives_what_a_time_for_each_gives() -> Non
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp2m"])
+@pytest.mark.parametrize("name", [pytest.param("ddim", marks=pytest.mark.slow), "dpmpp2m"])
 def test_solvers_converge_on_it_at_their_order(name: str) -> None:
     """Correlated components, against a fine solution by rk4."""
     schedule, field = EDM(), correlated().field(EDM())

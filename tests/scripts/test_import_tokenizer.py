@@ -35,6 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_an_imported_autoencoder_is_a_run_that_everything_works_on(
     source: Path, tmp_path: Path, script: Script, succeed: Script
 ) -> None:

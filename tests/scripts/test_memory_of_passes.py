@@ -20,7 +20,7 @@ def peaks(folder: Path, name: str, *counts: int) -> list[float]:
     return [float(line.split()[1]) for line in done.stdout.splitlines() if line[0].isdigit()]
 
 
-@pytest.mark.parametrize("name", ["encoding", "reference"])
+@pytest.mark.parametrize("name", ["encoding", pytest.param("reference", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_images(name: str, tmp_path: Path) -> None:
     """2,000 images of 256x256 are 393 MB, 200 of them 39 MB."""
     few, many = peaks(tmp_path, name, 200, 2000)

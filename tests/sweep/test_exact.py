@@ -140,6 +140,7 @@ def test_the_ceiling_is_held_out_images_through_the_tokenizer(sweep: Sweep, pipe
         assert sweep.limits[name].startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_ceiling_is_made_part_by_part(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the figures of all at once, so that no process holds more than a part of reconstructions."""
     asked = {"n": 40, "blocks": 1, "exact_nfe": 0, "features": f"{pipeline.features},pixels"}

@@ -131,6 +131,7 @@ def test_a_prior_has_the_figures_that_it_has_alone(
     assert "Of the priors, masked " in report and "The solver" not in report and "Every panel starts" not in report
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_in_a_prior_gives_the_same_table(
     whole: tuple[Path, Sweep], pipeline: Pipeline, causal: Path, masked: Path, other: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -107,7 +107,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize(
     ("seed", "overlap"),
     [
-        (0, False),
+        pytest.param(0, False, marks=pytest.mark.slow),
         pytest.param(1, False, marks=pytest.mark.slow),
         pytest.param(2, True, marks=pytest.mark.slow),
         (3, True),
@@ -342,7 +342,9 @@ def two_solvers(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) ->
     return evaluate.run(task(pipeline, tmp_path_factory.mktemp("two"), solvers="ddim,heun"))
 
 
-@pytest.mark.parametrize("change", [{"batch_size": 7}, {"batch_size": 64}, {"overlap": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 7}, pytest.param({"batch_size": 64}, marks=pytest.mark.slow), {"overlap": True}], ids=str
+)
 def test_neither_batches_nor_overlap_change_a_distance(
     change: dict[str, Any], two_solvers: Sweep, pipeline: Pipeline, tmp_path: Path
 ) -> None:
@@ -374,7 +376,7 @@ def test_without_a_fine_solution_there_is_no_rmse(pipeline: Pipeline, tmp_path: 
     assert "Use of the codes" not in report and "RMSE compares" not in report
 
 
-@pytest.mark.parametrize("nfe", [4, 8])
+@pytest.mark.parametrize("nfe", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_sample_that_is_not_finite_is_reported(
     nfe: int, pipeline: Pipeline, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
