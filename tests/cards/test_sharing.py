@@ -229,7 +229,7 @@ def test_a_learned_solver_is_shared_and_belongs_to_its_model(tmp_path: Path, mon
     assert front_of(card)["license"] == "mit"
     assert load_solver(folder, owner) == load_solver(folder) == learned
     other = model()
-    other.network.embed.weight.data.add_(1)
+    next(other.network.parameters()).data.add_(1)
     with pytest.raises(
         ValueError, match=f"was learned for model {owner.hash}, this one is {other.hash}: learn a solver"
     ):

@@ -49,6 +49,7 @@ from midway.gen.recipes.generic import GENERIC_TOKENIZERS
 from midway.gen.recipes.prior_recipes import PRIOR_RECIPES
 from midway.gen.recipes.recipes import LATENT_RECIPES, TOKENIZER_RECIPES
 from midway.gen.report import likelihood, tokenizers
+from midway.gen.sweep.choice import Choice
 from midway.gen.sweep.run import Sweep
 from midway.gen.tokenizer.objective import evaluate_tokenizer
 from midway.gen.training.config import TrainConfig
@@ -461,7 +462,7 @@ def test_every_solver_is_measured_on_one_grid(swept: tuple[Path, Sweep]) -> None
     grids = {(row["solver"], row["nfe"]): row["grid"] for row in _rows(swept[0])[3:]}
     assert grids.keys() == {(solver, "4") for solver in ("ddim", "heun", *LEARNED)} and len(_rows(swept[0])) == 7
     choice = swept[1].choice
-    assert choice is not None and choice.seeds == "60-67"
+    assert isinstance(choice, Choice) and choice.seeds == "60-67"
     for solver in ("ddim", "heun"):
         figures = {grid: choice.figures[solver, grid, 4] for grid in ("uniform", "logsnr")}
         assert grids[solver, "4"] == min(figures, key=lambda grid: figures[grid])

@@ -31,6 +31,7 @@ from midway.gen.report.sweep_tables import difference_table, distance_table, err
 from midway.gen.report.table import ReportContext
 from midway.gen.sweep import choice as choices
 from midway.gen.sweep import run
+from midway.gen.sweep.choice import Choice
 from midway.gen.sweep.fine import distance_between
 from midway.gen.sweep.run import Sweep
 from midway.gen.sweep.store import Seeds
@@ -100,7 +101,7 @@ def test_its_own_error_is_measured_against_twice_the_evaluations(
     sweep: Sweep, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     finer = evaluate.run(sweep_task(pipeline, tmp_path, exact_nfe=64))
-    assert sweep.choice is not None and finer.choice is not None
+    assert isinstance(sweep.choice, Choice) and isinstance(finer.choice, Choice)
     assert 0 < finer.choice.exact_error < 0.2 * sweep.choice.exact_error
     text = (tmp_path / "report.md").read_text()
     assert "with 64 evaluations from the same noise; its RMSE to twice the evaluations is" in text
@@ -181,7 +182,7 @@ def test_the_chosen_grid_has_the_least_error_on_seeds_that_are_not_scored(
     watch_samples(monkeypatch, lambda seeds, batch: drawn.append((int(seeds[0]), len(seeds))))
     found = evaluate.run(sweep_task(pipeline, tmp_path, solvers="ddim", grids="karras,logsnr", choice_seeds=6))
     choice = found.choice
-    assert choice is not None and choice.seeds == "40-45"
+    assert isinstance(choice, Choice) and choice.seeds == "40-45"
     assert sorted(drawn) == [(0, 20)] * 2 + [(20, 20)] * 2 + [(40, 6)] * 4, "exact, exact twice as fine, two grids"
     (m,) = measured(found)
     assert choice.figures["ddim", m.grid, 4] == min(choice.figures.values()) and len(choice.figures) == 2
