@@ -19,6 +19,8 @@ from midway.gen.core.ranges import POSITIVE, SHARE, check_classes, check_ranges
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.unet import UNetConfig
 from midway.gen.objectives.jump_config import JumpConfig, Objective, check_jumps, own_solver
+from midway.gen.objectives.times import MODE_SCALES, Density
+from midway.gen.objectives.weights import Weighting
 from midway.samplers.prediction import Target
 from midway.samplers.schedule import SCHEDULES, Schedule
 from midway.tokenizers.hub import Shared, card_in
@@ -51,12 +53,21 @@ class LatentModelConfig:
     """Process from data to noise: linear is the rectified flow, vp and cosine keep the variance, edm adds noise."""
     target: Target = "velocity"
     """What the network predicts."""
-    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    time: Density = "logit_normal"
     """How noise levels are drawn in training."""
     time_mean: float = 0.0
     """Mean of log rho for logit_normal."""
     time_std: float = 1.0
     """Standard deviation of log rho for logit_normal."""
+    time_mode: float = 1.29
+    """Scale of mode: above 0 the middle noise levels are drawn more often, below 0 the ends."""
+    time_shift: Literal["auto"] | float = 1.0
+    """Factor of the noise levels drawn. auto: the root of a latent's number of values by 4096."""
+    weight: Weighting = "own"
+    """Weight of the squared errors by the noise level: own, that of the target; velocity, as if the target were the velocity;
+    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less."""
+    min_snr_gamma: float = 5.0
+    """gamma of min_snr."""
     conditional: bool = True
     """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
     label_dropout: float = 0.1
@@ -75,11 +86,19 @@ class LatentModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
+        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE)
+        if self.time_shift != "auto":
+            check_ranges(self, time_shift=(1e-3, 1e3))
         for name, value, plain in (("dit", self.dit, DiTConfig()), ("unet", self.unet, UNetConfig())):
             if name != self.network and value != plain:
                 raise ValueError(f"settings of {name} have no effect with network {self.network}: drop them")
         if self.is_jump:
             check_jumps(self.objective, self.jump, self.schedule, self.target)
+            if self.weight != "own":
+                raise ValueError(
+                    f"weight {self.weight} is of flow models, and objective {self.objective} has weights of its own "
+                    "(--model.jump.weight-power): drop one of the two"
+                )
 
     @property
     def size(self) -> DiTConfig | UNetConfig:

@@ -16,6 +16,7 @@ from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.diffusion.field import Denoiser, noise_angle
 from midway.gen.objectives import jumps
 from midway.gen.objectives.jump_config import DERIVATIVE
+from midway.gen.objectives.weights import weight
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.prediction import Target, expand, target_coefficients
 from midway.samplers.schedule import Schedule
@@ -47,14 +48,19 @@ def draws(model: Denoiser, batch: LatentBatch, context: Context, *times: str) ->
 
 
 def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the unit-variance target, and sum and count per time bucket (`loss_time_0` .. `loss_time_7`)."""
+    """Mean of weighted squared errors of the unit-variance target (gen/objectives/weights.py).
+
+    Logged: sum and count of the errors without weights by time bucket (`loss_time_0` .. `loss_time_7`).
+    """
     drawn = draws(model, batch, context, "time")
     t = model.time_of(drawn.times[0])
     x_t, target = noised(model.schedule, model.config.target, t, drawn.x0, drawn.eps)
     output, _ = model.forward_network(x_t, t, drawn.labels, context)
     error = (widened(output) - target).square().flatten(1).mean(1)
     angle = noise_angle(model.schedule.alpha(t), model.schedule.sigma(t))
-    return mean(error), {"loss_time": loss_by_time(error.detach(), angle)}
+    config = model.config
+    weighted = error * weight(config.weight, config.target, model.schedule, t, config.min_snr_gamma)
+    return mean(weighted), {"loss_time": loss_by_time(error.detach(), angle)}
 
 
 def noised(schedule: Schedule, target: Target, t: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:

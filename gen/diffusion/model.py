@@ -10,8 +10,8 @@ On `EDM` with target `v` this is EDM's preconditioning and loss weight for unit-
 2206.00364, Table 1); on `Linear` with `velocity` it is half the rectified-flow loss; on `Cosine` with `v` or `eps` the usual
 ones. The angle of the noise level means the same on all schedules.
 
-Time is drawn so that log rho = log(sigma / alpha) is normal (`logit_normal`: on `Linear` exactly SD3's t = sigmoid(N(m, s^2)),
-arXiv 2403.03206; on `EDM` with m = s = -1.2, 1.2 EDM's own) or so that t is uniform on the sampling range.
+Times are drawn by noise levels, or so that t is uniform on the sampling range (gen/objectives/times.py); normal log rho is on
+`Linear` SD3's t = sigmoid(N(m, s^2)), arXiv 2403.03206, and on `EDM` with m, s = -1.2, 1.2 EDM's own.
 """
 
 import math
@@ -29,6 +29,7 @@ from midway.gen.networks.dit import DiT
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.network import Network
 from midway.gen.networks.unet import UNet, UNetConfig
+from midway.gen.objectives import times
 from midway.gen.objectives.jump_config import check_jump_guidance
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
@@ -106,10 +107,18 @@ class LatentModel(DescribedModel):
 
     def time_of(self, u: Tensor) -> Tensor:
         """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
-        if self.config.time == "uniform":
-            low, high = self.time_range
+        config, (low, high) = self.config, self.time_range
+        factor = times.shift_factor(config.time_shift, math.prod(self.latent_shape))
+        if config.time == "uniform" and factor == 1:
             return (low + (high - low) * u).float()
-        return logit_normal(self.schedule, u, self.config.time_mean, self.config.time_std).float()
+        if config.time == "uniform":
+            log_rho = self.schedule.rho(low + (high - low) * u).log()
+        elif config.time == "mode":
+            log_rho = times.mode(u, config.time_mode)
+        else:
+            own = times.logit_normal(u, config.time_mean, config.time_std)
+            log_rho = own if config.time == "logit_normal" else times.cosmap(u)
+        return times.time_at(self.schedule, log_rho + math.log(factor)).float()
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -237,12 +246,6 @@ def make_network(
     if isinstance(size, DiTConfig):
         return DiT(size, *latent_shape, classes, further)
     return UNet(size, *latent_shape, classes, further)
-
-
-def logit_normal(schedule: Schedule, u: Tensor, mean: float, std: float) -> Tensor:
-    """The times (B,), within the range that grids sample, at which log rho is normal, for float64 u (B,) uniform on (0, 1)."""
-    log_rho = mean + std * torch.special.ndtri(u)
-    return schedule.time_of_logsnr(-2 * log_rho.clamp(math.log(RHO_MIN), math.log(RHO_MAX)))
 
 
 @lru_cache

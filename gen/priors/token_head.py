@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from midway.gen.diffusion.field import noise_angle
 from midway.gen.diffusion.loss import noised
-from midway.gen.diffusion.model import logit_normal
 from midway.gen.networks.layers import number_embedding, sinusoid
+from midway.gen.objectives.times import logit_normal, time_at
 from midway.gen.priors.config import TokenHeadConfig
 from midway.samplers.guidance import ConditionalField, Together, classifier_free, conditional
 from midway.samplers.prediction import (
@@ -87,7 +87,7 @@ class TokenHead(nn.Module):
 
     def time_of(self, u: Tensor) -> Tensor:
         """The time to train at for float64 u on (0, 1), float32, of the same shape."""
-        return logit_normal(self.schedule, u, self.config.time_mean, self.config.time_std).float()
+        return time_at(self.schedule, logit_normal(u, self.config.time_mean, self.config.time_std)).float()
 
     def output_scale(self, t: Tensor) -> Tensor:
         """target / F, shaped like t."""

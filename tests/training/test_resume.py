@@ -82,9 +82,10 @@ def latent_task(out: Path, pipeline: Pipeline, train: TrainConfig = LATENT) -> L
 
 
 def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
-    """The modern blocks, and others."""
+    """The modern blocks, and others, on other times and weights."""
     task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
-    return replace(task, model=replace(DIT, dit=replace(DIT.dit, **{**MODERN, **switches})))
+    model = replace(DIT, target="x0", time="mode", time_shift="auto", weight="velocity")
+    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, **switches})))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:

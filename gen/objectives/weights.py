@@ -1,0 +1,43 @@
+"""Weights of the squared error of a unit-variance target, by the noise level.
+
+With y = a x0 + b eps and a state that is given, an error d of x0 is an error -alpha / sigma d of eps, so
+
+    error of y / sqrt(a^2 + b^2) = d (a sigma - b alpha) / (sigma sqrt(a^2 + b^2))
+
+    own         1: the error of y, divided by its size
+    velocity    the error of the velocity, divided by its size, whatever y is       Li & He 2025, arXiv 2511.13720
+    min_snr     min(SNR, gamma) d^2, with SNR = alpha^2 / sigma^2                   Hang et al. 2023, arXiv 2303.09556, eq. 7
+
+x0 determines a velocity by 1 / sigma: below noise levels of tau = 0.05 (times.py) the weight of `velocity` is the one there.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from midway.samplers.prediction import Target, target_coefficients
+from midway.samplers.schedule import Schedule
+
+Weighting = Literal["own", "velocity", "min_snr"]
+LEAST_RHO = 0.05 / 0.95
+"""tau = 0.05."""
+
+
+def weight(kind: Weighting, target: Target, schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+    """The weight of the squared error of a unit-variance target at t (B,), shaped like t."""
+    if kind == "own" or (kind == "velocity" and target == "velocity"):
+        return torch.ones_like(t)
+    if kind == "velocity":
+        least = schedule.time_of_rho(torch.full_like(t, LEAST_RHO))
+        t = torch.maximum(t, least)
+        return (size_by_x0("velocity", schedule, t) / size_by_x0(target, schedule, t)).square()
+    snr = (schedule.alpha(t) / schedule.sigma(t)).square()
+    return snr.clamp(max=gamma) / size_by_x0(target, schedule, t).square()
+
+
+def size_by_x0(target: Target, schedule: Schedule, t: Tensor) -> Tensor:
+    """Error of the unit-variance target per error of x0, up to its sign, shaped like t."""
+    a, b = target_coefficients(target, t, schedule)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return (a - b * alpha / sigma) / (a.square() + b.square()).sqrt()

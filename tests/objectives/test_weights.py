@@ -1,0 +1,70 @@
+"""Weights of squared errors: the same loss, whatever the target is that the network predicts."""
+
+import pytest
+import torch
+
+from midway.gen.diffusion.loss import noised
+from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.objectives.jump_config import JUMPS
+from midway.gen.objectives.weights import LEAST_RHO, weight
+from midway.samplers.prediction import TARGETS, Target, solve, target_coefficients, target_value
+from midway.samplers.schedule import SCHEDULES
+
+GENERATOR = torch.Generator().manual_seed(0)
+X0, EPS, WRONG = torch.randn(3, 50, 7, dtype=torch.float64, generator=GENERATOR)
+RHO = torch.logspace(-0.8, 1.5, 50, dtype=torch.float64)
+
+
+def errors(target: Target, schedule: str) -> tuple[torch.Tensor, ...]:
+    """Of one prediction with errors WRONG of x0: squared errors of a unit-variance target, of x0, and of the unit velocity."""
+    process = SCHEDULES[schedule]()
+    t = process.time_of_rho(RHO)
+    x_t, truth = noised(process, target, t, X0, EPS)
+    a, b = target_coefficients(target, t, process)
+    eps = EPS - (process.alpha(t) / process.sigma(t))[:, None] * WRONG  # the state is given
+    value = target_value(target, X0 + WRONG, eps, t, process)
+    torch.testing.assert_close(solve(value, target, x_t, t, process).x0, X0 + WRONG, rtol=1e-7, atol=1e-7)
+    own = value / (a.square() + b.square()).sqrt()[:, None] - truth
+    _, velocity = noised(process, "velocity", t, X0, EPS)
+    rates = process.rates(t)
+    theirs = target_value("velocity", X0 + WRONG, eps, t, process)
+    theirs = theirs / (rates[0].square() + rates[1].square()).sqrt()[:, None] - velocity
+    return t, own.square().mean(1), WRONG.square().mean(1), theirs.square().mean(1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_velocity_is_the_loss_of_the_velocity_and_min_snr_that_of_x0(target: Target, schedule: str) -> None:
+    process = SCHEDULES[schedule]()
+    t, own, x0, velocity = errors(target, schedule)
+    found = own * weight("velocity", target, process, t, 5.0)
+    torch.testing.assert_close(found, velocity, rtol=1e-6, atol=0)
+    snr = (process.alpha(t) / process.sigma(t)).square()
+    assert float(snr.max()) > 5 > float(snr.min())
+    torch.testing.assert_close(
+        own * weight("min_snr", target, process, t, 5.0), snr.clamp(max=5) * x0, rtol=1e-6, atol=0
+    )
+    assert torch.equal(weight("own", target, process, t, 5.0), torch.ones_like(t))
+
+
+def test_min_snr_has_its_published_forms() -> None:
+    process = SCHEDULES["cosine"]()
+    t = process.time_of_rho(RHO)
+    snr = RHO.reciprocal().square()
+    least = snr.clamp(max=5)
+    for target, expected in (("x0", least), ("eps", least / snr), ("v", least / (snr + 1))):
+        torch.testing.assert_close(weight("min_snr", target, process, t, 5.0), expected, rtol=1e-9, atol=0)
+
+
+def test_the_weight_of_velocity_of_x0_ends_at_its_least_noise_level() -> None:
+    process = SCHEDULES["linear"]()
+    t = torch.tensor([0.2, 0.05, 0.01, 1e-4], dtype=torch.float64)
+    found = weight("velocity", "x0", process, t, 5.0)
+    torch.testing.assert_close(found, 0.5 / t.clamp(min=0.05).square(), rtol=1e-12, atol=0)
+    assert pytest.approx(0.05 / 0.95) == LEAST_RHO
+
+
+@pytest.mark.parametrize("objective", JUMPS)
+def test_jumps_have_weights_of_their_own(objective: str) -> None:
+    with pytest.raises(ValueError, match="weights of its own"):
+        LatentModelConfig(objective=objective, weight="velocity")  # pyright: ignore[reportArgumentType]
