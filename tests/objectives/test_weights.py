@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from midway.gen.diffusion.loss import noised
-from midway.gen.diffusion.model import LatentModelConfig
+from midway.gen.diffusion.model import LatentModel, LatentModelConfig
+from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.objectives.jump_config import JUMPS
-from midway.gen.objectives.weights import LEAST_RHO, weight
+from midway.gen.objectives.weights import LEAST_RHO, Weighting, weight
+from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.prediction import TARGETS, Target, solve, target_coefficients, target_value
 from midway.samplers.schedule import SCHEDULES
 
+WEIGHTS: tuple[Weighting, ...] = ("own", "velocity")
 GENERATOR = torch.Generator().manual_seed(0)
 X0, EPS, WRONG = torch.randn(3, 50, 7, dtype=torch.float64, generator=GENERATOR)
 RHO = torch.logspace(-0.8, 1.5, 50, dtype=torch.float64)
@@ -52,7 +55,8 @@ def test_min_snr_has_its_published_forms() -> None:
     t = process.time_of_rho(RHO)
     snr = RHO.reciprocal().square()
     least = snr.clamp(max=5)
-    for target, expected in (("x0", least), ("eps", least / snr), ("v", least / (snr + 1))):
+    published: dict[Target, torch.Tensor] = {"x0": least, "eps": least / snr, "v": least / (snr + 1)}
+    for target, expected in published.items():
         torch.testing.assert_close(weight("min_snr", target, process, t, 5.0), expected, rtol=1e-9, atol=0)
 
 
@@ -68,3 +72,19 @@ def test_the_weight_of_velocity_of_x0_ends_at_its_least_noise_level() -> None:
 def test_jumps_have_weights_of_their_own(objective: str) -> None:
     with pytest.raises(ValueError, match="weights of its own"):
         LatentModelConfig(objective=objective, weight="velocity")  # pyright: ignore[reportArgumentType]
+
+
+def test_the_loss_has_the_weight_and_its_log_has_not() -> None:
+    torch.manual_seed(0)
+    dit = DiTConfig(width=8, depth=1, heads=2)
+    own, weighted = (
+        LatentModel(LatentModelConfig(target="x0", weight=kind, dit=dit), (2, 2, 2), 3) for kind in WEIGHTS
+    )
+    weighted.load_state_dict(own.state_dict())
+    batch, context = LatentBatch(torch.randn(1, 2, 2, 2), torch.tensor([1])), Context(0, 0, torch.tensor([0]))
+    t = own.time_of(context.uniforms("label", "time")[1])
+    (plain, before), (loss, after) = own.loss(batch, context), weighted.loss(batch, context)
+    factor = weight("velocity", "x0", own.schedule, t, 5.0)
+    assert not torch.allclose(factor, torch.ones(1))
+    torch.testing.assert_close(loss, plain * factor[0])
+    torch.testing.assert_close(after["loss_time"], before["loss_time"])
