@@ -1,6 +1,7 @@
 """Tokenizers compared by what priors make of their codes, on one axis with priors of every kind: bits of an image and distance.
 
-    python benchmarks/priors.py --data digits --folder runs/priors --json benchmarks/results/priors_digits.json
+    python benchmarks/priors.py --data digits --rules halton maskgit --nfe 1 4 16 --folder runs/priors
+        --json benchmarks/results/priors_digits.json
     python benchmarks/priors.py --data mnist5k --tokenizers fsq --rules halton maskgit --nfe 8 64 --folder runs/priors-mnist5k
         --json benchmarks/results/priors_mnist5k.json
 
@@ -12,8 +13,8 @@
    alone: decoded codes of held-out images, which no prior can be nearer than but by chance.
 
 Every part goes on after a stop. The figures are means over training seeds and their standard deviations. Checked: each prior at
-its largest budget against twice the ceiling row, and its bits against those of independent positions. About half an hour of one
-free core for the digits.
+its largest budget against twice the ceiling row, and its bits against those of independent positions. About three quarters of
+an hour of one core for the digits.
 """
 
 import json

@@ -88,4 +88,4 @@ def test_auto_follows_the_number_of_values_of_a_latent() -> None:
 @pytest.mark.parametrize("wrong", [{"time_mode": -1.1}, {"time_mode": 1.8}, {"time_shift": 0.0}])
 def test_what_is_no_law_raises(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="it can be"):
-        model(**wrong).time_of(U)
+        model(**wrong).time_of(U)  # pyright: ignore[reportArgumentType]
