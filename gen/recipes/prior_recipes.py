@@ -25,7 +25,7 @@ def digits_causal() -> PriorTask:
     """4 tokens of 6 digits, one after the other. Under 1 min; about 44 bits an image on held-out digits, where independent codes
     take 59.8 and a fixed length 63.9.
 
-    So few images are soon known by heart: a third of the network is dropped out, weights decay, and validation chooses the step. On
+    So few images are soon known by heart: a third of the network is dropped out, weights decay, validation chooses the step. On
     `--tokenizer runs/digits-vq`, 16 tokens of 512 codes: 87 bits, where independent codes take 119 and a fixed length 144.
 
     midway train prior digits-causal --tokenizer runs/digits-fsq
