@@ -50,9 +50,10 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"), list("-+.0123456789")
-)
+_POWER = re.compile(r"^[-+]?(\d{1,6}|\d+\.\d*|\.\d+)[eE][-+]?\d{1,3}$")
+"""A number like 1e-3, and no hash of hexadecimal digits that looks like one."""
+for _kind in (_Loader, _Dumper):  # the one reads it as a number, the other quotes a text that looks like it
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _POWER, list("-+.0123456789"))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -466,3 +466,18 @@ def test_the_command_that_is_recorded_has_no_paths_of_the_machine(
     ]
     monkeypatch.setattr("sys.argv", [str(tmp_path / "scripts" / "x.py"), *words])
     assert command_line() == ("python scripts/x.py --data cifar.zip --out=runs/a --x=other runs/b --lr=1e-3 'a b'")
+
+
+@pytest.mark.parametrize(
+    "text", ["445369751e07", "44536975e100", "1e5", "1e-3", "+1.5E2", "123456789012", "1_0", "no", "~"]
+)
+def test_a_text_that_looks_like_a_number_stays_a_text(text: str, tmp_path: Path) -> None:
+    """Hashes are hexadecimal digits, and folders may have any name."""
+    write_yaml(tmp_path / "a.yaml", {"hash": text, "rate": 1e-5, "large": 1e22})
+    assert read_yaml(tmp_path / "a.yaml") == {"hash": text, "rate": 1e-5, "large": 1e22}
+
+
+def test_a_hash_without_quotes_is_a_text_and_a_power_of_ten_a_number(tmp_path: Path) -> None:
+    """As earlier versions wrote hashes, and as people write rates."""
+    (tmp_path / "a.yaml").write_text("hash: 445369751e07\nrate: 1e-3\nmany: 2E6\nhalf: 5.e-1\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"hash": "445369751e07", "rate": 1e-3, "many": 2e6, "half": 0.5}
