@@ -7,8 +7,8 @@
 1. One tokenizer (midway train tokenizer), then for every training seed every variant below (midway train latent) at a constant
    learning rate, so that the weight average at any step is what a training of that many steps has.
 2. Its figure is the Fréchet distance to the data (midway evaluate) in two feature spaces, of the same sampling seeds by
-   DPM-Solver++(2M) at so many evaluations that little of the solver's error is left. It is taken at --steps optimizer steps, and at as many as take the
-   process time of the base; the time of a step is measured on one thread, in turns of all variants.
+   DPM-Solver++(2M) at so many evaluations that little of the solver's error is left. It is taken at --steps optimizer steps, and
+   at as many as take the process time of the base; the time of a step is measured on one thread, in turns of all variants.
 3. Trainings of one seed have the same images, noise and times, so variants are compared by their differences to their base, seed
    by seed. The deviation of these differences is pooled over all variants of a column; a difference within its 95 % interval
    (Student's t) is "=". About twenty variants and columns are looked at, so one of them is expected to be outside by chance.
@@ -58,14 +58,14 @@ VARIANTS = {
     "norm": Variant("RMSNorm", ("--model.dit.norm", "rms")),
     "mlp": Variant("SwiGLU", ("--model.dit.mlp", "swiglu")),
     "positions": Variant("rotations beside added positions", ("--model.dit.positions", "both")),
-    "qk-norm": Variant("RMSNorm on queries and keys", ("--model.dit.qk-norm", "True")),
+    "qk-norm": Variant("RMSNorm on queries and keys", ("--model.dit.qk-norm", "")),
     "tokens": Variant("time and class as tokens, without adaLN", ("--model.dit.conditioning", "tokens")),
     "x0": Variant("predicts x0, loss of velocities", ("--model.target", "x0", "--model.weight", "velocity")),
     "muon": Variant("Muon", ("--optimizer", "muon")),
     "modern": Variant("blocks of modern, logit-normal times", ("--model.dit.preset", "modern", *NORMAL)),
     "modern-muon": Variant("the same with Muon", ("--model.dit.preset", "modern", *NORMAL, "--optimizer", "muon")),
 }
-"""Flags beside those of the base."""
+"""Flags beside those of the base, each with its value, "" where it has none."""
 COMMON = ("--model.schedule", "linear", "--model.target", "velocity", "--model.time", "uniform")
 COMMON += ("--model.dit.preset", "dit2023", "--decay", "constant")
 RECIPES = {"digits": ("digits-fsq", "digits-flow"), "mnist5k": ("mnist5k-fsq", "mnist5k-dit")}
@@ -117,7 +117,7 @@ def words_of(task: Ablation, name: str) -> list[str]:
     own = VARIANTS[name].flags
     flags |= dict(zip(own[::2], own[1::2], strict=True))
     tokenizer = str(task.folder / "tokenizer")
-    return [recipe, "--tokenizer", tokenizer, *(word for pair in flags.items() for word in pair)]
+    return [recipe, "--tokenizer", tokenizer, *(word for pair in flags.items() for word in pair if word)]
 
 
 def step_seconds(task: Ablation) -> dict[str, float]:
