@@ -415,14 +415,16 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
 
 
 def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
-    """Its files name no objective, no time scale, no kinds of blocks and no origin."""
+    """Its files name no objective, no time scale, no kinds of blocks, no densities or weights of later and no origin."""
     later = [field.name for field in fields(DiTConfig)][6:]
+    drawn = ("time_mode", "time_shift", "weight", "min_snr_gamma")
     new = {"model.objective", "model.network", "init", "teacher", *(f"model.dit.{name}" for name in later)}
+    new |= {f"model.{name}" for name in drawn}
     config = replace(TRAIN, steps=3, posthoc=())
     whole = train(latent_task(tmp_path / "whole", pipeline, config))
     run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
     values = read_yaml(run / "config.yaml")
-    for name in ("objective", "jump", "network", "unet"):
+    for name in ("objective", "jump", "network", "unet", *drawn):
         del values["model"][name]
     values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
     for name in ("origin", "init", "teacher"):
