@@ -8,7 +8,8 @@ With y = a x0 + b eps and a state that is given, an error d of x0 is an error -a
     velocity    the error of the velocity, divided by its size, whatever y is       Li & He 2025, arXiv 2511.13720
     min_snr     min(SNR, gamma) d^2, with SNR = alpha^2 / sigma^2                   Hang et al. 2023, arXiv 2303.09556, eq. 7
 
-x0 determines a velocity by 1 / sigma: below noise levels of tau = 0.05 (times.py) the weight of `velocity` is the one there.
+x0 determines a velocity by 1 / sigma, eps and the score by 1 / alpha: the weight of `velocity` stays as it is at tau = 0.05
+(times.py) below it for x0, and as it is at 0.95 above it for the others. That of v is bounded.
 """
 
 from typing import Literal
@@ -20,8 +21,8 @@ from midway.samplers.prediction import Target, target_coefficients
 from midway.samplers.schedule import Schedule
 
 Weighting = Literal["own", "velocity", "min_snr"]
-LEAST_RHO = 0.05 / 0.95
-"""tau = 0.05."""
+EDGES: dict[Target, float] = {"x0": 0.05, "eps": 0.95, "score": 0.95}
+"""tau beyond which the weight of `velocity` does not grow, by the target."""
 
 
 def weight(kind: Weighting, target: Target, schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
@@ -29,11 +30,19 @@ def weight(kind: Weighting, target: Target, schedule: Schedule, t: Tensor, gamma
     if kind == "own" or (kind == "velocity" and target == "velocity"):
         return torch.ones_like(t)
     if kind == "velocity":
-        least = schedule.time_of_rho(torch.full_like(t, LEAST_RHO))
-        t = torch.maximum(t, least)
+        t = up_to_edge(target, schedule, t)
         return (size_by_x0("velocity", schedule, t) / size_by_x0(target, schedule, t)).square()
     snr = (schedule.alpha(t) / schedule.sigma(t)).square()
     return snr.clamp(max=gamma) / size_by_x0(target, schedule, t).square()
+
+
+def up_to_edge(target: Target, schedule: Schedule, t: Tensor) -> Tensor:
+    """t (B,), those beyond the target's edge moved there."""
+    if target not in EDGES:
+        return t
+    rho, edge = schedule.rho(t), EDGES[target] / (1 - EDGES[target])
+    beyond = rho < edge if edge < 1 else rho > edge
+    return torch.where(beyond, schedule.time_of_rho(torch.full_like(t, edge)), t)
 
 
 def size_by_x0(target: Target, schedule: Schedule, t: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from midway.gen.diffusion.loss import noised
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.objectives.jump_config import JUMPS
-from midway.gen.objectives.weights import LEAST_RHO, Weighting, weight
+from midway.gen.objectives.weights import Weighting, up_to_edge, weight
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.prediction import TARGETS, Target, solve, target_coefficients, target_value
 from midway.samplers.schedule import SCHEDULES
@@ -40,8 +40,9 @@ def errors(target: Target, schedule: str) -> tuple[torch.Tensor, ...]:
 def test_velocity_is_the_loss_of_the_velocity_and_min_snr_that_of_x0(target: Target, schedule: str) -> None:
     process = SCHEDULES[schedule]()
     t, own, x0, velocity = errors(target, schedule)
-    found = own * weight("velocity", target, process, t, 5.0)
-    torch.testing.assert_close(found, velocity, rtol=1e-10, atol=0)
+    found, within = own * weight("velocity", target, process, t, 5.0), up_to_edge(target, process, t) == t
+    torch.testing.assert_close(found[within], velocity[within], rtol=1e-10, atol=0)
+    assert int(within.sum()) >= 45
     snr = (process.alpha(t) / process.sigma(t)).square()
     assert float(snr.max()) > 5 > float(snr.min())
     torch.testing.assert_close(
@@ -60,12 +61,21 @@ def test_min_snr_has_its_published_forms() -> None:
         torch.testing.assert_close(weight("min_snr", target, process, t, 5.0), expected, rtol=1e-9, atol=0)
 
 
-def test_the_weight_of_velocity_of_x0_ends_at_its_least_noise_level() -> None:
+def test_the_weight_of_velocity_ends_where_the_target_knows_it_no_more() -> None:
+    """On rectified flows in closed form: by 1 / t of x0, by 1 / (1 - t) of eps and of the score, and everywhere of v."""
     process = SCHEDULES["linear"]()
-    t = torch.tensor([0.2, 0.05, 0.01, 1e-4], dtype=torch.float64)
-    found = weight("velocity", "x0", process, t, 5.0)
-    torch.testing.assert_close(found, 0.5 / t.clamp(min=0.05).square(), rtol=1e-12, atol=0)
-    assert pytest.approx(0.05 / 0.95) == LEAST_RHO
+    t = torch.tensor([1e-4, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99, 1 - 1e-4], dtype=torch.float64)
+    low, high = t.clamp(min=0.05), t.clamp(max=0.95)
+    expected: dict[Target, torch.Tensor] = {
+        "x0": 0.5 / low.square(),
+        "eps": 0.5 / (1 - high).square(),
+        "score": 0.5 / (1 - high).square(),
+        "v": 0.5 / ((1 - t).square() + t.square()),
+        "velocity": torch.ones_like(t),
+    }
+    assert set(expected) == set(TARGETS)
+    for target, value in expected.items():
+        torch.testing.assert_close(weight("velocity", target, process, t, 5.0), value, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("objective", JUMPS)
@@ -78,16 +88,24 @@ def test_jumps_have_weights_of_their_own(objective: str) -> None:
 def test_the_loss_has_the_weight_and_its_log_has_not(kind: Weighting) -> None:
     torch.manual_seed(0)
     dit = DiTConfig(width=8, depth=1, heads=2)
+    gammas: dict[Weighting, float] = {"own": 5.0, "velocity": 5.0, "min_snr": 0.1}
     own, weighted = (
-        LatentModel(LatentModelConfig(target="x0", weight=each, min_snr_gamma=0.1, dit=dit), (2, 2, 2), 3)
+        LatentModel(LatentModelConfig(target="x0", weight=each, min_snr_gamma=gammas[each], dit=dit), (2, 2, 2), 3)
         for each in ("own", kind)
     )
     weighted.load_state_dict(own.state_dict())
     batch, context = LatentBatch(torch.randn(1, 2, 2, 2), torch.tensor([1])), Context(0, 0, torch.tensor([0]))
     t = own.time_of(context.uniforms("label", "time")[1])
     (plain, before), (loss, after) = own.loss(batch, context), weighted.loss(batch, context)
-    factor = weight(kind, "x0", own.schedule, t, 0.1)
+    factor = weight(kind, "x0", own.schedule, t, gammas[kind])
     assert not torch.allclose(factor, torch.ones(1))
     assert kind == "velocity" or not torch.allclose(factor, weight(kind, "x0", own.schedule, t, 5.0))
     torch.testing.assert_close(loss, plain * factor[0])
     torch.testing.assert_close(after["loss_time"], before["loss_time"])
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("time_mode", "logit_normal"), ("min_snr_gamma", "own")])
+def test_a_parameter_of_what_is_not_chosen_is_an_error(name: str, chosen: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} 1.0 has no effect with {chosen}"):
+        LatentModelConfig(**{name: 1.0})
+    assert LatentModelConfig(time="mode", time_mode=1.0, weight="min_snr", min_snr_gamma=1.0)
