@@ -68,6 +68,11 @@ class LatentModelConfig:
     min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less."""
     min_snr_gamma: float = 5.0
     """gamma of min_snr."""
+    scales: int = 1
+    """Resolutions of latents whose squared errors are added, each half of the one before; 1: the latents alone."""
+    direction: float = 0.0
+    """Weight of the error in direction, which is added: 1 - the cosine between the velocities of prediction and truth, over
+    channels."""
     conditional: bool = True
     """Whether the class is an input of the model; an unconditional model learns the mixture of all."""
     label_dropout: float = 0.1
@@ -86,7 +91,7 @@ class LatentModelConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, time_mean=(-100, 100), time_std=POSITIVE, label_dropout=SHARE)
-        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE)
+        check_ranges(self, time_mode=MODE_SCALES, min_snr_gamma=POSITIVE, scales=(1, 10), direction=(0, 1e6))
         if self.time_shift != "auto":
             check_ranges(self, time_shift=(1e-3, 1e3))
         for name, value, plain in (("dit", self.dit, DiTConfig()), ("unet", self.unet, UNetConfig())):
@@ -98,6 +103,11 @@ class LatentModelConfig:
                 raise ValueError(f"{name} {value} has no effect with {chosen}: it is of {of}; drop one of the two")
         if self.is_jump:
             check_jumps(self.objective, self.jump, self.schedule, self.target)
+            if self.scales != 1 or self.direction:
+                raise ValueError(
+                    f"scales and direction are of flow models, and objective {self.objective} has an error of its own: drop "
+                    "--model.scales and --model.direction"
+                )
             if self.weight != "own":
                 raise ValueError(
                     f"weight {self.weight} is of flow models, and objective {self.objective} has weights of its own "

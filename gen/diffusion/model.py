@@ -30,6 +30,7 @@ from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.network import Network
 from midway.gen.networks.unet import UNet, UNetConfig
 from midway.gen.objectives import times
+from midway.gen.objectives.errors import check_errors
 from midway.gen.objectives.jump_config import check_jump_guidance
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
@@ -89,6 +90,7 @@ class LatentModel(DescribedModel):
         class_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        check_errors(config.scales, config.direction, latent_shape)
         self.config, self.latent_shape = config, latent_shape
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())

@@ -107,5 +107,5 @@ def test_the_loss_has_the_weight_and_its_log_has_not(kind: Weighting) -> None:
 @pytest.mark.parametrize(("name", "chosen"), [("time_mode", "logit_normal"), ("min_snr_gamma", "own")])
 def test_a_parameter_of_what_is_not_chosen_is_an_error(name: str, chosen: str) -> None:
     with pytest.raises(ValueError, match=f"{name} 1.0 has no effect with {chosen}"):
-        LatentModelConfig(**{name: 1.0})
+        LatentModelConfig(**{name: 1.0})  # pyright: ignore[reportArgumentType]
     assert LatentModelConfig(time="mode", time_mode=1.0, weight="min_snr", min_snr_gamma=1.0)
