@@ -65,7 +65,8 @@ class LatentModelConfig:
     """Factor of the noise levels that `time` draws. auto: the root of a latent's number of values by 4096."""
     weight: Weighting = "own"
     """Weight of the squared errors by the noise level: own, that of the target; velocity, as if the target were the velocity;
-    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less."""
+    min_snr, as if it were x0, times the signal-to-noise ratio or gamma, whichever is less; learned, one over their mean at the
+    noise level."""
     min_snr_gamma: float = 5.0
     """gamma of min_snr."""
     scales: int = 1

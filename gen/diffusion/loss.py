@@ -62,6 +62,9 @@ def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
     config = model.config
     trained = error if config.scales == 1 else errors.multiscale(prediction, target, config.scales)
     weighted = trained * weight(config.weight, config.target, model.schedule, t, config.min_snr_gamma)
+    if model.level is not None:
+        u = model.level(model.schedule.rho(t))
+        weighted = weighted * (-u).exp() + u
     if config.direction:
         value = prediction * expand(model.output_scale(t), prediction)
         found = solve(value, config.target, x_t, t, model.schedule)

@@ -32,6 +32,7 @@ from midway.gen.networks.unet import UNet, UNetConfig
 from midway.gen.objectives import times
 from midway.gen.objectives.errors import check_errors
 from midway.gen.objectives.jump_config import check_jump_guidance
+from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
@@ -97,6 +98,8 @@ class LatentModel(DescribedModel):
         self.schedule = config.make_schedule()
         self.network = make_network(config.size, latent_shape, self.classes, config.further)
         self.feature_dim = self.network.feature_dim
+        self.level = LossLevel() if config.weight == "learned" else None
+        """Of training alone."""
         self.teacher: Velocity | None = None
         """Whose velocity takes the place of the samples' own in training."""
         if config.dequantise:

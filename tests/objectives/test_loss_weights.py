@@ -1,5 +1,7 @@
 """Weights of squared errors: the same loss, whatever the target is that the network predicts."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,12 +9,13 @@ from midway.gen.diffusion.loss import noised
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.objectives.jump_config import JUMPS
-from midway.gen.objectives.weights import Weighting, up_to_edge, weight
+from midway.gen.objectives.weights import LossLevel, Weighting, up_to_edge, weight
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.prediction import TARGETS, Target, solve, target_coefficients, target_value
 from midway.samplers.schedule import SCHEDULES
 
 WEIGHTS: tuple[Weighting, ...] = ("own", "velocity", "min_snr")
+"""Those in closed form."""
 GENERATOR = torch.Generator().manual_seed(0)
 X0, EPS, WRONG = torch.randn(3, 50, 7, dtype=torch.float64, generator=GENERATOR)
 RHO = torch.logspace(-0.8, 1.5, 50, dtype=torch.float64)
@@ -109,3 +112,42 @@ def test_a_parameter_of_what_is_not_chosen_is_an_error(name: str, chosen: str) -
     with pytest.raises(ValueError, match=f"{name} 1.0 has no effect with {chosen}"):
         LatentModelConfig(**{name: 1.0})  # pyright: ignore[reportArgumentType]
     assert LatentModelConfig(time="mode", time_mode=1.0, weight="min_snr", min_snr_gamma=1.0)
+
+
+def test_the_learned_level_is_the_log_of_the_mean_loss() -> None:
+    """Losses of known means at every noise level, as different as 1 and 1000: e^u is their mean."""
+    torch.manual_seed(0)
+    level, generator = LossLevel(), torch.Generator().manual_seed(0)
+    assert torch.equal(level(torch.tensor([0.01, 1.0, 80.0])), torch.zeros(3))
+    optimizer = torch.optim.Adam(level.parameters(), lr=0.03)
+
+    def mean_at(rho: torch.Tensor) -> torch.Tensor:
+        return (-3.5 * torch.sin(rho.log() / 2)).exp()
+
+    for step in range(600):
+        rho = torch.randn(256, generator=generator).mul(1.5).exp()
+        loss = mean_at(rho) * torch.rand(256, generator=generator) * 2
+        u = level(rho)
+        optimizer.zero_grad()
+        (loss * (-u).exp() + u).mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03 * (1 - step / 600)
+        optimizer.step()
+    rho = torch.logspace(-1, 1, 30)
+    torch.testing.assert_close(level(rho), mean_at(rho).log(), rtol=0, atol=0.15)
+
+
+def test_the_learned_weight_is_in_the_loss_and_in_no_log_and_has_gradients() -> None:
+    torch.manual_seed(0)
+    dit = DiTConfig(width=8, depth=1, heads=2)
+    model = LatentModel(LatentModelConfig(weight="learned", dit=dit), (2, 2, 2), 3)
+    assert model.level is not None
+    batch, context = LatentBatch(torch.randn(1, 2, 2, 2), torch.tensor([1])), Context(0, 0, torch.tensor([0]))
+    plain, before = model.loss(batch, context)
+    with torch.no_grad():
+        model.level.map.bias.fill_(0.7)
+    loss, after = model.loss(batch, context)
+    loss.backward()
+    torch.testing.assert_close(loss, plain * math.exp(-0.7) + 0.7)
+    torch.testing.assert_close(model.level.map.bias.grad, 1 - plain[None].detach() * math.exp(-0.7))
+    torch.testing.assert_close(after["loss_time"], before["loss_time"])

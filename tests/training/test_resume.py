@@ -189,7 +189,10 @@ KINDS: dict[str, Make] = {
         tokenizer_task(out, replace(COSINE, accumulation=2)),
         loss=replace(CRITIC, spectral_norm=False, adversary_start=0),
     ),
-    "latent": lambda out, pipeline: latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
+    "latent": lambda out, pipeline: replace(
+        latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
+        model=replace(DIT, weight="learned"),
+    ),
     "latent with muon": lambda out, pipeline: replace(
         latent_task(out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)),
         model=replace(DIT, time="cosmap", weight="min_snr", min_snr_gamma=2.0),
@@ -198,7 +201,7 @@ KINDS: dict[str, Make] = {
     "latent by tokens": partial(modern_task, conditioning="tokens", norm="dyt", mixer="linear"),
     "unet": lambda out, pipeline: replace(
         latent_task(out, pipeline),
-        model=replace(DIT, time="uniform", time_shift=2.0, network="unet", dit=DiTConfig()),
+        model=replace(DIT, time="uniform", time_shift=2.0, weight="learned", network="unet", dit=DiTConfig()),
     ),
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
