@@ -86,7 +86,7 @@ def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
     task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
     model = replace(DIT, target="x0", time="mode", time_shift="auto", weight="velocity")
     model = replace(model, direction=0.5, scales=2)
-    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, **switches})))
+    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, "mup_base_width": 8, **switches})))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
