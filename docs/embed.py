@@ -124,6 +124,8 @@ def benchmark_block(found: dict[str, Any]) -> str:
         return priors_block(found)
     if "head_nfe" in rows[0]:
         return token_head_block(found)
+    if "variant" in rows[0]:
+        return variants_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)
@@ -230,6 +232,45 @@ def priors_block(found: dict[str, Any]) -> str:
         f"{held[0]} of {of[0]} times; its bits are below those of independent positions {held[1]} of {of[1]} times."
     )
     return "\n".join([*parts, f"{facts}\n"])
+
+
+def variants_block(found: dict[str, Any]) -> str:
+    """Distances of benchmarks/model_ablation.py by variant, at equal steps and at equal seconds, one table a feature space."""
+    rows, axes = found["rows"], {"steps": "steps", "seconds": "seconds of training"}
+    base = rows[0]["step_seconds"]
+    parts = []
+    for metric, features in found["features"].items():
+        lines = ["| | beside | a step | " + " | ".join(f"equal {name}" for name in axes.values()) + " |"]
+        lines.append("| --- | --- | ---: |" + " --- |" * len(axes))
+        for row in rows:
+            cells = [_variant(row["cells"][f"{axis} {metric}"]) for axis in axes]
+            label, beside = f"`{row['variant']}`: {row['text']}", f"`{row['beside']}`" if row["beside"] else ""
+            lines.append(f"| {label} | {beside} | {row['step_seconds'] / base:.2f} | {' | '.join(cells)} |")
+        limits = ", ".join(f"{name} {values[metric]:.3g}" for name, values in found["limits"].items())
+        parts.append(f"Fréchet distance (`{features}`), {limits}\n\n" + "\n".join(lines) + "\n")
+    seeds, steps = len(found["training_seeds"]), rows[0]["stops"]["steps"]
+    facts = (
+        f"{found['data']}, {found['tokens']} tokens; {steps:,} steps of `{rows[0]['variant']}`, a step of which takes "
+        f"{1000 * base:.3g} ms on a thread; means over {seeds} trainings, in brackets the difference to what it is beside, with "
+        f'its 95 % interval, "=" within it; n = {found["n"]} images, seeds {found["seeds"]}, NFE {found["nfe"]}, reference '
+        f"`{found['reference']}`."
+    )
+    return "\n".join([*parts, f"{facts}\n"])
+
+
+def _variant(cell: dict[str, Any]) -> str:
+    """Mean, and the difference to what the variant was added to, bold where it is beyond its interval."""
+    if "difference" not in cell:
+        return f"{cell['mean']:.3g}"
+    half = "" if cell["interval"] is None else f" ± {cell['interval']:.2g}"
+    shown = f"{cell['mean']:.3g} ({cell['difference']:+.2g}{half})"
+    return (
+        f"{shown} ="
+        if cell["verdict"] == "="
+        else f"**{shown}**"
+        if cell["verdict"] == "better"
+        else f"{shown} {cell['verdict']}"
+    )
 
 
 def _by_figure(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.networks.network import Network
+from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context
 from midway.samplers.prediction import (
     Evaluations,
@@ -45,6 +46,7 @@ class Denoiser(Protocol):
     classes: int
     teacher: Velocity | None
     alignment: "Alignment | None"
+    level: LossLevel | None
 
     @property
     def time_range(self) -> tuple[float, float]: ...

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from midway.gen.diffusion.description import LatentModelConfig
 from midway.gen.diffusion.field import Denoiser, noise_angle
-from midway.gen.objectives import jumps
+from midway.gen.objectives import errors, jumps
 from midway.gen.objectives.jump_config import DERIVATIVE
 from midway.gen.objectives.weights import weight
 from midway.gen.training.batches import Context, LatentBatch
-from midway.samplers.prediction import Target, expand, target_coefficients
+from midway.samplers.prediction import Target, expand, solve, target_coefficients
 from midway.samplers.schedule import Schedule
 from midway.tokenizers.losses import mean
 from midway.tokenizers.precision import widened
@@ -49,7 +49,7 @@ def draws(model: Denoiser, batch: LatentBatch, context: Context, *times: str) ->
 
 
 def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean of weighted squared errors of the unit-variance target (gen/objectives/weights.py).
+    """Mean of weighted squared errors of the unit-variance target (gen/objectives/weights.py, errors.py).
 
     Logged: sum and count of the errors without weights by time bucket (`loss_time_0` .. `loss_time_7`).
     """
@@ -57,10 +57,20 @@ def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
     t = model.time_of(drawn.times[0])
     x_t, target = noised(model.schedule, model.config.target, t, drawn.x0, drawn.eps)
     output, hidden = model.forward_network(x_t, t, drawn.labels, context)
-    error = (widened(output) - target).square().flatten(1).mean(1)
+    prediction = widened(output)
+    error = (prediction - target).square().flatten(1).mean(1)
     angle = noise_angle(model.schedule.alpha(t), model.schedule.sigma(t))
     config = model.config
-    weighted = error * weight(config.weight, config.target, model.schedule, t, config.min_snr_gamma)
+    trained = error if config.scales == 1 else errors.multiscale(prediction, target, config.scales)
+    weighted = trained * weight(config.weight, config.target, model.schedule, t, config.min_snr_gamma)
+    if model.level is not None:
+        u = model.level(model.schedule.rho(t))
+        weighted = weighted * (-u).exp() + u
+    if config.direction:
+        value = prediction * expand(model.output_scale(t), prediction)
+        found = solve(value, config.target, x_t, t, model.schedule)
+        v, velocity = (velocity_at(model.schedule, t, *pair) for pair in ((found.x0, found.eps), (drawn.x0, drawn.eps)))
+        weighted = weighted + config.direction * errors.direction(v, velocity)
     return aligned(model, hidden, batch, context, mean(weighted), {"loss_time": loss_by_time(error.detach(), angle)})
 
 
@@ -81,6 +91,12 @@ def noised(schedule: Schedule, target: Target, t: Tensor, x0: Tensor, eps: Tenso
     a, b = target_coefficients(target, t, schedule)
     unit = (a.square() + b.square()).sqrt()
     return expand(alpha, x0) * x0 + expand(sigma, x0) * eps, expand(a / unit, x0) * x0 + expand(b / unit, x0) * eps
+
+
+def velocity_at(schedule: Schedule, t: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    """dx_t / dt (B, *) at t (B,)."""
+    d_alpha, d_sigma = schedule.rates(t)
+    return expand(d_alpha, x0) * x0 + expand(d_sigma, x0) * eps
 
 
 def loss_by_time(error: Tensor, angle: Tensor) -> Tensor:
@@ -153,11 +169,7 @@ def states(model: Denoiser, batch: LatentBatch, context: Context) -> Jumps:
     scale = config.jump.guidance ** drawn.times[2].to(t)  # log-uniform on [1, greatest]
     guidance = torch.where(drawn.labels < model.classes, scale, 1.0)
     with torch.no_grad():
-        if model.teacher is not None:
-            v = model.teacher(z, t, drawn.labels)
-        else:
-            d_alpha, d_sigma = schedule.rates(t)
-            v = expand(d_alpha, x0) * x0 + expand(d_sigma, x0) * eps
+        v = model.teacher(z, t, drawn.labels) if model.teacher is not None else velocity_at(schedule, t, x0, eps)
         made = Jumps(model, z, t, r, v, drawn.labels, guidance, context)
         if config.jump.guidance == 1:
             return made

@@ -31,7 +31,9 @@ from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.network import Network
 from midway.gen.networks.unet import UNet, UNetConfig
 from midway.gen.objectives import times
+from midway.gen.objectives.errors import check_errors
 from midway.gen.objectives.jump_config import check_jump_guidance
+from midway.gen.objectives.weights import LossLevel
 from midway.gen.training.batches import Context, LatentBatch
 from midway.samplers.grids import RHO_MAX, RHO_MIN
 from midway.samplers.guidance import ConditionalField, Together, autoguidance, classifier_free, interval
@@ -93,12 +95,15 @@ class LatentModel(DescribedModel):
         class_names: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        check_errors(config.scales, config.direction, latent_shape)
         self.config, self.latent_shape = config, latent_shape
         self.classes = classes if config.conditional else 0  # label `classes` means "no class"
         self.empty, self.class_names = (empty, class_names) if config.conditional else ((), ())
         self.schedule = config.make_schedule()
         self.network = make_network(config.size, latent_shape, self.classes, config.further)
         self.feature_dim = self.network.feature_dim
+        self.level = LossLevel() if config.weight == "learned" else None
+        """Of training alone."""
         self.teacher: Velocity | None = None
         """Whose velocity takes the place of the samples' own in training."""
         self.alignment: Alignment | None = None

@@ -184,6 +184,8 @@ ABSENT = {
     "model.time_shift": 1.0,
     "model.weight": "own",
     "model.min_snr_gamma": 5.0,
+    "model.scales": 1,
+    "model.direction": 0.0,
     "model.start": "random",
     "model.network": "dit",
     "origin.init": "",
