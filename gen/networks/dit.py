@@ -109,7 +109,7 @@ class Block(Recomputed):
 
 
 class DiT(Network):
-    """The transformer; its hidden tokens are those after the middle block."""
+    """The transformer; its hidden tokens are those after the middle block, unless another is taken."""
 
     positions: Tensor
     turn: Tensor | None
@@ -131,6 +131,7 @@ class DiT(Network):
         self.label = nn.Embedding(classes + 1, config.width)
         self.prefix = nn.Parameter(torch.empty(self.front, config.width)) if self.front else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.taken = (config.depth - 1) // 2
         self.norm = make_norm(config.norm, config.width, self.front > 0)
         self.modulation = None if self.front else nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
@@ -171,6 +172,11 @@ class DiT(Network):
         grows = kind == "weight" and isinstance(self.get_submodule(layer), nn.Linear) and not first
         return 1 / self.config.wider if grows else 1.0
 
+    def take(self, block: int) -> None:
+        if block > len(self.blocks):
+            raise ValueError(f"there is no block {block}: the transformer has {len(self.blocks)}")
+        self.taken = block - 1 if block else self.taken
+
     def join(self, times: Tensor, classes: Tensor) -> Tensor:
         """The modulation's input (*, W), or the tokens in front (*, 12, W)."""
         if self.prefix is None:
@@ -187,7 +193,7 @@ class DiT(Network):
         hidden = h
         for i, block in enumerate(self.blocks):
             h = block(h, condition, context, self.turn)
-            if i == (len(self.blocks) - 1) // 2:
+            if i == self.taken:
                 hidden = h
         hidden, h = hidden[:, self.front :], self.norm(h[:, self.front :])
         if self.modulation is not None:

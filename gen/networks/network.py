@@ -45,6 +45,11 @@ class Network(nn.Module, ABC):
     label: nn.Embedding
     more: nn.ModuleDict
 
+    def take(self, block: int) -> None:
+        """Have the hidden tokens be those after this block, counted from 1; 0: as they are. ValueError if there is none."""
+        if block:
+            raise ValueError("blocks of this network cannot be named: use 0, its hidden tokens")
+
     def add_more(self, names: tuple[str, ...]) -> None:
         """Embeddings of further numbers, after everything else was drawn."""
         self.more = nn.ModuleDict({name: number_embedding(self.label.embedding_dim) for name in names})
