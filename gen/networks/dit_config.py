@@ -46,7 +46,7 @@ class DiTConfig:
     """Factor of softmax attention's logits: by the width of a head alone, or times sqrt(log(tokens) / log(256))."""
 
     mup_base_width: int = 0
-    """muP: the width that start and learning rate are meant for; at others they are scaled so that one rate serves all (0: off)."""
+    """muP: the width that start and learning rate are meant for; at others they are scaled, so that one serves all (0: off)."""
     mup_base_heads: int = 0
     """muP: heads at that width (0: as many)."""
 
