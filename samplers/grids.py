@@ -153,3 +153,9 @@ NAMED: dict[str, Callable[..., Grid]] = {
     "ays_sdxl": partial(align_your_steps, levels=AYS_SDXL),
 }
 """Grids by name: those of `GRIDS`, which a choice of the best one tries, and those that were fitted to one published model."""
+
+
+def named(name: str, schedule: Schedule, steps: int, *ends: float, trained: float = 1.0) -> Grid:
+    """The grid of a name in `NAMED`; of a model whose noise levels were `trained` on a shift other than 1, `shift` has that."""
+    own = {"factor": trained} if name == "shift" and trained != 1 else {}
+    return NAMED[name](schedule, steps, *ends, **own)

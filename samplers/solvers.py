@@ -24,7 +24,7 @@ from typing import Any, Literal
 from midway.samplers.adams import adams_bashforth, deis, deis_t, ipndm, ipndm_v
 from midway.samplers.exponential import begin, begin_falling, begin_in_rho, need_noise_at_the_end
 from midway.samplers.generator import Method, exponential_step, multistep
-from midway.samplers.grids import NAMED, Grid, to_data
+from midway.samplers.grids import NAMED, Grid, named, to_data
 from midway.samplers.jumps import JUMPS
 from midway.samplers.multistep import dpmpp, dpmpp2m, dpmpp2s
 from midway.samplers.runge_kutta import HEUN, TABLEAUS, runge_kutta
@@ -152,8 +152,10 @@ ALIASES = {"dpmpp1m": "ddim", "ipndm1": "ddim", "deis1": "ddim", "ab1": "euler"}
 """Solvers of the registry that are another one under a second name: usable by name, and measured once by `--solvers all`."""
 
 
-def make_solver(name: str, schedule: Schedule, nfe: int, grid: str = "karras") -> Table:
+def make_solver(name: str, schedule: Schedule, nfe: int, grid: str = "karras", shift: float = 1.0) -> Table:
     """The table of a solver of `SOLVERS`, or of `JUMPS`, at exactly `nfe` evaluations on a grid of `grids.NAMED`.
+
+    shift: of the noise levels that a model was trained on, its attribute of this name, for the grid `shift`.
 
     ValueError for a name that is not there, and for a budget that the solver cannot spend.
     """
@@ -162,9 +164,9 @@ def make_solver(name: str, schedule: Schedule, nfe: int, grid: str = "karras") -
             near = ", ".join(get_close_matches(given, known, n=3, cutoff=0.3)) or ", ".join(known)
             raise ValueError(f"there is no {what} '{given}': the nearest are {near}")
     if name in JUMPS:
-        return JUMPS[name](schedule, NAMED[grid](schedule, nfe))
+        return JUMPS[name](schedule, named(grid, schedule, nfe, trained=shift))
     solver = SOLVERS[name]
-    return solver.on(schedule, NAMED[grid](schedule, solver.steps(nfe)))
+    return solver.on(schedule, named(grid, schedule, solver.steps(nfe), trained=shift))
 
 
 def steps_for(evaluations: int, nfe: int, analytic_first: bool = False, euler_last: bool = False) -> int:

@@ -119,7 +119,7 @@ class LatentModel(DescribedModel):
     def time_of(self, u: Tensor) -> Tensor:
         """The time to train at, float32 (B,), within the range that grids sample, for float64 u (B,) uniform on (0, 1)."""
         config, (low, high) = self.config, self.time_range
-        factor = times.shift_factor(config.time_shift, math.prod(self.latent_shape))
+        factor = self.shift
         if config.time == "uniform" and factor == 1:
             return (low + (high - low) * u).float()
         if config.time == "uniform":
@@ -130,6 +130,11 @@ class LatentModel(DescribedModel):
             own = times.logit_normal(u, config.time_mean, config.time_std)
             log_rho = own if config.time == "logit_normal" else times.cosmap(u)
         return times.time_at(self.schedule, log_rho + math.log(factor)).float()
+
+    @property
+    def shift(self) -> float:
+        """The factor of the noise levels that are trained, which the grid `shift` has, too; 1: none."""
+        return times.shift_factor(self.config.time_shift, math.prod(self.latent_shape))
 
     @property
     def time_range(self) -> tuple[float, float]:

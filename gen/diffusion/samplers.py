@@ -22,7 +22,7 @@ from midway.gen.diffusion.sampling import SamplingConfig, labels_of
 from midway.samplers.adaptive import AdaptiveSampler
 from midway.samplers.card import SolverCard
 from midway.samplers.gits import FINE_STEPS, GITS, WarmUp, fitted_grid, warm_up
-from midway.samplers.grids import NAMED, RHO_MAX, RHO_MIN, Grid, karras
+from midway.samplers.grids import NAMED, RHO_MAX, RHO_MIN, Grid, karras, named
 from midway.samplers.jumps import JUMPS
 from midway.samplers.prediction import Field
 from midway.samplers.sample import ForwardCounter
@@ -115,7 +115,8 @@ def build_table(
     with raising(UsageError, f"{solver} on grid {grid} at NFE {nfe} is not possible", "change --nfe"):
         steps = entry.steps(nfe, config.analytic_first)
         if grid != GITS or trained is None:
-            return build(NAMED[grid](schedule, steps, config.rho_max, config.rho_min))
+            shift = 1.0 if trained is None else trained.model.shift
+            return build(named(grid, schedule, steps, config.rho_max, config.rho_min, trained=shift))
         silent = build if not (entry.stochastic or config.eta) else partial(ddim, schedule)
         fit = _fit(trained, config.sampling().guidance, config.rho_max, config.rho_min)
         times, cost = fit.grid(steps, silent)
@@ -208,9 +209,10 @@ def make_samplers(trained: TrainedModel, solver: str, nfe: int, config: SamplerC
 def _jumps(trained: TrainedModel, solver: str, nfe: int, config: SamplerConfig) -> dict[str, Sampler]:
     """The samplers of a model of average velocities, on grids of the registry. UsageError for any other of either."""
     check_jump(trained, solver, config.eta, config.analytic_first, GITS in config.grids, nfe)
-    schedule, build = trained.model.schedule, JUMPS[solver]
+    schedule, shift, build = trained.model.schedule, trained.model.shift, JUMPS[solver]
+    ends = (config.rho_max, config.rho_min)
     with raising(UsageError, f"{solver} at NFE {nfe} is not possible", "change --nfe"):
-        grids = {grid: NAMED[grid](schedule, nfe, config.rho_max, config.rho_min) for grid in config.grids}
+        grids = {grid: named(grid, schedule, nfe, *ends, trained=shift) for grid in config.grids}
         if nfe == 1:  # every grid has the same two times
             grids = dict([next(iter(grids.items()))])
         return {grid: build(schedule, times) for grid, times in grids.items()}

@@ -44,12 +44,11 @@ from midway.samplers.distill import (
     teacher_nodes,
 )
 from midway.samplers.gits import GITS
-from midway.samplers.grids import GRIDS, NAMED, Grid
+from midway.samplers.grids import GRIDS, NAMED, Grid, named
 from midway.samplers.learned_solver import LearnedSolver
 from midway.samplers.plugin import BASES, unlearned
 from midway.samplers.prediction import Field
 from midway.samplers.sample import sample
-from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS, steps_for
 from midway.samplers.step_parameters import GAIN, AMEDConfig, Constants, Predictor, StepRule
 
@@ -106,11 +105,11 @@ class SolverTarget:
     times: Grid | None = None
     """The grid itself where no rule makes it, as one that was fitted; None: that of the name."""
 
-    def grid_for(self, schedule: Schedule, steps: int) -> Grid:
-        """The times. ValueError for a name without a rule, and for another number of times."""
+    def grid_for(self, model: SampledModel, steps: int) -> Grid:
+        """The times for this model. ValueError for a name without a rule, and for another number of times."""
         if self.times is None and self.grid not in NAMED:
             raise ValueError(f"grid '{self.grid}' has no rule: give its times, or choose one of {', '.join(NAMED)}")
-        grid = NAMED[self.grid](schedule, steps) if self.times is None else self.times
+        grid = self.times or named(self.grid, model.schedule, steps, trained=model.shift)
         if len(grid) != steps + 1:
             raise ValueError(f"{self.nfe} evaluations are {steps} steps, the grid has {len(grid) - 1}: they must agree")
         return grid
@@ -150,10 +149,10 @@ class SolverObjective(Distillation):
     def __init__(self, model: SampledModel, target: SolverTarget, config: DistillConfig) -> None:
         steps, analytic_first = config.steps(target.nfe)
         feature_dim = 0 if target.constants else model.feature_dim
-        grid = target.grid_for(model.schedule, steps)
+        grid = target.grid_for(model, steps)
         solver = AMEDSolver(model.schedule, grid, target.base, analytic_first, feature_dim)
         self.stride = math.ceil(config.teacher_steps / steps)
-        teacher = SOLVERS[config.teacher].build(model.schedule, self._teacher_grid(solver, target, config))
+        teacher = SOLVERS[config.teacher].build(model.schedule, self._teacher_grid(solver, model.shift, target, config))
         end_to_end = config.mode == "end_to_end"
         if end_to_end:
             need_no_noise(teacher)
@@ -163,17 +162,17 @@ class SolverObjective(Distillation):
         self.target, self.config, self.solver = target, config, solver
         self.rule = Constants(steps, config.amed) if target.constants else Predictor(feature_dim, steps, config.amed)
 
-    def _teacher_grid(self, solver: AMEDSolver, target: SolverTarget, config: DistillConfig) -> Grid:
+    def _teacher_grid(self, solver: AMEDSolver, shift: float, target: SolverTarget, config: DistillConfig) -> Grid:
         schedule = solver.schedule
         if config.mode == "end_to_end":
             ends = schedule.rho(torch.tensor([solver.grid[0], solver.grid[-1]], dtype=torch.float64)).tolist()
-            return GRIDS[config.teacher_grid](schedule, config.teacher_steps, *ends)
+            return named(config.teacher_grid, schedule, config.teacher_steps, *ends, trained=shift)
         if target.times is not None:
             raise ValueError(
                 f"per_step needs a teacher that passes the student's nodes, and grid '{target.grid}' has no rule that refines "
                 "it: use mode end_to_end"
             )
-        return NAMED[target.grid](schedule, solver.steps * self.stride)
+        return named(target.grid, schedule, solver.steps * self.stride, trained=shift)
 
     @property
     def grid(self) -> Grid:

@@ -43,6 +43,11 @@ class SampledModel(Protocol):
         """Length of the features of its predictions."""
         ...
 
+    @property
+    def shift(self) -> float:
+        """Of the noise levels that it was trained on, which the grid `shift` has, too; 1: none."""
+        ...
+
     def conditional_field(self, x: Tensor, t: Tensor, labels: Tensor) -> Prediction:
         """One pass through the network, for labels (B,)."""
         ...

@@ -26,7 +26,7 @@ from midway.gen.metrics.batch_distance import BatchDistance
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.distill import check_nested
-from midway.samplers.grids import GRIDS, Grid
+from midway.samplers.grids import Grid, named
 from midway.samplers.learned_noise import LearnedNoise, NoiseRange, states
 from midway.samplers.sample import trajectory
 from midway.samplers.solvers import SOLVERS, steps_for
@@ -88,8 +88,8 @@ class NoiseObjective(Distillation):
         analytic_first = nfe % 2 == 1 if config.analytic_first is None else config.analytic_first
         steps = steps_for(2, nfe, analytic_first)
         stride = math.ceil(config.teacher_steps / steps)
-        times = GRIDS[grid](model.schedule, steps)
-        teacher = SOLVERS[config.teacher].build(model.schedule, GRIDS[grid](model.schedule, steps * stride))
+        times, fine = (named(grid, model.schedule, n, trained=model.shift) for n in (steps, steps * stride))
+        teacher = SOLVERS[config.teacher].build(model.schedule, fine)
         check_nested(teacher, times, stride)
         super().__init__(model, teacher, guidance, False)
         self.config, self.stride = config, stride

@@ -79,7 +79,7 @@ class ResidualObjective(Distillation):
             raise ValueError(
                 f"loss '{teaching.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)"
             )
-        teacher = fine_teacher(model.schedule, teaching)
+        teacher = fine_teacher(model, teaching)
         super().__init__(model, teacher, guidance, teaching.gradient_checkpointing)
         self.name, self.base, self.config, self.teaching = name, base, config, teaching
         self.schedule, self.distance = model.schedule, distance or DISTANCES[teaching.loss]

@@ -26,10 +26,9 @@ from midway.gen.distillation.learning import Distillation, Lesson, SampledModel,
 from midway.gen.training.batches import Context
 from midway.samplers.card import SolverCard
 from midway.samplers.distill import need_no_noise
-from midway.samplers.grids import GRIDS, Grid
+from midway.samplers.grids import GRIDS, Grid, named
 from midway.samplers.learned import LearnedTable, rollout
 from midway.samplers.sample import sample
-from midway.samplers.schedule import Schedule
 from midway.samplers.solvers import SOLVERS
 from midway.samplers.table import Table
 from midway.tokenizers.perceptual import Perceptual
@@ -146,9 +145,10 @@ def make_distance(config: TableConfig, tokenizer: ImageTokenizer) -> Distance:
     return decoded(tokenizer, lambda student, teacher: perceptual(student, teacher).mean())
 
 
-def fine_teacher(schedule: Schedule, config: TableConfig) -> Table:
-    """The teacher that `config` names. ValueError for one that draws noise."""
-    teacher = SOLVERS[config.teacher].build(schedule, GRIDS[config.teacher_grid](schedule, config.teacher_steps))
+def fine_teacher(model: SampledModel, config: TableConfig) -> Table:
+    """The teacher that `config` names, for this model. ValueError for one that draws noise."""
+    times = named(config.teacher_grid, model.schedule, config.teacher_steps, trained=model.shift)
+    teacher = SOLVERS[config.teacher].build(model.schedule, times)
     need_no_noise(teacher)
     return teacher
 
@@ -175,9 +175,9 @@ class TableObjective(Distillation):
     ) -> None:
         if distance is None and config.loss not in DISTANCES:
             raise ValueError(f"loss '{config.loss}' needs a tokenizer: pass distance=make_distance(config, tokenizer)")
-        teacher = fine_teacher(model.schedule, config)
+        teacher = fine_teacher(model, config)
         super().__init__(model, teacher, target.guidance, config.gradient_checkpointing)
-        self.target, self.config, self.schedule = target, config, model.schedule
+        self.target, self.config, self.schedule, self.shift = target, config, model.schedule, model.shift
         self.distance = distance or DISTANCES[config.loss]
         self.candidates = tuple(GRIDS) if target.grid == BEST else (target.grid,)
         self.learned = LearnedTable(self.schedule, self._candidate(0), config.order, config.analytic_first)
@@ -193,7 +193,8 @@ class TableObjective(Distillation):
         return tuple(self.learned.grid.tolist())
 
     def _candidate(self, number: int) -> Grid:
-        return GRIDS[self.candidates[number]](self.schedule, self.target.nfe + self.config.analytic_first)
+        steps = self.target.nfe + self.config.analytic_first
+        return named(self.candidates[number], self.schedule, steps, trained=self.shift)
 
     def prepare(self, labels: Tensor, shared: dict[Any, Any]) -> Callable[[Tensor], EndPairs]:
         """The teacher's pairs are the same at every budget; every table counts them, as if it were learned alone."""

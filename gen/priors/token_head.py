@@ -44,7 +44,7 @@ class TokenHead(nn.Module):
     A `SampledModel` (gen/distillation/learning.py) whose labels are hidden vectors, with guidance pairs of them.
     """
 
-    feature_dim = 0
+    feature_dim, shift = 0, 1.0
 
     def __init__(self, config: TokenHeadConfig, channels: int, hidden: int) -> None:
         super().__init__()

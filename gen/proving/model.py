@@ -51,6 +51,10 @@ class MixtureModel:
     def feature_dim(self) -> int:
         return len(self.mixture.weights)
 
+    @property
+    def shift(self) -> float:
+        return 1.0
+
     @cached_property
     def exact_field(self) -> Field:
         return self.mixture.field(self.schedule)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from derivatives import check_derivative
 from tensors import normal, randomised
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.gen.networks.dit import CLASS_TOKENS, TIME_TOKENS, Block, DiT
 from midway.gen.networks.dit_config import DiTConfig
@@ -268,18 +268,7 @@ def test_a_further_number_enters_by_an_embedding_that_starts_at_0(name: str) -> 
 def test_the_derivative_by_state_and_time_is_that_of_finite_differences(name: str) -> None:
     """What objectives of jumps take of the network; `span` has weights here, too."""
     made = randomised(network(("span",), **SWITCHES[name], time_scale=1.0), std=0.2).double()
-    x, angle, labels = inputs(torch.float64)
-    tangent = normal(*x.shape, seed=2, dtype=torch.float64)
-
-    def value(x: Tensor, angle: Tensor) -> Tensor:
-        return made(x, angle, labels, more={"span": angle / 2}).value
-
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        got = torch.func.jvp(value, (x, angle), (tangent, torch.ones_like(angle)))[1]
-        step = 1e-5
-        ends = [value(x + way * step * tangent, angle + way * step) for way in (1, -1)]
-    torch.testing.assert_close(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
-    assert got.abs().max() > 1e-2
+    check_derivative(made, *inputs(torch.float64))
 
 
 @every_switch

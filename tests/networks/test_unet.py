@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from derivatives import check_derivative
 from tensors import normal, randomised
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from midway.gen.core.errors import UsageError
 from midway.gen.diffusion.model import LatentModel, LatentModelConfig
@@ -81,18 +81,7 @@ def test_it_is_the_network_of_diffusers(config: UNetConfig) -> None:
 
 def test_the_derivative_by_state_and_time_is_that_of_finite_differences() -> None:
     made = randomised(network(replace(TINY, time_scale=1.0), ("span",)), std=0.1).double()
-    x, angle, labels = inputs(torch.float64)
-    tangent = normal(*x.shape, seed=2, dtype=torch.float64)
-
-    def value(x: Tensor, angle: Tensor) -> Tensor:
-        return made(x, angle, labels, more={"span": angle / 2}).value
-
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        got = torch.func.jvp(value, (x, angle), (tangent, torch.ones_like(angle)))[1]
-        step = 1e-5
-        ends = [value(x + way * step * tangent, angle + way * step) for way in (1, -1)]
-    torch.testing.assert_close(got, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-8)
-    assert got.abs().max() > 1e-2
+    check_derivative(made, *inputs(torch.float64))
 
 
 def test_conditions_of_all_times_are_those_of_each() -> None:

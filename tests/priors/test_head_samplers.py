@@ -94,7 +94,7 @@ def test_a_learned_table_is_nearer_to_the_teacher_than_where_it_began(trained: T
         learn(objective, take, 64, Lesson(steps=30, batch=16, lr=5e-3, clip=1.0))
     assert objective.counter.evaluations == counter.evaluations == (64 * 12 + 30 * 16 * 2) * (1 + (guidance != 1))
     labels = vectors(trained, 64, 64, guidance != 1)
-    teacher = fine_teacher(head.schedule, config)
+    teacher = fine_teacher(head, config)
     x = objective.starts(64, labels, teacher.grid[0])
     with torch.no_grad():
         exact = sample(head.field(labels, guidance), teacher, x)
