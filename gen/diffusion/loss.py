@@ -4,7 +4,8 @@ The objectives of jumps are in gen/objectives/jumps.py. All are a regression of 
 
     loss = mean of w L,   L = mean square of (u - target) / unit,   w = sg (L + offset)^-power,   unit = |velocity| of unit data
 
-u is computed by the network as it is wrapped, so that processes share its gradients; targets by its weights alone.
+u is computed by the network as it is wrapped, so that processes share its gradients; targets by its weights alone. Where hidden
+tokens are aligned with features, that term (gen/objectives/alignment.py) is added.
 """
 
 from dataclasses import dataclass, replace
@@ -55,7 +56,7 @@ def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
     drawn = draws(model, batch, context, "time")
     t = model.time_of(drawn.times[0])
     x_t, target = noised(model.schedule, model.config.target, t, drawn.x0, drawn.eps)
-    output, _ = model.forward_network(x_t, t, drawn.labels, context)
+    output, hidden = model.forward_network(x_t, t, drawn.labels, context)
     prediction = widened(output)
     error = (prediction - target).square().flatten(1).mean(1)
     angle = noise_angle(model.schedule.alpha(t), model.schedule.sigma(t))
@@ -70,7 +71,18 @@ def flow_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
         found = solve(value, config.target, x_t, t, model.schedule)
         v, velocity = (velocity_at(model.schedule, t, *pair) for pair in ((found.x0, found.eps), (drawn.x0, drawn.eps)))
         weighted = weighted + config.direction * errors.direction(v, velocity)
-    return mean(weighted), {"loss_time": loss_by_time(error.detach(), angle)}
+    return aligned(model, hidden, batch, context, mean(weighted), {"loss_time": loss_by_time(error.detach(), angle)})
+
+
+def aligned(
+    model: Denoiser, hidden: Tensor, batch: LatentBatch, context: Context, loss: Tensor, logs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and logs, with the alignment of hidden tokens (B, N, W) where the model has one: its mean cosine is `alignment`."""
+    if model.alignment is None:
+        return loss, logs
+    assert batch.features is not None
+    term, cosines = model.alignment(hidden, batch.features, context.step)
+    return loss + term, {**logs, "alignment": cosines}
 
 
 def noised(schedule: Schedule, target: Target, t: Tensor, x0: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,18 +130,24 @@ class Jumps:
 
     def average(self, z: Tensor, t: Tensor, r: Tensor, wrapped: bool = False, labelled: bool = True) -> Tensor:
         """u (B, C, H, W) of these samples at other states and times; the dropout masks are those of the step."""
+        return self.passed(z, t, r, wrapped, labelled)[0]
+
+    def passed(
+        self, z: Tensor, t: Tensor, r: Tensor, wrapped: bool = False, labelled: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """`average`, and the hidden tokens (B, N, W)."""
         model = self.model
         labels = self.labels if labelled else model.null_labels(self.labels)
         guidance = self.guidance if labelled else torch.ones_like(self.guidance)
-        output, _ = model.forward_network(z, t, labels, self.context, r, guidance, bare=not wrapped)
-        return widened(output) * expand(model.output_scale(t), z)
+        output, hidden = model.forward_network(z, t, labels, self.context, r, guidance, bare=not wrapped)
+        return widened(output) * expand(model.output_scale(t), z), hidden
 
 
 def jump_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted error of average velocities; logs have the error itself, `error`, also by time."""
     config = model.config
     made = states(model, batch, context)
-    u = made.average(made.z, made.t, made.r, wrapped=True)
+    u, hidden = made.passed(made.z, made.t, made.r, wrapped=True)
     with torch.no_grad():
         target = target_of(made, u.detach())
     unit = expand(model.output_scale(made.t), u)
@@ -137,7 +155,8 @@ def jump_loss(model: Denoiser, batch: LatentBatch, context: Context) -> tuple[Te
     weight = jumps.adaptive_weight(error, config.jump.power(config.objective), config.jump.weight_offset)
     angle = noise_angle(model.schedule.alpha(made.t), model.schedule.sigma(made.t))
     seen = error.detach()
-    return mean(weight * error), {"error": mean(seen), "loss_time": loss_by_time(seen, angle)}
+    logs = {"error": mean(seen), "loss_time": loss_by_time(seen, angle)}
+    return aligned(model, hidden, batch, context, mean(weight * error), logs)
 
 
 def states(model: Denoiser, batch: LatentBatch, context: Context) -> Jumps:

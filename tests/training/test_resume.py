@@ -53,6 +53,7 @@ from midway.gen.flags.baseline_tasks import FlowTask, VAETask
 from midway.gen.flags.tasks import LatentTask, PriorTask, TokenizerConfig, TokenizerTask
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.presets import MODERN
+from midway.gen.objectives.alignment import AlignConfig
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -86,7 +87,14 @@ def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
     task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
     model = replace(DIT, target="x0", time="mode", time_shift="auto", weight="velocity")
     model = replace(model, direction=0.5, scales=2)
-    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, **switches})))
+    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, "mup_base_width": 8, **switches})))
+
+
+def aligned_task(out: Path, pipeline: Pipeline) -> LatentTask:
+    """Jumps whose tokens are aligned with a classifier in the first 6 of 11 steps, in micro-batches."""
+    align = AlignConfig(str(pipeline.features), block=1, normalize="spatial", until=0.5)
+    task = jump_task(out, pipeline, "shortcut")
+    return replace(task, align=align, train=replace(LATENT, accumulation=2))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
@@ -203,6 +211,7 @@ KINDS: dict[str, Make] = {
         latent_task(out, pipeline),
         model=replace(DIT, time="uniform", time_shift=2.0, weight="learned", network="unet", dit=DiTConfig()),
     ),
+    "aligned": aligned_task,
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
@@ -433,7 +442,7 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
     for name in ("objective", "jump", "network", "unet", *drawn):
         del values["model"][name]
     values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
-    for name in ("origin", "init", "teacher"):
+    for name in ("origin", "init", "teacher", "align"):
         values.pop(name, None)
     write_yaml(run / "config.yaml", values)
     checkpoint = newest(run)
@@ -450,7 +459,11 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
 
 @pytest.mark.parametrize(
     "kind",
-    ["vq", "latent", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("critic", "vae", "masked prior"))],
+    [
+        "vq",
+        "latent",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("aligned", "critic", "vae", "masked prior")),
+    ],
 )
 def test_two_processes_resume_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
     """Stopped after 5 of 9 steps, within a log interval whose sums each process keeps for itself."""
