@@ -1,4 +1,4 @@
-"""What transformers over places in the plane share: positions, rotations, modulation, dropout, norms and gated layers.
+"""What transformers over places in the plane share: positions, rotations, dropout, norms and gated layers.
 
     LayerNorm  (x - mean) / std        RMSNorm  x / rms        DyT  tanh(alpha x)        each times gamma, plus beta
     SwiGLU     down(silu(a) * b),      (a, b) = up(x)
@@ -34,11 +34,6 @@ def positions_2d(height: int, width: int, dim: int) -> Tensor:
     """(height * width, dim): half of the channels encode the row, half the column."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.cat([sinusoid(rows.flatten(), dim // 2), sinusoid(columns.flatten(), dim // 2)], dim=1)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, W) under shift, scale (B, W)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def drop(x: Tensor, share: float, context: Context | None, purpose: str) -> Tensor:
