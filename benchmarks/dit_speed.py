@@ -18,7 +18,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -275,10 +274,11 @@ class Row(Measured):
 def take_turns(
     ours: Step, peer: Step, seconds: float, least: int, clock: Callable[[Step], float]
 ) -> list[tuple[float, float]]:
-    """Seconds of both sides in turns for about `seconds`, the first of each untimed; `least` pairs or more."""
-    ours(), peer()
-    pairs, begun = list[tuple[float, float]](), time.perf_counter()
-    while len(pairs) < least or (time.perf_counter() - begun < seconds and len(pairs) < 300):
+    """Seconds of both sides in turns until they sum up to `seconds`, the first of each untimed; `least` pairs or more."""
+    for step in (ours, peer):
+        step()
+    pairs = list[tuple[float, float]]()
+    while len(pairs) < least or (sum(map(sum, pairs)) < seconds and len(pairs) < 300):
         pairs.append((clock(ours), clock(peer)))
     return pairs
 
@@ -347,8 +347,8 @@ def main() -> int:
     """Print the table, write the JSON; 1 when a target was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--seconds", type=float, default=25.0, help="about how long a row takes")
-    parser.add_argument("--turns", type=int, default=5, help="pairs of a row at least")
+    parser.add_argument("--seconds", type=float, default=15.0, help="measured time of a row, at least")
+    parser.add_argument("--turns", type=int, default=7, help="pairs of a row, at least")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from midway.gen.networks.elementwise import times
 from midway.gen.training.batches import Context
 from midway.tokenizers.precision import widened
 
@@ -111,7 +112,7 @@ def swiglu_width(width: int, ratio: float = 4.0) -> int:
 def swiglu(x: Tensor, up: nn.Linear, down: nn.Linear) -> Tensor:
     """x (*, W), up W -> 2 H and down H -> W."""
     gate, value = up(x).chunk(2, dim=-1)
-    return down(F.silu(gate) * value)
+    return down(times(F.silu(gate), value))
 
 
 class SwiGLU(nn.Module):
