@@ -12,6 +12,7 @@ import torch
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import kind_of
 from midway.gen.data.splits import DataConfig, Splits
+from midway.gen.diffusion.adapters import load_adapted
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.records import LIMITS
@@ -57,7 +58,9 @@ def open_repeats(task: EvaluateTask, trained: TrainedModel | None, device: torch
 
 def model_warnings(task: EvaluateTask) -> tuple[str, ...]:
     """Of every run that the flags name and whose training is not finished."""
-    return unfinished(task.model, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features))
+    return unfinished(
+        task.model, task.adapter, *task.repeats, *task.few_step, *task.priors, *task.baselines, *names(task.features)
+    )
 
 
 def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extractor]:
@@ -93,14 +96,18 @@ def defaults_of(trained: TrainedModel | None) -> Defaults:
 
 def open_main(task: EvaluateTask, device: torch.device) -> "TrainedModel | TrainedPrior | None":
     """The latent model or prior of --model, in tiles if --tile has them."""
+    prior = task.model is not None and kind_of(task.model) == PRIOR
+    if task.adapter is not None and (task.model is None or prior):
+        what, why = f"--adapter {task.adapter}", "it is of a latent model, and --model names none"
+        raise UsageError(what, why, "give its --model, or drop it")
     if task.model is None:
         return None
-    if kind_of(task.model) == PRIOR:
+    if prior:
         from midway.gen.priors.load import load_prior
 
         found = load_prior(task.model, device)
     else:
-        found = load_model(task.model, device)
+        found = load_adapted(task.model, task.adapter, device)
     task.apply_tiles(found.tokenizer)
     return found
 

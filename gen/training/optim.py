@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from midway.gen.core.errors import UsageError
 from midway.gen.training.config import TrainConfig
-from midway.gen.training.interface import Adversarial
+from midway.gen.training.interface import Adversarial, Rated
 
 FUSED = ("cpu", "cuda", "xpu", "mps")
 STATES: dict[type, tuple[str, ...]] = {
@@ -73,12 +73,20 @@ def _split(model: nn.Module, named: dict[str, nn.Parameter]) -> list[list[nn.Par
 def rate_groups(model: nn.Module, named: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Parameter groups of an optimizer; `scale` is what `set_rate` multiplies the learning rate by."""
     own, *theirs = _split(model, named)
+    if isinstance(model, Rated):
+        rates = {name: model.rate_of(name) for name in named}
+        return [
+            {"params": [p for name, p in named.items() if rates[name] == rate], "scale": rate}
+            for rate in dict.fromkeys(rates.values())
+        ]
     return [{"params": own}, *({"params": p, "scale": cast(Adversarial, model).discriminator_rate} for p in theirs)]
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon optimises it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
-    return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
+    """Whether Muon optimises it: a matrix inside a block, but not its modulation or an adapter (embeddings and heads are
+    outside)."""
+    inside = parameter.dim() == 2 and ".blocks." in f".{name}"
+    return inside and "modulation" not in name and ".lora_" not in name
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:

@@ -30,7 +30,7 @@ from midway.gen.features.open import named_extractor
 from midway.gen.features.reference import FeatureReference, make_reference
 from midway.gen.flags.arguments import config_of
 from midway.gen.flags.cli import Page, resolve
-from midway.gen.flags.tasks import LatentTask
+from midway.gen.flags.tasks import LatentTask, TrainingTask
 from midway.gen.names.nearest import canonical
 from midway.gen.objectives.jump_config import own_solver
 from midway.gen.progress.finished import unfinished
@@ -143,7 +143,7 @@ def train(task: LatentTask, *lines: str) -> Run | None:
         return run
 
 
-def publish(task: LatentTask, run: Run, parts: Parts, result: FitResult) -> None:
+def publish(task: TrainingTask, run: Run, parts: Parts, result: FitResult) -> None:
     """Write the averaged model as a folder to share, with its tokenizer; the card states how far it is trained. DiskError."""
     if not result.steps:
         return
@@ -163,13 +163,18 @@ def dry_run(task: LatentTask) -> None:
     names = tuple(str(label) for label in range(task.dry_run_classes))
     with raising(UsageError, "this model cannot be built", "change the --model flags"):
         model = built(lambda: LatentModel(task.model, tokenizer.latent_shape, len(names), (), names))
-    raw = torch.randn(IMAGES, *tokenizer.latent_shape, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(IMAGES) % len(names)
+    rehearse(model, random_latents(tokenizer.latent_shape, len(names)), train, accelerator, start)
+
+
+def random_latents(shape: tuple[int, int, int], classes: int) -> Items:
+    """For a dry run."""
+    raw = torch.randn(IMAGES, *shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(IMAGES) % classes
 
     def read(items: Tensor) -> LatentBatch:
         return LatentBatch(raw[items], labels[items])
 
-    rehearse(model, Items(read, IMAGES), train, accelerator, start)
+    return Items(read, IMAGES)
 
 
 def planned_tokenizer(path: Path) -> ImageTokenizer:
