@@ -6,6 +6,7 @@ The model is not touched: an adapter is a run of its own, which `midway sample` 
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,7 +26,7 @@ from midway.gen.diffusion.class_draw import class_draw
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of, write_model
 from midway.gen.diffusion.model import LatentModel
 from midway.gen.flags.cli import resolve
-from midway.gen.flags.tasks import FinetuneTask
+from midway.gen.flags.tasks import FinetuneTask, LatentTask
 from midway.gen.progress.finished import unfinished
 from midway.gen.recipes.finetune_recipes import FINETUNE_RECIPES
 from midway.gen.tokenizer.encoding import Encoding, encode
@@ -34,6 +35,7 @@ from midway.gen.tokenizer.stored import Views
 from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
+from midway.gen.trainings import train_latent
 from midway.gen.trainings.dry_run import rehearse, resident
 from midway.gen.trainings.running import open_run, with_precision
 from midway.gen.trainings.train_latent import Parts, publish, random_latents, write_preview
@@ -86,6 +88,9 @@ def encoded(task: FinetuneTask, base: TrainedModel, splits: Splits, accelerator:
 def train(task: FinetuneTask) -> Run | None:
     """Train and save. The run on the main process, None on the others."""
     check_unused(task.train)
+    if task.train.posthoc and task.method == "adapter":
+        why = "averages of other widths are made of whole models, and an adapter has one average"
+        raise UsageError("--posthoc", why, "drop it, or use --method full")
     task, precision = with_precision(task, "transformer")
     if task.dry_run:
         return dry_run(task)
@@ -138,6 +143,17 @@ def dry_run(task: FinetuneTask) -> None:
     torch.manual_seed(task.train.seed)
     model = make_model(task, base, tuple(str(label) for label in range(task.dry_run_classes)))
     rehearse(model, random_latents(model.latent_shape, task.dry_run_classes), task.train, accelerator, start)
+
+
+def latent_task(config: dict[str, Any]) -> type:
+    """Of the training of a latent model, from the beginning or from another model."""
+    return FinetuneTask if "method" in config else LatentTask
+
+
+def latent_parts(task: LatentTask | FinetuneTask, accelerator: Accelerator, **options: Any) -> Any:
+    """The parts of either."""
+    make = make_parts if isinstance(task, FinetuneTask) else train_latent.make_parts
+    return make(task, accelerator, **options)  # pyright: ignore[reportArgumentType]
 
 
 def command(arguments: list[str]) -> None:
