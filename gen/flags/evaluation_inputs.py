@@ -12,7 +12,6 @@ import torch
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import kind_of
 from midway.gen.data.splits import DataConfig, Splits
-from midway.gen.diffusion.adapters import load_adapted
 from midway.gen.diffusion.load import TrainedModel, load_model
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.records import LIMITS
@@ -102,12 +101,16 @@ def open_main(task: EvaluateTask, device: torch.device) -> "TrainedModel | Train
         raise UsageError(what, why, "give its --model, or drop it")
     if task.model is None:
         return None
-    if prior:
+    if task.adapter is not None:
+        from midway.gen.diffusion.adapters import load_adapted
+
+        found = load_adapted(task.model, task.adapter, device)
+    elif prior:
         from midway.gen.priors.load import load_prior
 
         found = load_prior(task.model, device)
     else:
-        found = load_adapted(task.model, task.adapter, device)
+        found = load_model(task.model, device)
     task.apply_tiles(found.tokenizer)
     return found
 
