@@ -84,8 +84,9 @@ def configuration(task: PosthocTask, source: Run, step: int) -> dict[str, Any]:
     of = PriorTask if source.kind == PRIOR else FinetuneTask if "method" in source.config else LatentTask
     fix = f"give a run that midway train {'prior' if source.kind == PRIOR else 'latent'} made"
     trained = to_record(from_file(of, own_fields(of, source.config), source.path / "config.yaml", fix))
+    origin = {"origin": source.config["origin"]} if "origin" in source.config else {}
     made = {"source": str(absolute(task.run)), "std": task.std, "step": step}
-    return {**trained, "data": to_record(data_of(source)), "posthoc": made}
+    return {**trained, "data": to_record(data_of(source)), **origin, "posthoc": made}
 
 
 def command(arguments: list[str]) -> None:

@@ -82,7 +82,7 @@ class AdaptedModel(LatentModel):
 
     def rate_of(self, name: str) -> float:
         """The factor of the learning rate of this parameter."""
-        return self.adapter.b_rate if ".lora_B." in name else 1.0
+        return self.adapter.b_rate if ".lora_B." in name else super().rate_of(name)
 
     def learned(self, state: Mapping[str, Tensor]) -> "Adapter":
         """What is stored of a state of it, the newest or an average."""

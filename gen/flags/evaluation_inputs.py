@@ -12,7 +12,7 @@ import torch
 from midway.gen.core.errors import UsageError
 from midway.gen.core.runs import kind_of
 from midway.gen.data.splits import DataConfig, Splits
-from midway.gen.diffusion.load import TrainedModel, load_model
+from midway.gen.diffusion.load import TrainedModel, check_apart, load_model, recorded_origin
 from midway.gen.diffusion.samplers import learned_for
 from midway.gen.evaluation.records import LIMITS
 from midway.gen.evaluation.sources import EvaluatedLatentModel, EvaluatedModel
@@ -75,6 +75,15 @@ def open_spaces(task: EvaluateTask, data: DataConfig, whose: str) -> list[Extrac
         )
     weights = [task.feature_weights, *[None] * (len(words) - 1)]
     return [named_extractor(word, data, whose, its) for word, its in zip(words, weights, strict=True)]
+
+
+def check_teachers(extractors: Sequence[Extractor], models: Sequence[EvaluatedModel | TrainedModel | None]) -> None:
+    """UsageError for a latent model that was aligned with one of the networks that are to measure it."""
+    for one in models:
+        trained = one.trained if isinstance(one, EvaluatedLatentModel) else one
+        if isinstance(trained, TrainedModel):
+            for extractor in extractors:
+                check_apart(trained.run.place, recorded_origin(trained.run).aligned, extractor.name)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from midway.gen.diffusion.pairs import ReflowConfig
 from midway.gen.flags.cli import Flat
 from midway.gen.flags.sampling_flags import TileFlags
 from midway.gen.networks.adapters import AdapterConfig
+from midway.gen.objectives.alignment import AlignConfig
 from midway.gen.priors.config import PriorConfig, PriorOnlineConfig
 from midway.gen.tokenizer.loss_config import LossConfig
 from midway.gen.training.config import ABSENT, OnlineConfig, TrainConfig
@@ -168,6 +169,8 @@ class LatentTask(DataPathFlag, TileFlags, TrainingTask):
     """Distillation: run directory of a trained flow model, whose velocities objectives of jumps take in place of the samples'."""
     reflow: ReflowConfig = field(default_factory=ReflowConfig)
     """Train on pairs of noise and samples of another model in place of images, where it names one as source."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    """Align hidden tokens with the feature map of a trained network, where it names one as teacher."""
     flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     early: OnlineConfig = field(default_factory=OnlineConfig)

@@ -15,6 +15,7 @@ Dropout acts only in training, and its masks are functions of (seed, step, sampl
 sample comes in, and when activation checkpointing computes a block twice.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         width, channels = config.width, config.width // config.heads
         self.heads, self.mix = config.heads, MIXERS[config.mixer]
         self.scale: Scale = config.attention_scale
+        self.base_channels = config.head_channels
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.RMSNorm(channels) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(channels) if config.qk_norm else None
@@ -63,7 +65,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, channels).permute(2, 0, 3, 1, 4)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = normed(q, self.norm_q), normed(k, self.norm_k)
-        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels))
+        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels, self.base_channels))
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -107,7 +109,7 @@ class Block(Recomputed):
 
 
 class DiT(Network):
-    """The transformer; its hidden tokens are those after the middle block."""
+    """The transformer; its hidden tokens are those after the middle block, unless another is taken."""
 
     positions: Tensor
     turn: Tensor | None
@@ -129,6 +131,7 @@ class DiT(Network):
         self.label = nn.Embedding(classes + 1, config.width)
         self.prefix = nn.Parameter(torch.empty(self.front, config.width)) if self.front else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.taken = (config.depth - 1) // 2
         self.norm = make_norm(config.norm, config.width, self.front > 0)
         self.modulation = None if self.front else nn.Linear(config.width, 2 * config.width)
         self.head = nn.Linear(config.width, channels * config.patch**2)
@@ -151,11 +154,28 @@ class DiT(Network):
         for weight in (self.time[0].weight, self.time[2].weight, self.label.weight, self.prefix):
             if weight is not None:
                 nn.init.normal_(cast(Tensor, weight), std=0.02)
+        if (wider := self.config.wider) != 1:  # of embeddings the same at every width, of hidden layers by its root
+            inputs, width = self.embed.in_features, self.config.width
+            with torch.no_grad():
+                self.embed.weight.mul_(math.sqrt((inputs + width) / (inputs + width / wider)))
+                cast(nn.Linear, self.time[2]).weight.div_(math.sqrt(wider))
         for module in self.blocks:
             cast(Block, module).start_as_identity()
         for layer in (self.modulation, self.head):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
+
+    def rate_of(self, name: str) -> float:
+        """muP: of weights whose number of inputs grows with the width, one over the growth."""
+        layer, _, kind = name.rpartition(".")
+        first = layer == "embed" or (layer.startswith(("time.", "more.")) and layer.endswith(".0"))
+        grows = kind == "weight" and isinstance(self.get_submodule(layer), nn.Linear) and not first
+        return 1 / self.config.wider if grows else 1.0
+
+    def take(self, block: int) -> None:
+        if block > len(self.blocks):
+            raise ValueError(f"there is no block {block}: the transformer has {len(self.blocks)}")
+        self.taken = block - 1 if block else self.taken
 
     def join(self, times: Tensor, classes: Tensor) -> Tensor:
         """The modulation's input (*, W), or the tokens in front (*, 12, W)."""
@@ -173,7 +193,7 @@ class DiT(Network):
         hidden = h
         for i, block in enumerate(self.blocks):
             h = block(h, condition, context, self.turn)
-            if i == (len(self.blocks) - 1) // 2:
+            if i == self.taken:
                 hidden = h
         hidden, h = hidden[:, self.front :], self.norm(h[:, self.front :])
         if self.modulation is not None:

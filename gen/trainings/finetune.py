@@ -36,9 +36,9 @@ from midway.gen.training.accelerator import check_unused, make_accelerator
 from midway.gen.training.fit import fit
 from midway.gen.training.interface import FitResult, Hooks
 from midway.gen.trainings import train_latent
-from midway.gen.trainings.dry_run import rehearse, resident
+from midway.gen.trainings.dry_run import IMAGES, rehearse, resident
 from midway.gen.trainings.running import open_run, with_precision
-from midway.gen.trainings.train_latent import Parts, publish, random_latents, write_preview
+from midway.gen.trainings.train_latent import Parts, items_of, publish, write_preview
 
 
 def make_parts(task: FinetuneTask, accelerator: Accelerator, splits: Splits | None = None) -> Parts:
@@ -142,7 +142,8 @@ def dry_run(task: FinetuneTask) -> None:
     base = load_model(task.model, accelerator.device)
     torch.manual_seed(task.train.seed)
     model = make_model(task, base, tuple(str(label) for label in range(task.dry_run_classes)))
-    rehearse(model, random_latents(model.latent_shape, task.dry_run_classes), task.train, accelerator, start)
+    raw = torch.randn(IMAGES, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    rehearse(model, items_of(raw, task.dry_run_classes), task.train, accelerator, start)
 
 
 def latent_task(config: dict[str, Any]) -> type:

@@ -55,6 +55,7 @@ from midway.gen.flags.tasks import FinetuneTask, LatentTask, PriorTask, Tokenize
 from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.networks.dit_config import DiTConfig
 from midway.gen.networks.presets import MODERN
+from midway.gen.objectives.alignment import AlignConfig
 from midway.gen.objectives.jump_config import JumpConfig
 from midway.gen.priors.config import Kind, PriorConfig, TokenHeadConfig
 from midway.gen.tokenizer.loss_config import LossConfig
@@ -87,7 +88,15 @@ def modern_task(out: Path, pipeline: Pipeline, **switches: Any) -> LatentTask:
     """The modern blocks, and others, on other times and weights."""
     task = latent_task(out, pipeline, replace(LATENT, optimizer="muon"))
     model = replace(DIT, target="x0", time="mode", time_shift="auto", weight="velocity")
-    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, **switches})))
+    model = replace(model, direction=0.5, scales=2)
+    return replace(task, model=replace(model, dit=replace(DIT.dit, **{**MODERN, "mup_base_width": 8, **switches})))
+
+
+def aligned_task(out: Path, pipeline: Pipeline) -> LatentTask:
+    """Jumps whose tokens are aligned with a classifier in the first 6 of 11 steps, in micro-batches."""
+    align = AlignConfig(str(pipeline.features), block=1, normalize="spatial", until=0.5)
+    task = jump_task(out, pipeline, "shortcut")
+    return replace(task, align=align, train=replace(LATENT, accumulation=2))
 
 
 def jump_task(out: Path, pipeline: Pipeline, objective: str) -> LatentTask:
@@ -198,15 +207,21 @@ KINDS: dict[str, Make] = {
         tokenizer_task(out, replace(COSINE, accumulation=2)),
         loss=replace(CRITIC, spectral_norm=False, adversary_start=0),
     ),
-    "latent": lambda out, pipeline: latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
-    "latent with muon": lambda out, pipeline: latent_task(
-        out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)
+    "latent": lambda out, pipeline: replace(
+        latent_task(out, pipeline, replace(LATENT, decay="inverse_sqrt", plateau=5)),
+        model=replace(DIT, weight="learned"),
+    ),
+    "latent with muon": lambda out, pipeline: replace(
+        latent_task(out, pipeline, replace(LATENT, optimizer="muon", accumulation=2)),
+        model=replace(DIT, time="cosmap", weight="min_snr", min_snr_gamma=2.0),
     ),
     "modern latent": modern_task,
     "latent by tokens": partial(modern_task, conditioning="tokens", norm="dyt", mixer="linear"),
     "unet": lambda out, pipeline: replace(
-        latent_task(out, pipeline), model=replace(DIT, network="unet", dit=DiTConfig())
+        latent_task(out, pipeline),
+        model=replace(DIT, time="uniform", time_shift=2.0, weight="learned", network="unet", dit=DiTConfig()),
     ),
+    "aligned": aligned_task,
     "alphaflow": lambda out, pipeline: jump_task(out, pipeline, "alphaflow"),
     **{objective: partial(jump_task, objective=objective) for objective in ("shortcut", "meanflow", "imf")},
     "distilled": lambda out, pipeline: distilled_task(out, pipeline),
@@ -427,17 +442,19 @@ def test_a_run_from_before_an_option_goes_on_as_it_began(tmp_path: Path) -> None
 
 
 def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, tmp_path: Path) -> None:
-    """Its files name no objective, no time scale, no kinds of blocks and no origin."""
+    """Its files name no objective, no time scale, no kinds of blocks, no densities or weights of later and no origin."""
     later = [field.name for field in fields(DiTConfig)][6:]
+    drawn = ("time_mode", "time_shift", "weight", "min_snr_gamma", "scales", "direction")
     new = {"model.objective", "model.network", "init", "teacher", *(f"model.dit.{name}" for name in later)}
+    new |= {f"model.{name}" for name in drawn}
     config = replace(TRAIN, steps=3, posthoc=())
     whole = train(latent_task(tmp_path / "whole", pipeline, config))
     run = train(shortened(latent_task(tmp_path / "run", pipeline, config), 1))
     values = read_yaml(run / "config.yaml")
-    for name in ("objective", "jump", "network", "unet"):
+    for name in ("objective", "jump", "network", "unet", *drawn):
         del values["model"][name]
     values["model"]["dit"] = {key: value for key, value in values["model"]["dit"].items() if key not in later}
-    for name in ("origin", "init", "teacher"):
+    for name in ("origin", "init", "teacher", "align"):
         values.pop(name, None)
     write_yaml(run / "config.yaml", values)
     checkpoint = newest(run)
@@ -457,7 +474,10 @@ def test_a_latent_run_from_before_jumps_goes_on_as_it_began(pipeline: Pipeline, 
     [
         "vq",
         "latent",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("critic", "vae", "adapter", "masked prior")),
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("aligned", "critic", "vae", "adapter", "masked prior")
+        ),
     ],
 )
 def test_two_processes_resume_bit_for_bit_and_one_up_to_rounding(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
