@@ -99,8 +99,10 @@ def rate_groups(
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon optimises it: a matrix inside a block, but not its modulation (embeddings and heads are outside)."""
-    return parameter.dim() == 2 and ".blocks." in f".{name}" and "modulation" not in name
+    """Whether Muon optimises it: a matrix inside a block, but not its modulation or an adapter (embeddings and heads are
+    outside)."""
+    inside = parameter.dim() == 2 and ".blocks." in f".{name}"
+    return inside and "modulation" not in name and ".lora_" not in name
 
 
 def set_rate(optimizers: list[Optimizer], rate: float) -> None:
