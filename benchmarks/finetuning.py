@@ -3,9 +3,9 @@
     python benchmarks/finetuning.py --model runs/digits-pixel-flow --data negatives --folder runs/finetuning
         --json benchmarks/results/finetuning.json
 
-Every recipe of midway finetune at every rate, as many steps each, and the model before it; one sweep cell each (dpmpp2m on karras),
-on the same sampling seeds. Seconds are process time of the command on one thread, with latents that are encoded already. Parts that
-are done are kept. About 20 minutes on one free core.
+Every recipe of midway finetune at every rate, as many steps each, and the model before it; one sweep cell each (dpmpp2m on
+karras), on the same sampling seeds. Seconds are process time of the command on one thread, with latents that are encoded already.
+Parts that are done are kept. About 20 minutes on one free core.
 """
 
 import json
