@@ -23,7 +23,7 @@ from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of
 from midway.gen.flags.tasks import FinetuneTask
 from midway.gen.networks.adapters import AdapterConfig
 from midway.gen.training.batches import Context, LatentBatch
-from midway.gen.training.optim import make_optimizers, set_rate
+from midway.gen.training.optim import checkpoint_activations, make_optimizers, set_rate
 from midway.gen.trainings import finetune, merge_adapter
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu", "one_thread")
@@ -104,6 +104,21 @@ def test_only_adapters_and_new_labels_train_and_are_stored(trained: Run, pipelin
     assert stored.keys() - starts == learned.keys() and len(starts) == 16
     assert learned["network.label.new"].shape == (1, 32)
     assert load_model(pipeline.model, CPU).hash == base.hash
+
+
+def test_blocks_that_are_computed_again_have_the_same_gradients(
+    pipeline: Pipeline, photos: Path, tmp_path: Path
+) -> None:
+    """Although nothing that trains comes before the first of them."""
+    batch, found = LatentBatch(normal(8, *pipeline.load().model.latent_shape), torch.arange(8) % 3), []
+    for again in (False, True):
+        model = begun(task_of(pipeline, photos, tmp_path / "run"))
+        if again:
+            checkpoint_activations(model)
+        model.train().loss(batch, Context(0, 1, torch.arange(8)))[0].backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 def test_the_second_matrix_learns_faster_by_its_rate(pipeline: Pipeline, photos: Path, tmp_path: Path) -> None:
