@@ -17,6 +17,7 @@ from tensors import normal
 from midway.gen.core.errors import DataError, UsageError
 from midway.gen.core.files import state_hash
 from midway.gen.core.runs import Run
+from midway.gen.data.images import to_float
 from midway.gen.data.splits import DataConfig
 from midway.gen.diffusion.adapters import AdaptedModel, Adapter, load_adapted, merged
 from midway.gen.diffusion.load import CPU, TrainedModel, load_model, origin_of
@@ -174,6 +175,19 @@ def test_a_merged_run_is_a_latent_model(trained: Run, pipeline: Pipeline, tmp_pa
     assert again.hash == whole.hash and again.data == whole.data
     with pytest.raises(UsageError, match="the merged model is made from it"):
         merge_adapter.make(merge_adapter.MergeTask(trained.path, pipeline.model, pipeline.model, overwrite=True))
+
+
+def test_latents_are_standardised_as_those_of_the_model(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Also by the call that encodes the images."""
+    photos, base = other_digits(tmp_path / "new", 30), pipeline.load()
+    for _ in range(2):
+        parts = finetune.make_parts(task_of(pipeline, photos, tmp_path / "run"), Accelerator(cpu=True))
+        for name in ("latent_mean", "latent_std"):
+            assert torch.equal(getattr(parts.tokenizer, name), getattr(base.tokenizer, name))
+        assert parts.items.augment is not None
+        found = parts.items.augment(parts.items.read(torch.arange(9)), Context(0, 0, torch.arange(9)))
+        expected = base.tokenizer.encode_latents(to_float(parts.images.images[:9]))
+        torch.testing.assert_close(found.latents, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_all_weights_are_trained_into_a_latent_model(pipeline: Pipeline, photos: Path, tmp_path: Path) -> None:
