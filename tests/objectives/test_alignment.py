@@ -161,7 +161,7 @@ def test_hidden_tokens_are_those_after_the_block(block: int, name: str) -> None:
     before, middle = made.forward_network(x, t, labels)
     seen = list[Tensor]()
     taken = cast(nn.Module, made.network.blocks[block - 1])
-    taken.register_forward_hook(lambda _, __, out: seen.append(out))
+    taken.register_forward_hook(lambda *call: seen.append(call[-1]))
     made.network.take(block)
     value, hidden = made.forward_network(x, t, labels)
     assert torch.equal(value, before) and torch.equal(hidden, seen[0][:, made.network.front :])
