@@ -13,6 +13,7 @@ picture. Of a file in benchmarks/results it is the table of its rows.
 
 import csv
 import json
+import math
 import os
 import shutil
 import statistics
@@ -27,6 +28,7 @@ from midway.gen.evaluation.comparing import by_solver, few_step, question
 from midway.gen.evaluation.likelihood import LikelihoodRow
 from midway.gen.evaluation.records import FLOOR, LIMITS, TO_EXACT, Measurement, from_record
 from midway.gen.proving.report import FIGURES, SHOWN, Result, figure_table, order_table, read_result, summary
+from midway.gen.report.drawing import PNG_DPI, WIDE, dress, legend_below, look, new_figure, place
 from midway.gen.report.likelihood import likelihood_table
 from midway.gen.report.plots import distance_png
 from midway.gen.report.sweep import captioned, headline_tables
@@ -64,7 +66,9 @@ def embed(page: Path, name: str, report: Path) -> None:
     if begin not in text or end not in text:
         sys.exit(f"{page} has no block '{begin} ... {end}': add the two lines where the table belongs")
     if report.is_file():
-        return _replace(page, name, benchmark_block(json.loads(report.read_text())))
+        found = json.loads(report.read_text())
+        drawn = f"\n{rates_picture(page, name, found['rows'])}\n" if "best" in found else ""
+        return _replace(page, name, benchmark_block(found) + drawn)
     if (report / "results.json").exists():
         return _replace(page, name, models_block(report))
     if (report / "rmse_vs_nfe.png").exists():
@@ -126,6 +130,8 @@ def benchmark_block(found: dict[str, Any]) -> str:
         return token_head_block(found)
     if "variant" in rows[0]:
         return variants_block(found)
+    if "mup" in rows[0]:
+        return rates_block(found)
     kind = next((kind for kind in COLUMNS if kind in rows[0]), None)
     if kind is None:
         return ablation_block(rows)
@@ -271,6 +277,41 @@ def _variant(cell: dict[str, Any]) -> str:
         if cell["verdict"] == "better"
         else f"{shown} {cell['verdict']}"
     )
+
+
+def rates_block(found: dict[str, Any]) -> str:
+    """Losses of benchmarks/mup.py by width and learning rate, with muP and without, the least of each line bold."""
+    rates = sorted({row["rate"] for row in found["rows"]})
+    lines = ["| | width | " + " | ".join(f"2^{math.log2(rate):.0f}" for rate in rates) + " |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(rates))
+    for line in found["best"]:
+        own = {
+            row["rate"]: row["loss"]
+            for row in found["rows"]
+            if (row["mup"], row["width"]) == (line["mup"], line["width"])
+        }
+        cells = [f"**{own[rate]:.3f}**" if rate == line["rate"] else f"{own[rate]:.3f}" for rate in rates]
+        lines.append(f"| {'muP' if line['mup'] else 'without'} | {line['width']} | {' | '.join(cells)} |")
+    facts = f"Loss by learning rate; {found['data']}, {found['steps']} steps, training seed {found['seed']}, {found['hardware']}."
+    return "\n".join(lines) + f"\n\n{facts}\n"
+
+
+def rates_picture(page: Path, name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """Draw docs/images/<name>.png, loss against learning rate by width; the link to it from the page."""
+    figure = new_figure(height=360)
+    for index, mup in enumerate((True, False)):
+        half = WIDE / 2 - 10
+        axes = place(figure, left=62 + index * half, right=14 + (1 - index) * half, bottom=88)
+        for i, width in enumerate(sorted({row["width"] for row in rows})):
+            line = sorted((row["rate"], row["loss"]) for row in rows if (row["mup"], row["width"]) == (mup, width))
+            axes.plot(*zip(*line), label=f"width {width}", markersize=6, **look(i))
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(min(row["loss"] for row in rows) - 0.02, 1.02)
+        dress(axes, "learning rate", "loss" if mup else "", "muP" if mup else "without")
+    legend_below(figure, figure.axes[0], columns=4)
+    picture = Path(__file__).parent / "images" / f"{name}.png"
+    figure.savefig(picture, dpi=PNG_DPI)
+    return f"![Loss against learning rate by width]({os.path.relpath(picture, page.parent)})"
 
 
 def _by_figure(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -183,6 +183,11 @@ class LatentModel(DescribedModel):
             return x0
         return x0 + (2 * context.uniform("dequantise", x0.shape[1:]).to(x0) - 1) * self.half_cell
 
+    def rate_of(self, name: str) -> float:
+        """The factor of the learning rate of the parameter of this name."""
+        inner = name.removeprefix("network.")
+        return self.network.rate_of(inner) if inner != name else 1.0
+
     def after_step(self, step_ok: Tensor) -> None:
         """Nothing to do between optimizer steps."""
 

@@ -15,6 +15,7 @@ Dropout acts only in training, and its masks are functions of (seed, step, sampl
 sample comes in, and when activation checkpointing computes a block twice.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -52,6 +53,7 @@ class Attention(nn.Module):
         width, channels = config.width, config.width // config.heads
         self.heads, self.mix = config.heads, MIXERS[config.mixer]
         self.scale: Scale = config.attention_scale
+        self.base_channels = config.head_channels
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = nn.RMSNorm(channels) if config.qk_norm else None
         self.norm_k = nn.RMSNorm(channels) if config.qk_norm else None
@@ -63,7 +65,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, channels).permute(2, 0, 3, 1, 4)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = normed(q, self.norm_q), normed(k, self.norm_k)
-        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels))
+        mixed = self.mix(q, k, v, turn, logit_scale(self.scale, tokens, channels, self.base_channels))
         return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -152,11 +154,23 @@ class DiT(Network):
         for weight in (self.time[0].weight, self.time[2].weight, self.label.weight, self.prefix):
             if weight is not None:
                 nn.init.normal_(cast(Tensor, weight), std=0.02)
+        if (wider := self.config.wider) != 1:  # of embeddings the same at every width, of hidden layers by its root
+            inputs, width = self.embed.in_features, self.config.width
+            with torch.no_grad():
+                self.embed.weight.mul_(math.sqrt((inputs + width) / (inputs + width / wider)))
+                cast(nn.Linear, self.time[2]).weight.div_(math.sqrt(wider))
         for module in self.blocks:
             cast(Block, module).start_as_identity()
         for layer in (self.modulation, self.head):
             if layer is not None:
                 nn.init.zeros_(layer.weight)
+
+    def rate_of(self, name: str) -> float:
+        """muP: of weights whose number of inputs grows with the width, one over the growth."""
+        layer, _, kind = name.rpartition(".")
+        first = layer == "embed" or (layer.startswith(("time.", "more.")) and layer.endswith(".0"))
+        grows = kind == "weight" and isinstance(self.get_submodule(layer), nn.Linear) and not first
+        return 1 / self.config.wider if grows else 1.0
 
     def take(self, block: int) -> None:
         if block > len(self.blocks):

@@ -69,6 +69,10 @@ class Network(nn.Module, ABC):
     def predict(self, x: Tensor, condition: Tensor, context: Context | None) -> NetworkOutput:
         """For x (B, C, H, W) in the weights' dtype and a condition of each sample."""
 
+    def rate_of(self, name: str) -> float:
+        """The factor of the learning rate of the parameter of this name (gen/training/interface.py)."""
+        return 1.0
+
     def conditions(self, noise_angle: Tensor, labels: Tensor, more: Mapping[str, Tensor] = EMPTY) -> Tensor:
         """(E, B, *): the condition for every noise_angle (E,), with `more` (E,), and every label (B,)."""
         return self.join(self._times(noise_angle, more)[:, None], self.label(labels))

@@ -179,6 +179,8 @@ ABSENT = {
     "model.dit.conditioning": "adaln",
     "model.dit.mixer": "softmax",
     "model.dit.attention_scale": "fixed",
+    "model.dit.mup_base_width": 0,
+    "model.dit.mup_base_heads": 0,
     "model.objective": "flow",
     "model.time_mode": 1.29,
     "model.time_shift": 1.0,
