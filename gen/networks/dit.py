@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from midway.gen.networks.dit_config import DiTConfig
+from midway.gen.networks.elementwise import GELU, gated, modulate, plus
 from midway.gen.networks.layers import (
     SwiGLU,
     drop,
     make_norm,
-    modulate,
     normed,
     number_embedding,
     places_2d,
@@ -81,7 +81,7 @@ class Block(Recomputed):
         if config.mlp == "swiglu":
             self.mlp = SwiGLU(width, swiglu_width(width, config.mlp_ratio))
         else:
-            self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+            self.mlp = nn.Sequential(nn.Linear(width, inner), GELU(), nn.Linear(inner, width))
         self.modulation = None if own else nn.Linear(width, 6 * width)
 
     def start_as_identity(self) -> None:
@@ -95,11 +95,11 @@ class Block(Recomputed):
     ) -> Tensor:
         """x (B, N, W) -> (B, N, W), for the modulation's condition (B, W); with a context, under dropout."""
         if self.modulation is None:
-            x = x + self._mixed(self.norm_1(x), context, turn)
-            return x + self._inner(self.norm_2(x), context)
+            x = plus(self._mixed(self.norm_1(x), context, turn), x)
+            return plus(self._inner(self.norm_2(x), context), x)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=1)
-        x = x + gate_1[:, None] * self._mixed(modulate(self.norm_1(x), shift_1, scale_1), context, turn)
-        return x + gate_2[:, None] * self._inner(modulate(self.norm_2(x), shift_2, scale_2), context)
+        x = gated(self._mixed(modulate(self.norm_1(x), shift_1, scale_1), context, turn), gate_1, x)
+        return gated(self._inner(modulate(self.norm_2(x), shift_2, scale_2), context), gate_2, x)
 
     def _mixed(self, x: Tensor, context: Context | None, turn: Tensor | None) -> Tensor:
         return drop(self.attention(x, turn), self.dropout, context, f"dropout {self.layer} attention")
