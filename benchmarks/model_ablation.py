@@ -1,8 +1,9 @@
 """Which part of a modern latent model earns its place: parts added to the DiT of 2023 one at a time, and all together.
 
-    python benchmarks/model_ablation.py --data digits --folder runs/ablation-digits --json benchmarks/results/ablation_digits.json
-    python benchmarks/model_ablation.py --data mnist5k --steps 800 --folder runs/ablation-mnist5k
-        --json benchmarks/results/ablation_mnist5k.json
+    python benchmarks/model_ablation.py --data digits --variants dit2023 time shift norm mlp positions qk-norm x0 muon modern
+        --folder runs/ablation-digits --json benchmarks/results/ablation_digits.json
+    python benchmarks/model_ablation.py --data mnist5k --variants dit2023 time norm mlp positions qk-norm direction muon modern
+        --steps 500 --folder runs/ablation-mnist5k --json benchmarks/results/ablation_mnist5k.json
     python benchmarks/model_ablation.py --variants dit2023 align align-conv --steps 500 --n 500 --nfe 12
         --folder runs/ablation-align --json benchmarks/results/ablation_align.json
 
@@ -15,7 +16,7 @@
    by seed. The deviation of these differences is pooled over all variants of a column; a difference within its 95 % interval
    (Student's t) is "=". About twenty variants and columns are looked at, so one of them is expected to be outside by chance.
 
-Every part goes on after a stop. About an hour of one core for the digits.
+Every part goes on after a stop. About half an hour of one core each.
 """
 
 import json
@@ -64,6 +65,7 @@ VARIANTS = {
     "qk-norm": Variant("RMSNorm on queries and keys", ("--model.dit.qk-norm", "")),
     "tokens": Variant("time and class as tokens, without adaLN", ("--model.dit.conditioning", "tokens")),
     "x0": Variant("predicts x0, loss of velocities", ("--model.target", "x0", "--model.weight", "velocity")),
+    "direction": Variant("loss of the velocity's direction, too", ("--model.direction", "1")),
     "muon": Variant("Muon", ("--optimizer", "muon")),
     "modern": Variant("blocks of modern, logit-normal times", ("--model.dit.preset", "modern", *NORMAL)),
     "modern-muon": Variant("the same with Muon", ("--model.dit.preset", "modern", *NORMAL, "--optimizer", "muon")),

@@ -30,7 +30,13 @@ def kinds(task: LatentTask) -> dict[str, Any]:
     """All that variants change."""
     model = task.model
     own = {name: getattr(model.dit, name) for name in DIT2023}
-    times = {"time": model.time, "shift": model.time_shift, "target": model.target, "weight": model.weight}
+    times = {
+        "time": model.time,
+        "shift": model.time_shift,
+        "target": model.target,
+        "weight": model.weight,
+        "direction": model.direction,
+    }
     align = {
         "taught": task.align.teacher is not None,
         "projector": task.align.projector,
@@ -39,7 +45,14 @@ def kinds(task: LatentTask) -> dict[str, Any]:
     return {**own, **times, **align, "optimizer": task.train.optimizer}
 
 
-PLAIN = DIT2023 | {"time": "uniform", "shift": 1.0, "target": "velocity", "weight": "own", "optimizer": "adamw"}
+PLAIN = DIT2023 | {
+    "time": "uniform",
+    "shift": 1.0,
+    "target": "velocity",
+    "weight": "own",
+    "direction": 0.0,
+    "optimizer": "adamw",
+}
 PLAIN |= {"taught": False, "projector": "mlp", "normalize": "none"}
 CHANGED: dict[str, dict[str, Any]] = {
     "dit2023": {},
@@ -51,6 +64,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "qk-norm": {"qk_norm": True},
     "tokens": {"conditioning": "tokens"},
     "x0": {"target": "x0", "weight": "velocity"},
+    "direction": {"direction": 1.0},
     "muon": {"optimizer": "muon"},
     "modern": MODERN | {"time": "logit_normal"},
     "modern-muon": MODERN | {"time": "logit_normal", "optimizer": "muon"},
