@@ -103,6 +103,9 @@ def sweep_picture(page: Path, name: str, measurements: list[Measurement]) -> str
 
 
 COLUMNS: dict[str, dict[str, str]] = {
+    "peer_parameters": {"": "{name}", "ours": "{ours:,.0f} ms", "parameters": "{parameters:,}"}
+    | {"theirs": "{peer:,.0f} ms", "their parameters": "{peer_parameters:,}", "rate": "{ratio:.2f}"}
+    | {"quartiles": "{quartiles[0]:.2f} to {quartiles[1]:.2f}", "aimed at": "{target}"},
     "ratio": {"": "{name}", "beside": "{peer_name}", "ours": "{ours:.3g}", "theirs": "{peer:.3g}"}
     | {"unit": "{unit}", "rate": "{ratio:.2f}", "aimed at": "{target}"},
     "resident": {
